@@ -1,0 +1,37 @@
+# What the example scripts share; they source it after setting their values. Not run by itself.
+set -euo pipefail
+
+# An installed `mm` is used where there is one, else this checkout's.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+if [ -x "$root/.venv/bin/python" ] && [ -z "${VIRTUAL_ENV:-}" ]; then PATH=$root/.venv/bin:$PATH; fi
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}   # megatron-core: collectives keep their order
+export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-1200}              # seconds; NPU clusters start slowly
+export PYTORCH_NPU_ALLOC_CONF=${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True}
+
+# torchrun on every node; one process needs none, and starts faster without.
+launch() { # module, words...
+    local module=$1
+    shift
+    if [ "$((NPUS_PER_NODE * NNODES))" -eq 1 ]; then
+        python -m "$module" "$@"
+    else
+        torchrun --nproc_per_node "$NPUS_PER_NODE" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
+            --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" -m "$module" "$@"
+    fi
+}
+
+run_training() { # flags...
+    local world=$((NPUS_PER_NODE * NNODES))
+    local dp=$((world / (TP * PP * CP)))
+    local precision_args=""
+    local virtual_args=""
+    if [ "$PRECISION" = bf16 ]; then precision_args="--bf16"; fi
+    if [ "$VP" -gt 1 ]; then virtual_args="--virtual-pipeline-model-parallel-size $VP"; fi
+    mkdir -p "$SAVE_PATH"
+    launch mm.cli.train \
+        --mm-data "$MM_DATA" --mm-model "$MM_MODEL" --load "$LOAD_PATH" --save "$SAVE_PATH" \
+        --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP" \
+        --micro-batch-size "$MBS" --global-batch-size "$((MBS * GRAD_ACC_STEP * (dp > 0 ? dp : 1)))" \
+        $precision_args $virtual_args "$@" 2>&1 | tee -a "$SAVE_PATH/train.log"
+}

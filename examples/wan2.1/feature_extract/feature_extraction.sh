@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Encodes videos and captions to features, once, for training. Edit the values below, give them as environment
+# variables, or append flags: NPUS_PER_NODE=2 bash feature_extraction.sh --overwrite
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+NPUS_PER_NODE=${NPUS_PER_NODE:-8}     # processes on this node: one for each NPU or GPU
+NNODES=${NNODES:-1}
+NODE_RANK=${NODE_RANK:-0}
+MASTER_ADDR=${MASTER_ADDR:-localhost}
+MASTER_PORT=${MASTER_PORT:-6000}
+
+MM_DATA=${MM_DATA:-$here/data.json}
+MM_MODEL=${MM_MODEL:-$here/model_wan.json}
+MM_TOOL=${MM_TOOL:-$here/tools.json}
+LOG_DIR=${LOG_DIR:-./logs}
+
+source "$here/../common.sh"
+mkdir -p "$LOG_DIR"
+launch mm.cli.extract --mm-data "$MM_DATA" --mm-model "$MM_MODEL" --mm-tool "$MM_TOOL" "$@" 2>&1 |
+    tee "$LOG_DIR/extract_$(date +%Y%m%d_%H%M%S)_node$NODE_RANK.log"

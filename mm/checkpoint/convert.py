@@ -1,0 +1,152 @@
+"""Conversion of one transformer's weights between the formats, in one process and about one tensor of memory.
+
+Every conversion is strict (exactly the model's tensors), leaves existing targets alone, and appears under its target
+name in one step.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from mm.checkpoint.directory import TRACKER_NAME
+from mm.checkpoint.files import new_folder, replace_text, require_absent, require_free_space, write_new, writing_errors
+from mm.checkpoint.formats import hf, mm_format, native
+from mm.checkpoint.formats.source import WeightSource
+from mm.checkpoint.safetensor_file import Entry
+from mm.checkpoint.weights import open_weights, require_exactly
+from mm.config.model import WanConfig
+from mm.errors import CheckpointError
+from mm.wan.folder import WeightFolder
+from mm.wan.model import WanModel
+
+log = logging.getLogger(__name__)
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def convert_to_mm(source_path: Path, target: Path) -> None:
+    """Write weights of any format as an MM `release` with its tracker, dtypes untouched.
+
+    `target` may be a folder with other things in it, such as the source itself, as long as it has neither `release`
+    nor a tracker.
+
+    Raises:
+        CheckpointError: CKPT-011, CKPT-020, CKPT-023, CKPT-030, CKPT-031, or from `open_weights`.
+        DataError: from `open_weights`.
+    """
+    require_absent(target / mm_format.RELEASE)
+    require_absent(target / TRACKER_NAME)
+    source = open_weights(source_path)
+    config = _known_config(source)
+    shapes = _checked(source, config)
+    _require_space(target, source, shapes)
+    state = {name: source.read(name) for name in shapes}  # views of the mapped files, unless they must be assembled
+    if target.exists() and any(target.iterdir()):
+        with new_folder(target / mm_format.RELEASE) as folder:
+            mm_format.write_release(folder, state, config)
+        with writing_errors():
+            replace_text(target / TRACKER_NAME, mm_format.RELEASE)
+    else:
+        with new_folder(target) as folder:
+            (folder / mm_format.RELEASE).mkdir()
+            mm_format.write_release(folder / mm_format.RELEASE, state, config)
+            write_new(folder / TRACKER_NAME, mm_format.RELEASE)
+    log.info("Wrote %d tensors to %s.", len(state), target)
+
+
+def convert_to_hf(
+    source_path: Path, target: Path, like: Path | None = None, max_shard_bytes: int = hf.MAX_SHARD_BYTES
+) -> None:
+    """Write weights of any format as a diffusers transformer folder.
+
+    Args:
+        source_path: an MM folder, a training checkpoint, or other weights.
+        target: must not exist, or be an empty folder.
+        like: the original diffusers folder, whose file names, index, config.json and dtypes are kept; without it the
+            source's own configuration and dtypes are used.
+        max_shard_bytes: of new shards.
+
+    Raises:
+        CheckpointError: CKPT-011, CKPT-020, CKPT-022 to CKPT-024, CKPT-030, CKPT-031, or from `open_weights`.
+        DataError: from `open_weights`.
+    """
+    require_absent(target)
+    source = open_weights(source_path)
+    original = None if like is None else WeightFolder.open(like)
+    config = _known_config(source) if original is None else _agreed_config(source, original)
+    shapes = _checked(source, config)
+    _require_space(target, source, shapes)
+    with new_folder(target) as folder:
+        if original is not None:
+            hf.write_like(folder, source, original, shapes)
+        else:
+            hf.write_new_folder(folder, _entries(source, shapes), config, max_shard_bytes)
+    log.info("Wrote %d tensors to %s.", len(shapes), target)
+
+
+def convert_to_native(source_path: Path, target: Path) -> None:
+    """Write weights of any format as one safetensors file in the original Wan's names, dtypes untouched.
+
+    Raises:
+        CheckpointError: CKPT-011, CKPT-020, CKPT-023, CKPT-030, CKPT-031, or from `open_weights`.
+        DataError: from `open_weights`.
+    """
+    require_absent(target)
+    source = open_weights(source_path)
+    config = _known_config(source)
+    shapes = _checked(source, config)
+    _require_space(target, source, shapes)
+    with new_folder(target) as folder:
+        native.write_native(folder, _entries(source, shapes), config)
+    log.info("Wrote %d tensors to %s.", len(shapes), target)
+
+
+def _known_config(source: WeightSource) -> WanConfig:
+    config = source.config()
+    if config is None:
+        raise CheckpointError(
+            "CKPT-023",
+            f"{source.path} ({source.label}) does not say the model's configuration, and the number of heads cannot be "
+            "seen in the weights.",
+            "Give the original Hugging Face folder with --ckpt_path and --mode convert_to_hf.",
+        )
+    return config
+
+
+def _agreed_config(source: WeightSource, original: WeightFolder) -> WanConfig:
+    """The configuration of `original`; the source's own must be the same where it has one."""
+    theirs = original.config()
+    ours = source.config()
+    if ours is not None:
+        ours = ours.model_copy(update={"text_len": theirs.text_len})  # diffusers' config.json does not say it
+    if ours is not None and ours != theirs:
+        names = [name for name in WanConfig.model_fields if getattr(ours, name) != getattr(theirs, name)]
+        values = "; ".join(f"{name} {getattr(ours, name)} instead of {getattr(theirs, name)}" for name in names)
+        raise CheckpointError(
+            "CKPT-024",
+            f"{source.path} is of another model than {original.path}: {values}.",
+            "Give the folder that the training started from.",
+        )
+    return theirs
+
+
+def _checked(source: WeightSource, config: WanConfig) -> Shapes:
+    """The model's tensors in its own order; the source must hold exactly these."""
+    with torch.device("meta"):
+        shapes = {name: tuple(value.shape) for name, value in WanModel(config).named_parameters()}
+    require_exactly(source, shapes)
+    return shapes
+
+
+def _entries(source: WeightSource, shapes: Shapes) -> list[Entry]:
+    kinds = source.kinds()
+    return [Entry(name, kinds[name].dtype, kinds[name].shape, partial(source.read, name)) for name in shapes]
+
+
+def _require_space(target: Path, source: WeightSource, shapes: Shapes) -> None:
+    existing = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
+    require_free_space(existing, sum(entry.num_bytes for entry in _entries(source, shapes)))

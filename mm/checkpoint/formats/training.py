@@ -1,0 +1,86 @@
+"""Reading the weights out of a training checkpoint.
+
+Its conventions: tensors `model.<native name>` (the fp32 master), `optimizer.exp_avg.<native name>` and
+`optimizer.exp_avg_sq.<native name>`; the scalars hold `step`, `consumed_samples` and `wan_config`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from mm.checkpoint.directory import candidates, find_latest
+from mm.checkpoint.formats.source import TensorKind
+from mm.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
+from mm.checkpoint.safetensor_file import DTYPES
+from mm.checkpoint.store import read_tensor
+from mm.config.base import parse
+from mm.config.model import WanConfig
+from mm.errors import CheckpointError, ConfigError
+
+MODEL_PREFIX = "model."
+CONFIG_KEY = "wan_config"
+
+
+@dataclass(frozen=True)
+class TrainingWeights:
+    """`WeightSource` over one committed training checkpoint."""
+
+    path: Path
+    manifest: Manifest
+    label: str = "a training checkpoint"
+
+    @classmethod
+    def open(cls, path: Path) -> TrainingWeights:
+        """Open `path`, a checkpoint or the folder of a run's checkpoints, of which the latest is taken.
+
+        Raises:
+            CheckpointError: CKPT-012 or CKPT-013 when it is damaged, CKPT-019 when it holds no model weights.
+        """
+        latest = path if (path / MANIFEST_NAME).exists() else find_latest(path)
+        if latest is None:
+            raise CheckpointError("CKPT-019", f"{path} holds no training checkpoint.", "Check the path.")
+        manifest = read_manifest(latest)
+        if not any(key.startswith(MODEL_PREFIX) for key in manifest.tensors):
+            raise CheckpointError(
+                "CKPT-019", f"{latest} holds no tensors model.*.", "Use a checkpoint that a training run saved."
+            )
+        return cls(latest, manifest)
+
+    def kinds(self) -> dict[str, TensorKind]:
+        """From the manifest."""
+        return {
+            key.removeprefix(MODEL_PREFIX): TensorKind(record.shape, DTYPES[record.dtype])
+            for key, record in self.manifest.tensors.items()
+            if key.startswith(MODEL_PREFIX)
+        }
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """From the manifest."""
+        return {name: kind.shape for name, kind in self.kinds().items()}
+
+    def read(self, name: str) -> Tensor:
+        """Put together from its pieces."""
+        return read_tensor(self.path, self.manifest, MODEL_PREFIX + name)
+
+    def config(self) -> WanConfig | None:
+        """From the scalars.
+
+        Raises:
+            CheckpointError: CKPT-012 when they hold something else under that name.
+        """
+        values = self.manifest.scalars.get(CONFIG_KEY)
+        if values is None:
+            return None
+        try:
+            return parse(WanConfig, values, f"{self.path / MANIFEST_NAME}, {CONFIG_KEY}")
+        except ConfigError as error:
+            problem = error.problems[0]
+            raise CheckpointError("CKPT-012", problem.message, "Use a checkpoint of this version.") from None
+
+
+def is_training_checkpoint(path: Path) -> bool:
+    """Whether `path` is a committed training checkpoint or a folder of such."""
+    return (path / MANIFEST_NAME).exists() or any((c.path / MANIFEST_NAME).exists() for c in candidates(path))

@@ -1,0 +1,1 @@
+"""One thin command for each job; `mm COMMAND --help` lists its flags."""

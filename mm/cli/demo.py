@@ -1,0 +1,27 @@
+"""`mm demo`: writes the embedded default, a tiny model with a data set to go through every stage without a download."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from mm.config.flags import Flags, parse_flags
+from mm.demo.write import write_demo
+
+
+class DemoFlags(Flags):
+    """Write the embedded default: a tiny Wan2.1 in the HF folder layout, captioned clips and prompts."""
+
+    out: Path = Field(description="folder to write; must not exist or be empty")
+    clips_per_caption: int = Field(1, ge=1, le=1000, description="clips of each of the 16 captions")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command with the words after its name."""
+    flags = parse_flags(DemoFlags, argv, program="mm demo")
+    write_demo(flags.out, flags.clips_per_caption)
+    print(f"{flags.out}/weights/   tiny Wan2.1 in the HF folder layout")
+    print(f"{flags.out}/dataset/   {16 * flags.clips_per_caption} captioned clips")
+    print(f"{flags.out}/prompts.txt   16 captions to generate from")

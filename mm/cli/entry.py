@@ -1,0 +1,42 @@
+"""How every command starts and ends: logging, one line for each error, exit codes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+from mm.errors import MMError, format_error
+
+
+def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+    """Run a command and return the exit code of the process.
+
+    Args:
+        main: the command; takes the words after its name, returns nothing, raises `MMError` for what a user can mend.
+        argv: the words after the command's name.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    _quieten_libraries()
+    try:
+        main(argv)
+    except MMError as error:
+        print(format_error(error), file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _quieten_libraries() -> None:
+    """Keep the console for what concerns the user.
+
+    megatron-core logs every parameter's bucket and warns at import of each optional package that is absent; torch warns
+    of megatron-core's use of renamed collectives. None of it can be acted upon. Warnings of everything else stay.
+    """
+    for name in ("megatron", "megatron_fsdp"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for line in (r"megatron\b", r"torch\.distributed\.c10d_logger"):
+        warnings.filterwarnings("ignore", module=line)

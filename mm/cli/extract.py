@@ -1,0 +1,68 @@
+"""`mm extract`, or `torchrun -m mm.cli.extract` for several processes: encode videos and captions to features."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from mm.cli.entry import run
+from mm.config.data import load_extract_data
+from mm.config.extract import RETIRED_EXTRACT_FLAGS, ExtractFlags, load_extract_model, load_extract_tools
+from mm.config.flags import parse_flags, words_of_process
+from mm.config.place import place
+from mm.errors import ConfigError, Problem, raise_all
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run this process's part of the extraction.
+
+    Raises:
+        ConfigError: for flags and files, all problems at once.
+        DataError: from `mm.extract.run`.
+    """
+    flags = parse_flags(ExtractFlags, argv, program="mm extract", retired=RETIRED_EXTRACT_FLAGS)
+    problems: list[Problem] = []
+    data = _attempt(load_extract_data, flags.mm_data, problems)
+    model = _attempt(load_extract_model, flags.mm_model, problems)
+    tools = _attempt(load_extract_tools, flags.mm_tool, problems)
+    raise_all(ConfigError, problems)
+    assert data is not None and model is not None and tools is not None  # noqa: S101  else there were problems
+
+    where = place()
+
+    from mm.device.backend import select  # after the files are known to be good: torch takes seconds to import
+    from mm.extract.run import extract
+    from mm.parallel.launch import Job
+
+    backend = select(flags.device, where.local_rank)
+    with Job(where, backend.collective, backend.device, flags.distributed_timeout_minutes) as job:
+        extract(
+            data,
+            model,
+            tools,
+            seed=flags.seed,
+            device=backend.device,
+            overwrite=flags.overwrite,
+            num_workers=flags.num_workers,
+            rank=job.rank,
+            world_size=job.world_size,
+            barrier=job.barrier,
+        )
+
+
+LoadedT = TypeVar("LoadedT")
+
+
+def _attempt(load: Callable[[Path], LoadedT], path: str, problems: list[Problem]) -> LoadedT | None:
+    """Load a file, or keep its problems for later, so that those of the other files are shown beside them."""
+    try:
+        return load(Path(path))
+    except ConfigError as error:
+        problems.extend(error.problems)
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, words_of_process()))

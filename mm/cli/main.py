@@ -1,0 +1,45 @@
+"""`mm COMMAND ...`: finds the command and runs it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from mm.cli.entry import run
+from mm.errors import ConfigError
+
+COMMANDS = {
+    "demo": "write the embedded default: a tiny Wan2.1, 16 clips with captions, and the files that configure a run",
+    "extract": "turn videos and captions into features",
+    "train": "train on features",
+    "convert": "convert weights between the HF, native and MM formats",
+    "generate": "make videos from prompts",
+    "score": "measure what generated clips of the embedded default show",
+    "plot": "draw a run's metrics as a PNG",
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Dispatch to `mm.cli.<command>.main`.
+
+    Raises:
+        ConfigError: CFG-009 for a command that does not exist, and what the command raises.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print("usage: mm COMMAND [flags]; mm COMMAND --help lists a command's flags\n")
+        print("\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()))
+        return
+    if argv[0] not in COMMANDS:
+        raise ConfigError("CFG-009", f'"{argv[0]}" is not a command.', f"Use one of {', '.join(COMMANDS)}.")
+    importlib.import_module(f"mm.cli.{argv[0]}").main(argv[1:])
+
+
+def process() -> None:
+    """The `mm` executable."""
+    sys.exit(run(main, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    process()

@@ -1,0 +1,32 @@
+"""`mm plot --run DIR`: a run's metrics as a PNG."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from mm.cli.entry import run
+from mm.config.flags import Flags, parse_flags
+from mm.train.plot import plot_run
+
+
+class PlotFlags(Flags):
+    """Draw loss, gradient norm, learning rate, throughput and memory of a run."""
+
+    run: str = Field(description="the run's folder (SAVE_PATH), which holds metrics.jsonl")
+    out: str | None = Field(None, description="the PNG to write; default: RUN/metrics.png")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Draw the plot and say where it is."""
+    flags = parse_flags(PlotFlags, argv, program="mm plot")
+    folder = Path(flags.run)
+    target = plot_run(folder, Path(flags.out) if flags.out else folder / "metrics.png")
+    print(f"wrote {target}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))

@@ -1,0 +1,48 @@
+"""`mm train`: checks the configuration, joins the processes, trains."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mm.cli.entry import run
+from mm.config.base import load
+from mm.config.data import load_train_data
+from mm.config.flags import parse_flags
+from mm.config.place import place
+from mm.config.rules import check_training
+from mm.config.train import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train; raises what `mm.train.loop.train` raises."""
+    flags = parse_flags(TrainFlags, argv, program="mm train", retired=RETIRED_TRAIN_FLAGS)
+    model = load(PretrainModel, Path(flags.mm_model))
+    data = load_train_data(Path(flags.mm_data))
+    where = place()
+    check_training(flags, model, where.world_size)
+
+    # Only now torch: a configuration mistake is told in a fraction of a second, before any device is touched.
+    from mm.checkpoint.comm import ProcessGroupComm, SingleProcess
+    from mm.data.dataset import open_features
+    from mm.device.backend import select
+    from mm.parallel.launch import Job
+    from mm.parallel.mesh import MeshSizes, build_mesh, destroy_mesh
+    from mm.train.loop import Run, train
+
+    if where.rank != 0:
+        logging.getLogger().setLevel(logging.WARNING)
+    dataset = open_features(data, model.predictor.wan())
+    backend = select(flags.device, where.local_rank)
+    with Job(where, backend.collective, backend.device, flags.distributed_timeout_minutes):
+        mesh = build_mesh(MeshSizes(), flags.distributed_timeout_minutes)
+        comm = SingleProcess() if where.world_size == 1 else ProcessGroupComm(device=backend.device)
+        progress = train(Run(flags, model, data, dataset, mesh, backend, comm))
+        destroy_mesh()
+    logging.getLogger(__name__).info("done: step %d, %d samples", progress.step, progress.consumed_samples)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))

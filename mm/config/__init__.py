@@ -1,0 +1,1 @@
+"""Typed, closed configuration, checked before any device is touched. Imports no torch."""

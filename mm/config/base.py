@@ -1,0 +1,125 @@
+"""What every configuration section shares: closed, typed, immutable, and checked all at once.
+
+A file is read with `load_json`, checked with `parse`; both collect `Problem`s so that a user sees everything that is
+wrong in one run. Unknown keys are errors with the closest known key as a hint.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mm.errors import ConfigError, Problem, raise_all
+
+
+class Section(BaseModel):
+    """Base of all configuration sections: unknown keys refused, fields immutable, no coercion between types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def load_json(path: Path) -> Any:
+    """Read a JSON file strictly.
+
+    Raises:
+        ConfigError: CFG-001 when the file is missing or unreadable, CFG-002 when it is not JSON, has a key twice, or
+            holds NaN or Infinity.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "CFG-001", f"{path} cannot be read ({error}).", "Check the path and its permissions."
+        ) from None
+    try:
+        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            "CFG-002", f"{path} is not strict JSON: {error}.", "Correct the file at that place."
+        ) from None
+
+
+def parse(section: type[SectionT], values: Any, source: str) -> SectionT:
+    """Check `values` (parsed JSON) against `section`.
+
+    Args:
+        section: the section's type.
+        values: what the file holds at this place.
+        source: what to call it in messages, usually the file's path.
+
+    Raises:
+        ConfigError: CFG-003 for an unknown key, CFG-004 for a missing key, CFG-005 for a wrong type or value; all of
+            them at once.
+    """
+    try:
+        return section.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise_all(ConfigError, validation_problems(section, error, source))
+        raise AssertionError("a validation error without problems") from None
+
+
+def load(section: type[SectionT], path: Path) -> SectionT:
+    """`load_json` followed by `parse`; raises what they raise."""
+    return parse(section, load_json(path), str(path))
+
+
+def validation_problems(section: type[BaseModel], error: ValidationError, source: str) -> list[Problem]:
+    """Translate pydantic's report into our problems, in its order."""
+    return [_problem(section, item, source) for item in error.errors(include_url=False)]
+
+
+def closest(word: str, known: list[str]) -> str:
+    """A hint such as ` Did you mean "num_frames"?`, or an empty text when nothing known is near."""
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f' Did you mean "{matches[0]}"?' if matches else ""
+
+
+def _problem(section: type[BaseModel], item: Mapping[str, Any], source: str) -> Problem:
+    location = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _fields_at(section, tuple(item["loc"])[:-1])
+        hint = closest(str(item["loc"][-1]), known)
+        return Problem("CFG-003", f'{source} has the unknown key "{location}".{hint}', "Correct or remove the key.")
+    if item["type"] == "missing":
+        return Problem("CFG-004", f'{source} lacks the key "{location}".', "Add it.")
+    where = f'{source}: "{location}" is {_short(item["input"])}' if location else source
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return Problem("CFG-005", f"{where}; {message[:1].lower()}{message[1:]}.", "Give it a value of that kind.")
+
+
+def _fields_at(section: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """Names known at a place inside nested sections."""
+    current: Any = section
+    for part in location:
+        field = current.model_fields.get(part) if isinstance(part, str) and hasattr(current, "model_fields") else None
+        if field is None:
+            continue
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), current)
+    return list(current.model_fields)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f'the key "{name}" occurs twice')
+        result[name] = value
+    return result
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")

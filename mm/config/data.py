@@ -1,0 +1,327 @@
+"""What the two data files say: `data.json` of feature extraction and `feature_data.json` of training.
+
+Names and nesting are MindSpeed-MM's. A field exists only where it has an effect, or where the one thing done here may
+be said out loud; the fields of MindSpeed-MM that are left out are errors that say what to do instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field
+
+from mm.config.base import Section, load_json, parse
+from mm.errors import ConfigError, Problem, raise_all
+
+TEMPORAL_STRIDE = 4  # frames per latent frame of the Wan VAE, after a first frame that stands alone
+SIZE_MULTIPLE = 16  # 8 pixels per latent pixel, 2 latent pixels per token
+MAX_TEXT_TOKENS = 512  # tokens of text that Wan2.1 was trained with
+
+
+class BasicParameters(Section):
+    """Where the data are.
+
+    Attributes:
+        data_path: a `.txt` list of data sets, or one annotation file (`.json`, `.jsonl`).
+        data_folder: folder that the annotation's paths start from; only with an annotation file.
+    """
+
+    data_path: str = Field(min_length=1)
+    data_folder: str | None = Field(None, min_length=1)
+
+
+class RawParameters(BasicParameters):
+    """`data_storage_mode` combine: annotations beside videos."""
+
+    data_storage_mode: Literal["combine"] = "combine"
+
+
+class FeatureParameters(BasicParameters):
+    """`data_storage_mode` sorafeatured: the folders that feature extraction wrote."""
+
+    data_storage_mode: Literal["sorafeatured"] = "sorafeatured"
+
+
+class Preprocess(Section):
+    """The clip that becomes one training sample.
+
+    Attributes:
+        num_frames: frames of a clip, 4k + 1. A longer video gives one contiguous clip at a start drawn from the seed.
+        frame_interval: every how-manieth frame of the video is taken.
+        max_height, max_width: pixels; every clip is resized to cover this size and cropped to its centre.
+    """
+
+    num_frames: int = Field(ge=1)
+    frame_interval: int = Field(1, ge=1)
+    max_height: int = Field(ge=1)
+    max_width: int = Field(ge=1)
+
+
+class RawPreprocess(Preprocess):
+    """`preprocess_parameters` of feature extraction.
+
+    Attributes:
+        min_num_frames: the fewest frames to accept from a short video, which is then cut to the largest 4k + 1;
+            without it, a video shorter than `num_frames` is an error.
+        video_reader_type: `auto` reads with decord where it is installed and with PyAV elsewhere; both give the same
+            frames.
+    """
+
+    min_num_frames: int | None = Field(None, ge=1)
+    video_reader_type: Literal["auto", "decord", "pyav"] = "auto"
+
+
+class FeaturePreprocess(Preprocess):
+    """`preprocess_parameters` of training: what the features must have been made with, checked against their recipe.
+
+    Attributes:
+        cfg: probability that a sample is trained with the empty caption, which classifier-free guidance needs.
+    """
+
+    cfg: float = Field(0.0, ge=0, le=1)
+
+
+class TokenizerConfig(Section):
+    """The tokenizer. In training it is optional and only compared with the one the features were made with.
+
+    Attributes:
+        from_pretrained: folder of the tokenizer.
+        model_max_length: tokens after which a caption is cut.
+    """
+
+    hub_backend: Literal["hf"] = "hf"
+    autotokenizer_name: Literal["AutoTokenizer"] = "AutoTokenizer"
+    from_pretrained: str = Field(min_length=1)
+    model_max_length: int = Field(MAX_TEXT_TOKENS, ge=1, le=MAX_TEXT_TOKENS)
+
+
+class RawDataset(Section):
+    """`dataset_param` of feature extraction."""
+
+    dataset_type: Literal["t2v"]
+    basic_parameters: RawParameters
+    preprocess_parameters: RawPreprocess
+    use_text_processer: Literal[True] = True
+    enable_text_preprocessing: Literal[True] = True
+    tokenizer_config: TokenizerConfig
+
+
+class FeatureDatasetParam(Section):
+    """`dataset_param` of training."""
+
+    dataset_type: Literal["t2v"]
+    basic_parameters: FeatureParameters
+    preprocess_parameters: FeaturePreprocess
+    tokenizer_config: TokenizerConfig | None = None
+
+
+class DataloaderParam(Section):
+    """How training walks through the features.
+
+    Attributes:
+        shuffle: a new order each epoch, drawn from the seed; otherwise the order of data.jsonl.
+        pin_memory: copy batches into page-locked memory, for faster transfers to an accelerator.
+    """
+
+    shuffle: bool = True
+    pin_memory: bool = False
+
+
+class ExtractData(Section):
+    """`feature_extract/data.json`."""
+
+    dataset_param: RawDataset
+
+
+class TrainData(Section):
+    """`{size}/{task}/feature_data.json`."""
+
+    dataset_param: FeatureDatasetParam
+    dataloader_param: DataloaderParam = DataloaderParam()
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One data set: the folder its paths start from and the file that lists its samples."""
+
+    folder: Path
+    annotation: Path
+
+
+def load_extract_data(path: Path) -> ExtractData:
+    """Read and check data.json of feature extraction.
+
+    Raises:
+        ConfigError: what `mm.config.base.load` raises, CFG-008 for a field of MindSpeed-MM that has no effect here,
+            CFG-050 to CFG-053 for values that cannot work; all at once.
+    """
+    return _load(ExtractData, path, _RETIRED | _RETIRED_IN_EXTRACTION)
+
+
+def load_train_data(path: Path) -> TrainData:
+    """Read and check feature_data.json of training; raises what `load_extract_data` raises."""
+    return _load(TrainData, path, _RETIRED | _RETIRED_IN_TRAINING)
+
+
+def data_sources(basic: BasicParameters, default_annotation: str | None = None) -> list[DataSource]:
+    """The data sets that `basic_parameters` names, in order.
+
+    A `.txt` file has one data set a line, `folder,annotation`. An annotation without a folder part lies in the data
+    set's folder; all other paths are used as they stand, relative ones from the current directory.
+
+    Args:
+        basic: the section.
+        default_annotation: name of the annotation file for lines that give a folder only.
+
+    Raises:
+        ConfigError: CFG-001 when the list cannot be read, CFG-054 for every line that is not of that form.
+    """
+    path = Path(basic.data_path)
+    if path.suffix != ".txt":
+        return [DataSource(Path(basic.data_folder or "."), path)]
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "CFG-001", f"{path} cannot be read ({error}).", "Check the path and its permissions."
+        ) from None
+    sources: list[DataSource] = []
+    problems: list[Problem] = []
+    for number, line in enumerate(lines, start=1):
+        words = [word.strip() for word in line.split(",")]
+        if words == [""] or words[0].startswith("#"):
+            continue
+        if len(words) == 1 and default_annotation:
+            words.append(default_annotation)
+        if len(words) != 2 or not all(words) or "\0" in line:
+            problems.append(_malformed_line(path, number, line, default_annotation))
+            continue
+        folder, annotation = Path(words[0]), Path(words[1])
+        sources.append(DataSource(folder, folder / annotation if len(annotation.parts) == 1 else annotation))
+    if not sources and not problems:
+        problems.append(Problem("CFG-054", f"{path} names no data set.", "Give one line a data set: folder,file."))
+    raise_all(ConfigError, problems)
+    return sources
+
+
+def _malformed_line(path: Path, number: int, line: str, default_annotation: str | None) -> Problem:
+    expected = f'"folder" or "folder,{default_annotation}"' if default_annotation else '"folder,annotation.json"'
+    return Problem("CFG-054", f"{path} line {number} is {line!r}, expected {expected}.", "Correct the line.")
+
+
+RootT = TypeVar("RootT", bound=ExtractData | TrainData)
+
+
+def _load(section: type[RootT], path: Path, retired: Mapping[str, str]) -> RootT:
+    values = load_json(path)
+    problems = list(_take_retired(values, retired, str(path)))
+    try:
+        result = parse(section, values, str(path))
+    except ConfigError as error:
+        raise_all(ConfigError, [*problems, *error.problems])
+        raise
+    problems += _impossible_values(result, str(path))
+    raise_all(ConfigError, problems)
+    return result
+
+
+def _take_retired(values: Any, retired: Mapping[str, str], source: str) -> Iterator[Problem]:
+    """Report and remove the fields that mean nothing here, so that they are not reported as unknown once more."""
+    for dotted, remedy in retired.items():
+        *parents, name = dotted.split(".")
+        place = values
+        for parent in parents:
+            place = place.get(parent) if isinstance(place, dict) else None
+        if isinstance(place, dict) and name in place:
+            del place[name]
+            yield Problem("CFG-008", f'{source}: "{dotted}" has no effect here.', remedy)
+
+
+def _impossible_values(config: ExtractData | TrainData, source: str) -> Iterator[Problem]:
+    clip = config.dataset_param.preprocess_parameters
+    if (clip.num_frames - 1) % TEMPORAL_STRIDE:
+        below = (clip.num_frames - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1
+        yield Problem(
+            "CFG-050",
+            f"{source}: num_frames is {clip.num_frames}; the VAE takes 4k + 1 frames.",
+            f"Use {below} or {below + TEMPORAL_STRIDE}.",
+        )
+    for name, size in (("max_height", clip.max_height), ("max_width", clip.max_width)):
+        if size % SIZE_MULTIPLE:
+            below = size // SIZE_MULTIPLE * SIZE_MULTIPLE
+            near = f"{below} or {below + SIZE_MULTIPLE}" if below else f"{SIZE_MULTIPLE}"
+            yield Problem("CFG-051", f"{source}: {name} is {size}, not a multiple of {SIZE_MULTIPLE}.", f"Use {near}.")
+    if isinstance(clip, RawPreprocess) and clip.min_num_frames is not None and clip.min_num_frames > clip.num_frames:
+        yield Problem(
+            "CFG-052",
+            f"{source}: min_num_frames is {clip.min_num_frames}, more than num_frames {clip.num_frames}.",
+            "Use at most num_frames, or remove it to refuse every shorter video.",
+        )
+    basic = config.dataset_param.basic_parameters
+    suffix = Path(basic.data_path).suffix
+    if suffix not in (".txt", ".json", ".jsonl"):
+        yield Problem(
+            "CFG-053",
+            f"{source}: data_path is {basic.data_path}, which ends in none of .txt, .json, .jsonl.",
+            "Name a list of data sets (.txt) or one annotation file (.json, .jsonl).",
+        )
+    elif suffix == ".txt" and basic.data_folder is not None:
+        yield Problem(
+            "CFG-053",
+            f"{source}: data_folder has no effect with the list of data sets {basic.data_path}.",
+            "Remove it; each line of the list names its own folder.",
+        )
+    elif suffix != ".txt" and basic.data_folder is None:
+        yield Problem(
+            "CFG-053",
+            f"{source}: data_path {basic.data_path} is one annotation file, and data_folder is missing.",
+            "Add data_folder, the folder that the paths in the annotation start from.",
+        )
+
+
+_ONE_SIZE = "Remove it; every clip is resized and centre-cropped to max_height x max_width, and none is filtered out."
+_NO_RATE = "Remove it; frames are taken every frame_interval, whatever the frame rate."
+_NO_GROUPS = "Remove it; the order of samples is drawn from --seed alone."
+_P = "dataset_param.preprocess_parameters."
+_RETIRED = {
+    "dataset_param.use_feature_data": "Remove it; data_storage_mode says whether features are read.",
+    "dataset_param.text_preprocess_methods": "Remove it; captions are always cleaned as Wan does.",
+    _P + "video_processor_type": _ONE_SIZE,
+    _P + "image_reader_type": "Remove it; data sets of images are not available in this version.",
+    _P + "auto_interval": _NO_RATE,
+    _P + "train_fps": _NO_RATE,
+    _P + "speed_factor": _NO_RATE,
+    _P + "max_hxw": _ONE_SIZE,
+    _P + "min_hxw": _ONE_SIZE,
+    _P + "hw_stride": _ONE_SIZE,
+    _P + "hw_aspect_thr": _ONE_SIZE,
+    _P + "force_resolution": _ONE_SIZE,
+    _P + "truncate_t_by_sp": "Remove it; clips need not divide by the context-parallel size.",
+    _P + "drop_short_ratio": "Remove it; min_num_frames decides whether short videos are used.",
+    _P + "train_pipeline": "Remove it; the one way is to resize to cover, crop the centre and scale to [-1, 1].",
+    _P + "dataloader_num_workers": "Remove it and give --num-workers.",
+    "dataloader_param.dataloader_mode": _NO_GROUPS,
+    "dataloader_param.sampler_type": _NO_GROUPS,
+    "dataloader_param.group_data": _NO_GROUPS,
+    "dataloader_param.group_frame": _NO_GROUPS,
+    "dataloader_param.group_resolution": _NO_GROUPS,
+    "dataloader_param.initial_global_step_for_sampler": "Remove it; a resumed run goes on where it was.",
+    "dataloader_param.drop_last": "Remove it; batches run on across the end of an epoch and no sample is dropped.",
+    "dataloader_param.batch_size": "Remove it and give --micro-batch-size.",
+    "dataloader_param.num_workers": "Remove it and give --num-workers.",
+}
+_RETIRED_IN_EXTRACTION = {
+    "dataset_param.cfg": "Remove it; captions are dropped in training, see cfg in feature_data.json.",
+    _P + "cfg": "Remove it; captions are dropped in training, see cfg in feature_data.json.",
+    "dataloader_param": "Remove it; each process takes its share of the samples, and --num-workers reads ahead.",
+}
+_IN_EXTRACTION = "Remove it; videos and captions are read by feature extraction, see data.json there."
+_RETIRED_IN_TRAINING = {
+    "dataset_param.use_text_processer": _IN_EXTRACTION,
+    "dataset_param.enable_text_preprocessing": _IN_EXTRACTION,
+    _P + "video_reader_type": _IN_EXTRACTION,
+    _P + "min_num_frames": _IN_EXTRACTION,
+}

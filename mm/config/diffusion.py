@@ -1,0 +1,48 @@
+"""The `diffusion` section of pretrain_model.json: the training objective."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from mm.config.base import Section
+
+TimestepSampling = Literal["grid", "logit_normal"]
+LossWeighting = Literal["gaussian", "none"]
+
+
+class DiffusionConfig(Section):
+    """Flow matching on a shifted noise grid.
+
+    Attributes:
+        model_id: the only objective there is.
+        num_train_timesteps: points of the grid, and the timestep that stands for pure noise.
+        shift: how far the grid leans towards noise; 1 leaves it even.
+        sigma_min: the noise level that the unshifted grid runs down to.
+        extra_one_step: leave the last point (`sigma_min` itself) out of the grid.
+        timestep_sampling: `grid` draws a point of the grid with equal chances; `logit_normal` draws
+            sigma = sigmoid(normal) and then shifts it (Esser et al. 2024, arXiv 2403.03206, section 3.1).
+        logit_mean, logit_std: of that normal, only with `logit_normal`.
+        loss_weighting: `gaussian` favours the middle timesteps; `none` weighs all alike.
+    """
+
+    model_id: Literal["wan_flow_match_scheduler"] = "wan_flow_match_scheduler"
+    num_train_timesteps: int = Field(1000, ge=2)
+    shift: float = Field(5.0, gt=0)
+    sigma_min: float = Field(0.0, ge=0, lt=1)
+    extra_one_step: bool = True
+    timestep_sampling: TimestepSampling = "grid"
+    logit_mean: float = 0.0
+    logit_std: float = Field(1.0, gt=0)
+    loss_weighting: LossWeighting = "gaussian"
+
+    @model_validator(mode="after")
+    def _logit_keys_need_logit_normal(self) -> DiffusionConfig:
+        given = sorted({"logit_mean", "logit_std"} & self.model_fields_set)
+        if given and self.timestep_sampling != "logit_normal":
+            raise ValueError(
+                f"{' and '.join(given)} has no effect with timestep_sampling "
+                f'"{self.timestep_sampling}"; remove it or choose "logit_normal"'
+            )
+        return self

@@ -1,0 +1,146 @@
+"""Command-line flags as a configuration section: one typed field a flag, all problems reported at once.
+
+`--micro-batch-size 2` is the field `micro_batch_size`; a `bool` field is a switch, present or absent; a list field
+takes several words. Values may be given as `--flag value` or `--flag=value`; the last one counts, so that a script's
+own flags can be overridden by what follows them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn, TypeVar, get_origin
+
+from pydantic import ConfigDict, ValidationError
+
+from mm.config.base import Section, closest, validation_problems
+from mm.errors import ConfigError, Problem, raise_all
+
+
+class Flags(Section):
+    """Base of the flags of one command. Values arrive as text, so numbers and paths are read from it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+
+FlagsT = TypeVar("FlagsT", bound=Flags)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that reports through our errors instead of leaving the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError("CFG-006", f"The command line cannot be read: {message}.", "See --help.")
+
+
+def parse_flags(
+    flags: type[FlagsT],
+    argv: Sequence[str],
+    *,
+    program: str,
+    retired: Mapping[str, str] | None = None,
+    spelling: Mapping[str, str] | None = None,
+) -> FlagsT:
+    """Read `argv` into `flags`.
+
+    Args:
+        flags: the command's flags; its docstring is the text of `--help`, a field's `description` the flag's.
+        argv: the words after the program's name.
+        program: what `--help` calls the command.
+        retired: flags of other systems (with their dashes) that mean nothing here, each with what to do instead.
+        spelling: other spellings of a flag's dashed name, `{"--source_path": "--source-path"}`.
+
+    Raises:
+        ConfigError: CFG-006 for words that are no flag, CFG-007 for an unknown flag, CFG-008 for a retired one,
+            CFG-004 and CFG-005 for a missing or wrong value; all at once.
+    """
+    parser = _build_parser(flags, program)
+    words = _respell(argv, spelling or {})
+    namespace, rest = parser.parse_known_args(words)
+    values = vars(namespace)
+    problems = _unknown(rest, list(flags.model_fields), retired or {})
+    try:
+        result = flags.model_validate(values)
+    except ValidationError as error:
+        problems += [_as_flag(problem, flags) for problem in validation_problems(flags, error, "command line")]
+    raise_all(ConfigError, problems)
+    return result
+
+
+def wants_help(argv: Sequence[str]) -> bool:
+    """Whether the command line asks for help, which argparse then prints before leaving with 0."""
+    return any(word in ("-h", "--help") for word in argv)
+
+
+def flag_name(field: str) -> str:
+    """`micro_batch_size` -> `--micro-batch-size`."""
+    return "--" + field.replace("_", "-")
+
+
+def _build_parser(flags: type[Flags], program: str) -> argparse.ArgumentParser:
+    parser = _Parser(prog=program, description=flags.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name, field in flags.model_fields.items():
+        help_text = (field.description or "").replace("%", "%%")
+        if field.annotation is bool:
+            parser.add_argument(flag_name(name), action="store_true", help=help_text)
+        elif get_origin(field.annotation) in (list, tuple):
+            parser.add_argument(flag_name(name), nargs="+", help=help_text)
+        else:
+            default = "" if field.is_required() else f" (default: {field.default})"
+            parser.add_argument(flag_name(name), help=help_text + default)
+    return parser
+
+
+def _respell(argv: Sequence[str], spelling: Mapping[str, str]) -> list[str]:
+    words = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        words.append(spelling.get(name, name) + equals + value if word.startswith("--") else word)
+    return words
+
+
+def _unknown(rest: Sequence[str], fields: list[str], retired: Mapping[str, str]) -> list[Problem]:
+    problems = []
+    known = [flag_name(field) for field in fields]
+    after_unknown = False
+    for word in rest:
+        name = word.split("=")[0]
+        if not word.startswith("--"):
+            if not after_unknown:
+                problems.append(Problem("CFG-006", f'"{word}" belongs to no flag.', "Remove it or name its flag."))
+            continue
+        after_unknown = True  # the words behind an unknown flag are its values, not further mistakes
+        if name in retired:
+            problems.append(Problem("CFG-008", f"{name} has no effect here.", retired[name]))
+        else:
+            hint = closest(name, known)
+            problems.append(Problem("CFG-007", f"{name} is not a flag.{hint}", "Correct or remove it; see --help."))
+    return problems
+
+
+def _as_flag(problem: Problem, flags: type[Flags]) -> Problem:
+    """Say `--micro-batch-size` where a file's message would say "micro_batch_size"."""
+    message = problem.message
+    for name in flags.model_fields:
+        message = message.replace(f'"{name}"', flag_name(name)).replace(f'"{name}.', f'"{flag_name(name)}.')
+    message = message.replace("command line lacks the key", "The command line lacks").replace("command line: ", "")
+    return Problem(problem.id, message, problem.remedy.replace("Add it.", "Give the flag; see --help."))
+
+
+def words_of_process() -> list[str]:
+    """The command line's words without the program's name."""
+    return sys.argv[1:]
+
+
+def as_words(values: Mapping[str, Any]) -> list[str]:
+    """The inverse of `parse_flags` for building a command line in Python: `{"lr": 1e-3, "bf16": True}`."""
+    words: list[str] = []
+    for name, value in values.items():
+        if value is True:
+            words.append(flag_name(name))
+        elif isinstance(value, (list, tuple)):
+            words += [flag_name(name), *map(str, value)]
+        elif value is not False and value is not None:
+            words += [flag_name(name), str(value)]
+    return words

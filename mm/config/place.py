@@ -1,0 +1,37 @@
+"""Where torchrun put this process; read without torch, so that rules about the world run before any import."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from mm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where torchrun put this process: its rank in the job, the job's size, its index on its node."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def place() -> Place:
+    """Read this process's place from the variables that torchrun sets; a process started alone is 0 of 1.
+
+    Raises:
+        ConfigError: CFG-031 when the variables are incomplete or contradict each other.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    values = [os.environ.get(name) for name in names]
+    if all(value is None for value in values):
+        return Place(0, 1, 0)
+    try:
+        rank, world_size, local_rank = (int(value or "") for value in values)
+        if not 0 <= rank < world_size or local_rank < 0:
+            raise ValueError
+    except ValueError:
+        found = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+        raise ConfigError("CFG-031", f"The launcher's variables make no sense: {found}.", "Use torchrun.") from None
+    return Place(rank, world_size, local_rank)

@@ -1,0 +1,139 @@
+"""Flags and files of the training command: Megatron's and MindSpeed-MM's names for everything that exists here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from mm.config.base import Section
+from mm.config.diffusion import DiffusionConfig
+from mm.config.flags import Flags
+from mm.config.model import WanConfig
+
+
+class PredictorConfig(WanConfig):
+    """The `predictor` section of pretrain_model.json.
+
+    Attributes:
+        model_id: the one predictor there is.
+        dtype: parameter precision; must agree with `--bf16`.
+        pipeline_num_layers: blocks of each pipeline stage; only with pipeline parallelism.
+    """
+
+    model_id: Literal["wandit"] = "wandit"
+    dtype: Literal["bf16", "fp32"] | None = None
+    pipeline_num_layers: list[int] | list[list[int]] | None = None
+
+    def wan(self) -> WanConfig:
+        """The model's shape alone."""
+        return WanConfig.model_validate({name: getattr(self, name) for name in WanConfig.model_fields})
+
+
+class PretrainModel(Section):
+    """pretrain_model.json.
+
+    Attributes:
+        task: text to video.
+        load_video_features, load_text_features: training always reads extracted features.
+        predictor: the transformer. diffusion: noise schedule and loss.
+    """
+
+    task: Literal["t2v"] = "t2v"
+    load_video_features: Literal[True] = True
+    load_text_features: Literal[True] = True
+    predictor: PredictorConfig
+    diffusion: DiffusionConfig
+
+
+class TrainFlags(Flags):
+    """Train a Wan2.1 transformer on extracted features."""
+
+    mm_data: str = Field(description="feature_data.json: which features, caption dropout")
+    mm_model: str = Field(description="pretrain_model.json: the transformer, the noise schedule, the loss")
+
+    tensor_model_parallel_size: int = Field(1, ge=1, description="tensor-parallel degree")
+    pipeline_model_parallel_size: int = Field(1, ge=1, description="pipeline-parallel degree")
+    virtual_pipeline_model_parallel_size: int | None = Field(None, ge=1, description="model chunks per pipeline rank")
+    context_parallel_size: int = Field(1, ge=1, description="context-parallel degree")
+    distributed_timeout_minutes: int = Field(30, ge=1, description="how long a collective may wait")
+    device: Literal["cpu", "cuda", "npu"] | None = Field(None, description="kind of device; default: the best there is")
+
+    micro_batch_size: int = Field(1, ge=1, description="samples in one forward of one replica")
+    global_batch_size: int | None = Field(None, ge=1, description="samples in one step; default: MBS x replicas")
+    train_iters: int = Field(ge=1, description="steps of the whole training, those before a resume included")
+    num_workers: int = Field(2, ge=0, description="feature-reading processes for each rank")
+    seed: int = Field(1234, ge=0, description="seed of noise, timesteps, sample order and caption dropout")
+    deterministic_mode: bool = Field(False, description="refuse kernels whose result depends on timing")
+
+    bf16: bool = Field(False, description="bf16 parameters and activations with fp32 master weights; else fp32")
+    lr: float = Field(gt=0, description="peak learning rate")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the decay")
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = Field(
+        "constant", description="shape of the decay"
+    )
+    lr_decay_iters: int | None = Field(None, ge=1, description="steps until min-lr; default: train-iters")
+    lr_warmup_iters: int = Field(0, ge=0, description="steps of linear warm-up")
+    lr_warmup_init: float = Field(0.0, ge=0, description="learning rate at the start of the warm-up")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay; none on biases and norms")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first-moment decay")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second-moment decay")
+    adam_eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    clip_grad: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
+    use_distributed_optimizer: bool = Field(False, description="shard master weights and moments over the replicas")
+    overlap_grad_reduce: bool = Field(False, description="reduce gradients during backward")
+    overlap_param_gather: bool = Field(False, description="gather parameters during forward")
+
+    load: str | None = Field(
+        None, description="weights to start from (HF, native or MM folder), or a folder of training checkpoints"
+    )
+    save: str | None = Field(None, description="folder for checkpoints and metrics; a run found there is resumed")
+    save_interval: int | None = Field(None, ge=1, description="steps between checkpoints; the last step always saves")
+    keep_latest: int | None = Field(None, ge=1, description="complete checkpoints to keep; default: all")
+    resume_policy: Literal["newest", "strict"] = Field(
+        "newest", description="a damaged newest checkpoint: fall back to the one before, or stop"
+    )
+    no_save_optim: bool = Field(False, description="leave the optimizer out of checkpoints; such a run cannot resume")
+    no_load_optim: bool = Field(False, description="start the optimizer anew")
+    no_load_rng: bool = Field(False, description="use this --seed although the checkpoint was made with another")
+    finetune: bool = Field(False, description="take only the weights of --load; start at step 0")
+    init_from_scratch: bool = Field(False, description="start from random weights on purpose, without --load")
+    ckpt_format: Literal["torch_dist"] = Field("torch_dist", description="the layout-free sharded format")
+
+    log_interval: int = Field(1, ge=1, description="steps between console lines; metrics.jsonl has every step")
+    tensorboard_dir: str | None = Field(None, description="TensorBoard folder; default: SAVE/tensorboard")
+    no_progress_bar: bool = Field(False, description="console lines only")
+
+
+_FROM_MODEL_JSON = "Remove it; the model's shape comes from pretrain_model.json."
+_ALWAYS = "Remove it; this is how it always works here."
+RETIRED_TRAIN_FLAGS = {
+    "--num-layers": _FROM_MODEL_JSON,
+    "--hidden-size": _FROM_MODEL_JSON,
+    "--num-attention-heads": _FROM_MODEL_JSON,
+    "--seq-length": "Remove it; token counts come from the features.",
+    "--max-position-embeddings": "Remove it; token counts come from the features.",
+    "--tokenizer-type": "Remove it; captions are embedded during feature extraction.",
+    "--vocab-size": "Remove it; captions are embedded during feature extraction.",
+    "--position-embedding-type": _FROM_MODEL_JSON,
+    "--rotary-base": _FROM_MODEL_JSON,
+    "--swiglu": _FROM_MODEL_JSON,
+    "--normalization": _FROM_MODEL_JSON,
+    "--no-masked-softmax-fusion": _ALWAYS,
+    "--no-gradient-accumulation-fusion": _ALWAYS,
+    "--attention-mask-type": "Remove it; attention in Wan is never causal.",
+    "--accumulate-allreduce-grads-in-fp32": _ALWAYS,
+    "--use-fused-rmsnorm": "Remove it; the device chooses its fastest kernel.",
+    "--distributed-backend": "Remove it; the device chooses its backend (gloo, nccl, hccl).",
+    "--mm-tool": "Remove it; tools.json belongs to feature extraction.",
+    "--no-save-rng": "Remove it; random numbers are keyed by seed and sample, so there is no state to leave out.",
+    "--eval-interval": "Remove it; validation during training is not available in this version.",
+    "--eval-iters": "Remove it; validation during training is not available in this version.",
+    "--recompute-granularity": "Remove it; recomputation is not available in this version.",
+    "--recompute-method": "Remove it; recomputation is not available in this version.",
+    "--recompute-num-layers": "Remove it; recomputation is not available in this version.",
+    "--sequence-parallel": "Remove it; tensor parallelism is not available in this version.",
+    "--context-parallel-algo": "Remove it; context parallelism is not available in this version.",
+    "--layerzero": "Remove it; layer-zero sharding is not available in this version.",
+    "--layerzero-config": "Remove it; layer-zero sharding is not available in this version.",
+}

@@ -1,0 +1,1 @@
+"""Data: annotations, videos, the feature store, the order of samples, batches."""

@@ -1,0 +1,117 @@
+"""From a listed video to the clip that is encoded: which frames, and what the annotation said of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mm.config.data import TEMPORAL_STRIDE, RawPreprocess
+from mm.data.files import raise_limited
+from mm.data.metadata import VideoSample
+from mm.data.transforms import resize_and_crop
+from mm.data.video import VideoInfo, probe, read_frames
+from mm.errors import DataError, Problem
+from mm.rng import generator
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip ready to encode.
+
+    Attributes:
+        pixels: float32 [3, F, H, W] in [-1, 1].
+        start: number of its first frame in the video.
+    """
+
+    pixels: Tensor
+    start: int
+
+    @property
+    def num_frames(self) -> int:
+        """F."""
+        return self.pixels.shape[1]
+
+
+def load_clip(sample: VideoSample, preprocess: RawPreprocess, seed: int) -> Clip:
+    """Read, resize and crop the clip of one sample.
+
+    Raises:
+        DataError: what `mm.data.video` raises, DATA-004 when the video is too short, DATA-005 when it is not what its
+            annotation says.
+    """
+    info = probe(sample.file)
+    check_annotation(sample, info)
+    indices = choose_frames(sample, info.num_frames, preprocess, seed)
+    chunks = read_frames(sample.file, info, indices, preprocess.video_reader_type)
+    size = preprocess.max_height, preprocess.max_width
+    frames = torch.cat([resize_and_crop(chunk, *size) for chunk in chunks])
+    return Clip(frames.transpose(0, 1).contiguous(), indices[0])
+
+
+def choose_frames(sample: VideoSample, num_available: int, preprocess: RawPreprocess, seed: int) -> range:
+    """The frames of a sample's clip: contiguous up to `frame_interval`, from a start drawn from the seed.
+
+    A video that is long enough gives `num_frames`. A shorter one is refused, or, where `min_num_frames` allows it,
+    gives the largest 4k + 1 frames it has.
+
+    Args:
+        sample: whose clip; its annotation's `cut` limits the frames to use.
+        num_available: frames of the whole video.
+        preprocess: the clip's rules.
+        seed: the run's seed.
+
+    Raises:
+        DataError: DATA-004 when the video is too short, DATA-005 when `cut` lies outside it.
+    """
+    begin, end = _cut(sample, num_available)
+    interval = preprocess.frame_interval
+    usable = (end - begin - 1) // interval + 1
+    if usable >= preprocess.num_frames:
+        length = preprocess.num_frames
+    elif preprocess.min_num_frames is not None and usable >= preprocess.min_num_frames:
+        length = (usable - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1
+    else:
+        least = preprocess.num_frames if preprocess.min_num_frames is None else preprocess.min_num_frames
+        every = f" every {interval}" if interval > 1 else ""
+        raise DataError(
+            "DATA-004",
+            f"{sample.file} has {usable} frames to use{every}, and at least {least} are asked for.",
+            "Remove the video, lower num_frames, or set min_num_frames to accept shorter ones.",
+        )
+    slack = (end - begin) - ((length - 1) * interval + 1)
+    start = begin + int(torch.randint(slack + 1, (), generator=generator(seed, "frame_choice", sample.id, 0)))
+    return range(start, start + (length - 1) * interval + 1, interval)
+
+
+def check_annotation(sample: VideoSample, info: VideoInfo) -> None:
+    """Compare what the annotation says with the video.
+
+    `num_frames` is compared only where there is no `cut`, which may be counted or not.
+
+    Raises:
+        DataError: DATA-005, all differences at once.
+    """
+    said = sample.annotation
+    problems = []
+    if said.num_frames is not None and said.cut is None and said.num_frames != info.num_frames:
+        problems.append(_differs(sample, f"num_frames {said.num_frames}", f"{info.num_frames} frames"))
+    if said.resolution is not None and (said.resolution.height, said.resolution.width) != (info.height, info.width):
+        claimed = f"height {said.resolution.height}, width {said.resolution.width}"
+        problems.append(_differs(sample, claimed, f"height {info.height}, width {info.width}"))
+    raise_limited(problems)
+
+
+def _differs(sample: VideoSample, claimed: str, found: str) -> Problem:
+    message = f"{sample.file}: the annotation says {claimed}, the video has {found}."
+    return Problem("DATA-005", message, "Correct the annotation, or replace the video if it is the wrong one.")
+
+
+def _cut(sample: VideoSample, num_available: int) -> tuple[int, int]:
+    cut = sample.annotation.cut or [0]
+    begin, end = cut[0], cut[1] if len(cut) == 2 else num_available
+    if not begin < end <= num_available:
+        message = f"{sample.file} has {num_available} frames, and its annotation cuts {begin} to {end}."
+        raise DataError("DATA-005", message, "Correct cut: [first frame] or [first frame, frame to stop before].")
+    return begin, end

@@ -1,0 +1,121 @@
+"""The features of one or more stores as one data set."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mm.config.data import TrainData, data_sources
+from mm.config.model import WanConfig
+from mm.data.features import EMPTY_PROMPT_ID, LISTING, FeatureStore, open_store, read_feature
+from mm.data.recipe import Recipe, check_recipe, expected_in_training, load_recipe
+from mm.errors import DataError
+
+ENCODER_FIELDS = ("vae", "text_encoder", "tokenizer", "text_cleaning", "crop")
+
+
+class FeatureItem(TypedDict):
+    """One sample: latents [16, F, H, W], prompt [L, D], prompt_mask [text_len] uint8, its index in the data set."""
+
+    latents: Tensor
+    prompt: Tensor
+    prompt_mask: Tensor
+    sample: int
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSample:
+    """One sample as listed.
+
+    Attributes:
+        id: stable name, the key of its random numbers; samples of the stores after the first begin with `N:`.
+        latent_shape: (C, F, H, W). num_tokens: transformer tokens.
+        store, row: where it is.
+    """
+
+    id: str
+    latent_shape: tuple[int, int, int, int]
+    num_tokens: int
+    store: int
+    row: int
+
+
+class FeatureDataset(Dataset[FeatureItem]):
+    """All samples of some stores, in the order of their listings. Reading checks each sample against the model."""
+
+    def __init__(self, stores: Sequence[FeatureStore], model: WanConfig) -> None:
+        self._stores = stores
+        self._model = model
+        self.samples: list[FeatureSample] = []
+        for store_index, store in enumerate(stores):
+            prefix = f"{store_index}:" if store_index else ""
+            for row_index, row in enumerate(store.rows):
+                num_tokens = prod(row.latent_shape[1:]) // prod(model.patch_size)
+                sample = FeatureSample(prefix + row.sample, row.latent_shape, num_tokens, store_index, row_index)
+                self.samples.append(sample)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> FeatureItem:
+        """Read one sample.
+
+        Raises:
+            DataError: what `mm.data.features.read_feature` raises, DATA-012 when the latents are not as listed.
+        """
+        sample = self.samples[index]
+        store = self._stores[sample.store]
+        row = store.rows[sample.row]
+        file = store.file(row)
+        feature = read_feature(file, self._model, (row.sample, store.recipe_key))
+        if feature.latents is None or tuple(feature.latents.shape) != sample.latent_shape:
+            found = None if feature.latents is None else list(feature.latents.shape)
+            message = f"{file}: latents are {found}, {store.folder / LISTING} lists {list(sample.latent_shape)}."
+            raise DataError("DATA-012", message, "Run feature extraction again.")
+        mask = (torch.arange(self._model.text_len) < len(feature.prompt)).to(torch.uint8)
+        return {"latents": feature.latents, "prompt": feature.prompt, "prompt_mask": mask, "sample": index}
+
+    def empty_prompt(self) -> Tensor:
+        """The empty caption's embedding, [L, D].
+
+        Raises:
+            DataError: DATA-016 when the first store has none, or what `read_feature` raises.
+        """
+        store = self._stores[0]
+        if not store.empty_prompt.exists():
+            message = f"{store.empty_prompt} does not exist, and captions are to be dropped (cfg above 0)."
+            raise DataError("DATA-016", message, "Run feature extraction again, or set cfg to 0.")
+        return read_feature(store.empty_prompt, self._model, (EMPTY_PROMPT_ID, store.recipe_key)).prompt
+
+    def shapes(self) -> Counter[tuple[int, int, int, int]]:
+        """How many samples have which latent shape."""
+        return Counter(sample.latent_shape for sample in self.samples)
+
+
+def open_features(data: TrainData, model: WanConfig) -> FeatureDataset:
+    """Open the stores that feature_data.json names.
+
+    Raises:
+        ConfigError: what `mm.config.data.data_sources` raises.
+        DataError: DATA-010, DATA-011 or DATA-025 for a store that is incomplete, DATA-014 when its recipe is not what
+            feature_data.json says, or when two stores were made with different encoders.
+    """
+    expected = expected_in_training(data)
+    stores: list[FeatureStore] = []
+    first: Recipe | None = None
+    for source in data_sources(data.dataset_param.basic_parameters, LISTING):
+        recipe = load_recipe(source.folder)
+        remedy = "Correct preprocess_parameters or tokenizer_config, or extract the features again with these values."
+        check_recipe(source.folder, recipe, expected, remedy)
+        first = first or recipe
+        encoders = {name: getattr(first, name) for name in ENCODER_FIELDS}
+        check_recipe(source.folder, recipe, encoders, "Extract all data sets with the same weights as the first.")
+        stores.append(open_store(source.folder, source.annotation, recipe.key))
+    return FeatureDataset(stores, model)

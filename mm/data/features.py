@@ -1,0 +1,311 @@
+"""The feature store: what feature extraction writes and training reads.
+
+    STORE/features/<name>.safetensors            latents [16, F, H, W], prompt [L, D], prompt_mask [512] of one sample
+    STORE/features/empty_prompt.safetensors      prompt [L, D], prompt_mask [512] of the empty caption
+    STORE/recipe.json                            what they were made with (mm/data/recipe.py)
+    STORE/data.jsonl                             one row a sample, written last: where it is, the store is complete
+
+`prompt` has the caption's true length; training pads it. Every file says in its header which sample, caption, video
+and recipe it belongs to, so a file that is there and fits is complete and need not be made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from mm.config.base import Section, parse
+from mm.config.model import WanConfig
+from mm.data.files import raise_limited, read_rows, resolve_inside, write_atomically
+from mm.errors import ConfigError, DataError, Problem
+
+FEATURES = "features"
+LISTING = "data.jsonl"
+EMPTY_PROMPT = "empty_prompt.safetensors"
+EMPTY_PROMPT_ID = "empty_prompt"
+PRECISIONS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+_MAX_HEADER_BYTES = 2**20
+_EXTRACT_AGAIN = "Delete the file and run feature extraction again; it makes only what is missing."
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What one feature file was made from.
+
+    Attributes:
+        sample: the sample's id. recipe: key of the recipe.
+        caption: `text_hash` of the caption as given. video: `video_fingerprint` of the video.
+    """
+
+    sample: str
+    recipe: str
+    caption: str
+    video: str
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One sample as it is trained on.
+
+    Attributes:
+        latents: [16, F, H, W], normalised; None for the empty prompt.
+        prompt: [L, D], the caption's embedding at its true length.
+        start_frame: first frame of the clip in its video.
+    """
+
+    latents: Tensor | None
+    prompt: Tensor
+    start_frame: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a feature file says of itself: tensor names with (dtype, shape), its origin, the clip's first frame."""
+
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    origin: Origin
+    start_frame: int
+
+
+class FeatureRow(Section):
+    """One row of data.jsonl; names as in MindSpeed-MM where it has them.
+
+    Attributes:
+        sample: the sample's id, the key of its random numbers. file: its features, below the store.
+        path, cap: the video as listed and the caption that was embedded.
+        start_frame_idx, sample_num_frames, sample_size: the clip, `81x480x832`.
+        latent_shape: [16, F, H, W]. text_tokens: L.
+    """
+
+    sample: str = Field(min_length=1)
+    file: str = Field(pattern=r"^features/[A-Za-z0-9_-]+\.safetensors$")
+    path: str
+    cap: str
+    start_frame_idx: int = Field(ge=0)
+    sample_num_frames: int = Field(ge=1)
+    sample_size: str
+    latent_shape: tuple[int, int, int, int]
+    text_tokens: int = Field(ge=1)
+
+
+def feature_name(sample: str) -> str:
+    """File name of a sample's features: readable, and unique even where two folders hold videos of one name."""
+    readable = re.sub(r"[^A-Za-z0-9_-]", "_", Path(sample).name)[:80]
+    return f"{readable}-{text_hash(sample)}.safetensors"
+
+
+def text_hash(text: str) -> str:
+    """Sixteen hexadecimal digits of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def video_fingerprint(file: Path) -> str:
+    """Sixteen hexadecimal digits of a video's size and its first and last 4 KiB, where its index of frames is.
+
+    Raises:
+        DataError: DATA-001 when it cannot be read.
+    """
+    window = 4096
+    try:
+        size = file.stat().st_size
+        digest = hashlib.sha256(str(size).encode())
+        with open(file, "rb") as stream:
+            digest.update(stream.read(window))
+            stream.seek(max(0, size - window))
+            digest.update(stream.read(window))
+    except OSError as error:
+        raise DataError("DATA-001", f"{file} cannot be read ({error}).", "Check the disk it is on.") from None
+    return digest.hexdigest()[:16]
+
+
+def write_feature(path: Path, feature: Feature, origin: Origin, text_len: int) -> None:
+    """Write one feature file; it is complete or absent.
+
+    Args:
+        path: the file, in a folder that exists.
+        feature: the sample. origin: what it was made from.
+        text_len: length of the mask that is written beside the prompt.
+
+    Raises:
+        DataError: DATA-018 or DATA-019 when it cannot be written, DATA-013 when a value is not finite.
+    """
+    mask = torch.zeros(text_len, dtype=torch.uint8)
+    mask[: len(feature.prompt)] = 1
+    tensors = {"prompt": feature.prompt, "prompt_mask": mask}
+    if feature.latents is not None:
+        tensors["latents"] = feature.latents
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _require_finite(tensors, path, "The encoder gave it; check the weights, or try dtype fp32 in model_wan.json.")
+    metadata = {**asdict(origin), "start_frame": str(feature.start_frame)}
+    content = save(tensors, metadata)
+    write_atomically(path, [content], len(content))
+
+
+def read_header(path: Path) -> Header:
+    """Read what a feature file says of itself, and check that its size is what the header promises.
+
+    Raises:
+        DataError: DATA-011 when the file is missing, cut off or no feature file.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 0 < length <= min(_MAX_HEADER_BYTES, size - 8):
+                raise ValueError(f"its header claims {length} bytes, the file has {size}")
+            entries: dict[str, Any] = json.loads(stream.read(length))
+        metadata = entries.pop("__metadata__")
+        end = max(int(entry["data_offsets"][1]) for entry in entries.values())
+        if size != 8 + length + end:
+            raise ValueError(f"it has {size} bytes, its header promises {8 + length + end}")
+        tensors = {name: (str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in entries.items()}
+        origin = Origin(metadata["sample"], metadata["recipe"], metadata["caption"], metadata["video"])
+        return Header(tensors, origin, int(metadata["start_frame"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError("DATA-011", f"{path} is no complete feature file ({error}).", _EXTRACT_AGAIN) from None
+
+
+def is_complete(path: Path, origin: Origin) -> bool:
+    """Whether a feature file is there, whole, and made from `origin`."""
+    if not path.exists():
+        return False
+    try:
+        return read_header(path).origin == origin
+    except DataError:
+        return False
+
+
+def read_feature(path: Path, model: WanConfig, origin: tuple[str, str] | None = None) -> Feature:
+    """Read one sample and check it against the model.
+
+    Args:
+        path: the feature file.
+        model: the transformer that is to take it.
+        origin: (sample id, recipe key) that it must have, when known.
+
+    Raises:
+        DataError: DATA-011 for a damaged file, DATA-012 for tensors that are missing or of the wrong kind or shape,
+            DATA-013 for NaN or Infinity, DATA-016 for the features of another sample or recipe, DATA-017 for a
+            caption longer than the model's text length.
+    """
+    header = read_header(path)
+    if origin is not None and (header.origin.sample, header.origin.recipe) != origin:
+        found = f'sample "{header.origin.sample}" of recipe {header.origin.recipe}'
+        message = f'{path} holds {found}, expected sample "{origin[0]}" of recipe {origin[1]}.'
+        raise DataError("DATA-016", message, _EXTRACT_AGAIN)
+    raise_limited(_header_problems(header, path, model))
+    try:
+        tensors = load(path.read_bytes())
+    except (OSError, SafetensorError, KeyError) as error:
+        raise DataError("DATA-011", f"{path} cannot be read ({error}).", _EXTRACT_AGAIN) from None
+    _require_finite(tensors, path, _EXTRACT_AGAIN)
+    length = len(tensors["prompt"])
+    if not bool((tensors["prompt_mask"] == (torch.arange(len(tensors["prompt_mask"])) < length)).all()):
+        message = f"{path}: prompt has {length} tokens, and prompt_mask marks others."
+        raise DataError("DATA-012", message, _EXTRACT_AGAIN)
+    return Feature(tensors.get("latents"), tensors["prompt"], header.start_frame)
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureStore:
+    """A complete store: its folder, its rows, the key of its recipe."""
+
+    folder: Path
+    rows: Sequence[FeatureRow]
+    recipe_key: str
+
+    def file(self, row: FeatureRow) -> Path:
+        """The feature file of a row, which may not be a link that leads out of the store."""
+        return resolve_inside(self.folder, row.file, f"{self.folder / LISTING}")
+
+    @property
+    def empty_prompt(self) -> Path:
+        """The file of the empty caption's embedding."""
+        return self.folder / FEATURES / EMPTY_PROMPT
+
+
+def open_store(folder: Path, listing: Path, recipe_key: str) -> FeatureStore:
+    """Read the rows of a store and check that every file they name is there.
+
+    Raises:
+        DataError: DATA-010 when the listing is missing or not a listing, DATA-011 for files that are missing, DATA-025
+            for samples listed twice; all rows at once.
+    """
+    if not listing.exists():
+        remedy = "Run feature extraction (again); it writes the list when every sample is done."
+        raise DataError("DATA-010", f"{listing} does not exist: {folder} is no complete feature store.", remedy)
+    rows: list[FeatureRow] = []
+    problems: list[Problem] = []
+    seen: set[str] = set()
+    present = {entry.name for entry in (folder / FEATURES).iterdir()} if (folder / FEATURES).is_dir() else set()
+    for number, values in enumerate(read_rows(listing, "DATA-010"), start=1):
+        place = f"{listing} row {number}"
+        try:
+            row = parse(FeatureRow, values, place)
+        except ConfigError as error:
+            problems += [Problem("DATA-010", problem.message, _EXTRACT_AGAIN) for problem in error.problems]
+            continue
+        if row.sample in seen:
+            problems.append(Problem("DATA-025", f'{place}: sample "{row.sample}" is listed twice.', "Keep one row."))
+        if Path(row.file).name not in present:
+            problems.append(Problem("DATA-011", f"{place}: {folder / row.file} does not exist.", _EXTRACT_AGAIN))
+        seen.add(row.sample)
+        rows.append(row)
+    raise_limited(problems)
+    return FeatureStore(folder, rows, recipe_key)
+
+
+def write_listing(folder: Path, rows: Sequence[FeatureRow]) -> None:
+    """Write data.jsonl in one step; raises what `write_atomically` raises."""
+    lines = [(row.model_dump_json() + "\n").encode() for row in rows]
+    write_atomically(folder / LISTING, lines, sum(map(len, lines)))
+
+
+def _header_problems(header: Header, path: Path, model: WanConfig) -> list[Problem]:
+    """Check names, dtypes and shapes before any data is read."""
+    problems: list[Problem] = []
+
+    def wrong(text: str, id: str = "DATA-012", remedy: str = _EXTRACT_AGAIN) -> None:
+        problems.append(Problem(id, f"{path}: {text}.", remedy))
+
+    wanted = {"prompt", "prompt_mask"} | ({"latents"} if header.origin.sample != EMPTY_PROMPT_ID else set())
+    if set(header.tensors) != wanted:
+        wrong(f"it holds {', '.join(sorted(header.tensors))}, expected {', '.join(sorted(wanted))}")
+        return problems
+    for name in sorted(wanted - {"prompt_mask"}):
+        if header.tensors[name][0] not in PRECISIONS:
+            wrong(f"{name} is {header.tensors[name][0]}, expected one of {', '.join(PRECISIONS)}")
+    prompt, mask = header.tensors["prompt"][1], header.tensors["prompt_mask"]
+    if len(prompt) != 2 or prod(prompt) < 1 or prompt[1] != model.text_dim:
+        wrong(f"prompt is {list(prompt)}, expected [tokens, {model.text_dim}]")
+    elif prompt[0] > model.text_len:
+        remedy = "Extract again with model_max_length in tokenizer_config no longer than the model's text_len."
+        wrong(f"prompt has {prompt[0]} tokens, the model takes {model.text_len}", "DATA-017", remedy)
+    if mask[0] != "U8" or len(mask[1]) != 1:
+        wrong(f"prompt_mask is {mask[0]} {list(mask[1])}, expected U8 of one axis")
+    if "latents" in header.tensors:
+        shape = header.tensors["latents"][1]
+        if len(shape) != 4 or prod(shape) < 1 or shape[0] != model.in_dim:
+            wrong(f"latents are {list(shape)}, expected [{model.in_dim}, F, H, W]")
+        elif any(size % patch for size, patch in zip(shape[1:], model.patch_size, strict=True)):
+            wrong(f"latents are {list(shape)}, which patches of {list(model.patch_size)} do not divide")
+    return problems
+
+
+def _require_finite(tensors: dict[str, Tensor], path: Path, remedy: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise DataError("DATA-013", f"{path}: {name} has values that are NaN or infinite.", remedy)

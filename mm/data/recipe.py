@@ -1,0 +1,203 @@
+"""What a folder of features was made with, so that features of other weights, sizes or rules are an error.
+
+A recipe is saved as recipe.json in the store; its key stands in every feature file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mm.config.base import Section, load
+from mm.config.data import ExtractData, TokenizerConfig, TrainData
+from mm.config.extract import ExtractModel
+from mm.data.files import write_atomically
+from mm.errors import ConfigError, DataError
+
+RECIPE_FILE = "recipe.json"
+UNKNOWN = "unknown"  # features taken over from elsewhere
+FORMAT_VERSION = 1  # raise it when the same recipe would give other features
+CROP_RULE = "cover-bilinear-antialias-centre"
+TEXT_CLEANING = "ftfy-html2-whitespace"
+
+MAX_HEADER_BYTES = 100 * 2**20
+_SAMPLE_BYTES = 4096
+
+
+class Recipe(Section):
+    """Everything that decides what the features of a given video and caption are.
+
+    Attributes:
+        vae, text_encoder, tokenizer: fingerprints of their folders.
+        height, width, num_frames, min_num_frames, frame_interval, crop: the clip.
+        vae_dtype, text_dtype, tile_size, tile_stride: how it was encoded; tiles in latent pixels.
+        text_cleaning, max_text_tokens: how captions were prepared.
+        seed: decides starts of clips and choices between captions.
+    """
+
+    format_version: int = FORMAT_VERSION
+    task: Literal["t2v"] = "t2v"
+    vae: str
+    text_encoder: str
+    tokenizer: str
+    height: int
+    width: int
+    num_frames: int
+    min_num_frames: int | None
+    frame_interval: int
+    crop: str = CROP_RULE
+    vae_dtype: str
+    text_dtype: str
+    tile_size: tuple[int, int] | None
+    tile_stride: tuple[int, int] | None
+    text_cleaning: str = TEXT_CLEANING
+    max_text_tokens: int = Field(ge=1)
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Sixteen hexadecimal digits that differ when any field does."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+
+def extraction_recipe(data: ExtractData, model: ExtractModel, seed: int) -> Recipe:
+    """The recipe of one feature extraction.
+
+    Raises:
+        DataError: DATA-040 when a folder of weights is missing or has no file that says what it is.
+    """
+    param, clip = data.dataset_param, data.dataset_param.preprocess_parameters
+    tiling = model.ae.tiling()
+    return Recipe(
+        vae=folder_fingerprint(Path(model.ae.from_pretrained)),
+        text_encoder=folder_fingerprint(Path(model.text_encoder.from_pretrained)),
+        tokenizer=folder_fingerprint(Path(param.tokenizer_config.from_pretrained)),
+        height=clip.max_height,
+        width=clip.max_width,
+        num_frames=clip.num_frames,
+        min_num_frames=clip.min_num_frames,
+        frame_interval=clip.frame_interval,
+        vae_dtype=model.ae.dtype,
+        text_dtype=model.text_encoder.dtype,
+        tile_size=tiling.tile_size if tiling else None,
+        tile_stride=tiling.tile_stride if tiling else None,
+        max_text_tokens=param.tokenizer_config.model_max_length,
+        seed=seed,
+    )
+
+
+def expected_in_training(data: TrainData) -> dict[str, Any]:
+    """The recipe's fields that feature_data.json decides; raises what `extraction_recipe` raises."""
+    clip = data.dataset_param.preprocess_parameters
+    expected: dict[str, Any] = {
+        "height": clip.max_height,
+        "width": clip.max_width,
+        "num_frames": clip.num_frames,
+        "frame_interval": clip.frame_interval,
+    }
+    tokenizer: TokenizerConfig | None = data.dataset_param.tokenizer_config
+    if tokenizer is not None:
+        expected["tokenizer"] = folder_fingerprint(Path(tokenizer.from_pretrained))
+        expected["max_text_tokens"] = tokenizer.model_max_length
+    return expected
+
+
+def save_recipe(store: Path, recipe: Recipe) -> None:
+    """Write recipe.json; raises what `write_atomically` raises."""
+    content = (recipe.model_dump_json(indent=1) + "\n").encode()
+    write_atomically(store / RECIPE_FILE, [content], len(content))
+
+
+def load_recipe(store: Path) -> Recipe:
+    """Read recipe.json.
+
+    Raises:
+        DataError: DATA-010 when it is missing or no recipe.
+    """
+    try:
+        return load(Recipe, store / RECIPE_FILE)
+    except ConfigError as error:
+        remedy = "Give the folder that feature extraction wrote (save_path), or extract the features again."
+        raise DataError("DATA-010", f"{store} is no feature store: {error.problems[0].message}", remedy) from None
+
+
+def check_recipe(store: Path, found: Recipe, expected: Mapping[str, Any], remedy: str) -> None:
+    """Compare a store's recipe with what is expected of it.
+
+    Args:
+        store: the store, for the message.
+        found: its recipe.
+        expected: the fields that must agree.
+        remedy: what to do when they do not.
+
+    Raises:
+        DataError: DATA-014 with every field that differs.
+    """
+    differences = [
+        f"{name} is {getattr(found, name)}, expected {value}"
+        for name, value in expected.items()
+        if getattr(found, name) != value
+    ]
+    if differences:
+        message = f"The features in {store} were made otherwise: {'; '.join(differences)}."
+        raise DataError("DATA-014", message, remedy)
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Sixteen hexadecimal digits that change when a folder of weights or a tokenizer does.
+
+    Taken are the names and contents of its JSON, safetensors and SentencePiece files, so a README may change. Of a
+    safetensors file the whole header is taken and, of every tensor, 4 KiB at the start, the middle and the end: 11 GB
+    of text encoder cost a few megabytes of reading, and training any tensor at all changes the result; only an edit
+    of single numbers inside a large tensor could go unnoticed. Notes in a config.json about who wrote it
+    (`_diffusers_version`, `transformers_version`) are left out.
+
+    Raises:
+        DataError: DATA-040 when the folder is missing or holds no such file, DATA-042 when one cannot be read.
+    """
+    files = sorted(p for p in folder.glob("*") if p.suffix in (".json", ".safetensors", ".model"))
+    if not files:
+        remedy = "Correct from_pretrained: the folder of this component in the diffusers layout."
+        raise DataError("DATA-040", f"{folder} is missing or holds no model files.", remedy)
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            digest.update(f"{file.name}:".encode() + _file_digest(file))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            message = f"{file} cannot be read ({error})."
+            raise DataError("DATA-042", message, "Download or copy the file again.") from None
+    return digest.hexdigest()[:16]
+
+
+def _file_digest(file: Path) -> bytes:
+    if file.suffix == ".safetensors":
+        return _weights_digest(file)
+    content = file.read_bytes()
+    if file.name == "config.json":
+        values = json.loads(content)
+        kept = {k: v for k, v in values.items() if not k.startswith("_") and k != "transformers_version"}
+        content = json.dumps(kept, sort_keys=True).encode()
+    return hashlib.sha256(content).digest()
+
+
+def _weights_digest(file: Path) -> bytes:
+    digest = hashlib.sha256(str(file.stat().st_size).encode())
+    with open(file, "rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise ValueError(f"its header claims {header_bytes} bytes")
+        header = stream.read(header_bytes)
+        digest.update(header)
+        for name, entry in sorted(json.loads(header).items()):
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            for offset in (begin, (begin + end) // 2, max(begin, end - _SAMPLE_BYTES)):
+                stream.seek(8 + header_bytes + offset)
+                digest.update(stream.read(min(_SAMPLE_BYTES, end - offset)))
+    return digest.digest()

@@ -1,0 +1,107 @@
+"""The tiny Wan2.1 of the embedded default: the classes and the folder layout of the real one, small configurations.
+
+transformer/    WanTransformer3DModel, 4 layers of width 128, random weights: it is what the quickstart trains
+vae/            AutoencoderKLWan, 16 latent channels, trained by tools/train_demo_vae.py
+text_encoder/   UMT5EncoderModel, 2 layers of width 64, random weights: its embeddings tell the words apart, no more
+tokenizer/      T5 tokenizer whose vocabulary is the captions' words and single characters
+scheduler/      UniPCMultistepScheduler on flow sigmas
+model_index.json, with which diffusers.WanPipeline loads the folder
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file
+from torch import nn
+from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
+
+from mm.demo.clips import all_captions
+from mm.rng import key
+
+MODEL_NAME = "Wan2.1-T2V-Tiny-Diffusers"
+SEED = 0
+TEXT_DIM = 64
+FLOW_SHIFT = 3.0
+
+TRANSFORMER = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": TEXT_DIM,
+    "freq_dim": 256,
+    "ffn_dim": 512,
+    "num_layers": 4,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-6,
+    "rope_max_seq_len": 1024,
+}
+
+
+def write_model(folder: Path) -> None:
+    """Write the whole tiny model into `folder` in fp32; the same bytes every time for one version of the libraries."""
+    tokenizer = make_tokenizer()
+    pipeline = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=make_text_encoder(len(tokenizer)),
+        transformer=make_transformer(),
+        vae=load_vae(),
+        scheduler=make_scheduler(),
+    )
+    pipeline.save_pretrained(folder)
+
+
+def make_transformer() -> nn.Module:
+    """The untrained transformer (diffusers WanTransformer3DModel), seeded.
+
+    The output projection starts small, so that training begins near the velocity's mean and not at random pictures.
+    """
+    torch.manual_seed(key(SEED, "init_weights", "transformer", 0))
+    transformer = WanTransformer3DModel(**TRANSFORMER)
+    nn.init.normal_(transformer.proj_out.weight, std=0.02)
+    nn.init.zeros_(transformer.proj_out.bias)
+    return transformer
+
+
+def make_text_encoder(vocab_size: int) -> nn.Module:
+    """The random text encoder (transformers UMT5EncoderModel), seeded; its last norm makes every feature O(1)."""
+    torch.manual_seed(key(SEED, "init_weights", "text_encoder", 0))
+    config = UMT5Config(
+        vocab_size=vocab_size, d_model=TEXT_DIM, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0
+    )
+    return UMT5EncoderModel(config).eval()
+
+
+def make_tokenizer() -> T5TokenizerFast:
+    """A T5 tokenizer (pad 0, end 1, unknown 2) of the captions' words, and characters for everything else."""
+    words = sorted({word for caption in all_captions() for word in caption.split()})
+    characters = [c for c in string.digits + string.ascii_letters + string.punctuation if c not in words]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
+    # Scores are log probabilities: a known word (-2) must beat its spelling (-4 for the space, -8 for each character).
+    vocabulary += [(f"▁{word}", -2.0) for word in words] + [(character, -8.0) for character in characters]
+    return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512)
+
+
+def make_scheduler() -> UniPCMultistepScheduler:
+    """The sampler of the Wan2.1 release with a shift that suits the few tokens of a tiny clip."""
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT, num_train_timesteps=1000
+    )
+
+
+def load_vae() -> nn.Module:
+    """The trained VAE (diffusers AutoencoderKLWan) from the package's asset, fp16 on disk, fp32 here."""
+    assets = files("mm.demo") / "assets"
+    config = json.loads((assets / "tiny_vae.json").read_text(encoding="utf-8"))
+    vae = AutoencoderKLWan(**config)
+    with as_file(assets / "tiny_vae.safetensors") as path:
+        vae.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+    return vae.eval()

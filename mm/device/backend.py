@@ -1,0 +1,116 @@
+"""The device a process computes on: its torch device, its collective backend, its memory figures.
+
+This and its neighbours are the only files that name a kind of device. Everything else receives a `Backend`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from mm.device.megatron_on_cpu import MegatronOnCpu
+from mm.errors import ConfigError
+
+DeviceKind = Literal["cpu", "cuda", "npu"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One process's device.
+
+    Attributes:
+        kind: which kind of device.
+        device: the torch device with its index.
+        collective: name of the torch.distributed backend that talks between such devices.
+        adapter: on the CPU, what makes megatron-core's code mean the CPU where it says CUDA.
+    """
+
+    kind: DeviceKind
+    device: torch.device
+    collective: Literal["gloo", "nccl", "hccl"]
+    adapter: MegatronOnCpu | None
+
+    def megatron(self) -> AbstractContextManager[None]:
+        """Enter this around every call into megatron-core (construction, schedule, optimizer)."""
+        return self.adapter.inside() if self.adapter else contextlib.nullcontext()
+
+    def model_code(self) -> AbstractContextManager[None]:
+        """Enter this around our own code that megatron-core calls back, which needs no adapter and pays for it."""
+        return self.adapter.outside() if self.adapter else contextlib.nullcontext()
+
+    def synchronize(self) -> None:
+        """Wait for the device's queued work; for measurements only."""
+        if self.kind != "cpu":
+            getattr(torch, self.kind).synchronize()
+
+    def peak_memory_bytes(self) -> int:
+        """Peak memory of this process: the allocator's on an accelerator, the resident set on the CPU."""
+        if self.kind != "cpu":
+            return int(getattr(torch, self.kind).max_memory_allocated())
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on Linux
+
+    def name(self) -> str:
+        """What to call the device in reports."""
+        if self.kind == "cpu":
+            return "CPU"
+        return str(getattr(torch, self.kind).get_device_name(self.device))
+
+
+def select(kind: DeviceKind | None, local_rank: int = 0) -> Backend:
+    """Choose this process's device.
+
+    Args:
+        kind: which kind, or None for the first of NPU, CUDA, CPU that is there.
+        local_rank: index of this process on its node, which is the device's index.
+
+    Raises:
+        ConfigError: CFG-030 when the kind asked for, or the device of that index, is not there.
+    """
+    kind = kind or _first_available()
+    if kind == "cpu":
+        return Backend("cpu", torch.device("cpu"), "gloo", MegatronOnCpu())
+    count = _device_count(kind)
+    if local_rank >= count:
+        raise ConfigError(
+            "CFG-030",
+            f"Local process {local_rank} needs {kind}:{local_rank}, and this node has {count} such devices.",
+            "Start at most that many processes a node (NPUS_PER_NODE), or choose another --device.",
+        )
+    device = torch.device(kind, local_rank)
+    getattr(torch, kind).set_device(device)
+    return Backend(kind, device, "nccl" if kind == "cuda" else "hccl", None)
+
+
+@contextlib.contextmanager
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Ask torch for deterministic kernels inside the block when `enabled`."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(enabled or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _first_available() -> DeviceKind:
+    if _device_count("npu"):
+        return "npu"
+    return "cuda" if _device_count("cuda") else "cpu"
+
+
+def _device_count(kind: DeviceKind) -> int:
+    if kind == "npu":
+        try:
+            import torch_npu  # noqa: F401  registers torch.npu; absent everywhere but on Ascend machines
+        except ImportError:
+            return 0
+    module = getattr(torch, kind, None)
+    return int(module.device_count()) if module is not None and module.is_available() else 0

@@ -1,0 +1,130 @@
+"""Flow matching: noise levels, what is drawn for a sample, the target and the loss.
+
+With x0 the clean latents and e standard normal noise, the noisy latents at noise level sigma in [0, 1] are
+x = (1 - sigma) x0 + sigma e, and the model learns the velocity dx/dsigma = e - x0 (Lipman et al. 2023, arXiv
+2210.02747; Liu et al. 2023, arXiv 2209.03003). The model sees the timestep 1000 sigma, a float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mm.config.diffusion import DiffusionConfig
+from mm.rng import generator
+
+SampleId = int | str
+
+
+class FlowMatching:
+    """The training objective for one configuration.
+
+    Attributes:
+        sigmas: [N] fp32, the shifted grid of noise levels, from pure noise downwards.
+        timesteps: [N] fp32, `num_train_timesteps * sigmas`.
+        weights: [N] fp32, the loss weight at each timestep; their mean is 1.
+    """
+
+    def __init__(self, config: DiffusionConfig) -> None:
+        self.config = config
+        self._grid = _sigma_grid(config)
+        timesteps = config.num_train_timesteps * self._grid
+        bells = self._bell(timesteps)
+        self._bell_floor = bells.min()
+        self._bell_mean = (bells - self._bell_floor).mean()
+        self.sigmas = self._grid.float()
+        self.timesteps = timesteps.float()
+        self.weights = self.weight_of(timesteps).float()
+
+    def draw_timesteps(
+        self, seed: int, samples: Sequence[SampleId], draws: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw one noise level for each sample of a batch.
+
+        Each depends on (seed, sample, draw) alone, so neither the batch's make-up nor the rank changes it.
+
+        Args:
+            seed: the run's seed.
+            samples: identity of each sample in the data set.
+            draws: how often each sample was drawn before.
+
+        Returns:
+            sigma [B], timestep [B] and loss weight [B], fp32 on the CPU.
+        """
+        draw_one = self._draw_grid if self.config.timestep_sampling == "grid" else self._draw_logit_normal
+        sigma = torch.stack(
+            [draw_one(generator(seed, "timestep", sample, draw)) for sample, draw in zip(samples, draws, strict=True)]
+        )
+        timestep = self.config.num_train_timesteps * sigma
+        return sigma.float(), timestep.float(), self.weight_of(timestep).float()
+
+    def draw_noise(self, seed: int, samples: Sequence[SampleId], draws: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """Draw the noise of each sample, [B, *shape] fp32 on the CPU; keyed as in `draw_timesteps`."""
+        return torch.stack(
+            [
+                torch.randn(tuple(shape), generator=generator(seed, "noise", sample, draw), dtype=torch.float32)
+                for sample, draw in zip(samples, draws, strict=True)
+            ]
+        )
+
+    def noisy(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """x = (1 - sigma) x0 + sigma noise in fp32; x0 and noise [B, ...], sigma [B]."""
+        sigma = sigma.to(device=x0.device, dtype=torch.float32).view(-1, *[1] * (x0.dim() - 1))
+        return (1 - sigma) * x0.float() + sigma * noise.float()
+
+    def target(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """The velocity that the model should predict, noise - x0 in fp32, [B, ...]."""
+        return noise.float() - x0.float()
+
+    def loss(self, prediction: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted mean squared error in fp32.
+
+        Args:
+            prediction: [B, ...] velocity from the model, any floating type.
+            target: [B, ...] from `target`.
+            weight: [B] from `draw_timesteps`.
+
+        Returns:
+            The batch's loss (scalar: mean of the samples' losses) and the samples' losses [B], both weighted.
+        """
+        squared = (prediction.float() - target.float()).square()
+        per_sample = squared.flatten(1).mean(dim=1) * weight.to(device=squared.device, dtype=torch.float32)
+        return per_sample.mean(), per_sample
+
+    def weight_of(self, timestep: Tensor) -> Tensor:
+        """Loss weight at any timesteps in [0, num_train_timesteps], of their shape and type.
+
+        `gaussian`: exp(-2 ((t - N/2) / N)^2), lowered so that the grid's least weight is 0 and scaled so that the
+        grid's mean is 1. Pure noise (t = N) therefore has weight 0.
+        """
+        if self.config.loss_weighting == "none":
+            return torch.ones_like(timestep)
+        return (self._bell(timestep) - self._bell_floor) / self._bell_mean
+
+    def _bell(self, timestep: Tensor) -> Tensor:
+        steps = self.config.num_train_timesteps
+        return torch.exp(-2 * ((timestep - steps / 2) / steps) ** 2)
+
+    def _draw_grid(self, source: torch.Generator) -> Tensor:
+        return self._grid[torch.randint(len(self._grid), (), generator=source)]
+
+    def _draw_logit_normal(self, source: torch.Generator) -> Tensor:
+        normal = torch.randn((), generator=source, dtype=torch.float64)
+        return shift_sigma(torch.sigmoid(self.config.logit_mean + self.config.logit_std * normal), self.config.shift)
+
+
+def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+    """Move noise levels towards noise: shift s / (1 + (shift - 1) s) (arXiv 2403.03206, equation 23)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def _sigma_grid(config: DiffusionConfig) -> Tensor:
+    """[num_train_timesteps] fp64, shifted. fp64 because the weights' normalisation sums a thousand of them."""
+    count = config.num_train_timesteps
+    if config.extra_one_step:
+        even = torch.linspace(1.0, config.sigma_min, count + 1, dtype=torch.float64)[:-1]
+    else:
+        even = torch.linspace(1.0, config.sigma_min, count, dtype=torch.float64)
+    return shift_sigma(even, config.shift)

@@ -1,0 +1,92 @@
+"""Samplers: integrate the learned velocity from noise to latents. Thin wrappers around diffusers' schedulers.
+
+The two differ in their grids of noise levels, too. With S steps and shift(s) = k s / (1 + (k - 1) s):
+
+- `unipc`: s from 1 to 1/1000 in S + 1 points without the last, shifted, and the timesteps cut to whole numbers.
+  That is diffusers' grid for Wan; Wan's own UniPC runs from 0.999 to 0 and cuts the timesteps as well.
+- `euler`: s from 1 to 0 in S + 1 points without the last, shifted; timesteps stay fractional. That is the grid of
+  Wan's own first-order and DPM++ samplers. diffusers' default for this scheduler shifts its lower end twice, so the
+  noise levels are handed to it.
+
+Both end at noise level 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from torch import Tensor
+
+Solver = Literal["unipc", "euler"]
+
+
+class Sampler:
+    """One run of a scheduler, from its first timestep to its last.
+
+    UniPC remembers earlier steps, so a sampler serves one batch of latents; make a new one for the next.
+
+    Attributes:
+        timesteps: [S] fp32, what the model is called with, in order.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        """Wrap a diffusers scheduler whose `set_timesteps` was called."""
+        self._scheduler = scheduler
+        # Steps are counted from here instead of looked up by timestep, since UniPC's whole timesteps may repeat.
+        scheduler.set_begin_index(0)
+        self.timesteps: Tensor = scheduler.timesteps.float()
+
+    def step(self, velocity: Tensor, t: Tensor, latents: Tensor) -> Tensor:
+        """One step towards the data.
+
+        Args:
+            velocity: [B, C, F, H, W], the model's output at `latents` and `t`.
+            t: the element of `timesteps` that is due.
+            latents: [B, C, F, H, W] fp32.
+
+        Returns:
+            The latents at the next noise level, fp32.
+        """
+        result: Tensor = self._scheduler.step(velocity.float(), t, latents.float(), return_dict=False)[0]
+        return result
+
+
+def make_sampler(
+    solver: Solver,
+    num_steps: int,
+    shift: float,
+    *,
+    device: torch.device | None = None,
+    solver_order: int = 2,
+    solver_type: Literal["bh1", "bh2"] = "bh2",
+) -> Sampler:
+    """A sampler ready for its first step.
+
+    Args:
+        solver: `unipc` (Zhao et al. 2023, arXiv 2302.04867) or `euler`.
+        num_steps: how many times the model is evaluated (twice as many with guidance).
+        shift: of the noise levels; 3 for 480p and 5 for 720p are usual.
+        device: where `timesteps` lie.
+        solver_order, solver_type: of UniPC alone.
+    """
+    if solver == "unipc":
+        scheduler = UniPCMultistepScheduler(
+            num_train_timesteps=1000,
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=shift,
+            solver_order=solver_order,
+            solver_type=solver_type,
+            final_sigmas_type="zero",
+            lower_order_final=True,
+            predict_x0=True,
+        )
+        scheduler.set_timesteps(num_steps, device=device)
+    else:
+        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
+        even = np.linspace(1.0, 0.0, num_steps + 1)[:-1]
+        scheduler.set_timesteps(sigmas=even.tolist(), device=device)
+    return Sampler(scheduler)

@@ -1,0 +1,95 @@
+"""The one exception family of the project: an id, what was found, what to do, and the exit code of the process.
+
+Every error that a user can cause is raised as one of the classes below, so that the command line prints one line
+for it (`format_error`) and leaves with a code that a launcher can act on. A traceback means a defect in this project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+EXIT_NUMERICS = 17
+EXIT_CONFIG = 64
+EXIT_DATA = 65
+EXIT_INTERNAL = 70
+EXIT_CHECKPOINT = 74
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        id: stable identifier such as `CFG-012`, documented in docs/errors.md.
+        message: what was found and what was expected, in one sentence, naming the flag, file or tensor.
+        remedy: what the user can do about it, in one sentence.
+    """
+
+    id: str
+    message: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.id}: {self.message} Fix: {self.remedy}"
+
+
+class MMError(Exception):
+    """Base of all errors a user can cause. Carries at least one `Problem` and the exit code of the process."""
+
+    exit_code = EXIT_INTERNAL
+
+    def __init__(self, id: str, message: str, remedy: str) -> None:
+        self.problems: tuple[Problem, ...] = (Problem(id, message, remedy),)
+        super().__init__(str(self.problems[0]))
+
+    @property
+    def id(self) -> str:
+        """Identifier of the first problem."""
+        return self.problems[0].id
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors cross process borders (data workers); the default reduction would call __init__ with one argument.
+        return _rebuild, (type(self), self.problems)
+
+
+class ConfigError(MMError):
+    """A flag, a configuration file or a combination of them that cannot work. Carries all problems found at once."""
+
+    exit_code = EXIT_CONFIG
+
+
+class DataError(MMError):
+    """A video, caption, feature file or weight folder that cannot be used."""
+
+    exit_code = EXIT_DATA
+
+
+class CheckpointError(MMError):
+    """A checkpoint that cannot be read, written or matched with the model."""
+
+    exit_code = EXIT_CHECKPOINT
+
+
+class NumericsError(MMError):
+    """A loss or gradient that is not finite."""
+
+    exit_code = EXIT_NUMERICS
+
+
+def raise_all(error_type: type[MMError], problems: Sequence[Problem]) -> None:
+    """Raise one error that carries all `problems`, or return when there are none."""
+    if problems:
+        raise _rebuild(error_type, tuple(problems))
+
+
+def format_error(error: MMError) -> str:
+    """The text a user sees: one line for each problem, its id first and the remedy last."""
+    return "\n".join(f"error {problem}" for problem in error.problems)
+
+
+def _rebuild(error_type: type[MMError], problems: tuple[Problem, ...]) -> MMError:
+    error = error_type.__new__(error_type)
+    error.problems = problems
+    Exception.__init__(error, "\n".join(map(str, problems)))
+    return error

@@ -1,0 +1,1 @@
+"""From prompts to video files with a trained transformer."""

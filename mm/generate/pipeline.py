@@ -1,0 +1,101 @@
+"""Text to video: initial noise, denoising with classifier-free guidance, and decoded frames.
+
+Shapes: B clips, C latent channels, F H W latent frames, height and width, L text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mm.diffusion.samplers import Sampler
+from mm.errors import DataError
+from mm.rng import generator
+
+
+class Velocity(Protocol):
+    """A transformer such as `mm.wan.model.WanModel`."""
+
+    def __call__(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        """[B, C, F, H, W], [B] and [B, L, text_dim] to the velocity [B, C, F, H, W]."""
+        ...
+
+
+def initial_latents(seed: int, prompts: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Standard normal noise, one clip for each prompt's index, [B, *shape] fp32 on the CPU.
+
+    A clip depends on (seed, index) alone: not on the device, nor on which prompts share a batch.
+    """
+    return torch.stack(
+        [
+            torch.randn(tuple(shape), generator=generator(seed, "initial_noise", index, 0), dtype=torch.float32)
+            for index in prompts
+        ]
+    )
+
+
+def pad_text(features: Sequence[Tensor], text_len: int) -> Tensor:
+    """Text features of true length, each [L, text_dim], padded with zero vectors to [B, text_len, text_dim]."""
+    padded = features[0].new_zeros(len(features), text_len, features[0].shape[-1])
+    for row, feature in zip(padded, features, strict=True):
+        row[: len(feature)] = feature
+    return padded
+
+
+@torch.no_grad()
+def denoise(
+    model: Velocity,
+    latents: Tensor,
+    text: Tensor,
+    negative: Tensor | None,
+    sampler: Sampler,
+    guidance_scale: float,
+    on_step: Callable[[], object] = lambda: None,
+) -> Tensor:
+    """Integrate the velocity from noise to latents, as Wan does (arXiv 2503.20314; guidance: arXiv 2207.12598).
+
+    The velocity is v_neg + guidance_scale (v_pos - v_neg), from two passes one after the other; a scale of exactly 1
+    is v_pos, and the negative pass is left out.
+
+    Args:
+        model: the transformer.
+        latents: [B, C, F, H, W], the noise to begin with, on the model's device.
+        text: [B, L, text_dim], padded text features of the prompts.
+        negative: the same of the negative prompt; may be None when guidance_scale is 1.
+        sampler: new, from `mm.diffusion.samplers.make_sampler`.
+        guidance_scale: strength of the guidance.
+        on_step: called after every step; what it returns is ignored.
+
+    Returns:
+        [B, C, F, H, W] fp32, normalised latents of the clips.
+
+    Raises:
+        DataError: DATA-056 when the latents are no longer finite numbers.
+    """
+    if negative is None and guidance_scale != 1:
+        raise ValueError("guidance needs the negative prompt's features")
+    latents = latents.float()
+    for t in sampler.timesteps:
+        timestep = t.expand(latents.shape[0]).to(latents.device)
+        velocity = model(latents, timestep, text).float()
+        if negative is not None and guidance_scale != 1:
+            unguided = model(latents, timestep, negative).float()
+            velocity = unguided + guidance_scale * (velocity - unguided)
+        latents = sampler.step(velocity, t, latents)
+        on_step()
+    if not torch.isfinite(latents).all():
+        raise DataError(
+            "DATA-056",
+            "The transformer's output is not finite.",
+            "Check the weights (a diverged training run?), and use bf16 or fp32 as predictor.dtype.",
+        )
+    return latents
+
+
+def to_frames(pixels: Tensor) -> Tensor:
+    """Decoded pixels [B, 3, frames, height, width] in [-1, 1] to uint8 [B, frames, height, width, 3] on the CPU."""
+    scaled = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round()
+    return scaled.to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous().cpu()

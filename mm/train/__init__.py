@@ -1,0 +1,1 @@
+"""The training run: loop, step, checkpoints of its state, metrics."""

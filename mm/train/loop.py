@@ -1,0 +1,257 @@
+"""The training run from start to end: model on the mesh, weights or checkpoint, steps, metrics, checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mm.checkpoint.comm import Comm
+from mm.checkpoint.store import find_latest, writing
+from mm.checkpoint.weights import open_weights
+from mm.config.data import TrainData
+from mm.config.model import WanConfig
+from mm.config.train import PretrainModel, TrainFlags
+from mm.data.dataset import FeatureDataset
+from mm.data.loader import FeatureBatch, feature_batches
+from mm.data.sampler import BatchPlan
+from mm.device.backend import Backend, deterministic
+from mm.diffusion.flow import FlowMatching
+from mm.parallel.apply import DataParallelOptions, ParallelModel, apply
+from mm.parallel.mesh import Mesh
+from mm.parallel.optimizer import AdamWSettings, Optimizer
+from mm.train.flops import train_flops
+from mm.train.metrics import MetricsLog, StepMetrics
+from mm.train.state import Progress, load_state, load_weights, save_state
+from mm.train.step import StepResult, train_step
+from mm.wan.model import WanModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything one training run is made of.
+
+    Attributes:
+        flags, model, data: checked configuration. dataset: the features that `data` names.
+        mesh, backend: where it runs. comm: the ranks, for checkpoints.
+    """
+
+    flags: TrainFlags
+    model: PretrainModel
+    data: TrainData
+    dataset: FeatureDataset
+    mesh: Mesh
+    backend: Backend
+    comm: Comm
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples in one step."""
+        return self.flags.global_batch_size or self.flags.micro_batch_size * self.mesh.dp_size
+
+    @property
+    def config(self) -> WanConfig:
+        """The model's shape."""
+        return self.model.predictor.wan()
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank writes metrics and logs."""
+        return self.comm.rank == 0
+
+
+def train(run: Run) -> Progress:
+    """Train until `--train-iters` steps are taken, going on from the newest checkpoint in `--save` if there is one.
+
+    Returns:
+        Where the run ended.
+
+    Raises:
+        CheckpointError, ConfigError, NumericsError: as documented where they arise.
+    """
+    flags = run.flags
+    with ExitStack() as stack:
+        stack.enter_context(deterministic(flags.deterministic_mode))
+        if flags.save is not None:
+            stack.enter_context(writing(Path(flags.save), run.comm))
+        parallel, optimizer = _build(run)
+        _describe(run, optimizer)
+        progress = _start(run, optimizer)
+        if progress.step >= flags.train_iters:
+            logger.info("step %d of %d is already done; nothing to train", progress.step, flags.train_iters)
+            return progress
+        log = stack.enter_context(_metrics_log(run, progress))
+        return _steps(run, parallel, optimizer, progress, log)
+
+
+def _build(run: Run) -> tuple[ParallelModel, Optimizer]:
+    flags = run.flags
+    dtype = torch.bfloat16 if flags.bf16 else torch.float32
+    model = WanModel(run.config)
+    if flags.init_from_scratch:
+        model.init_weights(flags.seed)
+    options = DataParallelOptions(
+        flags.use_distributed_optimizer, flags.overlap_grad_reduce, flags.overlap_param_gather
+    )
+    placed = model.to_precision(dtype).to(run.backend.device)
+    parallel = apply(placed, run.mesh, run.backend, options, dtype)
+    samples = run.global_batch_size
+    settings = AdamWSettings(
+        lr=flags.lr,
+        min_lr=flags.min_lr,
+        lr_decay_style=flags.lr_decay_style,
+        lr_warmup_init=flags.lr_warmup_init,
+        warmup_samples=flags.lr_warmup_iters * samples,
+        decay_samples=(flags.lr_decay_iters or flags.train_iters) * samples,
+        weight_decay=flags.weight_decay,
+        adam_beta1=flags.adam_beta1,
+        adam_beta2=flags.adam_beta2,
+        adam_eps=flags.adam_eps,
+        clip_grad=flags.clip_grad,
+    )
+    return parallel, Optimizer(parallel, settings)
+
+
+def _describe(run: Run, optimizer: Optimizer) -> None:
+    """Say what is about to run, so that a wrong number is seen before hours are spent."""
+    flags, config = run.flags, run.config
+    parameters = sum(math.prod(shape) for shape in optimizer.parameter_shapes().values())
+    shapes = ", ".join(
+        f"{count} of {frames}x{height}x{width}"
+        for (_, frames, height, width), count in run.dataset.shapes().most_common(4)
+    )
+    tokens = sorted({sample.num_tokens for sample in run.dataset.samples})
+    accumulation = run.global_batch_size // (flags.micro_batch_size * run.mesh.dp_size)
+    rows = {
+        "model": f"{parameters:,} parameters, {config.num_layers} layers, width {config.hidden_size}, "
+        f"{config.num_heads} heads",
+        "precision": "bf16 with fp32 masters" if flags.bf16 else "fp32",
+        "device": f"{run.comm.world_size} x {run.backend.name()} ({run.backend.collective})",
+        "layout": f"DP {run.mesh.dp_size} x TP {run.mesh.sizes.tp_size} x PP {run.mesh.sizes.pp_size} "
+        f"x CP {run.mesh.sizes.cp_size}",
+        "batch": f"{run.global_batch_size} = {flags.micro_batch_size} a forward x {accumulation} accumulated "
+        f"x {run.mesh.dp_size} replicas",
+        "features": f"{len(run.dataset)} samples, latents {shapes}",
+        "tokens": f"{tokens[0]:,} to {tokens[-1]:,} a sample" if len(tokens) > 1 else f"{tokens[0]:,} a sample",
+        "checkpoints": flags.save or "none: the trained weights are not kept (--save)",
+    }
+    for name, value in rows.items():
+        logger.info("%-11s %s", name, value)
+
+
+def _start(run: Run, optimizer: Optimizer) -> Progress:
+    """Resume from `--save`, else from training checkpoints in `--load`, else start from the weights there."""
+    flags = run.flags
+    for folder in (flags.save, None if flags.finetune else flags.load):
+        latest = find_latest(Path(folder), flags.resume_policy, comm=run.comm) if folder is not None else None
+        if latest is None:
+            continue
+        progress = load_state(
+            latest,
+            optimizer,
+            run.config,
+            flags.seed,
+            run.comm,
+            with_optimizer=not flags.no_load_optim,
+            any_seed=flags.no_load_rng,
+        )
+        logger.info("going on from %s: step %d, %d samples", latest, progress.step, progress.consumed_samples)
+        return progress
+    if flags.load is not None:
+        load_weights(open_weights(Path(flags.load)), optimizer, run.config)
+    return Progress()
+
+
+def _metrics_log(run: Run, progress: Progress) -> MetricsLog:
+    flags = run.flags
+    folder = Path(flags.save) if flags.save and run.reports else None
+    board = Path(flags.tensorboard_dir) if flags.tensorboard_dir else (folder / "tensorboard" if folder else None)
+    return MetricsLog(
+        folder,
+        board if run.reports else None,
+        first_step=progress.step + 1,
+        total_steps=flags.train_iters,
+        log_interval=flags.log_interval,
+        progress_bar=run.reports and not flags.no_progress_bar,
+    )
+
+
+def _steps(run: Run, parallel: ParallelModel, optimizer: Optimizer, progress: Progress, log: MetricsLog) -> Progress:
+    flags = run.flags
+    flow = FlowMatching(run.model.diffusion)
+    batches = _batches(run, progress)
+    while progress.step < flags.train_iters:
+        started = time.monotonic()
+        result = train_step(
+            parallel,
+            optimizer,
+            flow,
+            batches,
+            num_microbatches=run.global_batch_size // (flags.micro_batch_size * run.mesh.dp_size),
+            samples=run.global_batch_size,
+            seed=flags.seed,
+        )
+        progress = Progress(progress.step + 1, progress.consumed_samples + run.global_batch_size)
+        log.write(_measure(run, result, progress, time.monotonic() - started))
+        due = flags.save_interval is not None and progress.step % flags.save_interval == 0
+        if flags.save is not None and (due or progress.step == flags.train_iters):
+            _save(run, Path(flags.save), optimizer, progress)
+    return progress
+
+
+def _batches(run: Run, progress: Progress) -> Iterator[FeatureBatch]:
+    flags = run.flags
+    loading = run.data.dataloader_param
+    return feature_batches(
+        run.dataset,
+        BatchPlan(run.global_batch_size, flags.micro_batch_size, run.mesh.dp_rank, run.mesh.dp_size),
+        text_len=run.config.text_len,
+        seed=flags.seed,
+        consumed_samples=progress.consumed_samples,
+        caption_dropout=run.data.dataset_param.preprocess_parameters.cfg,
+        shuffle=loading.shuffle,
+        num_workers=flags.num_workers,
+        pin_memory=loading.pin_memory and run.backend.kind != "cpu",
+    )
+
+
+def _measure(run: Run, result: StepResult, progress: Progress, seconds: float) -> StepMetrics:
+    replica_samples = run.global_batch_size // run.mesh.dp_size
+    flops = replica_samples * train_flops(run.config, result.tokens // replica_samples)
+    devices_per_replica = run.comm.world_size // run.mesh.dp_size
+    return StepMetrics(
+        step=progress.step,
+        loss=result.loss,
+        loss_hex=result.loss.hex(),
+        grad_norm=result.grad_norm,
+        grad_norm_hex=result.grad_norm.hex(),
+        lr=result.lr,
+        consumed_samples=progress.consumed_samples,
+        tokens_per_s=result.tokens * run.mesh.dp_size / seconds,
+        tflops=flops / devices_per_replica / seconds / 1e12,
+        peak_memory_gb=run.backend.peak_memory_bytes() / 1e9,
+        step_time_s=seconds,
+    )
+
+
+def _save(run: Run, root: Path, optimizer: Optimizer, progress: Progress) -> None:
+    started = time.monotonic()
+    folder = save_state(
+        root,
+        optimizer,
+        progress,
+        run.config,
+        run.flags.seed,
+        run.comm,
+        with_optimizer=not run.flags.no_save_optim,
+        keep_latest=run.flags.keep_latest,
+    )
+    logger.info("checkpoint %s written in %.1f s", folder.name, time.monotonic() - started)

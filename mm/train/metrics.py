@@ -1,0 +1,157 @@
+"""What a run tells: metrics.jsonl (one object a step), TensorBoard, console lines and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from mm.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of metrics.jsonl.
+
+    Attributes:
+        step: from 1. loss: weighted, averaged over the global batch. grad_norm: before clipping.
+        loss_hex, grad_norm_hex: the same numbers, bit for bit (`float.hex`).
+        lr: the rate this step used. consumed_samples: up to and with this step.
+        tokens_per_s: video tokens of the whole job. tflops: model TFLOP/s of one device (`mm.train.flops`).
+        peak_memory_gb: of this process so far, in 10^9 bytes. step_time_s: wall time.
+    """
+
+    step: int
+    loss: float
+    loss_hex: str
+    grad_norm: float
+    grad_norm_hex: str
+    lr: float
+    consumed_samples: int
+    tokens_per_s: float
+    tflops: float
+    peak_memory_gb: float
+    step_time_s: float
+
+    def line(self, total_steps: int, eta_s: float) -> str:
+        """The console line."""
+        return (
+            f"step {self.step}/{total_steps} | loss {self.loss:.4f} | grad norm {self.grad_norm:.3f} | "
+            f"lr {self.lr:.2e} | {_short(self.tokens_per_s)} tokens/s | {self.tflops:.3g} TFLOP/s | "
+            f"peak {self.peak_memory_gb:.2f} GB | ETA {_clock(eta_s)}"
+        )
+
+
+def read_metrics(path: Path) -> list[StepMetrics]:
+    """Read metrics.jsonl; a last line cut off by a kill is left out.
+
+    Raises:
+        CheckpointError: CKPT-070 when the file is missing or a line before the last is damaged.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise CheckpointError("CKPT-070", f"{path} cannot be read ({error}).", "Name a run's folder.") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(StepMetrics(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise CheckpointError(
+                "CKPT-070", f"{path} line {number} is damaged ({error}).", "Remove that line."
+            ) from None
+    return rows
+
+
+class MetricsLog:
+    """Writes a run's metrics on the one rank that reports; a context manager that closes its files."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        tensorboard: Path | None,
+        *,
+        first_step: int,
+        total_steps: int,
+        log_interval: int,
+        progress_bar: bool,
+    ) -> None:
+        self._total_steps = total_steps
+        self._log_interval = log_interval
+        self._file = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            _keep_steps_before(folder / METRICS_FILE, first_step)
+            self._file = (folder / METRICS_FILE).open("a")
+        self._board = SummaryWriter(str(tensorboard), purge_step=first_step) if tensorboard is not None else None
+        self._bar = tqdm(
+            total=total_steps, initial=first_step - 1, unit="step", disable=not progress_bar, dynamic_ncols=True
+        )
+        self._redirect = logging_redirect_tqdm()
+        self._seconds: list[float] = []
+
+    def __enter__(self) -> MetricsLog:
+        self._redirect.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        self._redirect.__exit__(kind, error, trace)
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Record one step everywhere."""
+        if self._file is not None:
+            self._file.write(json.dumps(asdict(metrics)) + "\n")
+            self._file.flush()
+        if self._board is not None:
+            for name in ("loss", "grad_norm", "lr", "tokens_per_s", "tflops", "peak_memory_gb", "step_time_s"):
+                self._board.add_scalar(f"train/{name}", getattr(metrics, name), metrics.step)
+        self._seconds = [*self._seconds[-49:], metrics.step_time_s]
+        eta = sum(self._seconds) / len(self._seconds) * (self._total_steps - metrics.step)
+        self._bar.set_postfix(loss=f"{metrics.loss:.4f}", refresh=False)
+        self._bar.update(1)
+        if metrics.step % self._log_interval == 0 or metrics.step == self._total_steps:
+            logger.info(metrics.line(self._total_steps, eta))
+
+
+def _keep_steps_before(path: Path, first_step: int) -> None:
+    """Drop lines of steps that will run again, as after a kill between two checkpoints."""
+    if not path.exists():
+        return
+    rows = read_metrics(path)
+    kept = [row for row in rows if row.step < first_step]
+    if len(kept) == len(rows):
+        return
+    logger.warning("%s: steps %d to %d will run again; their lines are removed", path, first_step, rows[-1].step)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(asdict(row)) + "\n" for row in kept))
+    os.replace(temporary, path)
+
+
+def _short(value: float) -> str:
+    return f"{value / 1000:.1f}k" if value >= 10_000 else f"{value:.0f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours:d}:{minute:02d}:{second:02d}"

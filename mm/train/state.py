@@ -1,0 +1,154 @@
+"""The state of a training run on disk: what a checkpoint holds, saving it, going on from it, starting from weights.
+
+A checkpoint holds the fp32 master weights (`model.<name>`), AdamW's moments (`optimizer.exp_avg.<name>`,
+`optimizer.exp_avg_sq.<name>`) and, as JSON, how far the run has come. Random numbers are keyed by seed and sample
+(mm.rng), so the seed and the count of consumed samples are their whole state.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mm.checkpoint.comm import Comm
+from mm.checkpoint.store import Piece, load, pieces_of_flat_range, read_manifest, save
+from mm.checkpoint.weights import WeightSource, require_exactly
+from mm.config.base import parse
+from mm.config.model import WanConfig
+from mm.errors import CheckpointError, ConfigError, Problem, raise_all
+from mm.parallel.optimizer import MOMENTS, Optimizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come: optimizer steps taken and samples seen."""
+
+    step: int = 0
+    consumed_samples: int = 0
+
+
+def save_state(
+    root: Path,
+    optimizer: Optimizer,
+    progress: Progress,
+    config: WanConfig,
+    seed: int,
+    comm: Comm,
+    *,
+    with_optimizer: bool,
+    keep_latest: int | None,
+) -> Path:
+    """Write a checkpoint below `root`; every rank calls it, inside `mm.checkpoint.store.writing(root)`.
+
+    Returns:
+        The committed folder.
+
+    Raises:
+        CheckpointError: as `mm.checkpoint.store.save`.
+    """
+    scalars: dict[str, Any] = {
+        "step": progress.step,
+        "consumed_samples": progress.consumed_samples,
+        "seed": seed,
+        "adam_step": optimizer.adam_step() if with_optimizer else None,
+        "wan_config": config.model_dump(mode="json"),
+    }
+    pieces = _pieces(optimizer, with_optimizer) if optimizer.saves_here else []
+    return save(root, progress.step, pieces, scalars, comm, keep_latest)
+
+
+def load_state(
+    path: Path, optimizer: Optimizer, config: WanConfig, seed: int, comm: Comm, *, with_optimizer: bool, any_seed: bool
+) -> Progress:
+    """Go on from the checkpoint folder `path`, which any layout may have written.
+
+    Args:
+        path: what `mm.checkpoint.store.find_latest` returned.
+        optimizer: of the model that goes on; its masters, moments, step count and schedule are set.
+        config: the model's shape, which must be the checkpoint's.
+        seed: this run's; unless `any_seed`, it must be the checkpoint's.
+        comm: the ranks.
+        with_optimizer: take the moments too.
+        any_seed: go on with this run's seed although the checkpoint's differs.
+
+    Raises:
+        CheckpointError: CKPT-071 for another seed, CKPT-072 where the moments are wanted and were not saved, and what
+            `mm.checkpoint.store.load` raises.
+        ConfigError: CFG-028 for another model.
+    """
+    scalars = read_manifest(path).scalars
+    require_same_model(parse(WanConfig, scalars["wan_config"], str(path)), config, str(path))
+    if scalars["seed"] != seed and not any_seed:
+        raise CheckpointError(
+            "CKPT-071",
+            f"{path} was trained with --seed {scalars['seed']}, and --seed is {seed}.",
+            f"Give --seed {scalars['seed']}, or --no-load-rng to go on with other random numbers on purpose.",
+        )
+    if with_optimizer and scalars["adam_step"] is None:
+        raise CheckpointError(
+            "CKPT-072",
+            f"{path} was saved without the optimizer (--no-save-optim).",
+            "Give --no-load-optim to start AdamW anew from these weights.",
+        )
+    load(path, _pieces(optimizer, with_optimizer), comm, complete=("",) if with_optimizer else ("model.",))
+    if with_optimizer:
+        optimizer.set_adam_step(scalars["adam_step"])
+    optimizer.masters_to_model()
+    optimizer.set_progress(scalars["consumed_samples"])
+    return Progress(scalars["step"], scalars["consumed_samples"])
+
+
+def load_weights(source: WeightSource, optimizer: Optimizer, config: WanConfig) -> None:
+    """Start from weights of any known format: fill the fp32 masters, then round them into the model.
+
+    Raises:
+        CheckpointError: CKPT-011 for missing or unexpected tensors or other shapes.
+        ConfigError: CFG-028 when the weights say that they belong to another model.
+    """
+    theirs = source.config()
+    if theirs is not None:
+        # How far captions are padded is the run's choice: weights do not depend on it, and HF folders do not tell it.
+        require_same_model(theirs.model_copy(update={"text_len": config.text_len}), config, str(source.path))
+    require_exactly(source, optimizer.parameter_shapes())
+    for shard in optimizer.shards():
+        shard.master.copy_(source.read(shard.name).reshape(-1)[shard.start : shard.stop])
+    optimizer.masters_to_model()
+    logger.info("loaded %s (%s): no tensor missing, none left over", source.path, source.label)
+
+
+def require_same_model(theirs: WanConfig, ours: WanConfig, place: str) -> None:
+    """Refuse weights of another model.
+
+    Raises:
+        ConfigError: CFG-028 for each field that differs.
+    """
+    raise_all(
+        ConfigError,
+        [
+            Problem(
+                "CFG-028",
+                f"{place} has {name} {getattr(theirs, name)}, and pretrain_model.json has {getattr(ours, name)}.",
+                "Correct the predictor section, or name other weights.",
+            )
+            for name in WanConfig.model_fields
+            if getattr(theirs, name) != getattr(ours, name)
+        ],
+    )
+
+
+def _pieces(optimizer: Optimizer, with_optimizer: bool) -> list[Piece]:
+    return [piece for shard_pieces in _by_shard(optimizer, with_optimizer) for piece in shard_pieces]
+
+
+def _by_shard(optimizer: Optimizer, with_optimizer: bool) -> Iterator[list[Piece]]:
+    for shard in optimizer.shards():
+        shape = tuple(shard.parameter.shape)
+        yield pieces_of_flat_range(f"model.{shard.name}", shape, shard.start, shard.master)
+        for moment in MOMENTS if with_optimizer else ():
+            key = f"optimizer.{moment}.{shard.name}"
+            yield pieces_of_flat_range(key, shape, shard.start, shard.moment(moment))

@@ -1,0 +1,185 @@
+"""The config.json beside transformer weights, in the three dialects in use, and its inference from tensor shapes.
+
+Dialects: diffusers (`num_attention_heads`), original Wan and VideoX-Fun (`dim`), and this suite's own predictor fields
+(`hidden_size`). Keys are checked like every configuration: an unknown key or a value without meaning here is an error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mm.config.base import load_json, parse
+from mm.config.model import WanConfig
+from mm.errors import ConfigError, DataError, Problem, raise_all
+
+Shapes = Mapping[str, Sequence[int]]
+
+HEAD_DIM = 128
+"""Head width of every published Wan2.1 model, used only when no config.json says it."""
+
+
+class Dialect(NamedTuple):
+    """One spelling of the configuration.
+
+    Attributes:
+        title: what messages call it.
+        fields: its key to the field of `WanConfig`.
+        task: keys that belong to another task unless they have this value.
+        fixed: keys that must have this value.
+        unused: keys that change nothing in a text-to-video model.
+    """
+
+    title: str
+    fields: Mapping[str, str]
+    task: Mapping[str, Any]
+    fixed: Mapping[str, Any]
+    unused: frozenset[str]
+
+
+_SAME = {k: k for k in ("patch_size", "text_dim", "freq_dim", "ffn_dim", "num_layers", "eps")}
+
+DIFFUSERS = Dialect(
+    "diffusers",
+    {**_SAME, "in_channels": "in_dim", "out_channels": "out_dim", "num_attention_heads": "num_heads"},
+    {"image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None},
+    {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"},
+    frozenset({"rope_max_seq_len"}),  # the length of a table; ours has the length of the grid
+)
+ORIGINAL = Dialect(
+    "original Wan",
+    {**_SAME, **{k: k for k in ("text_len", "in_dim", "out_dim", "num_heads")}, "dim": "hidden_size"},
+    {"model_type": "t2v", "cross_attn_type": None, "add_control_adapter": False, "add_ref_conv": False},
+    {"window_size": [-1, -1], "cross_attn_norm": True, "qk_norm": True},
+    # VideoX-Fun writes the first two for a base class of its own; the others belong to parts that are off.
+    frozenset(
+        {"hidden_size", "in_channels", "in_dim_control_adapter", "downscale_factor_control_adapter", "in_dim_ref_conv"}
+    ),
+)
+OWN = Dialect(
+    "predictor",
+    {name: name for name in WanConfig.model_fields if name != "model_type"},
+    {"model_type": "t2v"},
+    {},
+    frozenset(),
+)
+
+_CLASSES = ("WanTransformer3DModel", "WanModel", None)
+
+
+def read_config(path: Path) -> WanConfig:
+    """Read the config.json of a text-to-video transformer; `text_len` keeps its default where a dialect lacks it.
+
+    Raises:
+        DataError: DATA-026 when it describes another class or task, DATA-027 when it cannot be read or has unknown,
+            missing or unsupported keys or values; all problems at once.
+    """
+    try:
+        raw = load_json(path)
+        if not isinstance(raw, dict):
+            raise ConfigError("CFG-002", f"{path} is not a JSON object.", "Take it from the weights' source.")
+        raise_all(DataError, _problems(path, raw))
+        return parse(WanConfig, _translated(raw), str(path))
+    except ConfigError as error:
+        raise_all(DataError, [Problem("DATA-027", p.message, p.remedy) for p in error.problems])
+        raise AssertionError("an error without problems") from None
+
+
+def infer_config(shapes: Shapes, source: Path) -> WanConfig:
+    """The configuration that the tensor shapes (native names) of a text-to-video model imply, with heads of 128.
+
+    Raises:
+        DataError: DATA-026 when image-conditioning tensors are there; DATA-028 when tensors that tell the shape are
+            missing or strange, or the width is not a multiple of 128.
+    """
+    image = sorted(n for n in shapes if n.startswith("img_emb.") or n.rpartition(".")[0].endswith("_img"))
+    if image:
+        raise _other_task(source, f"it holds {len(image)} tensors for image conditions, the first is {image[0]}")
+    try:
+        hidden, in_dim, *patch = shapes["patch_embedding.weight"]
+        blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
+        out_width, _ = shapes["head.head.weight"]
+        values = {
+            "patch_size": patch,
+            "text_dim": shapes["text_embedding.0.weight"][1],
+            "freq_dim": shapes["time_embedding.0.weight"][1],
+            "in_dim": in_dim,
+            "out_dim": out_width // math.prod(patch),
+            "hidden_size": hidden,
+            "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
+            "num_heads": hidden // HEAD_DIM,
+            "num_layers": len(blocks),
+        }
+        if hidden % HEAD_DIM or blocks != set(range(len(blocks))):
+            raise ValueError(f"width {hidden} in heads of {HEAD_DIM}, blocks {sorted(blocks)}")
+        return parse(WanConfig, values, str(source))
+    except (KeyError, IndexError, ValueError, ConfigError) as error:
+        raise DataError(
+            "DATA-028",
+            f"{source} has no config.json and its tensors do not tell the model's shape ({error}).",
+            "Put the model's config.json beside the weights.",
+        ) from None
+
+
+def wan_config_to_diffusers(config: WanConfig) -> dict[str, object]:
+    """The content of config.json for diffusers' WanTransformer3DModel, keys sorted as diffusers writes them.
+
+    `text_len` has no place in it: diffusers pads captions in its pipeline.
+    """
+    values: dict[str, object] = {
+        "_class_name": "WanTransformer3DModel",
+        "attention_head_dim": config.head_dim,
+        "rope_max_seq_len": 1024,
+        **DIFFUSERS.task,
+        **DIFFUSERS.fixed,
+        **{key: getattr(config, field) for key, field in DIFFUSERS.fields.items()},
+        "patch_size": list(config.patch_size),
+    }
+    return dict(sorted(values.items()))
+
+
+def _dialect(raw: Mapping[str, Any]) -> Dialect:
+    if "num_attention_heads" in raw or "attention_head_dim" in raw:
+        return DIFFUSERS
+    return ORIGINAL if "dim" in raw else OWN
+
+
+def _problems(path: Path, raw: Mapping[str, Any]) -> list[Problem]:
+    dialect = _dialect(raw)
+    if raw.get("_class_name") not in _CLASSES:
+        return list(_other_task(path, f"its _class_name is {raw['_class_name']}").problems)
+    fields = {*dialect.fields, *({"attention_head_dim"} if dialect is DIFFUSERS else ())}
+    problems: list[Problem] = []
+    for key, value in raw.items():
+        if key in dialect.task and value != dialect.task[key]:
+            problems += _other_task(path, f"{key} is {value!r}, expected {dialect.task[key]!r}").problems
+        elif key in dialect.fixed and value != dialect.fixed[key]:
+            what = f"{path}: {key} is {value!r}; Wan2.1 has {dialect.fixed[key]!r}."
+            problems.append(Problem("DATA-027", what, "Use the weights and config.json of a Wan2.1 model."))
+        elif not (key in fields | dialect.task.keys() | dialect.fixed.keys() | dialect.unused or key.startswith("_")):
+            what = f'{path} has the unknown key "{key}" for a {dialect.title} configuration.'
+            problems.append(Problem("DATA-027", what, "Remove it if the model does not depend on it."))
+    required = {key for key, field in dialect.fields.items() if WanConfig.model_fields[field].is_required()}
+    for key in sorted((required | (fields - dialect.fields.keys())) - raw.keys()):
+        problems.append(
+            Problem("DATA-027", f'{path} lacks the key "{key}" of a {dialect.title} configuration.', "Add it.")
+        )
+    return problems
+
+
+def _translated(raw: Mapping[str, Any]) -> dict[str, Any]:
+    dialect = _dialect(raw)
+    values = {field: raw[key] for key, field in dialect.fields.items() if key in raw}
+    if dialect is DIFFUSERS:
+        heads, width = raw["num_attention_heads"], raw["attention_head_dim"]
+        # Otherwise `parse` reports the wrong type of the one or the other.
+        values["hidden_size"] = heads * width if type(heads) is type(width) is int else width
+    return values
+
+
+def _other_task(path: Path, what: str) -> DataError:
+    return DataError(
+        "DATA-026", f"{path} is not a Wan2.1 text-to-video transformer: {what}.", "Use the weights of a T2V model."
+    )

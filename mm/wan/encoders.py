@@ -1,0 +1,220 @@
+"""The frozen encoders around the transformer: Wan's video VAE (diffusers) and the UMT5 text encoder (transformers).
+
+Both are loaded from local folders only, and only when every weight has its place.
+"""
+
+from __future__ import annotations
+
+import html
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ftfy
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+from transformers import AutoTokenizer, UMT5EncoderModel
+from transformers.utils import logging as transformers_logging
+
+from mm.config.extract import TilingParam
+from mm.config.model import Precision
+from mm.errors import DataError
+
+log = logging.getLogger(__name__)
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SPATIAL_STRIDE = 8  # pixels per latent pixel
+TEMPORAL_STRIDE = 4  # frames per latent frame after the first
+_FIX_FOLDER = "Correct from_pretrained: the folder of this component in the diffusers layout, with its config.json."
+
+
+class VideoEncoder:
+    """Wan's causal video VAE, both ways, between pixels and the normalised latents the transformer works on.
+
+    Latents are the posterior's mode, shifted and scaled per channel by the `latents_mean` and `latents_std` of the
+    VAE's own configuration, so the same video always gives the same latents (Wan2.1 report, arXiv 2503.20314).
+    """
+
+    def __init__(self, vae: AutoencoderKLWan, tiling: TilingParam | None = None) -> None:
+        """Take a loaded VAE.
+
+        Args:
+            vae: on its device and in its precision.
+            tiling: work in overlapping tiles instead of whole frames.
+        """
+        self.vae = vae.eval().requires_grad_(False)
+        per_channel = (1, -1, 1, 1, 1)
+        self._mean = torch.tensor(vae.config.latents_mean, device=vae.device).view(per_channel)
+        self._std = torch.tensor(vae.config.latents_std, device=vae.device).view(per_channel)
+        if tiling is not None:
+            vae.enable_tiling(*(SPATIAL_STRIDE * side for side in (*tiling.tile_size, *tiling.tile_stride)))
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: Path, dtype: Precision, device: torch.device, tiling: TilingParam | None = None
+    ) -> VideoEncoder:
+        """Load the VAE of a folder in the diffusers layout.
+
+        Raises:
+            DataError: DATA-040 to DATA-042, see `_load_strictly`.
+        """
+        vae = _load_strictly(AutoencoderKLWan, folder, torch_dtype=DTYPES[dtype], low_cpu_mem_usage=False)
+        return cls(vae.to(device), tiling)
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """Pixels to normalised latents.
+
+        Args:
+            video: [B, 3, F, H, W] in [-1, 1]; F = 4k + 1, H and W multiples of 8.
+
+        Returns:
+            [B, C, (F - 1) / 4 + 1, H / 8, W / 8] in the VAE's precision.
+
+        Raises:
+            DataError: DATA-044 when the VAE gives another shape, so that it is not a Wan2.1 VAE.
+        """
+        posterior = self.vae.encode(video.to(self.vae.device, self.vae.dtype)).latent_dist
+        latents = (posterior.mode().float() - self._mean) / self._std
+        batch, _, frames, height, width = video.shape
+        size = ((frames - 1) // TEMPORAL_STRIDE + 1, height // SPATIAL_STRIDE, width // SPATIAL_STRIDE)
+        expected = (batch, len(self.vae.config.latents_mean), *size)
+        if latents.shape != expected:
+            message = f"The VAE turned {list(video.shape)} into {list(latents.shape)}, expected {list(expected)}."
+            raise DataError("DATA-044", message, "Use the VAE of a Wan2.1 model (stride 4x8x8).")
+        return latents.to(self.vae.dtype)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents [B, C, F, H, W] to pixels [B, 3, 4(F - 1) + 1, 8H, 8W] in [-1, 1], VAE's precision."""
+        raw = latents.to(self.vae.device).float() * self._std + self._mean
+        video: Tensor = self.vae.decode(raw.to(self.vae.dtype)).sample
+        return video.clamp(-1, 1)
+
+
+class TextEncoder:
+    """UMT5 embeddings of captions, cleaned and tokenised as Wan does."""
+
+    def __init__(self, model: UMT5EncoderModel, tokenizer: Any, max_length: int = 512) -> None:
+        """Take a loaded model and tokenizer.
+
+        Args:
+            model: on its device and in its precision.
+            tokenizer: its tokenizer.
+            max_length: tokens (the closing one included) after which a caption is cut.
+
+        Raises:
+            DataError: DATA-043 when the tokenizer knows more tokens than the model.
+        """
+        if len(tokenizer) > model.config.vocab_size:
+            message = f"The tokenizer has {len(tokenizer)} tokens, the text encoder {model.config.vocab_size}."
+            raise DataError("DATA-043", message, "Use the tokenizer and the text_encoder of one model.")
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: Path, tokenizer_folder: Path, dtype: Precision, device: torch.device, max_length: int = 512
+    ) -> TextEncoder:
+        """Load a text encoder and its tokenizer from their folders.
+
+        Raises:
+            DataError: DATA-040 to DATA-042 for the weights, see `_load_strictly`, DATA-043 for the tokenizer.
+        """
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder), local_files_only=True)
+        except Exception as error:  # the library raises errors of many unrelated types here
+            message = f"{tokenizer_folder} holds no tokenizer that can be loaded ({_first_line(error)})."
+            raise DataError("DATA-043", message, "Correct from_pretrained in tokenizer_config.") from None
+        model = _load_strictly(UMT5EncoderModel, folder, dtype=DTYPES[dtype])
+        return cls(model.to(device), tokenizer, max_length)
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+        """Embed captions.
+
+        Args:
+            captions: any texts; the empty one is a text, too.
+
+        Returns:
+            For each caption its embedding [L, D] in the model's precision, L its number of tokens, at most
+            `max_length`. A caption that is cut is reported in the log.
+        """
+        texts = [clean_text(caption) for caption in captions]
+        lengths = [len(ids) for ids in self.tokenizer(texts, add_special_tokens=True)["input_ids"]]
+        for text, length in zip(texts, lengths, strict=True):
+            if length > self.max_length:
+                log.warning('only %d of %d tokens are used of the caption "%.60s..."', self.max_length, length, text)
+        tokens = self.tokenizer(
+            texts,
+            padding="longest",
+            truncation=True,
+            max_length=self.max_length,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        ).to(self.model.device)
+        states = self.model(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        used = tokens.attention_mask.sum(dim=1).tolist()
+        return [state[:length].clone() for state, length in zip(states, used, strict=True)]
+
+
+def clean_text(text: str) -> str:
+    """Repair broken Unicode, resolve HTML entities (twice, as captions from the web need), collapse white space."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
+
+
+def _load_strictly(model_class: type[nn.Module], folder: Path, **options: Any) -> Any:
+    """Load a diffusers or transformers model, accepting nothing missing and nothing left over.
+
+    Raises:
+        DataError: DATA-040 when the folder or its config.json is missing, DATA-041 for weights that are missing,
+            unexpected or of another shape, DATA-042 for files that cannot be read.
+    """
+    if not (folder / "config.json").is_file():
+        raise DataError("DATA-040", f"{folder / 'config.json'} does not exist.", _FIX_FOLDER)
+    if not any(folder.glob("*.safetensors")):
+        remedy = "Download the safetensors files; weights in other formats are not read."
+        raise DataError("DATA-040", f"{folder} has no safetensors file.", remedy)
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model, report = model_class.from_pretrained(  # type: ignore[attr-defined]
+            str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+        )
+    except Exception as error:  # the libraries raise errors of many unrelated types here
+        mismatch = "size mismatch" in str(error) or "ignore_mismatched_sizes" in str(error)
+        message = f"{folder} cannot be loaded as {model_class.__name__} ({_first_line(error)})."
+        remedy = "Check that config.json belongs to these weights." if mismatch else "Copy or download the files again."
+        raise DataError("DATA-041" if mismatch else "DATA-042", message, remedy) from None
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    _require_exact(report, model_class.__name__, folder)
+    return model
+
+
+def _require_exact(report: dict[str, Any], name: str, folder: Path) -> None:
+    differences = [
+        f"{kind} {_some(report[key])}"
+        for kind, key in (("missing", "missing_keys"), ("unexpected", "unexpected_keys"), ("wrong", "mismatched_keys"))
+        if report[key]
+    ]
+    if differences:
+        message = f"The weights in {folder} are not those of a {name}: {'; '.join(differences)}."
+        raise DataError("DATA-041", message, "Use the folder of a complete Wan2.1 model in the diffusers layout.")
+
+
+def _some(names: Iterable[Any]) -> str:
+    """The first few names and how many there are."""
+    ordered = sorted(map(str, names))
+    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(":")

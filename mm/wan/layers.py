@@ -1,0 +1,80 @@
+"""The layers a Wan model is put together from, and `Parts`, through which they are handed in.
+
+The model asks `Parts` for every layer whose implementation depends on how it is run. The defaults are the single
+device; tensor parallelism hands in sharded linears and norms, context parallelism another attention. The model itself
+stays the same, and its parameter names too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mm.device import kernels
+
+LinearFactory = Callable[[int, int], nn.Module]
+"""(in_features, out_features) -> a module with `weight` and `bias` whose forward maps a tensor to a tensor."""
+
+NormFactory = Callable[[int, float], nn.Module]
+"""(width, eps) -> a module with `weight` [width] (or this rank's share of it)."""
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q [B, T, N, K], k [B, S, N, K], v [B, S, N, K]) -> [B, T, N, K]."""
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dim with fp32 statistics; the result has the dtype of the input."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] to the same."""
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+
+class Fp32LayerNorm(nn.LayerNorm):
+    """Affine LayerNorm computed in fp32 for any dtype of input and parameters; the result has the input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to the same."""
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).to(
+            x.dtype
+        )
+
+
+class Fp32Linear(nn.Linear):
+    """Linear computed in fp32, with an fp32 result, for any dtype of input and parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features] fp32."""
+        return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the model is built from. Every field has its single-device default.
+
+    Attributes:
+        column: linears whose output may be sharded over a tensor-parallel axis: q, k, v and ffn.0.
+        row: linears whose input may be sharded the same way and whose output is whole: o and ffn.2.
+        linear: whole linears in the parameter dtype: the text embedding.
+        linear_fp32: whole linears computed in fp32: time embedding, time projection, head.
+        qk_norm: norm of queries and keys over all heads; with sharded heads it must still use statistics of all.
+        self_attention: attention among the video tokens; with context parallelism T is this rank's share.
+        cross_attention: attention from video tokens to the text tokens, which every rank has whole.
+    """
+
+    column: LinearFactory = nn.Linear
+    row: LinearFactory = nn.Linear
+    linear: LinearFactory = nn.Linear
+    linear_fp32: LinearFactory = Fp32Linear
+    qk_norm: NormFactory = RMSNorm
+    self_attention: Attention = kernels.attention
+    cross_attention: Attention = kernels.attention

@@ -1,0 +1,216 @@
+"""The Wan2.1 text-to-video transformer on one device.
+
+`WanModel.forward` is `embed`, then the blocks, then the head; the three are separate so that a pipeline can cut the
+model between blocks. Shapes: B batch, C latent channels, F H W latent frames, height and width, T video tokens,
+L text tokens, D model width, K head width. Dtypes: see `mm.wan.precision`.
+
+Source: Wan technical report (arXiv 2503.20314) section 4.2 and the released weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mm.config.model import WanConfig
+from mm.device import kernels
+from mm.errors import ConfigError
+from mm.wan.block import WanBlock
+from mm.wan.folder import WeightFolder
+from mm.wan.initial import initial_value
+from mm.wan.layers import Parts
+from mm.wan.patches import token_grid, unpatchify
+from mm.wan.precision import keep_fp32
+from mm.wan.rope import rope_tables
+
+ModelT = TypeVar("ModelT", bound="WanModel")
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What every block and the head need besides the hidden state.
+
+    Attributes:
+        time: [B, D] fp32, the embedded timestep, for the head.
+        time_modulation: [B, 6, D] fp32, for the blocks.
+        context: [B, L, D] in the model's dtype, the embedded text.
+        cos, sin: [T, K/2] fp32, rotary tables; a stage can rebuild them from the grid.
+    """
+
+    time: Tensor
+    time_modulation: Tensor
+    context: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+class Head(nn.Module):
+    """Modulated LayerNorm and a linear from D to the pixels of a patch, all in fp32."""
+
+    def __init__(self, config: WanConfig, parts: Parts) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.head = parts.linear_fp32(config.hidden_size, config.out_dim * math.prod(config.patch_size))
+        self.modulation = nn.Parameter(torch.zeros(1, 2, config.hidden_size))  # init_weights or a file fills it
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x [B, T, D] and time [B, D] to [B, T, pt*ph*pw*C] fp32, in the layout of `mm.wan.patches.patchify`."""
+        shift, scale = (self.modulation.float() + time.unsqueeze(1)).chunk(2, dim=1)
+        out: Tensor = self.head(kernels.modulate(x.float(), shift, scale, self.eps))
+        return out
+
+
+class WanModel(nn.Module):
+    """Predicts the flow velocity (noise - clean latents) of noisy latents.
+
+    A new model's weights are not meaningful until `init_weights`, `load_state_dict` or `from_pretrained` sets them.
+    Parameter names are those of the original Wan weights.
+
+    Args:
+        config: the shape.
+        parts: layers and attention to build from; single-device by default.
+    """
+
+    def __init__(self, config: WanConfig, parts: Parts | None = None) -> None:
+        super().__init__()
+        parts = parts or Parts()
+        width = config.hidden_size
+        self.config = config
+        self.patch_embedding = nn.Conv3d(config.in_dim, width, kernel_size=config.patch_size, stride=config.patch_size)
+        self.text_embedding = nn.Sequential(
+            parts.linear(config.text_dim, width), nn.GELU(approximate="tanh"), parts.linear(width, width)
+        )
+        self.time_embedding = nn.Sequential(
+            parts.linear_fp32(config.freq_dim, width), nn.SiLU(), parts.linear_fp32(width, width)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), parts.linear_fp32(width, 6 * width))
+        # A dict, not a list: a pipeline stage deletes the blocks it does not hold and the others keep their names.
+        self.blocks = nn.ModuleDict({str(index): WanBlock(config, parts) for index in range(config.num_layers)})
+        self.head = Head(config, parts)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[ModelT],
+        folder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        parts: Parts | None = None,
+    ) -> ModelT:
+        """Load weights in diffusers, native or MindSpeed-MM names, detected by content, onto the CPU.
+
+        Args:
+            folder: a folder with safetensors and config.json, or one safetensors file.
+            dtype: of the parameters, except those that stay fp32 (`mm.wan.precision`).
+            parts: as for the class; parameters must not be sharded.
+
+        Raises:
+            DataError: DATA-020 to DATA-031 for unreadable files, a wrong config.json, and missing, unexpected or
+                mis-shaped tensors; see `mm.wan.folder` and `mm.wan.shards`.
+        """
+        source = WeightFolder.open(folder)
+        with torch.device("meta"):
+            model = cls(source.config(), parts)
+        source.require({name: tuple(value.shape) for name, value in model.named_parameters()})
+        state = {name: value.to(torch.float32 if keep_fp32(name) else dtype) for name, value in source.tensors()}
+        model.load_state_dict(state, strict=True, assign=True)
+        return model
+
+    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        """The velocity of noisy latents.
+
+        Args:
+            latents: [B, in_dim, F, H, W] noisy latents; cast to the model's dtype.
+            timestep: [B], 0 (clean) to 1000 (noise), a fraction allowed.
+            text: [B, L, text_dim] text features; cast to the model's dtype. Wan was trained with captions padded by
+                zero vectors to `config.text_len` and without a mask, so padding is the caller's part and changes
+                the result.
+
+        Returns:
+            [B, out_dim, F, H, W] fp32.
+
+        Raises:
+            ConfigError: CFG-040 to CFG-043 when shapes do not fit the model or each other.
+        """
+        hidden, conditions = self.embed(latents, timestep, text)
+        hidden = self.run_blocks(hidden, conditions)
+        frames, height, width = latents.shape[2:]
+        grid = token_grid((frames, height, width), self.config.patch_size)
+        return unpatchify(self.head(hidden, conditions.time), grid, self.config.patch_size)
+
+    def embed(self, latents: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Conditions]:
+        """Hidden state [B, T, D] of the latents, tokens in row-major order of the grid, and the conditions.
+
+        Arguments and errors are those of `forward`.
+        """
+        self._check(latents, timestep, text)
+        frames, height, width = latents.shape[2:]
+        grid = token_grid((frames, height, width), self.config.patch_size)
+        dtype = self.patch_embedding.weight.dtype
+        hidden = self.patch_embedding(latents.to(dtype)).flatten(2).transpose(1, 2).contiguous()
+        time = self.time_embedding(timestep_sinusoid(timestep, self.config.freq_dim))
+        cos, sin = rope_tables(grid, self.config.head_dim, latents.device)
+        return hidden, Conditions(
+            time=time,
+            time_modulation=self.time_projection(time).unflatten(1, (6, -1)),
+            context=self.text_embedding(text.to(dtype)),
+            cos=cos,
+            sin=sin,
+        )
+
+    def run_blocks(self, hidden: Tensor, conditions: Conditions) -> Tensor:
+        """[B, T, D] to [B, T, D] through the blocks this model holds, in order."""
+        c = conditions
+        for block in self.blocks.values():
+            hidden = block(hidden, c.time_modulation, c.context, c.cos, c.sin)
+        return hidden
+
+    def to_precision(self: ModelT, dtype: torch.dtype) -> ModelT:
+        """Cast the parameters in place to `dtype`, except those that stay fp32 (`mm.wan.precision`)."""
+        for name, parameter in self.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if keep_fp32(name) else dtype)
+        return self
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill all parameters with `mm.wan.initial.initial_value`; they must be whole, not sharded."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(initial_value(name, parameter.shape, seed))
+
+    def _check(self, latents: Tensor, timestep: Tensor, text: Tensor) -> None:
+        config = self.config
+        if latents.ndim != 5 or latents.shape[1] != config.in_dim:
+            raise ConfigError(
+                "CFG-041",
+                f"Latents have shape {tuple(latents.shape)}, expected [B, {config.in_dim}, F, H, W].",
+                "Give latents of the VAE this model was trained with.",
+            )
+        batch = latents.shape[0]
+        if text.ndim != 3 or text.shape[0] != batch or text.shape[1] < 1 or text.shape[2] != config.text_dim:
+            raise ConfigError(
+                "CFG-042",
+                f"Text features have shape {tuple(text.shape)}, expected [{batch}, L, {config.text_dim}].",
+                "Give features of the text encoder this model was trained with, one row for each latent.",
+            )
+        if tuple(timestep.shape) != (batch,):
+            raise ConfigError(
+                "CFG-043",
+                f"Timesteps have shape {tuple(timestep.shape)}, expected [{batch}].",
+                "Give one timestep for each latent.",
+            )
+
+
+def timestep_sinusoid(timestep: Tensor, width: int) -> Tensor:
+    """[B] timesteps (0 to 1000) to [B, width] fp32: cosines, then sines, at frequencies 10000^(-2i/width).
+
+    In fp64: an fp32 angle near 1000 is only known to some 1e-4, which is seen in the velocity.
+
+    Source: Vaswani et al. 2017 section 3.5, in the order [cos | sin] of the Wan weights.
+    """
+    half = width // 2
+    exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
+    angles = torch.outer(timestep.to(torch.float64), 10_000.0**-exponent)
+    return torch.cat((angles.cos(), angles.sin()), dim=1).float()

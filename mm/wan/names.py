@@ -1,0 +1,170 @@
+"""Parameter names of a Wan transformer in the three conventions, as one table, and the key/shape fingerprint.
+
+`native` is the original Wan (also VideoX-Fun, DiffSynth, ComfyUI) and the convention inside this project; `diffusers`
+is the Hugging Face folder layout; `mm` is MindSpeed-MM. Sources: the published weights of each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from mm.errors import DataError
+
+Convention = Literal["native", "diffusers", "mm"]
+
+
+class Row(NamedTuple):
+    """One module or parameter in the three conventions; `kinds` are the parameters of the module, "" is itself one."""
+
+    native: str
+    diffusers: str
+    mm: str
+    kinds: tuple[str, ...] = ("weight", "bias")
+
+
+_BARE = ("",)
+_WEIGHT = ("weight",)
+
+TOP: tuple[Row, ...] = (
+    Row("patch_embedding", "patch_embedding", "patch_embedding"),
+    Row("text_embedding.0", "condition_embedder.text_embedder.linear_1", "text_embedding.linear_1"),
+    Row("text_embedding.2", "condition_embedder.text_embedder.linear_2", "text_embedding.linear_2"),
+    Row("time_embedding.0", "condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+    Row("time_embedding.2", "condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+    Row("time_projection.1", "condition_embedder.time_proj", "time_projection.1"),
+    Row("head.modulation", "scale_shift_table", "head.modulation", _BARE),
+    Row("head.head", "proj_out", "head.head"),
+    # Image-conditioned variants only, from here on.
+    Row("img_emb.proj.0", "condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
+    Row("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
+    Row("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
+    Row("img_emb.proj.4", "condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
+    Row("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos", _BARE),
+)
+"""Names outside the blocks."""
+
+BLOCK: tuple[Row, ...] = (
+    Row("self_attn.q", "attn1.to_q", "self_attn.proj_q"),
+    Row("self_attn.k", "attn1.to_k", "self_attn.proj_k"),
+    Row("self_attn.v", "attn1.to_v", "self_attn.proj_v"),
+    Row("self_attn.o", "attn1.to_out.0", "self_attn.proj_out"),
+    Row("self_attn.norm_q", "attn1.norm_q", "self_attn.q_norm", _WEIGHT),
+    Row("self_attn.norm_k", "attn1.norm_k", "self_attn.k_norm", _WEIGHT),
+    Row("cross_attn.q", "attn2.to_q", "cross_attn.proj_q"),
+    Row("cross_attn.k", "attn2.to_k", "cross_attn.proj_k"),
+    Row("cross_attn.v", "attn2.to_v", "cross_attn.proj_v"),
+    Row("cross_attn.o", "attn2.to_out.0", "cross_attn.proj_out"),
+    Row("cross_attn.norm_q", "attn2.norm_q", "cross_attn.q_norm", _WEIGHT),
+    Row("cross_attn.norm_k", "attn2.norm_k", "cross_attn.k_norm", _WEIGHT),
+    Row("norm3", "norm2", "norm3"),
+    Row("ffn.0", "ffn.net.0.proj", "ffn.0"),
+    Row("ffn.2", "ffn.net.2", "ffn.2"),
+    Row("modulation", "scale_shift_table", "modulation", _BARE),
+    # Image-conditioned variants only, from here on.
+    Row("cross_attn.k_img", "attn2.add_k_proj", "cross_attn.k_img"),
+    Row("cross_attn.v_img", "attn2.add_v_proj", "cross_attn.v_img"),
+    Row("cross_attn.norm_k_img", "attn2.norm_added_k", "cross_attn.k_norm_img", _WEIGHT),
+)
+"""Names inside a block, after `blocks.N.`, which all conventions share."""
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "pipe.dit.", "model.")
+"""What tools put before every name: ComfyUI, DiffSynth and others; longest first where one begins another."""
+
+_BLOCK_NAME = re.compile(r"(blocks\.(?:0|[1-9][0-9]*)\.)(.+)")
+_Table = tuple[dict[str, str], dict[str, str]]
+
+
+def native_to_diffusers(name: str) -> str:
+    """`blocks.0.self_attn.q.weight` to `blocks.0.attn1.to_q.weight`. Raises DataError DATA-029 for an unknown name."""
+    return _translated(name, "native", "diffusers")
+
+
+def diffusers_to_native(name: str) -> str:
+    """`blocks.0.attn1.to_q.weight` to `blocks.0.self_attn.q.weight`. Raises DataError DATA-029 for an unknown name."""
+    return _translated(name, "diffusers", "native")
+
+
+def native_to_mm(name: str) -> str:
+    """`blocks.0.self_attn.q.weight` to `blocks.0.self_attn.proj_q.weight`. Raises DATA-029 for an unknown name."""
+    return _translated(name, "native", "mm")
+
+
+def mm_to_native(name: str) -> str:
+    """`blocks.0.self_attn.proj_q.weight` to `blocks.0.self_attn.q.weight`. Raises DATA-029 for an unknown name."""
+    return _translated(name, "mm", "native")
+
+
+def translate(name: str, source: Convention, target: Convention) -> str | None:
+    """`name` of convention `source` in convention `target`, or None when `source` does not have such a name."""
+    top, block = _TABLES[source, target]
+    if match := _BLOCK_NAME.fullmatch(name):
+        prefix, rest = match.groups()
+        return prefix + block[rest] if rest in block else None
+    return top.get(name)
+
+
+def convention(names: Iterable[str]) -> Convention:
+    """The convention that knows most of `names` (without prefix).
+
+    Names it does not know are left for a strict comparison with the model to report. Conventions share some names; a
+    set of only such names means the same in all of them.
+
+    Raises:
+        DataError: DATA-029 when no convention knows any name.
+    """
+    names = list(names)
+    known = {c: sum(translate(name, c, "native") is not None for name in names) for c in _CONVENTIONS}
+    best = max(_CONVENTIONS, key=lambda c: known[c])  # the first of equals, so native wins
+    if not known[best]:
+        raise _unknown(names, "any of the Wan name conventions (" + ", ".join(_CONVENTIONS) + ")")
+    return best
+
+
+def common_prefix(names: Iterable[str]) -> str:
+    """The entry of `PREFIXES` that every name begins with, or an empty text."""
+    names = list(names)
+    return next((p for p in PREFIXES if names and all(name.startswith(p) for name in names)), "")
+
+
+def key_shape_md5(shapes: Mapping[str, Sequence[int]]) -> str:
+    """Fingerprint of a weight layout: md5 of the sorted entries `name` and `name:d0_d1_...`, joined by commas.
+
+    Source: DiffSynth-Studio's model detection, which publishes these md5s for every Wan model.
+    """
+    entries = [e for name, shape in shapes.items() for e in (name, f"{name}:{'_'.join(map(str, shape))}")]
+    return hashlib.md5(",".join(sorted(entries)).encode(), usedforsecurity=False).hexdigest()
+
+
+def _translated(name: str, source: Convention, target: Convention) -> str:
+    result = translate(name, source, target)
+    if result is None:
+        raise _unknown([name], f"the {source} convention")
+    return result
+
+
+def _unknown(names: list[str], place: str) -> DataError:
+    shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return DataError(
+        "DATA-029",
+        f"Unknown tensor names, not part of {place}: {shown or 'there are no tensors'}.",
+        "Use the weights of a Wan2.1 transformer in diffusers, original Wan or MindSpeed-MM names.",
+    )
+
+
+def _table(rows: Sequence[Row], source: Convention, target: Convention) -> dict[str, str]:
+    return {
+        ".".join(filter(None, (getattr(row, source), kind))): ".".join(filter(None, (getattr(row, target), kind)))
+        for row in rows
+        for kind in row.kinds
+    }
+
+
+_CONVENTIONS: tuple[Convention, ...] = ("native", "diffusers", "mm")
+_TABLES: dict[tuple[Convention, Convention], _Table] = {
+    (source, target): (_table(TOP, source, target), _table(BLOCK, source, target))
+    for source in _CONVENTIONS
+    for target in _CONVENTIONS
+}

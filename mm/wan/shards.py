@@ -1,0 +1,179 @@
+"""Finding the safetensors files of a weight folder and checking their headers, before any tensor is read.
+
+Format: https://github.com/huggingface/safetensors (8 bytes little-endian header size, JSON header, tensor bytes
+without holes) and Hugging Face's `<name>.safetensors.index.json` with `weight_map`: tensor name to shard.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mm.config.base import load_json
+from mm.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
+_MAX_HEADER = 100_000_000  # the format's own limit, so that a damaged size field cannot ask for all memory
+_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "BOOL": 8} | {
+    f"{kind}{bits}": bits for kind in "IU" for bits in (8, 16, 32, 64)
+}
+_COPY_AGAIN = "Copy or download the file again."
+
+
+class TensorInfo(NamedTuple):
+    """What a header says of one tensor; `dtype` in safetensors' spelling, for example BF16."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+Header = Mapping[str, TensorInfo]
+
+
+def find_shards(path: Path) -> dict[Path, Header]:
+    """The checked headers of the weight files at `path`.
+
+    Args:
+        path: one safetensors file, or a folder. In a folder an index decides; without one it is
+            diffusion_pytorch_model.safetensors; without that all safetensors files together.
+
+    Raises:
+        DataError: DATA-020 nothing there; DATA-022 a damaged file; DATA-023 an unusable index; DATA-024 a shard that
+            the index names is missing; DATA-025 a shard that holds other tensors than the index says.
+    """
+    if path.is_file() and path.suffix == ".safetensors":
+        return {path: read_header(path)}
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    indexes = sorted(path.glob("*.safetensors.index.json")) if path.is_dir() else []
+    if len(indexes) > 1:
+        raise _bad_index(path, f"there are {len(indexes)} index files, {', '.join(i.name for i in indexes)}")
+    if indexes:
+        return _indexed_shards(indexes[0], files)
+    if path / DIFFUSERS_FILE in files:
+        _report_unused(set(files) - {path / DIFFUSERS_FILE})
+        files = [path / DIFFUSERS_FILE]
+    if not files:
+        raise _nothing_there(path)
+    return {file: read_header(file) for file in files}
+
+
+def read_header(path: Path) -> Header:
+    """Name, dtype and shape of every tensor in a safetensors file, checked against the file's size.
+
+    Raises:
+        DataError: DATA-022 when the file cannot be read, is truncated or longer than its header says, or when the
+            header is larger than the file, not JSON, or describes tensors that overlap or leave holes.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            if size < 8 or header_size > min(size - 8, _MAX_HEADER):
+                raise _damaged(path, f"its header should have {header_size} bytes, the whole file has {size}")
+            text = file.read(header_size)
+    except OSError as error:
+        raise _damaged(path, f"it cannot be read ({error})") from None
+    try:
+        content = json.loads(text)
+        content.pop("__metadata__", None)
+        entries = sorted(((*e["data_offsets"], name, e["dtype"], tuple(e["shape"])) for name, e in content.items()))
+        end = _checked_end(entries)
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, f"its header is not a safetensors header ({type(error).__name__}: {error})") from None
+    if end != size - 8 - header_size:
+        raise _damaged(path, f"it has {size} bytes, its header describes {8 + header_size + end}")
+    return {name: TensorInfo(dtype, shape) for _, _, name, dtype, shape in entries}
+
+
+def _checked_end(entries: Iterable[tuple[Any, ...]]) -> int:
+    """Where the last tensor ends; ValueError when the tensors do not follow each other or have impossible sizes."""
+    position = 0
+    for begin, end, name, dtype, shape in entries:
+        if dtype not in _BITS:
+            raise ValueError(f"tensor {name} has the unknown dtype {dtype}")
+        if not all(type(side) is int and side >= 0 for side in shape):
+            raise ValueError(f"tensor {name} has the shape {shape}")
+        if begin != position or end - begin != math.prod(shape) * _BITS[dtype] // 8:
+            raise ValueError(
+                f"tensor {name} lies at bytes {begin} to {end}, which does not fit its shape and neighbours"
+            )
+        position = end
+    return position
+
+
+def _indexed_shards(index: Path, files: list[Path]) -> dict[Path, Header]:
+    weight_map = _read_index(index)
+    shards: dict[Path, Header] = {}
+    for file_name in sorted(set(weight_map.values())):
+        file = index.parent / file_name
+        if not file.is_file():
+            raise DataError(
+                "DATA-024",
+                f"{index} names the shard {file_name}, which is not in the folder.",
+                "Copy the missing shard into the folder.",
+            )
+        shards[file] = read_header(file)
+        expected = {name for name, shard in weight_map.items() if shard == file_name}
+        if expected != set(shards[file]):
+            absent, extra = expected - set(shards[file]), set(shards[file]) - expected
+            raise DataError(
+                "DATA-025",
+                f"{file} does not hold what {index.name} says: {len(absent)} tensors absent {sorted(absent)[:10]}, "
+                f"{len(extra)} not in the index {sorted(extra)[:10]}.",
+                "Take the shards and the index from the same source.",
+            )
+    _report_unused(set(files) - set(shards))
+    return shards
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        content = load_json(index)
+    except ConfigError as error:
+        raise _bad_index(index, error.problems[0].message) from None
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise _bad_index(index, 'it has no object "weight_map"')
+    for name, shard in weight_map.items():
+        # Only names inside the folder: an index from elsewhere must not make us read other files.
+        if not isinstance(shard, str) or os.path.basename(shard) != shard or not shard.endswith(".safetensors"):
+            raise _bad_index(index, f"the shard of {name} is {shard!r}, not the name of a safetensors file")
+    return weight_map
+
+
+def _report_unused(files: set[Path]) -> None:
+    for file in sorted(files):
+        logger.warning("%s is not part of the weights of this folder and is not read", file)
+
+
+def _nothing_there(path: Path) -> DataError:
+    if not path.exists():
+        return DataError("DATA-020", f"Weights not found: {path} does not exist.", "Check the path.")
+    if path.is_file():
+        return DataError("DATA-020", f"{path} is not a .safetensors file.", "Give a safetensors file or its folder.")
+    if (path / "transformer").is_dir():
+        return DataError(
+            "DATA-020",
+            f"{path} holds no safetensors file itself; it is the folder of a whole pipeline.",
+            f"Give {path / 'transformer'}.",
+        )
+    return DataError(
+        "DATA-020",
+        f"{path} holds no safetensors file.",
+        "Give the folder with the transformer's *.safetensors; other formats are not read.",
+    )
+
+
+def _damaged(path: Path, what: str) -> DataError:
+    return DataError("DATA-022", f"{path} is damaged: {what}.", _COPY_AGAIN)
+
+
+def _bad_index(path: Path, what: str) -> DataError:
+    return DataError("DATA-023", f"The index of {path} cannot be used: {what}.", "Take it from the weights' source.")

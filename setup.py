@@ -1,0 +1,31 @@
+"""Package definition: pinned ranges; constraints.txt fixes the versions that the tests ran with."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="mm-wan",
+    version="0.1.0",
+    description="Parallel training of Wan2.1 video diffusion transformers on megatron-core",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["mm", "mm.*"]),
+    package_data={"mm.demo": ["assets/*"]},
+    entry_points={"console_scripts": ["mm = mm.cli.main:process"]},
+    install_requires=[
+        "torch>=2.13.0,<2.14",
+        "megatron-core==0.16.1",
+        "diffusers>=0.41,<0.43",
+        "transformers>=5.20,<6",
+        "tokenizers>=0.22",
+        "safetensors>=0.8,<0.9",
+        "einops>=0.8,<0.9",
+        "numpy>=2.0,<3",
+        "pydantic>=2.10,<3",
+        "av>=15",
+        "decord==0.6.0; platform_machine == 'x86_64' and sys_platform == 'linux'",
+        "ftfy>=6.1,<7",
+        "tqdm>=4.66",
+        "matplotlib>=3.9",
+        "tensorboard>=2.17",
+    ],
+    extras_require={"test": ["pytest>=8", "ruff==0.17.5", "mypy==2.4.1"]},
+)

@@ -1,0 +1,135 @@
+"""The rules of CONTRIBUTING.md that can be read off the source: import direction, banned names, sizes, docstrings."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "mm").rglob("*.py"))
+SCRIPTS = sorted((ROOT / "tools").glob("*.py")) + sorted((ROOT / "examples").rglob("*.py"))
+LEVELS = {
+    "__init__": 0, "errors": 0, "rng": 0, "config": 0,
+    "device": 1, "wan": 2, "diffusion": 2, "data": 2,
+    "parallel": 3, "checkpoint": 3, "lora": 3,
+    "train": 4, "extract": 4, "generate": 4, "demo": 4,
+    "cli": 5,
+}  # fmt: skip
+MAY_USE_TORCH_DISTRIBUTED = {"parallel", "checkpoint", "device"}
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(ROOT / "mm").parts
+    return parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[str]:
+    """Every module name that a file imports, inside functions too, `from a import b` as both a and a.b."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names += [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return names
+
+
+def ids(paths: list[Path]) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+every_source = pytest.mark.parametrize("path", SOURCES, ids=ids(SOURCES))
+
+
+@every_source
+def test_imports_go_one_way(path: Path) -> None:
+    here = room(path)
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] != "mm" or len(parts) < 2 or parts[1] not in LEVELS or parts[1] == here:
+            continue
+        siblings_at_the_bottom = LEVELS[here] == 0 and LEVELS[parts[1]] == 0
+        assert siblings_at_the_bottom or LEVELS[parts[1]] < LEVELS[here], f"{path.name} ({here}) imports {name}"
+
+
+@every_source
+def test_room_is_known(path: Path) -> None:
+    assert room(path) in LEVELS
+
+
+@every_source
+def test_libraries_stay_in_their_rooms(path: Path) -> None:
+    here = room(path)
+    for name in imports(path):
+        if here == "config" or here == "errors":
+            assert name.split(".")[0] not in {"torch", "diffusers", "transformers", "megatron"}, name
+        if name.startswith("torch.distributed") and here not in MAY_USE_TORCH_DISTRIBUTED:
+            pytest.fail(f"{path} imports {name}")
+        if name.startswith("megatron") and here not in {"parallel", "device"}:
+            pytest.fail(f"{path} imports {name}")
+        assert name.split(".")[0] not in {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}, name
+
+
+@every_source
+def test_banned_constructs(path: Path) -> None:
+    here = room(path)
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert not isinstance(node, ast.Global), f"{path}:{getattr(node, 'lineno', 0)} global"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            spelled = f"{node.value.id}.{node.attr}"
+            assert spelled != "torch.distributed" or here in MAY_USE_TORCH_DISTRIBUTED, path
+            assert spelled not in {"os.system", "tempfile.mktemp", "np.random"}, f"{path}:{node.lineno} {spelled}"
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if called == "torch.load":
+                assert keywords.get("weights_only") == "True", f"{path}:{node.lineno}"
+            assert called not in {"eval", "exec"}, f"{path}:{node.lineno} {called}"
+            assert keywords.get("shell") != "True", f"{path}:{node.lineno} shell=True"
+            if called in {"torch.randn", "torch.rand", "torch.randint", "torch.randperm"}:
+                assert "generator" in keywords, f"{path}:{node.lineno} draws without a keyed generator"
+
+
+@every_source
+def test_kinds_of_device_are_named_only_in_the_device_room(path: Path) -> None:
+    if room(path) in {"device"}:
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        # the choices of the --device flag are data for mm.device; everything else must ask a Backend
+        if isinstance(node, ast.Constant) and node.value in {"cuda", "npu"} and room(path) != "config":
+            pytest.fail(f'{path}:{node.lineno} names "{node.value}"')
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in {"torch.cuda", "torch.npu"}:
+            pytest.fail(f"{path}:{node.lineno} uses {ast.unparse(node)}")
+
+
+@every_source
+def test_sizes(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 400, "split the file by concept"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= 80, f"{path}:{node.lineno} {node.name} has {length} lines"
+
+
+def test_scripts_only_import_commands() -> None:
+    for path in SCRIPTS:
+        if path.name.startswith("train_"):
+            continue  # scripts that make an asset of this repository use its rooms
+        used = {name for name in imports(path) if name.startswith("mm")}
+        assert all(name.startswith("mm.cli") for name in used), f"{path} imports {used}"
+
+
+def test_importing_mm_is_cheap() -> None:
+    assert imports(ROOT / "mm" / "__init__.py") == []
+
+
+def test_every_error_id_is_documented() -> None:
+    """An id that the source raises has a line in docs/errors.md, and no documented id is dead."""
+    pattern = re.compile(r'"((?:CFG|DATA|CKPT|NUM)-\d{3})"')
+    raised = {found for path in SOURCES for found in pattern.findall(path.read_text())}
+    documented = set(re.findall(r"\| `((?:CFG|DATA|CKPT|NUM)-\d{3})` \|", (ROOT / "docs" / "errors.md").read_text()))
+    assert sorted(raised - documented) == [], "raised, not documented"
+    assert sorted(documented - raised) == [], "documented, not raised"

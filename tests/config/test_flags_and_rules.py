@@ -1,0 +1,173 @@
+"""Flags and rules: everything that is wrong is told at once, by id, before torch is imported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mm.config.base import Section, load, parse
+from mm.config.flags import parse_flags
+from mm.config.rules import check_training
+from mm.config.train import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
+from mm.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+GOOD = {
+    "--mm-data": "d.json", "--mm-model": "m.json", "--train-iters": "10", "--lr": "1e-4", "--load": "weights",
+}  # fmt: skip
+
+
+def flags(*words: str, without: str | None = None) -> TrainFlags:
+    base = [word for name, value in GOOD.items() if name != without for word in (name, value)]
+    return parse_flags(TrainFlags, [*base, *words], program="mm train", retired=RETIRED_TRAIN_FLAGS)
+
+
+def pretrain_model(**predictor: Any) -> PretrainModel:
+    shape = {"hidden_size": 48, "ffn_dim": 64, "num_heads": 4, "num_layers": 4, **predictor}
+    return parse(PretrainModel, {"predictor": shape, "diffusion": {}}, "m.json")
+
+
+def ids(error: ConfigError) -> list[str]:
+    return [problem.id for problem in error.problems]
+
+
+def test_the_last_value_of_a_flag_counts() -> None:
+    assert flags("--lr", "1e-5", "--lr=2e-5", "--bf16").lr == 2e-5
+
+
+@pytest.mark.parametrize(
+    ("words", "expected", "hint"),
+    [
+        (["--micro-batch-sise", "2"], "CFG-007", "--micro-batch-size"),
+        (["--seq-length", "24"], "CFG-008", "features"),
+        (["--recompute-granularity", "full"], "CFG-008", "not available"),
+        (["--lr", "fast"], "CFG-005", "--lr"),
+        (["--micro-batch-size", "0"], "CFG-005", "--micro-batch-size"),
+        (["--lr", "nan"], "CFG-005", "--lr"),
+        (["--lr-decay-style", "wsd"], "CFG-005", "cosine"),
+        (["stray"], "CFG-006", "stray"),
+        (["--lr"], "CFG-006", "--lr"),
+    ],
+)
+def test_bad_flags(words: list[str], expected: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        flags(*words)
+    assert ids(caught.value) == [expected]
+    assert hint in str(caught.value)
+
+
+def test_all_bad_flags_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        flags("--lr", "-1", "--sede", "3", "--swiglu", "--adam-beta1", "1.5", without="--mm-data")
+    assert sorted(ids(caught.value)) == ["CFG-004", "CFG-005", "CFG-005", "CFG-007", "CFG-008"]
+
+
+@pytest.mark.parametrize(
+    ("words", "model", "world_size", "expected"),
+    [
+        (["--tensor-model-parallel-size", "2"], {}, 2, ["CFG-020"]),
+        (["--global-batch-size", "3", "--micro-batch-size", "2"], {}, 1, ["CFG-021"]),
+        (["--global-batch-size", "3"], {}, 2, ["CFG-021"]),
+        (["--bf16"], {"dtype": "fp32"}, 1, ["CFG-022"]),
+        ([], {"dtype": "bf16"}, 1, ["CFG-022"]),
+        (["--init-from-scratch"], {}, 1, ["CFG-023"]),
+        (["--save-interval", "2"], {}, 1, ["CFG-024"]),
+        (["--lr-warmup-iters", "10"], {}, 1, ["CFG-025"]),
+        (["--min-lr", "1"], {}, 1, ["CFG-025"]),
+        (["--overlap-param-gather"], {}, 1, ["CFG-026"]),
+        ([], {"pipeline_num_layers": [2, 3]}, 1, ["CFG-027"]),
+        ([], {"pipeline_num_layers": [[1, 1], [1, 1]]}, 1, []),
+        ([], {}, 1, []),
+    ],
+)
+def test_rules(words: list[str], model: dict[str, Any], world_size: int, expected: list[str]) -> None:
+    try:
+        check_training(flags(*words), pretrain_model(**model), world_size)
+        found = []
+    except ConfigError as error:
+        found = ids(error)
+    assert found == expected
+
+
+def test_training_without_weights_must_be_meant() -> None:
+    with pytest.raises(ConfigError, match="CFG-023"):
+        check_training(flags(without="--load"), pretrain_model(), 1)
+
+
+def test_every_broken_rule_is_told() -> None:
+    words = [
+        "--tensor-model-parallel-size",
+        "2",
+        "--global-batch-size",
+        "3",
+        "--micro-batch-size",
+        "2",
+        "--min-lr",
+        "1",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        check_training(flags(*words), pretrain_model(dtype="bf16"), 2)
+    assert ids(caught.value) == ["CFG-020", "CFG-021", "CFG-022", "CFG-025"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{", "CFG-002"),
+        ('{"a": 1, "a": 2}', "CFG-002"),
+        ('{"hidden_size": NaN}', "CFG-002"),
+        ("[" * 100_000, "CFG-002"),
+        ('{"predictor": {}, "diffusion": {}, "extra": 1}', "CFG-004"),
+        ('{"predictor": 3, "diffusion": {}}', "CFG-005"),
+    ],
+)
+def test_bad_json(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "pretrain_model.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(PretrainModel, path)
+    assert expected in ids(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="CFG-001"):
+        load(PretrainModel, tmp_path / "none.json")
+
+
+def test_an_unknown_key_hints_at_the_known_one() -> None:
+    with pytest.raises(ConfigError) as caught:
+        pretrain_model(num_layer=3)
+    assert ids(caught.value) == ["CFG-003"]
+    assert '"num_layers"' in str(caught.value)
+
+
+def test_sections_cannot_grow_fields() -> None:
+    class Small(Section):
+        size: int = 1
+
+    with pytest.raises(ValueError, match="frozen"):
+        Small().size = 2  # type: ignore[misc]
+
+
+def test_shipped_model_files_are_the_published_shapes() -> None:
+    from mm.config.model import WAN_1_3B, WAN_14B
+
+    for size, shape in (("1.3b", WAN_1_3B), ("14b", WAN_14B)):
+        path = ROOT / "examples" / "wan2.1" / size / "t2v" / "pretrain_model.json"
+        assert load(PretrainModel, path).predictor.wan() == shape
+
+
+def test_configuration_is_refused_without_importing_torch(tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text(json.dumps({"predictor": {}, "diffusion": {}}))
+    code = (
+        "import sys; from mm.cli.entry import run; from mm.cli.train import main; "
+        f"code = run(main, ['--mm-data', 'd', '--mm-model', {str(tmp_path / 'm.json')!r}, '--train-iters', '1', "
+        "'--lr', '1']); assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 64, done.stderr
+    lines = done.stderr.splitlines()
+    assert lines and all(line.startswith("error CFG-004") for line in lines)

@@ -1,0 +1,367 @@
+import errno
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mm.data.files
+from mm.config.data import TrainData
+from mm.config.model import WanConfig
+from mm.data.dataset import FeatureDataset, open_features
+from mm.data.features import (
+    EMPTY_PROMPT_ID,
+    Feature,
+    FeatureRow,
+    Origin,
+    feature_name,
+    is_complete,
+    open_store,
+    read_feature,
+    text_hash,
+    video_fingerprint,
+    write_feature,
+    write_listing,
+)
+from mm.data.recipe import Recipe, folder_fingerprint, load_recipe, save_recipe
+from mm.errors import DataError
+
+MODEL = WanConfig(text_dim=8, hidden_size=32, ffn_dim=64, num_heads=2, num_layers=1)
+ORIGIN = Origin("videos/a.mp4", "key", text_hash("a"), "video")
+RECIPE = Recipe(
+    vae="v",
+    text_encoder="t",
+    tokenizer="k",
+    height=64,
+    width=64,
+    num_frames=9,
+    min_num_frames=None,
+    frame_interval=1,
+    vae_dtype="fp32",
+    text_dtype="fp32",
+    tile_size=None,
+    tile_stride=(18, 16),
+    max_text_tokens=512,
+    seed=1,
+)
+
+
+def feature(seed: int = 0, tokens: int = 3, shape: tuple[int, ...] = (16, 3, 8, 8)) -> Feature:
+    random = torch.Generator().manual_seed(seed)
+    return Feature(torch.randn(shape, generator=random), torch.randn(tokens, 8, generator=random), start_frame=4)
+
+
+def write_store(
+    folder: Path, num_samples: int, shapes: tuple[tuple[int, ...], ...] = ((16, 3, 8, 8),), recipe: Recipe = RECIPE
+) -> Path:
+    (folder / "features").mkdir(parents=True)
+    save_recipe(folder, recipe)
+    rows = []
+    for index in range(num_samples):
+        sample = f"videos/{index}.mp4"
+        item = feature(index, tokens=1 + index % 5, shape=shapes[index % len(shapes)])
+        name = feature_name(sample)
+        assert item.latents is not None
+        write_feature(folder / "features" / name, item, Origin(sample, recipe.key, text_hash("x"), "v"), 512)
+        rows.append(
+            FeatureRow(
+                sample=sample,
+                file=f"features/{name}",
+                path=sample,
+                cap="x",
+                start_frame_idx=0,
+                sample_num_frames=9,
+                sample_size="9x64x64",
+                latent_shape=tuple(item.latents.shape),
+                text_tokens=len(item.prompt),
+            )
+        )
+    empty = Feature(None, torch.full((1, 8), 7.0))
+    empty_origin = Origin(EMPTY_PROMPT_ID, recipe.key, text_hash(""), "")
+    write_feature(folder / "features" / "empty_prompt.safetensors", empty, empty_origin, 512)
+    write_listing(folder, rows)
+    return folder
+
+
+def train_data(folder: Path, **preprocess: Any) -> TrainData:
+    clip = {"num_frames": 9, "max_height": 64, "max_width": 64, **preprocess}
+    values = {
+        "dataset_param": {
+            "dataset_type": "t2v",
+            "basic_parameters": {"data_path": str(folder / "data.jsonl"), "data_folder": str(folder)},
+            "preprocess_parameters": clip,
+        }
+    }
+    return TrainData.model_validate_json(json.dumps(values))
+
+
+def test_a_feature_comes_back_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    written = feature(tokens=5)
+    write_feature(path, written, ORIGIN, 512)
+    assert is_complete(path, ORIGIN)
+    found = read_feature(path, MODEL, (ORIGIN.sample, ORIGIN.recipe))
+    assert found.latents is not None and written.latents is not None
+    assert torch.equal(found.latents, written.latents) and torch.equal(found.prompt, written.prompt)
+    assert found.start_frame == 4
+    plain = load_file(path)  # the library's own reader agrees on the format
+    assert set(plain) == {"latents", "prompt", "prompt_mask"}
+    assert plain["prompt_mask"].dtype == torch.uint8 and plain["prompt_mask"].tolist() == [1] * 5 + [0] * 507
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("field", ["sample", "recipe", "caption", "video"])
+def test_a_feature_of_something_else_is_not_complete(field: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    write_feature(path, feature(), ORIGIN, 512)
+    assert not is_complete(path, Origin(**{**{f: getattr(ORIGIN, f) for f in Origin.__slots__}, field: "other"}))
+    assert not is_complete(tmp_path / "b.safetensors", ORIGIN)
+
+
+def metadata() -> dict[str, str]:
+    return {f: getattr(ORIGIN, f) for f in Origin.__slots__} | {"start_frame": "0"}
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    mask = torch.zeros(512, dtype=torch.uint8)
+    mask[:3] = 1
+    return {"latents": torch.zeros(16, 3, 8, 8), "prompt": torch.zeros(3, 8), "prompt_mask": mask}
+
+
+def without(name: str) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in tensors().items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("content", "id"),
+    [
+        (without("latents"), "DATA-012"),
+        (without("prompt"), "DATA-012"),
+        (without("prompt_mask"), "DATA-012"),
+        (tensors() | {"more": torch.zeros(1)}, "DATA-012"),
+        (tensors() | {"latents": torch.full((16, 3, 8, 8), float("nan"))}, "DATA-013"),
+        (tensors() | {"prompt": torch.full((3, 8), float("inf"))}, "DATA-013"),
+        (tensors() | {"latents": torch.zeros(16, 3, 8, 8, dtype=torch.float64)}, "DATA-012"),
+        (tensors() | {"latents": torch.zeros(16, 3, 8, 8, dtype=torch.int32)}, "DATA-012"),
+        (tensors() | {"latents": torch.zeros(4, 3, 8, 8)}, "DATA-012"),
+        (tensors() | {"latents": torch.zeros(16, 3, 8, 7)}, "DATA-012"),
+        (tensors() | {"latents": torch.zeros(16, 0, 8, 8)}, "DATA-012"),
+        (tensors() | {"latents": torch.zeros(1, 16, 3, 8, 8)}, "DATA-012"),
+        (tensors() | {"prompt": torch.zeros(3, 9)}, "DATA-012"),
+        (tensors() | {"prompt": torch.zeros(0, 8)}, "DATA-012"),
+        (tensors() | {"prompt": torch.zeros(4, 8)}, "DATA-012"),
+        (tensors() | {"prompt": torch.zeros(513, 8)}, "DATA-017"),
+        (tensors() | {"prompt_mask": torch.zeros(512)}, "DATA-012"),
+    ],
+)
+def test_wrong_tensors(content: dict[str, torch.Tensor], id: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(content, path, metadata())
+    with pytest.raises(DataError) as caught:
+        read_feature(path, MODEL)
+    assert caught.value.id == id and str(path) in str(caught.value)
+
+
+def good_bytes(tmp_path: Path) -> bytes:
+    save_file(tensors(), tmp_path / "good", metadata())
+    return (tmp_path / "good").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda b: b"",
+        lambda b: b[:4],
+        lambda b: b[:200],
+        lambda b: b[:-1],
+        lambda b: b + b"x",
+        lambda b: struct.pack("<Q", 2**40) + b[8:],
+        lambda b: struct.pack("<Q", len(b)) + b[8:],
+        lambda b: b[:8] + b"!" + b[9:],
+        lambda b: b"\x80\x04\x95" + b[3:],
+        lambda b: b.replace(b"[16,3,8,8]", b"[16,3,-8,8"),
+        lambda b: b.replace(b'"recipe"', b'"recipX"'),
+    ],
+)
+def test_damaged_files(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(damage(good_bytes(tmp_path)))
+    assert not is_complete(path, ORIGIN)
+    with pytest.raises(DataError, match="DATA-011"):
+        read_feature(path, MODEL)
+
+
+def test_header_that_lies_about_a_shape(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(good_bytes(tmp_path).replace(b"[16,3,8,8]", b"[16,6,8,8]"))
+    with pytest.raises(DataError, match="DATA-011"):
+        read_feature(path, MODEL)
+
+
+def test_pickle_in_place_of_a_feature_runs_nothing(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(f"cos\nsystem\n(S'touch {canary}'\ntR.".encode())
+    with pytest.raises(DataError, match="DATA-011"):
+        read_feature(path, MODEL)
+    assert not canary.exists()
+
+
+def test_features_of_another_sample_under_this_name(tmp_path: Path) -> None:
+    write_feature(tmp_path / "a.safetensors", feature(), ORIGIN, 512)
+    with pytest.raises(DataError, match="DATA-016"):
+        read_feature(tmp_path / "a.safetensors", MODEL, ("videos/b.mp4", ORIGIN.recipe))
+
+
+def test_values_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    bad = Feature(torch.full((16, 3, 8, 8), float("nan")), torch.zeros(3, 8))
+    with pytest.raises(DataError, match="DATA-013"):
+        write_feature(tmp_path / "a.safetensors", bad, ORIGIN, 512)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's answer is put in at the last moment it can come, when the data are forced to disk."""
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(mm.data.files.os, "fsync", full)
+    with pytest.raises(DataError) as caught:
+        write_feature(path, feature(), ORIGIN, 512)
+    assert caught.value.id == "DATA-019"
+    assert str(path) in str(caught.value) and "MiB free" in str(caught.value)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_no_place_to_write(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="DATA-018"):
+        write_feature(tmp_path / "none" / "a.safetensors", feature(), ORIGIN, 512)
+
+
+def test_recipe_key_depends_on_every_field(tmp_path: Path) -> None:
+    save_recipe(tmp_path, RECIPE)
+    assert load_recipe(tmp_path) == RECIPE
+    changed = {
+        "format_version": 2, "vae": "w", "text_encoder": "w", "tokenizer": "w", "height": 80, "width": 80,
+        "num_frames": 13, "min_num_frames": 1, "frame_interval": 2, "crop": "none", "vae_dtype": "bf16",
+        "text_dtype": "bf16", "tile_size": (34, 34), "tile_stride": None, "text_cleaning": "none",
+        "max_text_tokens": 256, "seed": 2,
+    }  # fmt: skip
+    assert set(changed) | {"task"} == set(Recipe.model_fields)
+    keys = {RECIPE.model_copy(update={name: value}).key for name, value in changed.items()}
+    assert len(keys | {RECIPE.key}) == len(changed) + 1
+
+
+def test_fingerprint_of_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    weights = {f"w{i}": torch.randn(5000, generator=torch.Generator().manual_seed(i)) for i in range(4)}
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"z": 1, "_diffusers_version": "0.1"}')
+    (folder / "README.md").write_text("one")
+    before = folder_fingerprint(folder)
+    (folder / "README.md").write_text("two")
+    (folder / "config.json").write_text('{"_diffusers_version": "0.2",\n "z": 1}')
+    assert folder_fingerprint(folder) == before
+    for name in weights:  # training any tensor changes it
+        save_file(weights | {name: weights[name] * 1.001}, folder / "model.safetensors")
+        assert folder_fingerprint(folder) != before
+    save_file(weights, folder / "model.safetensors")
+    assert folder_fingerprint(folder) == before
+    (folder / "config.json").write_text('{"z": 2}')
+    assert folder_fingerprint(folder) != before
+    with pytest.raises(DataError, match="DATA-040"):
+        folder_fingerprint(tmp_path / "none")
+    (folder / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(DataError, match="DATA-042"):
+        folder_fingerprint(folder)
+
+
+def test_video_fingerprint(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    seen = set()
+    for content in (b"", b"a", b"b", b"a" * 20000, b"b" + b"a" * 19999, b"a" * 19999 + b"b", b"a" * 20001):
+        path.write_bytes(content)
+        seen.add(video_fingerprint(path))
+    assert len(seen) == 7
+    with pytest.raises(DataError, match="DATA-001"):
+        video_fingerprint(tmp_path / "none")
+
+
+def test_data_set_of_two_stores(tmp_path: Path) -> None:
+    first, second = write_store(tmp_path / "1", 3), write_store(tmp_path / "2", 2)
+    listing = tmp_path / "data.txt"
+    listing.write_text(f"{first}\n{second},data.jsonl\n")
+    data = train_data(first)
+    basic = data.dataset_param.basic_parameters.model_copy(update={"data_path": str(listing), "data_folder": None})
+    param = data.dataset_param.model_copy(update={"basic_parameters": basic})
+    dataset = open_features(data.model_copy(update={"dataset_param": param}), MODEL)
+    names = ["videos/0.mp4", "videos/1.mp4", "videos/2.mp4", "1:videos/0.mp4", "1:videos/1.mp4"]
+    assert [s.id for s in dataset.samples] == names
+    assert all(s.num_tokens == 3 * 4 * 4 and s.latent_shape == (16, 3, 8, 8) for s in dataset.samples)
+    item = dataset[4]
+    assert torch.equal(item["latents"], feature(1, 2).latents) and item["sample"] == 4
+    assert item["prompt"].shape == (2, 8) and item["prompt_mask"].tolist() == [1, 1] + [0] * 510
+
+
+def test_a_store_of_another_recipe_names_the_differences(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "s", 1)
+    with pytest.raises(DataError) as caught:
+        open_features(train_data(store, num_frames=13, max_width=80), MODEL)
+    message = caught.value.problems[0].message
+    assert caught.value.id == "DATA-014"
+    assert "num_frames is 9, expected 13" in message and "width is 64, expected 80" in message
+    assert "height" not in message
+
+
+def test_stores_of_different_encoders_do_not_mix(tmp_path: Path) -> None:
+    first = write_store(tmp_path / "1", 1)
+    second = write_store(tmp_path / "2", 1, recipe=RECIPE.model_copy(update={"vae": "other"}))
+    listing = tmp_path / "data.txt"
+    listing.write_text(f"{first}\n{second}\n")
+    data = train_data(first)
+    basic = data.dataset_param.basic_parameters.model_copy(update={"data_path": str(listing), "data_folder": None})
+    param = data.dataset_param.model_copy(update={"basic_parameters": basic})
+    with pytest.raises(DataError, match=r"DATA-014.*vae is other"):
+        open_features(data.model_copy(update={"dataset_param": param}), MODEL)
+
+
+def test_incomplete_stores(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "s", 3)
+    files = sorted((store / "features").glob("[0-9]*"))
+    files[0].unlink()
+    files[2].unlink()
+    with pytest.raises(DataError) as caught:
+        open_features(train_data(store), MODEL)
+    assert [p.id for p in caught.value.problems] == ["DATA-011", "DATA-011"]
+    (store / "data.jsonl").unlink()
+    with pytest.raises(DataError, match=r"DATA-010.*no complete feature store"):
+        open_features(train_data(store), MODEL)
+    (store / "recipe.json").unlink()
+    with pytest.raises(DataError, match="DATA-010"):
+        open_features(train_data(store), MODEL)
+
+
+def test_listing_cannot_lead_out_of_the_store(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "s", 1)
+    row = json.loads((store / "data.jsonl").read_text())
+    for file in ("../x.safetensors", "features/../../x.safetensors", "/etc/x.safetensors", "features/a/b.safetensors"):
+        (store / "data.jsonl").write_text(json.dumps({**row, "file": file}))
+        with pytest.raises(DataError, match="DATA-010"):
+            open_store(store, store / "data.jsonl", RECIPE.key)
+    outside = tmp_path / "outside.safetensors"
+    feature_file = store / row["file"]
+    feature_file.rename(outside)
+    feature_file.symlink_to(outside)
+    (store / "data.jsonl").write_text(json.dumps(row))
+    dataset = FeatureDataset([open_store(store, store / "data.jsonl", RECIPE.key)], MODEL)
+    with pytest.raises(DataError, match="DATA-023"):
+        dataset[0]

@@ -1,0 +1,114 @@
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_feature_store import MODEL, train_data
+
+from mm.config.data import DataSource, Preprocess
+from mm.data.dataset import open_features
+from mm.data.migrate import migrate
+from mm.errors import DataError
+
+MADE_WITH = Preprocess(num_frames=9, max_height=64, max_width=64)
+
+
+def legacy(tokens: int = 3, **changes: Any) -> dict[str, Any]:
+    """What MindSpeed-MM's extraction saves for one sample, in its later naming."""
+    random = torch.Generator().manual_seed(tokens)
+    mask = torch.zeros(1, 512, dtype=torch.int64)
+    mask[:, :tokens] = 1
+    values = {
+        "video": torch.randn(16, 3, 8, 8, generator=random, dtype=torch.float32).bfloat16(),
+        "prompt_ids": torch.randn(1, 512, 8, generator=random).bfloat16(),
+        "prompt_mask": mask,
+    }
+    return {**values, **changes}
+
+
+def write(folder: Path, items: list[Any], later: bool = True) -> DataSource:
+    (folder / "features").mkdir(parents=True)
+    rows = []
+    for index, item in enumerate(items):
+        torch.save(item, folder / "features" / f"{index}_mp4.pt")
+        place = f"features/{index}_mp4.pt"
+        rows.append(
+            {"path": f"videos/{index}.mp4" if later else place, "cap": "x", "fps": 24, "sample_size": "9x64x64"}
+        )
+        if later:
+            rows[-1]["file"] = place
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return DataSource(folder, folder / "data.jsonl")
+
+
+@pytest.mark.parametrize("later", [True, False])
+def test_what_was_extracted_is_trained_on(later: bool, tmp_path: Path) -> None:
+    items = [legacy(3), legacy(7)]
+    if not later:
+        items = [{{"video": "latents", "prompt_ids": "prompt"}.get(k, k): v for k, v in item.items()} for item in items]
+    source = write(tmp_path / "old", items, later)
+    assert migrate(source, tmp_path / "new", MADE_WITH, show_progress=False) == 2
+    dataset = open_features(train_data(tmp_path / "new"), MODEL)
+    for index, (item, tokens) in enumerate(zip(items, (3, 7), strict=True)):
+        found = dataset[index]
+        assert torch.equal(found["latents"], item["video" if later else "latents"])
+        assert torch.equal(found["prompt"], item["prompt_ids" if later else "prompt"][0, :tokens])
+    with pytest.raises(DataError, match="DATA-033"):
+        migrate(source, tmp_path / "new", MADE_WITH, show_progress=False)
+
+
+@pytest.mark.parametrize(
+    ("item", "id"),
+    [
+        ({"video": torch.zeros(1)}, "DATA-031"),
+        ([1, 2], "DATA-031"),
+        (legacy(i2v_clip_feature=torch.zeros(257, 1280)), "DATA-031"),
+        (legacy(video=torch.zeros(1, 16, 3, 8, 8)), "DATA-031"),
+        (legacy(video="x"), "DATA-031"),
+        (legacy(video=torch.zeros(16, 3, 8, 8, dtype=torch.float64)), "DATA-031"),
+        (legacy(prompt_ids=torch.zeros(1, 100, 8)), "DATA-031"),
+        (legacy(prompt_mask=torch.zeros(1, 512)), "DATA-031"),
+        (legacy(prompt_mask=torch.arange(512).gt(500)[None].long()), "DATA-031"),
+        (legacy(video=torch.zeros(16, 3, 8, 10)), "DATA-032"),
+        (legacy(video=torch.zeros(16, 4, 8, 8)), "DATA-032"),
+        (legacy(video=torch.full((16, 3, 8, 8), float("nan"))), "DATA-013"),
+    ],
+)
+def test_files_that_are_no_such_features(item: Any, id: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "old", [item])
+    with pytest.raises(DataError) as caught:
+        migrate(source, tmp_path / "new", MADE_WITH, show_progress=False)
+    assert caught.value.id == id
+    assert not (tmp_path / "new" / "data.jsonl").exists()
+
+
+class Hostile:
+    """Unpickling it would make a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "old", [Hostile(tmp_path / "canary")])
+    with pytest.raises(DataError, match="DATA-030"):
+        migrate(source, tmp_path / "new", MADE_WITH, show_progress=False)
+    assert not (tmp_path / "canary").exists()
+    (tmp_path / "old" / "features" / "0_mp4.pt").write_bytes(b"PK\x03\x04 not a zip")
+    with pytest.raises(DataError, match="DATA-030"):
+        migrate(source, tmp_path / "new", MADE_WITH, show_progress=False)
+
+
+def test_paths_and_rows(tmp_path: Path) -> None:
+    source = write(tmp_path / "old", [legacy()])
+    rows = [{"path": "a", "file": "../x.pt", "cap": "x"}, {"path": "b"}, 3, {"path": "c", "cap": "\ud800"}]
+    source.annotation.write_text(json.dumps(rows))
+    with pytest.raises(DataError) as caught:
+        migrate(source, tmp_path / "new", MADE_WITH, show_progress=False)
+    assert [p.id for p in caught.value.problems] == ["DATA-023", "DATA-021", "DATA-021", "DATA-021"]
+    assert not (tmp_path / "new").exists()

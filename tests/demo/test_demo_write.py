@@ -1,0 +1,144 @@
+"""The embedded default is complete, loads offline with diffusers and transformers, and is never half there."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline
+from transformers import AutoTokenizer
+
+from mm.cli.demo import main
+from mm.demo import write
+from mm.demo.clips import all_captions, all_clips
+from mm.demo.components import MODEL_NAME, load_vae
+from mm.demo.measure import measure_clip, score
+from mm.demo.video import read_video
+from mm.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "workspace"
+    main(["--out", str(out)])
+    return out
+
+
+@pytest.fixture(scope="module")
+def pipeline(demo: Path) -> WanPipeline:
+    return WanPipeline.from_pretrained(demo / "weights" / MODEL_NAME, local_files_only=True)
+
+
+def test_data_json_lists_clips_that_are_there_and_show_their_caption(demo: Path):
+    rows = json.loads((demo / "dataset" / "data.json").read_text())
+    assert [row["cap"] for row in rows] == all_captions()
+    for row, clip in zip(rows, all_clips(), strict=True):
+        assert set(row) == {"path", "cap", "num_frames", "fps", "resolution"}
+        frames = read_video(demo / "dataset" / row["path"])
+        assert frames.shape == (row["num_frames"], row["resolution"]["height"], row["resolution"]["width"], 3)
+        assert measure_clip(frames) == (clip.colour, clip.direction)
+    assert score(demo / "dataset" / "videos", [row["cap"] for row in rows])[:2] == (16, 16)
+    assert (demo / "prompts.txt").read_text().splitlines() == all_captions()
+
+
+def test_wan_pipeline_loads_the_folder_and_generates(pipeline: WanPipeline):
+    video = pipeline(
+        all_captions()[0],
+        height=64,
+        width=64,
+        num_frames=9,
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(0),
+    ).frames
+    assert video.shape == (1, 9, 3, 64, 64)
+    assert torch.isfinite(video).all()
+    assert pipeline.scheduler.config.flow_shift == 3.0
+    assert pipeline.scheduler.config.prediction_type == "flow_prediction"
+    for module in (pipeline.transformer, pipeline.vae, pipeline.text_encoder):
+        assert {p.dtype for p in module.parameters()} == {torch.float32}
+
+
+def test_model_is_the_same_every_time(demo: Path, tmp_path: Path):
+    main(["--out", str(tmp_path / "again")])
+
+    def digests(folder: Path) -> dict[str, str]:
+        files = [p for p in folder.rglob("*") if p.is_file()]
+        return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+    assert digests(tmp_path / "again") == digests(demo)
+
+
+def test_captions_have_clearly_different_embeddings_of_unit_size(pipeline: WanPipeline):
+    tokens = pipeline.tokenizer(all_captions(), return_tensors="pt")
+    with torch.no_grad():
+        states = pipeline.text_encoder(**tokens).last_hidden_state
+    assert 0.5 < float(states.std()) < 2
+    flat = states.flatten(1)
+    distances = torch.cdist(flat, flat) / flat.shape[1] ** 0.5 + 10 * torch.eye(16)
+    assert float(distances.min()) > 0.3  # root mean square a feature, beside features of size 1
+
+
+def test_tokenizer_knows_the_captions_and_takes_any_text(demo: Path):
+    tokenizer = AutoTokenizer.from_pretrained(demo / "weights" / MODEL_NAME / "tokenizer", local_files_only=True)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token, tokenizer.unk_token_id) == (0, "</s>", 2)
+    words = tokenizer.convert_ids_to_tokens(tokenizer("a red circle moving left").input_ids)
+    assert words == ["▁a", "▁red", "▁circle", "▁moving", "▁left", "</s>"]
+    assert tokenizer("").input_ids == [tokenizer.eos_token_id]
+    for text in ["色调艳丽，过曝", "Ein Hund läuft! 3.5€", "\x00\n\t 🙂", "reddish"]:
+        ids = tokenizer(text).input_ids
+        assert ids[-1] == tokenizer.eos_token_id
+        assert max(ids) < len(tokenizer)
+
+
+def test_vae_asset_is_small_and_reproduces_clips():
+    assets = Path(write.__file__).parent / "assets"
+    assert sum(p.stat().st_size for p in assets.iterdir() if p.is_file()) <= 2_000_000
+    vae = load_vae()
+    shown = np.stack([clip.draw() for clip in all_clips()])
+    x = torch.from_numpy(shown).permute(0, 4, 1, 2, 3) / 127.5 - 1
+    with torch.no_grad():
+        latents = vae.encode(x).latent_dist.mode()
+        decoded = vae.decode(latents).sample
+    assert latents.shape == (16, 16, 3, 8, 8)
+    assert float((decoded - x).square().mean()) < 0.003
+    pictures = ((decoded.permute(0, 2, 3, 4, 1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+    for clip, frames in zip(all_clips(), pictures, strict=True):
+        assert measure_clip(frames) == (clip.colour, clip.direction), clip
+    mean, std = (torch.tensor(v).view(1, 16, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    normalised = (latents - mean) / std
+    assert normalised.mean((0, 2, 3, 4)).abs().max() < 0.1
+    assert (normalised.std((0, 2, 3, 4)) - 1).abs().max() < 0.1
+
+
+def test_existing_output_is_refused_and_untouched(tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"CFG-080.*out"):
+        main(["--out", str(tmp_path / "out")])
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "mine.txt"]
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=r"CFG-080"):
+        main(["--out", str(tmp_path / "file")])
+
+
+def test_a_failure_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(write, "write_video", full_disk)
+    with pytest.raises(ConfigError, match=r"CFG-081.*No space left"):
+        main(["--out", str(tmp_path / "out")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_clips_a_caption(tmp_path: Path):
+    write._write_dataset(tmp_path / "dataset", 3)
+    rows = json.loads((tmp_path / "dataset" / "data.json").read_text())
+    assert len(rows) == 48 == len(list((tmp_path / "dataset" / "videos").iterdir()))
+    assert {captions: sum(r["cap"] == captions for r in rows) for captions in all_captions()} == dict.fromkeys(
+        all_captions(), 3
+    )

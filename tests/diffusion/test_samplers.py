@@ -1,0 +1,80 @@
+"""Samplers: their grids against published tables and diffusers, their steps against exact trajectories."""
+
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler
+
+from mm.diffusion.samplers import make_sampler
+
+# First four and last timestep of 50 steps on Wan's grid
+EULER_TABLE = {
+    3: ([1000, 993.24, 986.30, 979.17], 57.69),
+    5: ([1000, 995.93, 991.74, 987.39], 92.59),
+    8: ([1000, 997.46, 994.82, 992.08], 140.35),
+    16: ([1000, 998.73, 997.40, 996.03], 246.15),
+}
+
+
+@pytest.mark.parametrize("shift", EULER_TABLE)
+def test_euler_timesteps(shift):
+    timesteps = make_sampler("euler", 50, float(shift)).timesteps
+    first, last = EULER_TABLE[shift]
+    assert len(timesteps) == 50
+    assert timesteps.dtype == torch.float32
+    assert timesteps[:4].tolist() == pytest.approx(first, abs=0.006)
+    assert timesteps[-1].item() == pytest.approx(last, abs=0.006)
+
+
+@pytest.mark.parametrize("shift", [3.0, 5.0])
+def test_unipc_timesteps_are_those_of_diffusers(shift):
+    reference = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    reference.set_timesteps(50)
+    sampler = make_sampler("unipc", 50, shift)
+    assert sampler.timesteps.dtype == torch.float32
+    assert torch.equal(sampler.timesteps, reference.timesteps.float())
+    even = torch.linspace(1, 0.001, 51, dtype=torch.float64)[:-1]
+    shifted = 1000 * shift * even / (1 + (shift - 1) * even)
+    assert (sampler.timesteps.double() - shifted).abs().max() <= 1  # cut to whole numbers
+
+
+@pytest.mark.parametrize("solver", ["unipc", "euler"])
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 50])
+def test_a_straight_trajectory_is_followed_exactly(solver, num_steps):
+    source = torch.Generator().manual_seed(0)
+    data, noise = torch.randn(2, 1, 4, 2, 3, 3, generator=source)
+    sampler = make_sampler(solver, num_steps, 5.0)
+    assert len(sampler.timesteps) == num_steps
+    latents = noise
+    for t in sampler.timesteps:
+        latents = sampler.step((noise - data).bfloat16().float(), t, latents)
+    exact = noise - (noise - data).bfloat16().float()
+    assert latents.dtype == torch.float32
+    assert (latents - exact).abs().max() < 2e-5
+
+
+def test_unipc_is_of_higher_order_than_euler():
+    """For data N(0, s^2) the exact velocity is known: x follows sqrt((1 - t)^2 s^2 + t^2) times a constant."""
+    scale = 0.3
+    noise = torch.linspace(-2, 2, 9).view(1, 1, 1, 3, 3)
+
+    def error(solver, num_steps):
+        sampler = make_sampler(solver, num_steps, 1.0)
+        latents = noise
+        for t in sampler.timesteps:
+            sigma = sampler._scheduler.sigmas[sampler._scheduler.step_index or 0]
+            variance = (1 - sigma) ** 2 * scale**2 + sigma**2
+            velocity = latents * (sigma - (1 - sigma) * scale**2) / variance
+            latents = sampler.step(velocity, t, latents)
+        return (latents - scale * noise).abs().max().item()
+
+    # halving the step of a first-order method halves its error
+    assert error("euler", 100) / error("euler", 200) == pytest.approx(2.0, rel=0.1)
+    assert error("unipc", 50) < error("euler", 200)
+
+
+def test_velocity_of_lower_precision_keeps_the_latents_in_fp32():
+    for solver in ("unipc", "euler"):
+        sampler = make_sampler(solver, 3, 3.0)
+        latents = torch.zeros(1, 2, 1, 2, 2)
+        out = sampler.step(torch.ones(1, 2, 1, 2, 2, dtype=torch.bfloat16), sampler.timesteps[0], latents)
+        assert out.dtype == torch.float32

@@ -1,0 +1,291 @@
+"""The whole command on the embedded default's tiny model, against diffusers' WanPipeline on the same folder."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+import mm.generate.run
+from mm.checkpoint.store import save, whole_piece, writing
+from mm.cli.entry import run
+from mm.cli.generate import main
+from mm.demo.components import write_model
+from mm.generate.pipeline import initial_latents
+from mm.generate.run import weights_fingerprint
+from mm.wan.model import WanModel
+
+EXAMPLES = Path(__file__).parents[2] / "examples/wan2.1"
+PROMPTS = ["a red disc moves left", "a blue disc moves up", "something else"]
+SIZE, STEPS, SHIFT, GUIDANCE, SEED = [9, 32, 48], 3, 3.0, 4.0, 11
+NEGATIVE = "a green disc"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    write_model(folder)
+    return folder
+
+
+def settings(weights):
+    """inference_model.json for the tiny model, everything in fp32."""
+    shape = json.loads((weights / "transformer/config.json").read_text())
+    return {
+        "prompt": "prompts.txt",
+        "negative_prompt": NEGATIVE,
+        "save_path": "clips",
+        "fps": 8,
+        "seed": SEED,
+        "pipeline_config": {"input_size": SIZE},
+        "ae": {"from_pretrained": str(weights / "vae"), "dtype": "fp32"},
+        "tokenizer": {"from_pretrained": str(weights / "tokenizer")},
+        "text_encoder": {"from_pretrained": str(weights / "text_encoder"), "dtype": "fp32"},
+        "predictor": {
+            "dtype": "fp32",
+            "text_dim": shape["text_dim"],
+            "hidden_size": shape["num_attention_heads"] * shape["attention_head_dim"],
+            "ffn_dim": shape["ffn_dim"],
+            "num_heads": shape["num_attention_heads"],
+            "num_layers": shape["num_layers"],
+            "freq_dim": shape["freq_dim"],
+        },
+        "diffusion": {"num_inference_steps": STEPS, "flow_shift": SHIFT, "guidance_scale": GUIDANCE},
+    }
+
+
+@pytest.fixture
+def workplace(tmp_path, weights, monkeypatch):
+    """A folder with inference_model.json and prompts.txt, which the test runs in."""
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("\n".join(PROMPTS))
+    Path("model.json").write_text(json.dumps(settings(weights)))
+    return tmp_path
+
+
+@pytest.fixture
+def frames(monkeypatch):
+    """The frames of every clip that is written, by its name."""
+    seen = {}
+    write = mm.generate.run.write_clip
+
+    def write_and_keep(path, clip, *rest):
+        seen[path.name] = clip.numpy()
+        write(path, clip, *rest)
+
+    monkeypatch.setattr(mm.generate.run, "write_clip", write_and_keep)
+    return seen
+
+
+def generate(weights, *words):
+    main(["--mm-model", "model.json", "--load", str(weights / "transformer"), "--device", "cpu", *words])
+
+
+def failure(capfd, *words):
+    """Exit code and the error lines of a run that fails."""
+    code = run(main, ["--mm-model", "model.json", "--device", "cpu", "--no-progress-bar", *words])
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error ")]
+    assert lines and all(" Fix: " in line for line in lines)
+    return code, [line.split()[1].rstrip(":") for line in lines]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def test_clips_are_those_of_diffusers(workplace, weights, frames, capfd):
+    generate(weights)
+    assert "9/9" in capfd.readouterr().err  # the progress bar ends at prompts x steps
+    # from_pretrained of this class wants the package accelerate, which nothing else here needs
+    transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(weights / "transformer"))
+    transformer.load_state_dict(load_file(weights / "transformer/diffusion_pytorch_model.safetensors"))
+    pipeline = WanPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(weights / "tokenizer"),
+        text_encoder=UMT5EncoderModel.from_pretrained(weights / "text_encoder"),
+        transformer=transformer.eval(),
+        vae=AutoencoderKLWan.from_pretrained(weights / "vae"),
+        scheduler=UniPCMultistepScheduler.from_pretrained(weights / "scheduler"),
+    )
+    assert pipeline.scheduler.config.flow_shift == SHIFT
+    pipeline.set_progress_bar_config(disable=True)
+    noise = initial_latents(SEED, range(len(PROMPTS)), (16, 3, 4, 6))
+    for index, prompt in enumerate(PROMPTS):
+        expected = pipeline(
+            prompt=prompt,
+            negative_prompt=NEGATIVE,
+            height=SIZE[1],
+            width=SIZE[2],
+            num_frames=SIZE[0],
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            latents=noise[index : index + 1].clone(),
+            output_type="np",
+        ).frames[0]
+        ours = frames[f"video_{index:04d}.mp4"]
+        assert ours.shape == expected.shape == (*SIZE, 3)
+        assert np.abs(ours - 255 * expected).max() < 0.6  # half of it is the rounding to whole numbers
+        assert expected.std() > 0.01  # a picture, not a flat area
+        with av.open(f"clips/video_{index:04d}.mp4") as container:
+            decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        assert decoded.shape == ours.shape
+        assert np.abs(decoded.astype(float) - ours).mean() < 8  # what H.264 with halved colours loses
+
+
+def test_description_overwriting_and_repetition(workplace, weights, capfd):
+    generate(weights, "--no-progress-bar")
+    first = contents("clips")
+    assert sorted(first) == sorted(f"video_{index:04d}.{end}" for index in range(3) for end in ("mp4", "json"))
+    description = json.loads(first["video_0001.json"])
+    assert description["prompt"] == PROMPTS[1]
+    assert (description["prompt_index"], description["seed"], description["input_size"]) == (1, SEED, SIZE)
+    assert (description["sample_solver"], description["num_inference_steps"]) == ("unipc", STEPS)
+    assert (description["flow_shift"], description["guidance_scale"]) == (SHIFT, GUIDANCE)
+    assert description["negative_prompt"] == NEGATIVE
+    model = WanModel.from_pretrained(weights / "transformer")
+    assert description["transformer"]["fingerprint"] == weights_fingerprint(model)
+    assert description["versions"]["torch"] == torch.__version__
+    capfd.readouterr()
+    assert failure(capfd, "--load", str(weights / "transformer")) == (65, ["DATA-050"])
+    assert contents("clips") == first
+    generate(weights, "--overwrite")
+    assert contents("clips") == first
+
+
+def test_batched_prompts_euler_and_no_guidance(workplace, weights, frames):
+    options = ["--sample-solver", "euler", "--guidance-scale", "1"]
+    generate(weights, *options)
+    alone = dict(frames)
+    generate(weights, *options, "--overwrite", "--micro-batch-size", "2")
+    for name, clip in frames.items():
+        assert np.abs(clip.astype(int) - alone[name]).max() <= 1
+    description = json.loads(Path("clips/video_0000.json").read_text())
+    assert description["negative_prompt"] is None
+    assert "solver_order" not in description
+
+
+def test_weights_in_another_format_are_the_same_weights(workplace, weights):
+    """A diffusers folder, native names, and the folder of a training run."""
+    Path("prompts.txt").write_text("one")
+    model = WanModel.from_pretrained(weights / "transformer")
+    shape = model.config.model_dump(mode="json")
+    Path("native").mkdir()
+    save_file(model.state_dict(), "native/model.safetensors")
+    Path("native/config.json").write_text(json.dumps(shape))
+    pieces = [whole_piece(f"model.{name}", value) for name, value in model.state_dict().items()]
+    with writing(Path("training")):
+        save(Path("training"), 5, pieces, {"wan_config": shape})
+    clips, descriptions = [], []
+    for folder in (str(weights / "transformer"), "native", "training"):
+        out = Path("clips") / Path(folder).name
+        main(["--mm-model", "model.json", "--device", "cpu", "--load", folder, "--save-path", str(out)])
+        clips.append((out / "video_0000.mp4").read_bytes())
+        descriptions.append(json.loads((out / "video_0000.json").read_text())["transformer"])
+    assert clips[0] == clips[1] == clips[2]
+    assert len({description["fingerprint"] for description in descriptions}) == 1
+    assert len({description["format"] for description in descriptions}) == 3
+
+
+def test_bf16_runs(workplace, weights, frames):
+    values = settings(weights)
+    values["predictor"]["dtype"] = values["text_encoder"]["dtype"] = values["ae"]["dtype"] = "bf16"
+    Path("model.json").write_text(json.dumps(values))
+    generate(weights)
+    low = dict(frames)
+    Path("model.json").write_text(json.dumps(settings(weights)))
+    generate(weights, "--overwrite")
+    for name, clip in frames.items():
+        assert 0 < np.abs(clip.astype(int) - low[name]).mean() < 8
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "code", "ids"),
+    [
+        ("predictor", {"num_heads": 2}, 64, ["CFG-065"]),
+        ("predictor", {"num_layers": 3, "ffn_dim": 256}, 64, ["CFG-065", "CFG-065"]),
+        ("pipeline_config", {"input_size": [8, 32, 40]}, 64, ["CFG-060", "CFG-061"]),
+        ("ae", {"from_pretrained": "nowhere"}, 65, ["DATA-040"]),
+        ("text_encoder", {"from_pretrained": "nowhere"}, 65, ["DATA-040"]),
+        ("tokenizer", {"from_pretrained": "nowhere"}, 65, ["DATA-043"]),
+        ("ae", {"tiling_param": {"tile_size": [8, 8], "tile_stride": [4, 4]}}, 64, ["CFG-005"]),
+    ],
+)
+def test_configurations_that_cannot_work(workplace, weights, capfd, section, change, code, ids):
+    values = settings(weights)
+    values[section] |= change
+    Path("model.json").write_text(json.dumps(values))
+    assert failure(capfd, "--load", str(weights / "transformer")) == (code, ids)
+    assert not Path("clips").exists() or not contents("clips")
+
+
+def test_parts_of_different_models(workplace, weights, capfd):
+    values = settings(weights)
+    values["predictor"] |= {"text_dim": 32}
+    Path("model.json").write_text(json.dumps(values))
+    model = WanModel(WanModel.from_pretrained(weights / "transformer").config.model_copy(update={"text_dim": 32}))
+    model.init_weights(0)
+    Path("other").mkdir()
+    save_file(model.state_dict(), "other/model.safetensors")
+    Path("other/config.json").write_text(json.dumps(model.config.model_dump(mode="json")))
+    assert failure(capfd, "--load", "other") == (64, ["CFG-066"])
+
+
+def test_a_vae_of_another_stride(workplace, weights, capfd):
+    vae = AutoencoderKLWan(
+        base_dim=8, z_dim=16, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True]
+    )
+    vae.save_pretrained("vae")
+    values = settings(weights)
+    values["ae"]["from_pretrained"] = "vae"
+    Path("model.json").write_text(json.dumps(values))
+    assert failure(capfd, "--load", str(weights / "transformer")) == (65, ["DATA-055"])
+    assert contents("clips") == {}
+
+
+def test_weights_that_are_not_there(workplace, weights, capfd):
+    assert failure(capfd, "--load", "nowhere")[0] in (65, 74)
+    Path("empty").mkdir()
+    assert failure(capfd, "--load", "empty")[0] in (65, 74)
+    assert failure(capfd) == (64, ["CFG-062"])
+
+
+def test_prompts_that_are_not_there(workplace, weights, capfd):
+    assert failure(capfd, "--load", str(weights / "transformer"), "--prompt", "no.txt") == (65, ["DATA-053"])
+    assert not Path("clips").exists()
+
+
+def test_one_process_only(workplace, weights, capfd, monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    assert failure(capfd, "--load", str(weights / "transformer")) == (64, ["CFG-067"])
+
+
+def script(weights, size, **values):
+    """Run the script of a cluster user in tiny mode: values from the environment, further flags after it."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment |= {"MM_MODEL": "model.json", "LOAD_PATH": str(weights / "transformer"), "MBS": "3", **values}
+    words = ["--num-inference-steps", "1", "--device", "cpu", "--guidance-scale", "1"]
+    path = str(EXAMPLES / size / "t2v/inference.sh")
+    return subprocess.run(["bash", path, *words], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("size", ["1.3b", "14b"])
+def test_example_scripts(workplace, weights, size):
+    result = script(weights, size, SAVE_PATH="from the script")
+    assert result.returncode == 0, result.stderr
+    assert len(contents("from the script")) == 6
+    assert "3/3" in result.stderr
+
+
+def test_a_script_hands_on_the_exit_code(workplace, weights):
+    result = script(weights, "1.3b", PROMPT="no.txt")
+    assert result.returncode == 65
+    assert "error DATA-053" in result.stderr
+    assert "Traceback" not in result.stderr

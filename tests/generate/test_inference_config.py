@@ -1,0 +1,152 @@
+"""inference_model.json: what the shipped files say, what flags override, and what is refused."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from mm.config.flags import parse_flags
+from mm.config.inference import GenerateFlags, load_inference
+from mm.config.inference_retired import RETIRED_GENERATE_FLAGS
+from mm.config.model import WAN_1_3B, WAN_14B
+from mm.errors import ConfigError
+
+EXAMPLES = Path(__file__).parents[2] / "examples/wan2.1"
+
+
+def shipped(size="1.3b"):
+    return json.loads((EXAMPLES / size / "t2v/inference_model.json").read_text())
+
+
+def load(tmp_path, values, **flags):
+    path = tmp_path / "inference_model.json"
+    path.write_text(json.dumps(values))
+    return load_inference(GenerateFlags(mm_model=str(path), **{"load": "weights", **flags}))
+
+
+def refused(tmp_path, values, **flags):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, values, **flags)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(("size", "shape"), [("1.3b", WAN_1_3B), ("14b", WAN_14B)])
+def test_shipped_files(size, shape):
+    flags = GenerateFlags(mm_model=str(EXAMPLES / size / "t2v/inference_model.json"), load="weights")
+    config = load_inference(flags)
+    assert config.predictor.wan() == shape
+    assert config.pipeline_config.input_size == (81, 480, 832)
+    assert config.latent_size() == (21, 60, 104)
+    assert (config.diffusion.solver, config.diffusion.num_inference_steps) == ("unipc", 50)
+    assert (config.diffusion.flow_shift, config.diffusion.guidance_scale, config.fps) == (3.0, 5.0, 16)
+    assert config.negative_prompt.startswith("色调艳丽")
+    assert (EXAMPLES.parents[1] / config.prompt).is_file()
+
+
+def test_flags_win_over_the_file(tmp_path):
+    words = shlex.split(
+        "--mm-model x --load w --prompt p.txt --negative-prompt= --save-path out --seed 7 --fps 8 --input-size 9 64 96 "
+        "--sample-solver euler --num-inference-steps 3 --flow-shift 8 --guidance-scale 1"
+    )
+    values = shipped()
+    del values["diffusion"]["solver_order"], values["diffusion"]["solver_type"]
+    flags = parse_flags(GenerateFlags, words, program="generate")
+    config = load(tmp_path, values, **flags.model_dump(exclude={"mm_model"}))
+    assert (config.prompt, config.negative_prompt, config.save_path) == ("p.txt", "", "out")
+    assert (config.seed, config.fps, config.latent_size()) == (7, 8, (3, 8, 12))
+    diffusion = config.diffusion
+    assert (diffusion.solver, diffusion.num_inference_steps) == ("euler", 3)
+    assert (diffusion.flow_shift, diffusion.guidance_scale) == (8.0, 1.0)
+    assert config.predictor.from_pretrained == "w"
+
+
+def test_flags_can_supply_what_the_file_lacks(tmp_path):
+    values = shipped()
+    del values["prompt"], values["save_path"], values["pipeline_config"]
+    assert [problem.id for problem in refused(tmp_path, values)] == ["CFG-004"] * 3
+    config = load(tmp_path, values, prompt="p", save_path="s", input_size=[5, 32, 32])
+    assert config.latent_size() == (2, 4, 4)
+
+
+def test_weights_from_the_file_or_the_flag(tmp_path):
+    values = shipped()
+    assert [problem.id for problem in refused(tmp_path, values, load=None)] == ["CFG-062"]
+    values["predictor"]["from_pretrained"] = "here"
+    assert load(tmp_path, values, load=None).predictor.from_pretrained == "here"
+    assert load(tmp_path, values, load="there").predictor.from_pretrained == "there"
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ([80, 480, 832], [("CFG-060", "Use 77 or 81.")]),
+        ([0, 480, 832], [("CFG-060", "Use 1 or 5.")]),
+        ([81, 481, 832], [("CFG-061", "Use 480 or 496.")]),
+        ([81, 480, 8], [("CFG-061", "Use 16 or 32.")]),
+        (
+            [82, 470, 840],
+            [("CFG-060", "Use 81 or 85."), ("CFG-061", "Use 464 or 480."), ("CFG-061", "Use 832 or 848.")],
+        ),
+    ],
+)
+def test_sizes_that_cannot_work(tmp_path, size, expected):
+    problems = refused(tmp_path, shipped(), input_size=size)
+    assert [(problem.id, problem.remedy) for problem in problems] == expected
+
+
+def test_keys_of_the_reference_system_get_their_own_remedy(tmp_path):
+    values = shipped()
+    values |= {"dtype": "bf16", "device": "npu", "frame_interval": 1}
+    values["pipeline_config"]["cpu_offload"] = True
+    values["diffusion"] |= {"beta_end": 0.02, "shift": 5.0}
+    values["predictor"]["max_seq_len"] = 1024
+    problems = refused(tmp_path, values)
+    assert [problem.id for problem in problems] == ["CFG-008"] * 7
+    by_key = {problem.message.split('"')[1]: problem.remedy for problem in problems}
+    assert by_key["diffusion.shift"] == "Call it flow_shift."
+    assert "fps" in by_key["frame_interval"]
+    assert "--device" in by_key["device"]
+
+
+@pytest.mark.parametrize(
+    ("change", "ids"),
+    [
+        ({"fpss": 16}, ["CFG-003"]),
+        ({"fps": 0}, ["CFG-005"]),
+        ({"pipeline_class": "OpenSoraPipeline"}, ["CFG-005"]),
+        ({"pipeline_config": {"input_size": [81, 480]}}, ["CFG-004"]),
+        ({"pipeline_config": {"input_size": [81, 480, "832"]}}, ["CFG-005"]),
+        ({"pipeline_config": []}, ["CFG-005"]),
+        ({"predictor": {"hidden_size": 1}}, ["CFG-004"] * 4),
+    ],
+)
+def test_wrong_values(tmp_path, change, ids):
+    assert [problem.id for problem in refused(tmp_path, shipped() | change)] == ids
+
+
+def test_values_without_effect(tmp_path):
+    problems = refused(tmp_path, shipped(), sample_solver="euler")
+    assert [problem.id for problem in problems] == ["CFG-063"]
+    assert "solver_order and diffusion.solver_type" in problems[0].message
+    values = shipped()
+    values["predictor"]["text_len"] = 256
+    assert [problem.id for problem in refused(tmp_path, values)] == ["CFG-064"]
+
+
+def test_not_an_object(tmp_path):
+    assert [problem.id for problem in refused(tmp_path, [])] == ["CFG-005"]
+
+
+def test_flags_of_the_reference_script_are_explained():
+    words = shlex.split("--mm-model m --tensor-model-parallel-size 1 --lr 5e-6 --bf16 --clip-grad 0 --sample-steps 5")
+    with pytest.raises(ConfigError) as caught:
+        parse_flags(GenerateFlags, words, program="generate", retired=RETIRED_GENERATE_FLAGS)
+    assert sorted(problem.id for problem in caught.value.problems) == ["CFG-007"] + ["CFG-008"] * 4
+
+
+@pytest.mark.parametrize("words", ["--input-size 81 480", "--seed -1", "--guidance-scale -2", "--sample-solver ddim"])
+def test_flag_values_that_cannot_work(words):
+    with pytest.raises(ConfigError) as caught:
+        parse_flags(GenerateFlags, ["--mm-model", "m", *words.split()], program="generate")
+    assert [problem.id for problem in caught.value.problems] == ["CFG-005"]

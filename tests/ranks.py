@@ -1,0 +1,77 @@
+"""Runs one function on several processes joined by gloo: the one way tests start ranks."""
+
+import faulthandler
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from queue import Empty
+from typing import Any
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
+    """Call `function(*args)` on `world_size` new processes whose environment is torchrun's.
+
+    Args:
+        world_size: number of processes.
+        function: importable at module level; joins the job itself (`mm.parallel.launch.Job`). Its result must be
+            small and made of plain Python objects.
+        args: passed on as they are.
+        timeout_s: after it every process is killed, each having dumped its stacks.
+
+    Returns:
+        The results by rank.
+    """
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    port = _free_port()
+    processes = [
+        context.Process(target=_rank, args=(rank, world_size, port, results, timeout_s, function, args))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        found: dict[int, Any] = {}
+        for _ in range(world_size):
+            try:
+                rank, result, failure = results.get(timeout=timeout_s)
+            except Empty:
+                raise AssertionError(f"no result in {timeout_s} s from some of {world_size} ranks") from None
+            if failure is not None:
+                raise AssertionError(f"rank {rank} of {world_size} failed:\n{failure}")
+            found[rank] = result
+        return [found[rank] for rank in range(world_size)]
+    finally:
+        for process in processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+
+
+def _rank(
+    rank: int, world_size: int, port: int, results: Any, timeout_s: float, function: Callable[..., Any], args: Any
+) -> None:
+    faulthandler.dump_traceback_later(timeout_s - 5, exit=True)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        results.put((rank, function(*args), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

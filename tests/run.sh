@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Sets up .venv and runs the checks and the tests; words after it go to pytest (bash tests/run.sh -k rope).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash tools/setup_env.sh
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+if [ "$#" -eq 0 ]; then set -- -m "not nightly"; fi
+exec .venv/bin/python -m pytest "$@"

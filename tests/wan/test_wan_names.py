@@ -1,0 +1,129 @@
+"""Name tables, key/shape fingerprints and parameter counts against published figures and diffusers' own names."""
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from mm.config.model import WAN_1_3B, WAN_14B
+from mm.errors import DataError
+from mm.wan import names
+from mm.wan.model import WanModel
+
+
+def meta_shapes(config):
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in WanModel(config).state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def shapes_14b():
+    return meta_shapes(WAN_14B)
+
+
+def elements(shapes):
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def test_1_3b_has_the_published_layout():
+    shapes = meta_shapes(WAN_1_3B)
+    assert (len(shapes), elements(shapes)) == (825, 1_418_996_800)
+    assert names.key_shape_md5(shapes) == "9269f8db9040a9d860eaca435be61814"
+
+
+def test_14b_has_the_published_layout_in_native_and_diffusers_names(shapes_14b):
+    assert (len(shapes_14b), elements(shapes_14b)) == (1095, 14_288_491_584)
+    assert names.key_shape_md5(shapes_14b) == "aafcfd9672c3a2456dc46e1cb6e52c70"
+    in_diffusers = {names.native_to_diffusers(name): shape for name, shape in shapes_14b.items()}
+    assert names.key_shape_md5(in_diffusers) == "cb104773c6c2cb6df4f9529ad5c60d0b"
+
+
+def i2v_native_shapes(shapes_14b, emb_pos: bool):
+    """The published I2V-14B layout: the T2V layout with 36 input channels and the image tensors."""
+    width = 5120
+    shapes = dict(shapes_14b) | {"patch_embedding.weight": (width, 36, 1, 2, 2)}
+    for index in range(40):
+        for name in ("k_img", "v_img"):
+            shapes[f"blocks.{index}.cross_attn.{name}.weight"] = (width, width)
+            shapes[f"blocks.{index}.cross_attn.{name}.bias"] = (width,)
+        shapes[f"blocks.{index}.cross_attn.norm_k_img.weight"] = (width,)
+    for layer, shape in {"0": (1280,), "1": (1280, 1280), "3": (width, 1280), "4": (width,)}.items():
+        shapes |= {f"img_emb.proj.{layer}.weight": shape, f"img_emb.proj.{layer}.bias": shape[:1]}
+    if emb_pos:
+        shapes["img_emb.emb_pos"] = (1, 514, 1280)
+    return shapes
+
+
+def test_image_rows_are_those_of_the_published_i2v_and_flf2v_layouts(shapes_14b):
+    i2v, flf2v = (i2v_native_shapes(shapes_14b, emb_pos) for emb_pos in (False, True))
+    assert names.key_shape_md5(i2v) == "6bfcfb3b342cb286ce886889d519a77e"
+    assert names.key_shape_md5(flf2v) == "3ef3b1f8e1dab83d5b71fd7b617f859f"
+    with torch.device("meta"):
+        theirs = WanTransformer3DModel(
+            in_channels=36, image_dim=1280, added_kv_proj_dim=5120, pos_embed_seq_len=514
+        ).state_dict()
+    assert {names.native_to_diffusers(n): s for n, s in flf2v.items()} == {n: tuple(v.shape) for n, v in theirs.items()}
+
+
+def test_tables_are_one_to_one_both_ways(shapes_14b):
+    native = set(i2v_native_shapes(shapes_14b, emb_pos=True))
+    for there, back in (
+        (names.native_to_diffusers, names.diffusers_to_native),
+        (names.native_to_mm, names.mm_to_native),
+    ):
+        other = [there(name) for name in native]
+        assert len(set(other)) == len(native)
+        assert {back(name) for name in other} == native
+
+
+@pytest.mark.parametrize(
+    ("native", "mm"),
+    [
+        ("text_embedding.0.weight", "text_embedding.linear_1.weight"),
+        ("text_embedding.2.bias", "text_embedding.linear_2.bias"),
+        ("time_projection.1.weight", "time_projection.1.weight"),
+        ("blocks.7.self_attn.o.bias", "blocks.7.self_attn.proj_out.bias"),
+        ("blocks.39.cross_attn.norm_q.weight", "blocks.39.cross_attn.q_norm.weight"),
+        ("blocks.0.cross_attn.norm_k_img.weight", "blocks.0.cross_attn.k_norm_img.weight"),
+        ("blocks.0.norm3.weight", "blocks.0.norm3.weight"),
+        ("head.modulation", "head.modulation"),
+    ],
+)
+def test_mindspeed_mm_names(native, mm):
+    assert names.native_to_mm(native) == mm
+    assert names.mm_to_native(mm) == native
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blocks.0.self_attn.norm_q.bias",  # norms of queries have no bias
+        "blocks.0.modulation.weight",
+        "blocks.00.norm3.weight",
+        "blocks..norm3.weight",
+        "blocks.0.norm1.weight",
+        "condition_embedder.time_proj.weight",
+        "patch_embedding.weight\n",
+    ],
+)
+def test_unknown_names_are_refused_by_name(name):
+    with pytest.raises(DataError) as caught:
+        names.native_to_diffusers(name)
+    assert caught.value.id == "DATA-029"
+    assert name in str(caught.value)
+
+
+def test_convention_is_told_by_content(shapes_14b):
+    native = list(shapes_14b)
+    assert names.convention(native) == "native"
+    assert names.convention(map(names.native_to_diffusers, native)) == "diffusers"
+    assert names.convention(map(names.native_to_mm, native)) == "mm"
+    assert names.convention([*map(names.native_to_mm, native), "ema.decay"]) == "mm"
+    with pytest.raises(DataError, match=r"down_blocks\.0\.weight") as caught:
+        names.convention(["down_blocks.0.weight"])
+    assert caught.value.id == "DATA-029"
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "model.diffusion_model.", "diffusion_model.", "pipe.dit."])
+def test_prefixes_of_other_tools_are_found(prefix):
+    assert names.common_prefix([prefix + "head.modulation", prefix + "patch_embedding.bias"]) == prefix
+    assert names.common_prefix([prefix + "head.modulation", "other"]) == ""
