@@ -16,3 +16,19 @@ def real_clips() -> Path:
     if not folder:
         pytest.skip("MM_REAL_CLIPS is not set; it names a folder with data.json and videos/")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded default with its features extracted: what a user has after the first two stages."""
+    from mm.cli import demo as demo_command
+    from mm.cli import extract as extract_command
+
+    home = tmp_path_factory.mktemp("workspace") / "demo"
+    demo_command.main(["--out", str(home)])
+    configs = home / "configs"
+    extract_command.main(
+        ["--mm-data", str(configs / "data.json"), "--mm-model", str(configs / "model_wan.json"),
+         "--mm-tool", str(configs / "tools.json")]
+    )  # fmt: skip
+    return home

@@ -1,4 +1,7 @@
-"""Conversion of one transformer's weights between the formats, in one process and about one tensor of memory.
+"""Conversion of one transformer's weights between the formats, in one process.
+
+Memory is about that of one tensor, as files are mapped and written in a stream. The exception is a training checkpoint
+to the MM format, whose file is written from a whole state dict, which has to be put together first.
 
 Every conversion is strict (exactly the model's tensors), leaves existing targets alone, and appears under its target
 name in one step.

@@ -52,7 +52,9 @@ class Candidate:
 
 
 def folder_name(step: int) -> str:
-    """`1000` -> `iter_0001000`."""
+    """`1000` -> `iter_0001000`. ValueError outside the seven digits that Megatron's layout has."""
+    if not 0 <= step < 10**7:
+        raise ValueError(f"step {step} does not fit into seven digits")
     return f"iter_{step:07d}"
 
 

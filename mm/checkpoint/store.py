@@ -14,6 +14,7 @@ exactly once -> manifest -> rename -> tracker -> marker -> deletion of old ones.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -80,14 +81,15 @@ def save(
         The committed folder.
 
     Raises:
-        CheckpointError: the same on every rank: CKPT-014 for pieces that do not add up, CKPT-016 for a value that is
-            not finite, CKPT-017 for a dtype, CKPT-020 for a foreign folder in the place, CKPT-030 for too little space,
-            CKPT-031 and CKPT-032 for what the file system does. Nothing is left behind.
+        CheckpointError: the same on every rank, and nothing is left behind: CKPT-014 for pieces that do not add up,
+            CKPT-016 for a value that is not finite (in a tensor or a scalar), CKPT-017 for a dtype, CKPT-020 for a
+            foreign folder in the place, CKPT-030 for too little space, CKPT-031 and CKPT-032 for what the file system
+            does.
     """
     comm = comm or SingleProcess()
     pieces = list(pieces)
     num_bytes = sum(on_every_rank(comm, lambda: sum(p.box.numel * p.tensor.element_size() for p in pieces)))
-    temporary = root / on_rank_zero(comm, lambda: _begin(root, step, num_bytes))
+    temporary = root / on_rank_zero(comm, lambda: _begin(root, step, num_bytes, scalars))
     try:
         fault.point("save.folder_created")
         reports = on_every_rank(comm, lambda: _write_shard(temporary, pieces, comm))
@@ -144,7 +146,15 @@ def read_tensor(path: Path, manifest: Manifest, key: str) -> torch.Tensor:
     return tensor
 
 
-def _begin(root: Path, step: int, num_bytes: int) -> str:
+def _begin(root: Path, step: int, num_bytes: int, scalars: dict[str, Any]) -> str:
+    try:
+        json.dumps(scalars, allow_nan=False)
+    except ValueError:
+        raise CheckpointError(
+            "CKPT-016",
+            f"The scalars to save hold a number that is not finite: {scalars}.",
+            "Resume from the last checkpoint; this state would not continue well.",
+        ) from None
     root.mkdir(parents=True, exist_ok=True)
     require_replaceable(root, step)
     require_free_space(root, num_bytes)
@@ -198,7 +208,7 @@ def _complete(root: Path, folder: Path, step: int, reports: Sequence[dict[str, A
         step=step,
         world_size=len(reports),
         versions={"mm": mm.__version__, "torch": torch.__version__},
-        scalars=scalars,
+        scalars=json.loads(json.dumps(scalars, allow_nan=False)),
         files={r["file"]: FileRecord(num_bytes=r["num_bytes"], sha256=r["sha256"]) for r in reports},
         tensors=_tensor_records(reports),
     )

@@ -29,18 +29,17 @@ def main(argv: Sequence[str]) -> None:
     from mm.data.dataset import open_features
     from mm.device.backend import select
     from mm.parallel.launch import Job
-    from mm.parallel.mesh import MeshSizes, build_mesh, destroy_mesh
+    from mm.parallel.mesh import MeshSizes, build_mesh
     from mm.train.loop import Run, train
 
     if where.rank != 0:
         logging.getLogger().setLevel(logging.WARNING)
     dataset = open_features(data, model.predictor.wan())
     backend = select(flags.device, where.local_rank)
-    with Job(where, backend.collective, backend.device, flags.distributed_timeout_minutes):
-        mesh = build_mesh(MeshSizes(), flags.distributed_timeout_minutes)
+    timeout = flags.distributed_timeout_minutes
+    with Job(where, backend.collective, backend.device, timeout), build_mesh(MeshSizes(), timeout) as mesh:
         comm = SingleProcess() if where.world_size == 1 else ProcessGroupComm(device=backend.device)
         progress = train(Run(flags, model, data, dataset, mesh, backend, comm))
-        destroy_mesh()
     logging.getLogger(__name__).info("done: step %d, %d samples", progress.step, progress.consumed_samples)
 
 

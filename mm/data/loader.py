@@ -117,10 +117,15 @@ def _collate(items: list[FeatureBatch | MMError]) -> FeatureBatch | MMError:
 
 
 def _raise_errors(batches: Iterator[FeatureBatch | MMError]) -> Iterator[FeatureBatch]:
+    error: MMError | None = None
     for batch in batches:
         if isinstance(batch, MMError):
-            raise batch
+            error = batch
+            break
         yield batch
+    del batches  # ends the reading processes now, not when the error's traceback is dropped
+    if error is not None:
+        raise error
 
 
 def _require_one_shape(dataset: FeatureDataset, micro_batch_size: int) -> None:

@@ -5,6 +5,8 @@ Sizes come in, groups come out, and they travel as parameters from here on; noth
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -63,8 +65,13 @@ class Mesh:
         return [sum(column) / self.dp_size for column in columns]
 
 
-def build_mesh(sizes: MeshSizes, timeout_minutes: int) -> Mesh:
-    """Create the process groups. The job must be joined (`mm.parallel.launch.Job`); call `destroy_mesh` at its end."""
+@contextlib.contextmanager
+def build_mesh(sizes: MeshSizes, timeout_minutes: int) -> Iterator[Mesh]:
+    """Create the process groups for the length of a block. The job must be joined (`mm.parallel.launch.Job`).
+
+    Raises:
+        ConfigError: CFG-032 when the sizes do not divide the world.
+    """
     sizes.dp_size(dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tp_size,
@@ -73,10 +80,8 @@ def build_mesh(sizes: MeshSizes, timeout_minutes: int) -> Mesh:
         create_gloo_process_groups=False,
         distributed_timeout_minutes=timeout_minutes,
     )
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    return Mesh(sizes, groups.dp.rank(), groups.dp.size(), groups)
-
-
-def destroy_mesh() -> None:
-    """Forget megatron-core's groups, so that another mesh can be built in this process."""
-    parallel_state.destroy_model_parallel()
+    try:
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        yield Mesh(sizes, groups.dp.rank(), groups.dp.size(), groups)
+    finally:
+        parallel_state.destroy_model_parallel()  # megatron-core keeps them in its module; forget them there

@@ -171,6 +171,17 @@ def test_pieces_that_do_not_add_up_are_refused(tmp_path):
         Piece("w", (4, 2), Box((0, 0), (2, 2)), torch.ones(2, 3))
 
 
+def test_scalars_that_are_no_json_are_refused(tmp_path):
+    with pytest.raises(CheckpointError) as caught:
+        save(tmp_path, 1, pieces_for(1), {"loss": float("nan")})
+    assert caught.value.id == "CKPT-016"
+    with pytest.raises(TypeError):
+        save(tmp_path, 1, pieces_for(1), {"path": tmp_path})
+    with pytest.raises(ValueError, match="seven digits"):
+        save(tmp_path, 10**7, pieces_for(1), {})
+    assert names(tmp_path) == []
+
+
 def test_too_little_space_is_found_before_anything_is_written(tmp_path, monkeypatch):
     save(tmp_path, 1, pieces_for(1), {})
     before = names(tmp_path)
@@ -257,10 +268,10 @@ def test_retention_leaves_newer_ones_after_going_back(tmp_path):
 def test_many_cycles_leave_nothing_behind(tmp_path):
     with writing(tmp_path):
         descriptors = len(os.listdir("/proc/self/fd"))
-        for step in range(50):
+        for step in range(25):
             save(tmp_path, step, pieces_for(step), {}, keep_latest=2)
         assert len(os.listdir("/proc/self/fd")) == descriptors
-    assert names(tmp_path) == ["iter_0000048", "iter_0000049", "latest_checkpointed_iteration.txt"]
+    assert names(tmp_path) == ["iter_0000023", "iter_0000024", "latest_checkpointed_iteration.txt"]
 
 
 def test_saving_needs_no_second_copy_of_the_tensors(tmp_path):

@@ -12,7 +12,7 @@ from mm.config.place import place
 from mm.device.backend import Backend, select
 from mm.parallel.apply import DataParallelOptions, apply, forward_backward
 from mm.parallel.launch import Job
-from mm.parallel.mesh import Mesh, MeshSizes, build_mesh, destroy_mesh
+from mm.parallel.mesh import Mesh, MeshSizes, build_mesh
 from mm.parallel.optimizer import AdamWSettings, Optimizer
 from mm.wan.model import WanModel
 
@@ -79,11 +79,8 @@ OPTIONS = {
 def engine_rows() -> dict[str, Any]:
     """Every row of OPTIONS on one rank of one job: starting processes is what costs."""
     backend = select("cpu")
-    with Job(place(), backend.collective, backend.device, timeout_minutes=1):
-        mesh = build_mesh(MeshSizes(), timeout_minutes=1)
-        rows = {name: engine_loop(options, mesh, backend) for name, options in OPTIONS.items()}
-        destroy_mesh()
-        return rows
+    with Job(place(), backend.collective, backend.device, 1), build_mesh(MeshSizes(), 1) as mesh:
+        return {name: engine_loop(options, mesh, backend) for name, options in OPTIONS.items()}
 
 
 def engine_loop(options: DataParallelOptions, mesh: Mesh, backend: Backend) -> tuple[list[float], list[float], Any]:
