@@ -149,8 +149,8 @@ def write_feature(path: Path, feature: Feature, origin: Origin, text_len: int) -
         tensors["latents"] = feature.latents
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     _require_finite(tensors, path, "The encoder gave it; check the weights, or try dtype fp32 in model_wan.json.")
-    metadata = {**asdict(origin), "start_frame": str(feature.start_frame)}
-    content = save(tensors, metadata)
+    about = json.dumps({**asdict(origin), "start_frame": feature.start_frame})
+    content = save(tensors, {"made_from": about})  # one entry: the library writes several in no fixed order
     write_atomically(path, [content], len(content))
 
 
@@ -167,13 +167,13 @@ def read_header(path: Path) -> Header:
             if not 0 < length <= min(_MAX_HEADER_BYTES, size - 8):
                 raise ValueError(f"its header claims {length} bytes, the file has {size}")
             entries: dict[str, Any] = json.loads(stream.read(length))
-        metadata = entries.pop("__metadata__")
+        about = json.loads(entries.pop("__metadata__")["made_from"])
         end = max(int(entry["data_offsets"][1]) for entry in entries.values())
         if size != 8 + length + end:
             raise ValueError(f"it has {size} bytes, its header promises {8 + length + end}")
         tensors = {name: (str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in entries.items()}
-        origin = Origin(metadata["sample"], metadata["recipe"], metadata["caption"], metadata["video"])
-        return Header(tensors, origin, int(metadata["start_frame"]))
+        origin = Origin(about["sample"], about["recipe"], about["caption"], about["video"])
+        return Header(tensors, origin, int(about["start_frame"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError("DATA-011", f"{path} is no complete feature file ({error}).", _EXTRACT_AGAIN) from None
 

@@ -18,6 +18,7 @@ _PANELS = (
     ("tokens_per_s", "tokens/s", False),
     ("peak_memory_gb", "peak memory (GB)", False),
 )
+_FROM_ZERO = ("tokens_per_s", "peak_memory_gb")  # a small change must not look like a large one
 
 
 def plot_run(run: Path, target: Path) -> Path:
@@ -36,6 +37,8 @@ def plot_run(run: Path, target: Path) -> Path:
         if smoothed:
             axis.plot(steps, _running_mean(values), color="tab:blue", label=f"mean of {_window(rows)} steps")
             axis.legend(loc="upper right", fontsize="small")
+        if field in _FROM_ZERO:
+            axis.set_ylim(bottom=0)
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[-1].set_xlabel("step")

@@ -396,13 +396,14 @@ done = True
 thread.join()
 print(total, max(seen) - seen[0])
 """
-    env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    # A fixed threshold makes glibc give freed tensors back at once, so that what is measured is what is held.
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    env = {**os.environ, **allocator, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert finished.returncode == 0, finished.stderr
     total, growth = map(int, finished.stdout.split())
-    print(total, growth)
     assert total > 90e6
-    assert growth < 30e6
+    assert growth < 12e6
 
 
 def test_two_random_walks_through_the_formats_end_with_the_same_bits(original, tmp_path):

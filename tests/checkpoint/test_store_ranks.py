@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
+from ranks import run_ranks
 from test_store import names
 
 from mm.checkpoint.boxes import Box
@@ -221,19 +221,17 @@ def test_a_lock_held_elsewhere_stops_every_rank(tmp_path):
     assert names(tmp_path) == []
 
 
-def gloo_rank(rank, world_size, folder):
+def gloo_rank(folder):
     """One process of the test below; an assertion that fails here fails the test."""
-    root = Path(folder)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{root}/rendezvous", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
-    )
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     comm = ProcessGroupComm()
     assert comm.all_gather_object({"rank": rank, "text": "é" * rank}) == [
         {"rank": r, "text": "é" * r} for r in range(world_size)
     ]
     assert comm.broadcast_object([None, "rank", rank]) == [None, "rank", 0]
     values = tensors(3)
-    checkpoints = root / "checkpoints"
+    checkpoints = Path(folder)
     with writing(checkpoints, comm):
         split = buffer_split(random.Random(4), world_size)
         path = save(checkpoints, 5, pieces_of(split[rank], values), {"step": 5}, comm)
@@ -252,9 +250,9 @@ def gloo_rank(rank, world_size, folder):
 
 
 def test_gloo_processes(tmp_path):
-    torch.multiprocessing.spawn(gloo_rank, (3, str(tmp_path)), nprocs=3)
+    run_ranks(3, gloo_rank, str(tmp_path))
     whole_tensors = {key: torch.zeros(shape) for key, shape in SHAPES.items()}
-    load(tmp_path / "checkpoints" / "iter_0000005", [whole_piece(k, t) for k, t in whole_tensors.items()])
+    load(tmp_path / "iter_0000005", [whole_piece(k, t) for k, t in whole_tensors.items()])
     assert all(torch.equal(whole_tensors[key], value) for key, value in tensors(3).items())
 
 

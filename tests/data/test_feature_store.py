@@ -124,7 +124,7 @@ def test_a_feature_of_something_else_is_not_complete(field: str, tmp_path: Path)
 
 
 def metadata() -> dict[str, str]:
-    return {f: getattr(ORIGIN, f) for f in Origin.__slots__} | {"start_frame": "0"}
+    return {"made_from": json.dumps({**{f: getattr(ORIGIN, f) for f in Origin.__slots__}, "start_frame": 0})}
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -185,7 +185,7 @@ def good_bytes(tmp_path: Path) -> bytes:
         lambda b: b[:8] + b"!" + b[9:],
         lambda b: b"\x80\x04\x95" + b[3:],
         lambda b: b.replace(b"[16,3,8,8]", b"[16,3,-8,8"),
-        lambda b: b.replace(b'"recipe"', b'"recipX"'),
+        lambda b: b.replace(b"recipe", b"recipX"),
     ],
 )
 def test_damaged_files(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:

@@ -143,14 +143,14 @@ def test_only_what_changed_is_encoded_again(files: dict[str, Path], tmp_path: Pa
     after = times(tmp_path / "store")
     unchanged = {name for name in before if before[name] == after[name]}
     assert {name.split("-")[0] for name in unchanged} == {"1_mp4", "4_mp4", "empty_prompt.safetensors"}
-    assert [row["cap"] for row in listed(tmp_path / "store")][0] == "another caption"
+    assert listed(tmp_path / "store")[0]["cap"] == "another caption"
     assert len(opened(tmp_path / "store", tmp_path)) == 4
 
 
 def test_two_processes_share_the_work(files: dict[str, Path], tmp_path: Path, weights: Path) -> None:
     """Process 0 is stopped where it would wait, process 1 works, then process 0 finishes."""
 
-    class NotYet(Exception):
+    class NotYetError(Exception):
         pass
 
     def stop_at(count: int) -> Any:
@@ -158,12 +158,12 @@ def test_two_processes_share_the_work(files: dict[str, Path], tmp_path: Path, we
 
         def barrier() -> None:
             if next(calls) == count:
-                raise NotYet
+                raise NotYetError
 
         return barrier
 
     store = tmp_path / "store"
-    with pytest.raises(NotYet):
+    with pytest.raises(NotYetError):
         run(files, 0, 2, barrier=stop_at(1))
     assert len(times(store)) == 3 + 1 and not (store / "data.jsonl").exists()
     mine = times(store)
@@ -323,11 +323,15 @@ def broken_video(kind: str, path: Path) -> None:
     ],
 )
 def test_one_bad_video_stops_with_its_name(kind: str, id: str, files: dict[str, Path], tmp_path: Path) -> None:
-    broken_video(kind, tmp_path / "set" / "more" / "3.mp4")
+    path = tmp_path / "set" / "more" / "3.mp4"
+    broken_video(kind, path)
     with pytest.raises(DataError) as caught:
         run(files)
     assert caught.value.id in id.split() and "more/3.mp4" in str(caught.value)
     assert not (tmp_path / "store" / "data.jsonl").exists()
+    if path.is_dir():
+        path.rmdir()
+    path.unlink(missing_ok=True)
     write_clip(tmp_path / "set" / "more" / "3.mp4", num_frames=14)
     assert run(files).listed == 5
 
