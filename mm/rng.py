@@ -13,7 +13,14 @@ from typing import Literal
 import torch
 
 Stream = Literal[
-    "noise", "timestep", "caption_dropout", "sample_order", "frame_choice", "initial_noise", "init_weights"
+    "noise",
+    "timestep",
+    "caption_dropout",
+    "sample_order",
+    "frame_choice",
+    "caption_choice",
+    "initial_noise",
+    "init_weights",
 ]
 
 

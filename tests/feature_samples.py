@@ -50,6 +50,17 @@ def write_clip(
     return path
 
 
+def write_sound(path: Path) -> Path:
+    """An mp4 with sound and no picture."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
 def write_data_set(folder: Path, rows: Sequence[dict[str, Any]], **clip: Any) -> Path:
     """A data set folder with data.json and a clip for each row; returns data.json."""
     for row in rows:

@@ -7,7 +7,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
 
 WORKSPACE=${WORKSPACE:-$root/workspace}
-STEPS=${STEPS:-1500}
+STEPS=${STEPS:-1000}
 SEED=${SEED:-1234}
 
 if [ -e "$WORKSPACE" ] && [ -n "$(ls -A "$WORKSPACE")" ]; then
@@ -52,7 +52,7 @@ python "$here/convert_ckpt.py" --source_path "$checkpoints" --ckpt_path "$weight
 stage "7/7 Generation"
 MM_MODEL=$demo/configs/inference_model.json LOAD_PATH=$WORKSPACE/trained_hf SAVE_PATH=$WORKSPACE/videos \
     PROMPT=$demo/prompts.txt bash "$here/1.3b/t2v/inference.sh" --micro-batch-size 16
-mm score --videos "$WORKSPACE/videos" --prompts "$demo/prompts.txt"
+mm score --videos "$WORKSPACE/videos" --prompts "$demo/prompts.txt" --at-least 14
 mm plot --run "$checkpoints" --out "$WORKSPACE/training.png"
 
 stage "Done in $((SECONDS - started)) s"

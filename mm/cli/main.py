@@ -12,6 +12,7 @@ from mm.errors import ConfigError
 COMMANDS = {
     "demo": "write the embedded default: a tiny Wan2.1, 16 clips with captions, and the files that configure a run",
     "extract": "turn videos and captions into features",
+    "migrate": "take over features that MindSpeed-MM extracted",
     "train": "train on features",
     "convert": "convert weights between the HF, native and MM formats",
     "generate": "make videos from prompts",

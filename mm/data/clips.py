@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +84,24 @@ def choose_frames(sample: VideoSample, num_available: int, preprocess: RawPrepro
     slack = (end - begin) - ((length - 1) * interval + 1)
     start = begin + int(torch.randint(slack + 1, (), generator=generator(seed, "frame_choice", sample.id, 0)))
     return range(start, start + (length - 1) * interval + 1, interval)
+
+
+def check_announced_lengths(samples: Sequence[VideoSample], preprocess: RawPreprocess) -> None:
+    """Refuse videos that are too short by their own annotation, before hours of work lead to them.
+
+    Raises:
+        DataError: DATA-004, all such videos at once.
+    """
+    problems: list[Problem] = []
+    for sample in samples:
+        announced = sample.annotation.num_frames
+        if announced is None or sample.annotation.cut is not None:
+            continue
+        try:
+            choose_frames(sample, announced, preprocess, seed=0)
+        except DataError as error:
+            problems += error.problems
+    raise_limited(problems)
 
 
 def check_annotation(sample: VideoSample, info: VideoInfo) -> None:

@@ -104,7 +104,7 @@ def open_features(data: TrainData, model: WanConfig) -> FeatureDataset:
 
     Raises:
         ConfigError: what `mm.config.data.data_sources` raises.
-        DataError: DATA-010, DATA-011 or DATA-025 for a store that is incomplete, DATA-014 when its recipe is not what
+        DataError: DATA-010, DATA-011 or DATA-064 for a store that is incomplete, DATA-014 when its recipe is not what
             feature_data.json says, or when two stores were made with different encoders.
     """
     expected = expected_in_training(data)

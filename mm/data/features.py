@@ -241,7 +241,7 @@ def open_store(folder: Path, listing: Path, recipe_key: str) -> FeatureStore:
     """Read the rows of a store and check that every file they name is there.
 
     Raises:
-        DataError: DATA-010 when the listing is missing or not a listing, DATA-011 for files that are missing, DATA-025
+        DataError: DATA-010 when the listing is missing or not a listing, DATA-011 for files that are missing, DATA-064
             for samples listed twice; all rows at once.
     """
     if not listing.exists():
@@ -259,7 +259,7 @@ def open_store(folder: Path, listing: Path, recipe_key: str) -> FeatureStore:
             problems += [Problem("DATA-010", problem.message, _EXTRACT_AGAIN) for problem in error.problems]
             continue
         if row.sample in seen:
-            problems.append(Problem("DATA-025", f'{place}: sample "{row.sample}" is listed twice.', "Keep one row."))
+            problems.append(Problem("DATA-064", f'{place}: sample "{row.sample}" is listed twice.', "Keep one row."))
         if Path(row.file).name not in present:
             problems.append(Problem("DATA-011", f"{place}: {folder / row.file} does not exist.", _EXTRACT_AGAIN))
         seen.add(row.sample)

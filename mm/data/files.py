@@ -60,7 +60,7 @@ def resolve_inside(root: Path, relative: str, source: str) -> Path:
         source: what names the path, for messages.
 
     Raises:
-        DataError: DATA-023 for an empty or absolute path, `..`, a NUL character, or a link that leads out of `root`.
+        DataError: DATA-063 for an empty or absolute path, `..`, a NUL character, or a link that leads out of `root`.
     """
     pure = PurePosixPath(relative)
     fault = None
@@ -80,7 +80,7 @@ def resolve_inside(root: Path, relative: str, source: str) -> Path:
             fault = f"leads out of {root} to {resolved}"
         except (OSError, RuntimeError):  # a loop of links; which of the two depends on the Python version
             fault = "is a loop of links or cannot be resolved"
-    raise DataError("DATA-023", f"{source}: the path {relative!r} {fault}.", f"Use a plain path below {root}.")
+    raise DataError("DATA-063", f"{source}: the path {relative!r} {fault}.", f"Use a plain path below {root}.")
 
 
 def require_regular_file(file: Path, place: str) -> None:

@@ -72,7 +72,7 @@ class VideoSample:
         """The caption that is used: the only one, or one of several drawn from the seed."""
         if len(self.captions) == 1:
             return self.captions[0]
-        draw = torch.randint(len(self.captions), (), generator=generator(seed, "frame_choice", f"{self.id}#caption", 0))
+        draw = torch.randint(len(self.captions), (), generator=generator(seed, "caption_choice", self.id, 0))
         return self.captions[int(draw)]
 
 
@@ -80,16 +80,16 @@ def load_samples(sources: Sequence[DataSource]) -> list[VideoSample]:
     """Read and check the annotations of all data sets, in order.
 
     Raises:
-        DataError: DATA-020 for an annotation file that cannot be read, DATA-021 for a row of the wrong form, DATA-022
-            for a missing or unusable caption, DATA-023 for an unsafe path, DATA-001 for a missing video, DATA-025 for
-            a video listed twice; all rows' problems at once (DATA-020 stops earlier).
+        DataError: DATA-060 for an annotation file that cannot be read, DATA-061 for a row of the wrong form, DATA-062
+            for a missing or unusable caption, DATA-063 for an unsafe path, DATA-001 for a missing video, DATA-064 for
+            a video listed twice; all rows' problems at once (DATA-060 stops earlier).
     """
     samples: list[VideoSample] = []
     problems: list[Problem] = []
     first_place: dict[Path, str] = {}
     for number, source in enumerate(sources):
         prefix = f"{number}:" if number else ""
-        for index, row in enumerate(read_rows(source.annotation, "DATA-020"), start=1):
+        for index, row in enumerate(read_rows(source.annotation, "DATA-060"), start=1):
             place = f"{source.annotation} row {index}"
             try:
                 sample = _sample(row, source.folder, prefix, place)
@@ -99,7 +99,7 @@ def load_samples(sources: Sequence[DataSource]) -> list[VideoSample]:
             before = first_place.setdefault(sample.file, place)
             if before != place:
                 message = f"{place}: {sample.file} is listed before, in {before}."
-                problems.append(Problem("DATA-025", message, 'Keep one row; several captions go into a list, "cap".'))
+                problems.append(Problem("DATA-064", message, 'Keep one row; several captions go into a list, "cap".'))
             samples.append(sample)
     raise_limited(problems)
     return samples
@@ -110,7 +110,7 @@ def _sample(row: Any, folder: Path, prefix: str, place: str) -> VideoSample:
     try:
         annotation = parse(Annotation, row, place)
     except ConfigError as error:
-        problems = [Problem("DATA-021", problem.message, problem.remedy) for problem in error.problems]
+        problems = [Problem("DATA-061", problem.message, problem.remedy) for problem in error.problems]
         raise_limited(problems)
         raise
     captions = [annotation.cap] if isinstance(annotation.cap, str) else annotation.cap or []
@@ -128,10 +128,10 @@ def _sample(row: Any, folder: Path, prefix: str, place: str) -> VideoSample:
 
 def _caption_problems(captions: Sequence[str], place: str) -> list[Problem]:
     if not captions:
-        return [Problem("DATA-022", f"{place}: the caption (cap) is missing.", 'Add it; "" is a valid caption.')]
+        return [Problem("DATA-062", f"{place}: the caption (cap) is missing.", 'Add it; "" is a valid caption.')]
     problems = []
     for caption in captions:
         if len(caption) > MAX_CAPTION_CHARACTERS:
             message = f"{place}: a caption has {len(caption)} characters, at most {MAX_CAPTION_CHARACTERS} are read."
-            problems.append(Problem("DATA-022", message, "Shorten it; 512 tokens of it would be used."))
+            problems.append(Problem("DATA-062", message, "Shorten it; 512 tokens of it would be used."))
     return problems

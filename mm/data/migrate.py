@@ -49,12 +49,12 @@ def migrate(source: DataSource, target: Path, made_with: Preprocess, *, show_pro
         The number of samples.
 
     Raises:
-        DataError: DATA-020 or DATA-021 for the list, DATA-023 for unsafe paths, DATA-030 for a file that is unreadable
-            or would run code, DATA-031 for one that is no text-to-video feature, DATA-032 when its size is not
-            `made_with`, DATA-033 when the target holds a finished store, DATA-018 and DATA-019 when writing fails.
+        DataError: DATA-060 or DATA-061 for the list, DATA-063 for unsafe paths, DATA-065 for a file that is unreadable
+            or would run code, DATA-066 for one that is no text-to-video feature, DATA-067 when its size is not
+            `made_with`, DATA-068 when the target holds a finished store, DATA-018 and DATA-019 when writing fails.
     """
     if (target / LISTING).exists():
-        raise DataError("DATA-033", f"{target} holds a finished feature store.", "Name another folder.")
+        raise DataError("DATA-068", f"{target} holds a finished feature store.", "Name another folder.")
     entries = _entries(source)
     (target / FEATURES).mkdir(parents=True, exist_ok=True)
     rows: list[FeatureRow] = []
@@ -77,18 +77,18 @@ def _entries(source: DataSource) -> list[tuple[str, str, Path]]:
     """(sample id, caption, file) of every row; the file is `file` in later versions, `path` in earlier ones."""
     entries: dict[str, tuple[str, str, Path]] = {}
     problems: list[Problem] = []
-    for number, row in enumerate(read_rows(source.annotation, "DATA-020"), start=1):
+    for number, row in enumerate(read_rows(source.annotation, "DATA-060"), start=1):
         place = f"{source.annotation} row {number}"
         row = row if isinstance(row, dict) else {}
         caption = row.get("cap")
         caption = caption[0] if isinstance(caption, list) and len(caption) == 1 else caption
         texts = [v for v in (row.get("path"), row.get("file", row.get("path")), caption) if isinstance(v, str)]
         if len(texts) != 3 or not all(map(is_text, texts)):
-            problems.append(Problem("DATA-021", f"{place} lacks a path, a caption (cap) or both.", _REMEDY))
+            problems.append(Problem("DATA-061", f"{place} lacks a path, a caption (cap) or both.", _REMEDY))
             continue
         sample, file, caption = os.path.normpath(texts[0]), texts[1], texts[2]
         if sample in entries:
-            problems.append(Problem("DATA-025", f"{place}: {sample} is listed before.", "Keep one row."))
+            problems.append(Problem("DATA-064", f"{place}: {sample} is listed before.", "Keep one row."))
         try:
             entries[sample] = (sample, caption, resolve_inside(source.folder, file, place))
         except DataError as error:
@@ -103,17 +103,17 @@ def _read(file: Path, made_with: Preprocess) -> Feature:
     except Exception as error:  # what torch raises for a refused or damaged file has no common base
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         message = f"{file} cannot be read as plain tensors ({reason})."
-        raise DataError("DATA-030", message, "Extract the sample again from its video.") from None
+        raise DataError("DATA-065", message, "Extract the sample again from its video.") from None
     latents, prompt, mask = _tensors(values, file)
     length = int(mask.sum())
     if length < 1 or not bool((mask.bool() == (torch.arange(len(mask)) < length)).all()):
         message = f"{file}: prompt_mask does not mark the first tokens of the prompt."
-        raise DataError("DATA-031", message, _REMEDY)
+        raise DataError("DATA-066", message, _REMEDY)
     frames, height, width = _video_size(latents)
     if (height, width) != (made_with.max_height, made_with.max_width) or frames > made_with.num_frames:
         expected = f"{made_with.num_frames}x{made_with.max_height}x{made_with.max_width}"
         message = f"{file} is {frames}x{height}x{width}, expected at most {expected}."
-        raise DataError("DATA-032", message, "Correct preprocess_parameters, or leave the sample out of data.jsonl.")
+        raise DataError("DATA-067", message, "Correct preprocess_parameters, or leave the sample out of data.jsonl.")
     return Feature(latents, prompt[:length].contiguous())
 
 
@@ -124,7 +124,7 @@ def _tensors(values: Any, file: Path) -> tuple[Tensor, Tensor, Tensor]:
     if set(names) != {"latents", "prompt", "prompt_mask"} or not all(isinstance(v, Tensor) for v in names.values()):
         held = ", ".join(sorted(map(str, values))) if isinstance(values, dict) else type(values).__name__
         message = f"{file} holds {held}; expected the tensors latents, prompt and prompt_mask."
-        raise DataError("DATA-031", message, _REMEDY)
+        raise DataError("DATA-066", message, _REMEDY)
     latents, prompt, mask = names["latents"], names["prompt"], names["prompt_mask"]
     prompt = prompt[0] if prompt.ndim == 3 and len(prompt) == 1 else prompt
     mask = mask[0] if mask.ndim == 2 and len(mask) == 1 else mask
@@ -132,7 +132,7 @@ def _tensors(values: Any, file: Path) -> tuple[Tensor, Tensor, Tensor]:
     if latents.ndim != 4 or prompt.ndim != 2 or mask.shape != prompt.shape[:1] or not floating:
         shapes = ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in names.items())
         message = f"{file} holds {shapes}; expected latents [16, F, H, W], prompt [1, L, D] and prompt_mask [1, L]."
-        raise DataError("DATA-031", message, _REMEDY)
+        raise DataError("DATA-066", message, _REMEDY)
     return latents, prompt, mask
 
 

@@ -14,6 +14,7 @@ import json
 import string
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
@@ -29,7 +30,7 @@ SEED = 0
 TEXT_DIM = 64
 FLOW_SHIFT = 3.0
 
-TRANSFORMER = {
+TRANSFORMER: dict[str, Any] = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 4,
     "attention_head_dim": 32,

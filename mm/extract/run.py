@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mm.config.data import ExtractData, data_sources
+from mm.config.data import TEMPORAL_STRIDE, ExtractData, data_sources
 from mm.config.extract import ExtractModel, ExtractTools
-from mm.data.clips import Clip, load_clip
+from mm.data.clips import Clip, check_announced_lengths, load_clip
 from mm.data.features import (
     EMPTY_PROMPT,
     EMPTY_PROMPT_ID,
@@ -101,6 +101,7 @@ def extract(
             another recipe (DATA-014). The store keeps what is complete and has no data.jsonl.
     """
     samples = load_samples(data_sources(data.dataset_param.basic_parameters))
+    check_announced_lengths(samples, data.dataset_param.preprocess_parameters)
     recipe = extraction_recipe(data, model, seed)
     store = Path(tools.sorafeature.save_path)
     _check_store(store, recipe, overwrite)
@@ -178,7 +179,7 @@ def _prepare(store: Path, recipe: Recipe, tasks: Sequence[Task], empty: Origin) 
     listing = store / LISTING
     if listing.exists() and not (_lists(listing, tasks) and not _incomplete(store, tasks, empty)):
         listing.unlink()
-    if not listing.exists():
+    if not (listing.exists() and (store / RECIPE_FILE).exists()):
         save_recipe(store, recipe)
 
 
@@ -248,7 +249,7 @@ def _commit(store: Path, tasks: Sequence[Task], empty: Origin, recipe: Recipe) -
 def _row(task: Task, recipe: Recipe) -> FeatureRow:
     header = read_header(task.file)
     shape = header.tensors["latents"][1]
-    num_frames = (shape[1] - 1) * 4 + 1
+    num_frames = (shape[1] - 1) * TEMPORAL_STRIDE + 1
     return FeatureRow(
         sample=task.sample.id,
         file=f"{FEATURES}/{task.file.name}",

@@ -363,5 +363,5 @@ def test_listing_cannot_lead_out_of_the_store(tmp_path: Path) -> None:
     feature_file.symlink_to(outside)
     (store / "data.jsonl").write_text(json.dumps(row))
     dataset = FeatureDataset([open_store(store, store / "data.jsonl", RECIPE.key)], MODEL)
-    with pytest.raises(DataError, match="DATA-023"):
+    with pytest.raises(DataError, match="DATA-063"):
         dataset[0]

@@ -57,14 +57,14 @@ def test_accepted_with_a_note(content: bytes, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "DATA-020"),
-        (b"[]", "DATA-020"),
-        (b"[{", "DATA-020"),
-        (b'[{"path": "a", "path": "b", "cap": "x"}]', "DATA-020"),
-        (b'[{"path": "a", "fps": NaN}]', "DATA-020"),
-        (b'{"path": "a"\n{"path": "b"}', "DATA-020"),
-        (b'[{"path": "videos/one.mp4", "cap": "\xff\xfe"}]', "DATA-020"),
-        (b"[" * 100_000, "DATA-020"),
+        (b"", "DATA-060"),
+        (b"[]", "DATA-060"),
+        (b"[{", "DATA-060"),
+        (b'[{"path": "a", "path": "b", "cap": "x"}]', "DATA-060"),
+        (b'[{"path": "a", "fps": NaN}]', "DATA-060"),
+        (b'{"path": "a"\n{"path": "b"}', "DATA-060"),
+        (b'[{"path": "videos/one.mp4", "cap": "\xff\xfe"}]', "DATA-060"),
+        (b"[" * 100_000, "DATA-060"),
     ],
     ids=["empty", "no rows", "cut off", "key twice", "NaN", "bad lines", "not UTF-8", "deep"],
 )
@@ -75,34 +75,34 @@ def test_file_that_is_no_list_of_rows(content: bytes, expected: str, folder: Pat
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"path": "videos/one.mp4"}, "DATA-022"),
-        ({**GOOD, "cap": []}, "DATA-022"),
-        ({**GOOD, "cap": None}, "DATA-022"),
-        ({**GOOD, "cap": "x" * (MAX_CAPTION_CHARACTERS + 1)}, "DATA-022"),
-        ({**GOOD, "cap": "\ud800"}, "DATA-021"),
-        ({**GOOD, "cap": 3}, "DATA-021"),
-        ({**GOOD, "cap": ["x", 3]}, "DATA-021"),
-        ({"cap": "x"}, "DATA-021"),
-        ({**GOOD, "num_frames": "81"}, "DATA-021"),
-        ({**GOOD, "fps": 0}, "DATA-021"),
-        ({**GOOD, "resolution": {"height": 480}}, "DATA-021"),
-        ({**GOOD, "cut": []}, "DATA-021"),
-        ({**GOOD, "crop": [0, 1, 0, 1]}, "DATA-021"),
-        ("videos/one.mp4", "DATA-021"),
+        ({"path": "videos/one.mp4"}, "DATA-062"),
+        ({**GOOD, "cap": []}, "DATA-062"),
+        ({**GOOD, "cap": None}, "DATA-062"),
+        ({**GOOD, "cap": "x" * (MAX_CAPTION_CHARACTERS + 1)}, "DATA-062"),
+        ({**GOOD, "cap": "\ud800"}, "DATA-061"),
+        ({**GOOD, "cap": 3}, "DATA-061"),
+        ({**GOOD, "cap": ["x", 3]}, "DATA-061"),
+        ({"cap": "x"}, "DATA-061"),
+        ({**GOOD, "num_frames": "81"}, "DATA-061"),
+        ({**GOOD, "fps": 0}, "DATA-061"),
+        ({**GOOD, "resolution": {"height": 480}}, "DATA-061"),
+        ({**GOOD, "cut": []}, "DATA-061"),
+        ({**GOOD, "crop": [0, 1, 0, 1]}, "DATA-061"),
+        ("videos/one.mp4", "DATA-061"),
         ({**GOOD, "path": "videos/none.mp4"}, "DATA-001"),
         ({**GOOD, "path": "videos"}, "DATA-001"),
         ({**GOOD, "path": "fifo"}, "DATA-001"),
-        ({**GOOD, "path": ""}, "DATA-023"),
-        ({**GOOD, "path": "."}, "DATA-023"),
-        ({**GOOD, "path": "/etc/passwd"}, "DATA-023"),
-        ({**GOOD, "path": "../outside.mp4"}, "DATA-023"),
-        ({**GOOD, "path": "videos/../../outside.mp4"}, "DATA-023"),
-        ({**GOOD, "path": "videos/one.mp4\0"}, "DATA-023"),
-        ({**GOOD, "path": "\udc80"}, "DATA-021"),
-        ({**GOOD, "path": "link.mp4"}, "DATA-023"),
-        ({**GOOD, "path": "folder-link/outside.mp4"}, "DATA-023"),
-        ({**GOOD, "path": "loop"}, ("DATA-023", "DATA-001")),
-        ({**GOOD, "path": "x" * 5000}, ("DATA-023", "DATA-001")),
+        ({**GOOD, "path": ""}, "DATA-063"),
+        ({**GOOD, "path": "."}, "DATA-063"),
+        ({**GOOD, "path": "/etc/passwd"}, "DATA-063"),
+        ({**GOOD, "path": "../outside.mp4"}, "DATA-063"),
+        ({**GOOD, "path": "videos/../../outside.mp4"}, "DATA-063"),
+        ({**GOOD, "path": "videos/one.mp4\0"}, "DATA-063"),
+        ({**GOOD, "path": "\udc80"}, "DATA-061"),
+        ({**GOOD, "path": "link.mp4"}, "DATA-063"),
+        ({**GOOD, "path": "folder-link/outside.mp4"}, "DATA-063"),
+        ({**GOOD, "path": "loop"}, ("DATA-063", "DATA-001")),
+        ({**GOOD, "path": "x" * 5000}, ("DATA-063", "DATA-001")),
     ],
 )
 def test_rows_that_cannot_be_used(row: object, expected: str | tuple[str, ...], folder: Path) -> None:
@@ -122,7 +122,7 @@ def test_link_inside_the_folder_is_fine(folder: Path) -> None:
 @pytest.mark.parametrize("path", ["videos/one.mp4", "./videos//one.mp4", "link.mp4"])
 def test_one_video_listed_twice(path: str, folder: Path) -> None:
     (folder / "link.mp4").symlink_to(folder / "videos" / "one.mp4")
-    assert problems(folder, [GOOD, {**GOOD, "path": path}]) == ["DATA-025"]
+    assert problems(folder, [GOOD, {**GOOD, "path": path}]) == ["DATA-064"]
 
 
 def test_every_row_is_reported_at_once_with_its_number(folder: Path) -> None:
@@ -130,14 +130,14 @@ def test_every_row_is_reported_at_once_with_its_number(folder: Path) -> None:
     with pytest.raises(DataError) as caught:
         load_samples([source(folder, rows)])
     assert [(p.id, p.message.split(" row ")[1].split()[0].strip(":")) for p in caught.value.problems] == [
-        ("DATA-022", "1"),
-        ("DATA-023", "2"),
-        ("DATA-021", "4"),
+        ("DATA-062", "1"),
+        ("DATA-063", "2"),
+        ("DATA-061", "4"),
     ]
 
 
 def test_a_row_with_two_faults_names_both(folder: Path) -> None:
-    assert problems(folder, [{"path": "../x"}]) == ["DATA-022", "DATA-023"]
+    assert problems(folder, [{"path": "../x"}]) == ["DATA-062", "DATA-063"]
 
 
 def test_long_lists_of_problems_end_with_their_count(folder: Path) -> None:

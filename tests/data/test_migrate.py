@@ -55,24 +55,24 @@ def test_what_was_extracted_is_trained_on(later: bool, tmp_path: Path) -> None:
         found = dataset[index]
         assert torch.equal(found["latents"], item["video" if later else "latents"])
         assert torch.equal(found["prompt"], item["prompt_ids" if later else "prompt"][0, :tokens])
-    with pytest.raises(DataError, match="DATA-033"):
+    with pytest.raises(DataError, match="DATA-068"):
         migrate(source, tmp_path / "new", MADE_WITH, show_progress=False)
 
 
 @pytest.mark.parametrize(
     ("item", "id"),
     [
-        ({"video": torch.zeros(1)}, "DATA-031"),
-        ([1, 2], "DATA-031"),
-        (legacy(i2v_clip_feature=torch.zeros(257, 1280)), "DATA-031"),
-        (legacy(video=torch.zeros(1, 16, 3, 8, 8)), "DATA-031"),
-        (legacy(video="x"), "DATA-031"),
-        (legacy(video=torch.zeros(16, 3, 8, 8, dtype=torch.float64)), "DATA-031"),
-        (legacy(prompt_ids=torch.zeros(1, 100, 8)), "DATA-031"),
-        (legacy(prompt_mask=torch.zeros(1, 512)), "DATA-031"),
-        (legacy(prompt_mask=torch.arange(512).gt(500)[None].long()), "DATA-031"),
-        (legacy(video=torch.zeros(16, 3, 8, 10)), "DATA-032"),
-        (legacy(video=torch.zeros(16, 4, 8, 8)), "DATA-032"),
+        ({"video": torch.zeros(1)}, "DATA-066"),
+        ([1, 2], "DATA-066"),
+        (legacy(i2v_clip_feature=torch.zeros(257, 1280)), "DATA-066"),
+        (legacy(video=torch.zeros(1, 16, 3, 8, 8)), "DATA-066"),
+        (legacy(video="x"), "DATA-066"),
+        (legacy(video=torch.zeros(16, 3, 8, 8, dtype=torch.float64)), "DATA-066"),
+        (legacy(prompt_ids=torch.zeros(1, 100, 8)), "DATA-066"),
+        (legacy(prompt_mask=torch.zeros(1, 512)), "DATA-066"),
+        (legacy(prompt_mask=torch.arange(512).gt(500)[None].long()), "DATA-066"),
+        (legacy(video=torch.zeros(16, 3, 8, 10)), "DATA-067"),
+        (legacy(video=torch.zeros(16, 4, 8, 8)), "DATA-067"),
         (legacy(video=torch.full((16, 3, 8, 8), float("nan"))), "DATA-013"),
     ],
 )
@@ -96,11 +96,11 @@ class Hostile:
 
 def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "old", [Hostile(tmp_path / "canary")])
-    with pytest.raises(DataError, match="DATA-030"):
+    with pytest.raises(DataError, match="DATA-065"):
         migrate(source, tmp_path / "new", MADE_WITH, show_progress=False)
     assert not (tmp_path / "canary").exists()
     (tmp_path / "old" / "features" / "0_mp4.pt").write_bytes(b"PK\x03\x04 not a zip")
-    with pytest.raises(DataError, match="DATA-030"):
+    with pytest.raises(DataError, match="DATA-065"):
         migrate(source, tmp_path / "new", MADE_WITH, show_progress=False)
 
 
@@ -110,5 +110,5 @@ def test_paths_and_rows(tmp_path: Path) -> None:
     source.annotation.write_text(json.dumps(rows))
     with pytest.raises(DataError) as caught:
         migrate(source, tmp_path / "new", MADE_WITH, show_progress=False)
-    assert [p.id for p in caught.value.problems] == ["DATA-023", "DATA-021", "DATA-021", "DATA-021"]
+    assert [p.id for p in caught.value.problems] == ["DATA-063", "DATA-061", "DATA-061", "DATA-061"]
     assert not (tmp_path / "new").exists()

@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from feature_samples import moving_square, write_clip
+from feature_samples import moving_square, write_clip, write_sound
 from torch import Tensor
 
 from mm.data.video import CHUNK_FRAMES, Reader, probe, read_frames
@@ -142,13 +142,7 @@ def test_files_that_are_no_videos(tmp_path: Path) -> None:
     expect(tmp_path, "DATA-001")
     os.mkfifo(tmp_path / "fifo.mp4")
     expect(tmp_path / "fifo.mp4", "DATA-001")
-    with av.open(str(tmp_path / "audio.mp4"), "w") as container:
-        stream = container.add_stream("aac", rate=16000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 16000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    expect(tmp_path / "audio.mp4", "DATA-003")
+    expect(write_sound(tmp_path / "audio.mp4"), "DATA-003")
 
 
 def test_size_of_a_hostile_header_is_refused(tmp_path: Path) -> None:

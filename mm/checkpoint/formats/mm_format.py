@@ -15,7 +15,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -148,11 +147,9 @@ def _read_state(file: Path) -> dict[str, Any]:
         # A training save carries Megatron's parsed arguments: a Namespace of plain values, which runs no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except UnpicklingError as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise _unreadable(file, f"it holds more than tensors and plain values ({first_line})") from None
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise _unreadable(file, str(error).strip().splitlines()[0]) from None
+    except Exception as error:  # what torch raises for a refused or damaged file has no common base
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise _unreadable(file, f"it is damaged or holds more than tensors and plain values ({first_line})") from None
     state = content.get("model") if isinstance(content, dict) else None
     if isinstance(content, dict) and any(re.fullmatch(r"model\d+", str(key)) for key in content):
         raise CheckpointError(

@@ -1,0 +1,43 @@
+"""`mm migrate`: features that MindSpeed-MM extracted, as a feature store."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from mm.cli.entry import run
+from mm.config.data import DataSource, Preprocess
+from mm.config.flags import Flags, parse_flags
+
+
+class MigrateFlags(Flags):
+    """Turn a folder of MindSpeed-MM's .pt features into a feature store. The .pt files stay as they are."""
+
+    source: Path = Field(description="folder that holds data.jsonl and features/*.pt")
+    target: Path = Field(description="feature store to write")
+    num_frames: int = Field(ge=1, description="frames that the features were extracted with")
+    max_height: int = Field(ge=1, description="height in pixels that they were extracted with")
+    max_width: int = Field(ge=1, description="width in pixels that they were extracted with")
+    frame_interval: int = Field(1, ge=1, description="frame interval that they were extracted with")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Migrate; raises what `mm.data.migrate.migrate` raises."""
+    flags = parse_flags(MigrateFlags, argv, program="mm migrate")
+    from mm.data.migrate import migrate  # after the flags are known to be good: torch takes a second to import
+
+    made_with = Preprocess(
+        num_frames=flags.num_frames,
+        max_height=flags.max_height,
+        max_width=flags.max_width,
+        frame_interval=flags.frame_interval,
+    )
+    count = migrate(DataSource(flags.source, flags.source / "data.jsonl"), flags.target, made_with)
+    print(f"{count} samples are in {flags.target}; they have no empty prompt, so train with cfg 0")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))

@@ -1,0 +1,117 @@
+"""The example scripts, run as a user runs them."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples" / "wan2.1"
+
+
+def bash(script: Path, *words: str, timeout_s: int, **environment: str) -> str:
+    done = subprocess.run(
+        ["bash", str(script), *words],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    workspace = tmp_path_factory.mktemp("quickstart")
+    # two threads: it has the machine to itself, and is the longest test
+    output = bash(EXAMPLES / "quickstart.sh", timeout_s=600, WORKSPACE=str(workspace), OMP_NUM_THREADS="2")
+    return workspace, output
+
+
+def test_quickstart_generates_what_the_captions_ask_for(quickstart: tuple[Path, str]) -> None:
+    workspace, output = quickstart
+    counts = re.search(r"colour (\d+) of 16, direction (\d+) of 16", output)
+    assert counts is not None
+    assert int(counts[1]) >= 14
+    assert int(counts[2]) >= 14
+    assert (workspace / "training.png").read_bytes().startswith(b"\x89PNG")
+    for said in ("videos", "training.png", "checkpoints", "trained_hf"):
+        assert f"{workspace}/{said}" in output
+
+
+def test_quickstart_resumed_once_without_a_seam(quickstart: tuple[Path, str]) -> None:
+    workspace, output = quickstart
+    rows = [json.loads(line) for line in (workspace / "checkpoints" / "metrics.jsonl").read_text().splitlines()]
+    assert "going on from" in output
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert [row["consumed_samples"] for row in rows] == [16 * row["step"] for row in rows]
+
+
+def test_quickstart_result_loads_in_diffusers(quickstart: tuple[Path, str]) -> None:
+    workspace, _ = quickstart
+    trained, info = WanTransformer3DModel.from_pretrained(workspace / "trained_hf", output_loading_info=True)
+    assert info["missing_keys"] == [] and info["unexpected_keys"] == []
+    folder = workspace / "demo" / "weights" / "Wan2.1-T2V-Tiny-Diffusers"
+    pipeline = WanPipeline.from_pretrained(folder, transformer=trained)
+    pipeline.set_progress_bar_config(disable=True)
+    frames = pipeline(
+        "a red circle moving left", height=64, width=64, num_frames=9, num_inference_steps=10, guidance_scale=1.0,
+        max_sequence_length=32, generator=torch.Generator().manual_seed(0), output_type="np",
+    ).frames[0]  # fmt: skip
+    middle = frames[4, 24:40, 24:40].mean(axis=(0, 1))
+    assert middle[0] > middle[1] + 0.2 and middle[0] > middle[2] + 0.2, f"not red: {middle}"
+
+
+def test_quickstart_refuses_a_folder_in_use(quickstart: tuple[Path, str]) -> None:
+    environment = {**os.environ, "WORKSPACE": str(quickstart[0])}
+    done = subprocess.run(
+        ["bash", EXAMPLES / "quickstart.sh"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 64
+    assert done.stderr.startswith("error ENV-003")
+
+
+@pytest.mark.parametrize("size", ["1.3b", "14b"])
+def test_pretrain_script_in_tiny_mode_on_two_processes(demo: Path, tmp_path: Path, size: str) -> None:
+    bash(
+        EXAMPLES / size / "t2v" / "pretrain.sh",
+        *("--train-iters", "2", "--save-interval", "1", "--keep-latest", "1", "--num-workers", "0", "--device", "cpu"),
+        timeout_s=120,
+        NPUS_PER_NODE="2",
+        MASTER_PORT="0",
+        MBS="2",
+        GRAD_ACC_STEP="2",
+        PRECISION="fp32",
+        MM_DATA=str(demo / "configs" / "feature_data.json"),
+        MM_MODEL=str(demo / "configs" / "pretrain_model.json"),
+        LOAD_PATH=str(demo / "weights" / "Wan2.1-T2V-Tiny-Diffusers" / "transformer"),
+        SAVE_PATH=str(tmp_path / "run"),
+    )
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["consumed_samples"] for row in rows] == [8, 16]
+    assert [path.name for path in (tmp_path / "run").glob("iter_*")] == ["iter_0000002"]
+    assert "step 2/2" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_a_script_leaves_with_the_commands_exit_code(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", EXAMPLES / "1.3b" / "t2v" / "pretrain.sh", "--train-itres", "5"],
+        env={**os.environ, "NPUS_PER_NODE": "1", "SAVE_PATH": str(tmp_path / "run")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 64
+    assert "CFG-007" in done.stdout
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.rglob("*.sh")), ids=lambda p: str(p.relative_to(EXAMPLES)))
+def test_scripts_parse(script: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True)
