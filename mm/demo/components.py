@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import string
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -65,26 +67,26 @@ def make_transformer() -> nn.Module:
 
     The output projection starts small, so that training begins near the velocity's mean and not at random pictures.
     """
-    torch.manual_seed(key(SEED, "init_weights", "transformer", 0))
-    transformer = WanTransformer3DModel(**TRANSFORMER)
-    nn.init.normal_(transformer.proj_out.weight, std=0.02)
-    nn.init.zeros_(transformer.proj_out.bias)
+    with _seeded("transformer"):
+        transformer = WanTransformer3DModel(**TRANSFORMER)
+        nn.init.normal_(transformer.proj_out.weight, std=0.02)
+        nn.init.zeros_(transformer.proj_out.bias)
     return transformer
 
 
 def make_text_encoder(vocab_size: int) -> nn.Module:
     """The random text encoder (transformers UMT5EncoderModel), seeded; its last norm makes every feature O(1)."""
-    torch.manual_seed(key(SEED, "init_weights", "text_encoder", 0))
     config = UMT5Config(
         vocab_size=vocab_size, d_model=TEXT_DIM, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0
     )
-    return UMT5EncoderModel(config).eval()
+    with _seeded("text_encoder"):
+        return UMT5EncoderModel(config).eval()
 
 
 def make_tokenizer() -> T5TokenizerFast:
     """A T5 tokenizer (pad 0, end 1, unknown 2) of the captions' words, and characters for everything else."""
     words = sorted({word for caption in all_captions() for word in caption.split()})
-    characters = [c for c in string.digits + string.ascii_letters + string.punctuation if c not in words]
+    characters = string.digits + string.ascii_letters + string.punctuation
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
     # Scores are log probabilities: a known word (-2) must beat its spelling (-4 for the space, -8 for each character).
     vocabulary += [(f"▁{word}", -2.0) for word in words] + [(character, -8.0) for character in characters]
@@ -106,3 +108,11 @@ def load_vae() -> nn.Module:
     with as_file(assets / "tiny_vae.safetensors") as path:
         vae.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     return vae.eval()
+
+
+@contextmanager
+def _seeded(part: str) -> Iterator[None]:
+    """Seed torch's default generator, which the libraries' constructors draw from, and give it back as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(SEED, "init_weights", part, 0))
+        yield

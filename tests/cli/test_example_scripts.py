@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
+from ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "wan2.1"
@@ -85,7 +86,7 @@ def test_pretrain_script_in_tiny_mode_on_two_processes(demo: Path, tmp_path: Pat
         *("--train-iters", "2", "--save-interval", "1", "--keep-latest", "1", "--num-workers", "0", "--device", "cpu"),
         timeout_s=120,
         NPUS_PER_NODE="2",
-        MASTER_PORT="0",
+        MASTER_PORT=str(free_port()),
         MBS="2",
         GRAD_ACC_STEP="2",
         PRECISION="fp32",

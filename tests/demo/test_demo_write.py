@@ -93,6 +93,8 @@ def test_tokenizer_knows_the_captions_and_takes_any_text(demo: Path):
     words = tokenizer.convert_ids_to_tokens(tokenizer("a red circle moving left").input_ids)
     assert words == ["▁a", "▁red", "▁circle", "▁moving", "▁left", "</s>"]
     assert tokenizer("").input_ids == [tokenizer.eos_token_id]
+    printable = tokenizer("Every banana costs 3.50$, (really)!").input_ids
+    assert tokenizer.unk_token_id not in printable
     for text in ["色调艳丽，过曝", "Ein Hund läuft! 3.5€", "\x00\n\t 🙂", "reddish"]:
         ids = tokenizer(text).input_ids
         assert ids[-1] == tokenizer.eos_token_id
