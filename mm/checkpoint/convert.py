@@ -124,10 +124,8 @@ def _agreed_config(source: WeightSource, original: WeightFolder) -> WanConfig:
     """The configuration of `original`; the source's own must be the same where it has one."""
     theirs = original.config()
     ours = source.config()
-    if ours is not None:
-        ours = ours.model_copy(update={"text_len": theirs.text_len})  # diffusers' config.json does not say it
-    if ours is not None and ours != theirs:
-        names = [name for name in WanConfig.model_fields if getattr(ours, name) != getattr(theirs, name)]
+    names = ours.differing_fields(theirs) if ours is not None else []
+    if names:
         values = "; ".join(f"{name} {getattr(ours, name)} instead of {getattr(theirs, name)}" for name in names)
         raise CheckpointError(
             "CKPT-024",

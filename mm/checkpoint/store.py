@@ -249,7 +249,7 @@ def _finish(root: Path, checkpoint: Path, step: int, keep_latest: int | None) ->
     announce(root, checkpoint, step)
     retain(root, step, keep_latest)
     fault.point("save.done")
-    log.info("Saved %s.", checkpoint)
+    log.debug("saved %s", checkpoint)
 
 
 def _differences(manifest: Manifest, wanted: Sequence[Piece]) -> dict[str, list[str]]:

@@ -46,6 +46,15 @@ class WanConfig(Section):
         """K, the width of one attention head."""
         return self.hidden_size // self.num_heads
 
+    def differing_fields(self, other: WanConfig) -> list[str]:
+        """Fields in which weights of the two models differ.
+
+        `text_len` is none of them: how far captions are padded is a run's choice, and Hugging Face folders do not
+        record it.
+        """
+        fields = (name for name in WanConfig.model_fields if name != "text_len")
+        return [name for name in fields if getattr(self, name) != getattr(other, name)]
+
     @model_validator(mode="after")
     def _heads_fit(self) -> WanConfig:
         if self.hidden_size % self.num_heads or self.head_dim % 2:

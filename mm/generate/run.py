@@ -156,8 +156,6 @@ def _require_same_shape(source: WeightSource, ours: WanConfig) -> None:
     theirs = source.config()
     if theirs is None:
         return
-    # Weights do not store how many text tokens they were trained with.
-    names = [name for name in WanConfig.model_fields if name != "text_len"]
     raise_all(
         ConfigError,
         [
@@ -167,8 +165,7 @@ def _require_same_shape(source: WeightSource, ours: WanConfig) -> None:
                 f"and predictor.{name} in inference_model.json is {getattr(ours, name)}.",
                 "Correct the predictor section, or name other weights.",
             )
-            for name in names
-            if getattr(theirs, name) != getattr(ours, name)
+            for name in theirs.differing_fields(ours)
         ],
     )
 

@@ -8,7 +8,7 @@ A checkpoint holds the fp32 master weights (`model.<name>`), AdamW's moments (`o
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,9 @@ def load_state(
         ConfigError: CFG-028 for another model.
     """
     scalars = read_manifest(path).scalars
-    require_same_model(parse(WanConfig, scalars["wan_config"], str(path)), config, str(path))
+    theirs = parse(WanConfig, scalars["wan_config"], str(path))
+    fields = theirs.differing_fields(config) + ["text_len"] * (theirs.text_len != config.text_len)
+    require_same_model(theirs, config, fields, str(path))
     if scalars["seed"] != seed and not any_seed:
         raise CheckpointError(
             "CKPT-071",
@@ -112,8 +114,7 @@ def load_weights(source: WeightSource, optimizer: Optimizer, config: WanConfig) 
     """
     theirs = source.config()
     if theirs is not None:
-        # How far captions are padded is the run's choice: weights do not depend on it, and HF folders do not tell it.
-        require_same_model(theirs.model_copy(update={"text_len": config.text_len}), config, str(source.path))
+        require_same_model(theirs, config, theirs.differing_fields(config), str(source.path))
     require_exactly(source, optimizer.parameter_shapes())
     for shard in optimizer.shards():
         shard.master.copy_(source.read(shard.name).reshape(-1)[shard.start : shard.stop])
@@ -121,11 +122,11 @@ def load_weights(source: WeightSource, optimizer: Optimizer, config: WanConfig) 
     logger.info("loaded %s (%s): no tensor missing, none left over", source.path, source.label)
 
 
-def require_same_model(theirs: WanConfig, ours: WanConfig, place: str) -> None:
-    """Refuse weights of another model.
+def require_same_model(theirs: WanConfig, ours: WanConfig, fields: Sequence[str], place: str) -> None:
+    """Refuse the weights of another model.
 
     Raises:
-        ConfigError: CFG-028 for each field that differs.
+        ConfigError: CFG-028 for each of `fields`, those in which they differ.
     """
     raise_all(
         ConfigError,
@@ -135,8 +136,7 @@ def require_same_model(theirs: WanConfig, ours: WanConfig, place: str) -> None:
                 f"{place} has {name} {getattr(theirs, name)}, and pretrain_model.json has {getattr(ours, name)}.",
                 "Correct the predictor section, or name other weights.",
             )
-            for name in WanConfig.model_fields
-            if getattr(theirs, name) != getattr(ours, name)
+            for name in fields
         ],
     )
 
