@@ -31,8 +31,7 @@ def bash(script: Path, *words: str, timeout_s: int, **environment: str) -> str:
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     workspace = tmp_path_factory.mktemp("quickstart")
-    # two threads: it has the machine to itself, and is the longest test
-    output = bash(EXAMPLES / "quickstart.sh", timeout_s=600, WORKSPACE=str(workspace), OMP_NUM_THREADS="2")
+    output = bash(EXAMPLES / "quickstart.sh", timeout_s=600, WORKSPACE=str(workspace))
     return workspace, output
 
 
