@@ -53,12 +53,12 @@ python "$here/convert_ckpt.py" --source_path "$checkpoints" --ckpt_path "$weight
 stage "7/7 Generation"
 MM_MODEL=$demo/configs/inference_model.json LOAD_PATH=$WORKSPACE/trained_hf SAVE_PATH=$WORKSPACE/videos \
     PROMPT=$demo/prompts.txt bash "$here/1.3b/t2v/inference.sh" --micro-batch-size 16
-mm score --videos "$WORKSPACE/videos" --prompts "$demo/prompts.txt" --at-least 14
+mm score --videos "$WORKSPACE/videos" --prompts "$demo/prompts.txt" --sheet "$WORKSPACE/videos.png" --at-least 14
 mm plot --run "$checkpoints" --out "$WORKSPACE/training.png"
 
 stage "Done in $((SECONDS - started)) s"
 cat <<EOF
-videos      $WORKSPACE/videos/           one clip for each line of $demo/prompts.txt
+videos      $WORKSPACE/videos/   one clip for each line of $demo/prompts.txt, all of them in $WORKSPACE/videos.png
 loss plot   $WORKSPACE/training.png
 checkpoint  $checkpoints/
 HF weights  $WORKSPACE/trained_hf/

@@ -11,7 +11,9 @@ from pydantic import Field
 from mm.cli.entry import run
 from mm.config.flags import Flags, parse_flags
 from mm.demo.measure import Row, score
+from mm.demo.sheet import draw_sheet
 from mm.errors import DataError
+from mm.generate.prompts import read_prompts
 
 
 class ScoreFlags(Flags):
@@ -19,6 +21,7 @@ class ScoreFlags(Flags):
 
     videos: Path = Field(description="folder of mp4 files, one for each prompt, in order")
     prompts: Path = Field(description="the text file they were generated from")
+    sheet: Path | None = Field(None, description="PNG to draw the clips into, with their captions")
     at_least: int | None = Field(None, ge=0, description="fail unless so many clips have the colour, and the direction")
 
 
@@ -29,10 +32,13 @@ def main(argv: Sequence[str]) -> None:
         DataError: DATA-083 when fewer than `--at-least` clips obey, and what `mm.demo.measure.score` raises.
     """
     flags = parse_flags(ScoreFlags, argv, program="mm score")
-    captions = [line for line in flags.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    captions = read_prompts(flags.prompts)
     colours, directions, rows = score(flags.videos, captions)
     print("\n".join(_line(row) for row in rows))
     print(f"colour {colours} of {len(rows)}, direction {directions} of {len(rows)}")
+    if flags.sheet is not None:
+        draw_sheet(rows, flags.sheet)
+        print(f"wrote {flags.sheet}")
     if flags.at_least is not None and min(colours, directions) < flags.at_least:
         raise DataError(
             "DATA-083",

@@ -41,7 +41,8 @@ def test_quickstart_generates_what_the_captions_ask_for(quickstart: tuple[Path, 
     assert counts is not None
     assert int(counts[1]) >= 14
     assert int(counts[2]) >= 14
-    assert (workspace / "training.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("training.png", "videos.png"):
+        assert (workspace / picture).read_bytes().startswith(b"\x89PNG")
     for said in ("videos", "training.png", "checkpoints", "trained_hf"):
         assert f"{workspace}/{said}" in output
 
