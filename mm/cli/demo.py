@@ -24,4 +24,5 @@ def main(argv: Sequence[str]) -> None:
     write_demo(flags.out, flags.clips_per_caption)
     print(f"{flags.out}/weights/   tiny Wan2.1 in the HF folder layout")
     print(f"{flags.out}/dataset/   {16 * flags.clips_per_caption} captioned clips")
+    print(f"{flags.out}/configs/   the files that configure extraction, training and generation on them")
     print(f"{flags.out}/prompts.txt   16 captions to generate from")

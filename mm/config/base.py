@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,6 +74,24 @@ def load(section: type[SectionT], path: Path) -> SectionT:
 def validation_problems(section: type[BaseModel], error: ValidationError, source: str) -> list[Problem]:
     """Translate pydantic's report into our problems, in its order."""
     return [_problem(section, item, source) for item in error.errors(include_url=False)]
+
+
+def take_retired(values: Any, retired: Mapping[str, str], source: str) -> Iterator[Problem]:
+    """Report (CFG-008) and remove keys of other systems that mean nothing here, so that they are not unknown as well.
+
+    Args:
+        values: parsed JSON; changed in place.
+        retired: dotted keys, each with what to do instead.
+        source: what to call the file.
+    """
+    for dotted, remedy in retired.items():
+        *parents, name = dotted.split(".")
+        place = values
+        for parent in parents:
+            place = place.get(parent) if isinstance(place, dict) else None
+        if isinstance(place, dict) and name in place:
+            del place[name]
+            yield Problem("CFG-008", f'{source}: "{dotted}" has no effect here.', remedy)
 
 
 def closest(word: str, known: list[str]) -> str:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import Field
 
-from mm.config.base import Section, load_json, parse
+from mm.config.base import Section, load_json, parse, take_retired
 from mm.errors import ConfigError, Problem, raise_all
 
 TEMPORAL_STRIDE = 4  # frames per latent frame of the Wan VAE, after a first frame that stands alone
@@ -217,7 +217,7 @@ RootT = TypeVar("RootT", bound=ExtractData | TrainData)
 
 def _load(section: type[RootT], path: Path, retired: Mapping[str, str]) -> RootT:
     values = load_json(path)
-    problems = list(_take_retired(values, retired, str(path)))
+    problems = list(take_retired(values, retired, str(path)))
     try:
         result = parse(section, values, str(path))
     except ConfigError as error:
@@ -226,18 +226,6 @@ def _load(section: type[RootT], path: Path, retired: Mapping[str, str]) -> RootT
     problems += _impossible_values(result, str(path))
     raise_all(ConfigError, problems)
     return result
-
-
-def _take_retired(values: Any, retired: Mapping[str, str], source: str) -> Iterator[Problem]:
-    """Report and remove the fields that mean nothing here, so that they are not reported as unknown once more."""
-    for dotted, remedy in retired.items():
-        *parents, name = dotted.split(".")
-        place = values
-        for parent in parents:
-            place = place.get(parent) if isinstance(place, dict) else None
-        if isinstance(place, dict) and name in place:
-            del place[name]
-            yield Problem("CFG-008", f'{source}: "{dotted}" has no effect here.', remedy)
 
 
 def _impossible_values(config: ExtractData | TrainData, source: str) -> Iterator[Problem]:

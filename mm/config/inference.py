@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mm.config.base import Section, load_json, parse
+from mm.config.base import Section, load_json, parse, take_retired
 from mm.config.data import TokenizerConfig
 from mm.config.extract import AutoencoderConfig, TextEncoderConfig
 from mm.config.flags import Flags
@@ -155,7 +155,7 @@ def load_inference(flags: GenerateFlags) -> InferenceModel:
             from the rules below.
     """
     values = load_json(Path(flags.mm_model))
-    problems = list(_take_retired(values, flags.mm_model))
+    problems = list(take_retired(values, RETIRED_INFERENCE_KEYS, flags.mm_model))
     try:
         config = parse(InferenceModel, _with_flags(values, flags), flags.mm_model)
     except ConfigError as error:
@@ -163,18 +163,6 @@ def load_inference(flags: GenerateFlags) -> InferenceModel:
         raise
     raise_all(ConfigError, [*problems, *_broken_rules(config, flags.mm_model)])
     return config
-
-
-def _take_retired(values: Any, source: str) -> Iterator[Problem]:
-    """Report and remove the keys that mean nothing here, so that they are not reported as unknown once more."""
-    for path, remedy in RETIRED_INFERENCE_KEYS.items():
-        *sections, name = path.split(".")
-        place = values
-        for section in sections:
-            place = place.get(section) if isinstance(place, dict) else None
-        if isinstance(place, dict) and name in place:
-            del place[name]
-            yield Problem("CFG-008", f'{source}: "{path}" has no effect here.', remedy)
 
 
 def _with_flags(values: Any, flags: GenerateFlags) -> Any:
