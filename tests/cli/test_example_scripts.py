@@ -47,6 +47,15 @@ def test_quickstart_generates_what_the_captions_ask_for(quickstart: tuple[Path, 
         assert f"{workspace}/{said}" in output
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_quickstart_with_other_seeds(tmp_path: Path, seed: str) -> None:
+    output = bash(EXAMPLES / "quickstart.sh", timeout_s=580, WORKSPACE=str(tmp_path / "workspace"), SEED=seed)
+    counts = re.search(r"colour (\d+) of 16, direction (\d+) of 16", output)
+    assert counts is not None
+    assert min(int(counts[1]), int(counts[2])) >= 14
+
+
 def test_quickstart_resumed_once_without_a_seam(quickstart: tuple[Path, str]) -> None:
     workspace, output = quickstart
     rows = [json.loads(line) for line in (workspace / "checkpoints" / "metrics.jsonl").read_text().splitlines()]
