@@ -203,7 +203,7 @@ def _describe(config: InferenceModel, source: WeightSource, model: WanModel, dev
     if diffusion.solver == "unipc":
         sampler |= {"solver_order": diffusion.solver_order, "solver_type": diffusion.solver_type}
     encoders = config.model_dump(mode="json", include={"ae", "text_encoder", "tokenizer"})
-    libraries = ("torch", "diffusers", "transformers", "av")
+    libraries = {name: importlib.metadata.version(name) for name in ("diffusers", "transformers", "av")}
     return {
         "negative_prompt": config.negative_prompt if diffusion.guided else None,
         "seed": config.seed,
@@ -224,5 +224,6 @@ def _describe(config: InferenceModel, source: WeightSource, model: WanModel, dev
             for name, values in encoders.items()
         },
         "device": device.type,
-        "versions": {"mm": mm.__version__, **{name: importlib.metadata.version(name) for name in libraries}},
+        # torch by its own word, which names the build (2.13.0+cu130); the package's version does not
+        "versions": {"mm": mm.__version__, "torch": str(torch.__version__), **libraries},
     }
