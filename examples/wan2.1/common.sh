@@ -1,7 +1,7 @@
 # What the example scripts share; they source it after setting their values. Not run by itself.
 set -euo pipefail
 
-# An installed `mm` is used where there is one, else this checkout's.
+# This checkout's `mm`, with the environment that is active, else with the checkout's own.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 if [ -x "$root/.venv/bin/python" ] && [ -z "${VIRTUAL_ENV:-}" ]; then PATH=$root/.venv/bin:$PATH; fi
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
@@ -26,7 +26,11 @@ run_training() { # flags...
     local dp=$((world / (TP * PP * CP)))
     local precision_args=""
     local virtual_args=""
-    if [ "$PRECISION" = bf16 ]; then precision_args="--bf16"; fi
+    case "$PRECISION" in
+        bf16) precision_args="--bf16" ;;
+        fp32) ;;
+        *) echo "error ENV-004: PRECISION is $PRECISION. Fix: use bf16 or fp32." >&2; exit 64 ;;
+    esac
     if [ "$VP" -gt 1 ]; then virtual_args="--virtual-pipeline-model-parallel-size $VP"; fi
     mkdir -p "$SAVE_PATH"
     launch mm.cli.train \

@@ -122,6 +122,18 @@ def test_a_script_leaves_with_the_commands_exit_code(tmp_path: Path) -> None:
     assert "CFG-007" in done.stdout
 
 
+def test_a_precision_that_does_not_exist_is_not_fp32(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", EXAMPLES / "14b" / "t2v" / "pretrain.sh"],
+        env={**os.environ, "PRECISION": "bf17", "SAVE_PATH": str(tmp_path / "run")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr[:13]) == (64, "error ENV-004")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("script", sorted(EXAMPLES.rglob("*.sh")), ids=lambda p: str(p.relative_to(EXAMPLES)))
 def test_scripts_parse(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
