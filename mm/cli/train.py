@@ -37,7 +37,8 @@ def main(argv: Sequence[str]) -> None:
     dataset = open_features(data, model.predictor.wan())
     backend = select(flags.device, where.local_rank)
     timeout = flags.distributed_timeout_minutes
-    with Job(where, backend.collective, backend.device, timeout), build_mesh(MeshSizes(), timeout) as mesh:
+    sizes = MeshSizes(flags.tensor_model_parallel_size, flags.pipeline_model_parallel_size, flags.context_parallel_size)
+    with Job(where, backend.collective, backend.device, timeout), build_mesh(sizes, timeout) as mesh:
         comm = SingleProcess() if where.world_size == 1 else ProcessGroupComm(device=backend.device)
         progress = train(Run(flags, model, data, dataset, mesh, backend, comm))
     logging.getLogger(__name__).info("done: step %d, %d samples", progress.step, progress.consumed_samples)

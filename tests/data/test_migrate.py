@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_feature_store import MODEL, train_data
 
+from mm.cli import migrate as migrate_command
 from mm.config.data import DataSource, Preprocess
 from mm.data.dataset import open_features
 from mm.data.migrate import migrate
@@ -41,6 +42,15 @@ def write(folder: Path, items: list[Any], later: bool = True) -> DataSource:
             rows[-1]["file"] = place
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return DataSource(folder, folder / "data.jsonl")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "old", [legacy(3), legacy(7)])
+    words = ["--source", tmp_path / "old", "--target", tmp_path / "new"]
+    words += ["--num-frames", 9, "--max-height", 64, "--max-width", 64]
+    migrate_command.main([str(word) for word in words])
+    assert "2 samples" in capsys.readouterr().out
+    assert len(open_features(train_data(tmp_path / "new"), MODEL)) == 2
 
 
 @pytest.mark.parametrize("later", [True, False])

@@ -10,6 +10,7 @@ from ranks import run_ranks
 from mm.config.model import WanConfig
 from mm.config.place import place
 from mm.device.backend import Backend, select
+from mm.errors import NumericsError
 from mm.parallel.apply import DataParallelOptions, apply, forward_backward
 from mm.parallel.launch import Job
 from mm.parallel.mesh import Mesh, MeshSizes, build_mesh
@@ -100,6 +101,34 @@ def engine_loop(options: DataParallelOptions, mesh: Mesh, backend: Backend) -> t
     optimizer.masters_to_model()  # with overlap, the last update is gathered only when the next forward needs it
     weights = {name: parameter.detach().tolist() for name, parameter in parallel.named_parameters().items()}
     return losses, norms, weights
+
+
+def step_with_a_bad_gradient() -> tuple[str, bool]:
+    """One rank's loss is finite and its gradient is not; returns the error's id and whether any weight changed."""
+    backend = select("cpu")
+    with Job(place(), backend.collective, backend.device, 1), build_mesh(MeshSizes(), 1) as mesh:
+        parallel = apply(new_model(), mesh, backend, DataParallelOptions(use_distributed_optimizer=True), torch.float32)
+        optimizer = Optimizer(parallel, SETTINGS)
+        before = {name: parameter.detach().clone() for name, parameter in parallel.named_parameters().items()}
+
+        def forward_step(module: Any) -> Any:
+            loss = loss_of(module, samples(0)[0])
+            if mesh.dp_rank == mesh.dp_size - 1:  # the root of zero is zero, its slope is not a number
+                loss = loss + (0 * module.module.model.head.head.bias.sum()).abs().sqrt()
+            assert bool(torch.isfinite(loss))
+            return loss, lambda output: (output, output.detach().clone())
+
+        forward_backward(parallel, forward_step, 1)
+        try:
+            optimizer.step(1)
+        except NumericsError as error:
+            after = parallel.named_parameters()
+            return error.id, any(not torch.equal(before[name], after[name]) for name in before)
+        return "no error", True
+
+
+def test_a_gradient_that_is_not_finite_stops_every_rank_and_changes_no_weight() -> None:
+    assert run_ranks(2, step_with_a_bad_gradient) == [("NUM-002", False)] * 2
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["dp1", "dp2"])
