@@ -20,6 +20,7 @@ setup(
         "einops>=0.8,<0.9",
         "numpy>=2.0,<3",
         "pydantic>=2.10,<3",
+        "pyyaml>=6,<7",
         "av>=15",
         "decord==0.6.0; platform_machine == 'x86_64' and sys_platform == 'linux'",
         "ftfy>=6.1,<7",

@@ -43,6 +43,10 @@ class Box:
         """This box in the coordinates of `outer`, which must contain it."""
         return Box(tuple(mine - base for mine, base in zip(self.offsets, outer.offsets, strict=True)), self.sizes)
 
+    def moved(self, offsets: tuple[int, ...]) -> Box:
+        """This box of a part that begins at `offsets`, in the coordinates of the whole: the inverse of `within`."""
+        return Box(tuple(mine + base for mine, base in zip(self.offsets, offsets, strict=True)), self.sizes)
+
     def __str__(self) -> str:
         return "[" + ",".join(f"{start}:{end}" for start, end in zip(self.offsets, self.ends, strict=True)) + "]"
 

@@ -36,13 +36,23 @@ def whole_piece(key: str, tensor: torch.Tensor) -> Piece:
     return Piece(key, tuple(tensor.shape), whole(tensor.shape), tensor)
 
 
-def pieces_of_flat_range(key: str, global_shape: Sequence[int], start: int, flat: torch.Tensor) -> list[Piece]:
-    """The pieces of elements [start, start + len(flat)) of a flattened tensor, as views of `flat` (1-D, contiguous)."""
+def pieces_of_flat_range(
+    key: str, global_shape: Sequence[int], start: int, flat: torch.Tensor, outer: Box | None = None
+) -> list[Piece]:
+    """The pieces of elements [start, start + len(flat)) of a flattened tensor, as views of `flat` (1-D, contiguous).
+
+    Args:
+        key: the tensor's global name. global_shape: its whole shape.
+        start: index of the first element, within `outer` flattened.
+        flat: the elements.
+        outer: the box of the whole tensor whose elements are counted, for a tensor-parallel rank's part; default: all.
+    """
     shape = tuple(global_shape)
+    outer = outer or whole(shape)
     pieces = []
     position = 0
-    for box in flat_range_to_boxes(shape, start, start + flat.numel()):
+    for box in flat_range_to_boxes(outer.sizes, start, start + flat.numel()):
         view = flat[position : position + box.numel].view(box.sizes)
-        pieces.append(Piece(key, shape, box, view))
+        pieces.append(Piece(key, shape, box.moved(outer.offsets), view))
         position += box.numel
     return pieces

@@ -11,6 +11,8 @@ from mm.cli.entry import run
 from mm.config.base import load
 from mm.config.data import load_train_data
 from mm.config.flags import parse_flags
+from mm.config.layerzero import load_zero
+from mm.config.layout import layout_of
 from mm.config.place import place
 from mm.config.rules import check_training
 from mm.config.train import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
@@ -21,15 +23,17 @@ def main(argv: Sequence[str]) -> None:
     flags = parse_flags(TrainFlags, argv, program="mm train", retired=RETIRED_TRAIN_FLAGS)
     model = load(PretrainModel, Path(flags.mm_model))
     data = load_train_data(Path(flags.mm_data))
+    zero = load_zero(flags)
     where = place()
-    check_training(flags, model, where.world_size)
+    check_training(flags, model, zero, where.world_size)
+    layout = layout_of(flags, model, zero, where.world_size)
 
     # Only now torch: a configuration mistake is told in a fraction of a second, before any device is touched.
     from mm.checkpoint.comm import ProcessGroupComm, SingleProcess
     from mm.data.dataset import open_features
     from mm.device.backend import select
     from mm.parallel.launch import Job
-    from mm.parallel.mesh import MeshSizes, build_mesh
+    from mm.parallel.mesh import build_mesh
     from mm.train.loop import Run, train
 
     if where.rank != 0:
@@ -37,10 +41,18 @@ def main(argv: Sequence[str]) -> None:
     dataset = open_features(data, model.predictor.wan())
     backend = select(flags.device, where.local_rank)
     timeout = flags.distributed_timeout_minutes
-    sizes = MeshSizes(flags.tensor_model_parallel_size, flags.pipeline_model_parallel_size, flags.context_parallel_size)
-    with Job(where, backend.collective, backend.device, timeout), build_mesh(sizes, timeout) as mesh:
+    configuration = {
+        "flags": flags.model_dump(mode="json"),
+        flags.mm_model: model.model_dump(mode="json"),
+        flags.mm_data: data.model_dump(mode="json"),
+        flags.layerzero_config or "zero_config.yaml": zero.model_dump(mode="json") if zero else None,
+    }
+    with (
+        Job(where, backend.collective, backend.device, timeout, configuration),
+        build_mesh(layout, timeout, backend.kind) as mesh,
+    ):
         comm = SingleProcess() if where.world_size == 1 else ProcessGroupComm(device=backend.device)
-        progress = train(Run(flags, model, data, dataset, mesh, backend, comm))
+        progress = train(Run(flags, model, data, zero, dataset, mesh, backend, comm))
     logging.getLogger(__name__).info("done: step %d, %d samples", progress.step, progress.consumed_samples)
 
 

@@ -1,58 +1,37 @@
-"""Rules that look at more than one flag or file. Each is one function with its id; all run, all problems are shown."""
+"""Rules that look at more than one flag or file. Each is one function with its id; all run, all problems are shown.
+
+Those about the parallel axes are in `mm.config.rules_parallel`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from mm.config.layerzero import ZeroConfig
+from mm.config.request import Request
+from mm.config.rules_parallel import PARALLEL_RULES
 from mm.config.train import PretrainModel, TrainFlags
 from mm.errors import ConfigError, Problem, raise_all
 
 
-def check_training(flags: TrainFlags, model: PretrainModel, world_size: int) -> None:
+def check_training(flags: TrainFlags, model: PretrainModel, zero: ZeroConfig | None, world_size: int) -> None:
     """Check a training run before any device is touched.
+
+    Args:
+        flags, model: the command line and pretrain_model.json.
+        zero: the file of `--layerzero-config` as `mm.config.layerzero.load_zero` reads it.
+        world_size: the processes that were started.
 
     Raises:
         ConfigError: with every violated rule.
     """
-    problems = [problem for rule in TRAINING_RULES for problem in rule(flags, model, world_size)]
-    raise_all(ConfigError, problems)
+    request = Request(flags, model, zero, world_size)
+    raise_all(ConfigError, [problem for rule in TRAINING_RULES for problem in rule(request)])
 
 
-def _only_data_parallel(flags: TrainFlags, model: PretrainModel, world_size: int) -> Iterator[Problem]:
-    """CFG-020: the model-parallel axes that this version cannot split along."""
-    sizes = {
-        "--tensor-model-parallel-size": flags.tensor_model_parallel_size,
-        "--pipeline-model-parallel-size": flags.pipeline_model_parallel_size,
-        "--virtual-pipeline-model-parallel-size": flags.virtual_pipeline_model_parallel_size or 1,
-        "--context-parallel-size": flags.context_parallel_size,
-    }
-    for name, size in sizes.items():
-        if size > 1:
-            yield Problem(
-                "CFG-020",
-                f"{name} is {size}, and this version splits along the data axis only.",
-                "Set it to 1 and use more data-parallel processes.",
-            )
-
-
-def _batch_divides(flags: TrainFlags, model: PretrainModel, world_size: int) -> Iterator[Problem]:
-    """CFG-021: a step is a whole number of micro-batches on every replica."""
-    replica = flags.tensor_model_parallel_size * flags.pipeline_model_parallel_size * flags.context_parallel_size
-    per_forward = flags.micro_batch_size * max(1, world_size // replica)
-    if flags.global_batch_size is not None and flags.global_batch_size % per_forward:
-        below = flags.global_batch_size // per_forward * per_forward
-        near = f"{below} or {below + per_forward}" if below else f"{per_forward}"
-        yield Problem(
-            "CFG-021",
-            f"--global-batch-size {flags.global_batch_size} is not a multiple of --micro-batch-size "
-            f"{flags.micro_batch_size} x {per_forward // flags.micro_batch_size} replicas.",
-            f"Use {near}.",
-        )
-
-
-def _precision_agrees(flags: TrainFlags, model: PretrainModel, world_size: int) -> Iterator[Problem]:
+def _precision_agrees(request: Request) -> Iterator[Problem]:
     """CFG-022: the precision is said in two places, which must agree."""
-    dtype = model.predictor.dtype
+    flags, dtype = request.flags, request.model.predictor.dtype
     if dtype is not None and (dtype == "bf16") != flags.bf16:
         given = "given" if flags.bf16 else "absent"
         yield Problem(
@@ -62,8 +41,9 @@ def _precision_agrees(flags: TrainFlags, model: PretrainModel, world_size: int) 
         )
 
 
-def _weights_are_named(flags: TrainFlags, model: PretrainModel, world_size: int) -> Iterator[Problem]:
+def _weights_are_named(request: Request) -> Iterator[Problem]:
     """CFG-023: nobody trains from random weights by accident."""
+    flags = request.flags
     if flags.load is None and not flags.init_from_scratch:
         yield Problem("CFG-023", "--load is missing.", "Give it, or --init-from-scratch to start from random weights.")
     if flags.load is not None and flags.init_from_scratch:
@@ -72,16 +52,18 @@ def _weights_are_named(flags: TrainFlags, model: PretrainModel, world_size: int)
         yield Problem("CFG-023", "--finetune needs the weights that it starts from.", "Give --load.")
 
 
-def _saving_is_meant(flags: TrainFlags, model: PretrainModel, world_size: int) -> Iterator[Problem]:
+def _saving_is_meant(request: Request) -> Iterator[Problem]:
     """CFG-024: flags about checkpoints without a place for them."""
+    flags = request.flags
     for name in ("save_interval", "keep_latest", "no_save_optim"):
         if getattr(flags, name) and flags.save is None:
             flag = "--" + name.replace("_", "-")
             yield Problem("CFG-024", f"{flag} has no effect without --save.", "Give --save, or remove it.")
 
 
-def _schedule_fits(flags: TrainFlags, model: PretrainModel, world_size: int) -> Iterator[Problem]:
+def _schedule_fits(request: Request) -> Iterator[Problem]:
     """CFG-025: a learning-rate schedule that can be followed."""
+    flags = request.flags
     decay = flags.lr_decay_iters or flags.train_iters
     if flags.lr_warmup_iters and flags.lr_warmup_iters >= decay:
         yield Problem(
@@ -97,9 +79,11 @@ def _schedule_fits(flags: TrainFlags, model: PretrainModel, world_size: int) -> 
         )
 
 
-def _overlap_needs_distributed_optimizer(flags: TrainFlags, model: PretrainModel, world_size: int) -> Iterator[Problem]:
+def _overlap_needs_distributed_optimizer(request: Request) -> Iterator[Problem]:
     """CFG-026: parameters are gathered only where they are sharded, and only behind the gradients."""
-    if flags.overlap_param_gather and not (flags.use_distributed_optimizer and flags.overlap_grad_reduce):
+    flags = request.flags
+    sharded = flags.layerzero or (flags.use_distributed_optimizer and flags.overlap_grad_reduce)
+    if flags.overlap_param_gather and not sharded:  # layer-zero always overlaps both
         yield Problem(
             "CFG-026",
             "--overlap-param-gather works only with --use-distributed-optimizer and --overlap-grad-reduce.",
@@ -107,30 +91,12 @@ def _overlap_needs_distributed_optimizer(flags: TrainFlags, model: PretrainModel
         )
 
 
-def _pipeline_layers_need_a_pipeline(flags: TrainFlags, model: PretrainModel, world_size: int) -> Iterator[Problem]:
-    """CFG-027: a list of stages is only read with pipeline parallelism; then it must fit the model."""
-    layers = model.predictor.pipeline_num_layers
-    if layers is not None and sum(_flat(layers)) != model.predictor.num_layers:
-        yield Problem(
-            "CFG-027",
-            f"predictor.pipeline_num_layers in {flags.mm_model} adds up to {sum(_flat(layers))}, "
-            f"and num_layers is {model.predictor.num_layers}.",
-            "Make them agree.",
-        )
-
-
-def _flat(layers: list[int] | list[list[int]]) -> list[int]:
-    return [number for item in layers for number in (item if isinstance(item, list) else [item])]
-
-
-Rule = Callable[[TrainFlags, PretrainModel, int], Iterator[Problem]]
+Rule = Callable[[Request], Iterator[Problem]]
 TRAINING_RULES: tuple[Rule, ...] = (
-    _only_data_parallel,
-    _batch_divides,
+    *PARALLEL_RULES,
     _precision_agrees,
     _weights_are_named,
     _saving_is_meant,
     _schedule_fits,
     _overlap_needs_distributed_optimizer,
-    _pipeline_layers_need_a_pipeline,
 )

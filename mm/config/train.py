@@ -18,7 +18,8 @@ class PredictorConfig(WanConfig):
     Attributes:
         model_id: the one predictor there is.
         dtype: parameter precision; must agree with `--bf16`.
-        pipeline_num_layers: blocks of each pipeline stage; only with pipeline parallelism.
+        pipeline_num_layers: blocks of each pipeline stage, [PP], or with virtual stages [VP][PP]; unused without a
+            pipeline.
     """
 
     model_id: Literal["wandit"] = "wandit"
@@ -56,6 +57,27 @@ class TrainFlags(Flags):
     pipeline_model_parallel_size: int = Field(1, ge=1, description="pipeline-parallel degree")
     virtual_pipeline_model_parallel_size: int | None = Field(None, ge=1, description="model chunks per pipeline rank")
     context_parallel_size: int = Field(1, ge=1, description="context-parallel degree")
+    sequence_parallel: bool = Field(False, description="cut the tokens outside tensor-parallel layers over TP as well")
+    context_parallel_algo: Literal["ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"] = Field(
+        "ulysses_cp_algo",
+        description="heads for tokens (ulysses), keys and values in a ring (megatron), or rings of groups (hybrid)",
+    )
+    ulysses_degree_in_cp: int | None = Field(
+        None, ge=1, description="ranks of a Ulysses group in the hybrid algorithm; the ring has CP / that many"
+    )
+    use_cp_send_recv_overlap: bool = Field(False, description="the ring sends and receives at the same time")
+    cp_window_size: int = Field(1, ge=1, description="ring ranks of one window of a double ring; 1 is a single ring")
+    variable_seq_lengths: bool = Field(
+        False, description="samples of different sizes in a pipeline; messages get the size of a step's largest"
+    )
+    optimization_level: int | None = Field(
+        None, ge=2, le=2, description="MindSpeed's level of patches; 2 is how it always works here"
+    )
+    use_multiparameter_pipeline_model_parallel: bool = Field(
+        False, description="several tensors across a pipeline boundary; how it always works here"
+    )
+    layerzero: bool = Field(False, description="shard the parameters themselves, as --layerzero-config says")
+    layerzero_config: str | None = Field(None, description="zero_config.yaml; with --layerzero")
     distributed_timeout_minutes: int = Field(30, ge=1, description="how long a collective may wait")
     device: Literal["cpu", "cuda", "npu"] | None = Field(None, description="kind of device; default: the best there is")
 
@@ -132,8 +154,13 @@ RETIRED_TRAIN_FLAGS = {
     "--recompute-granularity": "Remove it; recomputation is not available in this version.",
     "--recompute-method": "Remove it; recomputation is not available in this version.",
     "--recompute-num-layers": "Remove it; recomputation is not available in this version.",
-    "--sequence-parallel": "Remove it; tensor parallelism is not available in this version.",
-    "--context-parallel-algo": "Remove it; context parallelism is not available in this version.",
-    "--layerzero": "Remove it; layer-zero sharding is not available in this version.",
-    "--layerzero-config": "Remove it; layer-zero sharding is not available in this version.",
+    "--recompute-skip-core-attention": "Remove it; recomputation is not available in this version.",
+    "--recompute-num-layers-skip-core-attention": "Remove it; recomputation is not available in this version.",
+    "--num-layers-per-virtual-pipeline-stage": "Remove it; give --virtual-pipeline-model-parallel-size, and "
+    "predictor.pipeline_num_layers in pretrain_model.json for stages of different sizes.",
+    "--megatron-cp-in-bnsd": "Remove it; the device chooses the layout of its attention kernel.",
+    "--use-fused-ring-attention-update": "Remove it; the device chooses its fastest kernel.",
+    "--context-parallel-kv-cache-policy": "Remove it; what a ring keeps for its backward pass is no choice here.",
+    "--use-torch-fsdp2": "Remove it; give --layerzero and --layerzero-config, which shard through FSDP2.",
+    "--fsdp2-config-path": "Remove it; give --layerzero and --layerzero-config, which shard through FSDP2.",
 }

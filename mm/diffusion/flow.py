@@ -78,19 +78,24 @@ class FlowMatching:
         """The velocity that the model should predict, noise - x0 in fp32, [B, ...]."""
         return noise.float() - x0.float()
 
-    def loss(self, prediction: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, prediction: Tensor, target: Tensor, weight: Tensor, elements: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Weighted mean squared error in fp32.
 
         Args:
             prediction: [B, ...] velocity from the model, any floating type.
             target: [B, ...] from `target`.
             weight: [B] from `draw_timesteps`.
+            elements: of a whole sample, when `prediction` is only a part of it: the losses of the parts then add up
+                to the loss of the whole. Default: those at hand.
 
         Returns:
             The batch's loss (scalar: mean of the samples' losses) and the samples' losses [B], both weighted.
         """
-        squared = (prediction.float() - target.float()).square()
-        per_sample = squared.flatten(1).mean(dim=1) * weight.to(device=squared.device, dtype=torch.float32)
+        squared = (prediction.float() - target.float()).square().flatten(1)
+        mean = squared.sum(dim=1) / (elements or squared.shape[1])
+        per_sample = mean * weight.to(device=squared.device, dtype=torch.float32)
         return per_sample.mean(), per_sample
 
     def weight_of(self, timestep: Tensor) -> Tensor:

@@ -1,24 +1,37 @@
 """Puts a single-device model on the mesh.
 
-The order, from the inside out: the model in its precision, the pipeline stage that megatron-core's schedules drive,
-megatron-core's DistributedDataParallel, which owns the parameter and gradient buffers. Each layer knows only the one
-below it, and the model knows none of them.
+The order, from the inside out: the model's parts for this rank's tensor- and context-parallel axes; the pipeline
+stages cut out of it; their weights, of which only this rank's part is ever made; then either megatron-core's
+DistributedDataParallel, which owns the parameter and gradient buffers, or layer-zero, which shards the parameters.
+megatron-core's schedules drive the result. Each layer knows only the one below it, and the model knows none of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.enums import ModelType
-from megatron.core.transformer.module import MegatronModule
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
 
+from mm.config.layerzero import ZeroConfig
+from mm.config.model import WanConfig
+from mm.device import kernels
 from mm.device.backend import Backend
+from mm.parallel.context import context_attention
+from mm.parallel.layerzero import local_rows, shard_stage
 from mm.parallel.mesh import Mesh
+from mm.parallel.placement import Placement, Shape, place, whole_shapes
+from mm.parallel.stage import WanStage, cut
+from mm.parallel.tensor import TensorAxis
+from mm.wan.layers import Parts
 from mm.wan.model import WanModel
+
+ValueOf = Callable[[str, Shape], Tensor]
+"""(native name, shape of the whole parameter) -> its value on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -30,130 +43,193 @@ class DataParallelOptions:
     overlap_param_gather: bool = False
 
 
-class WanStage(MegatronModule):
-    """The part of the model that one pipeline rank holds, in the form megatron-core's schedules expect."""
-
-    def __init__(self, config: TransformerConfig, model: WanModel) -> None:
-        super().__init__(config)
-        self.model = model
-        self.model_type = ModelType.encoder_or_decoder
-        self.share_embeddings_and_output_weights = False
-
-    def set_input_tensor(self, tensors: list[torch.Tensor | None]) -> None:
-        """Take what the previous stage sent: nothing, while the whole model is one stage."""
-        if any(tensor is not None for tensor in tensors):
-            raise AssertionError("a stage that holds the whole model received a hidden state")
-
-    def forward(self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """The model's velocity; shapes as `WanModel.forward`."""
-        return self.model(latents, timestep, text)
-
-
 @dataclass(frozen=True)
 class ParallelModel:
     """A model on the mesh.
 
     Attributes:
-        chunks: megatron-core's DDP modules, one a virtual pipeline stage.
-        config: megatron-core's view of the model.
+        stages: this rank's parts of the model, one for each virtual pipeline stage.
+        chunks: the same as the schedule drives them: in megatron-core's DDP, or sharded by layer-zero.
+        wan: shape of the whole model. config: megatron-core's view of it.
+        options: data-parallel options. zero: layer-zero's configuration, or None.
+        placements: where every parameter of this rank lies in the whole one, by native name.
         mesh, backend: where it lives.
     """
 
-    chunks: list[DistributedDataParallel]
+    stages: list[WanStage]
+    chunks: list[Any]
+    wan: WanConfig
     config: TransformerConfig
+    options: DataParallelOptions
+    zero: ZeroConfig | None
+    placements: dict[str, Placement]
     mesh: Mesh
     backend: Backend
 
-    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the hidden state and of the bulk of the parameters in forward and backward."""
+        return self.stages[0].dtype
+
+    @property
+    def last(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.stages[-1].last
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters by native Wan name."""
         return {
             name: parameter
-            for chunk in self.chunks
-            for name, parameter in chunk.module.model.named_parameters()
+            for stage in self.stages
+            for name, parameter in stage.model.named_parameters()
             if parameter.requires_grad
         }
 
 
 def apply(
-    model: WanModel, mesh: Mesh, backend: Backend, options: DataParallelOptions, dtype: torch.dtype
+    wan: WanConfig,
+    mesh: Mesh,
+    backend: Backend,
+    options: DataParallelOptions,
+    dtype: torch.dtype,
+    value_of: ValueOf | None,
+    zero: ZeroConfig | None = None,
 ) -> ParallelModel:
-    """Wrap `model` for training on `mesh`.
+    """Make this rank's part of a model, ready for training.
 
     Args:
-        model: on `backend`'s device, in its final precision and with its weights.
-        mesh: the rank grid.
-        backend: this process's device.
+        wan: shape of the model.
+        mesh: the rank grid. backend: this process's device.
         options: data-parallel options.
-        dtype: dtype of the bulk of the parameters and of what crosses a pipeline boundary.
+        dtype: of the bulk of the parameters and of what crosses a pipeline boundary.
+        value_of: initial values; None leaves zeros for what is loaded next (`Optimizer.masters_to_model`).
+        zero: layer-zero's configuration when the layout has it.
     """
+    layout = mesh.layout
+    parts = model_parts(mesh)
+    placements = {name: place(name, shape, mesh.tp_rank, layout.tp_size) for name, shape in whole_shapes(wan).items()}
     with backend.megatron():
-        config = TransformerConfig(
-            num_layers=model.config.num_layers,
-            hidden_size=model.config.hidden_size,
-            num_attention_heads=model.config.num_heads,
-            tensor_model_parallel_size=mesh.sizes.tp_size,
-            pipeline_model_parallel_size=mesh.sizes.pp_size,
-            context_parallel_size=mesh.sizes.cp_size,
-            bf16=dtype == torch.bfloat16,
-            params_dtype=dtype,
-            pipeline_dtype=dtype,
-            gradient_accumulation_fusion=False,
-        )
-        ddp_config = DistributedDataParallelConfig(
+        config = _schedule_config(wan, mesh, dtype, options)
+        stages = [_stage(wan, parts, config, mesh, dtype, vp_rank) for vp_rank in range(layout.vp_size)]
+    chunks: list[Any] = []
+    for stage in stages:
+        if zero is not None and mesh.zero is not None:
+            chunks.append(shard_stage(stage, mesh.zero, zero, backend.device))
+            _fill(stage.model, placements, value_of)
+            continue
+        stage.model.to_precision(dtype).to_empty(device=backend.device)
+        _fill(stage.model, placements, value_of)
+        with backend.megatron():
+            chunks.append(_wrap(stage, config, mesh, options))
+    if zero is None:
+        _connect_schedule(config, chunks, options)
+    held = {name for stage in stages for name, _ in stage.model.named_parameters()}
+    placements = {name: placement for name, placement in placements.items() if name in held}
+    return ParallelModel(stages, chunks, wan, config, options, zero, placements, mesh, backend)
+
+
+def model_parts(mesh: Mesh) -> Parts:
+    """What the model is built from on this rank."""
+    attention = context_attention(mesh.context)
+    if mesh.layout.tp_size == 1:
+        return Parts(self_attention=attention)
+    axis = TensorAxis(mesh.groups.tp, mesh.layout.sequence_parallel)
+    return Parts(
+        column=axis.column,
+        row=axis.row,
+        columns=axis.columns,
+        qk_norm=axis.qk_norm,
+        self_attention=attention,
+        cross_attention=kernels.attention,
+    )
+
+
+def _stage(
+    wan: WanConfig, parts: Parts, config: TransformerConfig, mesh: Mesh, dtype: torch.dtype, vp_rank: int
+) -> WanStage:
+    layout = mesh.layout
+    first = mesh.pp_rank == 0 and vp_rank == 0
+    last = mesh.pp_rank == layout.pp_size - 1 and vp_rank == layout.vp_size - 1
+    with torch.device("meta"):
+        model = WanModel(wan, parts)
+    blocks = layout.blocks(mesh.pp_rank, vp_rank) if layout.stages else range(wan.num_layers)
+    cut(model, blocks, first=first, last=last)
+    return WanStage(
+        config,
+        model,
+        first=first,
+        last=last,
+        tokens=mesh.tokens,
+        dtype=dtype,
+        vp_stage=vp_rank if layout.vp_size > 1 else None,
+    )
+
+
+@torch.no_grad()
+def _fill(model: WanModel, placements: dict[str, Placement], value_of: ValueOf | None) -> None:
+    """Set this rank's part of every parameter, one whole parameter in host memory at a time."""
+    for name, parameter in model.named_parameters():
+        local, start = local_rows(parameter)
+        if value_of is None:
+            local.zero_()
+            continue
+        placement = placements[name]
+        part = placement.of(value_of(name, placement.global_shape))
+        local.copy_(part[start : start + len(local)])
+
+
+def _schedule_config(wan: WanConfig, mesh: Mesh, dtype: torch.dtype, options: DataParallelOptions) -> TransformerConfig:
+    layout = mesh.layout
+    return TransformerConfig(
+        num_layers=layout.pp_size * layout.vp_size,  # only checked against the pipeline; stages may be uneven
+        hidden_size=wan.hidden_size,
+        num_attention_heads=wan.num_heads,
+        tensor_model_parallel_size=layout.tp_size,
+        pipeline_model_parallel_size=layout.pp_size,
+        virtual_pipeline_model_parallel_size=layout.vp_size if layout.vp_size > 1 else None,
+        context_parallel_size=layout.cp_size,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        gradient_accumulation_fusion=False,
+        # Batched messages need a device-wide synchronisation after each, and between two ranks that are each other's
+        # neighbour on both sides they arrive swapped, which gives wrong losses without any error.
+        batch_p2p_comm=False,
+        overlap_p2p_comm=layout.vp_size > 1,
+        # The interleaved schedule would free what is still being sent; the other one waits for its messages first.
+        deallocate_pipeline_outputs=layout.vp_size == 1,
+    )
+
+
+def _wrap(
+    stage: WanStage, config: TransformerConfig, mesh: Mesh, options: DataParallelOptions
+) -> DistributedDataParallel:
+    return DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=options.use_distributed_optimizer,
             overlap_grad_reduce=options.overlap_grad_reduce,
             overlap_param_gather=options.overlap_param_gather,
-        )
-        chunk = DistributedDataParallel(config, ddp_config, WanStage(config, model), pg_collection=mesh.groups)
-        chunk.broadcast_params()
-    _connect_schedule(config, chunk, options)
-    return ParallelModel([chunk], config, mesh, backend)
+        ),
+        stage,
+        disable_bucketing=bool(stage.vp_stage),  # only the first chunk's reduction is on the critical path
+        pg_collection=mesh.groups,
+    )
 
 
-def _connect_schedule(config: TransformerConfig, chunk: DistributedDataParallel, options: DataParallelOptions) -> None:
+def _connect_schedule(config: TransformerConfig, chunks: list[Any], options: DataParallelOptions) -> None:
     """Tell the schedule when gradients may be reduced and parameters gathered."""
-    config.finalize_model_grads_func = finalize_model_grads
+
+    def finalize(model: list[Any], *args: object, **kwargs: object) -> None:
+        del args, kwargs
+        for chunk in model:
+            chunk.finish_grad_sync()
+
+    config.finalize_model_grads_func = finalize
     if options.overlap_grad_reduce:
-        config.no_sync_func = chunk.no_sync
+        no_sync = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     if options.overlap_param_gather:
-        config.param_sync_func = chunk.start_param_sync
-
-
-def forward_backward(parallel: ParallelModel, forward_step: Any, num_microbatches: int) -> list[Any]:
-    """Run megatron-core's schedule over the micro-batches of one step; gradients end up in the DDP buffers, averaged.
-
-    Args:
-        parallel: the model on the mesh.
-        forward_step: `forward_step(module) -> (output, loss function)`; called once for each micro-batch with the
-            module to run. The loss function takes the output and returns (loss, what to report).
-        num_microbatches: micro-batches of this replica in the step.
-
-    Returns:
-        What the loss function reported for each micro-batch, on the last pipeline stage; empty elsewhere.
-    """
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    def call(_: Any, module: Any, *unused: Any) -> Any:
-        with parallel.backend.model_code():
-            output, loss_function = forward_step(module)
-
-        def loss(tensor: torch.Tensor) -> Any:
-            with parallel.backend.model_code():
-                return loss_function(tensor)
-
-        return output, loss
-
-    with parallel.backend.megatron():
-        for chunk in parallel.chunks:
-            chunk.zero_grad_buffer()
-        return get_forward_backward_func()(
-            forward_step_func=call,
-            data_iterator=None,
-            model=parallel.chunks,
-            num_microbatches=num_microbatches,
-            seq_length=1,
-            micro_batch_size=1,
-            forward_only=False,
-            pg_collection=parallel.mesh.groups,
-        )
+        gathers = [chunk.start_param_sync for chunk in chunks]
+        config.param_sync_func = gathers if len(gathers) > 1 else gathers[0]

@@ -4,27 +4,61 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from mm.config.place import Place
+from mm.errors import ConfigError
+from mm.parallel.fingerprint import CHECK_NODES, agree, fingerprint
 
 
 class Job:
     """The processes of one run, joined. Use it as a context manager so that they part in order."""
 
-    def __init__(self, where: Place, collective: str, device: torch.device, timeout_minutes: int) -> None:
+    def __init__(
+        self,
+        where: Place,
+        collective: str,
+        device: torch.device,
+        timeout_minutes: int,
+        configuration: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Compare this process with the others, then join them.
+
+        Args:
+            where: this process's place.
+            collective: torch's name of the backend, from `mm.device.backend`.
+            timeout_minutes: how long to wait for the others, now and in each collective.
+            configuration: what must be equal on all ranks besides the code, by name (`mm.parallel.fingerprint`).
+
+        Raises:
+            ConfigError: CFG-031, CFG-090, CFG-091, on every rank, before any process group exists.
+        """
         self.rank = where.rank
         self.world_size = where.world_size
         self.local_rank = where.local_rank
         timeout = datetime.timedelta(minutes=timeout_minutes)
-        device_id = None if device.type == "cpu" else device
-        if where.world_size > 1 or "MASTER_ADDR" in os.environ:
-            dist.init_process_group(collective, timeout=timeout, device_id=device_id)
-        else:  # started without torchrun: a store inside the process needs no port
-            store = dist.HashStore()  # type: ignore[attr-defined]  # missing from torch's __all__
-            dist.init_process_group(collective, store=store, rank=0, world_size=1, timeout=timeout, device_id=device_id)
+        store = open_store(where, timeout)
+        if where.world_size > 1:
+            agree(
+                PrefixStore("agree", store),
+                where.rank,
+                where.world_size,
+                fingerprint(configuration or {}),
+                timeout,
+            )
+        dist.init_process_group(
+            collective,
+            store=PrefixStore("group", store),
+            rank=where.rank,
+            world_size=where.world_size,
+            timeout=timeout,
+            device_id=None if device.type == "cpu" else device,
+        )
 
     def barrier(self) -> None:
         """Wait until every process of the job has come here."""
@@ -35,3 +69,38 @@ class Job:
 
     def __exit__(self, *exc: object) -> None:
         dist.destroy_process_group()
+
+
+def open_store(where: Place, timeout: datetime.timedelta) -> Store:
+    """The key-value store of the job, with keys that only this start uses.
+
+    As torch's `env://` does, but without waiting for the other processes, which nothing would name. torchrun already
+    runs a store at MASTER_ADDR:MASTER_PORT and says so; started otherwise, rank 0 runs it.
+
+    Raises:
+        ConfigError: CFG-031 when the address is missing or malformed; CFG-091 when the store cannot be reached, or rank
+            0 cannot open its port.
+    """
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if where.world_size == 1 and address is None:  # started without torchrun: a store inside the process needs no port
+        return dist.HashStore()  # type: ignore[attr-defined]  # missing from torch's __all__
+    if not address or not port or not port.isdecimal() or int(port) >= 2**16:
+        found = f"MASTER_ADDR={address}, MASTER_PORT={port}"
+        raise ConfigError("CFG-031", f"The launcher's variables make no sense: {found}.", "Use torchrun.")
+    launcher_has_one = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            address,
+            int(port),
+            is_master=where.rank == 0 and not launcher_has_one,
+            timeout=timeout,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+        # The launcher's store outlives its workers' restarts, and one process may join more than once.
+        start = store.add(f"starts of rank {where.rank}", 1)
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        message = f"Rank {where.rank} cannot reach the job's store at {address}:{port}: {reason}"
+        raise ConfigError("CFG-091", message, CHECK_NODES) from None
+    return PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}.{start}", store)

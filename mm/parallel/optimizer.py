@@ -1,20 +1,31 @@
-"""megatron-core's optimizers: construction, one step, and the state of every parameter by its name."""
+"""AdamW on a parallel model: gradients made whole, their norm, clipping, the update, and what each rank owns.
+
+Every element of every parameter is **owned** by exactly one rank of the job, whatever the layout: copies along the
+data-, context- or tensor-parallel axes answer for nothing. The gradient norm adds up owned elements and a checkpoint
+writes owned elements, so neither can count one twice or drop one.
+
+Two ways of keeping parameters have their own subclass: megatron-core's DDP buffers (`mm.parallel.megatron_optimizer`)
+and layer-zero's shards (`mm.parallel.layerzero_optimizer`).
+"""
 
 from __future__ import annotations
 
+import abc
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+import torch.distributed as dist
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from mm.errors import NumericsError
 from mm.parallel.apply import ParallelModel
+from mm.parallel.placement import Placement, whole_shapes
+from mm.parallel.tensor import gradient_is_partial
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -38,78 +49,96 @@ class AdamWSettings:
 
 @dataclass(frozen=True)
 class ParamShard:
-    """The part of one parameter whose master weight and moments this rank owns.
+    """The part of one parameter whose master weight and moments this rank keeps.
 
     Attributes:
         name: native Wan name.
-        parameter: the model's parameter, whole on this rank.
-        start, stop: the owned range of the flattened parameter.
-        master: fp32 master weight of that range, flat and without history; for fp32 parameters the parameter itself.
-        inner: the torch optimizer that updates it, and `key`, the tensor under which it keeps the state.
+        placement: where this rank's parameter lies in the whole one.
+        start, stop: the kept range of that parameter, flattened.
+        owned: whether this rank answers for the range; the same range on other ranks is a copy.
+        master: fp32 master weight of the range, flat and without history.
+        inner: the torch optimizer that updates it, and `key`, the tensor under which it keeps the state; the
+            gradient is `key.grad`.
     """
 
     name: str
-    parameter: torch.nn.Parameter
+    placement: Placement
     start: int
     stop: int
-    master: torch.Tensor
+    owned: bool
+    master: Tensor
     inner: torch.optim.Optimizer
-    key: torch.Tensor
+    key: Tensor
 
-    def moment(self, which: str) -> torch.Tensor:
+    @property
+    def gradient(self) -> Tensor:
+        """Gradient of the range, flat; whole once `Optimizer.reduce_gradients` was called."""
+        if self.key.grad is None:
+            raise AssertionError(f"{self.name} has no gradient; was reduce_gradients called?")
+        return self.key.grad.view(-1)
+
+    def moment(self, which: str) -> Tensor:
         """`exp_avg` or `exp_avg_sq` of the range, flat; zeros when no step was made yet."""
         state = self.inner.state[self.key]
         if not state:  # the whole entry at once: torch's optimizers take a partial one for a complete one
             state.update({moment: torch.zeros_like(self.key) for moment in MOMENTS})
-            if not _counts_by_group(self.inner):
+            if not counts_by_group(self.inner):
                 state["step"] = torch.tensor(0.0)
         return state[which].view(-1)
 
 
-class Optimizer:
+class Optimizer(abc.ABC):
     """AdamW over fp32 master weights on a parallel model, with its learning-rate schedule."""
 
-    def __init__(self, parallel: ParallelModel, settings: AdamWSettings) -> None:
+    def __init__(self, parallel: ParallelModel, settings: AdamWSettings, shards: Sequence[ParamShard]) -> None:
         self._parallel = parallel
         self._settings = settings
-        with parallel.backend.megatron():
-            self._inner = get_megatron_optimizer(
-                OptimizerConfig(
-                    optimizer="adam",
-                    lr=settings.lr,
-                    min_lr=settings.min_lr,
-                    weight_decay=settings.weight_decay,
-                    adam_beta1=settings.adam_beta1,
-                    adam_beta2=settings.adam_beta2,
-                    adam_eps=settings.adam_eps,
-                    clip_grad=settings.clip_grad,
-                    bf16=parallel.config.bf16,
-                    params_dtype=parallel.config.params_dtype,
-                    use_distributed_optimizer=parallel.chunks[0].ddp_config.use_distributed_optimizer,
-                    overlap_param_gather=parallel.chunks[0].ddp_config.overlap_param_gather,
-                ),
-                parallel.chunks,
-                use_gloo_process_groups=False,
-                pg_collection=parallel.mesh.groups,
-            )
-            self._scheduler = OptimizerParamScheduler(
-                self._inner,
-                init_lr=settings.lr_warmup_init,
-                max_lr=settings.lr,
-                min_lr=settings.min_lr,
-                lr_warmup_steps=settings.warmup_samples,
-                lr_decay_steps=settings.decay_samples,
-                lr_decay_style=settings.lr_decay_style,
-                start_wd=settings.weight_decay,
-                end_wd=settings.weight_decay,
-                wd_incr_steps=0,
-                wd_incr_style="constant",
-            )
+        order = {name: position for position, name in enumerate(whole_shapes(parallel.wan))}
+        self._position = order
+        self._shards = sorted(shards, key=lambda shard: order[shard.name])
+        self._scheduler = OptimizerParamScheduler(
+            self._groups_holder(),
+            init_lr=settings.lr_warmup_init,
+            max_lr=settings.lr,
+            min_lr=settings.min_lr,
+            lr_warmup_steps=settings.warmup_samples,
+            lr_decay_steps=settings.decay_samples,
+            lr_decay_style=settings.lr_decay_style,
+            start_wd=settings.weight_decay,
+            end_wd=settings.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+
+    @abc.abstractmethod
+    def _groups_holder(self) -> Any:
+        """The object whose `param_groups` hold the learning rate."""
+
+    @abc.abstractmethod
+    def _torch_optimizers(self) -> Iterator[torch.optim.Optimizer]:
+        """The torch optimizers that do the arithmetic."""
+
+    @abc.abstractmethod
+    def _prepare_gradients(self) -> None:
+        """Make `ParamShard.gradient` what backward left, reduced over the data- and context-parallel ranks."""
+
+    @abc.abstractmethod
+    def _apply_gradients(self, norm: float) -> None:
+        """Clip by the global `norm`, update masters and model, forget the gradients."""
+
+    @abc.abstractmethod
+    def masters_to_model(self) -> None:
+        """Round the master weights into the model's parameters and gather them where they are kept whole."""
 
     @property
     def learning_rate(self) -> float:
         """The rate the next step uses."""
-        return float(self._inner.param_groups[0]["lr"])
+        return float(self._groups_holder().param_groups[0]["lr"])
+
+    @property
+    def shards(self) -> list[ParamShard]:
+        """Every parameter's part that this rank keeps, in the model's order."""
+        return self._shards
 
     def set_progress(self, consumed_samples: int) -> None:
         """Move the schedule to where it stands after that many samples."""
@@ -117,7 +146,7 @@ class Optimizer:
         self._scheduler.step(increment=0)
 
     def step(self, samples: int) -> float:
-        """Clip and apply the gradients in the DDP buffers, then advance the schedule by `samples`.
+        """Clip and apply the gradients that backward left, then advance the schedule by `samples`.
 
         Returns:
             The global L2 norm of the gradients before clipping.
@@ -126,40 +155,54 @@ class Optimizer:
             NumericsError: NUM-002 when the norm is not finite; no weight has changed then. The norm is the same on
                 every rank, so all of them decide alike.
         """
-        with self._parallel.backend.megatron():
-            self._inner.prepare_grads()
-            norm = float(self._inner.get_grad_norm())
-            if not math.isfinite(norm):
-                raise NumericsError(
-                    "NUM-002",
-                    f"The gradient norm is {norm}; no weight was changed.",
-                    "Look at the samples of this step; lower --lr, or resume from the checkpoint before.",
-                )
-            for optimizer in self._inner.chained_optimizers:
-                if self._settings.clip_grad > 0 and optimizer.get_parameters():
-                    clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self._settings.clip_grad, norm)
-            self._inner.step_with_ready_grads()
-            self._inner.zero_grad()  # else the next backward would add to what a parameter's .grad still points to
-            self._scheduler.step(increment=samples)
+        self.reduce_gradients()
+        return self.update(samples)
+
+    def reduce_gradients(self) -> None:
+        """Make the gradients of all shards whole: what ranks have parts of is added up."""
+        self._prepare_gradients()
+        mesh = self._parallel.mesh
+        if mesh.layout.tp_size == 1:
+            return
+        partial = [
+            shard.gradient
+            for shard in self._shards
+            if shard.start < shard.stop and gradient_is_partial(shard.name, mesh.layout.sequence_parallel)
+        ]
+        if partial:
+            together = _flatten_dense_tensors(partial)
+            dist.all_reduce(together, group=mesh.groups.tp)
+            for gradient, total in zip(partial, _unflatten_dense_tensors(together, partial), strict=True):
+                gradient.copy_(total)
+
+    def update(self, samples: int) -> float:
+        """The second half of `step`, after `reduce_gradients`."""
+        norm = self.gradient_norm()
+        if not math.isfinite(norm):
+            raise NumericsError(
+                "NUM-002",
+                f"The gradient norm is {norm}; no weight was changed.",
+                "Look at the samples of this step; lower --lr, or resume from the checkpoint before.",
+            )
+        self._apply_gradients(norm)
+        self._scheduler.step(increment=samples)
         return norm
 
-    @property
-    def saves_here(self) -> bool:
-        """Whether this rank's shards belong in a checkpoint: sharded ones on every rank, replicas on the first."""
-        sharded = bool(self._parallel.chunks[0].ddp_config.use_distributed_optimizer)
-        return sharded or self._parallel.mesh.dp_rank == 0
+    def gradient_norm(self) -> float:
+        """Global L2 norm of the reduced gradients, the same on every rank."""
+        # Added up in fp64 and in the order of the whole model, so that no layout of whole parameters changes a bit.
+        return math.sqrt(float(self.gradient_squares().cpu().double().sum()))
 
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every trained parameter by native name."""
-        return {name: tuple(parameter.shape) for name, parameter in self._parallel.named_parameters().items()}
-
-    def shards(self) -> list[ParamShard]:
-        """Every parameter's part that this rank owns, in the model's order."""
-        with self._parallel.backend.megatron():
-            names = {parameter: name for name, parameter in self._parallel.named_parameters().items()}
-            order = {name: position for position, name in enumerate(names.values())}
-            found = [s for optimizer in self._inner.chained_optimizers for s in _shards_of(optimizer, names)]
-        return sorted(found, key=lambda shard: order[shard.name])
+    def gradient_squares(self) -> Tensor:
+        """Sum of squares of each parameter's whole gradient, fp32, in the order of the whole model."""
+        squares = torch.zeros(len(self._position), device=self._parallel.backend.device)
+        owned = [shard for shard in self._shards if shard.owned and shard.start < shard.stop]
+        if owned:
+            norms = torch._foreach_norm([shard.gradient for shard in owned])
+            places = torch.tensor([self._position[shard.name] for shard in owned], device=squares.device)
+            squares.index_add_(0, places, torch.stack(norms).float().square())
+        dist.all_reduce(squares)
+        return squares
 
     def adam_step(self) -> int:
         """AdamW's own step count, which its bias correction needs; 0 before the first step."""
@@ -172,63 +215,26 @@ class Optimizer:
         """Set AdamW's own step count on every parameter; the moments must be there already."""
         for inner in self._torch_optimizers():
             for group in inner.param_groups:
-                if _counts_by_group(inner):
+                if counts_by_group(inner):
                     group["step"] = count
                     continue
                 for key in group["params"]:
                     inner.state[key]["step"] = torch.tensor(float(count))
 
-    def masters_to_model(self) -> None:
-        """Round the master weights into the model's parameters and gather them on every replica."""
-        with self._parallel.backend.megatron():
-            for optimizer in self._inner.chained_optimizers:
-                if hasattr(optimizer, "_copy_main_params_to_model_params"):
-                    optimizer._copy_main_params_to_model_params()
-            if self._parallel.chunks[0].ddp_config.use_distributed_optimizer:
-                for chunk in self._parallel.chunks:
-                    chunk.start_param_sync(force_sync=True)
-
-    def _torch_optimizers(self) -> Iterator[torch.optim.Optimizer]:
-        for optimizer in self._inner.chained_optimizers:
-            if optimizer.optimizer is not None:
-                yield optimizer.optimizer
-
     def _inner_steps(self) -> Iterator[Any]:
         for inner in self._torch_optimizers():
             for group in inner.param_groups:
-                if _counts_by_group(inner):
+                if counts_by_group(inner):
                     yield group.get("step", 0)
                     continue
                 yield from (inner.state[key]["step"] for key in group["params"] if "step" in inner.state.get(key, {}))
 
 
-def _counts_by_group(inner: torch.optim.Optimizer) -> bool:
+def counts_by_group(inner: torch.optim.Optimizer) -> bool:
     """Apex's and TransformerEngine's fused Adam count steps once a group, torch's once a parameter."""
     return not isinstance(inner, torch.optim.Adam)
 
 
-def _shards_of(optimizer: Any, names: dict[torch.nn.Parameter, str]) -> Iterator[ParamShard]:
-    """The three optimizers of megatron-core keep their masters in three ways."""
-    inner = optimizer.optimizer
-    if isinstance(optimizer, DistributedOptimizer):
-        pairs = (
-            (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
-            (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),
-        )
-        for model_groups, master_groups in pairs:
-            for parameters, masters in zip(model_groups, master_groups, strict=True):
-                for parameter, master in zip(parameters, masters, strict=True):
-                    owned = optimizer._get_model_param_range_map(parameter)["param"]
-                    flat = master.detach().view(-1)
-                    yield ParamShard(names[parameter], parameter, owned.start, owned.end, flat, inner, master)
-        return
-    whole: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
-    if hasattr(optimizer, "float16_groups"):
-        for parameters, masters in zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True):
-            whole += zip(parameters, masters, strict=True)
-        for parameters in optimizer.fp32_from_fp32_groups:
-            whole += zip(parameters, parameters, strict=True)
-    else:
-        whole = [(parameter, parameter) for group in inner.param_groups for parameter in group["params"]]
-    for parameter, master in whole:
-        yield ParamShard(names[parameter], parameter, 0, parameter.numel(), master.detach().view(-1), inner, master)
+def is_decayed(name: str, parameter: nn.Parameter | Tensor) -> bool:
+    """Whether weight decay applies: to matrices, not to biases and vectors (megatron-core's rule)."""
+    return parameter.dim() > 1 and not name.endswith(".bias")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ from mm.checkpoint.comm import Comm
 from mm.checkpoint.store import find_latest, writing
 from mm.checkpoint.weights import open_weights
 from mm.config.data import TrainData
+from mm.config.layerzero import ZeroConfig
 from mm.config.model import WanConfig
 from mm.config.train import PretrainModel, TrainFlags
 from mm.data.dataset import FeatureDataset
@@ -23,14 +23,17 @@ from mm.data.loader import FeatureBatch, feature_batches
 from mm.data.sampler import BatchPlan
 from mm.device.backend import Backend, deterministic
 from mm.diffusion.flow import FlowMatching
+from mm.errors import ConfigError
 from mm.parallel.apply import DataParallelOptions, ParallelModel, apply
 from mm.parallel.mesh import Mesh
 from mm.parallel.optimizer import AdamWSettings, Optimizer
+from mm.parallel.optimizers import make_optimizer
+from mm.train.describe import start_table
 from mm.train.flops import train_flops
 from mm.train.metrics import MetricsLog, StepMetrics
 from mm.train.state import Progress, load_state, load_weights, save_state
 from mm.train.step import StepResult, train_step
-from mm.wan.model import WanModel
+from mm.wan.initial import initial_value
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +43,15 @@ class Run:
     """Everything one training run is made of.
 
     Attributes:
-        flags, model, data: checked configuration. dataset: the features that `data` names.
+        flags, model, data: checked configuration. zero: layer-zero's, or None.
+        dataset: the features that `data` names.
         mesh, backend: where it runs. comm: the ranks, for checkpoints.
     """
 
     flags: TrainFlags
     model: PretrainModel
     data: TrainData
+    zero: ZeroConfig | None
     dataset: FeatureDataset
     mesh: Mesh
     backend: Backend
@@ -55,7 +60,12 @@ class Run:
     @property
     def global_batch_size(self) -> int:
         """Samples in one step."""
-        return self.flags.global_batch_size or self.flags.micro_batch_size * self.mesh.dp_size
+        return self.flags.global_batch_size or self.flags.micro_batch_size * self.mesh.layout.dp_size
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches of one replica in one step."""
+        return self.global_batch_size // (self.flags.micro_batch_size * self.mesh.layout.dp_size)
 
     @property
     def config(self) -> WanConfig:
@@ -75,15 +85,17 @@ def train(run: Run) -> Progress:
         Where the run ended.
 
     Raises:
+        ConfigError: CFG-046 when samples of different sizes would cross a pipeline that was not told so.
         CheckpointError, ConfigError, NumericsError: as documented where they arise.
     """
     flags = run.flags
+    _check_sizes(run)
     with ExitStack() as stack:
         stack.enter_context(deterministic(flags.deterministic_mode))
         if flags.save is not None:
             stack.enter_context(writing(Path(flags.save), run.comm))
         parallel, optimizer = _build(run)
-        _describe(run, optimizer)
+        _describe(run)
         progress = _start(run, optimizer)
         if progress.step >= flags.train_iters:
             logger.info("step %d of %d is already done; nothing to train", progress.step, flags.train_iters)
@@ -92,17 +104,31 @@ def train(run: Run) -> Progress:
         return _steps(run, parallel, optimizer, progress, log)
 
 
+def _check_sizes(run: Run) -> None:
+    sizes = len(run.dataset.shapes())
+    if run.mesh.layout.pp_size > 1 and sizes > 1 and not run.flags.variable_seq_lengths:
+        raise ConfigError(
+            "CFG-046",
+            f"The features have {sizes} different sizes, and a pipeline sends tensors of one size.",
+            "Add --variable-seq-lengths, or train on features of one size.",
+        )
+
+
 def _build(run: Run) -> tuple[ParallelModel, Optimizer]:
     flags = run.flags
-    dtype = torch.bfloat16 if flags.bf16 else torch.float32
-    model = WanModel(run.config)
-    if flags.init_from_scratch:
-        model.init_weights(flags.seed)
-    options = DataParallelOptions(
-        flags.use_distributed_optimizer, flags.overlap_grad_reduce, flags.overlap_param_gather
+
+    def initial(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return initial_value(name, shape, flags.seed)
+
+    parallel = apply(
+        run.config,
+        run.mesh,
+        run.backend,
+        DataParallelOptions(flags.use_distributed_optimizer, flags.overlap_grad_reduce, flags.overlap_param_gather),
+        torch.bfloat16 if flags.bf16 else torch.float32,
+        initial if flags.init_from_scratch else None,
+        run.zero,
     )
-    placed = model.to_precision(dtype).to(run.backend.device)
-    parallel = apply(placed, run.mesh, run.backend, options, dtype)
     samples = run.global_batch_size
     settings = AdamWSettings(
         lr=flags.lr,
@@ -117,32 +143,12 @@ def _build(run: Run) -> tuple[ParallelModel, Optimizer]:
         adam_eps=flags.adam_eps,
         clip_grad=flags.clip_grad,
     )
-    return parallel, Optimizer(parallel, settings)
+    return parallel, make_optimizer(parallel, settings)
 
 
-def _describe(run: Run, optimizer: Optimizer) -> None:
-    """Say what is about to run, so that a wrong number is seen before hours are spent."""
-    flags, config = run.flags, run.config
-    parameters = sum(math.prod(shape) for shape in optimizer.parameter_shapes().values())
-    shapes = ", ".join(
-        f"{count} of {frames}x{height}x{width}"
-        for (_, frames, height, width), count in run.dataset.shapes().most_common(4)
-    )
-    tokens = sorted({sample.num_tokens for sample in run.dataset.samples})
-    accumulation = run.global_batch_size // (flags.micro_batch_size * run.mesh.dp_size)
-    rows = {
-        "model": f"{parameters:,} parameters, {config.num_layers} layers, width {config.hidden_size}, "
-        f"{config.num_heads} heads",
-        "precision": "bf16 with fp32 masters" if flags.bf16 else "fp32",
-        "device": f"{run.comm.world_size} x {run.backend.name()} ({run.backend.collective})",
-        "layout": f"DP {run.mesh.dp_size} x TP {run.mesh.sizes.tp_size} x PP {run.mesh.sizes.pp_size} "
-        f"x CP {run.mesh.sizes.cp_size}",
-        "batch": f"{run.global_batch_size} = {flags.micro_batch_size} a forward x {accumulation} accumulated "
-        f"x {run.mesh.dp_size} replicas",
-        "features": f"{len(run.dataset)} samples, latents {shapes}",
-        "tokens": f"{tokens[0]:,} to {tokens[-1]:,} a sample" if len(tokens) > 1 else f"{tokens[0]:,} a sample",
-        "checkpoints": flags.save or "none: the trained weights are not kept (--save)",
-    }
+def _describe(run: Run) -> None:
+    device = f"{run.backend.name()} ({run.backend.collective})"
+    rows = start_table(run.flags, run.config, run.mesh.layout, run.zero, run.dataset, run.global_batch_size, device)
     for name, value in rows.items():
         logger.info("%-11s %s", name, value)
 
@@ -194,8 +200,7 @@ def _steps(run: Run, parallel: ParallelModel, optimizer: Optimizer, progress: Pr
             parallel,
             optimizer,
             flow,
-            batches,
-            num_microbatches=run.global_batch_size // (flags.micro_batch_size * run.mesh.dp_size),
+            [next(batches) for _ in range(run.num_microbatches)],
             samples=run.global_batch_size,
             seed=flags.seed,
         )
@@ -212,7 +217,7 @@ def _batches(run: Run, progress: Progress) -> Iterator[FeatureBatch]:
     loading = run.data.dataloader_param
     return feature_batches(
         run.dataset,
-        BatchPlan(run.global_batch_size, flags.micro_batch_size, run.mesh.dp_rank, run.mesh.dp_size),
+        BatchPlan(run.global_batch_size, flags.micro_batch_size, run.mesh.dp_rank, run.mesh.layout.dp_size),
         text_len=run.config.text_len,
         seed=flags.seed,
         consumed_samples=progress.consumed_samples,
@@ -224,9 +229,9 @@ def _batches(run: Run, progress: Progress) -> Iterator[FeatureBatch]:
 
 
 def _measure(run: Run, result: StepResult, progress: Progress, seconds: float) -> StepMetrics:
-    replica_samples = run.global_batch_size // run.mesh.dp_size
+    replica_samples = run.global_batch_size // run.mesh.layout.dp_size
     flops = replica_samples * train_flops(run.config, result.tokens // replica_samples)
-    devices_per_replica = run.comm.world_size // run.mesh.dp_size
+    devices_per_replica = run.comm.world_size // run.mesh.layout.dp_size
     return StepMetrics(
         step=progress.step,
         loss=result.loss,
@@ -235,7 +240,7 @@ def _measure(run: Run, result: StepResult, progress: Progress, seconds: float) -
         grad_norm_hex=result.grad_norm.hex(),
         lr=result.lr,
         consumed_samples=progress.consumed_samples,
-        tokens_per_s=result.tokens * run.mesh.dp_size / seconds,
+        tokens_per_s=result.tokens * run.mesh.layout.dp_size / seconds,
         tflops=flops / devices_per_replica / seconds / 1e12,
         peak_memory_gb=run.backend.peak_memory_bytes() / 1e9,
         step_time_s=seconds,

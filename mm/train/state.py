@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mm.checkpoint.boxes import Box
 from mm.checkpoint.comm import Comm
 from mm.checkpoint.store import Piece, load, pieces_of_flat_range, read_manifest, save
 from mm.checkpoint.weights import WeightSource, require_exactly
 from mm.config.base import parse
 from mm.config.model import WanConfig
 from mm.errors import CheckpointError, ConfigError, Problem, raise_all
-from mm.parallel.optimizer import MOMENTS, Optimizer
+from mm.parallel.optimizer import MOMENTS, Optimizer, ParamShard
+from mm.parallel.placement import whole_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +60,8 @@ def save_state(
         "adam_step": optimizer.adam_step() if with_optimizer else None,
         "wan_config": config.model_dump(mode="json"),
     }
-    pieces = _pieces(optimizer, with_optimizer) if optimizer.saves_here else []
-    return save(root, progress.step, pieces, scalars, comm, keep_latest)
+    owned = [shard for shard in optimizer.shards if shard.owned]
+    return save(root, progress.step, _pieces(owned, with_optimizer), scalars, comm, keep_latest)
 
 
 def load_state(
@@ -97,7 +99,7 @@ def load_state(
             f"{path} was saved without the optimizer (--no-save-optim).",
             "Give --no-load-optim to start AdamW anew from these weights.",
         )
-    load(path, _pieces(optimizer, with_optimizer), comm, complete=("",) if with_optimizer else ("model.",))
+    load(path, _pieces(optimizer.shards, with_optimizer), comm, complete=("",) if with_optimizer else ("model.",))
     if with_optimizer:
         optimizer.set_adam_step(scalars["adam_step"])
     optimizer.masters_to_model()
@@ -115,9 +117,11 @@ def load_weights(source: WeightSource, optimizer: Optimizer, config: WanConfig) 
     theirs = source.config()
     if theirs is not None:
         require_same_model(theirs, config, theirs.differing_fields(config), str(source.path))
-    require_exactly(source, optimizer.parameter_shapes())
-    for shard in optimizer.shards():
-        shard.master.copy_(source.read(shard.name).reshape(-1)[shard.start : shard.stop])
+    require_exactly(source, whole_shapes(config))
+    for shard in optimizer.shards:
+        if shard.start < shard.stop:
+            part = shard.placement.of(source.read(shard.name))
+            shard.master.copy_(part.reshape(-1)[shard.start : shard.stop])
     optimizer.masters_to_model()
     logger.info("loaded %s (%s): no tensor missing, none left over", source.path, source.label)
 
@@ -141,14 +145,14 @@ def require_same_model(theirs: WanConfig, ours: WanConfig, fields: Sequence[str]
     )
 
 
-def _pieces(optimizer: Optimizer, with_optimizer: bool) -> list[Piece]:
-    return [piece for shard_pieces in _by_shard(optimizer, with_optimizer) for piece in shard_pieces]
+def _pieces(shards: Sequence[ParamShard], with_optimizer: bool) -> list[Piece]:
+    return [piece for shard in shards for piece in _pieces_of(shard, with_optimizer)]
 
 
-def _by_shard(optimizer: Optimizer, with_optimizer: bool) -> Iterator[list[Piece]]:
-    for shard in optimizer.shards():
-        shape = tuple(shard.parameter.shape)
-        yield pieces_of_flat_range(f"model.{shard.name}", shape, shard.start, shard.master)
-        for moment in MOMENTS if with_optimizer else ():
-            key = f"optimizer.{moment}.{shard.name}"
-            yield pieces_of_flat_range(key, shape, shard.start, shard.moment(moment))
+def _pieces_of(shard: ParamShard, with_optimizer: bool) -> Iterator[Piece]:
+    values = {f"model.{shard.name}": shard.master}
+    if with_optimizer:
+        values |= {f"optimizer.{moment}.{shard.name}": shard.moment(moment) for moment in MOMENTS}
+    for key, flat in values.items():
+        outer = Box(shard.placement.offsets, shard.placement.shape)
+        yield from pieces_of_flat_range(key, shard.placement.global_shape, shard.start, flat, outer)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mm.data.loader import FeatureBatch
 from mm.diffusion.flow import FlowMatching
 from mm.errors import NumericsError
-from mm.parallel.apply import ParallelModel, forward_backward
+from mm.parallel.apply import ParallelModel
 from mm.parallel.optimizer import Optimizer
+from mm.parallel.schedule import LossFunction, forward_backward
+from mm.parallel.stage import WanStage
+from mm.wan.patches import patchify, token_grid
+
+PatchSize = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -35,38 +41,27 @@ def train_step(
     parallel: ParallelModel,
     optimizer: Optimizer,
     flow: FlowMatching,
-    batches: Iterator[FeatureBatch],
+    batches: Sequence[FeatureBatch],
     *,
-    num_microbatches: int,
     samples: int,
     seed: int,
 ) -> StepResult:
-    """Take one step on the next `num_microbatches` of `batches`.
+    """Take one step.
 
     Args:
         parallel: the model on the mesh.
         optimizer: its optimizer.
         flow: noise schedule and loss.
-        batches: this replica's micro-batches, in order.
-        num_microbatches: gradient accumulation of this replica.
+        batches: this replica's micro-batches of the step.
         samples: the global batch, by which the learning-rate schedule advances.
         seed: of noise and timesteps.
 
     Raises:
         NumericsError: NUM-001 for a loss, NUM-002 for a gradient that is not finite; no weight has changed then.
     """
-    drawn: list[FeatureBatch] = []
-
-    def forward_step(module: Any) -> tuple[torch.Tensor, Any]:
-        batch = next(batches)
-        drawn.append(batch)
-        return _forward(module, batch, flow, parallel.backend.device, seed)
-
-    losses = forward_backward(parallel, forward_step, num_microbatches)
-    local = sum(float(loss) for loss in losses) / num_microbatches
-    (loss,) = parallel.mesh.average_over_data([local])
+    loss = compute_gradients(parallel, flow, batches, seed)
     if not math.isfinite(loss):
-        identities = ", ".join(sample for batch in drawn for sample in batch["sample"])
+        identities = ", ".join(sample for batch in batches for sample in batch["sample"])
         raise NumericsError(
             "NUM-001",
             f"The loss is {loss}; no weight was changed. Samples of this rank's step: {identities}.",
@@ -74,30 +69,71 @@ def train_step(
         )
     lr = optimizer.learning_rate
     grad_norm = optimizer.step(samples)
-    patch = math.prod(parallel.chunks[0].module.model.config.patch_size)
-    tokens = sum(math.prod(batch["latents"].shape) // (batch["latents"].shape[1] * patch) for batch in drawn)
+    patch_size = parallel.wan.patch_size
+    tokens = sum(len(batch["sample"]) * num_tokens(batch["latents"], patch_size) for batch in batches)
     return StepResult(loss, grad_norm, lr, tokens)
 
 
-def _forward(
-    module: Any, batch: FeatureBatch, flow: FlowMatching, device: torch.device, seed: int
-) -> tuple[torch.Tensor, Any]:
-    """Noise the latents, predict the velocity, and say how to turn it into a loss.
+def compute_gradients(parallel: ParallelModel, flow: FlowMatching, batches: Sequence[FeatureBatch], seed: int) -> float:
+    """Forward and backward of one step; the gradients stay where `Optimizer.reduce_gradients` finds them.
 
-    Noise and timesteps are drawn on the CPU, where they are the same for every device and layout, and moved.
+    Returns:
+        The loss, mean over the global batch, the same on every rank.
     """
-    latents = batch["latents"].float()
-    sigma, timestep, weight = flow.draw_timesteps(seed, batch["sample"], batch["draw"])
-    noise = flow.draw_noise(seed, batch["sample"], batch["draw"], latents.shape[1:])
-    target = flow.target(latents, noise).to(device, non_blocking=True)
-    prediction = module(
-        flow.noisy(latents, noise, sigma).to(device, non_blocking=True),
-        timestep.to(device, non_blocking=True),
-        batch["text"].to(device, non_blocking=True),
-    )
+    patch_size = parallel.wan.patch_size
 
-    def loss_function(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, _ = flow.loss(output, target, weight)
+    def forward_step(stage: WanStage, module: Any, batch: FeatureBatch) -> tuple[Tensor, LossFunction]:
+        return _forward(stage, module, batch, flow, parallel, seed)
+
+    def tokens_of(batch: FeatureBatch) -> tuple[int, int, int]:
+        return len(batch["sample"]), num_tokens(batch["latents"], patch_size), batch["text"].shape[1]
+
+    losses = forward_backward(parallel, forward_step, batches, tokens_of)
+    return _reported_loss(parallel, losses, len(batches))
+
+
+def num_tokens(latents: Tensor, patch_size: PatchSize) -> int:
+    """Video tokens of one sample of latents [B, C, F, H, W]."""
+    frames, height, width = latents.shape[2:]
+    return math.prod(token_grid((frames, height, width), patch_size))
+
+
+def _forward(
+    stage: WanStage, module: Any, batch: FeatureBatch, flow: FlowMatching, parallel: ParallelModel, seed: int
+) -> tuple[Tensor, LossFunction]:
+    """Run one stage on one micro-batch, and say how its output turns into a loss.
+
+    Noise and timesteps are drawn on the CPU, where they are the same for every device and layout; each rank draws
+    what it needs, so the first stage and the last one agree without a message.
+    """
+    device, patch_size, share = parallel.backend.device, parallel.wan.patch_size, parallel.mesh.tokens
+    clean = batch["latents"].float()
+    latents, timestep, text = clean, torch.empty(0), batch["text"]
+    sigma, drawn_timestep, weight = flow.draw_timesteps(seed, batch["sample"], batch["draw"])
+    if stage.first or stage.last:
+        noise = flow.draw_noise(seed, batch["sample"], batch["draw"], clean.shape[1:])
+    if stage.first:
+        latents = flow.noisy(clean, noise, sigma).to(device, non_blocking=True)
+        timestep, text = drawn_timestep.to(device, non_blocking=True), text.to(device, non_blocking=True)
+    target = torch.empty(0)
+    if stage.last:
+        tokens = patchify(flow.target(clean, noise), patch_size)
+        target = share.take(tokens, dim=1).to(device, non_blocking=True)
+    output = module(latents, timestep, text)
+
+    def loss_function(velocity: Tensor) -> tuple[Tensor, Tensor]:
+        real = share.real(num_tokens(clean, patch_size))  # padding takes no part
+        elements = math.prod(clean.shape[1:])
+        loss, _ = flow.loss(velocity[:, :real], target[:, :real], weight, elements)
         return loss, loss.detach().clone()  # a copy: the schedule divides the loss in place
 
-    return prediction, loss_function
+    return output, loss_function
+
+
+def _reported_loss(parallel: ParallelModel, losses: Sequence[Tensor], num_microbatches: int) -> float:
+    """Mean over the global batch of the losses that the ranks of the last stage computed, each of its own tokens."""
+    mesh, device = parallel.mesh, parallel.backend.device
+    computes = parallel.last and (mesh.layout.sequence_parallel or mesh.tp_rank == 0)  # else a copy, or nothing
+    mine = torch.stack(list(losses)).float() if computes else torch.zeros(num_microbatches, device=device)
+    # All in one message, and added up in fp64 on the CPU in the order of the ranks: one answer on every rank.
+    return float(mesh.gather(mine).double().sum()) / (num_microbatches * mesh.layout.dp_size)

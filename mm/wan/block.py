@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from mm.config.model import WanConfig
 from mm.device import kernels
 from mm.wan.layers import Fp32LayerNorm, Parts
+from mm.wan.rope import Positions
 
 
-class AttentionProjections(nn.Module):
+class Attention(nn.Module):
     """The projections that self attention and cross attention have in common."""
 
     def __init__(self, config: WanConfig, parts: Parts) -> None:
         super().__init__()
         width = config.hidden_size
         self.head_dim = config.head_dim
+        self.columns = parts.columns
         self.q = parts.column(width, width)
         self.k = parts.column(width, width)
         self.v = parts.column(width, width)
@@ -31,32 +33,30 @@ class AttentionProjections(nn.Module):
         self.norm_q = parts.qk_norm(width, config.eps)
         self.norm_k = parts.qk_norm(width, config.eps)
 
-    def project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of `x` [B, T, D], keys and values of `source` [B, S, D], each as [B, T or S, N, K]."""
-        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(source)), self.v(source)
-        return self._heads(q), self._heads(k), self._heads(v)
-
-    def _heads(self, x: Tensor) -> Tensor:
+    def heads(self, x: Tensor) -> Tensor:
+        """[B, T, N*K] to [B, T, N, K]."""
         # The number of heads comes from the width at hand: a sharded projection gives this rank's heads only.
         return x.unflatten(-1, (-1, self.head_dim))
 
 
-class SelfAttention(AttentionProjections):
+class SelfAttention(Attention):
     """Attention among the video tokens, with rotary positions."""
 
     def __init__(self, config: WanConfig, parts: Parts) -> None:
         super().__init__(config, parts)
         self.attention = parts.self_attention
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, D]; cos and sin are [T, K/2]."""
-        q, k, v = self.project(x, x)
-        q, k = kernels.apply_rope(q, cos, sin), kernels.apply_rope(k, cos, sin)
-        out: Tensor = self.o(self.attention(q, k, v).flatten(2))
+    def forward(self, x: Tensor, positions: Positions) -> Tensor:
+        """[B, T, D] to [B, T, D]."""
+        q, k, v = self.columns(x, (self.q, self.k, self.v))
+        cos, sin = positions.cos, positions.sin
+        q = kernels.apply_rope(self.heads(self.norm_q(q)), cos, sin)
+        k = kernels.apply_rope(self.heads(self.norm_k(k)), cos, sin)
+        out: Tensor = self.o(self.attention(q, k, self.heads(v), positions.num_tokens).flatten(2))
         return out
 
 
-class CrossAttention(AttentionProjections):
+class CrossAttention(Attention):
     """Attention from the video tokens to the text tokens. No mask: Wan lets padded text take part."""
 
     def __init__(self, config: WanConfig, parts: Parts) -> None:
@@ -65,8 +65,25 @@ class CrossAttention(AttentionProjections):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x [B, T, D], context [B, L, D], to [B, T, D]."""
-        q, k, v = self.project(x, context)
-        out: Tensor = self.o(self.attention(q, k, v).flatten(2))
+        (q,) = self.columns(x, (self.q,))
+        k, v = self.k(context), self.v(context)  # every rank has the whole context: nothing to make whole
+        q, k = self.heads(self.norm_q(q)), self.heads(self.norm_k(k))
+        out: Tensor = self.o(self.attention(q, k, self.heads(v)).flatten(2))
+        return out
+
+
+class FeedForward(nn.Sequential):
+    """Linear, GELU, linear; a Sequential because the weights are named by its indices."""
+
+    def __init__(self, config: WanConfig, parts: Parts) -> None:
+        wide, narrow = config.ffn_dim, config.hidden_size
+        super().__init__(parts.column(narrow, wide), nn.GELU(approximate="tanh"), parts.row(wide, narrow))
+        self.columns = parts.columns
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, D]."""
+        (hidden,) = self.columns(x, (self[0],))
+        out: Tensor = self[2](self[1](hidden))
         return out
 
 
@@ -79,28 +96,24 @@ class WanBlock(nn.Module):
         self.self_attn = SelfAttention(config, parts)
         self.norm3 = Fp32LayerNorm(config.hidden_size, eps=config.eps)
         self.cross_attn = CrossAttention(config, parts)
-        self.ffn = nn.Sequential(
-            parts.column(config.hidden_size, config.ffn_dim),
-            nn.GELU(approximate="tanh"),
-            parts.row(config.ffn_dim, config.hidden_size),
-        )
+        self.ffn = FeedForward(config, parts)
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.hidden_size))  # init_weights or a file fills it
 
-    def forward(self, x: Tensor, time_modulation: Tensor, context: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time_modulation: Tensor, context: Tensor, positions: Positions) -> Tensor:
         """One block.
 
         Args:
             x: [B, T, D], the residual stream.
             time_modulation: [B, 6, D] fp32; shift, scale and gate of self attention, then of the feed-forward.
             context: [B, L, D], embedded text.
-            cos, sin: [T, K/2] fp32, rotary tables.
+            positions: of the T tokens.
 
         Returns:
             [B, T, D] in the dtype of `x`.
         """
         modulation = self.modulation.float() + time_modulation
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.chunk(6, dim=1)  # [B, 1, D] each
-        y = self.self_attn(kernels.modulate(x, shift, scale, self.eps), cos, sin)
+        y = self.self_attn(kernels.modulate(x, shift, scale, self.eps), positions)
         x = kernels.gated_residual(x, y, gate)
         x = x + self.cross_attn(self.norm3(x), context)
         y = self.ffn(kernels.modulate(x, ffn_shift, ffn_scale, self.eps))

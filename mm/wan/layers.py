@@ -7,7 +7,7 @@ stays the same, and its parameter names too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,26 @@ LinearFactory = Callable[[int, int], nn.Module]
 NormFactory = Callable[[int, float], nn.Module]
 """(width, eps) -> a module with `weight` [width] (or this rank's share of it)."""
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q [B, T, N, K], k [B, S, N, K], v [B, S, N, K]) -> [B, T, N, K]."""
+Columns = Callable[[Tensor, Sequence[nn.Module]], list[Tensor]]
+"""(x [B, T, D], column linears) -> what each of them makes of x; they are called together because they share x."""
+
+CrossAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q [B, T, N, K], k [B, L, N, K], v [B, L, N, K]) -> [B, T, N, K]."""
+
+SelfAttention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+"""(q, k, v [B, T, N, K], num_tokens) -> [B, T, N, K]; num_tokens is the sample's, all ranks' shares together."""
+
+
+def apply_columns(x: Tensor, linears: Sequence[nn.Module]) -> list[Tensor]:
+    """The single-device `Columns`: each linear of x."""
+    return [linear(x) for linear in linears]
+
+
+def self_attention(q: Tensor, k: Tensor, v: Tensor, num_tokens: int) -> Tensor:
+    """The single-device `SelfAttention`: all tokens are here, so their number is in the shapes."""
+    if q.shape[1] != num_tokens:
+        raise ValueError(f"{q.shape[1]} tokens at hand, {num_tokens} in the sample")
+    return kernels.attention(q, k, v)
 
 
 class RMSNorm(nn.Module):
@@ -64,6 +82,7 @@ class Parts:
     Attributes:
         column: linears whose output may be sharded over a tensor-parallel axis: q, k, v and ffn.0.
         row: linears whose input may be sharded the same way and whose output is whole: o and ffn.2.
+        columns: applies column linears that share one input; with tensor parallelism it makes the input whole, once.
         linear: whole linears in the parameter dtype: the text embedding.
         linear_fp32: whole linears computed in fp32: time embedding, time projection, head.
         qk_norm: norm of queries and keys over all heads; with sharded heads it must still use statistics of all.
@@ -73,8 +92,9 @@ class Parts:
 
     column: LinearFactory = nn.Linear
     row: LinearFactory = nn.Linear
+    columns: Columns = apply_columns
     linear: LinearFactory = nn.Linear
     linear_fp32: LinearFactory = Fp32Linear
     qk_norm: NormFactory = RMSNorm
-    self_attention: Attention = kernels.attention
-    cross_attention: Attention = kernels.attention
+    self_attention: SelfAttention = self_attention
+    cross_attention: CrossAttention = kernels.attention

@@ -1,7 +1,8 @@
 """The Wan2.1 text-to-video transformer on one device.
 
-`WanModel.forward` is `embed`, then the blocks, then the head; the three are separate so that a pipeline can cut the
-model between blocks. Shapes: B batch, C latent channels, F H W latent frames, height and width, T video tokens,
+`WanModel.forward` cuts latents into patches, embeds them and the conditions, runs the blocks and the head. The steps
+are separate methods, so that a pipeline can cut the model between blocks and ranks can share the tokens of a sample.
+Shapes: B batch, C latent channels, F H W latent frames, height and width, T video tokens,
 L text tokens, D model width, K head width. Dtypes: see `mm.wan.precision`.
 
 Source: Wan technical report (arXiv 2503.20314) section 4.2 and the released weights.
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.config.model import WanConfig
@@ -24,29 +26,54 @@ from mm.wan.block import WanBlock
 from mm.wan.folder import WeightFolder
 from mm.wan.initial import initial_value
 from mm.wan.layers import Parts
-from mm.wan.patches import token_grid, unpatchify
+from mm.wan.patches import patchify, token_grid, unpatchify
 from mm.wan.precision import keep_fp32
-from mm.wan.rope import rope_tables
+from mm.wan.rope import Grid, Positions, grid_positions
 
 ModelT = TypeVar("ModelT", bound="WanModel")
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What every block and the head need besides the hidden state.
+    """What the blocks and the head need besides the hidden state and the positions.
 
     Attributes:
         time: [B, D] fp32, the embedded timestep, for the head.
         time_modulation: [B, 6, D] fp32, for the blocks.
         context: [B, L, D] in the model's dtype, the embedded text.
-        cos, sin: [T, K/2] fp32, rotary tables; a stage can rebuild them from the grid.
     """
 
     time: Tensor
     time_modulation: Tensor
     context: Tensor
-    cos: Tensor
-    sin: Tensor
+
+
+class PatchEmbedding(nn.Module):
+    """A linear on patches, whose weight has the shape that Wan's files give it: that of a convolution."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        # init_weights or a file fills them
+        self.weight = nn.Parameter(torch.zeros(config.hidden_size, config.in_dim, *config.patch_size))
+        self.bias = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[B, T, pt*ph*pw*C] in the layout of `mm.wan.patches.patchify` to [B, T, D] in the weight's dtype."""
+        channel_last = self.weight.permute(0, 2, 3, 4, 1).flatten(1)
+        return F.linear(patches.to(self.weight.dtype), channel_last, self.bias)
+
+
+class TextEmbedding(nn.Sequential):
+    """Linear, GELU, linear, on text features of any dtype."""
+
+    def __init__(self, config: WanConfig, parts: Parts) -> None:
+        width = config.hidden_size
+        super().__init__(parts.linear(config.text_dim, width), nn.GELU(approximate="tanh"), parts.linear(width, width))
+
+    def forward(self, text: Tensor) -> Tensor:
+        """[B, L, text_dim] to [B, L, D] in the weight's dtype."""
+        out: Tensor = super().forward(text.to(next(self.parameters()).dtype))
+        return out
 
 
 class Head(nn.Module):
@@ -81,10 +108,8 @@ class WanModel(nn.Module):
         parts = parts or Parts()
         width = config.hidden_size
         self.config = config
-        self.patch_embedding = nn.Conv3d(config.in_dim, width, kernel_size=config.patch_size, stride=config.patch_size)
-        self.text_embedding = nn.Sequential(
-            parts.linear(config.text_dim, width), nn.GELU(approximate="tanh"), parts.linear(width, width)
-        )
+        self.patch_embedding = PatchEmbedding(config)
+        self.text_embedding = TextEmbedding(config, parts)
         self.time_embedding = nn.Sequential(
             parts.linear_fp32(config.freq_dim, width), nn.SiLU(), parts.linear_fp32(width, width)
         )
@@ -135,37 +160,28 @@ class WanModel(nn.Module):
         Raises:
             ConfigError: CFG-040 to CFG-043 when shapes do not fit the model or each other.
         """
-        hidden, conditions = self.embed(latents, timestep, text)
-        hidden = self.run_blocks(hidden, conditions)
-        frames, height, width = latents.shape[2:]
-        grid = token_grid((frames, height, width), self.config.patch_size)
+        self.check_inputs(latents, timestep, text)
+        grid = self.token_grid(latents)
+        hidden = self.patch_embedding(patchify(latents, self.config.patch_size))
+        conditions = self.embed_conditions(timestep, text)
+        positions = grid_positions(grid, self.config.head_dim, latents.device)
+        hidden = self.run_blocks(hidden, conditions, positions)
         return unpatchify(self.head(hidden, conditions.time), grid, self.config.patch_size)
 
-    def embed(self, latents: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Conditions]:
-        """Hidden state [B, T, D] of the latents, tokens in row-major order of the grid, and the conditions.
-
-        Arguments and errors are those of `forward`.
-        """
-        self._check(latents, timestep, text)
+    def token_grid(self, latents: Tensor) -> Grid:
+        """Tokens along frames, rows and columns of latents [B, C, F, H, W]; CFG-040 as `mm.wan.patches.token_grid`."""
         frames, height, width = latents.shape[2:]
-        grid = token_grid((frames, height, width), self.config.patch_size)
-        dtype = self.patch_embedding.weight.dtype
-        hidden = self.patch_embedding(latents.to(dtype)).flatten(2).transpose(1, 2).contiguous()
-        time = self.time_embedding(timestep_sinusoid(timestep, self.config.freq_dim))
-        cos, sin = rope_tables(grid, self.config.head_dim, latents.device)
-        return hidden, Conditions(
-            time=time,
-            time_modulation=self.time_projection(time).unflatten(1, (6, -1)),
-            context=self.text_embedding(text.to(dtype)),
-            cos=cos,
-            sin=sin,
-        )
+        return token_grid((frames, height, width), self.config.patch_size)
 
-    def run_blocks(self, hidden: Tensor, conditions: Conditions) -> Tensor:
+    def embed_conditions(self, timestep: Tensor, text: Tensor) -> Conditions:
+        """Embed timesteps [B] and text features [B, L, text_dim]."""
+        time = self.time_embedding(timestep_sinusoid(timestep, self.config.freq_dim))
+        return Conditions(time, self.time_projection(time).unflatten(1, (6, -1)), self.text_embedding(text))
+
+    def run_blocks(self, hidden: Tensor, conditions: Conditions, positions: Positions) -> Tensor:
         """[B, T, D] to [B, T, D] through the blocks this model holds, in order."""
-        c = conditions
         for block in self.blocks.values():
-            hidden = block(hidden, c.time_modulation, c.context, c.cos, c.sin)
+            hidden = block(hidden, conditions.time_modulation, conditions.context, positions)
         return hidden
 
     def to_precision(self: ModelT, dtype: torch.dtype) -> ModelT:
@@ -180,7 +196,8 @@ class WanModel(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.copy_(initial_value(name, parameter.shape, seed))
 
-    def _check(self, latents: Tensor, timestep: Tensor, text: Tensor) -> None:
+    def check_inputs(self, latents: Tensor, timestep: Tensor, text: Tensor) -> None:
+        """Raise CFG-041 to CFG-043 for shapes that do not fit the model or each other."""
         config = self.config
         if latents.ndim != 5 or latents.shape[1] != config.in_dim:
             raise ConfigError(

@@ -5,6 +5,9 @@ Source: Wan technical report (arXiv 2503.20314) section 4.2 and the released wei
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,25 @@ THETA = 10_000.0
 
 Grid = tuple[int, int, int]
 """Tokens along frames, rows and columns: latent (F, H, W) divided by the patch size."""
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where the tokens at hand are.
+
+    Attributes:
+        cos, sin: [T, K/2] fp32, the rotary tables of the tokens at hand.
+        num_tokens: tokens of the whole sample; more than T where ranks share a sample.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    num_tokens: int
+
+
+def grid_positions(grid: Grid, head_dim: int, device: torch.device | str = "cpu") -> Positions:
+    """Positions of a whole sample; arguments as in `rope_tables`."""
+    return Positions(*rope_tables(grid, head_dim, device), num_tokens=math.prod(grid))
 
 
 def axis_widths(head_dim: int) -> tuple[int, int, int]:

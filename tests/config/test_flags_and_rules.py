@@ -68,7 +68,6 @@ def test_all_bad_flags_at_once() -> None:
 @pytest.mark.parametrize(
     ("words", "model", "world_size", "expected"),
     [
-        (["--tensor-model-parallel-size", "2"], {}, 2, ["CFG-020"]),
         (["--global-batch-size", "3", "--micro-batch-size", "2"], {}, 1, ["CFG-021"]),
         (["--global-batch-size", "3"], {}, 2, ["CFG-021"]),
         (["--bf16"], {"dtype": "fp32"}, 1, ["CFG-022"]),
@@ -85,7 +84,7 @@ def test_all_bad_flags_at_once() -> None:
 )
 def test_rules(words: list[str], model: dict[str, Any], world_size: int, expected: list[str]) -> None:
     try:
-        check_training(flags(*words), pretrain_model(**model), world_size)
+        check_training(flags(*words), pretrain_model(**model), None, world_size)
         found = []
     except ConfigError as error:
         found = ids(error)
@@ -94,13 +93,13 @@ def test_rules(words: list[str], model: dict[str, Any], world_size: int, expecte
 
 def test_training_without_weights_must_be_meant() -> None:
     with pytest.raises(ConfigError, match="CFG-023"):
-        check_training(flags(without="--load"), pretrain_model(), 1)
+        check_training(flags(without="--load"), pretrain_model(), None, 1)
 
 
 def test_every_broken_rule_is_told() -> None:
     words = [
         "--tensor-model-parallel-size",
-        "2",
+        "3",
         "--global-batch-size",
         "3",
         "--micro-batch-size",
@@ -109,8 +108,8 @@ def test_every_broken_rule_is_told() -> None:
         "1",
     ]
     with pytest.raises(ConfigError) as caught:
-        check_training(flags(*words), pretrain_model(dtype="bf16"), 2)
-    assert ids(caught.value) == ["CFG-020", "CFG-021", "CFG-022", "CFG-025"]
+        check_training(flags(*words), pretrain_model(dtype="bf16"), None, 3)
+    assert ids(caught.value) == ["CFG-033", "CFG-021", "CFG-022", "CFG-025"]
 
 
 @pytest.mark.parametrize(

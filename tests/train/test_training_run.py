@@ -88,7 +88,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(demo: Path, tmp_path: Path)
     [
         ({"load": "nowhere"}, DataError, "DATA-020"),
         ({"device": "npu"}, ConfigError, "CFG-030"),
-        ({"tensor_model_parallel_size": 2}, ConfigError, "CFG-020"),
+        ({"tensor_model_parallel_size": 2}, ConfigError, "CFG-032"),
         ({"global_batch_size": 6}, ConfigError, "CFG-021"),
     ],
 )

@@ -7,7 +7,8 @@ from diffusers import WanTransformer3DModel
 from mm.config.model import WanConfig
 from mm.wan.model import WanModel
 from mm.wan.names import diffusers_to_native
-from mm.wan.patches import unpatchify
+from mm.wan.patches import patchify, unpatchify
+from mm.wan.rope import grid_positions
 
 TINY = WanConfig(text_dim=64, hidden_size=128, ffn_dim=512, num_heads=4, num_layers=4, freq_dim=64)
 REAL_WIDTH = WanConfig(hidden_size=1536, ffn_dim=8960, num_heads=12, num_layers=2)
@@ -115,7 +116,9 @@ def test_pieces_of_a_cut_model_give_the_whole():
     assert "blocks.2.modulation" in last.state_dict()  # a stage keeps the names of the whole model
     inputs = (torch.randn(1, 16, 3, 8, 8), torch.tensor([700.0]), torch.randn(1, 7, 64))
     with torch.no_grad():
-        hidden, conditions = first.embed(*inputs)
-        hidden = last.run_blocks(first.run_blocks(hidden, conditions), conditions)
+        hidden = first.patch_embedding(patchify(inputs[0], config.patch_size))
+        conditions = first.embed_conditions(*inputs[1:])
+        positions = grid_positions((3, 4, 4), config.head_dim)
+        hidden = last.run_blocks(first.run_blocks(hidden, conditions, positions), conditions, positions)
         velocity = unpatchify(last.head(hidden, conditions.time), (3, 4, 4), config.patch_size)
         assert torch.equal(velocity, model(*inputs))

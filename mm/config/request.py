@@ -1,0 +1,70 @@
+"""What a user asks for, unchecked: the flags, the files and the processes started. Every training rule reads one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mm.config.layerzero import ZeroConfig
+from mm.config.train import PretrainModel, TrainFlags
+
+
+@dataclass(frozen=True)
+class Request:
+    """The input of the rules.
+
+    Attributes:
+        flags, model: command line and pretrain_model.json.
+        zero: zero_config.yaml, where layer-zero is asked for.
+        world_size: the processes that were started.
+    """
+
+    flags: TrainFlags
+    model: PretrainModel
+    zero: ZeroConfig | None
+    world_size: int
+
+    @property
+    def tp(self) -> int:
+        """Tensor-parallel degree."""
+        return self.flags.tensor_model_parallel_size
+
+    @property
+    def pp(self) -> int:
+        """Pipeline-parallel degree."""
+        return self.flags.pipeline_model_parallel_size
+
+    @property
+    def vp(self) -> int:
+        """Model chunks of one pipeline rank."""
+        return self.flags.virtual_pipeline_model_parallel_size or 1
+
+    @property
+    def cp(self) -> int:
+        """Context-parallel degree."""
+        return self.flags.context_parallel_size
+
+    @property
+    def ulysses(self) -> int | None:
+        """Ranks that exchange heads for tokens; None where the flags do not say a degree that divides CP."""
+        if self.flags.context_parallel_algo == "ulysses_cp_algo":
+            return self.cp
+        if self.flags.context_parallel_algo == "megatron_cp_algo":
+            return 1
+        degree = self.flags.ulysses_degree_in_cp
+        return degree if degree is not None and self.cp % degree == 0 else None
+
+    @property
+    def replica(self) -> int:
+        """Processes of one data-parallel replica."""
+        return self.tp * self.pp * self.cp
+
+    @property
+    def dp(self) -> int | None:
+        """Data-parallel replicas; None where the processes do not divide by TP x PP x CP."""
+        return None if self.world_size % self.replica else self.world_size // self.replica
+
+    @property
+    def heads(self) -> int:
+        """Heads of one tensor-parallel rank; all of them where they do not divide, which CFG-033 tells."""
+        heads = self.model.predictor.num_heads
+        return heads // self.tp if heads % self.tp == 0 else heads

@@ -1,0 +1,101 @@
+"""What crosses a pipeline boundary: one tensor with the hidden state and the embedded conditions.
+
+The conditions travel with the hidden state because only the first stage has the embedders. Rebuilding them on every
+stage would need their weights there: 1.6 % of the 14B model a stage, and the sum of their gradients over the stages.
+They are L text rows and 7 time rows of the model's width for each sample, 1.6 % of the 32,760 token rows of a
+480x832x81 clip. Everything else is known on every stage: rotary tables come from the grid, noise, timesteps and
+targets from the sample (mm.rng).
+
+megatron-core's schedules send one tensor of a known shape, so the parts lie one after the other in rows of the
+model's width. Time rows stay fp32: in a bf16 tensor each takes two rows, moved as bytes and never computed with.
+Shapes: B batch, t tokens of this rank, L text tokens, D model width, R rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm.wan.model import Conditions
+
+TIME_ROWS = 7
+"""Six of `time_modulation` and one of `time`."""
+
+
+@dataclass(frozen=True)
+class BoundaryShape:
+    """How the parts of one micro-batch lie in the tensor that crosses.
+
+    Attributes:
+        batch: B. tokens: t, with padding. text_tokens: L. width: D. dtype: of the hidden state.
+        rows: R of the tensor; may be more than this micro-batch needs, as all of a step have the same.
+    """
+
+    batch: int
+    tokens: int
+    text_tokens: int
+    width: int
+    dtype: torch.dtype
+    rows: int
+
+    @staticmethod
+    def rows_needed(batch: int, tokens: int, text_tokens: int, dtype: torch.dtype) -> int:
+        """Rows that such a micro-batch takes."""
+        return batch * (tokens + text_tokens + TIME_ROWS * (4 // dtype.itemsize))
+
+    def join(self, hidden: Tensor, context: Tensor, time_modulation: Tensor, time: Tensor) -> Tensor:
+        """[B, t, D], [B, L, D], [B, 6, D] fp32 and [B, D] fp32 as one [R, 1, D] of the boundary's dtype."""
+        times = torch.cat((time_modulation.float(), time.float().unsqueeze(1)), dim=1).view(self.dtype)
+        parts = [part.reshape(-1, 1, self.width) for part in (hidden, context, times)]
+        missing = self.rows - sum(len(part) for part in parts)
+        if missing:
+            parts.append(hidden.new_zeros(missing, 1, self.width))
+        return torch.cat(parts)
+
+    def split(self, crossing: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The inverse of `join`; all but the time rows are views."""
+        time_rows = TIME_ROWS * (4 // self.dtype.itemsize)
+        sizes = [self.batch * rows for rows in (self.tokens, self.text_tokens, time_rows)]
+        used = crossing.squeeze(1)[: sum(sizes)]
+        hidden, context, times = (part.reshape(self.batch, -1, self.width) for part in used.split(sizes))
+        fp32 = times.reshape(self.batch, TIME_ROWS, -1).view(torch.float32)
+        return hidden, context, fp32[:, :6], fp32[:, 6]
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, shape: BoundaryShape, hidden: Tensor, context: Tensor, time_modulation: Tensor, time: Tensor
+    ) -> Tensor:
+        ctx.shape = shape
+        return shape.join(hidden, context, time_modulation, time)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, *ctx.shape.split(grads[0])
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shape: BoundaryShape, crossing: Tensor) -> tuple[Tensor, ...]:
+        ctx.shape = shape
+        return shape.split(crossing)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, ctx.shape.join(*grads)
+
+
+def send_side(shape: BoundaryShape, hidden: Tensor, conditions: Conditions) -> Tensor:
+    """What a stage hands to the next one: [R, 1, D]. Its gradient comes back in the same form."""
+    out: Tensor = _Join.apply(shape, hidden, conditions.context, conditions.time_modulation, conditions.time)
+    return out
+
+
+def receive_side(shape: BoundaryShape, crossing: Tensor) -> tuple[Tensor, Conditions]:
+    """Hidden state [B, t, D] and conditions out of what the stage before sent."""
+    hidden, context, time_modulation, time = _Split.apply(shape, crossing)
+    return hidden, Conditions(time, time_modulation, context)

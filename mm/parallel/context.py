@@ -1,0 +1,137 @@
+"""Context parallelism: self attention over a sequence whose tokens are spread over ranks.
+
+Ulysses, ring, or both: Ulysses inside (it exchanges more often, so its ranks are neighbours), ring outside. A rank's
+place is cp_rank = ring_rank * ulysses_size + ulysses_rank, and it holds the cp_rank-th chunk of the sequence. Cross
+attention needs none of this: every rank has the whole text.
+Shapes: B batch, c tokens of a rank (equal on all, padded at the end of the sequence), N heads, K head width.
+
+Source of the combination: Fang and Zhao 2024 (USP, arXiv 2405.07719), section 4.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from mm.device import kernels
+from mm.parallel.ring import Ring, ring_attention
+from mm.parallel.ulysses import gather_heads, scatter_heads
+
+ContextAttention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class ContextGroups:
+    """One rank's context-parallel groups.
+
+    Attributes:
+        ulysses: the ranks among which heads are exchanged for tokens, consecutive; None for a degree of 1.
+        ring: the ranks around which keys and values travel, `ulysses_size` apart; None for a degree of 1.
+        ring_overlap: the ranks of `ring` on a second communicator, or None; see `mm.parallel.ring.Ring`.
+        window_size: ring ranks in a window of the double ring; the size of the ring, or 1, means one ring.
+        ring_outer: the ranks of `ring` on a communicator for the exchanges between windows, or None.
+    """
+
+    ulysses: dist.ProcessGroup | None
+    ring: dist.ProcessGroup | None
+    ring_overlap: dist.ProcessGroup | None
+    window_size: int
+    ring_outer: dist.ProcessGroup | None = None
+
+
+def build_context_groups(
+    cp_group: dist.ProcessGroup,
+    all_cp_groups: Sequence[Sequence[int]],
+    ulysses_size: int,
+    window_size: int,
+    send_recv_overlap: bool,
+    timeout: datetime.timedelta,
+) -> ContextGroups:
+    """Split the context-parallel groups of the world. Every process calls it, and all arguments but the first agree.
+
+    Args:
+        cp_group: this process's context-parallel group; used as it is where it need not be split.
+        all_cp_groups: global ranks, ascending, of every context-parallel group of the world, all of one size.
+        ulysses_size: degree of Ulysses; divides the size of the groups, and what is left is the degree of the ring.
+        window_size: ring ranks in a window of the double ring, dividing the ring; 1 for one ring.
+        send_recv_overlap: whether a ring sends and receives on separate communicators.
+        timeout: of the new groups.
+
+    Raises:
+        ValueError: sizes that do not divide, groups of different sizes, or a process that is in none of them.
+    """
+    ring_size = _check_sizes(all_cp_groups, ulysses_size, window_size)
+    ulysses_ranks = [ranks[i : i + ulysses_size] for ranks in all_cp_groups for i in range(0, len(ranks), ulysses_size)]
+    ring_ranks = [ranks[i::ulysses_size] for ranks in all_cp_groups for i in range(ulysses_size)]
+    ulysses = ring = overlap = outer = None
+    # torch makes a group on all processes of the world, also those outside it, in the same order.
+    if ulysses_size > 1:
+        ulysses = cp_group if ring_size == 1 else _new_groups(ulysses_ranks, timeout)
+    if ring_size > 1:
+        ring = cp_group if ulysses_size == 1 else _new_groups(ring_ranks, timeout)
+        overlap = _new_groups(ring_ranks, timeout) if send_recv_overlap else None
+        outer = _new_groups(ring_ranks, timeout) if 1 < window_size < ring_size else None
+    if not any(dist.get_rank() in ranks for ranks in all_cp_groups):
+        raise ValueError(f"process {dist.get_rank()} is in none of the context-parallel groups {all_cp_groups}")
+    if overlap is not None:
+        # A communicator is set up by its first use, which all of its ranks must take part in; choosing it by the
+        # sender's parity leaves some of them out.
+        for group in (ring, overlap):
+            dist.barrier(group)
+    return ContextGroups(ulysses, ring, overlap, window_size, outer)
+
+
+def context_attention(groups: ContextGroups) -> ContextAttention:
+    """The self attention of one context-parallel rank.
+
+    Returns:
+        attention(q, k, v, num_tokens) -> out, differentiable. q, k, v and out are [B, c, N, K], this rank's tokens,
+        already rotated; `num_tokens`, 1 to cp_size * c, counts the real tokens of the whole sequence. Padding has no
+        influence on the others; its output and gradients are zero. All ranks of the groups call it together.
+    """
+    ulysses, ring = groups.ulysses, None
+    if groups.ring is not None:
+        ring = Ring(groups.ring, groups.ring_overlap, groups.ring_outer, groups.window_size)
+    cp_size = (ulysses.size() if ulysses else 1) * (ring.size if ring else 1)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, num_tokens: int) -> Tensor:
+        if not 1 <= num_tokens <= cp_size * q.shape[1]:
+            raise ValueError(f"{num_tokens} tokens on {cp_size} ranks with {q.shape[1]} places each")
+        if ulysses is not None:
+            q, k, v = scatter_heads(q, k, v, ulysses)
+        out = _whole_sequence(q, k, v, num_tokens) if ring is None else ring_attention(q, k, v, num_tokens, ring)
+        return out if ulysses is None else gather_heads(out, ulysses)
+
+    return attention
+
+
+def _whole_sequence(q: Tensor, k: Tensor, v: Tensor, num_tokens: int) -> Tensor:
+    """Attention where every token is at hand: [B, T, N, K] with the padding cut off before and zeros put back after."""
+    real = slice(0, num_tokens)
+    out = kernels.attention(q[:, real], k[:, real], v[:, real])
+    return F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - num_tokens))
+
+
+def _check_sizes(all_cp_groups: Sequence[Sequence[int]], ulysses_size: int, window_size: int) -> int:
+    """The degree of the ring."""
+    cp_size = len(all_cp_groups[0])
+    if any(len(ranks) != cp_size or list(ranks) != sorted(ranks) for ranks in all_cp_groups):
+        raise ValueError(f"context-parallel groups must be of one size and ascending, got {all_cp_groups}")
+    if cp_size % ulysses_size or cp_size // ulysses_size % window_size:
+        raise ValueError(f"{cp_size} ranks do not split into Ulysses {ulysses_size} x windows of {window_size}")
+    return cp_size // ulysses_size
+
+
+def _new_groups(rank_lists: Sequence[Sequence[int]], timeout: datetime.timedelta) -> dist.ProcessGroup | None:
+    """Create a group for each list of global ranks, and return the one that this process is in."""
+    mine = None
+    for ranks in rank_lists:
+        group = dist.new_group(list(ranks), timeout=timeout)
+        if dist.get_rank() in ranks:
+            mine = group
+    return mine

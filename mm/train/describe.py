@@ -1,0 +1,144 @@
+"""The start table: what is about to run, so that a wrong number is seen before hours are spent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from mm.config.layerzero import ZeroConfig
+from mm.config.layout import Layout
+from mm.config.model import WanConfig
+from mm.config.train import TrainFlags
+from mm.data.dataset import FeatureDataset
+from mm.parallel.placement import whole_shapes
+from mm.parallel.tokens import TokenShare
+
+
+def start_table(
+    flags: TrainFlags,
+    wan: WanConfig,
+    layout: Layout,
+    zero: ZeroConfig | None,
+    dataset: FeatureDataset,
+    global_batch_size: int,
+    device: str,
+) -> dict[str, str]:
+    """Rows of the table by their heading.
+
+    Args:
+        flags, wan, layout, zero, dataset: the run. global_batch_size: samples of a step.
+        device: name of the devices and their collective backend.
+    """
+    parameters = sum(map(math.prod, whole_shapes(wan).values()))
+    accumulated = global_batch_size // (flags.micro_batch_size * layout.dp_size)
+    latents = ", ".join(
+        f"{count} of {frames}x{height}x{width}" for (_, frames, height, width), count in dataset.shapes().most_common(4)
+    )
+    return {
+        "model": f"{parameters:,} parameters, {wan.num_layers} layers, width {wan.hidden_size}, {wan.num_heads} heads",
+        "precision": "bf16 with fp32 masters" if flags.bf16 else "fp32",
+        "device": f"{layout.world_size} x {device}",
+        "layout": f"{layout.name()}: {_degrees(layout)}",
+        "rank 0": _groups_of_rank_0(layout),
+        "stages": _stages(layout, wan.num_layers),
+        "pipeline": _pipeline(layout, accumulated),
+        "batch": f"{global_batch_size} = {flags.micro_batch_size} a forward x {accumulated} accumulated "
+        f"x {layout.dp_size} replicas",
+        "features": f"{len(dataset)} samples, latents {latents}",
+        "tokens": _tokens(layout, sorted({sample.num_tokens for sample in dataset.samples})),
+        "heads": _heads(layout, wan.num_heads),
+        "a layer": "; ".join(layer_collectives(layout, zero)) or "no communication",
+        "gradients": _gradients(flags, layout),
+        "checkpoints": flags.save or "none: the trained weights are not kept (--save)",
+    }
+
+
+def layer_collectives(layout: Layout, zero: ZeroConfig | None) -> Iterator[str]:
+    """What one block's forward says to other ranks; its backward says the same the other way round, or more."""
+    if layout.tp_size > 1:
+        pair = "3 all-gathers, 3 reduce-scatters" if layout.sequence_parallel else "3 all-reduces"
+        yield f"TP {layout.tp_size}: {pair} of the hidden state, 4 all-reduces of 4 bytes a token (q, k norms)"
+    if layout.ulysses_size > 1:
+        yield f"Ulysses {layout.ulysses_size}: 2 all-to-alls (q, k, v packed; output)"
+    if layout.ring_size > 1:
+        windows = f" in windows of {layout.window_size}" if layout.double_ring else ""
+        yield f"ring {layout.ring_size}{windows}: {layout.ring_size - 1} exchanges of k and v"
+    if layout.cp_size > 1:
+        yield "cross attention: none"
+    if zero is not None and zero.zero3_size > 1:
+        yield f"layer-zero {zero.zero3_size}: 1 all-gather of the block"
+
+
+def _degrees(layout: Layout) -> str:
+    sequence = " with sequence parallelism" if layout.sequence_parallel else ""
+    return f"TP {layout.tp_size}{sequence} x CP {layout.cp_size} x DP {layout.dp_size} x PP {layout.pp_size}"
+
+
+def _groups_of_rank_0(layout: Layout) -> str:
+    """Where the neighbours of the first rank are, which tells what crosses nodes."""
+    strides = {
+        "TP": (layout.tp_size, 1),
+        "Ulysses": (layout.ulysses_size, layout.tp_size),
+        "ring": (layout.ring_size, layout.tp_size * layout.ulysses_size),
+        "DP": (layout.dp_size, layout.tp_size * layout.cp_size),
+        "PP": (layout.pp_size, layout.tp_size * layout.cp_size * layout.dp_size),
+    }
+    return (
+        "; ".join(
+            f"{axis} with {_list([stride * index for index in range(size)])}"
+            for axis, (size, stride) in strides.items()
+            if size > 1
+        )
+        or "alone"
+    )
+
+
+def _stages(layout: Layout, num_layers: int) -> str:
+    if layout.pp_size == 1:
+        return f"one, blocks 0-{num_layers - 1}"
+    rows = []
+    for pp_rank in range(layout.pp_size):
+        held = [layout.blocks(pp_rank, vp_rank) for vp_rank in range(layout.vp_size)]
+        rows.append(f"{pp_rank}: " + " and ".join(f"{blocks.start}-{blocks.stop - 1}" for blocks in held))
+    return "blocks of stage " + ", ".join(rows) + "; embedders on the first, head on the last"
+
+
+def _pipeline(layout: Layout, num_microbatches: int) -> str:
+    if layout.pp_size == 1:
+        return "none"
+    idle = layout.pp_size - 1
+    share = idle / (layout.vp_size * num_microbatches + idle)
+    kind = "interleaved 1F1B" if layout.vp_size > 1 else "1F1B"
+    return f"{kind}, {num_microbatches} micro-batches: {share:.1%} of the step is bubble if stages are even (predicted)"
+
+
+def _tokens(layout: Layout, counts: Sequence[int]) -> str:
+    share = TokenShare(0, layout.cp_size, 0, layout.tp_size if layout.sequence_parallel else 1)
+    spread = f"{counts[0]:,} to {counts[-1]:,}" if len(counts) > 1 else f"{counts[0]:,}"
+    if layout.token_parts == 1:
+        return f"{spread} a sample"
+    widest = share.width(counts[-1])
+    padding = max(share.width(count) * layout.token_parts - count for count in counts)
+    return f"{spread} a sample, at most {widest:,} a rank, at most {padding} padded"
+
+
+def _heads(layout: Layout, num_heads: int) -> str:
+    local = num_heads // layout.tp_size
+    inside = f", {local // layout.ulysses_size} in self attention" if layout.ulysses_size > 1 else ""
+    return f"{local} a rank{inside}"
+
+
+def _gradients(flags: TrainFlags, layout: Layout) -> str:
+    ranks = f"{layout.dp_cp_size} ranks (DP x CP)"
+    if layout.zero3_size is not None:
+        copies = layout.dp_cp_size // layout.zero3_size
+        states = "optimizer sharded over all of them" if flags.use_distributed_optimizer else "optimizer in each group"
+        return f"layer-zero: parameters in groups of {layout.zero3_size}, {copies} such groups over {ranks}; {states}"
+    how = "reduce-scatter, optimizer sharded" if flags.use_distributed_optimizer else "all-reduce"
+    when = "during backward" if flags.overlap_grad_reduce else "after backward"
+    return f"{how} over {ranks}, {when}"
+
+
+def _list(ranks: Sequence[int]) -> str:
+    shown = [str(rank) for rank in ranks[:4]] + (["..."] if len(ranks) > 4 else [])
+    return ", ".join(shown)

@@ -1,0 +1,136 @@
+"""Attention with log-sum-exp, and its backward, against torch's attention in fp64."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mm.device.attention import (
+    attention_backward,
+    attention_with_lse,
+    plain_attention_backward,
+    plain_attention_with_lse,
+)
+from mm.parallel.ring import merge
+
+PATHS = {
+    "dispatched": (attention_with_lse, attention_backward),
+    "plain": (plain_attention_with_lse, plain_attention_backward),
+}
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
+]
+# Largest error over largest value: a few units in the last place of each dtype.
+BOUNDS = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+# B, T, S, N, K: more queries than keys and fewer, one of each, odd widths, too wide for CUDA's kernel, many blocks
+SHAPES = [(2, 5, 7, 3, 12), (2, 40, 3, 2, 300), (1, 1, 1, 1, 7), (1, 70, 600, 2, 128)]
+
+
+def tensors(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, queries, keys, heads, width = shape
+    source = torch.Generator().manual_seed(queries)
+
+    def draw(tokens: int) -> Tensor:
+        return torch.randn(batch, tokens, heads, width, generator=source, dtype=torch.float64).to(device, dtype)
+
+    return draw(queries), draw(keys), draw(keys), draw(queries)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> list[Tensor]:
+    """Output, log-sum-exp, dq, dk, dv from torch's mathematical attention and autograd, in fp64 on the CPU."""
+    q, k, v = (x.detach().cpu().double().requires_grad_() for x in (q, k, v))
+    with sdpa_kernel(SDPBackend.MATH):
+        out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    scores = q.detach().transpose(1, 2) @ k.detach().permute(0, 2, 3, 1) / q.shape[-1] ** 0.5
+    grads = torch.autograd.grad(out, (q, k, v), grad_out.cpu().double())
+    return [out.detach(), scores.logsumexp(-1), *grads]
+
+
+def error(found: Tensor, expected: Tensor, scale: Tensor | None = None) -> float:
+    assert found.shape == expected.shape
+    return float((found.cpu().double() - expected).abs().max() / (expected.abs().max() if scale is None else scale))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_torch_attention(shape: tuple[int, ...], dtype: torch.dtype, path: str, device: str) -> None:
+    forward, backward = PATHS[path]
+    q, k, v, grad_out = tensors(shape, dtype, device)
+    out, lse = forward(q, k, v)
+    grads = backward(grad_out, q, k, v, out, lse)
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert {x.dtype for x in (out, *grads)} == {dtype}
+    expected = reference(q, k, v, grad_out)
+    assert error(lse, expected[1]) < BOUNDS[torch.float64 if dtype == torch.float64 else torch.float32]
+    scale = expected[4].abs().max() if shape[2] == 1 else None  # the softmax over one key is 1: dq and dk are zero
+    for found, wanted in zip((out, *grads), (expected[0], *expected[2:]), strict=True):
+        assert error(found, wanted, scale) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_blocks_of_keys_make_up_the_whole(dtype: torch.dtype, path: str, device: str) -> None:
+    """Outputs merge by their log-sum-exp; a block's backward takes the output and log-sum-exp of all keys."""
+    forward, backward = PATHS[path]
+    q, k, v, grad_out = tensors((2, 6, 11, 3, 16), dtype, device)
+    expected = reference(q, k, v, grad_out)
+    cuts = [slice(0, 2), slice(2, 3), slice(3, 11)]
+    out, lse = forward(q, k[:, cuts[0]], v[:, cuts[0]])
+    out = out.to(lse.dtype)
+    for cut in cuts[1:]:
+        out, lse = merge(out, lse, *forward(q, k[:, cut], v[:, cut]))
+    assert error(out, expected[0]) < BOUNDS[dtype]
+    blocks = [backward(grad_out, q, k[:, cut], v[:, cut], out.to(dtype), lse) for cut in cuts]
+    dq = sum(block[0].double() for block in blocks)
+    dk, dv = (torch.cat([block[i] for block in blocks], dim=1) for i in (1, 2))
+    for found, wanted in zip((dq, dk, dv), expected[2:], strict=True):
+        assert error(found, wanted) < 2 * BOUNDS[dtype]  # the output itself was rounded to the dtype once
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_strides_do_not_matter(device: str) -> None:
+    """torch's fused CPU kernel reads a head whose elements are apart as if they were not, and says nothing."""
+    q, k, v, grad_out = tensors((2, 5, 7, 3, 16), torch.bfloat16, device)
+    out, lse = attention_with_lse(q, k, v)
+    expected = (out, lse, *attention_backward(grad_out, q, k, v, out, lse))
+    q, k, v, grad_out = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v, grad_out))
+    out, lse = attention_with_lse(q, k, v)
+    found = (out, lse, *attention_backward(grad_out, q, k, v, out, lse))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    ones = torch.ones((), dtype=out.dtype, device=device).expand_as(out)  # what the gradient of a sum looks like
+    expanded = attention_backward(ones, q, k, v, out, lse)
+    dense = attention_backward(ones.contiguous(), q, k, v, out, lse)
+    assert all(torch.equal(a, b) for a, b in zip(expanded, dense, strict=True))
+
+
+def test_nothing_to_attend_is_refused() -> None:
+    some, none = torch.zeros(1, 2, 1, 8), torch.zeros(1, 0, 1, 8)
+    for q, k in ((some, none), (none, some)):
+        with pytest.raises(ValueError, match="needs a query and a key"):
+            attention_with_lse(q, k, k)
+        with pytest.raises(ValueError, match="needs a query and a key"):
+            attention_backward(q, q, k, k, q, q[..., 0].transpose(1, 2))
+
+
+@pytest.mark.parametrize("width", [12, 128])
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    # a fake tensor needs no device, so that the calls of the fused CUDA kernels are checked everywhere
+    [("cpu", torch.float64), ("cpu", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.bfloat16)],
+    ids=str,
+)
+def test_fake_tensors_go_through(device: str, dtype: torch.dtype, width: int) -> None:
+    with FakeTensorMode():
+        q = torch.empty(2, 5, 3, width, dtype=dtype, device=device)
+        k = torch.empty(2, 7, 3, width, dtype=dtype, device=device)
+        out, lse = attention_with_lse(q, k, k)
+        grads = attention_backward(out, q, k, k, out, lse)
+    assert (out.shape, out.dtype) == (q.shape, dtype)
+    assert (lse.shape, lse.dtype) == ((2, 3, 5), torch.float64 if dtype == torch.float64 else torch.float32)
+    assert [(x.shape, x.dtype) for x in grads] == [(x.shape, dtype) for x in (q, k, k)]
+    assert {x.device.type for x in (out, lse, *grads)} == {device}

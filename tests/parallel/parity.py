@@ -1,0 +1,238 @@
+"""One training run twice: on a layout of ranks, and as a plain PyTorch loop on one process.
+
+Both see the same samples, noise and initial weights. The plain loop uses no part of mm.parallel: torch's AdamW and
+clipping, the single-device model, whole samples.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mm.config.diffusion import DiffusionConfig
+from mm.config.layerzero import ZeroConfig
+from mm.config.layout import Layout
+from mm.config.model import WanConfig
+from mm.data.loader import FeatureBatch
+from mm.device.backend import Backend
+from mm.diffusion.flow import FlowMatching
+from mm.parallel.apply import DataParallelOptions, ParallelModel, apply
+from mm.parallel.mesh import Mesh, build_mesh
+from mm.parallel.optimizer import AdamWSettings, Optimizer
+from mm.parallel.optimizers import make_optimizer
+from mm.train.step import compute_gradients
+from mm.wan.initial import initial_value
+from mm.wan.model import WanModel
+
+# 12 heads divide by 2, 3, 4 and 6; heads of width 8 have rotary pairs on all three axes.
+WAN = WanConfig(text_dim=16, text_len=8, hidden_size=96, ffn_dim=192, num_heads=12, num_layers=8, freq_dim=32)
+SEED, STEPS, GLOBAL_BATCH = 5, 3, 8
+SETTINGS = AdamWSettings(
+    lr=1e-2, min_lr=1e-3, lr_decay_style="linear", lr_warmup_init=0.0, warmup_samples=0,
+    decay_samples=STEPS * GLOBAL_BATCH, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, clip_grad=0.3,
+    # AdamW divides a gradient by its own size. A small epsilon would turn the rounding of near-zero gradients into
+    # steps as large as any, and the later steps would compare noise.
+    adam_eps=1e-2,
+)  # fmt: skip
+
+EVEN, ODD, MIXED = "even", "odd", "mixed"
+SIZES = {EVEN: [(2, 6, 8)], ODD: [(3, 6, 10)], MIXED: [(3, 6, 10), (1, 2, 14)]}
+"""Latent sizes of the samples: 24, 45 and 7 tokens. 24 divides by 2, 3, 4, 6 and 8; the others leave padding."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the parity matrix."""
+
+    layout: Layout
+    options: DataParallelOptions = field(default_factory=DataParallelOptions)
+    zero: ZeroConfig | None = None
+    samples: str = ODD
+    micro_batch_size: int = 1
+
+    @property
+    def id(self) -> str:
+        parts = [self.layout.name()]
+        if self.options.use_distributed_optimizer:
+            parts.append("distopt")
+        if self.options.overlap_grad_reduce or self.options.overlap_param_gather:
+            parts.append("overlap")
+        if self.micro_batch_size > 1:
+            parts.append(f"mbs{self.micro_batch_size}")
+        accumulated = GLOBAL_BATCH // (self.micro_batch_size * self.layout.dp_size)
+        return "-".join([*parts, f"acc{accumulated}", self.samples])
+
+
+def value_of(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Initial weights with no gradient near zero, which would compare rounding with rounding.
+
+    Wan starts its head and biases at zero, norms at one and the embedders small: the head's zeros would stop every
+    gradient, and nearly equal keys make softmax blind to them.
+    """
+    value = initial_value(name, shape, SEED)
+    if name.startswith(("text_embedding.", "time_embedding.")) and name.endswith("weight"):
+        return 10 * value
+    if name.endswith("bias") or "norm" in name or name == "head.head.weight":
+        return value + 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(len(name) + shape[0]))
+    return value
+
+
+def global_batch(kind: str, step: int) -> list[FeatureBatch]:
+    """The samples of one step, one a micro-batch."""
+    source = torch.Generator().manual_seed(step)
+    sizes = SIZES[kind]
+    return [
+        FeatureBatch(
+            latents=torch.randn(1, 16, *sizes[index % len(sizes)], generator=source),
+            text=torch.randn(1, 8, 16, generator=source),
+            sample=[f"clip {index}"],
+            draw=[step],
+        )
+        for index in range(GLOBAL_BATCH)
+    ]
+
+
+def merge(samples: list[FeatureBatch]) -> FeatureBatch:
+    return FeatureBatch(
+        latents=torch.cat([s["latents"] for s in samples]),
+        text=torch.cat([s["text"] for s in samples]),
+        sample=[name for s in samples for name in s["sample"]],
+        draw=[draw for s in samples for draw in s["draw"]],
+    )
+
+
+@dataclass
+class Trace:
+    """What a run shows after each step: loss, reported gradient norm, whole gradients; and the weights at the end."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def plain_run(kind: str) -> Trace:
+    """The reference."""
+    model = WanModel(WAN)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(value_of(name, tuple(parameter.shape)))
+    flow = FlowMatching(DiffusionConfig())
+    named = dict(model.named_parameters())
+    decayed = [p for n, p in named.items() if p.dim() > 1 and not n.endswith(".bias")]
+    others = [p for n, p in named.items() if p.dim() == 1 or n.endswith(".bias")]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=SETTINGS.lr, betas=(0.9, 0.95), eps=SETTINGS.adam_eps)
+    trace = Trace()
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = SETTINGS.lr - (SETTINGS.lr - SETTINGS.min_lr) * step / STEPS
+        optimizer.zero_grad()
+        losses = []
+        for sample in global_batch(kind, step):
+            sigma, timestep, weight = flow.draw_timesteps(SEED, sample["sample"], sample["draw"])
+            noise = flow.draw_noise(SEED, sample["sample"], sample["draw"], sample["latents"].shape[1:])
+            velocity = model(flow.noisy(sample["latents"], noise, sigma), timestep, sample["text"])
+            difference = velocity - (noise - sample["latents"])
+            losses.append((difference.square().mean() * weight[0]) / GLOBAL_BATCH)
+            losses[-1].backward()
+        trace.losses.append(float(torch.stack([loss.detach() for loss in losses]).double().sum()))
+        trace.gradients.append({name: p.grad.clone() for name, p in named.items()})
+        trace.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), SETTINGS.clip_grad)))
+        optimizer.step()
+    trace.weights = {name: p.detach().clone() for name, p in named.items()}
+    return trace
+
+
+def parallel_run(row: Row, mesh: Mesh, backend: Backend) -> Trace:
+    """The same on a layout; gradients and weights are gathered from the ranks that own them."""
+    parallel = apply(WAN, mesh, backend, row.options, torch.float32, value_of, row.zero)
+    optimizer = make_optimizer(parallel, SETTINGS)
+    flow = FlowMatching(DiffusionConfig())
+    trace = Trace()
+    for step in range(STEPS):
+        mine = micro_batches(row, global_batch(row.samples, step), mesh)
+        trace.losses.append(compute_gradients(parallel, flow, mine, SEED))
+        optimizer.reduce_gradients()
+        trace.gradients.append(gather(parallel, optimizer, "gradient"))
+        trace.norms.append(optimizer.update(GLOBAL_BATCH))
+    trace.weights = gather(parallel, optimizer, "master")
+    return trace
+
+
+def micro_batches(row: Row, samples: list[FeatureBatch], mesh: Mesh) -> list[FeatureBatch]:
+    mine, size = samples[mesh.dp_rank :: row.layout.dp_size], row.micro_batch_size
+    return [merge(mine[start : start + size]) for start in range(0, len(mine), size)]
+
+
+def gather(parallel: ParallelModel, optimizer: Optimizer, what: str) -> dict[str, torch.Tensor]:
+    """Whole tensors out of the owned ranges of all ranks, on rank 0. Every element must come exactly once."""
+    del parallel
+    mine = [
+        (s.name, s.placement, s.start, getattr(s, what).detach().clone())
+        for s in optimizer.shards
+        if s.owned and s.start < s.stop
+    ]
+    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, everyone)
+    whole: dict[str, torch.Tensor] = {}
+    for name, placement, start, values in (piece for rank in everyone or [] for piece in rank):
+        target = whole.setdefault(name, torch.full(placement.global_shape, float("nan")))
+        local = placement.of(target).clone().view(-1)
+        assert torch.isnan(local[start : start + len(values)]).all(), f"{name}: elements owned twice"
+        local[start : start + len(values)] = values
+        placement.of(target).copy_(local.view(placement.shape))
+    for name, value in whole.items():
+        assert not torch.isnan(value).any(), f"{name}: elements that nobody owns"
+    return whole
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Largest relative errors of a run; of gradients and weights with the parameter."""
+
+    loss: float
+    gradient: float
+    worst_gradient: str
+    norm: float
+    weight: float
+    worst_weight: str
+
+
+def compare(run: Trace, reference: Trace) -> Errors:
+    gradient, worst_gradient = max(worst(r, p) for r, p in zip(run.gradients, reference.gradients, strict=True))
+    weight, worst_weight = worst(run.weights, reference.weights)
+    gathered = [
+        float(torch.stack([g.double().square().sum() for g in step.values()]).sum().sqrt()) for step in run.gradients
+    ]
+    return Errors(
+        loss=max(abs(a - b) / abs(b) for a, b in zip(run.losses, reference.losses, strict=True)),
+        gradient=gradient,
+        worst_gradient=worst_gradient,
+        norm=max(
+            max(abs(a - b) / b, abs(a - c) / c) for a, b, c in zip(run.norms, gathered, reference.norms, strict=True)
+        ),
+        weight=weight,
+        worst_weight=worst_weight,
+    )
+
+
+def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """max |a - b| / max |b| over the parameters, and the parameter."""
+    assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())
+    return max((float((found[n] - e).abs().max() / e.abs().max().clamp_min(1e-8)), n) for n, e in expected.items())
+
+
+def run_rows(rows: list[Row], backend: Backend) -> dict[str, Errors]:
+    """Every row on the ranks of one job; the results are rank 0's."""
+    references = {}
+    results = {}
+    for row in rows:
+        with build_mesh(row.layout, 2, "cpu") as mesh:
+            trace = parallel_run(row, mesh, backend)
+        if dist.get_rank() == 0:
+            if row.samples not in references:
+                references[row.samples] = plain_run(row.samples)
+            results[row.id] = compare(trace, references[row.samples])
+    return results

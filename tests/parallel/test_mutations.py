@@ -1,0 +1,114 @@
+"""The parity matrix can fail: every class of silent defects, made on purpose, is seen by its comparison.
+
+Mutations of one layout run before its unbroken run, which then also proves that every replacement was taken back. A
+small model and one step are enough: what is wrong shows in the first gradients.
+"""
+
+import dataclasses
+from collections.abc import Collection
+
+import parity
+import pytest
+from mutations import MUTATIONS, Mutation
+from parity import EVEN, ODD, Row, compare, parallel_run, plain_run
+from ranks import run_ranks
+
+from mm.config.layerzero import ZeroConfig
+from mm.config.layout import Layout
+from mm.config.place import place
+from mm.device.backend import select
+from mm.parallel.launch import Job
+from mm.parallel.mesh import build_mesh
+
+BLOCKS, SAMPLES = 5, 2  # five blocks: a number that no pipeline below divides
+
+ROWS = {
+    "tp2": Row(Layout(2, tp_size=2)),
+    "tp2sp": Row(Layout(2, tp_size=2, sequence_parallel=True)),
+    "ulysses2": Row(Layout(2, cp_size=2, ulysses_size=2)),
+    "ulysses2-even": Row(Layout(2, cp_size=2, ulysses_size=2), samples=EVEN),
+    "ring2": Row(Layout(2, cp_size=2)),
+    "pp2": Row(Layout(2, pp_size=2, stages=((2, 3),))),
+    "pp2vp2": Row(Layout(2, pp_size=2, vp_size=2, stages=((1, 1), (1, 2)))),
+    "zero2": Row(Layout(2, zero3_size=2), zero=ZeroConfig(zero3_size=2)),
+    "tp2sp-ulysses2": Row(Layout(4, tp_size=2, sequence_parallel=True, cp_size=2, ulysses_size=2)),
+    "usp2x2": Row(Layout(4, cp_size=4, ulysses_size=2)),
+    "pp4": Row(Layout(4, pp_size=4, stages=((1, 1, 1, 2),))),
+}
+
+Findings = dict[str, str]
+"""Measure -> what it found, for the measures that are over their limit."""
+
+
+def run_mutations(world_size: int) -> dict[str, Findings]:
+    """Findings of every mutation, by its id, and of every unbroken row, by its name; rank 0 has them."""
+    small = {"WAN": parity.WAN.model_copy(update={"num_layers": BLOCKS}), "STEPS": 1, "GLOBAL_BATCH": SAMPLES}
+    for name, value in small.items():
+        setattr(parity, name, value)
+    backend, findings = select("cpu"), {}
+    with Job(place(), backend.collective, backend.device, 2) as job:
+        references = {kind: plain_run(kind) for kind in (ODD, EVEN)} if job.rank == 0 else None
+        for name, row in ROWS.items():
+            if row.layout.world_size != world_size:
+                continue
+            with build_mesh(row.layout, 2, "cpu") as mesh:
+                for case in [*(m for m in MUTATIONS if m.row == name), None]:
+                    with pytest.MonkeyPatch.context() as patch:
+                        if case is not None:
+                            case.break_it(patch)
+                        trace = parallel_run(row, mesh, backend)
+                    if references is not None:
+                        findings[case.id if case else name] = judge(row, trace, references[row.samples])
+    return findings
+
+
+def judge(row: Row, trace: parity.Trace, reference: parity.Trace) -> Findings:
+    """The comparison of the matrix with its limits."""
+    found: Findings = {}
+    held, expected = trace.gradients[0].keys(), reference.gradients[0].keys()
+    if held != expected:
+        with pytest.raises(AssertionError):
+            compare(trace, reference)
+        found["names"] = ", ".join(sorted(held ^ expected))
+        trace, reference = only(trace, held & expected), only(reference, held & expected)
+    errors = compare(trace, reference)
+    reordered = row.layout.tp_size > 1 or row.layout.ring_size > 1
+    if errors.loss > (1e-5 if reordered else 1e-6):
+        found["loss"] = f"{errors.loss:.1e}"
+    if errors.gradient > 1e-5:
+        found["gradient"] = f"{errors.gradient:.1e} of {errors.worst_gradient}"
+    if errors.norm > 1e-5:
+        found["norm"] = f"{errors.norm:.1e}"
+    return found
+
+
+def only(trace: parity.Trace, names: Collection[str]) -> parity.Trace:
+    """The trace of these parameters."""
+    gradients = [{name: step[name] for name in names} for step in trace.gradients]
+    return dataclasses.replace(trace, gradients=gradients, weights={name: trace.weights[name] for name in names})
+
+
+@pytest.fixture(scope="module")
+def findings() -> dict[str, Findings]:
+    both = [run_ranks(world_size, run_mutations, world_size)[0] for world_size in (2, 4)]
+    return both[0] | both[1]
+
+
+def test_every_class_of_defects_has_a_mutation() -> None:
+    assert {case.kind for case in MUTATIONS} == {f"N{number}" for number in range(1, 10)}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_unbroken_row_passes(name: str, findings: dict[str, Findings]) -> None:
+    assert findings[name] == {}
+
+
+@pytest.mark.parametrize("case", MUTATIONS, ids=lambda case: case.id)
+def test_the_comparison_sees(case: Mutation, findings: dict[str, Findings]) -> None:
+    assert case.caught_by <= findings[case.id].keys(), findings[case.id]
+
+
+def test_the_loss_alone_would_miss_half_of_the_classes(findings: dict[str, Findings]) -> None:
+    """What a loss curve cannot show in its first step: the reason for comparing gradients by name."""
+    missed = {case.kind for case in MUTATIONS if "loss" not in findings[case.id]}
+    assert missed >= {"N1", "N2", "N3", "N5", "N6"}
