@@ -23,9 +23,13 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     Returns:
         The results by rank.
     """
+    import torch.distributed as dist
+
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    port = free_port()
+    # As under torchrun, the launcher runs the store: no port can be taken between choosing and using it.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = store.port
     processes = [
         context.Process(target=_rank, args=(rank, world_size, port, results, timeout_s, function, args))
         for rank in range(world_size)
@@ -60,6 +64,7 @@ def _rank(
         WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
         OMP_NUM_THREADS="1",
     )
     import torch

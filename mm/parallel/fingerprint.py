@@ -77,6 +77,7 @@ def agree(store: Store, rank: int, world_size: int, mine: Mapping[str, str], tim
     """
     try:
         _append(store, "come", f"{rank} {socket.gethostname()}")
+        store.add("number come", 1)
         _compare_with_rank_0(store, rank, {**mine, "number of processes": json.dumps(world_size)}, world_size, timeout)
         if store.add("compared", 1) >= world_size:
             store.compare_set("verdict", "", ALL_CAME)
@@ -100,6 +101,7 @@ def _compare_with_rank_0(
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     if rank == 0:
         store.set("text", text)
+        store.set("host", socket.gethostname())
         store.set("digest", digest)
         return
     if not _wait(store, "digest", world_size, timeout) or store.get("digest").decode() == digest:
@@ -150,7 +152,7 @@ def _differing(store: Store) -> list[Problem]:
     for rank, rest in _roll(store, "differing"):
         host, digest = rest.split()
         groups.setdefault(digest, []).append((rank, host))
-    host_of_rank_0 = dict(_roll(store, "come"))[0]
+    host_of_rank_0 = store.get("host").decode()
     return [
         Problem(
             "CFG-090",
@@ -164,7 +166,7 @@ def _differing(store: Store) -> list[Problem]:
 
 def _leave_together(store: Store) -> None:
     """Wait until all that have come know why the job ends: the first to leave may take the store with it."""
-    if store.add("left", 1) >= len(_roll(store, "come")):
+    if store.add("left", 1) >= store.add("number come", 0):
         store.set("all left", "")
     with contextlib.suppress(dist.DistError):
         store.wait(["all left"], datetime.timedelta(seconds=LEAVING_S))

@@ -27,7 +27,7 @@ from mm.wan.model import WanModel
 
 # 12 heads divide by 2, 3, 4 and 6; heads of width 8 have rotary pairs on all three axes.
 WAN = WanConfig(text_dim=16, text_len=8, hidden_size=96, ffn_dim=192, num_heads=12, num_layers=8, freq_dim=32)
-SEED, STEPS, GLOBAL_BATCH = 5, 3, 8
+SEED, STEPS, GLOBAL_BATCH = 5, 2, 4
 SETTINGS = AdamWSettings(
     lr=1e-2, min_lr=1e-3, lr_decay_style="linear", lr_warmup_init=0.0, warmup_samples=0,
     decay_samples=STEPS * GLOBAL_BATCH, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, clip_grad=0.3,

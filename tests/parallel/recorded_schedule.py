@@ -96,9 +96,9 @@ def new_model(mesh: Mesh, backend: Backend) -> ParallelModel:
 
 def one_step(parallel: ParallelModel, samples: str, num_microbatches: int) -> None:
     """Forward and backward of the same micro-batches on every replica."""
-    batches = parity.global_batch(samples, 0)[:num_microbatches]
-    assert len(batches) == num_microbatches
-    compute_gradients(parallel, FlowMatching(DiffusionConfig()), batches, parity.SEED)
+    steps = range(-(-num_microbatches // parity.GLOBAL_BATCH))
+    batches = [batch for step in steps for batch in parity.global_batch(samples, step)]
+    compute_gradients(parallel, FlowMatching(DiffusionConfig()), batches[:num_microbatches], parity.SEED)
 
 
 @contextlib.contextmanager

@@ -90,7 +90,7 @@ def only(trace: parity.Trace, names: Collection[str]) -> parity.Trace:
 
 @pytest.fixture(scope="module")
 def findings() -> dict[str, Findings]:
-    both = [run_ranks(world_size, run_mutations, world_size)[0] for world_size in (2, 4)]
+    both = [run_ranks(world_size, run_mutations, world_size, timeout_s=300)[0] for world_size in (2, 4)]
     return both[0] | both[1]
 
 

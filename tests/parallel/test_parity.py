@@ -1,6 +1,6 @@
 """The parity matrix: every layout gives the losses, gradients, norms and weights of one process.
 
-The ids are the layouts. Over three optimizer steps with clipping: the loss within 1e-6 (1e-5 for ring and tensor
+The ids are the layouts. Over two optimizer steps with clipping: the loss within 1e-6 (1e-5 for ring and tensor
 parallelism, which add up in another order), every named gradient within 1e-5 of its largest element, the reported
 gradient norm equal to the norm of the gathered gradients. Starting processes is what costs, so all rows of one number
 of processes share one start.

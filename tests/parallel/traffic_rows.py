@@ -1,0 +1,158 @@
+"""Layouts whose traffic is counted on real gloo processes, and how it is counted."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from mm.config.diffusion import DiffusionConfig
+from mm.config.layerzero import ZeroConfig
+from mm.config.layout import Layout, even_stages
+from mm.config.model import WanConfig
+from mm.config.place import place
+from mm.data.loader import FeatureBatch
+from mm.device.backend import select
+from mm.diffusion.flow import FlowMatching
+from mm.parallel.apply import DataParallelOptions, apply
+from mm.parallel.launch import Job
+from mm.parallel.mesh import build_mesh
+from mm.parallel.optimizer import AdamWSettings
+from mm.parallel.optimizers import make_optimizer
+from mm.parallel.traffic import CountTraffic, Traffic, axes_of, totals
+from mm.train.step import train_step
+from mm.wan.initial import initial_value
+
+# Every parameter has a multiple of 128 elements on two tensor-parallel ranks, where megatron-core's buffers need no
+# padding; 8 heads divide by 8.
+WAN = WanConfig(text_dim=16, text_len=8, hidden_size=256, ffn_dim=512, num_heads=8, num_layers=2, freq_dim=32)
+EVEN, ODD = (2, 8, 8), (3, 6, 10)
+"""Latent sizes of 32 tokens, which divide by 8, and of 45, which leave padding."""
+SETTINGS = AdamWSettings(
+    lr=1e-3, min_lr=0.0, lr_decay_style="constant", lr_warmup_init=0.0, warmup_samples=0, decay_samples=100,
+    weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, clip_grad=1e-3,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layout, and what a step of it works on."""
+
+    layout: Layout
+    options: DataParallelOptions = field(default_factory=DataParallelOptions)
+    zero: ZeroConfig | None = None
+    latent: tuple[int, int, int] = ODD
+    micro_batches: int = 2
+    dtype: torch.dtype = torch.bfloat16
+    wan: WanConfig = WAN
+
+    @property
+    def id(self) -> str:
+        parts = [self.layout.name()]
+        if self.zero is not None:
+            parts.append(f"x{self.layout.dp_cp_size // self.zero.zero3_size}")
+        if self.options.use_distributed_optimizer:
+            parts.append("distopt")
+        return "-".join([*parts, f"{self.tokens} tokens"])
+
+    @property
+    def tokens(self) -> int:
+        return self.latent[0] * self.latent[1] * self.latent[2] // 4
+
+    def with_layers(self, num_layers: int) -> "Row":
+        layout = replace(self.layout, stages=even_stages(num_layers, self.layout.pp_size, self.layout.vp_size))
+        wan = WanConfig.model_validate({**self.wan.model_dump(), "num_layers": num_layers})
+        return replace(self, layout=layout, wan=wan)
+
+
+def layout(world_size: int, **degrees: Any) -> Layout:
+    return Layout(world_size=world_size, **degrees)
+
+
+def row(world_size: int, *, distopt: bool = False, zero: int | None = None, latent: Any = ODD, **degrees: Any) -> Row:
+    return Row(
+        Layout(world_size=world_size, zero3_size=zero, **degrees),
+        DataParallelOptions(use_distributed_optimizer=distopt),
+        None if zero is None else ZeroConfig(zero3_size=zero),
+        latent,
+    )
+
+
+FOUR = [
+    *(row(4, cp_size=2, ulysses_size=2, latent=latent) for latent in (EVEN, ODD)),
+    *(row(4, cp_size=4, ulysses_size=4, latent=latent) for latent in (EVEN, ODD)),
+    *(row(4, cp_size=2, latent=latent) for latent in (EVEN, ODD)),
+    *(row(4, cp_size=4, latent=latent) for latent in (EVEN, ODD)),
+    row(4, cp_size=4, window_size=2),
+    row(4, cp_size=4, send_recv_overlap=True),
+    *(row(4, cp_size=4, ulysses_size=2, latent=latent) for latent in (EVEN, ODD)),
+    *(row(4, tp_size=2, sequence_parallel=True, latent=latent) for latent in (EVEN, ODD)),
+    row(4, tp_size=2),
+    row(4, tp_size=4, sequence_parallel=True),
+    row(4, pp_size=2),
+    row(4, pp_size=2, vp_size=2),
+    row(4, pp_size=4),
+    row(4),
+    row(4, distopt=True),
+    row(4, zero=4),
+    row(4, zero=2),
+    row(4, zero=2, distopt=True),
+    row(4, zero=2, cp_size=2, ulysses_size=2),
+    row(4, tp_size=2, sequence_parallel=True, cp_size=2, ulysses_size=2),
+]
+EIGHT = [
+    row(8, tp_size=2, sequence_parallel=True, cp_size=2, ulysses_size=2, pp_size=2, vp_size=2),
+    row(8, tp_size=2, sequence_parallel=True, cp_size=4, ulysses_size=2),
+    row(8, zero=4, cp_size=2, pp_size=2),
+]
+
+
+def real_steps(row: Row, steps: int) -> Traffic:
+    """What this rank sends in the last of some steps, by the training step that `mm train` takes."""
+    backend = select("cpu")
+    with build_mesh(row.layout, 2, "cpu") as mesh, CountTraffic(axes_of(mesh)) as traffic:
+        parallel = apply(
+            row.wan, mesh, backend, row.options, row.dtype, lambda name, shape: initial_value(name, shape, 1), row.zero
+        )
+        optimizer = make_optimizer(parallel, SETTINGS)
+        flow = FlowMatching(DiffusionConfig())
+        for _ in range(steps):
+            first = len(traffic.calls)
+            train_step(parallel, optimizer, flow, batches(row), samples=row.micro_batches, seed=0)
+        return totals(traffic.calls[first:])
+
+
+def batches(row: Row) -> list[FeatureBatch]:
+    source = torch.Generator().manual_seed(0)
+    return [
+        FeatureBatch(
+            latents=torch.randn(1, 16, *row.latent, generator=source),
+            text=torch.randn(1, row.wan.text_len, row.wan.text_dim, generator=source),
+            sample=[f"clip {index}"],
+            draw=[0],
+        )
+        for index in range(row.micro_batches)
+    ]
+
+
+def count(rows: list[Row]) -> list[tuple[Traffic, Traffic]]:
+    """On one rank of a job: the traffic of each row with one block a virtual stage, and with two."""
+    with Job(place(), "gloo", torch.device("cpu"), 2):
+        return [
+            (
+                real_steps(row.with_layers(row.layout.pp_size * row.layout.vp_size), 1),
+                real_steps(row.with_layers(2 * row.layout.pp_size * row.layout.vp_size), 1),
+            )
+            for row in rows
+        ]
+
+
+def a_layer(row: Row, few: Traffic, more: Traffic) -> dict[tuple[str, str], tuple[float, float]]:
+    """(calls, bytes) that one block adds, from the traffic with one and two of them on every virtual stage."""
+    added = {
+        key: (
+            (more[key].calls - few[key].calls) / row.layout.vp_size,
+            (more[key].bytes - few[key].bytes) / row.layout.vp_size,
+        )
+        for key in more
+    }
+    return {key: value for key, value in added.items() if any(value)}
