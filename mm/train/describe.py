@@ -85,7 +85,7 @@ def _groups_of_rank_0(layout: Layout) -> str:
     }
     return (
         "; ".join(
-            f"{axis} with {_list([stride * index for index in range(size)])}"
+            f"{axis} group {_list([stride * index for index in range(size)])}"
             for axis, (size, stride) in strides.items()
             if size > 1
         )
@@ -99,8 +99,12 @@ def _stages(layout: Layout, num_layers: int) -> str:
     rows = []
     for pp_rank in range(layout.pp_size):
         held = [layout.blocks(pp_rank, vp_rank) for vp_rank in range(layout.vp_size)]
-        rows.append(f"{pp_rank}: " + " and ".join(f"{blocks.start}-{blocks.stop - 1}" for blocks in held))
+        rows.append(f"{pp_rank}: " + " and ".join(_blocks(blocks) for blocks in held))
     return "blocks of stage " + ", ".join(rows) + "; embedders on the first, head on the last"
+
+
+def _blocks(blocks: range) -> str:
+    return f"{blocks.start}-{blocks.stop - 1}" if len(blocks) > 1 else f"{blocks.start}"
 
 
 def _pipeline(layout: Layout, num_microbatches: int) -> str:
@@ -119,7 +123,8 @@ def _tokens(layout: Layout, counts: Sequence[int]) -> str:
         return f"{spread} a sample"
     widest = share.width(counts[-1])
     padding = max(share.width(count) * layout.token_parts - count for count in counts)
-    return f"{spread} a sample, at most {widest:,} a rank, at most {padding} padded"
+    padded = f"at most {padding} of them padding" if padding else "no padding"
+    return f"{spread} a sample, at most {widest:,} a rank, {padded}"
 
 
 def _heads(layout: Layout, num_heads: int) -> str:
@@ -133,7 +138,8 @@ def _gradients(flags: TrainFlags, layout: Layout) -> str:
     if layout.zero3_size is not None:
         copies = layout.dp_cp_size // layout.zero3_size
         states = "optimizer sharded over all of them" if flags.use_distributed_optimizer else "optimizer in each group"
-        return f"layer-zero: parameters in groups of {layout.zero3_size}, {copies} such groups over {ranks}; {states}"
+        groups = "one group" if copies == 1 else f"{copies} groups"
+        return f"layer-zero: parameters in {groups} of {layout.zero3_size}, over {ranks}; {states}"
     how = "reduce-scatter, optimizer sharded" if flags.use_distributed_optimizer else "all-reduce"
     when = "during backward" if flags.overlap_grad_reduce else "after backward"
     return f"{how} over {ranks}, {when}"

@@ -247,7 +247,7 @@ def four_ranks() -> dict[str, str]:
     if where.rank:
         found["lost"] = outcome(last, where.rank, where.world_size, parts(), 60)
     else:
-        while len(last.get("come").splitlines()) < 3:
+        while last.add("number come", 0) < 3:
             time.sleep(0.05)
     return found
 

@@ -100,11 +100,12 @@ def test_replay_names_a_deadlock() -> None:
 
 # The second start: what a whole step does besides computing.
 
+WAN = parity.WAN.model_copy(update={"num_layers": 4})
 SHARDED = DataParallelOptions(use_distributed_optimizer=True)
 OVERLAPPED = DataParallelOptions(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
 STEP_ROWS = [
-    Row(Layout(4, pp_size=4, stages=even_stages(8, 4))),
-    Row(Layout(4, pp_size=2, vp_size=2, stages=even_stages(8, 2, 2)), OVERLAPPED),
+    Row(Layout(4, pp_size=4, stages=even_stages(4, 4))),
+    Row(Layout(4, pp_size=2, vp_size=2, stages=even_stages(4, 2, 2)), OVERLAPPED),
     Row(Layout(4, cp_size=4)),
     Row(Layout(4, cp_size=4, window_size=2, send_recv_overlap=True)),
     Row(Layout(4, cp_size=4, ulysses_size=4)),
@@ -143,7 +144,7 @@ def count_waits(row: Row, backend: Backend, **changed: Any) -> int:
         return [*others, (torch.cuda, "synchronize", lambda *args: calls.append("megatron-core's"))]
 
     with build_mesh(row.layout, 2, "cpu") as mesh, pytest.MonkeyPatch.context() as patch:
-        parallel = apply(parity.WAN, mesh, backend, row.options, torch.float32, parity.value_of, row.zero)
+        parallel = apply(WAN, mesh, backend, row.options, torch.float32, parity.value_of, row.zero)
         optimizer = make_optimizer(parallel, parity.SETTINGS)
         for name, value in changed.items():
             setattr(parallel.config, name, value)

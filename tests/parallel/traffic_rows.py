@@ -15,7 +15,7 @@ from mm.device.backend import select
 from mm.diffusion.flow import FlowMatching
 from mm.parallel.apply import DataParallelOptions, apply
 from mm.parallel.launch import Job
-from mm.parallel.mesh import build_mesh
+from mm.parallel.mesh import Mesh, build_mesh
 from mm.parallel.optimizer import AdamWSettings
 from mm.parallel.optimizers import make_optimizer
 from mm.parallel.traffic import CountTraffic, Traffic, axes_of, totals
@@ -106,10 +106,10 @@ EIGHT = [
 ]
 
 
-def real_steps(row: Row, steps: int) -> Traffic:
+def real_steps(row: Row, mesh: Mesh, steps: int) -> Traffic:
     """What this rank sends in the last of some steps, by the training step that `mm train` takes."""
     backend = select("cpu")
-    with build_mesh(row.layout, 2, "cpu") as mesh, CountTraffic(axes_of(mesh)) as traffic:
+    with CountTraffic(axes_of(mesh)) as traffic:
         parallel = apply(
             row.wan, mesh, backend, row.options, row.dtype, lambda name, shape: initial_value(name, shape, 1), row.zero
         )
@@ -136,14 +136,18 @@ def batches(row: Row) -> list[FeatureBatch]:
 
 def count(rows: list[Row]) -> list[tuple[Traffic, Traffic]]:
     """On one rank of a job: the traffic of each row with one block a virtual stage, and with two."""
-    with Job(place(), "gloo", torch.device("cpu"), 2):
-        return [
-            (
-                real_steps(row.with_layers(row.layout.pp_size * row.layout.vp_size), 1),
-                real_steps(row.with_layers(2 * row.layout.pp_size * row.layout.vp_size), 1),
-            )
-            for row in rows
-        ]
+    return [_count(row) for row in rows]
+
+
+def _count(row: Row) -> tuple[Traffic, Traffic]:
+    # A job of its own for each row: the groups of a job stay, with their threads, until it ends.
+    with Job(place(), "gloo", torch.device("cpu"), 2), build_mesh(row.layout, 2, "cpu") as mesh:
+        return _with_layers(row, mesh, 1), _with_layers(row, mesh, 2)
+
+
+def _with_layers(row: Row, mesh: Mesh, each: int) -> Traffic:
+    longer = row.with_layers(each * row.layout.pp_size * row.layout.vp_size)
+    return real_steps(longer, replace(mesh, layout=longer.layout), 1)
 
 
 def a_layer(row: Row, few: Traffic, more: Traffic) -> dict[tuple[str, str], tuple[float, float]]:

@@ -19,6 +19,7 @@ PRECISION=${PRECISION:-bf16}          # bf16 or fp32
 
 MM_DATA=${MM_DATA:-$here/feature_data.json}
 MM_MODEL=${MM_MODEL:-$here/pretrain_model.json}
+layerzero_config=${layerzero_config:-$here/zero_config.yaml}
 LOAD_PATH=${LOAD_PATH:-./weights/Wan-AI/Wan2.1-T2V-14B-Diffusers/transformer}   # HF, native or MM weights
 SAVE_PATH=${SAVE_PATH:-./save_ckpt/wan2.1-t2v-14b}                              # rerunning goes on from here
 
@@ -27,8 +28,8 @@ GPT_ARGS="
     --lr 1e-5 --min-lr 1e-5 --lr-decay-style constant
     --adam-beta1 0.9 --adam-beta2 0.999 --adam-eps 1e-8 --weight-decay 1e-2 --clip-grad 1.0
     --train-iters 5000
-    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+    --use-distributed-optimizer --overlap-grad-reduce
 "
 OUTPUT_ARGS="--log-interval 1 --save-interval 500"
 
-run_training $GPT_ARGS $OUTPUT_ARGS "$@"
+run_training $GPT_ARGS $OUTPUT_ARGS --layerzero --layerzero-config "$layerzero_config" "$@"
