@@ -25,6 +25,7 @@ setup(
         "decord==0.6.0; platform_machine == 'x86_64' and sys_platform == 'linux'",
         "ftfy>=6.1,<7",
         "tqdm>=4.66",
+        "tabulate>=0.9",
         "matplotlib>=3.9",
         "tensorboard>=2.17",
     ],

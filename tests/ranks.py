@@ -25,7 +25,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     """
     import torch.distributed as dist
 
-    context = multiprocessing.get_context("spawn")
+    # Importing torch and megatron-core costs seconds a process; a server imports them once and forks the ranks.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mm.train.loop"])
     results = context.Queue()
     # As under torchrun, the launcher runs the store: no port can be taken between choosing and using it.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

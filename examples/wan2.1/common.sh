@@ -32,10 +32,14 @@ run_training() { # flags...
         *) echo "error ENV-004: PRECISION is $PRECISION. Fix: use bf16 or fp32." >&2; exit 64 ;;
     esac
     if [ "$VP" -gt 1 ]; then virtual_args="--virtual-pipeline-model-parallel-size $VP"; fi
-    mkdir -p "$SAVE_PATH"
-    launch mm.cli.train \
-        --mm-data "$MM_DATA" --mm-model "$MM_MODEL" --load "$LOAD_PATH" --save "$SAVE_PATH" \
+    set -- --mm-data "$MM_DATA" --mm-model "$MM_MODEL" --load "$LOAD_PATH" --save "$SAVE_PATH" \
         --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP" \
         --micro-batch-size "$MBS" --global-batch-size "$((MBS * GRAD_ACC_STEP * (dp > 0 ? dp : 1)))" \
-        $precision_args $virtual_args "$@" 2>&1 | tee -a "$SAVE_PATH/train.log"
+        $precision_args $virtual_args "$@"
+    if [ -n "${DRY_RUN:-}" ]; then   # says what the job costs, in one process; --rank and --latent-size may be appended
+        python -m mm.cli.doctor --dry-run --world-size "$world" "$@"
+        return
+    fi
+    mkdir -p "$SAVE_PATH"
+    launch mm.cli.train "$@" 2>&1 | tee -a "$SAVE_PATH/train.log"
 }

@@ -34,9 +34,12 @@ def _quieten_libraries() -> None:
     """Keep the console for what concerns the user.
 
     megatron-core logs every parameter's bucket and warns at import of each optional package that is absent; torch warns
-    of megatron-core's use of renamed collectives. None of it can be acted upon. Warnings of everything else stay.
+    of megatron-core's use of renamed collectives, and of layers sharded by FSDP2 whose output somebody might change in
+    place: linear layers return such views, and nothing here writes into them. None of it can be acted upon. Warnings of
+    everything else stay.
     """
     for name in ("megatron", "megatron_fsdp"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for line in (r"megatron\b", r"torch\.distributed\.c10d_logger"):
         warnings.filterwarnings("ignore", module=line)
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")

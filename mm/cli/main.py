@@ -14,6 +14,7 @@ COMMANDS = {
     "extract": "turn videos and captions into features",
     "migrate": "take over features that MindSpeed-MM extracted",
     "train": "train on features",
+    "doctor": "say what a training run costs before it is started",
     "convert": "convert weights between the HF, native and MM formats",
     "generate": "make videos from prompts",
     "score": "measure what generated clips of the embedded default show",

@@ -17,7 +17,8 @@ from mm.config.base import Section, load_json, parse, take_retired
 from mm.errors import ConfigError, Problem, raise_all
 
 TEMPORAL_STRIDE = 4  # frames per latent frame of the Wan VAE, after a first frame that stands alone
-SIZE_MULTIPLE = 16  # 8 pixels per latent pixel, 2 latent pixels per token
+LATENT_PIXELS = 8  # pixels per latent pixel
+SIZE_MULTIPLE = 2 * LATENT_PIXELS  # 2 latent pixels per token
 MAX_TEXT_TOKENS = 512  # tokens of text that Wan2.1 was trained with
 
 
@@ -82,6 +83,12 @@ class FeaturePreprocess(Preprocess):
     """
 
     cfg: float = Field(0.0, ge=0, le=1)
+
+    @property
+    def latent_size(self) -> tuple[int, int, int]:
+        """F, H, W of the latents of the largest clip."""
+        frames = (self.num_frames - 1) // TEMPORAL_STRIDE + 1
+        return frames, self.max_height // LATENT_PIXELS, self.max_width // LATENT_PIXELS
 
 
 class TokenizerConfig(Section):

@@ -126,6 +126,14 @@ class TrainFlags(Flags):
     tensorboard_dir: str | None = Field(None, description="TensorBoard folder; default: SAVE/tensorboard")
     no_progress_bar: bool = Field(False, description="console lines only")
 
+    def samples_of_step(self, dp_size: int) -> int:
+        """The global batch: of all `dp_size` replicas."""
+        return self.global_batch_size or self.micro_batch_size * dp_size
+
+    def micro_batches_of_step(self, dp_size: int) -> int:
+        """Forwards of one replica in one step."""
+        return self.samples_of_step(dp_size) // (self.micro_batch_size * dp_size)
+
 
 _FROM_MODEL_JSON = "Remove it; the model's shape comes from pretrain_model.json."
 _ALWAYS = "Remove it; this is how it always works here."

@@ -7,7 +7,7 @@ storages of a size, but no contents. Under both, the code of a training step run
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ def fake_job(rank: int, world_size: int) -> Iterator[None]:
     real_objects, real_offset = dist.all_gather_object, tensor_utils._compute_local_shape_and_global_offset
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        dist.all_gather_object = all_gather_object
+        dist.all_gather_object = all_gather_object  # type: ignore[assignment]
         tensor_utils._compute_local_shape_and_global_offset = offset
         yield
     finally:
@@ -59,10 +59,10 @@ class FakeTensors(FakeTensorMode):
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    def __torch_dispatch__(  # type: ignore[override]  # torch annotates the types in two ways
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if _stays_on_meta(args, kwargs or {}):
+        if FakeTensor not in types and _stays_on_meta(args, kwargs or {}):
             return func(*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
 

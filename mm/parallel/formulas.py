@@ -55,7 +55,9 @@ def ring(tokens: float, width: float, ulysses_size: int, ring_size: int, itemsiz
     return {("ring", SEND): Sent(3 * hops, forward + backward)}
 
 
-def tensor(tokens: float, text_tokens: int, width: int, tp_size: int, sequence_parallel: bool, itemsize: int) -> Traffic:
+def tensor(
+    tokens: float, text_tokens: int, width: int, tp_size: int, sequence_parallel: bool, itemsize: int
+) -> Traffic:
     """Collectives of one block in forward and backward.
 
     Args:
@@ -123,16 +125,12 @@ def layer(
     """
     parts: list[Traffic] = []
     if layout.ulysses_size > 1:
-        parts.append(
-            ulysses(tokens, wan.hidden_size / layout.tp_size, layout.ulysses_size, layout.ring_size, itemsize)
-        )
+        parts.append(ulysses(tokens, wan.hidden_size / layout.tp_size, layout.ulysses_size, layout.ring_size, itemsize))
     if layout.ring_size > 1:
         parts.append(ring(tokens, wan.hidden_size / layout.tp_size, layout.ulysses_size, layout.ring_size, itemsize))
     if layout.tp_size > 1:
         chunk = tokens / layout.cp_size
-        parts.append(
-            tensor(chunk, wan.text_len, wan.hidden_size, layout.tp_size, layout.sequence_parallel, itemsize)
-        )
+        parts.append(tensor(chunk, wan.text_len, wan.hidden_size, layout.tp_size, layout.sequence_parallel, itemsize))
     if zero is not None:
         parts.append(_layerzero_passes(wan, layout, zero, itemsize))
     every_pass = [
@@ -168,7 +166,9 @@ def _gradients(
         found.append({("dp_cp", ALL_REDUCE): Sent(0, 2 * share * exact * FP32)})
         if options.use_distributed_optimizer and layout.dp_cp_size > zero.zero3_size:
             groups = layout.dp_cp_size // zero.zero3_size
-            found.append({("zero-replicate", ALL_GATHER): Sent(0, low / zero.zero3_size * FP32 * (groups - 1) / groups)})
+            found.append(
+                {("zero-replicate", ALL_GATHER): Sent(0, low / zero.zero3_size * FP32 * (groups - 1) / groups)}
+            )
     elif options.use_distributed_optimizer:
         found.append(
             {
@@ -179,7 +179,9 @@ def _gradients(
     else:
         found.append({("dp_cp", ALL_REDUCE): Sent(0, 2 * share * (low + exact) * FP32)})
     if layout.tp_size > 1:
-        found.append({("tp", ALL_REDUCE): Sent(0, 2 * (layout.tp_size - 1) / layout.tp_size * _copies(wan, layout, zero))})
+        found.append(
+            {("tp", ALL_REDUCE): Sent(0, 2 * (layout.tp_size - 1) / layout.tp_size * _copies(wan, layout, zero))}
+        )
     world = layout.world_size
     names = len(_block(wan)) * layout.pp_size  # every rank adds up the squares of every parameter of the model
     found.append({("world", ALL_REDUCE): Sent(0, 2 * (world - 1) / world * names * FP32)})
@@ -189,7 +191,9 @@ def _gradients(
 def _copies(wan: WanConfig, layout: Layout, zero: ZeroConfig | None) -> float:
     """Bytes of a block's gradients that tensor-parallel ranks add up; not modelled with the distributed optimizer."""
     sizes = {
-        name: math.prod(shape) for name, shape in _block(wan).items() if gradient_is_partial(name, layout.sequence_parallel)
+        name: math.prod(shape)
+        for name, shape in _block(wan).items()
+        if gradient_is_partial(name, layout.sequence_parallel)
     }
     kept = {name: size if zero is None or keep_fp32(name) else size / zero.zero3_size for name, size in sizes.items()}
     return sum(kept.values()) * FP32
@@ -197,9 +201,7 @@ def _copies(wan: WanConfig, layout: Layout, zero: ZeroConfig | None) -> float:
 
 def block_elements(wan: WanConfig, layout: Layout) -> tuple[int, int]:
     """A tensor-parallel rank's parameters of one block: those in the training dtype, and those that stay fp32."""
-    sizes = {
-        name: math.prod(place(name, shape, 0, layout.tp_size).shape) for name, shape in _block(wan).items()
-    }
+    sizes = {name: math.prod(place(name, shape, 0, layout.tp_size).shape) for name, shape in _block(wan).items()}
     exact = sum(size for name, size in sizes.items() if keep_fp32(name))
     return sum(sizes.values()) - exact, exact
 

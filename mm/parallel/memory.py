@@ -48,7 +48,7 @@ class TrackMemory(TorchDispatchMode):
             self._see_storage(storage, GATHERED)  # FSDP2 alone frees and fills storages this way
             return result
 
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]  # no operator of the dispatcher
+        torch.UntypedStorage.resize_ = resize  # type: ignore[assignment,method-assign]  # no operator of the dispatcher
         return super().__enter__()
 
     def __exit__(self, *exc: Any) -> None:
@@ -61,7 +61,7 @@ class TrackMemory(TorchDispatchMode):
         if DTensor in types:
             return NotImplemented  # it calls again with what it is made of
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
         if is_collective(func):
@@ -76,7 +76,7 @@ class TrackMemory(TorchDispatchMode):
         for tensor in tensors:
             if tensor is not None:
                 self._see(tensor)
-                entry = self._sizes.get(_local(tensor).untyped_storage())
+                entry = self._sizes.get(local(tensor).untyped_storage())
                 if entry is not None:
                     self._kinds[entry[0]] = kind
                     self._fixed.add(entry[0])
@@ -84,6 +84,10 @@ class TrackMemory(TorchDispatchMode):
     def mark(self) -> int:
         """The present place in the log, for `peak`."""
         return len(self._log)
+
+    def now(self, kind: str) -> int:
+        """Bytes of a kind that are alive."""
+        return sum(change for storage, change in self._log if self._kinds[storage] == kind)
 
     def peak(self, since: int = 0) -> dict[str, int]:
         """Bytes by kind when most bytes were alive, from a place in the log on."""
@@ -97,7 +101,7 @@ class TrackMemory(TorchDispatchMode):
         return {kind: size for kind, size in at_peak.items() if size}
 
     def _see(self, tensor: Tensor) -> None:
-        tensor = _local(tensor)
+        tensor = local(tensor)
         if tensor.device.type != "meta":
             self._see_storage(tensor.untyped_storage(), self.kind)
 
@@ -114,7 +118,7 @@ class TrackMemory(TorchDispatchMode):
         self._change(entry, size)
 
     def _mark(self, tensor: Tensor, kind: str) -> None:
-        number = self._sizes[_local(tensor).untyped_storage()][0]
+        number = self._sizes[local(tensor).untyped_storage()][0]
         if self._kinds[number] == ACTIVATIONS and number not in self._fixed:
             self._kinds[number] = kind
 
@@ -127,5 +131,6 @@ class TrackMemory(TorchDispatchMode):
             entry[1] = size
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """What this rank keeps of a tensor."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

@@ -53,7 +53,7 @@ _OPERATORS: dict[str, tuple[str, int, int]] = {
     "send": (SEND, 0, 1),
     "barrier": (BARRIER, 0, 1),
 }
-"""Operator of `c10d` -> what it is called here, the argument that is the whole buffer, the argument that is the group."""
+"""Operator of `c10d` -> (what it is called here, the argument that is the whole buffer, the one that is the group)."""
 
 _SILENT = {"c10d::recv_", "_c10d_functional::wait_tensor"}
 """They send nothing."""
@@ -124,7 +124,7 @@ class CountTraffic(TorchDispatchMode):
         if func.namespace != "c10d" or name not in _OPERATORS:
             raise NotImplementedError(f"the traffic of {func._schema.name} is not known")
         operation, buffer, group = _OPERATORS[name]
-        ranks = dist.ProcessGroup.unbox(args[group])  # type: ignore[attr-defined]  # not in torch's stubs
+        ranks = dist.ProcessGroup.unbox(args[group])
         if ranks.size() == 1:
             return
         axis = self._axes.get(ranks.group_name, "other")
@@ -143,7 +143,11 @@ def totals(calls: Iterable[Call]) -> Traffic:
 
 
 def axes_of(mesh: Mesh) -> dict[str, str]:
-    """The axis of every process group of a rank, by the group's name."""
+    """The axis of every process group of a rank, by the group's name.
+
+    Where layer-zero's groups are the whole world they are torch's default group: the few bytes of `world` (the loss
+    and the norm) then count as theirs.
+    """
     groups, context = mesh.groups, mesh.context
     named = [
         ("world", dist.group.WORLD),

@@ -60,12 +60,12 @@ class Run:
     @property
     def global_batch_size(self) -> int:
         """Samples in one step."""
-        return self.flags.global_batch_size or self.flags.micro_batch_size * self.mesh.layout.dp_size
+        return self.flags.samples_of_step(self.mesh.layout.dp_size)
 
     @property
     def num_microbatches(self) -> int:
         """Micro-batches of one replica in one step."""
-        return self.global_batch_size // (self.flags.micro_batch_size * self.mesh.layout.dp_size)
+        return self.flags.micro_batches_of_step(self.mesh.layout.dp_size)
 
     @property
     def config(self) -> WanConfig:
@@ -124,8 +124,8 @@ def _build(run: Run) -> tuple[ParallelModel, Optimizer]:
         run.config,
         run.mesh,
         run.backend,
-        DataParallelOptions(flags.use_distributed_optimizer, flags.overlap_grad_reduce, flags.overlap_param_gather),
-        torch.bfloat16 if flags.bf16 else torch.float32,
+        data_parallel_options(flags),
+        training_dtype(flags),
         initial if flags.init_from_scratch else None,
         run.zero,
     )
@@ -144,6 +144,16 @@ def _build(run: Run) -> tuple[ParallelModel, Optimizer]:
         clip_grad=flags.clip_grad,
     )
     return parallel, make_optimizer(parallel, settings)
+
+
+def data_parallel_options(flags: TrainFlags) -> DataParallelOptions:
+    """How gradients and parameters are kept in step over the replicas."""
+    return DataParallelOptions(flags.use_distributed_optimizer, flags.overlap_grad_reduce, flags.overlap_param_gather)
+
+
+def training_dtype(flags: TrainFlags) -> torch.dtype:
+    """Of the bulk of the parameters and of activations."""
+    return torch.bfloat16 if flags.bf16 else torch.float32
 
 
 def _describe(run: Run) -> None:

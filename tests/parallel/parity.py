@@ -218,6 +218,22 @@ def compare(run: Trace, reference: Trace) -> Errors:
     )
 
 
+def over_limits(row: Row, errors: Errors) -> dict[str, str]:
+    """The measures in which a run differs from one process by more than rounding, with what they found.
+
+    The loss within 1e-6 (1e-5 where ring or tensor parallelism adds up in another order), every named gradient and
+    weight within 1e-5 of its largest element, the norm within 1e-5 of that of the gathered gradients.
+    """
+    reordered = row.layout.tp_size > 1 or row.layout.ring_size > 1
+    found = {
+        "loss": (errors.loss, 1e-5 if reordered else 1e-6, ""),
+        "gradient": (errors.gradient, 1e-5, f" of {errors.worst_gradient}"),
+        "norm": (errors.norm, 1e-5, ""),
+        "weight": (errors.weight, 1e-5, f" of {errors.worst_weight}"),
+    }
+    return {measure: f"{error:.1e}{where}" for measure, (error, limit, where) in found.items() if not error <= limit}
+
+
 def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
     """max |a - b| / max |b| over the parameters, and the parameter."""
     assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())

@@ -198,16 +198,3 @@ def peak_in_flight(order: Sequence[Event]) -> int:
         live += 1 if event.kind == "F" else -1
         peak = max(peak, live)
     return peak
-
-
-def expected_in_flight(case: Case, rank: int) -> int:
-    """The same by formula.
-
-    Without interleaving rank r starts its first backward after the p - r forwards that fill the ranks behind it. With
-    interleaving it first does p forwards of each chunk but the last, 2 (p - r - 1) more to cover the way to the last
-    rank and back, and the one that belongs to the first backward.
-    """
-    p, v, m = case.pp_size, case.vp_size, case.num_microbatches
-    if v == 1:
-        return min(p - rank, m)
-    return min((v - 1) * p + 2 * (p - rank - 1) + 1, v * m)

@@ -242,12 +242,16 @@ def four_ranks() -> dict[str, str]:
         "restarts": os.environ.setdefault("TORCHELASTIC_RESTART_COUNT", "1"),
         "restarted job": join(lr=3),
     }
-    # Last, as it takes the store away: rank 0 dies while the others wait for it.
-    last = dist.PrefixStore("lost", store)
+    # Started without torchrun, rank 0 runs the store. It dies while the others wait for it: last, as it ends the job.
+    if where.rank == 0:
+        store.set("port of rank 0", str(free_port()))
+    os.environ.update(MASTER_PORT=store.get("port of rank 0").decode(), TORCHELASTIC_USE_AGENT_STORE="False")
+    found["job on a store of rank 0"] = join(lr=4)
+    of_rank_0 = open_store(where, 60 * SECONDS)
     if where.rank:
-        found["lost"] = outcome(last, where.rank, where.world_size, parts(), 60)
+        found["lost"] = outcome(of_rank_0, where.rank, where.world_size, parts(), 60)
     else:
-        while last.add("number come", 0) < 3:
+        while of_rank_0.add("number come", 0) < 3:
             time.sleep(0.05)
     return found
 
@@ -263,6 +267,7 @@ def test_four_processes() -> None:
                 f"CFG-091: Within 3 s rank 2 of 4 did not come. There: ranks 0 to 1, 3 ({HOST})"
             )
         assert found["first job"] == found["job after it"] == found["restarted job"] == "sum 4"
+        assert found["job on a store of rank 0"] == "sum 4"
         assert "CFG-090" in found["job that differs"] and "lr is 2, on rank 0 1" in found["job that differs"]
         assert found["job that differs"].endswith("initialized=False")
         if rank:

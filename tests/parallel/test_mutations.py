@@ -10,7 +10,7 @@ from collections.abc import Collection
 import parity
 import pytest
 from mutations import MUTATIONS, Mutation
-from parity import EVEN, ODD, Row, compare, parallel_run, plain_run
+from parity import EVEN, ODD, Row, compare, over_limits, parallel_run, plain_run
 from ranks import run_ranks
 
 from mm.config.layerzero import ZeroConfig
@@ -71,15 +71,7 @@ def judge(row: Row, trace: parity.Trace, reference: parity.Trace) -> Findings:
             compare(trace, reference)
         found["names"] = ", ".join(sorted(held ^ expected))
         trace, reference = only(trace, held & expected), only(reference, held & expected)
-    errors = compare(trace, reference)
-    reordered = row.layout.tp_size > 1 or row.layout.ring_size > 1
-    if errors.loss > (1e-5 if reordered else 1e-6):
-        found["loss"] = f"{errors.loss:.1e}"
-    if errors.gradient > 1e-5:
-        found["gradient"] = f"{errors.gradient:.1e} of {errors.worst_gradient}"
-    if errors.norm > 1e-5:
-        found["norm"] = f"{errors.norm:.1e}"
-    return found
+    return found | over_limits(row, compare(trace, reference))
 
 
 def only(trace: parity.Trace, names: Collection[str]) -> parity.Trace:

@@ -64,10 +64,6 @@ class Row:
         return replace(self, layout=layout, wan=wan)
 
 
-def layout(world_size: int, **degrees: Any) -> Layout:
-    return Layout(world_size=world_size, **degrees)
-
-
 def row(world_size: int, *, distopt: bool = False, zero: int | None = None, latent: Any = ODD, **degrees: Any) -> Row:
     return Row(
         Layout(world_size=world_size, zero3_size=zero, **degrees),
@@ -78,25 +74,22 @@ def row(world_size: int, *, distopt: bool = False, zero: int | None = None, late
 
 
 FOUR = [
-    *(row(4, cp_size=2, ulysses_size=2, latent=latent) for latent in (EVEN, ODD)),
+    row(4, cp_size=2, ulysses_size=2),
     *(row(4, cp_size=4, ulysses_size=4, latent=latent) for latent in (EVEN, ODD)),
-    *(row(4, cp_size=2, latent=latent) for latent in (EVEN, ODD)),
+    row(4, cp_size=2),
     *(row(4, cp_size=4, latent=latent) for latent in (EVEN, ODD)),
     row(4, cp_size=4, window_size=2),
-    row(4, cp_size=4, send_recv_overlap=True),
     *(row(4, cp_size=4, ulysses_size=2, latent=latent) for latent in (EVEN, ODD)),
     *(row(4, tp_size=2, sequence_parallel=True, latent=latent) for latent in (EVEN, ODD)),
     row(4, tp_size=2),
-    row(4, tp_size=4, sequence_parallel=True),
     row(4, pp_size=2),
     row(4, pp_size=2, vp_size=2),
     row(4, pp_size=4),
     row(4),
     row(4, distopt=True),
-    row(4, zero=4),
     row(4, zero=2),
     row(4, zero=2, distopt=True),
-    row(4, zero=2, cp_size=2, ulysses_size=2),
+    row(4, zero=2, cp_size=2, ulysses_size=2, pp_size=2),
     row(4, tp_size=2, sequence_parallel=True, cp_size=2, ulysses_size=2),
 ]
 EIGHT = [

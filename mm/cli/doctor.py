@@ -1,0 +1,133 @@
+"""`mm doctor --dry-run`: what a layout costs, told by one process before any device is asked for."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+from tabulate import tabulate
+
+from mm.cli.entry import run
+from mm.config.base import load
+from mm.config.data import load_train_data
+from mm.config.flags import parse_flags
+from mm.config.layerzero import load_zero
+from mm.config.layout import Layout, layout_of
+from mm.config.rules import check_training
+from mm.config.train import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
+from mm.errors import ConfigError, Problem, raise_all
+
+if TYPE_CHECKING:
+    from mm.train.dry_run import Report
+
+GIB = 2**30
+
+
+class DoctorFlags(TrainFlags):
+    """Say what a training run costs on one of its ranks: memory, traffic, bubble. Takes every flag of mm train."""
+
+    dry_run: bool = Field(False, description="build one rank and take its step without devices; the only check so far")
+    world_size: int = Field(1, ge=1, description="processes of the job")
+    rank: int = Field(0, ge=0, description="the process to look at")
+    latent_size: list[int] = Field(
+        [], description="F H W of a sample's latents; default: the largest clip of feature_data.json"
+    )
+    json_output: bool = Field(False, description="print one JSON object, in bytes")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Check the configuration as `mm train` does, run one rank on fake devices, print what it holds and sends.
+
+    Raises:
+        ConfigError: what `mm train` raises before it starts; CFG-047 for a rank, a size or a check that does not exist.
+    """
+    flags = parse_flags(DoctorFlags, argv, program="mm doctor", retired=RETIRED_TRAIN_FLAGS)
+    model = load(PretrainModel, Path(flags.mm_model))
+    clip = load_train_data(Path(flags.mm_data)).dataset_param.preprocess_parameters
+    zero = load_zero(flags)
+    raise_all(ConfigError, _problems(flags, model))
+    check_training(flags, model, zero, flags.world_size)
+    layout = layout_of(flags, model, zero, flags.world_size)
+    frames, height, width = flags.latent_size or clip.latent_size
+
+    from mm.train.dry_run import Job, dry_run
+    from mm.train.loop import data_parallel_options, training_dtype
+
+    job = Job(
+        wan=model.predictor.wan(),
+        layout=layout,
+        options=data_parallel_options(flags),
+        zero=zero,
+        dtype=training_dtype(flags),
+        latent=(frames, height, width),
+        micro_batch_size=flags.micro_batch_size,
+        micro_batches=flags.micro_batches_of_step(layout.dp_size),
+    )
+    report = dry_run(job, flags.rank)
+    print(_as_json(layout, report) if flags.json_output else _as_text(layout, report))
+
+
+def _problems(flags: DoctorFlags, model: PretrainModel) -> list[Problem]:
+    """CFG-047: what the doctor alone is asked for."""
+    problems = []
+    if not flags.dry_run:
+        problems.append(Problem("CFG-047", "mm doctor was told nothing to check.", "Give --dry-run."))
+    if flags.rank >= flags.world_size:
+        found = f"--rank {flags.rank} is not one of --world-size {flags.world_size}."
+        problems.append(Problem("CFG-047", found, f"Use 0 to {flags.world_size - 1}, or give the job's size."))
+    size, patch = flags.latent_size, model.predictor.patch_size
+    if size and (len(size) != 3 or any(number < 1 or number % step for number, step in zip(size, patch, strict=True))):
+        found = f"--latent-size is {' '.join(map(str, size))}, not F H W in whole patches of {patch}."
+        problems.append(Problem("CFG-047", found, "An 81x480x832 clip has --latent-size 21 60 104."))
+    return problems
+
+
+def _as_json(layout: Layout, report: Report) -> str:
+    values: dict[str, Any] = {"layout": layout.name(), "world_size": layout.world_size, **asdict(report)}
+    values["peak_bytes"] = report.peak_bytes
+    values["traffic"] = [
+        {"axis": axis, "operation": operation, "calls": sent.calls, "bytes": sent.bytes}
+        for (axis, operation), sent in report.traffic.items()
+    ]
+    return json.dumps(values, indent=2)
+
+
+def _as_text(layout: Layout, report: Report) -> str:
+    padding = report.rank_tokens - report.real_tokens
+    facts = [
+        ("layout", f"{layout.name()} on {layout.world_size:,} processes"),
+        (f"rank {report.rank}", f"TP {report.tp_rank}, CP {report.cp_rank}, DP {report.dp_rank}, PP {report.pp_rank}"),
+        ("tokens", f"{report.tokens:,} a sample, {report.rank_tokens:,} on this rank, {padding:,} of them padding"),
+        ("parameters", f"{report.parameters:,} kept by this rank"),
+        ("bubble", f"{report.bubble:.1%} of the step, if stages are even"),
+    ]
+    kinds = sorted(report.peak.items(), key=lambda item: -item[1])
+    memory = [(kind, f"{size / GIB:.2f}") for kind, size in [*kinds, ("together", report.peak_bytes)]]
+    traffic = [
+        (axis, operation, f"{sent.calls:,}", f"{sent.bytes / GIB:.3f}")
+        for (axis, operation), sent in sorted(report.traffic.items(), key=lambda item: -item[1].bytes)
+    ]
+    align = ("left", "right")
+    return "\n\n".join(
+        [
+            tabulate(facts, tablefmt="plain"),
+            tabulate(memory, headers=["memory at the peak (predicted)", "GiB"], colalign=align, disable_numparse=True),
+            tabulate(
+                traffic,
+                headers=["sent in a step over", "by", "calls", "GiB"],
+                colalign=("left", "left", "right", "right"),
+                disable_numparse=True,
+            )
+            if traffic
+            else "nothing is sent",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))

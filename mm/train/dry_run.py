@@ -1,0 +1,223 @@
+"""A training step of one rank of any job, in one process without its devices: memory, traffic, bubble.
+
+What runs is the code of a training step on fake process groups and fake tensors: the mesh, the model on it, megatron-
+core's schedule and DDP or FSDP2, the optimizer. Only what reads a number on the host is left out: the drawn timesteps,
+the loss and the gradient norm, whose messages are still sent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm.config.diffusion import DiffusionConfig
+from mm.config.layerzero import ZeroConfig
+from mm.config.layout import Layout
+from mm.config.model import WanConfig
+from mm.data.loader import FeatureBatch
+from mm.device.backend import select
+from mm.diffusion.flow import FlowMatching, SampleId
+from mm.parallel import formulas, memory
+from mm.parallel.apply import DataParallelOptions, ParallelModel, apply
+from mm.parallel.fake_job import FakeTensors, fake_job
+from mm.parallel.memory import TrackMemory
+from mm.parallel.mesh import build_mesh
+from mm.parallel.optimizer import AdamWSettings, Optimizer
+from mm.parallel.optimizers import make_optimizer
+from mm.parallel.schedule import LossFunction, forward_backward
+from mm.parallel.stage import WanStage
+from mm.parallel.traffic import CountTraffic, Sent, Traffic, axes_of, totals
+from mm.train.step import _forward, num_tokens
+from mm.wan.patches import token_grid
+
+_SETTINGS = AdamWSettings(
+    lr=1.0, min_lr=0.0, lr_decay_style="constant", lr_warmup_init=0.0, warmup_samples=0, decay_samples=1,
+    weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, clip_grad=1.0,
+)  # fmt: skip
+"""AdamW with clipping; its numbers change neither memory nor messages."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is run.
+
+    Attributes:
+        wan, layout, options, zero: as for `mm.parallel.apply.apply`.
+        dtype: of the bulk of the parameters.
+        latent: F, H, W of a sample's latents. micro_batch_size: samples in a forward.
+        micro_batches: of one replica in a step.
+    """
+
+    wan: WanConfig
+    layout: Layout
+    options: DataParallelOptions
+    zero: ZeroConfig | None
+    dtype: torch.dtype
+    latent: tuple[int, int, int]
+    micro_batch_size: int
+    micro_batches: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one rank holds and sends in a step after the first.
+
+    Attributes:
+        rank: in the job. tp_rank, cp_rank, dp_rank, pp_rank: its coordinates.
+        parameters: elements that it keeps of the model. parameter_bytes, gradient_bytes, optimizer_bytes: kept all
+            the time, in the model's and DDP's buffers, and in the optimizer.
+        peak: bytes by kind (`mm.parallel.memory`) when most memory was in use. peak_bytes: their sum.
+        traffic: what it sends in a step by axis and operation.
+        bubble: share of the step in which a stage waits, if stages are equally long.
+        tokens: of a sample. rank_tokens: places for them on a rank. real_tokens: of them on this rank, no padding.
+    """
+
+    rank: int
+    tp_rank: int
+    cp_rank: int
+    dp_rank: int
+    pp_rank: int
+    parameters: int
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    peak: dict[str, int]
+    traffic: Traffic
+    bubble: float
+    tokens: int
+    rank_tokens: int
+    real_tokens: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """All kinds together."""
+        return sum(self.peak.values())
+
+
+def dry_run(job: Job, rank: int) -> Report:
+    """One rank's step; no process of the calling program may be in a job.
+
+    Of many micro-batches only two rounds of one for each pipeline stage are run: in-flight activations are at their
+    most then, and what a further round sends is the difference between two rounds and one, for the schedules repeat
+    themselves.
+    """
+    backend = select("cpu")
+    with fake_job(rank, job.layout.world_size), build_mesh(job.layout, 1, backend.kind) as mesh:
+        with FakeTensors(), TrackMemory(memory.PARAMETERS) as tracked, CountTraffic(axes_of(mesh)) as counted:
+            parallel = apply(job.wan, mesh, backend, job.options, job.dtype, None, job.zero)
+            _label_model(tracked, parallel)
+            tracked.kind = memory.OPTIMIZER
+            optimizer = make_optimizer(parallel, _SETTINGS)
+            for shard in optimizer.shards:
+                shard.moment("exp_avg")  # AdamW would make its state only at the end of the first step
+            tracked.kind = memory.ACTIVATIONS
+            sent: list[Traffic] = []
+            rounds = _rounds(job)
+            for micro_batches in rounds:
+                start, first = tracked.mark(), len(counted.calls)
+                _gradients(parallel, job, micro_batches)
+                sent.append(totals(counted.calls[first:]))
+            first = len(counted.calls)
+            _update(parallel, job, optimizer, tracked)
+            once = totals(counted.calls[first:])
+        tokens = math.prod(token_grid(job.latent, job.wan.patch_size))
+        return Report(
+            rank=rank,
+            tp_rank=mesh.tp_rank,
+            cp_rank=mesh.cp_rank,
+            dp_rank=mesh.dp_rank,
+            pp_rank=mesh.pp_rank,
+            parameters=sum(p.numel() for p in map(memory.local, parallel.named_parameters().values())),
+            parameter_bytes=tracked.now(memory.PARAMETERS),
+            gradient_bytes=tracked.peak(start).get(memory.GRADIENTS, 0),
+            optimizer_bytes=tracked.now(memory.OPTIMIZER),
+            peak=tracked.peak(start),
+            traffic=_sum(_extrapolate(sent, rounds, job.micro_batches), once),
+            bubble=formulas.bubble(job.layout, job.micro_batches),
+            tokens=tokens,
+            rank_tokens=mesh.tokens.width(tokens),
+            real_tokens=mesh.tokens.real(tokens),
+        )
+
+
+def _rounds(job: Job) -> list[int]:
+    """Micro-batches of the passes to run."""
+    one = job.layout.pp_size
+    return [job.micro_batches] if job.micro_batches <= 2 * one else [one, 2 * one]
+
+
+def _gradients(parallel: ParallelModel, job: Job, micro_batches: int) -> None:
+    """`mm.train.step.compute_gradients` without the loss on the host."""
+    flow = _Undrawn(DiffusionConfig())
+
+    def forward_step(stage: WanStage, module: Any, batch: FeatureBatch) -> tuple[Tensor, LossFunction]:
+        return _forward(stage, module, batch, flow, parallel, seed=0)
+
+    def tokens_of(batch: FeatureBatch) -> tuple[int, int, int]:
+        return len(batch["sample"]), num_tokens(batch["latents"], job.wan.patch_size), batch["text"].shape[1]
+
+    for parameter in parallel.named_parameters().values():
+        parameter.grad = None  # layer-zero's, of a pass before
+    forward_backward(parallel, forward_step, [_batch(job)] * micro_batches, tokens_of)
+
+
+def _update(parallel: ParallelModel, job: Job, optimizer: Optimizer, tracked: TrackMemory) -> None:
+    """`Optimizer.step` without the norm on the host, and the message of the losses."""
+    parallel.mesh.gather(torch.zeros(job.micro_batches))
+    tracked.label((parameter.grad for parameter in parallel.named_parameters().values()), memory.GRADIENTS)
+    optimizer.reduce_gradients()
+    optimizer.gradient_squares()
+    optimizer._apply_gradients(norm=2.0)  # above clip_grad, so that gradients are clipped
+
+
+def _batch(job: Job) -> FeatureBatch:
+    size = job.micro_batch_size
+    return FeatureBatch(
+        latents=torch.empty(size, job.wan.in_dim, *job.latent),
+        text=torch.empty(size, job.wan.text_len, job.wan.text_dim),
+        sample=[str(index) for index in range(size)],
+        draw=[0] * size,
+    )
+
+
+class _Undrawn(FlowMatching):
+    """Timesteps without a value: choosing one from the grid reads a random number on the host."""
+
+    def draw_timesteps(
+        self, seed: int, samples: Sequence[SampleId], draws: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Three [B]."""
+        return torch.empty(len(samples)), torch.empty(len(samples)), torch.empty(len(samples))
+
+
+def _label_model(tracked: TrackMemory, parallel: ParallelModel) -> None:
+    for parameter in parallel.named_parameters().values():
+        tracked.label([parameter.data], memory.PARAMETERS)
+        tracked.label([getattr(parameter, "main_grad", None)], memory.GRADIENTS)
+
+
+def _extrapolate(sent: Sequence[Traffic], rounds: Sequence[int], micro_batches: int) -> Traffic:
+    """The traffic of more micro-batches than the longest pass: every further one adds what the last ones added."""
+    if micro_batches == rounds[-1]:
+        return sent[-1]
+    more = (micro_batches - rounds[1]) / (rounds[1] - rounds[0])
+    return {
+        key: Sent(
+            round(last.calls + more * (last.calls - sent[0].get(key, Sent(0, 0.0)).calls)),
+            last.bytes + more * (last.bytes - sent[0].get(key, Sent(0, 0.0)).bytes),
+        )
+        for key, last in sent[1].items()
+    }
+
+
+def _sum(traffic: Traffic, other: Traffic) -> Traffic:
+    found = dict(traffic)
+    for key, sent in other.items():
+        before = found.get(key, Sent(0, 0.0))
+        found[key] = Sent(before.calls + sent.calls, before.bytes + sent.bytes)
+    return found

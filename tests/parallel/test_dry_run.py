@@ -1,0 +1,125 @@
+"""A dry run of one rank tells what real processes count and measure."""
+
+import gc
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch.profiler import ProfilerActivity, profile
+from traffic_rows import SETTINGS, Row, batches, row
+
+from mm.config.diffusion import DiffusionConfig
+from mm.config.place import place
+from mm.device.backend import select
+from mm.diffusion.flow import FlowMatching
+from mm.parallel.apply import DataParallelOptions, apply
+from mm.parallel.launch import Job
+from mm.parallel.mesh import Mesh, build_mesh
+from mm.parallel.optimizers import make_optimizer
+from mm.parallel.traffic import CountTraffic, Traffic, axes_of, totals
+from mm.train import dry_run
+from mm.train.step import train_step
+from mm.wan.initial import initial_value
+
+OVERLAPPED = DataParallelOptions(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
+
+
+def deep(row: Row, dtype: torch.dtype = torch.float32) -> Row:
+    """Two blocks or more, and more than two micro-batches for each pipeline stage, where a dry run extrapolates."""
+    num_layers = max(2, row.layout.pp_size * row.layout.vp_size)
+    return replace(row.with_layers(num_layers), micro_batches=3 * row.layout.pp_size, dtype=dtype)
+
+
+ROWS = [
+    deep(row(4, cp_size=4, ulysses_size=2), torch.bfloat16),
+    deep(row(4, tp_size=2, sequence_parallel=True, cp_size=2, ulysses_size=2)),
+    deep(row(4, tp_size=2, pp_size=2)),
+    deep(row(4, pp_size=4)),
+    deep(row(4, pp_size=2, vp_size=2, distopt=True)),
+    deep(replace(row(4), options=OVERLAPPED), torch.bfloat16),
+    deep(row(4, zero=2)),
+    deep(row(4, zero=2, cp_size=2, pp_size=2, distopt=True)),
+]
+RANKS = [(row, rank) for row in ROWS for rank in ((0, 3) if row.layout.pp_size > 1 else (3,))]
+
+
+def step_for_real(row: Row) -> tuple[Traffic, int]:
+    """What a rank sends in its second step, and the most bytes it held, as torch's profiler saw its allocator."""
+    gc.collect()  # what the row before left must not be released while this one is measured
+    with (
+        Job(place(), "gloo", torch.device("cpu"), 2),
+        build_mesh(row.layout, 2, "cpu") as mesh,
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
+        sent = two_steps(row, mesh)
+    return sent, most_allocated(profiler.profiler.kineto_results.experimental_event_tree())
+
+
+def two_steps(row: Row, mesh: Mesh) -> Traffic:
+    flow = FlowMatching(DiffusionConfig())
+    with CountTraffic(axes_of(mesh)) as traffic:
+        parallel = apply(
+            row.wan, mesh, select("cpu"), row.options, row.dtype,
+            lambda name, shape: initial_value(name, shape, 1), row.zero,
+        )  # fmt: skip
+        optimizer = make_optimizer(parallel, SETTINGS)
+        for _ in range(2):
+            first = len(traffic.calls)
+            train_step(parallel, optimizer, flow, batches(row), samples=row.micro_batches, seed=0)
+        return totals(traffic.calls[first:])
+
+
+def most_allocated(roots: list[Any]) -> int:
+    """The peak of what is allocated, without what gloo allocates inside a collective and NCCL does not.
+
+    gloo clones what it reduces and lays out flat what it gathers, in the calling thread below the collective's event
+    and in threads of its own.
+    """
+    changes = []
+    stack = [(root, False) for root in roots]
+    main_thread = roots[0].start_tid
+    while stack:
+        event, in_collective = stack.pop()
+        in_collective = in_collective or event.name.startswith("c10d::")
+        if event.name == "[memory]":
+            size = event.typed[1].alloc_size
+            foreign = in_collective or event.start_tid != main_thread
+            changes.append((event.start_time_ns, event.typed[1].ptr, size, foreign))
+        stack += [(child, in_collective) for child in event.children]
+    total = most = 0
+    held: dict[int, int] = {}
+    for _, pointer, size, foreign in sorted(changes, key=lambda change: change[0]):
+        if size > 0 and not foreign:
+            held[pointer] = size
+            total += size
+        elif size < 0:
+            total -= held.pop(pointer, 0)
+        most = max(most, total)
+    return most
+
+
+def steps_for_real(rows: list[Row]) -> list[tuple[Traffic, int]]:
+    return [step_for_real(row) for row in rows]
+
+
+@cache
+def measured() -> list[list[tuple[Traffic, int]]]:
+    """Of every rank, for every row."""
+    return run_ranks(4, steps_for_real, ROWS, timeout_s=300)
+
+
+def predicted(row: Row, rank: int) -> dry_run.Report:
+    job = dry_run.Job(row.wan, row.layout, row.options, row.zero, row.dtype, row.latent, 1, row.micro_batches)
+    return dry_run.dry_run(job, rank)
+
+
+@pytest.mark.parametrize(("row", "rank"), RANKS, ids=[f"{row.id}-rank {rank}" for row, rank in RANKS])
+def test_dry_run_equals_the_real_one(row: Row, rank: int) -> None:
+    """Bytes and calls exactly; memory within 10%."""
+    sent, most = measured()[rank][ROWS.index(row)]
+    report = predicted(row, rank)
+    assert report.traffic == sent
+    assert report.peak_bytes == pytest.approx(most, rel=0.1)
