@@ -30,5 +30,14 @@ setup(
         "tensorboard>=2.17",
     ],
     # accelerate: diffusers needs it to load a transformer of its own from disk, which tests compare with
-    extras_require={"test": ["accelerate>=1.10,<2", "pytest>=8", "pytest-timeout>=2.3", "ruff==0.17.5", "mypy==2.4.1"]},
+    extras_require={
+        "test": [
+            "accelerate>=1.10,<2",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "ruff==0.17.5",
+            "mypy==2.4.1",
+        ]
+    },
 )

@@ -102,9 +102,8 @@ class Report:
 def dry_run(job: Job, rank: int) -> Report:
     """One rank's step; no process of the calling program may be in a job.
 
-    Of many micro-batches only two rounds of one for each pipeline stage are run: in-flight activations are at their
-    most then, and what a further round sends is the difference between two rounds and one, for the schedules repeat
-    themselves.
+    Of many micro-batches only so many are run that in-flight activations and gradients are at their most
+    (`_micro_batches_to_run`); what the others send is added by count.
     """
     backend = select("cpu")
     with fake_job(rank, job.layout.world_size), build_mesh(job.layout, 1, backend.kind) as mesh:
@@ -116,15 +115,15 @@ def dry_run(job: Job, rank: int) -> Report:
             for shard in optimizer.shards:
                 shard.moment("exp_avg")  # AdamW would make its state only at the end of the first step
             tracked.kind = memory.ACTIVATIONS
-            sent: list[Traffic] = []
-            rounds = _rounds(job)
-            for micro_batches in rounds:
+            passes: list[Traffic] = []
+            runs = _micro_batches_to_run(job)
+            for micro_batches in runs:
                 start, first = tracked.mark(), len(counted.calls)
                 _gradients(parallel, job, micro_batches)
-                sent.append(totals(counted.calls[first:]))
+                passes.append(totals(counted.calls[first:]))
             first = len(counted.calls)
             _update(parallel, job, optimizer, tracked)
-            once = totals(counted.calls[first:])
+            update = totals(counted.calls[first:])
         tokens = math.prod(token_grid(job.latent, job.wan.patch_size))
         return Report(
             rank=rank,
@@ -137,7 +136,7 @@ def dry_run(job: Job, rank: int) -> Report:
             gradient_bytes=tracked.peak(start).get(memory.GRADIENTS, 0),
             optimizer_bytes=tracked.now(memory.OPTIMIZER),
             peak=tracked.peak(start),
-            traffic=_sum(_extrapolate(sent, rounds, job.micro_batches), once),
+            traffic=_sum(_of_all(passes, runs, job.micro_batches), update),
             bubble=formulas.bubble(job.layout, job.micro_batches),
             tokens=tokens,
             rank_tokens=mesh.tokens.width(tokens),
@@ -145,10 +144,18 @@ def dry_run(job: Job, rank: int) -> Report:
         )
 
 
-def _rounds(job: Job) -> list[int]:
-    """Micro-batches of the passes to run."""
-    one = job.layout.pp_size
-    return [job.micro_batches] if job.micro_batches <= 2 * one else [one, 2 * one]
+def _micro_batches_to_run(job: Job) -> list[int]:
+    """The micro-batches of the forward and backward passes to run; the last is measured.
+
+    One for each stage fills a pipeline, and with the next the first gradients exist beside all activations. The
+    interleaved schedule takes whole rounds of one for each stage. In a pipeline layer-zero gathers other blocks for the
+    first micro-batches than for later ones, so that a second pass must tell what a further one adds.
+    """
+    layout = job.layout
+    enough = layout.pp_size + 1 if layout.vp_size == 1 else 2 * layout.pp_size
+    if job.micro_batches <= enough:
+        return [job.micro_batches]
+    return [layout.pp_size, enough] if job.zero is not None and layout.pp_size > 1 else [enough]
 
 
 def _gradients(parallel: ParallelModel, job: Job, micro_batches: int) -> None:
@@ -201,18 +208,21 @@ def _label_model(tracked: TrackMemory, parallel: ParallelModel) -> None:
         tracked.label([getattr(parameter, "main_grad", None)], memory.GRADIENTS)
 
 
-def _extrapolate(sent: Sequence[Traffic], rounds: Sequence[int], micro_batches: int) -> Traffic:
-    """The traffic of more micro-batches than the longest pass: every further one adds what the last ones added."""
-    if micro_batches == rounds[-1]:
-        return sent[-1]
-    more = (micro_batches - rounds[1]) / (rounds[1] - rounds[0])
-    return {
-        key: Sent(
-            round(last.calls + more * (last.calls - sent[0].get(key, Sent(0, 0.0)).calls)),
-            last.bytes + more * (last.bytes - sent[0].get(key, Sent(0, 0.0)).bytes),
-        )
-        for key, last in sent[1].items()
-    }
+def _of_all(passes: Sequence[Traffic], runs: Sequence[int], micro_batches: int) -> Traffic:
+    """What passes over all micro-batches send, from passes over a few.
+
+    Only DDP sends something once for all micro-batches, its parameters and gradients.
+    """
+    more = micro_batches - runs[-1]
+    if len(passes) == 1:
+        of_none: Traffic = {key: sent for key, sent in passes[0].items() if key[0] == "dp_cp"}
+        passes, runs = [of_none, passes[0]], [0, runs[0]]
+    found: Traffic = {}
+    for key, last in passes[1].items():
+        before = passes[0].get(key, Sent(0, 0.0))
+        calls = last.calls + (last.calls - before.calls) * more // (runs[1] - runs[0])
+        found[key] = Sent(calls, last.bytes + (last.bytes - before.bytes) * more / (runs[1] - runs[0]))
+    return found
 
 
 def _sum(traffic: Traffic, other: Traffic) -> Traffic:

@@ -91,7 +91,7 @@ def _record_here(world_size: int, cases: Sequence[Case]) -> dict[str, list[Event
 
 
 def new_model(mesh: Mesh, backend: Backend) -> ParallelModel:
-    return apply(parity.WAN, mesh, backend, DataParallelOptions(), torch.float32, parity.value_of)
+    return apply(parity.Row(mesh.layout).wan, mesh, backend, DataParallelOptions(), torch.float32, parity.value_of)
 
 
 def one_step(parallel: ParallelModel, samples: str, num_microbatches: int) -> None:

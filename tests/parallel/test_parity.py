@@ -29,7 +29,8 @@ OVERLAPPED = DataParallelOptions(use_distributed_optimizer=True, overlap_grad_re
 
 def layout(world: int, **degrees: Any) -> Layout:
     if "pp_size" in degrees and "stages" not in degrees:
-        degrees["stages"] = even_stages(8, degrees["pp_size"], degrees.get("vp_size", 1))
+        stages = degrees["pp_size"] * degrees.get("vp_size", 1)
+        degrees["stages"] = even_stages(max(stages, 4), degrees["pp_size"], degrees.get("vp_size", 1))
     return Layout(world_size=world, **degrees)
 
 
@@ -71,9 +72,9 @@ ROWS = [
     Row(layout(2, tp_size=2)),
     Row(layout(2, **sp(2))),
     Row(layout(2, **pp(2))),
-    Row(layout(2, **pp(2, 1, ((3, 5),))), samples=MIXED),
+    Row(layout(2, **pp(2, 1, ((1, 3),))), samples=MIXED),
     Row(layout(2, **pp(2, 2)), OVERLAPPED),
-    Row(layout(2, **pp(2, 2, ((1, 2), (3, 2)))), samples=MIXED),
+    Row(layout(2, **pp(2, 2, ((1, 2), (1, 1)))), samples=MIXED),
     zero(2, 2),
     zero(2, 1, SHARDED),
     # three and six: degrees that are no power of two
@@ -93,7 +94,7 @@ ROWS = [
     Row(layout(4, **sp(2), **pp(2)), SHARDED),
     Row(layout(4, tp_size=2, **pp(2, 2)), OVERLAPPED),
     Row(layout(4, **pp(2, 2), **ulysses(2)), SHARDED, micro_batch_size=2),
-    Row(layout(4, **pp(2, 1, ((5, 3),)), **ring(2)), samples=MIXED),
+    Row(layout(4, **pp(2, 1, ((3, 1),)), **ring(2)), samples=MIXED),
     Row(layout(4, **pp(4, 2)), SHARDED),
     Row(layout(4, **pp(2, 2)), OVERLAPPED),
     zero(4, 2),

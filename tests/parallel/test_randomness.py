@@ -29,7 +29,7 @@ from mm.train.step import compute_gradients
 
 PROCESSES, STEPS, SEEDS = 4, 2, (5, 6)
 SAMPLES = [f"clip {index}" for index in range(parity.GLOBAL_BATCH)]
-WAN = WanConfig(text_dim=16, text_len=8, hidden_size=96, ffn_dim=96, num_heads=12, num_layers=4, freq_dim=32)
+WAN = WanConfig(text_dim=16, text_len=8, hidden_size=96, ffn_dim=96, num_heads=12, num_layers=1, freq_dim=32)
 
 ROWS = [
     parity.Row(Layout(4)),
@@ -88,7 +88,8 @@ def draw_on_this_rank() -> dict[str, tuple[dict[str, int], Hashes]]:
 
 def run_row(row: parity.Row, backend: Backend) -> tuple[dict[str, int], Hashes]:
     with build_mesh(row.layout, 2, "cpu") as mesh, hashing() as hashes:
-        parallel = apply(WAN, mesh, backend, DataParallelOptions(), torch.float32, parity.value_of)
+        wan = WAN.model_copy(update={"num_layers": row.wan.num_layers})
+        parallel = apply(wan, mesh, backend, DataParallelOptions(), torch.float32, parity.value_of)
         flow = FlowMatching(flow_config())
         for seed in SEEDS:
             for step in range(STEPS):
@@ -111,7 +112,7 @@ def one_process() -> Hashes:
         patch.setattr(parity, "DiffusionConfig", flow_config)
         for seed in SEEDS:
             patch.setattr(parity, "SEED", seed)
-            parity.plain_run(parity.EVEN)
+            parity.plain_run(parity.EVEN, WAN)
     return dict(hashes)
 
 

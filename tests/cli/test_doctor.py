@@ -1,0 +1,128 @@
+"""`mm doctor --dry-run`, asked through the scripts that start a training."""
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "wan2.1"
+
+
+def dry_run(size: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", EXAMPLES / size / "t2v" / "pretrain.sh", *words],
+        env={**os.environ, "DRY_RUN": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def report(size: str, *words: str, **environment: str) -> Any:
+    done = dry_run(size, "--json-output", *words, **environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def two_blocks(tmp_path: Path) -> str:
+    """pretrain_model.json of 1.3B with two of its blocks, in fp32."""
+    config = json.loads((EXAMPLES / "1.3b" / "t2v" / "pretrain_model.json").read_text())
+    config["predictor"] |= {"dtype": "fp32", "num_layers": 2, "pipeline_num_layers": [2]}
+    (tmp_path / "model.json").write_text(json.dumps(config))
+    return str(tmp_path / "model.json")
+
+
+def test_one_process_holds_the_model_that_diffusers_builds(two_blocks: str) -> None:
+    with torch.device("meta"):
+        model = WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=2)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    found = report("1.3b", "--latent-size", "3", "4", "4", NPUS_PER_NODE="1", PRECISION="fp32", MM_MODEL=two_blocks)
+    assert found["parameters"] == parameters
+    assert found["parameter_bytes"] >= 4 * parameters
+    assert found["optimizer_bytes"] == pytest.approx(8 * parameters, rel=1e-3)  # two moments; fp32 needs no masters
+    assert found["peak_bytes"] == sum(found["peak"].values())
+
+
+@pytest.mark.parametrize("blocks", [2, pytest.param(5, marks=pytest.mark.nightly)], ids=["16 blocks", "14B"])
+def test_a_rank_of_4096_in_less_than_a_minute(tmp_path: Path, blocks: int) -> None:
+    """Tensor, sequence, context, pipeline and virtual-pipeline parallelism and layer-zero on 512 nodes."""
+    model = json.loads((EXAMPLES / "14b" / "t2v" / "pretrain_model.json").read_text())
+    model["predictor"] |= {"num_layers": 8 * blocks, "pipeline_num_layers": [[blocks] * 4] * 2}
+    (tmp_path / "model.json").write_text(json.dumps(model))
+    started = time.monotonic()
+    found = report(
+        "14b", "--sequence-parallel", "--rank", "4095",
+        NNODES="512", TP="2", CP="4", PP="4", VP="2", GRAD_ACC_STEP="16", MM_MODEL=str(tmp_path / "model.json"),
+    )  # fmt: skip
+    assert time.monotonic() - started < 60
+    assert [found[f"{axis}_rank"] for axis in ("tp", "cp", "dp", "pp")] == [1, 3, 127, 3]
+    assert found["tokens"] == 21 * 30 * 52
+    assert found["rank_tokens"] == found["tokens"] / 8
+    assert found["bubble"] == pytest.approx(3 / (2 * 16 + 3))
+    sent = {(row["axis"], row["operation"]): row["calls"] for row in found["traffic"]}
+    assert sent["pp", "send"] == 16 * (1 + 2)  # forward once, backward from both chunks
+    assert sent["ulysses", "all-to-all"] == 16 * 2 * blocks * 4
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("words", "environment"),
+    [((), {}), ((), {"CP": "8"}), (("--sequence-parallel",), {"TP": "8", "CP": "5", "NNODES": "480"})],
+    ids=["dp", "cp8", "tp8sp-cp5"],
+)
+def test_14b_without_a_pipeline_in_less_than_a_minute(words: tuple[str, ...], environment: dict[str, str]) -> None:
+    """All 40 blocks on one rank, two micro-batches: the most that a dry run has to do."""
+    started = time.monotonic()
+    report("14b", *words, **{"NNODES": "512", "GRAD_ACC_STEP": "4", **environment})
+    assert time.monotonic() - started < 60
+
+
+def test_tables_for_people(two_blocks: str) -> None:
+    done = dry_run(
+        "1.3b", "--latent-size", "3", "6", "10", "--context-parallel-algo", "megatron_cp_algo",
+        CP="8", PRECISION="fp32", MM_MODEL=two_blocks,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["layout", "cp8(r8)", "on", "8", "processes"]
+    assert any(
+        line.startswith("tokens") and line.endswith("45 a sample, 6 on this rank, 0 of them padding") for line in lines
+    )
+    for heading in ("memory at the peak (predicted)", "together", "sent in a step over", "ring"):
+        assert any(line.startswith(heading) for line in lines), heading
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (("--rank", "8"), "CFG-047: --rank 8 is not one of --world-size 8."),
+        (("--latent-size", "3", "5", "4"), "CFG-047: --latent-size is 3 5 4"),
+        (("--latent-size", "3", "4"), "CFG-047: --latent-size is 3 4"),
+        (("--use-cp-send-recv-overlap",), "CFG-03"),
+        (("--ranks", "1"), 'CFG-007: --ranks is not a flag. Did you mean "--rank"?'),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(words: tuple[str, ...], found: str) -> None:
+    done = dry_run("1.3b", *words)
+    assert done.returncode == 64
+    assert found in done.stderr
+    assert done.stdout == ""
+
+
+def test_the_doctor_is_told_what_to_check() -> None:
+    done = subprocess.run(
+        ["mm", "doctor", "--train-iters", "1", "--lr", "1", "--load", "w",
+         "--mm-data", EXAMPLES / "1.3b/t2v/feature_data.json", "--mm-model", EXAMPLES / "1.3b/t2v/pretrain_model.json"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 64
+    assert "CFG-047: mm doctor was told nothing to check." in done.stderr
