@@ -107,7 +107,8 @@ class LayerZeroOptimizer(Optimizer):
             if part.sharded:
                 part.key.grad = _gradient(part.parameter).reshape(-1)[part.first : part.last]
 
-    def _apply_gradients(self, norm: float) -> None:
+    def apply_gradients(self, norm: float) -> None:
+        """See `Optimizer`."""
         clip = self._settings.clip_grad
         scale = clip / (norm + 1e-6)  # megatron-core's
         keys = [part.key for part in self._slices.values()]

@@ -54,7 +54,8 @@ class MegatronOptimizer(Optimizer):
         with self._parallel.backend.megatron():
             self._inner.prepare_grads()
 
-    def _apply_gradients(self, norm: float) -> None:
+    def apply_gradients(self, norm: float) -> None:
+        """See `Optimizer`."""
         clip = self._settings.clip_grad
         with self._parallel.backend.megatron():
             for optimizer in self._inner.chained_optimizers:

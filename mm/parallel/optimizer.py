@@ -123,7 +123,7 @@ class Optimizer(abc.ABC):
         """Make `ParamShard.gradient` what backward left, reduced over the data- and context-parallel ranks."""
 
     @abc.abstractmethod
-    def _apply_gradients(self, norm: float) -> None:
+    def apply_gradients(self, norm: float) -> None:
         """Clip by the global `norm`, update masters and model, forget the gradients."""
 
     @abc.abstractmethod
@@ -184,7 +184,7 @@ class Optimizer(abc.ABC):
                 f"The gradient norm is {norm}; no weight was changed.",
                 "Look at the samples of this step; lower --lr, or resume from the checkpoint before.",
             )
-        self._apply_gradients(norm)
+        self.apply_gradients(norm)
         self._scheduler.step(increment=samples)
         return norm
 

@@ -32,7 +32,7 @@ from mm.parallel.optimizers import make_optimizer
 from mm.parallel.schedule import LossFunction, forward_backward
 from mm.parallel.stage import WanStage
 from mm.parallel.traffic import CountTraffic, Sent, Traffic, axes_of, totals
-from mm.train.step import _forward, num_tokens
+from mm.train.step import forward_micro_batch, num_tokens
 from mm.wan.patches import token_grid
 
 _SETTINGS = AdamWSettings(
@@ -163,7 +163,7 @@ def _gradients(parallel: ParallelModel, job: Job, micro_batches: int) -> None:
     flow = _Undrawn(DiffusionConfig())
 
     def forward_step(stage: WanStage, module: Any, batch: FeatureBatch) -> tuple[Tensor, LossFunction]:
-        return _forward(stage, module, batch, flow, parallel, seed=0)
+        return forward_micro_batch(stage, module, batch, flow, parallel, seed=0)
 
     def tokens_of(batch: FeatureBatch) -> tuple[int, int, int]:
         return len(batch["sample"]), num_tokens(batch["latents"], job.wan.patch_size), batch["text"].shape[1]
@@ -179,7 +179,7 @@ def _update(parallel: ParallelModel, job: Job, optimizer: Optimizer, tracked: Tr
     tracked.label((parameter.grad for parameter in parallel.named_parameters().values()), memory.GRADIENTS)
     optimizer.reduce_gradients()
     optimizer.gradient_squares()
-    optimizer._apply_gradients(norm=2.0)  # above clip_grad, so that gradients are clipped
+    optimizer.apply_gradients(norm=2.0)  # above clip_grad, so that gradients are clipped
 
 
 def _batch(job: Job) -> FeatureBatch:

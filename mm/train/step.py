@@ -83,7 +83,7 @@ def compute_gradients(parallel: ParallelModel, flow: FlowMatching, batches: Sequ
     patch_size = parallel.wan.patch_size
 
     def forward_step(stage: WanStage, module: Any, batch: FeatureBatch) -> tuple[Tensor, LossFunction]:
-        return _forward(stage, module, batch, flow, parallel, seed)
+        return forward_micro_batch(stage, module, batch, flow, parallel, seed)
 
     def tokens_of(batch: FeatureBatch) -> tuple[int, int, int]:
         return len(batch["sample"]), num_tokens(batch["latents"], patch_size), batch["text"].shape[1]
@@ -98,7 +98,7 @@ def num_tokens(latents: Tensor, patch_size: PatchSize) -> int:
     return math.prod(token_grid((frames, height, width), patch_size))
 
 
-def _forward(
+def forward_micro_batch(
     stage: WanStage, module: Any, batch: FeatureBatch, flow: FlowMatching, parallel: ParallelModel, seed: int
 ) -> tuple[Tensor, LossFunction]:
     """Run one stage on one micro-batch, and say how its output turns into a loss.
