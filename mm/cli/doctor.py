@@ -18,6 +18,7 @@ from mm.config.data import load_train_data
 from mm.config.flags import parse_flags
 from mm.config.layerzero import load_zero
 from mm.config.layout import Layout, layout_of
+from mm.config.recompute import recompute_of
 from mm.config.rules import check_training
 from mm.config.train import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
 from mm.errors import ConfigError, Problem, raise_all
@@ -67,6 +68,7 @@ def main(argv: Sequence[str]) -> None:
         latent=(frames, height, width),
         micro_batch_size=flags.micro_batch_size,
         micro_batches=flags.micro_batches_of_step(layout.dp_size),
+        recompute=recompute_of(flags),
     )
     report = dry_run(job, flags.rank)
     print(_as_json(layout, report) if flags.json_output else _as_text(layout, report))

@@ -64,6 +64,14 @@ class Request:
         return None if self.world_size % self.replica else self.world_size // self.replica
 
     @property
+    def blocks_of_stages(self) -> list[int]:
+        """Blocks of every virtual stage as pipeline_num_layers lists them; without a pipeline all are on one."""
+        listed = self.model.predictor.pipeline_num_layers
+        if self.pp == 1 or not listed:
+            return [self.model.predictor.num_layers]
+        return [number for row in listed for number in (row if isinstance(row, list) else [row])]
+
+    @property
     def heads(self) -> int:
         """Heads of one tensor-parallel rank; all of them where they do not divide, which CFG-033 tells."""
         heads = self.model.predictor.num_heads

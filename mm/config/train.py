@@ -88,6 +88,16 @@ class TrainFlags(Flags):
     seed: int = Field(1234, ge=0, description="seed of noise, timesteps, sample order and caption dropout")
     deterministic_mode: bool = Field(False, description="refuse kernels whose result depends on timing")
 
+    recompute_granularity: Literal["full"] | None = Field(
+        None, description="full: compute blocks again in backward instead of keeping what they made"
+    )
+    recompute_method: Literal["uniform", "block"] | None = Field(
+        None, description="uniform: all blocks, in groups; block: the first blocks of every stage, one by one"
+    )
+    recompute_num_layers: int | None = Field(
+        None, ge=0, description="blocks of a group (uniform; default 1), or blocks to recompute (block; default all)"
+    )
+
     bf16: bool = Field(False, description="bf16 parameters and activations with fp32 master weights; else fp32")
     lr: float = Field(gt=0, description="peak learning rate")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the decay")
@@ -159,11 +169,8 @@ RETIRED_TRAIN_FLAGS = {
     "--no-save-rng": "Remove it; random numbers are keyed by seed and sample, so there is no state to leave out.",
     "--eval-interval": "Remove it; validation during training is not available in this version.",
     "--eval-iters": "Remove it; validation during training is not available in this version.",
-    "--recompute-granularity": "Remove it; recomputation is not available in this version.",
-    "--recompute-method": "Remove it; recomputation is not available in this version.",
-    "--recompute-num-layers": "Remove it; recomputation is not available in this version.",
-    "--recompute-skip-core-attention": "Remove it; recomputation is not available in this version.",
-    "--recompute-num-layers-skip-core-attention": "Remove it; recomputation is not available in this version.",
+    "--recompute-skip-core-attention": "Remove it; keeping attention is not available in this version.",
+    "--recompute-num-layers-skip-core-attention": "Remove it; keeping attention is not available in this version.",
     "--num-layers-per-virtual-pipeline-stage": "Remove it; give --virtual-pipeline-model-parallel-size, and "
     "predictor.pipeline_num_layers in pretrain_model.json for stages of different sizes.",
     "--megatron-cp-in-bnsd": "Remove it; the device chooses the layout of its attention kernel.",

@@ -11,6 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def widen(x: Tensor) -> Tensor:
+    """To the dtype in which norms, rotations and gates are computed: fp32, or fp64 for fp64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Non-causal softmax attention, softmax(q k^T / sqrt(K)) v, without a mask.
 
@@ -37,7 +42,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Source: Zhang and Sennrich 2019, equation 4.
     """
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    return F.rms_norm(widen(x), weight.shape, widen(weight), eps).to(x.dtype)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -53,7 +58,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Source: Su et al. 2021 (RoFormer), equation 34.
     """
     cos, sin = cos[:, None, :], sin[:, None, :]  # the same for all heads
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = widen(x).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
@@ -67,7 +72,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 
     Source: Peebles and Xie 2023 (DiT), adaptive layer norm, section 3.2.
     """
-    return (F.layer_norm(x.float(), x.shape[-1:], eps=eps) * (1 + scale) + shift).to(x.dtype)
+    return (F.layer_norm(widen(x), x.shape[-1:], eps=eps) * (1 + scale) + shift).to(x.dtype)
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -79,4 +84,4 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
     Source: Peebles and Xie 2023 (DiT), adaLN-Zero, section 3.2.
     """
-    return (x.float() + y.float() * gate).to(x.dtype)
+    return (widen(x) + widen(y) * gate).to(x.dtype)

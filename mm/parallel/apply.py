@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from mm.config.layerzero import ZeroConfig
 from mm.config.model import WanConfig
+from mm.config.recompute import Recompute
 from mm.device import kernels
 from mm.device.backend import Backend
 from mm.parallel.context import context_attention
 from mm.parallel.layerzero import local_rows, shard_stage
 from mm.parallel.mesh import Mesh
 from mm.parallel.placement import Placement, Shape, place, whole_shapes
+from mm.parallel.recompute import block_runner
 from mm.parallel.stage import WanStage, cut
 from mm.parallel.tensor import TensorAxis
 from mm.wan.layers import Parts
@@ -94,6 +96,7 @@ def apply(
     dtype: torch.dtype,
     value_of: ValueOf | None,
     zero: ZeroConfig | None = None,
+    recompute: Recompute | None = None,
 ) -> ParallelModel:
     """Make this rank's part of a model, ready for training.
 
@@ -104,9 +107,10 @@ def apply(
         dtype: of the bulk of the parameters and of what crosses a pipeline boundary.
         value_of: initial values; None leaves zeros for what is loaded next (`Optimizer.masters_to_model`).
         zero: layer-zero's configuration when the layout has it.
+        recompute: which blocks of a stage are computed again in backward.
     """
     layout = mesh.layout
-    parts = model_parts(mesh)
+    parts = model_parts(mesh, recompute)
     placements = {name: place(name, shape, mesh.tp_rank, layout.tp_size) for name, shape in whole_shapes(wan).items()}
     with backend.megatron():
         config = _schedule_config(wan, mesh, dtype, options)
@@ -128,11 +132,12 @@ def apply(
     return ParallelModel(stages, chunks, wan, config, options, zero, placements, mesh, backend)
 
 
-def model_parts(mesh: Mesh) -> Parts:
+def model_parts(mesh: Mesh, recompute: Recompute | None) -> Parts:
     """What the model is built from on this rank."""
     attention = context_attention(mesh.context)
+    runner = block_runner(recompute)
     if mesh.layout.tp_size == 1:
-        return Parts(self_attention=attention)
+        return Parts(self_attention=attention, run_blocks=runner)
     axis = TensorAxis(mesh.groups.tp, mesh.layout.sequence_parallel)
     return Parts(
         column=axis.column,
@@ -141,6 +146,7 @@ def model_parts(mesh: Mesh) -> Parts:
         qk_norm=axis.qk_norm,
         self_attention=attention,
         cross_attention=kernels.attention,
+        run_blocks=runner,
     )
 
 

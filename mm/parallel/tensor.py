@@ -21,6 +21,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm.wan.layers import QKNorm
+
 SHARDED_DIM = {
     "q.weight": 0, "q.bias": 0, "k.weight": 0, "k.bias": 0, "v.weight": 0, "v.bias": 0,
     "norm_q.weight": 0, "norm_k.weight": 0, "o.weight": 1,
@@ -67,9 +69,13 @@ class TensorAxis:
         """Columns `in_features / P` of a linear whose result is added up over the ranks."""
         return RowLinear(in_features // self.group.size(), out_features, self)
 
-    def qk_norm(self, width: int, eps: float) -> nn.Module:
+    def qk_norm(self, width: int, head_dim: int, eps: float) -> nn.Module:
         """RMSNorm of a width that the ranks share, with statistics of all of it."""
-        return ShardedRMSNorm(width, eps, self.group)
+        return QKNorm(width, head_dim, eps, self.group.size(), self.sum_statistics)
+
+    def sum_statistics(self, x: Tensor) -> Tensor:
+        """Sum of the ranks' statistics, 4 bytes a token; of their gradients in backward."""
+        return _sum(x, self.group)
 
     def columns(self, x: Tensor, linears: Sequence[nn.Module]) -> list[Tensor]:
         """Column linears of the same tokens: [B, t or T, D] to [B, T, width of each]."""
@@ -77,6 +83,8 @@ class TensorAxis:
             whole = _CopyIn.apply(x, self.group)
             return [linear(whole) for linear in linears]
         whole = _GatherTokens.apply(x, self.group)
+        if _others_decide_what_is_saved():
+            return [linear(whole) for linear in linears]
         again = _GatherAgain(x.detach(), whole, self.group)
         with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
             return [linear(whole) for linear in linears]
@@ -85,6 +93,11 @@ class TensorAxis:
         """Sum of the ranks' [B, T, D], as [B, t, D] with sequence parallelism, whole without."""
         out: Tensor = (_ScatterSum if self.sequence_parallel else _SumOut).apply(x, self.group)
         return out
+
+
+def _others_decide_what_is_saved() -> bool:
+    """Whether a checkpoint runs this code: it keeps nothing of the first run, and the whole tokens of the second."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 class RowLinear(nn.Module):
@@ -99,21 +112,6 @@ class RowLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, in_features] to [B, t or T, out_features]."""
         return self.axis.add_up(F.linear(x, self.weight)) + self.bias
-
-
-class ShardedRMSNorm(nn.Module):
-    """RMSNorm over all heads where each rank has some: the mean square is of all, 4 bytes a token are exchanged."""
-
-    def __init__(self, width: int, eps: float, group: dist.ProcessGroup) -> None:
-        super().__init__()
-        self.width, self.eps, self.group = width, eps, group
-        self.weight = nn.Parameter(torch.ones(width // group.size()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, width / P] to the same."""
-        x32 = x.float()
-        squares: Tensor = _SumBoth.apply(x32.square().sum(dim=-1, keepdim=True), self.group)
-        return (x32 * torch.rsqrt(squares / self.width + self.eps) * self.weight.float()).to(x.dtype)
 
 
 class _GatherAgain:
@@ -200,4 +198,3 @@ _GatherTokens: Any = _collective(_gather_tokens, _scatter_sum)
 _ScatterSum: Any = _collective(_scatter_sum, _gather_tokens)
 _CopyIn: Any = _collective(_same, _sum)
 _SumOut: Any = _collective(_sum, _same)
-_SumBoth: Any = _collective(_sum, _sum)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
 from mm.config.model import WanConfig
+from mm.config.recompute import Recompute, recompute_of
 from mm.config.train import TrainFlags
 from mm.data.dataset import FeatureDataset
 from mm.parallel.placement import whole_shapes
@@ -49,6 +50,7 @@ def start_table(
         "heads": _heads(layout, wan.num_heads),
         "a layer": "; ".join(layer_collectives(layout, zero)) or "no communication",
         "gradients": _gradients(flags, layout),
+        "recompute": _recompute(recompute_of(flags)),
         "checkpoints": flags.save or "none: the trained weights are not kept (--save)",
     }
 
@@ -143,6 +145,15 @@ def _gradients(flags: TrainFlags, layout: Layout) -> str:
     how = "reduce-scatter, optimizer sharded" if flags.use_distributed_optimizer else "all-reduce"
     when = "during backward" if flags.overlap_grad_reduce else "after backward"
     return f"{how} over {ranks}, {when}"
+
+
+def _recompute(plan: Recompute | None) -> str:
+    if plan is None:
+        return "nothing"
+    if plan.method == "uniform":
+        size = plan.num_layers
+        return "every block" if size in (None, 1) else f"all blocks, in groups of {size}"
+    return "every block" if plan.num_layers is None else f"the first {plan.num_layers} blocks of each stage"
 
 
 def _list(ranks: Sequence[int]) -> str:

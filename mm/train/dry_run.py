@@ -19,6 +19,7 @@ from mm.config.diffusion import DiffusionConfig
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
 from mm.config.model import WanConfig
+from mm.config.recompute import Recompute
 from mm.data.loader import FeatureBatch
 from mm.device.backend import select
 from mm.diffusion.flow import FlowMatching, SampleId
@@ -47,7 +48,7 @@ class Job:
     """What is run.
 
     Attributes:
-        wan, layout, options, zero: as for `mm.parallel.apply.apply`.
+        wan, layout, options, zero, recompute: as for `mm.parallel.apply.apply`.
         dtype: of the bulk of the parameters.
         latent: F, H, W of a sample's latents. micro_batch_size: samples in a forward.
         micro_batches: of one replica in a step.
@@ -61,6 +62,7 @@ class Job:
     latent: tuple[int, int, int]
     micro_batch_size: int
     micro_batches: int
+    recompute: Recompute | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def dry_run(job: Job, rank: int) -> Report:
     backend = select("cpu")
     with fake_job(rank, job.layout.world_size), build_mesh(job.layout, 1, backend.kind) as mesh:
         with FakeTensors(), TrackMemory(memory.PARAMETERS) as tracked, CountTraffic(axes_of(mesh)) as counted:
-            parallel = apply(job.wan, mesh, backend, job.options, job.dtype, None, job.zero)
+            parallel = apply(job.wan, mesh, backend, job.options, job.dtype, None, job.zero, job.recompute)
             _label_model(tracked, parallel)
             tracked.kind = memory.OPTIMIZER
             optimizer = make_optimizer(parallel, _SETTINGS)

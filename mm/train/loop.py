@@ -17,6 +17,7 @@ from mm.checkpoint.weights import open_weights
 from mm.config.data import TrainData
 from mm.config.layerzero import ZeroConfig
 from mm.config.model import WanConfig
+from mm.config.recompute import recompute_of
 from mm.config.train import PretrainModel, TrainFlags
 from mm.data.dataset import FeatureDataset
 from mm.data.loader import FeatureBatch, feature_batches
@@ -128,6 +129,7 @@ def _build(run: Run) -> tuple[ParallelModel, Optimizer]:
         training_dtype(flags),
         initial if flags.init_from_scratch else None,
         run.zero,
+        recompute_of(flags),
     )
     samples = run.global_batch_size
     settings = AdamWSettings(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.config.model import WanConfig
-from mm.device import kernels
+from mm.device import lean
 from mm.wan.layers import Fp32LayerNorm, Parts
 from mm.wan.rope import Positions
 
@@ -30,8 +30,8 @@ class Attention(nn.Module):
         self.k = parts.column(width, width)
         self.v = parts.column(width, width)
         self.o = parts.row(width, width)
-        self.norm_q = parts.qk_norm(width, config.eps)
-        self.norm_k = parts.qk_norm(width, config.eps)
+        self.norm_q = parts.qk_norm(width, config.head_dim, config.eps)
+        self.norm_k = parts.qk_norm(width, config.head_dim, config.eps)
 
     def heads(self, x: Tensor) -> Tensor:
         """[B, T, N*K] to [B, T, N, K]."""
@@ -49,10 +49,8 @@ class SelfAttention(Attention):
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
         """[B, T, D] to [B, T, D]."""
         q, k, v = self.columns(x, (self.q, self.k, self.v))
-        cos, sin = positions.cos, positions.sin
-        q = kernels.apply_rope(self.heads(self.norm_q(q)), cos, sin)
-        k = kernels.apply_rope(self.heads(self.norm_k(k)), cos, sin)
-        out: Tensor = self.o(self.attention(q, k, self.heads(v), positions.num_tokens).flatten(2))
+        q, k, v = self.norm_q(q, positions), self.norm_k(k, positions), self.heads(v)
+        out: Tensor = self.o(self.attention(q, k, v, positions.num_tokens).flatten(2))
         return out
 
 
@@ -67,8 +65,8 @@ class CrossAttention(Attention):
         """x [B, T, D], context [B, L, D], to [B, T, D]."""
         (q,) = self.columns(x, (self.q,))
         k, v = self.k(context), self.v(context)  # every rank has the whole context: nothing to make whole
-        q, k = self.heads(self.norm_q(q)), self.heads(self.norm_k(k))
-        out: Tensor = self.o(self.attention(q, k, self.heads(v)).flatten(2))
+        q, k, v = self.norm_q(q), self.norm_k(k), self.heads(v)
+        out: Tensor = self.o(self.attention(q, k, v).flatten(2))
         return out
 
 
@@ -113,8 +111,8 @@ class WanBlock(nn.Module):
         """
         modulation = self.modulation.float() + time_modulation
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.chunk(6, dim=1)  # [B, 1, D] each
-        y = self.self_attn(kernels.modulate(x, shift, scale, self.eps), positions)
-        x = kernels.gated_residual(x, y, gate)
+        y = self.self_attn(lean.layer_norm(x, 1 + scale, shift, self.eps), positions)
+        x = lean.gated_residual(x, y, gate)
         x = x + self.cross_attn(self.norm3(x), context)
-        y = self.ffn(kernels.modulate(x, ffn_shift, ffn_scale, self.eps))
-        return kernels.gated_residual(x, y, ffn_gate)
+        y = self.ffn(lean.layer_norm(x, 1 + ffn_scale, ffn_shift, self.eps))
+        return lean.gated_residual(x, y, ffn_gate)

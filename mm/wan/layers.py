@@ -14,13 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm.device import kernels
+from mm.device import kernels, lean
+from mm.device.lean import SumOverRanks
+from mm.wan.rope import Positions
 
 LinearFactory = Callable[[int, int], nn.Module]
 """(in_features, out_features) -> a module with `weight` and `bias` whose forward maps a tensor to a tensor."""
 
-NormFactory = Callable[[int, float], nn.Module]
-"""(width, eps) -> a module with `weight` [width] (or this rank's share of it)."""
+QKNormFactory = Callable[[int, int, float], nn.Module]
+"""(width, head_dim, eps) -> a module like `QKNorm`, with `weight` [width] (or this rank's share of it)."""
 
 Columns = Callable[[Tensor, Sequence[nn.Module]], list[Tensor]]
 """(x [B, T, D], column linears) -> what each of them makes of x; they are called together because they share x."""
@@ -30,6 +32,19 @@ CrossAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 SelfAttention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """(q, k, v [B, T, N, K], num_tokens) -> [B, T, N, K]; num_tokens is the sample's, all ranks' shares together."""
+
+
+BlockRunner = Callable[[Sequence[nn.Module], Tensor, Tensor, Tensor, Positions], Tensor]
+"""(blocks, x [B, T, D], time_modulation, context, positions) -> [B, T, D]; arguments as for `mm.wan.block.WanBlock`."""
+
+
+def run_in_order(
+    blocks: Sequence[nn.Module], hidden: Tensor, time_modulation: Tensor, context: Tensor, positions: Positions
+) -> Tensor:
+    """The plain `BlockRunner`."""
+    for block in blocks:
+        hidden = block(hidden, time_modulation, context, positions)
+    return hidden
 
 
 def apply_columns(x: Tensor, linears: Sequence[nn.Module]) -> list[Tensor]:
@@ -44,27 +59,35 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, num_tokens: int) -> Tensor:
     return kernels.attention(q, k, v)
 
 
-class RMSNorm(nn.Module):
-    """RMSNorm over the last dim with fp32 statistics; the result has the dtype of the input."""
+class QKNorm(nn.Module):
+    """RMSNorm of queries or keys over all heads with fp32 statistics, and the rotation by their positions.
 
-    def __init__(self, width: int, eps: float) -> None:
+    Args:
+        width: of all heads. head_dim: K. eps: added to the mean square.
+        shares: ranks that have equal shares of the heads. sum_over_ranks: adds up over them.
+    """
+
+    def __init__(
+        self, width: int, head_dim: int, eps: float, shares: int = 1, sum_over_ranks: SumOverRanks = lean.alone
+    ) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
+        self.width, self.head_dim, self.eps = width, head_dim, eps
+        self.sum_over_ranks = sum_over_ranks
+        self.weight = nn.Parameter(torch.ones(width // shares))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width] to the same."""
-        return kernels.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, positions: Positions | None = None) -> Tensor:
+        """[B, T, N*K] to [B, T, N, K] in the dtype of `x`; without positions nothing is rotated."""
+        rotation = None if positions is None else (positions.cos, positions.sin)
+        return lean.rms_norm_rope(x, self.weight, rotation, self.head_dim, self.eps, self.width, self.sum_over_ranks)
 
 
 class Fp32LayerNorm(nn.LayerNorm):
     """Affine LayerNorm computed in fp32 for any dtype of input and parameters; the result has the input's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to the same."""
-        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).to(
-            x.dtype
-        )
+        """[B, T, D] to the same."""
+        weight, bias = (value.float().view(1, 1, -1) for value in (self.weight, self.bias))
+        return lean.layer_norm(x, weight, bias, self.eps)
 
 
 class Fp32Linear(nn.Linear):
@@ -88,6 +111,7 @@ class Parts:
         qk_norm: norm of queries and keys over all heads; with sharded heads it must still use statistics of all.
         self_attention: attention among the video tokens; with context parallelism T is this rank's share.
         cross_attention: attention from video tokens to the text tokens, which every rank has whole.
+        run_blocks: runs consecutive blocks; recomputation changes what they keep for backward.
     """
 
     column: LinearFactory = nn.Linear
@@ -95,6 +119,7 @@ class Parts:
     columns: Columns = apply_columns
     linear: LinearFactory = nn.Linear
     linear_fp32: LinearFactory = Fp32Linear
-    qk_norm: NormFactory = RMSNorm
+    qk_norm: QKNormFactory = QKNorm
     self_attention: SelfAttention = self_attention
     cross_attention: CrossAttention = kernels.attention
+    run_blocks: BlockRunner = run_in_order

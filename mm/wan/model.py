@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.config.model import WanConfig
-from mm.device import kernels
+from mm.device import lean
 from mm.errors import ConfigError
 from mm.wan.block import WanBlock
 from mm.wan.folder import WeightFolder
@@ -88,7 +88,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x [B, T, D] and time [B, D] to [B, T, pt*ph*pw*C] fp32, in the layout of `mm.wan.patches.patchify`."""
         shift, scale = (self.modulation.float() + time.unsqueeze(1)).chunk(2, dim=1)
-        out: Tensor = self.head(kernels.modulate(x.float(), shift, scale, self.eps))
+        out: Tensor = self.head(lean.layer_norm(x.float(), 1 + scale, shift, self.eps))
         return out
 
 
@@ -108,6 +108,7 @@ class WanModel(nn.Module):
         parts = parts or Parts()
         width = config.hidden_size
         self.config = config
+        self.runner = parts.run_blocks
         self.patch_embedding = PatchEmbedding(config)
         self.text_embedding = TextEmbedding(config, parts)
         self.time_embedding = nn.Sequential(
@@ -180,9 +181,8 @@ class WanModel(nn.Module):
 
     def run_blocks(self, hidden: Tensor, conditions: Conditions, positions: Positions) -> Tensor:
         """[B, T, D] to [B, T, D] through the blocks this model holds, in order."""
-        for block in self.blocks.values():
-            hidden = block(hidden, conditions.time_modulation, conditions.context, positions)
-        return hidden
+        blocks = list(self.blocks.values())
+        return self.runner(blocks, hidden, conditions.time_modulation, conditions.context, positions)
 
     def to_precision(self: ModelT, dtype: torch.dtype) -> ModelT:
         """Cast the parameters in place to `dtype`, except those that stay fp32 (`mm.wan.precision`)."""

@@ -20,6 +20,9 @@ GOOD = {
 }  # fmt: skip
 
 
+FULL = ["--recompute-granularity", "full", "--recompute-method"]
+
+
 def flags(*words: str, without: str | None = None) -> TrainFlags:
     base = [word for name, value in GOOD.items() if name != without for word in (name, value)]
     return parse_flags(TrainFlags, [*base, *words], program="mm train", retired=RETIRED_TRAIN_FLAGS)
@@ -43,7 +46,7 @@ def test_the_last_value_of_a_flag_counts() -> None:
     [
         (["--micro-batch-sise", "2"], "CFG-007", "--micro-batch-size"),
         (["--seq-length", "24"], "CFG-008", "features"),
-        (["--recompute-granularity", "full"], "CFG-008", "not available"),
+        (["--recompute-granularity", "selective"], "CFG-005", "full"),
         (["--lr", "fast"], "CFG-005", "--lr"),
         (["--micro-batch-size", "0"], "CFG-005", "--micro-batch-size"),
         (["--lr", "nan"], "CFG-005", "--lr"),
@@ -71,6 +74,12 @@ def test_all_bad_flags_at_once() -> None:
         (["--global-batch-size", "3", "--micro-batch-size", "2"], {}, 1, ["CFG-021"]),
         (["--global-batch-size", "3"], {}, 2, ["CFG-021"]),
         (["--bf16"], {"dtype": "fp32"}, 1, ["CFG-022"]),
+        (["--recompute-granularity", "full"], {}, 1, ["CFG-048"]),
+        (["--recompute-method", "block"], {}, 1, ["CFG-048"]),
+        (["--recompute-num-layers", "1"], {}, 1, ["CFG-048"]),
+        ([*FULL, "uniform", "--recompute-num-layers", "0"], {}, 1, ["CFG-048"]),
+        ([*FULL, "block", "--recompute-num-layers", "99"], {}, 1, ["CFG-048"]),
+        ([*FULL, "block", "--recompute-num-layers", "0"], {}, 1, []),
         ([], {"dtype": "bf16"}, 1, ["CFG-022"]),
         (["--init-from-scratch"], {}, 1, ["CFG-023"]),
         (["--save-interval", "2"], {}, 1, ["CFG-024"]),

@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel import schedules
 from torch import Tensor
 
 from mm.config.layout import Layout
-from mm.device import kernels
+from mm.device import kernels, lean
 from mm.diffusion.flow import FlowMatching
 from mm.parallel import context, layerzero_optimizer, optimizer, ring, stage, tensor, ulysses
 from mm.parallel.boundary import BoundaryShape
@@ -67,15 +67,18 @@ def gradient_of_the_shared_input_not_added_up(patch: pytest.MonkeyPatch) -> None
 
 @mutation("N1", "tp2sp", caught_by="loss gradient norm")
 def qk_norm_over_the_own_heads(patch: pytest.MonkeyPatch) -> None:
-    def pretend_all(x: Tensor, group: Any) -> Tensor:
-        return x * group.size()
-
-    patch.setattr(tensor, "_SumBoth", tensor._collective(pretend_all, pretend_all))
+    patch.setattr(tensor.TensorAxis, "sum_statistics", lambda self, x: x * self.group.size())
 
 
 @mutation("N1", "tp2sp", caught_by="gradient norm")
 def gradient_of_qk_norm_statistics_not_added_up(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tensor, "_SumBoth", tensor._SumOut)
+    backward = lean._RMSNormRope.backward
+
+    def wrong(ctx: Any, grad: Tensor) -> Any:
+        ctx.sum_over_ranks = lean.alone
+        return backward(ctx, grad)
+
+    patch.setattr(lean._RMSNormRope, "backward", staticmethod(wrong))
 
 
 @mutation("N1", "zero2", caught_by="gradient norm")
@@ -315,7 +318,5 @@ def ring_accumulates_in_short(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("N9", "tp2sp", caught_by="loss gradient norm")
 def qk_norm_statistics_rounded(patch: pytest.MonkeyPatch) -> None:
-    def short_sum(x: Tensor, group: Any) -> Tensor:
-        return rounded(tensor._sum(x, group))
-
-    patch.setattr(tensor, "_SumBoth", tensor._collective(short_sum, tensor._sum))
+    sum_statistics = tensor.TensorAxis.sum_statistics
+    patch.setattr(tensor.TensorAxis, "sum_statistics", lambda self, x: rounded(sum_statistics(self, x)))

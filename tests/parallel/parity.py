@@ -15,6 +15,7 @@ from mm.config.diffusion import DiffusionConfig
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
 from mm.config.model import WanConfig
+from mm.config.recompute import Recompute
 from mm.data.loader import FeatureBatch
 from mm.device.backend import Backend
 from mm.diffusion.flow import FlowMatching
@@ -51,6 +52,7 @@ class Row:
     zero: ZeroConfig | None = None
     samples: str = ODD
     micro_batch_size: int = 1
+    recompute: Recompute | None = None
 
     @property
     def wan(self) -> WanConfig:
@@ -154,7 +156,7 @@ def plain_run(kind: str, wan: WanConfig) -> Trace:
 
 def parallel_run(row: Row, mesh: Mesh, backend: Backend) -> Trace:
     """The same on a layout; gradients and weights are gathered from the ranks that own them."""
-    parallel = apply(row.wan, mesh, backend, row.options, torch.float32, value_of, row.zero)
+    parallel = apply(row.wan, mesh, backend, row.options, torch.float32, value_of, row.zero, row.recompute)
     optimizer = make_optimizer(parallel, SETTINGS)
     flow = FlowMatching(DiffusionConfig())
     trace = Trace()

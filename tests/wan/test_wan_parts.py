@@ -11,7 +11,7 @@ from mm.config.model import WanConfig
 from mm.device import kernels
 from mm.errors import ConfigError
 from mm.wan.initial import initial_value
-from mm.wan.layers import Parts, RMSNorm
+from mm.wan.layers import Parts, QKNorm
 from mm.wan.model import WanModel, timestep_sinusoid
 from mm.wan.patches import patchify, token_grid, unpatchify
 from mm.wan.rope import axis_widths, rope_tables
@@ -165,7 +165,7 @@ def test_parts_may_shard_heads_and_replace_attention():
     parts = Parts(
         column=lambda fan_in, fan_out: nn.Linear(fan_in, fan_out // 2),
         row=lambda fan_in, fan_out: nn.Linear(fan_in // 2, fan_out),
-        qk_norm=lambda width, eps: RMSNorm(width // 2, eps),
+        qk_norm=lambda width, head_dim, eps: QKNorm(width // 2, head_dim, eps),
         self_attention=attention,
         cross_attention=attention,
     )
