@@ -3,30 +3,18 @@
 Autograd would keep what every step in between made in fp32: 12 fp32 copies of the residual stream a block. These keep
 their inputs as they are, in the stream's dtype, and the few statistics that are dear to compute again. The formulas
 are those of the plain references in `mm.device.kernels`. Everything is computed in fp32 (fp64 for fp64 inputs) and cast
-back. Shapes: B batch, T tokens, D model width, N heads, K head width.
+back; `mm.device.operators` has the arithmetic. Shapes: B batch, T tokens, D model width, N heads, K head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mm.device.kernels import widen
-
-SumOverRanks = Callable[[Tensor], Tensor]
-"""Adds up a tensor over the ranks that share a width."""
-
-Rotation = tuple[Tensor, Tensor]
-"""Cosines and sines, [T, K/2] fp32 each."""
-
-
-def alone(x: Tensor) -> Tensor:
-    """The `SumOverRanks` of a width that one rank has whole."""
-    return x
+from mm.device.operators import Rotation, SumOverRanks, alone, operators_of
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -87,46 +75,26 @@ def rms_norm_rope(
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        width = [x.shape[-1]]
-        if weight.shape[0] == 1:
-            out, mean, rstd = torch.native_layer_norm(widen(x), width, weight.view(-1), bias.view(-1), eps)
-        else:
-            normed, mean, rstd = torch.native_layer_norm(widen(x), width, None, None, eps)
-            out = torch.addcmul(bias, normed, weight)
+        out, mean, rstd = operators_of(x).layer_norm(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
-        return out.to(x.dtype)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, mean, rstd = ctx.saved_tensors
-        wide, grad, width = widen(x), widen(grad), [x.shape[-1]]
-        if weight.shape[0] == 1:
-            flat = weight.view(-1)
-            dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-                grad, wide, width, mean, rstd, flat, torch.zeros_like(flat), [True, True, True]
-            )
-            return dx.to(x.dtype), dweight.view_as(weight), dbias.view_as(weight), None
-        dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad * weight, wide, width, mean, rstd, None, None, [True, False, False]
-        )
-        dweight = (grad * (wide - mean) * rstd).sum(dim=1, keepdim=True)
-        return dx.to(x.dtype), dweight, grad.sum(dim=1, keepdim=True), None
+        return *operators_of(grad).layer_norm_backward(grad, *ctx.saved_tensors), None
 
 
 class _GatedResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         ctx.save_for_backward(y, gate)
-        return torch.addcmul(widen(x), widen(y), gate).to(x.dtype)
+        return operators_of(x).gated_residual(x, y, gate)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        y, gate = ctx.saved_tensors
-        wide = widen(grad)
-        dgate = torch.einsum("btd,btd->bd", wide, widen(y)).unsqueeze(1).sum_to_size(gate.shape)
-        return grad, (wide * gate).to(y.dtype), dgate
+        return grad, *operators_of(grad).gated_residual_backward(grad, *ctx.saved_tensors)
 
 
 class _RMSNormRope(torch.autograd.Function):
@@ -142,33 +110,17 @@ class _RMSNormRope(torch.autograd.Function):
         width: int,
         sum_over_ranks: SumOverRanks,
     ) -> Tensor:
-        wide = widen(x)
-        squares = sum_over_ranks(torch.linalg.vecdot(wide, wide).unsqueeze(-1))
-        rstd = torch.rsqrt(squares / width + eps)
-        heads = (wide * rstd * widen(weight)).unflatten(-1, (-1, head_dim))
+        rotation = None if cos is None or sin is None else (cos, sin)
+        out, rstd = operators_of(x).rms_norm_rope(x, weight, rotation, head_dim, eps, width, sum_over_ranks)
         ctx.save_for_backward(x, weight, cos, sin, rstd)
         ctx.width, ctx.sum_over_ranks = width, sum_over_ranks
-        return (heads if cos is None or sin is None else _rotate(heads, cos, sin)).to(x.dtype)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, cos, sin, rstd = ctx.saved_tensors
-        wide = widen(x)
-        grad = widen(grad)
-        if cos is not None:
-            grad = _rotate(grad, cos, -sin)
-        grad = grad.flatten(2)
-        normed = wide * rstd
-        dweight = torch.einsum("btd,btd->d", grad, normed).to(weight.dtype)
-        grad = grad * widen(weight)
-        dot = ctx.sum_over_ranks(torch.linalg.vecdot(grad, normed).unsqueeze(-1))
-        dx = rstd * torch.addcmul(grad, normed, dot, value=-1 / ctx.width)
-        return dx.to(x.dtype), dweight, None, None, None, None, None, None
-
-
-def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn [B, T, N, K] by [T, K/2]."""
-    pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)).contiguous())
-    rotation = torch.complex(cos, sin).to(pairs.dtype).unsqueeze(1)  # the same for all heads
-    return torch.view_as_real(pairs * rotation).flatten(-2)
+        rotation = None if cos is None else (cos, sin)
+        operators = operators_of(grad)
+        dx, dweight = operators.rms_norm_rope_backward(grad, x, weight, rotation, rstd, ctx.width, ctx.sum_over_ranks)
+        return dx, dweight, None, None, None, None, None, None

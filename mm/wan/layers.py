@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.device import kernels, lean
-from mm.device.lean import SumOverRanks
+from mm.device.operators import SumOverRanks, alone
 from mm.wan.rope import Positions
 
 LinearFactory = Callable[[int, int], nn.Module]
@@ -68,7 +68,7 @@ class QKNorm(nn.Module):
     """
 
     def __init__(
-        self, width: int, head_dim: int, eps: float, shares: int = 1, sum_over_ranks: SumOverRanks = lean.alone
+        self, width: int, head_dim: int, eps: float, shares: int = 1, sum_over_ranks: SumOverRanks = alone
     ) -> None:
         super().__init__()
         self.width, self.head_dim, self.eps = width, head_dim, eps
