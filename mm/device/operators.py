@@ -70,9 +70,10 @@ class Operators(Protocol):
 
 
 class PlainOperators:
-    """`Operators` in torch's own functions, for every device; the methods are documented there."""
+    """`Operators` in torch's own functions, for every device."""
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Operators.layer_norm`."""
         width = [x.shape[-1]]
         if weight.shape[0] == 1:
             out, mean, rstd = torch.native_layer_norm(widen(x), width, weight.view(-1), bias.view(-1), eps)
@@ -84,6 +85,7 @@ class PlainOperators:
     def layer_norm_backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Operators.layer_norm_backward`."""
         wide, grad, width = widen(x), widen(grad), [x.shape[-1]]
         if weight.shape[0] == 1:
             flat = weight.view(-1)
@@ -98,9 +100,11 @@ class PlainOperators:
         return dx.to(x.dtype), dweight, grad.sum(dim=1, keepdim=True)
 
     def gated_residual(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+        """As `Operators.gated_residual`."""
         return torch.addcmul(widen(x), widen(y), gate).to(x.dtype)
 
     def gated_residual_backward(self, grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Operators.gated_residual_backward`."""
         wide = widen(grad)
         dgate = torch.einsum("btd,btd->bd", wide, widen(y)).unsqueeze(1).sum_to_size(gate.shape)
         return (wide * gate).to(y.dtype), dgate
@@ -115,6 +119,7 @@ class PlainOperators:
         width: int,
         sum_over_ranks: SumOverRanks,
     ) -> tuple[Tensor, Tensor]:
+        """As `Operators.rms_norm_rope`."""
         wide = widen(x)
         squares = sum_over_ranks(torch.linalg.vecdot(wide, wide).unsqueeze(-1))
         rstd = torch.rsqrt(squares / width + eps)
@@ -131,6 +136,7 @@ class PlainOperators:
         width: int,
         sum_over_ranks: SumOverRanks,
     ) -> tuple[Tensor, Tensor]:
+        """As `Operators.rms_norm_rope_backward`."""
         wide, grad = widen(x), widen(grad)
         if rotation is not None:
             grad = _rotate(grad, rotation[0], -rotation[1])
