@@ -26,6 +26,7 @@ setup(
         "ftfy>=6.1,<7",
         "tqdm>=4.66",
         "tabulate>=0.9",
+        "psutil>=6",
         "matplotlib>=3.9",
         "tensorboard>=2.17",
     ],

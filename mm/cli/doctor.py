@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
         latent=(frames, height, width),
         micro_batch_size=flags.micro_batch_size,
         micro_batches=flags.micro_batches_of_step(layout.dp_size),
-        recompute=recompute_of(flags),
+        recompute=recompute_of(flags, model),
     )
     report = dry_run(job, flags.rank)
     print(_as_json(layout, report) if flags.json_output else _as_text(layout, report))

@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
         build_mesh(layout, timeout, backend.kind) as mesh,
     ):
         comm = SingleProcess() if where.world_size == 1 else ProcessGroupComm(device=backend.device)
-        progress = train(Run(flags, model, data, zero, dataset, mesh, backend, comm))
+        progress = train(Run(flags, model, data, zero, dataset, mesh, backend, comm, where.local_world_size))
     logging.getLogger(__name__).info("done: step %d, %d samples", progress.step, progress.consumed_samples)
 
 

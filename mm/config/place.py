@@ -10,11 +10,12 @@ from mm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Place:
-    """Where torchrun put this process: its rank in the job, the job's size, its index on its node."""
+    """Where torchrun put this process: its rank in the job, the job's size, its index on its node, the node's size."""
 
     rank: int
     world_size: int
     local_rank: int
+    local_world_size: int = 1
 
 
 def place() -> Place:
@@ -27,11 +28,12 @@ def place() -> Place:
     values = [os.environ.get(name) for name in names]
     if all(value is None for value in values):
         return Place(0, 1, 0)
+    local_world_size = os.environ.get("LOCAL_WORLD_SIZE", "1")
     try:
         rank, world_size, local_rank = (int(value or "") for value in values)
-        if not 0 <= rank < world_size or local_rank < 0:
+        if not 0 <= rank < world_size or local_rank < 0 or int(local_world_size) < 1:
             raise ValueError
     except ValueError:
         found = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
         raise ConfigError("CFG-031", f"The launcher's variables make no sense: {found}.", "Use torchrun.") from None
-    return Place(rank, world_size, local_rank)
+    return Place(rank, world_size, local_rank, int(local_world_size))

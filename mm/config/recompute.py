@@ -1,4 +1,4 @@
-"""Which blocks are computed again in backward instead of keeping what they made: `--recompute-*`.
+"""Which blocks are computed again in backward instead of keeping what they made, and what they keep nevertheless.
 
 Counts are of the blocks of one virtual pipeline stage, as in Megatron: every stage recomputes as many.
 """
@@ -9,36 +9,58 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from mm.config.train import TrainFlags
+from mm.config.train import PretrainModel, TrainFlags
+
+Mode = Literal["full", "keep attention", "none"]
+"""Recomputed whole; recomputed except for self attention; not recomputed."""
+
+Kept = Literal["O", "q,k,v,O"]
+"""What recomputation keeps of self attention: its output, or its inputs too; always the log-sum-exp as well."""
 
 
 @dataclass(frozen=True)
 class Recompute:
-    """Full recomputation.
+    """The first blocks are recomputed whole, those after them except for self attention, the rest not at all.
 
     Attributes:
-        method: `uniform` cuts all blocks into groups and keeps the input of each group; `block` recomputes the first
-            blocks, each by itself, and the others not at all.
-        num_layers: blocks of a group, or blocks that are recomputed; None means groups of one, or all blocks.
+        group_size: blocks that are recomputed together; only the input of the group is kept.
+        full_layers: blocks recomputed whole; None means all.
+        keep_layers: of those after them, the blocks that keep attention; None means all.
+        kept: what these keep of it.
+        offload: whether all that they keep, their input included, waits for backward in host memory.
     """
 
-    method: Literal["uniform", "block"]
-    num_layers: int | None
+    group_size: int = 1
+    full_layers: int | None = None
+    keep_layers: int | None = 0
+    kept: Kept = "O"
+    offload: bool = False
 
-    def groups(self, num_blocks: int) -> Iterator[tuple[range, bool]]:
-        """(blocks, whether they are recomputed together) of a stage, in order."""
-        if self.method == "uniform":
-            size = 1 if self.num_layers is None else self.num_layers
-            for start in range(0, num_blocks, size):
-                yield range(start, min(start + size, num_blocks)), True
-            return
-        recomputed = num_blocks if self.num_layers is None else min(self.num_layers, num_blocks)
-        for index in range(num_blocks):
-            yield range(index, index + 1), index < recomputed
+    def groups(self, num_blocks: int) -> Iterator[tuple[range, Mode]]:
+        """(blocks, how they run) of a stage, in order."""
+        full = num_blocks if self.full_layers is None else min(self.full_layers, num_blocks)
+        keep = num_blocks if self.keep_layers is None else min(full + self.keep_layers, num_blocks)
+        parts: list[tuple[int, int, int, Mode]] = [
+            (0, full, self.group_size, "full"),
+            (full, keep, self.group_size, "keep attention"),
+            (keep, num_blocks, 1, "none"),
+        ]
+        for first, end, size, mode in parts:
+            for start in range(first, end, size):
+                yield range(start, min(start + size, end)), mode
 
 
-def recompute_of(flags: TrainFlags) -> Recompute | None:
-    """What checked flags ask for; None keeps everything."""
-    if flags.recompute_granularity is None or flags.recompute_method is None:
+def recompute_of(flags: TrainFlags, model: PretrainModel) -> Recompute | None:
+    """What a checked request asks for; None keeps everything."""
+    if flags.recompute_granularity is None:
         return None
-    return Recompute(flags.recompute_method, flags.recompute_num_layers)
+    kept, offload = flags.recompute_keep or "O", model.predictor.attention_async_offload
+    if flags.recompute_granularity == "selective":
+        return Recompute(full_layers=0, keep_layers=None, kept=kept, offload=offload)
+    skips, layers = flags.recompute_skip_core_attention, flags.recompute_num_layers
+    if flags.recompute_method == "uniform":
+        size = layers or 1
+        return Recompute(size, 0, None, kept, offload) if skips else Recompute(size)
+    if not skips:
+        return Recompute(full_layers=layers)
+    return Recompute(1, layers, flags.recompute_num_layers_skip_core_attention, kept, offload)

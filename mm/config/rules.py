@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from mm.config.layerzero import ZeroConfig
 from mm.config.request import Request
 from mm.config.rules_parallel import PARALLEL_RULES
+from mm.config.rules_recompute import RECOMPUTE_RULES
 from mm.config.train import PretrainModel, TrainFlags
 from mm.errors import ConfigError, Problem, raise_all
 
@@ -91,33 +92,6 @@ def _overlap_needs_distributed_optimizer(request: Request) -> Iterator[Problem]:
         )
 
 
-def _recomputation_is_whole(request: Request) -> Iterator[Problem]:
-    """CFG-048: granularity and method belong together, and counts are of blocks that exist."""
-    flags = request.flags
-    given = [flags.recompute_granularity, flags.recompute_method]
-    if any(given) and not all(given):
-        found = "--recompute-granularity" if given[0] else "--recompute-method"
-        missing = "--recompute-method uniform or block" if given[0] else "--recompute-granularity full"
-        yield Problem("CFG-048", f"{found} has no effect alone.", f"Add {missing}, or remove it.")
-    if flags.recompute_num_layers is None:
-        return
-    if not any(given):
-        yield Problem(
-            "CFG-048",
-            "--recompute-num-layers has no effect without --recompute-granularity full.",
-            "Add that and --recompute-method, or remove it.",
-        )
-    if flags.recompute_method == "uniform" and flags.recompute_num_layers == 0:
-        yield Problem("CFG-048", "--recompute-num-layers 0 makes groups without blocks.", "Use 1 or more.")
-    largest = max(request.blocks_of_stages)
-    if flags.recompute_num_layers > largest:
-        yield Problem(
-            "CFG-048",
-            f"--recompute-num-layers is {flags.recompute_num_layers}, and no stage has more than {largest} blocks.",
-            f"Use at most {largest}.",
-        )
-
-
 Rule = Callable[[Request], Iterator[Problem]]
 TRAINING_RULES: tuple[Rule, ...] = (
     *PARALLEL_RULES,
@@ -126,5 +100,5 @@ TRAINING_RULES: tuple[Rule, ...] = (
     _saving_is_meant,
     _schedule_fits,
     _overlap_needs_distributed_optimizer,
-    _recomputation_is_whole,
+    *RECOMPUTE_RULES,
 )

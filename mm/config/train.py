@@ -20,11 +20,13 @@ class PredictorConfig(WanConfig):
         dtype: parameter precision; must agree with `--bf16`.
         pipeline_num_layers: blocks of each pipeline stage, [PP], or with virtual stages [VP][PP]; unused without a
             pipeline.
+        attention_async_offload: what blocks that keep their attention keep waits for backward in host memory.
     """
 
     model_id: Literal["wandit"] = "wandit"
     dtype: Literal["bf16", "fp32"] | None = None
     pipeline_num_layers: list[int] | list[list[int]] | None = None
+    attention_async_offload: bool = False
 
     def wan(self) -> WanConfig:
         """The model's shape alone."""
@@ -88,14 +90,26 @@ class TrainFlags(Flags):
     seed: int = Field(1234, ge=0, description="seed of noise, timesteps, sample order and caption dropout")
     deterministic_mode: bool = Field(False, description="refuse kernels whose result depends on timing")
 
-    recompute_granularity: Literal["full"] | None = Field(
-        None, description="full: compute blocks again in backward instead of keeping what they made"
+    recompute_granularity: Literal["full", "selective"] | None = Field(
+        None,
+        description="full: compute blocks again in backward instead of keeping what they made; "
+        "selective: all blocks, except for self attention, whose output is kept",
     )
     recompute_method: Literal["uniform", "block"] | None = Field(
         None, description="uniform: all blocks, in groups; block: the first blocks of every stage, one by one"
     )
     recompute_num_layers: int | None = Field(
         None, ge=0, description="blocks of a group (uniform; default 1), or blocks to recompute (block; default all)"
+    )
+    recompute_skip_core_attention: bool = Field(
+        False,
+        description="uniform: recompute everything except self attention; block: so for the blocks after the first N",
+    )
+    recompute_num_layers_skip_core_attention: int | None = Field(
+        None, ge=1, description="block: how many blocks after the first N keep their attention; default: all the others"
+    )
+    recompute_keep: Literal["O", "q,k,v,O"] | None = Field(
+        None, description="what is kept of self attention: its output (the default), or its inputs too"
     )
 
     bf16: bool = Field(False, description="bf16 parameters and activations with fp32 master weights; else fp32")
@@ -169,8 +183,6 @@ RETIRED_TRAIN_FLAGS = {
     "--no-save-rng": "Remove it; random numbers are keyed by seed and sample, so there is no state to leave out.",
     "--eval-interval": "Remove it; validation during training is not available in this version.",
     "--eval-iters": "Remove it; validation during training is not available in this version.",
-    "--recompute-skip-core-attention": "Remove it; keeping attention is not available in this version.",
-    "--recompute-num-layers-skip-core-attention": "Remove it; keeping attention is not available in this version.",
     "--num-layers-per-virtual-pipeline-stage": "Remove it; give --virtual-pipeline-model-parallel-size, and "
     "predictor.pipeline_num_layers in pretrain_model.json for stages of different sizes.",
     "--megatron-cp-in-bnsd": "Remove it; the device chooses the layout of its attention kernel.",

@@ -10,11 +10,16 @@ Source: Dao 2023 (FlashAttention-2, arXiv 2307.08691), section 3.1.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Keep = Callable[[str, Callable[[], tuple[Tensor, ...]]], tuple[Tensor, ...]]
+"""(name, compute) -> what `compute` gives; a recomputed block gets what it kept under the name, without computing."""
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _FLASH_MAX_WIDTH = 256
@@ -24,6 +29,55 @@ _FLASH_WIDTH_MULTIPLE = 8
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums over many blocks are kept: fp32, or fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def keep_nothing(name: str, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The `Keep` of a block that is not recomputed, or recomputed whole."""
+    del name
+    return compute()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, keep: Keep = keep_nothing) -> Tensor:
+    """Non-causal softmax attention without a mask; differentiable.
+
+    Args:
+        q: [B, T, N, K], T >= 1. k, v: [B, S, N, K], S >= 1.
+        keep: is asked for the output and its log-sum-exp under the name "O".
+
+    Returns:
+        [B, T, N, K] in the dtype of `q`. Kept for backward: q, k, v, the output and 4 bytes a token and head.
+    """
+    out: Tensor = _Attention.apply(q, k, v, keep)
+    return out
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keep: Keep) -> Tensor:
+        out, lse = keep("O", lambda: attention_with_lse(q, k, v))
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        return *attention_backward(grad_out, *ctx.saved_tensors), None
+
+
+def keep_inputs(q: Tensor, k: Tensor, v: Tensor, keep: Keep) -> tuple[Tensor, Tensor, Tensor]:
+    """The same three tensors, asked of `keep` under the name "q,k,v"; differentiable."""
+    q, k, v = _KeepInputs.apply(keep, q, k, v)
+    return q, k, v
+
+
+class _KeepInputs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keep: Keep, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return keep("q,k,v", lambda: tuple(x.view_as(x) for x in inputs))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, *grads
 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 
 from mm.device.megatron_on_cpu import MegatronOnCpu
@@ -87,6 +89,15 @@ def select(kind: DeviceKind | None, local_rank: int = 0) -> Backend:
     device = torch.device(kind, local_rank)
     getattr(torch, kind).set_device(device)
     return Backend(kind, device, "nccl" if kind == "cuda" else "hccl", None)
+
+
+def free_host_bytes() -> int:
+    """Memory that this node still gives to its processes: free on the machine, and left of a container's limit."""
+    free = psutil.virtual_memory().available
+    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int(used.read_text()))
+    return int(free)
 
 
 @contextlib.contextmanager

@@ -19,17 +19,14 @@ from torch import Tensor, nn
 
 from mm.config.layerzero import ZeroConfig
 from mm.config.model import WanConfig
-from mm.config.recompute import Recompute
-from mm.device import kernels
 from mm.device.backend import Backend
 from mm.parallel.context import context_attention
 from mm.parallel.layerzero import local_rows, shard_stage
 from mm.parallel.mesh import Mesh
 from mm.parallel.placement import Placement, Shape, place, whole_shapes
-from mm.parallel.recompute import block_runner
 from mm.parallel.stage import WanStage, cut
 from mm.parallel.tensor import TensorAxis
-from mm.wan.layers import Parts
+from mm.wan.layers import BlockRunner, Parts, run_in_order
 from mm.wan.model import WanModel
 
 ValueOf = Callable[[str, Shape], Tensor]
@@ -96,7 +93,7 @@ def apply(
     dtype: torch.dtype,
     value_of: ValueOf | None,
     zero: ZeroConfig | None = None,
-    recompute: Recompute | None = None,
+    run_blocks: BlockRunner = run_in_order,
 ) -> ParallelModel:
     """Make this rank's part of a model, ready for training.
 
@@ -107,10 +104,10 @@ def apply(
         dtype: of the bulk of the parameters and of what crosses a pipeline boundary.
         value_of: initial values; None leaves zeros for what is loaded next (`Optimizer.masters_to_model`).
         zero: layer-zero's configuration when the layout has it.
-        recompute: which blocks of a stage are computed again in backward.
+        run_blocks: runs the blocks of a stage (`mm.parallel.recompute.block_runner`).
     """
     layout = mesh.layout
-    parts = model_parts(mesh, recompute)
+    parts = model_parts(mesh, run_blocks)
     placements = {name: place(name, shape, mesh.tp_rank, layout.tp_size) for name, shape in whole_shapes(wan).items()}
     with backend.megatron():
         config = _schedule_config(wan, mesh, dtype, options)
@@ -132,12 +129,11 @@ def apply(
     return ParallelModel(stages, chunks, wan, config, options, zero, placements, mesh, backend)
 
 
-def model_parts(mesh: Mesh, recompute: Recompute | None) -> Parts:
+def model_parts(mesh: Mesh, run_blocks: BlockRunner) -> Parts:
     """What the model is built from on this rank."""
     attention = context_attention(mesh.context)
-    runner = block_runner(recompute)
     if mesh.layout.tp_size == 1:
-        return Parts(self_attention=attention, run_blocks=runner)
+        return Parts(self_attention=attention, run_blocks=run_blocks)
     axis = TensorAxis(mesh.groups.tp, mesh.layout.sequence_parallel)
     return Parts(
         column=axis.column,
@@ -145,8 +141,7 @@ def model_parts(mesh: Mesh, recompute: Recompute | None) -> Parts:
         columns=axis.columns,
         qk_norm=axis.qk_norm,
         self_attention=attention,
-        cross_attention=kernels.attention,
-        run_blocks=runner,
+        run_blocks=run_blocks,
     )
 
 

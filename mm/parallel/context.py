@@ -11,18 +11,18 @@ Source of the combination: Fang and Zhao 2024 (USP, arXiv 2405.07719), section 4
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.device import kernels
+from mm.device.attention import Keep, keep_inputs, keep_nothing
+from mm.device.attention import attention as attend
 from mm.parallel.ring import Ring, ring_attention
 from mm.parallel.ulysses import gather_heads, scatter_heads
-
-ContextAttention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+from mm.wan.layers import SelfAttention
 
 
 @dataclass(frozen=True)
@@ -86,34 +86,40 @@ def build_context_groups(
     return ContextGroups(ulysses, ring, overlap, window_size, outer)
 
 
-def context_attention(groups: ContextGroups) -> ContextAttention:
+def context_attention(groups: ContextGroups) -> SelfAttention:
     """The self attention of one context-parallel rank.
 
     Returns:
-        attention(q, k, v, num_tokens) -> out, differentiable. q, k, v and out are [B, c, N, K], this rank's tokens,
-        already rotated; `num_tokens`, 1 to cp_size * c, counts the real tokens of the whole sequence. Padding has no
-        influence on the others; its output and gradients are zero. All ranks of the groups call it together.
+        attention(q, k, v, num_tokens, keep) -> out, differentiable. q, k, v and out are [B, c, N, K], this rank's
+        tokens, already rotated; `num_tokens`, 1 to cp_size * c, counts the real tokens of the whole sequence. Padding
+        has no influence on the others; its output and gradients are zero. `keep` is asked for what attention reads
+        ("q,k,v") and for its output before heads are exchanged back ("O"). All ranks of the groups call it together.
     """
     ulysses, ring = groups.ulysses, None
     if groups.ring is not None:
         ring = Ring(groups.ring, groups.ring_overlap, groups.ring_outer, groups.window_size)
     cp_size = (ulysses.size() if ulysses else 1) * (ring.size if ring else 1)
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, num_tokens: int) -> Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, keep: Keep = keep_nothing) -> Tensor:
         if not 1 <= num_tokens <= cp_size * q.shape[1]:
             raise ValueError(f"{num_tokens} tokens on {cp_size} ranks with {q.shape[1]} places each")
         if ulysses is not None:
-            q, k, v = scatter_heads(q, k, v, ulysses)
-        out = _whole_sequence(q, k, v, num_tokens) if ring is None else ring_attention(q, k, v, num_tokens, ring)
+            q, k, v = scatter_heads(q, k, v, ulysses, keep)
+        else:
+            q, k, v = keep_inputs(q, k, v, keep)
+        if ring is not None:
+            out = ring_attention(q, k, v, num_tokens, ring, keep)
+        else:
+            out = _whole_sequence(q, k, v, num_tokens, keep)
         return out if ulysses is None else gather_heads(out, ulysses)
 
     return attention
 
 
-def _whole_sequence(q: Tensor, k: Tensor, v: Tensor, num_tokens: int) -> Tensor:
+def _whole_sequence(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, keep: Keep) -> Tensor:
     """Attention where every token is at hand: [B, T, N, K] with the padding cut off before and zeros put back after."""
     real = slice(0, num_tokens)
-    out = kernels.attention(q[:, real], k[:, real], v[:, real])
+    out = attend(q[:, real], k[:, real], v[:, real], keep)
     return F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - num_tokens))
 
 

@@ -103,6 +103,19 @@ def bubble(layout: Layout, micro_batches: int) -> float:
     return idle / (layout.vp_size * micro_batches + idle)
 
 
+def passes_in_flight(layout: Layout, pp_rank: int, micro_batches: int) -> int:
+    """Forwards of a rank, of any of its virtual stages, whose backward has not run yet, at most.
+
+    Those of the warm-up and one more: p - r of plain 1F1B, 2 (p - r) - 1 + (v - 1) p when stages interleave.
+
+    Source: Narayanan et al. 2021 (arXiv 2104.04473), section 2.2, in the order of megatron-core.
+    """
+    behind = layout.pp_size - pp_rank
+    if layout.vp_size == 1:
+        return min(behind, micro_batches)
+    return min(2 * behind - 1 + (layout.vp_size - 1) * layout.pp_size, layout.vp_size * micro_batches)
+
+
 def layer(
     wan: WanConfig,
     layout: Layout,

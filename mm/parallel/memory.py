@@ -24,6 +24,8 @@ from mm.parallel.traffic import is_collective
 
 PARAMETERS, GRADIENTS, OPTIMIZER = "parameters", "gradients", "optimizer"
 GATHERED, MESSAGES, ACTIVATIONS = "gathered parameters", "messages", "activations"
+HOST = "host"
+"""Memory beside the device's; no part of a peak."""
 
 
 class TrackMemory(TorchDispatchMode):
@@ -94,6 +96,8 @@ class TrackMemory(TorchDispatchMode):
         alive: Counter[str] = Counter()
         total, most, at_peak = 0, -1, alive
         for place, (storage, change) in enumerate(self._log):
+            if self._kinds[storage] == HOST:
+                continue
             alive[self._kinds[storage]] += change
             total += change
             if place >= since - 1 and total > most:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mm.device import attention
+from mm.device.attention import Keep, keep_nothing
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Exchange:
         return self.received
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, ring: Ring) -> Tensor:
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, ring: Ring, keep: Keep = keep_nothing) -> Tensor:
     """Non-causal softmax attention over a sequence that is spread over the ring; differentiable.
 
     Args:
@@ -120,28 +121,22 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, ring: Ring)
             content has no influence.
         num_tokens: real tokens of the whole sequence, 1 to P*c.
         ring: this rank's place and links.
+        keep: is asked for the output and its log-sum-exp under the name "O".
 
     Returns:
         [B, c, N, K] in the dtype of `q`; zeros at the padding, and gradients of zero there.
     """
-    out: Tensor = _RingAttention.apply(q, k, v, num_tokens, ring)
+    out: Tensor = _RingAttention.apply(q, k, v, num_tokens, ring, keep)
     return out
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, num_tokens: int, ring: Ring) -> Tensor:
-        real = _real(ring.rank, q.shape[1], num_tokens)
-        out, lse = _nothing_attended(q[:, real])
-        for visit, kv in _visits(torch.stack((k, v)), ring):
-            keys, values = kv[:, :, _real(ring.chunk(visit), q.shape[1], num_tokens)]
-            if lse.numel() and keys.numel():
-                out, lse = merge(out, lse, *attention.attention_with_lse(q[:, real], keys, values))
-        padded = torch.zeros_like(q)
-        padded[:, real] = out
-        ctx.save_for_backward(q, k, v, padded, lse)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, num_tokens: int, ring: Ring, keep: Keep) -> Tensor:
+        out, lse = keep("O", lambda: _around_the_ring(q, k, v, num_tokens, ring))
+        ctx.save_for_backward(q, k, v, out, lse)
         ctx.num_tokens, ctx.ring = num_tokens, ring
-        return padded
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -167,7 +162,20 @@ class _RingAttention(torch.autograd.Function):
                 arriving = ring.post(dkv, visit, visit + 1)
         if arriving is not None:
             own += arriving.wait()
-        return dq.to(q.dtype), own[0].to(k.dtype), own[1].to(v.dtype), None, None
+        return dq.to(q.dtype), own[0].to(k.dtype), own[1].to(v.dtype), None, None, None
+
+
+def _around_the_ring(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, ring: Ring) -> tuple[Tensor, Tensor]:
+    """Output [B, c, N, K], zeros at the padding, and log-sum-exp [B, N, real tokens]."""
+    real = _real(ring.rank, q.shape[1], num_tokens)
+    out, lse = _nothing_attended(q[:, real])
+    for visit, kv in _visits(torch.stack((k, v)), ring):
+        keys, values = kv[:, :, _real(ring.chunk(visit), q.shape[1], num_tokens)]
+        if lse.numel() and keys.numel():
+            out, lse = merge(out, lse, *attention.attention_with_lse(q[:, real], keys, values))
+    padded = torch.zeros_like(q)
+    padded[:, real] = out
+    return padded, lse
 
 
 def _visits(kv: Tensor, ring: Ring) -> Iterator[tuple[int, Tensor]]:

@@ -14,18 +14,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mm.device.attention import Keep, keep_nothing
 
-def scatter_heads(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+
+def scatter_heads(
+    q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup, keep: Keep = keep_nothing
+) -> tuple[Tensor, Tensor, Tensor]:
     """Give heads away and gather tokens, for all three tensors in one all-to-all; differentiable.
 
     Args:
         q, k, v: [B, c, N, K], this rank's tokens; U divides N.
         group: the Ulysses group; its rank u holds the u-th c tokens.
+        keep: is asked for the result under the name "q,k,v".
 
     Returns:
         Three [B, c*U, N/U, K]: all tokens in order, of the heads [u*N/U, (u+1)*N/U).
     """
-    q, k, v = _ScatterHeads.apply(group, q, k, v)
+    q, k, v = _ScatterHeads.apply(group, keep, q, k, v)
     return q, k, v
 
 
@@ -37,13 +42,13 @@ def gather_heads(out: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 class _ScatterHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, group: dist.ProcessGroup, keep: Keep, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
-        return _tokens_for_heads(tensors, group)
+        return keep("q,k,v", lambda: _tokens_for_heads(tensors, group))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_heads_for_tokens(grads, ctx.group)
+        return None, None, *_heads_for_tokens(grads, ctx.group)
 
 
 class _GatherHeads(torch.autograd.Function):

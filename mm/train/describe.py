@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
 from mm.config.model import WanConfig
-from mm.config.recompute import Recompute, recompute_of
+from mm.config.recompute import Recompute
 from mm.config.train import TrainFlags
 from mm.data.dataset import FeatureDataset
+from mm.parallel.offload import Offloader
 from mm.parallel.placement import whole_shapes
 from mm.parallel.tokens import TokenShare
 
@@ -23,12 +24,15 @@ def start_table(
     dataset: FeatureDataset,
     global_batch_size: int,
     device: str,
+    recompute: Recompute | None,
+    offloader: Offloader | None,
 ) -> dict[str, str]:
     """Rows of the table by their heading.
 
     Args:
         flags, wan, layout, zero, dataset: the run. global_batch_size: samples of a step.
         device: name of the devices and their collective backend.
+        recompute: the plan. offloader: of rank 0.
     """
     parameters = sum(map(math.prod, whole_shapes(wan).values()))
     accumulated = global_batch_size // (flags.micro_batch_size * layout.dp_size)
@@ -50,7 +54,8 @@ def start_table(
         "heads": _heads(layout, wan.num_heads),
         "a layer": "; ".join(layer_collectives(layout, zero)) or "no communication",
         "gradients": _gradients(flags, layout),
-        "recompute": _recompute(recompute_of(flags)),
+        "recompute": _recompute(recompute),
+        "offload": _offload(offloader),
         "checkpoints": flags.save or "none: the trained weights are not kept (--save)",
     }
 
@@ -150,10 +155,22 @@ def _gradients(flags: TrainFlags, layout: Layout) -> str:
 def _recompute(plan: Recompute | None) -> str:
     if plan is None:
         return "nothing"
-    if plan.method == "uniform":
-        size = plan.num_layers
-        return "every block" if size in (None, 1) else f"all blocks, in groups of {size}"
-    return "every block" if plan.num_layers is None else f"the first {plan.num_layers} blocks of each stage"
+    full, keep = plan.full_layers, plan.keep_layers
+    parts = []
+    if full != 0:
+        parts.append("all blocks whole" if full is None else f"the first {full} blocks of each stage whole")
+    if keep != 0:
+        blocks = f"{keep} blocks" if keep else "all blocks"
+        parts.append(f"{blocks}{' after them' if full else ''} except self attention ({plan.kept} kept)")
+    groups = f", in groups of {plan.group_size}" if plan.group_size > 1 else ""
+    return f"{'; '.join(parts)}{groups}"
+
+
+def _offload(offloader: Offloader | None) -> str:
+    if offloader is None:
+        return "nothing"
+    slots, size = offloader.num_slots, offloader.slot_bytes
+    return f"what kept blocks keep, up to {slots} x {size / 1e6:,.1f} MB of page-locked host memory on rank 0"
 
 
 def _list(ranks: Sequence[int]) -> str:

@@ -26,10 +26,12 @@ from mm.diffusion.flow import FlowMatching, SampleId
 from mm.parallel import formulas, memory
 from mm.parallel.apply import DataParallelOptions, ParallelModel, apply
 from mm.parallel.fake_job import FakeTensors, fake_job
+from mm.parallel.host_pool import StepShape, make_offloader
 from mm.parallel.memory import TrackMemory
 from mm.parallel.mesh import build_mesh
 from mm.parallel.optimizer import AdamWSettings, Optimizer
 from mm.parallel.optimizers import make_optimizer
+from mm.parallel.recompute import block_runner
 from mm.parallel.schedule import LossFunction, forward_backward
 from mm.parallel.stage import WanStage
 from mm.parallel.traffic import CountTraffic, Sent, Traffic, axes_of, totals
@@ -48,7 +50,7 @@ class Job:
     """What is run.
 
     Attributes:
-        wan, layout, options, zero, recompute: as for `mm.parallel.apply.apply`.
+        wan, layout, options, zero: as for `mm.parallel.apply.apply`. recompute: as for `mm.parallel.recompute`.
         dtype: of the bulk of the parameters.
         latent: F, H, W of a sample's latents. micro_batch_size: samples in a forward.
         micro_batches: of one replica in a step.
@@ -74,6 +76,7 @@ class Report:
         parameters: elements that it keeps of the model. parameter_bytes, gradient_bytes, optimizer_bytes: kept all
             the time, in the model's and DDP's buffers, and in the optimizer.
         peak: bytes by kind (`mm.parallel.memory`) when most memory was in use. peak_bytes: their sum.
+        host_bytes: of the offload pool, beside the device's memory.
         traffic: what it sends in a step by axis and operation.
         bubble: share of the step in which a stage waits, if stages are equally long.
         tokens: of a sample. rank_tokens: places for them on a rank. real_tokens: of them on this rank, no padding.
@@ -89,6 +92,7 @@ class Report:
     gradient_bytes: int
     optimizer_bytes: int
     peak: dict[str, int]
+    host_bytes: int
     traffic: Traffic
     bubble: float
     tokens: int
@@ -108,9 +112,15 @@ def dry_run(job: Job, rank: int) -> Report:
     (`_micro_batches_to_run`); what the others send is added by count.
     """
     backend = select("cpu")
+    tokens = math.prod(token_grid(job.latent, job.wan.patch_size))
     with fake_job(rank, job.layout.world_size), build_mesh(job.layout, 1, backend.kind) as mesh:
         with FakeTensors(), TrackMemory(memory.PARAMETERS) as tracked, CountTraffic(axes_of(mesh)) as counted:
-            parallel = apply(job.wan, mesh, backend, job.options, job.dtype, None, job.zero, job.recompute)
+            shape = StepShape(job.micro_batch_size, tokens, job.micro_batches, job.dtype)
+            offloader = make_offloader(job.recompute, job.wan, mesh, backend, shape)
+            if offloader is not None:
+                tracked.label([offloader.memory], memory.HOST)
+            run_blocks = block_runner(job.recompute, offloader)
+            parallel = apply(job.wan, mesh, backend, job.options, job.dtype, None, job.zero, run_blocks)
             _label_model(tracked, parallel)
             tracked.kind = memory.OPTIMIZER
             optimizer = make_optimizer(parallel, _SETTINGS)
@@ -126,7 +136,6 @@ def dry_run(job: Job, rank: int) -> Report:
             first = len(counted.calls)
             _update(parallel, job, optimizer, tracked)
             update = totals(counted.calls[first:])
-        tokens = math.prod(token_grid(job.latent, job.wan.patch_size))
         return Report(
             rank=rank,
             tp_rank=mesh.tp_rank,
@@ -138,6 +147,7 @@ def dry_run(job: Job, rank: int) -> Report:
             gradient_bytes=tracked.peak(start).get(memory.GRADIENTS, 0),
             optimizer_bytes=tracked.now(memory.OPTIMIZER),
             peak=tracked.peak(start),
+            host_bytes=tracked.now(memory.HOST),
             traffic=_sum(_of_all(passes, runs, job.micro_batches), update),
             bubble=formulas.bubble(job.layout, job.micro_batches),
             tokens=tokens,

@@ -17,7 +17,7 @@ from mm.checkpoint.weights import open_weights
 from mm.config.data import TrainData
 from mm.config.layerzero import ZeroConfig
 from mm.config.model import WanConfig
-from mm.config.recompute import recompute_of
+from mm.config.recompute import Recompute, recompute_of
 from mm.config.train import PretrainModel, TrainFlags
 from mm.data.dataset import FeatureDataset
 from mm.data.loader import FeatureBatch, feature_batches
@@ -26,15 +26,19 @@ from mm.device.backend import Backend, deterministic
 from mm.diffusion.flow import FlowMatching
 from mm.errors import ConfigError
 from mm.parallel.apply import DataParallelOptions, ParallelModel, apply
+from mm.parallel.host_pool import StepShape, make_offloader
 from mm.parallel.mesh import Mesh
+from mm.parallel.offload import Offloader
 from mm.parallel.optimizer import AdamWSettings, Optimizer
 from mm.parallel.optimizers import make_optimizer
+from mm.parallel.recompute import block_runner
 from mm.train.describe import start_table
 from mm.train.flops import train_flops
 from mm.train.metrics import MetricsLog, StepMetrics
 from mm.train.state import Progress, load_state, load_weights, save_state
 from mm.train.step import StepResult, train_step
 from mm.wan.initial import initial_value
+from mm.wan.layers import BlockRunner
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +51,7 @@ class Run:
         flags, model, data: checked configuration. zero: layer-zero's, or None.
         dataset: the features that `data` names.
         mesh, backend: where it runs. comm: the ranks, for checkpoints.
+        processes_of_node: this rank's node and its memory are shared by so many.
     """
 
     flags: TrainFlags
@@ -57,6 +62,7 @@ class Run:
     mesh: Mesh
     backend: Backend
     comm: Comm
+    processes_of_node: int = 1
 
     @property
     def global_batch_size(self) -> int:
@@ -86,7 +92,8 @@ def train(run: Run) -> Progress:
         Where the run ended.
 
     Raises:
-        ConfigError: CFG-046 when samples of different sizes would cross a pipeline that was not told so.
+        ConfigError: CFG-046 when samples of different sizes would cross a pipeline that was not told so; CFG-049 when
+            offload needs more host memory than is free.
         CheckpointError, ConfigError, NumericsError: as documented where they arise.
     """
     flags = run.flags
@@ -95,8 +102,12 @@ def train(run: Run) -> Progress:
         stack.enter_context(deterministic(flags.deterministic_mode))
         if flags.save is not None:
             stack.enter_context(writing(Path(flags.save), run.comm))
-        parallel, optimizer = _build(run)
-        _describe(run)
+        recompute = recompute_of(flags, run.model)
+        offloader = make_offloader(
+            recompute, run.config, run.mesh, run.backend, _step_shape(run), processes_of_node=run.processes_of_node
+        )
+        parallel, optimizer = _build(run, block_runner(recompute, offloader))
+        _describe(run, recompute, offloader)
         progress = _start(run, optimizer)
         if progress.step >= flags.train_iters:
             logger.info("step %d of %d is already done; nothing to train", progress.step, flags.train_iters)
@@ -115,7 +126,7 @@ def _check_sizes(run: Run) -> None:
         )
 
 
-def _build(run: Run) -> tuple[ParallelModel, Optimizer]:
+def _build(run: Run, run_blocks: BlockRunner) -> tuple[ParallelModel, Optimizer]:
     flags = run.flags
 
     def initial(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -129,7 +140,7 @@ def _build(run: Run) -> tuple[ParallelModel, Optimizer]:
         training_dtype(flags),
         initial if flags.init_from_scratch else None,
         run.zero,
-        recompute_of(flags),
+        run_blocks,
     )
     samples = run.global_batch_size
     settings = AdamWSettings(
@@ -148,6 +159,11 @@ def _build(run: Run) -> tuple[ParallelModel, Optimizer]:
     return parallel, make_optimizer(parallel, settings)
 
 
+def _step_shape(run: Run) -> StepShape:
+    largest = max(sample.num_tokens for sample in run.dataset.samples)
+    return StepShape(run.flags.micro_batch_size, largest, run.num_microbatches, training_dtype(run.flags))
+
+
 def data_parallel_options(flags: TrainFlags) -> DataParallelOptions:
     """How gradients and parameters are kept in step over the replicas."""
     return DataParallelOptions(flags.use_distributed_optimizer, flags.overlap_grad_reduce, flags.overlap_param_gather)
@@ -158,9 +174,18 @@ def training_dtype(flags: TrainFlags) -> torch.dtype:
     return torch.bfloat16 if flags.bf16 else torch.float32
 
 
-def _describe(run: Run) -> None:
-    device = f"{run.backend.name()} ({run.backend.collective})"
-    rows = start_table(run.flags, run.config, run.mesh.layout, run.zero, run.dataset, run.global_batch_size, device)
+def _describe(run: Run, recompute: Recompute | None, offloader: Offloader | None) -> None:
+    rows = start_table(
+        run.flags,
+        run.config,
+        run.mesh.layout,
+        run.zero,
+        run.dataset,
+        run.global_batch_size,
+        device=f"{run.backend.name()} ({run.backend.collective})",
+        recompute=recompute,
+        offloader=offloader,
+    )
     for name, value in rows.items():
         logger.info("%-11s %s", name, value)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mm.config.model import WanConfig
 from mm.device import lean
+from mm.device.attention import Keep, keep_nothing
 from mm.wan.layers import Fp32LayerNorm, Parts
 from mm.wan.rope import Positions
 
@@ -46,11 +47,11 @@ class SelfAttention(Attention):
         super().__init__(config, parts)
         self.attention = parts.self_attention
 
-    def forward(self, x: Tensor, positions: Positions) -> Tensor:
+    def forward(self, x: Tensor, positions: Positions, keep: Keep = keep_nothing) -> Tensor:
         """[B, T, D] to [B, T, D]."""
         q, k, v = self.columns(x, (self.q, self.k, self.v))
         q, k, v = self.norm_q(q, positions), self.norm_k(k, positions), self.heads(v)
-        out: Tensor = self.o(self.attention(q, k, v, positions.num_tokens).flatten(2))
+        out: Tensor = self.o(self.attention(q, k, v, positions.num_tokens, keep).flatten(2))
         return out
 
 
@@ -97,7 +98,9 @@ class WanBlock(nn.Module):
         self.ffn = FeedForward(config, parts)
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.hidden_size))  # init_weights or a file fills it
 
-    def forward(self, x: Tensor, time_modulation: Tensor, context: Tensor, positions: Positions) -> Tensor:
+    def forward(
+        self, x: Tensor, time_modulation: Tensor, context: Tensor, positions: Positions, keep: Keep = keep_nothing
+    ) -> Tensor:
         """One block.
 
         Args:
@@ -105,13 +108,14 @@ class WanBlock(nn.Module):
             time_modulation: [B, 6, D] fp32; shift, scale and gate of self attention, then of the feed-forward.
             context: [B, L, D], embedded text.
             positions: of the T tokens.
+            keep: what is kept of self attention when the block is recomputed.
 
         Returns:
             [B, T, D] in the dtype of `x`.
         """
         modulation = self.modulation.float() + time_modulation
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.chunk(6, dim=1)  # [B, 1, D] each
-        y = self.self_attn(lean.layer_norm(x, 1 + scale, shift, self.eps), positions)
+        y = self.self_attn(lean.layer_norm(x, 1 + scale, shift, self.eps), positions, keep)
         x = lean.gated_residual(x, y, gate)
         x = x + self.cross_attn(self.norm3(x), context)
         y = self.ffn(lean.layer_norm(x, 1 + ffn_scale, ffn_shift, self.eps))

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm.device import kernels, lean
+from mm.device import lean
+from mm.device.attention import Keep, attention, keep_inputs, keep_nothing
 from mm.device.operators import SumOverRanks, alone
 from mm.wan.rope import Positions
 
@@ -30,8 +31,11 @@ Columns = Callable[[Tensor, Sequence[nn.Module]], list[Tensor]]
 CrossAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [B, T, N, K], k [B, L, N, K], v [B, L, N, K]) -> [B, T, N, K]."""
 
-SelfAttention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-"""(q, k, v [B, T, N, K], num_tokens) -> [B, T, N, K]; num_tokens is the sample's, all ranks' shares together."""
+SelfAttention = Callable[[Tensor, Tensor, Tensor, int, Keep], Tensor]
+"""(q, k, v [B, T, N, K], num_tokens, keep) -> [B, T, N, K]; num_tokens is the sample's, all ranks' shares together.
+
+`keep` (`mm.device.attention.Keep`) is asked for what attention reads and gives, so that recomputation can keep it.
+"""
 
 
 BlockRunner = Callable[[Sequence[nn.Module], Tensor, Tensor, Tensor, Positions], Tensor]
@@ -39,11 +43,16 @@ BlockRunner = Callable[[Sequence[nn.Module], Tensor, Tensor, Tensor, Positions],
 
 
 def run_in_order(
-    blocks: Sequence[nn.Module], hidden: Tensor, time_modulation: Tensor, context: Tensor, positions: Positions
+    blocks: Sequence[nn.Module],
+    hidden: Tensor,
+    time_modulation: Tensor,
+    context: Tensor,
+    positions: Positions,
+    keep: Keep = keep_nothing,
 ) -> Tensor:
-    """The plain `BlockRunner`."""
+    """The plain `BlockRunner`; `keep` is handed to every block."""
     for block in blocks:
-        hidden = block(hidden, time_modulation, context, positions)
+        hidden = block(hidden, time_modulation, context, positions, keep)
     return hidden
 
 
@@ -52,11 +61,11 @@ def apply_columns(x: Tensor, linears: Sequence[nn.Module]) -> list[Tensor]:
     return [linear(x) for linear in linears]
 
 
-def self_attention(q: Tensor, k: Tensor, v: Tensor, num_tokens: int) -> Tensor:
+def self_attention(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, keep: Keep) -> Tensor:
     """The single-device `SelfAttention`: all tokens are here, so their number is in the shapes."""
     if q.shape[1] != num_tokens:
         raise ValueError(f"{q.shape[1]} tokens at hand, {num_tokens} in the sample")
-    return kernels.attention(q, k, v)
+    return attention(*keep_inputs(q, k, v, keep), keep)
 
 
 class QKNorm(nn.Module):
@@ -121,5 +130,5 @@ class Parts:
     linear_fp32: LinearFactory = Fp32Linear
     qk_norm: QKNormFactory = QKNorm
     self_attention: SelfAttention = self_attention
-    cross_attention: CrossAttention = kernels.attention
+    cross_attention: CrossAttention = attention
     run_blocks: BlockRunner = run_in_order

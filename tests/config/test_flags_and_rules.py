@@ -21,6 +21,8 @@ GOOD = {
 
 
 FULL = ["--recompute-granularity", "full", "--recompute-method"]
+SKIP, KEEPING = "--recompute-skip-core-attention", "--recompute-num-layers-skip-core-attention"
+OFFLOAD = {"attention_async_offload": True}
 
 
 def flags(*words: str, without: str | None = None) -> TrainFlags:
@@ -46,7 +48,8 @@ def test_the_last_value_of_a_flag_counts() -> None:
     [
         (["--micro-batch-sise", "2"], "CFG-007", "--micro-batch-size"),
         (["--seq-length", "24"], "CFG-008", "features"),
-        (["--recompute-granularity", "selective"], "CFG-005", "full"),
+        (["--recompute-granularity", "attention"], "CFG-005", "selective"),
+        (["--recompute-keep", "q"], "CFG-005", "q,k,v,O"),
         (["--lr", "fast"], "CFG-005", "--lr"),
         (["--micro-batch-size", "0"], "CFG-005", "--micro-batch-size"),
         (["--lr", "nan"], "CFG-005", "--lr"),
@@ -80,6 +83,23 @@ def test_all_bad_flags_at_once() -> None:
         ([*FULL, "uniform", "--recompute-num-layers", "0"], {}, 1, ["CFG-048"]),
         ([*FULL, "block", "--recompute-num-layers", "99"], {}, 1, ["CFG-048"]),
         ([*FULL, "block", "--recompute-num-layers", "0"], {}, 1, []),
+        ([*FULL, "block", "--recompute-num-layers", "0", SKIP], OFFLOAD, 1, []),
+        ([*FULL, "block", "--recompute-num-layers", "0", SKIP, KEEPING, "4", "--recompute-keep", "q,k,v,O"], {}, 1, []),
+        ([*FULL, "block", "--recompute-num-layers", "1", SKIP, KEEPING, "3"], {}, 1, []),
+        ([*FULL, "block", "--recompute-num-layers", "1", SKIP, KEEPING, "4"], {}, 1, ["CFG-048"]),
+        ([*FULL, "block", "--recompute-num-layers", "4", SKIP], {}, 1, ["CFG-048"]),
+        ([*FULL, "block", SKIP], {}, 1, ["CFG-048"]),
+        ([*FULL, "block", "--recompute-num-layers", "1", KEEPING, "2"], {}, 1, ["CFG-048"]),
+        ([*FULL, "uniform", SKIP], OFFLOAD, 1, []),
+        ([*FULL, "uniform", SKIP, KEEPING, "2"], {}, 1, ["CFG-048"]),
+        ([*FULL, "uniform"], OFFLOAD, 1, ["CFG-048"]),
+        ([*FULL, "uniform", "--recompute-keep", "O"], {}, 1, ["CFG-048"]),
+        ([SKIP], {}, 1, ["CFG-048"]),
+        ([], OFFLOAD, 1, ["CFG-048"]),
+        (["--recompute-keep", "O"], {}, 1, ["CFG-048"]),
+        (["--recompute-granularity", "selective"], OFFLOAD, 1, []),
+        (["--recompute-granularity", "selective", "--recompute-method", "block"], {}, 1, ["CFG-048"]),
+        (["--recompute-granularity", "selective", SKIP], {}, 1, ["CFG-048"]),
         ([], {"dtype": "bf16"}, 1, ["CFG-022"]),
         (["--init-from-scratch"], {}, 1, ["CFG-023"]),
         (["--save-interval", "2"], {}, 1, ["CFG-024"]),

@@ -221,8 +221,6 @@ def test_nothing_that_depends_on_the_replicas_is_told_while_they_are_unknown() -
         ("--use-torch-fsdp2", "--layerzero"),
         ("--fsdp2-config-path f.yaml", "--layerzero"),
         ("--num-layers-per-virtual-pipeline-stage 2", VP),
-        ("--recompute-skip-core-attention", "not available"),
-        ("--recompute-num-layers-skip-core-attention 2", "not available"),
     ],
 )
 def test_flags_of_mindspeed_without_effect_say_what_to_do_instead(flag: str, hint: str) -> None:

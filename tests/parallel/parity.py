@@ -4,6 +4,7 @@ Both see the same samples, noise and initial weights. The plain loop uses no par
 clipping, the single-device model, whole samples.
 """
 
+import math
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -20,12 +21,15 @@ from mm.data.loader import FeatureBatch
 from mm.device.backend import Backend
 from mm.diffusion.flow import FlowMatching
 from mm.parallel.apply import DataParallelOptions, ParallelModel, apply
+from mm.parallel.host_pool import StepShape, make_offloader
 from mm.parallel.mesh import Mesh, build_mesh
 from mm.parallel.optimizer import AdamWSettings, Optimizer
 from mm.parallel.optimizers import make_optimizer
+from mm.parallel.recompute import block_runner
 from mm.train.step import compute_gradients
 from mm.wan.initial import initial_value
 from mm.wan.model import WanModel
+from mm.wan.patches import token_grid
 
 # 12 heads divide by 2, 3, 4 and 6; heads of width 8 have rotary pairs on all three axes.
 WAN = WanConfig(text_dim=16, text_len=8, hidden_size=96, ffn_dim=192, num_heads=12, num_layers=3, freq_dim=32)
@@ -59,6 +63,10 @@ class Row:
         """`WAN` with as many blocks as the stages have."""
         num_layers = sum(chain(*self.layout.stages)) or WAN.num_layers
         return WAN.model_copy(update={"num_layers": num_layers})
+
+    @property
+    def most_tokens(self) -> int:
+        return max(math.prod(token_grid(size, self.wan.patch_size)) for size in SIZES[self.samples])
 
     @property
     def id(self) -> str:
@@ -156,7 +164,11 @@ def plain_run(kind: str, wan: WanConfig) -> Trace:
 
 def parallel_run(row: Row, mesh: Mesh, backend: Backend) -> Trace:
     """The same on a layout; gradients and weights are gathered from the ranks that own them."""
-    parallel = apply(row.wan, mesh, backend, row.options, torch.float32, value_of, row.zero, row.recompute)
+    accumulated = GLOBAL_BATCH // (row.micro_batch_size * row.layout.dp_size)
+    shape = StepShape(row.micro_batch_size, row.most_tokens, accumulated, torch.float32)
+    offloader = make_offloader(row.recompute, row.wan, mesh, backend, shape)
+    runner = block_runner(row.recompute, offloader)
+    parallel = apply(row.wan, mesh, backend, row.options, torch.float32, value_of, row.zero, runner)
     optimizer = make_optimizer(parallel, SETTINGS)
     flow = FlowMatching(DiffusionConfig())
     trace = Trace()

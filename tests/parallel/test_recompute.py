@@ -1,4 +1,7 @@
-"""Recomputation changes no bit: losses, gradients, norms and weights over two steps, on every kind of layout."""
+"""Recomputation and offload change no bit of losses, gradients, norms and weights, on every kind of layout.
+
+A kept attention runs forward once, and the host pool is as large as what waits in it.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -12,13 +15,24 @@ from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout, even_stages
 from mm.config.place import place
 from mm.config.recompute import Recompute
+from mm.device import attention
 from mm.device.backend import select
+from mm.parallel import host_pool
 from mm.parallel.apply import DataParallelOptions
 from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
+from mm.parallel.offload import Offloader
 from mm.wan.block import WanBlock
 
-EACH, PAIRS, FIRST = Recompute("uniform", 1), Recompute("uniform", 2), Recompute("block", 1)
+PLANS = {
+    "none": None,
+    "each": Recompute(),
+    "pairs": Recompute(group_size=2),
+    "first": Recompute(full_layers=1),
+    "keep": Recompute(full_layers=0, keep_layers=None, offload=True),
+    "mixed": Recompute(full_layers=1, keep_layers=1, kept="q,k,v,O"),
+    "keep pairs": Recompute(2, 0, None, "q,k,v,O", offload=True),
+}
 OVERLAPPED = DataParallelOptions(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
 LAYOUTS = [
     Row(Layout(4), OVERLAPPED),
@@ -42,24 +56,38 @@ def identical(run: Trace, other: Trace) -> bool:
 
 
 def compare_here() -> list[dict[str, Any]]:
-    """Of every layout: which plans gave other bits, and how often blocks ran with each."""
+    """Of every layout: which plans gave other bits, how often blocks and attention ran, slots never used at once."""
     backend, found = select("cpu"), []
+    runs = {"blocks": 0, "attention": 0}
+    pools: list[Offloader] = []
+
+    class Watched(Offloader):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            pools.append(self)
+
+    def counting(name: str, function: Any) -> Any:
+        def counted(*args: Any) -> Any:
+            runs[name] += 1
+            return function(*args)
+
+        return counted
+
     with Job(place(), backend.collective, backend.device, 2), pytest.MonkeyPatch.context() as patch:
-        runs, forward = [0], WanBlock.forward
-
-        def counting(*args: Any) -> Any:
-            runs[0] += 1
-            return forward(*args)
-
-        patch.setattr(WanBlock, "forward", counting)
+        patch.setattr(WanBlock, "forward", counting("blocks", WanBlock.forward))
+        patch.setattr(attention, "attention_with_lse", counting("attention", attention.attention_with_lse))
+        patch.setattr(host_pool, "Offloader", Watched)
         for row in LAYOUTS:
             with build_mesh(row.layout, 2, "cpu") as mesh:
-                result: dict[str, Any] = {"different": [], "runs": {}}
+                result: dict[str, Any] = {"different": [], "blocks": {}, "attention": {}, "unused slots": []}
                 traces = {}
-                for name, plan in {"none": None, "each": EACH, "pairs": PAIRS, "first": FIRST}.items():
-                    runs[0] = 0
+                for name, plan in PLANS.items():
+                    runs.update(blocks=0, attention=0)
+                    pools.clear()
                     traces[name] = parallel_run(replace(row, recompute=plan), mesh, backend)
-                    result["runs"][name] = runs[0]
+                    for what in runs:
+                        result[what][name] = runs[what]
+                    result["unused slots"] += [pool.fewest_free for pool in pools]
                     if not identical(traces[name], traces["none"]):
                         result["different"].append(name)
                 found.append(result)
@@ -68,7 +96,7 @@ def compare_here() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def results() -> list[list[dict[str, Any]]]:
-    return run_ranks(4, compare_here, timeout_s=240)
+    return run_ranks(4, compare_here, timeout_s=400)
 
 
 @pytest.mark.parametrize("index", range(len(LAYOUTS)), ids=[row.id for row in LAYOUTS])
@@ -78,20 +106,43 @@ def test_no_bit_changes_and_blocks_run_as_often_as_planned(index: int, results: 
     for rank in results:
         found = rank[index]
         assert found["different"] == []
-        once = found["runs"]["none"]
-        assert found["runs"] == {
-            "none": once, "each": 2 * once, "pairs": 2 * once, "first": once + once * chunks // blocks,
+        once, share = found["blocks"]["none"], chunks / blocks
+        assert found["blocks"] == {
+            "none": once, "each": 2 * once, "pairs": 2 * once, "first": once * (1 + share),
+            "keep": 2 * once, "mixed": once * (1 + 2 * share), "keep pairs": 2 * once,
         }  # fmt: skip
+        # In each block self attention (of a ring: once for each visit that has tokens), and cross attention once.
+        self_once, cross_once = found["attention"]["none"] - once, once
+        assert found["attention"] == {
+            "none": self_once + cross_once,
+            "each": 2 * (self_once + cross_once),
+            "pairs": 2 * (self_once + cross_once),
+            "first": (self_once + cross_once) * (1 + share),
+            "keep": self_once + 2 * cross_once,
+            "mixed": self_once * (1 + share) + cross_once * (1 + 2 * share),
+            "keep pairs": self_once + 2 * cross_once,
+        }
+        assert len(found["unused slots"]) == 2
+        assert all(unused == 0 for unused in found["unused slots"])
 
 
 @pytest.mark.parametrize(
     ("plan", "groups"),
     [
-        (Recompute("uniform", None), [(0, 1, True), (1, 2, True), (2, 3, True), (3, 4, True), (4, 5, True)]),
-        (Recompute("uniform", 2), [(0, 2, True), (2, 4, True), (4, 5, True)]),
-        (Recompute("block", 2), [(0, 1, True), (1, 2, True), (2, 3, False), (3, 4, False), (4, 5, False)]),
-        (Recompute("block", None), [(index, index + 1, True) for index in range(5)]),
+        (Recompute(), "F0 F1 F2 F3 F4"),
+        (Recompute(group_size=2), "F0-1 F2-3 F4"),
+        (Recompute(full_layers=2), "F0 F1 n2 n3 n4"),
+        (Recompute(full_layers=0), "n0 n1 n2 n3 n4"),
+        (Recompute(full_layers=0, keep_layers=None), "k0 k1 k2 k3 k4"),
+        (Recompute(full_layers=1, keep_layers=2), "F0 k1 k2 n3 n4"),
+        (Recompute(full_layers=4, keep_layers=9), "F0 F1 F2 F3 k4"),
+        (Recompute(2, 0, None), "k0-1 k2-3 k4"),
     ],
 )
-def test_groups_of_five_blocks(plan: Recompute, groups: list[tuple[int, int, bool]]) -> None:
-    assert [(blocks.start, blocks.stop, again) for blocks, again in plan.groups(5)] == groups
+def test_groups_of_five_blocks(plan: Recompute, groups: str) -> None:
+    letters = {"full": "F", "keep attention": "k", "none": "n"}
+    found = [
+        f"{letters[mode]}{blocks.start}" + (f"-{blocks.stop - 1}" if len(blocks) > 1 else "")
+        for blocks, mode in plan.groups(5)
+    ]
+    assert " ".join(found) == groups

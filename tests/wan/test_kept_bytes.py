@@ -6,8 +6,15 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from mm.config.model import WanConfig
+from mm.config.recompute import Recompute
+from mm.device.queues import HostQueues
+from mm.parallel import memory
+from mm.parallel.memory import TrackMemory
+from mm.parallel.offload import Offloader
+from mm.parallel.recompute import block_runner
 from mm.wan.block import WanBlock
 from mm.wan.layers import Parts
 from mm.wan.precision import keep_fp32
@@ -37,10 +44,14 @@ def kept_bytes(run: Callable[[], object], parameters: Iterable[nn.Parameter]) ->
     return sum(kept.values())
 
 
-def ours(config: WanConfig) -> float:
-    block = WanBlock(config, Parts())
+def in_bf16(block: WanBlock) -> WanBlock:
     for name, parameter in block.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if keep_fp32(f"blocks.0.{name}") else torch.bfloat16)
+    return block
+
+
+def ours(config: WanConfig) -> float:
+    block = in_bf16(WanBlock(config, Parts()))
     width = config.hidden_size
     x = torch.randn(1, TOKENS, width, dtype=torch.bfloat16, requires_grad=True)
     time = torch.randn(1, 6, width, requires_grad=True)
@@ -67,3 +78,53 @@ def test_a_block_saves_nothing_twice(size: str, most: float) -> None:
     found = ours(SIZES[size])
     assert found <= most
     assert of_diffusers(SIZES[size]) > 1.5 * found
+
+
+MODES: dict[str, tuple[Recompute | None, float]] = {
+    "none": (None, 0),
+    "full": (Recompute(), 2),
+    "keep O": (Recompute(full_layers=0, keep_layers=None), 4),
+    "keep q,k,v,O": (Recompute(full_layers=0, keep_layers=None, kept="q,k,v,O"), 10),
+    "keep O, offloaded": (Recompute(full_layers=0, keep_layers=None, offload=True), 0),
+    "keep q,k,v,O, offloaded": (Recompute(full_layers=0, keep_layers=None, kept="q,k,v,O", offload=True), 0),
+}
+
+
+def alive(config: WanConfig, plan: Recompute | None, num_layers: int, tokens: int) -> tuple[int, int]:
+    """Bytes on the device after the forward of so many blocks, and the most there were until the end of backward."""
+    with FakeTensorMode(), TrackMemory(memory.ACTIVATIONS) as tracked:
+        offloader = None
+        if plan is not None and plan.offload:
+            offloader = Offloader(HostQueues(), num_layers, 16 * tokens * config.hidden_size)
+            tracked.label([offloader.memory], memory.HOST)
+        blocks = [in_bf16(WanBlock(config, Parts())) for _ in range(num_layers)]
+        for block in blocks:
+            tracked.label(block.parameters(), memory.PARAMETERS)
+        x = torch.randn(1, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        time = torch.randn(1, 6, config.hidden_size, requires_grad=True)
+        context = torch.randn(1, TEXT, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        positions = grid_positions((1, 1, tokens), config.head_dim)
+        out = block_runner(plan, offloader)(blocks, x * 1, time, context, positions)
+        kept, start = tracked.now(memory.ACTIVATIONS), tracked.mark()
+        out.sum().backward()
+        return kept, tracked.peak(start)[memory.ACTIVATIONS] - sum(
+            p.grad.nbytes for b in blocks for p in b.parameters()
+        )
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_further_block_keeps(size: str, mode: str) -> None:
+    """Bytes a token and unit of width that one more block adds; attention's statistics are 4 bytes a token and head."""
+    config, (plan, expected) = SIZES[size], MODES[mode]
+
+    def slope(of: int) -> float:
+        more, few = ([alive(config, plan, layers, tokens)[of] for tokens in (256, 128)] for layers in (4, 3))
+        return ((more[0] - more[1]) - (few[0] - few[1])) / (128 * config.hidden_size)
+
+    statistics = 4 * config.num_heads / config.hidden_size if mode in ("keep O", "keep q,k,v,O") else 0
+    if plan is None:
+        assert slope(0) <= {"1.3B": 58, "14B": 46}[size]
+    else:
+        assert slope(0) == expected + statistics
+        assert slope(1) <= expected + statistics  # in backward no more than in forward

@@ -157,7 +157,7 @@ def test_parts_may_shard_heads_and_replace_attention():
     """Half-width column and row layers give half the heads to the attention that was handed in."""
     seen = []
 
-    def attention(q, k, v, num_tokens=None):
+    def attention(q, k, v, num_tokens=None, keep=None):
         assert num_tokens in (None, 8)
         seen.append((q.shape, k.shape))
         return kernels.attention(q, k, v)

@@ -1,0 +1,182 @@
+"""The offload of kept attention on queues that put every copy off as long as the events between them allow.
+
+A copy that runs too late for a missing wait, a slot written too early, or device memory let go of while a copy still
+reads it, then shows as a wrong number or an error; each wait is left out once to see that it does.
+"""
+
+import math
+import weakref
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mm.config.layout import Layout
+from mm.config.model import WanConfig
+from mm.config.place import place
+from mm.config.recompute import Recompute
+from mm.device.backend import select
+from mm.device.queues import HostQueues, Queue, queues_of
+from mm.errors import ConfigError
+from mm.parallel.host_pool import StepShape, make_offloader
+from mm.parallel.launch import Job
+from mm.parallel.mesh import build_mesh
+from mm.parallel.offload import Moment, Offloader, room
+from mm.parallel.recompute import block_runner
+from mm.wan.layers import Parts
+from mm.wan.model import WanModel
+
+LAYERS, WIDTH, HEADS, TOKENS = 6, 32, 4, 24
+WAN = WanConfig(text_dim=8, text_len=4, hidden_size=WIDTH, ffn_dim=48, num_heads=HEADS, num_layers=LAYERS, freq_dim=16)
+SLOT = 2 * room(TOKENS * WIDTH, 4) + room(TOKENS * HEADS, 4)
+KEEP = Recompute(full_layers=0, keep_layers=None, offload=True)
+
+
+class LateQueues(HostQueues):
+    """Copies run when an event behind them is waited for by the computation, and not before.
+
+    Args:
+        deaf: a queue that does not wait for events of the other; None does everything right.
+    """
+
+    def __init__(self, deaf: tuple[Queue, Queue] | None = None) -> None:
+        self._deaf = deaf
+        self._pending: dict[Queue, list[Any]] = {"compute": [], "to host": [], "to device": []}
+        self._begun: Counter[Queue] = Counter()
+
+    def record(self, queue: Queue) -> Any:
+        return queue, self._begun[queue] + len(self._pending[queue])
+
+    def wait(self, queue: Queue, event: Any) -> None:
+        if self._deaf == (queue, event[0]):
+            return
+        if queue == "compute":
+            self._run(*event)
+        else:
+            self._pending[queue].append(event)
+
+    def copy(self, queue: Queue, target: Tensor, source: Tensor) -> None:
+        if queue == "to device":
+            target.fill_(math.nan)
+            self._pending[queue].append((target, lambda: source))
+        else:
+            self._pending[queue].append((target, weakref.ref(source)))  # it must live by what the offloader holds
+
+    @torch.no_grad()
+    def _run(self, queue: Queue, until: int) -> None:
+        while self._begun[queue] < until and self._pending[queue]:
+            first, second = self._pending[queue].pop(0)
+            self._begun[queue] += 1
+            if isinstance(first, str):
+                self._run(first, second)
+                continue
+            source = second()
+            if source is None:
+                raise RuntimeError("device memory was let go of before its copy")
+            first.copy_(source)
+
+
+def gradients(offloader: Offloader | None, plan: Recompute | None, passes: int) -> dict[str, Tensor]:
+    """Of several micro-batches whose forwards run before the first backward, as in a pipeline."""
+    torch.manual_seed(0)
+    model = WanModel(WAN, Parts(run_blocks=block_runner(plan, offloader)))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    outputs = []
+    for _ in range(passes):
+        outputs.append(model(torch.randn(1, 16, 2, 6, 8), torch.rand(1) * 1000, torch.randn(1, 4, 8)))
+    for out in outputs:
+        out.square().mean().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_the_latest_copies_change_no_bit(passes: int) -> None:
+    offloader = Offloader(LateQueues(), passes * (LAYERS - 1), SLOT)
+    for _ in range(2):  # the second time every slot is written again
+        found, expected = gradients(offloader, KEEP, passes), gradients(None, None, passes)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        assert offloader.fewest_free == 0
+
+
+@pytest.mark.parametrize("deaf", [("compute", "to host"), ("compute", "to device")])
+def test_every_wait_is_needed(deaf: tuple[Queue, Queue]) -> None:
+    offloader = Offloader(LateQueues(deaf), 3 * (LAYERS - 1), SLOT)
+    expected = gradients(None, None, 3)
+    try:
+        gradients(offloader, KEEP, 3)
+        found = gradients(offloader, KEEP, 3)
+    except RuntimeError as error:
+        assert "let go of" in str(error)
+        return
+    assert not all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_timeline_of_a_pass() -> None:
+    """At most two layers are on the device; a layer is called back while the one after it computes; the last stays."""
+    timeline: list[Moment] = []
+    gradients(Offloader(queues_of(select("cpu")), LAYERS - 1, SLOT, timeline), KEEP, 1)
+    expected: list[tuple[str, int]] = [("to host", 0)]
+    for layer in range(1, LAYERS - 1):
+        expected += [("to host", layer), ("released", layer - 1)]
+    expected += [("released", LAYERS - 2)]
+    for layer in reversed(range(LAYERS)):
+        expected += [("needed", layer)] + ([("to device", layer - 1)] if layer else [])
+    assert [(moment.action, moment.layer) for moment in timeline] == expected
+
+    on_device, most = {LAYERS - 1}, 0
+    for moment in timeline:
+        if moment.action in ("to host", "to device"):
+            on_device.add(moment.layer)
+        elif moment.action == "released":
+            on_device.remove(moment.layer)
+        elif moment.layer < LAYERS - 1:
+            on_device.remove(moment.layer + 1)  # its backward is over
+        in_use = on_device - ({LAYERS - 1} if moment.action == "to host" else set())  # made last in forward
+        most = max(most, len(in_use))
+    assert most == 2
+
+
+def test_passes_under_way_do_not_mix() -> None:
+    timeline: list[Moment] = []
+    offloader = Offloader(HostQueues(), 3 * (LAYERS - 1), SLOT, timeline)
+    gradients(offloader, KEEP, 3)
+    copies = Counter((m.action, m.number, m.layer) for m in timeline if m.action != "needed")
+    assert set(copies.values()) == {1}
+    assert len(copies) == 3 * 3 * (LAYERS - 1)
+
+
+def test_pool_is_made_once() -> None:
+    made: list[int] = []
+
+    class Counting(HostQueues):
+        def host_memory(self, num_bytes: int) -> Tensor:
+            made.append(num_bytes)
+            return super().host_memory(num_bytes)
+
+    offloader = Offloader(Counting(), 2 * (LAYERS - 1), SLOT)
+    for _ in range(3):
+        gradients(offloader, KEEP, 2)
+    assert made == [2 * (LAYERS - 1) * SLOT]
+
+
+def test_too_little_host_memory_is_told_before_it_is_taken() -> None:
+    wan = WanConfig(hidden_size=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+    plan = Recompute(full_layers=0, keep_layers=None, kept="q,k,v,O", offload=True)
+    backend = select("cpu")
+    with Job(place(), "gloo", backend.device, 1), build_mesh(Layout(1), 1, "cpu") as mesh:
+        step = StepShape(micro_batch_size=1, num_tokens=75_600, micro_batches=1, dtype=torch.bfloat16)
+        with pytest.raises(ConfigError) as caught:
+            make_offloader(plan, wan, mesh, backend, step, processes_of_node=10**6)
+    assert [problem.id for problem in caught.value.problems] == ["CFG-049"]
+    # 39 layers leave, of x, q, k, v, O in bf16 and a log-sum-exp in fp32 for each head
+    assert f"needs {39 * 75_600 * (5 * 2 * 5120 + 4 * 40) / 1e9:.1f} GB" in str(caught.value)
+
+
+def test_a_forward_without_gradients_keeps_nothing() -> None:
+    offloader = Offloader(HostQueues(), 0, SLOT)
+    model = WanModel(WAN, Parts(run_blocks=block_runner(KEEP, offloader)))
+    with torch.no_grad():
+        model(torch.randn(1, 16, 2, 6, 8), torch.rand(1), torch.randn(1, 4, 8))
