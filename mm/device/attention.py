@@ -2,8 +2,8 @@
 
 With the log-sum-exp at hand, the attention to a long sequence can be put together from the attention to its blocks,
 and each block's gradient needs only the output and log-sum-exp of the whole. The plain pair below runs everywhere and
-is the reference; CPU and CUDA have fused kernels for it inside torch. Shapes: B batch, T tokens of the queries, S
-tokens of the keys, N heads, K head width.
+is the reference; torch has fused kernels for it on CPU and CUDA, and torch_npu on NPUs. Shapes: B batch, T tokens of
+the queries, S tokens of the keys, N heads, K head width.
 
 Source: Dao 2023 (FlashAttention-2, arXiv 2307.08691), section 3.1.
 """
@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mm.device import npu
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _FLASH_MAX_WIDTH = 256
@@ -44,6 +46,8 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
     path = _path(q)
     if path == "plain":
         return plain_attention_with_lse(q, k, v)
+    if path == "npu":
+        return npu.attention_with_lse(q, k, v)
     q, k, v = (_heads_first(x) for x in (q, k, v))
     out, lse = _cpu_forward(q, k, v) if path == "cpu" else _cuda_forward(q, k, v)
     return out.transpose(1, 2), lse
@@ -73,6 +77,8 @@ def attention_backward(
     path = _path(q)
     if path == "plain":
         return plain_attention_backward(grad_out, q, k, v, out, lse)
+    if path == "npu":
+        return npu.attention_backward(grad_out, q, k, v, out, lse)
     grad_out, q, k, v, out = (_heads_first(x) for x in (grad_out, q, k, v, out))
     backward = _cpu_backward if path == "cpu" else _cuda_backward
     dq, dk, dv = (grad.transpose(1, 2) for grad in backward(grad_out, q, k, v, out, lse))
@@ -109,12 +115,14 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     return torch.einsum("btnk,bsnk->bnts", q.to(dtype), k.to(dtype)) * q.shape[-1] ** -0.5
 
 
-def _path(q: Tensor) -> Literal["cpu", "cuda", "plain"]:
+def _path(q: Tensor) -> Literal["cpu", "cuda", "npu", "plain"]:
     """Which implementation takes such a tensor."""
     if q.device.type == "cpu":
         return "cpu"
     if q.device.type == "cuda" and q.dtype in _FLASH_DTYPES and q.shape[-1] <= _FLASH_MAX_WIDTH:
         return "cuda"
+    if q.device.type == "npu" and q.dtype in _FLASH_DTYPES:
+        return "npu"
     return "plain"
 
 
