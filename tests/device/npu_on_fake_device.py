@@ -8,23 +8,43 @@ import torch
 from npu_formulas import OPERATORS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from torch_npu_wheel import Wheel, defined, download
 
 B, T, S, HEADS, HEAD_DIM = 2, 12, 7, 3, 16
+WIDTH = HEADS * HEAD_DIM
 
 
 class Calls(TorchDispatchMode):
-    """Names of torch_npu's operators in the order of their calls."""
+    """The operators called with or for tensors on an NPU, in order."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: list[str] = []
+        self.made: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "npu":
-            self.names.append(func._schema.name.removeprefix("npu::"))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(x, torch.Tensor) and x.device.type == "npu" for x in tree_leaves((args, kwargs, result))):
+            self.made.append(func)
+        return result
+
+    def fused(self) -> list[str]:
+        """Names of torch_npu's own operators."""
+        return [func._schema.name.removeprefix("npu::") for func in self.made if func.namespace == "npu"]
+
+    def kernels(self) -> list[str]:
+        """Names of torch's operators that a device must implement itself: torch has no code for all devices."""
+        names = {str(func).removeprefix("aten.") for func in self.made if func.namespace == "aten"}
+        for_all = ("CompositeImplicitAutograd", "CompositeExplicitAutograd")
+        own = [
+            name.removesuffix(".default") for name in names
+            if not any(
+                torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name.removesuffix('.default')}", key)
+                for key in for_all
+            )
+        ]  # fmt: skip
+        return sorted(own)
 
 
 def describe(*tensors: Any) -> list[tuple[list[int], str, str]]:
@@ -39,7 +59,8 @@ def observe() -> dict[str, Any]:
         for name, case in CASES.items():
             with Calls() as calls:
                 results = case()
-            found[name] = {"calls": calls.names, "results": results}
+            found[name] = {"calls": calls.fused(), "results": results}
+        found["model"] = model()
         found["type names"] = type_names()  # type: ignore[assignment]
     return found
 
@@ -60,7 +81,7 @@ def lean(name: str) -> Any:
     def leaf(*shape: int, dtype: torch.dtype) -> Any:
         return torch.empty(*shape, dtype=dtype, device="npu", requires_grad=True)
 
-    width = HEADS * HEAD_DIM
+    width = WIDTH
     x, vector = leaf(B, T, width, dtype=torch.bfloat16), leaf(width, dtype=torch.bfloat16)
     scale, shift = (leaf(B, 1, width, dtype=torch.float32) for _ in range(2))
     table = torch.empty(T, HEAD_DIM // 2, device="npu")
@@ -72,6 +93,28 @@ def lean(name: str) -> Any:
     leaves = [value for value in arguments[name] if isinstance(value, torch.Tensor)]
     out = getattr(module, name)(*arguments[name])
     return describe(out, *torch.autograd.grad(out, leaves, torch.empty_like(out)))
+
+
+def model() -> dict[str, Any]:
+    """What forward and backward of a whole transformer call."""
+    from mm.config.model import WanConfig
+    from mm.wan.model import WanModel
+    from mm.wan.precision import keep_fp32
+
+    config = WanConfig(hidden_size=WIDTH, ffn_dim=2 * WIDTH, num_heads=HEADS, num_layers=1)
+    with torch.device("npu"):
+        transformer = WanModel(config)
+    for name, parameter in transformer.named_parameters():
+        parameter.data = parameter.data if keep_fp32(name) else parameter.data.bfloat16()
+    latents = torch.empty(B, config.in_dim, 1, 4, 4, device="npu")
+    text = torch.empty(B, config.text_len, config.text_dim, device="npu")
+    with Calls() as calls:
+        velocity = transformer(latents, torch.empty(B, device="npu"), text)
+        velocity.backward(torch.empty_like(velocity))
+    gradients = {
+        str(parameter.grad.device.type) for parameter in transformer.parameters() if parameter.grad is not None
+    }
+    return {"calls": calls.fused(), "kernels": calls.kernels(), "gradients on": sorted(gradients)}
 
 
 def type_names() -> list[str]:

@@ -7,8 +7,9 @@ operators' place, and by the operators themselves where there is an NPU.
 import importlib.util
 import multiprocessing
 import re
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
 import npu_on_fake_device as fake
@@ -28,9 +29,10 @@ from mm.wan.rope import rope_tables
 B, T, S, HEADS, HEAD_DIM, EPS = 2, 12, 7, 3, 16, 1e-6
 WIDTH = HEADS * HEAD_DIM
 HAS_NPU = importlib.util.find_spec("torch_npu") is not None
+NEEDS_NPU = pytest.mark.skipif(not HAS_NPU, reason="no torch_npu here")
 PLACES = [
     pytest.param(("cpu", torch.float64), id="formulas"),
-    pytest.param(("npu", torch.bfloat16), id="NPU", marks=pytest.mark.skipif(not HAS_NPU, reason="no torch_npu here")),
+    pytest.param(("npu", torch.bfloat16), id="hardware", marks=NEEDS_NPU),
 ]
 BOUNDS = {torch.float64: 1e-12, torch.bfloat16: 2**-7}  # largest error over largest value
 
@@ -136,19 +138,40 @@ def test_norm_and_rotation(place: tuple[str, torch.dtype], rotated: bool) -> Non
     assert_close((out, *found), norm_reference(*exact(x, weight), exact_rotation, *exact(grad)), place)
 
 
+class TwoRanks:
+    """Two threads that add up tensors as two ranks would."""
+
+    def __init__(self) -> None:
+        self.shares: dict[int, Tensor] = {}
+        self.meet = threading.Barrier(2, timeout=20)
+
+    def sum_of(self, rank: int) -> Callable[[Tensor], Tensor]:
+        def add_up(share: Tensor) -> Tensor:
+            self.shares[rank] = share
+            self.meet.wait()
+            total = self.shares[0] + self.shares[1]
+            self.meet.wait()
+            return total
+
+        return add_up
+
+
 def test_norm_of_a_width_that_ranks_share(place: tuple[str, torch.dtype]) -> None:
-    """Two ranks that hold the same numbers: each sum over ranks is twice a rank's own."""
     (x, weight, grad), tables = norm_inputs(place)
+    x, weight, grad = torch.cat((x, 5 * x.flip(1)), -1), torch.cat((weight, weight + 1)), torch.cat((grad, -grad), 2)
+    ranks = TwoRanks()
 
-    def both(value: Tensor) -> Tensor:
-        return 2 * value
+    def run(rank: int) -> list[Tensor]:
+        mine = slice(rank * WIDTH, (rank + 1) * WIDTH)
+        inputs, total = (x[..., mine], weight[mine], tables), ranks.sum_of(rank)
+        out, rstd = npu.NpuOperators().rms_norm_rope(*inputs, HEAD_DIM, EPS, 2 * WIDTH, total)
+        share = grad[:, :, rank * HEADS : (rank + 1) * HEADS]
+        return [out, *npu.NpuOperators().rms_norm_rope_backward(share, *inputs, rstd, 2 * WIDTH, total)]
 
-    out, rstd = npu.NpuOperators().rms_norm_rope(x, weight, tables, HEAD_DIM, EPS, 2 * WIDTH, both)
-    found = npu.NpuOperators().rms_norm_rope_backward(grad, x, weight, tables, rstd, 2 * WIDTH, both)
-    twice = [torch.cat((value, value), dim=dim) for value, dim in zip(exact(x, weight, grad), (2, 0, 2), strict=True)]
-    expected = norm_reference(*twice[:2], exact(*tables), twice[2])
-    shares = [expected[0][:, :, :HEADS], expected[1][..., :WIDTH], expected[2][:WIDTH]]
-    assert_close((out, *found), shares, place)
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(run, (0, 1))
+    found = [torch.cat(shares, dim) for *shares, dim in zip(first, second, (2, 2, 0), strict=True)]
+    assert_close(found, norm_reference(*exact(x, weight), exact(*tables), *exact(grad)), place)
 
 
 def test_many_heads_and_samples(place: tuple[str, torch.dtype]) -> None:
@@ -226,6 +249,8 @@ CALLS = {
     "layer_norm": [],
     "gated_residual": [],
 }
+# queries and keys of self-attention, which are turned, and of cross-attention, which are not
+NORMS_OF_A_BLOCK = 4 * ["npu_rms_norm", "npu_rms_norm_backward"] + 4 * ["npu_rotary_mul"]
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -245,6 +270,17 @@ def test_tensors_on_an_npu_take_the_fused_operators(on_fake_npu: dict[str, Any],
     fp32 = {"attention": [1], "layer_norm": [2, 3], "gated_residual": [3]}.get(name.split()[0], [])
     dtypes = ["torch.float32" if i in fp32 else narrow for i in range(len(found["results"]))]
     assert [dtype for _, dtype, _ in found["results"]] == dtypes
+
+
+def test_torch_npu_implements_all_that_the_model_calls(on_fake_npu: dict[str, Any], wheel: Wheel) -> None:
+    """Forward and backward of a block with its embeddings and head: torch_npu's own operators, and torch's."""
+    model = on_fake_npu["model"]
+    assert model["gradients on"] == ["npu"]
+    assert sorted(model["calls"]) == sorted(NORMS_OF_A_BLOCK)
+    assert len(model["kernels"]) > 20  # mm, addmm, bmm, native_layer_norm, ...
+    implemented = wheel.kernels()
+    assert "scaled_dot_product_attention" in implemented  # which torch takes apart where it has no fused kernel
+    assert [name for name in model["kernels"] if not {name, f"{name.split('.')[0]}.out"} & implemented] == []
 
 
 def test_megatron_finds_the_names_of_types_that_it_looks_for(on_fake_npu: dict[str, Any], wheel: Wheel) -> None:

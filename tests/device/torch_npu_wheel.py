@@ -20,6 +20,7 @@ import torch
 
 VERSION = torch.__version__.split("+")[0]  # a torch_npu belongs to the torch of its number
 _SCHEMAS = "torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
+_LISTED = "torch_npu/csrc/aten/npu_native_functions.yaml"
 _SHAPES = "torch_npu/op_plugin/meta/_meta_registrations.py"
 # the published Python files are the same for all platforms
 _PLATFORM = ["--python-version", "3.11", "--implementation", "cp", "--abi", "cp311",
@@ -71,6 +72,11 @@ class Wheel:
         """`name(Tensor self, ...) -> ...` of one operator."""
         (line,) = re.findall(rf"^[ -]*func: ({operator}\(.*)$", self.text(_SCHEMAS), re.MULTILINE)
         return str(line)
+
+    def kernels(self) -> set[str]:
+        """Names of torch's operators that torch_npu implements, as "add.Tensor" or "mm"."""
+        listed = self.text(_SCHEMAS) + self.text(_LISTED)
+        return set(re.findall(r"^[ -]*(?:func: )?(\w[\w.]*)(?:\(.*)?$", listed, re.MULTILINE))
 
     def shape_function(self, operator: str) -> Callable[..., Any]:
         """The wheel's own function from meta tensors to meta tensors, cut out of the file that registers it."""
