@@ -6,8 +6,11 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 if [ -x "$root/.venv/bin/python" ] && [ -z "${VIRTUAL_ENV:-}" ]; then PATH=$root/.venv/bin:$PATH; fi
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}   # megatron-core: collectives keep their order
+# Read by torch_npu and HCCL alone; docs/npu.md says what they do.
 export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-1200}              # seconds; NPU clusters start slowly
 export PYTORCH_NPU_ALLOC_CONF=${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True}
+export CPU_AFFINITY_CONF=${CPU_AFFINITY_CONF:-1}
+export COMBINED_ENABLE=${COMBINED_ENABLE:-1}
 
 # torchrun on every node; one process needs none, and starts faster without.
 launch() { # module, words...

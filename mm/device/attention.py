@@ -1,9 +1,9 @@
-"""Attention over one block of keys that also returns the log-sum-exp, and its backward: what ring attention is made of.
+"""Attention, and its two halves for one block of keys: forward with log-sum-exp, backward from it.
 
 With the log-sum-exp at hand, the attention to a long sequence can be put together from the attention to its blocks,
 and each block's gradient needs only the output and log-sum-exp of the whole. The plain pair below runs everywhere and
-is the reference; CPU and CUDA have fused kernels for it inside torch. Shapes: B batch, T tokens of the queries, S
-tokens of the keys, N heads, K head width.
+is the reference; torch has fused kernels for it on CPU and CUDA, and torch_npu on NPUs. Shapes: B batch, T tokens of
+the queries, S tokens of the keys, N heads, K head width.
 
 Source: Dao 2023 (FlashAttention-2, arXiv 2307.08691), section 3.1.
 """
@@ -11,19 +11,17 @@ Source: Dao 2023 (FlashAttention-2, arXiv 2307.08691), section 3.1.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mm.device import npu
+from mm.device.attention_kernels import LOW_PRECISION, Kernel, kernel_of
+
 Keep = Callable[[str, Callable[[], tuple[Tensor, ...]]], tuple[Tensor, ...]]
 """(name, compute) -> what `compute` gives; a recomputed block gets what it kept under the name, without computing."""
-
-_FLASH_DTYPES = (torch.float16, torch.bfloat16)
-_FLASH_MAX_WIDTH = 256
-_FLASH_WIDTH_MULTIPLE = 8
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -95,11 +93,12 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
         ValueError: without a query or a key.
     """
     _check_not_empty(q, k)
-    path = _path(q)
-    if path == "plain":
+    if q.device.type == "npu" and q.dtype in LOW_PRECISION:
+        return npu.attention_with_lse(q, k, v)
+    kernel = _kernel(q.device, q.dtype, q.shape[-1], min(q.shape[1], k.shape[1]))
+    if kernel is None:
         return plain_attention_with_lse(q, k, v)
-    q, k, v = (_heads_first(x) for x in (q, k, v))
-    out, lse = _cpu_forward(q, k, v) if path == "cpu" else _cuda_forward(q, k, v)
+    out, lse = kernel.forward(*(_heads_first(x) for x in (q, k, v)))
     return out.transpose(1, 2), lse
 
 
@@ -124,12 +123,14 @@ def attention_backward(
         ValueError: without a query or a key.
     """
     _check_not_empty(q, k)
-    path = _path(q)
-    if path == "plain":
+    if q.device.type == "npu" and q.dtype in LOW_PRECISION:
+        return npu.attention_backward(grad_out, q, k, v, out, lse)
+    kernel = _kernel(q.device, q.dtype, q.shape[-1], min(q.shape[1], k.shape[1]))
+    if kernel is None:
         return plain_attention_backward(grad_out, q, k, v, out, lse)
     grad_out, q, k, v, out = (_heads_first(x) for x in (grad_out, q, k, v, out))
-    backward = _cpu_backward if path == "cpu" else _cuda_backward
-    dq, dk, dv = (grad.transpose(1, 2) for grad in backward(grad_out, q, k, v, out, lse))
+    grads = kernel.backward(grad_out, q, k, v, out, lse)
+    dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
     return dq, dk, dv
 
 
@@ -163,13 +164,19 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     return torch.einsum("btnk,bsnk->bnts", q.to(dtype), k.to(dtype)) * q.shape[-1] ** -0.5
 
 
-def _path(q: Tensor) -> Literal["cpu", "cuda", "plain"]:
-    """Which implementation takes such a tensor."""
-    if q.device.type == "cpu":
-        return "cpu"
-    if q.device.type == "cuda" and q.dtype in _FLASH_DTYPES and q.shape[-1] <= _FLASH_MAX_WIDTH:
-        return "cuda"
-    return "plain"
+def attention_name(device: torch.device, dtype: torch.dtype, head_dim: int, num_tokens: int) -> str:
+    """What attention among so many tokens runs on, for people."""
+    if device.type == "npu" and dtype in LOW_PRECISION:
+        return "npu_fusion_attention"
+    kernel = _kernel(device, dtype, head_dim, num_tokens)
+    return "plain matrix products, which hold all scores" if kernel is None else kernel.name
+
+
+def _kernel(device: torch.device, dtype: torch.dtype, width: int, shortest: int) -> Kernel | None:
+    # A fake tensor may say that it is on a device which is not there.
+    there = device.type == "cuda" and torch.cuda.is_available()
+    capability = torch.cuda.get_device_capability(device) if there else None
+    return kernel_of(device.type, dtype, width, shortest, capability)
 
 
 def _check_not_empty(q: Tensor, k: Tensor) -> None:
@@ -182,46 +189,3 @@ def _heads_first(x: Tensor) -> Tensor:
     """[B, T, N, K] as [B, N, T, K], with neighbouring elements of a head next to each other in memory."""
     # The fused kernels assume that stride without looking, and return wrong numbers otherwise.
     return (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2)
-
-
-# Below: heads first, [B, N, T, K]; lse is [B, N, T].
-
-
-def _cpu_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    return out, lse
-
-
-def _cpu_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out, q, k, v, out, lse, 0.0, False
-    )
-    return dq, dk, dv
-
-
-def _cuda_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    width = q.shape[-1]
-    q, k, v = (_pad_width(x) for x in (q, k, v))
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=width**-0.5)
-    return out.narrow(-1, 0, width), lse
-
-
-def _cuda_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    width = q.shape[-1]
-    grad_out, q, k, v, out = (_pad_width(x) for x in (grad_out, q, k, v, out))
-    no_dropout = torch.empty((), dtype=torch.int64, device=q.device)  # the random state, which nothing reads
-    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        grad_out, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, False,
-        no_dropout, no_dropout, scale=width**-0.5,
-    )  # fmt: skip
-    return dq.narrow(-1, 0, width), dk.narrow(-1, 0, width), dv.narrow(-1, 0, width)
-
-
-def _pad_width(x: Tensor) -> Tensor:
-    """Zeros behind every head up to the multiple the kernel takes; they change no score and no output."""
-    missing = -x.shape[-1] % _FLASH_WIDTH_MULTIPLE
-    return F.pad(x, (0, missing)) if missing else x

@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from mm.device.megatron_on_cpu import MegatronOnCpu
+from mm.device.megatron_on_npu import MegatronOnNpu
 from mm.errors import ConfigError
 
 DeviceKind = Literal["cpu", "cuda", "npu"]
@@ -31,13 +32,13 @@ class Backend:
         kind: which kind of device.
         device: the torch device with its index.
         collective: name of the torch.distributed backend that talks between such devices.
-        adapter: on the CPU, what makes megatron-core's code mean the CPU where it says CUDA.
+        adapter: on CPU and NPU, what makes megatron-core's code mean that device where it says CUDA.
     """
 
     kind: DeviceKind
     device: torch.device
     collective: Literal["gloo", "nccl", "hccl"]
-    adapter: MegatronOnCpu | None
+    adapter: MegatronOnCpu | MegatronOnNpu | None
 
     def megatron(self) -> AbstractContextManager[None]:
         """Enter this around every call into megatron-core (construction, schedule, optimizer)."""
@@ -88,7 +89,9 @@ def select(kind: DeviceKind | None, local_rank: int = 0) -> Backend:
         )
     device = torch.device(kind, local_rank)
     getattr(torch, kind).set_device(device)
-    return Backend(kind, device, "nccl" if kind == "cuda" else "hccl", None)
+    if kind == "npu":
+        return Backend(kind, device, "hccl", MegatronOnNpu())
+    return Backend(kind, device, "nccl", None)
 
 
 def free_host_bytes() -> int:

@@ -37,7 +37,7 @@ class MegatronOnCpu:
             return
         with contextlib.ExitStack() as stack:
             for target, name, value in _replacements():
-                stack.enter_context(_replaced(target, name, value))
+                stack.enter_context(replaced(target, name, value))
             mode = _CudaMeansCpu()
             stack.enter_context(mode)
             self._entered.append(mode)
@@ -140,7 +140,7 @@ def _coalescing_on_gloo(*args: Any, **kwargs: Any) -> Iterator[_Works]:
             (buffers, "dist_reduce_scatter_func"),
             (torch.distributed, "all_reduce"),
         ):
-            stack.enter_context(_replaced(target, name, works.recording(getattr(target, name))))
+            stack.enter_context(replaced(target, name, works.recording(getattr(target, name))))
         yield works
 
 
@@ -148,7 +148,7 @@ _ABSENT = object()
 
 
 @contextlib.contextmanager
-def _replaced(target: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(target: Any, name: str, value: Any) -> Iterator[None]:
     """Set an attribute for the length of a block."""
     before = getattr(target, name, _ABSENT)
     setattr(target, name, value)

@@ -24,6 +24,7 @@ def start_table(
     dataset: FeatureDataset,
     global_batch_size: int,
     device: str,
+    attention: str,
     recompute: Recompute | None,
     offloader: Offloader | None,
 ) -> dict[str, str]:
@@ -32,7 +33,7 @@ def start_table(
     Args:
         flags, wan, layout, zero, dataset: the run. global_batch_size: samples of a step.
         device: name of the devices and their collective backend.
-        recompute: the plan. offloader: of rank 0.
+        attention: the kernel of self attention. recompute: the plan. offloader: of rank 0.
     """
     parameters = sum(map(math.prod, whole_shapes(wan).values()))
     accumulated = global_batch_size // (flags.micro_batch_size * layout.dp_size)
@@ -54,6 +55,7 @@ def start_table(
         "heads": _heads(layout, wan.num_heads),
         "a layer": "; ".join(layer_collectives(layout, zero)) or "no communication",
         "gradients": _gradients(flags, layout),
+        "attention": attention,
         "recompute": _recompute(recompute),
         "offload": _offload(offloader),
         "checkpoints": flags.save or "none: the trained weights are not kept (--save)",

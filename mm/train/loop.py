@@ -22,6 +22,7 @@ from mm.config.train import PretrainModel, TrainFlags
 from mm.data.dataset import FeatureDataset
 from mm.data.loader import FeatureBatch, feature_batches
 from mm.data.sampler import BatchPlan
+from mm.device.attention import attention_name
 from mm.device.backend import Backend, deterministic
 from mm.diffusion.flow import FlowMatching
 from mm.errors import ConfigError
@@ -160,8 +161,12 @@ def _build(run: Run, run_blocks: BlockRunner) -> tuple[ParallelModel, Optimizer]
 
 
 def _step_shape(run: Run) -> StepShape:
-    largest = max(sample.num_tokens for sample in run.dataset.samples)
-    return StepShape(run.flags.micro_batch_size, largest, run.num_microbatches, training_dtype(run.flags))
+    dtype = training_dtype(run.flags)
+    return StepShape(run.flags.micro_batch_size, _most_tokens(run), run.num_microbatches, dtype)
+
+
+def _most_tokens(run: Run) -> int:
+    return max(sample.num_tokens for sample in run.dataset.samples)
 
 
 def data_parallel_options(flags: TrainFlags) -> DataParallelOptions:
@@ -183,6 +188,7 @@ def _describe(run: Run, recompute: Recompute | None, offloader: Offloader | None
         run.dataset,
         run.global_batch_size,
         device=f"{run.backend.name()} ({run.backend.collective})",
+        attention=attention_name(run.backend.device, training_dtype(run.flags), run.config.head_dim, _most_tokens(run)),
         recompute=recompute,
         offloader=offloader,
     )

@@ -12,6 +12,7 @@ from mm.device.attention import (
     plain_attention_backward,
     plain_attention_with_lse,
 )
+from mm.device.attention_kernels import CPU, CUDNN, EFFICIENT, FLASH, Kernel, kernel_of
 from mm.parallel.ring import merge
 
 PATHS = {
@@ -115,6 +116,49 @@ def test_nothing_to_attend_is_refused() -> None:
             attention_with_lse(q, k, k)
         with pytest.raises(ValueError, match="needs a query and a key"):
             attention_backward(q, q, k, k, q, q[..., 0].transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "width", "shortest", "capability", "kernel"),
+    [
+        ("cpu", torch.float64, 300, 1, None, CPU),
+        ("cuda", torch.bfloat16, 128, 32760, (9, 0), CUDNN),
+        ("cuda", torch.float16, 64, 512, (10, 0), CUDNN),
+        ("cuda", torch.bfloat16, 128, 5, (9, 0), FLASH),
+        ("cuda", torch.bfloat16, 160, 512, (9, 0), FLASH),
+        ("cuda", torch.bfloat16, 12, 512, (9, 0), FLASH),
+        ("cuda", torch.bfloat16, 128, 512, (8, 0), FLASH),
+        ("cuda", torch.bfloat16, 128, 512, (12, 0), FLASH),
+        ("cuda", torch.bfloat16, 300, 512, (9, 0), None),
+        ("cuda", torch.float32, 128, 512, (9, 0), EFFICIENT),
+        ("cuda", torch.float64, 128, 512, (9, 0), None),
+        ("npu", torch.float32, 128, 512, None, None),
+    ],
+)
+def test_which_kernel_is_taken(
+    device: str,
+    dtype: torch.dtype,
+    width: int,
+    shortest: int,
+    capability: tuple[int, int] | None,
+    kernel: Kernel | None,
+) -> None:
+    assert kernel_of(device, dtype, width, shortest, capability) is kernel
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype"), [(CUDNN, torch.bfloat16), (FLASH, torch.bfloat16), (EFFICIENT, torch.float32)]
+)
+def test_calls_of_cuda_kernels_fit_their_schemas(kernel: Kernel, dtype: torch.dtype) -> None:
+    """A fake tensor needs no device: torch checks arguments and gives the shapes of the results."""
+    with FakeTensorMode():
+        q, k, v, grad_out = (
+            torch.empty(2, tokens, 3, 64, dtype=dtype, device="cuda").transpose(1, 2) for tokens in (70, 90, 90, 70)
+        )
+        out, lse = kernel.forward(q, k, v)
+        grads = kernel.backward(grad_out, q, k, v, out, lse)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, dtype, (2, 3, 70), torch.float32)
+    assert [(x.shape, x.dtype) for x in grads] == [(x.shape, dtype) for x in (q, k, v)]
 
 
 @pytest.mark.parametrize("width", [12, 128])

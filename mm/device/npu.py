@@ -1,0 +1,110 @@
+"""Ascend NPUs: torch_npu's fused operators behind the interfaces of this room.
+
+They are called as functions without autograd, because the callers (`mm.parallel.ring`, `mm.device.lean`) differentiate
+by hand. Names, arguments and shapes are held against the published wheel by tests/device/test_npu_calls.py; docs/npu.md
+says what was never run. Shapes: B batch, T tokens of the queries, S of the keys, N heads, K head width, D model width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mm.device.kernels import widen
+from mm.device.operators import PlainOperators, Rotation, SumOverRanks, alone
+
+_LAYOUT = "BSND"  # the operator's name for [B, T, N, K]
+_LANES = 8  # the operator wants a row's maximum and sum eight times, side by side
+
+
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """`mm.device.attention.attention_with_lse` for fp16 and bf16.
+
+    Args:
+        q: [B, T, N, K]; k, v: [B, S, N, K].
+
+    Returns:
+        out [B, T, N, K], and lse [B, N, T] in fp32.
+
+    Without a mask the operator attends to every key, whatever its sparse mode and token limits are.
+    """
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    out, maximum, total, *_ = torch.ops.npu.npu_fusion_attention(
+        q, k, v, q.shape[2], _LAYOUT, scale=q.shape[-1] ** -0.5
+    )
+    return out, maximum[..., 0] + total[..., 0].log()
+
+
+def attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`mm.device.attention.attention_backward` for fp16 and bf16; arguments and results as there.
+
+    The operator takes a row's maximum m and sum s, and uses them only in weights = exp(score - m) / s. With m = lse and
+    s = 1 the weights are the same, so 4 bytes a head and token are kept from the forward instead of 64, and the lse of
+    more keys gives the weights under more keys, which is what ring attention asks of a block.
+    """
+    grad_out, q, k, v, out = (x.contiguous() for x in (grad_out, q, k, v, out))
+    maximum = lse.unsqueeze(-1).repeat(1, 1, 1, _LANES)
+    dq, dk, dv, *_ = torch.ops.npu.npu_fusion_attention_grad(
+        q, k, v, grad_out, q.shape[2], _LAYOUT,
+        softmax_max=maximum, softmax_sum=torch.ones_like(maximum), attention_in=out, scale_value=q.shape[-1] ** -0.5,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+class NpuOperators(PlainOperators):
+    """`Operators` with fused RMSNorm and rotation; LayerNorm and gates are torch's, which torch_npu implements.
+
+    The fused operators round their result to the dtype of their input, and the rotation its tables too. They get fp32,
+    so that what is rounded to the stream's dtype is rounded once, at the end, as on other devices.
+    """
+
+    def rms_norm_rope(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        rotation: Rotation | None,
+        head_dim: int,
+        eps: float,
+        width: int,
+        sum_over_ranks: SumOverRanks,
+    ) -> tuple[Tensor, Tensor]:
+        """As `Operators.rms_norm_rope`."""
+        wide = widen(x)
+        if sum_over_ranks is alone:
+            normed, rstd = torch.ops.npu.npu_rms_norm(wide, widen(weight), eps)
+            heads = normed.unflatten(-1, (-1, head_dim))
+        else:  # the fused operator cannot stop between the sum of squares and its use
+            heads, rstd = super().rms_norm_rope(wide, weight, None, head_dim, eps, width, sum_over_ranks)
+        return (heads if rotation is None else _rotate(heads, *rotation)).to(x.dtype), rstd
+
+    def rms_norm_rope_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        rotation: Rotation | None,
+        rstd: Tensor,
+        width: int,
+        sum_over_ranks: SumOverRanks,
+    ) -> tuple[Tensor, Tensor]:
+        """As `Operators.rms_norm_rope_backward`."""
+        wide, grad = widen(x), widen(grad)
+        if rotation is not None:
+            grad = _rotate(grad, rotation[0], -rotation[1])
+        if sum_over_ranks is alone:
+            dx, dweight = torch.ops.npu.npu_rms_norm_backward(grad.flatten(2), wide, widen(weight), rstd)
+        else:
+            dx, dweight = super().rms_norm_rope_backward(grad, wide, weight, None, rstd, width, sum_over_ranks)
+        return dx.to(x.dtype), dweight.to(weight.dtype)
+
+
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn [B, T, N, K] by [T, K/2]; the backward turns by the negative angle, which needs no operator of its own."""
+    batch = heads.shape[0]
+    # Interleaved, the operator takes tables of [1, T, 1, K] alone, each number twice, and fewer than 1000 heads in all
+    # samples together. As one long sample, any number of samples fits.
+    cos, sin = (x.to(heads.dtype).repeat_interleave(2, -1).repeat(batch, 1)[None, :, None] for x in (cos, sin))
+    turned: Tensor = torch.ops.npu.npu_rotary_mul(heads.flatten(0, 1).unsqueeze(0), cos, sin, "interleave")
+    return turned.view_as(heads)
