@@ -30,6 +30,9 @@ setup(
         "matplotlib>=3.9",
         "tensorboard>=2.17",
     ],
+    # triton: its interpreter runs the CUDA kernels on the CPU. A range, because a CUDA build of torch brings triton and
+    # fixes its version (torch 2.13.0 from PyPI: 3.7.1), and a CPU build brings none. The kernels also compile with 3.6,
+    # whose interpreter stops at numpy 2.4.
     # accelerate: diffusers needs it to load a transformer of its own from disk, which tests compare with
     extras_require={
         "test": [
@@ -39,6 +42,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff==0.17.5",
             "mypy==2.4.1",
+            "triton>=3.7,<3.10; platform_machine == 'x86_64' and sys_platform == 'linux'",
         ]
     },
 )

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # reads the number of threads when it is imported
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for a hub is wrong, and must fail at once
+if not torch.cuda.is_available():
+    # Triton's own functions are made when it is first imported, for the interpreter or for a device, and megatron-core
+    # imports it: so this must stand before all other imports.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,8 @@
 Autograd would keep what every step in between made in fp32: 12 fp32 copies of the residual stream a block. These keep
 their inputs as they are, in the stream's dtype, and the few statistics that are dear to compute again. The formulas
 are those of the plain references in `mm.device.kernels`. Everything is computed in fp32 (fp64 for fp64 inputs) and cast
-back; `mm.device.operators` has the arithmetic. Shapes: B batch, T tokens, D model width, N heads, K head width.
+back; `mm.device.operators` has the arithmetic, `mm.device.dispatch` knows which devices have their own.
+Shapes: B batch, T tokens, D model width, N heads, K head width.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mm.device.operators import Rotation, SumOverRanks, alone, operators_of
+from mm.device.dispatch import operators_of
+from mm.device.operators import Rotation, SumOverRanks, alone
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -149,18 +149,6 @@ class PlainOperators:
         return dx.to(x.dtype), dweight
 
 
-def operators_of(x: Tensor) -> Operators:
-    """The implementation for a tensor's device."""
-    if x.device.type == "npu":
-        from mm.device.npu import NpuOperators  # here, because that module builds on this one
-
-        return NpuOperators()
-    return _PLAIN
-
-
-_PLAIN = PlainOperators()
-
-
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn [B, T, N, K] by [T, K/2]."""
     pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)).contiguous())
