@@ -36,7 +36,7 @@ stage "3/7 Weights from HF to MM"
 python "$here/convert_ckpt.py" --source_path "$weights" --target_path "$WORKSPACE/weights_mm" --mode convert_to_mm
 
 pretrain() { # steps
-    MM_DATA=$demo/configs/feature_data.json MM_MODEL=$demo/configs/pretrain_model.json PRECISION=fp32 MBS=16 \
+    MM_DATA=$demo/configs/feature_data.json MM_MODEL=$demo/configs/pretrain_model.json PRECISION=fp32 MBS=16 RECOMPUTE= \
         LOAD_PATH=$WORKSPACE/weights_mm SAVE_PATH=$checkpoints bash "$here/1.3b/t2v/pretrain.sh" \
         --train-iters "$1" --lr-decay-iters "$STEPS" --lr 2e-3 --min-lr 2e-5 --lr-decay-style cosine \
         --lr-warmup-iters 100 --log-interval 100 --save-interval "$STEPS" --num-workers 1 --seed "$SEED"

@@ -107,6 +107,7 @@ def _as_text(layout: Layout, report: Report) -> str:
         ("tokens", f"{report.tokens:,} a sample, {report.rank_tokens:,} on this rank, {padding:,} of them padding"),
         ("parameters", f"{report.parameters:,} kept by this rank"),
         ("bubble", f"{report.bubble:.1%} of the step, if stages are even"),
+        ("host memory", f"{report.host_bytes / GIB:.2f} GiB page-locked, for offload" if report.host_bytes else "none"),
     ]
     kinds = sorted(report.peak.items(), key=lambda item: -item[1])
     memory = [(kind, f"{size / GIB:.2f}") for kind, size in [*kinds, ("together", report.peak_bytes)]]

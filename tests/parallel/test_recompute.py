@@ -3,9 +3,11 @@
 A kept attention runs forward once, and the host pool is as large as what waits in it.
 """
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import parity
 import pytest
 import torch
 from parity import MIXED, Row, Trace, parallel_run
@@ -18,10 +20,11 @@ from mm.config.recompute import Recompute
 from mm.device import attention
 from mm.device.backend import select
 from mm.parallel import host_pool
-from mm.parallel.apply import DataParallelOptions
+from mm.parallel.apply import DataParallelOptions, ParallelModel
 from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
 from mm.parallel.offload import Offloader
+from mm.parallel.traffic import CountTraffic, axes_of, totals
 from mm.wan.block import WanBlock
 
 PLANS = {
@@ -60,6 +63,8 @@ def compare_here() -> list[dict[str, Any]]:
     backend, found = select("cpu"), []
     runs = {"blocks": 0, "attention": 0}
     pools: list[Offloader] = []
+    bytes_sent: Counter[str] = Counter()
+    compute_gradients = parity.compute_gradients
 
     class Watched(Offloader):
         def __init__(self, *args: Any) -> None:
@@ -73,18 +78,34 @@ def compare_here() -> list[dict[str, Any]]:
 
         return counted
 
+    def counting_bytes(parallel: ParallelModel, *args: Any) -> Any:
+        with CountTraffic(axes_of(parallel.mesh)) as traffic:
+            loss = compute_gradients(parallel, *args)
+        for (axis, _), sent in totals(traffic.calls).items():
+            bytes_sent[axis] += sent.bytes
+        return loss
+
     with Job(place(), backend.collective, backend.device, 2), pytest.MonkeyPatch.context() as patch:
         patch.setattr(WanBlock, "forward", counting("blocks", WanBlock.forward))
         patch.setattr(attention, "attention_with_lse", counting("attention", attention.attention_with_lse))
         patch.setattr(host_pool, "Offloader", Watched)
+        patch.setattr(parity, "compute_gradients", counting_bytes)
         for row in LAYOUTS:
             with build_mesh(row.layout, 2, "cpu") as mesh:
-                result: dict[str, Any] = {"different": [], "blocks": {}, "attention": {}, "unused slots": []}
+                result: dict[str, Any] = {
+                    "different": [],
+                    "blocks": {},
+                    "attention": {},
+                    "unused slots": [],
+                    "sent": {},
+                }
                 traces = {}
                 for name, plan in PLANS.items():
                     runs.update(blocks=0, attention=0)
                     pools.clear()
+                    bytes_sent.clear()
                     traces[name] = parallel_run(replace(row, recompute=plan), mesh, backend)
+                    result["sent"][name] = {axis: bytes_sent[axis] for axis in ("ulysses", "ring")}
                     for what in runs:
                         result[what][name] = runs[what]
                     result["unused slots"] += [pool.fewest_free for pool in pools]
@@ -124,6 +145,26 @@ def test_no_bit_changes_and_blocks_run_as_often_as_planned(index: int, results: 
         }
         assert len(found["unused slots"]) == 2
         assert all(unused == 0 for unused in found["unused slots"])
+
+
+def test_what_is_kept_is_not_sent_again(results: list[list[dict[str, Any]]]) -> None:
+    """Of Ulysses' 8 units of a block in forward and backward, three are q, k and v of a forward and one the output."""
+    for index, row in enumerate(LAYOUTS):
+        sent = results[0][index]["sent"]
+        more = {
+            name: sent[name]["ulysses"] / sent["none"]["ulysses"] - 1 for name in PLANS if row.layout.ulysses_size > 1
+        }
+        if more:
+            share = row.layout.vp_size / row.wan.num_layers * row.layout.pp_size
+            assert more == pytest.approx(
+                {
+                    "none": 0, "each": 4 / 8, "pairs": 4 / 8, "first": 4 / 8 * share,
+                    "keep": 4 / 8, "mixed": (4 + 1) / 8 * share, "keep pairs": 1 / 8,
+                }
+            )  # fmt: skip
+        if row.layout.ring_size > 1:
+            assert sent["keep"]["ring"] == sent["keep pairs"]["ring"] == sent["none"]["ring"]
+            assert sent["each"]["ring"] > sent["none"]["ring"]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ CP=${CP:-1}
 MBS=${MBS:-1}
 GRAD_ACC_STEP=${GRAD_ACC_STEP:-1}
 PRECISION=${PRECISION:-bf16}          # bf16 or fp32
+RECOMPUTE=${RECOMPUTE---recompute-granularity selective}   # RECOMPUTE= keeps everything: fastest, if it fits
 
 MM_DATA=${MM_DATA:-$here/feature_data.json}
 MM_MODEL=${MM_MODEL:-$here/pretrain_model.json}
@@ -31,4 +32,4 @@ GPT_ARGS="
 "
 OUTPUT_ARGS="--log-interval 1 --save-interval 500"
 
-run_training $GPT_ARGS $OUTPUT_ARGS "$@"
+run_training $GPT_ARGS $OUTPUT_ARGS $RECOMPUTE "$@"
