@@ -10,6 +10,7 @@ from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout, even_stages
 from mm.config.model import WanConfig
 from mm.config.place import place
+from mm.config.recompute import Recompute
 from mm.data.loader import FeatureBatch
 from mm.device.backend import select
 from mm.diffusion.flow import FlowMatching
@@ -44,6 +45,7 @@ class Row:
     micro_batches: int = 2
     dtype: torch.dtype = torch.bfloat16
     wan: WanConfig = WAN
+    recompute: Recompute | None = None
 
     @property
     def id(self) -> str:
@@ -52,6 +54,9 @@ class Row:
             parts.append(f"x{self.layout.dp_cp_size // self.zero.zero3_size}")
         if self.options.use_distributed_optimizer:
             parts.append("distopt")
+        if self.recompute is not None:
+            kept = f"keep {self.recompute.kept}" if self.recompute.keep_layers != 0 else "full"
+            parts.append(kept + (" offloaded" if self.recompute.offload else ""))
         return "-".join([*parts, f"{self.tokens} tokens"])
 
     @property
