@@ -83,7 +83,7 @@ def _held(split: Split, *, built: bool) -> str:
     text = f"It held {sum(told.values()) / 1000:.3f} GB: "
     text += ", ".join(f"{kind} {size / 1000:.3f}" for kind, size in told.items()) + "."
     if split.moments_to_come:
-        text += f" The first update adds {_gb(split.moments_to_come)} GB of moments."
+        text += f" Moments of {_gb(split.moments_to_come)} GB are still to come."
     if split.pinned_host:
         text += f" On the host {_gb(split.pinned_host)} GB are pinned."
     return text
@@ -94,7 +94,7 @@ def _place(error: BaseException) -> str:
     here = "outside this program"
     for frame, line in walk_tb(error.__traceback__):
         file = Path(frame.f_code.co_filename)
-        if file.is_relative_to(_PACKAGE):
+        if file.is_relative_to(_PACKAGE) and frame.f_code.co_name != "__torch_function__":  # passes calls on
             here = f"at mm/{file.relative_to(_PACKAGE)}:{line} ({frame.f_code.co_name})"
     return here
 

@@ -87,21 +87,19 @@ def reliefs(request: Request, split: Split, count: int = 3) -> list[Relief]:
 
 
 def saved_bytes(before: Request, after: Request, split: Split) -> float:
-    """Bytes that a rank needs less, estimated; of what failed to be allocated too."""
-    asked = {
-        "building the model": (split.asked, 0, 0),
-        "loading weights": (0, split.asked, 0),
-        "the optimizer's update": (0, max(0, split.asked - split.moments_to_come), 0),
-        "forward and backward": (0, 0, split.asked),
-    }[split.phase]
-    needed = (
-        split.parameters + asked[0],
-        split.gradients,
-        split.optimizer + split.moments_to_come + asked[1],
-        split.activations + asked[2],
-    )
+    """Bytes that a rank needs less, estimated; of what failed to be allocated and of moments to come too."""
     old, new = ((*_model_bytes(r), _activation_bytes(r)) for r in (before, after))
-    return sum(size * (1 - less / more) for size, less, more in zip(needed, new, old, strict=True))
+    return sum(size * (1 - less / more) for size, less, more in zip(_needed(split, old), new, old, strict=True))
+
+
+def _needed(split: Split, ratios: tuple[float, ...]) -> tuple[float, ...]:
+    """Bytes of parameters, gradients, optimizer and activations, with the allocation that failed."""
+    if split.phase == "building the model":  # nobody knows what is what yet: as much of each as a whole model has
+        model = split.held - split.program + split.asked
+        return (*(model * ratio / sum(ratios[:3]) for ratio in ratios[:3]), 0.0)
+    in_step = split.phase == "forward and backward"
+    optimizer = split.optimizer + max(split.moments_to_come, 0 if in_step else split.asked)
+    return split.parameters, split.gradients, optimizer, split.activations + (split.asked if in_step else 0)
 
 
 def _first_that_helps(request: Request, split: Split, family: Iterator[_Change]) -> Relief | None:

@@ -124,7 +124,7 @@ def check_proposal(words: str, run: Request, relief: Relief) -> None:
             {},
             ["--tensor-model-parallel-size 2 --sequence-parallel on 2 processes instead of 1"],
         ),
-        # two replicas become one: no device more, and the same global batch; 3 heads are left, which CP 2 does not divide
+        # two replicas become one: no device more, and the same global batch; CP 2 does not divide 3 heads
         (
             f"--bf16 {RECOMPUTE} uniform --tensor-model-parallel-size 4 --sequence-parallel",
             8,
