@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -55,8 +56,10 @@ class Backend:
         """Peak memory of this process: the allocator's on an accelerator, the resident set on the CPU."""
         if self.kind != "cpu":
             return int(getattr(torch, self.kind).max_memory_allocated())
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on Linux
+        if sys.platform == "linux":  # getrusage would count the process that started this one, up to that moment
+            status = Path("/proc/self/status").read_text(encoding="ascii")
+            return int(status.partition("VmHWM:")[2].split(maxsplit=1)[0]) * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
     def total_and_free_bytes(self) -> tuple[int, int] | None:
         """Memory of the device and what nobody uses of it; None on the CPU, whose limits are set in many places."""

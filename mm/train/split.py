@@ -69,8 +69,7 @@ def measure(
     states = [shard.inner.state.get(shard.key, {}) for shard in shards]
     counted: set[int] = set()
     parameters = _bytes(model, counted)
-    gradients = _bytes((getattr(p, "main_grad", None) for p in model), counted)
-    gradients += _bytes((tensor.grad for tensor in [*model, *(shard.key for shard in shards)]), counted)
+    gradients = _bytes((gradient for p in model for gradient in (getattr(p, "main_grad", None), p.grad)), counted)
     state = _bytes((shard.master for shard in shards), counted)
     state += _bytes((value for values in states for value in values.values()), counted)
     return Split(
