@@ -13,6 +13,7 @@ EXIT_NUMERICS = 17
 EXIT_CONFIG = 64
 EXIT_DATA = 65
 EXIT_INTERNAL = 70
+EXIT_MEMORY = 71
 EXIT_CHECKPOINT = 74
 
 
@@ -69,6 +70,12 @@ class CheckpointError(MMError):
     """A checkpoint that cannot be read, written or matched with the model."""
 
     exit_code = EXIT_CHECKPOINT
+
+
+class OutOfMemoryError(MMError):
+    """A device without room for what the run asks of it."""
+
+    exit_code = EXIT_MEMORY
 
 
 class NumericsError(MMError):

@@ -65,10 +65,10 @@ class Request:
 
     @property
     def blocks_of_stages(self) -> list[int]:
-        """Blocks of every virtual stage as pipeline_num_layers lists them; without a pipeline all are on one."""
+        """Blocks of the virtual stages as pipeline_num_layers lists them; one number where all have as many."""
         listed = self.model.predictor.pipeline_num_layers
         if self.pp == 1 or not listed:
-            return [self.model.predictor.num_layers]
+            return [self.model.predictor.num_layers // (self.pp * self.vp if self.pp > 1 else 1)]
         return [number for row in listed for number in (row if isinstance(row, list) else [row])]
 
     @property

@@ -19,6 +19,7 @@ import torch
 
 from mm.device.megatron_on_cpu import MegatronOnCpu
 from mm.device.megatron_on_npu import MegatronOnNpu
+from mm.device.out_of_memory import is_out_of_memory
 from mm.errors import ConfigError
 
 DeviceKind = Literal["cpu", "cuda", "npu"]
@@ -57,8 +58,21 @@ class Backend:
         """Peak memory of this process: the allocator's on an accelerator, the resident set on the CPU."""
         if self.kind != "cpu":
             return int(getattr(torch, self.kind).max_memory_allocated())
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on Linux
+        if sys.platform == "linux":  # getrusage would count the process that started this one, up to that moment
+            status = Path("/proc/self/status").read_text(encoding="ascii")
+            return int(status.partition("VmHWM:")[2].split(maxsplit=1)[0]) * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+    def total_and_free_bytes(self) -> tuple[int, int] | None:
+        """Memory of the device and what nobody uses of it; None on the CPU, whose limits are set in many places."""
+        if self.kind == "cpu":
+            return None
+        free, total = getattr(torch, self.kind).mem_get_info(self.device)
+        return int(total), int(free)
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Whether an exception says that this device has no room for an allocation."""
+        return is_out_of_memory(error, on_host=self.kind == "cpu")
 
     def name(self) -> str:
         """What to call the device in reports."""

@@ -17,7 +17,7 @@ from mm.parallel.fingerprint import CHECK_NODES, agree, fingerprint
 
 
 class Job:
-    """The processes of one run, joined. Use it as a context manager so that they part in order."""
+    """The processes of one run, joined. Use it as a context manager so that they part in order when all is done."""
 
     def __init__(
         self,
@@ -67,8 +67,11 @@ class Job:
     def __enter__(self) -> Job:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        dist.destroy_process_group()
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        # After an error the others may wait for this process in a collective. Parting here would end them, and then the
+        # launcher this process, before its error is told. They see it end by itself.
+        if kind is None or self.world_size == 1:
+            dist.destroy_process_group()
 
 
 def open_store(where: Place, timeout: datetime.timedelta) -> Store:

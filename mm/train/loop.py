@@ -18,6 +18,7 @@ from mm.config.data import TrainData
 from mm.config.layerzero import ZeroConfig
 from mm.config.model import WanConfig
 from mm.config.recompute import Recompute, recompute_of
+from mm.config.request import Request
 from mm.config.train import PretrainModel, TrainFlags
 from mm.data.dataset import FeatureDataset
 from mm.data.loader import FeatureBatch, feature_batches
@@ -36,6 +37,7 @@ from mm.parallel.recompute import block_runner
 from mm.train.describe import start_table
 from mm.train.flops import train_flops
 from mm.train.metrics import MetricsLog, StepMetrics
+from mm.train.out_of_memory import MemoryWatch
 from mm.train.state import Progress, load_state, load_weights, save_state
 from mm.train.step import StepResult, train_step
 from mm.wan.initial import initial_value
@@ -95,10 +97,12 @@ def train(run: Run) -> Progress:
     Raises:
         ConfigError: CFG-046 when samples of different sizes would cross a pipeline that was not told so; CFG-049 when
             offload needs more host memory than is free.
+        OutOfMemoryError: MEM-001 when the device has no room for the model or a step.
         CheckpointError, ConfigError, NumericsError: as documented where they arise.
     """
     flags = run.flags
     _check_sizes(run)
+    watch = MemoryWatch(Request(flags, run.model, run.zero, run.comm.world_size), run.backend, run.comm.rank)
     with ExitStack() as stack:
         stack.enter_context(deterministic(flags.deterministic_mode))
         if flags.save is not None:
@@ -107,14 +111,18 @@ def train(run: Run) -> Progress:
         offloader = make_offloader(
             recompute, run.config, run.mesh, run.backend, _step_shape(run), processes_of_node=run.processes_of_node
         )
-        parallel, optimizer = _build(run, block_runner(recompute, offloader))
+        watch.pinned_host = 0 if offloader is None else offloader.memory.nbytes
+        with watch.during("building the model"):
+            watch.parallel = parallel = _build_model(run, block_runner(recompute, offloader))
+            watch.optimizer = optimizer = _build_optimizer(run, parallel)
         _describe(run, recompute, offloader)
-        progress = _start(run, optimizer)
+        with watch.during("loading weights"):
+            progress = _start(run, optimizer)
         if progress.step >= flags.train_iters:
             logger.info("step %d of %d is already done; nothing to train", progress.step, flags.train_iters)
             return progress
         log = stack.enter_context(_metrics_log(run, progress))
-        return _steps(run, parallel, optimizer, progress, log)
+        return _steps(run, parallel, optimizer, progress, log, watch)
 
 
 def _check_sizes(run: Run) -> None:
@@ -127,13 +135,13 @@ def _check_sizes(run: Run) -> None:
         )
 
 
-def _build(run: Run, run_blocks: BlockRunner) -> tuple[ParallelModel, Optimizer]:
+def _build_model(run: Run, run_blocks: BlockRunner) -> ParallelModel:
     flags = run.flags
 
     def initial(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         return initial_value(name, shape, flags.seed)
 
-    parallel = apply(
+    return apply(
         run.config,
         run.mesh,
         run.backend,
@@ -143,6 +151,10 @@ def _build(run: Run, run_blocks: BlockRunner) -> tuple[ParallelModel, Optimizer]
         run.zero,
         run_blocks,
     )
+
+
+def _build_optimizer(run: Run, parallel: ParallelModel) -> Optimizer:
+    flags = run.flags
     samples = run.global_batch_size
     settings = AdamWSettings(
         lr=flags.lr,
@@ -157,7 +169,7 @@ def _build(run: Run, run_blocks: BlockRunner) -> tuple[ParallelModel, Optimizer]
         adam_eps=flags.adam_eps,
         clip_grad=flags.clip_grad,
     )
-    return parallel, make_optimizer(parallel, settings)
+    return make_optimizer(parallel, settings)
 
 
 def _step_shape(run: Run) -> StepShape:
@@ -233,7 +245,9 @@ def _metrics_log(run: Run, progress: Progress) -> MetricsLog:
     )
 
 
-def _steps(run: Run, parallel: ParallelModel, optimizer: Optimizer, progress: Progress, log: MetricsLog) -> Progress:
+def _steps(
+    run: Run, parallel: ParallelModel, optimizer: Optimizer, progress: Progress, log: MetricsLog, watch: MemoryWatch
+) -> Progress:
     flags = run.flags
     flow = FlowMatching(run.model.diffusion)
     batches = _batches(run, progress)
@@ -246,6 +260,7 @@ def _steps(run: Run, parallel: ParallelModel, optimizer: Optimizer, progress: Pr
             [next(batches) for _ in range(run.num_microbatches)],
             samples=run.global_batch_size,
             seed=flags.seed,
+            during=watch.during,
         )
         progress = Progress(progress.step + 1, progress.consumed_samples + run.global_batch_size)
         log.write(_measure(run, result, progress, time.monotonic() - started))

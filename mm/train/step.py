@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from mm.parallel.apply import ParallelModel
 from mm.parallel.optimizer import Optimizer
 from mm.parallel.schedule import LossFunction, forward_backward
 from mm.parallel.stage import WanStage
+from mm.train.split import Phase
 from mm.wan.patches import patchify, token_grid
 
 PatchSize = tuple[int, int, int]
@@ -45,6 +47,7 @@ def train_step(
     *,
     samples: int,
     seed: int,
+    during: Callable[[Phase], AbstractContextManager[object]] = nullcontext,
 ) -> StepResult:
     """Take one step.
 
@@ -55,11 +58,13 @@ def train_step(
         batches: this replica's micro-batches of the step.
         samples: the global batch, by which the learning-rate schedule advances.
         seed: of noise and timesteps.
+        during: makes what to enter for each phase of the step.
 
     Raises:
         NumericsError: NUM-001 for a loss, NUM-002 for a gradient that is not finite; no weight has changed then.
     """
-    loss = compute_gradients(parallel, flow, batches, seed)
+    with during("forward and backward"):
+        loss = compute_gradients(parallel, flow, batches, seed)
     if not math.isfinite(loss):
         identities = ", ".join(sample for batch in batches for sample in batch["sample"])
         raise NumericsError(
@@ -68,7 +73,8 @@ def train_step(
             "Check these features (NaN, dtype), lower --lr, or resume from the checkpoint before.",
         )
     lr = optimizer.learning_rate
-    grad_norm = optimizer.step(samples)
+    with during("the optimizer's update"):
+        grad_norm = optimizer.step(samples)
     patch_size = parallel.wan.patch_size
     tokens = sum(len(batch["sample"]) * num_tokens(batch["latents"], patch_size) for batch in batches)
     return StepResult(loss, grad_norm, lr, tokens)

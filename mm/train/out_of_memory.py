@@ -1,0 +1,105 @@
+"""One clear error for a run out of memory (MEM-001): what failed, what is held by kind, which flags would help."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from traceback import walk_tb
+
+from mm.config.request import Request
+from mm.device.backend import Backend
+from mm.device.out_of_memory import bytes_asked_for
+from mm.errors import OutOfMemoryError
+from mm.parallel.apply import ParallelModel
+from mm.parallel.optimizer import Optimizer
+from mm.train.relief import reliefs
+from mm.train.split import Phase, Split, measure
+
+_PACKAGE = Path(__file__).parents[1]
+_MB = 10**6
+
+
+class MemoryWatch:
+    """Turns a failed allocation of this rank into MEM-001; every other exception passes unchanged.
+
+    Attributes:
+        parallel, optimizer: set as soon as they are built; their memory is told by kind then.
+        pinned_host: bytes of page-locked host memory, for offload.
+    """
+
+    parallel: ParallelModel | None = None
+    optimizer: Optimizer | None = None
+    pinned_host: int = 0
+
+    def __init__(self, request: Request, backend: Backend, rank: int) -> None:
+        """Begin before the model is built: what the process holds now is not the model's.
+
+        Args:
+            request: the run. backend: its device. rank: in the job.
+        """
+        self._request, self._backend, self._rank = request, backend, rank
+        self._program = backend.peak_memory_bytes()
+
+    @contextmanager
+    def during(self, phase: Phase) -> Iterator[None]:
+        """Enter this around a phase of the run.
+
+        Raises:
+            OutOfMemoryError: MEM-001, from the exception of the allocator.
+        """
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not self._backend.is_out_of_memory(error):
+                raise
+            raise self._explained(phase, error) from error
+
+    def _explained(self, phase: Phase, error: BaseException) -> OutOfMemoryError:
+        """The failed step's tensors are still alive here, kept by the traceback: nothing large may be made."""
+        asked, peak = bytes_asked_for(error), self._backend.peak_memory_bytes()
+        split = measure(phase, asked or 0, peak, self._program, self.parallel, self.optimizer, self.pinned_host)
+        size = "of unknown size" if asked is None else f"of {_gb(asked)} GB"
+        told = [
+            f"Rank {self._rank} ran out of memory in the phase: {phase}; an allocation {size} {_place(error)} failed.",
+            _held(split, built=self.parallel is not None),
+        ]
+        device = self._backend.total_and_free_bytes()
+        if device is not None:
+            told.append(f"The device has {_gb(device[0])} GB, of which {_gb(device[1])} GB are free.")
+        found = enumerate(reliefs(self._request, split), start=1)
+        advice = "; ".join(f"({number}) {relief}" for number, relief in found)
+        return OutOfMemoryError("MEM-001", " ".join(told), f"Try one of these, best first: {advice}.")
+
+
+def _held(split: Split, *, built: bool) -> str:
+    kinds = {
+        "parameters" if built else "the unfinished model": split.parameters,
+        "gradients": split.gradients,
+        "optimizer state": split.optimizer,
+        "activations and temporaries": split.activations,
+        "the program before the model": split.program,
+    }
+    told = {kind: round(size / _MB) for kind, size in kinds.items() if size}
+    # the sum of what is told, not of the bytes: a reader adds it up
+    text = f"It held {sum(told.values()) / 1000:.3f} GB: "
+    text += ", ".join(f"{kind} {size / 1000:.3f}" for kind, size in told.items()) + "."
+    if split.moments_to_come:
+        text += f" Moments of {_gb(split.moments_to_come)} GB are still to come."
+    if split.pinned_host:
+        text += f" On the host {_gb(split.pinned_host)} GB are pinned."
+    return text
+
+
+def _place(error: BaseException) -> str:
+    """The line of this package that asked for memory last."""
+    here = "outside this program"
+    for frame, line in walk_tb(error.__traceback__):
+        file = Path(frame.f_code.co_filename)
+        if file.is_relative_to(_PACKAGE) and frame.f_code.co_name != "__torch_function__":  # passes calls on
+            here = f"at mm/{file.relative_to(_PACKAGE)}:{line} ({frame.f_code.co_name})"
+    return here
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.3f}"
