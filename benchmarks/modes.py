@@ -25,12 +25,21 @@ class Mode:
     kept: int | None = None
     keeps_statistics: bool = False
 
+    def expected(self, width: int, heads: int) -> float | None:
+        """Bytes that a block keeps for each token and unit of width, by the formula."""
+        return None if self.kept is None else self.kept + (4 * heads / width if self.keeps_statistics else 0)
+
+
+def _keep(kept: int, *, inputs: bool, offload: bool) -> Mode:
+    plan = Recompute(full_layers=0, keep_layers=None, kept="q,k,v,O" if inputs else "O", offload=offload)
+    return Mode(plan, 1, 2, kept, keeps_statistics=not offload)
+
 
 MODES = {
     "none": Mode(None, 1, 1),
-    "keep q,k,v,O": Mode(Recompute(full_layers=0, keep_layers=None, kept="q,k,v,O"), 1, 2, 10, True),
-    "keep O": Mode(Recompute(full_layers=0, keep_layers=None), 1, 2, 4, True),
+    "keep q,k,v,O": _keep(10, inputs=True, offload=False),
+    "keep O": _keep(4, inputs=False, offload=False),
     "full": Mode(Recompute(), 2, 2, 2),
-    "keep q,k,v,O + offload": Mode(Recompute(full_layers=0, keep_layers=None, kept="q,k,v,O", offload=True), 1, 2, 0),
-    "keep O + offload": Mode(Recompute(full_layers=0, keep_layers=None, offload=True), 1, 2, 0),
+    "keep q,k,v,O, offloaded": _keep(0, inputs=True, offload=True),
+    "keep O, offloaded": _keep(0, inputs=False, offload=True),
 }
