@@ -96,7 +96,7 @@ class PlainOperators:
         dx, _, _ = torch.ops.aten.native_layer_norm_backward(
             grad * weight, wide, width, mean, rstd, None, None, [True, False, False]
         )
-        dweight = (grad * (wide - mean) * rstd).sum(dim=1, keepdim=True)
+        dweight = torch.sub(wide, mean).mul_(rstd).mul_(grad).sum(dim=1, keepdim=True)
         return dx.to(x.dtype), dweight, grad.sum(dim=1, keepdim=True)
 
     def gated_residual(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -106,7 +106,8 @@ class PlainOperators:
     def gated_residual_backward(self, grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
         """As `Operators.gated_residual_backward`."""
         wide = widen(grad)
-        dgate = torch.einsum("btd,btd->bd", wide, widen(y)).unsqueeze(1).sum_to_size(gate.shape)
+        # A product and a sum, not an einsum: that would become a matrix product for each of the D columns.
+        dgate = (wide * widen(y)).sum(dim=1, keepdim=True).sum_to_size(gate.shape)
         return (wide * gate).to(y.dtype), dgate
 
     def rms_norm_rope(
@@ -123,7 +124,7 @@ class PlainOperators:
         wide = widen(x)
         squares = sum_over_ranks(torch.linalg.vecdot(wide, wide).unsqueeze(-1))
         rstd = torch.rsqrt(squares / width + eps)
-        heads = (wide * rstd * widen(weight)).unflatten(-1, (-1, head_dim))
+        heads = (wide * rstd).mul_(widen(weight)).unflatten(-1, (-1, head_dim))
         return (heads if rotation is None else _rotate(heads, *rotation)).to(x.dtype), rstd
 
     def rms_norm_rope_backward(
@@ -141,16 +142,21 @@ class PlainOperators:
         if rotation is not None:
             grad = _rotate(grad, rotation[0], -rotation[1])
         grad = grad.flatten(2)
-        normed = wide * rstd
-        dweight = torch.einsum("btd,btd->d", grad, normed).to(weight.dtype)
-        grad = grad * widen(weight)
-        dot = sum_over_ranks(torch.linalg.vecdot(grad, normed).unsqueeze(-1))
-        dx = rstd * torch.addcmul(grad, normed, dot, value=-1 / width)
+        wide_weight = widen(weight)
+        # The sums over tokens and over the width are two matrix-vector products, and both share this one.
+        products = grad * wide
+        dweight = (products.flatten(0, 1).t() @ rstd.flatten()).to(weight.dtype)
+        dot = sum_over_ranks((products @ wide_weight).unsqueeze(-1))
+        dx = torch.mul(grad, wide_weight, out=products).mul_(rstd).addcmul_(wide, dot * rstd.pow(3), value=-1 / width)
         return dx.to(x.dtype), dweight
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn [B, T, N, K] by [T, K/2]."""
+    if torch.compiler.is_compiling():  # the compiler fuses real arithmetic, and leaves complex numbers to torch
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        even, odd = heads.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
     pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)).contiguous())
     rotation = torch.complex(cos, sin).to(pairs.dtype).unsqueeze(1)  # the same for all heads
     return torch.view_as_real(pairs * rotation).flatten(-2)
