@@ -22,7 +22,8 @@ from mm.device.attention import (
     plain_attention_backward,
     plain_attention_with_lse,
 )
-from mm.device.operators import alone, operators_of
+from mm.device.dispatch import operators_of
+from mm.device.operators import alone
 from mm.device.queues import Queue, Queues, queues_of
 from mm.wan.rope import rope_tables
 
