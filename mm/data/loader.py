@@ -16,7 +16,14 @@ from mm.errors import DataError, MMError
 from mm.rng import generator
 
 
-class FeatureBatch(TypedDict):
+class ImageFeatures(TypedDict, total=False):
+    """Of models with images only: `image_features` and `condition` as for `mm.wan.model.WanModel.forward`."""
+
+    image_features: Tensor
+    condition: Tensor
+
+
+class FeatureBatch(ImageFeatures):
     """One micro-batch.
 
     Attributes:

@@ -2,13 +2,13 @@
 
 The conditions travel with the hidden state because only the first stage has the embedders. Rebuilding them on every
 stage would need their weights there: 1.6 % of the 14B model a stage, and the sum of their gradients over the stages.
-They are L text rows and 7 time rows of the model's width for each sample, 1.6 % of the 32,760 token rows of a
-480x832x81 clip. Everything else is known on every stage: rotary tables come from the grid, noise, timesteps and
-targets from the sample (mm.rng).
+They are I image rows, L text rows and 7 time rows of the model's width for each sample: 1.6 % of the 32,760 token rows
+of a 480x832x81 clip, 2.4 % with one image, 3.2 % with two. Everything else is known on every stage: rotary tables come
+from the grid, noise, timesteps and targets from the sample (mm.rng).
 
 megatron-core's schedules send one tensor of a known shape, so the parts lie one after the other in rows of the
 model's width. Time rows stay fp32: in a bf16 tensor each takes two rows, moved as bytes and never computed with.
-Shapes: B batch, t tokens of this rank, L text tokens, D model width, R rows.
+Shapes: B batch, t tokens of this rank, I image tokens, L text tokens, D model width, R rows.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ class BoundaryShape:
     """How the parts of one micro-batch lie in the tensor that crosses.
 
     Attributes:
-        batch: B. tokens: t, with padding. text_tokens: L. width: D. dtype: of the hidden state.
+        batch: B. tokens: t, with padding. context_tokens: I + L. width: D. dtype: of the hidden state.
         rows: R of the tensor; may be more than this micro-batch needs, as all of a step have the same.
     """
 
     batch: int
     tokens: int
-    text_tokens: int
+    context_tokens: int
     width: int
     dtype: torch.dtype
     rows: int
 
     @staticmethod
-    def rows_needed(batch: int, tokens: int, text_tokens: int, dtype: torch.dtype) -> int:
+    def rows_needed(batch: int, tokens: int, context_tokens: int, dtype: torch.dtype) -> int:
         """Rows that such a micro-batch takes."""
-        return batch * (tokens + text_tokens + TIME_ROWS * (4 // dtype.itemsize))
+        return batch * (tokens + context_tokens + TIME_ROWS * (4 // dtype.itemsize))
 
     def join(self, hidden: Tensor, context: Tensor, time_modulation: Tensor, time: Tensor) -> Tensor:
-        """[B, t, D], [B, L, D], [B, 6, D] fp32 and [B, D] fp32 as one [R, 1, D] of the boundary's dtype."""
+        """[B, t, D], [B, I + L, D], [B, 6, D] fp32 and [B, D] fp32 as one [R, 1, D] of the boundary's dtype."""
         times = torch.cat((time_modulation.float(), time.float().unsqueeze(1)), dim=1).view(self.dtype)
         parts = [part.reshape(-1, 1, self.width) for part in (hidden, context, times)]
         missing = self.rows - sum(len(part) for part in parts)
@@ -58,7 +58,7 @@ class BoundaryShape:
     def split(self, crossing: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The inverse of `join`; all but the time rows are views."""
         time_rows = TIME_ROWS * (4 // self.dtype.itemsize)
-        sizes = [self.batch * rows for rows in (self.tokens, self.text_tokens, time_rows)]
+        sizes = [self.batch * rows for rows in (self.tokens, self.context_tokens, time_rows)]
         used = crossing.squeeze(1)[: sum(sizes)]
         hidden, context, times = (part.reshape(self.batch, -1, self.width) for part in used.split(sizes))
         fp32 = times.reshape(self.batch, TIME_ROWS, -1).view(torch.float32)

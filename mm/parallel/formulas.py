@@ -9,10 +9,10 @@ forward and backward (2 in bf16). A block sends, in forward (forward and backwar
 | ring | 2 s/P d e (P-1) (plus the same with e + 4: keys and values again, and the sums of their fp32 gradients) | P-1 (3 (P-1)) |
 | tensor + sequence | 6 s d e (P-1)/P (15) | 6 (15): three gathers and scatters, three gathers again |
 | tensor | 6 s d e (P-1)/P (12) | 3 (6) all-reduces |
-| q/k norms on tensor ranks | 4 bytes a token and norm, all-reduced (twice) | 4 (8) |
+| q/k norms on tensor ranks | 4 bytes a token and norm, all-reduced (twice) | 4 (8), 5 (10) with images |
 | layer-zero | N_l e (P-1)/P (twice that, and the gradients once) | 1 (3) |
 
-Cross attention under context parallelism sends nothing: every rank has the text. Sources: Jacobs et al. 2023
+Cross attention under context parallelism sends nothing: every rank has the text and the images. Sources: Jacobs et al. 2023
 (arXiv 2309.14509) section 3.2; Liu et al. 2023 (arXiv 2310.01889); Fang and Zhao 2024 (arXiv 2405.07719) table 2;
 Korthikanti et al. 2022 (arXiv 2205.05198) section 4.2; Rajbhandari et al. 2020 (arXiv 1910.02054) section 7.
 """  # noqa: E501  the rows of a table
@@ -56,34 +56,43 @@ def ring(tokens: float, width: float, ulysses_size: int, ring_size: int, itemsiz
 
 
 def tensor(
-    tokens: float, text_tokens: int, width: int, tp_size: int, sequence_parallel: bool, itemsize: int
+    tokens: float,
+    text_tokens: int,
+    width: int,
+    tp_size: int,
+    sequence_parallel: bool,
+    itemsize: int,
+    image_tokens: int = 0,
 ) -> Traffic:
     """Collectives of one block in forward and backward.
 
     Args:
         tokens: of a context-parallel chunk. text_tokens: L, whose keys cross attention normalises.
         width: D. tp_size: degree. sequence_parallel: whether tokens are cut over the same ranks.
-        itemsize: bytes of an element.
+        itemsize: bytes of an element. image_tokens: I, whose keys cross attention normalises apart.
     """
     share = (tp_size - 1) / tp_size
     hidden = tokens * width * itemsize * share
-    statistics = 2 * share * FP32 * (3 * tokens + text_tokens) * 2
+    norms = 10 if image_tokens else 8
+    statistics = 2 * share * FP32 * (3 * tokens + text_tokens + image_tokens) * 2
     if not sequence_parallel:
-        return {("tp", ALL_REDUCE): Sent(6 + 8, 6 * 2 * hidden + statistics)}
+        return {("tp", ALL_REDUCE): Sent(6 + norms, 6 * 2 * hidden + statistics)}
     return {
         ("tp", ALL_GATHER): Sent(9, 9 * hidden),
         ("tp", REDUCE_SCATTER): Sent(6, 6 * hidden),
-        ("tp", ALL_REDUCE): Sent(8, statistics),
+        ("tp", ALL_REDUCE): Sent(norms, statistics),
     }
 
 
-def boundary(tokens: float, text_tokens: int, width: int, itemsize: int) -> float:
-    """Bytes over one pipeline boundary in one direction for one sample: hidden state, text, time conditions in fp32.
+def boundary(tokens: float, context_tokens: int, width: int, itemsize: int) -> float:
+    """Bytes over one pipeline boundary in one direction for one sample.
+
+    The hidden state, the embedded images and text, the time conditions in fp32.
 
     Args:
-        tokens: of a rank. text_tokens: L. width: D. itemsize: bytes of an element.
+        tokens: of a rank. context_tokens: I + L. width: D. itemsize: bytes of an element.
     """
-    return (tokens + text_tokens) * width * itemsize + TIME_ROWS * width * FP32
+    return (tokens + context_tokens) * width * itemsize + TIME_ROWS * width * FP32
 
 
 def pipeline(layout: Layout, pp_rank: int, bytes_each: float, micro_batches: int) -> Traffic:
@@ -143,7 +152,8 @@ def layer(
         parts.append(ring(tokens, wan.hidden_size / layout.tp_size, layout.ulysses_size, layout.ring_size, itemsize))
     if layout.tp_size > 1:
         chunk = tokens / layout.cp_size
-        parts.append(tensor(chunk, wan.text_len, wan.hidden_size, layout.tp_size, layout.sequence_parallel, itemsize))
+        axis = wan.hidden_size, layout.tp_size, layout.sequence_parallel
+        parts.append(tensor(chunk, wan.text_len, *axis, itemsize, wan.image_tokens))
     if zero is not None:
         parts.append(_layerzero_passes(wan, layout, zero, itemsize))
     every_pass = [

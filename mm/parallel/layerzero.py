@@ -5,8 +5,9 @@ each parameter in fp32 and gathers a block in the training dtype when it runs (Z
 1910.02054). Across the groups parameters are replicated and gradients are added up; `--use-distributed-optimizer`
 shards the optimizer across the groups too.
 
-Parameters of a block that must stay fp32 (its modulation and norm3, 8 D of its 8 D^2 + 4 D F) are not sharded: FSDP2
-gathers a block in one dtype. They are replicated, and their gradients are averaged once a step.
+Parameters that must stay fp32 in a module of another dtype (modulation and norm3 of a block, 8 D of its 8 D^2 + 4 D F;
+the LayerNorms of the image embedding) are not sharded: FSDP2 gathers a module in one dtype. They are replicated, and
+their gradients are averaged once a step.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def shard_stage(stage: WanStage, mesh: DeviceMesh, zero: ZeroConfig, device: tor
 def is_replicated(name: str, zero: ZeroConfig) -> bool:
     """Whether the parameter of this native name is whole on every rank although layer-zero shards the others."""
     top = name.split(".")[0]
-    return top in (zero.ignored_modules or ()) or (top == "blocks" and keep_fp32(name))
+    return top in (zero.ignored_modules or ()) or (keep_fp32(name) and not keep_fp32(top))
 
 
 def local_rows(parameter: nn.Parameter | Tensor) -> tuple[Tensor, int]:

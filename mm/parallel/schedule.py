@@ -86,8 +86,8 @@ def _boundary_rows(parallel: ParallelModel, shapes: Sequence[tuple[int, int, int
 
     Every rank of a pipeline knows the step's micro-batches, so no shapes are exchanged; smaller ones are padded.
     """
-    share = parallel.mesh.tokens
+    share, images = parallel.mesh.tokens, parallel.wan.image_tokens
     return max(
-        BoundaryShape.rows_needed(batch, share.width(num_tokens), text_tokens, parallel.dtype)
+        BoundaryShape.rows_needed(batch, share.width(num_tokens), images + text_tokens, parallel.dtype)
         for batch, num_tokens, text_tokens in shapes
     )

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from mm.parallel.boundary import BoundaryShape, receive_side, send_side
 from mm.parallel.tokens import TokenShare
+from mm.wan.inputs import beside, check_inputs
 from mm.wan.model import WanModel
 from mm.wan.patches import patchify
 from mm.wan.rope import Grid, Positions, rope_tables
 
-_EMBEDDERS = ("patch_embedding", "text_embedding", "time_embedding", "time_projection")
+_EMBEDDERS = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "img_emb")
 
 
 def cut(model: WanModel, blocks: range, *, first: bool, last: bool) -> WanModel:
@@ -26,7 +27,8 @@ def cut(model: WanModel, blocks: range, *, first: bool, last: bool) -> WanModel:
         if int(name) not in blocks:
             del model.blocks[name]
     for name in _EMBEDDERS if not first else ():
-        delattr(model, name)
+        if hasattr(model, name):  # models without images have no embedding for them
+            delattr(model, name)
     if not last:
         del model.head
     return model
@@ -67,12 +69,20 @@ class WanStage(MegatronModule):
         """Take what the previous stage sent; the schedule calls it before every forward."""
         self._received = tensors if isinstance(tensors, Tensor) or tensors is None else tensors[0]
 
-    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        image_features: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
         """Run this stage for one micro-batch.
 
         Args:
             latents: [B, C, F, H, W], noisy on the first stage; the others only need its shape.
             timestep: [B]. text: [B, L, text_dim], of which the others only need the shape, too.
+            image_features, condition: as for `mm.wan.model.WanModel.forward`, on the first stage only.
 
         Returns:
             The velocity of this rank's tokens, [B, t, pt*ph*pw*C] fp32, on the last stage; on the others what the
@@ -82,9 +92,10 @@ class WanStage(MegatronModule):
         grid = model.token_grid(latents)
         shape = self._boundary_shape(latents, text, math.prod(grid))
         if self.first:
-            model.check_inputs(latents, timestep, text)
-            hidden = model.patch_embedding(self.tokens.take(patchify(latents, model.config.patch_size), dim=1))
-            conditions = model.embed_conditions(timestep, text)
+            check_inputs(model.config, latents, timestep, text, image_features, condition)
+            patches = patchify(beside(latents, condition), model.config.patch_size)
+            hidden = model.patch_embedding(self.tokens.take(patches, dim=1))
+            conditions = model.embed_conditions(timestep, text, image_features)
         elif self._received is None:
             raise AssertionError("a stage that is not the first one received nothing")
         else:
@@ -105,7 +116,7 @@ class WanStage(MegatronModule):
         return BoundaryShape(
             batch=latents.shape[0],
             tokens=self.tokens.width(num_tokens),
-            text_tokens=text.shape[1],
+            context_tokens=self.model.config.image_tokens + text.shape[1],
             width=self.model.config.hidden_size,
             dtype=self.dtype,
             rows=self.boundary_rows,

@@ -1,10 +1,10 @@
 """Tensor parallelism: the linears of a block cut over ranks, with the tokens between them cut too or not.
 
-Columns (q, k, v, ffn.0) hold rows of the weight, so they give this rank's heads or hidden channels; rows (o, ffn.2)
-hold columns of the weight, and their partial results are added up over the ranks. With sequence parallelism the
-residual stream is cut over the same ranks: tokens are gathered before the columns and scattered while added up after
-the rows (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2). One gathering serves q, k and v together, and the
-backward gathers again instead of keeping the whole tokens.
+Columns (q, k, v, k_img, v_img, ffn.0) hold rows of the weight, so they give this rank's heads or hidden channels; rows
+(o, ffn.2) hold columns of the weight, and their partial results are added up over the ranks. With sequence parallelism
+the residual stream is cut over the same ranks: tokens are gathered before the columns and scattered while added up
+after the rows (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2). One gathering serves q, k and v together, and
+the backward gathers again instead of keeping the whole tokens.
 
 megatron-core's ColumnParallelLinear is not used: it gathers for q, k and v each, three times the traffic.
 Shapes: B batch, T tokens of a context-parallel chunk, t tokens of a rank, D model width, P tensor-parallel ranks.
@@ -25,7 +25,8 @@ from mm.wan.layers import QKNorm
 
 SHARDED_DIM = {
     "q.weight": 0, "q.bias": 0, "k.weight": 0, "k.bias": 0, "v.weight": 0, "v.bias": 0,
-    "norm_q.weight": 0, "norm_k.weight": 0, "o.weight": 1,
+    "k_img.weight": 0, "k_img.bias": 0, "v_img.weight": 0, "v_img.bias": 0,
+    "norm_q.weight": 0, "norm_k.weight": 0, "norm_k_img.weight": 0, "o.weight": 1,
     "0.weight": 0, "0.bias": 0, "2.weight": 1,
 }  # fmt: skip
 """Dim along which a block's parameter is cut, by the end of its name; parameters that are not here are whole."""
@@ -42,11 +43,11 @@ def gradient_is_partial(name: str, sequence_parallel: bool) -> bool:
     """Whether a rank's gradient of this parameter is only its part of a sum over the tensor-parallel ranks.
 
     With sequence parallelism every whole parameter works on this rank's tokens only. Without it whole parameters see
-    everything, except the text embedding: its result goes into each rank's own heads.
+    everything, except the text and image embeddings: their results go into each rank's own heads.
     """
     if sharded_dim(name) is not None:
         return False
-    return sequence_parallel or name.startswith("text_embedding.")
+    return sequence_parallel or name.startswith(("text_embedding.", "img_emb."))
 
 
 @dataclass(frozen=True)

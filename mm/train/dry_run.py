@@ -195,13 +195,17 @@ def _update(parallel: ParallelModel, job: Job, optimizer: Optimizer, tracked: Tr
 
 
 def _batch(job: Job) -> FeatureBatch:
-    size = job.micro_batch_size
-    return FeatureBatch(
-        latents=torch.empty(size, job.wan.in_dim, *job.latent),
-        text=torch.empty(size, job.wan.text_len, job.wan.text_dim),
+    size, wan = job.micro_batch_size, job.wan
+    batch = FeatureBatch(
+        latents=torch.empty(size, wan.noise_channels, *job.latent),
+        text=torch.empty(size, wan.text_len, wan.text_dim),
         sample=[str(index) for index in range(size)],
         draw=[0] * size,
     )
+    if wan.image_tokens:
+        batch["image_features"] = torch.empty(size, wan.image_tokens, wan.image_dim)
+        batch["condition"] = torch.empty(size, wan.condition_channels, *job.latent)
+    return batch
 
 
 class _Undrawn(FlowMatching):

@@ -115,17 +115,19 @@ def forward_micro_batch(
     device, patch_size, share = parallel.backend.device, parallel.wan.patch_size, parallel.mesh.tokens
     clean = batch["latents"].float()
     latents, timestep, text = clean, torch.empty(0), batch["text"]
+    images: dict[str, Tensor] = {}
     sigma, drawn_timestep, weight = flow.draw_timesteps(seed, batch["sample"], batch["draw"])
     if stage.first or stage.last:
         noise = flow.draw_noise(seed, batch["sample"], batch["draw"], clean.shape[1:])
     if stage.first:
         latents = flow.noisy(clean, noise, sigma).to(device, non_blocking=True)
         timestep, text = drawn_timestep.to(device, non_blocking=True), text.to(device, non_blocking=True)
+        images = {name: value.to(device, non_blocking=True) for name, value in images_of(batch).items()}
     target = torch.empty(0)
     if stage.last:
         tokens = patchify(flow.target(clean, noise), patch_size)
         target = share.take(tokens, dim=1).to(device, non_blocking=True)
-    output = module(latents, timestep, text)
+    output = module(latents, timestep, text, **images)
 
     def loss_function(velocity: Tensor) -> tuple[Tensor, Tensor]:
         real = share.real(num_tokens(clean, patch_size))  # padding takes no part
@@ -134,6 +136,12 @@ def forward_micro_batch(
         return loss, loss.detach().clone()  # a copy: the schedule divides the loss in place
 
     return output, loss_function
+
+
+def images_of(batch: FeatureBatch) -> dict[str, Tensor]:
+    """The arguments of `mm.wan.model.WanModel.forward` about images that a micro-batch has; none in text-to-video."""
+    found = {"image_features": batch.get("image_features"), "condition": batch.get("condition")}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _reported_loss(parallel: ParallelModel, losses: Sequence[Tensor], num_microbatches: int) -> float:

@@ -1,7 +1,7 @@
-"""One Wan transformer block: self attention, cross attention to the text, feed-forward.
+"""One Wan transformer block: self attention, cross attention to images and text, feed-forward.
 
-Shapes: B batch, T video tokens, L text tokens, D model width, N heads (this rank's share when they are sharded),
-K head width. Parameter names are those of the original Wan weights.
+Shapes: B batch, T video tokens, I image tokens (none in text-to-video models), L text tokens, D model width, N heads
+(this rank's share when they are sharded), K head width. Parameter names are those of the original Wan weights.
 
 Source: Wan technical report (arXiv 2503.20314) section 4.2; the residual stream has the parameter dtype, everything
 that modulates, normalises or gates it is computed in fp32.
@@ -56,18 +56,35 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-    """Attention from the video tokens to the text tokens. No mask: Wan lets padded text take part."""
+    """Attention from the video tokens to the text tokens. No mask: Wan lets padded text take part.
+
+    With images the same queries also attend to the image tokens, with keys and values of their own, and the results
+    of the two attentions are added.
+    """
 
     def __init__(self, config: WanConfig, parts: Parts) -> None:
         super().__init__(config, parts)
         self.attention = parts.cross_attention
+        self.image_tokens = config.image_tokens
+        if self.image_tokens:
+            width = config.hidden_size
+            self.k_img = parts.column(width, width)
+            self.v_img = parts.column(width, width)
+            self.norm_k_img = parts.qk_norm(width, config.head_dim, config.eps)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x [B, T, D], context [B, L, D], to [B, T, D]."""
+        """x [B, T, D], context [B, I + L, D] (image tokens, then text tokens), to [B, T, D]."""
         (q,) = self.columns(x, (self.q,))
-        k, v = self.k(context), self.v(context)  # every rank has the whole context: nothing to make whole
-        q, k, v = self.norm_q(q), self.norm_k(k), self.heads(v)
-        out: Tensor = self.o(self.attention(q, k, v).flatten(2))
+        q = self.norm_q(q)
+        # Every rank has the whole context: its projections have nothing to make whole.
+        if not self.image_tokens:
+            attended = self.attention(q, self.norm_k(self.k(context)), self.heads(self.v(context)))
+        else:
+            images, text = context.split((self.image_tokens, context.shape[1] - self.image_tokens), dim=1)
+            of_text = self.attention(q, self.norm_k(self.k(text)), self.heads(self.v(text)))
+            of_images = self.attention(q, self.norm_k_img(self.k_img(images)), self.heads(self.v_img(images)))
+            attended = of_text + of_images
+        out: Tensor = self.o(attended.flatten(2))
         return out
 
 
@@ -106,7 +123,7 @@ class WanBlock(nn.Module):
         Args:
             x: [B, T, D], the residual stream.
             time_modulation: [B, 6, D] fp32; shift, scale and gate of self attention, then of the feed-forward.
-            context: [B, L, D], embedded text.
+            context: [B, I + L, D], embedded images, then embedded text.
             positions: of the T tokens.
             keep: what is kept of self attention when the block is recomputed.
 

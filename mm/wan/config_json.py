@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mm.config.base import load_json, parse
-from mm.config.model import WanConfig
+from mm.config.model import CLIP_TOKEN_LEN, IMAGES, IMG_DIM, MASK_CHANNELS, WanConfig
 from mm.errors import ConfigError, DataError, Problem, raise_all
 
 Shapes = Mapping[str, Sequence[int]]
@@ -27,31 +27,36 @@ class Dialect(NamedTuple):
     Attributes:
         title: what messages call it.
         fields: its key to the field of `WanConfig`.
-        task: keys that belong to another task unless they have this value.
+        task: keys that belong to another task unless they have one of these values.
         fixed: keys that must have this value.
-        unused: keys that change nothing in a text-to-video model.
+        unused: keys that change nothing in these models.
     """
 
     title: str
     fields: Mapping[str, str]
-    task: Mapping[str, Any]
+    task: Mapping[str, tuple[Any, ...]]
     fixed: Mapping[str, Any]
     unused: frozenset[str]
 
 
+_TASKS = {"model_type": tuple(IMAGES)}
+_IMAGES = ("model_type", "img_dim", "clip_token_len")
+"""The original Wan fixes the last two, so its files lack them; those of models of other sizes have them."""
+_IMAGE_KEYS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+"""diffusers does not name the task: these are null or tell it."""
 _SAME = {k: k for k in ("patch_size", "text_dim", "freq_dim", "ffn_dim", "num_layers", "eps")}
 
 DIFFUSERS = Dialect(
     "diffusers",
     {**_SAME, "in_channels": "in_dim", "out_channels": "out_dim", "num_attention_heads": "num_heads"},
-    {"image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None},
+    {},
     {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"},
     frozenset({"rope_max_seq_len"}),  # the length of a table; ours has the length of the grid
 )
 ORIGINAL = Dialect(
     "original Wan",
-    {**_SAME, **{k: k for k in ("text_len", "in_dim", "out_dim", "num_heads")}, "dim": "hidden_size"},
-    {"model_type": "t2v", "cross_attn_type": None, "add_control_adapter": False, "add_ref_conv": False},
+    {**_SAME, **{k: k for k in ("text_len", "in_dim", "out_dim", "num_heads", *_IMAGES)}, "dim": "hidden_size"},
+    {**_TASKS, "cross_attn_type": (None,), "add_control_adapter": (False,), "add_ref_conv": (False,)},
     {"window_size": [-1, -1], "cross_attn_norm": True, "qk_norm": True},
     # VideoX-Fun writes the first two for a base class of its own; the others belong to parts that are off.
     frozenset(
@@ -60,8 +65,8 @@ ORIGINAL = Dialect(
 )
 OWN = Dialect(
     "predictor",
-    {name: name for name in WanConfig.model_fields if name != "model_type"},
-    {"model_type": "t2v"},
+    {name: name for name in WanConfig.model_fields},
+    _TASKS,
     {},
     frozenset(),
 )
@@ -70,7 +75,9 @@ _CLASSES = ("WanTransformer3DModel", "WanModel", None)
 
 
 def read_config(path: Path) -> WanConfig:
-    """Read the config.json of a text-to-video transformer; `text_len` keeps its default where a dialect lacks it.
+    """Read the config.json of a transformer; `text_len` keeps its default where a dialect lacks it.
+
+    Where a dialect lacks `img_dim` or `clip_token_len`, they are those of the released models.
 
     Raises:
         DataError: DATA-026 when it describes another class or task, DATA-027 when it cannot be read or has unknown,
@@ -88,15 +95,13 @@ def read_config(path: Path) -> WanConfig:
 
 
 def infer_config(shapes: Shapes, source: Path) -> WanConfig:
-    """The configuration that the tensor shapes (native names) of a text-to-video model imply, with heads of 128.
+    """The configuration that the tensor shapes (native names) of a model imply, with heads of 128.
 
     Raises:
-        DataError: DATA-026 when image-conditioning tensors are there; DATA-028 when tensors that tell the shape are
-            missing or strange, or the width is not a multiple of 128.
+        DataError: DATA-026 when tensors for images are there and the tensors or channels of an I2V or FLF2V model are
+            not; DATA-028 when tensors that tell the shape are missing or strange, or the width is not a multiple of
+            128.
     """
-    image = sorted(n for n in shapes if n.startswith("img_emb.") or n.rpartition(".")[0].endswith("_img"))
-    if image:
-        raise _other_task(source, f"it holds {len(image)} tensors for image conditions, the first is {image[0]}")
     try:
         hidden, in_dim, *patch = shapes["patch_embedding.weight"]
         blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
@@ -111,6 +116,7 @@ def infer_config(shapes: Shapes, source: Path) -> WanConfig:
             "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
             "num_heads": hidden // HEAD_DIM,
             "num_layers": len(blocks),
+            **_inferred_images(shapes, source),
         }
         if hidden % HEAD_DIM or blocks != set(range(len(blocks))):
             raise ValueError(f"width {hidden} in heads of {HEAD_DIM}, blocks {sorted(blocks)}")
@@ -123,20 +129,51 @@ def infer_config(shapes: Shapes, source: Path) -> WanConfig:
         ) from None
 
 
+def _inferred_images(shapes: Shapes, source: Path) -> dict[str, Any]:
+    """Task and image sizes; nothing without tensors for images."""
+    image = sorted(n for n in shapes if n.startswith("img_emb.") or n.rpartition(".")[0].endswith("_img"))
+    if not image:
+        return {}
+    norm, positions = shapes.get("img_emb.proj.0.weight"), shapes.get("img_emb.emb_pos")
+    in_dim = shapes["patch_embedding.weight"][1]
+    out_dim = shapes["head.head.weight"][0] // math.prod(shapes["patch_embedding.weight"][2:])
+    if norm is None or in_dim != 2 * out_dim + MASK_CHANNELS:
+        what = f"it holds {len(image)} tensors for image conditions, the first is {image[0]}, and "
+        what += "no img_emb.proj.0.weight" if norm is None else f"{in_dim} input channels"
+        raise _other_task(source, what)
+    task = "i2v" if positions is None else "flf2v"
+    tokens = CLIP_TOKEN_LEN if positions is None else positions[1] // IMAGES["flf2v"]
+    return {"model_type": task, "img_dim": norm[0], "clip_token_len": tokens}
+
+
 def wan_config_to_diffusers(config: WanConfig) -> dict[str, object]:
     """The content of config.json for diffusers' WanTransformer3DModel, keys sorted as diffusers writes them.
 
-    `text_len` has no place in it: diffusers pads captions in its pipeline.
+    `text_len` has no place in it: diffusers pads captions in its pipeline. Neither has the number of tokens of a single
+    image, on which no weight depends.
     """
+    images = IMAGES[config.model_type]
     values: dict[str, object] = {
         "_class_name": "WanTransformer3DModel",
         "attention_head_dim": config.head_dim,
         "rope_max_seq_len": 1024,
-        **DIFFUSERS.task,
+        "image_dim": config.img_dim,
+        "added_kv_proj_dim": config.hidden_size if images else None,
+        "pos_embed_seq_len": config.image_tokens if images > 1 else None,
         **DIFFUSERS.fixed,
         **{key: getattr(config, field) for key, field in DIFFUSERS.fields.items()},
         "patch_size": list(config.patch_size),
     }
+    return dict(sorted(values.items()))
+
+
+def wan_config_to_original(config: WanConfig) -> dict[str, object]:
+    """The content of config.json for the official `WanModel`, keys sorted."""
+    values: dict[str, object] = {key: getattr(config, field) for key, field in ORIGINAL.fields.items()}
+    for key, released in (("img_dim", IMG_DIM), ("clip_token_len", CLIP_TOKEN_LEN)):
+        if values[key] in (None, released):
+            del values[key]
+    values |= {"_class_name": "WanModel", "patch_size": list(config.patch_size)}
     return dict(sorted(values.items()))
 
 
@@ -150,11 +187,15 @@ def _problems(path: Path, raw: Mapping[str, Any]) -> list[Problem]:
     dialect = _dialect(raw)
     if raw.get("_class_name") not in _CLASSES:
         return list(_other_task(path, f"its _class_name is {raw['_class_name']}").problems)
-    fields = {*dialect.fields, *({"attention_head_dim"} if dialect is DIFFUSERS else ())}
+    fields = {*dialect.fields, *({"attention_head_dim", *_IMAGE_KEYS} if dialect is DIFFUSERS else ())}
     problems: list[Problem] = []
+    if dialect is DIFFUSERS and not _image_keys_agree(raw):
+        values = ", ".join(f"{key} {raw.get(key)!r}" for key in _IMAGE_KEYS)
+        problems += _other_task(path, f"it has {values}, which do not belong together").problems
     for key, value in raw.items():
-        if key in dialect.task and value != dialect.task[key]:
-            problems += _other_task(path, f"{key} is {value!r}, expected {dialect.task[key]!r}").problems
+        if key in dialect.task and value not in dialect.task[key]:
+            known = " or ".join(repr(known) for known in dialect.task[key])
+            problems += _other_task(path, f"{key} is {value!r}, expected {known}").problems
         elif key in dialect.fixed and value != dialect.fixed[key]:
             what = f"{path}: {key} is {value!r}; Wan2.1 has {dialect.fixed[key]!r}."
             problems.append(Problem("DATA-027", what, "Use the weights and config.json of a Wan2.1 model."))
@@ -162,7 +203,9 @@ def _problems(path: Path, raw: Mapping[str, Any]) -> list[Problem]:
             what = f'{path} has the unknown key "{key}" for a {dialect.title} configuration.'
             problems.append(Problem("DATA-027", what, "Remove it if the model does not depend on it."))
     required = {key for key, field in dialect.fields.items() if WanConfig.model_fields[field].is_required()}
-    for key in sorted((required | (fields - dialect.fields.keys())) - raw.keys()):
+    if dialect is DIFFUSERS:
+        required |= {"attention_head_dim"}
+    for key in sorted(required - raw.keys()):
         problems.append(
             Problem("DATA-027", f'{path} lacks the key "{key}" of a {dialect.title} configuration.', "Add it.")
         )
@@ -176,10 +219,32 @@ def _translated(raw: Mapping[str, Any]) -> dict[str, Any]:
         heads, width = raw["num_attention_heads"], raw["attention_head_dim"]
         # Otherwise `parse` reports the wrong type of the one or the other.
         values["hidden_size"] = heads * width if type(heads) is type(width) is int else width
+        if raw.get("image_dim") is not None:
+            positions = raw.get("pos_embed_seq_len")
+            values["model_type"] = "i2v" if positions is None else "flf2v"
+            values["img_dim"] = raw["image_dim"]
+            values["clip_token_len"] = CLIP_TOKEN_LEN if positions is None else positions // IMAGES["flf2v"]
+    elif dialect is ORIGINAL and IMAGES[raw.get("model_type", "t2v")]:
+        values = {"img_dim": IMG_DIM, "clip_token_len": CLIP_TOKEN_LEN, **values}
     return values
+
+
+def _image_keys_agree(raw: Mapping[str, Any]) -> bool:
+    """Whether diffusers' keys are those of one task: all null, or widths, with or without learned positions."""
+    image, added, positions = (raw.get(key) for key in _IMAGE_KEYS)
+    if image is None or added is None:
+        return image is added is positions is None
+    heads, width = raw.get("num_attention_heads"), raw.get("attention_head_dim")
+    if type(heads) is not int or type(width) is not int:
+        return True  # reported as what they are
+    return added == heads * width and (
+        positions is None or (type(positions) is int and positions > 0 and positions % IMAGES["flf2v"] == 0)
+    )
 
 
 def _other_task(path: Path, what: str) -> DataError:
     return DataError(
-        "DATA-026", f"{path} is not a Wan2.1 text-to-video transformer: {what}.", "Use the weights of a T2V model."
+        "DATA-026",
+        f"{path} is not a Wan2.1 text-to-video or image-to-video transformer: {what}.",
+        "Use the weights of a T2V, I2V or FLF2V model.",
     )

@@ -24,6 +24,8 @@ from mm.wan.shards import find_shards
 logger = logging.getLogger(__name__)
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_UNUSED = ".attn2.norm_added_q.weight"
+"""End of names in diffusers' folders of image-conditioned models that no model has; diffusers ignores them as well."""
 
 
 class StoredTensor(NamedTuple):
@@ -46,6 +48,7 @@ class WeightFolder:
         prefix: what stands before every name in the files, often nothing.
         stored: every tensor by native name. A name that the convention does not know is listed as it is, so that
             `require` reports it.
+        unused: those of `stored` that are known to belong to no model; only `tensor` gives them.
     """
 
     path: Path
@@ -53,6 +56,7 @@ class WeightFolder:
     convention: Convention
     prefix: str
     stored: Mapping[str, StoredTensor]
+    unused: frozenset[str]
 
     @classmethod
     def open(cls, path: str | Path) -> WeightFolder:
@@ -76,11 +80,14 @@ class WeightFolder:
                     raise _twice(name, file, stored[native])
                 stored[native] = StoredTensor(file, name, dtype, shape)
         _require_floats(stored)
-        return cls(path, tuple(headers), source, prefix, stored)
+        unused = frozenset(name for name in stored if source == "diffusers" and name.endswith(_UNUSED))
+        if unused:
+            logger.info("%s: %d tensors *%s are not part of the model and are not read", path, len(unused), _UNUSED)
+        return cls(path, tuple(headers), source, prefix, stored, unused)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor by native name."""
-        return {name: entry.shape for name, entry in self.stored.items()}
+        """Shape of every tensor of a model by native name."""
+        return {name: entry.shape for name, entry in self.stored.items() if name not in self.unused}
 
     def config(self) -> WanConfig:
         """The model's shape from config.json beside the files; without one, inferred from the tensors and logged.
@@ -126,11 +133,11 @@ class WeightFolder:
         return value
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All (native name, tensor), shard by shard, one tensor in memory at a time."""
+        """All (native name, tensor) of a model, shard by shard, one tensor in memory at a time."""
         for shard in self.shards:
             with safe_open(shard, framework="pt") as file:
                 for native, entry in self.stored.items():
-                    if entry.file == shard:
+                    if entry.file == shard and native not in self.unused:
                         yield native, file.get_tensor(entry.name)
 
 

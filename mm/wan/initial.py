@@ -32,7 +32,7 @@ def initial_value(name: str, shape: Sequence[int], seed: int) -> Tensor:
     module, _, kind = name.rpartition(".")
     if kind == "modulation":
         return torch.randn(*shape, generator=random) / math.sqrt(shape[-1])
-    if kind == "bias" or module == "head.head":
+    if kind in ("bias", "emb_pos") or module == "head.head":
         return torch.zeros(*shape)
     if len(shape) == 1:  # the weight of a norm
         return torch.ones(*shape)

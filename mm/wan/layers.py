@@ -112,14 +112,14 @@ class Parts:
     """What the model is built from. Every field has its single-device default.
 
     Attributes:
-        column: linears whose output may be sharded over a tensor-parallel axis: q, k, v and ffn.0.
+        column: linears whose output may be sharded over a tensor-parallel axis: q, k, v, k_img, v_img and ffn.0.
         row: linears whose input may be sharded the same way and whose output is whole: o and ffn.2.
         columns: applies column linears that share one input; with tensor parallelism it makes the input whole, once.
-        linear: whole linears in the parameter dtype: the text embedding.
+        linear: whole linears in the parameter dtype: text and image embedding.
         linear_fp32: whole linears computed in fp32: time embedding, time projection, head.
         qk_norm: norm of queries and keys over all heads; with sharded heads it must still use statistics of all.
         self_attention: attention among the video tokens; with context parallelism T is this rank's share.
-        cross_attention: attention from video tokens to the text tokens, which every rank has whole.
+        cross_attention: attention from video tokens to text or image tokens, which every rank has whole.
         run_blocks: runs consecutive blocks; recomputation changes what they keep for backward.
     """
 

@@ -1,8 +1,8 @@
-"""The Wan2.1 text-to-video transformer on one device.
+"""The Wan2.1 transformer on one device: text to video, and the same after one image (I2V) or two (FLF2V).
 
 `WanModel.forward` cuts latents into patches, embeds them and the conditions, runs the blocks and the head. The steps
 are separate methods, so that a pipeline can cut the model between blocks and ranks can share the tokens of a sample.
-Shapes: B batch, C latent channels, F H W latent frames, height and width, T video tokens,
+Shapes: B batch, C latent channels, F H W latent frames, height and width, T video tokens, I image tokens,
 L text tokens, D model width, K head width. Dtypes: see `mm.wan.precision`.
 
 Source: Wan technical report (arXiv 2503.20314) section 4.2 and the released weights.
@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm.config.model import WanConfig
+from mm.config.model import IMAGES, WanConfig
 from mm.device import lean
-from mm.errors import ConfigError
 from mm.wan.block import WanBlock
 from mm.wan.folder import WeightFolder
 from mm.wan.initial import initial_value
-from mm.wan.layers import Parts
+from mm.wan.inputs import beside, check_inputs
+from mm.wan.layers import Fp32LayerNorm, Parts
 from mm.wan.patches import patchify, token_grid, unpatchify
 from mm.wan.precision import keep_fp32
 from mm.wan.rope import Grid, Positions, grid_positions
@@ -40,7 +40,8 @@ class Conditions:
     Attributes:
         time: [B, D] fp32, the embedded timestep, for the head.
         time_modulation: [B, 6, D] fp32, for the blocks.
-        context: [B, L, D] in the model's dtype, the embedded text.
+        context: [B, I + L, D] in the model's dtype, the embedded images, then the embedded text. One tensor, because
+            blocks, pipelines and recomputation treat the two alike; cross attention tells them apart.
     """
 
     time: Tensor
@@ -73,6 +74,35 @@ class TextEmbedding(nn.Sequential):
     def forward(self, text: Tensor) -> Tensor:
         """[B, L, text_dim] to [B, L, D] in the weight's dtype."""
         out: Tensor = super().forward(text.to(next(self.parameters()).dtype))
+        return out
+
+
+class ImageEmbedding(nn.Module):
+    """LayerNorm, linear, GELU, linear, LayerNorm on the image encoder's features of any dtype.
+
+    Models of two images add learned positions first, which tell the images apart.
+
+    Source: the released I2V and FLF2V weights; the exact GELU and an eps of 1e-5 as diffusers' `WanImageEmbedding`.
+    """
+
+    def __init__(self, config: WanConfig, parts: Parts) -> None:
+        super().__init__()
+        width = config.image_dim
+        self.proj = nn.Sequential(
+            Fp32LayerNorm(width, eps=1e-5),
+            parts.linear(width, width),
+            nn.GELU(),
+            parts.linear(width, config.hidden_size),
+            Fp32LayerNorm(config.hidden_size, eps=1e-5),
+        )
+        self.has_positions = IMAGES[config.model_type] > 1
+        if self.has_positions:
+            self.emb_pos = nn.Parameter(torch.zeros(1, config.image_tokens, width))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, I, image_dim] to [B, I, D] in the dtype of the linears."""
+        features = features.to(self.proj.get_parameter("1.weight").dtype)  # the norms' may be another
+        out: Tensor = self.proj(features + self.emb_pos if self.has_positions else features)
         return out
 
 
@@ -115,6 +145,8 @@ class WanModel(nn.Module):
             parts.linear_fp32(config.freq_dim, width), nn.SiLU(), parts.linear_fp32(width, width)
         )
         self.time_projection = nn.Sequential(nn.SiLU(), parts.linear_fp32(width, 6 * width))
+        if config.image_tokens:
+            self.img_emb = ImageEmbedding(config, parts)
         # A dict, not a list: a pipeline stage deletes the blocks it does not hold and the others keep their names.
         self.blocks = nn.ModuleDict({str(index): WanBlock(config, parts) for index in range(config.num_layers)})
         self.head = Head(config, parts)
@@ -145,26 +177,37 @@ class WanModel(nn.Module):
         model.load_state_dict(state, strict=True, assign=True)
         return model
 
-    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        image_features: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
         """The velocity of noisy latents.
 
         Args:
-            latents: [B, in_dim, F, H, W] noisy latents; cast to the model's dtype.
+            latents: [B, C, F, H, W] noisy latents, C = `config.noise_channels`; cast to the model's dtype.
             timestep: [B], 0 (clean) to 1000 (noise), a fraction allowed.
             text: [B, L, text_dim] text features; cast to the model's dtype. Wan was trained with captions padded by
                 zero vectors to `config.text_len` and without a mask, so padding is the caller's part and changes
                 the result.
+            image_features: [B, I, image_dim] of the image encoder, with two images the first one's tokens before the
+                last one's; None in text-to-video models.
+            condition: [B, 4 + out_dim, F, H, W], the mask of the known frames (1 known, 0 to generate), then the
+                latents of the known frames; None in text-to-video models.
 
         Returns:
             [B, out_dim, F, H, W] fp32.
 
         Raises:
-            ConfigError: CFG-040 to CFG-043 when shapes do not fit the model or each other.
+            ConfigError: CFG-040 to CFG-043 and CFG-056 to CFG-059 when shapes do not fit the model or each other.
         """
-        self.check_inputs(latents, timestep, text)
+        check_inputs(self.config, latents, timestep, text, image_features, condition)
         grid = self.token_grid(latents)
-        hidden = self.patch_embedding(patchify(latents, self.config.patch_size))
-        conditions = self.embed_conditions(timestep, text)
+        hidden = self.patch_embedding(patchify(beside(latents, condition), self.config.patch_size))
+        conditions = self.embed_conditions(timestep, text, image_features)
         positions = grid_positions(grid, self.config.head_dim, latents.device)
         hidden = self.run_blocks(hidden, conditions, positions)
         return unpatchify(self.head(hidden, conditions.time), grid, self.config.patch_size)
@@ -174,10 +217,13 @@ class WanModel(nn.Module):
         frames, height, width = latents.shape[2:]
         return token_grid((frames, height, width), self.config.patch_size)
 
-    def embed_conditions(self, timestep: Tensor, text: Tensor) -> Conditions:
-        """Embed timesteps [B] and text features [B, L, text_dim]."""
+    def embed_conditions(self, timestep: Tensor, text: Tensor, image_features: Tensor | None = None) -> Conditions:
+        """Embed timesteps [B], text features [B, L, text_dim] and image features [B, I, image_dim]."""
         time = self.time_embedding(timestep_sinusoid(timestep, self.config.freq_dim))
-        return Conditions(time, self.time_projection(time).unflatten(1, (6, -1)), self.text_embedding(text))
+        context = self.text_embedding(text)
+        if image_features is not None:
+            context = torch.cat((self.img_emb(image_features), context), dim=1)
+        return Conditions(time, self.time_projection(time).unflatten(1, (6, -1)), context)
 
     def run_blocks(self, hidden: Tensor, conditions: Conditions, positions: Positions) -> Tensor:
         """[B, T, D] to [B, T, D] through the blocks this model holds, in order."""
@@ -195,29 +241,6 @@ class WanModel(nn.Module):
         """Fill all parameters with `mm.wan.initial.initial_value`; they must be whole, not sharded."""
         for name, parameter in self.named_parameters():
             parameter.copy_(initial_value(name, parameter.shape, seed))
-
-    def check_inputs(self, latents: Tensor, timestep: Tensor, text: Tensor) -> None:
-        """Raise CFG-041 to CFG-043 for shapes that do not fit the model or each other."""
-        config = self.config
-        if latents.ndim != 5 or latents.shape[1] != config.in_dim:
-            raise ConfigError(
-                "CFG-041",
-                f"Latents have shape {tuple(latents.shape)}, expected [B, {config.in_dim}, F, H, W].",
-                "Give latents of the VAE this model was trained with.",
-            )
-        batch = latents.shape[0]
-        if text.ndim != 3 or text.shape[0] != batch or text.shape[1] < 1 or text.shape[2] != config.text_dim:
-            raise ConfigError(
-                "CFG-042",
-                f"Text features have shape {tuple(text.shape)}, expected [{batch}, L, {config.text_dim}].",
-                "Give features of the text encoder this model was trained with, one row for each latent.",
-            )
-        if tuple(timestep.shape) != (batch,):
-            raise ConfigError(
-                "CFG-043",
-                f"Timesteps have shape {tuple(timestep.shape)}, expected [{batch}].",
-                "Give one timestep for each latent.",
-            )
 
 
 def timestep_sinusoid(timestep: Tensor, width: int) -> Tensor:

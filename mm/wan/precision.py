@@ -5,14 +5,15 @@
 | sinusoid of the timestep, rotary tables | none | fp64, given out as fp32 |
 | time_embedding, time_projection | fp32 | fp32 |
 | modulation of blocks and head, its shift, scale and gate | fp32 | fp32 |
-| LayerNorms without weights, norm3 | fp32 | fp32, cast back to the stream's dtype |
-| norm_q, norm_k | the model's dtype | fp32, cast back |
+| LayerNorms without weights, norm3, img_emb.proj.0 and .4 | fp32 | fp32, cast back to the stream's dtype |
+| norm_q, norm_k, norm_k_img | the model's dtype | fp32, cast back |
 | rotation of queries and keys, gated residual additions | none | fp32, cast back |
-| patch_embedding, text_embedding, q, k, v, o, ffn, cross attention's residual addition | the model's dtype | the same |
+| patch_embedding, text_embedding, the rest of img_emb | the model's dtype | the same |
+| q, k, v, k_img, v_img, o, ffn, cross attention's sum and residual addition | the model's dtype | the same |
 | head: norm, modulation and linear; the velocity | fp32 | fp32 |
 
 The official Wan runs time embedding, time projection, modulation and head with fp32 autocast. diffusers keeps
-time_embedder, scale_shift_table and the block's norms in fp32 (`_keep_in_fp32_modules`) but computes time_proj and
+time_embedder, scale_shift_table and the LayerNorms in fp32 (`_keep_in_fp32_modules`) but computes time_proj and
 proj_out in the model's dtype; this follows the official implementation, of which that list is a part. So one model
 holds parameters of two dtypes. Do not run it under autocast, which would put the fp32 pieces back into the low dtype.
 """
@@ -20,9 +21,11 @@ holds parameters of two dtypes. Do not run it under autocast, which would put th
 from __future__ import annotations
 
 _FP32_MODULES = ("time_embedding", "time_projection", "head")
+_IMAGE_NORMS = ("img_emb.proj.0.", "img_emb.proj.4.")
 
 
 def keep_fp32(name: str) -> bool:
     """Whether the parameter of this native name stays fp32 whatever the model's dtype is."""
     parts = name.split(".")
-    return parts[0] in _FP32_MODULES or parts[-1] == "modulation" or "norm3" in parts
+    in_norm = "norm3" in parts or name.startswith(_IMAGE_NORMS)
+    return parts[0] in _FP32_MODULES or parts[-1] == "modulation" or in_norm

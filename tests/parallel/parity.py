@@ -15,7 +15,7 @@ import torch.distributed as dist
 from mm.config.diffusion import DiffusionConfig
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
-from mm.config.model import WanConfig
+from mm.config.model import ModelType, WanConfig
 from mm.config.recompute import Recompute
 from mm.data.loader import FeatureBatch
 from mm.device.backend import Backend
@@ -33,6 +33,8 @@ from mm.wan.patches import token_grid
 
 # 12 heads divide by 2, 3, 4 and 6; heads of width 8 have rotary pairs on all three axes.
 WAN = WanConfig(text_dim=16, text_len=8, hidden_size=96, ffn_dim=192, num_heads=12, num_layers=3, freq_dim=32)
+IMAGES = {"in_dim": 36, "img_dim": 24, "clip_token_len": 5}
+"""What a model with images has besides: five tokens an image do not divide by the ranks."""
 SEED, STEPS, GLOBAL_BATCH = 5, 2, 4
 SETTINGS = AdamWSettings(
     lr=1e-2, min_lr=1e-3, lr_decay_style="linear", lr_warmup_init=0.0, warmup_samples=0,
@@ -57,12 +59,14 @@ class Row:
     samples: str = ODD
     micro_batch_size: int = 1
     recompute: Recompute | None = None
+    model_type: ModelType = "t2v"
 
     @property
     def wan(self) -> WanConfig:
-        """`WAN` with as many blocks as the stages have."""
+        """`WAN` with as many blocks as the stages have, and the row's images."""
         num_layers = sum(chain(*self.layout.stages)) or WAN.num_layers
-        return WAN.model_copy(update={"num_layers": num_layers})
+        images = {} if self.model_type == "t2v" else {"model_type": self.model_type, **IMAGES}
+        return WAN.model_copy(update={"num_layers": num_layers, **images})
 
     @property
     def most_tokens(self) -> int:
@@ -71,6 +75,8 @@ class Row:
     @property
     def id(self) -> str:
         parts = [self.layout.name()]
+        if self.model_type != "t2v":
+            parts.append(self.model_type)
         if self.options.use_distributed_optimizer:
             parts.append("distopt")
         if self.options.overlap_grad_reduce or self.options.overlap_param_gather:
@@ -79,6 +85,9 @@ class Row:
             parts.append(f"mbs{self.micro_batch_size}")
         accumulated = GLOBAL_BATCH // (self.micro_batch_size * self.layout.dp_size)
         return "-".join([*parts, f"acc{accumulated}", self.samples])
+
+
+IMAGE_EMBEDDING = ("img_emb.proj.0.weight", "img_emb.proj.4.weight", "img_emb.emb_pos")
 
 
 def value_of(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -90,33 +99,42 @@ def value_of(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     value = initial_value(name, shape, SEED)
     if name.startswith(("text_embedding.", "time_embedding.")) and name.endswith("weight"):
         return 10 * value
-    if name.endswith("bias") or "norm" in name or name == "head.head.weight":
+    if name.endswith("bias") or "norm" in name or name == "head.head.weight" or name in IMAGE_EMBEDDING:
         return value + 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(len(name) + shape[0]))
     return value
 
 
-def global_batch(kind: str, step: int) -> list[FeatureBatch]:
+def global_batch(kind: str, step: int, wan: WanConfig = WAN) -> list[FeatureBatch]:
     """The samples of one step, one a micro-batch."""
     source = torch.Generator().manual_seed(step)
     sizes = SIZES[kind]
-    return [
-        FeatureBatch(
-            latents=torch.randn(1, 16, *sizes[index % len(sizes)], generator=source),
+    samples = []
+    for index in range(GLOBAL_BATCH):
+        size = sizes[index % len(sizes)]
+        sample = FeatureBatch(
+            latents=torch.randn(1, 16, *size, generator=source),
             text=torch.randn(1, 8, 16, generator=source),
             sample=[f"clip {index}"],
             draw=[step],
         )
-        for index in range(GLOBAL_BATCH)
-    ]
+        if wan.image_tokens:
+            sample["image_features"] = torch.randn(1, wan.image_tokens, wan.image_dim, generator=source)
+            sample["condition"] = torch.randn(1, wan.condition_channels, *size, generator=source)
+        samples.append(sample)
+    return samples
 
 
 def merge(samples: list[FeatureBatch]) -> FeatureBatch:
-    return FeatureBatch(
+    merged = FeatureBatch(
         latents=torch.cat([s["latents"] for s in samples]),
         text=torch.cat([s["text"] for s in samples]),
         sample=[name for s in samples for name in s["sample"]],
         draw=[draw for s in samples for draw in s["draw"]],
     )
+    if "condition" in samples[0]:
+        merged["image_features"] = torch.cat([s["image_features"] for s in samples])
+        merged["condition"] = torch.cat([s["condition"] for s in samples])
+    return merged
 
 
 @dataclass
@@ -147,10 +165,11 @@ def plain_run(kind: str, wan: WanConfig) -> Trace:
             group["lr"] = SETTINGS.lr - (SETTINGS.lr - SETTINGS.min_lr) * step / STEPS
         optimizer.zero_grad()
         losses = []
-        for sample in global_batch(kind, step):
+        for sample in global_batch(kind, step, wan):
             sigma, timestep, weight = flow.draw_timesteps(SEED, sample["sample"], sample["draw"])
             noise = flow.draw_noise(SEED, sample["sample"], sample["draw"], sample["latents"].shape[1:])
-            velocity = model(flow.noisy(sample["latents"], noise, sigma), timestep, sample["text"])
+            noisy = flow.noisy(sample["latents"], noise, sigma)
+            velocity = model(noisy, timestep, sample["text"], sample.get("image_features"), sample.get("condition"))
             difference = velocity - (noise - sample["latents"])
             losses.append((difference.square().mean() * weight[0]) / GLOBAL_BATCH)
             losses[-1].backward()
@@ -173,7 +192,7 @@ def parallel_run(row: Row, mesh: Mesh, backend: Backend) -> Trace:
     flow = FlowMatching(DiffusionConfig())
     trace = Trace()
     for step in range(STEPS):
-        mine = micro_batches(row, global_batch(row.samples, step), mesh)
+        mine = micro_batches(row, global_batch(row.samples, step, row.wan), mesh)
         trace.losses.append(compute_gradients(parallel, flow, mine, SEED))
         optimizer.reduce_gradients()
         trace.gradients.append(gather(parallel, optimizer, "gradient"))
@@ -269,7 +288,7 @@ def run_rows(rows: list[Row], backend: Backend) -> dict[str, Errors]:
         with build_mesh(row.layout, 2, "cpu") as mesh:
             trace = parallel_run(row, mesh, backend)
         if dist.get_rank() == 0:
-            reference = row.samples, row.wan.num_layers
+            reference = row.samples, row.model_type, row.wan.num_layers
             if reference not in references:
                 references[reference] = plain_run(row.samples, row.wan)
             results[row.id] = compare(trace, references[reference])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from torch.profiler import ProfilerActivity, profile, record_function
-from traffic_rows import SETTINGS, Row, batches, row
+from traffic_rows import SETTINGS, Row, batches, row, with_images
 
 from mm.config.diffusion import DiffusionConfig
 from mm.config.place import place
@@ -47,6 +47,7 @@ ROWS = [
     deep(replace(row(4), options=OVERLAPPED), torch.bfloat16),
     deep(row(4, zero=2)),
     deep(row(4, zero=2, cp_size=2, pp_size=2, distopt=True)),
+    with_images(deep(row(4, tp_size=2, pp_size=2))),
     replace(deep(row(4, cp_size=4, ulysses_size=2), torch.bfloat16), recompute=KEEP),
     replace(deep(row(4, pp_size=2, vp_size=2, distopt=True)), recompute=replace(KEEP, kept="q,k,v,O", offload=True)),
 ]

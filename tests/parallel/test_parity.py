@@ -17,6 +17,7 @@ from ranks import run_ranks
 
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout, even_stages
+from mm.config.model import ModelType
 from mm.config.place import place
 from mm.device.backend import select
 from mm.parallel.apply import DataParallelOptions
@@ -58,6 +59,10 @@ def pp(size: int, chunks: int = 1, stages: Any = None) -> dict[str, Any]:
 def zero(world: int, size: int, options: DataParallelOptions = PLAIN, samples: str = ODD, **degrees: Any) -> Row:
     config = ZeroConfig(zero3_size=size, ignored_modules=["time_embedding", "ae"] if size == 4 else None)
     return Row(layout(world, zero3_size=size, **degrees), options, config, samples)
+
+
+def images(world: int, model_type: ModelType = "i2v", **degrees: Any) -> Row:
+    return Row(layout(world, **degrees), model_type=model_type)
 
 
 ROWS = [
@@ -102,6 +107,11 @@ ROWS = [
     zero(4, 4, **ulysses(2)),
     zero(4, 2, **sp(2)),
     zero(4, 2, **pp(2, 2)),
+    # four, with images: what tensor parallelism cuts, what crosses pipelines, what layer-zero keeps whole
+    images(4, tp_size=2, **ulysses(2)),
+    images(4, **sp(2), **pp(2, 2)),
+    images(4, "flf2v", tp_size=2, **pp(2)),
+    Row(layout(4, zero3_size=2), PLAIN, ZeroConfig(zero3_size=2), model_type="flf2v"),
     # eight: everything together
     Row(layout(8, **sp(2), **ulysses(2), **pp(2)), OVERLAPPED),
     Row(layout(8, **sp(2), **usp(2, 2)), SHARDED, samples=EVEN),

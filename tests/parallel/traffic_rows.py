@@ -50,6 +50,8 @@ class Row:
     @property
     def id(self) -> str:
         parts = [self.layout.name()]
+        if self.wan.image_tokens:
+            parts.append(self.wan.model_type)
         if self.zero is not None:
             parts.append(f"x{self.layout.dp_cp_size // self.zero.zero3_size}")
         if self.options.use_distributed_optimizer:
@@ -78,6 +80,11 @@ def row(world_size: int, *, distopt: bool = False, zero: int | None = None, late
     )
 
 
+def with_images(row: Row) -> Row:
+    images = {"model_type": "i2v", "in_dim": 36, "img_dim": 128, "clip_token_len": 5}
+    return replace(row, wan=WanConfig.model_validate({**row.wan.model_dump(), **images}))
+
+
 FOUR = [
     row(4, cp_size=2, ulysses_size=2),
     *(row(4, cp_size=4, ulysses_size=4, latent=latent) for latent in (EVEN, ODD)),
@@ -96,6 +103,8 @@ FOUR = [
     row(4, zero=2, distopt=True),
     row(4, zero=2, cp_size=2, ulysses_size=2, pp_size=2),
     row(4, tp_size=2, sequence_parallel=True, cp_size=2, ulysses_size=2),
+    with_images(row(4, tp_size=2)),
+    with_images(row(4, tp_size=2, sequence_parallel=True, pp_size=2)),
 ]
 EIGHT = [
     row(8, tp_size=2, sequence_parallel=True, cp_size=2, ulysses_size=2, pp_size=2, vp_size=2),
@@ -120,16 +129,20 @@ def real_steps(row: Row, mesh: Mesh, steps: int) -> Traffic:
 
 
 def batches(row: Row) -> list[FeatureBatch]:
-    source = torch.Generator().manual_seed(0)
-    return [
-        FeatureBatch(
+    source, wan = torch.Generator().manual_seed(0), row.wan
+    made = []
+    for index in range(row.micro_batches):
+        batch = FeatureBatch(
             latents=torch.randn(1, 16, *row.latent, generator=source),
-            text=torch.randn(1, row.wan.text_len, row.wan.text_dim, generator=source),
+            text=torch.randn(1, wan.text_len, wan.text_dim, generator=source),
             sample=[f"clip {index}"],
             draw=[0],
         )
-        for index in range(row.micro_batches)
-    ]
+        if wan.image_tokens:
+            batch["image_features"] = torch.randn(1, wan.image_tokens, wan.image_dim, generator=source)
+            batch["condition"] = torch.randn(1, wan.condition_channels, *row.latent, generator=source)
+        made.append(batch)
+    return made
 
 
 def count(rows: list[Row]) -> list[tuple[Traffic, Traffic]]:

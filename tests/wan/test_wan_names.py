@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from mm.config.model import WAN_1_3B, WAN_14B
+from mm.config.model import WAN_1_3B, WAN_14B, WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B
 from mm.errors import DataError
 from mm.wan import names
 from mm.wan.model import WanModel
@@ -35,6 +35,20 @@ def test_14b_has_the_published_layout_in_native_and_diffusers_names(shapes_14b):
     assert names.key_shape_md5(shapes_14b) == "aafcfd9672c3a2456dc46e1cb6e52c70"
     in_diffusers = {names.native_to_diffusers(name): shape for name, shape in shapes_14b.items()}
     assert names.key_shape_md5(in_diffusers) == "cb104773c6c2cb6df4f9529ad5c60d0b"
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "parameters", "md5"),
+    [
+        (WAN_I2V_1_3B, 983, 1_564_428_608, "6d6ccde6845b95ad9114ab993d917893"),  # published as Fun-1.3B-InP
+        (WAN_I2V_14B, 1303, 16_394_878_784, "6bfcfb3b342cb286ce886889d519a77e"),
+        (WAN_FLF2V_14B, 1304, 16_395_536_704, "3ef3b1f8e1dab83d5b71fd7b617f859f"),
+    ],
+)
+def test_models_of_images_have_the_published_layouts(config, tensors, parameters, md5):
+    shapes = meta_shapes(config)
+    assert (len(shapes), elements(shapes)) == (tensors, parameters)
+    assert names.key_shape_md5(shapes) == md5
 
 
 def i2v_native_shapes(shapes_14b, emb_pos: bool):

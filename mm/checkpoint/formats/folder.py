@@ -31,7 +31,8 @@ class FolderWeights:
 
     def kinds(self) -> dict[str, TensorKind]:
         """From the headers."""
-        return {name: TensorKind(entry.shape, DTYPES[entry.dtype]) for name, entry in self.folder.stored.items()}
+        stored, names = self.folder.stored, self.folder.shapes()
+        return {name: TensorKind(stored[name].shape, DTYPES[stored[name].dtype]) for name in names}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """From the headers."""

@@ -9,18 +9,11 @@ from pathlib import Path
 from mm.checkpoint.files import write_new
 from mm.checkpoint.safetensor_file import Entry, write_safetensors
 from mm.config.model import WanConfig
-from mm.wan.config_json import ORIGINAL
+from mm.wan.config_json import wan_config_to_original
 from mm.wan.shards import DIFFUSERS_FILE
 
 
 def write_native(folder: Path, entries: Sequence[Entry], config: WanConfig) -> None:
     """Write the weights (native names) and the configuration into an empty folder, forced to disk."""
     write_safetensors(folder / DIFFUSERS_FILE, entries, {"format": "pt"})
-    write_new(folder / "config.json", json.dumps(config_fields(config), indent=2) + "\n")
-
-
-def config_fields(config: WanConfig) -> dict[str, object]:
-    """The official `WanModel` fields of a configuration, sorted by name."""
-    values: dict[str, object] = {key: getattr(config, field) for key, field in ORIGINAL.fields.items()}
-    values |= {"_class_name": "WanModel", "model_type": config.model_type, "patch_size": list(config.patch_size)}
-    return dict(sorted(values.items()))
+    write_new(folder / "config.json", json.dumps(wan_config_to_original(config), indent=2) + "\n")
