@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "wan")]
 
-from results import Result, Target, arguments, publish  # noqa: E402  (the path above)
+from results import Result, Target, arguments, write  # noqa: E402  (the path above)
 from test_wan_parity import ours_for, reference_for, relative_error  # noqa: E402
 
 from mm.config.model import WanConfig  # noqa: E402
@@ -134,7 +135,7 @@ def row(name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
             "of medians": medians, "of least": least}  # fmt: skip
 
 
-def profile(steps: dict[str, Step]) -> list[Result]:
+def profile(steps: dict[str, Step]) -> Result:
     """Where the eager steps spend their time, as shares of diffusers' step."""
     found = {}
     for name in ("ours", THEIRS):
@@ -145,14 +146,13 @@ def profile(steps: dict[str, Step]) -> list[Result]:
     whole = sum(found[THEIRS].values())
     keys = sorted(set().union(*found.values()), key=lambda key: -max(times.get(key, 0) for times in found.values()))
     rows = [{"operator": key, **{name: times.get(key, 0) / whole for name, times in found.items()}} for key in keys]
-    return [Result("step_ratio: share of diffusers' step", "CPU", {"profiled": "3 steps"}, rows=rows[:30])]
+    return Result("step_ratio: share of diffusers' step", "CPU", {"profiled": "3 steps"}, rows=rows[:30])
 
 
-def measure(latent: tuple[int, int, int], text_tokens: int, options: argparse.Namespace) -> list[Result]:
+def measure(latent: tuple[int, int, int], text_tokens: int, options: argparse.Namespace) -> Iterator[Result]:
     """One shape, with each number of threads."""
     torch.manual_seed(0)
     tokens = latent[0] * latent[1] * latent[2] // 4
-    results = []
     for threads in options.threads:
         torch.set_num_threads(threads)
         torch._dynamo.reset()  # compiled code is made for a number of threads
@@ -163,9 +163,9 @@ def measure(latent: tuple[int, int, int], text_tokens: int, options: argparse.Na
         rows = [row(name, seconds) for name in steps if name != THEIRS]
         by_name = {line["step"]: line["/ diffusers"] for line in rows}
         targets = [Target(f"{name} / diffusers", by_name[name], bound) for name, bound in TARGETS.items()]
-        results.append(Result("step_ratio", "CPU", shapes, rows=rows, targets=targets))
-        results += profile(steps) if options.profile else []
-    return results
+        yield Result("step_ratio", "CPU", shapes, rows=rows, targets=targets)
+        if options.profile:
+            yield profile(steps)
 
 
 def main() -> None:
@@ -177,8 +177,11 @@ def main() -> None:
         parser.add_argument("--profile", action="store_true", help="also print what each operator costs")
 
     options = arguments(__doc__, add)
-    results = [result for shape in SHAPES for result in measure(*shape, options)]
-    publish(results, options.json)
+    results: list[Result] = []
+    for result in itertools.chain.from_iterable(measure(*shape, options) for shape in SHAPES):
+        result.show()
+        results.append(result)
+        write(results, options.json)
 
 
 if __name__ == "__main__":
