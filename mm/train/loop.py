@@ -27,6 +27,7 @@ from mm.device.backend import Backend, deterministic
 from mm.diffusion.flow import FlowMatching
 from mm.errors import ConfigError
 from mm.parallel.apply import DataParallelOptions, ParallelModel, apply
+from mm.parallel.compile import graphs_needed, most_graphs, probe
 from mm.parallel.host_pool import StepShape, make_offloader
 from mm.parallel.mesh import Mesh
 from mm.parallel.offload import Offloader
@@ -94,11 +95,12 @@ def train(run: Run) -> Progress:
 
     Raises:
         ConfigError: CFG-046 when samples of different sizes would cross a pipeline that was not told so; CFG-049 when
-            offload needs more host memory than is free.
+            offload needs more host memory than is free; CFG-056 when blocks would be compiled for too many sizes.
         CheckpointError, ConfigError, NumericsError: as documented where they arise.
     """
     flags = run.flags
     _check_sizes(run)
+    _check_compiled_sizes(run)
     with ExitStack() as stack:
         stack.enter_context(deterministic(flags.deterministic_mode))
         if flags.save is not None:
@@ -107,8 +109,10 @@ def train(run: Run) -> Progress:
         offloader = make_offloader(
             recompute, run.config, run.mesh, run.backend, _step_shape(run), processes_of_node=run.processes_of_node
         )
-        parallel, optimizer = _build(run, block_runner(recompute, offloader))
-        _describe(run, recompute, offloader)
+        not_compiled = _why_not_compiled(run)
+        run_blocks = block_runner(recompute, offloader, run.backend.model_code)
+        parallel, optimizer = _build(run, run_blocks, compiled=not_compiled is None)
+        _describe(run, recompute, offloader, not_compiled)
         progress = _start(run, optimizer)
         if progress.step >= flags.train_iters:
             logger.info("step %d of %d is already done; nothing to train", progress.step, flags.train_iters)
@@ -127,7 +131,30 @@ def _check_sizes(run: Run) -> None:
         )
 
 
-def _build(run: Run, run_blocks: BlockRunner) -> tuple[ParallelModel, Optimizer]:
+def _check_compiled_sizes(run: Run) -> None:
+    sizes, pipeline = len(_token_counts(run)), run.mesh.layout.pp_size > 1
+    needed = graphs_needed(sizes, pipeline)
+    if run.flags.compile_blocks and needed > most_graphs():
+        raise ConfigError(
+            "CFG-056",
+            f"The features have {sizes} different numbers of tokens; --compile-blocks may need {needed} graphs of a "
+            f"function for them, and torch keeps {most_graphs()}.",
+            "Remove it, or train on features of fewer sizes.",
+        )
+
+
+def _why_not_compiled(run: Run) -> str | None:
+    """None where blocks are compiled; else why not, empty where it was not asked for. The same on every rank."""
+    if not run.flags.compile_blocks:
+        return ""
+    failures = run.comm.all_gather_object(probe(run.backend.device, training_dtype(run.flags)))
+    rank, reason = next(((rank, failure) for rank, failure in enumerate(failures) if failure is not None), (0, None))
+    if reason is not None and run.reports:
+        logger.warning("blocks run uncompiled: compiling one does not work on rank %d: %s", rank, reason)
+    return reason
+
+
+def _build(run: Run, run_blocks: BlockRunner, compiled: bool) -> tuple[ParallelModel, Optimizer]:
     flags = run.flags
 
     def initial(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -142,6 +169,7 @@ def _build(run: Run, run_blocks: BlockRunner) -> tuple[ParallelModel, Optimizer]
         initial if flags.init_from_scratch else None,
         run.zero,
         run_blocks,
+        len(_token_counts(run)) if compiled else None,
     )
     samples = run.global_batch_size
     settings = AdamWSettings(
@@ -162,11 +190,11 @@ def _build(run: Run, run_blocks: BlockRunner) -> tuple[ParallelModel, Optimizer]
 
 def _step_shape(run: Run) -> StepShape:
     dtype = training_dtype(run.flags)
-    return StepShape(run.flags.micro_batch_size, _most_tokens(run), run.num_microbatches, dtype)
+    return StepShape(run.flags.micro_batch_size, max(_token_counts(run)), run.num_microbatches, dtype)
 
 
-def _most_tokens(run: Run) -> int:
-    return max(sample.num_tokens for sample in run.dataset.samples)
+def _token_counts(run: Run) -> set[int]:
+    return {sample.num_tokens for sample in run.dataset.samples}
 
 
 def data_parallel_options(flags: TrainFlags) -> DataParallelOptions:
@@ -179,7 +207,7 @@ def training_dtype(flags: TrainFlags) -> torch.dtype:
     return torch.bfloat16 if flags.bf16 else torch.float32
 
 
-def _describe(run: Run, recompute: Recompute | None, offloader: Offloader | None) -> None:
+def _describe(run: Run, recompute: Recompute | None, offloader: Offloader | None, not_compiled: str | None) -> None:
     rows = start_table(
         run.flags,
         run.config,
@@ -188,9 +216,12 @@ def _describe(run: Run, recompute: Recompute | None, offloader: Offloader | None
         run.dataset,
         run.global_batch_size,
         device=f"{run.backend.name()} ({run.backend.collective})",
-        attention=attention_name(run.backend.device, training_dtype(run.flags), run.config.head_dim, _most_tokens(run)),
+        attention=attention_name(
+            run.backend.device, training_dtype(run.flags), run.config.head_dim, max(_token_counts(run))
+        ),
         recompute=recompute,
         offloader=offloader,
+        not_compiled=not_compiled,
     )
     for name, value in rows.items():
         logger.info("%-11s %s", name, value)
