@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mm.train.dry_run import Report
 
 GIB = 2**30
+_UNCOMPILED = "all is shown for uncompiled blocks: fake tensors run no compiled code"
 
 
 class DoctorFlags(TrainFlags):
@@ -71,7 +72,8 @@ def main(argv: Sequence[str]) -> None:
         recompute=recompute_of(flags, model),
     )
     report = dry_run(job, flags.rank)
-    print(_as_json(layout, report) if flags.json_output else _as_text(layout, report))
+    notes = {"compile": _UNCOMPILED} if flags.compile_blocks else {}
+    print(_as_json(layout, report, notes) if flags.json_output else _as_text(layout, report, notes))
 
 
 def _problems(flags: DoctorFlags, model: PretrainModel) -> list[Problem]:
@@ -89,8 +91,8 @@ def _problems(flags: DoctorFlags, model: PretrainModel) -> list[Problem]:
     return problems
 
 
-def _as_json(layout: Layout, report: Report) -> str:
-    values: dict[str, Any] = {"layout": layout.name(), "world_size": layout.world_size, **asdict(report)}
+def _as_json(layout: Layout, report: Report, notes: dict[str, str]) -> str:
+    values: dict[str, Any] = {"layout": layout.name(), "world_size": layout.world_size, **notes, **asdict(report)}
     values["peak_bytes"] = report.peak_bytes
     values["traffic"] = [
         {"axis": axis, "operation": operation, "calls": sent.calls, "bytes": sent.bytes}
@@ -99,7 +101,7 @@ def _as_json(layout: Layout, report: Report) -> str:
     return json.dumps(values, indent=2)
 
 
-def _as_text(layout: Layout, report: Report) -> str:
+def _as_text(layout: Layout, report: Report, notes: dict[str, str]) -> str:
     padding = report.rank_tokens - report.real_tokens
     facts = [
         ("layout", f"{layout.name()} on {layout.world_size:,} processes"),
@@ -108,6 +110,7 @@ def _as_text(layout: Layout, report: Report) -> str:
         ("parameters", f"{report.parameters:,} kept by this rank"),
         ("bubble", f"{report.bubble:.1%} of the step, if stages are even"),
         ("host memory", f"{report.host_bytes / GIB:.2f} GiB page-locked, for offload" if report.host_bytes else "none"),
+        *notes.items(),
     ]
     kinds = sorted(report.peak.items(), key=lambda item: -item[1])
     memory = [(kind, f"{size / GIB:.2f}") for kind, size in [*kinds, ("together", report.peak_bytes)]]

@@ -92,6 +92,17 @@ def _overlap_needs_distributed_optimizer(request: Request) -> Iterator[Problem]:
         )
 
 
+def _compiled_blocks_wait_for_nothing(request: Request) -> Iterator[Problem]:
+    """CFG-069: no message is waited for inside a compiled block."""
+    flags = request.flags
+    if flags.compile_blocks and flags.overlap_param_gather and not flags.layerzero:
+        yield Problem(
+            "CFG-069",
+            "With --overlap-param-gather every linear waits for its parameters, which --compile-blocks cannot contain.",
+            "Remove one of them. --overlap-grad-reduce works with it, and so does --layerzero, which gathers blocks.",
+        )
+
+
 Rule = Callable[[Request], Iterator[Problem]]
 TRAINING_RULES: tuple[Rule, ...] = (
     *PARALLEL_RULES,
@@ -100,5 +111,6 @@ TRAINING_RULES: tuple[Rule, ...] = (
     _saving_is_meant,
     _schedule_fits,
     _overlap_needs_distributed_optimizer,
+    _compiled_blocks_wait_for_nothing,
     *RECOMPUTE_RULES,
 )

@@ -112,6 +112,9 @@ class TrainFlags(Flags):
         None, description="what is kept of self attention: its output (the default), or its inputs too"
     )
 
+    compile_blocks: bool = Field(
+        False, description="compile each block with torch.compile; eager, with a warning, where that does not work"
+    )
     bf16: bool = Field(False, description="bf16 parameters and activations with fp32 master weights; else fp32")
     lr: float = Field(gt=0, description="peak learning rate")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the decay")

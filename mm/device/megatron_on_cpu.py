@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 _CPU = torch.device("cpu")
 _TYPE_NAMES = {
@@ -49,7 +49,8 @@ class MegatronOnCpu:
     @contextlib.contextmanager
     def outside(self) -> Iterator[None]:
         """Plain torch for a block inside `inside()`: no function mode, so no cost."""
-        if not self._entered:
+        # torch takes the mode off by itself for what it runs below the mode's own handler, as some backward passes.
+        if not self._entered or _get_current_function_mode() is not self._entered[-1]:
             yield
             return
         mode = self._entered.pop()

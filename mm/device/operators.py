@@ -153,10 +153,6 @@ class PlainOperators:
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn [B, T, N, K] by [T, K/2]."""
-    if torch.compiler.is_compiling():  # the compiler fuses real arithmetic, and leaves complex numbers to torch
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        even, odd = heads.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
     pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)).contiguous())
     rotation = torch.complex(cos, sin).to(pairs.dtype).unsqueeze(1)  # the same for all heads
     return torch.view_as_real(pairs * rotation).flatten(-2)

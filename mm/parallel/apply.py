@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mm.config.layerzero import ZeroConfig
 from mm.config.model import WanConfig
 from mm.device.backend import Backend
+from mm.parallel.compile import compile_blocks, graphs_needed
 from mm.parallel.context import context_attention
 from mm.parallel.layerzero import local_rows, shard_stage
 from mm.parallel.mesh import Mesh
@@ -94,6 +95,7 @@ def apply(
     value_of: ValueOf | None,
     zero: ZeroConfig | None = None,
     run_blocks: BlockRunner = run_in_order,
+    compiled_for: int | None = None,
 ) -> ParallelModel:
     """Make this rank's part of a model, ready for training.
 
@@ -105,6 +107,7 @@ def apply(
         value_of: initial values; None leaves zeros for what is loaded next (`Optimizer.masters_to_model`).
         zero: layer-zero's configuration when the layout has it.
         run_blocks: runs the blocks of a stage (`mm.parallel.recompute.block_runner`).
+        compiled_for: how many sizes of samples blocks are compiled for (`mm.parallel.compile`); None leaves them eager.
     """
     layout = mesh.layout
     parts = model_parts(mesh, run_blocks)
@@ -114,6 +117,10 @@ def apply(
         stages = [_stage(wan, parts, config, mesh, dtype, vp_rank) for vp_rank in range(layout.vp_size)]
     chunks: list[Any] = []
     for stage in stages:
+        if compiled_for is not None:
+            num_graphs = graphs_needed(compiled_for, layout.pp_size > 1)
+            # before layer-zero shards them, as in torchtitan
+            compile_blocks(stage.blocks, num_graphs, layout.tp_size > 1)
         if zero is not None and mesh.zero is not None:
             chunks.append(shard_stage(stage, mesh.zero, zero, backend.device))
             _fill(stage.model, placements, value_of)

@@ -32,15 +32,24 @@ NAMES: dict[Kept, frozenset[str]] = {"O": frozenset({"O"}), "q,k,v,O": frozenset
 """What to keep, as the names that attention asks for (`mm.device.attention.Keep`)."""
 
 
-def block_runner(recompute: Recompute | None, offloader: Offloader | None = None) -> BlockRunner:
+def block_runner(
+    recompute: Recompute | None,
+    offloader: Offloader | None = None,
+    model_code: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+) -> BlockRunner:
     """The `Parts.run_blocks` of a plan.
 
     Args:
         recompute: the plan; None keeps everything.
         offloader: where a plan with `offload` keeps things; this rank's, for all its stages.
+        model_code: the backend's; entered around blocks, whose second run is inside megatron-core's backward.
     """
     if recompute is None:
         return run_in_order
+
+    def run_group(*arguments: Any) -> Tensor:
+        with model_code():
+            return run_in_order(*arguments)
 
     def run(
         blocks: Sequence[nn.Module], hidden: Tensor, time_modulation: Tensor, context: Tensor, positions: Positions
@@ -55,27 +64,33 @@ def block_runner(recompute: Recompute | None, offloader: Offloader | None = None
             if mode == "none":
                 hidden = run_in_order(*arguments)
             elif mode == "full":
-                hidden = _checkpoint(*arguments)
+                hidden = _checkpoint(run_group, *arguments)
             else:
-                hidden = _keep_attention(arguments, NAMES[recompute.kept], offload, next(layers))
+                hidden = _keep_attention(run_group, arguments, NAMES[recompute.kept], offload, next(layers))
         return hidden
 
     return run
 
 
-def _checkpoint(*arguments: Any, contexts: Callable[[], tuple[Any, Any]] | None = None) -> Tensor:
+def _checkpoint(
+    run_group: Callable[..., Tensor], *arguments: Any, contexts: Callable[[], tuple[Any, Any]] | None = None
+) -> Tensor:
     more: dict[str, Any] = {} if contexts is None else {"context_fn": contexts}
-    out: Tensor = checkpoint(run_in_order, *arguments, use_reentrant=False, preserve_rng_state=False, **more)
+    out: Tensor = checkpoint(run_group, *arguments, use_reentrant=False, preserve_rng_state=False, **more)
     return out
 
 
 def _keep_attention(
-    arguments: tuple[Any, ...], names: frozenset[str], offload: OffloadPass | None, layer: int
+    run_group: Callable[..., Tensor],
+    arguments: tuple[Any, ...],
+    names: frozenset[str],
+    offload: OffloadPass | None,
+    layer: int,
 ) -> Tensor:
     """Run a group that keeps attention, and its input, on the device or in the layer of an offload pass."""
     if offload is None:
         kept = _Kept(names, put=lambda tensor: tensor, take=lambda tensor: tensor)
-        return _checkpoint(*arguments, kept, contexts=kept.contexts)
+        return _checkpoint(run_group, *arguments, kept, contexts=kept.contexts)
     kept = _Kept(names, put=lambda tensor: offload.put(layer, tensor), take=lambda place: offload.take(layer, place))
     # What a stage receives holds the conditions too, and the schedule keeps it for its gradient: offload frees nothing.
     whole = arguments[1].untyped_storage().nbytes() == arguments[1].nbytes
@@ -89,7 +104,7 @@ def _keep_attention(
 
     # Torch's checkpoint saves its arguments as autograd saves tensors.
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        out = _checkpoint(*arguments, kept, contexts=kept.contexts)
+        out = _checkpoint(run_group, *arguments, kept, contexts=kept.contexts)
     offload.done(layer)
     return out
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mm.parallel.boundary import BoundaryShape, receive_side, send_side
 from mm.parallel.tokens import TokenShare
+from mm.wan.block import WanBlock
 from mm.wan.inputs import beside, check_inputs
 from mm.wan.model import WanModel
 from mm.wan.patches import patchify
@@ -64,6 +65,11 @@ class WanStage(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
         self._received: Tensor | None = None
+
+    @property
+    def blocks(self) -> list[WanBlock]:
+        """The blocks it holds, in order."""
+        return [block for block in self.model.blocks.values() if isinstance(block, WanBlock)]
 
     def set_input_tensor(self, tensors: Tensor | Sequence[Tensor | None] | None) -> None:
         """Take what the previous stage sent; the schedule calls it before every forward."""

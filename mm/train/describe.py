@@ -27,6 +27,7 @@ def start_table(
     attention: str,
     recompute: Recompute | None,
     offloader: Offloader | None,
+    not_compiled: str | None,
 ) -> dict[str, str]:
     """Rows of the table by their heading.
 
@@ -58,6 +59,7 @@ def start_table(
         "attention": attention,
         "recompute": _recompute(recompute),
         "offload": _offload(offloader),
+        "compile": "every block" if not_compiled is None else f"off: {not_compiled}" if not_compiled else "off",
         "checkpoints": flags.save or "none: the trained weights are not kept (--save)",
     }
 

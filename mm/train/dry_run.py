@@ -119,7 +119,7 @@ def dry_run(job: Job, rank: int) -> Report:
             offloader = make_offloader(job.recompute, job.wan, mesh, backend, shape)
             if offloader is not None:
                 tracked.label([offloader.memory], memory.HOST)
-            run_blocks = block_runner(job.recompute, offloader)
+            run_blocks = block_runner(job.recompute, offloader, backend.model_code)
             parallel = apply(job.wan, mesh, backend, job.options, job.dtype, None, job.zero, run_blocks)
             _label_model(tracked, parallel)
             tracked.kind = memory.OPTIMIZER

@@ -28,6 +28,7 @@ from mm.device.backend import Backend, deterministic
 from mm.diffusion.flow import FlowMatching
 from mm.errors import ConfigError
 from mm.parallel.apply import DataParallelOptions, ParallelModel, apply
+from mm.parallel.compile import graphs_needed, most_graphs, probe
 from mm.parallel.host_pool import StepShape, make_offloader
 from mm.parallel.mesh import Mesh
 from mm.parallel.offload import Offloader
@@ -96,12 +97,13 @@ def train(run: Run) -> Progress:
 
     Raises:
         ConfigError: CFG-046 when samples of different sizes would cross a pipeline that was not told so; CFG-049 when
-            offload needs more host memory than is free.
+            offload needs more host memory than is free; CFG-068 when blocks would be compiled for too many sizes.
         OutOfMemoryError: MEM-001 when the device has no room for the model or a step.
         CheckpointError, ConfigError, NumericsError: as documented where they arise.
     """
     flags = run.flags
     _check_sizes(run)
+    _check_compiled_sizes(run)
     watch = MemoryWatch(Request(flags, run.model, run.zero, run.comm.world_size), run.backend, run.comm.rank)
     with ExitStack() as stack:
         stack.enter_context(deterministic(flags.deterministic_mode))
@@ -112,10 +114,12 @@ def train(run: Run) -> Progress:
             recompute, run.config, run.mesh, run.backend, _step_shape(run), processes_of_node=run.processes_of_node
         )
         watch.pinned_host = 0 if offloader is None else offloader.memory.nbytes
+        not_compiled = _why_not_compiled(run)
+        run_blocks = block_runner(recompute, offloader, run.backend.model_code)
         with watch.during("building the model"):
-            watch.parallel = parallel = _build_model(run, block_runner(recompute, offloader))
+            watch.parallel = parallel = _build_model(run, run_blocks, compiled=not_compiled is None)
             watch.optimizer = optimizer = _build_optimizer(run, parallel)
-        _describe(run, recompute, offloader)
+        _describe(run, recompute, offloader, not_compiled)
         with watch.during("loading weights"):
             progress = _start(run, optimizer)
         if progress.step >= flags.train_iters:
@@ -135,7 +139,30 @@ def _check_sizes(run: Run) -> None:
         )
 
 
-def _build_model(run: Run, run_blocks: BlockRunner) -> ParallelModel:
+def _check_compiled_sizes(run: Run) -> None:
+    sizes, pipeline = len(_token_counts(run)), run.mesh.layout.pp_size > 1
+    needed = graphs_needed(sizes, pipeline)
+    if run.flags.compile_blocks and needed > most_graphs():
+        raise ConfigError(
+            "CFG-068",
+            f"The features have {sizes} different numbers of tokens; --compile-blocks may need {needed} graphs of a "
+            f"function for them, and torch keeps {most_graphs()}.",
+            "Remove it, or train on features of fewer sizes.",
+        )
+
+
+def _why_not_compiled(run: Run) -> str | None:
+    """None where blocks are compiled; else why not, empty where it was not asked for. The same on every rank."""
+    if not run.flags.compile_blocks:
+        return ""
+    failures = run.comm.all_gather_object(probe(run.backend.device, training_dtype(run.flags)))
+    rank, reason = next(((rank, failure) for rank, failure in enumerate(failures) if failure is not None), (0, None))
+    if reason is not None and run.reports:
+        logger.warning("blocks run uncompiled: compiling one does not work on rank %d: %s", rank, reason)
+    return reason
+
+
+def _build_model(run: Run, run_blocks: BlockRunner, compiled: bool) -> ParallelModel:
     flags = run.flags
 
     def initial(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -150,6 +177,7 @@ def _build_model(run: Run, run_blocks: BlockRunner) -> ParallelModel:
         initial if flags.init_from_scratch else None,
         run.zero,
         run_blocks,
+        len(_token_counts(run)) if compiled else None,
     )
 
 
@@ -174,11 +202,11 @@ def _build_optimizer(run: Run, parallel: ParallelModel) -> Optimizer:
 
 def _step_shape(run: Run) -> StepShape:
     dtype = training_dtype(run.flags)
-    return StepShape(run.flags.micro_batch_size, _most_tokens(run), run.num_microbatches, dtype)
+    return StepShape(run.flags.micro_batch_size, max(_token_counts(run)), run.num_microbatches, dtype)
 
 
-def _most_tokens(run: Run) -> int:
-    return max(sample.num_tokens for sample in run.dataset.samples)
+def _token_counts(run: Run) -> set[int]:
+    return {sample.num_tokens for sample in run.dataset.samples}
 
 
 def data_parallel_options(flags: TrainFlags) -> DataParallelOptions:
@@ -191,7 +219,7 @@ def training_dtype(flags: TrainFlags) -> torch.dtype:
     return torch.bfloat16 if flags.bf16 else torch.float32
 
 
-def _describe(run: Run, recompute: Recompute | None, offloader: Offloader | None) -> None:
+def _describe(run: Run, recompute: Recompute | None, offloader: Offloader | None, not_compiled: str | None) -> None:
     rows = start_table(
         run.flags,
         run.config,
@@ -200,9 +228,12 @@ def _describe(run: Run, recompute: Recompute | None, offloader: Offloader | None
         run.dataset,
         run.global_batch_size,
         device=f"{run.backend.name()} ({run.backend.collective})",
-        attention=attention_name(run.backend.device, training_dtype(run.flags), run.config.head_dim, _most_tokens(run)),
+        attention=attention_name(
+            run.backend.device, training_dtype(run.flags), run.config.head_dim, max(_token_counts(run))
+        ),
         recompute=recompute,
         offloader=offloader,
+        not_compiled=not_compiled,
     )
     for name, value in rows.items():
         logger.info("%-11s %s", name, value)

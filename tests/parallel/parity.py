@@ -60,6 +60,7 @@ class Row:
     micro_batch_size: int = 1
     recompute: Recompute | None = None
     model_type: ModelType = "t2v"
+    compiled: bool = False
 
     @property
     def wan(self) -> WanConfig:
@@ -186,8 +187,9 @@ def parallel_run(row: Row, mesh: Mesh, backend: Backend) -> Trace:
     accumulated = GLOBAL_BATCH // (row.micro_batch_size * row.layout.dp_size)
     shape = StepShape(row.micro_batch_size, row.most_tokens, accumulated, torch.float32)
     offloader = make_offloader(row.recompute, row.wan, mesh, backend, shape)
-    runner = block_runner(row.recompute, offloader)
-    parallel = apply(row.wan, mesh, backend, row.options, torch.float32, value_of, row.zero, runner)
+    runner = block_runner(row.recompute, offloader, backend.model_code)
+    sizes = len(SIZES[row.samples]) if row.compiled else None
+    parallel = apply(row.wan, mesh, backend, row.options, torch.float32, value_of, row.zero, runner, sizes)
     optimizer = make_optimizer(parallel, SETTINGS)
     flow = FlowMatching(DiffusionConfig())
     trace = Trace()

@@ -1,6 +1,7 @@
 """What a block keeps for its backward: bytes for each token and unit of width, in bf16, beside diffusers' block."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from mm.config.model import WanConfig
 from mm.config.recompute import Recompute
 from mm.device.queues import HostQueues
 from mm.parallel import memory
+from mm.parallel.compile import compile_blocks
 from mm.parallel.memory import TrackMemory
 from mm.parallel.offload import Offloader
 from mm.parallel.recompute import block_runner
@@ -51,13 +53,29 @@ def in_bf16(block: WanBlock) -> WanBlock:
 
 
 def ours(config: WanConfig) -> float:
-    block = in_bf16(WanBlock(config, Parts()))
+    return bytes_of(in_bf16(WanBlock(config, Parts())), config)
+
+
+def bytes_of(block: WanBlock, config: WanConfig) -> float:
     width = config.hidden_size
     x = torch.randn(1, TOKENS, width, dtype=torch.bfloat16, requires_grad=True)
     time = torch.randn(1, 6, width, requires_grad=True)
     context = torch.randn(1, TEXT, width, dtype=torch.bfloat16, requires_grad=True)
     positions = grid_positions(GRID, config.head_dim)
     return kept_bytes(lambda: block(x, time, context, positions), block.parameters()) / (TOKENS * width)
+
+
+def test_a_compiled_block_keeps_as_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    config = WanConfig(hidden_size=192, ffn_dim=384, num_heads=4, num_layers=1)
+    found = {}
+    for compiled in (False, True):
+        block = in_bf16(WanBlock(config, Parts()))
+        if compiled:
+            compile_blocks([block], num_graphs=1, tensor_parallel=False)
+        found[compiled] = bytes_of(block, config)
+    torch.compiler.reset()
+    assert found[True] <= found[False]
 
 
 def of_diffusers(config: WanConfig) -> float:

@@ -1,0 +1,163 @@
+"""Compiled blocks: as close to the plain loop as eager ones, and recomputation still changes no bit of them."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from parity import EVEN, MIXED, Row, compare, over_limits, parallel_run, plain_run
+from ranks import run_ranks
+from torch._dynamo.utils import counters
+from train.training_runs import bits, metrics, run, words
+
+from mm.cli import train as train_command
+from mm.config.layerzero import ZeroConfig
+from mm.config.layout import Layout, even_stages
+from mm.config.place import place
+from mm.config.recompute import Recompute
+from mm.device.backend import select
+from mm.parallel import compile as compiling
+from mm.parallel.apply import DataParallelOptions
+from mm.parallel.launch import Job
+from mm.parallel.mesh import build_mesh
+
+PLANS = {
+    "none": None,
+    "each": Recompute(),
+    "keep": Recompute(full_layers=0, keep_layers=None, offload=True),
+    "mixed": Recompute(full_layers=1, keep_layers=1, kept="q,k,v,O"),
+}
+OVERLAPPED = DataParallelOptions(use_distributed_optimizer=True, overlap_grad_reduce=True)
+ROWS = [
+    Row(Layout(4, tp_size=2, sequence_parallel=True, cp_size=2, ulysses_size=2), samples=EVEN, compiled=True),
+    Row(Layout(4, zero3_size=2), zero=ZeroConfig(zero3_size=2), samples=EVEN, compiled=True),
+]
+PIPELINE = Row(Layout(4, pp_size=2, vp_size=2, stages=even_stages(8, 2, 2)), OVERLAPPED, samples=MIXED, compiled=True)
+
+
+def compare_here(rows: list[Row], cache: str) -> list[dict[str, Any]]:
+    """Of every row: what is off compared with the plain loop, which plans gave other bits, graphs of a function."""
+    os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    backend, found = select("cpu"), []
+    with Job(place(), backend.collective, backend.device, 5):
+        for row in rows:
+            torch.compiler.reset()
+            counters.clear()
+            with build_mesh(row.layout, 5, "cpu") as mesh:
+                traces = {
+                    name: parallel_run(replace(row, recompute=plan), mesh, backend) for name, plan in PLANS.items()
+                }
+            result = {"graphs": counters["stats"]["unique_graphs"]}
+            if dist.get_rank() == 0:
+                result["off"] = over_limits(row, compare(traces["none"], plain_run(row.samples, row.wan)))
+                first = traces["none"]
+                result["different"] = [
+                    name
+                    for name, other in traces.items()
+                    if other.losses != first.losses
+                    or other.norms != first.norms
+                    or any(
+                        not torch.equal(gradient, step[parameter])
+                        for gradients, step in zip(other.gradients, first.gradients, strict=True)
+                        for parameter, gradient in gradients.items()
+                    )
+                ]
+            found.append(result)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rows", "graphs"),
+    [
+        # Of each size: seven graphs, of which the two before self attention tell blocks that keep from others.
+        pytest.param([Row(Layout(1), samples=MIXED, compiled=True)], [2 * (7 + 2)], id="single"),
+        # Five, and the one before self attention again.
+        pytest.param(ROWS, [5 + 1, 7 + 2], id="tp2sp-cp2, dp4-zero2"),
+        pytest.param([PIPELINE], [None], id="pp2vp2", marks=pytest.mark.nightly),
+    ],
+)
+def test_compiled_runs(rows: list[Row], graphs: list[int | None], tmp_path: Path) -> None:
+    ranks = run_ranks(rows[0].layout.world_size, compare_here, rows, str(tmp_path), timeout_s=400)
+    for row, expected, result in zip(rows, graphs, ranks[0], strict=True):
+        assert result["off"] == {}, row.id
+        assert result["different"] == [], row.id
+        # No more for more blocks, samples, steps and plans: no graph is made again.
+        assert expected is None or result["graphs"] == expected, row.id
+
+
+def broken(cache: Path) -> dict[str, str]:
+    """The environment of a machine without a C++ compiler."""
+    return {"CC": "/bin/false", "CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+
+
+def command(arguments: list[str], environment: dict[str, str]) -> list[str]:
+    """What `mm train` in a process of its own says."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mm.cli.train", *arguments],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    return done.stderr.splitlines()
+
+
+def test_without_a_compiler_training_goes_on(demo: Path, tmp_path: Path) -> None:
+    expected = run(demo, tmp_path / "eager", train_iters=2)
+    arguments = words(demo, tmp_path / "run", train_iters=2, compile_blocks=True)
+    lines = command(arguments, broken(tmp_path / "cache"))
+    warnings = [line for line in lines if " WARNING " in line]
+    assert len(warnings) == 1
+    assert "No working C++ compiler" in warnings[0]
+    (row,) = (line for line in lines if " INFO compile " in line)
+    assert " off: " in row
+    assert "No working C++ compiler" in row
+    assert bits(metrics(tmp_path / "run")) == bits(expected)
+
+
+def train_here(broken_environment: dict[str, str], arguments: list[str]) -> list[str | None]:
+    """Rank 1 has no compiler."""
+    os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    if os.environ["RANK"] == "1":
+        os.environ |= broken_environment
+    else:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = broken_environment["TORCHINDUCTOR_CACHE_DIR"] + "-of-rank-0"
+    found: list[str | None] = []
+
+    def probe(*args: Any) -> str | None:
+        found.append(real(*args))
+        return found[0]
+
+    real = compiling.probe
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mm.train.loop.probe", probe)
+        train_command.main(arguments)
+    return [*found, str(counters["stats"]["unique_graphs"])]
+
+
+def test_one_rank_without_a_compiler_decides_for_all(demo: Path, tmp_path: Path) -> None:
+    eager = words(demo, tmp_path / "eager", train_iters=2, micro_batch_size=2)
+    run_ranks(2, train_command.main, eager)
+    compiled = words(demo, tmp_path / "run", train_iters=2, micro_batch_size=2, compile_blocks=True)
+    ranks = run_ranks(2, train_here, broken(tmp_path / "cache"), compiled, timeout_s=300)
+    assert ranks[0][0] is None
+    assert "No working C++ compiler" in str(ranks[1][0])
+    assert bits(metrics(tmp_path / "run")) == bits(metrics(tmp_path / "eager"))
+
+
+def test_a_command_that_compiles(demo: Path, tmp_path: Path) -> None:
+    expected = run(demo, tmp_path / "eager", train_iters=2)
+    arguments = words(demo, tmp_path / "run", train_iters=2, compile_blocks=True)
+    lines = command(arguments, {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
+    (row,) = (line for line in lines if " INFO compile " in line)
+    assert row.endswith(" every block")
+    assert not [line for line in lines if " WARNING " in line]
+    for found, eager in zip(metrics(tmp_path / "run"), expected, strict=True):
+        assert found["loss"] == pytest.approx(eager["loss"], rel=1e-5)
+        assert found["grad_norm"] == pytest.approx(eager["grad_norm"], rel=1e-5)
