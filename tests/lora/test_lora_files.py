@@ -161,6 +161,21 @@ def test_halves_that_share_a_buffer_are_written(tmp_path: Path):
         assert torch.equal(update.a, a) and torch.equal(update.b, b) and update.alpha == 3.0
 
 
+def test_linears_outside_the_blocks_are_merged_too(tmp_path: Path, base_file: Path):
+    state = example.native_state(example.base())
+    names = {"time_projection.1": "condition_embedder.time_proj", "head.head": "proj_out"}
+    updates, tensors = {}, {}
+    for native, theirs in names.items():
+        out, inner = state[f"{native}.weight"].shape
+        updates[native] = example.Plain(torch.randn(2, inner), torch.randn(out, 2), 2.0)
+        tensors[f"transformer.{theirs}.lora_A.weight"] = updates[native].a
+        tensors[f"transformer.{theirs}.lora_B.weight"] = updates[native].b
+    save_file(tensors, tmp_path / "x.safetensors")
+    expected = example.merged(state, updates)
+    result = merged_from(tmp_path / "x.safetensors", base_file)
+    assert max(difference(result[name].double(), expected[name]) for name in expected) <= 1e-6
+
+
 @pytest.mark.parametrize("strength", [0.0, 0.35, -2.0])
 def test_strength_scales_the_update_and_nothing_else_changes(tmp_path: Path, base_file: Path, strength: float):
     updates = {name: plain for name, plain in example.adapter().items() if name in TOUCHED}
