@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from mm.device.operators import SumOverRanks
 from mm.errors import ConfigError, Problem, raise_all
+from mm.lora.targets import Sizes
 from mm.rng import generator
 
 
@@ -113,6 +114,21 @@ def add_adapters(model: nn.Module, adapted: Mapping[str, Adapted]) -> list[str]:
         model.get_submodule(parent).add_module(child, LoRALinear(model.get_submodule(name), how))
         added += [f"{name}.lora_A", f"{name}.lora_B"]
     return added
+
+
+def adapter_shapes(linears: Mapping[str, Sizes], adapted: Mapping[str, Adapted]) -> dict[str, tuple[int, int]]:
+    """Whole shapes of the parameters that `add_adapters` adds, by native name.
+
+    Args:
+        linears: of the whole model, from `mm.lora.targets.linears_of`.
+        adapted: which of them, and how.
+    """
+    shapes = {}
+    for name, how in adapted.items():
+        out_features, in_features = linears[name]
+        shapes[f"{name}.lora_A"] = (how.rank, in_features)
+        shapes[f"{name}.lora_B"] = (out_features, how.rank)
+    return shapes
 
 
 def is_adapter(name: str) -> bool:

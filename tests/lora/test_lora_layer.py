@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from mm.config.model import WanConfig
 from mm.errors import ConfigError
-from mm.lora.layer import Adapted, LoRALinear, add_adapters, check_settings, init_adapters, initial_adapter_value
+from mm.lora.layer import (
+    Adapted,
+    LoRALinear,
+    adapter_shapes,
+    add_adapters,
+    check_settings,
+    init_adapters,
+    initial_adapter_value,
+)
+from mm.lora.targets import linears_of
 from mm.wan.model import WanModel
 
 TINY = WanConfig(text_dim=16, hidden_size=24, ffn_dim=40, num_heads=2, num_layers=2, freq_dim=16)
@@ -51,11 +60,14 @@ def test_a_new_adapter_changes_no_bit_of_a_bf16_model():
     inputs = (torch.randn(1, 16, 2, 4, 4), torch.tensor([500.0]), torch.randn(1, 5, 16))
     before = model(*inputs)
     names = [f"blocks.{i}.{linear}" for i in (0, 1) for linear in ("self_attn.q", "cross_attn.o", "ffn.0", "ffn.2")]
-    add_adapters(model, dict.fromkeys(names, Adapted(4, 8.0)))
+    adapted = dict.fromkeys(names, Adapted(4, 8.0))
+    add_adapters(model, adapted)
     init_adapters(model, 1)
     assert torch.equal(model(*inputs), before)
+    shapes = {name: tuple(p.shape) for name, p in WanModel(TINY).named_parameters()}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trainable.keys() == {f"{name}.{half}" for name in names for half in ("lora_A", "lora_B")}
+    assert {name: tuple(p.shape) for name, p in trainable.items()} == adapter_shapes(linears_of(shapes), adapted)
     assert {p.dtype for p in trainable.values()} == {torch.float32}
     model(*inputs).sum().backward()
     assert all((p.grad != 0).any() == name.endswith("lora_B") for name, p in trainable.items())  # B is zero

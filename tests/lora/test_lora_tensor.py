@@ -17,7 +17,8 @@ from mm.config.layout import Layout
 from mm.config.model import WanConfig
 from mm.config.place import place as process_place
 from mm.device.backend import select
-from mm.lora.layer import Adapted, add_adapters, is_adapter
+from mm.lora.layer import Adapted, adapter_shapes, add_adapters, is_adapter
+from mm.lora.targets import linears_of
 from mm.parallel.apply import model_parts
 from mm.parallel.launch import Job
 from mm.parallel.mesh import Mesh, build_mesh
@@ -75,11 +76,10 @@ def compare(
     single = Holder(make(Parts()), name).to(dtype)
     bare = Holder(make(model_parts(mesh, run_in_order)), name).to(dtype)
     ours = Holder(make(model_parts(mesh, run_in_order)), name).to(dtype)
-    add_adapters(ours, {f"blocks.0.{target}": Adapted(RANK, ALPHA) for target in adapted})
+    targets = {f"blocks.0.{target}": Adapted(RANK, ALPHA) for target in adapted}
+    add_adapters(ours, targets)
     shapes = {n: tuple(p.shape) for n, p in single.named_parameters()}
-    for target in adapted:
-        out, inner = shapes[f"blocks.0.{target}.weight"]
-        shapes |= {f"blocks.0.{target}.lora_A": (RANK, inner), f"blocks.0.{target}.lora_B": (out, RANK)}
+    shapes |= adapter_shapes(linears_of(shapes), targets)
     whole = random_like(shapes, dtype)
     placements = {n: place(n, shape, mesh.tp_rank, mesh.layout.tp_size) for n, shape in shapes.items()}
     scale = ALPHA / RANK
