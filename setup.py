@@ -33,10 +33,12 @@ setup(
     # triton: its interpreter runs the CUDA kernels on the CPU. A range, because a CUDA build of torch brings triton and
     # fixes its version (torch 2.13.0 from PyPI: 3.7.1), and a CPU build brings none. The kernels also compile with 3.6,
     # whose interpreter stops at numpy 2.4.
-    # accelerate: diffusers needs it to load a transformer of its own from disk, which tests compare with
+    # accelerate, peft: diffusers needs them to load a transformer of its own from disk and a LoRA, which tests compare
+    # with
     extras_require={
         "test": [
             "accelerate>=1.10,<2",
+            "peft>=0.17,<0.22",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

@@ -28,6 +28,8 @@ SHARDED_DIM = {
     "k_img.weight": 0, "k_img.bias": 0, "v_img.weight": 0, "v_img.bias": 0,
     "norm_q.weight": 0, "norm_k.weight": 0, "norm_k_img.weight": 0, "o.weight": 1,
     "0.weight": 0, "0.bias": 0, "2.weight": 1,
+    "q.lora_B": 0, "k.lora_B": 0, "v.lora_B": 0, "k_img.lora_B": 0, "v_img.lora_B": 0,
+    "0.lora_B": 0, "o.lora_A": 1, "2.lora_A": 1,
 }  # fmt: skip
 """Dim along which a block's parameter is cut, by the end of its name; parameters that are not here are whole."""
 
@@ -43,11 +45,13 @@ def gradient_is_partial(name: str, sequence_parallel: bool) -> bool:
     """Whether a rank's gradient of this parameter is only its part of a sum over the tensor-parallel ranks.
 
     With sequence parallelism every whole parameter works on this rank's tokens only. Without it whole parameters see
-    everything, except the text and image embeddings: their results go into each rank's own heads.
+    everything, except the text and image embeddings, whose results go into each rank's own heads, and the whole half of
+    a LoRA adapter, which works with a rank's share of the linear.
     """
     if sharded_dim(name) is not None:
         return False
-    return sequence_parallel or name.startswith(("text_embedding.", "img_emb."))
+    embeds, adapts = ("text_embedding.", "img_emb."), (".lora_A", ".lora_B")
+    return sequence_parallel or name.startswith(embeds) or name.endswith(adapts)
 
 
 @dataclass(frozen=True)
@@ -102,17 +106,17 @@ def _others_decide_what_is_saved() -> bool:
 
 
 class RowLinear(nn.Module):
-    """A rank's columns of a linear; partial results are added up, then the bias is added once."""
+    """A rank's columns of a linear; partial results are added up (`add_up`), then the bias is added once."""
 
     def __init__(self, in_features: int, out_features: int, axis: TensorAxis) -> None:
         super().__init__()
-        self.axis = axis
+        self.add_up = axis.add_up
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, in_features] to [B, t or T, out_features]."""
-        return self.axis.add_up(F.linear(x, self.weight)) + self.bias
+        return self.add_up(F.linear(x, self.weight)) + self.bias
 
 
 class _GatherAgain:

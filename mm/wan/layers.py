@@ -20,7 +20,10 @@ from mm.device.operators import SumOverRanks, alone
 from mm.wan.rope import Positions
 
 LinearFactory = Callable[[int, int], nn.Module]
-"""(in_features, out_features) -> a module with `weight` and `bias` whose forward maps a tensor to a tensor."""
+"""(in_features, out_features) -> a module with `weight` and `bias` whose forward maps a tensor to a tensor.
+
+Where a rank has only its share of the inputs, the module's `add_up` makes the whole result before the bias is added.
+"""
 
 QKNormFactory = Callable[[int, int, float], nn.Module]
 """(width, head_dim, eps) -> a module like `QKNorm`, with `weight` [width] (or this rank's share of it)."""

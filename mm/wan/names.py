@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 from mm.errors import DataError
 
 Convention = Literal["native", "diffusers", "mm"]
+CONVENTIONS: tuple[Convention, ...] = ("native", "diffusers", "mm")
 
 
 class Row(NamedTuple):
@@ -116,10 +117,10 @@ def convention(names: Iterable[str]) -> Convention:
         DataError: DATA-029 when no convention knows any name.
     """
     names = list(names)
-    known = {c: sum(translate(name, c, "native") is not None for name in names) for c in _CONVENTIONS}
-    best = max(_CONVENTIONS, key=lambda c: known[c])  # the first of equals, so native wins
+    known = {c: sum(translate(name, c, "native") is not None for name in names) for c in CONVENTIONS}
+    best = max(CONVENTIONS, key=lambda c: known[c])  # the first of equals, so native wins
     if not known[best]:
-        raise _unknown(names, "any of the Wan name conventions (" + ", ".join(_CONVENTIONS) + ")")
+        raise _unknown(names, "any of the Wan name conventions (" + ", ".join(CONVENTIONS) + ")")
     return best
 
 
@@ -162,9 +163,8 @@ def _table(rows: Sequence[Row], source: Convention, target: Convention) -> dict[
     }
 
 
-_CONVENTIONS: tuple[Convention, ...] = ("native", "diffusers", "mm")
 _TABLES: dict[tuple[Convention, Convention], _Table] = {
     (source, target): (_table(TOP, source, target), _table(BLOCK, source, target))
-    for source in _CONVENTIONS
-    for target in _CONVENTIONS
+    for source in CONVENTIONS
+    for target in CONVENTIONS
 }

@@ -1,0 +1,106 @@
+"""From the words of `--lora-target-modules` to the linears of a Wan model.
+
+A word names linears by the end of their name, cut at dots: `q` is `self_attn.q` and `cross_attn.q` of every block. It
+may be spelled in any of the three conventions (`mm.wan.names`): `q`, `proj_q` and `to_q` are the same.
+
+Only linears of the blocks can have an adapter. So `proj_out` means MindSpeed-MM's name of the attention's output and
+not diffusers' name of the head.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+from mm.errors import ConfigError, Problem, raise_all
+from mm.wan.names import CONVENTIONS, Convention, translate
+
+FLAG = "--lora-target-modules"
+Sizes = tuple[int, int]
+"""(out_features, in_features) of a linear."""
+
+
+def linears_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, Sizes]:
+    """The linears that can have an adapter, in the order of `shapes`.
+
+    Args:
+        shapes: shape of every parameter of the model by native name.
+
+    Returns:
+        Native module name, for example `blocks.0.self_attn.q`, to (out_features, in_features).
+    """
+    return {
+        name.removesuffix(".weight"): (shape[0], shape[1])
+        for name, shape in shapes.items()
+        if name.startswith("blocks.") and name.endswith(".weight") and len(shape) == 2
+    }
+
+
+def target_linears(words: Sequence[str], linears: Mapping[str, Sizes]) -> list[str]:
+    """The linears that the words name, each once, in the order of `linears`.
+
+    Args:
+        words: of `--lora-target-modules`.
+        linears: from `linears_of` the whole model.
+
+    Raises:
+        ConfigError: CFG-100 for a word that names no linear, CFG-101 for one that names different linears in different
+            conventions; all bad words at once.
+    """
+    spelled = {convention: _spelled(linears, convention) for convention in CONVENTIONS}
+    found: set[str] = set()
+    problems: list[Problem] = []
+    if not words:
+        problems.append(Problem("CFG-100", f"{FLAG} names nothing.", f"Give it words such as {_examples(spelled)}."))
+    for word in words:
+        meanings = {convention: _ending_in(word, names) for convention, names in spelled.items()}
+        distinct = {frozenset(meaning) for meaning in meanings.values() if meaning}
+        if not distinct:
+            problems.append(_matches_nothing(word, spelled))
+        elif len(distinct) > 1:
+            problems.append(_ambiguous(word, meanings))
+        else:
+            found |= distinct.pop()
+    raise_all(ConfigError, problems)
+    return [name for name in linears if name in found]
+
+
+def _spelled(linears: Mapping[str, Sizes], convention: Convention) -> dict[str, str]:
+    """A convention's name of every linear to the native one."""
+    names = {}
+    for native in linears:
+        other = translate(f"{native}.weight", "native", convention)
+        if other is not None:
+            names[other.removesuffix(".weight")] = native
+    return names
+
+
+def _ending_in(word: str, names: Mapping[str, str]) -> list[str]:
+    return [native for name, native in names.items() if name == word or name.endswith(f".{word}")]
+
+
+def _endings(names: Mapping[str, str]) -> list[str]:
+    """Every word that would name linears, without those of one block only."""
+    inside = (name.split(".")[2:] for name in names)
+    return list(dict.fromkeys(".".join(parts[start:]) for parts in inside for start in range(len(parts))))
+
+
+def _examples(spelled: Mapping[Convention, Mapping[str, str]]) -> str:
+    native = dict.fromkeys(name.split(".", 2)[2] for name in spelled["native"])
+    return ", ".join(native)
+
+
+def _matches_nothing(word: str, spelled: Mapping[Convention, Mapping[str, str]]) -> Problem:
+    known = list(dict.fromkeys(ending for names in spelled.values() for ending in _endings(names)))
+    close = difflib.get_close_matches(word, known, n=3)
+    remedy = f"Did you mean {' or '.join(close)}?" if close else f"The linears of a block are {_examples(spelled)}."
+    return Problem("CFG-100", f"{FLAG} {word!r} names no linear of the model's blocks.", remedy)
+
+
+def _ambiguous(word: str, meanings: Mapping[Convention, Sequence[str]]) -> Problem:
+    shown = "; ".join(f"{convention}: {', '.join(names[:2])}, ..." for convention, names in meanings.items() if names)
+    return Problem(
+        "CFG-101",
+        f"{FLAG} {word!r} names different linears in different conventions ({shown}).",
+        "Give more of the name, for example ffn.0 or to_out.0.",
+    )
