@@ -44,6 +44,7 @@ class VaeSection(AutoencoderConfig):
 class InferencePredictor(WanConfig):
     """The `predictor` section: the transformer's shape, precision and, unless `--load` says it, its weights."""
 
+    model_type: Literal["t2v"] = "t2v"  # no other is given its images yet
     model_id: Literal["wandit"] = "wandit"
     from_pretrained: str | None = Field(None, min_length=1)
     dtype: Precision

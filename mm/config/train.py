@@ -16,13 +16,14 @@ class PredictorConfig(WanConfig):
     """The `predictor` section of pretrain_model.json.
 
     Attributes:
-        model_id: the one predictor there is.
+        model_type: training reads features of text-to-video models alone. model_id: the one predictor there is.
         dtype: parameter precision; must agree with `--bf16`.
         pipeline_num_layers: blocks of each pipeline stage, [PP], or with virtual stages [VP][PP]; unused without a
             pipeline.
         attention_async_offload: what blocks that keep their attention keep waits for backward in host memory.
     """
 
+    model_type: Literal["t2v"] = "t2v"
     model_id: Literal["wandit"] = "wandit"
     dtype: Literal["bf16", "fp32"] | None = None
     pipeline_num_layers: list[int] | list[list[int]] | None = None
