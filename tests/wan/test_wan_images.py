@@ -271,10 +271,10 @@ def test_image_keys_of_diffusers_that_do_not_belong_together(change, tmp_path):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"in_dim": 16}, "in_dim of a i2v model with out_dim 16 is 36"),
-        ({"clip_token_len": None}, "needs clip_token_len"),
-        ({"img_dim": None, "clip_token_len": None}, "needs img_dim and clip_token_len"),
-        ({"model_type": "t2v", "in_dim": 16}, "img_dim 40 has no effect in a t2v model"),
+        ({"in_dim": 16}, "in_dim of i2v models with out_dim 16 is 36"),
+        ({"clip_token_len": None}, "need clip_token_len"),
+        ({"img_dim": None, "clip_token_len": None}, "need img_dim and clip_token_len"),
+        ({"model_type": "t2v", "in_dim": 16}, "img_dim 40 has no effect in t2v models"),
         ({"model_type": "t2v", "img_dim": None, "clip_token_len": None}, "in_dim 36 is that of i2v and flf2v models"),
     ],
 )
