@@ -104,20 +104,20 @@ class WanConfig(Section):
         if not IMAGES[self.model_type]:
             for name, value in given.items():
                 if value is not None:
-                    raise ValueError(f"{name} {value} has no effect in a {self.model_type} model; remove it")
+                    raise ValueError(f"{name} {value} has no effect in {self.model_type} models; remove it")
             if (self.in_dim, self.out_dim) == (36, 16):
                 raise ValueError(f"in_dim 36 is that of i2v and flf2v models, and model_type is {self.model_type}")
             return self
         missing = [name for name, value in given.items() if value is None]
         if missing:
             raise ValueError(
-                f"a {self.model_type} model needs {' and '.join(missing)}; the released ones have img_dim 1280 and "
+                f"{self.model_type} models need {' and '.join(missing)}; the released ones have img_dim 1280 and "
                 "clip_token_len 257"
             )
         expected = 2 * self.out_dim + MASK_CHANNELS
         if self.in_dim != expected:
             raise ValueError(
-                f"in_dim of a {self.model_type} model with out_dim {self.out_dim} is {expected} ({self.out_dim} noisy, "
+                f"in_dim of {self.model_type} models with out_dim {self.out_dim} is {expected} ({self.out_dim} noisy, "
                 f"{MASK_CHANNELS} mask and {self.out_dim} condition channels), not {self.in_dim}"
             )
         return self

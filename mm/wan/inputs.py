@@ -61,14 +61,14 @@ def _check_images(config: WanConfig, latents: Tensor, image_features: Tensor | N
         if given:
             raise ConfigError(
                 "CFG-057",
-                f"A {config.model_type} model was given {' and '.join(given)}.",
+                f"This {config.model_type} model was given {' and '.join(given)}.",
                 "Leave them out, or use the weights of an image-to-video model.",
             )
         return
     if image_features is None or condition is None:
         raise ConfigError(
             "CFG-056",
-            f"A {config.model_type} model needs {' and '.join(named)}; given: {' and '.join(given) or 'neither'}.",
+            f"This {config.model_type} model needs {' and '.join(named)}; given: {' and '.join(given) or 'neither'}.",
             "Give both, or use the weights of a text-to-video model.",
         )
     batch, _, *size = latents.shape

@@ -130,5 +130,20 @@ def test_flops_are_the_counted_ones_plus_attention() -> None:
     assert forward_flops(config, tokens) == counter.get_total_flops() + attention
 
 
+def test_flops_of_a_block_with_images() -> None:
+    """diffusers tells the images by what is in front of 512 text tokens."""
+    from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
+
+    shape = {"text_dim": 8, "hidden_size": 32, "ffn_dim": 48, "num_heads": 2, "num_layers": 1}
+    config = WanConfig(model_type="flf2v", in_dim=36, img_dim=8, clip_token_len=3, **shape)
+    tokens, d, c = 12, 32, 512 + 6
+    block = WanTransformerBlock(32, 48, 2, cross_attn_norm=True, added_kv_proj_dim=32)
+    rotary = WanRotaryPosEmbed(16, (1, 1, 1), 64)(torch.zeros(1, 16, 1, 3, 4))
+    with FlopCounterMode(display=False) as counter:
+        block(torch.zeros(1, tokens, d), torch.zeros(1, c, d), torch.zeros(1, 6, d), rotary)
+    attention = 4 * tokens * tokens * d + 4 * tokens * c * d
+    assert forward_flops(config, tokens) == counter.get_total_flops() + attention
+
+
 def test_flops_of_the_published_shape() -> None:
     assert train_flops(WAN_1_3B, 32_760) == pytest.approx(0.849e15, rel=1e-3)

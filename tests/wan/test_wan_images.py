@@ -12,10 +12,13 @@ from mm.checkpoint.formats import hf, native
 from mm.checkpoint.formats.folder import FolderWeights
 from mm.checkpoint.safetensor_file import Entry
 from mm.config.model import WAN_1_3B, WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B, WanConfig
+from mm.config.recompute import Recompute
 from mm.errors import ConfigError, DataError
+from mm.parallel.recompute import block_runner
 from mm.wan.config_json import infer_config, read_config, wan_config_to_diffusers, wan_config_to_original
 from mm.wan.folder import WeightFolder
 from mm.wan.initial import initial_value
+from mm.wan.layers import Parts
 from mm.wan.model import WanModel
 from mm.wan.names import diffusers_to_native, native_to_mm
 
@@ -105,6 +108,19 @@ def test_bf16_keeps_the_fp32_pieces_of_diffusers_and_is_nearer_to_fp32(config):
     assert len(of_images) == 4
     assert relative_error(ours, exact) <= 2e-2
     assert (ours - exact).norm() < (theirs - exact).norm()
+
+
+@pytest.mark.parametrize("plan", [Recompute(), Recompute(full_layers=0, keep_layers=None, kept="q,k,v,O")])
+def test_recomputation_keeps_every_bit(plan):
+    reference, inputs = reference_for(I2V), inputs_for(I2V)
+    found = []
+    for parts in (Parts(), Parts(run_blocks=block_runner(plan))):
+        model = WanModel(I2V, parts)
+        model.load_state_dict(ours_for(reference, I2V).state_dict())
+        velocity = model(*inputs)
+        velocity.square().sum().backward()
+        found.append([velocity, *(parameter.grad for parameter in model.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @both
@@ -255,10 +271,10 @@ def test_image_keys_of_diffusers_that_do_not_belong_together(change, tmp_path):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"in_dim": 16}, "in_dim of a i2v model with out_dim 16 is 36"),
-        ({"clip_token_len": None}, "needs clip_token_len"),
-        ({"img_dim": None, "clip_token_len": None}, "needs img_dim and clip_token_len"),
-        ({"model_type": "t2v", "in_dim": 16}, "img_dim 40 has no effect in a t2v model"),
+        ({"in_dim": 16}, "in_dim of i2v models with out_dim 16 is 36"),
+        ({"clip_token_len": None}, "need clip_token_len"),
+        ({"img_dim": None, "clip_token_len": None}, "need img_dim and clip_token_len"),
+        ({"model_type": "t2v", "in_dim": 16}, "img_dim 40 has no effect in t2v models"),
         ({"model_type": "t2v", "img_dim": None, "clip_token_len": None}, "in_dim 36 is that of i2v and flf2v models"),
     ],
 )
