@@ -13,7 +13,8 @@ import torch.distributed as dist
 from parity import EVEN, MIXED, Row, compare, over_limits, parallel_run, plain_run
 from ranks import run_ranks
 from torch._dynamo.utils import counters
-from train.training_runs import bits, metrics, run, words
+from torch._inductor import config as inductor_config
+from train.training_runs import bits, metrics, run, run_on, words
 
 from mm.cli import train as train_command
 from mm.config.layerzero import ZeroConfig
@@ -25,6 +26,7 @@ from mm.parallel import compile as compiling
 from mm.parallel.apply import DataParallelOptions
 from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
+from mm.train import loop
 
 PLANS = {
     "none": None,
@@ -71,28 +73,32 @@ def compare_here(rows: list[Row], cache: str) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder for what torch compiles: a graph that several tests and ranks have is compiled once."""
+    return str(tmp_path_factory.mktemp("inductor"))
+
+
 @pytest.mark.parametrize(
     ("rows", "graphs"),
     [
-        # Of each size: seven graphs, of which the two before self attention tell blocks that keep from others.
-        pytest.param([Row(Layout(1), samples=MIXED, compiled=True)], [2 * (7 + 2)], id="single"),
-        # Five, and the one before self attention again.
+        # Seven, of which the two before self attention tell blocks that keep it from others.
+        pytest.param([Row(Layout(1), samples=EVEN, compiled=True)], [7 + 2], id="single"),
+        # With tensor parallelism five, of which one is before self attention.
         pytest.param(ROWS, [5 + 1, 7 + 2], id="tp2sp-cp2, dp4-zero2"),
+        pytest.param(
+            [Row(Layout(1), samples=MIXED, compiled=True)], [2 * (7 + 2)], id="sizes", marks=pytest.mark.nightly
+        ),
         pytest.param([PIPELINE], [None], id="pp2vp2", marks=pytest.mark.nightly),
     ],
 )
-def test_compiled_runs(rows: list[Row], graphs: list[int | None], tmp_path: Path) -> None:
-    ranks = run_ranks(rows[0].layout.world_size, compare_here, rows, str(tmp_path), timeout_s=400)
+def test_compiled_runs(rows: list[Row], graphs: list[int | None], cache: str) -> None:
+    ranks = run_ranks(rows[0].layout.world_size, compare_here, rows, cache, timeout_s=400)
     for row, expected, result in zip(rows, graphs, ranks[0], strict=True):
         assert result["off"] == {}, row.id
         assert result["different"] == [], row.id
         # No more for more blocks, samples, steps and plans: no graph is made again.
         assert expected is None or result["graphs"] == expected, row.id
-
-
-def broken(cache: Path) -> dict[str, str]:
-    """The environment of a machine without a C++ compiler."""
-    return {"CC": "/bin/false", "CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(cache)}
 
 
 def command(arguments: list[str], environment: dict[str, str]) -> list[str]:
@@ -111,7 +117,8 @@ def command(arguments: list[str], environment: dict[str, str]) -> list[str]:
 def test_without_a_compiler_training_goes_on(demo: Path, tmp_path: Path) -> None:
     expected = run(demo, tmp_path / "eager", train_iters=2)
     arguments = words(demo, tmp_path / "run", train_iters=2, compile_blocks=True)
-    lines = command(arguments, broken(tmp_path / "cache"))
+    missing = {"CC": "/bin/false", "CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    lines = command(arguments, missing)
     warnings = [line for line in lines if " WARNING " in line]
     assert len(warnings) == 1
     assert "No working C++ compiler" in warnings[0]
@@ -121,40 +128,37 @@ def test_without_a_compiler_training_goes_on(demo: Path, tmp_path: Path) -> None
     assert bits(metrics(tmp_path / "run")) == bits(expected)
 
 
-def train_here(broken_environment: dict[str, str], arguments: list[str]) -> list[str | None]:
-    """Rank 1 has no compiler."""
-    os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    if os.environ["RANK"] == "1":
-        os.environ |= broken_environment
-    else:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = broken_environment["TORCHINDUCTOR_CACHE_DIR"] + "-of-rank-0"
-    found: list[str | None] = []
+def train_here(arguments: list[str], cache: str, empty_cache: str) -> str | None:
+    """Rank 1 has no compiler; returns what the probe said here."""
+    without = os.environ["RANK"] == "1"
+    os.environ |= {"TORCHINDUCTOR_CACHE_DIR": empty_cache if without else cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    said = []
 
     def probe(*args: Any) -> str | None:
-        found.append(real(*args))
-        return found[0]
+        said.append(compiling.probe(*args))
+        return said[0]
 
-    real = compiling.probe
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mm.train.loop.probe", probe)
+        patch.setattr(loop, "probe", probe)
+        if without:
+            patch.setattr(inductor_config.cpp, "cxx", (None, "/bin/false"))
         train_command.main(arguments)
-    return [*found, str(counters["stats"]["unique_graphs"])]
+    return said[0]
 
 
-def test_one_rank_without_a_compiler_decides_for_all(demo: Path, tmp_path: Path) -> None:
-    eager = words(demo, tmp_path / "eager", train_iters=2, micro_batch_size=2)
-    run_ranks(2, train_command.main, eager)
-    compiled = words(demo, tmp_path / "run", train_iters=2, micro_batch_size=2, compile_blocks=True)
-    ranks = run_ranks(2, train_here, broken(tmp_path / "cache"), compiled, timeout_s=300)
-    assert ranks[0][0] is None
-    assert "No working C++ compiler" in str(ranks[1][0])
+def test_one_rank_without_a_compiler_decides_for_all(demo: Path, tmp_path: Path, cache: str) -> None:
+    run_on(2, demo, tmp_path / "eager", train_iters=2, micro_batch_size=2)
+    arguments = words(demo, tmp_path / "run", train_iters=2, micro_batch_size=2, compile_blocks=True)
+    said = run_ranks(2, train_here, arguments, cache, str(tmp_path / "empty"), timeout_s=300)
+    assert said[0] is None
+    assert "No working C++ compiler" in str(said[1])
     assert bits(metrics(tmp_path / "run")) == bits(metrics(tmp_path / "eager"))
 
 
-def test_a_command_that_compiles(demo: Path, tmp_path: Path) -> None:
+def test_a_command_that_compiles(demo: Path, tmp_path: Path, cache: str) -> None:
     expected = run(demo, tmp_path / "eager", train_iters=2)
     arguments = words(demo, tmp_path / "run", train_iters=2, compile_blocks=True)
-    lines = command(arguments, {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
+    lines = command(arguments, {"TORCHINDUCTOR_CACHE_DIR": cache})
     (row,) = (line for line in lines if " INFO compile " in line)
     assert row.endswith(" every block")
     assert not [line for line in lines if " WARNING " in line]
