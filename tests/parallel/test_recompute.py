@@ -85,7 +85,7 @@ def compare_here() -> list[dict[str, Any]]:
             bytes_sent[axis] += sent.bytes
         return loss
 
-    with Job(place(), backend.collective, backend.device, 2), pytest.MonkeyPatch.context() as patch:
+    with Job(place(), backend.collective, backend.device, 5), pytest.MonkeyPatch.context() as patch:
         patch.setattr(WanBlock, "forward", counting("blocks", WanBlock.forward))
         patch.setattr(attention, "attention_with_lse", counting("attention", attention.attention_with_lse))
         patch.setattr(host_pool, "Offloader", Watched)
