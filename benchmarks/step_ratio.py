@@ -1,8 +1,8 @@
 """A training step beside diffusers' with the same weights on the CPU: `python benchmarks/step_ratio.py`.
 
 Forward, loss and backward of the whole transformer in fp32, in one process. Outputs and gradients are compared before
-anything is timed. Then the contestants take turns, and every round gives the ratios of its own neighbours in time, so
-that what slows the machine down slows both sides; medians and quartiles are over the rounds. One thread is timed by its
+anything is timed. Then the contestants take turns of a few steps, and every round gives the ratios of its own
+neighbours in time, so that what slows the machine down slows both sides; medians and quartiles are over the rounds. One thread is timed by its
 processor's time, which other programs do not enter; several by the clock on the wall. A further contestant, the
 matrix products and the attention of our step alone, shows how far anything else could be brought down. Only ratios are
 printed: times on a CPU say little about an accelerator.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import random
 import statistics
 import sys
 import time
@@ -31,6 +32,9 @@ from results import Result, Target, arguments, write  # noqa: E402  (the path ab
 from test_wan_parity import ours_for, reference_for, relative_error  # noqa: E402
 
 from mm.config.model import WanConfig  # noqa: E402
+from mm.parallel.compile import compile_blocks, graphs_needed  # noqa: E402
+from mm.wan.block import WanBlock  # noqa: E402
+from mm.wan.model import WanModel  # noqa: E402
 from mm.wan.names import diffusers_to_native  # noqa: E402
 
 WAN = WanConfig(text_dim=256, hidden_size=256, ffn_dim=1024, num_heads=4, num_layers=4)
@@ -82,11 +86,14 @@ def step_of(model: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], target: Ten
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """A copy whose blocks are compiled one by one."""
+    """A copy whose blocks are compiled one by one: ours as `--compile-blocks` does, diffusers' whole."""
     model = copy.deepcopy(model)
-    blocks = model.blocks.values() if isinstance(model.blocks, nn.ModuleDict) else model.blocks
-    for block in blocks:
-        block.compile()
+    if isinstance(model, WanModel):
+        blocks = [block for block in model.blocks.values() if isinstance(block, WanBlock)]
+        compile_blocks(blocks, graphs_needed(1, pipeline=False), tensor_parallel=False)
+        return model
+    for block in model.get_submodule("blocks").children():
+        block.compile(dynamic=False)
     return model
 
 
@@ -103,7 +110,7 @@ def contestants(latent: tuple[int, int, int], text_tokens: int) -> dict[str, Ste
     expected = steps[THEIRS]()
     for name, model in models.items():
         error = relative_error(steps[name](), expected)
-        gradients = {n if isinstance(model, type(models["ours"])) else diffusers_to_native(n): p.grad
+        gradients = {n if isinstance(model, WanModel) else diffusers_to_native(n): p.grad
                      for n, p in model.named_parameters()}  # fmt: skip
         worst = max(relative_error(gradients[diffusers_to_native(n)], p.grad) for n, p in reference.named_parameters())
         if max(error, worst) > BOUND:
@@ -114,15 +121,22 @@ def contestants(latent: tuple[int, int, int], text_tokens: int) -> dict[str, Ste
 
 
 def rounds(steps: dict[str, Step], count: int) -> dict[str, list[float]]:
-    """Seconds of every contestant in every round, after two rounds that do not count."""
+    """Seconds of every contestant in every round, after one round that does not count.
+
+    A turn is three steps, of which the first does not count: in training a step finds in caches and in the allocator
+    what the same step before it left there, not what another model left. Each round has an order of its own.
+    """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(count + 2):
-        for name, step in steps.items():
+    order = random.Random(0)  # noqa: S311
+    for _ in range(count + 1):
+        for name in order.sample(list(steps), len(steps)):
+            steps[name]()
             started = clock()
-            step()
+            steps[name]()
+            steps[name]()
             seconds[name].append(clock() - started)
-    return {name: values[2:] for name, values in seconds.items()}
+    return {name: values[1:] for name, values in seconds.items()}
 
 
 def row(name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
@@ -172,7 +186,7 @@ def main() -> None:
     """Check, measure, print."""
 
     def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--rounds", type=int, default=30)
+        parser.add_argument("--rounds", type=int, default=15)
         parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
         parser.add_argument("--profile", action="store_true", help="also print what each operator costs")
 

@@ -8,27 +8,26 @@ from __future__ import annotations
 import html
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ftfy
 import torch
 from diffusers import AutoencoderKLWan
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
-from transformers.utils import logging as transformers_logging
 
 from mm.config.extract import TilingParam
 from mm.config.model import Precision
 from mm.errors import DataError
+from mm.wan.component import first_line, load_strictly
 
 log = logging.getLogger(__name__)
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SPATIAL_STRIDE = 8  # pixels per latent pixel
 TEMPORAL_STRIDE = 4  # frames per latent frame after the first
-_FIX_FOLDER = "Correct from_pretrained: the folder of this component in the diffusers layout, with its config.json."
 
 
 class VideoEncoder:
@@ -59,9 +58,9 @@ class VideoEncoder:
         """Load the VAE of a folder in the diffusers layout.
 
         Raises:
-            DataError: DATA-040 to DATA-042, see `_load_strictly`.
+            DataError: DATA-040 to DATA-042, see `load_strictly`.
         """
-        vae = _load_strictly(AutoencoderKLWan, folder, torch_dtype=DTYPES[dtype], low_cpu_mem_usage=False)
+        vae = load_strictly(AutoencoderKLWan, folder, torch_dtype=DTYPES[dtype], low_cpu_mem_usage=False)
         return cls(vae.to(device), tiling)
 
     @torch.no_grad()
@@ -123,14 +122,14 @@ class TextEncoder:
         """Load a text encoder and its tokenizer from their folders.
 
         Raises:
-            DataError: DATA-040 to DATA-042 for the weights, see `_load_strictly`, DATA-043 for the tokenizer.
+            DataError: DATA-040 to DATA-042 for the weights, see `load_strictly`, DATA-043 for the tokenizer.
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder), local_files_only=True)
         except Exception as error:  # the library raises errors of many unrelated types here
-            message = f"{tokenizer_folder} holds no tokenizer that can be loaded ({_first_line(error)})."
+            message = f"{tokenizer_folder} holds no tokenizer that can be loaded ({first_line(error)})."
             raise DataError("DATA-043", message, "Correct from_pretrained in tokenizer_config.") from None
-        model = _load_strictly(UMT5EncoderModel, folder, dtype=DTYPES[dtype])
+        model = load_strictly(UMT5EncoderModel, folder, dtype=DTYPES[dtype])
         return cls(model.to(device), tokenizer, max_length)
 
     @torch.no_grad()
@@ -166,55 +165,3 @@ class TextEncoder:
 def clean_text(text: str) -> str:
     """Repair broken Unicode, resolve HTML entities (twice, as captions from the web need), collapse white space."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
-
-
-def _load_strictly(model_class: type[nn.Module], folder: Path, **options: Any) -> Any:
-    """Load a diffusers or transformers model, accepting nothing missing and nothing left over.
-
-    Raises:
-        DataError: DATA-040 when the folder or its config.json is missing, DATA-041 for weights that are missing,
-            unexpected or of another shape, DATA-042 for files that cannot be read.
-    """
-    if not (folder / "config.json").is_file():
-        raise DataError("DATA-040", f"{folder / 'config.json'} does not exist.", _FIX_FOLDER)
-    if not any(folder.glob("*.safetensors")):
-        remedy = "Download the safetensors files; weights in other formats are not read."
-        raise DataError("DATA-040", f"{folder} has no safetensors file.", remedy)
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        model, report = model_class.from_pretrained(  # type: ignore[attr-defined]
-            str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **options
-        )
-    except Exception as error:  # the libraries raise errors of many unrelated types here
-        mismatch = "size mismatch" in str(error) or "ignore_mismatched_sizes" in str(error)
-        message = f"{folder} cannot be loaded as {model_class.__name__} ({_first_line(error)})."
-        remedy = "Check that config.json belongs to these weights." if mismatch else "Copy or download the files again."
-        raise DataError("DATA-041" if mismatch else "DATA-042", message, remedy) from None
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-    _require_exact(report, model_class.__name__, folder)
-    return model
-
-
-def _require_exact(report: dict[str, Any], name: str, folder: Path) -> None:
-    differences = [
-        f"{kind} {_some(report[key])}"
-        for kind, key in (("missing", "missing_keys"), ("unexpected", "unexpected_keys"), ("wrong", "mismatched_keys"))
-        if report[key]
-    ]
-    if differences:
-        message = f"The weights in {folder} are not those of a {name}: {'; '.join(differences)}."
-        raise DataError("DATA-041", message, "Use the folder of a complete Wan2.1 model in the diffusers layout.")
-
-
-def _some(names: Iterable[Any]) -> str:
-    """The first few names and how many there are."""
-    ordered = sorted(map(str, names))
-    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(":")

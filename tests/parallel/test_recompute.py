@@ -4,7 +4,7 @@ A kept attention runs forward once, and the host pool is as large as what waits 
 """
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import parity
@@ -58,7 +58,7 @@ def identical(run: Trace, other: Trace) -> bool:
     )
 
 
-def compare_here() -> list[dict[str, Any]]:
+def compare_here(rows: list[Row], plans: list[str]) -> list[dict[str, Any]]:
     """Of every layout: which plans gave other bits, how often blocks and attention ran, slots never used at once."""
     backend, found = select("cpu"), []
     runs = {"blocks": 0, "attention": 0}
@@ -90,7 +90,7 @@ def compare_here() -> list[dict[str, Any]]:
         patch.setattr(attention, "attention_with_lse", counting("attention", attention.attention_with_lse))
         patch.setattr(host_pool, "Offloader", Watched)
         patch.setattr(parity, "compute_gradients", counting_bytes)
-        for row in LAYOUTS:
+        for row in rows:
             with build_mesh(row.layout, 2, "cpu") as mesh:
                 result: dict[str, Any] = {
                     "different": [],
@@ -100,11 +100,11 @@ def compare_here() -> list[dict[str, Any]]:
                     "sent": {},
                 }
                 traces = {}
-                for name, plan in PLANS.items():
+                for name in plans:
                     runs.update(blocks=0, attention=0)
                     pools.clear()
                     bytes_sent.clear()
-                    traces[name] = parallel_run(replace(row, recompute=plan), mesh, backend)
+                    traces[name] = parallel_run(replace(row, recompute=PLANS[name]), mesh, backend)
                     result["sent"][name] = {axis: bytes_sent[axis] for axis in ("ulysses", "ring")}
                     for what in runs:
                         result[what][name] = runs[what]
@@ -115,56 +115,73 @@ def compare_here() -> list[dict[str, Any]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def results() -> list[list[dict[str, Any]]]:
-    return run_ranks(4, compare_here, timeout_s=400)
+SOME = [LAYOUTS[2], LAYOUTS[4], LAYOUTS[6]], ["none", "pairs", "mixed", "keep pairs"]
+ALL = LAYOUTS, list(PLANS)
 
 
-@pytest.mark.parametrize("index", range(len(LAYOUTS)), ids=[row.id for row in LAYOUTS])
-def test_no_bit_changes_and_blocks_run_as_often_as_planned(index: int, results: list[list[dict[str, Any]]]) -> None:
-    row = LAYOUTS[index]
-    chunks, blocks = row.layout.vp_size, row.wan.num_layers // row.layout.pp_size
-    for rank in results:
-        found = rank[index]
-        assert found["different"] == []
-        once, share = found["blocks"]["none"], chunks / blocks
-        assert found["blocks"] == {
-            "none": once, "each": 2 * once, "pairs": 2 * once, "first": once * (1 + share),
-            "keep": 2 * once, "mixed": once * (1 + 2 * share), "keep pairs": 2 * once,
-        }  # fmt: skip
-        # In each block self attention (of a ring: once for each visit that has tokens), and cross attention once.
-        self_once, cross_once = found["attention"]["none"] - once, once
-        assert found["attention"] == {
-            "none": self_once + cross_once,
-            "each": 2 * (self_once + cross_once),
-            "pairs": 2 * (self_once + cross_once),
-            "first": (self_once + cross_once) * (1 + share),
-            "keep": self_once + 2 * cross_once,
-            "mixed": self_once * (1 + share) + cross_once * (1 + 2 * share),
-            "keep pairs": self_once + 2 * cross_once,
-        }
-        assert len(found["unused slots"]) == 2
-        assert all(unused == 0 for unused in found["unused slots"])
+@dataclass(frozen=True)
+class Results:
+    """What `compare_here` found: of every rank, for every row."""
+
+    rows: list[Row]
+    ranks: list[list[dict[str, Any]]]
 
 
-def test_what_is_kept_is_not_sent_again(results: list[list[dict[str, Any]]]) -> None:
+@pytest.fixture(scope="module", params=[SOME, pytest.param(ALL, marks=pytest.mark.nightly)], ids=["some", "all"])
+def results(request: pytest.FixtureRequest) -> Results:
+    rows, plans = request.param
+    return Results(rows, run_ranks(4, compare_here, rows, plans, timeout_s=400))
+
+
+def only(expected: dict[str, float], found: dict[str, Any]) -> dict[str, float]:
+    """What is expected of the plans that ran."""
+    return {name: expected[name] for name in found}
+
+
+def test_no_bit_changes_and_blocks_run_as_often_as_planned(results: Results) -> None:
+    for index, row in enumerate(results.rows):
+        chunks, blocks = row.layout.vp_size, row.wan.num_layers // row.layout.pp_size
+        for rank in results.ranks:
+            found = rank[index]
+            assert found["different"] == [], row.id
+            once, share = found["blocks"]["none"], chunks / blocks
+            runs = {
+                "none": once, "each": 2 * once, "pairs": 2 * once, "first": once * (1 + share),
+                "keep": 2 * once, "mixed": once * (1 + 2 * share), "keep pairs": 2 * once,
+            }  # fmt: skip
+            assert found["blocks"] == only(runs, found["blocks"]), row.id
+            # In each block self attention (of a ring: once for each visit that has tokens), and cross attention once.
+            self_once, cross_once = found["attention"]["none"] - once, once
+            runs = {
+                "none": self_once + cross_once,
+                "each": 2 * (self_once + cross_once),
+                "pairs": 2 * (self_once + cross_once),
+                "first": (self_once + cross_once) * (1 + share),
+                "keep": self_once + 2 * cross_once,
+                "mixed": self_once * (1 + share) + cross_once * (1 + 2 * share),
+                "keep pairs": self_once + 2 * cross_once,
+            }
+            assert found["attention"] == only(runs, found["attention"]), row.id
+            assert found["unused slots"], row.id
+            assert all(unused == 0 for unused in found["unused slots"]), row.id
+
+
+def test_what_is_kept_is_not_sent_again(results: Results) -> None:
     """Of Ulysses' 8 units of a block in forward and backward, three are q, k and v of a forward and one the output."""
-    for index, row in enumerate(LAYOUTS):
-        sent = results[0][index]["sent"]
-        more = {
-            name: sent[name]["ulysses"] / sent["none"]["ulysses"] - 1 for name in PLANS if row.layout.ulysses_size > 1
-        }
-        if more:
+    assert any(row.layout.ulysses_size > 1 for row in results.rows)
+    for index, row in enumerate(results.rows):
+        sent = results.ranks[0][index]["sent"]
+        if row.layout.ulysses_size > 1:
             share = row.layout.vp_size / row.wan.num_layers * row.layout.pp_size
-            assert more == pytest.approx(
-                {
-                    "none": 0, "each": 4 / 8, "pairs": 4 / 8, "first": 4 / 8 * share,
-                    "keep": 4 / 8, "mixed": (4 + 1) / 8 * share, "keep pairs": 1 / 8,
-                }
-            )  # fmt: skip
+            more = {name: bytes_sent["ulysses"] / sent["none"]["ulysses"] - 1 for name, bytes_sent in sent.items()}
+            expected = {
+                "none": 0, "each": 4 / 8, "pairs": 4 / 8, "first": 4 / 8 * share,
+                "keep": 4 / 8, "mixed": (4 + 1) / 8 * share, "keep pairs": 1 / 8,
+            }  # fmt: skip
+            assert more == pytest.approx(only(expected, more)), row.id
         if row.layout.ring_size > 1:
-            assert sent["keep"]["ring"] == sent["keep pairs"]["ring"] == sent["none"]["ring"]
-            assert sent["each"]["ring"] > sent["none"]["ring"]
+            assert sent["keep pairs"]["ring"] == sent["none"]["ring"], row.id
+            assert sent["pairs"]["ring"] > sent["none"]["ring"], row.id
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,54 @@
+"""What image-to-video models are told of the frames that are given: a mask and the latents of a video of those frames.
+
+Shapes: B batch, C latent channels, F H W latent frames, height and width.
+Source: Wan technical report (arXiv 2503.20314) section 5.1 and the released code (wan/image2video.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mm.wan.encoders import TEMPORAL_STRIDE, VideoEncoder
+
+
+def condition_latents(encoder: VideoEncoder, first: Tensor, last: Tensor | None, num_frames: int) -> Tensor:
+    """The condition of `mm.wan.model.WanModel.forward` for clips that begin, and may end, with given frames.
+
+    Args:
+        encoder: the VAE of the latents.
+        first: [B, 3, height, width] in [-1, 1], the first frames.
+        last: the last frames, or None where they are to be generated.
+        num_frames: of the clips, 4k + 1.
+
+    Returns:
+        [B, 4 + C, F, H, W] in the VAE's precision: the mask, then the latents.
+
+    Raises:
+        DataError: DATA-044, see `VideoEncoder.encode`.
+    """
+    latents = encoder.encode(_video_of(first, last, num_frames))
+    mask = known_frames_mask(num_frames, last is not None).to(latents)
+    spread = mask.view(1, *mask.shape, 1, 1).expand(len(latents), -1, -1, *latents.shape[3:])
+    return torch.cat((spread, latents), dim=1)
+
+
+def known_frames_mask(num_frames: int, last_is_known: bool) -> Tensor:
+    """Which frames are given, [4, F] fp32: 1 known, 0 to generate.
+
+    A latent frame stands for 4 frames, one a channel; the first one for the first frame alone, four times.
+    """
+    known = torch.zeros(num_frames)
+    known[0] = 1
+    if last_is_known:
+        known[-1] = 1
+    return torch.cat((known[:1].expand(TEMPORAL_STRIDE - 1), known)).view(-1, TEMPORAL_STRIDE).t()
+
+
+def _video_of(first: Tensor, last: Tensor | None, num_frames: int) -> Tensor:
+    """[B, 3, num_frames, height, width]: the given frames, and mid-grey (0) where there is none."""
+    video = first.new_zeros(*first.shape[:2], num_frames, *first.shape[2:])
+    video[:, :, 0] = first
+    if last is not None:
+        video[:, :, -1] = last
+    return video
