@@ -2,10 +2,10 @@
 
 Forward, loss and backward of the whole transformer in fp32, in one process. Outputs and gradients are compared before
 anything is timed. Then the contestants take turns of a few steps, and every round gives the ratios of its own
-neighbours in time, so that what slows the machine down slows both sides; medians and quartiles are over the rounds. One thread is timed by its
-processor's time, which other programs do not enter; several by the clock on the wall. A further contestant, the
-matrix products and the attention of our step alone, shows how far anything else could be brought down. Only ratios are
-printed: times on a CPU say little about an accelerator.
+neighbours in time, so that what slows the machine down slows both sides; medians and quartiles are over the rounds. One
+thread is timed by its processor's time, which other programs do not enter; several by the clock on the wall. A further
+contestant, the matrix products and the attention of our step alone, shows how far anything else could be brought down.
+Only ratios are printed: times on a CPU say little about an accelerator.
 """
 
 from __future__ import annotations
