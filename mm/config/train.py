@@ -8,7 +8,7 @@ from pydantic import Field
 
 from mm.config.base import Section
 from mm.config.diffusion import DiffusionConfig
-from mm.config.flags import Flags
+from mm.config.mesh import MeshFlags
 from mm.config.model import WanConfig
 
 
@@ -50,26 +50,14 @@ class PretrainModel(Section):
     diffusion: DiffusionConfig
 
 
-class TrainFlags(Flags):
+class TrainFlags(MeshFlags):
     """Train a Wan2.1 transformer on extracted features."""
 
     mm_data: str = Field(description="feature_data.json: which features, caption dropout")
     mm_model: str = Field(description="pretrain_model.json: the transformer, the noise schedule, the loss")
 
-    tensor_model_parallel_size: int = Field(1, ge=1, description="tensor-parallel degree")
     pipeline_model_parallel_size: int = Field(1, ge=1, description="pipeline-parallel degree")
     virtual_pipeline_model_parallel_size: int | None = Field(None, ge=1, description="model chunks per pipeline rank")
-    context_parallel_size: int = Field(1, ge=1, description="context-parallel degree")
-    sequence_parallel: bool = Field(False, description="cut the tokens outside tensor-parallel layers over TP as well")
-    context_parallel_algo: Literal["ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"] = Field(
-        "ulysses_cp_algo",
-        description="heads for tokens (ulysses), keys and values in a ring (megatron), or rings of groups (hybrid)",
-    )
-    ulysses_degree_in_cp: int | None = Field(
-        None, ge=1, description="ranks of a Ulysses group in the hybrid algorithm; the ring has CP / that many"
-    )
-    use_cp_send_recv_overlap: bool = Field(False, description="the ring sends and receives at the same time")
-    cp_window_size: int = Field(1, ge=1, description="ring ranks of one window of a double ring; 1 is a single ring")
     variable_seq_lengths: bool = Field(
         False, description="samples of different sizes in a pipeline; messages get the size of a step's largest"
     )
@@ -79,10 +67,6 @@ class TrainFlags(Flags):
     use_multiparameter_pipeline_model_parallel: bool = Field(
         False, description="several tensors across a pipeline boundary; how it always works here"
     )
-    layerzero: bool = Field(False, description="shard the parameters themselves, as --layerzero-config says")
-    layerzero_config: str | None = Field(None, description="zero_config.yaml; with --layerzero")
-    distributed_timeout_minutes: int = Field(30, ge=1, description="how long a collective may wait")
-    device: Literal["cpu", "cuda", "npu"] | None = Field(None, description="kind of device; default: the best there is")
 
     micro_batch_size: int = Field(1, ge=1, description="samples in one forward of one replica")
     global_batch_size: int | None = Field(None, ge=1, description="samples in one step; default: MBS x replicas")
