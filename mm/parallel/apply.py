@@ -111,7 +111,7 @@ def apply(
     """
     layout = mesh.layout
     parts = model_parts(mesh, run_blocks)
-    placements = {name: place(name, shape, mesh.tp_rank, layout.tp_size) for name, shape in whole_shapes(wan).items()}
+    placements = _placements(wan, mesh)
     with backend.megatron():
         config = _schedule_config(wan, mesh, dtype, options)
         stages = [_stage(wan, parts, config, mesh, dtype, vp_rank) for vp_rank in range(layout.vp_size)]
@@ -136,6 +136,30 @@ def apply(
     return ParallelModel(stages, chunks, wan, config, options, zero, placements, mesh, backend)
 
 
+def apply_frozen(
+    wan: WanConfig, mesh: Mesh, backend: Backend, dtype: torch.dtype, value_of: ValueOf, zero: ZeroConfig | None = None
+) -> ParallelModel:
+    """Make this rank's part of a model that is only run, in `dtype` and without what training needs beside it.
+
+    Args:
+        wan, mesh, backend, dtype, zero: as for `apply`. The mesh has no pipeline.
+        value_of: the values.
+    """
+    parts = model_parts(mesh, run_in_order)
+    placements = _placements(wan, mesh)
+    options = DataParallelOptions()
+    with backend.megatron():
+        config = _schedule_config(wan, mesh, dtype, options)
+        stage = _stage(wan, parts, config, mesh, dtype, vp_rank=0)
+    stage.model.to_precision(dtype).requires_grad_(False)
+    if zero is not None and mesh.zero is not None:
+        shard_stage(stage, mesh.zero, zero, backend.device)
+    else:
+        stage.model.to_empty(device=backend.device)
+    _fill(stage.model, placements, value_of)
+    return ParallelModel([stage], [stage], wan, config, options, zero, placements, mesh, backend)
+
+
 def model_parts(mesh: Mesh, run_blocks: BlockRunner) -> Parts:
     """What the model is built from on this rank."""
     attention = context_attention(mesh.context)
@@ -150,6 +174,12 @@ def model_parts(mesh: Mesh, run_blocks: BlockRunner) -> Parts:
         self_attention=attention,
         run_blocks=run_blocks,
     )
+
+
+def _placements(wan: WanConfig, mesh: Mesh) -> dict[str, Placement]:
+    """Where every parameter's part of this tensor-parallel rank lies, by native name."""
+    size = mesh.layout.tp_size
+    return {name: place(name, shape, mesh.tp_rank, size) for name, shape in whole_shapes(wan).items()}
 
 
 def _stage(

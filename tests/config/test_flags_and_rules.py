@@ -10,7 +10,6 @@ import pytest
 
 from mm.config.base import Section, load, parse
 from mm.config.flags import parse_flags
-from mm.config.inference import InferencePredictor
 from mm.config.model import WAN_I2V_1_3B
 from mm.config.rules import check_training
 from mm.config.train import RETIRED_TRAIN_FLAGS, PredictorConfig, PretrainModel, TrainFlags
@@ -67,7 +66,7 @@ def test_bad_flags(words: list[str], expected: str, hint: str) -> None:
     assert hint in str(caught.value)
 
 
-@pytest.mark.parametrize("predictor", [PredictorConfig, InferencePredictor])
+@pytest.mark.parametrize("predictor", [PredictorConfig])
 def test_models_of_images_are_refused_until_commands_feed_them(predictor: type[Section]) -> None:
     values = {**WAN_I2V_1_3B.model_dump(mode="json"), "dtype": "bf16"}
     with pytest.raises(ConfigError) as caught:

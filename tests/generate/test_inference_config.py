@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mm.config.flags import parse_flags
-from mm.config.inference import GenerateFlags, load_inference
+from mm.config.generate import GenerateFlags, load_inference
 from mm.config.inference_retired import RETIRED_GENERATE_FLAGS
 from mm.config.model import WAN_1_3B, WAN_14B
 from mm.errors import ConfigError
@@ -139,7 +139,7 @@ def test_not_an_object(tmp_path):
 
 
 def test_flags_of_the_reference_script_are_explained():
-    words = shlex.split("--mm-model m --tensor-model-parallel-size 1 --lr 5e-6 --bf16 --clip-grad 0 --sample-steps 5")
+    words = shlex.split("--mm-model m --pipeline-model-parallel-size 1 --lr 5e-6 --bf16 --clip-grad 0 --sample-steps 5")
     with pytest.raises(ConfigError) as caught:
         parse_flags(GenerateFlags, words, program="generate", retired=RETIRED_GENERATE_FLAGS)
     assert sorted(problem.id for problem in caught.value.problems) == ["CFG-007"] + ["CFG-008"] * 4
