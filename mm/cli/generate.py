@@ -25,7 +25,8 @@ def main(argv: Sequence[str]) -> None:
 
     from mm.checkpoint.comm import ProcessGroupComm  # after the configuration is known to be good: torch takes seconds
     from mm.device.backend import select
-    from mm.generate.run import Processes, generate_clips
+    from mm.generate.render import Processes
+    from mm.generate.run import generate_clips
     from mm.parallel.launch import Job
     from mm.parallel.mesh import build_mesh
 
