@@ -46,3 +46,9 @@ run_training() { # flags...
     mkdir -p "$SAVE_PATH"
     launch mm.cli.train "$@" 2>&1 | tee -a "$SAVE_PATH/train.log"
 }
+
+run_generation() { # flags...
+    launch mm.cli.generate --mm-model "$MM_MODEL" --load "$LOAD_PATH" --micro-batch-size "$MBS" \
+        --tensor-model-parallel-size "$TP" --context-parallel-size "$CP" \
+        ${SAVE_PATH:+--save-path "$SAVE_PATH"} ${PROMPT:+--prompt "$PROMPT"} "$@"
+}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 from mm.config.layerzero import ZeroConfig
 from mm.config.request import Request
+from mm.config.rules_checks import evaluation_is_complete
 from mm.config.rules_parallel import PARALLEL_RULES
 from mm.config.rules_recompute import RECOMPUTE_RULES
 from mm.config.train import PretrainModel, TrainFlags
@@ -109,6 +110,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     _precision_agrees,
     _weights_are_named,
     _saving_is_meant,
+    evaluation_is_complete,
     _schedule_fits,
     _overlap_needs_distributed_optimizer,
     _compiled_blocks_wait_for_nothing,

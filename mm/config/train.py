@@ -134,6 +134,13 @@ class TrainFlags(MeshFlags):
     init_from_scratch: bool = Field(False, description="start from random weights on purpose, without --load")
     ckpt_format: Literal["torch_dist"] = Field("torch_dist", description="the layout-free sharded format")
 
+    eval_interval: int | None = Field(None, ge=1, description="steps between losses on the features of --eval-data")
+    eval_data: str | None = Field(None, description="feature_data.json of held-out features")
+    validation_interval: int | None = Field(None, ge=1, description="steps between renderings with the model as it is")
+    validation_prompts: str | None = Field(None, description="text file, one prompt a line, of what is rendered")
+    validation_images: str | None = Field(None, description="text file, one image a line, or first and last, for them")
+    validation_config: str | None = Field(None, description="inference_model.json: encoders, size and sampler for them")
+
     log_interval: int = Field(1, ge=1, description="steps between console lines; metrics.jsonl has every step")
     tensorboard_dir: str | None = Field(None, description="TensorBoard folder; default: SAVE/tensorboard")
     no_progress_bar: bool = Field(False, description="console lines only")
@@ -169,8 +176,7 @@ RETIRED_TRAIN_FLAGS = {
     "--distributed-backend": "Remove it; the device chooses its backend (gloo, nccl, hccl).",
     "--mm-tool": "Remove it; tools.json belongs to feature extraction.",
     "--no-save-rng": "Remove it; random numbers are keyed by seed and sample, so there is no state to leave out.",
-    "--eval-interval": "Remove it; validation during training is not available in this version.",
-    "--eval-iters": "Remove it; validation during training is not available in this version.",
+    "--eval-iters": "Remove it; --eval-interval uses all samples of --eval-data.",
     "--num-layers-per-virtual-pipeline-stage": "Remove it; give --virtual-pipeline-model-parallel-size, and "
     "predictor.pipeline_num_layers in pretrain_model.json for stages of different sizes.",
     "--megatron-cp-in-bnsd": "Remove it; the device chooses the layout of its attention kernel.",

@@ -15,6 +15,7 @@ from mm.checkpoint.comm import Comm
 from mm.checkpoint.store import find_latest, writing
 from mm.checkpoint.weights import open_weights
 from mm.config.data import TrainData
+from mm.config.inference import InferenceModel
 from mm.config.layerzero import ZeroConfig
 from mm.config.model import WanConfig
 from mm.config.recompute import Recompute, recompute_of
@@ -35,6 +36,7 @@ from mm.parallel.offload import Offloader
 from mm.parallel.optimizer import AdamWSettings, Optimizer
 from mm.parallel.optimizers import make_optimizer
 from mm.parallel.recompute import block_runner
+from mm.train.checks import Checks
 from mm.train.describe import start_table
 from mm.train.flops import train_flops
 from mm.train.metrics import MetricsLog, StepMetrics
@@ -56,6 +58,7 @@ class Run:
         dataset: the features that `data` names.
         mesh, backend: where it runs. comm: the ranks, for checkpoints.
         processes_of_node: this rank's node and its memory are shared by so many.
+        held_out: the features of `--eval-data`, or None. validation: what is rendered meanwhile, or None.
     """
 
     flags: TrainFlags
@@ -67,6 +70,8 @@ class Run:
     backend: Backend
     comm: Comm
     processes_of_node: int = 1
+    held_out: FeatureDataset | None = None
+    validation: InferenceModel | None = None
 
     @property
     def global_batch_size(self) -> int:
@@ -109,6 +114,7 @@ def train(run: Run) -> Progress:
         stack.enter_context(deterministic(flags.deterministic_mode))
         if flags.save is not None:
             stack.enter_context(writing(Path(flags.save), run.comm))
+        checks = Checks.prepare(flags, run.held_out, run.validation, run.mesh, run.backend, run.comm)
         recompute = recompute_of(flags, run.model)
         offloader = make_offloader(
             recompute, run.config, run.mesh, run.backend, _step_shape(run), processes_of_node=run.processes_of_node
@@ -126,7 +132,7 @@ def train(run: Run) -> Progress:
             logger.info("step %d of %d is already done; nothing to train", progress.step, flags.train_iters)
             return progress
         log = stack.enter_context(_metrics_log(run, progress))
-        return _steps(run, parallel, optimizer, progress, log, watch)
+        return _steps(run, parallel, optimizer, progress, log, watch, checks)
 
 
 def _check_sizes(run: Run) -> None:
@@ -277,7 +283,13 @@ def _metrics_log(run: Run, progress: Progress) -> MetricsLog:
 
 
 def _steps(
-    run: Run, parallel: ParallelModel, optimizer: Optimizer, progress: Progress, log: MetricsLog, watch: MemoryWatch
+    run: Run,
+    parallel: ParallelModel,
+    optimizer: Optimizer,
+    progress: Progress,
+    log: MetricsLog,
+    watch: MemoryWatch,
+    checks: Checks,
 ) -> Progress:
     flags = run.flags
     flow = FlowMatching(run.model.diffusion)
@@ -298,6 +310,8 @@ def _steps(
         due = flags.save_interval is not None and progress.step % flags.save_interval == 0
         if flags.save is not None and (due or progress.step == flags.train_iters):
             _save(run, Path(flags.save), optimizer, progress)
+        with watch.during("evaluation and validation"):
+            checks.after(progress.step, parallel, log)
     return progress
 
 

@@ -12,7 +12,13 @@ from mm.parallel.apply import ParallelModel
 from mm.parallel.memory import local
 from mm.parallel.optimizer import MOMENTS, Optimizer
 
-Phase = Literal["building the model", "loading weights", "forward and backward", "the optimizer's update"]
+Phase = Literal[
+    "building the model",
+    "loading weights",
+    "forward and backward",
+    "the optimizer's update",
+    "evaluation and validation",
+]
 
 
 @dataclass(frozen=True)
