@@ -24,13 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKLWan,
-    UniPCMultistepScheduler,
-    WanImageToVideoPipeline,
-    WanPipeline,
-    WanTransformer3DModel,
-)
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -41,6 +35,7 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
+from transformers.utils import logging as transformers_logging
 
 from mm.config.model import CLIP_TOKEN_LEN, IMAGES, MASK_CHANNELS, ModelType
 from mm.demo.clips import all_captions
@@ -86,7 +81,7 @@ def write_model(folder: Path, task: ModelType = "t2v") -> None:
     }
     if IMAGES[task]:
         parts |= {"image_encoder": make_image_encoder(), "image_processor": CLIPImageProcessorPil()}
-        pipeline = WanImageToVideoPipeline(**parts)
+        pipeline = _image_to_video_class()(**parts)
         # its name in the released folders; transformers has it once for each backend
         pipeline.register_to_config(image_processor=("transformers", "CLIPImageProcessor"))
     else:
@@ -167,6 +162,20 @@ def load_vae() -> nn.Module:
     with as_file(assets / "tiny_vae.safetensors") as path:
         vae.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     return vae.eval()
+
+
+def _image_to_video_class() -> Any:
+    """diffusers.WanImageToVideoPipeline, without what transformers says to those who lack torchvision.
+
+    diffusers imports an image processor by a name for which transformers then takes another backend: the one used here.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        from diffusers import WanImageToVideoPipeline
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    return WanImageToVideoPipeline
 
 
 @contextmanager
