@@ -28,6 +28,7 @@ setup(
         "tabulate>=0.9",
         "psutil>=6",
         "matplotlib>=3.9",
+        "pillow>=10",
         "tensorboard>=2.17",
     ],
     # triton: its interpreter runs the CUDA kernels on the CPU. A range, because a CUDA build of torch brings triton and

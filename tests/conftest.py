@@ -29,13 +29,26 @@ def real_clips() -> Path:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded default with its features extracted: what a user has after the first two stages."""
     from mm.cli import demo as demo_command
-    from mm.cli import extract as extract_command
 
     home = tmp_path_factory.mktemp("workspace") / "demo"
     demo_command.main(["--out", str(home)])
-    configs = home / "configs"
+    extract(home / "configs")
+    return home
+
+
+@pytest.fixture(scope="session")
+def demo_of_images(demo: Path) -> Path:
+    """The same with the features of i2v and flf2v beside them."""
+    for task in ("i2v", "flf2v"):
+        extract(demo / "configs" / task)
+    return demo
+
+
+def extract(configs: Path) -> None:
+    """Feature extraction with the files in `configs`."""
+    from mm.cli import extract as extract_command
+
     extract_command.main(
         ["--mm-data", str(configs / "data.json"), "--mm-model", str(configs / "model_wan.json"),
          "--mm-tool", str(configs / "tools.json")]
     )  # fmt: skip
-    return home

@@ -9,7 +9,7 @@ import av
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
-from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
 WORDS = ("a", "red", "blue", "circle", "square", "moving", "left", "right", "&", "<b>")
 TEXT_DIM = 32
@@ -87,17 +87,30 @@ def make_tokenizer() -> T5TokenizerFast:
     return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512)
 
 
+def make_image_encoder(patch_size: int = 14) -> CLIPVisionModel:
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    return CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=224, patch_size=patch_size)).eval()
+
+
 def write_encoders(folder: Path) -> Path:
-    """vae/, text_encoder/ and tokenizer/ below `folder`, random weights."""
+    """vae/, text_encoder/, tokenizer/ and image_encoder/ below `folder`, random weights."""
     tokenizer = make_tokenizer()
     make_vae().save_pretrained(folder / "vae")
     make_text_encoder(len(tokenizer)).save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
+    make_image_encoder().save_pretrained(folder / "image_encoder")
     return folder
 
 
 def write_extraction_files(
-    folder: Path, weights: Path, data_path: Path, data_folder: Path | None, save_path: Path, **preprocess: Any
+    folder: Path,
+    weights: Path,
+    data_path: Path,
+    data_folder: Path | None,
+    save_path: Path,
+    task: str | None = None,
+    **preprocess: Any,
 ) -> dict[str, Path]:
     """The three JSON files of a tiny extraction; returns them by flag name."""
     clip = {"num_frames": 9, "max_height": 32, "max_width": 48, **preprocess}
@@ -117,6 +130,9 @@ def write_extraction_files(
         },
         "mm_tool": {"sorafeature": {"save_path": str(save_path)}},
     }
+    if task is not None:
+        contents["mm_model"]["task"] = contents["mm_tool"]["task"] = task
+        contents["mm_model"]["ae"]["i2v_processor"] = {"image_encoder": str(weights / "image_encoder")}
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: folder / f"{name}.json" for name in contents}
     for name, content in contents.items():

@@ -12,7 +12,7 @@ from mm.demo.write import write_demo
 
 
 class DemoFlags(Flags):
-    """Write the embedded default: a tiny Wan2.1 in the HF folder layout, captioned clips and prompts."""
+    """Write the embedded default: tiny Wan2.1 models in the HF folder layout, captioned clips, prompts and images."""
 
     out: Path = Field(description="folder to write; must not exist or be empty")
     clips_per_caption: int = Field(1, ge=1, le=1000, description="clips of each of the 16 captions")
@@ -22,7 +22,9 @@ def main(argv: Sequence[str]) -> None:
     """Run the command with the words after its name."""
     flags = parse_flags(DemoFlags, argv, program="mm demo")
     write_demo(flags.out, flags.clips_per_caption)
-    print(f"{flags.out}/weights/   tiny Wan2.1 in the HF folder layout")
+    print(f"{flags.out}/weights/   tiny Wan2.1 T2V, I2V and FLF2V in the HF folder layout")
     print(f"{flags.out}/dataset/   {16 * flags.clips_per_caption} captioned clips")
     print(f"{flags.out}/configs/   the files that configure extraction, training and generation on them")
+    print(f"{flags.out}/configs/i2v/, {flags.out}/configs/flf2v/   the same for the models of images")
     print(f"{flags.out}/prompts.txt   16 captions to generate from")
+    print(f"{flags.out}/images_i2v.txt, {flags.out}/images_flf2v.txt   images to generate from, one line a caption")

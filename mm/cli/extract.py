@@ -9,7 +9,13 @@ from typing import TypeVar
 
 from mm.cli.entry import run
 from mm.config.data import load_extract_data
-from mm.config.extract import RETIRED_EXTRACT_FLAGS, ExtractFlags, load_extract_model, load_extract_tools
+from mm.config.extract import (
+    RETIRED_EXTRACT_FLAGS,
+    ExtractFlags,
+    check_extraction,
+    load_extract_model,
+    load_extract_tools,
+)
 from mm.config.flags import parse_flags, words_of_process
 from mm.config.place import place
 from mm.errors import ConfigError, Problem, raise_all
@@ -30,6 +36,7 @@ def main(argv: Sequence[str]) -> None:
     raise_all(ConfigError, problems)
     assert data is not None and model is not None and tools is not None  # noqa: S101  else there were problems
 
+    check_extraction(data, model, tools)
     where = place()
 
     from mm.device.backend import select  # after the files are known to be good: torch takes seconds to import

@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mm.config.base import Section, load
+from mm.config.data import TEMPORAL_STRIDE, ExtractData
 from mm.config.flags import Flags
-from mm.config.model import Precision
+from mm.config.model import IMAGES, ModelType, Precision
 from mm.errors import ConfigError, Problem, raise_all
 
 LatentPixels = Annotated[int, Field(ge=1)]
@@ -51,6 +52,35 @@ class AutoencoderConfig(Section):
         return (self.tiling_param or TilingParam()) if self.enable_tiling else None
 
 
+class ImageProcessor(Section):
+    """`ae.i2v_processor`: how the known frames of i2v and flf2v are encoded.
+
+    Attributes:
+        image_encoder: folder of CLIP's visual half in the transformers layout; it works in the VAE's precision.
+        i2v_vae_encode_tiling: whether the VAE encodes the known frames in tiles; `auto` does it where it does the clip.
+    """
+
+    processor_id: Literal["wan_i2v_processor"] = "wan_i2v_processor"
+    image_encoder: str = Field(min_length=1)
+    i2v_vae_encode_tiling: bool | Literal["auto"] = "auto"
+
+
+class ExtractAutoencoder(AutoencoderConfig):
+    """The `ae` section of feature extraction.
+
+    Attributes:
+        i2v_processor: with images only.
+    """
+
+    i2v_processor: ImageProcessor | None = None
+
+    def condition_tiling(self) -> TilingParam | None:
+        """The tiles to encode the known frames in, or None for whole frames."""
+        if self.i2v_processor is None or self.i2v_processor.i2v_vae_encode_tiling == "auto":
+            return self.tiling()
+        return (self.tiling_param or TilingParam()) if self.i2v_processor.i2v_vae_encode_tiling else None
+
+
 class TextEncoderConfig(Section):
     """The UMT5 text encoder: its folder in the transformers layout and its precision."""
 
@@ -61,10 +91,10 @@ class TextEncoderConfig(Section):
 
 
 class ExtractModel(Section):
-    """`feature_extract/model_wan.json`."""
+    """`feature_extract/model_wan.json`. `task` may be said here, in tools.json, or in both."""
 
-    task: Literal["t2v"] = "t2v"
-    ae: AutoencoderConfig
+    task: ModelType | None = None
+    ae: ExtractAutoencoder
     text_encoder: TextEncoderConfig
 
 
@@ -78,10 +108,10 @@ class SoraFeature(Section):
 
 
 class ExtractTools(Section):
-    """`feature_extract/tools.json`."""
+    """`feature_extract/tools.json`. `task` may be said here, in model_wan.json, or in both."""
 
     sorafeature: SoraFeature
-    task: Literal["t2v"] = "t2v"
+    task: ModelType | None = None
 
 
 class ExtractFlags(Flags):
@@ -113,8 +143,49 @@ def load_extract_tools(path: Path) -> ExtractTools:
     return load(ExtractTools, path)
 
 
-def _impossible_tiles(ae: AutoencoderConfig, source: str) -> Iterator[Problem]:
-    if ae.tiling_param is not None and not ae.enable_tiling:
+def extraction_task(model: ExtractModel, tools: ExtractTools) -> ModelType:
+    """What the features are for; t2v where neither file says a task."""
+    return model.task or tools.task or "t2v"
+
+
+def check_extraction(data: ExtractData, model: ExtractModel, tools: ExtractTools) -> None:
+    """Check what the three files say together.
+
+    Raises:
+        ConfigError: CFG-070 when two files say different tasks, CFG-074 when `ae.i2v_processor` and the task do not
+            belong together, CFG-075 when clips may have one frame, which the image is; all at once.
+    """
+    if model.task is not None and tools.task is not None and model.task != tools.task:
+        message = f'"task" is {tools.task} in tools.json and {model.task} in model_wan.json.'
+        raise ConfigError("CFG-070", message, "Make them agree; the task decides what is extracted.")
+    raise_all(ConfigError, list(_image_problems(data, model, extraction_task(model, tools))))
+
+
+def _image_problems(data: ExtractData, model: ExtractModel, task: ModelType) -> Iterator[Problem]:
+    if IMAGES[task] and model.ae.i2v_processor is None:
+        yield Problem(
+            "CFG-074",
+            f"The task is {task}, and model_wan.json has no ae.i2v_processor.",
+            'Add it with "image_encoder", the folder of that name of an I2V or FLF2V model; or set task to t2v.',
+        )
+    if not IMAGES[task] and model.ae.i2v_processor is not None:
+        yield Problem(
+            "CFG-074",
+            f"ae.i2v_processor in model_wan.json has no effect with the task {task}.",
+            "Remove it, or set task to i2v or flf2v in tools.json and model_wan.json.",
+        )
+    clip = data.dataset_param.preprocess_parameters
+    for name, frames in (("num_frames", clip.num_frames), ("min_num_frames", clip.min_num_frames)):
+        if IMAGES[task] and frames is not None and frames <= TEMPORAL_STRIDE:
+            yield Problem(
+                "CFG-075",
+                f"{name} is {frames}: a clip of one frame is its own first frame, and {task} has nothing to learn.",
+                f"Use at least {TEMPORAL_STRIDE + 1}.",
+            )
+
+
+def _impossible_tiles(ae: ExtractAutoencoder, source: str) -> Iterator[Problem]:
+    if ae.tiling_param is not None and ae.tiling() is None and ae.condition_tiling() is None:
         yield Problem(
             "CFG-055",
             f"{source}: ae.tiling_param has no effect while ae.enable_tiling is false.",

@@ -31,6 +31,17 @@ def check_training(flags: TrainFlags, model: PretrainModel, zero: ZeroConfig | N
     raise_all(ConfigError, [problem for rule in TRAINING_RULES for problem in rule(request)])
 
 
+def _task_agrees(request: Request) -> Iterator[Problem]:
+    """CFG-070: the task is said in two places, which must agree."""
+    task, model_type = request.model.task, request.model.predictor.model_type
+    if task is not None and task != model_type:
+        yield Problem(
+            "CFG-070",
+            f'"task" in {request.flags.mm_model} is {task}, and predictor.model_type is {model_type}.',
+            "Make them agree, or remove task.",
+        )
+
+
 def _precision_agrees(request: Request) -> Iterator[Problem]:
     """CFG-022: the precision is said in two places, which must agree."""
     flags, dtype = request.flags, request.model.predictor.dtype
@@ -107,6 +118,7 @@ def _compiled_blocks_wait_for_nothing(request: Request) -> Iterator[Problem]:
 Rule = Callable[[Request], Iterator[Problem]]
 TRAINING_RULES: tuple[Rule, ...] = (
     *PARALLEL_RULES,
+    _task_agrees,
     _precision_agrees,
     _weights_are_named,
     _saving_is_meant,

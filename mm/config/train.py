@@ -9,21 +9,20 @@ from pydantic import Field
 from mm.config.base import Section
 from mm.config.diffusion import DiffusionConfig
 from mm.config.mesh import MeshFlags
-from mm.config.model import WanConfig
+from mm.config.model import ModelType, WanConfig
 
 
 class PredictorConfig(WanConfig):
     """The `predictor` section of pretrain_model.json.
 
     Attributes:
-        model_type: training reads features of text-to-video models alone. model_id: the one predictor there is.
+        model_id: the one predictor there is.
         dtype: parameter precision; must agree with `--bf16`.
         pipeline_num_layers: blocks of each pipeline stage, [PP], or with virtual stages [VP][PP]; unused without a
             pipeline.
         attention_async_offload: what blocks that keep their attention keep waits for backward in host memory.
     """
 
-    model_type: Literal["t2v"] = "t2v"
     model_id: Literal["wandit"] = "wandit"
     dtype: Literal["bf16", "fp32"] | None = None
     pipeline_num_layers: list[int] | list[list[int]] | None = None
@@ -38,12 +37,12 @@ class PretrainModel(Section):
     """pretrain_model.json.
 
     Attributes:
-        task: text to video.
+        task: what is trained; where it is said, it must be predictor.model_type.
         load_video_features, load_text_features: training always reads extracted features.
         predictor: the transformer. diffusion: noise schedule and loss.
     """
 
-    task: Literal["t2v"] = "t2v"
+    task: ModelType | None = None
     load_video_features: Literal[True] = True
     load_text_features: Literal[True] = True
     predictor: PredictorConfig

@@ -14,14 +14,21 @@ from torch.utils.data import Dataset
 
 from mm.config.data import TrainData, data_sources
 from mm.config.model import WanConfig
-from mm.data.features import EMPTY_PROMPT_ID, LISTING, FeatureStore, open_store, read_feature
+from mm.data.features import EMPTY_PROMPT_ID, LISTING, OTHER_TASK, FeatureStore, open_store, read_feature
 from mm.data.recipe import Recipe, check_recipe, expected_in_training, load_recipe
 from mm.errors import DataError
 
-ENCODER_FIELDS = ("vae", "text_encoder", "tokenizer", "text_cleaning", "crop")
+ENCODER_FIELDS = ("vae", "text_encoder", "tokenizer", "text_cleaning", "crop", "image_encoder")
 
 
-class FeatureItem(TypedDict):
+class ImageFeatures(TypedDict, total=False):
+    """Of models with images only: `image_features` and `condition` as for `mm.wan.model.WanModel.forward`."""
+
+    image_features: Tensor
+    condition: Tensor
+
+
+class FeatureItem(ImageFeatures):
     """One sample: latents [16, F, H, W], prompt [L, D], prompt_mask [text_len] uint8, its index in the data set."""
 
     latents: Tensor
@@ -80,7 +87,15 @@ class FeatureDataset(Dataset[FeatureItem]):
             message = f"{file}: latents are {found}, {store.folder / LISTING} lists {list(sample.latent_shape)}."
             raise DataError("DATA-012", message, "Run feature extraction again.")
         mask = (torch.arange(self._model.text_len) < len(feature.prompt)).to(torch.uint8)
-        return {"latents": feature.latents, "prompt": feature.prompt, "prompt_mask": mask, "sample": index}
+        item: FeatureItem = {
+            "latents": feature.latents,
+            "prompt": feature.prompt,
+            "prompt_mask": mask,
+            "sample": index,
+        }
+        if feature.image_features is not None and feature.condition is not None:
+            item["image_features"], item["condition"] = feature.image_features, feature.condition
+        return item
 
     def empty_prompt(self) -> Tensor:
         """The empty caption's embedding, [L, D].
@@ -105,17 +120,21 @@ def open_features(data: TrainData, model: WanConfig) -> FeatureDataset:
     Raises:
         ConfigError: what `mm.config.data.data_sources` raises.
         DataError: DATA-010, DATA-011 or DATA-064 for a store that is incomplete, DATA-014 when its recipe is not what
-            feature_data.json says, or when two stores were made with different encoders.
+            feature_data.json says, or when two stores were made with different encoders, DATA-046 when a store or a
+            sample in it is of another task than the model.
     """
     expected = expected_in_training(data)
     stores: list[FeatureStore] = []
     first: Recipe | None = None
     for source in data_sources(data.dataset_param.basic_parameters, LISTING):
         recipe = load_recipe(source.folder)
+        if recipe.task != model.model_type:
+            message = f"The features in {source.folder} are of the task {recipe.task}, the model is {model.model_type}."
+            raise DataError("DATA-046", message, OTHER_TASK)
         remedy = "Correct preprocess_parameters or tokenizer_config, or extract the features again with these values."
         check_recipe(source.folder, recipe, expected, remedy)
         first = first or recipe
         encoders = {name: getattr(first, name) for name in ENCODER_FIELDS}
         check_recipe(source.folder, recipe, encoders, "Extract all data sets with the same weights as the first.")
-        stores.append(open_store(source.folder, source.annotation, recipe.key))
+        stores.append(open_store(source.folder, source.annotation, recipe.key, recipe.task))
     return FeatureDataset(stores, model)

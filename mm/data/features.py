@@ -1,6 +1,7 @@
 """The feature store: what feature extraction writes and training reads.
 
-    STORE/features/<name>.safetensors            latents [16, F, H, W], prompt [L, D], prompt_mask [512] of one sample
+    STORE/features/<name>.safetensors            latents [16, F, H, W], prompt [L, D], prompt_mask [512] of one sample;
+                                                 with images image_features [I, D], condition [4 + 16, F, H, W]
     STORE/features/empty_prompt.safetensors      prompt [L, D], prompt_mask [512] of the empty caption
     STORE/recipe.json                            what they were made with (mm/data/recipe.py)
     STORE/data.jsonl                             one row a sample, written last: where it is, the store is complete
@@ -14,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -27,7 +28,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mm.config.base import Section, parse
-from mm.config.model import WanConfig
+from mm.config.model import ModelType, WanConfig
 from mm.data.files import raise_limited, read_rows, resolve_inside, write_atomically
 from mm.errors import ConfigError, DataError, Problem
 
@@ -38,6 +39,10 @@ EMPTY_PROMPT_ID = "empty_prompt"
 PRECISIONS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 _MAX_HEADER_BYTES = 2**20
+_IMAGES = {"image_features", "condition"}
+OTHER_TASK = (
+    "Extract for this model's task (\"task\" in tools.json and model_wan.json), or use a model of the features'."
+)
 _EXTRACT_AGAIN = "Delete the file and run feature extraction again; it makes only what is missing."
 
 
@@ -64,11 +69,15 @@ class Feature:
         latents: [16, F, H, W], normalised; None for the empty prompt.
         prompt: [L, D], the caption's embedding at its true length.
         start_frame: first frame of the clip in its video.
+        image_features: [I, D] of the image encoder: of the first frame in i2v, of the first and the last in flf2v.
+        condition: [4 + 16, F, H, W], the mask of the known frames and their latents (`mm.wan.condition`).
     """
 
     latents: Tensor | None
     prompt: Tensor
     start_frame: int = 0
+    image_features: Tensor | None = None
+    condition: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +97,7 @@ class FeatureRow(Section):
         path, cap: the video as listed and the caption that was embedded.
         start_frame_idx, sample_num_frames, sample_size: the clip, `81x480x832`.
         latent_shape: [16, F, H, W]. text_tokens: L.
+        task: what the features are for.
     """
 
     sample: str = Field(min_length=1)
@@ -99,6 +109,7 @@ class FeatureRow(Section):
     sample_size: str
     latent_shape: tuple[int, int, int, int]
     text_tokens: int = Field(ge=1)
+    task: ModelType = "t2v"
 
 
 def feature_name(sample: str) -> str:
@@ -144,10 +155,13 @@ def write_feature(path: Path, feature: Feature, origin: Origin, text_len: int) -
     """
     mask = torch.zeros(text_len, dtype=torch.uint8)
     mask[: len(feature.prompt)] = 1
-    tensors = {"prompt": feature.prompt, "prompt_mask": mask}
-    if feature.latents is not None:
-        tensors["latents"] = feature.latents
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    optional = {
+        "latents": feature.latents,
+        "image_features": feature.image_features,
+        "condition": feature.condition,
+    }
+    found = {"prompt": feature.prompt, "prompt_mask": mask} | {k: v for k, v in optional.items() if v is not None}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
     _require_finite(tensors, path, "The encoder gave it; check the weights, or try dtype fp32 in model_wan.json.")
     about = json.dumps({**asdict(origin), "start_frame": feature.start_frame})
     content = save(tensors, {"made_from": about})  # one entry: the library writes several in no fixed order
@@ -199,7 +213,8 @@ def read_feature(path: Path, model: WanConfig, origin: tuple[str, str] | None = 
     Raises:
         DataError: DATA-011 for a damaged file, DATA-012 for tensors that are missing or of the wrong kind or shape,
             DATA-013 for NaN or Infinity, DATA-016 for the features of another sample or recipe, DATA-017 for a
-            caption longer than the model's text length.
+            caption longer than the model's text length, DATA-046 for features of another task, DATA-047 for a clip
+            that is no longer than its images, DATA-048 for images of another encoder than the model takes.
     """
     header = read_header(path)
     if origin is not None and (header.origin.sample, header.origin.recipe) != origin:
@@ -216,7 +231,13 @@ def read_feature(path: Path, model: WanConfig, origin: tuple[str, str] | None = 
     if not bool((tensors["prompt_mask"] == (torch.arange(len(tensors["prompt_mask"])) < length)).all()):
         message = f"{path}: prompt has {length} tokens, and prompt_mask marks others."
         raise DataError("DATA-012", message, _EXTRACT_AGAIN)
-    return Feature(tensors.get("latents"), tensors["prompt"], header.start_frame)
+    return Feature(
+        tensors.get("latents"),
+        tensors["prompt"],
+        header.start_frame,
+        tensors.get("image_features"),
+        tensors.get("condition"),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,12 +258,16 @@ class FeatureStore:
         return self.folder / FEATURES / EMPTY_PROMPT
 
 
-def open_store(folder: Path, listing: Path, recipe_key: str) -> FeatureStore:
+def open_store(folder: Path, listing: Path, recipe_key: str, task: ModelType = "t2v") -> FeatureStore:
     """Read the rows of a store and check that every file they name is there.
 
+    Args:
+        folder: the store. listing: its data.jsonl.
+        recipe_key, task: of its recipe.
+
     Raises:
-        DataError: DATA-010 when the listing is missing or not a listing, DATA-011 for files that are missing, DATA-064
-            for samples listed twice; all rows at once.
+        DataError: DATA-010 when the listing is missing or not a listing, DATA-011 for files that are missing, DATA-046
+            for samples of another task than the store's, DATA-064 for samples listed twice; all rows at once.
     """
     if not listing.exists():
         remedy = "Run feature extraction (again); it writes the list when every sample is done."
@@ -260,6 +285,9 @@ def open_store(folder: Path, listing: Path, recipe_key: str) -> FeatureStore:
             continue
         if row.sample in seen:
             problems.append(Problem("DATA-064", f'{place}: sample "{row.sample}" is listed twice.', "Keep one row."))
+        if row.task != task:
+            message = f"{place} is of the task {row.task}, and {folder} of {task}."
+            problems.append(Problem("DATA-046", message, "Keep the samples of each task in a store of their own."))
         if Path(row.file).name not in present:
             problems.append(Problem("DATA-011", f"{place}: {folder / row.file} does not exist.", _EXTRACT_AGAIN))
         seen.add(row.sample)
@@ -281,7 +309,13 @@ def _header_problems(header: Header, path: Path, model: WanConfig) -> list[Probl
     def wrong(text: str, id: str = "DATA-012", remedy: str = _EXTRACT_AGAIN) -> None:
         problems.append(Problem(id, f"{path}: {text}.", remedy))
 
-    wanted = {"prompt", "prompt_mask"} | ({"latents"} if header.origin.sample != EMPTY_PROMPT_ID else set())
+    wanted = {"prompt", "prompt_mask"}
+    if header.origin.sample != EMPTY_PROMPT_ID:
+        wanted |= {"latents"} | (_IMAGES if model.image_tokens else set())
+        if bool(_IMAGES & set(header.tensors)) != bool(model.image_tokens):
+            found = "no image features" if model.image_tokens else "image features"
+            wrong(f"it holds {found}, and the model is {model.model_type}", "DATA-046", OTHER_TASK)
+            return problems
     if set(header.tensors) != wanted:
         wrong(f"it holds {', '.join(sorted(header.tensors))}, expected {', '.join(sorted(wanted))}")
         return problems
@@ -298,11 +332,32 @@ def _header_problems(header: Header, path: Path, model: WanConfig) -> list[Probl
         wrong(f"prompt_mask is {mask[0]} {list(mask[1])}, expected U8 of one axis")
     if "latents" in header.tensors:
         shape = header.tensors["latents"][1]
-        if len(shape) != 4 or prod(shape) < 1 or shape[0] != model.in_dim:
-            wrong(f"latents are {list(shape)}, expected [{model.in_dim}, F, H, W]")
+        if len(shape) != 4 or prod(shape) < 1 or shape[0] != model.noise_channels:
+            wrong(f"latents are {list(shape)}, expected [{model.noise_channels}, F, H, W]")
         elif any(size % patch for size, patch in zip(shape[1:], model.patch_size, strict=True)):
             wrong(f"latents are {list(shape)}, which patches of {list(model.patch_size)} do not divide")
+        elif model.image_tokens:
+            problems += _image_problems(header, path, model)
     return problems
+
+
+def _image_problems(header: Header, path: Path, model: WanConfig) -> Iterator[Problem]:
+    """Of a sample with images, whose latents are as the model takes them."""
+    latents = header.tensors["latents"][1]
+    if latents[1] < 2:
+        message = f"{path}: the clip is one frame, and in {model.model_type} that is known: there is nothing to learn."
+        yield Problem("DATA-047", message, "Leave the sample out; clips need at least 5 frames.")
+    remedy = (
+        "Extract again with the image encoder and the VAE that belong to the model, or correct pretrain_model.json."
+    )
+    expected = {
+        "image_features": (model.image_tokens, model.image_dim),
+        "condition": (model.condition_channels, *latents[1:]),
+    }
+    for name, shape in expected.items():
+        if header.tensors[name][1] != shape:
+            found = list(header.tensors[name][1])
+            yield Problem("DATA-048", f"{path}: {name} is {found}, the model takes {list(shape)}.", remedy)
 
 
 def _require_finite(tensors: dict[str, Tensor], path: Path, remedy: str) -> None:

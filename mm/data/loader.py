@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mm.data.dataset import FeatureDataset
+from mm.data.dataset import FeatureDataset, ImageFeatures
 from mm.data.sampler import BatchPlan, MicroBatchSampler
 from mm.errors import DataError, MMError
 from mm.rng import generator
 
 
-class ImageFeatures(TypedDict, total=False):
-    """Of models with images only: `image_features` and `condition` as for `mm.wan.model.WanModel.forward`."""
-
-    image_features: Tensor
-    condition: Tensor
-
-
 class FeatureBatch(ImageFeatures):
-    """One micro-batch.
+    """One micro-batch; tensors of images where the features have them.
 
     Attributes:
         latents: [b, 16, F, H, W]. text: [b, text_len, D], zeros after each caption's end.
@@ -106,7 +98,10 @@ class _Draws(Dataset["FeatureBatch | MMError"]):
             if float(chance) < self._caption_dropout:
                 prompt = self._empty_prompt
         text = F.pad(prompt, (0, 0, 0, self._text_len - len(prompt)))
-        return {"latents": item["latents"], "text": text, "sample": [name], "draw": [epoch]}
+        drawn: FeatureBatch = {"latents": item["latents"], "text": text, "sample": [name], "draw": [epoch]}
+        if "condition" in item:  # the images stay where the caption is dropped: guidance is about the caption alone
+            drawn["image_features"], drawn["condition"] = item["image_features"], item["condition"]
+        return drawn
 
 
 def _collate(items: list[FeatureBatch | MMError]) -> FeatureBatch | MMError:
@@ -115,12 +110,16 @@ def _collate(items: list[FeatureBatch | MMError]) -> FeatureBatch | MMError:
         if isinstance(item, MMError):
             return item
         batch.append(item)
-    return {
+    stacked: FeatureBatch = {
         "latents": torch.stack([item["latents"] for item in batch]),
         "text": torch.stack([item["text"] for item in batch]),
         "sample": [name for item in batch for name in item["sample"]],
         "draw": [epoch for item in batch for epoch in item["draw"]],
     }
+    if "condition" in batch[0]:
+        stacked["image_features"] = torch.stack([item["image_features"] for item in batch])
+        stacked["condition"] = torch.stack([item["condition"] for item in batch])
+    return stacked
 
 
 def _raise_errors(batches: Iterator[FeatureBatch | MMError]) -> Iterator[FeatureBatch]:

@@ -1,8 +1,9 @@
 """Taking over features that MindSpeed-MM extracted: one `.pt` dictionary a sample becomes one safetensors file.
 
 Such a dictionary holds `latents` (later `video`) [16, F, H, W], `prompt` (later `prompt_ids`) [1, 512, D] and
-`prompt_mask` [1, 512]. It says nothing about the weights it was made with, so the recipe calls them unknown, and there
-is no embedding of the empty caption.
+`prompt_mask` [1, 512]; with images also `i2v_clip_feature` [257 an image, 1280] and `i2v_vae_feature`
+[4 + 16, F, H, W]. It says nothing about the weights it was made with, so the recipe calls them unknown, and there is no
+embedding of the empty caption.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mm.config.data import MAX_TEXT_TOKENS, TEMPORAL_STRIDE, DataSource, Preprocess
+from mm.config.model import IMAGES, MASK_CHANNELS, ModelType
 from mm.data.features import (
     FEATURES,
     LISTING,
@@ -33,6 +35,16 @@ from mm.data.recipe import UNKNOWN, Recipe, save_recipe
 from mm.errors import DataError, Problem
 
 PIXELS_PER_LATENT = 8
+_NAMES = {
+    "latents": "latents",
+    "video": "latents",
+    "prompt": "prompt",
+    "prompt_ids": "prompt",
+    "prompt_mask": "prompt_mask",
+    "i2v_clip_feature": "image_features",
+    "i2v_vae_feature": "condition",
+}
+_TEXT_TO_VIDEO = {"latents", "prompt", "prompt_mask"}
 _REMEDY = "Leave the sample out of data.jsonl, or extract it again from its video."
 
 
@@ -49,9 +61,10 @@ def migrate(source: DataSource, target: Path, made_with: Preprocess, *, show_pro
         The number of samples.
 
     Raises:
-        DataError: DATA-060 or DATA-061 for the list, DATA-063 for unsafe paths, DATA-065 for a file that is unreadable
-            or would run code, DATA-066 for one that is no text-to-video feature, DATA-067 when its size is not
-            `made_with`, DATA-068 when the target holds a finished store, DATA-018 and DATA-019 when writing fails.
+        DataError: DATA-049 when the files are of different tasks, DATA-060 or DATA-061 for the list, DATA-063 for
+            unsafe paths, DATA-065 for a file that is unreadable or would run code, DATA-066 for one that is no feature
+            of Wan2.1, DATA-067 when its size is not `made_with`, DATA-068 when the target holds a finished store,
+            DATA-018 and DATA-019 when writing fails.
     """
     if (target / LISTING).exists():
         raise DataError("DATA-068", f"{target} holds a finished feature store.", "Name another folder.")
@@ -62,13 +75,17 @@ def migrate(source: DataSource, target: Path, made_with: Preprocess, *, show_pro
     for sample, caption, file in tqdm(entries, desc="migrate", unit="sample", disable=not show_progress):
         feature = _read(file, made_with)
         assert feature.latents is not None  # noqa: S101  _read gives both
+        task = _task(feature, file)
         if recipe is None:
-            recipe = _recipe(feature, made_with)
+            recipe = _recipe(feature, made_with, task)
             save_recipe(target, recipe)
+        elif task != recipe.task:
+            message = f"{file} is of the task {task}, the files before it are of {recipe.task}."
+            raise DataError("DATA-049", message, "Give each task a folder with a data.jsonl of its own.")
         name = feature_name(sample)
         origin = Origin(sample, recipe.key, text_hash(caption), UNKNOWN)
         write_feature(target / FEATURES / name, feature, origin, MAX_TEXT_TOKENS)
-        rows.append(_row(sample, caption, name, feature.latents, len(feature.prompt)))
+        rows.append(_row(sample, caption, name, feature.latents, len(feature.prompt), task))
     write_listing(target, rows)
     return len(rows)
 
@@ -104,7 +121,8 @@ def _read(file: Path, made_with: Preprocess) -> Feature:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         message = f"{file} cannot be read as plain tensors ({reason})."
         raise DataError("DATA-065", message, "Extract the sample again from its video.") from None
-    latents, prompt, mask = _tensors(values, file)
+    tensors = _tensors(values, file)
+    latents, prompt, mask = tensors["latents"], tensors["prompt"], tensors["prompt_mask"]
     length = int(mask.sum())
     if length < 1 or not bool((mask.bool() == (torch.arange(len(mask)) < length)).all()):
         message = f"{file}: prompt_mask does not mark the first tokens of the prompt."
@@ -114,26 +132,54 @@ def _read(file: Path, made_with: Preprocess) -> Feature:
         expected = f"{made_with.num_frames}x{made_with.max_height}x{made_with.max_width}"
         message = f"{file} is {frames}x{height}x{width}, expected at most {expected}."
         raise DataError("DATA-067", message, "Correct preprocess_parameters, or leave the sample out of data.jsonl.")
-    return Feature(latents, prompt[:length].contiguous())
+    images = tensors.get("image_features"), tensors.get("condition")
+    return Feature(latents, prompt[:length].contiguous(), 0, *images)
 
 
-def _tensors(values: Any, file: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents [16, F, H, W], prompt [L, D] and mask [L] of a dictionary, its names and shapes checked."""
-    known = {"latents": "latents", "video": "latents", "prompt": "prompt", "prompt_ids": "prompt"}
-    names = {known.get(name, name): value for name, value in values.items()} if isinstance(values, dict) else {}
-    if set(names) != {"latents", "prompt", "prompt_mask"} or not all(isinstance(v, Tensor) for v in names.values()):
+def _tensors(values: Any, file: Path) -> dict[str, Tensor]:
+    """Latents [16, F, H, W], prompt [L, D], mask [L] and, if there are images, image_features [I, D] and condition
+    [4 + 16, F, H, W] of a dictionary, its names and shapes checked."""
+    given: dict[str, Any] = values if isinstance(values, dict) else {}
+    names = {_NAMES.get(name, name): value for name, value in given.items()}
+    known = set(names) in (_TEXT_TO_VIDEO, set(_NAMES.values()))
+    if not known or not all(isinstance(value, Tensor) for value in names.values()):
         held = ", ".join(sorted(map(str, values))) if isinstance(values, dict) else type(values).__name__
-        message = f"{file} holds {held}; expected the tensors latents, prompt and prompt_mask."
+        message = f"{file} holds {held}; expected the tensors latents, prompt and prompt_mask"
+        message += ", and with images i2v_clip_feature and i2v_vae_feature."
         raise DataError("DATA-066", message, _REMEDY)
-    latents, prompt, mask = names["latents"], names["prompt"], names["prompt_mask"]
-    prompt = prompt[0] if prompt.ndim == 3 and len(prompt) == 1 else prompt
-    mask = mask[0] if mask.ndim == 2 and len(mask) == 1 else mask
-    floating = {latents.dtype, prompt.dtype} <= set(PRECISIONS.values())
-    if latents.ndim != 4 or prompt.ndim != 2 or mask.shape != prompt.shape[:1] or not floating:
+    # features that were saved as a batch of one sample, or of images, lose that axis
+    axes = {"latents": 4, "prompt": 2, "prompt_mask": 1, "image_features": 2, "condition": 4}
+    found = {
+        name: value[0] if value.ndim == axes[name] + 1 and len(value) == 1 and name != "latents" else value
+        for name, value in names.items()
+    }
+    latents, prompt, mask = found["latents"], found["prompt"], found["prompt_mask"]
+    right = all(value.ndim == axes[name] for name, value in found.items()) and mask.shape == prompt.shape[:1]
+    right &= {value.dtype for name, value in found.items() if name != "prompt_mask"} <= set(PRECISIONS.values())
+    if "condition" in found:
+        right &= found["condition"].shape == (len(latents) + MASK_CHANNELS, *latents.shape[1:])
+    if not right:
         shapes = ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in names.items())
-        message = f"{file} holds {shapes}; expected latents [16, F, H, W], prompt [1, L, D] and prompt_mask [1, L]."
+        message = f"{file} holds {shapes}; expected latents [16, F, H, W], prompt [1, L, D], prompt_mask [1, L]"
+        message += ", and with images image_features [257 or 514, 1280] and condition [20, F, H, W]."
         raise DataError("DATA-066", message, _REMEDY)
-    return latents, prompt, mask
+    return found
+
+
+def _task(feature: Feature, file: Path) -> ModelType:
+    """What a feature is for, by the frames that its mask calls known: the first, or the first and the last."""
+    if feature.condition is None:
+        return "t2v"
+    mask = feature.condition[:MASK_CHANNELS]
+    first, both = torch.zeros_like(mask), torch.zeros_like(mask)
+    first[:, 0] = both[:, 0] = 1
+    both[-1, -1] = 1  # of the frames in the last latent frame the last
+    tasks: dict[ModelType, Tensor] = {"i2v": first, "flf2v": both}
+    for task, known in tasks.items():
+        if mask.shape[1] > 1 and torch.equal(mask, known):
+            return task
+    message = f"{file}: the mask of i2v_vae_feature marks neither the first frame nor the first and the last."
+    raise DataError("DATA-066", message, _REMEDY)
 
 
 def _video_size(latents: Tensor) -> tuple[int, int, int]:
@@ -141,10 +187,11 @@ def _video_size(latents: Tensor) -> tuple[int, int, int]:
     return (frames - 1) * TEMPORAL_STRIDE + 1, height * PIXELS_PER_LATENT, width * PIXELS_PER_LATENT
 
 
-def _recipe(feature: Feature, made_with: Preprocess) -> Recipe:
+def _recipe(feature: Feature, made_with: Preprocess, task: ModelType) -> Recipe:
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     latents_dtype = feature.latents.dtype if feature.latents is not None else None
     return Recipe(
+        task=task,
         vae=UNKNOWN,
         text_encoder=UNKNOWN,
         tokenizer=UNKNOWN,
@@ -161,10 +208,11 @@ def _recipe(feature: Feature, made_with: Preprocess) -> Recipe:
         text_cleaning=UNKNOWN,
         max_text_tokens=MAX_TEXT_TOKENS,
         seed=0,
+        image_encoder=UNKNOWN if IMAGES[task] else None,
     )
 
 
-def _row(sample: str, caption: str, name: str, latents: Tensor, text_tokens: int) -> FeatureRow:
+def _row(sample: str, caption: str, name: str, latents: Tensor, text_tokens: int, task: ModelType) -> FeatureRow:
     frames, height, width = _video_size(latents)
     channels, latent_frames, latent_height, latent_width = latents.shape
     return FeatureRow(
@@ -177,4 +225,5 @@ def _row(sample: str, caption: str, name: str, latents: Tensor, text_tokens: int
         sample_size=f"{frames}x{height}x{width}",
         latent_shape=(channels, latent_frames, latent_height, latent_width),
         text_tokens=text_tokens,
+        task=task,
     )

@@ -9,13 +9,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
 from mm.config.base import Section, load
 from mm.config.data import ExtractData, TokenizerConfig, TrainData
 from mm.config.extract import ExtractModel
+from mm.config.model import IMAGES, ModelType
 from mm.data.files import write_atomically
 from mm.errors import ConfigError, DataError
 
@@ -24,6 +25,7 @@ UNKNOWN = "unknown"  # features taken over from elsewhere
 FORMAT_VERSION = 1  # raise it when the same recipe would give other features
 CROP_RULE = "cover-bilinear-antialias-centre"
 TEXT_CLEANING = "ftfy-html2-whitespace"
+IMAGE_FIELDS = {"image_encoder", "condition_tile_size", "condition_tile_stride"}  # of a recipe with images
 
 MAX_HEADER_BYTES = 100 * 2**20
 _SAMPLE_BYTES = 4096
@@ -38,10 +40,12 @@ class Recipe(Section):
         vae_dtype, text_dtype, tile_size, tile_stride: how it was encoded; tiles in latent pixels.
         text_cleaning, max_text_tokens: how captions were prepared.
         seed: decides starts of clips and choices between captions.
+        task: what the features are for. With images only: image_encoder, the fingerprint of its folder, and
+            condition_tile_size, condition_tile_stride, the tiles of the known frames' latents.
     """
 
     format_version: int = FORMAT_VERSION
-    task: Literal["t2v"] = "t2v"
+    task: ModelType = "t2v"
     vae: str
     text_encoder: str
     tokenizer: str
@@ -58,14 +62,19 @@ class Recipe(Section):
     text_cleaning: str = TEXT_CLEANING
     max_text_tokens: int = Field(ge=1)
     seed: int
+    image_encoder: str | None = None
+    condition_tile_size: tuple[int, int] | None = None
+    condition_tile_stride: tuple[int, int] | None = None
 
     @property
     def key(self) -> str:
         """Sixteen hexadecimal digits that differ when any field does."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+        # without images, those of stores that were made before there were tasks with images
+        unused = None if IMAGES[self.task] else IMAGE_FIELDS
+        return hashlib.sha256(self.model_dump_json(exclude=unused).encode()).hexdigest()[:16]
 
 
-def extraction_recipe(data: ExtractData, model: ExtractModel, seed: int) -> Recipe:
+def extraction_recipe(data: ExtractData, model: ExtractModel, task: ModelType, seed: int) -> Recipe:
     """The recipe of one feature extraction.
 
     Raises:
@@ -73,7 +82,10 @@ def extraction_recipe(data: ExtractData, model: ExtractModel, seed: int) -> Reci
     """
     param, clip = data.dataset_param, data.dataset_param.preprocess_parameters
     tiling = model.ae.tiling()
+    processor = model.ae.i2v_processor
+    condition_tiling = model.ae.condition_tiling() if processor else None
     return Recipe(
+        task=task,
         vae=folder_fingerprint(Path(model.ae.from_pretrained)),
         text_encoder=folder_fingerprint(Path(model.text_encoder.from_pretrained)),
         tokenizer=folder_fingerprint(Path(param.tokenizer_config.from_pretrained)),
@@ -88,6 +100,9 @@ def extraction_recipe(data: ExtractData, model: ExtractModel, seed: int) -> Reci
         tile_stride=tiling.tile_stride if tiling else None,
         max_text_tokens=param.tokenizer_config.model_max_length,
         seed=seed,
+        image_encoder=folder_fingerprint(Path(processor.image_encoder)) if processor else None,
+        condition_tile_size=condition_tiling.tile_size if condition_tiling else None,
+        condition_tile_stride=condition_tiling.tile_stride if condition_tiling else None,
     )
 
 

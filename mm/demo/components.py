@@ -1,4 +1,4 @@
-"""The tiny Wan2.1 of the embedded default: the classes and the folder layout of the real one, small configurations.
+"""The tiny Wan2.1 models of the embedded default: classes and folder layout of the real ones, small configurations.
 
 transformer/    WanTransformer3DModel, 4 layers of width 128, random weights: it is what the quickstart trains
 vae/            AutoencoderKLWan, 16 latent channels, trained by tools/train_demo_vae.py
@@ -6,6 +6,11 @@ text_encoder/   UMT5EncoderModel, 2 layers of width 64, random weights: its embe
 tokenizer/      T5 tokenizer whose vocabulary is the captions' words and single characters
 scheduler/      UniPCMultistepScheduler on flow sigmas
 model_index.json, with which diffusers.WanPipeline loads the folder
+
+Those of images (I2V, FLF2V) have another transformer and, in addition,
+image_encoder/    CLIPVisionModel, 3 layers of width 32 on 224 pixels, which gives the 257 tokens of the real one
+image_processor/  CLIP's, unchanged
+and diffusers.WanImageToVideoPipeline loads them.
 """
 
 from __future__ import annotations
@@ -22,14 +27,29 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+from transformers.utils import logging as transformers_logging
 
+from mm.config.model import CLIP_TOKEN_LEN, IMAGES, MASK_CHANNELS, ModelType
 from mm.demo.clips import all_captions
 from mm.rng import key
 
-MODEL_NAME = "Wan2.1-T2V-Tiny-Diffusers"
+MODEL_NAMES: dict[ModelType, str] = {
+    "t2v": "Wan2.1-T2V-Tiny-Diffusers",
+    "i2v": "Wan2.1-I2V-Tiny-Diffusers",
+    "flf2v": "Wan2.1-FLF2V-Tiny-Diffusers",
+}
+MODEL_NAME = MODEL_NAMES["t2v"]
 SEED = 0
 TEXT_DIM = 64
+IMAGE_DIM = 32
 FLOW_SHIFT = 3.0
 
 TRANSFORMER: dict[str, Any] = {
@@ -49,26 +69,46 @@ TRANSFORMER: dict[str, Any] = {
 }
 
 
-def write_model(folder: Path) -> None:
-    """Write the whole tiny model into `folder` in fp32; the same bytes every time for one version of the libraries."""
+def write_model(folder: Path, task: ModelType = "t2v") -> None:
+    """Write a whole tiny model into `folder` in fp32; the same bytes every time for one version of the libraries."""
     tokenizer = make_tokenizer()
-    pipeline = WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=make_text_encoder(len(tokenizer)),
-        transformer=make_transformer(),
-        vae=load_vae(),
-        scheduler=make_scheduler(),
-    )
+    parts = {
+        "tokenizer": tokenizer,
+        "text_encoder": make_text_encoder(len(tokenizer)),
+        "transformer": make_transformer(task),
+        "vae": load_vae(),
+        "scheduler": make_scheduler(),
+    }
+    if IMAGES[task]:
+        parts |= {"image_encoder": make_image_encoder(), "image_processor": CLIPImageProcessorPil()}
+        pipeline = _image_to_video_class()(**parts)
+        # its name in the released folders; transformers has it once for each backend
+        pipeline.register_to_config(image_processor=("transformers", "CLIPImageProcessor"))
+    else:
+        pipeline = WanPipeline(**parts)
     pipeline.save_pretrained(folder)
 
 
-def make_transformer() -> nn.Module:
+def transformer_config(task: ModelType) -> dict[str, Any]:
+    """The arguments of diffusers' WanTransformer3DModel."""
+    if not IMAGES[task]:
+        return TRANSFORMER
+    return {
+        **TRANSFORMER,
+        "in_channels": 2 * TRANSFORMER["out_channels"] + MASK_CHANNELS,
+        "image_dim": IMAGE_DIM,
+        "added_kv_proj_dim": TRANSFORMER["num_attention_heads"] * TRANSFORMER["attention_head_dim"],
+        "pos_embed_seq_len": IMAGES[task] * CLIP_TOKEN_LEN if IMAGES[task] > 1 else None,
+    }
+
+
+def make_transformer(task: ModelType = "t2v") -> nn.Module:
     """The untrained transformer (diffusers WanTransformer3DModel), seeded.
 
     The output projection starts small, so that training begins near the velocity's mean and not at random pictures.
     """
-    with _seeded("transformer"):
-        transformer = WanTransformer3DModel(**TRANSFORMER)
+    with _seeded("transformer" if task == "t2v" else f"{task} transformer"):
+        transformer = WanTransformer3DModel(**transformer_config(task))
         nn.init.normal_(transformer.proj_out.weight, std=0.02)
         nn.init.zeros_(transformer.proj_out.bias)
     return transformer
@@ -81,6 +121,20 @@ def make_text_encoder(vocab_size: int) -> nn.Module:
     )
     with _seeded("text_encoder"):
         return UMT5EncoderModel(config).eval()
+
+
+def make_image_encoder() -> nn.Module:
+    """The random image encoder (transformers CLIPVisionModel), seeded; 16 x 16 patches and one token more."""
+    config = CLIPVisionConfig(
+        hidden_size=IMAGE_DIM,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=224,
+        patch_size=14,
+    )
+    with _seeded("image_encoder"):
+        return CLIPVisionModel(config).eval()
 
 
 def make_tokenizer() -> T5TokenizerFast:
@@ -108,6 +162,20 @@ def load_vae() -> nn.Module:
     with as_file(assets / "tiny_vae.safetensors") as path:
         vae.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     return vae.eval()
+
+
+def _image_to_video_class() -> Any:
+    """diffusers.WanImageToVideoPipeline, without what transformers says to those who lack torchvision.
+
+    diffusers imports an image processor by a name for which transformers then takes another backend: the one used here.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        from diffusers import WanImageToVideoPipeline
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    return WanImageToVideoPipeline
 
 
 @contextmanager

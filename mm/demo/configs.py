@@ -6,50 +6,43 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mm.config.model import CLIP_TOKEN_LEN, IMAGES, ModelType
 from mm.demo.clips import FPS, NUM_FRAMES, SIZE
-from mm.demo.components import FLOW_SHIFT, MODEL_NAME, TRANSFORMER
+from mm.demo.components import FLOW_SHIFT, MODEL_NAMES, transformer_config
 
-TEXT_LEN = 32  # tokens; the captions have up to 8, and padding to 512 would cost more than the video itself
+TEXT_LEN: dict[ModelType, int] = {"t2v": 32, "i2v": 512, "flf2v": 512}
+"""Tokens that captions are padded to. They have up to 8, and padding to 512 costs more than the video itself; but with
+images diffusers takes the last 512 tokens for text, whatever they are."""
 
 
 def write_configs(folder: Path, home: Path) -> None:
-    """Write every configuration file of a run on the embedded default.
+    """Write every configuration file of a run on the embedded default, under the same names for every task.
 
     Args:
-        folder: where to write them, `configs` of the embedded default.
+        folder: where to write them, `configs` of the embedded default: those of t2v here, of i2v and flf2v in folders
+            of that name below.
         home: where the embedded default will stand; the files hold absolute paths below it.
     """
-    folder.mkdir()
     home = home.absolute()
-    weights = home / "weights" / MODEL_NAME
-    for name, content in _files(home, weights).items():
-        (folder / name).write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
-    (folder / "data.txt").write_text(f"{home / 'dataset'},data.json\n", encoding="utf-8")
-    (folder / "feature_data.txt").write_text(f"{home / 'features'}\n", encoding="utf-8")
+    for task in MODEL_NAMES:
+        below, features = ("", "features") if task == "t2v" else (task, f"features_{task}")
+        target = folder / below
+        target.mkdir()
+        for name, content in _files(home, task, home / "configs" / below, home / features).items():
+            (target / name).write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
+        (target / "data.txt").write_text(f"{home / 'dataset'},data.json\n", encoding="utf-8")
+        (target / "feature_data.txt").write_text(f"{home / features}\n", encoding="utf-8")
 
 
-def _files(home: Path, weights: Path) -> dict[str, Any]:
-    configs = home / "configs"
+def _files(home: Path, task: ModelType, configs: Path, features: Path) -> dict[str, Any]:
+    weights = home / "weights" / MODEL_NAMES[task]
     clip = {"num_frames": NUM_FRAMES, "frame_interval": 1, "max_height": SIZE, "max_width": SIZE}
-    tokenizer = {"from_pretrained": str(weights / "tokenizer"), "model_max_length": TEXT_LEN}
+    tokenizer = {"from_pretrained": str(weights / "tokenizer"), "model_max_length": TEXT_LEN[task]}
     vae = {"model_id": "wan_video_vae", "from_pretrained": str(weights / "vae"), "dtype": "fp32"}
     text_encoder = {"model_id": "UMT5", "from_pretrained": str(weights / "text_encoder"), "dtype": "fp32"}
-    predictor = {
-        "model_id": "wandit",
-        "dtype": "fp32",
-        "model_type": "t2v",
-        "patch_size": list(TRANSFORMER["patch_size"]),
-        "text_len": TEXT_LEN,
-        "text_dim": TRANSFORMER["text_dim"],
-        "in_dim": TRANSFORMER["in_channels"],
-        "out_dim": TRANSFORMER["out_channels"],
-        "hidden_size": TRANSFORMER["num_attention_heads"] * TRANSFORMER["attention_head_dim"],
-        "ffn_dim": TRANSFORMER["ffn_dim"],
-        "num_heads": TRANSFORMER["num_attention_heads"],
-        "num_layers": TRANSFORMER["num_layers"],
-        "freq_dim": TRANSFORMER["freq_dim"],
-    }
-    return {
+    predictor = _predictor(task)
+    processor = {"i2v_processor": {"image_encoder": str(weights / "image_encoder")}} if IMAGES[task] else {}
+    files: dict[str, Any] = {
         "data.json": {
             "dataset_param": {
                 "dataset_type": "t2v",
@@ -58,8 +51,8 @@ def _files(home: Path, weights: Path) -> dict[str, Any]:
                 "tokenizer_config": tokenizer,
             }
         },
-        "model_wan.json": {"task": "t2v", "ae": vae, "text_encoder": text_encoder},
-        "tools.json": {"sorafeature": {"save_path": str(home / "features")}, "task": "t2v"},
+        "model_wan.json": {"task": task, "ae": {**vae, **processor}, "text_encoder": text_encoder},
+        "tools.json": {"sorafeature": {"save_path": str(features)}, "task": task},
         "feature_data.json": {
             "dataset_param": {
                 "dataset_type": "t2v",
@@ -68,11 +61,13 @@ def _files(home: Path, weights: Path) -> dict[str, Any]:
             }
         },
         "pretrain_model.json": {
-            "task": "t2v",
+            "task": task,
             "predictor": predictor,
             "diffusion": {"shift": FLOW_SHIFT, "loss_weighting": "none"},
         },
-        "inference_model.json": {
+    }
+    if task == "t2v":  # what `mm generate` makes
+        files["inference_model.json"] = {
             "prompt": str(home / "prompts.txt"),
             "negative_prompt": "",
             "save_path": str(home / "videos"),
@@ -83,5 +78,26 @@ def _files(home: Path, weights: Path) -> dict[str, Any]:
             "text_encoder": text_encoder,
             "predictor": {**predictor, "from_pretrained": str(weights / "transformer")},
             "diffusion": {"num_inference_steps": 20, "flow_shift": FLOW_SHIFT, "guidance_scale": 1.0},
-        },
+        }
+    return files
+
+
+def _predictor(task: ModelType) -> dict[str, Any]:
+    shape = transformer_config(task)
+    images = {"img_dim": shape["image_dim"], "clip_token_len": CLIP_TOKEN_LEN} if IMAGES[task] else {}
+    return {
+        "model_id": "wandit",
+        "dtype": "fp32",
+        "model_type": task,
+        "patch_size": list(shape["patch_size"]),
+        "text_len": TEXT_LEN[task],
+        "text_dim": shape["text_dim"],
+        "in_dim": shape["in_channels"],
+        "out_dim": shape["out_channels"],
+        "hidden_size": shape["num_attention_heads"] * shape["attention_head_dim"],
+        "ffn_dim": shape["ffn_dim"],
+        "num_heads": shape["num_attention_heads"],
+        "num_layers": shape["num_layers"],
+        "freq_dim": shape["freq_dim"],
+        **images,
     }

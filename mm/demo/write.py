@@ -1,4 +1,4 @@
-"""Writes the embedded default: the tiny model, its data set and the prompts, complete or not at all."""
+"""Writes the embedded default: tiny models, a data set, prompts and images, complete or not at all."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import logging
 import os
 from pathlib import Path
 
+from PIL import Image
+
 from mm.checkpoint.files import remove_folder, temporary_name
-from mm.demo.clips import FPS, NUM_FRAMES, SIZE, all_captions, all_clips
-from mm.demo.components import MODEL_NAME, write_model
+from mm.demo.clips import COLOURS, DIRECTIONS, FPS, NUM_FRAMES, SIZE, Clip, all_captions, all_clips
+from mm.demo.components import MODEL_NAMES, write_model
 from mm.demo.configs import write_configs
 from mm.demo.video import write_video
 from mm.errors import ConfigError
@@ -20,10 +22,13 @@ log = logging.getLogger(__name__)
 def write_demo(out: Path, clips_per_caption: int = 1) -> None:
     """Write the embedded default into the new folder `out`.
 
-        weights/Wan2.1-T2V-Tiny-Diffusers/   the tiny model in the HF layout (components.py)
+        weights/Wan2.1-T2V-Tiny-Diffusers/   the tiny models in the HF layout (components.py); -I2V- and -FLF2V- too
         dataset/data.json, dataset/videos/   captioned clips, 16 times `clips_per_caption`
-        configs/                             the files that configure extraction, training and generation on it
+        configs/                             the files that configure extraction, training and generation on them;
+                                             configs/i2v/ and configs/flf2v/ those of the models of images
         prompts.txt                          the 16 captions, one a line
+        images/                              first and last frame of a clip for each caption, not of the data set
+        images_i2v.txt, images_flf2v.txt     one line a caption: its first frame, or "first, last"
 
     It is written beside `out` under a temporary name and renamed when complete and on disk.
 
@@ -34,17 +39,19 @@ def write_demo(out: Path, clips_per_caption: int = 1) -> None:
     partial = out.parent / temporary_name(out.name)
     try:
         partial.mkdir(parents=True)
-        write_model(partial / "weights" / MODEL_NAME)
+        for task, name in MODEL_NAMES.items():
+            write_model(partial / "weights" / name, task)
         _write_dataset(partial / "dataset", clips_per_caption)
         write_configs(partial / "configs", out)
         (partial / "prompts.txt").write_text("\n".join(all_captions()) + "\n", encoding="utf-8")
+        _write_images(partial, out.absolute(), clips_per_caption)
         _force_to_disk(partial)
         os.rename(partial, out)
     except OSError as error:
         raise ConfigError(
             "CFG-081",
             f"The embedded default cannot be written to {out}: {error}.",
-            "Check the path, its permissions and the free space (10 MB); nothing was left behind.",
+            "Check the path, its permissions and the free space (40 MB); nothing was left behind.",
         ) from error
     finally:
         if partial.exists():
@@ -76,6 +83,25 @@ def _write_dataset(folder: Path, clips_per_caption: int) -> None:
             }
         )
     (folder / "data.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_images(folder: Path, home: Path, variant: int) -> None:
+    """Images to generate from, and the lists that name them where they will stand, below `home`.
+
+    They are of a variant of each clip that the data set does not hold, so that no image is one of training.
+    """
+    (folder / "images").mkdir()
+    lines: dict[str, list[str]] = {"i2v": [], "flf2v": []}
+    for index, (colour, direction) in enumerate((c, d) for c in COLOURS for d in DIRECTIONS):
+        frames = Clip(colour, direction, variant).draw()
+        names = [f"images/{index:04d}_{colour}_{direction}_{which}.png" for which in ("first", "last")]
+        for name, frame in zip(names, (frames[0], frames[-1]), strict=True):
+            Image.fromarray(frame).save(folder / name)
+        first, last = (str(home / name) for name in names)
+        lines["i2v"].append(first)
+        lines["flf2v"].append(f"{first}, {last}")
+    for task, listed in lines.items():
+        (folder / f"images_{task}.txt").write_text("\n".join(listed) + "\n", encoding="utf-8")
 
 
 def _force_to_disk(folder: Path) -> None:

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from mm.config.data import TEMPORAL_STRIDE, ExtractData, data_sources
-from mm.config.extract import ExtractModel, ExtractTools
+from mm.config.extract import ExtractAutoencoder, ExtractModel, ExtractTools, extraction_task
+from mm.config.model import CLIP_TOKEN_LEN, IMAGES, ModelType
 from mm.data.clips import Clip, check_announced_lengths, load_clip
 from mm.data.features import (
     EMPTY_PROMPT,
@@ -38,7 +40,9 @@ from mm.data.files import raise_limited, read_rows, remove_temporaries
 from mm.data.metadata import VideoSample, load_samples
 from mm.data.recipe import RECIPE_FILE, Recipe, check_recipe, extraction_recipe, load_recipe, save_recipe
 from mm.errors import DataError, Problem
+from mm.wan.condition import condition_latents
 from mm.wan.encoders import TextEncoder, VideoEncoder
+from mm.wan.image_encoder import ImageEncoder
 
 log = logging.getLogger(__name__)
 
@@ -96,13 +100,15 @@ def extract(
         barrier: returns when all processes have called it.
 
     Raises:
-        ConfigError: CFG-054 for the list of data sets.
+        ConfigError: CFG-054 for the list of data sets. What `mm.config.extract.check_extraction` refuses must not
+            come here.
         DataError: for annotations (all problems at once, before any work), a video, the weights, or a store made with
             another recipe (DATA-014). The store keeps what is complete and has no data.jsonl.
     """
     samples = load_samples(data_sources(data.dataset_param.basic_parameters))
     check_announced_lengths(samples, data.dataset_param.preprocess_parameters)
-    recipe = extraction_recipe(data, model, seed)
+    task = extraction_task(model, tools)
+    recipe = extraction_recipe(data, model, task, seed)
     store = Path(tools.sorafeature.save_path)
     _check_store(store, recipe, overwrite)
     mine = [_task(sample, store, recipe, seed) for sample in samples[rank::world_size]]
@@ -115,7 +121,7 @@ def extract(
     empty_file = store / FEATURES / EMPTY_PROMPT
     empty_is_missing = rank == 0 and not is_complete(empty_file, empty)
     if todo or empty_is_missing:
-        encoders = _Encoders(data, model, device)
+        encoders = _Encoders(data, model, task, device)
         if empty_is_missing:
             write_feature(empty_file, encoders.text_only(""), empty, recipe.max_text_tokens)
         _encode_all(todo, encoders, data, seed, num_workers, len(mine), show_progress=rank == 0)
@@ -129,9 +135,9 @@ def extract(
 
 
 class _Encoders:
-    """Both encoders of one extraction."""
+    """All encoders of one extraction."""
 
-    def __init__(self, data: ExtractData, model: ExtractModel, device: torch.device) -> None:
+    def __init__(self, data: ExtractData, model: ExtractModel, task: ModelType, device: torch.device) -> None:
         tokenizer = data.dataset_param.tokenizer_config
         self._video = VideoEncoder.from_pretrained(
             Path(model.ae.from_pretrained), model.ae.dtype, device, model.ae.tiling()
@@ -143,13 +149,41 @@ class _Encoders:
             device,
             tokenizer.model_max_length,
         )
+        self._images: _ImageEncoders | None = None
+        if IMAGES[task]:
+            self._images = _ImageEncoders(model.ae, self._video, task, device)
 
     def text_only(self, caption: str) -> Feature:
         return Feature(None, self._text.encode([caption])[0])
 
-    def both(self, clip: Clip, caption: str) -> Feature:
+    def all(self, clip: Clip, caption: str) -> Feature:
         latents = self._video.encode(clip.pixels.unsqueeze(0))[0]
-        return Feature(latents, self._text.encode([caption])[0], clip.start)
+        images = self._images.encode(clip) if self._images else (None, None)
+        return Feature(latents, self._text.encode([caption])[0], clip.start, *images)
+
+
+class _ImageEncoders:
+    """What i2v and flf2v need of a clip's known frames.
+
+    They are frames of the very clip that is encoded, so that what a model is shown and what it is to make agree.
+    """
+
+    def __init__(self, ae: ExtractAutoencoder, video: VideoEncoder, task: ModelType, device: torch.device) -> None:
+        assert ae.i2v_processor is not None  # noqa: S101  check_extraction refuses such a task without it
+        folder = Path(ae.i2v_processor.image_encoder)
+        self._clip = ImageEncoder.from_pretrained(folder, ae.dtype, device)
+        if self._clip.num_tokens != CLIP_TOKEN_LEN:
+            message = f"{folder} makes {self._clip.num_tokens} tokens of an image, Wan2.1 takes {CLIP_TOKEN_LEN}."
+            raise DataError("DATA-045", message, "Use the image_encoder of a Wan2.1 I2V or FLF2V model.")
+        self._vae = VideoEncoder(video.vae, ae.condition_tiling())
+        self._last_too = IMAGES[task] > 1
+
+    def encode(self, clip: Clip) -> tuple[Tensor, Tensor]:
+        """Image features [I, D], the first frame's before the last one's, and the condition [4 + C, F, H, W]."""
+        first, last = clip.pixels[None, :, 0], clip.pixels[None, :, -1]
+        features = self._clip.encode(torch.cat((first, last)) if self._last_too else first)
+        condition = condition_latents(self._vae, first, last if self._last_too else None, clip.num_frames)
+        return features.flatten(0, 1), condition[0]
 
 
 def _task(sample: VideoSample, store: Path, recipe: Recipe, seed: int) -> Task:
@@ -212,7 +246,7 @@ def _encode_all(
     text_len = data.dataset_param.tokenizer_config.model_max_length
     with bar:
         for task, clip in _read_ahead(todo, data, seed, num_workers):
-            write_feature(task.file, encoders.both(clip, task.caption), task.origin, text_len)
+            write_feature(task.file, encoders.all(clip, task.caption), task.origin, text_len)
             bar.update()
 
 
@@ -260,4 +294,5 @@ def _row(task: Task, recipe: Recipe) -> FeatureRow:
         sample_size=f"{num_frames}x{recipe.height}x{recipe.width}",
         latent_shape=(shape[0], shape[1], shape[2], shape[3]),
         text_tokens=header.tensors["prompt"][1][0],
+        task=recipe.task,
     )

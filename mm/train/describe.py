@@ -42,7 +42,8 @@ def start_table(
         f"{count} of {frames}x{height}x{width}" for (_, frames, height, width), count in dataset.shapes().most_common(4)
     )
     return {
-        "model": f"{parameters:,} parameters, {wan.num_layers} layers, width {wan.hidden_size}, {wan.num_heads} heads",
+        "model": f"{wan.model_type}, {parameters:,} parameters, {wan.num_layers} layers, width {wan.hidden_size}, "
+        f"{wan.num_heads} heads",
         "precision": "bf16 with fp32 masters" if flags.bf16 else "fp32",
         "device": f"{layout.world_size} x {device}",
         "layout": f"{layout.name()}: {_degrees(layout)}",

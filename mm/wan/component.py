@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from mm.errors import DataError
 _FIX_FOLDER = "Correct from_pretrained: the folder of this component in the diffusers layout, with its config.json."
 
 
-def load_strictly(model_class: type[nn.Module], folder: Path, **options: Any) -> Any:
+def load_strictly(model_class: type[nn.Module], folder: Path, unused: Collection[str] = (), **options: Any) -> Any:
     """Load a diffusers or transformers model, accepting nothing missing and nothing left over.
 
     Args:
         model_class: with a `from_pretrained` of its library. folder: in the diffusers layout, local.
+        unused: tensors that such a folder may hold and the model has no part for.
         options: for `from_pretrained`, such as the precision.
 
     Returns:
@@ -33,8 +34,9 @@ def load_strictly(model_class: type[nn.Module], folder: Path, **options: Any) ->
     if not any(folder.glob("*.safetensors")):
         remedy = "Download the safetensors files; weights in other formats are not read."
         raise DataError("DATA-040", f"{folder} has no safetensors file.", remedy)
-    bars = transformers_logging.is_progress_bar_enabled()
+    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # the library's report of what did not fit is below, as an error
     try:
         model, report = model_class.from_pretrained(  # type: ignore[attr-defined]
             str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **options
@@ -45,20 +47,21 @@ def load_strictly(model_class: type[nn.Module], folder: Path, **options: Any) ->
         remedy = "Check that config.json belongs to these weights." if mismatch else "Copy or download the files again."
         raise DataError("DATA-041" if mismatch else "DATA-042", message, remedy) from None
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-    _require_exact(report, model_class.__name__, folder)
+    _require_exact({**report, "unexpected_keys": set(report["unexpected_keys"]) - set(unused)}, model_class, folder)
     return model
 
 
-def _require_exact(report: dict[str, Any], name: str, folder: Path) -> None:
+def _require_exact(report: dict[str, Any], model_class: type[nn.Module], folder: Path) -> None:
     differences = [
         f"{kind} {_some(report[key])}"
         for kind, key in (("missing", "missing_keys"), ("unexpected", "unexpected_keys"), ("wrong", "mismatched_keys"))
         if report[key]
     ]
     if differences:
-        message = f"The weights in {folder} are not those of a {name}: {'; '.join(differences)}."
+        message = f"The weights in {folder} are not those of a {model_class.__name__}: {'; '.join(differences)}."
         raise DataError("DATA-041", message, "Use the folder of a complete Wan2.1 model in the diffusers layout.")
 
 

@@ -42,14 +42,13 @@ class VideoEncoder:
 
         Args:
             vae: on its device and in its precision.
-            tiling: work in overlapping tiles instead of whole frames.
+            tiling: work in overlapping tiles instead of whole frames. Encoders of one VAE may have different ones.
         """
         self.vae = vae.eval().requires_grad_(False)
         per_channel = (1, -1, 1, 1, 1)
         self._mean = torch.tensor(vae.config.latents_mean, device=vae.device).view(per_channel)
         self._std = torch.tensor(vae.config.latents_std, device=vae.device).view(per_channel)
-        if tiling is not None:
-            vae.enable_tiling(*(SPATIAL_STRIDE * side for side in (*tiling.tile_size, *tiling.tile_stride)))
+        self._tiling = tiling
 
     @classmethod
     def from_pretrained(
@@ -76,6 +75,7 @@ class VideoEncoder:
         Raises:
             DataError: DATA-044 when the VAE gives another shape, so that it is not a Wan2.1 VAE.
         """
+        self._set_tiles()
         posterior = self.vae.encode(video.to(self.vae.device, self.vae.dtype)).latent_dist
         latents = (posterior.mode().float() - self._mean) / self._std
         batch, _, frames, height, width = video.shape
@@ -89,9 +89,18 @@ class VideoEncoder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, C, F, H, W] to pixels [B, 3, 4(F - 1) + 1, 8H, 8W] in [-1, 1], VAE's precision."""
+        self._set_tiles()
         raw = latents.to(self.vae.device).float() * self._std + self._mean
         video: Tensor = self.vae.decode(raw.to(self.vae.dtype)).sample
         return video.clamp(-1, 1)
+
+    def _set_tiles(self) -> None:
+        """Tiles are a state of the VAE, and another encoder of the same VAE may have left others."""
+        if self._tiling is None:
+            self.vae.disable_tiling()
+        else:
+            sides = (*self._tiling.tile_size, *self._tiling.tile_stride)
+            self.vae.enable_tiling(*(SPATIAL_STRIDE * side for side in sides))
 
 
 class TextEncoder:

@@ -34,7 +34,9 @@ class ImageEncoder:
         Raises:
             DataError: DATA-040 to DATA-042, see `mm.wan.component.load_strictly`.
         """
-        model: CLIPVisionModel = load_strictly(CLIPVisionModel, folder, dtype=DTYPES[dtype])
+        # the head after the last layer, which folders saved as CLIPVisionModelWithProjection hold
+        unused = ("visual_projection.weight",)
+        model: CLIPVisionModel = load_strictly(CLIPVisionModel, folder, unused, dtype=DTYPES[dtype])
         return cls(model.to(device))
 
     @property

@@ -26,7 +26,7 @@ class Workplace:
         self.out = home / "out"
         tools = json.loads((self.configs / "tools.json").read_text())
         original = str(Path(tools["sorafeature"]["save_path"]).parent)
-        for path in self.configs.iterdir():  # the files hold absolute paths
+        for path in filter(Path.is_file, self.configs.rglob("*")):  # the files hold absolute paths
             path.write_text(path.read_text().replace(original, str(home)))
 
     def edit(self, name: str, change: Callable[[Any], Any]) -> None:
@@ -143,6 +143,60 @@ def empty_prompts(place: Workplace) -> None:
     (place.home / "prompts.txt").write_text("\n\n")
 
 
+def images_model(place: Workplace) -> None:
+    shutil.copy(place.configs / "i2v" / "pretrain_model.json", place.configs / "pretrain_model.json")
+
+
+def task_of_another_model(place: Workplace) -> None:
+    place.edit("configs/pretrain_model.json", lambda c: c.update(task="flf2v"))
+
+
+def channels_of_another_task(place: Workplace) -> None:
+    place.edit("configs/pretrain_model.json", lambda c: c["predictor"].update(in_dim=36))
+
+
+def weights_of_another_task(place: Workplace) -> None:
+    shutil.rmtree(place.home / MODEL / "transformer")
+    images = place.home / "weights" / "Wan2.1-I2V-Tiny-Diffusers" / "transformer"
+    shutil.copytree(images, place.home / MODEL / "transformer")
+
+
+def two_tasks(place: Workplace) -> None:
+    place.edit("configs/tools.json", lambda c: c.update(task="i2v"))
+
+
+def images(place: Workplace, task: str = "i2v") -> None:
+    """Extraction of `task` in place of t2v, into a store of its own."""
+    for path in (place.configs / task).iterdir():
+        shutil.copy(path, place.configs)
+
+
+def images_into_another_store(place: Workplace) -> None:
+    images(place)
+    place.edit("configs/tools.json", lambda c: c["sorafeature"].update(save_path=str(place.home / "features")))
+
+
+def no_image_encoder(place: Workplace) -> None:
+    images(place)
+    place.edit("configs/model_wan.json", lambda c: c["ae"].pop("i2v_processor") and None)
+
+
+def wrong_image_encoder(place: Workplace) -> None:
+    images(place)
+    shutil.rmtree(place.home / "weights" / "Wan2.1-I2V-Tiny-Diffusers" / "image_encoder")
+
+
+def one_frame(place: Workplace) -> None:
+    images(place, "flf2v")
+    place.edit("configs/data.json", lambda c: c["dataset_param"]["preprocess_parameters"].update(num_frames=1))
+
+
+def short_video_of_images(place: Workplace) -> None:
+    images(place, "flf2v")
+    place.edit("dataset/data.json", lambda rows: rows[2].update(cut=[3, 7]))
+    place.edit("configs/data.json", lambda c: c["dataset_param"]["preprocess_parameters"].update(min_num_frames=5))
+
+
 CASES: list[tuple[str, Callable[[Workplace], None], list[str], str, int]] = [
     ("extract", no_video, [], "DATA-001", 65),
     ("extract", truncated_video, [], "DATA-002", 65),
@@ -155,6 +209,16 @@ CASES: list[tuple[str, Callable[[Workplace], None], list[str], str, int]] = [
     ("extract", unknown_key("data.json"), [], "CFG-003", 64),
     ("extract", unknown_key("model_wan.json"), [], "CFG-003", 64),
     ("extract", unknown_key("tools.json"), [], "CFG-003", 64),
+    ("extract", two_tasks, [], "CFG-070", 64),
+    ("extract", no_image_encoder, [], "CFG-074", 64),
+    ("extract", one_frame, [], "CFG-075", 64),
+    ("extract", short_video_of_images, [], "DATA-004", 65),
+    ("extract", wrong_image_encoder, [], "DATA-040", 65),
+    ("extract", images_into_another_store, [], "DATA-014", 65),
+    ("train", images_model, [], "DATA-046", 65),
+    ("train", task_of_another_model, [], "CFG-070", 64),
+    ("train", channels_of_another_task, [], "CFG-005", 64),
+    ("train", weights_of_another_task, [], "CFG-028", 64),
     ("train", unknown_key("feature_data.json"), [], "CFG-003", 64),
     ("train", unknown_key("pretrain_model.json"), [], "CFG-003", 64),
     ("train", bad_heads, [], "CFG-005", 64),
@@ -193,7 +257,14 @@ def test_one_line_an_id_a_remedy_and_nothing_half_written(
     after = everything(place.home)
     assert {path: after.get(path) for path in before} == before, "something that was there changed"
     new = sorted(after.keys() - before.keys())
-    complete = ("features/features/", "features/recipe.json", "out/.lock", "out/metrics.jsonl", "out/tensorboard/")
+    complete = (
+        "features/features/",
+        "features_flf2v/",
+        "features/recipe.json",
+        "out/.lock",
+        "out/metrics.jsonl",
+        "out/tensorboard/",
+    )
     assert all(path.startswith(complete) for path in new), new
     assert not any(".tmp" in path for path in new), new
     assert "features/data.jsonl" not in new

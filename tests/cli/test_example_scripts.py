@@ -3,13 +3,21 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from ranks import free_port
+
+from mm.config.base import load
+from mm.config.data import load_extract_data, load_train_data
+from mm.config.extract import check_extraction, extraction_task, load_extract_model, load_extract_tools
+from mm.config.model import WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B
+from mm.config.train import PretrainModel
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "wan2.1"
@@ -90,9 +98,16 @@ def test_quickstart_refuses_a_folder_in_use(quickstart: tuple[Path, str]) -> Non
 
 @pytest.mark.parametrize("size", ["1.3b", "14b"])
 def test_pretrain_script_in_tiny_mode_on_two_processes(demo: Path, tmp_path: Path, size: str) -> None:
+    weights = demo / "weights" / "Wan2.1-T2V-Tiny-Diffusers"
+    rows = pretrain_on_two_processes(f"{size}/t2v", demo / "configs", weights, tmp_path)
+    assert [row["consumed_samples"] for row in rows] == [8, 16]
+
+
+def pretrain_on_two_processes(script: str, configs: Path, weights: Path, tmp_path: Path) -> list[dict[str, Any]]:
+    """Two steps of a script's own layout, as far as two processes can have it; returns the metrics."""
     (tmp_path / "zero.yaml").write_text("zero3_size: 2\n")  # the shipped file is for eight devices in bf16
     bash(
-        EXAMPLES / size / "t2v" / "pretrain.sh",
+        EXAMPLES / script / "pretrain.sh",
         *("--train-iters", "2", "--save-interval", "1", "--keep-latest", "1", "--num-workers", "0", "--device", "cpu"),
         timeout_s=120,
         NPUS_PER_NODE="2",
@@ -100,16 +115,111 @@ def test_pretrain_script_in_tiny_mode_on_two_processes(demo: Path, tmp_path: Pat
         MBS="2",
         GRAD_ACC_STEP="2",
         PRECISION="fp32",
-        MM_DATA=str(demo / "configs" / "feature_data.json"),
-        MM_MODEL=str(demo / "configs" / "pretrain_model.json"),
-        LOAD_PATH=str(demo / "weights" / "Wan2.1-T2V-Tiny-Diffusers" / "transformer"),
+        MM_DATA=str(configs / "feature_data.json"),
+        MM_MODEL=str(configs / "pretrain_model.json"),
+        LOAD_PATH=str(weights / "transformer"),
         SAVE_PATH=str(tmp_path / "run"),
         layerzero_config=str(tmp_path / "zero.yaml"),
     )
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["consumed_samples"] for row in rows] == [8, 16]
     assert [path.name for path in (tmp_path / "run").glob("iter_*")] == ["iter_0000002"]
     assert "step 2/2" in (tmp_path / "run" / "train.log").read_text()
+    return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def few_clips(demo: Path, configs: Path, out: Path) -> None:
+    """Copy a task's files to `out`, for four clips and a store of their own."""
+    shutil.copytree(configs, out)
+    rows = json.loads((demo / "dataset" / "data.json").read_text())[:4]
+    (out / "rows.json").write_text(json.dumps(rows))
+    (out / "data.txt").write_text(f"{demo / 'dataset'},{out / 'rows.json'}\n")
+    (out / "feature_data.txt").write_text(f"{out / 'store'}\n")
+    for name, section, value in (
+        ("data.json", ("dataset_param", "basic_parameters", "data_path"), "data.txt"),
+        ("feature_data.json", ("dataset_param", "basic_parameters", "data_path"), "feature_data.txt"),
+        ("tools.json", ("sorafeature", "save_path"), "store"),
+    ):
+        content = json.loads((out / name).read_text())
+        inner = content
+        for key in section[:-1]:
+            inner = inner[key]
+        inner[section[-1]] = str(out / value)
+        (out / name).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("script", "replicas"),
+    [
+        pytest.param("1.3b/i2v", 2, marks=pytest.mark.nightly),
+        pytest.param("14b/i2v", 1, marks=pytest.mark.nightly),
+        ("14b/flf2v", 1),
+    ],
+)
+def test_scripts_of_images_from_videos_to_a_checkpoint(demo: Path, tmp_path: Path, script: str, replicas: int) -> None:
+    """Extraction and training of each task by their scripts, both on two processes."""
+    task = script.split("/")[1]
+    files = tmp_path / "files"
+    few_clips(demo, demo / "configs" / task, files)
+    variables = {"NPUS_PER_NODE": "2", "MASTER_PORT": str(free_port()), "LOG_DIR": str(tmp_path / "logs"), "TASK": task}
+    variables |= {"MM_DATA": str(files / "data.json"), "MM_MODEL": str(files / "model_wan.json")}
+    variables |= {"MM_TOOL": str(files / "tools.json")}
+    extraction = EXAMPLES / "feature_extract" / "feature_extraction.sh"
+    bash(extraction, "--device", "cpu", timeout_s=120, **variables)
+    assert len((files / "store" / "data.jsonl").read_text().splitlines()) == 4
+    weights = demo / "weights" / f"Wan2.1-{task.upper()}-Tiny-Diffusers"
+    rows = pretrain_on_two_processes(script, files, weights, tmp_path)
+    assert [row["consumed_samples"] for row in rows] == [4 * replicas, 8 * replicas]
+    layout = f"CP {2 // replicas} x DP {replicas}"
+    assert layout in (tmp_path / "run" / "train.log").read_text()
+
+
+@pytest.mark.parametrize("task", ["i2v", "flf2v"])
+def test_shipped_files_of_images_fit_together(task: str) -> None:
+    """Released models, the files of extraction and those of training agree on task, size and folders."""
+    files = EXAMPLES / "feature_extract" / task
+    data = load_extract_data(files / "data.json").dataset_param
+    model, tools = load_extract_model(files / "model_wan.json"), load_extract_tools(files / "tools.json")
+    check_extraction(load_extract_data(files / "data.json"), model, tools)
+    assert extraction_task(model, tools) == task
+    trained = EXAMPLES / "14b" / task
+    features = load_train_data(trained / "feature_data.json").dataset_param.preprocess_parameters
+    clip = data.preprocess_parameters
+    for name in ("num_frames", "frame_interval", "max_height", "max_width"):
+        assert getattr(features, name) == getattr(clip, name)
+    assert (clip.max_height, clip.max_width) == (720, 1280)
+    assert (trained / "data.txt").read_text().strip() == tools.sorafeature.save_path
+    predictor = load(PretrainModel, trained / "pretrain_model.json").predictor.wan()
+    assert predictor == {"i2v": WAN_I2V_14B, "flf2v": WAN_FLF2V_14B}[task]
+
+
+def test_shipped_file_of_the_small_image_model() -> None:
+    assert load(PretrainModel, EXAMPLES / "1.3b" / "i2v" / "pretrain_model.json").predictor.wan() == WAN_I2V_1_3B
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("script", "cp", "most", "least"),
+    [("14b/t2v", 1, 48, 46), ("14b/i2v", 2, 56, 54), ("14b/flf2v", 2, 56, 54), ("14b/i2v", 1, 90, 64)],
+    ids=["t2v 480p", "i2v 720p", "flf2v 720p", "i2v 720p without CP does not fit"],
+)
+def test_memory_of_the_shipped_14b_scripts(script: str, cp: int, most: int, least: int) -> None:
+    """Full fine-tuning on 8 devices of 64 GB: predicted, with some GB left for what no program can know."""
+    output = bash(EXAMPLES / script / "pretrain.sh", "--json-output", timeout_s=300, DRY_RUN="1", CP=str(cp))
+    report = json.loads(output)
+    assert report["world_size"] == 8
+    assert report["tokens"] == (32_760 if script.endswith("t2v") else 75_600)
+    assert least * 1e9 < report["peak_bytes"] < most * 1e9
+
+
+def test_a_task_that_does_not_exist(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", EXAMPLES / "feature_extract" / "feature_extraction.sh"],
+        env={**os.environ, "TASK": "i2i", "LOG_DIR": str(tmp_path / "logs")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr[:13]) == (64, "error ENV-005")
+    assert not (tmp_path / "logs").exists()
 
 
 def test_a_script_leaves_with_the_commands_exit_code(tmp_path: Path) -> None:

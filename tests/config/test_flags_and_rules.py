@@ -10,9 +10,8 @@ import pytest
 
 from mm.config.base import Section, load, parse
 from mm.config.flags import parse_flags
-from mm.config.model import WAN_I2V_1_3B
 from mm.config.rules import check_training
-from mm.config.train import RETIRED_TRAIN_FLAGS, PredictorConfig, PretrainModel, TrainFlags
+from mm.config.train import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
 from mm.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -64,15 +63,6 @@ def test_bad_flags(words: list[str], expected: str, hint: str) -> None:
         flags(*words)
     assert ids(caught.value) == [expected]
     assert hint in str(caught.value)
-
-
-@pytest.mark.parametrize("predictor", [PredictorConfig])
-def test_models_of_images_are_refused_until_commands_feed_them(predictor: type[Section]) -> None:
-    values = {**WAN_I2V_1_3B.model_dump(mode="json"), "dtype": "bf16"}
-    with pytest.raises(ConfigError) as caught:
-        parse(predictor, values, "model.json")
-    assert ids(caught.value) == ["CFG-005"]
-    assert "model_type" in str(caught.value)
 
 
 def test_all_bad_flags_at_once() -> None:

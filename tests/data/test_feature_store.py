@@ -255,9 +255,22 @@ def test_recipe_key_depends_on_every_field(tmp_path: Path) -> None:
         "text_dtype": "bf16", "tile_size": (34, 34), "tile_stride": None, "text_cleaning": "none",
         "max_text_tokens": 256, "seed": 2,
     }  # fmt: skip
-    assert set(changed) | {"task"} == set(Recipe.model_fields)
-    keys = {RECIPE.model_copy(update={name: value}).key for name, value in changed.items()}
-    assert len(keys | {RECIPE.key}) == len(changed) + 1
+    images = {"image_encoder": "w", "condition_tile_size": (34, 34), "condition_tile_stride": (18, 16)}
+    assert set(changed) | set(images) | {"task"} == set(Recipe.model_fields)
+    keys = [RECIPE.model_copy(update={name: value}).key for name, value in changed.items()]
+    for task in ("i2v", "flf2v"):
+        recipe = RECIPE.model_copy(update={"task": task})
+        keys += [recipe.key, *(recipe.model_copy(update={name: value}).key for name, value in images.items())]
+    assert len({*keys, RECIPE.key}) == len(keys) + 1
+
+
+def test_recipe_key_of_text_to_video_is_that_of_earlier_stores() -> None:
+    content = json.loads(RECIPE.model_dump_json())
+    for name in ("image_encoder", "condition_tile_size", "condition_tile_stride"):
+        assert content.pop(name) is None
+    earlier = json.dumps(content, separators=(",", ":"))
+    assert list(content)[:3] == ["format_version", "task", "vae"]
+    assert RECIPE.key == text_hash(earlier) == Recipe.model_validate_json(earlier).key
 
 
 def test_fingerprint_of_weights(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from test_feature_store import MODEL, train_data
+from test_image_features import with_images
 
 from mm.cli import migrate as migrate_command
 from mm.config.data import DataSource, Preprocess
@@ -27,6 +28,18 @@ def legacy(tokens: int = 3, **changes: Any) -> dict[str, Any]:
         "prompt_mask": mask,
     }
     return {**values, **changes}
+
+
+def images(last: bool = False) -> dict[str, torch.Tensor]:
+    """What it saves beside them with images: features of CLIP; a mask, then the latents of the known frames."""
+    random = torch.Generator().manual_seed(9)
+    condition = torch.zeros(20, 3, 8, 8)
+    condition[:4, 0] = 1
+    if last:
+        condition[3, -1] = 1
+    condition[4:] = torch.randn(16, 3, 8, 8, generator=random)
+    features = torch.randn(514 if last else 257, 4, generator=random)
+    return {"i2v_clip_feature": features.bfloat16(), "i2v_vae_feature": condition.bfloat16()}
 
 
 def write(folder: Path, items: list[Any], later: bool = True) -> DataSource:
@@ -75,6 +88,16 @@ def test_what_was_extracted_is_trained_on(later: bool, tmp_path: Path) -> None:
         ({"video": torch.zeros(1)}, "DATA-066"),
         ([1, 2], "DATA-066"),
         (legacy(i2v_clip_feature=torch.zeros(257, 1280)), "DATA-066"),
+        (legacy(**images(), more=torch.zeros(1)), "DATA-066"),
+        (legacy(**{**images(), "i2v_vae_feature": torch.zeros(20, 3, 8, 8)}), "DATA-066"),
+        (legacy(**{**images(), "i2v_vae_feature": torch.ones(20, 3, 8, 8)}), "DATA-066"),
+        (legacy(**{**images(), "i2v_vae_feature": torch.ones(20, 2, 8, 8)}), "DATA-066"),
+        (
+            legacy(video=torch.zeros(16, 1, 8, 8), **{**images(), "i2v_vae_feature": torch.ones(20, 1, 8, 8)}),
+            "DATA-066",
+        ),
+        (legacy(**{**images(), "i2v_clip_feature": torch.zeros(2, 257, 4)}), "DATA-066"),
+        (legacy(**{**images(), "i2v_clip_feature": torch.zeros(257, 4, dtype=torch.float64)}), "DATA-066"),
         (legacy(video=torch.zeros(1, 16, 3, 8, 8)), "DATA-066"),
         (legacy(video="x"), "DATA-066"),
         (legacy(video=torch.zeros(16, 3, 8, 8, dtype=torch.float64)), "DATA-066"),
@@ -92,6 +115,22 @@ def test_files_that_are_no_such_features(item: Any, id: str, tmp_path: Path) -> 
         migrate(source, tmp_path / "new", MADE_WITH, show_progress=False)
     assert caught.value.id == id
     assert not (tmp_path / "new" / "data.jsonl").exists()
+
+
+@pytest.mark.parametrize("task", ["i2v", "flf2v"])
+def test_features_with_images(task: str, tmp_path: Path) -> None:
+    pictures = images(last=task == "flf2v")
+    batched = {name: value[None] for name, value in pictures.items()}
+    source = write(tmp_path / "old", [legacy(3, **pictures), legacy(7, **batched)])
+    migrate(source, tmp_path / "new", MADE_WITH, show_progress=False)
+    dataset = open_features(train_data(tmp_path / "new"), with_images(task, img_dim=4, clip_token_len=257))
+    for item in (dataset[0], dataset[1]):
+        assert torch.equal(item["image_features"], pictures["i2v_clip_feature"])
+        assert torch.equal(item["condition"], pictures["i2v_vae_feature"])
+    other = write(tmp_path / "mixed", [legacy(**pictures), legacy(**images(last=task == "i2v"))])
+    with pytest.raises(DataError, match="DATA-049"):
+        migrate(other, tmp_path / "refused", MADE_WITH, show_progress=False)
+    assert not (tmp_path / "refused" / "data.jsonl").exists()
 
 
 class Hostile:

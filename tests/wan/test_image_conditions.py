@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import WanImageToVideoPipeline
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from safetensors.torch import load_file
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
 from mm.demo.components import load_vae, make_scheduler, make_text_encoder, make_tokenizer, make_transformer
 from mm.errors import DataError
@@ -79,6 +80,18 @@ def test_the_whole_frame_is_seen(pipeline: WanImageToVideoPipeline) -> None:
     torch.testing.assert_close(encoder.encode(wide), grey, rtol=0, atol=2e-5)
     wide[..., -4:] = 1
     assert (encoder.encode(wide) - grey).abs().max() > 1e-3
+
+
+def test_a_folder_with_the_projection_of_clip(tmp_path: Path) -> None:
+    """As diffusers' conversion of Wan2.1 I2V saves it; the tensors carry the prefix of the larger model."""
+    plain = tiny_clip()
+    whole = CLIPVisionModelWithProjection(plain.config).eval()
+    whole.vision_model.load_state_dict(plain.state_dict())
+    whole.save_pretrained(tmp_path / "whole")
+    assert "visual_projection.weight" in load_file(tmp_path / "whole" / "model.safetensors")
+    frames = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    found = ImageEncoder.from_pretrained(tmp_path / "whole", "fp32", CPU).encode(frames)
+    assert torch.equal(found, ImageEncoder(plain).encode(frames))
 
 
 def test_a_folder_of_something_else(tmp_path: Path) -> None:

@@ -9,9 +9,15 @@ NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-localhost}
 MASTER_PORT=${MASTER_PORT:-6000}
 
-MM_DATA=${MM_DATA:-$here/data.json}
-MM_MODEL=${MM_MODEL:-$here/model_wan.json}
-MM_TOOL=${MM_TOOL:-$here/tools.json}
+TASK=${TASK:-t2v}                     # t2v, i2v or flf2v; the files of the last two are in folders of these names
+case "$TASK" in
+    t2v) files=$here ;;
+    i2v | flf2v) files=$here/$TASK ;;
+    *) echo "error ENV-005: TASK is $TASK. Fix: use t2v, i2v or flf2v." >&2; exit 64 ;;
+esac
+MM_DATA=${MM_DATA:-$files/data.json}
+MM_MODEL=${MM_MODEL:-$files/model_wan.json}
+MM_TOOL=${MM_TOOL:-$files/tools.json}
 LOG_DIR=${LOG_DIR:-./logs}
 
 source "$here/../common.sh"

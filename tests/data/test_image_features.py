@@ -1,0 +1,162 @@
+"""Features of tasks with images: store, checks against the model, loader."""
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_feature_store import MODEL, ORIGIN, RECIPE, feature, metadata, tensors, train_data, write_store
+
+from mm.config.model import IMAGES, WanConfig
+from mm.data.dataset import open_features
+from mm.data.features import Feature, Origin, feature_name, read_feature, text_hash, write_feature, write_listing
+from mm.data.features import FeatureRow as Row
+from mm.data.loader import FeatureBatch, feature_batches
+from mm.data.recipe import save_recipe
+from mm.data.sampler import BatchPlan
+from mm.errors import DataError
+
+TASKS = ["i2v", "flf2v"]
+
+
+def with_images(task: str, **sizes: Any) -> WanConfig:
+    images = {"model_type": task, "in_dim": 36, "img_dim": 4, "clip_token_len": 3}
+    return WanConfig.model_validate({**MODEL.model_dump(), **images, **sizes})
+
+
+def image_feature(task: str, seed: int = 0) -> Feature:
+    random = torch.Generator().manual_seed(100 + seed)
+    clean = feature(seed, tokens=1 + seed % 5)
+    features = torch.randn(3 * IMAGES[task], 4, generator=random)
+    return Feature(clean.latents, clean.prompt, 4, features, torch.randn(20, 3, 8, 8, generator=random))
+
+
+def image_store(folder: Path, task: str, num_samples: int = 4) -> Path:
+    """A store of `task`; its empty prompt is that of a text-to-video store."""
+    write_store(folder, 1)
+    recipe = RECIPE.model_copy(update={"task": task, "image_encoder": "i"})
+    save_recipe(folder, recipe)
+    rows = []
+    for index in range(num_samples):
+        sample = f"videos/{index}.mp4"
+        item = image_feature(task, index)
+        path = folder / "features" / feature_name(sample)
+        write_feature(path, item, Origin(sample, recipe.key, text_hash("x"), "v"), 512)
+        rows.append(
+            Row(
+                sample=sample, file=f"features/{path.name}", path=sample, cap="x", start_frame_idx=0,
+                sample_num_frames=9, sample_size="9x64x64", latent_shape=(16, 3, 8, 8), text_tokens=len(item.prompt),
+                task=task,
+            )
+        )  # fmt: skip
+    empty = Feature(None, torch.full((1, 8), 7.0))
+    origin = Origin("empty_prompt", recipe.key, text_hash(""), "")
+    write_feature(folder / "features" / "empty_prompt.safetensors", empty, origin, 512)
+    write_listing(folder, rows)
+    return folder
+
+
+def refused(folder: Path, model: WanConfig, id: str) -> DataError:
+    with pytest.raises(DataError) as caught:
+        open_features(train_data(folder), model)
+    assert [problem.id for problem in caught.value.problems] == [id]
+    return caught.value
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_sample_comes_back_as_it_was(task: str, tmp_path: Path) -> None:
+    dataset = open_features(train_data(image_store(tmp_path / "s", task)), with_images(task))
+    for index in range(4):
+        item, written = dataset[index], image_feature(task, index)
+        assert written.latents is not None and written.image_features is not None and written.condition is not None
+        assert torch.equal(item["latents"], written.latents)
+        assert torch.equal(item["image_features"], written.image_features)
+        assert torch.equal(item["condition"], written.condition)
+    assert torch.equal(dataset.empty_prompt(), torch.full((1, 8), 7.0))
+    row = (tmp_path / "s" / "data.jsonl").read_text().splitlines()[0]
+    assert f'"task":"{task}"' in row
+    file = load_file(tmp_path / "s" / "features" / feature_name("videos/0.mp4"))
+    assert set(file) == {"latents", "prompt", "prompt_mask", "image_features", "condition"}
+
+
+def test_a_store_of_another_task_than_the_model(tmp_path: Path) -> None:
+    plain = write_store(tmp_path / "t2v", 2)
+    message = str(refused(plain, with_images("i2v"), "DATA-046"))
+    assert "of the task t2v, the model is i2v" in message and "tools.json" in message
+    pictured = image_store(tmp_path / "i2v", "i2v")
+    refused(pictured, MODEL, "DATA-046")
+    refused(pictured, with_images("flf2v"), "DATA-046")
+
+
+def test_two_tasks_mixed(tmp_path: Path) -> None:
+    store = image_store(tmp_path / "s", "i2v")
+    lines = (store / "data.jsonl").read_text().splitlines()
+    (store / "data.jsonl").write_text("\n".join([lines[0].replace('"i2v"', '"flf2v"'), *lines[1:]]))
+    assert "row 1 is of the task flf2v" in str(refused(store, with_images("i2v"), "DATA-046"))
+    listing = tmp_path / "data.txt"
+    listing.write_text(f"{image_store(tmp_path / 'a', 'i2v')}\n{write_store(tmp_path / 'b', 1)}\n")
+    data = train_data(store)
+    basic = data.dataset_param.basic_parameters.model_copy(update={"data_path": str(listing), "data_folder": None})
+    param = data.dataset_param.model_copy(update={"basic_parameters": basic})
+    with pytest.raises(DataError, match=r"DATA-046.*/b are of the task t2v"):
+        open_features(data.model_copy(update={"dataset_param": param}), with_images("i2v"))
+
+
+def pictured(task: str = "i2v", **changes: torch.Tensor) -> dict[str, torch.Tensor]:
+    images = {"image_features": torch.zeros(3 * IMAGES[task], 4), "condition": torch.zeros(20, 3, 8, 8)}
+    return {**tensors(), **images, **changes}
+
+
+@pytest.mark.parametrize(
+    ("content", "id"),
+    [
+        (tensors(), "DATA-046"),
+        ({k: v for k, v in pictured().items() if k != "condition"}, "DATA-012"),
+        ({k: v for k, v in pictured().items() if k != "image_features"}, "DATA-012"),
+        (pictured("flf2v"), "DATA-048"),
+        (pictured(image_features=torch.zeros(3, 5)), "DATA-048"),
+        (pictured(image_features=torch.zeros(1, 3, 4)), "DATA-048"),
+        (pictured(condition=torch.zeros(16, 3, 8, 8)), "DATA-048"),
+        (pictured(condition=torch.zeros(20, 3, 8, 4)), "DATA-048"),
+        (pictured(condition=torch.zeros(20, 3, 8, 8, dtype=torch.int32)), "DATA-012"),
+        (pictured(image_features=torch.full((3, 4), float("nan"))), "DATA-013"),
+        (pictured(latents=torch.zeros(36, 3, 8, 8)), "DATA-012"),
+        (pictured(latents=torch.zeros(16, 1, 8, 8), condition=torch.zeros(20, 1, 8, 8)), "DATA-047"),
+    ],
+)
+def test_files_that_an_i2v_model_does_not_take(content: dict[str, torch.Tensor], id: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(content, path, metadata())
+    with pytest.raises(DataError) as caught:
+        read_feature(path, with_images("i2v"))
+    assert caught.value.id == id and str(path) in str(caught.value)
+
+
+def test_a_file_with_images_is_none_of_a_text_to_video_model(tmp_path: Path) -> None:
+    write_feature(tmp_path / "a.safetensors", image_feature("i2v"), ORIGIN, 512)
+    with pytest.raises(DataError, match="DATA-046"):
+        read_feature(tmp_path / "a.safetensors", MODEL)
+
+
+def batches(folder: Path, task: str, **options: Any) -> list[FeatureBatch]:
+    dataset = open_features(train_data(folder), with_images(task))
+    return list(islice(feature_batches(dataset, BatchPlan(2, 2), text_len=512, seed=5, **options), 6))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_batches_are_the_samples_stacked_and_captions_alone_are_dropped(task: str, tmp_path: Path) -> None:
+    store = image_store(tmp_path / "s", task)
+    kept = batches(store, task)
+    for batch in kept:
+        assert batch["image_features"].shape == (2, 3 * IMAGES[task], 4)
+        assert batch["condition"].shape == (2, 20, 3, 8, 8)
+        for row, name in enumerate(batch["sample"]):
+            written = image_feature(task, int(name.removeprefix("videos/").removesuffix(".mp4")))
+            assert torch.equal(batch["image_features"][row], written.image_features)
+            assert torch.equal(batch["condition"][row], written.condition)
+    for one, other in zip(kept, batches(store, task, caption_dropout=1.0, num_workers=1), strict=True):
+        assert not torch.equal(one["text"], other["text"])
+        for name in ("latents", "image_features", "condition"):
+            assert torch.equal(one[name], other[name])
