@@ -50,5 +50,6 @@ run_training() { # flags...
 run_generation() { # flags...
     launch mm.cli.generate --mm-model "$MM_MODEL" --load "$LOAD_PATH" --micro-batch-size "$MBS" \
         --tensor-model-parallel-size "$TP" --context-parallel-size "$CP" \
-        ${SAVE_PATH:+--save-path "$SAVE_PATH"} ${PROMPT:+--prompt "$PROMPT"} "$@"
+        ${SAVE_PATH:+--save-path "$SAVE_PATH"} ${PROMPT:+--prompt "$PROMPT"} \
+        ${IMAGE:+--image "$IMAGE"} ${VIDEO:+--video "$VIDEO"} "$@"
 }

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import av
@@ -361,25 +360,10 @@ def test_adapters_that_cannot_work(workplace, weights, capfd):
     assert failure(capfd, *load, "--lora", "other.safetensors") == (65, ["DATA-093"])
 
 
-def script(weights, size, **values):
-    """Run the script of a cluster user in tiny mode: values from the environment, further flags after it."""
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    environment |= {"MM_MODEL": "model.json", "LOAD_PATH": str(weights / "transformer"), "MBS": "3", **values}
-    words = ["--num-inference-steps", "1", "--device", "cpu", "--guidance-scale", "1"]
-    path = str(EXAMPLES / size / "t2v/inference.sh")
-    return subprocess.run(["bash", path, *words], env=environment, capture_output=True, text=True)
-
-
-@pytest.mark.parametrize("size", ["1.3b", "14b"])
-def test_example_scripts(workplace, weights, size):
-    result = script(weights, size, SAVE_PATH="from the script")
-    assert result.returncode == 0, result.stderr
-    assert len(contents("from the script")) == 6
-    assert "3/3" in result.stderr
-
-
 def test_a_script_hands_on_the_exit_code(workplace, weights):
-    result = script(weights, "1.3b", PROMPT="no.txt")
+    environment = os.environ | {"MM_MODEL": "model.json", "LOAD_PATH": str(weights / "transformer"), "PROMPT": "no.txt"}
+    script = str(EXAMPLES / "1.3b/t2v/inference.sh")
+    result = subprocess.run(["bash", script, "--device", "cpu"], env=environment, capture_output=True, text=True)
     assert result.returncode == 65
     assert "error DATA-053" in result.stderr
     assert "Traceback" not in result.stderr

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Generates one clip for each prompt with Wan2.1 T2V 1.3B. Edit the values below and inference_model.json, give them as
-# environment variables, or append flags: LOAD_PATH=out bash inference.sh --num-inference-steps 30 --seed 7
+# Generates one clip for each prompt with Wan2.1 T2V 1.3B. Edit the values below and inference_model.json, give them
+# as environment variables, or append flags: LOAD_PATH=out bash inference.sh --num-inference-steps 30 --seed 7
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 NPUS_PER_NODE=${NPUS_PER_NODE:-1}       # TP x CP of them share a clip, the others make other clips
@@ -18,7 +18,5 @@ LOAD_PATH=${LOAD_PATH:-./weights/Wan-AI/Wan2.1-T2V-1.3B-Diffusers/transformer}  
 SAVE_PATH=${SAVE_PATH:-}                # folder for the clips; empty: save_path of MM_MODEL
 PROMPT=${PROMPT:-}                      # text file, one prompt a line; empty: prompt of MM_MODEL
 
-VIDEO=${VIDEO:-}                        # text file, one video a line, to make clips from; then append --strength 0.7
-
 source "$here/../../common.sh"
-run_generation ${VIDEO:+--video "$VIDEO"} "$@"
+run_generation "$@"

@@ -18,7 +18,5 @@ LOAD_PATH=${LOAD_PATH:-./weights/Wan-AI/Wan2.1-T2V-14B-Diffusers/transformer}   
 SAVE_PATH=${SAVE_PATH:-}                # folder for the clips; empty: save_path of MM_MODEL
 PROMPT=${PROMPT:-}                      # text file, one prompt a line; empty: prompt of MM_MODEL
 
-VIDEO=${VIDEO:-}                        # text file, one video a line, to make clips from; then append --strength 0.7
-
 source "$here/../../common.sh"
-run_generation ${VIDEO:+--video "$VIDEO"} "$@"
+run_generation "$@"
