@@ -156,7 +156,7 @@ class _Encoders:
     def text_only(self, caption: str) -> Feature:
         return Feature(None, self._text.encode([caption])[0])
 
-    def all(self, clip: Clip, caption: str) -> Feature:
+    def encode(self, clip: Clip, caption: str) -> Feature:
         latents = self._video.encode(clip.pixels.unsqueeze(0))[0]
         images = self._images.encode(clip) if self._images else (None, None)
         return Feature(latents, self._text.encode([caption])[0], clip.start, *images)
@@ -246,7 +246,7 @@ def _encode_all(
     text_len = data.dataset_param.tokenizer_config.model_max_length
     with bar:
         for task, clip in _read_ahead(todo, data, seed, num_workers):
-            write_feature(task.file, encoders.all(clip, task.caption), task.origin, text_len)
+            write_feature(task.file, encoders.encode(clip, task.caption), task.origin, text_len)
             bar.update()
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mm.cli.extract import main
 from mm.config.data import data_sources, load_extract_data
+from mm.config.extract import ExtractAutoencoder, ImageProcessor
 from mm.config.model import IMAGES, WanConfig
 from mm.data.clips import load_clip
 from mm.data.features import FeatureRow, read_feature
@@ -223,3 +224,13 @@ def test_the_vae_and_the_image_encoder_work_in_one_precision(place: Place) -> No
     assert found.condition is not None and found.image_features is not None
     assert found.condition.dtype == found.image_features.dtype == torch.bfloat16
     assert set(found.condition[:4].unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("clip", "frames", "expected"),
+    [(False, "auto", False), (True, "auto", True), (True, False, False), (False, True, True)],
+)
+def test_what_auto_means(clip: bool, frames: bool | str, expected: bool) -> None:
+    processor = ImageProcessor(image_encoder="i", i2v_vae_encode_tiling=frames)
+    ae = ExtractAutoencoder(from_pretrained="v", dtype="fp32", enable_tiling=clip, i2v_processor=processor)
+    assert (ae.condition_tiling() is not None) == expected
