@@ -16,6 +16,8 @@ from mm.lora.files import PEFT_FILE, write_adapter
 from mm.lora.layer import Adapted, adapter_shapes
 from mm.lora.low_bit import LowBit
 
+BASE_IDENTITY = "base_identity"
+"""Key of an adapter's texts: the identity of the base model that it was trained on."""
 _SHOWN = 3
 
 
@@ -65,7 +67,7 @@ class AdapterRecord:
 
     def texts(self) -> dict[str, str]:
         """For the header of a file of another format."""
-        return {"base_model": self.base_path, "base_identity": self.base_identity}
+        return {"base_model": self.base_path, BASE_IDENTITY: self.base_identity}
 
     def require_same(self, theirs: AdapterRecord, where: Path) -> None:
         """Refuse to go on from the adapters of a checkpoint in another way than it was trained.

@@ -30,6 +30,7 @@ ROWS = [
     LoRARow(zero(1, 1)),
     LoRARow(Row(layout(1)), ALL, "int8"),
     LoRARow(Row(layout(1), recompute=MIX), ALL, "fp8"),
+    LoRARow(Row(layout(1), recompute=FULL, compiled=True), ALL, "int8"),
     # two processes: every axis alone, and stages without adapters
     LoRARow(Row(layout(2), OVERLAPPED, samples=MIXED, recompute=KEEP)),
     LoRARow(Row(layout(2), OVERLAPPED, samples=EVEN), FIRST),
