@@ -35,12 +35,14 @@ def main(argv: Sequence[str]) -> None:
     from mm.checkpoint.comm import ProcessGroupComm, SingleProcess
     from mm.data.dataset import open_features
     from mm.device.backend import select
+    from mm.lora.plan import plan_of
     from mm.parallel.launch import Job
     from mm.parallel.mesh import build_mesh
     from mm.train.loop import Run, train
 
     if where.rank != 0:
         logging.getLogger().setLevel(logging.WARNING)
+    lora = plan_of(flags, model.predictor.wan())
     dataset = open_features(data, model.predictor.wan())
     held_out = open_features(eval_data, model.predictor.wan()) if eval_data is not None else None
     backend = select(flags.device, where.local_rank)
@@ -58,10 +60,22 @@ def main(argv: Sequence[str]) -> None:
         build_mesh(layout, timeout, backend.kind) as mesh,
     ):
         comm = SingleProcess() if where.world_size == 1 else ProcessGroupComm(device=backend.device)
-        run_of = Run(
-            flags, model, data, zero, dataset, mesh, backend, comm, where.local_world_size, held_out, validation
+        progress = train(
+            Run(
+                flags,
+                model,
+                data,
+                zero,
+                dataset,
+                mesh,
+                backend,
+                comm,
+                where.local_world_size,
+                lora=lora,
+                held_out=held_out,
+                validation=validation,
+            )
         )
-        progress = train(run_of)
     logging.getLogger(__name__).info("done: step %d, %d samples", progress.step, progress.consumed_samples)
 
 

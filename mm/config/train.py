@@ -113,12 +113,26 @@ class TrainFlags(MeshFlags):
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second-moment decay")
     adam_eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     clip_grad: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
+    lora_r: int | None = Field(None, description="LoRA: train adapters of this width alone; the base model is frozen")
+    lora_alpha: float | None = Field(None, description="LoRA: alpha, which over r scales an update")
+    lora_target_modules: list[str] = Field(
+        [], description="LoRA: the linears that get adapters, by the end of their names: q k v o ffn.0 ffn.2"
+    )
+    lora_dropout: float | None = Field(None, description="LoRA: 0 is the only value there is")
+    lora_base_dtype: Literal["int8", "fp8"] | None = Field(
+        None, description="LoRA: keep the frozen weights of the blocks' linears in 8 bits; default: the run's precision"
+    )
     use_distributed_optimizer: bool = Field(False, description="shard master weights and moments over the replicas")
     overlap_grad_reduce: bool = Field(False, description="reduce gradients during backward")
     overlap_param_gather: bool = Field(False, description="gather parameters during forward")
 
     load: str | None = Field(
-        None, description="weights to start from (HF, native or MM folder), or a folder of training checkpoints"
+        None,
+        description="weights to start from (HF, native or MM folder), or a folder of training checkpoints; with LoRA "
+        "adapters: a file of PEFT, ComfyUI, kohya or DiffSynth, or checkpoints of a LoRA run",
+    )
+    load_base_model: str | None = Field(
+        None, description="LoRA: the frozen base model, in any format that --load takes without LoRA"
     )
     save: str | None = Field(None, description="folder for checkpoints and metrics; a run found there is resumed")
     save_interval: int | None = Field(None, ge=1, description="steps between checkpoints; the last step always saves")
@@ -143,6 +157,12 @@ class TrainFlags(MeshFlags):
     log_interval: int = Field(1, ge=1, description="steps between console lines; metrics.jsonl has every step")
     tensorboard_dir: str | None = Field(None, description="TensorBoard folder; default: SAVE/tensorboard")
     no_progress_bar: bool = Field(False, description="console lines only")
+
+    @property
+    def lora(self) -> bool:
+        """Whether adapters are trained, by any of LoRA's flags; the rules ask for the others."""
+        given = (self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_base_dtype)
+        return bool(self.lora_target_modules) or any(value is not None for value in given)
 
     def samples_of_step(self, dp_size: int) -> int:
         """The global batch: of all `dp_size` replicas."""
@@ -181,6 +201,7 @@ RETIRED_TRAIN_FLAGS = {
     "--megatron-cp-in-bnsd": "Remove it; the device chooses the layout of its attention kernel.",
     "--use-fused-ring-attention-update": "Remove it; the device chooses its fastest kernel.",
     "--context-parallel-kv-cache-policy": "Remove it; what a ring keeps for its backward pass is no choice here.",
+    "--lora-register-forward-hook": "Remove it; gradients reach every adapter without a hook.",
     "--use-torch-fsdp2": "Remove it; give --layerzero and --layerzero-config, which shard through FSDP2.",
     "--fsdp2-config-path": "Remove it; give --layerzero and --layerzero-config, which shard through FSDP2.",
 }

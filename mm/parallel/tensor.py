@@ -30,6 +30,8 @@ SHARDED_DIM = {
     "0.weight": 0, "0.bias": 0, "2.weight": 1,
     "q.lora_B": 0, "k.lora_B": 0, "v.lora_B": 0, "k_img.lora_B": 0, "v_img.lora_B": 0,
     "0.lora_B": 0, "o.lora_A": 1, "2.lora_A": 1,
+    "q.weight_scale": 0, "k.weight_scale": 0, "v.weight_scale": 0, "k_img.weight_scale": 0, "v_img.weight_scale": 0,
+    "0.weight_scale": 0,
 }  # fmt: skip
 """Dim along which a block's parameter is cut, by the end of its name; parameters that are not here are whole."""
 
