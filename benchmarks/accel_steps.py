@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,14 @@ from mm.config.diffusion import DiffusionConfig
 from mm.config.model import WAN_1_3B, WAN_14B, WanConfig
 from mm.data.loader import FeatureBatch
 from mm.diffusion.flow import FlowMatching
+from mm.lora.layer import Adapted
+from mm.lora.plan import LoRAPlan
+from mm.lora.targets import linears_of
 from mm.parallel.apply import DataParallelOptions, apply
 from mm.parallel.host_pool import StepShape, make_offloader
 from mm.parallel.optimizer import AdamWSettings
 from mm.parallel.optimizers import make_optimizer
+from mm.parallel.placement import whole_shapes
 from mm.parallel.recompute import block_runner
 from mm.train.flops import forward_flops, train_flops
 from mm.train.step import train_step
@@ -42,10 +46,14 @@ VELOCITY_BOUND, GRADIENT_BOUND = 2e-2, 5e-2  # of bf16 against fp32: largest err
 
 @dataclass(frozen=True)
 class Work:
-    """A model and the latents of one sample; `small` is the same width with fewer blocks and tokens, to be checked."""
+    """A model and the latents of one sample, and the r of adapters that are trained instead of the model.
+
+    `small` is the same width with fewer blocks and tokens, to be checked.
+    """
 
     wan: WanConfig
     latent: Latent
+    lora_r: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -57,14 +65,24 @@ class Work:
     def small(self) -> Work:
         """Two blocks and a few frames of a quarter of the picture."""
         frames, height, width = self.latent
-        return Work(self.wan.model_copy(update={"num_layers": 2}), (min(frames, 5), height // 2, width // 2))
+        few = self.wan.model_copy(update={"num_layers": 2})
+        return Work(few, (min(frames, 5), height // 2, width // 2), self.lora_r)
+
+    @property
+    def lora(self) -> LoRAPlan | None:
+        """Adapters of every linear of the blocks."""
+        if self.lora_r is None:
+            return None
+        linears = linears_of(whole_shapes(self.wan))
+        return LoRAPlan(linears, dict.fromkeys(linears, Adapted(self.lora_r, float(self.lora_r))), None)
 
     @property
     def shapes(self) -> dict[str, Any]:
         """For the result."""
         wan = self.wan
         return {"D": wan.hidden_size, "f": wan.ffn_dim, "heads": wan.num_heads, "layers": wan.num_layers,
-                "latent": self.latent, "s": self.tokens, "text": wan.text_len, "dtype": "bf16"}  # fmt: skip
+                "latent": self.latent, "s": self.tokens, "text": wan.text_len, "dtype": "bf16",
+                **({} if self.lora_r is None else {"LoRA r": self.lora_r})}  # fmt: skip
 
     def sample(self, draw: int) -> FeatureBatch:
         """Random features in host memory."""
@@ -82,6 +100,7 @@ TINY = Work(
 )
 SMALL_MODEL = Work(WAN_1_3B, (21, 60, 104))  # 480x832, 81 frames
 LARGE_MODEL = Work(WAN_14B.model_copy(update={"num_layers": 8}), (21, 60, 104))
+LORA = Work(WAN_14B, (21, 60, 104), lora_r=64)
 
 
 def runner(bench: Bench, work: Work, mode: Mode) -> BlockRunner:
@@ -127,9 +146,11 @@ def engine_step(bench: Bench, work: Work, mode: Mode) -> Callable[[], object]:
     """One step of the engine, with fresh noise each time."""
     options = DataParallelOptions(use_distributed_optimizer=True)
     value_of = partial(weight, device=bench.device)
+    lora = work.lora
     parallel = apply(
-        work.wan, bench.mesh, bench.backend, options, torch.bfloat16, value_of, run_blocks=runner(bench, work, mode)
-    )
+        work.wan, bench.mesh, bench.backend, options, torch.bfloat16, value_of, run_blocks=runner(bench, work, mode),
+        tuning=None if lora is None else lora.tuning(),
+    )  # fmt: skip
     optimizer, flow, draws = make_optimizer(parallel, SETTINGS), FlowMatching(DiffusionConfig()), itertools.count()
     batch = work.sample(0)
 
@@ -185,7 +206,7 @@ def columns(bench: Bench, work: Work, mode: Mode, timing: Timing) -> dict[str, A
     wan, tokens = work.wan, work.tokens
     forward, attention = forward_flops(wan, tokens), 4 * tokens**2 * wan.hidden_size * wan.num_layers
     again = (mode.other_runs - 1) * (forward - attention) + (mode.attention_runs - 1) * attention
-    model = train_flops(wan, tokens)
+    model = train_flops(wan, tokens, frozen=work.lora_r is not None)
     rates = {"MFU": model / timing.median / 1e12, "HFU": (model + again) / timing.median / 1e12}
     shares = {} if bench.peak_tflops is None else {n: f"{rate / bench.peak_tflops:.1%}" for n, rate in rates.items()}
     return {"s, median": timing.median, "least": timing.least, "most": timing.most, "steps": timing.count,
@@ -207,7 +228,7 @@ def step_line(bench: Bench, work: Work, name: str) -> dict[str, Any]:
 
 def steps(bench: Bench, title: str, work: Work, modes: Sequence[str], bounds: dict[tuple[str, str], float]) -> Result:
     """A table of modes, with targets by (mode, column)."""
-    work = TINY if bench.tiny else work
+    work = replace(TINY, lora_r=None if work.lora_r is None else 2) if bench.tiny else work
     result = bench.result(title, work.shapes, FLOPS)
     result.rows = [step_line(bench, work, mode) for mode in modes]
     if not bench.tiny:
@@ -227,17 +248,35 @@ def a2(bench: Bench) -> Result:
     kept, offloaded = "keep O", "keep O, offloaded"
     result = steps(bench, "a2: step of 1.3B, attention kept", SMALL_MODEL, [kept, offloaded],
                    {(kept, "s, median"): 1.95})  # fmt: skip
-    times = [line.get("s, median") for line in result.rows]
-    if not bench.tiny:
-        slower = None if None in times else times[1] / times[0]
-        result.targets.append(Target("time offloaded / not", slower, 1.02))
-    return result
+    return _offload_target(bench, result)
 
 
 def a3(bench: Bench) -> Result:
     """1.3B, nothing recomputed."""
     return steps(bench, "a3: step of 1.3B, no recomputation", SMALL_MODEL, ["none"],
                  {("none", "s, median"): 1.8, ("none", "GB allocated"): 115.0})  # fmt: skip
+
+
+def b1(bench: Bench) -> Result:
+    """LoRA of 14B, full recomputation."""
+    return steps(bench, "b1: LoRA step of 14B, full recomputation", LORA, ["full"],
+                 {("full", "s, median"): 11.5, ("full", "GB allocated"): 60.0})  # fmt: skip
+
+
+def b2(bench: Bench) -> Result:
+    """LoRA of 14B, attention kept, on the device and offloaded."""
+    kept, offloaded = "keep O", "keep O, offloaded"
+    bounds = {(kept, "s, median"): 9.9, (offloaded, "GB allocated"): 60.0}
+    return _offload_target(bench, steps(bench, "b2: LoRA step of 14B, attention kept", LORA, [kept, offloaded], bounds))
+
+
+def _offload_target(bench: Bench, result: Result) -> Result:
+    """Add how much slower the second row, the offloaded one, may be."""
+    times = [line.get("s, median") for line in result.rows]
+    if not bench.tiny:
+        slower = None if None in times else times[1] / times[0]
+        result.targets.append(Target("time offloaded / not", slower, 1.02))
+    return result
 
 
 def c1(bench: Bench) -> Result:

@@ -1,7 +1,8 @@
 """Benchmarks of one accelerator (CUDA or NPU): `python benchmarks/accelerator.py a1 [a2 ...] [--json FILE]`, or `all`.
 
 a1 a2 a3  a training step of Wan2.1 1.3B at 480x832x81: full recomputation, attention kept, nothing recomputed
-c1        the same of eight blocks of 14B, by mode
+b1 b2     a training step of a LoRA (r 64) of 14B at 480x832x81: full recomputation, attention kept
+c1        a training step of eight blocks of 14B, by mode
 d1 d2 d3  attention by implementation; bandwidth of the lean operators; copies to and from host memory
 e1        diffusers doing a1's work
 
@@ -22,7 +23,7 @@ sys.path[:0] = [str(ROOT)]
 
 from accel_bench import Bench  # noqa: E402  (the path above)
 from accel_parts import d1, d2, d3  # noqa: E402
-from accel_steps import a1, a2, a3, c1, e1  # noqa: E402
+from accel_steps import a1, a2, a3, b1, b2, c1, e1  # noqa: E402
 from results import Result, arguments, write  # noqa: E402
 
 from mm.config.layout import Layout  # noqa: E402
@@ -32,7 +33,7 @@ from mm.parallel.launch import Job  # noqa: E402
 from mm.parallel.mesh import build_mesh  # noqa: E402
 
 COMMANDS: dict[str, Callable[[Bench], Result]] = {
-    "a1": a1, "a2": a2, "a3": a3, "c1": c1, "d1": d1, "d2": d2, "d3": d3, "e1": e1,
+    "a1": a1, "a2": a2, "a3": a3, "b1": b1, "b2": b2, "c1": c1, "d1": d1, "d2": d2, "d3": d3, "e1": e1,
 }  # fmt: skip
 TIMEOUT_MINUTES = 5
 

@@ -9,20 +9,20 @@ from typing import Any
 import torch
 
 import mm
-from mm.checkpoint.formats.source import WeightSource
 from mm.checkpoint.safetensor_file import hash_file
 from mm.config.generate import Generation
 from mm.config.inference import InferenceModel
 from mm.data.recipe import folder_fingerprint
 from mm.generate.rows import Row
+from mm.generate.weights import GenerationWeights
 
 
-def describe_run(generation: Generation, source: WeightSource, fingerprint: str, device: str) -> dict[str, Any]:
+def describe_run(generation: Generation, weights: GenerationWeights, device: str) -> dict[str, Any]:
     """What all clips of a run share.
 
     Args:
         generation: the configuration.
-        source: of the transformer's weights. fingerprint: of what was made of them.
+        weights: of the transformer, all of which have been read.
         device: kind of device.
     """
     config = generation.config
@@ -31,7 +31,7 @@ def describe_run(generation: Generation, source: WeightSource, fingerprint: str,
     if diffusion.solver == "unipc":
         sampler |= {"solver_order": diffusion.solver_order, "solver_type": diffusion.solver_type}
     libraries = {name: importlib.metadata.version(name) for name in ("diffusers", "transformers", "av")}
-    transformer = {"path": str(source.path), "format": source.label, "dtype": config.predictor.dtype}
+    transformer = {"path": str(weights.source.path), "format": weights.source.label, "dtype": config.predictor.dtype}
     return {
         "task": config.task,
         "negative_prompt": config.negative_prompt if diffusion.guided else None,
@@ -43,8 +43,11 @@ def describe_run(generation: Generation, source: WeightSource, fingerprint: str,
         "flow_shift": diffusion.flow_shift,
         "guidance_scale": diffusion.guidance_scale,
         "batched_guidance": diffusion.batched_guidance,
-        "transformer": transformer | {"fingerprint": fingerprint},
-        "lora": [section.model_dump() | {"fingerprint": hash_file(Path(section.path))[:16]} for section in config.lora],
+        "transformer": transformer | {"fingerprint": weights.fingerprint()},
+        "lora": [
+            section.model_dump() | {"fingerprint": digits}
+            for section, digits in zip(config.lora, weights.adapter_fingerprints(), strict=True)
+        ],
         **_encoders(config),
         "layout": generation.layout.name(),
         "device": device,

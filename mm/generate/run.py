@@ -64,7 +64,7 @@ def generate_clips(
     )
     video = renderer.load_video_encoder()
     parallel = apply_frozen(wan, processes.mesh, backend, dtype, weights.value_of, generation.zero)
-    description = describe_run(generation, weights.source, weights.fingerprint(), backend.kind)
+    description = describe_run(generation, weights, backend.kind)
     paths = []
     shown = show_progress and processes.comm.rank == 0
     with tqdm(total=renderer.num_steps, desc="generating", unit="step", disable=not shown) as bar:

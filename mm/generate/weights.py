@@ -15,7 +15,7 @@ from mm.config.inference import LoraSection
 from mm.config.model import WanConfig
 from mm.errors import ConfigError, Problem, raise_all
 from mm.lora.adapter import Adapter, merge_tensor, require_fit
-from mm.lora.files import read_adapter
+from mm.lora.convert import read_any
 from mm.parallel.placement import whole_shapes
 from mm.wan.precision import keep_fp32
 
@@ -54,6 +54,16 @@ class GenerationWeights:
             self._digests[name] = _digest(name, value)
         return value
 
+    def adapter_fingerprints(self) -> list[str]:
+        """Sixteen hexadecimal digits of each adapter's matrices and alphas, whatever file they came from."""
+        return [
+            _joined(
+                {name: _digest(name, value) for name, value in adapter.parameters().items()}
+                | {f"{name}.alpha": str(update.alpha) for name, update in adapter.updates.items()}
+            )
+            for adapter, _ in self._adapters
+        ]
+
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits of all parameters that `value_of` has given, whatever files they came from."""
         return _joined(self._digests)
@@ -66,7 +76,7 @@ def open_generation_weights(
 
     Args:
         path: as for `mm.checkpoint.weights.open_weights`.
-        lora: adapter files and the factors on them.
+        lora: adapter files, or folders of LoRA runs, and the factors on them.
         wan: the transformer's shape.
         dtype: of the bulk of the parameters.
         fingerprinted: read every value for `GenerationWeights.fingerprint` too, about a second a GB.
@@ -94,7 +104,7 @@ def open_generation_weights(
     shapes = whole_shapes(wan)
     require_exactly(source, shapes)
     linears = {name.removesuffix(".weight"): (s[0], s[1]) for name, s in shapes.items() if len(s) == 2}
-    adapters = [(read_adapter(Path(section.path)), section.strength) for section in lora]
+    adapters = [(read_any(Path(section.path)), section.strength) for section in lora]
     for adapter, _ in adapters:
         require_fit(adapter, linears)
     return GenerationWeights(source, adapters, dtype, fingerprinted)

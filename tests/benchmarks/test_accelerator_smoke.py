@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "benchmarks" / "accelerator.py")
-ROWS = {"a1": 1, "a2": 2, "a3": 1, "c1": 3, "d1": 4, "d2": 6, "d3": 4, "e1": 2}
+ROWS = {"a1": 1, "a2": 2, "a3": 1, "b1": 1, "b2": 2, "c1": 3, "d1": 4, "d2": 6, "d3": 4, "e1": 2}
 LABELS = {"mode", "attention", "heads", "operator", "D", "GB", "direction"}
 
 

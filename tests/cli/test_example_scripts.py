@@ -96,7 +96,7 @@ def test_quickstart_refuses_a_folder_in_use(quickstart: tuple[Path, str]) -> Non
     assert done.stderr.startswith("error ENV-003")
 
 
-@pytest.mark.parametrize("size", ["1.3b", "14b"])
+@pytest.mark.parametrize("size", [pytest.param("1.3b", marks=pytest.mark.nightly), "14b"])
 def test_pretrain_script_in_tiny_mode_on_two_processes(demo: Path, tmp_path: Path, size: str) -> None:
     weights = demo / "weights" / "Wan2.1-T2V-Tiny-Diffusers"
     rows = pretrain_on_two_processes(f"{size}/t2v", demo / "configs", weights, tmp_path)
@@ -155,7 +155,7 @@ def few_clips(demo: Path, configs: Path, out: Path) -> None:
     ],
 )
 def test_scripts_of_images_from_videos_to_a_checkpoint(demo: Path, tmp_path: Path, script: str, replicas: int) -> None:
-    """Extraction and training of each task by their scripts, both on two processes."""
+    """Extraction, training and LoRA of each task by their scripts, all on two processes."""
     task = script.split("/")[1]
     files = tmp_path / "files"
     few_clips(demo, demo / "configs" / task, files)
@@ -170,6 +170,9 @@ def test_scripts_of_images_from_videos_to_a_checkpoint(demo: Path, tmp_path: Pat
     assert [row["consumed_samples"] for row in rows] == [4 * replicas, 8 * replicas]
     layout = f"CP {2 // replicas} x DP {replicas}"
     assert layout in (tmp_path / "run" / "train.log").read_text()
+    checkpoint = finetune_on_two_processes(script, files, weights, tmp_path)
+    assert (checkpoint / "pytorch_lora_weights.safetensors").is_file()
+    assert layout in (tmp_path / "lora" / "train.log").read_text()
 
 
 @pytest.mark.parametrize("task", ["i2v", "flf2v"])
@@ -222,29 +225,36 @@ def test_a_task_that_does_not_exist(tmp_path: Path) -> None:
     assert not (tmp_path / "logs").exists()
 
 
-@pytest.mark.parametrize("size", ["1.3b", "14b"])
-def test_finetune_lora_script_in_tiny_mode_on_two_processes(demo: Path, tmp_path: Path, size: str) -> None:
+def finetune_on_two_processes(script: str, configs: Path, weights: Path, tmp_path: Path) -> Path:
+    """Two steps of a script of LoRA; returns the checkpoint."""
     bash(
-        EXAMPLES / size / "t2v" / "finetune_lora.sh",
+        EXAMPLES / script / "finetune_lora.sh",
         *("--train-iters", "2", "--save-interval", "1", "--keep-latest", "1", "--num-workers", "0", "--device", "cpu"),
         timeout_s=120,
         NPUS_PER_NODE="2",
         MASTER_PORT=str(free_port()),
         MBS="2",
         PRECISION="fp32",
-        MM_DATA=str(demo / "configs" / "feature_data.json"),
-        MM_MODEL=str(demo / "configs" / "pretrain_model.json"),
-        LOAD_BASE_MODEL=str(demo / "weights" / "Wan2.1-T2V-Tiny-Diffusers" / "transformer"),
-        SAVE_PATH=str(tmp_path / "run"),
+        MM_DATA=str(configs / "feature_data.json"),
+        MM_MODEL=str(configs / "pretrain_model.json"),
+        LOAD_BASE_MODEL=str(weights / "transformer"),
+        SAVE_PATH=str(tmp_path / "lora"),
     )
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["consumed_samples"] for row in rows] == [4, 8]
-    (folder,) = (tmp_path / "run").glob("iter_*")
-    transformer = WanTransformer3DModel.from_pretrained(demo / "weights" / "Wan2.1-T2V-Tiny-Diffusers" / "transformer")
+    rows = [json.loads(line) for line in (tmp_path / "lora" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert re.search(r"lora +r 16, alpha 16, .* trainable parameters", (tmp_path / "lora" / "train.log").read_text())
+    (folder,) = (tmp_path / "lora").glob("iter_*")
+    return folder
+
+
+@pytest.mark.parametrize("size", [pytest.param("1.3b", marks=pytest.mark.nightly), "14b"])
+def test_finetune_lora_script_in_tiny_mode_on_two_processes(demo: Path, tmp_path: Path, size: str) -> None:
+    weights = demo / "weights" / "Wan2.1-T2V-Tiny-Diffusers"
+    folder = finetune_on_two_processes(f"{size}/t2v", demo / "configs", weights, tmp_path)
+    transformer = WanTransformer3DModel.from_pretrained(weights / "transformer")
     WanPipeline(None, None, None, UniPCMultistepScheduler(), transformer).load_lora_weights(folder)
     adapted = {name.split(".lora_A")[0] for name, _ in transformer.named_parameters() if "lora_A" in name}
     assert len(adapted) == 8 * len(transformer.blocks)  # four projections of both attentions
-    assert re.search(r"lora +r 16, alpha 16, .* trainable parameters", (tmp_path / "run" / "train.log").read_text())
 
 
 def test_a_script_leaves_with_the_commands_exit_code(tmp_path: Path) -> None:

@@ -346,6 +346,12 @@ def test_adapters_are_added_to_the_weights(workplace, weights, frames):
     Path("merged/config.json").write_text(json.dumps(model.config.model_dump(mode="json")))
     main(["--mm-model", "model.json", "--load", "merged", "--device", "cpu", "--overwrite"])
     assert np.abs(frames["video_0000.mp4"].astype(int) - adapted).max() <= 1
+    Path("folder").mkdir()
+    write_adapter(Path("folder/pytorch_lora_weights.safetensors"), Adapter({"blocks.1.ffn.2": update}), "peft")
+    generate(weights, "--overwrite", "--lora", "folder/pytorch_lora_weights.safetensors", "--lora-strength", "0.5")
+    assert np.array_equal(frames["video_0000.mp4"], adapted)
+    again = json.loads(Path("clips/video_0000.json").read_text())["lora"]
+    assert again[0]["fingerprint"] == about["lora"][0]["fingerprint"]  # of the adapter, not of the file
     both = ["--lora", "lora.safetensors", "lora.safetensors", "--lora-strength", "0.5", "-0.5"]
     generate(weights, "--overwrite", *both)
     assert np.abs(frames["video_0000.mp4"].astype(int) - plain).max() <= 1

@@ -121,6 +121,23 @@ def test_images_that_cannot_work(
     assert not (tmp_path / "clips").exists()
 
 
+def test_an_i2v_model_is_given_both_frames(home: Path, tmp_path: Path) -> None:
+    """The last frame reaches it through the latents alone: it changes the clip, the image features are of the first."""
+    values = json.loads(files(home, "i2v").read_text())
+    values["pipeline_config"]["dual_image"] = True
+    (tmp_path / "model.json").write_text(json.dumps(values))
+    pairs = (home / "images_flf2v.txt").read_text()
+    (tmp_path / "swapped.txt").write_text("".join(", ".join(p.split(", ")[::-1]) + "\n" for p in pairs.splitlines()))
+    clips = []
+    for name, rows in (("both", home / "images_flf2v.txt"), ("swapped", tmp_path / "swapped.txt")):
+        words = ["--mm-model", str(tmp_path / "model.json"), "--image", str(rows), "--save-path", str(tmp_path / name)]
+        assert run(main, [*words, *FEW]) == 0
+        clips.append((tmp_path / name / "video_0000.mp4").read_bytes())
+        about = json.loads((tmp_path / name / "video_0000.json").read_text())
+        assert (about["task"], len(about["images"])) == ("flf2v", 2)
+    assert clips[0] != clips[1]
+
+
 def test_a_video_that_is_too_short(home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = ["--video", str(home / "videos.txt"), "--strength", "0.5", "--input-size", "13", "64", "64"]
     assert generate(home, "v2v", tmp_path / "clips", *words) == 65
