@@ -20,6 +20,7 @@ Stream = Literal[
     "frame_choice",
     "caption_choice",
     "initial_noise",
+    "evaluation_noise",
     "init_weights",
 ]
 

@@ -35,7 +35,7 @@ run_training() { # flags...
         *) echo "error ENV-004: PRECISION is $PRECISION. Fix: use bf16 or fp32." >&2; exit 64 ;;
     esac
     if [ "$VP" -gt 1 ]; then virtual_args="--virtual-pipeline-model-parallel-size $VP"; fi
-    set -- --mm-data "$MM_DATA" --mm-model "$MM_MODEL" --load "$LOAD_PATH" --save "$SAVE_PATH" \
+    set -- --mm-data "$MM_DATA" --mm-model "$MM_MODEL" ${LOAD_PATH:+--load "$LOAD_PATH"} --save "$SAVE_PATH" \
         --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP" \
         --micro-batch-size "$MBS" --global-batch-size "$((MBS * GRAD_ACC_STEP * (dp > 0 ? dp : 1)))" \
         $precision_args $virtual_args "$@"
@@ -45,4 +45,11 @@ run_training() { # flags...
     fi
     mkdir -p "$SAVE_PATH"
     launch mm.cli.train "$@" 2>&1 | tee -a "$SAVE_PATH/train.log"
+}
+
+run_generation() { # flags...
+    launch mm.cli.generate --mm-model "$MM_MODEL" --load "$LOAD_PATH" --micro-batch-size "$MBS" \
+        --tensor-model-parallel-size "$TP" --context-parallel-size "$CP" \
+        ${SAVE_PATH:+--save-path "$SAVE_PATH"} ${PROMPT:+--prompt "$PROMPT"} \
+        ${IMAGE:+--image "$IMAGE"} ${VIDEO:+--video "$VIDEO"} "$@"
 }

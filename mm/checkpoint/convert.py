@@ -78,7 +78,14 @@ def convert_to_hf(
         DataError: from `open_weights`.
     """
     require_absent(target)
-    source = open_weights(source_path)
+    write_as_hf(open_weights(source_path), target, like, max_shard_bytes)
+
+
+def write_as_hf(
+    source: WeightSource, target: Path, like: Path | None = None, max_shard_bytes: int = hf.MAX_SHARD_BYTES
+) -> None:
+    """`convert_to_hf` of weights that are open already."""
+    require_absent(target)
     original = None if like is None else WeightFolder.open(like)
     config = _known_config(source) if original is None else _agreed_config(source, original)
     shapes = _checked(source, config)
@@ -99,7 +106,12 @@ def convert_to_native(source_path: Path, target: Path) -> None:
         DataError: from `open_weights`.
     """
     require_absent(target)
-    source = open_weights(source_path)
+    write_as_native(open_weights(source_path), target)
+
+
+def write_as_native(source: WeightSource, target: Path) -> None:
+    """`convert_to_native` of weights that are open already."""
+    require_absent(target)
     config = _known_config(source)
     shapes = _checked(source, config)
     _require_space(target, source, shapes)

@@ -207,7 +207,7 @@ def _in_order(root: Path, policy: Policy) -> list[Candidate]:
 def _tracker_text(root: Path) -> str | None:
     try:
         return (root / TRACKER_NAME).read_text(encoding="utf-8", errors="replace").strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # `root` may be one file of weights
         return None
 
 

@@ -9,14 +9,15 @@ is up to 2 N - 1 boxes of it (`boxes.flat_range_to_boxes`). Neither commits by a
 
 The order of saving; a process may die between any two of these and lose no committed checkpoint:
 free space -> new temporary folder -> shards, hashed and forced to disk -> all ranks report -> every tensor covered
-exactly once -> manifest -> rename -> tracker -> marker -> deletion of old ones.
+exactly once -> derived files -> manifest -> rename -> tracker -> marker -> deletion of old ones.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ from mm.checkpoint.safetensor_file import DTYPE_NAMES, DTYPES, Entry, write_safe
 from mm.errors import CheckpointError
 
 __all__ = [
+    "Derived",
     "Piece",
     "find_latest",
     "load",
@@ -59,6 +61,19 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Derived:
+    """Files beside the shards that say the same in another format; the manifest does not name them.
+
+    Attributes:
+        write: (folder, manifest) -> None, on rank 0 when all shards are there; `read_tensor` reads them.
+        num_bytes: about how much it writes.
+    """
+
+    write: Callable[[Path, Manifest], None]
+    num_bytes: int
+
+
 def save(
     root: Path,
     step: int,
@@ -66,6 +81,7 @@ def save(
     scalars: dict[str, Any],
     comm: Comm | None = None,
     keep_latest: int | None = None,
+    derived: Derived | None = None,
 ) -> Path:
     """Write the checkpoint of `step` below `root`; every rank calls it. Call it inside `writing(root)`.
 
@@ -76,6 +92,7 @@ def save(
         scalars: state that is no tensor, as JSON; rank 0's is written.
         comm: the ranks.
         keep_latest: checkpoints to keep, this one included; None keeps all.
+        derived: files to commit with it, made from its tensors.
 
     Returns:
         The committed folder.
@@ -89,12 +106,13 @@ def save(
     comm = comm or SingleProcess()
     pieces = list(pieces)
     num_bytes = sum(on_every_rank(comm, lambda: sum(p.box.numel * p.tensor.element_size() for p in pieces)))
+    num_bytes += derived.num_bytes if derived is not None else 0
     temporary = root / on_rank_zero(comm, lambda: _begin(root, step, num_bytes, scalars))
     try:
         fault.point("save.folder_created")
         reports = on_every_rank(comm, lambda: _write_shard(temporary, pieces, comm))
         fault.point("save.gathered")
-        name = on_rank_zero(comm, lambda: _complete(root, temporary, step, reports, scalars).name)
+        name = on_rank_zero(comm, lambda: _complete(root, temporary, step, reports, scalars, derived).name)
     except BaseException:
         if comm.rank == 0 and temporary.exists():
             remove_folder(temporary)
@@ -202,7 +220,14 @@ def _finite(piece: Piece) -> torch.Tensor:
     return tensor
 
 
-def _complete(root: Path, folder: Path, step: int, reports: Sequence[dict[str, Any]], scalars: dict[str, Any]) -> Path:
+def _complete(
+    root: Path,
+    folder: Path,
+    step: int,
+    reports: Sequence[dict[str, Any]],
+    scalars: dict[str, Any],
+    derived: Derived | None,
+) -> Path:
     """Check that the shards add up to whole tensors, describe them, and commit."""
     manifest = Manifest(
         step=step,
@@ -222,6 +247,8 @@ def _complete(root: Path, folder: Path, step: int, reports: Sequence[dict[str, A
                 f"{folder / name} was written by another rank and is not visible to rank 0.",
                 "Save into a folder that all nodes share.",
             )
+    if derived is not None:
+        derived.write(folder, manifest)
     write_new(folder / MANIFEST_NAME, manifest.model_dump_json())
     fault.point("save.manifest_written")
     sync_folder(folder)

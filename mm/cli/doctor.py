@@ -57,9 +57,11 @@ def main(argv: Sequence[str]) -> None:
     layout = layout_of(flags, model, zero, flags.world_size)
     frames, height, width = flags.latent_size or clip.latent_size
 
+    from mm.lora.plan import plan_of
     from mm.train.dry_run import Job, dry_run
     from mm.train.loop import data_parallel_options, training_dtype
 
+    lora = plan_of(flags, model.predictor.wan())
     job = Job(
         wan=model.predictor.wan(),
         layout=layout,
@@ -70,6 +72,7 @@ def main(argv: Sequence[str]) -> None:
         micro_batch_size=flags.micro_batch_size,
         micro_batches=flags.micro_batches_of_step(layout.dp_size),
         recompute=recompute_of(flags, model),
+        tuning=None if lora is None else lora.tuning(),
     )
     report = dry_run(job, flags.rank)
     notes = {"compile": _UNCOMPILED} if flags.compile_blocks else {}
@@ -103,11 +106,12 @@ def _as_json(layout: Layout, report: Report, notes: dict[str, str]) -> str:
 
 def _as_text(layout: Layout, report: Report, notes: dict[str, str]) -> str:
     padding = report.rank_tokens - report.real_tokens
+    trained = f", {report.trained:,} of them trained" if report.trained < report.parameters else ""
     facts = [
         ("layout", f"{layout.name()} on {layout.world_size:,} processes"),
         (f"rank {report.rank}", f"TP {report.tp_rank}, CP {report.cp_rank}, DP {report.dp_rank}, PP {report.pp_rank}"),
         ("tokens", f"{report.tokens:,} a sample, {report.rank_tokens:,} on this rank, {padding:,} of them padding"),
-        ("parameters", f"{report.parameters:,} kept by this rank"),
+        ("parameters", f"{report.parameters:,} kept by this rank{trained}"),
         ("bubble", f"{report.bubble:.1%} of the step, if stages are even"),
         ("host memory", f"{report.host_bytes / GIB:.2f} GiB page-locked, for offload" if report.host_bytes else "none"),
         *notes.items(),

@@ -13,7 +13,7 @@ from mm.config.flags import Flags, parse_flags
 from mm.demo.measure import Row, score
 from mm.demo.sheet import draw_sheet
 from mm.errors import DataError
-from mm.generate.prompts import read_prompts
+from mm.generate.rows import read_prompts
 
 
 class ScoreFlags(Flags):

@@ -15,6 +15,7 @@ from mm.config.layerzero import load_zero
 from mm.config.layout import layout_of
 from mm.config.place import place
 from mm.config.rules import check_training
+from mm.config.rules_checks import load_validation
 from mm.config.train import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
 
 
@@ -26,25 +27,32 @@ def main(argv: Sequence[str]) -> None:
     zero = load_zero(flags)
     where = place()
     check_training(flags, model, zero, where.world_size)
+    validation = load_validation(flags, model)
+    eval_data = load_train_data(Path(flags.eval_data)) if flags.eval_data is not None else None
     layout = layout_of(flags, model, zero, where.world_size)
 
     # Only now torch: a configuration mistake is told in a fraction of a second, before any device is touched.
     from mm.checkpoint.comm import ProcessGroupComm, SingleProcess
     from mm.data.dataset import open_features
     from mm.device.backend import select
+    from mm.lora.plan import plan_of
     from mm.parallel.launch import Job
     from mm.parallel.mesh import build_mesh
     from mm.train.loop import Run, train
 
     if where.rank != 0:
         logging.getLogger().setLevel(logging.WARNING)
+    lora = plan_of(flags, model.predictor.wan())
     dataset = open_features(data, model.predictor.wan())
+    held_out = open_features(eval_data, model.predictor.wan()) if eval_data is not None else None
     backend = select(flags.device, where.local_rank)
     timeout = flags.distributed_timeout_minutes
     configuration = {
         "flags": flags.model_dump(mode="json"),
         flags.mm_model: model.model_dump(mode="json"),
         flags.mm_data: data.model_dump(mode="json"),
+        flags.eval_data or "held-out features": eval_data.model_dump(mode="json") if eval_data else None,
+        flags.validation_config or "validation": validation.model_dump(mode="json") if validation else None,
         flags.layerzero_config or "zero_config.yaml": zero.model_dump(mode="json") if zero else None,
     }
     with (
@@ -52,7 +60,22 @@ def main(argv: Sequence[str]) -> None:
         build_mesh(layout, timeout, backend.kind) as mesh,
     ):
         comm = SingleProcess() if where.world_size == 1 else ProcessGroupComm(device=backend.device)
-        progress = train(Run(flags, model, data, zero, dataset, mesh, backend, comm, where.local_world_size))
+        progress = train(
+            Run(
+                flags,
+                model,
+                data,
+                zero,
+                dataset,
+                mesh,
+                backend,
+                comm,
+                where.local_world_size,
+                lora=lora,
+                held_out=held_out,
+                validation=validation,
+            )
+        )
     logging.getLogger(__name__).info("done: step %d, %d samples", progress.step, progress.consumed_samples)
 
 

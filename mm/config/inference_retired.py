@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_T2V_ONLY = "Remove it; this version generates from text alone."
 _FIXED_SAMPLER_KEYS = [
     "diffusion.num_train_steps",
     "diffusion.num_train_timesteps",
@@ -40,18 +39,19 @@ RETIRED_INFERENCE_KEYS: Mapping[str, str] = {
     "frame_interval": "Remove it; clips are made of consecutive frames. For another speed change fps.",
     "use_prompt_preprocess": "Remove it; prompts are always cleaned as for training (HTML escapes, white space).",
     "num_inference_videos_per_sample": "Remove it; repeat the prompt's line, each line has its own noise.",
-    "image": _T2V_ONLY,
-    "video": _T2V_ONLY,
-    "image_encoder": _T2V_ONLY,
     "pipeline_config.cpu_offload": "Remove it; the text encoder leaves the device before the transformer is loaded.",
-    "predictor.img_dim": _T2V_ONLY,
-    "predictor.clip_token_len": _T2V_ONLY,
     "predictor.qk_norm_type": "Remove it; queries and keys always have an RMSNorm over all heads.",
     "predictor.max_seq_len": "Remove it; the rotary tables are made to measure.",
     "predictor.use_fused_rmsnorm": "Remove it; the device chooses its fastest kernel.",
     "predictor.fa_layout": "Remove it; the device chooses its fastest kernel.",
     "predictor.attention_async_offload": "Remove it; it concerns training.",
-    "predictor.pipeline_num_layers": "Remove it; generation runs on one device in this version.",
+    "predictor.pipeline_num_layers": "Remove it; generation has no pipeline. Use tensor parallelism or layer-zero.",
+    "dual_image": "Put it into pipeline_config.",
+    "strength": "Put it into pipeline_config.",
+    "start_frame": "Put it into pipeline_config.",
+    "num_frames": "Remove it; pipeline_config.input_size says how many frames.",
+    "fp32_calculate": "Remove it; what must be fp32 always is. For all of it in fp32 set predictor.dtype.",
+    "pipeline_config.num_frames": "Remove it; input_size says how many frames.",
     "diffusion.num_inference_timesteps": "Call it num_inference_steps.",
     "diffusion.shift": "Call it flow_shift.",
     **dict.fromkeys(_FIXED_SAMPLER_KEYS, "Remove it; flow matching is always sampled this way here."),
@@ -73,12 +73,10 @@ _TRAINING_FLAGS = [
     "--no-gradient-accumulation-fusion",
 ]
 RETIRED_GENERATE_FLAGS: Mapping[str, str] = {
-    "--tensor-model-parallel-size": "Remove it; generation runs on one device in this version.",
-    "--pipeline-model-parallel-size": "Remove it; generation runs on one device in this version.",
-    "--context-parallel-size": "Remove it; generation runs on one device in this version.",
+    "--pipeline-model-parallel-size": "Remove it; use --tensor-model-parallel-size or --layerzero to fit a model.",
     "--global-batch-size": "Remove it; --micro-batch-size says how many prompts run together.",
     "--bf16": "Remove it; the precision is predictor.dtype in inference_model.json.",
     "--attention-mask-type": "Remove it; attention in Wan is never causal.",
-    "--distributed-backend": "Remove it; generation runs on one device in this version.",
+    "--distributed-backend": "Remove it; the device chooses its backend (gloo, nccl, hccl).",
     **dict.fromkeys(_TRAINING_FLAGS, "Remove it; it concerns training."),
 }

@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field, field_validator
 
 from mm.config.base import Section, parse
-from mm.config.train import TrainFlags
+from mm.config.mesh import MeshFlags
 from mm.errors import ConfigError, Problem, raise_all
 
 BLOCK_CLASSES = ("WanDiTBlock", "WanBlock")
@@ -86,7 +86,7 @@ _ONLY: dict[str, tuple[Any, str]] = {
 }
 
 
-def load_zero(flags: TrainFlags) -> ZeroConfig | None:
+def load_zero(flags: MeshFlags) -> ZeroConfig | None:
     """Read the file of `--layerzero-config`; None without layer-zero.
 
     One of the two flags without the other is left to the rule about it (CFG-045).

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from mm.config.layerzero import ZeroConfig
-from mm.config.request import Request
+from mm.config.request import MeshRequest, Request
 from mm.config.train import PretrainModel, TrainFlags
 
 Stages = tuple[tuple[int, ...], ...]
@@ -120,17 +120,30 @@ class Layout:
 
 
 def layout_of(flags: TrainFlags, model: PretrainModel, zero: ZeroConfig | None, world_size: int) -> Layout:
-    """The layout of a run whose configuration `mm.config.rules.check_training` has accepted.
+    """The layout of a training run whose configuration `mm.config.rules.check_training` has accepted.
 
     Raises:
         ValueError: when it has not, and the degrees contradict each other.
     """
     request = Request(flags, model, zero, world_size)
-    ulysses = request.ulysses
+    return mesh_layout(request, request.vp, _stages(model, request.pp, request.vp))
+
+
+def mesh_layout(request: MeshRequest, vp_size: int = 1, stages: Stages = ()) -> Layout:
+    """The layout of a run whose configuration the rules (`mm.config.rules_mesh`) have accepted.
+
+    Args:
+        request: what was asked for.
+        vp_size: model chunks of one pipeline rank. stages: their blocks, [vp_size][pp_size]; empty without a pipeline.
+
+    Raises:
+        ValueError: when they have not, and the degrees contradict each other.
+    """
+    flags, ulysses = request.mesh_flags, request.ulysses
     if ulysses is None:
         raise ValueError("the hybrid algorithm needs a Ulysses degree that divides the context-parallel size")
     return Layout(
-        world_size=world_size,
+        world_size=request.world_size,
         tp_size=request.tp,
         sequence_parallel=flags.sequence_parallel,
         cp_size=request.cp,
@@ -138,9 +151,9 @@ def layout_of(flags: TrainFlags, model: PretrainModel, zero: ZeroConfig | None, 
         window_size=flags.cp_window_size if flags.cp_window_size > 1 else request.cp // ulysses,
         send_recv_overlap=flags.use_cp_send_recv_overlap,
         pp_size=request.pp,
-        vp_size=request.vp,
-        stages=_stages(model, request.pp, request.vp),
-        zero3_size=zero.zero3_size if zero else None,
+        vp_size=vp_size,
+        stages=stages,
+        zero3_size=request.zero.zero3_size if request.zero else None,
     )
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 
 from mm.config.layerzero import ZeroConfig
 from mm.config.request import Request
+from mm.config.rules_checks import evaluation_is_complete
+from mm.config.rules_lora import LORA_RULES
 from mm.config.rules_parallel import PARALLEL_RULES
 from mm.config.rules_recompute import RECOMPUTE_RULES
 from mm.config.train import PretrainModel, TrainFlags
@@ -56,7 +58,11 @@ def _precision_agrees(request: Request) -> Iterator[Problem]:
 def _weights_are_named(request: Request) -> Iterator[Problem]:
     """CFG-023: nobody trains from random weights by accident."""
     flags = request.flags
-    if flags.load is None and not flags.init_from_scratch:
+    if flags.lora:  # the base is --load-base-model's (CFG-104), and new adapters need no file
+        if flags.init_from_scratch:
+            found = "--init-from-scratch is given with LoRA, whose base model is trained already."
+            yield Problem("CFG-023", found, "Remove it; new adapters start at no change of the base.")
+    elif flags.load is None and not flags.init_from_scratch:
         yield Problem("CFG-023", "--load is missing.", "Give it, or --init-from-scratch to start from random weights.")
     if flags.load is not None and flags.init_from_scratch:
         yield Problem("CFG-023", "--load and --init-from-scratch are both given.", "Give one of them.")
@@ -121,8 +127,10 @@ TRAINING_RULES: tuple[Rule, ...] = (
     _precision_agrees,
     _weights_are_named,
     _saving_is_meant,
+    evaluation_is_complete,
     _schedule_fits,
     _overlap_needs_distributed_optimizer,
     _compiled_blocks_wait_for_nothing,
     *RECOMPUTE_RULES,
+    *LORA_RULES,
 )

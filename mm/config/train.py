@@ -8,7 +8,7 @@ from pydantic import Field
 
 from mm.config.base import Section
 from mm.config.diffusion import DiffusionConfig
-from mm.config.flags import Flags
+from mm.config.mesh import MeshFlags
 from mm.config.model import ModelType, WanConfig
 
 
@@ -49,26 +49,14 @@ class PretrainModel(Section):
     diffusion: DiffusionConfig
 
 
-class TrainFlags(Flags):
+class TrainFlags(MeshFlags):
     """Train a Wan2.1 transformer on extracted features."""
 
     mm_data: str = Field(description="feature_data.json: which features, caption dropout")
     mm_model: str = Field(description="pretrain_model.json: the transformer, the noise schedule, the loss")
 
-    tensor_model_parallel_size: int = Field(1, ge=1, description="tensor-parallel degree")
     pipeline_model_parallel_size: int = Field(1, ge=1, description="pipeline-parallel degree")
     virtual_pipeline_model_parallel_size: int | None = Field(None, ge=1, description="model chunks per pipeline rank")
-    context_parallel_size: int = Field(1, ge=1, description="context-parallel degree")
-    sequence_parallel: bool = Field(False, description="cut the tokens outside tensor-parallel layers over TP as well")
-    context_parallel_algo: Literal["ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"] = Field(
-        "ulysses_cp_algo",
-        description="heads for tokens (ulysses), keys and values in a ring (megatron), or rings of groups (hybrid)",
-    )
-    ulysses_degree_in_cp: int | None = Field(
-        None, ge=1, description="ranks of a Ulysses group in the hybrid algorithm; the ring has CP / that many"
-    )
-    use_cp_send_recv_overlap: bool = Field(False, description="the ring sends and receives at the same time")
-    cp_window_size: int = Field(1, ge=1, description="ring ranks of one window of a double ring; 1 is a single ring")
     variable_seq_lengths: bool = Field(
         False, description="samples of different sizes in a pipeline; messages get the size of a step's largest"
     )
@@ -78,10 +66,6 @@ class TrainFlags(Flags):
     use_multiparameter_pipeline_model_parallel: bool = Field(
         False, description="several tensors across a pipeline boundary; how it always works here"
     )
-    layerzero: bool = Field(False, description="shard the parameters themselves, as --layerzero-config says")
-    layerzero_config: str | None = Field(None, description="zero_config.yaml; with --layerzero")
-    distributed_timeout_minutes: int = Field(30, ge=1, description="how long a collective may wait")
-    device: Literal["cpu", "cuda", "npu"] | None = Field(None, description="kind of device; default: the best there is")
 
     micro_batch_size: int = Field(1, ge=1, description="samples in one forward of one replica")
     global_batch_size: int | None = Field(None, ge=1, description="samples in one step; default: MBS x replicas")
@@ -129,12 +113,26 @@ class TrainFlags(Flags):
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second-moment decay")
     adam_eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     clip_grad: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
+    lora_r: int | None = Field(None, description="LoRA: train adapters of this width alone; the base model is frozen")
+    lora_alpha: float | None = Field(None, description="LoRA: alpha, which over r scales an update")
+    lora_target_modules: list[str] = Field(
+        [], description="LoRA: the linears that get adapters, by the end of their names: q k v o ffn.0 ffn.2"
+    )
+    lora_dropout: float | None = Field(None, description="LoRA: 0 is the only value there is")
+    lora_base_dtype: Literal["int8", "fp8"] | None = Field(
+        None, description="LoRA: keep the frozen weights of the blocks' linears in 8 bits; default: the run's precision"
+    )
     use_distributed_optimizer: bool = Field(False, description="shard master weights and moments over the replicas")
     overlap_grad_reduce: bool = Field(False, description="reduce gradients during backward")
     overlap_param_gather: bool = Field(False, description="gather parameters during forward")
 
     load: str | None = Field(
-        None, description="weights to start from (HF, native or MM folder), or a folder of training checkpoints"
+        None,
+        description="weights to start from (HF, native or MM folder), or a folder of training checkpoints; with LoRA "
+        "adapters: a file of PEFT, ComfyUI, kohya or DiffSynth, or checkpoints of a LoRA run",
+    )
+    load_base_model: str | None = Field(
+        None, description="LoRA: the frozen base model, in any format that --load takes without LoRA"
     )
     save: str | None = Field(None, description="folder for checkpoints and metrics; a run found there is resumed")
     save_interval: int | None = Field(None, ge=1, description="steps between checkpoints; the last step always saves")
@@ -149,9 +147,22 @@ class TrainFlags(Flags):
     init_from_scratch: bool = Field(False, description="start from random weights on purpose, without --load")
     ckpt_format: Literal["torch_dist"] = Field("torch_dist", description="the layout-free sharded format")
 
+    eval_interval: int | None = Field(None, ge=1, description="steps between losses on the features of --eval-data")
+    eval_data: str | None = Field(None, description="feature_data.json of held-out features")
+    validation_interval: int | None = Field(None, ge=1, description="steps between renderings with the model as it is")
+    validation_prompts: str | None = Field(None, description="text file, one prompt a line, of what is rendered")
+    validation_images: str | None = Field(None, description="text file, one image a line, or first and last, for them")
+    validation_config: str | None = Field(None, description="inference_model.json: encoders, size and sampler for them")
+
     log_interval: int = Field(1, ge=1, description="steps between console lines; metrics.jsonl has every step")
     tensorboard_dir: str | None = Field(None, description="TensorBoard folder; default: SAVE/tensorboard")
     no_progress_bar: bool = Field(False, description="console lines only")
+
+    @property
+    def lora(self) -> bool:
+        """Whether adapters are trained, by any of LoRA's flags; the rules ask for the others."""
+        given = (self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_base_dtype)
+        return bool(self.lora_target_modules) or any(value is not None for value in given)
 
     def samples_of_step(self, dp_size: int) -> int:
         """The global batch: of all `dp_size` replicas."""
@@ -184,13 +195,13 @@ RETIRED_TRAIN_FLAGS = {
     "--distributed-backend": "Remove it; the device chooses its backend (gloo, nccl, hccl).",
     "--mm-tool": "Remove it; tools.json belongs to feature extraction.",
     "--no-save-rng": "Remove it; random numbers are keyed by seed and sample, so there is no state to leave out.",
-    "--eval-interval": "Remove it; validation during training is not available in this version.",
-    "--eval-iters": "Remove it; validation during training is not available in this version.",
+    "--eval-iters": "Remove it; --eval-interval uses all samples of --eval-data.",
     "--num-layers-per-virtual-pipeline-stage": "Remove it; give --virtual-pipeline-model-parallel-size, and "
     "predictor.pipeline_num_layers in pretrain_model.json for stages of different sizes.",
     "--megatron-cp-in-bnsd": "Remove it; the device chooses the layout of its attention kernel.",
     "--use-fused-ring-attention-update": "Remove it; the device chooses its fastest kernel.",
     "--context-parallel-kv-cache-policy": "Remove it; what a ring keeps for its backward pass is no choice here.",
+    "--lora-register-forward-hook": "Remove it; gradients reach every adapter without a hook.",
     "--use-torch-fsdp2": "Remove it; give --layerzero and --layerzero-config, which shard through FSDP2.",
     "--fsdp2-config-path": "Remove it; give --layerzero and --layerzero-config, which shard through FSDP2.",
 }

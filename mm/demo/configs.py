@@ -66,19 +66,23 @@ def _files(home: Path, task: ModelType, configs: Path, features: Path) -> dict[s
             "diffusion": {"shift": FLOW_SHIFT, "loss_weighting": "none"},
         },
     }
-    if task == "t2v":  # what `mm generate` makes
-        files["inference_model.json"] = {
-            "prompt": str(home / "prompts.txt"),
-            "negative_prompt": "",
-            "save_path": str(home / "videos"),
-            "fps": FPS,
-            "pipeline_config": {"input_size": [NUM_FRAMES, SIZE, SIZE]},
-            "ae": vae,
-            "tokenizer": tokenizer,
-            "text_encoder": text_encoder,
-            "predictor": {**predictor, "from_pretrained": str(weights / "transformer")},
-            "diffusion": {"num_inference_steps": 20, "flow_shift": FLOW_SHIFT, "guidance_scale": 1.0},
-        }
+    images: dict[str, Any] = {}
+    if IMAGES[task]:
+        encoder = {"from_pretrained": str(weights / "image_encoder"), "dtype": "fp32"}
+        images = {"image": str(home / f"images_{task}.txt"), "image_encoder": encoder}
+    files["inference_model.json"] = {
+        "prompt": str(home / "prompts.txt"),
+        "negative_prompt": "",
+        "save_path": str(home / ("videos" if task == "t2v" else f"videos_{task}")),
+        "fps": FPS,
+        "pipeline_config": {"input_size": [NUM_FRAMES, SIZE, SIZE]},
+        "ae": vae,
+        "tokenizer": tokenizer,
+        "text_encoder": text_encoder,
+        "predictor": {**predictor, "from_pretrained": str(weights / "transformer")},
+        "diffusion": {"num_inference_steps": 20, "flow_shift": FLOW_SHIFT, "guidance_scale": 1.0},
+        **images,
+    }
     return files
 
 

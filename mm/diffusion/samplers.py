@@ -30,14 +30,16 @@ class Sampler:
 
     Attributes:
         timesteps: [S] fp32, what the model is called with, in order.
+        first_sigma: the noise level in [0, 1] of the latents that the first step takes.
     """
 
-    def __init__(self, scheduler: Any) -> None:
-        """Wrap a diffusers scheduler whose `set_timesteps` was called."""
+    def __init__(self, scheduler: Any, start: int = 0) -> None:
+        """Wrap a diffusers scheduler whose `set_timesteps` was called; begin at its timestep of index `start`."""
         self._scheduler = scheduler
         # Steps are counted from here instead of looked up by timestep, since UniPC's whole timesteps may repeat.
-        scheduler.set_begin_index(0)
-        self.timesteps: Tensor = scheduler.timesteps.float()
+        scheduler.set_begin_index(start)
+        self.timesteps: Tensor = scheduler.timesteps.float()[start:]
+        self.first_sigma = float(scheduler.sigmas[start])
 
     def step(self, velocity: Tensor, t: Tensor, latents: Tensor) -> Tensor:
         """One step towards the data.
@@ -62,6 +64,7 @@ def make_sampler(
     device: torch.device | None = None,
     solver_order: int = 2,
     solver_type: Literal["bh1", "bh2"] = "bh2",
+    strength: float = 1.0,
 ) -> Sampler:
     """A sampler ready for its first step.
 
@@ -71,6 +74,7 @@ def make_sampler(
         shift: of the noise levels; 3 for 480p and 5 for 720p are usual.
         device: where `timesteps` lie.
         solver_order, solver_type: of UniPC alone.
+        strength: the last int(num_steps * strength) steps are taken, from given latents with noise; 1 takes all.
     """
     if solver == "unipc":
         scheduler = UniPCMultistepScheduler(
@@ -89,4 +93,4 @@ def make_sampler(
         scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
         even = np.linspace(1.0, 0.0, num_steps + 1)[:-1]
         scheduler.set_timesteps(sigmas=even.tolist(), device=device)
-    return Sampler(scheduler)
+    return Sampler(scheduler, num_steps - int(num_steps * strength))

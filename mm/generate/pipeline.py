@@ -1,11 +1,11 @@
-"""Text to video: initial noise, denoising with classifier-free guidance, and decoded frames.
+"""From noise to frames: initial latents, denoising with classifier-free guidance, and decoded frames.
 
 Shapes: B clips, C latent channels, F H W latent frames, height and width, L text tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -19,8 +19,15 @@ from mm.rng import generator
 class Velocity(Protocol):
     """A transformer such as `mm.wan.model.WanModel`."""
 
-    def __call__(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        """[B, C, F, H, W], [B] and [B, L, text_dim] to the velocity [B, C, F, H, W]."""
+    def __call__(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        image_features: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """[B, C, F, H, W], [B], [B, L, text_dim] and what models with images take to the velocity [B, C, F, H, W]."""
         ...
 
 
@@ -35,6 +42,11 @@ def initial_latents(seed: int, prompts: Sequence[int], shape: Sequence[int]) -> 
             for index in prompts
         ]
     )
+
+
+def noisy_latents(clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """Latents of a given clip at a noise level, (1 - sigma) clean + sigma noise in fp32; sigma 1 is noise alone."""
+    return (1 - sigma) * clean.float() + sigma * noise.float()
 
 
 def pad_text(features: Sequence[Tensor], text_len: int) -> Tensor:
@@ -53,20 +65,25 @@ def denoise(
     negative: Tensor | None,
     sampler: Sampler,
     guidance_scale: float,
+    images: Mapping[str, Tensor] | None = None,
+    batched_guidance: bool = False,
     on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Integrate the velocity from noise to latents, as Wan does (arXiv 2503.20314; guidance: arXiv 2207.12598).
 
-    The velocity is v_neg + guidance_scale (v_pos - v_neg), from two passes one after the other; a scale of exactly 1
-    is v_pos, and the negative pass is left out.
+    The velocity is v_neg + guidance_scale (v_pos - v_neg); a scale of exactly 1 is v_pos, and the negative pass is left
+    out.
 
     Args:
         model: the transformer.
-        latents: [B, C, F, H, W], the noise to begin with, on the model's device.
+        latents: [B, C, F, H, W], what the sampler begins with, on the model's device.
         text: [B, L, text_dim], padded text features of the prompts.
         negative: the same of the negative prompt; may be None when guidance_scale is 1.
         sampler: new, from `mm.diffusion.samplers.make_sampler`.
         guidance_scale: strength of the guidance.
+        images: `image_features` and `condition` of models with images, as for `mm.wan.model.WanModel.forward`; the same
+            for both prompts.
+        batched_guidance: both prompts in one pass of twice the batch, instead of two passes one after the other.
         on_step: called after every step; what it returns is ignored.
 
     Returns:
@@ -75,15 +92,16 @@ def denoise(
     Raises:
         DataError: DATA-056 when the latents are no longer finite numbers.
     """
-    if negative is None and guidance_scale != 1:
+    guided = guidance_scale != 1
+    if negative is None and guided:
         raise ValueError("guidance needs the negative prompt's features")
+    texts = [text, negative] if negative is not None and guided else [text]
     latents = latents.float()
     for t in sampler.timesteps:
-        timestep = t.expand(latents.shape[0]).to(latents.device)
-        velocity = model(latents, timestep, text).float()
-        if negative is not None and guidance_scale != 1:
-            unguided = model(latents, timestep, negative).float()
-            velocity = unguided + guidance_scale * (velocity - unguided)
+        velocities = _velocities(model, latents, t, texts, images or {}, batched_guidance)
+        velocity = velocities[0]
+        if guided:
+            velocity = velocities[1] + guidance_scale * (velocity - velocities[1])
         latents = sampler.step(velocity, t, latents)
         on_step()
     if not torch.isfinite(latents).all():
@@ -93,6 +111,21 @@ def denoise(
             "Check the weights (a diverged training run?), and use bf16 or fp32 as predictor.dtype.",
         )
     return latents
+
+
+def _velocities(
+    model: Velocity, latents: Tensor, t: Tensor, texts: Sequence[Tensor], images: Mapping[str, Tensor], batched: bool
+) -> list[Tensor]:
+    """The velocity for each of `texts`, [B, C, F, H, W] fp32, from one pass or one pass each."""
+    timestep = t.expand(len(latents)).to(latents.device)
+    if not batched or len(texts) == 1:
+        return [model(latents, timestep, text, **images).float() for text in texts]
+
+    def twice(x: Tensor) -> Tensor:
+        return torch.cat((x, x))
+
+    both = model(twice(latents), twice(timestep), torch.cat(list(texts)), **{n: twice(x) for n, x in images.items()})
+    return list(both.float().chunk(2))
 
 
 def to_frames(pixels: Tensor) -> Tensor:

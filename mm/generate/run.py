@@ -1,229 +1,78 @@
-"""A whole generation: prompts in, clips out, one part of the model on the device after the other."""
+"""The generation command: opens the weights, puts the transformer on the mesh, renders every row, writes the clips."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import logging
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
-import mm
-from mm.checkpoint.safetensor_file import bytes_of
-from mm.checkpoint.weights import WeightSource, load_into, open_weights
-from mm.config.inference import InferenceModel
-from mm.config.model import WanConfig
-from mm.data.recipe import folder_fingerprint
-from mm.diffusion.samplers import make_sampler
-from mm.errors import ConfigError, DataError, Problem, raise_all
-from mm.generate.pipeline import denoise, initial_latents, pad_text, to_frames
-from mm.generate.prompts import read_prompts
+from mm.config.generate import Generation
+from mm.errors import DataError, raise_all
+from mm.generate.describe import describe_row, describe_run
+from mm.generate.render import Processes, Renderer, batches_of_replica, usable_rows
 from mm.generate.video import clip_path, prepare_folder, write_clip
-from mm.wan.encoders import DTYPES, TextEncoder, VideoEncoder
-from mm.wan.model import WanModel
+from mm.generate.weights import open_generation_weights
+from mm.parallel.apply import apply_frozen
+from mm.parallel.velocity import ParallelVelocity
+from mm.wan.encoders import DTYPES
 
 log = logging.getLogger(__name__)
 
 
 def generate_clips(
-    config: InferenceModel,
-    device: torch.device,
+    generation: Generation,
+    processes: Processes,
     *,
     micro_batch_size: int = 1,
     overwrite: bool = False,
     show_progress: bool = True,
 ) -> list[Path]:
-    """Generate one clip for each prompt and write it as soon as it is done.
+    """Generate one clip for each row and write it as soon as it is done.
 
     Args:
-        config: checked by `mm.config.inference.load_inference`.
-        device: where everything is computed.
-        micro_batch_size: prompts in one forward.
+        generation: checked by `mm.config.generate.load_generation`.
+        processes: where it runs; every rank of the job calls this.
+        micro_batch_size: rows in one forward.
         overwrite: replace clips that exist.
-        show_progress: draw a progress bar over prompts times steps.
+        show_progress: draw a progress bar over this replica's rows times steps, on rank 0.
 
     Returns:
-        The clips' paths, in the order of the prompts.
+        The clips' paths that this rank wrote, in the order of the rows.
 
     Raises:
         ConfigError: CFG-065 and CFG-066 when the parts of the model do not fit each other or the configuration.
-        DataError: DATA-050 to DATA-056 for prompts and clips, DATA-020 to DATA-045 for weights that cannot be used.
+        DataError: DATA-001 to DATA-007, DATA-085 to DATA-087 for rows that could not be used, after all others are
+            done; DATA-050 to DATA-056 and DATA-084 for prompts and clips, DATA-020 to DATA-045 and DATA-090 to DATA-093
+            for weights that cannot be used.
         CheckpointError: CKPT-010 to CKPT-021 for weights that cannot be used.
     """
-    prompts = read_prompts(Path(config.prompt))
+    config, backend = generation.config, processes.backend
+    rows, bad = usable_rows(config, processes)
     folder = Path(config.save_path)
-    prepare_folder(folder, len(prompts), overwrite=overwrite)
-    source = open_weights(config.predictor.from_pretrained or "")
-    _require_same_shape(source, config.predictor.wan())
-    text, negative = _encode_text(config, prompts, device)
-    video = VideoEncoder.from_pretrained(Path(config.ae.from_pretrained), config.ae.dtype, device, config.ae.tiling())
-    _require_fitting_parts(config, text[0], video)
-    model = _load_transformer(source, config, device)
-    description = _describe(config, source, model, device)
-    steps = config.diffusion.num_inference_steps
+    prepare_folder(folder, [row.index for row in rows], overwrite=overwrite)
+    processes.comm.barrier()  # nobody writes before everybody has looked
+    wan, dtype = config.predictor.wan(), DTYPES[config.predictor.dtype]
+    # only whoever writes clips tells what made them
+    weights = open_generation_weights(
+        config.predictor.from_pretrained or "", config.lora, wan, dtype, fingerprinted=processes.writes
+    )
+    renderer = Renderer(
+        config,
+        processes,
+        batches_of_replica(rows, processes, micro_batch_size, together=generation.zero is not None),
+    )
+    video = renderer.load_video_encoder()
+    parallel = apply_frozen(wan, processes.mesh, backend, dtype, weights.value_of, generation.zero)
+    description = describe_run(generation, weights.source, weights.fingerprint(), backend.kind)
     paths = []
-    with tqdm(total=len(prompts) * steps, desc="generating", unit="step", disable=not show_progress) as bar:
-        for batch in _batches(len(prompts), micro_batch_size):
-            latents = _sample(config, model, batch, [text[index] for index in batch], negative, bar, device)
-            frames = to_frames(video.decode(latents))
-            _require_size(frames, config)
-            for index, clip in zip(batch, frames, strict=True):
-                path = clip_path(folder, index)
-                write_clip(path, clip, config.fps, {"prompt": prompts[index], "prompt_index": index, **description})
-                paths.append(path)
-    log.info("%d clips are in %s", len(paths), folder)
+    shown = show_progress and processes.comm.rank == 0
+    with tqdm(total=renderer.num_steps, desc="generating", unit="step", disable=not shown) as bar:
+        for row, frames in renderer.clips(ParallelVelocity(parallel), video, bar.update):
+            path = clip_path(folder, row.index)
+            write_clip(path, frames, config.fps, {**describe_row(row, config), **description})
+            paths.append(path)
+    processes.comm.barrier()
+    log.info("%d clips are in %s", len(rows), folder)
+    raise_all(DataError, [row.problem for row in bad])
     return paths
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """Sixteen hexadecimal digits of all parameters' names and bits, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}:".encode())
-        digest.update(bytes_of(parameter))
-    return digest.hexdigest()[:16]
-
-
-def _encode_text(
-    config: InferenceModel, prompts: Sequence[str], device: torch.device
-) -> tuple[list[Tensor], Tensor | None]:
-    """Features of the prompts and, where guidance uses it, of the negative prompt, on the CPU.
-
-    One text at a time, so that features do not depend on their neighbours; the encoder is dropped afterwards and
-    leaves the device to the transformer.
-    """
-    encoder = TextEncoder.from_pretrained(
-        Path(config.text_encoder.from_pretrained),
-        Path(config.tokenizer.from_pretrained),
-        config.text_encoder.dtype,
-        device,
-        config.tokenizer.model_max_length,
-    )
-    negative = encoder.encode([config.negative_prompt])[0].cpu() if config.diffusion.guided else None
-    return [encoder.encode([prompt])[0].cpu() for prompt in prompts], negative
-
-
-def _load_transformer(source: WeightSource, config: InferenceModel, device: torch.device) -> WanModel:
-    """The transformer on the device in its precision; no copy of it is made on the way."""
-    with torch.device("meta"):
-        model = WanModel(config.predictor.wan())
-    model.to_precision(DTYPES[config.predictor.dtype]).to_empty(device=device)
-    load_into(model, source)
-    return model.eval().requires_grad_(False)
-
-
-def _sample(
-    config: InferenceModel,
-    model: WanModel,
-    batch: Sequence[int],
-    text: Sequence[Tensor],
-    negative: Tensor | None,
-    bar: tqdm[None],
-    device: torch.device,
-) -> Tensor:
-    """Latents [B, C, F, H, W] of the clips of one batch of prompts."""
-    diffusion, predictor = config.diffusion, config.predictor
-    sampler = make_sampler(
-        diffusion.solver,
-        diffusion.num_inference_steps,
-        diffusion.flow_shift,
-        device=device,
-        solver_order=diffusion.solver_order,
-        solver_type=diffusion.solver_type,
-    )
-    return denoise(
-        model,
-        initial_latents(config.seed, batch, (predictor.in_dim, *config.latent_size())).to(device),
-        pad_text(text, predictor.text_len).to(device),
-        None if negative is None else pad_text([negative] * len(batch), predictor.text_len).to(device),
-        sampler,
-        diffusion.guidance_scale,
-        on_step=lambda: bar.update(len(batch)),
-    )
-
-
-def _batches(count: int, size: int) -> Iterator[range]:
-    return (range(start, min(start + size, count)) for start in range(0, count, size))
-
-
-def _require_same_shape(source: WeightSource, ours: WanConfig) -> None:
-    """Compare what the weights say about themselves with the predictor section: tensors do not tell the heads."""
-    theirs = source.config()
-    if theirs is None:
-        return
-    raise_all(
-        ConfigError,
-        [
-            Problem(
-                "CFG-065",
-                f"{source.path} has {name} {getattr(theirs, name)}, "
-                f"and predictor.{name} in inference_model.json is {getattr(ours, name)}.",
-                "Correct the predictor section, or name other weights.",
-            )
-            for name in theirs.differing_fields(ours)
-        ],
-    )
-
-
-def _require_fitting_parts(config: InferenceModel, text: Tensor, video: VideoEncoder) -> None:
-    channels = len(video.vae.config.latents_mean)
-    predictor = config.predictor
-    problems = [
-        Problem("CFG-066", f"{what} is {found}, and predictor.{name} is {expected}.", "Use the parts of one model.")
-        for what, found, name, expected in (
-            (f"The width of {config.text_encoder.from_pretrained}", text.shape[-1], "text_dim", predictor.text_dim),
-            (f"The number of channels of {config.ae.from_pretrained}", channels, "in_dim", predictor.in_dim),
-            (f"The number of channels of {config.ae.from_pretrained}", channels, "out_dim", predictor.out_dim),
-        )
-        if found != expected
-    ]
-    raise_all(ConfigError, problems)
-
-
-def _require_size(frames: Tensor, config: InferenceModel) -> None:
-    """The VAE's stride is the one that the latents' size was computed with."""
-    if tuple(frames.shape[1:4]) != config.pipeline_config.input_size:
-        raise DataError(
-            "DATA-055",
-            f"{config.ae.from_pretrained} made clips of {tuple(frames.shape[1:4])} where (frames, height, width) "
-            f"{config.pipeline_config.input_size} were expected.",
-            "Use the VAE of a Wan2.1 model (stride 4x8x8).",
-        )
-
-
-def _describe(config: InferenceModel, source: WeightSource, model: WanModel, device: torch.device) -> dict[str, Any]:
-    """What made the clips, enough to make them again; without times, so that the same run writes the same files."""
-    diffusion = config.diffusion
-    sampler: dict[str, Any] = {"sample_solver": diffusion.solver}
-    if diffusion.solver == "unipc":
-        sampler |= {"solver_order": diffusion.solver_order, "solver_type": diffusion.solver_type}
-    encoders = config.model_dump(mode="json", include={"ae", "text_encoder", "tokenizer"})
-    libraries = {name: importlib.metadata.version(name) for name in ("diffusers", "transformers", "av")}
-    return {
-        "negative_prompt": config.negative_prompt if diffusion.guided else None,
-        "seed": config.seed,
-        "input_size": list(config.pipeline_config.input_size),
-        "fps": config.fps,
-        **sampler,
-        "num_inference_steps": diffusion.num_inference_steps,
-        "flow_shift": diffusion.flow_shift,
-        "guidance_scale": diffusion.guidance_scale,
-        "transformer": {
-            "path": str(source.path),
-            "format": source.label,
-            "dtype": config.predictor.dtype,
-            "fingerprint": weights_fingerprint(model),
-        },
-        **{
-            name: {**values, "fingerprint": folder_fingerprint(Path(values["from_pretrained"]))}
-            for name, values in encoders.items()
-        },
-        "device": device.type,
-        # torch by its own word, which names the build (2.13.0+cu130); the package's version does not
-        "versions": {"mm": mm.__version__, "torch": str(torch.__version__), **libraries},
-    }

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import av
 from av.video.reformatter import ColorRange, Colorspace
@@ -24,8 +25,10 @@ def clip_path(folder: Path, index: int) -> Path:
     return folder / f"video_{index:04d}.mp4"
 
 
-def prepare_folder(folder: Path, num_clips: int, *, overwrite: bool) -> None:
-    """Make the folder for the clips, and check that they can be written, before anything is computed.
+def prepare_folder(folder: Path, indices: Sequence[int], *, overwrite: bool) -> None:
+    """Make the folder for the clips of these rows, and check that they can be written, before anything is computed.
+
+    Every process of a job may do so at the same time.
 
     Raises:
         DataError: DATA-050 when a clip exists and `overwrite` is False, DATA-051 when the folder cannot be made or
@@ -33,7 +36,7 @@ def prepare_folder(folder: Path, num_clips: int, *, overwrite: bool) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".tmp-probe"
+        probe = folder / f".tmp-probe-{uuid4().hex}"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -42,12 +45,12 @@ def prepare_folder(folder: Path, num_clips: int, *, overwrite: bool) -> None:
             f"Clips cannot be written to {folder}: {error.strerror or error}.",
             "Check --save-path (save_path in inference_model.json), its permissions and the free space.",
         ) from None
-    clips = [clip_path(folder, index) for index in range(num_clips)]
+    clips = [clip_path(folder, index) for index in indices]
     existing = [path for path in clips if path.exists() or path.with_suffix(".json").exists()]
     if existing and not overwrite:
         raise DataError(
             "DATA-050",
-            f"{len(existing)} of {num_clips} clips exist in {folder}, the first is {existing[0].name}.",
+            f"{len(existing)} of {len(clips)} clips exist in {folder}, the first is {existing[0].name}.",
             "Choose another --save-path, or give --overwrite.",
         )
 

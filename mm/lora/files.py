@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from mm.checkpoint.files import sync_folder, temporary_name
+from mm.checkpoint.safetensor_file import entry_of, write_safetensors
 from mm.errors import CheckpointError, DataError
 from mm.lora.adapter import Adapter, Update
 from mm.lora.families import (
@@ -56,20 +55,19 @@ def write_adapter(path: Path, adapter: Adapter, family: Literal["peft", "comfyui
         remedy = "Choose another target, or delete this one if it is not needed."
         raise CheckpointError("CKPT-020", f"The target {path} exists.", remedy)
     tensors, header = (_peft if family == "peft" else _comfyui)(adapter)
-    draft = path.with_name(f".tmp-{path.name}-{uuid4().hex[:12]}")
+    draft = path.with_name(temporary_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(tensors, draft, metadata={**adapter.texts, **header, "format": "pt"})
-            _force_to_disk(draft)
+            entries = [entry_of(name, tensor) for name, tensor in tensors.items()]
+            write_safetensors(draft, entries, {**adapter.texts, **header, "format": "pt"})
             draft.rename(path)
         finally:
             draft.unlink(missing_ok=True)
-        _force_to_disk(path.parent)
-    except (OSError, SafetensorError) as error:
-        what = (error.strerror if isinstance(error, OSError) else None) or error
+        sync_folder(path.parent)
+    except OSError as error:
         remedy = "Check the path, its permissions and the free space."
-        raise CheckpointError("CKPT-031", f"{path} cannot be written: {what}.", remedy) from error
+        raise CheckpointError("CKPT-031", f"{path} cannot be written: {error.strerror or error}.", remedy) from error
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -128,14 +126,6 @@ def _comfyui(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors[f"{COMFYUI_PREFIX}{name}.lora_up.weight"] = update.b.detach().cpu().contiguous()
         tensors[f"{COMFYUI_PREFIX}{name}.alpha"] = torch.tensor(update.alpha, dtype=torch.float32)
     return tensors, {}
-
-
-def _force_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _contents(path: Path, keys: list[str]) -> tuple[dict[str, str], dict[str, Tensor]]:

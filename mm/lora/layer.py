@@ -15,7 +15,7 @@ input on the CPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.device.operators import SumOverRanks
-from mm.errors import ConfigError, Problem, raise_all
+from mm.lora.low_bit import LowBit, LowBitLinear, low_bit_product
 from mm.lora.targets import Sizes
 from mm.rng import generator
 
@@ -41,12 +41,13 @@ class LoRALinear(nn.Module):
     A new one's A is not meaningful until `init_adapters` or a file sets it; B is zero, so the update is too.
 
     Args:
-        base: the linear, whole or a rank's share (`mm.wan.layers.LinearFactory`); its parameters are taken over and
-            frozen.
+        base: the linear, whole or a rank's share (`mm.wan.layers.LinearFactory`), or a `LowBitLinear` of one; its
+            parameters are taken over and frozen.
         adapted: r and alpha.
     """
 
     add_up: SumOverRanks | None
+    weight_scale: nn.Parameter | None
 
     def __init__(self, base: nn.Module, adapted: Adapted) -> None:
         super().__init__()
@@ -54,6 +55,8 @@ class LoRALinear(nn.Module):
         if not isinstance(weight, nn.Parameter) or not isinstance(bias, nn.Parameter):
             raise TypeError(f"{type(base).__name__} is not a linear with weight and bias")
         self.weight, self.bias = weight.requires_grad_(False), bias.requires_grad_(False)
+        scale = getattr(base, "weight_scale", None)
+        self.weight_scale = scale if isinstance(scale, nn.Parameter) else None
         self.add_up = getattr(base, "add_up", None)
         self.scale = adapted.alpha / adapted.rank
         out_features, in_features = weight.shape
@@ -63,33 +66,23 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, in_features] to [B, T, out_features], or [B, t, ...] of a row linear; computed in the dtype of x."""
-        if self.add_up is None:
-            return self._update(F.linear(x, self.weight, self.bias), x)
-        return self.add_up(self._update(F.linear(x, self.weight), x)) + self.bias
+        if self.add_up is not None:
+            return self.add_up(self._update(self._product(x), x)) + self.bias
+        if self.weight_scale is not None:
+            return self._update(self._product(x) + self.bias, x)
+        return self._update(F.linear(x, self.weight, self.bias), x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """W x."""
+        if self.weight_scale is None:
+            return F.linear(x, self.weight)
+        return low_bit_product(x, self.weight, self.weight_scale)
 
     def _update(self, out: Tensor, x: Tensor) -> Tensor:
         """out + scale B A x. For backward it keeps x, which linears of the same x share, and A x of width r."""
         narrow = F.linear(x, self.lora_A.to(x.dtype)).flatten(0, -2)
         wide = self.lora_B.to(x.dtype).t()
         return torch.addmm(out.flatten(0, -2), narrow, wide, alpha=self.scale).view_as(out)
-
-
-def check_settings(rank: int, alpha: float, dropout: float) -> None:
-    """Check the values of --lora-r, --lora-alpha and --lora-dropout.
-
-    Raises:
-        ConfigError: CFG-102 and CFG-103, all at once.
-    """
-    problems = []
-    if rank < 1:
-        problems.append(Problem("CFG-102", f"--lora-r is {rank}, expected 1 or more.", "Use 16, for example."))
-    if not (math.isfinite(alpha) and alpha > 0):
-        found = f"--lora-alpha is {alpha}, expected a number above 0."
-        problems.append(Problem("CFG-102", found, "Use the value of --lora-r, which scales the update by 1."))
-    if dropout != 0:
-        found = f"--lora-dropout is {dropout}; dropout is not offered, as its masks would depend on the layout."
-        problems.append(Problem("CFG-103", found, "Remove it, or give 0."))
-    raise_all(ConfigError, problems)
 
 
 def add_adapters(model: nn.Module, adapted: Mapping[str, Adapted]) -> list[str]:
@@ -114,6 +107,21 @@ def add_adapters(model: nn.Module, adapted: Mapping[str, Adapted]) -> list[str]:
         model.get_submodule(parent).add_module(child, LoRALinear(model.get_submodule(name), how))
         added += [f"{name}.lora_A", f"{name}.lora_B"]
     return added
+
+
+def keep_in_low_bits(model: nn.Module, linears: Iterable[str], kind: LowBit) -> None:
+    """Replace linears of a model by `LowBitLinear`, in place; before `add_adapters`.
+
+    Args:
+        model: a Wan model or a pipeline stage of one, on the meta device.
+        linears: of the whole model by native module name; those of blocks that this stage does not have are left out.
+        kind: of the weights.
+    """
+    held = {name for name, _ in model.named_modules()}
+    for name in linears:
+        if name in held:
+            parent, _, child = name.rpartition(".")
+            model.get_submodule(parent).add_module(child, LowBitLinear(model.get_submodule(name), kind))
 
 
 def adapter_shapes(linears: Mapping[str, Sizes], adapted: Mapping[str, Adapted]) -> dict[str, tuple[int, int]]:

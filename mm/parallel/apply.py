@@ -1,14 +1,15 @@
 """Puts a single-device model on the mesh.
 
 The order, from the inside out: the model's parts for this rank's tensor- and context-parallel axes; the pipeline
-stages cut out of it; their weights, of which only this rank's part is ever made; then either megatron-core's
-DistributedDataParallel, which owns the parameter and gradient buffers, or layer-zero, which shards the parameters.
-megatron-core's schedules drive the result. Each layer knows only the one below it, and the model knows none of them.
+stages cut out of it; what is added to them (`mm.parallel.tuning`); their weights, of which only this rank's part is
+ever made; then either megatron-core's DistributedDataParallel, which owns the parameter and gradient buffers, or
+layer-zero, which shards the parameters. megatron-core's schedules drive the result. Each layer knows only the one below
+it, and the model knows none of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from mm.parallel.mesh import Mesh
 from mm.parallel.placement import Placement, Shape, place, whole_shapes
 from mm.parallel.stage import WanStage, cut
 from mm.parallel.tensor import TensorAxis
+from mm.parallel.tuning import Tuning
 from mm.wan.layers import BlockRunner, Parts, run_in_order
 from mm.wan.model import WanModel
 
@@ -53,6 +55,7 @@ class ParallelModel:
         wan: shape of the whole model. config: megatron-core's view of it.
         options: data-parallel options. zero: layer-zero's configuration, or None.
         placements: where every parameter of this rank lies in the whole one, by native name.
+        trained: whole shapes of all parameters that are trained, of all ranks, in the model's order.
         mesh, backend: where it lives.
     """
 
@@ -63,6 +66,7 @@ class ParallelModel:
     options: DataParallelOptions
     zero: ZeroConfig | None
     placements: dict[str, Placement]
+    trained: dict[str, Shape]
     mesh: Mesh
     backend: Backend
 
@@ -77,13 +81,12 @@ class ParallelModel:
         return self.stages[-1].last
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """This rank's parameters by native Wan name."""
-        return {
-            name: parameter
-            for stage in self.stages
-            for name, parameter in stage.model.named_parameters()
-            if parameter.requires_grad
-        }
+        """This rank's trained parameters by native Wan name."""
+        return {name: parameter for name, parameter in self.all_parameters().items() if parameter.requires_grad}
+
+    def all_parameters(self) -> dict[str, nn.Parameter]:
+        """This rank's parameters by native Wan name, frozen ones too."""
+        return {name: parameter for stage in self.stages for name, parameter in stage.model.named_parameters()}
 
 
 def apply(
@@ -96,6 +99,7 @@ def apply(
     zero: ZeroConfig | None = None,
     run_blocks: BlockRunner = run_in_order,
     compiled_for: int | None = None,
+    tuning: Tuning | None = None,
 ) -> ParallelModel:
     """Make this rank's part of a model, ready for training.
 
@@ -108,13 +112,21 @@ def apply(
         zero: layer-zero's configuration when the layout has it.
         run_blocks: runs the blocks of a stage (`mm.parallel.recompute.block_runner`).
         compiled_for: how many sizes of samples blocks are compiled for (`mm.parallel.compile`); None leaves them eager.
+        tuning: what is added and trained instead of the model's own parameters; None trains these.
     """
     layout = mesh.layout
     parts = model_parts(mesh, run_blocks)
-    placements = {name: place(name, shape, mesh.tp_rank, layout.tp_size) for name, shape in whole_shapes(wan).items()}
+    own = whole_shapes(wan)
+    shapes, trained = (own, own) if tuning is None else ({**own, **tuning.shapes}, dict(tuning.trained))
+    placements = _placements(shapes, mesh)
     with backend.megatron():
         config = _schedule_config(wan, mesh, dtype, options)
         stages = [_stage(wan, parts, config, mesh, dtype, vp_rank) for vp_rank in range(layout.vp_size)]
+    for stage in stages:
+        if zero is None or tuning is not None:  # layer-zero's shards of what is trained are the fp32 masters
+            stage.model.to_precision(dtype)
+        if tuning is not None:
+            tuning.prepare(stage.model)
     chunks: list[Any] = []
     for stage in stages:
         if compiled_for is not None:
@@ -122,10 +134,11 @@ def apply(
             # before layer-zero shards them, as in torchtitan
             compile_blocks(stage.blocks, num_graphs, layout.tp_size > 1)
         if zero is not None and mesh.zero is not None:
-            chunks.append(shard_stage(stage, mesh.zero, zero, backend.device))
+            added = tuning.shapes if tuning is not None else ()
+            chunks.append(shard_stage(stage, mesh.zero, zero, backend.device, added))
             _fill(stage.model, placements, value_of)
             continue
-        stage.model.to_precision(dtype).to_empty(device=backend.device)
+        stage.model.to_empty(device=backend.device)
         _fill(stage.model, placements, value_of)
         with backend.megatron():
             chunks.append(_wrap(stage, config, mesh, options))
@@ -133,7 +146,31 @@ def apply(
         _connect_schedule(config, chunks, options)
     held = {name for stage in stages for name, _ in stage.model.named_parameters()}
     placements = {name: placement for name, placement in placements.items() if name in held}
-    return ParallelModel(stages, chunks, wan, config, options, zero, placements, mesh, backend)
+    return ParallelModel(stages, chunks, wan, config, options, zero, placements, trained, mesh, backend)
+
+
+def apply_frozen(
+    wan: WanConfig, mesh: Mesh, backend: Backend, dtype: torch.dtype, value_of: ValueOf, zero: ZeroConfig | None = None
+) -> ParallelModel:
+    """Make this rank's part of a model that is only run, in `dtype` and without what training needs beside it.
+
+    Args:
+        wan, mesh, backend, dtype, zero: as for `apply`. The mesh has no pipeline.
+        value_of: the values.
+    """
+    parts = model_parts(mesh, run_in_order)
+    placements = _placements(whole_shapes(wan), mesh)
+    options = DataParallelOptions()
+    with backend.megatron():
+        config = _schedule_config(wan, mesh, dtype, options)
+        stage = _stage(wan, parts, config, mesh, dtype, vp_rank=0)
+    stage.model.to_precision(dtype).requires_grad_(False)
+    if zero is not None and mesh.zero is not None:
+        shard_stage(stage, mesh.zero, zero, backend.device)
+    else:
+        stage.model.to_empty(device=backend.device)
+    _fill(stage.model, placements, value_of)
+    return ParallelModel([stage], [stage], wan, config, options, zero, placements, {}, mesh, backend)
 
 
 def model_parts(mesh: Mesh, run_blocks: BlockRunner) -> Parts:
@@ -150,6 +187,11 @@ def model_parts(mesh: Mesh, run_blocks: BlockRunner) -> Parts:
         self_attention=attention,
         run_blocks=run_blocks,
     )
+
+
+def _placements(shapes: Mapping[str, Shape], mesh: Mesh) -> dict[str, Placement]:
+    """Where every parameter's part of this tensor-parallel rank lies, by native name, given the whole shapes."""
+    return {name: place(name, shape, mesh.tp_rank, mesh.layout.tp_size) for name, shape in shapes.items()}
 
 
 def _stage(

@@ -7,12 +7,14 @@ shards the optimizer across the groups too.
 
 Parameters that must stay fp32 in a module of another dtype (modulation and norm3 of a block, 8 D of its 8 D^2 + 4 D F;
 the LayerNorms of the image embedding) are not sharded: FSDP2 gathers a module in one dtype. They are replicated, and
-their gradients are averaged once a step.
+their gradients are averaged once a step. So are parameters that are added to a frozen model; its own are sharded in the
+training dtype, as no gradient is ever added to them.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -28,21 +30,27 @@ from mm.wan.precision import keep_fp32
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def shard_stage(stage: WanStage, mesh: DeviceMesh, zero: ZeroConfig, device: torch.device) -> FSDPModule:
+def shard_stage(
+    stage: WanStage, mesh: DeviceMesh, zero: ZeroConfig, device: torch.device, added: Collection[str] = ()
+) -> FSDPModule:
     """Shard a stage that lies on the meta device, and give it memory on `device`.
 
     Args:
-        stage: with fp32 parameters.
+        stage: with fp32 parameters, or frozen ones of the training dtype.
         mesh: (replicate, shard), the ranks that hold the same parameters.
         zero: the configuration.
         device: of this process.
+        added: native names of parameters that were added to a frozen model (`mm.parallel.tuning`); replicated, because
+            they are trained in fp32 beside what is gathered in the training dtype.
     """
     axes = mesh if mesh["replicate"].size() > 1 else mesh["shard"]
     reduce_dtype = _DTYPES[zero.reduce_dtype]
     low = MixedPrecisionPolicy(param_dtype=stage.dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
     model = stage.model
-    replicated = {parameter for name, parameter in model.named_parameters() if is_replicated(name, zero)}
+    replicated = {
+        parameter for name, parameter in model.named_parameters() if name in added or is_replicated(name, zero)
+    }
     blocks = [
         fully_shard(block, mesh=axes, mp_policy=low, ignored_params=replicated) for block in model.blocks.values()
     ]

@@ -61,7 +61,7 @@ class LayerZeroOptimizer(Optimizer):
             for decayed in (True, False)
         ]
         self._inner = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [group for group in groups if group["params"]] or groups[:1],  # a stage may have nothing to train
             lr=settings.lr,
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_eps,
@@ -111,9 +111,9 @@ class LayerZeroOptimizer(Optimizer):
         """See `Optimizer`."""
         clip = self._settings.clip_grad
         scale = clip / (norm + 1e-6)  # megatron-core's
-        keys = [part.key for part in self._slices.values()]
-        if clip > 0 and scale < 1:
-            torch._foreach_mul_([key.grad for key in keys if key.grad is not None], scale)
+        gradients = [part.key.grad for part in self._slices.values() if part.key.grad is not None]
+        if clip > 0 and scale < 1 and gradients:
+            torch._foreach_mul_(gradients, scale)
         self._inner.step()
         for part in self._slices.values():
             part.parameter.grad = None
@@ -126,6 +126,8 @@ class LayerZeroOptimizer(Optimizer):
         if not self._splits:
             return
         parts = [part for part in self._slices.values() if part.sharded]
+        if not parts:
+            return
         widths = [math.ceil(part.local.numel() / self._across.size()) for part in parts]
         mine = torch.cat(
             [

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from mm.errors import NumericsError
 from mm.parallel.apply import ParallelModel
-from mm.parallel.placement import Placement, whole_shapes
+from mm.parallel.placement import Placement, Shape
 from mm.parallel.tensor import gradient_is_partial
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -93,7 +93,7 @@ class Optimizer(abc.ABC):
     def __init__(self, parallel: ParallelModel, settings: AdamWSettings, shards: Sequence[ParamShard]) -> None:
         self._parallel = parallel
         self._settings = settings
-        order = {name: position for position, name in enumerate(whole_shapes(parallel.wan))}
+        order = {name: position for position, name in enumerate(parallel.trained)}
         self._position = order
         self._shards = sorted(shards, key=lambda shard: order[shard.name])
         self._scheduler = OptimizerParamScheduler(
@@ -134,6 +134,11 @@ class Optimizer(abc.ABC):
     def learning_rate(self) -> float:
         """The rate the next step uses."""
         return float(self._groups_holder().param_groups[0]["lr"])
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Whole shapes of all parameters that are trained, those of other ranks too, in the model's order."""
+        return self._parallel.trained
 
     @property
     def shards(self) -> list[ParamShard]:
@@ -205,7 +210,7 @@ class Optimizer(abc.ABC):
         return squares
 
     def adam_step(self) -> int:
-        """AdamW's own step count, which its bias correction needs; 0 before the first step."""
+        """AdamW's own step count, which its bias correction needs; 0 before the first step, or with nothing kept."""
         counts = {int(step) for step in self._inner_steps()}
         if len(counts) > 1:
             raise AssertionError(f"parameters disagree about AdamW's step count: {sorted(counts)}")

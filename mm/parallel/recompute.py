@@ -55,6 +55,8 @@ def block_runner(
         blocks: Sequence[nn.Module], hidden: Tensor, time_modulation: Tensor, context: Tensor, positions: Positions
     ) -> Tensor:
         groups = list(recompute.groups(len(blocks)))
+        first = _first_with_backward(blocks, hidden, time_modulation, context)
+        groups = [(indices, mode if indices.stop > first else "none") for indices, mode in groups]
         keeping = sum(mode == "keep attention" for _, mode in groups)
         layers = iter(range(keeping))
         offload = None if offloader is None or not torch.is_grad_enabled() else offloader.begin(keeping)
@@ -70,6 +72,14 @@ def block_runner(
         return hidden
 
     return run
+
+
+def _first_with_backward(blocks: Sequence[nn.Module], *inputs: Tensor) -> int:
+    """The first block that backward reaches; those before it keep nothing, and would never give it back."""
+    if any(value.requires_grad for value in inputs):
+        return 0
+    trained = (index for index, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters()))
+    return next(trained, len(blocks))
 
 
 def _checkpoint(

@@ -30,6 +30,8 @@ SHARDED_DIM = {
     "0.weight": 0, "0.bias": 0, "2.weight": 1,
     "q.lora_B": 0, "k.lora_B": 0, "v.lora_B": 0, "k_img.lora_B": 0, "v_img.lora_B": 0,
     "0.lora_B": 0, "o.lora_A": 1, "2.lora_A": 1,
+    "q.weight_scale": 0, "k.weight_scale": 0, "v.weight_scale": 0, "k_img.weight_scale": 0, "v_img.weight_scale": 0,
+    "0.weight_scale": 0,
 }  # fmt: skip
 """Dim along which a block's parameter is cut, by the end of its name; parameters that are not here are whole."""
 
@@ -140,7 +142,7 @@ class _GatherAgain:
         if isinstance(packed, Tensor):
             return packed
         if self._whole is None:
-            self._whole = _gather_tokens(self._own, self._group)
+            self._whole = gather_tokens(self._own, self._group)
         whole = self._whole.as_strided(*packed)
         self._uses -= 1
         if self._uses <= 0:
@@ -152,7 +154,7 @@ def _storage_of(x: Tensor) -> int:
     return int(x.untyped_storage()._cdata)
 
 
-def _gather_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gather_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[B, t, D] of every rank to [B, T, D]."""
     batch, width, *rest = x.shape
     out = x.new_empty(group.size() * batch, width, *rest)
@@ -199,7 +201,7 @@ def _collective(
     return Collective
 
 
-_GatherTokens: Any = _collective(_gather_tokens, _scatter_sum)
-_ScatterSum: Any = _collective(_scatter_sum, _gather_tokens)
+_GatherTokens: Any = _collective(gather_tokens, _scatter_sum)
+_ScatterSum: Any = _collective(_scatter_sum, gather_tokens)
 _CopyIn: Any = _collective(_same, _sum)
 _SumOut: Any = _collective(_sum, _same)

@@ -11,6 +11,7 @@ from mm.config.model import WanConfig
 from mm.config.recompute import Recompute
 from mm.config.train import TrainFlags
 from mm.data.dataset import FeatureDataset
+from mm.lora.plan import LoRAPlan
 from mm.parallel.offload import Offloader
 from mm.parallel.placement import whole_shapes
 from mm.parallel.tokens import TokenShare
@@ -28,13 +29,16 @@ def start_table(
     recompute: Recompute | None,
     offloader: Offloader | None,
     not_compiled: str | None,
+    lora: LoRAPlan | None,
 ) -> dict[str, str]:
-    """Rows of the table by their heading.
+    """Rows of the table by their heading; one of LoRA only where adapters are trained.
 
     Args:
         flags, wan, layout, zero, dataset: the run. global_batch_size: samples of a step.
         device: name of the devices and their collective backend.
         attention: the kernel of self attention. recompute: the plan. offloader: of rank 0.
+        not_compiled: why blocks are not compiled, empty where it was not asked for; None where they are.
+        lora: the adapters that are trained.
     """
     parameters = sum(map(math.prod, whole_shapes(wan).values()))
     accumulated = global_batch_size // (flags.micro_batch_size * layout.dp_size)
@@ -44,7 +48,8 @@ def start_table(
     return {
         "model": f"{wan.model_type}, {parameters:,} parameters, {wan.num_layers} layers, width {wan.hidden_size}, "
         f"{wan.num_heads} heads",
-        "precision": "bf16 with fp32 masters" if flags.bf16 else "fp32",
+        **({} if lora is None else {"lora": _lora(lora, flags, parameters)}),
+        "precision": _precision(flags),
         "device": f"{layout.world_size} x {device}",
         "layout": f"{layout.name()}: {_degrees(layout)}",
         "rank 0": _groups_of_rank_0(layout),
@@ -63,6 +68,21 @@ def start_table(
         "compile": "every block" if not_compiled is None else f"off: {not_compiled}" if not_compiled else "off",
         "checkpoints": flags.save or "none: the trained weights are not kept (--save)",
     }
+
+
+def _lora(plan: LoRAPlan, flags: TrainFlags, parameters: int) -> str:
+    base = plan.base_dtype or ("bf16" if flags.bf16 else "fp32")
+    return (
+        f"r {flags.lora_r}, alpha {flags.lora_alpha:g}, {len(plan.adapted)} of {len(plan.linears)} linears: "
+        f"{plan.parameters:,} trainable parameters, {plan.parameters / parameters:.3%} of the model's; linears of the "
+        f"base in {base}"
+    )
+
+
+def _precision(flags: TrainFlags) -> str:
+    if flags.lora:
+        return "bf16, adapters fp32" if flags.bf16 else "fp32"
+    return "bf16 with fp32 masters" if flags.bf16 else "fp32"
 
 
 def layer_collectives(layout: Layout, zero: ZeroConfig | None) -> Iterator[str]:

@@ -8,7 +8,7 @@ the loss and the gradient norm, whose messages are still sent.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ from mm.parallel.recompute import block_runner
 from mm.parallel.schedule import LossFunction, forward_backward
 from mm.parallel.stage import WanStage
 from mm.parallel.traffic import CountTraffic, Sent, Traffic, axes_of, totals
+from mm.parallel.tuning import Tuning
 from mm.train.step import forward_micro_batch, num_tokens
 from mm.wan.patches import token_grid
 
@@ -52,6 +53,7 @@ class Job:
     Attributes:
         wan, layout, options, zero: as for `mm.parallel.apply.apply`. recompute: as for `mm.parallel.recompute`.
         dtype: of the bulk of the parameters.
+        tuning: what is trained instead of the model's parameters.
         latent: F, H, W of a sample's latents. micro_batch_size: samples in a forward.
         micro_batches: of one replica in a step.
     """
@@ -65,6 +67,7 @@ class Job:
     micro_batch_size: int
     micro_batches: int
     recompute: Recompute | None = None
+    tuning: Tuning | None = None
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,9 @@ class Report:
 
     Attributes:
         rank: in the job. tp_rank, cp_rank, dp_rank, pp_rank: its coordinates.
-        parameters: elements that it keeps of the model. parameter_bytes, gradient_bytes, optimizer_bytes: kept all
-            the time, in the model's and DDP's buffers, and in the optimizer.
+        parameters: elements that it keeps of the model. trained: those of them that are not frozen.
+        parameter_bytes, gradient_bytes, optimizer_bytes: kept all the time, in the model's and DDP's buffers, and in
+            the optimizer.
         peak: bytes by kind (`mm.parallel.memory`) when most memory was in use. peak_bytes: their sum.
         host_bytes: of the offload pool, beside the device's memory.
         traffic: what it sends in a step by axis and operation.
@@ -88,6 +92,7 @@ class Report:
     dp_rank: int
     pp_rank: int
     parameters: int
+    trained: int
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
@@ -120,7 +125,9 @@ def dry_run(job: Job, rank: int) -> Report:
             if offloader is not None:
                 tracked.label([offloader.memory], memory.HOST)
             run_blocks = block_runner(job.recompute, offloader, backend.model_code)
-            parallel = apply(job.wan, mesh, backend, job.options, job.dtype, None, job.zero, run_blocks)
+            parallel = apply(
+                job.wan, mesh, backend, job.options, job.dtype, None, job.zero, run_blocks, tuning=job.tuning
+            )
             _label_model(tracked, parallel)
             tracked.kind = memory.OPTIMIZER
             optimizer = make_optimizer(parallel, _SETTINGS)
@@ -142,7 +149,8 @@ def dry_run(job: Job, rank: int) -> Report:
             cp_rank=mesh.cp_rank,
             dp_rank=mesh.dp_rank,
             pp_rank=mesh.pp_rank,
-            parameters=sum(p.numel() for p in map(memory.local, parallel.named_parameters().values())),
+            parameters=_elements(parallel.all_parameters()),
+            trained=_elements(parallel.named_parameters()),
             parameter_bytes=tracked.now(memory.PARAMETERS),
             gradient_bytes=tracked.peak(start).get(memory.GRADIENTS, 0),
             optimizer_bytes=tracked.now(memory.OPTIMIZER),
@@ -154,6 +162,10 @@ def dry_run(job: Job, rank: int) -> Report:
             rank_tokens=mesh.tokens.width(tokens),
             real_tokens=mesh.tokens.real(tokens),
         )
+
+
+def _elements(parameters: Mapping[str, Tensor]) -> int:
+    return sum(parameter.numel() for parameter in map(memory.local, parameters.values()))
 
 
 def _micro_batches_to_run(job: Job) -> list[int]:
@@ -219,7 +231,7 @@ class _Undrawn(FlowMatching):
 
 
 def _label_model(tracked: TrackMemory, parallel: ParallelModel) -> None:
-    for parameter in parallel.named_parameters().values():
+    for parameter in parallel.all_parameters().values():
         tracked.label([parameter.data], memory.PARAMETERS)
         tracked.label([getattr(parameter, "main_grad", None)], memory.GRADIENTS)
 

@@ -17,12 +17,24 @@ def forward_flops(config: WanConfig, tokens: int) -> int:
         config: the model's shape.
         tokens: s, tokens of one sample after patching.
     """
+    return _linear_flops(config, tokens) + _attention_flops(config, tokens)
+
+
+def train_flops(config: WanConfig, tokens: int, *, frozen: bool = False) -> int:
+    """Model FLOPs of forward and backward of one sample, without any recomputation: three forwards.
+
+    With frozen weights linears have no gradient of the weights: they count two forwards, attention three. Adapters are
+    left out: of rank r they add about r (D + f) / (D f) of a linear.
+    """
+    passes = 2 if frozen else 3
+    return passes * _linear_flops(config, tokens) + 3 * _attention_flops(config, tokens)
+
+
+def _linear_flops(config: WanConfig, tokens: int) -> int:
     d, f, c = config.hidden_size, config.ffn_dim, config.text_len + config.image_tokens
-    linear = tokens * (12 * d * d + 4 * d * f) + 4 * d * d * c
-    attention = 4 * tokens * tokens * d + 4 * tokens * c * d
-    return config.num_layers * (linear + attention)
+    return config.num_layers * (tokens * (12 * d * d + 4 * d * f) + 4 * d * d * c)
 
 
-def train_flops(config: WanConfig, tokens: int) -> int:
-    """Model FLOPs of forward and backward of one sample: three forwards, without any recomputation."""
-    return 3 * forward_flops(config, tokens)
+def _attention_flops(config: WanConfig, tokens: int) -> int:
+    d, c = config.hidden_size, config.text_len + config.image_tokens
+    return config.num_layers * (4 * tokens * tokens * d + 4 * tokens * c * d)

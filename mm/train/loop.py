@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from mm.checkpoint.comm import Comm
 from mm.checkpoint.store import find_latest, writing
 from mm.checkpoint.weights import open_weights
 from mm.config.data import TrainData
+from mm.config.inference import InferenceModel
 from mm.config.layerzero import ZeroConfig
 from mm.config.model import WanConfig
 from mm.config.recompute import Recompute, recompute_of
@@ -27,7 +29,8 @@ from mm.device.attention import attention_name
 from mm.device.backend import Backend, deterministic
 from mm.diffusion.flow import FlowMatching
 from mm.errors import ConfigError
-from mm.parallel.apply import DataParallelOptions, ParallelModel, apply
+from mm.lora.plan import LoRAPlan, starting_values
+from mm.parallel.apply import DataParallelOptions, ParallelModel, ValueOf, apply
 from mm.parallel.compile import graphs_needed, most_graphs, probe
 from mm.parallel.host_pool import StepShape, make_offloader
 from mm.parallel.mesh import Mesh
@@ -35,6 +38,8 @@ from mm.parallel.offload import Offloader
 from mm.parallel.optimizer import AdamWSettings, Optimizer
 from mm.parallel.optimizers import make_optimizer
 from mm.parallel.recompute import block_runner
+from mm.train.adapters import AdapterRun, load_adapters, open_base
+from mm.train.checks import Checks
 from mm.train.describe import start_table
 from mm.train.flops import train_flops
 from mm.train.metrics import MetricsLog, StepMetrics
@@ -56,6 +61,8 @@ class Run:
         dataset: the features that `data` names.
         mesh, backend: where it runs. comm: the ranks, for checkpoints.
         processes_of_node: this rank's node and its memory are shared by so many.
+        lora: the adapters that are trained instead of all parameters.
+        held_out: the features of `--eval-data`, or None. validation: what is rendered meanwhile, or None.
     """
 
     flags: TrainFlags
@@ -67,6 +74,9 @@ class Run:
     backend: Backend
     comm: Comm
     processes_of_node: int = 1
+    lora: LoRAPlan | None = None
+    held_out: FeatureDataset | None = None
+    validation: InferenceModel | None = None
 
     @property
     def global_batch_size(self) -> int:
@@ -109,24 +119,26 @@ def train(run: Run) -> Progress:
         stack.enter_context(deterministic(flags.deterministic_mode))
         if flags.save is not None:
             stack.enter_context(writing(Path(flags.save), run.comm))
+        checks = Checks.prepare(flags, run.held_out, run.validation, run.mesh, run.backend, run.comm)
         recompute = recompute_of(flags, run.model)
         offloader = make_offloader(
             recompute, run.config, run.mesh, run.backend, _step_shape(run), processes_of_node=run.processes_of_node
         )
         watch.pinned_host = 0 if offloader is None else offloader.memory.nbytes
         not_compiled = _why_not_compiled(run)
+        adapters = _open_base(run)
         run_blocks = block_runner(recompute, offloader, run.backend.model_code)
         with watch.during("building the model"):
-            watch.parallel = parallel = _build_model(run, run_blocks, compiled=not_compiled is None)
+            watch.parallel = parallel = _build_model(run, adapters, run_blocks, not_compiled is None)
             watch.optimizer = optimizer = _build_optimizer(run, parallel)
         _describe(run, recompute, offloader, not_compiled)
         with watch.during("loading weights"):
-            progress = _start(run, optimizer)
+            progress = _start(run, adapters, optimizer)
         if progress.step >= flags.train_iters:
             logger.info("step %d of %d is already done; nothing to train", progress.step, flags.train_iters)
             return progress
         log = stack.enter_context(_metrics_log(run, progress))
-        return _steps(run, parallel, optimizer, progress, log, watch)
+        return _steps(run, _Built(adapters, parallel, optimizer, log, watch, checks), progress)
 
 
 def _check_sizes(run: Run) -> None:
@@ -162,22 +174,29 @@ def _why_not_compiled(run: Run) -> str | None:
     return reason
 
 
-def _build_model(run: Run, run_blocks: BlockRunner, compiled: bool) -> ParallelModel:
+def _open_base(run: Run) -> AdapterRun | None:
+    path = run.flags.load_base_model
+    return None if run.lora is None or path is None else open_base(run.lora, Path(path), run.config, run.comm)
+
+
+def _build_model(run: Run, adapters: AdapterRun | None, run_blocks: BlockRunner, compiled: bool) -> ParallelModel:
     flags = run.flags
-
-    def initial(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        return initial_value(name, shape, flags.seed)
-
+    value_of: ValueOf | None = None
+    if adapters is not None:
+        value_of = starting_values(adapters.plan, adapters.base, flags.seed)
+    elif flags.init_from_scratch:
+        value_of = partial(initial_value, seed=flags.seed)
     return apply(
         run.config,
         run.mesh,
         run.backend,
         data_parallel_options(flags),
         training_dtype(flags),
-        initial if flags.init_from_scratch else None,
+        value_of,
         run.zero,
         run_blocks,
         len(_token_counts(run)) if compiled else None,
+        adapters.plan.tuning() if adapters is not None else None,
     )
 
 
@@ -234,14 +253,16 @@ def _describe(run: Run, recompute: Recompute | None, offloader: Offloader | None
         recompute=recompute,
         offloader=offloader,
         not_compiled=not_compiled,
+        lora=run.lora,
     )
     for name, value in rows.items():
         logger.info("%-11s %s", name, value)
 
 
-def _start(run: Run, optimizer: Optimizer) -> Progress:
+def _start(run: Run, adapters: AdapterRun | None, optimizer: Optimizer) -> Progress:
     """Resume from `--save`, else from training checkpoints in `--load`, else start from the weights there."""
     flags = run.flags
+    record = adapters.record if adapters is not None else None
     for folder in (flags.save, None if flags.finetune else flags.load):
         latest = find_latest(Path(folder), flags.resume_policy, comm=run.comm) if folder is not None else None
         if latest is None:
@@ -254,10 +275,14 @@ def _start(run: Run, optimizer: Optimizer) -> Progress:
             run.comm,
             with_optimizer=not flags.no_load_optim,
             any_seed=flags.no_load_rng,
+            adapters=record,
         )
         logger.info("going on from %s: step %d, %d samples", latest, progress.step, progress.consumed_samples)
         return progress
-    if flags.load is not None:
+    if adapters is not None:
+        if flags.load is not None:
+            load_adapters(Path(flags.load), adapters, optimizer, run.comm)
+    elif flags.load is not None:
         load_weights(open_weights(Path(flags.load)), optimizer, run.config)
     return Progress()
 
@@ -276,28 +301,40 @@ def _metrics_log(run: Run, progress: Progress) -> MetricsLog:
     )
 
 
-def _steps(
-    run: Run, parallel: ParallelModel, optimizer: Optimizer, progress: Progress, log: MetricsLog, watch: MemoryWatch
-) -> Progress:
+@dataclass(frozen=True)
+class _Built:
+    """What the steps of a run work with: adapters are None where all parameters are trained."""
+
+    adapters: AdapterRun | None
+    parallel: ParallelModel
+    optimizer: Optimizer
+    log: MetricsLog
+    watch: MemoryWatch
+    checks: Checks
+
+
+def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
     flags = run.flags
     flow = FlowMatching(run.model.diffusion)
     batches = _batches(run, progress)
     while progress.step < flags.train_iters:
         started = time.monotonic()
         result = train_step(
-            parallel,
-            optimizer,
+            built.parallel,
+            built.optimizer,
             flow,
             [next(batches) for _ in range(run.num_microbatches)],
             samples=run.global_batch_size,
             seed=flags.seed,
-            during=watch.during,
+            during=built.watch.during,
         )
         progress = Progress(progress.step + 1, progress.consumed_samples + run.global_batch_size)
-        log.write(_measure(run, result, progress, time.monotonic() - started))
+        built.log.write(_measure(run, result, progress, time.monotonic() - started))
         due = flags.save_interval is not None and progress.step % flags.save_interval == 0
         if flags.save is not None and (due or progress.step == flags.train_iters):
-            _save(run, Path(flags.save), optimizer, progress)
+            _save(run, built.adapters, Path(flags.save), built.optimizer, progress)
+        with built.watch.during("evaluation and validation"):
+            built.checks.after(progress.step, built.parallel, built.log)
     return progress
 
 
@@ -319,7 +356,7 @@ def _batches(run: Run, progress: Progress) -> Iterator[FeatureBatch]:
 
 def _measure(run: Run, result: StepResult, progress: Progress, seconds: float) -> StepMetrics:
     replica_samples = run.global_batch_size // run.mesh.layout.dp_size
-    flops = replica_samples * train_flops(run.config, result.tokens // replica_samples)
+    flops = replica_samples * train_flops(run.config, result.tokens // replica_samples, frozen=run.lora is not None)
     devices_per_replica = run.comm.world_size // run.mesh.layout.dp_size
     return StepMetrics(
         step=progress.step,
@@ -336,7 +373,7 @@ def _measure(run: Run, result: StepResult, progress: Progress, seconds: float) -
     )
 
 
-def _save(run: Run, root: Path, optimizer: Optimizer, progress: Progress) -> None:
+def _save(run: Run, adapters: AdapterRun | None, root: Path, optimizer: Optimizer, progress: Progress) -> None:
     started = time.monotonic()
     folder = save_state(
         root,
@@ -347,5 +384,6 @@ def _save(run: Run, root: Path, optimizer: Optimizer, progress: Progress) -> Non
         run.comm,
         with_optimizer=not run.flags.no_save_optim,
         keep_latest=run.flags.keep_latest,
+        adapters=adapters.record if adapters is not None else None,
     )
     logger.info("checkpoint %s written in %.1f s", folder.name, time.monotonic() - started)

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mm.errors import CheckpointError
+from mm.train.evaluation import Evaluation
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+EVALUATION_FILE = "evaluation.jsonl"
 
 
 @dataclass(frozen=True)
@@ -91,10 +98,12 @@ class MetricsLog:
     ) -> None:
         self._total_steps = total_steps
         self._log_interval = log_interval
+        self._folder = folder
         self._file = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             _keep_steps_before(folder / METRICS_FILE, first_step)
+            _keep_evaluations_before(folder / EVALUATION_FILE, first_step)
             self._file = (folder / METRICS_FILE).open("a")
         self._board = SummaryWriter(str(tensorboard), purge_step=first_step) if tensorboard is not None else None
         self._bar = tqdm(
@@ -131,6 +140,46 @@ class MetricsLog:
         self._bar.update(1)
         if metrics.step % self._log_interval == 0 or metrics.step == self._total_steps:
             logger.info(metrics.line(self._total_steps, eta))
+
+    def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Record a loss on held-out features: a line of evaluation.jsonl, TensorBoard, a console line."""
+        if self._folder is not None:
+            with (self._folder / EVALUATION_FILE).open("a") as file:
+                file.write(json.dumps({"step": step, **asdict(evaluation)}) + "\n")
+        if self._board is not None:
+            self._board.add_scalar("evaluation/loss", evaluation.loss, step)
+            for timestep, loss in evaluation.loss_at.items():
+                self._board.add_scalar(f"evaluation/loss_at_{timestep:03d}", loss, step)
+        logger.info("step %d | held-out loss %.4f of %d samples", step, evaluation.loss, evaluation.num_samples)
+
+    def write_clips(self, step: int, clips: Mapping[str, Tensor], fps: int) -> None:
+        """Show rendered clips in TensorBoard, by name; uint8 [F, H, W, 3] each."""
+        if self._board is not None:
+            for name, frames in clips.items():
+                image = Summary.Image(
+                    height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=_gif(frames, fps)
+                )
+                summary = Summary(value=[Summary.Value(tag=f"validation/{name}", image=image)])
+                self._board._get_file_writer().add_summary(summary, step)
+
+
+def _gif(frames: Tensor, fps: int) -> bytes:
+    """A looping GIF, which is how TensorBoard shows a clip; its own writer needs a further package for it."""
+    images = [Image.fromarray(frame) for frame in frames.numpy()]
+    out = io.BytesIO()
+    images[0].save(out, "GIF", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
+    return out.getvalue()
+
+
+def _keep_evaluations_before(path: Path, first_step: int) -> None:
+    """Drop lines of steps that will run again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if line]
+        kept = [line for line in lines if json.loads(line)["step"] < first_step]
+        if len(kept) < len(lines):
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            os.replace(temporary, path)
 
 
 def _keep_steps_before(path: Path, first_step: int) -> None:

@@ -9,6 +9,9 @@ legal. What it saves is the measured split times closed ratios of bytes before a
 | gradients | 4 over the same |
 | optimizer | 8, in bf16 12, over TP x PP, over DP x CP when distributed; layer-zero: 8 over the same as parameters |
 
+With LoRA the base has 2 or 4 bytes, 1 in 8 bits, over TP x PP (layer-zero: x zero3_size); gradients and optimizer are
+those of the adapters, which layer-zero replicates.
+
 Sources: Rajbhandari et al. 2020 (arXiv 1910.02054) section 3; for activations Korthikanti et al. 2022 (arXiv
 2205.05198) section 4. Layer-zero's gathered blocks, embeddings and head are left out, so these are estimates.
 """
@@ -34,6 +37,8 @@ from mm.train.split import Split
 _ZERO_FILE = "zero_config.yaml"
 _LARGEST_FACTOR = 8
 """By how much a degree is raised at most; the smallest legal factor is proposed."""
+_ADAPTERS = 0.01
+"""Elements of adapters for each of the model, about: only how much of an unfinished model is what depends on it."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,7 @@ def _families(request: Request) -> Iterator[Iterator[_Change]]:
     yield _offload(request)
     yield iter([_Change({"micro_batch_size": 1})] if request.flags.micro_batch_size > 1 else [])
     yield iter([] if request.flags.bf16 else [_bf16(request)])
+    yield iter([_Change({"lora_base_dtype": "int8"})] if _base_has_more_bits(request) else [])
     yield _distributed_optimizer(request)
     yield _layerzero(request)
     yield iter([_Change({"sequence_parallel": True})] if request.tp > 1 and not request.flags.sequence_parallel else [])
@@ -153,6 +159,10 @@ def _bf16(request: Request) -> _Change:
     predictor = {} if request.model.predictor.dtype is None else {"dtype": "bf16"}
     zero = {} if request.zero is None or request.zero.param_dtype is None else {"param_dtype": "bf16"}
     return _Change({"bf16": True}, predictor, zero)
+
+
+def _base_has_more_bits(request: Request) -> bool:
+    return request.flags.lora and request.flags.lora_base_dtype is None
 
 
 def _distributed_optimizer(request: Request) -> Iterator[_Change]:
@@ -250,6 +260,12 @@ def _model_bytes(request: Request) -> tuple[float, float, float]:
     """Of parameters, gradients and optimizer state an element of the whole model, on one rank."""
     cut, sharing = request.tp * request.pp, _replicas(request) * request.cp
     distributed = sharing if request.flags.use_distributed_optimizer else 1
+    if request.flags.lora:
+        base = (1 if request.flags.lora_base_dtype else 2 if request.flags.bf16 else 4) / cut
+        if request.zero is not None:  # a block that runs and the next are gathered beside the shards
+            base *= min(1.0, 1 / request.zero.zero3_size + 2 / max(request.blocks_of_stages))
+        replicas = 1 if request.zero is not None else distributed
+        return base, 4 * _ADAPTERS / cut, 8 * _ADAPTERS / (cut * replicas)
     if request.zero is not None:
         shard = cut * request.zero.zero3_size
         return 4 / shard, 4 / shard, 8 / max(shard, cut * distributed)

@@ -12,7 +12,13 @@ from mm.parallel.apply import ParallelModel
 from mm.parallel.memory import local
 from mm.parallel.optimizer import MOMENTS, Optimizer
 
-Phase = Literal["building the model", "loading weights", "forward and backward", "the optimizer's update"]
+Phase = Literal[
+    "building the model",
+    "loading weights",
+    "forward and backward",
+    "the optimizer's update",
+    "evaluation and validation",
+]
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ def measure(
     """
     if parallel is None:
         return Split(phase, asked, parameters=max(0, peak - program), program=program, pinned_host=pinned_host)
-    model = list(parallel.named_parameters().values())
+    model = list(parallel.all_parameters().values())
     shards = optimizer.shards if optimizer is not None else []
     states = [shard.inner.state.get(shard.key, {}) for shard in shards]
     counted: set[int] = set()

@@ -1,25 +1,32 @@
 """The state of a training run on disk: what a checkpoint holds, saving it, going on from it, starting from weights.
 
-A checkpoint holds the fp32 master weights (`model.<name>`), AdamW's moments (`optimizer.exp_avg.<name>`,
-`optimizer.exp_avg_sq.<name>`) and, as JSON, how far the run has come. Random numbers are keyed by seed and sample
-(mm.rng), so the seed and the count of consumed samples are their whole state.
+A checkpoint holds the fp32 master weights (`model.<name>`) and AdamW's moments (`optimizer.exp_avg.<name>`,
+`optimizer.exp_avg_sq.<name>`) of what is trained, all parameters or adapters alone, and, as JSON, how far the run has
+come. Random numbers are keyed by seed and sample (mm.rng), so the seed and the count of consumed samples are their
+whole state.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mm.checkpoint.boxes import Box
 from mm.checkpoint.comm import Comm
-from mm.checkpoint.store import Piece, load, pieces_of_flat_range, read_manifest, save
+from mm.checkpoint.formats.training import ADAPTERS_KEY, CONFIG_KEY
+from mm.checkpoint.store import Derived, Piece, load, pieces_of_flat_range, read_manifest, save
 from mm.checkpoint.weights import WeightSource, require_exactly
 from mm.config.base import parse
 from mm.config.model import WanConfig
 from mm.errors import CheckpointError, ConfigError, Problem, raise_all
+from mm.lora.record import AdapterRecord, export, record_of
 from mm.parallel.optimizer import MOMENTS, Optimizer, ParamShard
 from mm.parallel.placement import whole_shapes
 
@@ -44,8 +51,11 @@ def save_state(
     *,
     with_optimizer: bool,
     keep_latest: int | None,
+    adapters: AdapterRecord | None = None,
 ) -> Path:
     """Write a checkpoint below `root`; every rank calls it, inside `mm.checkpoint.store.writing(root)`.
+
+    One of adapters has them as a PEFT file beside its shards.
 
     Returns:
         The committed folder.
@@ -57,15 +67,28 @@ def save_state(
         "step": progress.step,
         "consumed_samples": progress.consumed_samples,
         "seed": seed,
-        "adam_step": optimizer.adam_step() if with_optimizer else None,
-        "wan_config": config.model_dump(mode="json"),
+        # ranks of a stage without adapters have no count of their own
+        "adam_step": max(comm.all_gather_object(optimizer.adam_step())) if with_optimizer else None,
+        CONFIG_KEY: config.model_dump(mode="json"),
     }
+    derived = None
+    if adapters is not None:
+        scalars[ADAPTERS_KEY] = adapters.as_json()
+        derived = Derived(partial(export, record=adapters), 4 * sum(map(math.prod, optimizer.shapes.values())))
     owned = [shard for shard in optimizer.shards if shard.owned]
-    return save(root, progress.step, _pieces(owned, with_optimizer), scalars, comm, keep_latest)
+    return save(root, progress.step, _pieces(owned, with_optimizer), scalars, comm, keep_latest, derived)
 
 
 def load_state(
-    path: Path, optimizer: Optimizer, config: WanConfig, seed: int, comm: Comm, *, with_optimizer: bool, any_seed: bool
+    path: Path,
+    optimizer: Optimizer,
+    config: WanConfig,
+    seed: int,
+    comm: Comm,
+    *,
+    with_optimizer: bool,
+    any_seed: bool,
+    adapters: AdapterRecord | None = None,
 ) -> Progress:
     """Go on from the checkpoint folder `path`, which any layout may have written.
 
@@ -77,14 +100,18 @@ def load_state(
         comm: the ranks.
         with_optimizer: take the moments too.
         any_seed: go on with this run's seed although the checkpoint's differs.
+        adapters: of a run that trains these alone.
 
     Raises:
-        CheckpointError: CKPT-071 for another seed, CKPT-072 where the moments are wanted and were not saved, and what
-            `mm.checkpoint.store.load` raises.
+        CheckpointError: CKPT-071 for another seed, CKPT-072 where the moments are wanted and were not saved, CKPT-080
+            and CKPT-081 for adapters where all parameters are trained and the reverse, CKPT-082 and CKPT-083 for
+            adapters of other linears or another base, and what `mm.checkpoint.store.load` raises.
         ConfigError: CFG-028 for another model.
     """
-    scalars = read_manifest(path).scalars
-    theirs = parse(WanConfig, scalars["wan_config"], str(path))
+    manifest = read_manifest(path)
+    scalars = manifest.scalars
+    _require_same_kind(path, record_of(manifest, path), adapters)
+    theirs = parse(WanConfig, scalars[CONFIG_KEY], str(path))
     fields = theirs.differing_fields(config) + ["text_len"] * (theirs.text_len != config.text_len)
     require_same_model(theirs, config, fields, str(path))
     if scalars["seed"] != seed and not any_seed:
@@ -118,12 +145,34 @@ def load_weights(source: WeightSource, optimizer: Optimizer, config: WanConfig) 
     if theirs is not None:
         require_same_model(theirs, config, theirs.differing_fields(config), str(source.path))
     require_exactly(source, whole_shapes(config))
+    fill_masters(optimizer, source.read)
+    logger.info("loaded %s (%s): no tensor missing, none left over", source.path, source.label)
+
+
+def fill_masters(optimizer: Optimizer, read: Callable[[str], Tensor]) -> None:
+    """Set this rank's part of every master from whole parameters by native name, then round them into the model."""
     for shard in optimizer.shards:
         if shard.start < shard.stop:
-            part = shard.placement.of(source.read(shard.name))
+            part = shard.placement.of(read(shard.name))
             shard.master.copy_(part.reshape(-1)[shard.start : shard.stop])
     optimizer.masters_to_model()
-    logger.info("loaded %s (%s): no tensor missing, none left over", source.path, source.label)
+
+
+def _require_same_kind(path: Path, theirs: AdapterRecord | None, ours: AdapterRecord | None) -> None:
+    if theirs is not None and ours is not None:
+        ours.require_same(theirs, path)
+    elif theirs is not None:
+        raise CheckpointError(
+            "CKPT-080",
+            f"{path} holds adapters of a LoRA run, and this run trains all parameters.",
+            f"Give LoRA's flags, with --load-base-model {theirs.base_path}; or other folders to --load and --save.",
+        )
+    elif ours is not None:
+        raise CheckpointError(
+            "CKPT-081",
+            f"{path} holds a whole model, and this run trains adapters.",
+            "Give it to --load-base-model if it is the base, and another folder to --save.",
+        )
 
 
 def require_same_model(theirs: WanConfig, ours: WanConfig, fields: Sequence[str], place: str) -> None:

@@ -12,9 +12,11 @@ SCRIPTS = sorted((ROOT / "tools").glob("*.py")) + sorted((ROOT / "examples").rgl
 LEVELS = {
     "__init__": 0, "errors": 0, "rng": 0, "config": 0,
     "device": 1, "wan": 2, "diffusion": 2, "data": 2,
-    "parallel": 3, "checkpoint": 3, "lora": 3,
-    "train": 4, "extract": 4, "generate": 4, "demo": 4,
-    "cli": 5,
+    "parallel": 3, "checkpoint": 3,
+    "lora": 4,
+    "extract": 5, "generate": 5, "demo": 5,
+    "train": 6,  # renders clips between its steps
+    "cli": 7,
 }  # fmt: skip
 MAY_USE_TORCH_DISTRIBUTED = {"parallel", "checkpoint", "device"}
 

@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 from mm.checkpoint import files, lock, store
 from mm.checkpoint.boxes import Box
 from mm.checkpoint.store import (
+    Derived,
     Piece,
     find_latest,
     load,
     pieces_of_flat_range,
     read_manifest,
+    read_tensor,
     save,
     whole_piece,
     writing,
@@ -343,3 +345,26 @@ def test_the_lock_is_released_by_an_error(tmp_path):
         raise RuntimeError("boom")
     with writing(tmp_path):
         pass
+
+
+def test_derived_files_are_committed_with_the_checkpoint_or_nothing_is(tmp_path):
+    def write(folder, manifest):
+        assert not (folder / "manifest.json").exists()  # what is not complete yet is not a checkpoint
+        (folder / "derived.bin").write_bytes(read_tensor(folder, manifest, "model.w").numpy().tobytes())
+
+    def fail(folder, manifest):
+        write(folder, manifest)
+        raise CheckpointError("CKPT-031", "The disk is full.", "Free some space.")
+
+    with writing(tmp_path):
+        path = save(tmp_path, 1, pieces_for(1), {}, derived=Derived(write, 48))
+        before = names(tmp_path)
+        with pytest.raises(CheckpointError, match="CKPT-031"):
+            save(tmp_path, 2, pieces_for(2), {}, derived=Derived(fail, 48))
+        with pytest.raises(CheckpointError, match="CKPT-030"):
+            save(tmp_path, 2, pieces_for(2), {}, derived=Derived(write, 2**60))
+        assert names(tmp_path) == before
+        assert (path / "derived.bin").read_bytes() == tensors_for(1)["model.w"].numpy().tobytes()
+        assert_holds(path, 1)
+        save(tmp_path, 3, pieces_for(3), {}, keep_latest=1)
+    assert not path.exists()

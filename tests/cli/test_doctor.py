@@ -15,9 +15,11 @@ from diffusers import WanTransformer3DModel
 EXAMPLES = Path(__file__).parents[2] / "examples" / "wan2.1"
 
 
-def dry_run(size: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def dry_run(
+    size: str, *words: str, script: str = "pretrain.sh", **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", EXAMPLES / size / "t2v" / "pretrain.sh", *words],
+        ["bash", EXAMPLES / size / "t2v" / script, *words],
         env={**os.environ, "DRY_RUN": "1", **environment},
         capture_output=True,
         text=True,
@@ -127,3 +129,32 @@ def test_the_doctor_is_told_what_to_check() -> None:
     )  # fmt: skip
     assert done.returncode == 64
     assert "CFG-047: mm doctor was told nothing to check." in done.stderr
+
+
+@pytest.mark.parametrize("words", [(), ("--lora-base-dtype", "int8")], ids=["bf16", "int8"])
+@pytest.mark.parametrize("blocks", [2, pytest.param(40, marks=pytest.mark.nightly)], ids=["2 blocks", "14B"])
+def test_lora_of_14b_fits_one_device_of_80_gb(tmp_path: Path, words: tuple[str, ...], blocks: int) -> None:
+    """480x832x81 in bf16 with full recomputation: no gradients and no masters of the base, little of adapters."""
+    content = json.loads((EXAMPLES / "14b" / "t2v" / "pretrain_model.json").read_text())
+    content["predictor"] |= {"num_layers": blocks, "pipeline_num_layers": [blocks]}
+    (tmp_path / "model.json").write_text(json.dumps(content))
+    found = report(
+        "14b", *words, "--latent-size", "21", "60", "104",
+        script="finetune_lora.sh", NPUS_PER_NODE="1", MM_MODEL=str(tmp_path / "model.json"),
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = WanTransformer3DModel(num_attention_heads=40, ffn_dim=13824, num_layers=blocks)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith("blocks.")}
+    adapters = sum(16 * (m.in_features + m.out_features) for n, m in linears.items() if ".attn" in n)
+    own = sum(parameter.numel() for parameter in model.parameters())
+    scales = sum(m.out_features for m in linears.values()) if words else 0
+    assert found["trained"] == adapters
+    assert found["parameters"] == own + adapters + scales
+    weights = sum(m.weight.numel() for m in linears.values())
+    fp32 = ("time_embedder", "time_proj", "proj_out", "scale_shift_table", "norm2")
+    exact = sum(p.numel() for n, p in model.named_parameters() if any(word in n for word in fp32))
+    in_bytes = 2 * own + 2 * exact - (weights if words else 0) + 4 * (adapters + scales)
+    assert found["parameter_bytes"] == pytest.approx(in_bytes, rel=1e-3)
+    assert found["gradient_bytes"] == pytest.approx(4 * adapters, rel=1e-3)
+    assert found["optimizer_bytes"] == pytest.approx(8 * adapters, rel=1e-3)
+    assert found["peak_bytes"] < (80 if blocks == 40 else 12) * 10**9

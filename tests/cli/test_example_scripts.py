@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from ranks import free_port
 
 from mm.config.base import load
@@ -220,6 +220,31 @@ def test_a_task_that_does_not_exist(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr[:13]) == (64, "error ENV-005")
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("size", ["1.3b", "14b"])
+def test_finetune_lora_script_in_tiny_mode_on_two_processes(demo: Path, tmp_path: Path, size: str) -> None:
+    bash(
+        EXAMPLES / size / "t2v" / "finetune_lora.sh",
+        *("--train-iters", "2", "--save-interval", "1", "--keep-latest", "1", "--num-workers", "0", "--device", "cpu"),
+        timeout_s=120,
+        NPUS_PER_NODE="2",
+        MASTER_PORT=str(free_port()),
+        MBS="2",
+        PRECISION="fp32",
+        MM_DATA=str(demo / "configs" / "feature_data.json"),
+        MM_MODEL=str(demo / "configs" / "pretrain_model.json"),
+        LOAD_BASE_MODEL=str(demo / "weights" / "Wan2.1-T2V-Tiny-Diffusers" / "transformer"),
+        SAVE_PATH=str(tmp_path / "run"),
+    )
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["consumed_samples"] for row in rows] == [4, 8]
+    (folder,) = (tmp_path / "run").glob("iter_*")
+    transformer = WanTransformer3DModel.from_pretrained(demo / "weights" / "Wan2.1-T2V-Tiny-Diffusers" / "transformer")
+    WanPipeline(None, None, None, UniPCMultistepScheduler(), transformer).load_lora_weights(folder)
+    adapted = {name.split(".lora_A")[0] for name, _ in transformer.named_parameters() if "lora_A" in name}
+    assert len(adapted) == 8 * len(transformer.blocks)  # four projections of both attentions
+    assert re.search(r"lora +r 16, alpha 16, .* trainable parameters", (tmp_path / "run" / "train.log").read_text())
 
 
 def test_a_script_leaves_with_the_commands_exit_code(tmp_path: Path) -> None:

@@ -10,8 +10,6 @@ import pytest
 
 from mm.config.base import Section, load, parse
 from mm.config.flags import parse_flags
-from mm.config.inference import InferencePredictor
-from mm.config.model import WAN_I2V_1_3B
 from mm.config.rules import check_training
 from mm.config.train import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
 from mm.errors import ConfigError
@@ -65,29 +63,6 @@ def test_bad_flags(words: list[str], expected: str, hint: str) -> None:
         flags(*words)
     assert ids(caught.value) == [expected]
     assert hint in str(caught.value)
-
-
-@pytest.mark.parametrize("predictor", [InferencePredictor])
-def test_models_of_images_are_refused_until_commands_feed_them(predictor: type[Section]) -> None:
-    values = {**WAN_I2V_1_3B.model_dump(mode="json"), "dtype": "bf16"}
-    with pytest.raises(ConfigError) as caught:
-        parse(predictor, values, "model.json")
-    assert ids(caught.value) == ["CFG-005"]
-    assert "model_type" in str(caught.value)
-
-
-@pytest.mark.parametrize("task", ["t2v", "i2v", "flf2v", None])
-def test_the_task_is_that_of_the_model(task: str | None) -> None:
-    values = {**WAN_I2V_1_3B.model_dump(mode="json"), "dtype": None}
-    model = parse(PretrainModel, {"task": task, "predictor": values, "diffusion": {}}, "m.json")
-    assert model.predictor.wan() == WAN_I2V_1_3B
-    if task in ("i2v", None):
-        check_training(flags(), model, None, world_size=1)
-        return
-    with pytest.raises(ConfigError) as caught:
-        check_training(flags(), model, None, world_size=1)
-    assert ids(caught.value) == ["CFG-070"]
-    assert f"is {task}, and predictor.model_type is i2v" in str(caught.value)
 
 
 def test_all_bad_flags_at_once() -> None:

@@ -203,7 +203,7 @@ def test_every_mistake_is_told_at_once() -> None:
     words = f"{TP} 1 --sequence-parallel {CP} 8 {DEGREE} 2 {WINDOW} 2 {PP} 2 {VP} 2 {GBS} 3 {ZERO}"
     found = problems(words, 16, {"pipeline_num_layers": [15, 16]}, ZeroConfig(zero3_size=3, param_dtype="bf16"))
     assert [problem.id for problem in found] == [
-        "CFG-034", "CFG-035", "CFG-036", "CFG-037", "CFG-038", "CFG-027", "CFG-039", "CFG-045", "CFG-045",
+        "CFG-034", "CFG-035", "CFG-036", "CFG-037", "CFG-045", "CFG-045", "CFG-038", "CFG-027", "CFG-039",
     ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mm.errors import DataError
-from mm.generate.prompts import read_prompts
+from mm.generate.rows import read_prompts
 from mm.generate.video import clip_path, prepare_folder, write_clip
 
 COLOURS = torch.tensor([[220, 40, 30], [20, 200, 60], [40, 60, 230], [250, 250, 250], [10, 10, 10]], dtype=torch.uint8)
@@ -80,23 +80,23 @@ def test_the_same_frames_give_the_same_bytes(tmp_path):
 
 def test_clips_that_exist_are_an_error_before_anything_is_computed(tmp_path):
     folder = tmp_path / "new" / "clips"
-    prepare_folder(folder, 2, overwrite=False)
+    prepare_folder(folder, [0, 1], overwrite=False)
     (folder / "video_0002.mp4").touch()  # beyond the two
-    prepare_folder(folder, 2, overwrite=False)
+    prepare_folder(folder, [0, 1], overwrite=False)
     (folder / "video_0001.json").touch()
     with pytest.raises(DataError) as caught:
-        prepare_folder(folder, 2, overwrite=False)
+        prepare_folder(folder, [0, 1], overwrite=False)
     assert caught.value.id == "DATA-050"
     assert "1 of 2" in str(caught.value)
     assert "video_0001" in str(caught.value)
-    prepare_folder(folder, 2, overwrite=True)
+    prepare_folder(folder, [0, 1], overwrite=True)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(DataError) as caught:
-            prepare_folder(folder, 1, overwrite=True)
+            prepare_folder(folder, [0], overwrite=True)
         assert caught.value.id == "DATA-051"
 
 

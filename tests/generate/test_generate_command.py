@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import av
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, UMT5EncoderModel
 
@@ -20,7 +20,9 @@ from mm.cli.entry import run
 from mm.cli.generate import main
 from mm.demo.components import write_model
 from mm.generate.pipeline import initial_latents
-from mm.generate.run import weights_fingerprint
+from mm.generate.weights import weights_fingerprint
+from mm.lora.adapter import Adapter, Update
+from mm.lora.files import write_adapter
 from mm.wan.model import WanModel
 
 EXAMPLES = Path(__file__).parents[2] / "examples/wan2.1"
@@ -261,31 +263,107 @@ def test_prompts_that_are_not_there(workplace, weights, capfd):
     assert not Path("clips").exists()
 
 
-def test_one_process_only(workplace, weights, capfd, monkeypatch):
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
-        monkeypatch.setenv(name, value)
-    assert failure(capfd, "--load", str(weights / "transformer")) == (64, ["CFG-067"])
+def pixels(path):
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(int)
 
 
-def script(weights, size, **values):
-    """Run the script of a cluster user in tiny mode: values from the environment, further flags after it."""
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    environment |= {"MM_MODEL": "model.json", "LOAD_PATH": str(weights / "transformer"), "MBS": "3", **values}
-    words = ["--num-inference-steps", "1", "--device", "cpu", "--guidance-scale", "1"]
-    path = str(EXAMPLES / size / "t2v/inference.sh")
-    return subprocess.run(["bash", path, *words], env=environment, capture_output=True, text=True)
+def generate_here(folder, weights, words):
+    """One process of several."""
+    os.chdir(folder)
+    main(["--mm-model", "model.json", "--load", weights, "--device", "cpu", "--no-progress-bar", *words])
 
 
-@pytest.mark.parametrize("size", ["1.3b", "14b"])
-def test_example_scripts(workplace, weights, size):
-    result = script(weights, size, SAVE_PATH="from the script")
-    assert result.returncode == 0, result.stderr
-    assert len(contents("from the script")) == 6
-    assert "3/3" in result.stderr
+LAYERZERO = ["--layerzero", "--layerzero-config", "zero.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words", "layout"),
+    [
+        (2, ["--context-parallel-size", "2"], "cp2(u2)"),
+        (2, LAYERZERO, "dp2-zero2"),
+        pytest.param(
+            2, ["--context-parallel-size", "2", "--context-parallel-algo", "megatron_cp_algo"], "cp2(r2)",
+            marks=pytest.mark.nightly,
+        ),
+        pytest.param(2, ["--tensor-model-parallel-size", "2"], "tp2", marks=pytest.mark.nightly),
+        pytest.param(2, [], "dp2", marks=pytest.mark.nightly),
+        pytest.param(
+            4, ["--context-parallel-size", "2", "--batched-guidance", *LAYERZERO], "dp2-cp2(u2)-zero2",
+            marks=pytest.mark.nightly,
+        ),
+        pytest.param(
+            4, ["--context-parallel-size", "4", "--context-parallel-algo", "hybrid_cp_algo",
+                "--ulysses-degree-in-cp", "2"], "cp4(u2xr2)", marks=pytest.mark.nightly,
+        ),
+    ],
+)  # fmt: skip
+def test_several_processes_make_the_clips_of_one(workplace, weights, ranks, words, layout):
+    """Three prompts over the replicas: with two of them one has nothing to do in the second round."""
+    Path("zero.yaml").write_text("zero3_size: 2\n")
+    generate(weights, "--save-path", "one")
+    folder = str(weights / "transformer")
+    run_ranks(ranks, generate_here, str(workplace), folder, [*words, "--save-path", "many"])
+    assert contents("one").keys() == contents("many").keys()
+    for index in range(len(PROMPTS)):
+        name = f"video_{index:04d}"
+        assert np.abs(pixels(f"one/{name}.mp4") - pixels(f"many/{name}.mp4")).max() <= 2
+        one, many = (json.loads(Path(folder, f"{name}.json").read_text()) for folder in ("one", "many"))
+        assert (one.pop("layout"), many.pop("layout")) == ("single", layout)
+        assert many.pop("batched_guidance") == ("--batched-guidance" in words)
+        del one["batched_guidance"]
+        assert one == many  # the fingerprint of the weights too
+
+
+def test_layouts_that_cannot_work(workplace, weights, capfd):
+    load = ["--load", str(weights / "transformer")]
+    assert failure(capfd, *load, "--tensor-model-parallel-size", "3") == (64, ["CFG-032", "CFG-033"])
+    assert failure(capfd, *load, *LAYERZERO) == (64, ["CFG-001"])
+    Path("zero.yaml").write_text("param_dtype: bf16\n")
+    assert failure(capfd, *load, *LAYERZERO) == (64, ["CFG-045", "CFG-045"])
+    assert failure(capfd, *load, "--pipeline-model-parallel-size", "2") == (64, ["CFG-008"])
+    assert not Path("clips").exists()
+
+
+def test_adapters_are_added_to_the_weights(workplace, weights, frames):
+    """An adapter at strength s and its opposite cancel; one alone is the merged model's clip."""
+    Path("prompts.txt").write_text(PROMPTS[0])
+    generator = torch.Generator().manual_seed(0)
+    update = Update(torch.randn(4, 512, generator=generator), torch.randn(128, 4, generator=generator), 2.0)
+    write_adapter(Path("lora.safetensors"), Adapter({"blocks.1.ffn.2": update}), "comfyui")
+    generate(weights)
+    plain = frames["video_0000.mp4"]
+    generate(weights, "--overwrite", "--lora", "lora.safetensors", "--lora-strength", "0.5")
+    adapted = frames["video_0000.mp4"]
+    assert np.abs(adapted.astype(int) - plain).max() > 20
+    about = json.loads(Path("clips/video_0000.json").read_text())
+    assert [entry["strength"] for entry in about["lora"]] == [0.5]
+    model = WanModel.from_pretrained(weights / "transformer")
+    state = model.state_dict()
+    state["blocks.1.ffn.2.weight"] += 0.5 * (2.0 / 4) * update.b @ update.a
+    Path("merged").mkdir()
+    save_file(state, "merged/model.safetensors")
+    Path("merged/config.json").write_text(json.dumps(model.config.model_dump(mode="json")))
+    main(["--mm-model", "model.json", "--load", "merged", "--device", "cpu", "--overwrite"])
+    assert np.abs(frames["video_0000.mp4"].astype(int) - adapted).max() <= 1
+    both = ["--lora", "lora.safetensors", "lora.safetensors", "--lora-strength", "0.5", "-0.5"]
+    generate(weights, "--overwrite", *both)
+    assert np.abs(frames["video_0000.mp4"].astype(int) - plain).max() <= 1
+
+
+def test_adapters_that_cannot_work(workplace, weights, capfd):
+    load = ["--load", str(weights / "transformer")]
+    assert failure(capfd, *load, "--lora", "a", "--lora-strength", "1", "2") == (64, ["CFG-122"])
+    assert failure(capfd, *load, "--lora-strength", "1") == (64, ["CFG-122"])
+    update = Update(torch.zeros(2, 64), torch.zeros(64, 2), 1.0)
+    write_adapter(Path("other.safetensors"), Adapter({"blocks.0.self_attn.q": update}), "peft")
+    assert failure(capfd, *load, "--lora", "other.safetensors") == (65, ["DATA-093"])
 
 
 def test_a_script_hands_on_the_exit_code(workplace, weights):
-    result = script(weights, "1.3b", PROMPT="no.txt")
+    environment = os.environ | {"MM_MODEL": "model.json", "LOAD_PATH": str(weights / "transformer"), "PROMPT": "no.txt"}
+    script = str(EXAMPLES / "1.3b/t2v/inference.sh")
+    result = subprocess.run(["bash", script, "--device", "cpu"], env=environment, capture_output=True, text=True)
     assert result.returncode == 65
     assert "error DATA-053" in result.stderr
     assert "Traceback" not in result.stderr

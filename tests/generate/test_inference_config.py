@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from mm.config.flags import parse_flags
-from mm.config.inference import GenerateFlags, load_inference
+from mm.config.generate import GenerateFlags, load_inference
 from mm.config.inference_retired import RETIRED_GENERATE_FLAGS
-from mm.config.model import WAN_1_3B, WAN_14B
+from mm.config.model import WAN_1_3B, WAN_14B, WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B
 from mm.errors import ConfigError
 
 EXAMPLES = Path(__file__).parents[2] / "examples/wan2.1"
@@ -31,17 +31,31 @@ def refused(tmp_path, values, **flags):
     return caught.value.problems
 
 
-@pytest.mark.parametrize(("size", "shape"), [("1.3b", WAN_1_3B), ("14b", WAN_14B)])
-def test_shipped_files(size, shape):
-    flags = GenerateFlags(mm_model=str(EXAMPLES / size / "t2v/inference_model.json"), load="weights")
+@pytest.mark.parametrize(
+    ("script", "shape", "size"),
+    [
+        ("1.3b/t2v", WAN_1_3B, (81, 480, 832)),
+        ("14b/t2v", WAN_14B, (81, 480, 832)),
+        ("1.3b/i2v", WAN_I2V_1_3B, (81, 480, 832)),
+        ("14b/i2v", WAN_I2V_14B, (81, 720, 1280)),
+        ("14b/flf2v", WAN_FLF2V_14B, (81, 720, 1280)),
+        ("1.3b/v2v", WAN_1_3B, (49, 480, 832)),
+        ("14b/v2v", WAN_14B, (49, 480, 832)),
+    ],
+)
+def test_shipped_files(script, shape, size):
+    flags = GenerateFlags(mm_model=str(EXAMPLES / script / "inference_model.json"), load="weights")
     config = load_inference(flags)
     assert config.predictor.wan() == shape
-    assert config.pipeline_config.input_size == (81, 480, 832)
-    assert config.latent_size() == (21, 60, 104)
-    assert (config.diffusion.solver, config.diffusion.num_inference_steps) == ("unipc", 50)
-    assert (config.diffusion.flow_shift, config.diffusion.guidance_scale, config.fps) == (3.0, 5.0, 16)
+    assert config.task == script.split("/")[1]
+    assert config.pipeline_config.input_size == size
+    assert config.latent_size() == ((size[0] + 3) // 4, size[1] // 8, size[2] // 8)
+    assert (config.diffusion.solver, config.diffusion.num_inference_steps, config.fps) == ("unipc", 50, 16)
+    shift, guidance = {"flf2v": (16.0, 5.5)}.get(config.task, (5.0 if size[1] == 720 else 3.0, 5.0))
+    assert (config.diffusion.flow_shift, config.diffusion.guidance_scale) == (shift, guidance)
     assert config.negative_prompt.startswith("色调艳丽")
-    assert (EXAMPLES.parents[1] / config.prompt).is_file()
+    for listed in (config.prompt, config.image, config.video):
+        assert listed is None or (EXAMPLES.parents[1] / listed).is_file()
 
 
 def test_flags_win_over_the_file(tmp_path):
@@ -139,7 +153,7 @@ def test_not_an_object(tmp_path):
 
 
 def test_flags_of_the_reference_script_are_explained():
-    words = shlex.split("--mm-model m --tensor-model-parallel-size 1 --lr 5e-6 --bf16 --clip-grad 0 --sample-steps 5")
+    words = shlex.split("--mm-model m --pipeline-model-parallel-size 1 --lr 5e-6 --bf16 --clip-grad 0 --sample-steps 5")
     with pytest.raises(ConfigError) as caught:
         parse_flags(GenerateFlags, words, program="generate", retired=RETIRED_GENERATE_FLAGS)
     assert sorted(problem.id for problem in caught.value.problems) == ["CFG-007"] + ["CFG-008"] * 4
@@ -150,3 +164,48 @@ def test_flag_values_that_cannot_work(words):
     with pytest.raises(ConfigError) as caught:
         parse_flags(GenerateFlags, ["--mm-model", "m", *words.split()], program="generate")
     assert [problem.id for problem in caught.value.problems] == ["CFG-005"]
+
+
+I2V = {"image": "i.txt", "image_encoder": {"from_pretrained": "e", "dtype": "fp32"}}
+
+
+def images(task="i2v", **more):
+    """A file of a model with images."""
+    values = json.loads((EXAMPLES / f"14b/{task}" / "inference_model.json").read_text())
+    return {**values, **more}
+
+
+@pytest.mark.parametrize(
+    ("values", "flags", "ids"),
+    [
+        (shipped() | I2V, {}, ["CFG-120"]),
+        (shipped(), {"image": "i.txt"}, ["CFG-120"]),
+        ({k: v for k, v in images().items() if k != "image"}, {}, ["CFG-120"]),
+        ({k: v for k, v in images().items() if k != "image_encoder"}, {}, ["CFG-120"]),
+        (images(video="v.txt"), {}, ["CFG-120", "CFG-121"]),
+        (shipped() | {"video": "v.txt"}, {}, ["CFG-121"]),
+        (shipped(), {"strength": 0.5}, ["CFG-121"]),
+        (shipped() | {"video": "v.txt"}, {"strength": 0.0}, ["CFG-121"]),
+        (shipped() | {"video": "v.txt"}, {"strength": 1.01}, ["CFG-121"]),
+        (shipped() | {"video": "v.txt"}, {"strength": 0.019}, ["CFG-121"]),
+        (shipped() | {"video": "v.txt"}, {"strength": 0.02}, []),
+        (shipped() | {"video": "v.txt"}, {"strength": 1.0}, []),
+        (images("flf2v"), {"input_size": [1, 64, 64]}, ["CFG-123"]),
+        (images("flf2v"), {"input_size": [6, 64, 64]}, ["CFG-060"]),
+        (shipped(), {"batched_guidance": True, "guidance_scale": 1.0}, ["CFG-063"]),
+        (shipped() | {"strength": 0.7, "num_frames": 49}, {}, ["CFG-008", "CFG-008"]),
+    ],
+)
+def test_inputs_that_do_not_fit_the_model(tmp_path, values, flags, ids):
+    if not ids:
+        assert load(tmp_path, values, **flags).task == "v2v"
+        return
+    problems = refused(tmp_path, values, **flags)
+    assert [problem.id for problem in problems] == ids
+    assert all(problem.remedy for problem in problems)
+
+
+def test_an_i2v_model_may_be_given_both_frames(tmp_path):
+    values = images(pipeline_config={"input_size": [81, 480, 832], "dual_image": True})
+    assert load(tmp_path, values).task == "flf2v"
+    assert load(tmp_path, images()).task == "i2v"

@@ -8,13 +8,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from mm.config.model import WanConfig
-from mm.errors import ConfigError
 from mm.lora.layer import (
     Adapted,
     LoRALinear,
     adapter_shapes,
     add_adapters,
-    check_settings,
     init_adapters,
     initial_adapter_value,
 )
@@ -133,10 +131,3 @@ def test_initial_values_are_distributed_as_pefts():
         assert value.abs().max() >= 0.999 * bound
         assert abs(value.std() / (bound / math.sqrt(3)) - 1) < 0.01
         assert abs(value.mean()) < 0.02 * bound
-
-
-def test_settings_are_told_at_once():
-    with pytest.raises(ConfigError) as caught:
-        check_settings(0, math.nan, 0.1)
-    assert [problem.id for problem in caught.value.problems] == ["CFG-102", "CFG-102", "CFG-103"]
-    check_settings(16, 16.0, 0.0)

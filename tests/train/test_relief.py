@@ -17,6 +17,7 @@ from mm.config.request import Request
 from mm.config.rules import check_training
 from mm.config.train import PretrainModel, TrainFlags
 from mm.errors import ConfigError
+from mm.lora.plan import plan_of
 from mm.train.dry_run import Job, Report, dry_run
 from mm.train.loop import data_parallel_options, training_dtype
 from mm.train.relief import Relief, reliefs
@@ -28,6 +29,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 96, "ffn_dim": 384, "num_heads": 12, "num_layers": 4, "text_dim": 16, "text_len": 8},
 }
 RECOMPUTE = "--recompute-granularity full --recompute-method"
+LORA = "--lora-r 4 --lora-alpha 4 --lora-target-modules q k v o ffn.0 ffn.2 --load-base-model base"
 LAYERZERO = "--layerzero --layerzero-config zero_config.yaml"
 STEP = Split("forward and backward", 3 * 10**9, 5 * 10**9, 5 * 10**9, 10**10, 4 * 10**10)
 SPLITS = [
@@ -42,7 +44,8 @@ SPLITS = [
 
 @cache
 def command_line(words: str) -> TrainFlags:
-    required = "--mm-data d.json --mm-model m.json --lr 1e-4 --train-iters 1 --init-from-scratch"
+    required = "--mm-data d.json --mm-model m.json --lr 1e-4 --train-iters 1"
+    required += "" if "--lora" in words else " --init-from-scratch"
     return parse_flags(TrainFlags, shlex.split(f"{required} {words}"), program="mm train")
 
 
@@ -159,6 +162,18 @@ def test_a_large_model_is_sharded(words: str, zero3_size: int | None, first: str
     assert str(reliefs(request(words, 8, zero3_size, "14B"), split)[0]) == first
 
 
+def test_a_frozen_base_is_kept_in_fewer_bits_or_sharded() -> None:
+    """14B with adapters: gradients and moments are small, the base is what can shrink."""
+    split = Split("forward and backward", 10**9, 28 * 10**9, 10**8, 2 * 10**8, 10**9)
+    words = f"--bf16 {LORA} {RECOMPUTE} uniform"
+    texts = [str(relief) for relief in reliefs(request(words, 8, shape="14B"), split)]
+    assert texts[0] == "--layerzero --layerzero-config zero_config.yaml and zero3_size: 8 in zero_config.yaml"
+    texts = [str(relief) for relief in reliefs(request(words, 1, shape="14B"), split)]
+    assert texts[0] == "--lora-base-dtype int8"
+    texts = [str(relief) for relief in reliefs(request(f"{words} --lora-base-dtype fp8", 1, shape="14B"), split)]
+    assert not any("layerzero" in text or "lora" in text for text in texts)
+
+
 def test_degrees_follow_the_rules() -> None:
     """5 heads take no CP of 2 by Ulysses, and no TP of 2; 5 blocks need stages that are listed."""
     shape = {"hidden_size": 120, "num_heads": 5, "ffn_dim": 200, "num_layers": 5}
@@ -184,14 +199,16 @@ def step(run: Request) -> Report:
     job = Job(
         run.model.predictor.wan(), layout, data_parallel_options(flags), run.zero, training_dtype(flags), latent,
         flags.micro_batch_size, flags.micro_batches_of_step(layout.dp_size), recompute_of(flags, run.model),
+        None if (lora := plan_of(flags, run.model.predictor.wan())) is None else lora.tuning(),
     )  # fmt: skip
     return dry_run(job, rank=0)
 
 
-@pytest.mark.parametrize(("words", "world_size"), [("--micro-batch-size 2", 1), ("--bf16", 8)])
+@pytest.mark.parametrize(("words", "world_size"), [("--micro-batch-size 2", 1), ("--bf16", 8), (LORA, 8)])
 def test_the_dry_run_of_every_proposal_needs_less_as_estimated(words: str, world_size: int) -> None:
     """The peak that every tensor of a whole step adds up to, before and after."""
-    run = request(words, world_size)
+    deep = {"num_layers": 12} if words == LORA else {}  # whose gathered blocks are few beside the base
+    run = request(words, world_size, **deep)
     before = step(run)
     kinds = dict(before.peak)
     known = [kinds.pop(kind) for kind in ("parameters", "gradients", "optimizer")]

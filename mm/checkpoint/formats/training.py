@@ -22,6 +22,8 @@ from mm.errors import CheckpointError, ConfigError
 
 MODEL_PREFIX = "model."
 CONFIG_KEY = "wan_config"
+ADAPTERS_KEY = "adapters"
+"""Of the scalars: a checkpoint that has it holds adapters and no model."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,20 @@ class TrainingWeights:
         """Open `path`, a checkpoint or the folder of a run's checkpoints, of which the latest is taken.
 
         Raises:
-            CheckpointError: CKPT-012 or CKPT-013 when it is damaged, CKPT-019 when it holds no model weights.
+            CheckpointError: CKPT-012 or CKPT-013 when it is damaged, CKPT-019 when it holds no model weights, CKPT-084
+                when it holds adapters alone.
         """
         latest = path if (path / MANIFEST_NAME).exists() else find_latest(path)
         if latest is None:
             raise CheckpointError("CKPT-019", f"{path} holds no training checkpoint.", "Check the path.")
         manifest = read_manifest(latest)
+        if manifest.scalars.get(ADAPTERS_KEY) is not None:
+            raise CheckpointError(
+                "CKPT-084",
+                f"{latest} holds adapters of a LoRA run, not a model.",
+                "Merge them into their base model first: mm convert --mode lora_merge_to_hf. To train them further, "
+                "give LoRA's flags, and the base model to --load-base-model.",
+            )
         if not any(key.startswith(MODEL_PREFIX) for key in manifest.tensors):
             raise CheckpointError(
                 "CKPT-019", f"{latest} holds no tensors model.*.", "Use a checkpoint that a training run saved."

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# Generates one clip for each prompt with Wan2.1 T2V 1.3B. Edit the values below and inference_model.json, give them as
-# environment variables, or append flags: LOAD_PATH=out bash inference.sh --num-inference-steps 30 --seed 7
+# Generates one clip for each prompt with Wan2.1 T2V 1.3B. Edit the values below and inference_model.json, give them
+# as environment variables, or append flags: LOAD_PATH=out bash inference.sh --num-inference-steps 30 --seed 7
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-NPUS_PER_NODE=${NPUS_PER_NODE:-1}       # generation runs in one process in this version
+NPUS_PER_NODE=${NPUS_PER_NODE:-1}       # TP x CP of them share a clip, the others make other clips
 NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-localhost}
 MASTER_PORT=${MASTER_PORT:-6000}
 
+TP=${TP:-1}
+CP=${CP:-1}
 MBS=${MBS:-1}                           # prompts in one forward
 
 MM_MODEL=${MM_MODEL:-$here/inference_model.json}
@@ -17,5 +19,4 @@ SAVE_PATH=${SAVE_PATH:-}                # folder for the clips; empty: save_path
 PROMPT=${PROMPT:-}                      # text file, one prompt a line; empty: prompt of MM_MODEL
 
 source "$here/../../common.sh"
-launch mm.cli.generate --mm-model "$MM_MODEL" --load "$LOAD_PATH" --micro-batch-size "$MBS" \
-    ${SAVE_PATH:+--save-path "$SAVE_PATH"} ${PROMPT:+--prompt "$PROMPT"} "$@"
+run_generation "$@"

@@ -1,0 +1,74 @@
+"""What made a clip, as JSON: enough to make it again, without times, so that the same run writes the same files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mm
+from mm.checkpoint.formats.source import WeightSource
+from mm.checkpoint.safetensor_file import hash_file
+from mm.config.generate import Generation
+from mm.config.inference import InferenceModel
+from mm.data.recipe import folder_fingerprint
+from mm.generate.rows import Row
+
+
+def describe_run(generation: Generation, source: WeightSource, fingerprint: str, device: str) -> dict[str, Any]:
+    """What all clips of a run share.
+
+    Args:
+        generation: the configuration.
+        source: of the transformer's weights. fingerprint: of what was made of them.
+        device: kind of device.
+    """
+    config = generation.config
+    diffusion = config.diffusion
+    sampler: dict[str, Any] = {"sample_solver": diffusion.solver}
+    if diffusion.solver == "unipc":
+        sampler |= {"solver_order": diffusion.solver_order, "solver_type": diffusion.solver_type}
+    libraries = {name: importlib.metadata.version(name) for name in ("diffusers", "transformers", "av")}
+    transformer = {"path": str(source.path), "format": source.label, "dtype": config.predictor.dtype}
+    return {
+        "task": config.task,
+        "negative_prompt": config.negative_prompt if diffusion.guided else None,
+        "seed": config.seed,
+        "input_size": list(config.pipeline_config.input_size),
+        "fps": config.fps,
+        **sampler,
+        "num_inference_steps": diffusion.num_inference_steps,
+        "flow_shift": diffusion.flow_shift,
+        "guidance_scale": diffusion.guidance_scale,
+        "batched_guidance": diffusion.batched_guidance,
+        "transformer": transformer | {"fingerprint": fingerprint},
+        "lora": [section.model_dump() | {"fingerprint": hash_file(Path(section.path))[:16]} for section in config.lora],
+        **_encoders(config),
+        "layout": generation.layout.name(),
+        "device": device,
+        # torch by its own word, which names the build (2.13.0+cu130); the package's version does not
+        "versions": {"mm": mm.__version__, "torch": str(torch.__version__), **libraries},
+    }
+
+
+def describe_row(row: Row, config: InferenceModel) -> dict[str, Any]:
+    """What one clip has for itself."""
+    about: dict[str, Any] = {"prompt": row.prompt, "prompt_index": row.index}
+    if row.images:
+        about["images"] = [{"path": str(path), "fingerprint": hash_file(path)[:16]} for path in row.images]
+    if row.video is not None:
+        section = config.pipeline_config
+        about["video"] = {"path": str(row.video), "fingerprint": hash_file(row.video)[:16]}
+        about |= {"strength": section.strength, "start_frame": section.start_frame or 0}
+    return about
+
+
+def _encoders(config: InferenceModel) -> dict[str, Any]:
+    """Folders, precisions and contents of the parts around the transformer."""
+    parts = {"ae", "text_encoder", "tokenizer"} | ({"image_encoder"} if config.image_encoder is not None else set())
+    return {
+        name: {**values, "fingerprint": folder_fingerprint(Path(values["from_pretrained"]))}
+        for name, values in config.model_dump(mode="json", include=parts).items()
+    }

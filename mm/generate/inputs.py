@@ -1,0 +1,99 @@
+"""What the transformer is given of a row: text features, image features and the latents of given frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mm.config.inference import InferenceModel
+from mm.config.model import IMAGES
+from mm.generate.given import load_image, load_video
+from mm.generate.rows import Row
+from mm.wan.condition import condition_latents
+from mm.wan.encoders import TextEncoder, VideoEncoder
+from mm.wan.image_encoder import ImageEncoder
+
+
+def encode_text(
+    config: InferenceModel, rows: Sequence[Row], device: torch.device
+) -> tuple[dict[int, Tensor], Tensor | None]:
+    """Features [L, text_dim] of each row's prompt by its index, and, where guidance uses it, of the negative prompt.
+
+    One text at a time, so that features do not depend on their neighbours, and on the CPU: the encoder is dropped
+    afterwards and leaves the device to the transformer.
+
+    Raises:
+        DataError: DATA-040 to DATA-043, see `TextEncoder.from_pretrained`.
+    """
+    encoder = TextEncoder.from_pretrained(
+        Path(config.text_encoder.from_pretrained),
+        Path(config.tokenizer.from_pretrained),
+        config.text_encoder.dtype,
+        device,
+        config.tokenizer.model_max_length,
+    )
+    negative = encoder.encode([config.negative_prompt])[0].cpu() if config.diffusion.guided else None
+    return {row.index: encoder.encode([row.prompt])[0].cpu() for row in rows}, negative
+
+
+def encode_images(config: InferenceModel, encoder: ImageEncoder, rows: Sequence[Row]) -> dict[int, Tensor]:
+    """Image features [I, img_dim] of each row by its index, on the CPU, one image at a time.
+
+    A model that was made for one image sees the first one alone; the last one reaches it through its latents.
+
+    Raises:
+        DataError: what `load_image` raises.
+    """
+    _, height, width = config.pipeline_config.input_size
+    seen = IMAGES[config.predictor.model_type]
+    return {
+        row.index: torch.cat(
+            [encoder.encode(load_image(path, height, width).unsqueeze(0))[0] for path in row.images[:seen]]
+        ).cpu()
+        for row in rows
+    }
+
+
+def frame_condition(config: InferenceModel, video: VideoEncoder, rows: Sequence[Row]) -> Tensor:
+    """Mask and latents of the given frames of each row, [B, 4 + C, F, H, W].
+
+    Raises:
+        DataError: what `load_image` raises, DATA-044 for a VAE that is not Wan's.
+    """
+    num_frames, height, width = config.pipeline_config.input_size
+    frames = [[load_image(path, height, width) for path in row.images] for row in rows]
+    first = torch.stack([images[0] for images in frames])
+    last = torch.stack([images[1] for images in frames]) if config.task == "flf2v" else None
+    return condition_latents(video, first, last, num_frames)
+
+
+def video_latents(config: InferenceModel, video: VideoEncoder, rows: Sequence[Row]) -> Tensor:
+    """Latents of the given videos of each row, [B, C, F, H, W].
+
+    Raises:
+        DataError: what `load_video` raises, DATA-044 for a VAE that is not Wan's.
+    """
+    return video.encode(torch.stack([load_given_video(config, row) for row in rows]))
+
+
+def check_given(config: InferenceModel, row: Row) -> None:
+    """Read all that a row names, so that hours of work do not end at a damaged file.
+
+    Raises:
+        DataError: what `load_image` and `load_video` raise.
+    """
+    _, height, width = config.pipeline_config.input_size
+    for path in row.images:
+        load_image(path, height, width)
+    if row.video is not None:
+        load_given_video(config, row)
+
+
+def load_given_video(config: InferenceModel, row: Row) -> Tensor:
+    """The frames of a row's video, [3, F, H, W] pixels in [-1, 1]; raises what `load_video` raises."""
+    if row.video is None:
+        raise ValueError("the row has no video")
+    return load_video(row.video, config.pipeline_config.start_frame or 0, *config.pipeline_config.input_size)

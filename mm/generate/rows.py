@@ -1,0 +1,125 @@
+"""What is generated, row by row: prompts from a text file, and the images or videos that belong to them from another.
+
+A row that cannot be used does not keep the others from being generated: it is reported, and the run ends with an error
+when the others are done.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from mm.config.inference import InferenceModel
+from mm.errors import DataError, Problem
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One clip to make.
+
+    Attributes:
+        index: its number, which names the clip and keys its noise.
+        prompt: what it shows.
+        images: the first frame, or the first and the last. video: what it is made from.
+    """
+
+    index: int
+    prompt: str
+    images: tuple[Path, ...] = ()
+    video: Path | None = None
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that no clip can be made of."""
+
+    index: int
+    problem: Problem
+
+
+def read_rows(config: InferenceModel) -> tuple[list[Row], list[BadRow]]:
+    """The rows of the configured files, those that can be used and those that cannot.
+
+    Prompts that go with images or videos are matched line by line; a line that is blank in both files is left out.
+
+    Raises:
+        DataError: DATA-053 when a file cannot be read as UTF-8 text, DATA-054 when it holds nothing, DATA-084 when
+            there are not as many images or videos as prompts.
+    """
+    listed = config.video if config.task == "v2v" else config.image
+    if listed is None:
+        return [Row(index, prompt) for index, prompt in enumerate(read_prompts(Path(config.prompt)))], []
+    kind = "video" if config.task == "v2v" else "image"
+    prompts = _read_lines(Path(config.prompt), "prompt")
+    others = _read_lines(Path(listed), kind)
+    if len(prompts) != len(others):
+        raise DataError(
+            "DATA-084",
+            f"{config.prompt} has {len(prompts)} lines, and {listed} {len(others)}.",
+            f"Write one {kind} for each prompt, in the same order.",
+        )
+    pairs = [(prompt, other) for prompt, other in zip(prompts, others, strict=True) if prompt or other]
+    good, bad = [], []
+    for index, (prompt, other) in enumerate(pairs):
+        row = _row(index, prompt, other, config)
+        if isinstance(row, Row):
+            good.append(row)
+        else:
+            bad.append(row)
+    log.info("%s: %d rows with %s", config.prompt, len(pairs), listed)
+    return good, bad
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line; blank lines are left out, and their number is logged.
+
+    Raises:
+        DataError: DATA-053 when the file cannot be read as UTF-8 text, DATA-054 when it holds no prompt.
+    """
+    lines = _read_lines(path, "prompt")
+    prompts = [line for line in lines if line]
+    blank = len(lines) - len(prompts)
+    log.info("%s: %d prompts%s", path, len(prompts), f", {blank} blank lines left out" if blank else "")
+    return prompts
+
+
+def _row(index: int, prompt: str, other: str, config: InferenceModel) -> Row | BadRow:
+    """A row, or why it is none (DATA-085)."""
+    paths = tuple(Path(part.strip()) for part in other.split(",")) if config.task == "flf2v" else (Path(other),)
+    wanted, what = {"i2v": (1, "image"), "flf2v": (2, "images"), "v2v": (1, "video")}[config.task]
+    if not prompt:
+        found, remedy = "no prompt", "Write one, or remove both lines."
+    elif not other:
+        found, remedy = f"no {what}", "Write its path, or remove both lines."
+    elif len(paths) != wanted or not all(path.name for path in paths):
+        found, remedy = f'"{other}" where two images are expected', 'Write "first.png, last.png".'
+    elif config.task == "v2v":
+        return Row(index, prompt, video=paths[0])
+    else:
+        return Row(index, prompt, images=paths)
+    return BadRow(index, Problem("DATA-085", f"Row {index} has {found}.", remedy))
+
+
+def _read_lines(path: Path, what: str) -> list[str]:
+    """The lines of a UTF-8 text file, with or without a byte order mark, with any line ends, without blank last ones.
+
+    Raises:
+        DataError: DATA-053 when the file cannot be read, DATA-054 when it holds nothing.
+    """
+    try:
+        # Not splitlines(): it would also cut a prompt at a form feed or a Unicode line separator.
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            "DATA-053",
+            f"The {what}s in {path} cannot be read ({error}).",
+            f"Give a UTF-8 text file with one {what} a line (--{what}, or {what} in inference_model.json).",
+        ) from None
+    while lines and not lines[-1]:
+        lines.pop()
+    if not any(lines):
+        raise DataError("DATA-054", f"{path} holds no {what}.", f"Write one {what} a line.")
+    return lines

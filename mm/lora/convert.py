@@ -1,0 +1,106 @@
+"""Adapters from one format to another, and merged into the weights of their base model."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from mm.checkpoint.directory import find_latest
+from mm.checkpoint.formats.source import TensorKind, WeightSource
+from mm.checkpoint.formats.training import is_training_checkpoint
+from mm.checkpoint.identity import identity
+from mm.checkpoint.manifest import MANIFEST_NAME
+from mm.checkpoint.weights import open_weights
+from mm.config.model import WanConfig
+from mm.errors import CheckpointError
+from mm.lora.adapter import Adapter, merge_tensor, require_fit
+from mm.lora.files import read_adapter, write_adapter
+from mm.lora.record import BASE_IDENTITY, adapter_of
+from mm.lora.targets import Sizes
+
+log = logging.getLogger(__name__)
+
+
+def read_any(path: Path) -> Adapter:
+    """The adapter of a LoRA run's checkpoints (the latest), or of a file of any family.
+
+    Raises:
+        CheckpointError: CKPT-012, CKPT-013 and CKPT-081 for checkpoints that cannot be used.
+        DataError: DATA-022 and DATA-090 to DATA-092 for a file that cannot be used.
+    """
+    if not is_training_checkpoint(path):
+        return read_adapter(path)
+    latest = path if (path / MANIFEST_NAME).exists() else find_latest(path)
+    if latest is None:
+        raise CheckpointError("CKPT-013", f"{path} holds no complete checkpoint.", "Use another folder.")
+    return adapter_of(latest)
+
+
+def write_file(source: Path, target: Path, family: Literal["peft", "comfyui"]) -> None:
+    """Write an adapter of any format as one file; raises what `read_any` and `write_adapter` raise."""
+    adapter = read_any(source)
+    write_adapter(target, adapter, family)
+    log.info("Wrote %d linears to %s (%s names).", len(adapter.updates), target, family)
+
+
+@dataclass(frozen=True)
+class MergedWeights:
+    """`WeightSource` over a base model with an adapter added to it, one tensor at a time.
+
+    Attributes:
+        base: the model. adapter: checked to fit it. strength: factor on the adapter.
+    """
+
+    base: WeightSource
+    adapter: Adapter
+    strength: float
+
+    @property
+    def path(self) -> Path:
+        """Where the base is."""
+        return self.base.path
+
+    @property
+    def label(self) -> str:
+        """The format of the base."""
+        return f"{self.base.label} with an adapter"
+
+    def kinds(self) -> dict[str, TensorKind]:
+        """Those of the base."""
+        return self.base.kinds()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Those of the base."""
+        return self.base.shapes()
+
+    def read(self, name: str) -> Tensor:
+        """The sum, rounded once to the dtype of the base."""
+        return merge_tensor(name, self.base.read(name), self.adapter, self.strength)
+
+    def config(self) -> WanConfig | None:
+        """That of the base."""
+        return self.base.config()
+
+
+def merged(base_path: Path, adapter_path: Path, strength: float = 1.0) -> MergedWeights:
+    """Open a base model with an adapter; a warning tells where the adapter was trained on another base.
+
+    Raises:
+        DataError: DATA-093 when the adapter does not fit, and what `read_any` and `open_weights` raise.
+        CheckpointError: what `read_any` and `open_weights` raise.
+    """
+    base, adapter = open_weights(base_path), read_any(adapter_path)
+    # adapters of other tools may be of linears outside the blocks too
+    linears: dict[str, Sizes] = {
+        name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in base.shapes().items() if len(shape) == 2
+    }
+    require_fit(adapter, linears)
+    theirs = adapter.texts.get(BASE_IDENTITY)
+    ours = identity(base) if theirs else None
+    if theirs != ours:
+        log.warning("%s was trained on a base with identity %s; %s has %s.", adapter_path, theirs, base_path, ours)
+    return MergedWeights(base, adapter, strength)

@@ -1,0 +1,97 @@
+"""Which linears of a run get adapters, how its base model is kept, and the values that all of it starts with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mm.checkpoint.weights import WeightSource
+from mm.config.model import WanConfig
+from mm.config.train import TrainFlags
+from mm.lora.layer import (
+    Adapted,
+    adapter_shapes,
+    add_adapters,
+    initial_adapter_value,
+    is_adapter,
+    keep_in_low_bits,
+)
+from mm.lora.low_bit import LowBit, quantise
+from mm.lora.targets import Sizes, linears_of, target_linears
+from mm.parallel.placement import Shape, whole_shapes
+from mm.parallel.tuning import Tuning
+from mm.wan.model import WanModel
+
+_SCALE = "weight_scale"
+
+
+@dataclass(frozen=True)
+class LoRAPlan:
+    """The adapters of a run.
+
+    Attributes:
+        linears: all that could have one, by native module name. adapted: those that do, and how.
+        base_dtype: of the frozen weights of all of `linears`; None for the run's precision.
+    """
+
+    linears: Mapping[str, Sizes]
+    adapted: Mapping[str, Adapted]
+    base_dtype: LowBit | None
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Whole shapes of what is trained, by native name."""
+        return dict(adapter_shapes(self.linears, self.adapted))
+
+    @property
+    def parameters(self) -> int:
+        """Elements that are trained."""
+        return sum(map(math.prod, self.shapes.values()))
+
+    def tuning(self) -> Tuning:
+        """What `mm.parallel.apply.apply` adds to a model."""
+        scales = {f"{name}.{_SCALE}": (rows,) for name, (rows, _) in self.linears.items()} if self.base_dtype else {}
+        return Tuning(self._prepare, {**scales, **self.shapes}, self.shapes)
+
+    def _prepare(self, model: WanModel) -> None:
+        if self.base_dtype is not None:
+            keep_in_low_bits(model, self.linears, self.base_dtype)
+        add_adapters(model, self.adapted)
+
+
+def plan_of(flags: TrainFlags, wan: WanConfig) -> LoRAPlan | None:
+    """The plan of checked flags; None where all parameters are trained.
+
+    Raises:
+        ConfigError: CFG-100 and CFG-101 for target words.
+    """
+    if flags.lora_r is None or flags.lora_alpha is None:  # the rules have seen that the others are there too
+        return None
+    linears = linears_of(whole_shapes(wan))
+    names = target_linears(flags.lora_target_modules, linears)
+    return LoRAPlan(linears, dict.fromkeys(names, Adapted(flags.lora_r, flags.lora_alpha)), flags.lora_base_dtype)
+
+
+def starting_values(plan: LoRAPlan, base: WeightSource, seed: int) -> Callable[[str, Shape], Tensor]:
+    """(native name, whole shape) -> what a parameter of the adapted model starts with, for `apply`.
+
+    Args:
+        plan: the adapters. base: checked weights of the base model. seed: of new adapters.
+    """
+    last: dict[str, tuple[Tensor, Tensor]] = {}  # weight and scale of a linear are asked for one after the other
+
+    def value_of(name: str, shape: Shape) -> Tensor:
+        if is_adapter(name):
+            return initial_adapter_value(name, shape, seed)
+        module, _, kind = name.rpartition(".")
+        if plan.base_dtype is None or module not in plan.linears or kind == "bias":
+            return base.read(name)
+        if module not in last:
+            last.clear()
+            last[module] = quantise(base.read(f"{module}.weight"), plan.base_dtype)
+        return last[module][kind == _SCALE]
+
+    return value_of

@@ -1,0 +1,144 @@
+"""What a training checkpoint of adapters says about itself, and the adapter that is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mm.checkpoint.formats.training import ADAPTERS_KEY, MODEL_PREFIX
+from mm.checkpoint.manifest import Manifest, read_manifest
+from mm.checkpoint.store import read_tensor
+from mm.errors import CheckpointError, Problem, raise_all
+from mm.lora.adapter import Adapter
+from mm.lora.files import PEFT_FILE, write_adapter
+from mm.lora.layer import Adapted, adapter_shapes
+from mm.lora.low_bit import LowBit
+
+BASE_IDENTITY = "base_identity"
+"""Key of an adapter's texts: the identity of the base model that it was trained on."""
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """The scalar `adapters` of a checkpoint.
+
+    Attributes:
+        adapted: r and alpha of every linear by native module name.
+        base_path: of the base model when the run was started; it may move.
+        base_identity: `mm.checkpoint.identity.identity` of the base model.
+        base_dtype: of its linears where it is not the run's precision.
+    """
+
+    adapted: Mapping[str, Adapted]
+    base_path: str
+    base_identity: str
+    base_dtype: LowBit | None
+
+    def as_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "adapted": {name: list(how) for name, how in self.adapted.items()},
+            "base": {"path": self.base_path, "identity": self.base_identity, "dtype": self.base_dtype},
+        }
+
+    @classmethod
+    def parse(cls, values: Any, where: Path) -> AdapterRecord:
+        """The inverse of `as_json`.
+
+        Raises:
+            CheckpointError: CKPT-012 for anything else.
+        """
+        try:
+            adapted = {name: Adapted(int(rank), float(alpha)) for name, (rank, alpha) in values["adapted"].items()}
+            base = values["base"]
+            return cls(adapted, str(base["path"]), str(base["identity"]), base["dtype"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            found = f"{where}: {ADAPTERS_KEY} of its manifest is not understood ({type(error).__name__}: {error})."
+            raise CheckpointError("CKPT-012", found, "Use a checkpoint of this version.") from None
+
+    @property
+    def base(self) -> str:
+        """The base model, for messages."""
+        kept = f", kept in {self.base_dtype}" if self.base_dtype else ""
+        return f"{self.base_path} (identity {self.base_identity}{kept})"
+
+    def texts(self) -> dict[str, str]:
+        """For the header of a file of another format."""
+        return {"base_model": self.base_path, BASE_IDENTITY: self.base_identity}
+
+    def require_same(self, theirs: AdapterRecord, where: Path) -> None:
+        """Refuse to go on from the adapters of a checkpoint in another way than it was trained.
+
+        Args:
+            theirs: the checkpoint's. where: the checkpoint.
+
+        Raises:
+            CheckpointError: CKPT-082 for another r, alpha or other linears, CKPT-083 for another base; both at once.
+        """
+        problems = []
+        differing = [
+            f"{name} is {_how(theirs.adapted.get(name))} there, {_how(self.adapted.get(name))} here"
+            for name in {**theirs.adapted, **self.adapted}
+            if theirs.adapted.get(name) != self.adapted.get(name)
+        ]
+        if differing:
+            more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+            problems.append(
+                Problem(
+                    "CKPT-082",
+                    f"{where} has other adapters: {'; '.join(differing[:_SHOWN])}{more}.",
+                    "Give the --lora-r, --lora-alpha and --lora-target-modules that it was trained with, or save into "
+                    "a new folder.",
+                )
+            )
+        if (theirs.base_identity, theirs.base_dtype) != (self.base_identity, self.base_dtype):
+            problems.append(
+                Problem(
+                    "CKPT-083",
+                    f"{where} was trained on the base model {theirs.base}, and the base of this run is {self.base}.",
+                    "Give that --load-base-model and --lora-base-dtype. To begin with its adapters on another base, "
+                    "give --load with --finetune and a new --save.",
+                )
+            )
+        raise_all(CheckpointError, problems)
+
+
+def record_of(manifest: Manifest, where: Path) -> AdapterRecord | None:
+    """The record of a checkpoint; None for one of a whole model. CKPT-012 as `AdapterRecord.parse`."""
+    values = manifest.scalars.get(ADAPTERS_KEY)
+    return None if values is None else AdapterRecord.parse(values, where)
+
+
+def adapter_of(folder: Path) -> Adapter:
+    """The adapter in a checkpoint folder, with the base model in its texts.
+
+    Raises:
+        CheckpointError: CKPT-012 for a damaged checkpoint, CKPT-081 for one of a whole model.
+    """
+    manifest = read_manifest(folder)
+    record = record_of(manifest, folder)
+    if record is None:
+        raise CheckpointError("CKPT-081", f"{folder} is of a whole model, not of adapters.", "Use a LoRA run's.")
+    return _assembled(folder, manifest, record)
+
+
+def export(folder: Path, manifest: Manifest, record: AdapterRecord) -> None:
+    """Write the adapter of a checkpoint as a PEFT file into its folder, where diffusers finds it.
+
+    Raises:
+        CheckpointError: CKPT-031 when it cannot be written.
+    """
+    write_adapter(folder / PEFT_FILE, _assembled(folder, manifest, record), "peft")
+
+
+def _assembled(folder: Path, manifest: Manifest, record: AdapterRecord) -> Adapter:
+    names = adapter_shapes(dict.fromkeys(record.adapted, (0, 0)), record.adapted)
+    parameters = {name: read_tensor(folder, manifest, MODEL_PREFIX + name) for name in names}
+    return Adapter.of_parameters(parameters, record.adapted, record.texts())
+
+
+def _how(adapted: Adapted | None) -> str:
+    return "not adapted" if adapted is None else f"r {adapted.rank}, alpha {adapted.alpha:g}"

@@ -1,0 +1,78 @@
+"""The velocity of a whole sample from a model that lies on the mesh: what generation and validation call.
+
+Every rank of a replica calls it with the same arguments and gets the same answer. Ranks compute their tokens, pipeline
+stages run one after the other, and the pieces are put together at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mm.parallel.apply import ParallelModel
+from mm.parallel.boundary import BoundaryShape
+from mm.parallel.tensor import gather_tokens
+from mm.wan.patches import unpatchify
+
+
+class ParallelVelocity:
+    """A transformer that is called as `mm.wan.model.WanModel` is, on one device or on many."""
+
+    def __init__(self, parallel: ParallelModel) -> None:
+        """Take a model from `mm.parallel.apply`, in training or not."""
+        self._parallel = parallel
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        image_features: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """The velocity [B, C, F, H, W] fp32; arguments as for `mm.wan.model.WanModel.forward`, whole on every rank.
+
+        Raises:
+            ConfigError: what `mm.wan.inputs.check_inputs` raises.
+        """
+        parallel = self._parallel
+        mesh, patch_size = parallel.mesh, parallel.wan.patch_size
+        grid = parallel.stages[0].model.token_grid(latents)
+        tokens = self._through_stages(math.prod(grid), latents, timestep, text, image_features, condition)
+        if mesh.layout.sequence_parallel:
+            tokens = gather_tokens(tokens, mesh.groups.tp)
+        if mesh.layout.cp_size > 1:
+            tokens = gather_tokens(tokens, mesh.groups.cp)
+        return unpatchify(tokens[:, : math.prod(grid)], grid, patch_size)
+
+    def _through_stages(self, num_tokens: int, latents: Tensor, *conditions: Any) -> Tensor:
+        """The velocity of this rank's tokens, [B, t, pt*ph*pw*C] fp32, on every rank of the pipeline."""
+        parallel = self._parallel
+        layout, group, rank = parallel.mesh.layout, parallel.mesh.groups.pp, parallel.mesh.pp_rank
+        if layout.pp_size == 1:
+            velocity: Tensor = parallel.chunks[0](latents, *conditions)
+            return velocity
+        batch, width = len(latents), parallel.mesh.tokens.width(num_tokens)
+        context_tokens = parallel.wan.image_tokens + conditions[1].shape[1]
+        rows = BoundaryShape.rows_needed(batch, width, context_tokens, parallel.dtype)
+        device = parallel.backend.device
+        out = torch.empty(0)
+        for stage, chunk in zip(parallel.stages, parallel.chunks, strict=True):
+            stage.boundary_rows = rows
+            if not stage.first:
+                received = torch.empty(rows, 1, parallel.wan.hidden_size, dtype=parallel.dtype, device=device)
+                dist.recv(received, group=group, group_src=(rank - 1) % layout.pp_size)
+                stage.set_input_tensor(received)
+            out = chunk(latents, *conditions)
+            if not stage.last:
+                dist.send(out, group=group, group_dst=(rank + 1) % layout.pp_size)
+        if not parallel.last:
+            channels = math.prod(parallel.wan.patch_size) * parallel.wan.out_dim
+            out = torch.empty(batch, width, channels, dtype=torch.float32, device=device)
+        dist.broadcast(out.contiguous() if parallel.last else out, group=group, group_src=layout.pp_size - 1)
+        return out

@@ -1,0 +1,108 @@
+"""The base model of a LoRA run, what its checkpoints say, and starting from an adapter file."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from mm.checkpoint.comm import Comm, on_rank_zero
+from mm.checkpoint.identity import identity
+from mm.checkpoint.store import find_latest
+from mm.checkpoint.weights import WeightSource, open_weights, require_exactly
+from mm.config.model import WanConfig
+from mm.errors import DataError
+from mm.lora.adapter import Adapter, require_fit
+from mm.lora.files import PEFT_FILE, read_adapter
+from mm.lora.plan import LoRAPlan
+from mm.lora.record import AdapterRecord, adapter_of
+from mm.parallel.optimizer import Optimizer
+from mm.parallel.placement import whole_shapes
+from mm.train.state import fill_masters, require_same_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AdapterRun:
+    """The adapters of a run and what they are added to.
+
+    Attributes:
+        plan: which linears. base: the weights of the base model. record: what checkpoints say of both.
+    """
+
+    plan: LoRAPlan
+    base: WeightSource
+    record: AdapterRecord
+
+
+def open_base(plan: LoRAPlan, path: Path, config: WanConfig, comm: Comm) -> AdapterRun:
+    """Open the base model; every rank calls it. No tensor is loaded.
+
+    Raises:
+        CheckpointError: CKPT-011 for missing or unexpected tensors or other shapes, and what `open_weights` raises.
+        ConfigError: CFG-028 when the weights say that they belong to another model.
+    """
+    base = open_weights(path)
+    theirs = base.config()
+    if theirs is not None:
+        require_same_model(theirs, config, theirs.differing_fields(config), str(path))
+    require_exactly(base, whole_shapes(config))
+    digits = on_rank_zero(comm, lambda: identity(base))
+    record = AdapterRecord(plan.adapted, str(path), digits, plan.base_dtype)
+    logger.info("base model %s (%s), identity %s", base.path, base.label, digits)
+    return AdapterRun(plan, base, record)
+
+
+def load_adapters(path: Path, run: AdapterRun, optimizer: Optimizer, comm: Comm) -> None:
+    """Start at step 0 from adapters: those of a LoRA run's checkpoint, or of a file of any family.
+
+    Args:
+        path: a file, a folder with diffusers' name for one, or a folder of checkpoints.
+        run: whose r, alpha and linears the adapters must have; they may be of another base.
+        optimizer: its masters are filled. comm: the ranks.
+
+    Raises:
+        DataError: DATA-094 when r, alpha or the linears are not the run's, DATA-095 when there are no adapters at the
+            path, DATA-022 and DATA-090 to DATA-093 for a file that cannot be used.
+        CheckpointError: CKPT-012 and CKPT-013 for damaged checkpoints, CKPT-081 for those of a whole model.
+    """
+    latest = find_latest(path, comm=comm) if path.is_dir() else None
+    if latest is not None:
+        adapter = adapter_of(latest)
+    elif path.is_dir() and not (path / PEFT_FILE).exists():
+        raise DataError(
+            "DATA-095",
+            f"--load {path} holds neither checkpoints of a LoRA run nor {PEFT_FILE}.",
+            "Name an adapter file, or a folder of either. The base model belongs to --load-base-model.",
+        )
+    else:
+        adapter = read_adapter(path)
+    require_fit(adapter, run.plan.linears)
+    _require_plan(path, adapter, run.plan)
+    parameters = adapter.parameters()
+    fill_masters(optimizer, lambda name: parameters[name].float())
+    logger.info("loaded the adapters in %s", latest or path)
+
+
+def _require_plan(path: Path, adapter: Adapter, plan: LoRAPlan) -> None:
+    theirs = adapter.adapted()
+    missing = [name for name in plan.adapted if name not in theirs]
+    left_over = [name for name in theirs if name not in plan.adapted]
+    different = [
+        f"{name} has r {theirs[name].rank} and alpha {theirs[name].alpha:g}"
+        for name, how in plan.adapted.items()
+        if name in theirs and theirs[name] != how
+    ]
+    groups = {"missing": missing, "not a target": left_over, "with other values": different}
+    told = "; ".join(
+        f"{len(names)} linears {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in groups.items()
+        if names
+    )
+    if told:
+        raise DataError(
+            "DATA-094",
+            f"The adapters in {path} are not those of --lora-r, --lora-alpha and --lora-target-modules: {told}.",
+            "Give the values that the file has, or start without it.",
+        )

@@ -1,0 +1,93 @@
+"""What is looked at between the steps: the loss on held-out features, and clips rendered with the model as it is."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mm.checkpoint.comm import Comm
+from mm.config.inference import InferenceModel
+from mm.config.rules_checks import validation_folder
+from mm.config.train import TrainFlags
+from mm.data.dataset import FeatureDataset
+from mm.data.video import probe, read_frames
+from mm.device.backend import Backend
+from mm.errors import DataError
+from mm.generate.render import Processes
+from mm.parallel.apply import ParallelModel
+from mm.parallel.mesh import Mesh
+from mm.train.evaluation import evaluate
+from mm.train.metrics import MetricsLog
+from mm.train.validation import Validation
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checks:
+    """The checks of a run, each with its interval.
+
+    Attributes:
+        flags: of the run. comm: all ranks.
+        held_out: the features of `--eval-data`, or None. validation: what renders clips, or None.
+        fps: of the clips.
+    """
+
+    flags: TrainFlags
+    comm: Comm
+    held_out: FeatureDataset | None
+    validation: Validation | None
+    fps: int
+
+    @classmethod
+    def prepare(
+        cls,
+        flags: TrainFlags,
+        held_out: FeatureDataset | None,
+        validation: InferenceModel | None,
+        mesh: Mesh,
+        backend: Backend,
+        comm: Comm,
+    ) -> Checks:
+        """Encode what validation needs, before the model takes the device's memory; every rank calls it.
+
+        Raises:
+            ConfigError, DataError: what `mm.train.validation.Validation` raises.
+        """
+        if validation is None or flags.save is None:
+            return cls(flags, comm, held_out, None, 0)
+        renders = Validation(validation, Processes(mesh, backend, comm), validation_folder(flags.save))
+        return cls(flags, comm, held_out, renders, validation.fps)
+
+    def after(self, step: int, parallel: ParallelModel, log: MetricsLog) -> None:
+        """Do what is due after a step; every rank calls it.
+
+        Raises:
+            DataError: what reading held-out features and writing clips raise.
+        """
+        if self.held_out is not None and self._is_due(step, self.flags.eval_interval):
+            log.write_evaluation(step, evaluate(parallel, self.held_out, self.comm))
+        if self.validation is not None and self._is_due(step, self.flags.validation_interval):
+            paths = self.validation.render(parallel, step)
+            if self.comm.rank == 0:
+                log.write_clips(
+                    step, {path.stem: clip for path in paths if (clip := _read(path)) is not None}, self.fps
+                )
+                logger.info("step %d | %d clips in %s", step, len(paths), paths[0].parent)
+
+    def _is_due(self, step: int, interval: int | None) -> bool:
+        return interval is not None and (step % interval == 0 or step == self.flags.train_iters)
+
+
+def _read(path: Path) -> Tensor | None:
+    """A clip that any rank wrote, uint8 [F, H, W, 3]; None, told, where this node does not see it."""
+    try:
+        info = probe(path)
+        return torch.cat(list(read_frames(path, info, range(info.num_frames)))).permute(0, 2, 3, 1).contiguous()
+    except DataError as error:
+        logger.warning("not shown in TensorBoard: %s", error)
+        return None

@@ -1,0 +1,54 @@
+"""Clips rendered from a few prompts during training, with the model as it is, on whatever layout it is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mm.config.inference import InferenceModel
+from mm.errors import DataError, raise_all
+from mm.generate.describe import describe_row
+from mm.generate.render import Processes, Renderer, batches_of_replica, usable_rows
+from mm.generate.video import clip_path, prepare_folder, write_clip
+from mm.parallel.apply import ParallelModel
+from mm.parallel.velocity import ParallelVelocity
+
+
+class Validation:
+    """Renders the rows of a configuration every few steps, below a folder of the run."""
+
+    def __init__(self, config: InferenceModel, processes: Processes, folder: Path) -> None:
+        """Encode the texts and images once, and see that the VAE can be loaded; every rank does so.
+
+        Args:
+            config: what to render. processes: where the training runs.
+            folder: gets `step_0000100/video_0000.mp4` and so on; all ranks see it.
+
+        Raises:
+            ConfigError, DataError: what `mm.generate.render` raises; also for a single row that cannot be used, as
+                nobody would look for it later.
+        """
+        self._config, self._processes, self._folder = config, processes, folder
+        self._rows, bad = usable_rows(config, processes)
+        raise_all(DataError, [row.problem for row in bad])
+        self._renderer = Renderer(config, processes, batches_of_replica(self._rows, processes, 1, together=True))
+        self._renderer.load_video_encoder()
+
+    def render(self, parallel: ParallelModel, step: int) -> list[Path]:
+        """Render and write all clips; every rank calls it.
+
+        The VAE is on the device only meanwhile.
+
+        Returns:
+            The clips of all rows, in their order, when all are written; the same on every rank.
+
+        Raises:
+            DataError: DATA-051 and DATA-052 when a clip cannot be written, DATA-055 and DATA-056 as in generation.
+        """
+        folder = self._folder / f"step_{step:07d}"
+        prepare_folder(folder, [row.index for row in self._rows], overwrite=True)  # of a step that is run again
+        video = self._renderer.load_video_encoder()
+        for row, frames in self._renderer.clips(ParallelVelocity(parallel), video, lambda rows: None):
+            about = {**describe_row(row, self._config), "step": step, "seed": self._config.seed}
+            write_clip(clip_path(folder, row.index), frames, self._config.fps, about)
+        self._processes.comm.barrier()
+        return [clip_path(folder, row.index) for row in self._rows]

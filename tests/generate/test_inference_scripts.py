@@ -1,0 +1,139 @@
+"""Each inference script in tiny mode, on two processes that share a clip; and rows that cannot be used."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from ranks import free_port
+
+from mm.cli.demo import main as write_demo
+from mm.cli.entry import run
+from mm.cli.generate import main
+
+EXAMPLES = Path(__file__).parents[2] / "examples/wan2.1"
+FEW = ["--num-inference-steps", "2", "--device", "cpu", "--no-progress-bar"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded default with two rows of everything."""
+    home = tmp_path_factory.mktemp("workspace") / "demo"
+    write_demo(["--out", str(home)])
+    videos = sorted((home / "dataset/videos").iterdir())
+    (home / "videos.txt").write_text("".join(f"{video}\n" for video in videos))
+    for name in ("prompts", "images_i2v", "images_flf2v", "videos"):
+        file = home / f"{name}.txt"
+        file.write_text("\n".join(file.read_text().splitlines()[:2]) + "\n")
+    return home
+
+
+def files(home: Path, task: str) -> Path:
+    """inference_model.json of a task; video to video takes that of text to video."""
+    return home / "configs" / ("" if task in ("t2v", "v2v") else task) / "inference_model.json"
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param("1.3b/t2v", marks=pytest.mark.nightly),
+        pytest.param("14b/t2v", marks=pytest.mark.nightly),
+        pytest.param("1.3b/i2v", marks=pytest.mark.nightly),
+        pytest.param("14b/i2v", marks=pytest.mark.nightly),
+        "14b/flf2v",
+        "1.3b/v2v",
+        pytest.param("14b/v2v", marks=pytest.mark.nightly),
+    ],
+)
+def test_script_on_two_processes(home: Path, tmp_path: Path, script: str) -> None:
+    task = script.split("/")[1]
+    model = "t2v" if task == "v2v" else task
+    environment = os.environ | {
+        "NPUS_PER_NODE": "2", "CP": "2", "MASTER_PORT": str(free_port()), "MM_MODEL": str(files(home, task)),
+        "LOAD_PATH": str(home / f"weights/Wan2.1-{model.upper()}-Tiny-Diffusers/transformer"),
+        "SAVE_PATH": str(tmp_path / "clips"),
+    }  # fmt: skip
+    words = [*FEW, *(["--strength", "0.5"] if task == "v2v" else [])]
+    if task == "v2v":
+        environment["VIDEO"] = str(home / "videos.txt")
+    done = subprocess.run(
+        ["bash", str(EXAMPLES / script / "inference.sh"), *words], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(path.name for path in (tmp_path / "clips").glob("*.mp4")) == ["video_0000.mp4", "video_0001.mp4"]
+    about = json.loads((tmp_path / "clips/video_0001.json").read_text())
+    assert (about["task"], about["layout"]) == (task, "cp2(u2)")
+    assert about["prompt"] == (home / "prompts.txt").read_text().splitlines()[1]
+    given = {"i2v": "images", "flf2v": "images", "v2v": "video"}.get(task)
+    assert len({"images", "video"} & about.keys()) == (given is not None)
+    if given == "images":
+        assert len(about["images"]) == (2 if task == "flf2v" else 1)
+        assert all(len(image["fingerprint"]) == 16 for image in about["images"])
+
+
+def generate(home: Path, task: str, save: Path, *words: str) -> int:
+    return run(main, ["--mm-model", str(files(home, task)), "--save-path", str(save), *FEW, *words])
+
+
+def errors(capfd: pytest.CaptureFixture[str]) -> list[str]:
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error ")]
+    assert all(" Fix: " in line for line in lines)
+    return [line.split()[1].rstrip(":") for line in lines]
+
+
+def test_a_bad_row_does_not_lose_the_others(home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    good = (home / "images_i2v.txt").read_text().splitlines()[0]
+    (tmp_path / "torn.png").write_bytes(Path(good).read_bytes()[:200])
+    (tmp_path / "text.png").write_text("no image")
+    rows = ["", str(tmp_path / "torn.png"), good, "/nowhere/first.png", str(tmp_path / "text.png"), "", good]
+    prompts = ["a red disc", "b", "a blue disc moves up", "d", "e", "", ""]
+    (tmp_path / "images.txt").write_text("\n".join(rows) + "\n")
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n\n")  # the last prompt is blank
+    words = ["--prompt", str(tmp_path / "prompts.txt"), "--image", str(tmp_path / "images.txt")]
+    assert generate(home, "i2v", tmp_path / "clips", *words) == 65
+    assert errors(capfd) == ["DATA-084"]  # blank last lines are none
+    (tmp_path / "images.txt").write_text("\n".join(rows[:5]) + "\n")
+    assert generate(home, "i2v", tmp_path / "clips", *words) == 65
+    assert errors(capfd) == ["DATA-085", "DATA-086", "DATA-001", "DATA-086"]
+    assert [path.name for path in (tmp_path / "clips").glob("*.mp4")] == ["video_0002.mp4"]
+    assert json.loads((tmp_path / "clips/video_0002.json").read_text())["prompt"] == prompts[2]
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "ids"),
+    [
+        ("flf2v", "one.png", ["DATA-085"]),
+        ("flf2v", "one.png, two.png, three.png", ["DATA-085"]),
+        ("flf2v", "one.png,", ["DATA-085"]),
+        ("i2v", "nowhere.png", ["DATA-001"]),
+        ("i2v", "", ["DATA-054"]),
+    ],
+)
+def test_images_that_cannot_work(
+    home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], task: str, rows: str, ids: list[str]
+) -> None:
+    (tmp_path / "rows.txt").write_text(rows + "\n")
+    (tmp_path / "prompts.txt").write_text("a prompt\n")
+    words = ["--prompt", str(tmp_path / "prompts.txt"), "--image", str(tmp_path / "rows.txt")]
+    assert generate(home, task, tmp_path / "clips", *words) == 65
+    assert errors(capfd) == ids
+    assert not (tmp_path / "clips").exists()
+
+
+def test_a_video_that_is_too_short(home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["--video", str(home / "videos.txt"), "--strength", "0.5", "--input-size", "13", "64", "64"]
+    assert generate(home, "v2v", tmp_path / "clips", *words) == 65
+    assert errors(capfd) == ["DATA-087", "DATA-087"]
+
+
+def test_an_image_encoder_of_another_model(home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    values = json.loads(files(home, "i2v").read_text())
+    values["predictor"] |= {"img_dim": 48}
+    (tmp_path / "model.json").write_text(json.dumps(values))
+    words = ["--mm-model", str(tmp_path / "model.json"), "--save-path", str(tmp_path / "clips"), *FEW]
+    assert run(main, words) == 64
+    assert errors(capfd) == ["CFG-065"]  # the weights know their width
+    words += ["--load", str(home / "weights/Wan2.1-T2V-Tiny-Diffusers/transformer")]
+    assert run(main, words) == 64
+    assert set(errors(capfd)) == {"CFG-065"}

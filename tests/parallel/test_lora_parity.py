@@ -1,0 +1,109 @@
+"""LoRA on every axis gives the losses, gradients, norms and adapters of one process, and this those of PEFT.
+
+The limits of layouts are those of test_parity.py; every row also finds the base unchanged bit by bit. The limit beside
+PEFT on diffusers' model is that of gradients in tests/wan/test_wan_parity.py.
+"""
+
+import pytest
+from lora_parity import ALL, FIRST, LAST, LoRARow, against_peft, run_rows
+from parity import EVEN, MIXED, Errors, Row, over_limits
+from ranks import run_ranks
+from test_parity import OVERLAPPED, SHARDED, layout, pp, ring, sp, ulysses, usp, zero
+
+from mm.config.place import place
+from mm.config.recompute import Recompute
+from mm.device.backend import select
+from mm.lora.low_bit import LowBit
+from mm.parallel.launch import Job
+
+FULL = Recompute()
+PAIRS = Recompute(2)
+KEEP = Recompute(full_layers=0, keep_layers=None)
+MIX = Recompute(full_layers=1, keep_layers=1)
+OFFLOAD = Recompute(full_layers=0, keep_layers=None, kept="q,k,v,O", offload=True)
+
+ROWS = [
+    LoRARow(Row(layout(1))),
+    LoRARow(Row(layout(1), SHARDED, micro_batch_size=2, recompute=FULL), FIRST),
+    LoRARow(Row(layout(1), recompute=OFFLOAD), LAST),
+    LoRARow(Row(layout(1), recompute=PAIRS), LAST),
+    LoRARow(zero(1, 1)),
+    LoRARow(Row(layout(1)), ALL, "int8"),
+    LoRARow(Row(layout(1), recompute=MIX), ALL, "fp8"),
+    LoRARow(Row(layout(1), recompute=FULL, compiled=True), ALL, "int8"),
+    # two processes: every axis alone, and stages without adapters
+    LoRARow(Row(layout(2), OVERLAPPED, samples=MIXED, recompute=KEEP)),
+    LoRARow(Row(layout(2), OVERLAPPED, samples=EVEN), FIRST),
+    LoRARow(Row(layout(2, **ulysses(2)))),
+    LoRARow(Row(layout(2, **ulysses(2))), FIRST),
+    LoRARow(Row(layout(2, **ring(2)), recompute=FULL)),
+    LoRARow(Row(layout(2, **ring(2))), FIRST),
+    LoRARow(Row(layout(2, tp_size=2), recompute=FULL)),
+    LoRARow(Row(layout(2, **sp(2)))),
+    LoRARow(Row(layout(2, **sp(2)), recompute=KEEP), FIRST),
+    LoRARow(Row(layout(2, **sp(2)), recompute=FULL), ALL, "fp8"),
+    LoRARow(Row(layout(2, **pp(2)))),
+    LoRARow(Row(layout(2, **pp(2)), SHARDED, recompute=FULL), FIRST),
+    LoRARow(Row(layout(2, **pp(2)), recompute=KEEP), LAST),
+    LoRARow(Row(layout(2, **pp(2, 2)), OVERLAPPED, recompute=OFFLOAD)),
+    LoRARow(Row(layout(2, **pp(2, 2)), OVERLAPPED), LAST),
+    LoRARow(Row(layout(2, **pp(2, 2))), FIRST),
+    LoRARow(zero(2, 2)),
+    LoRARow(zero(2, 1, SHARDED), LAST),
+    # four: pairs
+    LoRARow(Row(layout(4, **usp(2, 2)), samples=MIXED)),
+    LoRARow(Row(layout(4, **sp(2), **pp(2)), SHARDED, recompute=FULL)),
+    LoRARow(Row(layout(4, tp_size=2, **ring(2)), samples=MIXED), ALL, "int8"),
+    LoRARow(Row(layout(4, **pp(2, 2), **ulysses(2)), SHARDED, micro_batch_size=2), ALL, "int8"),
+    LoRARow(Row(layout(4, **pp(4)), OVERLAPPED), LAST),
+    LoRARow(zero(4, 2, SHARDED, MIXED)),
+    LoRARow(zero(4, 2, **sp(2))),
+    LoRARow(zero(4, 2, **pp(2, 2)), FIRST),
+    # eight: everything together
+    LoRARow(Row(layout(8, **sp(2), **ulysses(2), **pp(2)), OVERLAPPED, recompute=KEEP)),
+    LoRARow(Row(layout(8, **usp(2, 2), **pp(2, 2)), OVERLAPPED, samples=MIXED), LAST),
+    LoRARow(zero(8, 2, SHARDED, MIXED, **sp(2), **pp(2))),
+]  # fmt: skip
+
+
+def rows_of(world_size: int) -> list[LoRARow]:
+    return [row for row in ROWS if row.row.layout.world_size == world_size]
+
+
+def work(world_size: int) -> dict[str, Errors]:
+    backend = select("cpu")
+    with Job(place(), backend.collective, backend.device, 2):
+        return run_rows(rows_of(world_size), backend)
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[int, dict[str, Errors]]:
+    return {}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(
+            row,
+            id=f"{row.row.layout.world_size}-{row.id}",
+            marks=[pytest.mark.nightly] if row.row.layout.world_size == 8 else [],
+        )
+        for row in ROWS
+    ],
+)
+def test_equals_one_process(row: LoRARow, results: dict[int, dict[str, Errors]]) -> None:
+    world = row.row.layout.world_size
+    if world not in results:
+        results[world] = run_ranks(world, work, world, timeout_s=400)[0]
+    assert over_limits(row.row, results[world][row.id]) == {}
+
+
+@pytest.mark.parametrize("base_dtype", [None, "int8", "fp8"])
+@pytest.mark.parametrize("words", [ALL, FIRST, LAST], ids=["all", "first", "last"])
+def test_one_process_equals_peft_on_diffusers(words: tuple[str, ...], base_dtype: LowBit | None) -> None:
+    errors = against_peft(LoRARow(Row(layout(1)), words, base_dtype))
+    assert errors.loss <= 2e-6
+    assert errors.gradient <= 1e-4, errors.worst_gradient
+    assert errors.norm <= 1e-5
+    assert errors.weight <= 1e-5, errors.worst_weight

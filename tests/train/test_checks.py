@@ -1,0 +1,195 @@
+"""Losses on held-out features and rendered clips between the steps: right, the same on every layout, without effect."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_runs import WEIGHTS, bits, metrics, run, words
+
+from mm.checkpoint.weights import load_into, open_weights
+from mm.cli import generate as generate_command
+from mm.cli import train as train_command
+from mm.cli.entry import run as run_command
+from mm.config.base import load
+from mm.config.data import load_train_data
+from mm.config.train import PretrainModel
+from mm.data.dataset import open_features
+from mm.generate.pipeline import pad_text
+from mm.rng import generator
+from mm.wan.model import WanModel
+
+STEPS = 2
+
+
+def checks(demo: Path, folder: Path) -> dict[str, Any]:
+    """Flags: both checks after every step, two prompts, three sampler steps."""
+    (folder / "prompts.txt").write_text("a red disc moves left\na blue disc moves up\n")
+    model = json.loads((demo / "configs/inference_model.json").read_text())
+    model["diffusion"] |= {"num_inference_steps": 3, "guidance_scale": 2.0}
+    (folder / "validation.json").write_text(json.dumps(model))
+    return {
+        "eval_interval": 1, "eval_data": demo / "configs/feature_data.json", "validation_interval": 1,
+        "validation_prompts": folder / "prompts.txt", "validation_config": folder / "validation.json",
+    }  # fmt: skip
+
+
+def evaluations(save: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (save / "evaluation.jsonl").read_text().splitlines()]
+
+
+def clips(folder: Path) -> dict[str, np.ndarray]:
+    found = {}
+    for path in sorted(folder.glob("*.mp4")):
+        with av.open(str(path)) as container:
+            found[path.name] = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    return found
+
+
+@pytest.fixture(scope="module")
+def single(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process with both checks."""
+    home = tmp_path_factory.mktemp("single")
+    run(demo, home / "run", train_iters=STEPS, **checks(demo, home))
+    return home / "run"
+
+
+def mean_square_errors(demo: Path, weights: Path) -> dict[int, list[float]]:
+    """At each timestep, of every sample: the velocity's error, computed from the formula with the plain model."""
+    config = load(PretrainModel, demo / "configs/pretrain_model.json").predictor.wan()
+    model = WanModel(config)
+    load_into(model, open_weights(weights))
+    data = open_features(load_train_data(demo / "configs/feature_data.json"), config)
+    errors: dict[int, list[float]] = {timestep: [] for timestep in range(50, 1000, 100)}
+    for index, sample in enumerate(data.samples):
+        clean, text = data[index]["latents"].float().unsqueeze(0), pad_text([data[index]["prompt"]], config.text_len)
+        for timestep, found in errors.items():
+            noise = torch.randn(clean.shape, generator=generator(0, "evaluation_noise", sample.id, timestep))
+            sigma = timestep / 1000
+            with torch.no_grad():
+                velocity = model((1 - sigma) * clean + sigma * noise, torch.tensor([1000 * sigma]), text)
+            found.append(float((velocity - (noise - clean)).square().mean()))
+    return errors
+
+
+def test_held_out_loss_is_the_formula(demo: Path, single: Path) -> None:
+    found = evaluations(single)
+    assert [line["step"] for line in found] == [1, 2]
+    errors = mean_square_errors(demo, single)  # of the last step's weights
+    assert found[-1]["num_samples"] == len(errors[50]) == 16
+    for timestep, values in errors.items():
+        assert found[-1]["loss_at"][str(timestep)] == pytest.approx(np.mean(values), rel=1e-5)
+    assert found[-1]["loss"] == pytest.approx(np.mean(list(errors.values())), rel=1e-5)
+    assert found[0]["loss"] != found[1]["loss"]
+
+
+def test_clips_are_those_of_the_generation_command(demo: Path, single: Path, tmp_path: Path) -> None:
+    config = single.parent / "validation.json"
+    generate_command.main(
+        ["--mm-model", str(config), "--load", str(single), "--prompt", str(single.parent / "prompts.txt"),
+         "--save-path", str(tmp_path / "clips"), "--device", "cpu", "--no-progress-bar"]
+    )  # fmt: skip
+    expected, found = clips(tmp_path / "clips"), clips(single / f"validation/step_{STEPS:07d}")
+    assert found.keys() == expected.keys() == {"video_0000.mp4", "video_0001.mp4"}
+    assert all(np.array_equal(found[name], expected[name]) for name in found)
+    about = json.loads((single / f"validation/step_{STEPS:07d}/video_0001.json").read_text())
+    assert (about["prompt"], about["step"]) == ("a blue disc moves up", STEPS)
+    before = clips(single / "validation/step_0000001")
+    assert not np.array_equal(before["video_0000.mp4"], found["video_0000.mp4"])  # the model has changed since
+
+
+def test_training_does_not_notice(demo: Path, single: Path, tmp_path: Path) -> None:
+    assert bits(run(demo, tmp_path / "run", train_iters=STEPS)) == bits(metrics(single))
+
+
+def test_tensorboard_shows_both_beside_the_loss(single: Path) -> None:
+    board = EventAccumulator(str(single / "tensorboard"))
+    board.Reload()
+    assert {"train/loss", "evaluation/loss", "evaluation/loss_at_050"} <= set(board.Tags()["scalars"])
+    assert [event.step for event in board.Scalars("evaluation/loss")] == [1, 2]
+    (first, last) = board.Images("validation/video_0000")
+    assert first.encoded_image_string[:6] == b"GIF89a" and last.step == STEPS
+    assert (last.width, last.height) == (64, 64)
+
+
+def test_steps_that_run_again_are_evaluated_again(demo: Path, single: Path, tmp_path: Path) -> None:
+    flags = checks(demo, tmp_path)
+    run(demo, tmp_path / "run", train_iters=1, **flags)
+    with (tmp_path / "run/evaluation.jsonl").open("a") as file:  # as a run leaves it that is killed before it saves
+        file.write(json.dumps(evaluations(single)[1] | {"loss": 9.0}) + "\n")
+    run(demo, tmp_path / "run", train_iters=2, **flags)
+    assert evaluations(tmp_path / "run") == evaluations(single)
+
+
+LAYOUTS: list[dict[str, Any]] = [
+    {
+        "tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": 2, "recompute_granularity": "selective", "global_batch_size": 8,
+    },
+    {"layerzero": True, "context_parallel_size": 2},
+    {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
+]  # fmt: skip
+
+
+def train_one_after_the_other(commands: list[list[str]]) -> None:
+    for command in commands:
+        train_command.main(command)
+
+
+def test_every_layout_sees_the_same(demo: Path, tmp_path: Path) -> None:
+    """Three sixteen-sample evaluations and two renderings each; four ranks, of which some have nothing to render."""
+    (tmp_path / "zero.yaml").write_text("zero3_size: 2\n")
+    flags = checks(demo, tmp_path)
+    commands = []
+    for index, layout in enumerate(LAYOUTS):
+        batch = {"micro_batch_size": 2, "global_batch_size": 8}
+        zero = {"layerzero_config": tmp_path / "zero.yaml"} if "layerzero" in layout else {}
+        commands.append(words(demo, tmp_path / str(index), train_iters=1, **flags, **batch | layout | zero))
+    run(demo, tmp_path / "one", train_iters=1, **flags, micro_batch_size=2, global_batch_size=8)
+    run_ranks(4, train_one_after_the_other, commands, timeout_s=240)
+    (expected,) = evaluations(tmp_path / "one")
+    for index in range(len(LAYOUTS)):
+        (found,) = evaluations(tmp_path / str(index))
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["loss_at"] == pytest.approx(expected["loss_at"], rel=1e-4)
+        theirs, ours = (clips(tmp_path / name / "validation/step_0000001") for name in ("one", str(index)))
+        assert ours.keys() == theirs.keys()
+        assert all(np.abs(ours[name].astype(int) - theirs[name]).max() <= 2 for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("change", "ids"),
+    [
+        ({"eval_data": None}, ["CFG-124"]),
+        ({"validation_config": None}, ["CFG-124"]),
+        ({"validation_prompts": None, "validation_images": "x.txt"}, ["CFG-124", "CFG-124"]),
+        ({"save": None}, ["CFG-124"]),
+        ({"validation_prompts": "nowhere.txt"}, ["DATA-053"]),
+        ({"bf16": True}, ["CFG-022"]),
+    ],
+)
+def test_checks_that_cannot_work(
+    demo: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], change: dict[str, Any], ids: list[str]
+) -> None:
+    flags = {**checks(demo, tmp_path), "save": tmp_path / "run", "train_iters": 1, **change}
+    save = flags.pop("save")
+    assert run_command(train_command.main, words(demo, save, **flags)) in (64, 65)
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error ")]
+    assert [line.split()[1].rstrip(":") for line in lines] == ids
+
+
+def test_another_model_is_told(demo: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    flags = checks(demo, tmp_path)
+    values = json.loads((tmp_path / "validation.json").read_text())
+    values["predictor"] |= {"num_layers": 3, "ffn_dim": 256}
+    values["lora"] = [{"path": "a.safetensors"}]
+    (tmp_path / "validation.json").write_text(json.dumps(values))
+    assert run_command(train_command.main, words(demo, tmp_path / "run", train_iters=1, **flags)) == 64
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error ")]
+    assert [line.split()[1] for line in errors] == ["CFG-125:"] * 3
+    assert (demo / WEIGHTS).is_dir()
