@@ -21,6 +21,7 @@ SAVE_POINTS = (
     "save.shard_written",
     "save.shard_durable",
     "save.gathered",
+    "save.derived_written",
     "save.manifest_written",
     "save.before_rename",
     "save.committed",

@@ -249,6 +249,7 @@ def _complete(
             )
     if derived is not None:
         derived.write(folder, manifest)
+    fault.point("save.derived_written")
     write_new(folder / MANIFEST_NAME, manifest.model_dump_json())
     fault.point("save.manifest_written")
     sync_folder(folder)

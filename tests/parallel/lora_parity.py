@@ -49,6 +49,7 @@ from mm.wan.names import diffusers_to_native, native_to_diffusers
 RANK, ALPHA = 4, 6.0
 ALL = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 FIRST = ("blocks.0.self_attn.q", "blocks.0.cross_attn.o")
+IMAGES = ("k_img", "v_img", "self_attn.v")
 LAST = ("blocks.{last}.cross_attn.k", "blocks.{last}.ffn.2")
 
 
@@ -62,7 +63,7 @@ class LoRARow:
 
     @property
     def id(self) -> str:
-        which = {ALL: "all", FIRST: "first", LAST: "last"}[self.words]
+        which = {ALL: "all", FIRST: "first", LAST: "last", IMAGES: "images"}[self.words]
         plan = self.row.recompute
         how = [f"recompute{plan.full_layers}-{plan.keep_layers}" + "-offload" * plan.offload] if plan else []
         parts = [self.row.id, which, *how, *(["compiled"] if self.row.compiled else []), self.base_dtype or ""]
@@ -140,7 +141,7 @@ def peft_run(row: LoRARow) -> Trace:
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(start(name, tuple(parameter.shape), None))
-    return plain_loop(lambda *inputs: model(*inputs, return_dict=False)[0], named, row.row)
+    return plain_loop(lambda *inputs: model(*inputs[:3], return_dict=False)[0], named, row.row)
 
 
 def plain_loop(model: Callable[..., Tensor], named: dict[str, Any], row: Row) -> Trace:
@@ -158,7 +159,7 @@ def plain_loop(model: Callable[..., Tensor], named: dict[str, Any], row: Row) ->
             sigma, timestep, weight = flow.draw_timesteps(SEED, sample["sample"], sample["draw"])
             noise = flow.draw_noise(SEED, sample["sample"], sample["draw"], sample["latents"].shape[1:])
             noisy = flow.noisy(sample["latents"], noise, sigma)
-            velocity = model(noisy, timestep, sample["text"])
+            velocity = model(noisy, timestep, sample["text"], sample.get("image_features"), sample.get("condition"))
             losses.append(((velocity - (noise - sample["latents"])).square().mean() * weight[0]) / GLOBAL_BATCH)
             losses[-1].backward()
         trace.losses.append(float(torch.stack([loss.detach() for loss in losses]).double().sum()))
@@ -220,7 +221,7 @@ def run_rows(rows: list[LoRARow], backend: Backend) -> dict[str, Errors]:
         with build_mesh(row.row.layout, 2, "cpu") as mesh:
             trace = parallel_run(row, mesh, backend)
         if dist.get_rank() == 0:
-            reference = row.row.samples, row.row.wan.num_layers, row.words, row.base_dtype
+            reference = row.row.samples, row.row.model_type, row.row.wan.num_layers, row.words, row.base_dtype
             if reference not in references:
                 references[reference] = plain_run(row)
             results[row.id] = compare(trace, references[reference])

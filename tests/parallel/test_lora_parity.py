@@ -5,10 +5,10 @@ PEFT on diffusers' model is that of gradients in tests/wan/test_wan_parity.py.
 """
 
 import pytest
-from lora_parity import ALL, FIRST, LAST, LoRARow, against_peft, run_rows
+from lora_parity import ALL, FIRST, IMAGES, LAST, LoRARow, against_peft, run_rows
 from parity import EVEN, MIXED, Errors, Row, over_limits
 from ranks import run_ranks
-from test_parity import OVERLAPPED, SHARDED, layout, pp, ring, sp, ulysses, usp, zero
+from test_parity import OVERLAPPED, SHARDED, images, layout, pp, ring, sp, ulysses, usp, zero
 
 from mm.config.place import place
 from mm.config.recompute import Recompute
@@ -59,6 +59,7 @@ ROWS = [
     LoRARow(zero(4, 2, SHARDED, MIXED)),
     LoRARow(zero(4, 2, **sp(2))),
     LoRARow(zero(4, 2, **pp(2, 2)), FIRST),
+    LoRARow(images(4, **sp(2), **pp(2, 2)), IMAGES),
     # eight: everything together
     LoRARow(Row(layout(8, **sp(2), **ulysses(2), **pp(2)), OVERLAPPED, recompute=KEEP)),
     LoRARow(Row(layout(8, **usp(2, 2), **pp(2, 2)), OVERLAPPED, samples=MIXED), LAST),

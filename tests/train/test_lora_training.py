@@ -20,7 +20,9 @@ from mm.checkpoint.weights import open_weights
 from mm.cli import convert as convert_command
 from mm.cli import train as train_command
 from mm.errors import MMError
-from mm.lora.files import PEFT_FILE, read_adapter
+from mm.lora.adapter import Adapter, Update
+from mm.lora.files import PEFT_FILE, read_adapter, write_adapter
+from mm.lora.record import AdapterRecord
 from mm.wan.model import WanModel
 
 WORDS = ["q", "to_v", "proj_out", "ffn.0"]
@@ -260,12 +262,15 @@ def test_going_on_otherwise_is_refused_with_both_values(demo: Path, base: Path, 
 def test_the_wrong_kind_of_weights_is_refused(demo: Path, base: Path, trained: Path, tmp_path: Path) -> None:
     flags = lora(demo, load_base_model=base)
     run(demo, tmp_path / "whole", train_iters=1)
+    other_size = Adapter({"blocks.0.self_attn.q": Update(torch.zeros(4, 7), torch.zeros(9, 4), 8.0)})
+    write_adapter(tmp_path / "other.safetensors", other_size, "peft")
     rows: list[tuple[str, Path, dict[str, Any], str]] = [
         ("CKPT-080", trained, {"load": base}, "--load-base-model"),
         ("CKPT-081", tmp_path / "whole", flags, "--load-base-model"),
         ("CKPT-081", tmp_path / "a", {**flags, "load": tmp_path / "whole"}, "--load-base-model"),
         ("CKPT-084", tmp_path / "b", {**flags, "load_base_model": trained}, "lora_merge_to_hf"),
         ("CKPT-084", tmp_path / "c", {"load": trained, "finetune": True}, "lora_merge_to_hf"),
+        ("DATA-093", tmp_path / "g", {**flags, "load": tmp_path / "other.safetensors"}, "this size"),
         ("DATA-095", tmp_path / "d", {**flags, "load": base}, "--load-base-model"),
         ("DATA-094", tmp_path / "e", {**flags, "load": trained / "iter_0000003" / PEFT_FILE, "lora_r": 2}, "values"),
         ("CFG-100", tmp_path / "f", {**flags, "lora_target_modules": ["proj_q", "head"]}, "linears of a block are"),
@@ -297,3 +302,12 @@ def test_bad_conversions(base: Path, trained: Path, tmp_path: Path) -> None:
         told = refused(lambda: convert_command.main([*line, *target]))  # noqa: B023
         assert [text.split()[0] for text in told] == [expected], told
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_checkpoint_says_of_its_adapters_is_checked(trained: Path) -> None:
+    said = read_manifest(trained / "iter_0000003").scalars["adapters"]
+    record = AdapterRecord.parse(said, trained)
+    assert AdapterRecord.parse(json.loads(json.dumps(record.as_json())), trained) == record
+    for bad in ({}, {**said, "adapted": {"q": 3}}, {**said, "base": None}, [said]):
+        (told,) = refused(lambda: AdapterRecord.parse(bad, trained))  # noqa: B023
+        assert told.startswith("CKPT-012")
