@@ -16,7 +16,9 @@ from mm.cli import convert as convert_command
 from mm.cli import demo as demo_command
 from mm.cli import extract as extract_command
 from mm.cli import generate as generate_command
-from mm.demo.measure import score
+from mm.demo.clips import FPS, Clip
+from mm.demo.measure import read_caption, score
+from mm.demo.video import write_video
 from mm.generate.rows import read_prompts
 
 NEW = "yellow"
