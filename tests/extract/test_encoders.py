@@ -121,6 +121,11 @@ def test_tiles_are_those_of_diffusers(weights: Path) -> None:
     assert torch.allclose(found, (mode - mean) / std, rtol=1e-6, atol=1e-6)
     whole = VideoEncoder.from_pretrained(weights / "vae", "fp32", CPU).encode(pixels)
     assert found.shape == whole.shape and not torch.equal(found, whole)
+    with torch.no_grad():
+        decoded = vae.decode(mode).sample.clamp(-1, 1)
+    assert torch.allclose(tiled.decode(found), decoded, rtol=1e-4, atol=1e-4)
+    untiled = VideoEncoder.from_pretrained(weights / "vae", "fp32", CPU).decode(found)
+    assert decoded.shape == untiled.shape and not torch.allclose(untiled, decoded, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
