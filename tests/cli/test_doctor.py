@@ -131,7 +131,9 @@ def test_the_doctor_is_told_what_to_check() -> None:
     assert "CFG-047: mm doctor was told nothing to check." in done.stderr
 
 
-@pytest.mark.parametrize("words", [(), ("--lora-base-dtype", "int8")], ids=["bf16", "int8"])
+@pytest.mark.parametrize(
+    "words", [(), pytest.param(("--lora-base-dtype", "int8"), marks=pytest.mark.nightly)], ids=["bf16", "int8"]
+)
 @pytest.mark.parametrize("blocks", [2, pytest.param(40, marks=pytest.mark.nightly)], ids=["2 blocks", "14B"])
 def test_lora_of_14b_fits_one_device_of_80_gb(tmp_path: Path, words: tuple[str, ...], blocks: int) -> None:
     """480x832x81 in bf16 with full recomputation: no gradients and no masters of the base, little of adapters."""

@@ -86,6 +86,7 @@ def test_sbatch_trains_on_two_nodes(demo: Path, tmp_path: Path, slurm: dict[str,
     assert_two_processes_trained(save)
 
 
+@pytest.mark.nightly
 def test_sbatch_refuses_nodes_whose_scripts_differ(demo: Path, tmp_path: Path, slurm: dict[str, str]) -> None:
     """One node's copy of the script has another learning rate: no step is taken, and the log says which and where."""
     script = tmp_path / "pretrain.sh"

@@ -146,6 +146,7 @@ def train_here(arguments: list[str], cache: str, empty_cache: str) -> str | None
     return said[0]
 
 
+@pytest.mark.nightly
 def test_one_rank_without_a_compiler_decides_for_all(demo: Path, tmp_path: Path, cache: str) -> None:
     run_on(2, demo, tmp_path / "eager", train_iters=2, micro_batch_size=2)
     arguments = words(demo, tmp_path / "run", train_iters=2, micro_batch_size=2, compile_blocks=True)
@@ -155,6 +156,7 @@ def test_one_rank_without_a_compiler_decides_for_all(demo: Path, tmp_path: Path,
     assert bits(metrics(tmp_path / "run")) == bits(metrics(tmp_path / "eager"))
 
 
+@pytest.mark.nightly
 def test_a_command_that_compiles(demo: Path, tmp_path: Path, cache: str) -> None:
     expected = run(demo, tmp_path / "eager", train_iters=2)
     arguments = words(demo, tmp_path / "run", train_iters=2, compile_blocks=True)

@@ -67,18 +67,29 @@ ROWS = [
 ]  # fmt: skip
 
 
-def rows_of(world_size: int) -> list[LoRARow]:
-    return [row for row in ROWS if row.row.layout.world_size == world_size]
+EVERY_DAY = [
+    *(row for row in ROWS if row.row.layout.world_size == 1 and not row.row.compiled),
+    LoRARow(Row(layout(2, **ulysses(2)))),
+    LoRARow(Row(layout(2, **sp(2)), recompute=FULL), ALL, "fp8"),
+    LoRARow(Row(layout(2, **pp(2)), SHARDED, recompute=FULL), FIRST),
+    LoRARow(Row(layout(2, **pp(2, 2)), OVERLAPPED, recompute=OFFLOAD)),
+    LoRARow(zero(2, 1, SHARDED), LAST),
+]
+"""The others are nightly."""
 
 
-def work(world_size: int) -> dict[str, Errors]:
+def rows_of(world_size: int, every_day: bool) -> list[LoRARow]:
+    return [row for row in ROWS if row.row.layout.world_size == world_size and (row in EVERY_DAY) == every_day]
+
+
+def work(world_size: int, every_day: bool) -> dict[str, Errors]:
     backend = select("cpu")
     with Job(place(), backend.collective, backend.device, 2):
-        return run_rows(rows_of(world_size), backend)
+        return run_rows(rows_of(world_size, every_day), backend)
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[int, dict[str, Errors]]:
+def results() -> dict[tuple[int, bool], dict[str, Errors]]:
     return {}
 
 
@@ -88,16 +99,16 @@ def results() -> dict[int, dict[str, Errors]]:
         pytest.param(
             row,
             id=f"{row.row.layout.world_size}-{row.id}",
-            marks=[pytest.mark.nightly] if row.row.layout.world_size > 2 else [],
+            marks=[] if row in EVERY_DAY else [pytest.mark.nightly],
         )
         for row in ROWS
     ],
 )
-def test_equals_one_process(row: LoRARow, results: dict[int, dict[str, Errors]]) -> None:
-    world = row.row.layout.world_size
-    if world not in results:
-        results[world] = run_ranks(world, work, world, timeout_s=400)[0]
-    assert over_limits(row.row, results[world][row.id]) == {}
+def test_equals_one_process(row: LoRARow, results: dict[tuple[int, bool], dict[str, Errors]]) -> None:
+    world, every_day = row.row.layout.world_size, row in EVERY_DAY
+    if (world, every_day) not in results:
+        results[world, every_day] = run_ranks(world, work, world, every_day, timeout_s=400)[0]
+    assert over_limits(row.row, results[world, every_day][row.id]) == {}
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from mm.device.backend import select
 from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
 
+pytestmark = pytest.mark.nightly  # of the tests, not of the engine
+
 SAMPLES = 2
 
 # Pipelines of five blocks: a number that none of them divides.

@@ -123,27 +123,47 @@ ROWS = [
 ]  # fmt: skip
 
 
-def rows_of(world_size: int) -> list[Row]:
-    return [row for row in ROWS if row.layout.world_size == world_size]
+EVERY_DAY = [row for row in ROWS if row.layout.world_size <= 3] + [
+    Row(layout(4, **usp(2, 2))),
+    Row(layout(4, **sp(2), **ulysses(2)), samples=MIXED),
+    Row(layout(4, tp_size=2, **pp(2, 2)), OVERLAPPED),
+    zero(4, 2, **pp(2, 2)),
+    images(4, **sp(2), **pp(2, 2)),
+]
+"""The others are nightly: pairs of axes are many, and eight processes on two cores take minutes."""
 
 
-def work(world_size: int) -> dict[str, Errors]:
+def rows_of(world_size: int, every_day: bool) -> list[Row]:
+    return [row for row in ROWS if row.layout.world_size == world_size and (row in EVERY_DAY) == every_day]
+
+
+def work(world_size: int, every_day: bool) -> dict[str, Errors]:
     backend = select("cpu")
     with Job(place(), backend.collective, backend.device, 2):
-        return run_rows(rows_of(world_size), backend)
+        return run_rows(rows_of(world_size, every_day), backend)
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[int, dict[str, Errors]]:
+def results() -> dict[tuple[int, bool], dict[str, Errors]]:
     return {}
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.layout.world_size}-{row.id}")
-def test_equals_one_process(row: Row, results: dict[int, dict[str, Errors]]) -> None:
-    world = row.layout.world_size
-    if world not in results:
-        results[world] = run_ranks(world, work, world, timeout_s=400)[0]
-    errors = results[world][row.id]
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(
+            row,
+            id=f"{row.layout.world_size}-{row.id}",
+            marks=[] if row in EVERY_DAY else [pytest.mark.nightly],
+        )
+        for row in ROWS
+    ],
+)
+def test_equals_one_process(row: Row, results: dict[tuple[int, bool], dict[str, Errors]]) -> None:
+    world, every_day = row.layout.world_size, row in EVERY_DAY
+    if (world, every_day) not in results:
+        results[world, every_day] = run_ranks(world, work, world, every_day, timeout_s=400)[0]
+    errors = results[world, every_day][row.id]
     record(row, errors)
     assert over_limits(row, errors) == {}
 

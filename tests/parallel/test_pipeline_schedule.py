@@ -182,16 +182,19 @@ def observed() -> list[dict[str, Any]]:
     return run_ranks(PROCESSES, observe_steps, timeout_s=240)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("row", STEP_ROWS, ids=lambda row: row.id)
 def test_no_step_waits_for_the_whole_device(row: Row, observed: list[dict[str, Any]]) -> None:
     assert [rank["waits"][row.id] for rank in observed] == [0] * PROCESSES
 
 
+@pytest.mark.nightly
 def test_waiting_for_the_whole_device_would_be_seen(observed: list[dict[str, Any]]) -> None:
     """megatron-core's batched messages, which are not used here, wait for the device after each."""
     assert all(rank["waits"][BATCHED] > 0 for rank in observed)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("case", MIXED_CASES, ids=named)
 def test_stages_exchange_one_shape_and_no_shapes(case: Case, observed: list[dict[str, Any]]) -> None:
     """Micro-batches of 45 and 7 tokens with 8 of text and 7 rows of time: all cross in 60 rows of the model's width.

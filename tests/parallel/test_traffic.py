@@ -5,15 +5,19 @@ from typing import Any
 
 import pytest
 from ranks import run_ranks
-from traffic_rows import EIGHT, FOUR, Row, a_layer, count
+from traffic_rows import EIGHT, FOUR, MORE_FOUR, Row, a_layer, count
 
 from mm.parallel import formulas
 
+SETS = [FOUR, MORE_FOUR, EIGHT]
+"""Rows that are counted in one start of processes."""
+
 
 @cache
-def counted(world_size: int) -> list[list[Any]]:
-    """Of every rank, for every row."""
-    return run_ranks(world_size, count, FOUR if world_size == 4 else EIGHT, timeout_s=180)
+def counted(which: int) -> list[list[Any]]:
+    """Of every rank, for every row of a set."""
+    rows = SETS[which]
+    return run_ranks(rows[0].layout.world_size, count, rows, timeout_s=180)
 
 
 def padded(row: Row) -> int:
@@ -23,17 +27,16 @@ def padded(row: Row) -> int:
 
 every_row = pytest.mark.parametrize(
     "row",
-    # Eight processes only for these take a minute to start.
     [
         *(pytest.param(row, id=row.id) for row in FOUR),
-        *(pytest.param(row, id=row.id, marks=pytest.mark.nightly) for row in EIGHT),
+        *(pytest.param(row, id=row.id, marks=pytest.mark.nightly) for row in MORE_FOUR + EIGHT),
     ],
 )
 
 
 def of_ranks(row: Row) -> list[Any]:
-    rows = FOUR if row.layout.world_size == 4 else EIGHT
-    return [ranks[rows.index(row)] for ranks in counted(row.layout.world_size)]
+    which = next(index for index, rows in enumerate(SETS) if row in rows)
+    return [ranks[SETS[which].index(row)] for ranks in counted(which)]
 
 
 @every_row

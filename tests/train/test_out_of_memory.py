@@ -174,6 +174,7 @@ def test_a_model_that_does_not_fit(tmp_path: Path, megabytes: int, phase: str, k
     assert NEEDS_A_MODEL_OF_HALF in proposals(line)
 
 
+@pytest.mark.nightly
 def test_checkpoints_stay_and_the_run_goes_on(tmp_path: Path) -> None:
     save = tmp_path / "run"
     flags = write_files(tmp_path, 256, **WIDE) | {"micro_batch_size": 4, "save": save}
@@ -189,7 +190,10 @@ def test_checkpoints_stay_and_the_run_goes_on(tmp_path: Path) -> None:
     assert "going on from" in output and "done: step 2" in output
 
 
-@pytest.mark.parametrize("layout", [{"context_parallel_size": 2}, {"pipeline_model_parallel_size": 2}])
+@pytest.mark.parametrize(
+    "layout",
+    [{"context_parallel_size": 2}, pytest.param({"pipeline_model_parallel_size": 2}, marks=pytest.mark.nightly)],
+)
 def test_the_other_rank_does_not_wait(tmp_path: Path, layout: dict[str, Any]) -> None:
     """Rank 1 of 2 fails and tells it, before the launcher ends the job for whoever it sees end first."""
     flags = write_files(tmp_path, 256, **WIDE) | {"micro_batch_size": 2, "global_batch_size": 4} | layout
@@ -200,6 +204,7 @@ def test_the_other_rank_does_not_wait(tmp_path: Path, layout: dict[str, Any]) ->
     assert "Rank 1 ran out of memory in the phase: forward and backward" in line
 
 
+@pytest.mark.nightly
 def test_two_processes_without_a_launcher_end(tmp_path: Path) -> None:
     """Nobody ends rank 0, which waits for rank 1's gradients: it must see that the other one has gone."""
     flags = write_files(tmp_path, 256, **WIDE) | {"micro_batch_size": 2}

@@ -204,7 +204,10 @@ def step(run: Request) -> Report:
     return dry_run(job, rank=0)
 
 
-@pytest.mark.parametrize(("words", "world_size"), [("--micro-batch-size 2", 1), ("--bf16", 8), (LORA, 8)])
+@pytest.mark.parametrize(
+    ("words", "world_size"),
+    [("--micro-batch-size 2", 1), ("--bf16", 8), pytest.param(LORA, 8, marks=pytest.mark.nightly)],
+)
 def test_the_dry_run_of_every_proposal_needs_less_as_estimated(words: str, world_size: int) -> None:
     """The peak that every tensor of a whole step adds up to, before and after."""
     deep = {"num_layers": 12} if words == LORA else {}  # whose gathered blocks are few beside the base

@@ -65,6 +65,7 @@ def bytes_of(block: WanBlock, config: WanConfig) -> float:
     return kept_bytes(lambda: block(x, time, context, positions), block.parameters()) / (TOKENS * width)
 
 
+@pytest.mark.nightly
 def test_a_compiled_block_keeps_as_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     config = WanConfig(hidden_size=192, ffn_dim=384, num_heads=4, num_layers=1)
@@ -130,7 +131,7 @@ def alive(config: WanConfig, plan: Recompute | None, num_layers: int, tokens: in
         )
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ["1.3B", pytest.param("14B", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("mode", MODES)
 def test_what_a_further_block_keeps(size: str, mode: str) -> None:
     """Bytes a token and unit of width that one more block adds; attention's statistics are 4 bytes a token and head."""
