@@ -15,6 +15,7 @@ EXIT_DATA = 65
 EXIT_INTERNAL = 70
 EXIT_MEMORY = 71
 EXIT_CHECKPOINT = 74
+EXIT_STOPPED = 75
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,12 @@ class NumericsError(MMError):
     """A loss or gradient that is not finite."""
 
     exit_code = EXIT_NUMERICS
+
+
+class StoppedError(MMError):
+    """A run that was asked to stop and has saved what it had; started again it goes on."""
+
+    exit_code = EXIT_STOPPED
 
 
 def raise_all(error_type: type[MMError], problems: Sequence[Problem]) -> None:

@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
 
     from mm.lora.plan import plan_of
     from mm.train.dry_run import Job, dry_run
-    from mm.train.loop import data_parallel_options, training_dtype
+    from mm.train.run import data_parallel_options, training_dtype
 
     lora = plan_of(flags, model.predictor.wan())
     job = Job(

@@ -32,13 +32,14 @@ def main(argv: Sequence[str]) -> None:
     layout = layout_of(flags, model, zero, where.world_size)
 
     # Only now torch: a configuration mistake is told in a fraction of a second, before any device is touched.
-    from mm.checkpoint.comm import ProcessGroupComm, SingleProcess
+    from mm.checkpoint.comm import Comm, ProcessGroupComm, SingleProcess
     from mm.data.dataset import open_features
     from mm.device.backend import select
     from mm.lora.plan import plan_of
     from mm.parallel.launch import Job
     from mm.parallel.mesh import build_mesh
-    from mm.train.loop import Run, train
+    from mm.train.loop import train
+    from mm.train.run import Run
 
     if where.rank != 0:
         logging.getLogger().setLevel(logging.WARNING)
@@ -56,10 +57,14 @@ def main(argv: Sequence[str]) -> None:
         flags.layerzero_config or "zero_config.yaml": zero.model_dump(mode="json") if zero else None,
     }
     with (
-        Job(where, backend.collective, backend.device, timeout, configuration),
+        Job(where, backend.collective, backend.device, timeout, configuration) as job,
         build_mesh(layout, timeout, backend.kind) as mesh,
     ):
-        comm = SingleProcess() if where.world_size == 1 else ProcessGroupComm(device=backend.device)
+        comm: Comm = SingleProcess()
+        saving: Comm | None = comm if flags.async_save else None
+        if where.world_size > 1:
+            comm = ProcessGroupComm(device=backend.device)
+            saving = ProcessGroupComm(job.host_group(timeout)) if flags.async_save else None
         progress = train(
             Run(
                 flags,
@@ -72,6 +77,7 @@ def main(argv: Sequence[str]) -> None:
                 comm,
                 where.local_world_size,
                 lora=lora,
+                saving=saving,
                 held_out=held_out,
                 validation=validation,
             )

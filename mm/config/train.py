@@ -136,6 +136,10 @@ class TrainFlags(MeshFlags):
     )
     save: str | None = Field(None, description="folder for checkpoints and metrics; a run found there is resumed")
     save_interval: int | None = Field(None, ge=1, description="steps between checkpoints; the last step always saves")
+    async_save: bool = Field(False, description="write checkpoints in the background; steps wait for a host copy only")
+    save_on_signal: bool = Field(
+        False, description="SIGTERM or SIGUSR1: save at the end of the step and leave with exit code 75"
+    )
     keep_latest: int | None = Field(None, ge=1, description="complete checkpoints to keep; default: all")
     resume_policy: Literal["newest", "strict"] = Field(
         "newest", description="a damaged newest checkpoint: fall back to the one before, or stop"

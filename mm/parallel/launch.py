@@ -60,6 +60,10 @@ class Job:
             device_id=None if device.type == "cpu" else device,
         )
 
+    def host_group(self, timeout_minutes: int) -> dist.ProcessGroup:
+        """A further group of all processes for messages between their hosts (gloo), apart from those of training."""
+        return dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
+
     def barrier(self) -> None:
         """Wait until every process of the job has come here."""
         dist.barrier()

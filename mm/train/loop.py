@@ -12,28 +12,21 @@ from pathlib import Path
 
 import torch
 
-from mm.checkpoint.comm import Comm
-from mm.checkpoint.store import find_latest, writing
+from mm.checkpoint.background import BackgroundSaver
+from mm.checkpoint.store import find_latest, save, writing
 from mm.checkpoint.weights import open_weights
-from mm.config.data import TrainData
-from mm.config.inference import InferenceModel
-from mm.config.layerzero import ZeroConfig
-from mm.config.model import WanConfig
 from mm.config.recompute import Recompute, recompute_of
 from mm.config.request import Request
-from mm.config.train import PretrainModel, TrainFlags
-from mm.data.dataset import FeatureDataset
 from mm.data.loader import FeatureBatch, feature_batches
 from mm.data.sampler import BatchPlan
 from mm.device.attention import attention_name
-from mm.device.backend import Backend, deterministic
+from mm.device.backend import deterministic
 from mm.diffusion.flow import FlowMatching
-from mm.errors import ConfigError
-from mm.lora.plan import LoRAPlan, starting_values
-from mm.parallel.apply import DataParallelOptions, ParallelModel, ValueOf, apply
+from mm.errors import ConfigError, StoppedError
+from mm.lora.plan import starting_values
+from mm.parallel.apply import ParallelModel, ValueOf, apply
 from mm.parallel.compile import graphs_needed, most_graphs, probe
 from mm.parallel.host_pool import StepShape, make_offloader
-from mm.parallel.mesh import Mesh
 from mm.parallel.offload import Offloader
 from mm.parallel.optimizer import AdamWSettings, Optimizer
 from mm.parallel.optimizers import make_optimizer
@@ -44,59 +37,14 @@ from mm.train.describe import start_table
 from mm.train.flops import train_flops
 from mm.train.metrics import MetricsLog, StepMetrics
 from mm.train.out_of_memory import MemoryWatch
-from mm.train.state import Progress, load_state, load_weights, save_state
+from mm.train.run import Run, data_parallel_options, training_dtype
+from mm.train.signals import StopRequest
+from mm.train.state import Progress, load_state, load_weights, state_of
 from mm.train.step import StepResult, train_step
 from mm.wan.initial import initial_value
 from mm.wan.layers import BlockRunner
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything one training run is made of.
-
-    Attributes:
-        flags, model, data: checked configuration. zero: layer-zero's, or None.
-        dataset: the features that `data` names.
-        mesh, backend: where it runs. comm: the ranks, for checkpoints.
-        processes_of_node: this rank's node and its memory are shared by so many.
-        lora: the adapters that are trained instead of all parameters.
-        held_out: the features of `--eval-data`, or None. validation: what is rendered meanwhile, or None.
-    """
-
-    flags: TrainFlags
-    model: PretrainModel
-    data: TrainData
-    zero: ZeroConfig | None
-    dataset: FeatureDataset
-    mesh: Mesh
-    backend: Backend
-    comm: Comm
-    processes_of_node: int = 1
-    lora: LoRAPlan | None = None
-    held_out: FeatureDataset | None = None
-    validation: InferenceModel | None = None
-
-    @property
-    def global_batch_size(self) -> int:
-        """Samples in one step."""
-        return self.flags.samples_of_step(self.mesh.layout.dp_size)
-
-    @property
-    def num_microbatches(self) -> int:
-        """Micro-batches of one replica in one step."""
-        return self.flags.micro_batches_of_step(self.mesh.layout.dp_size)
-
-    @property
-    def config(self) -> WanConfig:
-        """The model's shape."""
-        return self.model.predictor.wan()
-
-    @property
-    def reports(self) -> bool:
-        """Whether this rank writes metrics and logs."""
-        return self.comm.rank == 0
 
 
 def train(run: Run) -> Progress:
@@ -138,7 +86,10 @@ def train(run: Run) -> Progress:
             logger.info("step %d of %d is already done; nothing to train", progress.step, flags.train_iters)
             return progress
         log = stack.enter_context(_metrics_log(run, progress))
-        return _steps(run, _Built(adapters, parallel, optimizer, log, watch, checks), progress)
+        stop = stack.enter_context(StopRequest()) if flags.save_on_signal else None
+        return _steps(
+            run, _Built(adapters, parallel, optimizer, log, watch, checks, _saver(run, stack), stop), progress
+        )
 
 
 def _check_sizes(run: Run) -> None:
@@ -228,16 +179,6 @@ def _token_counts(run: Run) -> set[int]:
     return {sample.num_tokens for sample in run.dataset.samples}
 
 
-def data_parallel_options(flags: TrainFlags) -> DataParallelOptions:
-    """How gradients and parameters are kept in step over the replicas."""
-    return DataParallelOptions(flags.use_distributed_optimizer, flags.overlap_grad_reduce, flags.overlap_param_gather)
-
-
-def training_dtype(flags: TrainFlags) -> torch.dtype:
-    """Of the bulk of the parameters and of activations."""
-    return torch.bfloat16 if flags.bf16 else torch.float32
-
-
 def _describe(run: Run, recompute: Recompute | None, offloader: Offloader | None, not_compiled: str | None) -> None:
     rows = start_table(
         run.flags,
@@ -303,7 +244,12 @@ def _metrics_log(run: Run, progress: Progress) -> MetricsLog:
 
 @dataclass(frozen=True)
 class _Built:
-    """What the steps of a run work with: adapters are None where all parameters are trained."""
+    """What the steps of a run work with.
+
+    Attributes:
+        adapters: None where all parameters are trained. saver: None where the loop itself writes checkpoints.
+        stop: None where signals end the process at once.
+    """
 
     adapters: AdapterRun | None
     parallel: ParallelModel
@@ -311,6 +257,8 @@ class _Built:
     log: MetricsLog
     watch: MemoryWatch
     checks: Checks
+    saver: BackgroundSaver | None
+    stop: StopRequest | None
 
 
 def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
@@ -328,14 +276,36 @@ def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
             seed=flags.seed,
             during=built.watch.during,
         )
+        if built.saver is not None:
+            built.saver.check()
         progress = Progress(progress.step + 1, progress.consumed_samples + run.global_batch_size)
         built.log.write(_measure(run, result, progress, time.monotonic() - started))
         due = flags.save_interval is not None and progress.step % flags.save_interval == 0
-        if flags.save is not None and (due or progress.step == flags.train_iters):
-            _save(run, built.adapters, Path(flags.save), built.optimizer, progress)
+        stopping = built.stop is not None and _any_rank_was_asked(run, built.stop)
+        if flags.save is not None and (due or stopping or progress.step == flags.train_iters):
+            _save(run, built, Path(flags.save), progress)
+        if stopping:
+            _stop(built, progress)
         with built.watch.during("evaluation and validation"):
             built.checks.after(progress.step, built.parallel, built.log)
     return progress
+
+
+def _any_rank_was_asked(run: Run, stop: StopRequest) -> bool:
+    """Whether a signal has reached any process: all of them stop after the same step."""
+    mine = torch.tensor([float(stop.received is not None)], device=run.backend.device)
+    return bool(run.mesh.gather(mine).any())
+
+
+def _stop(built: _Built, progress: Progress) -> None:
+    if built.saver is not None:
+        built.saver.finish()
+    by = built.stop.received if built.stop is not None else None
+    raise StoppedError(
+        "RUN-001",
+        f"Stopped by {by or 'a signal to another process'} after step {progress.step}, which is saved.",
+        "Run the same command again; it goes on from there.",
+    )
 
 
 def _batches(run: Run, progress: Progress) -> Iterator[FeatureBatch]:
@@ -373,17 +343,26 @@ def _measure(run: Run, result: StepResult, progress: Progress, seconds: float) -
     )
 
 
-def _save(run: Run, adapters: AdapterRun | None, root: Path, optimizer: Optimizer, progress: Progress) -> None:
-    started = time.monotonic()
-    folder = save_state(
-        root,
-        optimizer,
+def _save(run: Run, built: _Built, root: Path, progress: Progress) -> None:
+    """Write a checkpoint, or begin to where a background saver does so."""
+    flags, started = run.flags, time.monotonic()
+    state = state_of(
+        built.optimizer,
         progress,
         run.config,
-        run.flags.seed,
+        flags.seed,
         run.comm,
-        with_optimizer=not run.flags.no_save_optim,
-        keep_latest=run.flags.keep_latest,
-        adapters=adapters.record if adapters is not None else None,
+        with_optimizer=not flags.no_save_optim,
+        adapters=built.adapters.record if built.adapters is not None else None,
     )
+    if built.saver is not None:
+        built.saver.start(state.step, state.pieces, state.scalars, flags.keep_latest, state.derived)
+        return
+    folder = save(root, state.step, state.pieces, state.scalars, run.comm, flags.keep_latest, state.derived)
     logger.info("checkpoint %s written in %.1f s", folder.name, time.monotonic() - started)
+
+
+def _saver(run: Run, stack: ExitStack) -> BackgroundSaver | None:
+    if run.flags.save is None or run.saving is None:
+        return None
+    return stack.enter_context(BackgroundSaver(Path(run.flags.save), run.saving))

@@ -21,7 +21,7 @@ from torch import Tensor
 from mm.checkpoint.boxes import Box
 from mm.checkpoint.comm import Comm
 from mm.checkpoint.formats.training import ADAPTERS_KEY, CONFIG_KEY
-from mm.checkpoint.store import Derived, Piece, load, pieces_of_flat_range, read_manifest, save
+from mm.checkpoint.store import Derived, Piece, load, pieces_of_flat_range, read_manifest
 from mm.checkpoint.weights import WeightSource, require_exactly
 from mm.config.base import parse
 from mm.config.model import WanConfig
@@ -41,8 +41,17 @@ class Progress:
     consumed_samples: int = 0
 
 
-def save_state(
-    root: Path,
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint of this rank is made of, as `mm.checkpoint.store.save` takes it."""
+
+    step: int
+    pieces: list[Piece]
+    scalars: dict[str, Any]
+    derived: Derived | None
+
+
+def state_of(
     optimizer: Optimizer,
     progress: Progress,
     config: WanConfig,
@@ -50,18 +59,11 @@ def save_state(
     comm: Comm,
     *,
     with_optimizer: bool,
-    keep_latest: int | None,
     adapters: AdapterRecord | None = None,
-) -> Path:
-    """Write a checkpoint below `root`; every rank calls it, inside `mm.checkpoint.store.writing(root)`.
+) -> State:
+    """The state of a run; every rank calls it. Pieces are views of what is trained.
 
-    One of adapters has them as a PEFT file beside its shards.
-
-    Returns:
-        The committed folder.
-
-    Raises:
-        CheckpointError: as `mm.checkpoint.store.save`.
+    That of adapters has them as a PEFT file beside its shards.
     """
     scalars: dict[str, Any] = {
         "step": progress.step,
@@ -76,7 +78,7 @@ def save_state(
         scalars[ADAPTERS_KEY] = adapters.as_json()
         derived = Derived(partial(export, record=adapters), 4 * sum(map(math.prod, optimizer.shapes.values())))
     owned = [shard for shard in optimizer.shards if shard.owned]
-    return save(root, progress.step, _pieces(owned, with_optimizer), scalars, comm, keep_latest, derived)
+    return State(progress.step, _pieces(owned, with_optimizer), scalars, derived)
 
 
 def load_state(

@@ -13,6 +13,7 @@ from pathlib import Path
 from mm.cli.entry import run
 from mm.cli.train import main
 from mm.train import loop
+from mm.train.run import Run
 from mm.train.state import Progress
 
 
@@ -27,7 +28,7 @@ if __name__ == "__main__":
     megabytes, rank, *words = sys.argv[1:]
     train = loop.train
 
-    def limited_train(this_run: loop.Run) -> Progress:
+    def limited_train(this_run: Run) -> Progress:
         if os.environ.get("RANK", "0") == rank:
             limit(int(megabytes) * 10**6)
         return train(this_run)

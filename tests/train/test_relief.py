@@ -19,8 +19,8 @@ from mm.config.train import PretrainModel, TrainFlags
 from mm.errors import ConfigError
 from mm.lora.plan import plan_of
 from mm.train.dry_run import Job, Report, dry_run
-from mm.train.loop import data_parallel_options, training_dtype
 from mm.train.relief import Relief, reliefs
+from mm.train.run import data_parallel_options, training_dtype
 from mm.train.split import Split
 
 SHAPES: dict[str, dict[str, Any]] = {

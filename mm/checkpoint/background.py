@@ -1,0 +1,144 @@
+"""Saving while training goes on: the loop waits for a copy in host memory, a thread writes it and commits.
+
+The thread runs `mm.checkpoint.store.save` as it is, with the same order of steps, so a process that dies at any moment
+leaves what it would have left otherwise. It talks to the other ranks over a group of its own: messages of the training
+and of the saving cannot meet. One save at a time: the next one waits for the one before.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm.checkpoint.comm import Comm
+from mm.checkpoint.pieces import Piece
+from mm.checkpoint.store import Derived, save
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SaveTimes:
+    """When one save did what, in seconds of `time.monotonic`.
+
+    Attributes:
+        step: that was saved.
+        called, copied: the loop stood still between these.
+        committed: the checkpoint got its name.
+    """
+
+    step: int
+    called: float
+    copied: float
+    committed: float
+
+
+class BackgroundSaver:
+    """Saves of one run; a context manager that lets the last one finish.
+
+    Attributes:
+        times: of the saves that are done.
+    """
+
+    def __init__(self, root: Path, comm: Comm) -> None:
+        """Save below `root`, inside `mm.checkpoint.store.writing(root)`.
+
+        Args:
+            root: the folder of the run's checkpoints.
+            comm: the ranks, over a group that nothing else uses.
+        """
+        self._root, self._comm = root, comm
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._buffers: dict[str, Tensor] = {}
+        self.times: list[SaveTimes] = []
+
+    def start(
+        self,
+        step: int,
+        pieces: Iterable[Piece],
+        scalars: dict[str, Any],
+        keep_latest: int | None = None,
+        derived: Derived | None = None,
+    ) -> None:
+        """Copy what is to be saved and return; arguments as for `mm.checkpoint.store.save`.
+
+        Raises:
+            CheckpointError: of the save before, which it waits for.
+        """
+        self.finish()
+        called = time.monotonic()
+        copies = self._copied(pieces)
+        copied = time.monotonic()
+
+        def write() -> None:
+            try:
+                save(self._root, step, copies, scalars, self._comm, keep_latest, derived)
+                self.times.append(SaveTimes(step, called, copied, time.monotonic()))
+            except BaseException as error:  # raised in the loop, by `check` or `finish`
+                self._failure = error
+
+        # A daemon: a run that ends by an error does not wait for ranks that may be gone.
+        self._thread = threading.Thread(target=write, name=f"save of step {step}", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise the error of a save that has failed; the same on every rank, though not at the same step."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the save that runs is committed.
+
+        Raises:
+            CheckpointError: of that save.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        last = self.times[-1]
+        log.info(
+            "checkpoint of step %d committed; the loop stood still for %.2f s of %.1f s",
+            last.step,
+            last.copied - last.called,
+            last.committed - last.called,
+        )
+
+    def __enter__(self) -> BackgroundSaver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.finish()
+
+    def _copied(self, pieces: Iterable[Piece]) -> list[Piece]:
+        """The pieces with copies of their data in host memory, in the same buffers each time."""
+        copies, on_device = [], False
+        for piece in pieces:
+            source, name = piece.tensor.detach(), f"{piece.key}{piece.box}"
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.dtype != source.dtype:
+                pinned = source.device.type != "cpu"
+                buffer = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=pinned)
+                self._buffers[name] = buffer
+            buffer.copy_(source, non_blocking=True)
+            on_device |= source.device.type != "cpu"
+            copies.append(replace(piece, tensor=buffer))
+        if on_device:
+            torch.accelerator.synchronize()  # the thread reads what the device still writes otherwise
+        return copies

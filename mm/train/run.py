@@ -1,0 +1,78 @@
+"""What one training run is made of: its configuration, its data, and where it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mm.checkpoint.comm import Comm
+from mm.config.data import TrainData
+from mm.config.inference import InferenceModel
+from mm.config.layerzero import ZeroConfig
+from mm.config.model import WanConfig
+from mm.config.train import PretrainModel, TrainFlags
+from mm.data.dataset import FeatureDataset
+from mm.device.backend import Backend
+from mm.lora.plan import LoRAPlan
+from mm.parallel.apply import DataParallelOptions
+from mm.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything one training run is made of.
+
+    Attributes:
+        flags, model, data: checked configuration. zero: layer-zero's, or None.
+        dataset: the features that `data` names.
+        mesh, backend: where it runs. comm: the ranks, for checkpoints.
+        processes_of_node: this rank's node and its memory are shared by so many.
+        lora: the adapters that are trained instead of all parameters.
+        saving: the ranks over a group of their own, for saves in the background; None saves in the loop.
+        held_out: the features of `--eval-data`, or None. validation: what is rendered meanwhile, or None.
+    """
+
+    flags: TrainFlags
+    model: PretrainModel
+    data: TrainData
+    zero: ZeroConfig | None
+    dataset: FeatureDataset
+    mesh: Mesh
+    backend: Backend
+    comm: Comm
+    processes_of_node: int = 1
+    lora: LoRAPlan | None = None
+    saving: Comm | None = None
+    held_out: FeatureDataset | None = None
+    validation: InferenceModel | None = None
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples in one step."""
+        return self.flags.samples_of_step(self.mesh.layout.dp_size)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches of one replica in one step."""
+        return self.flags.micro_batches_of_step(self.mesh.layout.dp_size)
+
+    @property
+    def config(self) -> WanConfig:
+        """The model's shape."""
+        return self.model.predictor.wan()
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank writes metrics and logs."""
+        return self.comm.rank == 0
+
+
+def data_parallel_options(flags: TrainFlags) -> DataParallelOptions:
+    """How gradients and parameters are kept in step over the replicas."""
+    return DataParallelOptions(flags.use_distributed_optimizer, flags.overlap_grad_reduce, flags.overlap_param_gather)
+
+
+def training_dtype(flags: TrainFlags) -> torch.dtype:
+    """Of the bulk of the parameters and of activations."""
+    return torch.bfloat16 if flags.bf16 else torch.float32

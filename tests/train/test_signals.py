@@ -1,0 +1,86 @@
+"""A run that is asked to stop saves at the end of the step, says so, and goes on bit for bit when started again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import free_port
+from training_runs import bits, metrics, run, run_on, words
+
+ROOT = Path(__file__).parents[2]
+STEPS = 400
+
+
+def start(demo: Path, save: Path, num_processes: int, **flags: Any) -> subprocess.Popen[str]:
+    launcher = []
+    if num_processes > 1:
+        port = str(free_port())
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_processes), "--master-port", port]
+    command = [*launcher, "-m", "mm.cli.train", *words(demo, save, train_iters=STEPS, save_on_signal=True, **flags)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+
+
+def wait_for_steps(save: Path, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 90
+    path = save / "metrics.jsonl"
+    while not path.exists() or len(path.read_text().splitlines()) < count:
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found]
+
+
+@pytest.mark.parametrize("in_background", [False, pytest.param(True, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_one_process_stops_and_goes_on(demo: Path, tmp_path: Path, name: str, in_background: bool) -> None:
+    save = tmp_path / "run"
+    flags = {"async_save": True, "save_interval": 2} if in_background else {}
+    process = start(demo, save, 1, **flags)
+    wait_for_steps(save, 3, process)
+    process.send_signal(getattr(signal, name))
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 75, told
+    (line,) = [line for line in told.splitlines() if line.startswith("error ")]
+    assert line.startswith(f"error RUN-001: Stopped by {name} after step ")
+    stopped_at = len(metrics(save))
+    assert 3 <= stopped_at < STEPS
+    assert sorted(path.name for path in save.glob("iter_*"))[-1] == f"iter_{stopped_at:07d}"
+    resumed = run(demo, save, train_iters=stopped_at + 2)
+    assert bits(resumed) == bits(run(demo, tmp_path / "straight", train_iters=stopped_at + 2))
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(demo: Path, tmp_path: Path) -> None:
+    save, flags = tmp_path / "run", {"use_distributed_optimizer": True, "micro_batch_size": 2}
+    process = start(demo, save, 2, **flags)
+    wait_for_steps(save, 3, process)
+    os.kill(children(process.pid)[1], signal.SIGTERM)
+    _, told = process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert "RUN-001: Stopped by " in told
+    stopped_at = len(metrics(save))
+    straight = run_on(2, demo, tmp_path / "straight", train_iters=stopped_at + 1, **flags)
+    assert bits(run_on(2, demo, save, train_iters=stopped_at + 1, **flags)) == bits(straight)
+
+
+def test_a_second_signal_ends_it_at_once(demo: Path, tmp_path: Path) -> None:
+    process = start(demo, tmp_path / "run", 1)
+    wait_for_steps(tmp_path / "run", 2, process)
+    os.kill(process.pid, signal.SIGSTOP)  # so that both come before the end of a step
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGUSR1)
+    os.kill(process.pid, signal.SIGCONT)
+    process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGTERM, -signal.SIGUSR1)
+    assert not list((tmp_path / "run").glob("iter_*"))
