@@ -8,16 +8,26 @@ from pathlib import Path
 
 from pydantic import Field
 
+from mm.checkpoint.formats.mm_split import parse_split
 from mm.cli.entry import run
 from mm.config.base import closest
 from mm.config.flags import Flags, parse_flags, words_of_process
 from mm.errors import ConfigError, Problem, raise_all
 
-TO_MM, TO_HF, TO_NATIVE = "convert_to_mm", "convert_to_hf", "convert_to_native"
+TO_MM, TO_HF, TO_NATIVE, RESPLIT = "convert_to_mm", "convert_to_hf", "convert_to_native", "resplit"
 LORA_TO_PEFT, LORA_TO_COMFYUI = "lora_to_peft", "lora_to_comfyui"
 MERGE_TO_HF, MERGE_TO_NATIVE = "lora_merge_to_hf", "lora_merge_to_native"
-MODES = (TO_MM, TO_HF, TO_NATIVE, LORA_TO_PEFT, LORA_TO_COMFYUI, MERGE_TO_HF, MERGE_TO_NATIVE)
+MODES = (TO_MM, TO_HF, TO_NATIVE, RESPLIT, LORA_TO_PEFT, LORA_TO_COMFYUI, MERGE_TO_HF, MERGE_TO_NATIVE)
 _MERGING = (MERGE_TO_HF, MERGE_TO_NATIVE)
+
+_USED_BY = {
+    "base_path": _MERGING,
+    "lora_strength": _MERGING,
+    "ckpt_path": (TO_HF, MERGE_TO_HF),
+    "pp_vpp_layers": (TO_MM, RESPLIT),
+}
+"""Flags that only some modes use, and these modes."""
+_NEEDED_BY = {"base_path": _MERGING, "pp_vpp_layers": (RESPLIT,)}
 
 
 class ConvertFlags(Flags):
@@ -40,7 +50,11 @@ class ConvertFlags(Flags):
         description="convert_to_hf and lora_merge_to_hf: the original Hugging Face transformer folder, whose file "
         "names, index, config.json and dtypes the result keeps",
     )
-    pp_vpp_layers: str | None = Field(None, description="layers of each pipeline stage; not available in this version")
+    pp_vpp_layers: str | None = Field(
+        None,
+        description="the modes that write the MM format: blocks of each pipeline stage, such as [7,8,8,7], or with "
+        "virtual stages one list for each chunk, [[7,8],[7,8]]; default: one file for all",
+    )
 
 
 SPELLING = {"--" + name: "--" + name.replace("_", "-") for name in ConvertFlags.model_fields if "_" in name}
@@ -50,12 +64,13 @@ def main(argv: Sequence[str]) -> None:
     """Convert.
 
     Raises:
-        ConfigError: CFG-004 to CFG-007 for flags; CFG-071 for another mode, CFG-072 for --pp_vpp_layers, CFG-073 for
-            --ckpt_path and CFG-107 for --base_path and --lora_strength without effect or missing.
+        ConfigError: CFG-004 to CFG-007 for flags; CFG-071 for another mode, CFG-073 for a flag without effect with the
+            mode, CFG-107 for one that it needs, CFG-108 for a malformed --pp_vpp_layers.
         CheckpointError, DataError: from `mm.checkpoint.convert` and `mm.lora.convert`.
     """
     flags = parse_flags(ConvertFlags, argv, program="convert_ckpt.py", spelling=SPELLING)
     raise_all(ConfigError, _problems(flags))
+    stages = None if flags.pp_vpp_layers is None else parse_split(flags.pp_vpp_layers)
     from mm.checkpoint import convert  # after the flags are known to be good: torch takes a second to import
     from mm.lora import convert as lora
 
@@ -70,7 +85,9 @@ def main(argv: Sequence[str]) -> None:
         else:
             convert.write_as_native(merged, target)
     elif flags.mode == TO_MM:
-        convert.convert_to_mm(source, target)
+        convert.convert_to_mm(source, target, stages)
+    elif flags.mode == RESPLIT and stages is not None:
+        convert.resplit(source, target, stages)
     elif flags.mode == TO_HF:
         convert.convert_to_hf(source, target, flags.ckpt_path)
     else:
@@ -78,31 +95,20 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _problems(flags: ConvertFlags) -> list[Problem]:
+    mode = flags.mode
+    if mode not in MODES:
+        message = f'--mode "{mode}" does not exist.{closest(mode, list(MODES))}'
+        return [Problem("CFG-071", message, f"Use one of {', '.join(MODES)}.")]
     problems = []
-    if flags.mode not in MODES:
-        message = f'--mode "{flags.mode}" is not available in this version.{closest(flags.mode, list(MODES))}'
-        problems.append(Problem("CFG-071", message, f"Use one of {', '.join(MODES)}."))
-    if flags.pp_vpp_layers is not None:
-        message = f"--pp_vpp_layers {flags.pp_vpp_layers}: pipeline stages are not available in this version."
-        problems.append(Problem("CFG-072", message, "Leave it out: the result is one file for all layers."))
-    if flags.ckpt_path is not None and flags.mode in MODES and flags.mode not in (TO_HF, MERGE_TO_HF):
-        message = f"--ckpt_path has no effect with --mode {flags.mode}."
-        problems.append(Problem("CFG-073", message, f"Remove it; only {TO_HF} and {MERGE_TO_HF} use it."))
-    return problems + _problems_of_merging(flags)
-
-
-def _problems_of_merging(flags: ConvertFlags) -> list[Problem]:
-    if flags.mode in _MERGING:
-        if flags.base_path is None:
-            remedy = "Give the model that the adapter was trained on."
-            return [Problem("CFG-107", f"--mode {flags.mode} needs --base_path.", remedy)]
-        return []
-    given = {"--base_path": flags.base_path, "--lora_strength": flags.lora_strength}
-    return [
-        Problem("CFG-107", f"{name} has no effect with --mode {flags.mode}.", f"Only {' and '.join(_MERGING)} use it.")
-        for name, value in given.items()
-        if value is not None and flags.mode in MODES
-    ]
+    for name, modes in _USED_BY.items():
+        given = getattr(flags, name) is not None
+        if given and mode not in modes:
+            problems.append(
+                Problem("CFG-073", f"--{name} has no effect with --mode {mode}.", f"Only {', '.join(modes)} use it.")
+            )
+        if not given and mode in _NEEDED_BY.get(name, ()):
+            problems.append(Problem("CFG-107", f"--mode {mode} needs --{name}.", "Give it; see --help."))
+    return problems
 
 
 if __name__ == "__main__":

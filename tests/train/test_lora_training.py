@@ -292,7 +292,7 @@ def test_bad_conversions(base: Path, trained: Path, tmp_path: Path) -> None:
     source = ["--source_path", str(trained)]
     rows = [
         ("CFG-107", ["--mode", "lora_merge_to_hf", *source]),
-        ("CFG-107", ["--mode", "lora_to_peft", *source, "--base_path", str(base)]),
+        ("CFG-073", ["--mode", "lora_to_peft", *source, "--base_path", str(base)]),
         ("CFG-073", ["--mode", "lora_merge_to_native", *source, "--base_path", str(base), "--ckpt_path", str(base)]),
         ("CKPT-084", ["--mode", "convert_to_native", *source]),
         ("DATA-022", ["--mode", "lora_to_peft", "--source_path", str(base)]),
