@@ -18,6 +18,7 @@ import torch
 from mm.checkpoint.directory import TRACKER_NAME
 from mm.checkpoint.files import new_folder, replace_text, require_absent, require_free_space, write_new, writing_errors
 from mm.checkpoint.formats import hf, mm_format, native
+from mm.checkpoint.formats.layer_zero import LayerZeroWeights
 from mm.checkpoint.formats.mm_split import require_blocks
 from mm.checkpoint.formats.source import WeightSource
 from mm.checkpoint.safetensor_file import Entry
@@ -68,6 +69,24 @@ def resplit(source_path: Path, target: Path, stages: Stages) -> None:
             "Use --mode convert_to_mm with --pp_vpp_layers.",
         )
     _write_release(source, target, source.config(), stages)
+
+
+def layerzero_to_mm(source_path: Path, target: Path, stages: Stages | None = None) -> None:
+    """Write a layer-zero save of MindSpeed as an MM `release`, for a pipeline where `stages` are given.
+
+    Raises:
+        CheckpointError: CKPT-046 for other formats, and what `convert_to_mm` raises.
+        DataError: DATA-028 when the tensors do not tell the model's shape.
+    """
+    _require_place_for_release(target)
+    source = open_weights(source_path)
+    if not isinstance(source, LayerZeroWeights):
+        raise CheckpointError(
+            "CKPT-046",
+            f"{source.path} holds {source.label}, not a layer-zero save (model_0.pt, model_1.pt, ...).",
+            "Use --mode convert_to_mm.",
+        )
+    _write_release(source, target, None, stages)
 
 
 def _require_place_for_release(target: Path) -> None:
