@@ -10,6 +10,7 @@ name in one step.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from mm.checkpoint.formats import hf, mm_format, native
 from mm.checkpoint.formats.layer_zero import LayerZeroWeights
 from mm.checkpoint.formats.mm_split import require_blocks
 from mm.checkpoint.formats.source import WeightSource
+from mm.checkpoint.formats.training import TrainingWeights
 from mm.checkpoint.safetensor_file import Entry
 from mm.checkpoint.weights import open_weights, require_exactly
 from mm.config.layout import Stages
@@ -31,6 +33,10 @@ from mm.wan.folder import WeightFolder
 from mm.wan.model import WanModel
 
 log = logging.getLogger(__name__)
+
+HF_SHARD_BYTES = hf.MAX_SHARD_BYTES
+BF16_SHARD_BYTES = 80 * 10**9
+"""VideoX-Fun's default: one file for every model there is."""
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -100,7 +106,7 @@ def _write_release(source: WeightSource, target: Path, config: WanConfig | None,
     shapes = _checked(source, known)
     stages = stages or ((known.num_layers,),)
     require_blocks(stages, known.num_layers)
-    _require_space(target, source, shapes)
+    _require_space(target, _entries(source, shapes))
     if target.exists() and any(target.iterdir()):
         with new_folder(target / mm_format.RELEASE) as folder:
             mm_format.write_release(folder, source, shapes, stages, config)
@@ -115,7 +121,7 @@ def _write_release(source: WeightSource, target: Path, config: WanConfig | None,
 
 
 def convert_to_hf(
-    source_path: Path, target: Path, like: Path | None = None, max_shard_bytes: int = hf.MAX_SHARD_BYTES
+    source_path: Path, target: Path, like: Path | None = None, max_shard_bytes: int = HF_SHARD_BYTES
 ) -> None:
     """Write weights of any format as a diffusers transformer folder.
 
@@ -135,14 +141,14 @@ def convert_to_hf(
 
 
 def write_as_hf(
-    source: WeightSource, target: Path, like: Path | None = None, max_shard_bytes: int = hf.MAX_SHARD_BYTES
+    source: WeightSource, target: Path, like: Path | None = None, max_shard_bytes: int = HF_SHARD_BYTES
 ) -> None:
     """`convert_to_hf` of weights that are open already."""
     require_absent(target)
     original = None if like is None else WeightFolder.open(like)
     config = _known_config(source) if original is None else _agreed_config(source, original)
     shapes = _checked(source, config)
-    _require_space(target, source, shapes)
+    _require_space(target, _entries(source, shapes))
     with new_folder(target) as folder:
         if original is not None:
             hf.write_like(folder, source, original, shapes)
@@ -167,10 +173,42 @@ def write_as_native(source: WeightSource, target: Path) -> None:
     require_absent(target)
     config = _known_config(source)
     shapes = _checked(source, config)
-    _require_space(target, source, shapes)
+    _require_space(target, _entries(source, shapes))
     with new_folder(target) as folder:
         native.write_native(folder, _entries(source, shapes), config)
     log.info("Wrote %d tensors to %s.", len(shapes), target)
+
+
+def zero_to_bf16(source_path: Path, target: Path, max_shard_bytes: int = BF16_SHARD_BYTES) -> None:
+    """Write the weights of a training checkpoint in bf16 and native names, as VideoX-Fun's script of that name does.
+
+    Args:
+        source_path: a checkpoint of a training run, or its folder of checkpoints, of which the latest is taken.
+        target: must not exist, or be an empty folder.
+        max_shard_bytes: of a shard; several shards have an index.
+
+    Raises:
+        CheckpointError: CKPT-048 for other formats, and what `convert_to_native` raises.
+    """
+    require_absent(target)
+    source = open_weights(source_path)
+    if not isinstance(source, TrainingWeights):
+        raise CheckpointError(
+            "CKPT-048",
+            f"{source.path} holds {source.label}, not a training checkpoint.",
+            "Give the --save folder of a training run; convert other formats with --mode convert_to_native.",
+        )
+    config = _known_config(source)
+    shapes = _checked(source, config)
+    entries = [Entry(name, torch.bfloat16, shape, partial(_in_bf16, source, name)) for name, shape in shapes.items()]
+    _require_space(target, entries)
+    with new_folder(target) as folder:
+        native.write_native(folder, entries, config, max_shard_bytes)
+    log.info("Wrote %d tensors in bf16 to %s.", len(shapes), target)
+
+
+def _in_bf16(source: WeightSource, name: str) -> torch.Tensor:
+    return source.read(name).to(torch.bfloat16)
 
 
 def _known_config(source: WeightSource) -> WanConfig:
@@ -213,6 +251,6 @@ def _entries(source: WeightSource, shapes: Shapes) -> list[Entry]:
     return [Entry(name, kinds[name].dtype, kinds[name].shape, partial(source.read, name)) for name in shapes]
 
 
-def _require_space(target: Path, source: WeightSource, shapes: Shapes) -> None:
+def _require_space(target: Path, entries: Sequence[Entry]) -> None:
     existing = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
-    require_free_space(existing, sum(entry.num_bytes for entry in _entries(source, shapes)))
+    require_free_space(existing, sum(entry.num_bytes for entry in entries))
