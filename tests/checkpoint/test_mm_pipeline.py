@@ -4,12 +4,16 @@ The rules are written down again here, in a few lines, from MindSpeed-MM's docum
 flattened chunk after chunk, blocks counted from 0 in each, everything before the blocks first, the head last.
 """
 
+import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from test_convert import as_native, assert_same_bits, bits, names, tensors_of
+from safetensors.torch import load_file, save_file
+from test_convert import REPO, as_native, assert_same_bits, bits, names, tensors_of
 
 from mm.checkpoint import convert
 from mm.checkpoint.weights import load_into, open_weights
@@ -132,6 +136,38 @@ def test_another_split_of_a_split_is_the_split_of_the_whole(original, tmp_path):
     for folder in first.iterdir():
         ours, theirs = (torch.load(f / folder.name / "model_optim_rng.pt", weights_only=True) for f in (last, first))
         assert_same_bits(ours["model"], theirs["model"])
+
+
+def test_hf_to_native_to_mm_to_hf_of_a_published_layout_of_images(original, tmp_path):
+    """Published folders hold norm_added_q of every block, which no model has; the way back keeps their bytes."""
+    tensors = tensors_of(original)
+    tensors |= {f"blocks.{i}.attn2.norm_added_q.weight": torch.randn(16) for i in range(NUM_LAYERS)}
+    (tmp_path / "hf").mkdir()
+    half = sorted(tensors)[: len(tensors) // 2]
+    files = {"a.safetensors": half, "b.safetensors": sorted(tensors.keys() - set(half))}
+    for file, keys in files.items():
+        save_file({key: tensors[key] for key in keys}, tmp_path / "hf" / file, {"format": "pt"})
+    weight_map = {key: file for file, keys in files.items() for key in keys}
+    index = tmp_path / "hf" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    shutil.copy(original / "config.json", tmp_path / "hf")
+    convert.convert_to_native(tmp_path / "hf", tmp_path / "native")
+    convert.convert_to_mm(tmp_path / "native", tmp_path / "mm", SPLITS["virtual"])
+    convert.convert_to_hf(tmp_path / "mm", tmp_path / "back", tmp_path / "hf")
+    assert names(tmp_path / "back") == names(tmp_path / "hf")
+    assert (tmp_path / "back" / index.name).read_bytes() == index.read_bytes()
+    for file, keys in files.items():
+        assert_same_bits(load_file(tmp_path / "back" / file), {key: tensors[key] for key in keys})
+
+
+def test_conversion_needs_no_megatron(original, tmp_path):
+    code = "import sys; from mm.cli.convert import main; main(sys.argv[1:]); print(*sys.modules)"
+    words = ["--mode", "convert_to_mm", "--source_path", original, "--target_path", tmp_path / "mm"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert "torch" in loaded
+    assert not loaded & {"megatron", "mindspeed", "torch_npu", "diffusers", "transformers"}
 
 
 def test_only_mm_checkpoints_are_split_again(original, tmp_path):
