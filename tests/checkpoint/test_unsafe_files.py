@@ -92,6 +92,7 @@ def test_no_pickle_runs_code(tmp_path, vector):
         with pytest.raises(CheckpointError) as caught:
             open_weights(path)
         assert caught.value.id == "CKPT-021"
+        assert ", which could run code" in str(caught.value)
         assert not canary.exists()
     torch.load(next(iter(files)), weights_only=False)
     assert canary.exists()

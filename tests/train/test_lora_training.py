@@ -22,6 +22,7 @@ from mm.cli import train as train_command
 from mm.errors import MMError
 from mm.lora.adapter import Adapter, Update
 from mm.lora.files import PEFT_FILE, read_adapter, write_adapter
+from mm.lora.inspection import inspect
 from mm.lora.record import AdapterRecord
 from mm.wan.model import WanModel
 
@@ -305,6 +306,13 @@ def test_bad_conversions(base: Path, trained: Path, tmp_path: Path) -> None:
         told = refused(lambda: convert_command.main([*line, *target]))  # noqa: B023
         assert [text.split()[0] for text in told] == [expected], told
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_adapters_is_told_by_inspect(trained: Path) -> None:
+    found, problem = inspect(trained)
+    assert problem is None
+    assert found.format == "a LoRA adapter"
+    assert found.num_tensors == len(load_file(trained / "iter_0000003" / PEFT_FILE))
 
 
 def test_what_a_checkpoint_says_of_its_adapters_is_checked(trained: Path) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mm.checkpoint.directory import TRACKER_NAME
-from mm.checkpoint.formats.mm_format import LAYER_ZERO_FILES, named_by_tracker
+from mm.checkpoint.formats.mm_format import named_by_tracker
 from mm.checkpoint.formats.pt_file import read_pt, unreadable
 from mm.checkpoint.formats.source import TensorKind
 from mm.config.model import WanConfig
@@ -30,6 +30,7 @@ from mm.wan.names import translate
 
 log = logging.getLogger(__name__)
 
+FILES = "model_[0-9]*.pt"
 PREFIX = "predictor."
 _WRAPPERS = ("_zero3_wrapped_module.", "_checkpoint_wrapped_module.")
 _STEP = re.compile(r"iter_(\d{7})")
@@ -64,7 +65,8 @@ class LayerZeroWeights:
 
         Raises:
             CheckpointError: CKPT-018 for tensor or pipeline parallelism, CKPT-021 for a file that is damaged or needs
-                code to be read, CKPT-045 for files that are missing or do not belong together.
+                code to be read, CKPT-042 beside a Megatron checkpoint, CKPT-045 for files that are missing or do not
+                belong together.
         """
         folder = _find(path)
         if folder is None:
@@ -114,24 +116,28 @@ def is_layer_zero(path: Path) -> bool:
 
 def _find(path: Path) -> Path | None:
     """The folder of the files: `path`, the one that a tracker names, or without a tracker the latest."""
-    if any(path.glob(LAYER_ZERO_FILES)):
+    if any(path.glob(FILES)):
         return path
     if (path / TRACKER_NAME).is_file():
         named = named_by_tracker(path)
-        return named if any(named.glob(LAYER_ZERO_FILES)) else None
-    saves = {file.parent for file in path.glob(f"iter_*/{LAYER_ZERO_FILES}") if _STEP.fullmatch(file.parent.name)}
+        return named if any(named.glob(FILES)) else None
+    saves = {file.parent for file in path.glob(f"iter_*/{FILES}") if _STEP.fullmatch(file.parent.name)}
     return max(saves, default=None)
 
 
 def _files(folder: Path) -> list[Path]:
     """The files of ranks 0, 1, ... without a hole."""
-    count = sum(1 for _ in folder.glob(LAYER_ZERO_FILES))
+    count = sum(1 for _ in folder.glob(FILES))
     files = [folder / f"model_{rank}.pt" for rank in range(count)]
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         raise _torn(folder, f"it has {count} files model_<rank>.pt, and no {', '.join(missing[:10]) or 'model_0.pt'}")
     if any(folder.glob("mp_rank_*")):
-        raise _torn(folder, "there are folders mp_rank_* beside model_*.pt")
+        raise CheckpointError(
+            "CKPT-042",
+            f"{folder} holds files of several checkpoints: folders mp_rank_* and files model_*.pt.",
+            "Keep one or the other.",
+        )
     return files
 
 

@@ -35,8 +35,6 @@ RELEASE = "release"
 FILE_NAME = "model_optim_rng.pt"
 CONFIG_NAME = "mm_config.json"
 CHECKPOINT_VERSION = 3.0
-LAYER_ZERO_FILES = "model_[0-9]*.pt"
-"""Of MindSpeed's layer-zero (`layer_zero_format`), in the place of the folders mp_rank_*."""
 
 _RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 
@@ -205,12 +203,11 @@ def stage_files(folder: Path) -> list[Path]:
             "Merge it with the tools of the program that wrote it.",
         )
     pipeline = [rank[1] for rank in ranks if rank is not None]
-    if None in ranks or (None in pipeline and len(folders) > 1) or any(folder.glob(LAYER_ZERO_FILES)):
+    if None in ranks or (None in pipeline and len(folders) > 1):
         raise CheckpointError(
             "CKPT-042",
-            f"{folder} holds files of several checkpoints: {', '.join(folders[:10])}"
-            f"{' and model_*.pt' if any(folder.glob(LAYER_ZERO_FILES)) else ''}.",
-            "Keep either mp_rank_00 alone, or mp_rank_00_000 and its successors, or model_*.pt.",
+            f"{folder} holds files of several checkpoints: {', '.join(folders[:10])}.",
+            "Keep either mp_rank_00 alone, or mp_rank_00_000 and its successors.",
         )
     expected = ["mp_rank_00"] if pipeline == [None] else [f"mp_rank_00_{rank:03d}" for rank in range(len(folders))]
     missing = [name for name in expected if not (folder / name / FILE_NAME).is_file()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ def read_pt(file: Path, allowed: tuple[Allowed, ...] = ()) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace, *allowed]):
             content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # what torch raises for a refused or damaged file has no common base
+        refused = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error))
+        if refused:
+            raise unreadable(file, f"it needs {refused[1]}, which could run code") from None
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise unreadable(file, f"it is damaged or holds more than tensors and plain values ({first_line})") from None
     if not isinstance(content, dict):
