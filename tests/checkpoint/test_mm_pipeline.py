@@ -22,13 +22,13 @@ from mm.cli.entry import run
 from mm.errors import CheckpointError
 from mm.wan.model import WanModel
 
-NUM_LAYERS = 20
+NUM_LAYERS = 22
 SPLITS = {
-    "pipeline": ((7, 5, 6, 2),),
-    "virtual": ((7, 5), (6, 2)),
-    "ten chunks": ((1, 1),) * 10,
-    "eleven ranks": ((2,) * 9 + (1, 1),),
-    "one file": ((20,),),
+    "pipeline": ((7, 5, 6, 4),),
+    "virtual": ((7, 5), (6, 4)),
+    "eleven chunks": ((1, 1),) * 11,
+    "eleven ranks": ((2,) * 11,),
+    "one file": ((22,),),
 }
 
 
@@ -100,7 +100,7 @@ def test_files_hold_what_each_rank_of_a_pipeline_loads(original, whole, tmp_path
 
 
 def test_the_image_embedding_with_its_norms_is_on_the_first_stage(original, tmp_path):
-    convert.convert_to_mm(original, tmp_path / "mm", ((10, 10),))
+    convert.convert_to_mm(original, tmp_path / "mm", ((11, 11),))
     files = [tmp_path / "mm" / "release" / f"mp_rank_00_00{rank}" / "model_optim_rng.pt" for rank in (0, 1)]
     first, last = (torch.load(file, weights_only=True)["model"] for file in files)
     for place in (0, 1, 3, 4):
@@ -126,7 +126,7 @@ def test_every_split_leads_back_to_the_same_bits(original, tmp_path, split):
 
 
 def test_another_split_of_a_split_is_the_split_of_the_whole(original, tmp_path):
-    order = ["pipeline", "virtual", "eleven ranks", "ten chunks", "one file", "pipeline"]
+    order = ["pipeline", "virtual", "eleven ranks", "eleven chunks", "one file", "pipeline"]
     convert.convert_to_mm(original, tmp_path / "0", SPLITS[order[0]])
     (tmp_path / "0" / "release" / "mm_config.json").unlink()  # MindSpeed-MM writes none
     for step, split in enumerate(order[1:], start=1):
@@ -177,12 +177,12 @@ def test_only_mm_checkpoints_are_split_again(original, tmp_path):
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("rows", [((7, 5, 6, 1),), ((7, 5, 6, 3),), ((10, 10), (1, 1))])
+@pytest.mark.parametrize("rows", [((7, 5, 6, 3),), ((7, 5, 6, 5),), ((11, 11), (1, 1))])
 def test_blocks_that_do_not_add_up_are_refused(original, tmp_path, rows):
     with pytest.raises(CheckpointError) as caught:
         convert.convert_to_mm(original, tmp_path / "out", rows)
     assert caught.value.id == "CKPT-040"
-    assert "20" in str(caught.value)
+    assert "22" in str(caught.value)
     assert names(tmp_path) == []
 
 
@@ -274,14 +274,14 @@ def flags(*words):
 
 
 def test_the_flag_in_both_forms(original, tmp_path):
-    for name, text in (("flat", "[7,5,6,2]"), ("nested", "[[7,5],[6,2]]")):
+    for name, text in (("flat", "[7,5,6,4]"), ("nested", "[[7,5],[6,4]]")):
         words = ("--source_path", original, "--target_path", tmp_path / name, "--mode", "convert_to_mm")
         assert flags(*words, "--pp_vpp_layers", text) == 0
-    assert bits(open_weights(tmp_path / "flat").read("blocks.19.modulation")) == bits(
-        open_weights(tmp_path / "nested").read("blocks.19.modulation")
+    assert bits(open_weights(tmp_path / "flat").read("blocks.21.modulation")) == bits(
+        open_weights(tmp_path / "nested").read("blocks.21.modulation")
     )
     words = ("--source_path", tmp_path / "flat", "--target_path", tmp_path / "again", "--mode", "resplit")
-    assert flags(*words, "--pp-vpp-layers", "[20]") == 0
+    assert flags(*words, "--pp-vpp-layers", "[22]") == 0
     assert names(tmp_path / "again" / "release") == ["mm_config.json", "mp_rank_00"]
 
 
