@@ -75,7 +75,7 @@ class ConvertFlags(Flags):
         description="convert_to_hf, merge_lora and zero_to_bf16: most bytes of a new shard, such as 5GB; default: "
         "10GB, of zero_to_bf16 80GB",
     )
-    json_output: Path | None = Field(None, description="inspect: a file for the same as JSON; it must not exist")
+    json_output: bool = Field(False, description="inspect: print one JSON object instead of a table")
 
 
 SPELLING = {"--" + name: "--" + name.replace("_", "-") for name in ConvertFlags.model_fields if "_" in name}
@@ -143,23 +143,20 @@ def _actions(flags: ConvertFlags, target: Path) -> dict[str, Callable[[], None]]
     }
 
 
-def _inspect(path: Path, json_output: Path | None) -> None:
+def _inspect(path: Path, as_json: bool) -> None:
     """Print what is at a path; raises what using it for a model would raise, after everything is printed."""
-    from mm.checkpoint.files import require_absent, write_new, writing_errors
     from mm.lora.inspection import inspect
 
     found, error = inspect(path)
     values = found.as_json()
-    lists = {"files": "\n".join(found.files), "problems": "\n".join(found.problems) or "none"}
-    dtypes = ", ".join(f"{name} {count:,}" for name, count in found.dtypes.items())
-    counts = {name: f"{values[name]:,}" for name in ("num_tensors", "num_parameters", "num_bytes")}
-    print(
-        tabulate(list((values | counts | lists | {"dtypes": dtypes}).items()), tablefmt="plain", disable_numparse=True)
-    )
-    if json_output is not None:
-        require_absent(json_output)
-        with writing_errors():
-            write_new(json_output, json.dumps(values, indent=2) + "\n")
+    if as_json:
+        print(json.dumps(values, indent=2))
+    else:
+        lists = {"files": "\n".join(found.files), "problems": "\n".join(found.problems) or "none"}
+        dtypes = ", ".join(f"{name} {count:,}" for name, count in found.dtypes.items())
+        counts = {name: f"{values[name]:,}" for name in ("num_tensors", "num_parameters", "num_bytes")}
+        rows = list((values | counts | lists | {"dtypes": dtypes}).items())
+        print(tabulate(rows, tablefmt="plain", disable_numparse=True))
     if error is not None:
         raise error
 
@@ -171,7 +168,8 @@ def _problems(flags: ConvertFlags) -> list[Problem]:
         return [Problem("CFG-071", message, f"Use one of {', '.join(MODES)}.")]
     problems = []
     for name, modes in _USED_BY.items():
-        given = getattr(flags, name) is not None
+        value = getattr(flags, name)
+        given = value is not None and value is not False
         if given and mode not in modes:
             problems.append(
                 Problem("CFG-073", f"--{name} has no effect with --mode {mode}.", f"Only {', '.join(modes)} use it.")

@@ -1,5 +1,7 @@
 """Training checkpoints as bf16 weights, by the guide's own command, and what `inspect` says of every format."""
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -100,10 +102,11 @@ def test_what_is_no_size(text):
 # inspect
 
 
-def looked_at(path, tmp_path, code=0):
-    file = tmp_path / f"{len(names(tmp_path))}.json"
-    assert flags("--mode", "inspect", "--source_path", path, "--json_output", file) == code
-    return json.loads(file.read_text())
+def looked_at(path, code=0):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert flags("--mode", "inspect", "--source_path", path, "--json_output") == code
+    return json.loads(printed.getvalue())
 
 
 def test_every_format_is_described(original, tmp_path, capsys):  # noqa: F811
@@ -119,7 +122,7 @@ def test_every_format_is_described(original, tmp_path, capsys):  # noqa: F811
         tmp_path / "run": "a training checkpoint",
     }
     for path, label in rows.items():
-        found = looked_at(path, tmp_path)
+        found = looked_at(path)
         assert found["format"] == label
         assert (found["num_tensors"], found["num_parameters"]) == (len(stored), parameters)
         assert found["model"] == "t2v, width 16, 2 blocks, 2 heads"
@@ -130,10 +133,12 @@ def test_every_format_is_described(original, tmp_path, capsys):  # noqa: F811
             bf16 = sum(value.numel() for value in stored.values() if value.dtype == torch.bfloat16)
             assert found["dtypes"] == {"BF16": bf16, "F32": parameters - bf16}
             assert found["num_bytes"] == sum(value.nbytes for value in stored.values())
-    assert looked_at(tmp_path / "mm", tmp_path)["files"] == [
+    assert looked_at(tmp_path / "mm")["files"] == [
         "mp_rank_00_000/model_optim_rng.pt", "mp_rank_00_001/model_optim_rng.pt",
     ]  # fmt: skip
-    assert looked_at(original, tmp_path)["files"] == [name for name in names(original) if name.endswith(".safetensors")]
+    assert looked_at(original)["files"] == [name for name in names(original) if name.endswith(".safetensors")]
+    capsys.readouterr()
+    assert flags("--mode", "inspect", "--source_path", tmp_path / "mm") == 0
     printed = capsys.readouterr().out
     assert "MM weights, 2 pipeline ranks" in printed
     assert f"{parameters:,}" in printed
@@ -145,15 +150,15 @@ def test_what_is_wrong_is_said_and_is_the_exit_code(original, tmp_path, capsys):
     content = torch.load(file, weights_only=True)
     del content["model"]["blocks.0.norm3.bias"]
     torch.save(content, file)
-    found = looked_at(tmp_path / "mm", tmp_path, 74)
+    found = looked_at(tmp_path / "mm", 74)
     assert "CKPT-011" in found["problems"][0]
     assert "blocks.1.norm3.bias" in found["problems"][0]
     file.unlink()
-    found = looked_at(tmp_path / "mm", tmp_path, 74)
+    found = looked_at(tmp_path / "mm", 74)
     assert found["format"] == "unknown"
     assert "CKPT-041" in found["problems"][0]
     assert "error CKPT-041" in capsys.readouterr().err
-    assert looked_at(tmp_path / "absent", tmp_path, 65)["problems"][0].startswith("DATA-020")
+    assert looked_at(tmp_path / "absent", 65)["problems"][0].startswith("DATA-020")
 
 
 def test_a_published_model_is_called_by_its_name(tmp_path):
@@ -169,7 +174,7 @@ def test_a_published_model_is_called_by_its_name(tmp_path):
 
     state = {native_to_mm(name): torch.zeros(1).expand(shape) for name, shape in shapes.items()}
     torch.save({"model": state}, folder / "model_optim_rng.pt")
-    found = looked_at(folder.parent, tmp_path)
+    found = looked_at(folder.parent)
     assert (found["model"], found["step"]) == ("Wan2.1 T2V 1.3B", 700)
     assert (found["num_tensors"], found["num_parameters"]) == (825, 1_418_996_800)
     assert found["problems"] == []
@@ -181,8 +186,10 @@ def test_flags_of_inspect(original, tmp_path, capsys):  # noqa: F811
     assert "CFG-073" in capsys.readouterr().err
     assert flags("--mode", "convert_to_native", "--source_path", original) == 64
     assert "CFG-107" in capsys.readouterr().err
-    (tmp_path / "x").write_text("")
-    assert flags(*words, "--json_output", tmp_path / "x") == 74
+    line = ["--mode", "convert_to_native", "--source_path", original, "--target_path", tmp_path / "x"]
+    assert flags(*line, "--json_output") == 64
+    assert "CFG-073" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_checkpoint_without_weights_is_said_to_be_one(tmp_path):

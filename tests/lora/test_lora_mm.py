@@ -100,10 +100,8 @@ def test_inspect_tells_an_adapter(tmp_path, capsys):
     write_mm(tmp_path / "mm", ours())
     save_file({f"diffusion_model.{k}": v for k, v in plain_comfyui().items()}, tmp_path / "x.safetensors")
     for path in (tmp_path / "mm", tmp_path / "x.safetensors"):
-        words = ["--mode", "inspect", "--source_path", str(path), "--json_output", f"{path}.json"]
-        assert run(main, words) == 0
-        with open(f"{path}.json") as file:
-            found = json.load(file)
+        assert run(main, ["--mode", "inspect", "--source_path", str(path), "--json_output"]) == 0
+        found = json.loads(capsys.readouterr().out)
         assert found["format"] == "a LoRA adapter"
         assert found["num_tensors"] == 2 * len(adapter())
         assert found["model"].startswith(f"{len(adapter())} linears, r 2, 3, 4, alpha ")
