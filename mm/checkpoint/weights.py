@@ -70,20 +70,26 @@ def open_weights(path: str | Path) -> WeightSource:
 
 
 def refuse_deepspeed(path: Path) -> None:
-    """Say what to do with a folder of DeepSpeed's, whose files are pickles of its classes.
+    """Say what to do with a folder of DeepSpeed's, whose files are pickles of its classes; safetensors in it are used.
 
     Raises:
         CheckpointError: CKPT-047.
     """
     found = next(chain.from_iterable(path.glob(pattern) for pattern in _DEEPSPEED), None)
-    if found is not None:
-        raise CheckpointError(
-            "CKPT-047",
-            f"{path} is a checkpoint of DeepSpeed ({found.relative_to(path)}), whose files are pickles that need its "
-            "code to be read; untrusted ones can run any.",
-            "If you trust it, run the zero_to_fp32.py that DeepSpeed put into it, with --safe_serialization, where "
-            "DeepSpeed is installed; its safetensors are read here.",
-        )
+    if found is None or any(path.glob("*.safetensors")):
+        return
+    remedy = (
+        f"Give {path / 'transformer'}, which has the same weights."
+        if (path / "transformer").is_dir()
+        else "If you trust it, run the zero_to_fp32.py that DeepSpeed put into it, with --safe_serialization, where "
+        "DeepSpeed is installed; its safetensors are read here."
+    )
+    raise CheckpointError(
+        "CKPT-047",
+        f"{path} is a checkpoint of DeepSpeed ({found.relative_to(path)}), whose files are pickles that need its code "
+        "to be read; untrusted ones can run any.",
+        remedy,
+    )
 
 
 def load_into(model: nn.Module, source: WeightSource) -> LoadReport:

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -76,6 +77,21 @@ def test_checkpoints_of_deepspeed_are_refused_with_what_to_do(tmp_path, inside):
     assert caught.value.id == "CKPT-047"
     assert "zero_to_fp32.py" in str(caught.value)
     assert names(tmp_path) == ["checkpoint-500"]
+
+
+def test_weights_beside_deepspeeds_files_are_used_or_named(original, tmp_path):  # noqa: F811
+    folder = tmp_path / "checkpoint-500"
+    (folder / "pytorch_model").mkdir(parents=True)
+    (folder / "pytorch_model" / "mp_rank_00_model_states.pt").write_bytes(b"x")
+    shutil.copytree(original, folder / "transformer")
+    with pytest.raises(CheckpointError) as caught:
+        open_weights(folder)
+    assert caught.value.id == "CKPT-047"
+    assert f"Give {folder / 'transformer'}" in str(caught.value)
+    assert_same_bits(as_native(folder / "transformer"), as_native(original))
+    convert.convert_to_native(original, tmp_path / "native")
+    shutil.copy(tmp_path / "native" / "diffusion_pytorch_model.safetensors", folder)  # as ZeRO-3 runs also leave it
+    assert_same_bits({n: open_weights(folder).read(n) for n in open_weights(folder).shapes()}, as_native(original))
 
 
 def test_other_formats_are_not_taken_for_training(original, tmp_path):  # noqa: F811
