@@ -1,7 +1,7 @@
 """Conversion of one transformer's weights between the formats, in one process.
 
 Memory is about that of one tensor, as files are mapped and written in a stream. The exception is a training checkpoint
-to the MM format, whose file is written from a whole state dict, which has to be put together first.
+to the MM format, whose files are written from a state dict, which has to be put together first: one pipeline stage.
 
 Every conversion is strict (exactly the model's tensors), leaves existing targets alone, and appears under its target
 name in one step.
@@ -10,6 +10,7 @@ name in one step.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,51 +19,109 @@ import torch
 from mm.checkpoint.directory import TRACKER_NAME
 from mm.checkpoint.files import new_folder, replace_text, require_absent, require_free_space, write_new, writing_errors
 from mm.checkpoint.formats import hf, mm_format, native
+from mm.checkpoint.formats.layer_zero import LayerZeroWeights
+from mm.checkpoint.formats.mm_split import require_blocks
 from mm.checkpoint.formats.source import WeightSource
+from mm.checkpoint.formats.training import TrainingWeights
 from mm.checkpoint.safetensor_file import Entry
 from mm.checkpoint.weights import open_weights, require_exactly
+from mm.config.layout import Stages
 from mm.config.model import WanConfig
 from mm.errors import CheckpointError
+from mm.wan.config_json import infer_config
 from mm.wan.folder import WeightFolder
 from mm.wan.model import WanModel
 
 log = logging.getLogger(__name__)
 
+HF_SHARD_BYTES = hf.MAX_SHARD_BYTES
+BF16_SHARD_BYTES = 80 * 10**9
+"""VideoX-Fun's default: one file for every model there is."""
+
 Shapes = dict[str, tuple[int, ...]]
 
 
-def convert_to_mm(source_path: Path, target: Path) -> None:
+def convert_to_mm(source_path: Path, target: Path, stages: Stages | None = None) -> None:
     """Write weights of any format as an MM `release` with its tracker, dtypes untouched.
 
-    `target` may be a folder with other things in it, such as the source itself, as long as it has neither `release`
-    nor a tracker.
+    Args:
+        source_path: weights of any format.
+        target: may be a folder with other things in it, such as the source itself, as long as it has neither `release`
+            nor a tracker.
+        stages: [VP][PP] blocks of each pipeline stage; None writes one file.
 
     Raises:
-        CheckpointError: CKPT-011, CKPT-020, CKPT-023, CKPT-030, CKPT-031, or from `open_weights`.
+        CheckpointError: CKPT-011, CKPT-020, CKPT-023, CKPT-030, CKPT-031, CKPT-040, or from `open_weights`.
         DataError: from `open_weights`.
     """
+    _require_place_for_release(target)
+    source = open_weights(source_path)
+    _write_release(source, target, _known_config(source), stages)
+
+
+def resplit(source_path: Path, target: Path, stages: Stages) -> None:
+    """Write an MM checkpoint of any pipeline as one of another, without a need of the model's configuration.
+
+    Raises:
+        CheckpointError: CKPT-044 for other formats, and what `convert_to_mm` raises.
+        DataError: DATA-028 when the tensors do not tell the model's shape.
+    """
+    _require_place_for_release(target)
+    source = open_weights(source_path)
+    if not isinstance(source, mm_format.MMWeights):
+        raise CheckpointError(
+            "CKPT-044",
+            f"{source.path} holds {source.label}, not a checkpoint in the MM format.",
+            "Use --mode convert_to_mm with --pp_vpp_layers.",
+        )
+    _write_release(source, target, source.config(), stages)
+
+
+def layerzero_to_mm(source_path: Path, target: Path, stages: Stages | None = None) -> None:
+    """Write a layer-zero save of MindSpeed as an MM `release`, for a pipeline where `stages` are given.
+
+    Raises:
+        CheckpointError: CKPT-046 for other formats, and what `convert_to_mm` raises.
+        DataError: DATA-028 when the tensors do not tell the model's shape.
+    """
+    _require_place_for_release(target)
+    source = open_weights(source_path)
+    if not isinstance(source, LayerZeroWeights):
+        raise CheckpointError(
+            "CKPT-046",
+            f"{source.path} holds {source.label}, not a layer-zero save (model_0.pt, model_1.pt, ...).",
+            "Use --mode convert_to_mm.",
+        )
+    _write_release(source, target, None, stages)
+
+
+def _require_place_for_release(target: Path) -> None:
     require_absent(target / mm_format.RELEASE)
     require_absent(target / TRACKER_NAME)
-    source = open_weights(source_path)
-    config = _known_config(source)
-    shapes = _checked(source, config)
-    _require_space(target, source, shapes)
-    state = {name: source.read(name) for name in shapes}  # views of the mapped files, unless they must be assembled
+
+
+def _write_release(source: WeightSource, target: Path, config: WanConfig | None, stages: Stages | None) -> None:
+    """Write a release and its tracker; where the configuration is unknown, so it is to the release's readers."""
+    known = config or infer_config(source.shapes(), source.path, head_dim=2)  # no shape depends on the heads
+    shapes = _checked(source, known)
+    stages = stages or ((known.num_layers,),)
+    require_blocks(stages, known.num_layers)
+    _require_space(target, _entries(source, shapes))
     if target.exists() and any(target.iterdir()):
         with new_folder(target / mm_format.RELEASE) as folder:
-            mm_format.write_release(folder, state, config)
+            mm_format.write_release(folder, source, shapes, stages, config)
         with writing_errors():
             replace_text(target / TRACKER_NAME, mm_format.RELEASE)
     else:
         with new_folder(target) as folder:
             (folder / mm_format.RELEASE).mkdir()
-            mm_format.write_release(folder / mm_format.RELEASE, state, config)
+            mm_format.write_release(folder / mm_format.RELEASE, source, shapes, stages, config)
             write_new(folder / TRACKER_NAME, mm_format.RELEASE)
-    log.info("Wrote %d tensors to %s.", len(state), target)
+    log.info("Wrote %d tensors to %s, pipeline stages of %s blocks.", len(shapes), target, stages)
 
 
 def convert_to_hf(
-    source_path: Path, target: Path, like: Path | None = None, max_shard_bytes: int = hf.MAX_SHARD_BYTES
+    source_path: Path, target: Path, like: Path | None = None, max_shard_bytes: int = HF_SHARD_BYTES
 ) -> None:
     """Write weights of any format as a diffusers transformer folder.
 
@@ -82,14 +141,14 @@ def convert_to_hf(
 
 
 def write_as_hf(
-    source: WeightSource, target: Path, like: Path | None = None, max_shard_bytes: int = hf.MAX_SHARD_BYTES
+    source: WeightSource, target: Path, like: Path | None = None, max_shard_bytes: int = HF_SHARD_BYTES
 ) -> None:
     """`convert_to_hf` of weights that are open already."""
     require_absent(target)
     original = None if like is None else WeightFolder.open(like)
     config = _known_config(source) if original is None else _agreed_config(source, original)
     shapes = _checked(source, config)
-    _require_space(target, source, shapes)
+    _require_space(target, _entries(source, shapes))
     with new_folder(target) as folder:
         if original is not None:
             hf.write_like(folder, source, original, shapes)
@@ -114,10 +173,42 @@ def write_as_native(source: WeightSource, target: Path) -> None:
     require_absent(target)
     config = _known_config(source)
     shapes = _checked(source, config)
-    _require_space(target, source, shapes)
+    _require_space(target, _entries(source, shapes))
     with new_folder(target) as folder:
         native.write_native(folder, _entries(source, shapes), config)
     log.info("Wrote %d tensors to %s.", len(shapes), target)
+
+
+def zero_to_bf16(source_path: Path, target: Path, max_shard_bytes: int = BF16_SHARD_BYTES) -> None:
+    """Write the weights of a training checkpoint in bf16 and native names, as VideoX-Fun's script of that name does.
+
+    Args:
+        source_path: a checkpoint of a training run, or its folder of checkpoints, of which the latest is taken.
+        target: must not exist, or be an empty folder.
+        max_shard_bytes: of a shard; several shards have an index.
+
+    Raises:
+        CheckpointError: CKPT-048 for other formats, and what `convert_to_native` raises.
+    """
+    require_absent(target)
+    source = open_weights(source_path)
+    if not isinstance(source, TrainingWeights):
+        raise CheckpointError(
+            "CKPT-048",
+            f"{source.path} holds {source.label}, not a training checkpoint.",
+            "Give the --save folder of a training run; convert other formats with --mode convert_to_native.",
+        )
+    config = _known_config(source)
+    shapes = _checked(source, config)
+    entries = [Entry(name, torch.bfloat16, shape, partial(_in_bf16, source, name)) for name, shape in shapes.items()]
+    _require_space(target, entries)
+    with new_folder(target) as folder:
+        native.write_native(folder, entries, config, max_shard_bytes)
+    log.info("Wrote %d tensors in bf16 to %s.", len(shapes), target)
+
+
+def _in_bf16(source: WeightSource, name: str) -> torch.Tensor:
+    return source.read(name).to(torch.bfloat16)
 
 
 def _known_config(source: WeightSource) -> WanConfig:
@@ -160,6 +251,6 @@ def _entries(source: WeightSource, shapes: Shapes) -> list[Entry]:
     return [Entry(name, kinds[name].dtype, kinds[name].shape, partial(source.read, name)) for name in shapes]
 
 
-def _require_space(target: Path, source: WeightSource, shapes: Shapes) -> None:
+def _require_space(target: Path, entries: Sequence[Entry]) -> None:
     existing = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
-    require_free_space(existing, sum(entry.num_bytes for entry in _entries(source, shapes)))
+    require_free_space(existing, sum(entry.num_bytes for entry in entries))

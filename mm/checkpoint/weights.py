@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from mm.checkpoint.formats.folder import FolderWeights
+from mm.checkpoint.formats.layer_zero import LayerZeroWeights, is_layer_zero
 from mm.checkpoint.formats.mm_format import MMWeights, is_mm_folder
 from mm.checkpoint.formats.source import WeightSource
 from mm.checkpoint.formats.training import TrainingWeights, is_training_checkpoint
@@ -21,6 +23,9 @@ from mm.wan.folder import WeightFolder
 __all__ = ["LoadReport", "WeightSource", "load_into", "open_weights", "require_exactly"]
 
 log = logging.getLogger(__name__)
+
+_DEEPSPEED = ("*zero_pp_rank_*_optim_states.pt", "*_model_states.pt", "*/*_optim_states.pt", "*/*_model_states.pt")
+"""Files of DeepSpeed's checkpoints, in the folder of a step or in the one that its file `latest` names."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class LoadReport:
 
 
 def open_weights(path: str | Path) -> WeightSource:
-    """Open a training checkpoint, an MM folder, or safetensors in any convention, told apart by content.
+    """Open a training checkpoint, an MM folder, a layer-zero save of MindSpeed, or safetensors, told apart by content.
 
     A folder may hold several, as the target of a conversion into the folder of its source does. Then what training
     saved comes before what was converted for training, and that before the source.
@@ -42,15 +47,19 @@ def open_weights(path: str | Path) -> WeightSource:
         path: the folder (or one safetensors file).
 
     Raises:
-        CheckpointError: CKPT-010 to CKPT-021 for a training checkpoint or MM folder that cannot be used; CKPT-019
-            when there is nothing that could be weights.
+        CheckpointError: CKPT-010 to CKPT-021 for a training checkpoint or MM folder that cannot be used, CKPT-041 to
+            CKPT-043 for one of a pipeline, CKPT-045 for a layer-zero save; CKPT-019 when there is nothing that could be
+            weights, CKPT-047 for a checkpoint of DeepSpeed.
         DataError: DATA-020 to DATA-031 for safetensors that cannot be used.
     """
     path = Path(path)
     if is_training_checkpoint(path):
         return TrainingWeights.open(path)
+    if is_layer_zero(path):
+        return LayerZeroWeights.open(path)
     if is_mm_folder(path):
         return MMWeights.open(path)
+    refuse_deepspeed(path)
     if path.is_dir() and not any(path.glob("*.safetensors*")) and not (path / "transformer").is_dir():
         raise CheckpointError(
             "CKPT-019",
@@ -58,6 +67,29 @@ def open_weights(path: str | Path) -> WeightSource:
             "Give a Hugging Face or native transformer folder, an MM folder or a folder of training checkpoints.",
         )
     return FolderWeights(WeightFolder.open(path))
+
+
+def refuse_deepspeed(path: Path) -> None:
+    """Say what to do with a folder of DeepSpeed's, whose files are pickles of its classes; safetensors in it are used.
+
+    Raises:
+        CheckpointError: CKPT-047.
+    """
+    found = next(chain.from_iterable(path.glob(pattern) for pattern in _DEEPSPEED), None)
+    if found is None or any(path.glob("*.safetensors")):
+        return
+    remedy = (
+        f"Give {path / 'transformer'}, which has the same weights."
+        if (path / "transformer").is_dir()
+        else "If you trust it, run the zero_to_fp32.py that DeepSpeed put into it, with --safe_serialization, where "
+        "DeepSpeed is installed; its safetensors are read here."
+    )
+    raise CheckpointError(
+        "CKPT-047",
+        f"{path} is a checkpoint of DeepSpeed ({found.relative_to(path)}), whose files are pickles that need its code "
+        "to be read; untrusted ones can run any.",
+        remedy,
+    )
 
 
 def load_into(model: nn.Module, source: WeightSource) -> LoadReport:

@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from mm.checkpoint.directory import find_latest
+from mm.checkpoint.formats.mm_format import is_mm_folder
 from mm.checkpoint.formats.source import TensorKind, WeightSource
 from mm.checkpoint.formats.training import is_training_checkpoint
 from mm.checkpoint.identity import identity
@@ -19,6 +20,7 @@ from mm.config.model import WanConfig
 from mm.errors import CheckpointError
 from mm.lora.adapter import Adapter, merge_tensor, require_fit
 from mm.lora.files import read_adapter, write_adapter
+from mm.lora.mm_format import read_mm, write_mm
 from mm.lora.record import BASE_IDENTITY, adapter_of
 from mm.lora.targets import Sizes
 
@@ -26,14 +28,14 @@ log = logging.getLogger(__name__)
 
 
 def read_any(path: Path) -> Adapter:
-    """The adapter of a LoRA run's checkpoints (the latest), or of a file of any family.
+    """The adapter of a LoRA run's checkpoints (the latest), of an MM folder of adapters, or of a file of any family.
 
     Raises:
-        CheckpointError: CKPT-012, CKPT-013 and CKPT-081 for checkpoints that cannot be used.
+        CheckpointError: CKPT-012, CKPT-013 and CKPT-081 for checkpoints that cannot be used, and what `read_mm` raises.
         DataError: DATA-022 and DATA-090 to DATA-092 for a file that cannot be used.
     """
     if not is_training_checkpoint(path):
-        return read_adapter(path)
+        return read_mm(path) if path.is_dir() and is_mm_folder(path) else read_adapter(path)
     latest = path if (path / MANIFEST_NAME).exists() else find_latest(path)
     if latest is None:
         raise CheckpointError("CKPT-013", f"{path} holds no complete checkpoint.", "Use another folder.")
@@ -45,6 +47,13 @@ def write_file(source: Path, target: Path, family: Literal["peft", "comfyui"]) -
     adapter = read_any(source)
     write_adapter(target, adapter, family)
     log.info("Wrote %d linears to %s (%s names).", len(adapter.updates), target, family)
+
+
+def lora_to_mm(source: Path, target: Path) -> None:
+    """Write an adapter of any format as an MM `release`; raises what `read_any` and `write_mm` raise."""
+    adapter = read_any(source)
+    write_mm(target, adapter)
+    log.info("Wrote %d linears to %s (MM names).", len(adapter.updates), target)
 
 
 @dataclass(frozen=True)

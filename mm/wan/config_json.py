@@ -94,13 +94,18 @@ def read_config(path: Path) -> WanConfig:
         raise AssertionError("an error without problems") from None
 
 
-def infer_config(shapes: Shapes, source: Path) -> WanConfig:
-    """The configuration that the tensor shapes (native names) of a model imply, with heads of 128.
+def infer_config(shapes: Shapes, source: Path, head_dim: int = HEAD_DIM) -> WanConfig:
+    """The configuration that the tensor shapes (native names) of a model imply.
+
+    Args:
+        shapes: by native name.
+        source: what to call the weights in messages.
+        head_dim: width of a head, which shapes do not tell.
 
     Raises:
         DataError: DATA-026 when tensors for images are there and the tensors or channels of an I2V or FLF2V model are
             not; DATA-028 when tensors that tell the shape are missing or strange, or the width is not a multiple of
-            128.
+            `head_dim`.
     """
     try:
         hidden, in_dim, *patch = shapes["patch_embedding.weight"]
@@ -114,12 +119,12 @@ def infer_config(shapes: Shapes, source: Path) -> WanConfig:
             "out_dim": out_width // math.prod(patch),
             "hidden_size": hidden,
             "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
-            "num_heads": hidden // HEAD_DIM,
+            "num_heads": hidden // head_dim,
             "num_layers": len(blocks),
             **_inferred_images(shapes, source),
         }
-        if hidden % HEAD_DIM or blocks != set(range(len(blocks))):
-            raise ValueError(f"width {hidden} in heads of {HEAD_DIM}, blocks {sorted(blocks)}")
+        if hidden % head_dim or blocks != set(range(len(blocks))):
+            raise ValueError(f"width {hidden} in heads of {head_dim}, blocks {sorted(blocks)}")
         return parse(WanConfig, values, str(source))
     except (KeyError, IndexError, ValueError, ConfigError) as error:
         raise DataError(

@@ -44,6 +44,8 @@ TOP: tuple[Row, ...] = (
     Row("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
     Row("img_emb.proj.4", "condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
     Row("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos", _BARE),
+    # VACE only.
+    Row("vace_patch_embedding", "vace_patch_embedding", "vace_patch_embedding"),
 )
 """Names outside the blocks."""
 
@@ -71,11 +73,24 @@ BLOCK: tuple[Row, ...] = (
 )
 """Names inside a block, after `blocks.N.`, which all conventions share."""
 
+VACE_BLOCK: tuple[Row, ...] = (
+    *BLOCK,
+    Row("before_proj", "proj_in", "before_proj"),  # of the first alone
+    Row("after_proj", "proj_out", "after_proj"),
+)
+"""Names inside a block of VACE's branch, after `vace_blocks.N.`. The MM names are ours: MindSpeed-MM makes a module of
+the model and another of the branch, wan_dit and vace_dit, which are not read."""
+
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "pipe.dit.", "model.")
 """What tools put before every name: ComfyUI, DiffSynth and others; longest first where one begins another."""
 
-_BLOCK_NAME = re.compile(r"(blocks\.(?:0|[1-9][0-9]*)\.)(.+)")
-_Table = tuple[dict[str, str], dict[str, str]]
+_BLOCK_NAME = re.compile(r"((?:vace_)?blocks\.(?:0|[1-9][0-9]*)\.)(.+)")
+
+
+class _Table(NamedTuple):
+    top: dict[str, str]
+    block: dict[str, str]
+    vace_block: dict[str, str]
 
 
 def native_to_diffusers(name: str) -> str:
@@ -100,11 +115,12 @@ def mm_to_native(name: str) -> str:
 
 def translate(name: str, source: Convention, target: Convention) -> str | None:
     """`name` of convention `source` in convention `target`, or None when `source` does not have such a name."""
-    top, block = _TABLES[source, target]
+    table = _TABLES[source, target]
     if match := _BLOCK_NAME.fullmatch(name):
         prefix, rest = match.groups()
+        block = table.vace_block if prefix.startswith("vace_") else table.block
         return prefix + block[rest] if rest in block else None
-    return top.get(name)
+    return table.top.get(name)
 
 
 def convention(names: Iterable[str]) -> Convention:
@@ -164,7 +180,7 @@ def _table(rows: Sequence[Row], source: Convention, target: Convention) -> dict[
 
 
 _TABLES: dict[tuple[Convention, Convention], _Table] = {
-    (source, target): (_table(TOP, source, target), _table(BLOCK, source, target))
+    (source, target): _Table(*(_table(rows, source, target) for rows in (TOP, BLOCK, VACE_BLOCK)))
     for source in CONVENTIONS
     for target in CONVENTIONS
 }

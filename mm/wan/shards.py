@@ -143,7 +143,8 @@ def _read_index(index: Path) -> dict[str, str]:
         raise _bad_index(index, 'it has no object "weight_map"')
     for name, shard in weight_map.items():
         # Only names inside the folder: an index from elsewhere must not make us read other files.
-        if not isinstance(shard, str) or os.path.basename(shard) != shard or not shard.endswith(".safetensors"):
+        is_name = isinstance(shard, str) and os.path.basename(shard) == shard and "\0" not in shard
+        if not is_name or not shard.endswith(".safetensors"):
             raise _bad_index(index, f"the shard of {name} is {shard!r}, not the name of a safetensors file")
     return weight_map
 

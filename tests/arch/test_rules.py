@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "mm").rglob("*.py"))
-SCRIPTS = sorted((ROOT / "tools").glob("*.py")) + sorted((ROOT / "examples").rglob("*.py"))
+SCRIPTS = sorted(path for folder in ("tools", "scripts", "examples") for path in (ROOT / folder).rglob("*.py"))
 LEVELS = {
     "__init__": 0, "errors": 0, "rng": 0, "config": 0,
     "device": 1, "wan": 2, "diffusion": 2, "data": 2,

@@ -436,9 +436,9 @@ def test_the_commands_flags_in_both_spellings(original, tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
-        (["--mode", "convert_to_mm", "--pp_vpp_layers", "[7,8,8,7]"], 64, ["CFG-072", "[7,8,8,7]"]),
-        (["--mode", "resplit"], 64, ["CFG-071", "resplit"]),
-        (["--mode", "convert_to_mn", "--pp_vpp_layers", "[]"], 64, ["CFG-071", "CFG-072", "convert_to_mm"]),
+        (["--mode", "convert_to_native", "--pp_vpp_layers", "[2]"], 64, ["CFG-073", "--pp_vpp_layers"]),
+        (["--mode", "resplit"], 64, ["CFG-107", "--pp_vpp_layers"]),
+        (["--mode", "convert_to_mn"], 64, ["CFG-071", "convert_to_mm"]),
         (["--mode", "convert_to_mm", "--ckpt_path", "x"], 64, ["CFG-073"]),
         ([], 64, ["--mode"]),
         (["--mode", "convert_to_mm"], 65, ["DATA-020"]),

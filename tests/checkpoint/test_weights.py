@@ -159,23 +159,14 @@ def test_a_training_save_of_mindspeed_is_read(original, tmp_path):  # noqa: F811
     convert.convert_to_hf(tmp_path / "run", tmp_path / "hf", original)
 
 
-@pytest.mark.parametrize(
-    "name", ["mp_rank_00_000/model_optim_rng.pt", "mp_rank_01/model_optim_rng.pt", "model_0.pt", "virtual"]
-)
-def test_layouts_of_several_processes_are_refused_by_name(tmp_path, name):
+def test_tensor_parallelism_is_refused_by_name(tmp_path):
     file = mm_file(tmp_path)
-    if name == "virtual":
-        torch.save({"model0": {}, "model1": {}}, file)
-    elif name == "mp_rank_01/model_optim_rng.pt":
-        torch.save({"model": {}}, file)
-        (tmp_path / "release" / "mp_rank_01").mkdir()
-    else:
-        file.parent.rmdir()
-        (tmp_path / "release" / name).parent.mkdir(exist_ok=True)
-        torch.save({"model": {}}, tmp_path / "release" / name)
+    torch.save({"model": {}}, file)
+    (tmp_path / "release" / "mp_rank_01").mkdir()
     with pytest.raises(CheckpointError) as caught:
         open_weights(tmp_path)
     assert caught.value.id == "CKPT-018"
+    assert "mp_rank_01" in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "7", "../../etc", "release2"])

@@ -96,7 +96,7 @@ def test_a_new_colour(base: tuple[Path, Path], tmp_path: Path, base_dtype: str |
     settings: dict[str, Any] = {**TUNING, "load": None, "load_base_model": weights, "lora_base_dtype": base_dtype}
     run(tmp_path / "demo", tmp_path / "run", **settings)
     seconds = time.monotonic() - started
-    merged = convert("lora_merge_to_hf", tmp_path / "run", tmp_path / "hf", "--base_path", str(weights))
+    merged = convert("merge_lora", tmp_path / "run", tmp_path / "hf", "--base_path", str(weights))
     for seed in (0, 1):
         without = colours_of(home, weights, tmp_path / f"without-{seed}", seed)
         with_it = colours_of(home, merged, tmp_path / f"with-{seed}", seed)

@@ -22,6 +22,7 @@ from mm.cli import train as train_command
 from mm.errors import MMError
 from mm.lora.adapter import Adapter, Update
 from mm.lora.files import PEFT_FILE, read_adapter, write_adapter
+from mm.lora.inspection import inspect
 from mm.lora.record import AdapterRecord
 from mm.wan.model import WanModel
 
@@ -127,12 +128,12 @@ def test_diffusers_loads_the_exported_file_and_the_merged_weights_equal_it(
     WanPipeline(None, None, None, UniPCMultistepScheduler(), theirs).load_lora_weights(trained / "iter_0000003")
     expected = theirs(*inputs).sample
     assert relative(plain, expected) > 1e-3  # the adapter does something
-    for mode, name in (("lora_merge_to_hf", "hf"), ("lora_merge_to_native", "native")):
-        convert_command.main(["--mode", mode, "--source_path", str(trained), "--base_path", str(base),
-                              "--target_path", str(tmp_path / name)])  # fmt: skip
+    for name in ("hf", "native"):
+        convert_command.main(["--mode", "merge_lora", "--to", name, "--source_path", str(trained),
+                              "--base_path", str(base), "--target_path", str(tmp_path / name)])  # fmt: skip
         assert relative(WanModel.from_pretrained(tmp_path / name)(*inputs), expected) <= 1e-5
     assert relative(WanTransformer3DModel.from_pretrained(tmp_path / "hf")(*inputs).sample, expected) <= 1e-5
-    for family in ("peft", "comfyui"):
+    for family in ("hf", "comfyui"):
         file = tmp_path / f"{family}.safetensors"
         convert_command.main(["--mode", f"lora_to_{family}", "--source_path", str(trained), "--target_path", str(file)])
         again = WanTransformer3DModel.from_pretrained(base)
@@ -149,7 +150,7 @@ def test_a_run_begins_with_the_adapters_of_a_file_or_of_a_run(
 ) -> None:
     """The first loss tells: it is that of the merged model, and not that of the base."""
     merged, file = tmp_path / "merged", trained / "iter_0000003" / PEFT_FILE
-    convert_command.main(["--mode", "lora_merge_to_hf", "--source_path", str(trained), "--base_path", str(base),
+    convert_command.main(["--mode", "merge_lora", "--source_path", str(trained), "--base_path", str(base),
                           "--target_path", str(merged)])  # fmt: skip
     expected = run(demo, tmp_path / "0", train_iters=1, load=merged)[0]["loss"]
     fresh = run(demo, tmp_path / "1", train_iters=1, **lora(demo, load_base_model=base))[0]["loss"]
@@ -268,8 +269,8 @@ def test_the_wrong_kind_of_weights_is_refused(demo: Path, base: Path, trained: P
         ("CKPT-080", trained, {"load": base}, "--load-base-model"),
         ("CKPT-081", tmp_path / "whole", flags, "--load-base-model"),
         ("CKPT-081", tmp_path / "a", {**flags, "load": tmp_path / "whole"}, "--load-base-model"),
-        ("CKPT-084", tmp_path / "b", {**flags, "load_base_model": trained}, "lora_merge_to_hf"),
-        ("CKPT-084", tmp_path / "c", {"load": trained, "finetune": True}, "lora_merge_to_hf"),
+        ("CKPT-084", tmp_path / "b", {**flags, "load_base_model": trained}, "merge_lora"),
+        ("CKPT-084", tmp_path / "c", {"load": trained, "finetune": True}, "merge_lora"),
         ("DATA-093", tmp_path / "g", {**flags, "load": tmp_path / "other.safetensors"}, "this size"),
         ("DATA-095", tmp_path / "d", {**flags, "load": base}, "--load-base-model"),
         ("DATA-094", tmp_path / "e", {**flags, "load": trained / "iter_0000003" / PEFT_FILE, "lora_r": 2}, "values"),
@@ -291,17 +292,27 @@ def test_bad_conversions(base: Path, trained: Path, tmp_path: Path) -> None:
     target = ["--target_path", str(tmp_path / "out")]
     source = ["--source_path", str(trained)]
     rows = [
-        ("CFG-107", ["--mode", "lora_merge_to_hf", *source]),
-        ("CFG-107", ["--mode", "lora_to_peft", *source, "--base_path", str(base)]),
-        ("CFG-073", ["--mode", "lora_merge_to_native", *source, "--base_path", str(base), "--ckpt_path", str(base)]),
+        ("CFG-107", ["--mode", "merge_lora", *source]),
+        ("CFG-073", ["--mode", "lora_to_hf", *source, "--base_path", str(base)]),
+        (
+            "CFG-073",
+            ["--mode", "merge_lora", "--to", "native", *source, "--base_path", str(base), "--ckpt_path", str(base)],
+        ),
         ("CKPT-084", ["--mode", "convert_to_native", *source]),
-        ("DATA-022", ["--mode", "lora_to_peft", "--source_path", str(base)]),
-        ("CFG-071", ["--mode", "lora_to_pfet", *source]),
+        ("DATA-022", ["--mode", "lora_to_hf", "--source_path", str(base)]),
+        ("CFG-071", ["--mode", "lora_to_fh", *source]),
     ]
     for expected, line in rows:
         told = refused(lambda: convert_command.main([*line, *target]))  # noqa: B023
         assert [text.split()[0] for text in told] == [expected], told
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_adapters_is_told_by_inspect(trained: Path) -> None:
+    found, problem = inspect(trained)
+    assert problem is None
+    assert found.format == "a LoRA adapter"
+    assert found.num_tensors == len(load_file(trained / "iter_0000003" / PEFT_FILE))
 
 
 def test_what_a_checkpoint_says_of_its_adapters_is_checked(trained: Path) -> None:

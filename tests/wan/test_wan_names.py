@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 
 from mm.config.model import WAN_1_3B, WAN_14B, WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B
 from mm.errors import DataError
@@ -78,6 +78,60 @@ def test_image_rows_are_those_of_the_published_i2v_and_flf2v_layouts(shapes_14b)
     assert {names.native_to_diffusers(n): s for n, s in flf2v.items()} == {n: tuple(v.shape) for n, v in theirs.items()}
 
 
+VACE = {  # the layers with a hint, tensors and md5 of the published layout
+    "1.3B": (WAN_1_3B, range(0, 30, 2), 1264, "a61453409b67cd3246cf0c3bebad47ba"),
+    "14B": (WAN_14B, range(0, 40, 5), 1331, "7a513e1f257a861512b1afd387a8ecd9"),
+}
+
+
+def vace_native_shapes(config, layers):
+    """The published VACE layout: the T2V layout, and a branch of as many blocks as layers have a hint."""
+    width, shapes = config.hidden_size, meta_shapes(config)
+    block = {name.removeprefix("blocks.0."): shape for name, shape in shapes.items() if name.startswith("blocks.0.")}
+    for index in range(len(layers)):
+        shapes |= {f"vace_blocks.{index}.{name}": shape for name, shape in block.items()}
+        for name in ("before_proj", "after_proj") if index == 0 else ("after_proj",):
+            shapes |= {
+                f"vace_blocks.{index}.{name}.weight": (width, width),
+                f"vace_blocks.{index}.{name}.bias": (width,),
+            }
+    shapes["vace_patch_embedding.weight"], shapes["vace_patch_embedding.bias"] = (width, 96, 1, 2, 2), (width,)
+    return shapes
+
+
+@pytest.mark.parametrize("size", VACE)
+def test_vace_rows_are_those_of_the_published_layouts_and_of_diffusers(size):
+    config, layers, tensors, md5 = VACE[size]
+    shapes = vace_native_shapes(config, layers)
+    assert len(shapes) == tensors
+    assert names.key_shape_md5(shapes) == md5
+    with torch.device("meta"):
+        theirs = WanVACETransformer3DModel(
+            num_attention_heads=config.num_heads, ffn_dim=config.ffn_dim, num_layers=config.num_layers,
+            vace_layers=list(layers), vace_in_channels=96,
+        ).state_dict()  # fmt: skip
+    assert {names.native_to_diffusers(n): s for n, s in shapes.items()} == {
+        n: tuple(v.shape) for n, v in theirs.items()
+    }
+    assert all(names.mm_to_native(names.native_to_mm(name)) == name for name in shapes)
+    assert len({names.native_to_mm(name) for name in shapes}) == len(shapes)
+
+
+@pytest.mark.parametrize(
+    ("base", "tensors", "parameters", "md5"),
+    [
+        (WAN_I2V_1_3B, 983, 1_564_502_336, "349723183fc063b2bfc10bb2835cf677"),
+        (WAN_I2V_14B, 1303, 16_395_124_544, "efa44cddf936c70abd0ea28b6cbe946c"),
+    ],
+)
+def test_control_models_have_the_names_of_models_of_images(base, tensors, parameters, md5):
+    """Fun-Control: 48 input channels instead of 36, and no tensor of another name."""
+    shapes = meta_shapes(base) | {"patch_embedding.weight": (base.hidden_size, 48, 1, 2, 2)}
+    assert (len(shapes), elements(shapes)) == (tensors, parameters)
+    assert names.key_shape_md5(shapes) == md5
+    assert {names.diffusers_to_native(names.native_to_diffusers(name)) for name in shapes} == shapes.keys()
+
+
 def test_tables_are_one_to_one_both_ways(shapes_14b):
     native = set(i2v_native_shapes(shapes_14b, emb_pos=True))
     for there, back in (
@@ -115,6 +169,8 @@ def test_mindspeed_mm_names(native, mm):
         "blocks.00.norm3.weight",
         "blocks..norm3.weight",
         "blocks.0.norm1.weight",
+        "blocks.0.after_proj.weight",  # of VACE's branch alone
+        "vace_blocks.0.ref_conv.weight",
         "condition_embedder.time_proj.weight",
         "patch_embedding.weight\n",
     ],

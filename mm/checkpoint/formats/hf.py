@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mm.checkpoint.files import copy_file, write_new
+from mm.checkpoint.formats.shard_files import write_shards
 from mm.checkpoint.formats.source import WeightSource
 from mm.checkpoint.mismatch import raise_on_mismatch
 from mm.checkpoint.safetensor_file import DTYPES, Entry, write_safetensors
@@ -21,11 +22,9 @@ from mm.errors import CheckpointError
 from mm.wan.config_json import wan_config_to_diffusers
 from mm.wan.folder import StoredTensor, WeightFolder
 from mm.wan.names import native_to_diffusers
-from mm.wan.shards import DIFFUSERS_FILE
 
 log = logging.getLogger(__name__)
 
-INDEX_NAME = DIFFUSERS_FILE + ".index.json"
 MAX_SHARD_BYTES = 10 * 10**9  # diffusers' own default
 
 
@@ -70,36 +69,9 @@ def write_like(folder: Path, source: WeightSource, original: WeightFolder, expec
 
 
 def write_new_folder(folder: Path, entries: Sequence[Entry], config: WanConfig, max_bytes: int) -> None:
-    """Write the weights (native names) into an empty folder in shards of at most `max_bytes`, and a config.json.
-
-    One shard is called diffusion_pytorch_model.safetensors and has no index, as diffusers writes it.
-    """
-    shards = _split([replace(entry, name=native_to_diffusers(entry.name)) for entry in entries], max_bytes)
-    stem, _, suffix = DIFFUSERS_FILE.partition(".")
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = DIFFUSERS_FILE if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}"
-        write_safetensors(folder / name, shard, {"format": "pt"})
-        log.info("Wrote %s.", name)
-        weight_map |= {entry.name: name for entry in shard}
-    if len(shards) > 1:
-        total = sum(entry.num_bytes for entry in entries)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_new(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+    """Write the weights (native names) into an empty folder in shards of at most `max_bytes`, and a config.json."""
+    write_shards(folder, [replace(entry, name=native_to_diffusers(entry.name)) for entry in entries], max_bytes)
     write_new(folder / "config.json", json.dumps(wan_config_to_diffusers(config), indent=2) + "\n")
-
-
-def _split(entries: Sequence[Entry], max_bytes: int) -> list[list[Entry]]:
-    """Fill shard after shard in the order of the entries; a tensor larger than a shard gets one of its own."""
-    shards: list[list[Entry]] = [[]]
-    num_bytes = 0
-    for entry in entries:
-        if shards[-1] and num_bytes + entry.num_bytes > max_bytes:
-            shards.append([])
-            num_bytes = 0
-        shards[-1].append(entry)
-        num_bytes += entry.num_bytes
-    return shards
 
 
 def _cast(source: WeightSource, name: str, stored: StoredTensor) -> Tensor:

@@ -1,80 +1,118 @@
-"""MindSpeed-MM's format, for one process: what Megatron reads and writes for tensor and pipeline size 1.
+"""MindSpeed-MM's format: what Megatron reads and writes with tensor size 1, for any pipeline.
 
 <root>/latest_checkpointed_iteration.txt     "release" or the step, without a line end
 <root>/release/  or  <root>/iter_0005000/
-    mp_rank_00/model_optim_rng.pt            {"model": flat state dict in MM names, "checkpoint_version": 3.0}
+    mp_rank_00/model_optim_rng.pt            without a pipeline
+    mp_rank_00_000/model_optim_rng.pt        pipeline rank 0, and so on
     mm_config.json                           ours, and ignored by MindSpeed-MM: the model's shape
+
+A file holds {"model": flat state dict in MM names, "checkpoint_version": 3.0}; with virtual stages it has model0,
+model1, ... in the place of model. `mm_split` says what is in which.
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
-import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from mm.checkpoint.directory import TRACKER_NAME, folder_name
 from mm.checkpoint.files import write_new
-from mm.checkpoint.formats.source import TensorKind
+from mm.checkpoint.formats.mm_split import joined_names, split_names
+from mm.checkpoint.formats.pt_file import read_pt, unreadable, write_pt
+from mm.checkpoint.formats.source import TensorKind, WeightSource
 from mm.config.base import load
+from mm.config.layout import Stages
 from mm.config.model import WanConfig
 from mm.errors import CheckpointError, ConfigError
 from mm.wan.names import native_to_mm, translate
 
-log = logging.getLogger(__name__)
-
 RELEASE = "release"
-RANK_FILE = Path("mp_rank_00", "model_optim_rng.pt")
+FILE_NAME = "model_optim_rng.pt"
 CONFIG_NAME = "mm_config.json"
 CHECKPOINT_VERSION = 3.0
+
+_RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
+
+
+class Place(NamedTuple):
+    """Where a tensor is: the file, the chunk and the name in it, and what it is."""
+
+    file: Path
+    chunk: str
+    name: str
+    kind: TensorKind
+
+
+class OpenFile:
+    """The file that was read last. Models are read in their order, stage after stage, so that one file is mapped."""
+
+    def __init__(self) -> None:
+        self._file: Path | None = None
+        self._content: dict[str, Any] = {}
+
+    def tensor(self, place: Place) -> Tensor:
+        """A view of the mapped file."""
+        if place.file != self._file:
+            self._content, self._file = read_pt(place.file), place.file
+        value: Tensor = self._content[place.chunk][place.name]
+        return value
 
 
 @dataclass(frozen=True)
 class MMWeights:
-    """`WeightSource` over one `model_optim_rng.pt`, mapped into memory."""
+    """`WeightSource` over the files of one checkpoint.
+
+    Attributes:
+        path: the `release` or `iter_*` folder. places: by native name. num_ranks, num_chunks: of its pipeline.
+    """
 
     path: Path
-    tensors: Mapping[str, Tensor]
+    places: Mapping[str, Place]
+    num_ranks: int
+    num_chunks: int
     label: str = "MM weights"
+    _open: OpenFile = field(default_factory=OpenFile, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: Path) -> MMWeights:
         """Open `path`, the folder with the tracker or the `release`/`iter_*` folder below it.
 
         Raises:
-            CheckpointError: CKPT-010 when the tracker names nothing, CKPT-018 for a layout of several processes,
-                CKPT-021 for a file that is damaged or needs code to be read.
+            CheckpointError: CKPT-010 when the tracker names nothing, CKPT-018 for tensor parallelism, CKPT-021 for a
+                file that is damaged or needs code to be read, CKPT-041 to CKPT-043 for pipeline stages that are
+                missing or do not belong together, CKPT-084 for adapters.
         """
-        folder = _named_by_tracker(path) if (path / TRACKER_NAME).exists() else path
-        _require_one_process(folder)
-        state = _read_state(folder / RANK_FILE)
-        tensors: dict[str, Tensor] = {}
-        for name, value in state.items():
-            if name.endswith("_extra_state"):  # Transformer layers of Megatron leave these; they hold no weights
-                continue
-            if not isinstance(value, Tensor):
-                raise _unreadable(folder / RANK_FILE, f'"model" holds {type(value).__name__} under {name}, no tensor')
-            tensors[translate(name, "mm", "native") or name] = value
-        return cls(folder, tensors)
+        folder = named_by_tracker(path) if (path / TRACKER_NAME).exists() else path
+        files = stage_files(folder)
+        stages = virtual_stages(files, folder)
+        chunks = [list(places) for places in stages]
+        if any(".lora_" in name for names in chunks for name in names):
+            raise CheckpointError(
+                "CKPT-084",
+                f"{folder} holds adapters of a LoRA run, not a model.",
+                "Merge them into their base model first: mm convert --mode merge_lora.",
+            )
+        places: dict[str, Place] = {}
+        for stage, names in zip(stages, joined_names(chunks, str(folder)), strict=True):
+            places |= {translate(name, "mm", "native") or name: stage[local] for local, name in names.items()}
+        return cls(folder, places, len(files), len(stages) // len(files))
 
     def kinds(self) -> dict[str, TensorKind]:
         """From the mapped tensors."""
-        return {name: TensorKind(tuple(value.shape), value.dtype) for name, value in self.tensors.items()}
+        return {name: place.kind for name, place in self.places.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """From the mapped tensors."""
-        return {name: tuple(value.shape) for name, value in self.tensors.items()}
+        return {name: place.kind.shape for name, place in self.places.items()}
 
     def read(self, name: str) -> Tensor:
         """A view of the mapped file."""
-        return self.tensors[name]
+        return self._open.tensor(self.places[name])
 
     def config(self) -> WanConfig | None:
         """From mm_config.json, which MindSpeed-MM itself does not write.
@@ -88,34 +126,52 @@ class MMWeights:
         try:
             return load(WanConfig, file)
         except ConfigError as error:
-            raise _unreadable(file, error.problems[0].message) from None
+            raise unreadable(file, error.problems[0].message) from None
 
 
 def is_mm_folder(path: Path) -> bool:
     """Whether `path` is a folder with Megatron's tracker, or a `release`/`iter_*` folder below one."""
-    return (path / TRACKER_NAME).is_file() or any(path.glob("mp_rank_*")) or any(path.glob("model_[0-9]*.pt"))
+    return (path / TRACKER_NAME).is_file() or any(path.glob("mp_rank_*"))
 
 
-def write_release(folder: Path, state: Mapping[str, Tensor], config: WanConfig | None) -> None:
-    """Write the contents of a `release` folder and force them to disk.
+def write_release(
+    folder: Path, source: WeightSource, names: Iterable[str], stages: Stages, config: WanConfig | None
+) -> None:
+    """Write the contents of a `release` folder and force them to disk; one pipeline rank at a time is in memory.
 
     Args:
         folder: exists and is empty.
-        state: the weights by native name, as they are to be stored.
+        source: the weights, which keep their dtypes. names: of the model's parameters, native.
+        stages: [VP][PP] blocks of each stage, all blocks of the model.
         config: the model's shape, where it is known.
     """
-    file = folder / RANK_FILE
-    file.parent.mkdir()
-    renamed = {native_to_mm(name): value for name, value in state.items()}
-    with file.open("xb") as writer:
-        torch.save({"model": renamed, "checkpoint_version": CHECKPOINT_VERSION}, writer)
-        writer.flush()
-        os.fsync(writer.fileno())
+    native = {native_to_mm(name): name for name in names}
+    chunks = split_names(native, stages)
+    num_ranks = len(stages[0])
+    for rank in range(num_ranks):
+        state: dict[str, Any] = {}
+        for index in range(len(stages)):
+            local = chunks[index * num_ranks + rank]
+            key = "model" if len(stages) == 1 else f"model{index}"
+            state[key] = {name: source.read(native[whole]) for name, whole in local.items()}
+        write_stage(folder, rank, num_ranks, state)
     if config is not None:
         write_new(folder / CONFIG_NAME, config.model_dump_json(indent=2) + "\n")
 
 
-def _named_by_tracker(root: Path) -> Path:
+def write_stage(folder: Path, rank: int, num_ranks: int, state: Mapping[str, Any]) -> None:
+    """Write the file of one pipeline rank; `state` holds model, or model0, model1, ..."""
+    file = folder / ("mp_rank_00" if num_ranks == 1 else f"mp_rank_00_{rank:03d}") / FILE_NAME
+    file.parent.mkdir()
+    write_pt(file, {**state, "checkpoint_version": CHECKPOINT_VERSION})
+
+
+def named_by_tracker(root: Path) -> Path:
+    """The `release` or `iter_*` folder that the tracker in `root` names.
+
+    Raises:
+        CheckpointError: CKPT-010 when it names nothing that is there.
+    """
     text = (root / TRACKER_NAME).read_text(encoding="utf-8", errors="replace").strip()
     name = RELEASE if text == RELEASE else folder_name(int(text)) if re.fullmatch(r"\d{1,7}", text) else None
     if name is None or not (root / name).is_dir():
@@ -127,44 +183,85 @@ def _named_by_tracker(root: Path) -> Path:
     return root / name
 
 
-def _require_one_process(folder: Path) -> None:
-    ranks = sorted(entry.name for entry in folder.glob("mp_rank_*"))
-    if ranks == [RANK_FILE.parts[0]] and (folder / RANK_FILE).is_file():
-        return
-    if ranks or any(folder.glob("model_[0-9]*.pt")):
-        found = ", ".join(ranks) or "model_*.pt of layer-zero"
+def stage_files(folder: Path) -> list[Path]:
+    """The files of the pipeline ranks in a `release` or `iter_*` folder, in their order.
+
+    Raises:
+        CheckpointError: CKPT-010 without any, CKPT-018 for tensor parallelism, CKPT-041 for a missing rank, CKPT-042
+            for folders of several checkpoints.
+    """
+    folders = sorted(entry.name for entry in folder.glob("mp_rank_*"))
+    found = {name: _RANK.fullmatch(name) for name in folders}
+    ranks = [None if match is None else (int(match[1]), match[2]) for match in found.values()]
+    if not folders:
+        raise CheckpointError("CKPT-010", f"{folder} has no mp_rank_*/{FILE_NAME}.", "Check the path.")
+    if any(rank is not None and rank[0] > 0 for rank in ranks):
         raise CheckpointError(
             "CKPT-018",
-            f"{folder} was saved by several processes ({found}); this version reads {RANK_FILE} alone.",
+            f"{folder} was saved with tensor parallelism ({', '.join(folders[:10])}), which MindSpeed-MM does not have "
+            "for Wan.",
             "Merge it with the tools of the program that wrote it.",
         )
-    raise CheckpointError("CKPT-010", f"{folder} has no {RANK_FILE}.", "Check the path.")
-
-
-def _read_state(file: Path) -> dict[str, Any]:
-    """The flat state dict, mapped: pages are read when a tensor is used. Nothing in the file is executed."""
-    try:
-        # A training save carries Megatron's parsed arguments: a Namespace of plain values, which runs no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # what torch raises for a refused or damaged file has no common base
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise _unreadable(file, f"it is damaged or holds more than tensors and plain values ({first_line})") from None
-    state = content.get("model") if isinstance(content, dict) else None
-    if isinstance(content, dict) and any(re.fullmatch(r"model\d+", str(key)) for key in content):
+    pipeline = [rank[1] for rank in ranks if rank is not None]
+    if None in ranks or (None in pipeline and len(folders) > 1):
         raise CheckpointError(
-            "CKPT-018",
-            f"{file} holds a virtual pipeline (model0, model1, ...), which this version does not read.",
-            "Merge it with the tools of the program that wrote it.",
+            "CKPT-042",
+            f"{folder} holds files of several checkpoints: {', '.join(folders[:10])}.",
+            "Keep either mp_rank_00 alone, or mp_rank_00_000 and its successors.",
         )
-    if not isinstance(state, dict):
-        raise _unreadable(file, 'it has no state dict under "model"')
-    return {str(name): value for name, value in state.items()}
+    expected = ["mp_rank_00"] if pipeline == [None] else [f"mp_rank_00_{rank:03d}" for rank in range(len(folders))]
+    missing = [name for name in expected if not (folder / name / FILE_NAME).is_file()]
+    if missing:
+        raise CheckpointError(
+            "CKPT-041",
+            f"{folder} has {len(folders)} of the pipeline's folders, and no {missing[0]}/{FILE_NAME}.",
+            "Copy the folders mp_rank_* of all pipeline ranks.",
+        )
+    return [folder / name / FILE_NAME for name in expected]
 
 
-def _unreadable(file: Path, what: str) -> CheckpointError:
-    return CheckpointError(
-        "CKPT-021",
-        f"{file} cannot be used: {what.rstrip('.')}.",
-        "Copy it again, or save it again with weights alone (--no-save-optim --no-save-rng).",
-    )
+def virtual_stages(files: Sequence[Path], folder: Path) -> list[dict[str, Place]]:
+    """What every virtual stage holds by its names there, in the model's order: chunk v of rank p is v * PP + p.
+
+    Raises:
+        CheckpointError: CKPT-021 for a file that cannot be used, CKPT-042 for ranks with different numbers of chunks.
+    """
+    ranks = [_chunks(file) for file in files]
+    counts = {file.parent.name: len(chunks) for file, chunks in zip(files, ranks, strict=True)}
+    if len(set(counts.values())) > 1:
+        shown = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise CheckpointError(
+            "CKPT-042",
+            f"{folder} holds files of several checkpoints: they have different numbers of model chunks ({shown}).",
+            "Copy the folders mp_rank_* of one checkpoint again.",
+        )
+    return [rank[index] for index in range(len(ranks[0])) for rank in ranks]
+
+
+def _chunks(file: Path) -> list[dict[str, Place]]:
+    """The places of a file's tensors, one mapping for each of its model chunks."""
+    content = read_pt(file)
+    numbered = sorted((int(key[5:]), key) for key in content if re.fullmatch(r"model(0|[1-9][0-9]*)", key))
+    keys = [key for _, key in numbered]
+    if "model" in content:
+        keys.append("model")
+    if len(keys) > 1 and keys != [f"model{index}" for index in range(len(keys))]:
+        raise CheckpointError(
+            "CKPT-042",
+            f"{file} holds {', '.join(keys)}; expected model alone, or model0, model1 and so on without holes.",
+            "Copy the checkpoint again.",
+        )
+    if not keys or not all(isinstance(content[key], dict) for key in keys):
+        raise unreadable(file, 'it has no state dict under "model"')
+    return [_places(file, key, content[key]) for key in keys]
+
+
+def _places(file: Path, chunk: str, state: Mapping[Any, Any]) -> dict[str, Place]:
+    places = {}
+    for name, value in state.items():
+        if str(name).endswith("_extra_state"):  # Transformer layers of Megatron leave these; they hold no weights
+            continue
+        if not isinstance(value, Tensor):
+            raise unreadable(file, f'"{chunk}" holds {type(value).__name__} under {name}, no tensor')
+        places[str(name)] = Place(file, chunk, name, TensorKind(tuple(value.shape), value.dtype))
+    return places

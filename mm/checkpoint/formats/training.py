@@ -50,7 +50,7 @@ class TrainingWeights:
             raise CheckpointError(
                 "CKPT-084",
                 f"{latest} holds adapters of a LoRA run, not a model.",
-                "Merge them into their base model first: mm convert --mode lora_merge_to_hf. To train them further, "
+                "Merge them into their base model first: mm convert --mode merge_lora. To train them further, "
                 "give LoRA's flags, and the base model to --load-base-model.",
             )
         if not any(key.startswith(MODEL_PREFIX) for key in manifest.tensors):

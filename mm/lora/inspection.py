@@ -1,0 +1,165 @@
+"""What is at a path: the format of weights or an adapter, the model, its tensors, and what is wrong with them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mm.checkpoint.formats.folder import FolderWeights
+from mm.checkpoint.formats.mm_format import MMWeights
+from mm.checkpoint.formats.source import WeightSource
+from mm.checkpoint.formats.training import TrainingWeights
+from mm.checkpoint.safetensor_file import DTYPE_NAMES
+from mm.checkpoint.weights import open_weights, require_exactly
+from mm.config.model import WAN_1_3B, WAN_14B, WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B, WanConfig
+from mm.errors import CheckpointError, DataError, MMError
+from mm.lora.convert import read_any
+from mm.wan.config_json import infer_config
+from mm.wan.model import WanModel
+
+PUBLISHED = {
+    "Wan2.1 T2V 1.3B": WAN_1_3B,
+    "Wan2.1 T2V 14B": WAN_14B,
+    "Wan2.1 Fun-InP 1.3B": WAN_I2V_1_3B,
+    "Wan2.1 I2V 14B": WAN_I2V_14B,
+    "Wan2.1 FLF2V 14B": WAN_FLF2V_14B,
+}
+_ADAPTERS = ("CKPT-084", "DATA-029")
+"""Errors of `open_weights` after which a path may still hold an adapter."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        path: what was opened, which may be below what was asked for. format: in words.
+        model: a published model, or the sizes of another. step: of a training run.
+        num_tensors, num_parameters: counts; num_bytes: of the tensors alone. dtypes: parameters of each dtype.
+        files: relative to `path` where they are below it. problems: as errors print them.
+    """
+
+    path: str
+    format: str
+    model: str = "unknown"
+    step: int | None = None
+    num_tensors: int = 0
+    num_parameters: int = 0
+    num_bytes: int = 0
+    dtypes: dict[str, int] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """For a file or a program."""
+        return asdict(self)
+
+
+def inspect(path: Path) -> tuple[Inspection, MMError | None]:
+    """Look at weights or an adapter without changing anything; of tensors only the headers are read.
+
+    Returns:
+        What was found, and the error that using it for a model would give, or None.
+    """
+    try:
+        source = open_weights(path)
+    except (CheckpointError, DataError) as error:
+        adapter = _adapter(path) if error.id in _ADAPTERS else None
+        return (adapter, None) if adapter is not None else (_unusable(path, error), error)
+    config, problem = _config(source)
+    kinds = source.kinds()
+    dtypes: Counter[str] = Counter()
+    num_bytes = 0
+    for kind in kinds.values():
+        dtypes[DTYPE_NAMES.get(kind.dtype, str(kind.dtype))] += math.prod(kind.shape)
+        num_bytes += math.prod(kind.shape) * kind.dtype.itemsize
+    found = Inspection(
+        path=str(source.path),
+        format=_format(source),
+        model="unknown" if config is None else _model(config),
+        step=source.manifest.step if isinstance(source, TrainingWeights) else _step(source.path),
+        num_tensors=len(kinds),
+        num_parameters=sum(dtypes.values()),
+        num_bytes=num_bytes,
+        dtypes=dict(dtypes.most_common()),
+        files=_files(source),
+        problems=[] if problem is None else [str(line) for line in problem.problems],
+    )
+    return found, problem
+
+
+def _config(source: WeightSource) -> tuple[WanConfig | None, MMError | None]:
+    """The model's shape, from the tensors where the format does not say it; and what is wrong with the tensors."""
+    try:
+        config = source.config() or infer_config(source.shapes(), source.path)
+    except (CheckpointError, DataError) as error:
+        return None, error
+    with torch.device("meta"):
+        expected = {name: tuple(value.shape) for name, value in WanModel(config).named_parameters()}
+    try:
+        require_exactly(source, expected)
+    except CheckpointError as error:
+        return config, error
+    return config, None
+
+
+def _model(config: WanConfig) -> str:
+    known = [name for name, published in PUBLISHED.items() if not config.differing_fields(published)]
+    sizes = f"{config.model_type}, width {config.hidden_size}, {config.num_layers} blocks, {config.num_heads} heads"
+    return known[0] if known else sizes
+
+
+def _format(source: WeightSource) -> str:
+    if isinstance(source, MMWeights) and source.num_ranks > 1:
+        chunks = f", {source.num_chunks} model chunks each" if source.num_chunks > 1 else ""
+        return f"{source.label}, {source.num_ranks} pipeline ranks{chunks}"
+    return source.label
+
+
+def _files(source: WeightSource) -> list[str]:
+    if isinstance(source, TrainingWeights):
+        return sorted(source.manifest.files)
+    if isinstance(source, FolderWeights):
+        return [shard.name for shard in source.folder.shards]
+    if isinstance(source, MMWeights):
+        return sorted({str(place.file.relative_to(source.path)) for place in source.places.values()})
+    return sorted((f.name for f in source.path.glob("model_*.pt")), key=lambda name: (len(name), name))
+
+
+def _step(folder: Path) -> int | None:
+    digits = folder.name.removeprefix("iter_")
+    return int(digits) if folder.name.startswith("iter_") and digits.isdigit() else None
+
+
+def _adapter(path: Path) -> Inspection | None:
+    """What an adapter is; None where there is none."""
+    try:
+        adapter = read_any(path)
+    except (CheckpointError, DataError):
+        return None
+    dtypes = Counter[str]()
+    num_bytes = 0
+    for value in adapter.parameters().values():
+        dtypes[DTYPE_NAMES.get(value.dtype, str(value.dtype))] += value.numel()
+        num_bytes += value.numel() * value.element_size()
+    ranks = sorted({update.rank for update in adapter.updates.values()})
+    alphas = sorted({update.alpha for update in adapter.updates.values()})
+    return Inspection(
+        path=str(path),
+        format="a LoRA adapter",
+        model=f"{len(adapter.updates)} linears, r {', '.join(map(str, ranks))}, alpha "
+        f"{', '.join(f'{alpha:g}' for alpha in alphas)}",
+        num_tensors=len(adapter.parameters()),
+        num_parameters=sum(dtypes.values()),
+        num_bytes=num_bytes,
+        dtypes=dict(dtypes.most_common()),
+    )
+
+
+def _unusable(path: Path, error: MMError) -> Inspection:
+    return Inspection(str(path), "unknown", problems=[str(problem) for problem in error.problems])

@@ -1,0 +1,137 @@
+"""MindSpeed-MM's checkpoints of adapters: a folder like that of a model, whose `model` holds adapters alone.
+
+A key is `blocks.0.self_attn.proj_q.lora_A.default.weight`, PEFT's with MM names. r is in the shapes; alpha is not part
+of it, so that of our own is in a file beside, mm_lora.json, and that of a training save in the recorded arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mm.checkpoint.directory import TRACKER_NAME
+from mm.checkpoint.files import new_folder, write_new
+from mm.checkpoint.formats.mm_format import (
+    RELEASE,
+    OpenFile,
+    named_by_tracker,
+    stage_files,
+    virtual_stages,
+    write_stage,
+)
+from mm.checkpoint.formats.pt_file import read_pt, unreadable
+from mm.config.base import load_json
+from mm.errors import ConfigError, DataError
+from mm.lora.adapter import Adapter, Update
+from mm.wan.names import native_to_mm, translate
+
+log = logging.getLogger(__name__)
+
+RECORD_NAME = "mm_lora.json"
+_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(?:\.default)?\.weight")
+
+
+def write_mm(target: Path, adapter: Adapter) -> None:
+    """Write an adapter as a `release` with its tracker and mm_lora.json.
+
+    Args:
+        target: must not exist, or be an empty folder.
+        adapter: its matrices keep their dtype.
+
+    Raises:
+        CheckpointError: CKPT-020 when the target exists, CKPT-031 when it cannot be written.
+    """
+    modules = {name: native_to_mm(f"{name}.weight").removesuffix(".weight") for name in adapter.updates}
+    state = {
+        f"{modules[name]}.lora_{half}.default.weight": value.detach().cpu().contiguous()
+        for name, update in adapter.updates.items()
+        for half, value in (("A", update.a), ("B", update.b))
+    }
+    record = {"alpha": {modules[name]: update.alpha for name, update in adapter.updates.items()}}
+    with new_folder(target) as folder:
+        release = folder / RELEASE
+        release.mkdir()
+        write_stage(release, 0, 1, {"model": state})
+        write_new(release / RECORD_NAME, json.dumps({**record, "texts": dict(adapter.texts)}, indent=2) + "\n")
+        write_new(folder / TRACKER_NAME, RELEASE)
+
+
+def read_mm(path: Path) -> Adapter:
+    """The adapter in an MM folder, or in a `release`/`iter_*` folder below one.
+
+    Raises:
+        CheckpointError: CKPT-010, CKPT-018, CKPT-021, CKPT-041, CKPT-042 as `mm.checkpoint.formats.mm_format`.
+        DataError: DATA-090 for a whole model or a pipeline's adapters, DATA-091 for keys that are left over or lack
+            their other half, DATA-092 for matrices or alpha that contradict each other.
+    """
+    folder = named_by_tracker(path) if (path / TRACKER_NAME).exists() else path
+    files = stage_files(folder)
+    stages = virtual_stages(files, folder)
+    keys = [key for stage in stages for key in stage]
+    if len(stages) > 1 or not any(_KEY.fullmatch(key) for key in keys):
+        what = f"is of {len(stages)} pipeline stages" if len(stages) > 1 else "holds no key *.lora_A.default.weight"
+        raise DataError("DATA-090", f"{folder} is no LoRA checkpoint that is read here: it {what}.", "Use another one.")
+    opened = OpenFile()
+    halves: dict[str, dict[str, Tensor]] = {}
+    left_over = []
+    for key, place in stages[0].items():
+        match = _KEY.fullmatch(key)
+        native = None if match is None else translate(f"{match['module']}.weight", "mm", "native")
+        if match is None or native is None:
+            left_over.append(key)
+        else:
+            halves.setdefault(native.removesuffix(".weight"), {})[match["half"]] = opened.tensor(place)
+    left_over += [name for name, parts in halves.items() if len(parts) < 2]
+    if left_over:
+        raise DataError(
+            "DATA-091",
+            f"{folder}: {len(left_over)} keys are unknown or lack their other half ({', '.join(left_over[:10])}).",
+            "Use a checkpoint that holds plain LoRA of the transformer's linears alone.",
+        )
+    alphas, texts = _recorded(folder, files[0])
+    updates = {name: _update(folder, name, parts, alphas) for name, parts in halves.items()}
+    if alphas is None:
+        log.warning("%s does not say alpha; it is taken to be r, a scale of 1.", folder)
+    return Adapter(updates, texts)
+
+
+def _recorded(folder: Path, file: Path) -> tuple[Mapping[str, float] | float | None, dict[str, str]]:
+    """alpha by MM module, one for all from a training save's arguments, or None; and the texts."""
+    record = folder / RECORD_NAME
+    if record.exists():
+        try:
+            content = load_json(record)
+            alphas = {str(name): float(alpha) for name, alpha in content["alpha"].items()}
+            return alphas, {str(name): str(text) for name, text in content["texts"].items()}
+        except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise unreadable(record, f"it is not understood ({type(error).__name__}: {error})") from None
+    alpha: Any = getattr(read_pt(file).get("args"), "lora_alpha", None)
+    return (float(alpha) if isinstance(alpha, (int, float)) else None), {}
+
+
+def _update(folder: Path, name: str, parts: Mapping[str, Tensor], alphas: Mapping[str, float] | float | None) -> Update:
+    a, b = parts["A"], parts["B"]
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.numel():
+        raise _contradiction(f"{folder}: {name} has A {list(a.shape)} and B {list(b.shape)}")
+    alpha = float(a.shape[0])
+    if isinstance(alphas, float):
+        alpha = alphas
+    elif alphas is not None:
+        module = native_to_mm(f"{name}.weight").removesuffix(".weight")
+        if module not in alphas:
+            raise _contradiction(f"{folder}: {RECORD_NAME} has no alpha for {module}")
+        alpha = alphas[module]
+    if not math.isfinite(alpha):
+        raise _contradiction(f"{folder}: {name} has alpha {alpha}")
+    return Update(a, b, alpha)
+
+
+def _contradiction(what: str) -> DataError:
+    return DataError("DATA-092", f"{what}.", "Save or copy the adapter again.")
