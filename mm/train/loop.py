@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from mm.checkpoint.background import BackgroundSaver
+from mm.checkpoint.formats.training import is_training_checkpoint
 from mm.checkpoint.store import find_latest, save, writing
 from mm.checkpoint.weights import open_weights
 from mm.config.recompute import Recompute, recompute_of
@@ -204,7 +205,9 @@ def _start(run: Run, adapters: AdapterRun | None, optimizer: Optimizer) -> Progr
     """Resume from `--save`, else from training checkpoints in `--load`, else start from the weights there."""
     flags = run.flags
     record = adapters.record if adapters is not None else None
-    for folder in (flags.save, None if flags.finetune else flags.load):
+    # A folder of weights may have numbered folders too, as MindSpeed-MM's have; those of training have a manifest.
+    load = flags.load if flags.load is not None and is_training_checkpoint(Path(flags.load)) else None
+    for folder in (flags.save, None if flags.finetune else load):
         latest = find_latest(Path(folder), flags.resume_policy, comm=run.comm) if folder is not None else None
         if latest is None:
             continue

@@ -28,7 +28,7 @@ def test_the_first_loss_is_that_of_the_hugging_face_folder(demo: Path, tmp_path:
     convert.convert_to_mm(source, tmp_path / "stages", ((1, num_layers - 1),))
     convert.convert_to_mm(source, tmp_path / "virtual", ((1, 1), (1, num_layers - 3)))
     layer_zero_save(source, tmp_path / "zero" / "iter_0000700")
-    loads = [source, tmp_path / "stages", tmp_path / "virtual" / "release", tmp_path / "zero" / "iter_0000700"]
+    loads = [source, tmp_path / "stages", tmp_path / "virtual" / "release", tmp_path / "zero"]
     first = [run(demo, tmp_path / f"run{i}", train_iters=1, load=load)[0] for i, load in enumerate(loads)]
     assert [row["loss_hex"] for row in first] == [first[0]["loss_hex"]] * len(loads)
     assert run(demo, tmp_path / "other", train_iters=1)[0]["loss"] != first[0]["loss"]
