@@ -14,7 +14,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "parallel")
 
 from ranks import run_ranks  # noqa: E402  (the path above)
 from tabulate import tabulate  # noqa: E402
-from traffic_rows import EIGHT, FOUR, Row, a_layer, count  # noqa: E402
+from traffic_rows import EIGHT, FOUR, MORE_FOUR, Row, a_layer, count  # noqa: E402
 
 from mm.parallel import formulas  # noqa: E402
 
@@ -38,7 +38,7 @@ def lines(row: Row, found: dict[tuple[str, str], tuple[float, float]]) -> list[l
 def main() -> None:
     """Run, count, print."""
     table = []
-    for world_size, rows in ((4, FOUR), (8, EIGHT)):
+    for world_size, rows in ((4, FOUR + MORE_FOUR), (8, EIGHT)):
         for row, (few, more) in zip(rows, run_ranks(world_size, count, rows, timeout_s=400)[0], strict=True):
             table += lines(row, a_layer(row, few, more))
     print(tabulate(table, headers=HEADERS, tablefmt="github", disable_numparse=True))
