@@ -287,7 +287,7 @@ def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
         stopping = built.stop is not None and _any_rank_was_asked(run, built.stop)
         if flags.save is not None and (due or stopping or progress.step == flags.train_iters):
             _save(run, built, Path(flags.save), progress)
-        if stopping:
+        if stopping and progress.step < flags.train_iters:  # a run that is at its end is done, not stopped
             _stop(built, progress)
         with built.watch.during("evaluation and validation"):
             built.checks.after(progress.step, built.parallel, built.log)
