@@ -46,6 +46,9 @@ class LateQueues(HostQueues):
         self._pending: dict[Queue, list[Any]] = {"compute": [], "to host": [], "to device": []}
         self._begun: Counter[Queue] = Counter()
 
+    def host_memory(self, num_bytes: int) -> Tensor:
+        return super().host_memory(num_bytes).fill_(0xFF)  # NaN: what an earlier pool left there could be right
+
     def record(self, queue: Queue) -> Any:
         return queue, self._begun[queue] + len(self._pending[queue])
 
