@@ -7,43 +7,42 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from mm.checkpoint.background import BackgroundSaver
-from mm.checkpoint.formats.training import is_training_checkpoint
-from mm.checkpoint.store import find_latest, save, writing
-from mm.checkpoint.weights import open_weights
-from mm.config.recompute import Recompute, recompute_of
+from mm.checkpoint.store import save, writing
+from mm.config.recompute import recompute_of
 from mm.config.request import Request
 from mm.data.loader import FeatureBatch, feature_batches
 from mm.data.sampler import BatchPlan
-from mm.device.attention import attention_name
 from mm.device.backend import deterministic
 from mm.diffusion.flow import FlowMatching
-from mm.errors import ConfigError, StoppedError
-from mm.lora.plan import starting_values
-from mm.parallel.apply import ParallelModel, ValueOf, apply
-from mm.parallel.compile import graphs_needed, most_graphs, probe
-from mm.parallel.host_pool import StepShape, make_offloader
-from mm.parallel.offload import Offloader
-from mm.parallel.optimizer import AdamWSettings, Optimizer
-from mm.parallel.optimizers import make_optimizer
+from mm.errors import StoppedError
+from mm.parallel.apply import ParallelModel
+from mm.parallel.host_pool import make_offloader
+from mm.parallel.optimizer import Optimizer
 from mm.parallel.recompute import block_runner
-from mm.train.adapters import AdapterRun, load_adapters, open_base
+from mm.train.adapters import AdapterRun
+from mm.train.build import (
+    build_model,
+    build_optimizer,
+    check_sizes,
+    describe,
+    open_adapters,
+    start_or_resume,
+    step_shape,
+    why_not_compiled,
+)
 from mm.train.checks import Checks
-from mm.train.describe import start_table
 from mm.train.flops import train_flops
 from mm.train.metrics import MetricsLog, StepMetrics
 from mm.train.out_of_memory import MemoryWatch
-from mm.train.run import Run, data_parallel_options, training_dtype
+from mm.train.run import Run
 from mm.train.signals import StopRequest
-from mm.train.state import Progress, load_state, load_weights, state_of
+from mm.train.state import Progress, state_of
 from mm.train.step import StepResult, train_step
-from mm.wan.initial import initial_value
-from mm.wan.layers import BlockRunner
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +60,7 @@ def train(run: Run) -> Progress:
         CheckpointError, ConfigError, NumericsError: as documented where they arise.
     """
     flags = run.flags
-    _check_sizes(run)
-    _check_compiled_sizes(run)
+    check_sizes(run)
     watch = MemoryWatch(Request(flags, run.model, run.zero, run.comm.world_size), run.backend, run.comm.rank)
     with ExitStack() as stack:
         stack.enter_context(deterministic(flags.deterministic_mode))
@@ -71,18 +69,18 @@ def train(run: Run) -> Progress:
         checks = Checks.prepare(flags, run.held_out, run.validation, run.mesh, run.backend, run.comm)
         recompute = recompute_of(flags, run.model)
         offloader = make_offloader(
-            recompute, run.config, run.mesh, run.backend, _step_shape(run), processes_of_node=run.processes_of_node
+            recompute, run.config, run.mesh, run.backend, step_shape(run), processes_of_node=run.processes_of_node
         )
         watch.pinned_host = 0 if offloader is None else offloader.memory.nbytes
-        not_compiled = _why_not_compiled(run)
-        adapters = _open_base(run)
+        not_compiled = why_not_compiled(run)
+        adapters = open_adapters(run)
         run_blocks = block_runner(recompute, offloader, run.backend.model_code)
         with watch.during("building the model"):
-            watch.parallel = parallel = _build_model(run, adapters, run_blocks, not_compiled is None)
-            watch.optimizer = optimizer = _build_optimizer(run, parallel)
-        _describe(run, recompute, offloader, not_compiled)
+            watch.parallel = parallel = build_model(run, adapters, run_blocks, not_compiled is None)
+            watch.optimizer = optimizer = build_optimizer(run, parallel)
+        describe(run, recompute, offloader, not_compiled)
         with watch.during("loading weights"):
-            progress = _start(run, adapters, optimizer)
+            progress = start_or_resume(run, adapters, optimizer)
         if progress.step >= flags.train_iters:
             logger.info("step %d of %d is already done; nothing to train", progress.step, flags.train_iters)
             return progress
@@ -91,144 +89,6 @@ def train(run: Run) -> Progress:
         return _steps(
             run, _Built(adapters, parallel, optimizer, log, watch, checks, _saver(run, stack), stop), progress
         )
-
-
-def _check_sizes(run: Run) -> None:
-    sizes = len(run.dataset.shapes())
-    if run.mesh.layout.pp_size > 1 and sizes > 1 and not run.flags.variable_seq_lengths:
-        raise ConfigError(
-            "CFG-046",
-            f"The features have {sizes} different sizes, and a pipeline sends tensors of one size.",
-            "Add --variable-seq-lengths, or train on features of one size.",
-        )
-
-
-def _check_compiled_sizes(run: Run) -> None:
-    sizes, pipeline = len(_token_counts(run)), run.mesh.layout.pp_size > 1
-    needed = graphs_needed(sizes, pipeline)
-    if run.flags.compile_blocks and needed > most_graphs():
-        raise ConfigError(
-            "CFG-068",
-            f"The features have {sizes} different numbers of tokens; --compile-blocks may need {needed} graphs of a "
-            f"function for them, and torch keeps {most_graphs()}.",
-            "Remove it, or train on features of fewer sizes.",
-        )
-
-
-def _why_not_compiled(run: Run) -> str | None:
-    """None where blocks are compiled; else why not, empty where it was not asked for. The same on every rank."""
-    if not run.flags.compile_blocks:
-        return ""
-    failures = run.comm.all_gather_object(probe(run.backend.device, training_dtype(run.flags)))
-    rank, reason = next(((rank, failure) for rank, failure in enumerate(failures) if failure is not None), (0, None))
-    if reason is not None and run.reports:
-        logger.warning("blocks run uncompiled: compiling one does not work on rank %d: %s", rank, reason)
-    return reason
-
-
-def _open_base(run: Run) -> AdapterRun | None:
-    path = run.flags.load_base_model
-    return None if run.lora is None or path is None else open_base(run.lora, Path(path), run.config, run.comm)
-
-
-def _build_model(run: Run, adapters: AdapterRun | None, run_blocks: BlockRunner, compiled: bool) -> ParallelModel:
-    flags = run.flags
-    value_of: ValueOf | None = None
-    if adapters is not None:
-        value_of = starting_values(adapters.plan, adapters.base, flags.seed)
-    elif flags.init_from_scratch:
-        value_of = partial(initial_value, seed=flags.seed)
-    return apply(
-        run.config,
-        run.mesh,
-        run.backend,
-        data_parallel_options(flags),
-        training_dtype(flags),
-        value_of,
-        run.zero,
-        run_blocks,
-        len(_token_counts(run)) if compiled else None,
-        adapters.plan.tuning() if adapters is not None else None,
-    )
-
-
-def _build_optimizer(run: Run, parallel: ParallelModel) -> Optimizer:
-    flags = run.flags
-    samples = run.global_batch_size
-    settings = AdamWSettings(
-        lr=flags.lr,
-        min_lr=flags.min_lr,
-        lr_decay_style=flags.lr_decay_style,
-        lr_warmup_init=flags.lr_warmup_init,
-        warmup_samples=flags.lr_warmup_iters * samples,
-        decay_samples=(flags.lr_decay_iters or flags.train_iters) * samples,
-        weight_decay=flags.weight_decay,
-        adam_beta1=flags.adam_beta1,
-        adam_beta2=flags.adam_beta2,
-        adam_eps=flags.adam_eps,
-        clip_grad=flags.clip_grad,
-    )
-    return make_optimizer(parallel, settings)
-
-
-def _step_shape(run: Run) -> StepShape:
-    dtype = training_dtype(run.flags)
-    return StepShape(run.flags.micro_batch_size, max(_token_counts(run)), run.num_microbatches, dtype)
-
-
-def _token_counts(run: Run) -> set[int]:
-    return {sample.num_tokens for sample in run.dataset.samples}
-
-
-def _describe(run: Run, recompute: Recompute | None, offloader: Offloader | None, not_compiled: str | None) -> None:
-    rows = start_table(
-        run.flags,
-        run.config,
-        run.mesh.layout,
-        run.zero,
-        run.dataset,
-        run.global_batch_size,
-        device=f"{run.backend.name()} ({run.backend.collective})",
-        attention=attention_name(
-            run.backend.device, training_dtype(run.flags), run.config.head_dim, max(_token_counts(run))
-        ),
-        recompute=recompute,
-        offloader=offloader,
-        not_compiled=not_compiled,
-        lora=run.lora,
-    )
-    for name, value in rows.items():
-        logger.info("%-11s %s", name, value)
-
-
-def _start(run: Run, adapters: AdapterRun | None, optimizer: Optimizer) -> Progress:
-    """Resume from `--save`, else from training checkpoints in `--load`, else start from the weights there."""
-    flags = run.flags
-    record = adapters.record if adapters is not None else None
-    # A folder of weights may have numbered folders too, as MindSpeed-MM's have; those of training have a manifest.
-    load = flags.load if flags.load is not None and is_training_checkpoint(Path(flags.load)) else None
-    for folder in (flags.save, None if flags.finetune else load):
-        latest = find_latest(Path(folder), flags.resume_policy, comm=run.comm) if folder is not None else None
-        if latest is None:
-            continue
-        progress = load_state(
-            latest,
-            optimizer,
-            run.config,
-            flags.seed,
-            run.comm,
-            with_optimizer=not flags.no_load_optim,
-            any_seed=flags.no_load_rng,
-            adapters=record,
-        )
-        logger.info("going on from %s: step %d, %d samples", latest, progress.step, progress.consumed_samples)
-        return progress
-    if adapters is not None:
-        if flags.load is not None:
-            load_adapters(Path(flags.load), adapters, optimizer, run.comm)
-    elif flags.load is not None:
-        load_weights(open_weights(Path(flags.load)), optimizer, run.config)
-    return Progress()
 
 
 def _metrics_log(run: Run, progress: Progress) -> MetricsLog:
