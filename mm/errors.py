@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 EXIT_NUMERICS = 17
+EXIT_REPLICAS = 18
 EXIT_CONFIG = 64
 EXIT_DATA = 65
 EXIT_INTERNAL = 70
@@ -83,6 +84,12 @@ class NumericsError(MMError):
     """A loss or gradient that is not finite."""
 
     exit_code = EXIT_NUMERICS
+
+
+class ReplicaError(MMError):
+    """Copies of the weights that have parted."""
+
+    exit_code = EXIT_REPLICAS
 
 
 class StoppedError(MMError):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from mm.parallel.apply import ParallelModel
 from mm.parallel.host_pool import make_offloader
 from mm.parallel.optimizer import Optimizer
 from mm.parallel.recompute import block_runner
+from mm.parallel.replicas import require_equal_replicas
 from mm.train.adapters import AdapterRun
 from mm.train.build import (
     build_model,
@@ -38,6 +40,7 @@ from mm.train.build import (
 from mm.train.checks import Checks
 from mm.train.flops import train_flops
 from mm.train.metrics import MetricsLog, StepMetrics
+from mm.train.numerics import NumericsGuard
 from mm.train.out_of_memory import MemoryWatch
 from mm.train.run import Run
 from mm.train.signals import StopRequest
@@ -127,37 +130,42 @@ class _Built:
 def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
     flags = run.flags
     flow = FlowMatching(run.model.diffusion)
+    guard = NumericsGuard(run, built.parallel, built.optimizer, flow, progress.skipped_steps)
     batches = _batches(run, progress)
     while progress.step < flags.train_iters:
-        started = time.monotonic()
+        started, step = time.monotonic(), progress.step + 1
+        mine = [next(batches) for _ in range(run.num_microbatches)]
         result = train_step(
             built.parallel,
             built.optimizer,
             flow,
-            [next(batches) for _ in range(run.num_microbatches)],
+            mine,
             samples=run.global_batch_size,
             seed=flags.seed,
             during=built.watch.during,
+            on_nonfinite=partial(guard.refused, step, batches=mine),
+            asked_to_stop=lambda: built.stop is not None and built.stop.received is not None,
         )
+        if result.updated:
+            guard.accepted(step, result.outcome, mine)
         if built.saver is not None:
             built.saver.check()
-        progress = Progress(progress.step + 1, progress.consumed_samples + run.global_batch_size)
-        built.log.write(_measure(run, result, progress, time.monotonic() - started))
-        due = flags.save_interval is not None and progress.step % flags.save_interval == 0
-        stopping = built.stop is not None and _any_rank_was_asked(run, built.stop)
-        if flags.save is not None and (due or stopping or progress.step == flags.train_iters):
+        progress = Progress(step, progress.consumed_samples + run.global_batch_size, guard.skipped)
+        built.log.write(_measure(run, result, progress, flow, mine, time.monotonic() - started))
+        if _is_due(flags.check_replica_hash_interval, step):
+            require_equal_replicas(built.parallel, step)
+        last, stopping = step == flags.train_iters, result.outcome.asked_to_stop
+        if flags.save is not None and (_is_due(flags.save_interval, step) or stopping or last):
             _save(run, built, Path(flags.save), progress)
-        if stopping and progress.step < flags.train_iters:  # a run that is at its end is done, not stopped
+        if stopping and not last:  # a run that is at its end is done, not stopped
             _stop(built, progress)
         with built.watch.during("evaluation and validation"):
-            built.checks.after(progress.step, built.parallel, built.log)
+            built.checks.after(step, built.parallel, built.log)
     return progress
 
 
-def _any_rank_was_asked(run: Run, stop: StopRequest) -> bool:
-    """Whether a signal has reached any process: all of them stop after the same step."""
-    mine = torch.tensor([float(stop.received is not None)], device=run.backend.device)
-    return bool(run.mesh.gather(mine).any())
+def _is_due(interval: int | None, step: int) -> bool:
+    return interval is not None and step % interval == 0
 
 
 def _stop(built: _Built, progress: Progress) -> None:
@@ -187,22 +195,34 @@ def _batches(run: Run, progress: Progress) -> Iterator[FeatureBatch]:
     )
 
 
-def _measure(run: Run, result: StepResult, progress: Progress, seconds: float) -> StepMetrics:
+def _measure(
+    run: Run,
+    result: StepResult,
+    progress: Progress,
+    flow: FlowMatching,
+    batches: Sequence[FeatureBatch],
+    seconds: float,
+) -> StepMetrics:
     replica_samples = run.global_batch_size // run.mesh.layout.dp_size
     flops = replica_samples * train_flops(run.config, result.tokens // replica_samples, frozen=run.lora is not None)
     devices_per_replica = run.comm.world_size // run.mesh.layout.dp_size
+    outcome = result.outcome
+    drawn = [flow.draw_timesteps(run.flags.seed, batch["sample"], batch["draw"])[1] for batch in batches]
     return StepMetrics(
         step=progress.step,
-        loss=result.loss,
-        loss_hex=result.loss.hex(),
-        grad_norm=result.grad_norm,
-        grad_norm_hex=result.grad_norm.hex(),
+        loss=outcome.loss,
+        loss_hex=outcome.loss.hex(),
+        grad_norm=outcome.grad_norm,
+        grad_norm_hex=outcome.grad_norm.hex(),
         lr=result.lr,
         consumed_samples=progress.consumed_samples,
         tokens_per_s=result.tokens * run.mesh.layout.dp_size / seconds,
         tflops=flops / devices_per_replica / seconds / 1e12,
         peak_memory_gb=run.backend.peak_memory_bytes() / 1e9,
         step_time_s=seconds,
+        skipped=not result.updated,
+        timesteps=tuple(round(t, 3) for t in torch.cat(drawn).tolist()),
+        sample_losses=tuple(outcome.losses[run.mesh.dp_rank].flatten().tolist()),
     )
 
 

@@ -16,6 +16,7 @@ Phase = Literal[
     "building the model",
     "loading weights",
     "forward and backward",
+    "reducing gradients",
     "the optimizer's update",
     "evaluation and validation",
 ]

@@ -35,10 +35,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: optimizer steps taken and samples seen."""
+    """How far a run has come: steps taken, samples seen, and steps whose update was left out (`--on-nonfinite`)."""
 
     step: int = 0
     consumed_samples: int = 0
+    skipped_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def state_of(
     scalars: dict[str, Any] = {
         "step": progress.step,
         "consumed_samples": progress.consumed_samples,
+        "skipped_steps": progress.skipped_steps,
         "seed": seed,
         # ranks of a stage without adapters have no count of their own
         "adam_step": max(comm.all_gather_object(optimizer.adam_step())) if with_optimizer else None,
@@ -133,7 +135,8 @@ def load_state(
         optimizer.set_adam_step(scalars["adam_step"])
     optimizer.masters_to_model()
     optimizer.set_progress(scalars["consumed_samples"])
-    return Progress(scalars["step"], scalars["consumed_samples"])
+    # checkpoints of earlier versions do not say it: no step could be skipped then
+    return Progress(scalars["step"], scalars["consumed_samples"], scalars.get("skipped_steps", 0))
 
 
 def load_weights(source: WeightSource, optimizer: Optimizer, config: WanConfig) -> None:
