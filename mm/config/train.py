@@ -166,6 +166,15 @@ class TrainFlags(MeshFlags):
     validation_images: str | None = Field(None, description="text file, one image a line, or first and last, for them")
     validation_config: str | None = Field(None, description="inference_model.json: encoders, size and sampler for them")
 
+    hang_timeout: float | None = Field(
+        None,
+        gt=0,
+        description="seconds without progress until the run names the suspect rank and ends; default: 120 or "
+        "ten steps, more while it starts and saves",
+    )
+    straggler_interval: int | None = Field(
+        50, ge=1, description="steps between comparisons of the ranks' own time, which name a slow one"
+    )
     log_interval: int = Field(1, ge=1, description="steps between console lines; metrics.jsonl has every step")
     tensorboard_dir: str | None = Field(None, description="TensorBoard folder; default: SAVE/tensorboard")
     no_progress_bar: bool = Field(False, description="console lines only")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ from mm.train.metrics import MetricsLog, StepMetrics
 from mm.train.numerics import NumericsGuard
 from mm.train.out_of_memory import MemoryWatch
 from mm.train.run import Run
-from mm.train.signals import StopRequest
+from mm.train.split import Phase
 from mm.train.state import Progress, state_of
 from mm.train.step import StepResult, train_step
 
@@ -64,7 +64,8 @@ def train(run: Run) -> Progress:
     """
     flags = run.flags
     check_sizes(run)
-    watch = MemoryWatch(Request(flags, run.model, run.zero, run.comm.world_size), run.backend, run.comm.rank)
+    memory = MemoryWatch(Request(flags, run.model, run.zero, run.comm.world_size), run.backend, run.comm.rank)
+    during = partial(_during, run, memory)
     with ExitStack() as stack:
         stack.enter_context(deterministic(flags.deterministic_mode))
         if flags.save is not None:
@@ -74,24 +75,28 @@ def train(run: Run) -> Progress:
         offloader = make_offloader(
             recompute, run.config, run.mesh, run.backend, step_shape(run), processes_of_node=run.processes_of_node
         )
-        watch.pinned_host = 0 if offloader is None else offloader.memory.nbytes
+        memory.pinned_host = 0 if offloader is None else offloader.memory.nbytes
         not_compiled = why_not_compiled(run)
         adapters = open_adapters(run)
         run_blocks = block_runner(recompute, offloader, run.backend.model_code)
-        with watch.during("building the model"):
-            watch.parallel = parallel = build_model(run, adapters, run_blocks, not_compiled is None)
-            watch.optimizer = optimizer = build_optimizer(run, parallel)
+        with during("building the model"):
+            memory.parallel = parallel = build_model(run, adapters, run_blocks, not_compiled is None)
+            memory.optimizer = optimizer = build_optimizer(run, parallel)
         describe(run, recompute, offloader, not_compiled)
-        with watch.during("loading weights"):
+        with during("loading weights"):
             progress = start_or_resume(run, adapters, optimizer)
         if progress.step >= flags.train_iters:
             logger.info("step %d of %d is already done; nothing to train", progress.step, flags.train_iters)
             return progress
         log = stack.enter_context(_metrics_log(run, progress))
-        stop = stack.enter_context(StopRequest()) if flags.save_on_signal else None
-        return _steps(
-            run, _Built(adapters, parallel, optimizer, log, watch, checks, _saver(run, stack), stop), progress
-        )
+        return _steps(run, _Built(adapters, parallel, optimizer, log, during, checks, _saver(run, stack)), progress)
+
+
+@contextmanager
+def _during(run: Run, memory: MemoryWatch, phase: Phase) -> Iterator[None]:
+    """Enter this around a phase: who hangs in it is named, and who runs out of memory in it."""
+    with run.watch.during(phase), memory.during(phase):
+        yield
 
 
 def _metrics_log(run: Run, progress: Progress) -> MetricsLog:
@@ -121,10 +126,9 @@ class _Built:
     parallel: ParallelModel
     optimizer: Optimizer
     log: MetricsLog
-    watch: MemoryWatch
+    during: Callable[[Phase], AbstractContextManager[None]]
     checks: Checks
     saver: BackgroundSaver | None
-    stop: StopRequest | None
 
 
 def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
@@ -132,9 +136,13 @@ def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
     flow = FlowMatching(run.model.diffusion)
     guard = NumericsGuard(run, built.parallel, built.optimizer, flow, progress.skipped_steps)
     batches = _batches(run, progress)
+    if run.stop is not None:
+        run.stop.steps_have_begun = True
     while progress.step < flags.train_iters:
         started, step = time.monotonic(), progress.step + 1
-        mine = [next(batches) for _ in range(run.num_microbatches)]
+        run.watch.begin_step(step)
+        with built.during("waiting for data"):
+            mine = [next(batches) for _ in range(run.num_microbatches)]
         result = train_step(
             built.parallel,
             built.optimizer,
@@ -142,9 +150,9 @@ def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
             mine,
             samples=run.global_batch_size,
             seed=flags.seed,
-            during=built.watch.during,
+            during=built.during,
             on_nonfinite=partial(guard.refused, step, batches=mine),
-            asked_to_stop=lambda: built.stop is not None and built.stop.received is not None,
+            asked_to_stop=lambda: run.stop is not None and run.stop.received is not None,
         )
         if result.updated:
             guard.accepted(step, result.outcome, mine)
@@ -156,10 +164,11 @@ def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
             require_equal_replicas(built.parallel, step)
         last, stopping = step == flags.train_iters, result.outcome.asked_to_stop
         if flags.save is not None and (_is_due(flags.save_interval, step) or stopping or last):
-            _save(run, built, Path(flags.save), progress)
+            with built.during("saving"):
+                _save(run, built, Path(flags.save), progress)
         if stopping and not last:  # a run that is at its end is done, not stopped
-            _stop(built, progress)
-        with built.watch.during("evaluation and validation"):
+            _stop(run, built, progress)
+        with built.during("evaluation and validation"):
             built.checks.after(step, built.parallel, built.log)
     return progress
 
@@ -168,10 +177,11 @@ def _is_due(interval: int | None, step: int) -> bool:
     return interval is not None and step % interval == 0
 
 
-def _stop(built: _Built, progress: Progress) -> None:
+def _stop(run: Run, built: _Built, progress: Progress) -> None:
     if built.saver is not None:
-        built.saver.finish()
-    by = built.stop.received if built.stop is not None else None
+        with built.during("saving"):
+            built.saver.finish()
+    by = run.stop.received if run.stop is not None else None
     raise StoppedError(
         "RUN-001",
         f"Stopped by {by or 'a signal to another process'} after step {progress.step}, which is saved.",
