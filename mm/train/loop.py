@@ -46,6 +46,7 @@ from mm.train.run import Run
 from mm.train.split import Phase
 from mm.train.state import Progress, state_of
 from mm.train.step import StepResult, train_step
+from mm.train.stragglers import Stragglers
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +136,7 @@ def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
     flags = run.flags
     flow = FlowMatching(run.model.diffusion)
     guard = NumericsGuard(run, built.parallel, built.optimizer, flow, progress.skipped_steps)
+    stragglers = Stragglers(run.watch, run.mesh, run.backend.device)
     batches = _batches(run, progress)
     if run.stop is not None:
         run.stop.steps_have_begun = True
@@ -160,6 +162,8 @@ def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
             built.saver.check()
         progress = Progress(step, progress.consumed_samples + run.global_batch_size, guard.skipped)
         built.log.write(_measure(run, result, progress, flow, mine, time.monotonic() - started))
+        if run.comm.world_size > 1 and _is_due(flags.straggler_interval, step):
+            stragglers.compare(step)
         if _is_due(flags.check_replica_hash_interval, step):
             require_equal_replicas(built.parallel, step)
         last, stopping = step == flags.train_iters, result.outcome.asked_to_stop
