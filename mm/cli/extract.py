@@ -53,6 +53,7 @@ def main(argv: Sequence[str]) -> None:
             device=backend.device,
             overwrite=flags.overwrite,
             num_workers=flags.num_workers,
+            decode_timeout=flags.decode_timeout,
             rank=job.rank,
             world_size=job.world_size,
             barrier=job.barrier,

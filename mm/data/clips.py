@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from mm.data.files import raise_limited
 from mm.data.metadata import VideoSample
 from mm.data.transforms import resize_and_crop
 from mm.data.video import VideoInfo, probe, read_frames
+from mm.data.workers import Parcel, read_in_order, room
 from mm.errors import DataError, Problem
 from mm.rng import generator
 
@@ -49,6 +50,41 @@ def load_clip(sample: VideoSample, preprocess: RawPreprocess, seed: int) -> Clip
     size = preprocess.max_height, preprocess.max_width
     frames = torch.cat([resize_and_crop(chunk, *size) for chunk in chunks])
     return Clip(frames.transpose(0, 1).contiguous(), indices[0])
+
+
+@dataclass(frozen=True)
+class _ReadClip:
+    """`load_clip` in a process of its own."""
+
+    preprocess: RawPreprocess
+    seed: int
+
+    def __call__(self, sample: VideoSample, /) -> Parcel:
+        clip = load_clip(sample, self.preprocess, self.seed)
+        return Parcel({"pixels": clip.pixels}, {"start": clip.start})
+
+    def describe(self, sample: VideoSample, /) -> str:
+        return str(sample.file)
+
+
+def read_clips(
+    samples: Sequence[VideoSample], preprocess: RawPreprocess, seed: int, *, num_workers: int, time_limit: float
+) -> Generator[Clip | DataError]:
+    """The clips of samples, in order, read ahead by `num_workers` processes.
+
+    A sample whose clip cannot be read gives the error that `load_clip` raises, DATA-070 when it takes longer than
+    `time_limit` seconds, or DATA-071 when its reader died twice.
+    """
+    shape = 3, preprocess.num_frames, preprocess.max_height, preprocess.max_width
+    outcomes = read_in_order(
+        _ReadClip(preprocess, seed),
+        samples,
+        num_workers=num_workers,
+        time_limit=time_limit,
+        buffer_bytes=room(shape),
+    )
+    for _, outcome in outcomes:
+        yield outcome if isinstance(outcome, DataError) else Clip(outcome.tensors["pixels"], outcome.facts["start"])
 
 
 def choose_frames(sample: VideoSample, num_available: int, preprocess: RawPreprocess, seed: int) -> range:

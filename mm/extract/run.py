@@ -7,8 +7,8 @@ The first process writes the list of samples when all are on disk; where the lis
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mm.config.data import TEMPORAL_STRIDE, ExtractData, data_sources
 from mm.config.extract import ExtractAutoencoder, ExtractModel, ExtractTools, extraction_task
 from mm.config.model import CLIP_TOKEN_LEN, IMAGES, ModelType
-from mm.data.clips import Clip, check_announced_lengths, load_clip
+from mm.data.clips import Clip, check_announced_lengths, read_clips
 from mm.data.features import (
     EMPTY_PROMPT,
     EMPTY_PROMPT_ID,
@@ -84,6 +84,7 @@ def extract(
     device: torch.device,
     overwrite: bool = False,
     num_workers: int = 2,
+    decode_timeout: float = 120.0,
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = _alone,
@@ -95,7 +96,7 @@ def extract(
         seed: decides starts of clips and choices between captions.
         device: where the encoders run.
         overwrite: replace features of another recipe instead of refusing.
-        num_workers: clips that are read ahead.
+        num_workers: processes that read clips ahead. decode_timeout: seconds for one clip.
         rank, world_size: this process and how many there are; they take every `world_size`-th sample.
         barrier: returns when all processes have called it.
 
@@ -124,7 +125,7 @@ def extract(
         encoders = _Encoders(data, model, task, device)
         if empty_is_missing:
             write_feature(empty_file, encoders.text_only(""), empty, recipe.max_text_tokens)
-        _encode_all(todo, encoders, data, seed, num_workers, len(mine), show_progress=rank == 0)
+        _encode_all(todo, encoders, data, seed, num_workers, decode_timeout, len(mine), show_progress=rank == 0)
     barrier()
     if rank == 0:
         _commit(store, everything, empty, recipe)
@@ -239,35 +240,26 @@ def _encode_all(
     data: ExtractData,
     seed: int,
     num_workers: int,
+    decode_timeout: float,
     num_mine: int,
     show_progress: bool,
 ) -> None:
     bar = tqdm(total=num_mine, initial=num_mine - len(todo), desc="features", unit="sample", disable=not show_progress)
     text_len = data.dataset_param.tokenizer_config.model_max_length
     with bar:
-        for task, clip in _read_ahead(todo, data, seed, num_workers):
-            write_feature(task.file, encoders.encode(clip, task.caption), task.origin, text_len)
-            bar.update()
-
-
-def _read_ahead(todo: Sequence[Task], data: ExtractData, seed: int, num_workers: int) -> Iterator[tuple[Task, Clip]]:
-    """The tasks with their clips, in order, while `num_workers` threads read the next ones.
-
-    Threads, because the decoders work without Python's lock and a clip is too large to pass between processes.
-    """
-    with ThreadPoolExecutor(num_workers) as pool:
-        waiting: list[tuple[Task, Future[Clip]]] = []
-        try:
-            for task in todo:
-                future = pool.submit(load_clip, task.sample, data.dataset_param.preprocess_parameters, seed)
-                waiting.append((task, future))
-                if len(waiting) > num_workers:
-                    first, clip = waiting.pop(0)
-                    yield first, clip.result()
-            for task, future in waiting:
-                yield task, future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        clips = read_clips(
+            [task.sample for task in todo],
+            data.dataset_param.preprocess_parameters,
+            seed,
+            num_workers=num_workers,
+            time_limit=decode_timeout,
+        )
+        with closing(clips):
+            for task, clip in zip(todo, clips, strict=True):
+                if isinstance(clip, DataError):
+                    raise clip
+                write_feature(task.file, encoders.encode(clip, task.caption), task.origin, text_len)
+                bar.update()
 
 
 def _commit(store: Path, tasks: Sequence[Task], empty: Origin, recipe: Recipe) -> None:
