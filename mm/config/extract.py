@@ -123,6 +123,7 @@ class ExtractFlags(Flags):
     seed: int = Field(1234, ge=0, description="seed of the clip's start in a longer video and of the caption in a list")
     num_workers: int = Field(2, ge=1, description="videos that each process reads ahead, in processes of their own")
     decode_timeout: float = Field(120.0, gt=0, description="seconds to read one clip; a decoder that hangs is ended")
+    on_bad_sample: str = Field("fail", description="a clip that cannot be read: fail, or skip:max=0.1% of all clips")
     overwrite: bool = Field(False, description="replace features that were made with another recipe")
     device: Literal["cpu", "cuda", "npu"] | None = Field(None, description="kind of device; default: the best there is")
     distributed_timeout_minutes: int = Field(1440, ge=1, description="how long a process waits for slower ones")

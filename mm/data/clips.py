@@ -122,22 +122,14 @@ def choose_frames(sample: VideoSample, num_available: int, preprocess: RawPrepro
     return range(start, start + (length - 1) * interval + 1, interval)
 
 
-def check_announced_lengths(samples: Sequence[VideoSample], preprocess: RawPreprocess) -> None:
-    """Refuse videos that are too short by their own annotation, before hours of work lead to them.
+def check_announced_length(sample: VideoSample, preprocess: RawPreprocess) -> None:
+    """Refuse a video that is too short by its own annotation, before hours of work lead to it.
 
     Raises:
-        DataError: DATA-004, all such videos at once.
+        DataError: DATA-004.
     """
-    problems: list[Problem] = []
-    for sample in samples:
-        announced = sample.annotation.num_frames
-        if announced is None or sample.annotation.cut is not None:
-            continue
-        try:
-            choose_frames(sample, announced, preprocess, seed=0)
-        except DataError as error:
-            problems += error.problems
-    raise_limited(problems)
+    if sample.annotation.num_frames is not None and sample.annotation.cut is None:
+        choose_frames(sample, sample.annotation.num_frames, preprocess, seed=0)
 
 
 def check_annotation(sample: VideoSample, info: VideoInfo) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
@@ -172,10 +173,13 @@ def read_header(path: Path) -> Header:
     """Read what a feature file says of itself, and check that its size is what the header promises.
 
     Raises:
-        DataError: DATA-011 when the file is missing, cut off or no feature file.
+        DataError: DATA-011 when the file is missing, cut off or no feature file, DATA-072 when it cannot be read.
     """
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
+            raise ValueError("it is no regular file")
+        size = status.st_size
         with open(path, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if not 0 < length <= min(_MAX_HEADER_BYTES, size - 8):
@@ -188,7 +192,9 @@ def read_header(path: Path) -> Header:
         tensors = {name: (str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in entries.items()}
         origin = Origin(about["sample"], about["recipe"], about["caption"], about["video"])
         return Header(tensors, origin, int(about["start_frame"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError("DATA-011", f"{path} is no complete feature file ({error}).", _EXTRACT_AGAIN) from None
 
 
@@ -211,10 +217,11 @@ def read_feature(path: Path, model: WanConfig, origin: tuple[str, str] | None = 
         origin: (sample id, recipe key) that it must have, when known.
 
     Raises:
-        DataError: DATA-011 for a damaged file, DATA-012 for tensors that are missing or of the wrong kind or shape,
-            DATA-013 for NaN or Infinity, DATA-016 for the features of another sample or recipe, DATA-017 for a
-            caption longer than the model's text length, DATA-046 for features of another task, DATA-047 for a clip
-            that is no longer than its images, DATA-048 for images of another encoder than the model takes.
+        DataError: DATA-011 for a damaged file, DATA-072 for one that cannot be read, DATA-012 for tensors that are
+            missing or of the wrong kind or shape, DATA-013 for NaN or Infinity, DATA-016 for the features of another
+            sample or recipe, DATA-017 for a caption longer than the model's text length, DATA-046 for features of
+            another task, DATA-047 for a clip that is no longer than its images, DATA-048 for images of another encoder
+            than the model takes.
     """
     header = read_header(path)
     if origin is not None and (header.origin.sample, header.origin.recipe) != origin:
@@ -224,7 +231,9 @@ def read_feature(path: Path, model: WanConfig, origin: tuple[str, str] | None = 
     raise_limited(_header_problems(header, path, model))
     try:
         tensors = load(path.read_bytes())
-    except (OSError, SafetensorError, KeyError) as error:
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except (SafetensorError, KeyError) as error:
         raise DataError("DATA-011", f"{path} cannot be read ({error}).", _EXTRACT_AGAIN) from None
     _require_finite(tensors, path, _EXTRACT_AGAIN)
     length = len(tensors["prompt"])
@@ -358,6 +367,13 @@ def _image_problems(header: Header, path: Path, model: WanConfig) -> Iterator[Pr
         if header.tensors[name][1] != shape:
             found = list(header.tensors[name][1])
             yield Problem("DATA-048", f"{path}: {name} is {found}, the model takes {list(shape)}.", remedy)
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    """DATA-011 for a file that is not there, DATA-072 for one that this machine cannot read."""
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return DataError("DATA-011", f"{path} does not exist.", _EXTRACT_AGAIN)
+    return DataError("DATA-072", f"{path} cannot be read ({error}).", "Check its permissions and the disk it is on.")
 
 
 def _require_finite(tensors: dict[str, Tensor], path: Path, remedy: str) -> None:
