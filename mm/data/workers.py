@@ -249,7 +249,8 @@ class _Reader(Generic[JobT]):
 
 def _serve(work: Work[Any], connection: Connection, buffer: Any) -> None:
     """A reader's life: jobs in, answers out, until the process that wants them is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who started readers ends them
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # often sent to a whole group; the parent decides
+        signal.signal(name, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     connection.send_bytes(_READY)
     while True:

@@ -111,6 +111,20 @@ def test_a_reader_killed_between_jobs_costs_nothing(tmp_path: Path) -> None:
         assert numbers(outcomes) == [1, 2, 3, 4, 5]
 
 
+def test_signals_that_a_launcher_sends_to_everybody_are_the_parents_affair(tmp_path: Path) -> None:
+    with closing(read(tmp_path, (("read", number) for number in range(6)), 1)) as outcomes:
+        _, first = next(outcomes)
+        server = psutil.Process(first.facts["process"]).parent()
+        assert server is not None and server.pid != os.getpid()
+        for process in (first.facts["process"], server.pid):
+            os.kill(process, signal.SIGTERM)
+        os.kill(first.facts["process"], signal.SIGUSR1)
+        wait_for(lambda: server.status() == psutil.STATUS_ZOMBIE)
+        others = [outcome.facts["process"] for _, outcome in outcomes]
+    assert others == [first.facts["process"]] * 5
+    assert numbers(read(tmp_path, [("read", 0)])) == [0], "a fork server that is gone is started again"
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_another_job_may_take_the_place_of_one(num_workers: int, tmp_path: Path) -> None:
     def again(job: tuple[str, int], outcome: Outcome) -> tuple[str, int] | None:
