@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 from tabulate import tabulate
 
+from mm.cli import doctor_data
 from mm.cli.entry import run
 from mm.config.base import load
 from mm.config.data import load_train_data
@@ -48,6 +49,9 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: what `mm train` raises before it starts; CFG-047 for a rank, a size or a check that does not exist.
     """
+    if argv and argv[0] == "data":
+        doctor_data.main(argv[1:])
+        return
     flags = parse_flags(DoctorFlags, argv, program="mm doctor", retired=RETIRED_TRAIN_FLAGS)
     model = load(PretrainModel, Path(flags.mm_model))
     clip = load_train_data(Path(flags.mm_data)).dataset_param.preprocess_parameters

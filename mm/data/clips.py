@@ -43,13 +43,18 @@ def load_clip(sample: VideoSample, preprocess: RawPreprocess, seed: int) -> Clip
         DataError: what `mm.data.video` raises, DATA-004 when the video is too short, DATA-005 when it is not what its
             annotation says.
     """
-    info = probe(sample.file)
-    check_annotation(sample, info)
-    indices = choose_frames(sample, info.num_frames, preprocess, seed)
+    info, indices = _clip_frames(sample, preprocess, seed)
     chunks = read_frames(sample.file, info, indices, preprocess.video_reader_type)
     size = preprocess.max_height, preprocess.max_width
     frames = torch.cat([resize_and_crop(chunk, *size) for chunk in chunks])
     return Clip(frames.transpose(0, 1).contiguous(), indices[0])
+
+
+def _clip_frames(sample: VideoSample, preprocess: RawPreprocess, seed: int) -> tuple[VideoInfo, range]:
+    """What the video holds and which of its frames are taken."""
+    info = probe(sample.file)
+    check_annotation(sample, info)
+    return info, choose_frames(sample, info.num_frames, preprocess, seed)
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,27 @@ def read_clips(
     )
     for _, outcome in outcomes:
         yield outcome if isinstance(outcome, DataError) else Clip(outcome.tensors["pixels"], outcome.facts["start"])
+
+
+@dataclass(frozen=True)
+class CheckClip:
+    """Reads what `load_clip` would and keeps nothing; `quick` stops before any frame of the clip is decoded."""
+
+    preprocess: RawPreprocess
+    seed: int
+    quick: bool
+
+    def __call__(self, sample: VideoSample, /) -> Parcel:
+        """Raises what `load_clip` raises."""
+        if self.quick:
+            _clip_frames(sample, self.preprocess, self.seed)
+        else:
+            load_clip(sample, self.preprocess, self.seed)
+        return Parcel({}, {})
+
+    def describe(self, sample: VideoSample, /) -> str:
+        """The video."""
+        return str(sample.file)
 
 
 def choose_frames(sample: VideoSample, num_available: int, preprocess: RawPreprocess, seed: int) -> range:

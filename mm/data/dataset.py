@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mm.config.data import TrainData, data_sources
+from mm.config.data import DataSource, TrainData, data_sources
 from mm.config.model import WanConfig
-from mm.data.features import EMPTY_PROMPT_ID, LISTING, OTHER_TASK, FeatureStore, open_store, read_feature
+from mm.data.features import EMPTY_PROMPT_ID, LISTING, OTHER_TASK, read_feature
 from mm.data.files import resolve_inside
+from mm.data.listing import FeatureStore, open_store
 from mm.data.recipe import Recipe, check_recipe, expected_in_training, load_recipe
 from mm.errors import DataError
 
@@ -162,14 +163,26 @@ def open_features(data: TrainData, model: WanConfig) -> FeatureDataset:
     """Open the stores that feature_data.json names.
 
     Raises:
+        ConfigError, DataError: what `checked_sources` raises.
+        DataError: DATA-010, DATA-011 or DATA-064 for a store that is incomplete, DATA-046 for a sample of another task
+            than its store.
+    """
+    sources = checked_sources(data, model)
+    stores = [open_store(source.folder, source.annotation, recipe.key, recipe.task) for source, recipe in sources]
+    return FeatureDataset(stores, model)
+
+
+def checked_sources(data: TrainData, model: WanConfig) -> list[tuple[DataSource, Recipe]]:
+    """The stores that feature_data.json names, with their recipes, before any listing is read.
+
+    Raises:
         ConfigError: what `mm.config.data.data_sources` raises.
-        DataError: DATA-010, DATA-011 or DATA-064 for a store that is incomplete, DATA-014 when its recipe is not what
-            feature_data.json says, or when two stores were made with different encoders, DATA-046 when a store or a
-            sample in it is of another task than the model.
+        DataError: DATA-010 for a folder that is no store, DATA-014 when its recipe is not what feature_data.json says,
+            or when two stores were made with different encoders, DATA-046 when a store is of another task than the
+            model.
     """
     expected = expected_in_training(data)
-    stores: list[FeatureStore] = []
-    first: Recipe | None = None
+    found: list[tuple[DataSource, Recipe]] = []
     for source in data_sources(data.dataset_param.basic_parameters, LISTING):
         recipe = load_recipe(source.folder)
         if recipe.task != model.model_type:
@@ -177,8 +190,8 @@ def open_features(data: TrainData, model: WanConfig) -> FeatureDataset:
             raise DataError("DATA-046", message, OTHER_TASK)
         remedy = "Correct preprocess_parameters or tokenizer_config, or extract the features again with these values."
         check_recipe(source.folder, recipe, expected, remedy)
-        first = first or recipe
+        first = found[0][1] if found else recipe
         encoders = {name: getattr(first, name) for name in ENCODER_FIELDS}
         check_recipe(source.folder, recipe, encoders, "Extract all data sets with the same weights as the first.")
-        stores.append(open_store(source.folder, source.annotation, recipe.key, recipe.task))
-    return FeatureDataset(stores, model)
+        found.append((source, recipe))
+    return found

@@ -13,16 +13,15 @@ from mm.data.features import (
     EMPTY_PROMPT,
     FEATURES,
     LISTING,
-    FeatureRow,
     Origin,
     feature_name,
     is_complete,
     read_header,
     text_hash,
     video_fingerprint,
-    write_listing,
 )
 from mm.data.files import raise_limited, read_rows, remove_temporaries
+from mm.data.listing import FeatureRow, write_listing
 from mm.data.metadata import CheckedRow, VideoSample
 from mm.data.recipe import RECIPE_FILE, Recipe, check_recipe, load_recipe, save_recipe
 from mm.errors import DataError, Problem
