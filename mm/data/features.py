@@ -166,6 +166,8 @@ def read_header(path: Path) -> Header:
         if size != 8 + length + end:
             raise ValueError(f"it has {size} bytes, its header promises {8 + length + end}")
         tensors = {name: (str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in entries.items()}
+        if any(size < 0 for _, shape in tensors.values() for size in shape):
+            raise ValueError("a tensor has a negative size")
         origin = Origin(about["sample"], about["recipe"], about["caption"], about["video"])
         return Header(tensors, origin, int(about["start_frame"]))
     except OSError as error:
