@@ -9,8 +9,9 @@ hangs or dies, always stops the run: other ranks may have read that very file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mm.config.bad_samples import OnBadSample
 from mm.errors import DataError, Problem
@@ -55,6 +56,24 @@ def check_replaced(num_replaced: int, consumed_samples: int, num_samples: int, p
             f"{num_samples} samples allows {allowed}.",
             "See the log for their names; mm doctor data lists all of them and writes a list without them.",
         )
+
+
+def replaced_in_step(
+    dp_rank: int, samples: Sequence[str], replaced: Sequence[str], gather: Callable[[object], list[Any]]
+) -> int:
+    """How many samples of a step were replaced in all replicas, having seen that ranks of a replica read the same.
+
+    Args:
+        dp_rank: this rank's replica.
+        samples, replaced: ids of its micro-batches' samples in order, and of those that were to be there.
+        gather: gives what every rank hands in, on all of them, each of which calls this.
+
+    Raises:
+        DataError: DATA-075, on all ranks.
+    """
+    everyone = gather((dp_rank, list(samples), len(replaced)))
+    check_same_samples((replica, read) for replica, read, _ in everyone)
+    return sum({replica: count for replica, _, count in everyone}.values())
 
 
 def check_same_samples(samples_of_ranks: Iterable[tuple[int, Sequence[str]]]) -> None:

@@ -251,6 +251,8 @@ def _serve(work: Work[Any], connection: Connection, buffer: Any) -> None:
     """A reader's life: jobs in, answers out, until the process that wants them is gone."""
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # often sent to a whole group; the parent decides
         signal.signal(name, signal.SIG_IGN)
+    with suppress(OSError):  # Linux: where memory runs out a reader goes first, which can be replaced
+        Path("/proc/self/oom_score_adj").write_text("1000")
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     connection.send_bytes(_READY)
     while True:

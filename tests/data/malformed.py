@@ -2,7 +2,7 @@
 
     python -c "import sys, malformed; malformed.run_group(sys.argv[1], sys.argv[2])" GROUP FOLDER
 
-prints one JSON object a case: its name, the exit code, the ids of the errors told, and all that was told. Every case has
+prints one JSON object a case: its name, the exit code, the ids of the errors told, and all that was told. Each case has
 ten seconds; the process dies of SIGALRM in one that hangs. What each must come to stands in docs/data.md.
 """
 

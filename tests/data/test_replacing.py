@@ -15,7 +15,7 @@ from test_feature_store import MODEL, train_data, write_store
 from mm.config.bad_samples import FAIL, OnBadSample, parse_on_bad_sample
 from mm.data.dataset import FeatureDataset, open_features
 from mm.data.loader import FeatureBatch, feature_batches
-from mm.data.replacing import check_replaced, check_same_samples
+from mm.data.replacing import check_replaced, check_same_samples, replaced_in_step
 from mm.data.sampler import BatchPlan, epoch_order
 from mm.errors import ConfigError, DataError
 
@@ -143,6 +143,23 @@ def test_ranks_of_a_replica_must_read_the_same() -> None:
     check_same_samples([(0, ["a", "b"]), (0, ["a", "b"]), (1, ["c", "d"]), (1, ["c", "d"])])
     with pytest.raises(DataError, match="DATA-075: Ranks of replica 1 read different samples: d and e"):
         check_same_samples([(0, ["a", "b"]), (1, ["c", "d"]), (0, ["a", "b"]), (1, ["c", "e"])])
+
+
+def test_a_step_is_counted_once_for_each_replica() -> None:
+    ranks = [(0, ["a", "b"], ["x"]), (0, ["a", "b"], ["x"]), (1, ["c", "d"], ["y", "z"]), (1, ["c", "d"], ["y", "z"])]
+    everyone = [(rank, samples, len(replaced)) for rank, samples, replaced in ranks]
+    for rank, samples, replaced in ranks:
+        seen: list[object] = []
+
+        def gather(mine: object, seen: list[object] = seen) -> list[Any]:
+            seen.append(mine)
+            return everyone
+
+        assert replaced_in_step(rank, samples, replaced, gather) == 3
+        assert seen == [(rank, samples, len(replaced))]
+    everyone[3] = (1, ["c", "e"], 1)
+    with pytest.raises(DataError, match="DATA-075"):
+        replaced_in_step(0, ["a", "b"], ["x"], lambda mine: everyone)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

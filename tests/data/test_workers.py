@@ -80,6 +80,8 @@ def test_readers_live_on_and_are_gone_at_the_end(tmp_path: Path) -> None:
     with closing(read(tmp_path, (("read", number) for number in count()), 2)) as outcomes:
         seen = [outcome.facts["process"] for _, outcome in islice(outcomes, 40)]
         assert len(set(seen)) == 2
+        scores = {int(Path(f"/proc/{process}/oom_score_adj").read_text()) for process in seen}
+        assert scores == {1000}, "the kernel takes a reader first"
     assert not any(psutil.pid_exists(process) for process in seen)
 
 
