@@ -12,9 +12,9 @@ from typing import Generic, TypeVar
 from mm.config.data import DataSource, RawPreprocess, TrainData
 from mm.config.model import WanConfig
 from mm.data.clips import CheckClip, check_announced_length
-from mm.data.dataset import FeaturePlace, checked_sources, read_sample
+from mm.data.dataset import FeatureDataset, FeaturePlace, checked_sources, read_sample
 from mm.data.files import Row, RowList, split_rows
-from mm.data.listing import RowChecker
+from mm.data.listing import FeatureStore, RowChecker
 from mm.data.metadata import VideoSample, check_row
 from mm.data.workers import Parcel, Work, read_in_order
 from mm.errors import DataError, Problem
@@ -133,9 +133,13 @@ def check_features(
         num_workers, time_limit, done: as in `check_videos`.
 
     Raises:
-        DataError: what `mm.data.dataset.checked_sources` raises, DATA-010 for a listing of which no row can be told.
+        DataError: what `mm.data.dataset.checked_sources` raises, DATA-010 for a listing of which no row can be told,
+            DATA-016 or what else is wrong with the empty prompt where captions are to be dropped.
     """
     sources = checked_sources(data, model)
+    if data.dataset_param.preprocess_parameters.cfg > 0:
+        first, recipe = sources[0]
+        FeatureDataset([FeatureStore(first.folder, [], recipe.key)], model).empty_prompt()
     lists = [CheckedList(source, split_rows(source.annotation, "DATA-010")) for source, _ in sources]
     jobs: list[_Job[FeaturePlace]] = []
     for data_set, (checked, (source, recipe)) in enumerate(zip(lists, sources, strict=True)):

@@ -74,12 +74,16 @@ def feature_batches(
         on_bad_sample: whether samples with damaged files are replaced; see `mm.data.replacing`.
 
     Raises:
-        DataError: DATA-015 at once when samples of different shapes would have to share a micro-batch, DATA-016 for a
-            missing empty prompt; while iterating, what reading a sample raises, DATA-070 and DATA-071 for a reader that
-            hangs or dies twice, DATA-074 when more samples of an epoch are replaced than allowed in this replica alone.
+        DataError: DATA-015 at once when samples of different shapes would have to share a micro-batch, and what
+            `FeatureDataset.empty_prompt` raises if captions are to be dropped; while iterating, what reading a sample
+            raises, DATA-070 and DATA-071 for a reader that hangs or dies twice, DATA-074 when more samples of an epoch
+            are replaced than allowed in this replica alone.
     """
     _require_one_shape(dataset, plan.micro_batch_size)
-    empty = dataset.empty_prompt_file() if caption_dropout > 0 else None
+    empty = None
+    if caption_dropout > 0:
+        dataset.empty_prompt()  # a damaged one is told now, and not when a caption happens to be dropped
+        empty = dataset.empty_prompt_file()
     draws = _Draws(dataset, seed, caption_dropout, shuffle, on_bad_sample)
     sampler = MicroBatchSampler(plan, len(dataset), seed, consumed_samples, shuffle)
     outcomes = read_in_order(

@@ -235,7 +235,7 @@ class _Reader(Generic[JobT]):
         assert self._process is not None  # noqa: S101  it has died
         self._process.join(_END_SECONDS)
         code = self._process.exitcode
-        how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        how = _signal_name(-code) if code is not None and code < 0 else f"exit code {code}"
         self.close()
         free = f"{psutil.virtual_memory().available / 2**30:.1f} GiB of memory"
         if _SHARED_MEMORY.exists():
@@ -245,6 +245,11 @@ class _Reader(Generic[JobT]):
             f"{self._work.describe(self.job)}: the process that read it died twice, of {how}; {free} are free.",
             "After SIGKILL or SIGBUS lower --num-workers or free memory; if it is always this file, replace it.",
         )
+
+
+def _signal_name(number: int) -> str:
+    known = {member.value: member.name for member in signal.Signals}
+    return known.get(number, f"signal {number}")
 
 
 def _serve(work: Work[Any], connection: Connection, buffer: Any) -> None:

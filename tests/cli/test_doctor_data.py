@@ -158,6 +158,15 @@ def test_features(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     data = home / "configs" / "feature_data.json"
     assert run(doctor_data.main, ["--mm-data", str(data), *words]) == 0
     assert "16 samples, all of them can be used" in capsys.readouterr().out
+    empty = home / "features" / "features" / "empty_prompt.safetensors"
+    content = empty.read_bytes()
+    empty.write_bytes(content[:-1])
+    loaded = json.loads(data.read_text())
+    loaded["dataset_param"]["preprocess_parameters"]["cfg"] = 0.1
+    data.write_text(json.dumps(loaded))
+    assert run(doctor_data.main, ["--mm-data", str(data), *words]) == 65
+    assert "error DATA-011: " in capsys.readouterr().err
+    empty.write_bytes(content)
     files = sorted((home / "features" / "features").glob("0*"))
     files[3].write_bytes(files[3].read_bytes()[:-7])
     files[5].unlink()
@@ -169,7 +178,6 @@ def test_features(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     clean = tmp_path / "out" / "data.clean.jsonl"
     expected = [line for number, line in enumerate(before, start=1) if number not in bad]
     assert clean.read_text().splitlines(keepends=True) == expected
-    loaded = json.loads(data.read_text())
     loaded["dataset_param"]["basic_parameters"] = {"data_path": str(clean), "data_folder": str(home / "features")}
     data.write_text(json.dumps(loaded))
     wan = load(PretrainModel, home / "configs" / "pretrain_model.json").predictor.wan()

@@ -254,6 +254,25 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path, weights: Path) -> None:
     assert all(bool(torch.isfinite(dataset[index]["latents"]).all()) for index in range(40))
 
 
+def test_ctrl_c_is_one_word_and_leaves_no_process(tmp_path: Path, weights: Path) -> None:
+    rows = [{"path": f"{index}.mp4", "cap": "a red circle"} for index in range(40)]
+    annotation = write_data_set(tmp_path / "set", rows, num_frames=9)
+    files = write_files(tmp_path, weights, annotation, tmp_path / "set", tmp_path / "store")
+    command = [sys.executable, "-m", "mm.cli.extract", *words(files), "--device", "cpu"]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    features = tmp_path / "store" / "features"
+    while not list(features.glob("[0-9]*")) and process.poll() is None:
+        time.sleep(0.001)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert sum(map(is_reader, family)) == 2
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and told.splitlines()[-1] == "interrupted" and "Traceback" not in told
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    assert not list(features.glob(".tmp*")) and not (tmp_path / "store" / "data.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "keys", "value", "said"),
     [
