@@ -47,7 +47,7 @@ def load_clip(sample: VideoSample, preprocess: RawPreprocess, seed: int) -> Clip
     chunks = read_frames(sample.file, info, indices, preprocess.video_reader_type)
     size = preprocess.max_height, preprocess.max_width
     frames = torch.cat([resize_and_crop(chunk, *size) for chunk in chunks])
-    return Clip(frames.transpose(0, 1).contiguous(), indices[0])
+    return Clip(frames.transpose(0, 1), indices[0])
 
 
 def _clip_frames(sample: VideoSample, preprocess: RawPreprocess, seed: int) -> tuple[VideoInfo, range]:
