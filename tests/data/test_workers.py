@@ -175,6 +175,27 @@ def test_nothing_is_left_behind(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "err").read_text().count("Traceback") == (name == "SIGINT"), "only the parent's own"
 
 
+LITTLE = """
+import os
+from pathlib import Path
+from test_workers import numbers, read
+disk = os.statvfs("/dev/shm")
+print(disk.f_blocks * disk.f_frsize, numbers(read(Path("."), [("read", 3), ("read", 4)])))
+"""
+
+
+def test_shared_memory_that_is_too_small_is_not_used(tmp_path: Path) -> None:
+    """With /dev/shm of one page, in a private mount namespace."""
+    little = "mount -t tmpfs -o size=4k none /dev/shm"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", little], capture_output=True).returncode:
+        pytest.skip("this machine allows no private mounts")
+    here = Path(__file__)
+    environment = {**os.environ, "PYTHONPATH": f"{here.parents[2]}:{here.parent}"}
+    command = ["unshare", "-rm", "sh", "-c", f'{little} && exec "$0" -c "$1"', sys.executable, LITTLE]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "4096 [3, 4]", done.stderr
+
+
 def wait_for(condition: Any) -> None:
     deadline = time.monotonic() + 30
     while not condition():
