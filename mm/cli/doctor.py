@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 from tabulate import tabulate
 
-from mm.cli import doctor_compare, doctor_ready
+from mm.cli import doctor_compare, doctor_data, doctor_ready
 from mm.cli.entry import run
 from mm.config.base import load
 from mm.config.data import load_train_data
@@ -33,7 +33,10 @@ _UNCOMPILED = "all is shown for uncompiled blocks: fake tensors run no compiled 
 
 
 class DoctorFlags(TrainFlags):
-    """Say whether a training run will work, or with --dry-run what it costs. Takes every flag of mm train."""
+    """Say whether a training run will work, or with --dry-run what it costs. Takes every flag of mm train.
+
+    `mm doctor data` reads a whole data set, `mm doctor compare A B` finds where two runs part.
+    """
 
     dry_run: bool = Field(
         False, description="build one rank and take its step without devices: memory, traffic, bubble"
@@ -57,6 +60,9 @@ def main(argv: Sequence[str]) -> None:
     """
     if argv and argv[0] == "compare":
         doctor_compare.main(argv[1:])
+        return
+    if argv and argv[0] == "data":
+        doctor_data.main(argv[1:])
         return
     flags = parse_flags(DoctorFlags, argv, program="mm doctor", retired=RETIRED_TRAIN_FLAGS)
     model = load(PretrainModel, Path(flags.mm_model))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from mm.config.bad_samples import parse_on_bad_sample
 from mm.config.layerzero import ZeroConfig
 from mm.config.request import Request
 from mm.config.rules_checks import evaluation_is_complete, replicas_are_comparable
@@ -70,6 +71,14 @@ def _weights_are_named(request: Request) -> Iterator[Problem]:
         yield Problem("CFG-023", "--finetune needs the weights that it starts from.", "Give --load.")
 
 
+def _bad_samples_are_said(request: Request) -> Iterator[Problem]:
+    """CFG-110: what becomes of samples that cannot be read."""
+    try:
+        parse_on_bad_sample(request.flags.on_bad_sample)
+    except ConfigError as error:
+        yield from error.problems
+
+
 def _saving_is_meant(request: Request) -> Iterator[Problem]:
     """CFG-024: flags about checkpoints without a place for them."""
     flags = request.flags
@@ -126,6 +135,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     _task_agrees,
     _precision_agrees,
     _weights_are_named,
+    _bad_samples_are_said,
     _saving_is_meant,
     evaluation_is_complete,
     replicas_are_comparable,
