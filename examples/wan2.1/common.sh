@@ -36,7 +36,7 @@ run_training() { # flags...
         *) echo "error ENV-004: PRECISION is $PRECISION. Fix: use bf16 or fp32." >&2; exit 64 ;;
     esac
     if [ "$VP" -gt 1 ]; then virtual_args="--virtual-pipeline-model-parallel-size $VP"; fi
-    set -- --mm-data "$MM_DATA" --mm-model "$MM_MODEL" ${LOAD_PATH:+--load "$LOAD_PATH"} --save "$SAVE_PATH" \
+    set -- --mm-data "$MM_DATA" --mm-model "$MM_MODEL" ${LOAD_PATH:+--load "$LOAD_PATH"} --save "$SAVE_PATH" --save-on-signal \
         --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP" \
         --micro-batch-size "$MBS" --global-batch-size "$((MBS * GRAD_ACC_STEP * (dp > 0 ? dp : 1)))" \
         $precision_args $virtual_args "$@"
