@@ -41,7 +41,7 @@ BF16_SHARD_BYTES = 80 * 10**9
 Shapes = dict[str, tuple[int, ...]]
 
 
-def convert_to_mm(source_path: Path, target: Path, stages: Stages | None = None) -> None:
+def convert_to_mm(source_path: Path, target: Path, stages: Stages | None = None, *, averaged: bool = False) -> None:
     """Write weights of any format as an MM `release` with its tracker, dtypes untouched.
 
     Args:
@@ -49,13 +49,14 @@ def convert_to_mm(source_path: Path, target: Path, stages: Stages | None = None)
         target: may be a folder with other things in it, such as the source itself, as long as it has neither `release`
             nor a tracker.
         stages: [VP][PP] blocks of each pipeline stage; None writes one file.
+        averaged: write the average of a training checkpoint's weights.
 
     Raises:
         CheckpointError: CKPT-011, CKPT-020, CKPT-023, CKPT-030, CKPT-031, CKPT-040, or from `open_weights`.
         DataError: from `open_weights`.
     """
     _require_place_for_release(target)
-    source = open_weights(source_path)
+    source = open_weights(source_path, averaged=averaged)
     _write_release(source, target, _known_config(source), stages)
 
 
@@ -121,7 +122,12 @@ def _write_release(source: WeightSource, target: Path, config: WanConfig | None,
 
 
 def convert_to_hf(
-    source_path: Path, target: Path, like: Path | None = None, max_shard_bytes: int = HF_SHARD_BYTES
+    source_path: Path,
+    target: Path,
+    like: Path | None = None,
+    max_shard_bytes: int = HF_SHARD_BYTES,
+    *,
+    averaged: bool = False,
 ) -> None:
     """Write weights of any format as a diffusers transformer folder.
 
@@ -131,13 +137,14 @@ def convert_to_hf(
         like: the original diffusers folder, whose file names, index, config.json and dtypes are kept; without it the
             source's own configuration and dtypes are used.
         max_shard_bytes: of new shards.
+        averaged: write the average of a training checkpoint's weights.
 
     Raises:
         CheckpointError: CKPT-011, CKPT-020, CKPT-022 to CKPT-024, CKPT-030, CKPT-031, or from `open_weights`.
         DataError: from `open_weights`.
     """
     require_absent(target)
-    write_as_hf(open_weights(source_path), target, like, max_shard_bytes)
+    write_as_hf(open_weights(source_path, averaged=averaged), target, like, max_shard_bytes)
 
 
 def write_as_hf(
@@ -157,15 +164,19 @@ def write_as_hf(
     log.info("Wrote %d tensors to %s.", len(shapes), target)
 
 
-def convert_to_native(source_path: Path, target: Path) -> None:
+def convert_to_native(source_path: Path, target: Path, *, averaged: bool = False) -> None:
     """Write weights of any format as one safetensors file in the original Wan's names, dtypes untouched.
+
+    Args:
+        source_path: weights of any format. target: must not exist, or be an empty folder.
+        averaged: write the average of a training checkpoint's weights.
 
     Raises:
         CheckpointError: CKPT-011, CKPT-020, CKPT-023, CKPT-030, CKPT-031, or from `open_weights`.
         DataError: from `open_weights`.
     """
     require_absent(target)
-    write_as_native(open_weights(source_path), target)
+    write_as_native(open_weights(source_path, averaged=averaged), target)
 
 
 def write_as_native(source: WeightSource, target: Path) -> None:
@@ -179,19 +190,22 @@ def write_as_native(source: WeightSource, target: Path) -> None:
     log.info("Wrote %d tensors to %s.", len(shapes), target)
 
 
-def zero_to_bf16(source_path: Path, target: Path, max_shard_bytes: int = BF16_SHARD_BYTES) -> None:
+def zero_to_bf16(
+    source_path: Path, target: Path, max_shard_bytes: int = BF16_SHARD_BYTES, *, averaged: bool = False
+) -> None:
     """Write the weights of a training checkpoint in bf16 and native names, as VideoX-Fun's script of that name does.
 
     Args:
         source_path: a checkpoint of a training run, or its folder of checkpoints, of which the latest is taken.
         target: must not exist, or be an empty folder.
         max_shard_bytes: of a shard; several shards have an index.
+        averaged: write the average of the weights.
 
     Raises:
         CheckpointError: CKPT-048 for other formats, and what `convert_to_native` raises.
     """
     require_absent(target)
-    source = open_weights(source_path)
+    source = open_weights(source_path, averaged=averaged)
     if not isinstance(source, TrainingWeights):
         raise CheckpointError(
             "CKPT-048",

@@ -73,7 +73,7 @@ def _weights_are_named(request: Request) -> Iterator[Problem]:
 def _saving_is_meant(request: Request) -> Iterator[Problem]:
     """CFG-024: flags about checkpoints without a place for them."""
     flags = request.flags
-    for name in ("save_interval", "async_save", "save_on_signal", "keep_latest", "no_save_optim"):
+    for name in ("save_interval", "async_save", "save_on_signal", "keep_latest", "no_save_optim", "ema_decay"):
         if getattr(flags, name) and flags.save is None:
             flag = "--" + name.replace("_", "-")
             yield Problem("CFG-024", f"{flag} has no effect without --save.", "Give --save, or remove it.")

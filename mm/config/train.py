@@ -113,6 +113,12 @@ class TrainFlags(MeshFlags):
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second-moment decay")
     adam_eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     clip_grad: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="average the weights: after each step average = D average + (1-D) weights",
+    )
     lora_r: int | None = Field(None, description="LoRA: train adapters of this width alone; the base model is frozen")
     lora_alpha: float | None = Field(None, description="LoRA: alpha, which over r scales an update")
     lora_target_modules: list[str] = Field(
@@ -146,6 +152,7 @@ class TrainFlags(MeshFlags):
     )
     no_save_optim: bool = Field(False, description="leave the optimizer out of checkpoints; such a run cannot resume")
     no_load_optim: bool = Field(False, description="start the optimizer anew")
+    no_load_ema: bool = Field(False, description="begin the average anew, or go on without the saved one")
     no_load_rng: bool = Field(False, description="use this --seed although the checkpoint was made with another")
     finetune: bool = Field(False, description="take only the weights of --load; start at step 0")
     init_from_scratch: bool = Field(False, description="start from random weights on purpose, without --load")
@@ -206,6 +213,8 @@ RETIRED_TRAIN_FLAGS = {
     "--use-fused-ring-attention-update": "Remove it; the device chooses its fastest kernel.",
     "--context-parallel-kv-cache-policy": "Remove it; what a ring keeps for its backward pass is no choice here.",
     "--lora-register-forward-hook": "Remove it; gradients reach every adapter without a hook.",
+    "--optimizer-selection": "Remove it; AdamW is the one optimizer, by the device's fastest kernel. What "
+    "fused_ema_adamw adds is --ema-decay alone.",
     "--use-torch-fsdp2": "Remove it; give --layerzero and --layerzero-config, which shard through FSDP2.",
     "--fsdp2-config-path": "Remove it; give --layerzero and --layerzero-config, which shard through FSDP2.",
 }

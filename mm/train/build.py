@@ -112,6 +112,7 @@ def build_optimizer(run: Run, parallel: ParallelModel) -> Optimizer:
         adam_beta2=flags.adam_beta2,
         adam_eps=flags.adam_eps,
         clip_grad=flags.clip_grad,
+        ema_decay=flags.ema_decay,
     )
     return make_optimizer(parallel, settings)
 
@@ -165,6 +166,7 @@ def start_or_resume(run: Run, adapters: AdapterRun | None, optimizer: Optimizer)
             flags.seed,
             run.comm,
             with_optimizer=not flags.no_load_optim,
+            with_average=not flags.no_load_ema,
             any_seed=flags.no_load_rng,
             adapters=record,
         )
