@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 MARKER_NAME = ".tracker_done"
 Policy = Literal["newest", "strict"]
-Verify = Literal["sizes", "full"]
+Verify = Literal["size", "full"]
 
 _COMMITTED = re.compile(r"iter_(\d{7})|\.replaced-iter_(\d{7})-[0-9a-f]{12}")
 _LEFTOVER = re.compile(rf"\.(tmp|trash)-(iter_\d{{7}}|{re.escape(TRACKER_NAME)}|lock)-[0-9a-f]{{12}}")
@@ -72,7 +72,7 @@ def find_latest(
     root: Path,
     policy: Policy = "newest",
     *,
-    verify: Verify = "sizes",
+    verify: Verify = "size",
     comm: Comm | None = None,
 ) -> Path | None:
     """The checkpoint to resume from, the same on every rank, or None where nothing was ever committed.
@@ -82,7 +82,7 @@ def find_latest(
     Args:
         root: the folder of the run's checkpoints; it need not exist.
         policy: "newest" falls back to the next older one when one is damaged, with a warning; "strict" raises.
-        verify: "sizes" checks the manifest and the files' sizes; "full" also the files' hashes, shared among the ranks.
+        verify: "size" checks the manifest and the files' sizes; "full" also the files' hashes, shared among the ranks.
         comm: the ranks.
 
     Raises:
@@ -102,6 +102,17 @@ def find_latest(
     if names:
         raise _unusable(root, f"None of the {len(names)} checkpoints in {root} is complete.")
     return None
+
+
+def require_whole(path: Path, verify: Verify, comm: Comm | None = None) -> None:
+    """Check one checkpoint folder that the user has named; arguments as for `find_latest`.
+
+    Raises:
+        CheckpointError: CKPT-012 when it is damaged, the same on every rank.
+    """
+    problem = _problem(path, verify, comm or SingleProcess())
+    if problem is not None:
+        raise CheckpointError("CKPT-012", problem, "Use another checkpoint of the same run.")
 
 
 @contextmanager

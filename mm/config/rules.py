@@ -77,6 +77,9 @@ def _saving_is_meant(request: Request) -> Iterator[Problem]:
         if getattr(flags, name) and flags.save is None:
             flag = "--" + name.replace("_", "-")
             yield Problem("CFG-024", f"{flag} has no effect without --save.", "Give --save, or remove it.")
+    if flags.verify_checkpoint == "full" and flags.save is None and flags.load is None:
+        found = "--verify-checkpoint full has no effect without --save or --load."
+        yield Problem("CFG-024", found, "Give one of them, or remove it.")
 
 
 def _schedule_fits(request: Request) -> Iterator[Problem]:

@@ -150,6 +150,10 @@ class TrainFlags(MeshFlags):
     resume_policy: Literal["newest", "strict"] = Field(
         "newest", description="a damaged newest checkpoint: fall back to the one before, or stop"
     )
+    verify_checkpoint: Literal["size", "full"] = Field(
+        "size",
+        description="before a checkpoint is used: compare its files' sizes, or also hash their contents",
+    )
     no_save_optim: bool = Field(False, description="leave the optimizer out of checkpoints; such a run cannot resume")
     no_load_optim: bool = Field(False, description="start the optimizer anew")
     no_load_ema: bool = Field(False, description="begin the average anew, or go on without the saved one")
