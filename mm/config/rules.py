@@ -13,6 +13,7 @@ from mm.config.rules_checks import evaluation_is_complete
 from mm.config.rules_lora import LORA_RULES
 from mm.config.rules_parallel import PARALLEL_RULES
 from mm.config.rules_recompute import RECOMPUTE_RULES
+from mm.config.rules_saving import SAVING_RULES
 from mm.config.train import PretrainModel, TrainFlags
 from mm.errors import ConfigError, Problem, raise_all
 
@@ -70,18 +71,6 @@ def _weights_are_named(request: Request) -> Iterator[Problem]:
         yield Problem("CFG-023", "--finetune needs the weights that it starts from.", "Give --load.")
 
 
-def _saving_is_meant(request: Request) -> Iterator[Problem]:
-    """CFG-024: flags about checkpoints without a place for them."""
-    flags = request.flags
-    for name in ("save_interval", "async_save", "save_on_signal", "keep_latest", "no_save_optim", "ema_decay"):
-        if getattr(flags, name) and flags.save is None:
-            flag = "--" + name.replace("_", "-")
-            yield Problem("CFG-024", f"{flag} has no effect without --save.", "Give --save, or remove it.")
-    if flags.verify_checkpoint == "full" and flags.save is None and flags.load is None:
-        found = "--verify-checkpoint full has no effect without --save or --load."
-        yield Problem("CFG-024", found, "Give one of them, or remove it.")
-
-
 def _schedule_fits(request: Request) -> Iterator[Problem]:
     """CFG-025: a learning-rate schedule that can be followed."""
     flags = request.flags
@@ -129,7 +118,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     _task_agrees,
     _precision_agrees,
     _weights_are_named,
-    _saving_is_meant,
+    *SAVING_RULES,
     evaluation_is_complete,
     _schedule_fits,
     _overlap_needs_distributed_optimizer,

@@ -160,7 +160,10 @@ class TrainFlags(MeshFlags):
     no_load_rng: bool = Field(False, description="use this --seed although the checkpoint was made with another")
     finetune: bool = Field(False, description="take only the weights of --load; start at step 0")
     init_from_scratch: bool = Field(False, description="start from random weights on purpose, without --load")
-    ckpt_format: Literal["torch_dist"] = Field("torch_dist", description="the layout-free sharded format")
+    ckpt_format: Literal["torch_dist", "torch"] = Field(
+        "torch_dist",
+        description="torch_dist: the layout-free sharded format; torch: MindSpeed-MM's files, of weights alone",
+    )
 
     eval_interval: int | None = Field(None, ge=1, description="steps between losses on the features of --eval-data")
     eval_data: str | None = Field(None, description="feature_data.json of held-out features")

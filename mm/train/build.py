@@ -6,9 +6,8 @@ import logging
 from functools import partial
 from pathlib import Path
 
-from mm.checkpoint.directory import require_whole
-from mm.checkpoint.formats.training import is_training_checkpoint
-from mm.checkpoint.manifest import MANIFEST_NAME
+from mm.checkpoint.directory import holds_checkpoints, require_kind, require_whole
+from mm.checkpoint.record import kind_of
 from mm.checkpoint.store import find_latest
 from mm.checkpoint.weights import open_weights
 from mm.config.recompute import Recompute
@@ -155,8 +154,10 @@ def start_or_resume(run: Run, adapters: AdapterRun | None, optimizer: Optimizer)
     """Resume from `--save`, else from training checkpoints in `--load`, else start from the weights there."""
     flags = run.flags
     record = adapters.record if adapters is not None else None
-    # A folder of weights may have numbered folders too, as MindSpeed-MM's have; those of training have a manifest.
-    load = flags.load if flags.load is not None and is_training_checkpoint(Path(flags.load)) else None
+    # A folder of weights may have numbered folders too, as MindSpeed-MM's have; those of training are described.
+    load = flags.load if flags.load is not None and holds_checkpoints(Path(flags.load)) else None
+    if flags.save is not None:
+        require_kind(Path(flags.save), flags.ckpt_format, run.comm)
     for folder in (flags.save, None if flags.finetune else load):
         latest = _latest(run, Path(folder)) if folder is not None else None
         if latest is None:
@@ -190,9 +191,9 @@ def _latest(run: Run, folder: Path) -> Path | None:
 
 def _checked(run: Run, path: Path) -> Path:
     """What to start from: of a run's folder its latest checkpoint, checked as one that is gone on from."""
-    if not is_training_checkpoint(path):
+    if not holds_checkpoints(path):
         return path
-    if (path / MANIFEST_NAME).exists():
+    if kind_of(path) is not None:
         require_whole(path, run.flags.verify_checkpoint, run.comm)
         return path
     return _latest(run, path) or path

@@ -20,9 +20,12 @@ from torch import Tensor
 
 from mm.checkpoint.boxes import Box
 from mm.checkpoint.comm import Comm
+from mm.checkpoint.formats.mm_format import CONFIG_NAME
 from mm.checkpoint.formats.training import ADAPTERS_KEY, AVERAGE_PREFIX, CONFIG_KEY, DECAY_KEY
+from mm.checkpoint.record import kind_of, read_record
 from mm.checkpoint.store import Derived, Piece, load, pieces_of_flat_range, read_manifest
-from mm.checkpoint.weights import WeightSource, require_exactly
+from mm.checkpoint.weights import WeightSource, open_weights, require_exactly
+from mm.config.base import load as load_config
 from mm.config.base import parse
 from mm.config.model import WanConfig
 from mm.errors import CheckpointError, ConfigError, Problem, raise_all
@@ -116,10 +119,8 @@ def load_state(
             linears or another base, and what `mm.checkpoint.store.load` raises.
         ConfigError: CFG-028 for another model.
     """
-    manifest = read_manifest(path)
-    scalars = manifest.scalars
-    _require_same_kind(path, record_of(manifest, path), adapters)
-    theirs = parse(WanConfig, scalars[CONFIG_KEY], str(path))
+    scalars, theirs, record = _described(path)
+    _require_same_kind(path, record, adapters)
     fields = theirs.differing_fields(config) + ["text_len"] * (theirs.text_len != config.text_len)
     require_same_model(theirs, config, fields, str(path))
     if scalars["seed"] != seed and not any_seed:
@@ -131,23 +132,41 @@ def load_state(
     if with_optimizer and scalars["adam_step"] is None:
         raise CheckpointError(
             "CKPT-072",
-            f"{path} was saved without the optimizer (--no-save-optim).",
+            f"{path} was saved without the optimizer (--no-save-optim or --ckpt-format torch).",
             "Give --no-load-optim to start AdamW anew from these weights.",
         )
     if with_average:
         _require_same_average(path, scalars.get(DECAY_KEY), optimizer.average)
+    if kind_of(path) == "torch":
+        load_weights(open_weights(path), optimizer, config)
+    else:
+        _load_tensors(path, optimizer, comm, with_optimizer=with_optimizer, with_average=with_average)
+        if with_optimizer:
+            optimizer.set_adam_step(scalars["adam_step"])
+        optimizer.masters_to_model()
+    optimizer.set_progress(scalars["consumed_samples"])
+    return Progress(scalars["step"], scalars["consumed_samples"])
+
+
+def _described(path: Path) -> tuple[dict[str, Any], WanConfig, AdapterRecord | None]:
+    """Scalars, model and adapters of a checkpoint of either format; one in the MM format has no optimizer."""
+    if kind_of(path) == "torch":
+        record = read_record(path)
+        scalars = record.model_dump(include={"step", "consumed_samples", "seed"}) | {"adam_step": None}
+        return scalars, load_config(WanConfig, path / CONFIG_NAME), None
+    manifest = read_manifest(path)
+    config = parse(WanConfig, manifest.scalars[CONFIG_KEY], str(path))
+    return manifest.scalars, config, record_of(manifest, path)
+
+
+def _load_tensors(path: Path, optimizer: Optimizer, comm: Comm, *, with_optimizer: bool, with_average: bool) -> None:
     average = optimizer.average if with_average else None
     wanted = ("model.",) + ("optimizer.",) * with_optimizer + (AVERAGE_PREFIX,) * with_average
     # a kind that nobody asked for is left alone; otherwise nothing may be left over, of whatever kind
     complete = ("",) if with_optimizer and with_average else wanted
     load(path, _pieces(optimizer.shards, with_optimizer, average), comm, complete=complete)
-    if with_optimizer:
-        optimizer.set_adam_step(scalars["adam_step"])
     if optimizer.average is not None and average is None:
         optimizer.average.restart()
-    optimizer.masters_to_model()
-    optimizer.set_progress(scalars["consumed_samples"])
-    return Progress(scalars["step"], scalars["consumed_samples"])
 
 
 def load_weights(source: WeightSource, optimizer: Optimizer, config: WanConfig) -> None:

@@ -159,11 +159,12 @@ def write_release(
         write_new(folder / CONFIG_NAME, config.model_dump_json(indent=2) + "\n")
 
 
-def write_stage(folder: Path, rank: int, num_ranks: int, state: Mapping[str, Any]) -> None:
-    """Write the file of one pipeline rank; `state` holds model, or model0, model1, ..."""
+def write_stage(folder: Path, rank: int, num_ranks: int, state: Mapping[str, Any]) -> Path:
+    """Write the file of one pipeline rank and return it; `state` holds model, or model0, model1, ..."""
     file = folder / ("mp_rank_00" if num_ranks == 1 else f"mp_rank_00_{rank:03d}") / FILE_NAME
     file.parent.mkdir()
     write_pt(file, {**state, "checkpoint_version": CHECKPOINT_VERSION})
+    return file
 
 
 def named_by_tracker(root: Path) -> Path:
