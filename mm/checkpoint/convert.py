@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 
 from mm.checkpoint.directory import TRACKER_NAME
+from mm.checkpoint.encoders import EncoderSource, encoder_to_hf, encoder_to_native, open_encoder
 from mm.checkpoint.files import new_folder, replace_text, require_absent, require_free_space, write_new, writing_errors
 from mm.checkpoint.formats import hf, mm_format, native
 from mm.checkpoint.formats.layer_zero import LayerZeroWeights
 from mm.checkpoint.formats.mm_split import require_blocks
 from mm.checkpoint.formats.source import WeightSource
-from mm.checkpoint.formats.training import TrainingWeights
+from mm.checkpoint.formats.training import TrainingWeights, is_training_checkpoint, no_average
 from mm.checkpoint.safetensor_file import Entry
 from mm.checkpoint.weights import open_weights, require_exactly
 from mm.config.layout import Stages
@@ -129,10 +130,10 @@ def convert_to_hf(
     *,
     averaged: bool = False,
 ) -> None:
-    """Write weights of any format as a diffusers transformer folder.
+    """Write weights of any format as a diffusers transformer folder; or one of the encoders as a folder of its library.
 
     Args:
-        source_path: an MM folder, a training checkpoint, or other weights.
+        source_path: an MM folder, a training checkpoint, other weights, or an encoder (`mm.checkpoint.encoders`).
         target: must not exist, or be an empty folder.
         like: the original diffusers folder, whose file names, index, config.json and dtypes are kept; without it the
             source's own configuration and dtypes are used.
@@ -144,7 +145,18 @@ def convert_to_hf(
         DataError: from `open_weights`.
     """
     require_absent(target)
+    encoder = _encoder(source_path, averaged)
+    if encoder is not None:
+        encoder_to_hf(encoder, target, like, max_shard_bytes)
+        return
     write_as_hf(open_weights(source_path, averaged=averaged), target, like, max_shard_bytes)
+
+
+def _encoder(path: Path, averaged: bool) -> EncoderSource | None:
+    encoder = None if is_training_checkpoint(path) or mm_format.is_mm_folder(path) else open_encoder(path)
+    if encoder is not None and averaged:
+        raise no_average(path, f"is {encoder.encoder.name}")
+    return encoder
 
 
 def write_as_hf(
@@ -165,10 +177,11 @@ def write_as_hf(
 
 
 def convert_to_native(source_path: Path, target: Path, *, averaged: bool = False) -> None:
-    """Write weights of any format as one safetensors file in the original Wan's names, dtypes untouched.
+    """Write weights of any format, or an encoder, as one safetensors file in the original's names, dtypes untouched.
 
     Args:
-        source_path: weights of any format. target: must not exist, or be an empty folder.
+        source_path: weights of any format, or an encoder (`mm.checkpoint.encoders`).
+        target: must not exist, or be an empty folder.
         averaged: write the average of a training checkpoint's weights.
 
     Raises:
@@ -176,6 +189,10 @@ def convert_to_native(source_path: Path, target: Path, *, averaged: bool = False
         DataError: from `open_weights`.
     """
     require_absent(target)
+    encoder = _encoder(source_path, averaged)
+    if encoder is not None:
+        encoder_to_native(encoder, target)
+        return
     write_as_native(open_weights(source_path, averaged=averaged), target)
 
 

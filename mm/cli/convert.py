@@ -49,7 +49,8 @@ class ConvertFlags(Flags):
     mode: str = Field(description=", ".join(MODES))
     source_path: Path = Field(
         description="weights, whose format is told by content: a Hugging Face or native transformer folder, an MM "
-        "folder, a layer-zero save of MindSpeed, or the folder of a training run's checkpoints; in the modes of LoRA "
+        "folder, a layer-zero save of MindSpeed, or the folder of a training run's checkpoints; of convert_to_hf and "
+        "convert_to_native also one of Wan's encoders, a folder or an original file; in the modes of LoRA "
         "an adapter: the folder of a LoRA run's checkpoints, an MM folder of adapters, or a file of PEFT, ComfyUI, "
         "kohya or DiffSynth"
     )
@@ -64,7 +65,7 @@ class ConvertFlags(Flags):
     ckpt_path: Path | None = Field(
         None,
         description="convert_to_hf and merge_lora to hf: the original Hugging Face transformer folder, whose file "
-        "names, index, config.json and dtypes the result keeps",
+        "names, index, config.json and dtypes the result keeps; of an encoder its folder, whose config.json it keeps",
     )
     pp_vpp_layers: str | None = Field(
         None,
