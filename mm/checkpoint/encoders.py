@@ -28,7 +28,6 @@ from mm.checkpoint.safetensor_file import DTYPES, Entry
 from mm.config.base import load_json
 from mm.errors import CheckpointError
 from mm.wan import names_clip, names_t5
-from mm.wan.component import first_line
 from mm.wan.name_pairs import Pair
 from mm.wan.names_clip import clip_pairs
 from mm.wan.names_t5 import t5_pairs
@@ -180,6 +179,8 @@ def _configuration(encoder: Encoder, like: Path | None) -> tuple[dict[str, tuple
         with torch.device("meta"):
             model, config = encoder.build(values)
     except Exception as error:  # the libraries raise errors of many unrelated types for values that make no sense
+        from mm.wan.component import first_line  # it imports the libraries, which other conversions do without
+
         raise CheckpointError(
             "CKPT-022",
             f"--ckpt_path {like} is no folder of {encoder.name}: {first_line(error)}.",

@@ -210,6 +210,12 @@ def stage_files(folder: Path) -> list[Path]:
             f"{folder} holds files of several checkpoints: {', '.join(folders[:10])}.",
             "Keep either mp_rank_00 alone, or mp_rank_00_000 and its successors.",
         )
+    if pipeline == ["000"]:
+        raise CheckpointError(
+            "CKPT-041",
+            f"{folder} has {folders[0]} alone, the first of a pipeline's folders; without a pipeline it is mp_rank_00.",
+            "Copy the folders mp_rank_* of all pipeline ranks.",
+        )
     expected = ["mp_rank_00"] if pipeline == [None] else [f"mp_rank_00_{rank:03d}" for rank in range(len(folders))]
     missing = [name for name in expected if not (folder / name / FILE_NAME).is_file()]
     if missing:
