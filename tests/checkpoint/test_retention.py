@@ -11,6 +11,7 @@ from test_store import assert_holds, names, pieces_for
 
 from mm.checkpoint.background import BackgroundSaver
 from mm.checkpoint.comm import SingleProcess
+from mm.checkpoint.fault import SAVE_POINTS
 from mm.checkpoint.files import sync_folder, write_new
 from mm.checkpoint.formats.mm_format import write_stage
 from mm.checkpoint.manifest import FileRecord
@@ -155,3 +156,28 @@ def test_a_thousand_saves_leave_two_checkpoints_and_nothing_else(tmp_path, kind)
         assert threading.active_count() == threads
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000999", "iter_0001000", TRACKER]
     assert find_latest(tmp_path, "strict", verify="full") == tmp_path / "iter_0001000"
+
+
+MM_POINTS = [point for point in SAVE_POINTS if "shard" not in point and point != "save.derived_written"]
+AFTER_COMMIT = SAVE_POINTS[SAVE_POINTS.index("save.committed") :]
+
+
+@pytest.mark.parametrize("point", MM_POINTS)
+def test_a_kill_loses_no_checkpoint_in_the_mm_format(tmp_path, point):
+    """As `test_store_kill.py` has it for the sharded one."""
+    save_mm(tmp_path, 1, 1)
+    pid = os.fork()
+    if pid == 0:  # nothing of pytest may run in the child
+        try:
+            os.environ["MM_FAULT"] = f"{point}:1:kill9"
+            with writing(tmp_path):
+                save_mm(tmp_path, 2, 2, keep_latest=1)
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == 9  # so the point was reached
+    expected = f"iter_000000{2 if point in AFTER_COMMIT else 1}"
+    assert find_latest(tmp_path, verify="full").name == expected
+    with writing(tmp_path):
+        assert find_latest(tmp_path, "strict", verify="full").name == expected
+        save_mm(tmp_path, 3, 3, keep_latest=1)
+    assert names(tmp_path) == ["iter_0000003", TRACKER]
