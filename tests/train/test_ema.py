@@ -32,6 +32,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "lora-pp2": {**LORA, PIPELINE: 2},
     "lora-distopt": {**LORA, "use_distributed_optimizer": True},
 }
+CHANGES = [("pp2", "zero2"), ("tp2", "dp2-distopt"), ("zero2", "tp2"), ("dp2-distopt", "pp2")]
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +55,17 @@ def averaged(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def every_layout(demo: Path, averaged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of such a run by each row, on two processes; adapters of a base whose head is not zero."""
+    """A folder of such a run by each row and change, on two processes; adapters of a base whose head is not zero."""
     folder = tmp_path_factory.mktemp("layouts")
     (folder / "zero.yaml").write_text("zero3_size: 2\n")
-    commands = []
-    for name, row in ROWS.items():
+    commands, rows = [], {name: (row, None) for name, row in ROWS.items()}
+    rows |= {f"{before} to {after}": (ROWS[after], f"{folder / before}/iter_0000002") for before, after in CHANGES}
+    for name, (row, before) in rows.items():
         more = {**FLAGS, "micro_batch_size": 2, "global_batch_size": 4, **row}
+        if before is not None:
+            more["load"] = folder / f"before {name}"
+            more["load"].mkdir()
+            (more["load"] / "iter_0000002").symlink_to(before)
         more |= {"layerzero_config": folder / "zero.yaml"} if "layerzero" in row else {}
         more |= {"load_base_model": averaged} if "lora_r" in row else {}
         commands.append(words(demo, folder / name, **more))
@@ -130,12 +136,23 @@ def test_a_resumed_average_is_the_same_bit_for_bit(demo: Path, averaged: Path, t
     assert (tmp_path / shard).read_bytes() == (averaged / shard).read_bytes()
 
 
-@pytest.mark.parametrize("row", ["zero2", "pp2", "dp2-distopt"])
+@pytest.mark.parametrize("row", ["zero2", "pp2", "dp2-distopt", "tp2"])
 def test_one_process_goes_on_with_the_average_of_two(demo: Path, every_layout: Path, tmp_path: Path, row: str) -> None:
     """What four steps on two processes gave, from their second step on."""
     theirs = every_layout / row
     run(demo, tmp_path, load=theirs_at(theirs, 2, tmp_path / "copy"), **{**FLAGS, "save_interval": None})
     ours, wanted = tensors(tmp_path, STEPS, "ema."), tensors(theirs, STEPS, "ema.")
+    for name, value in ours.items():
+        torch.testing.assert_close(value, wanted[name], rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGES)
+def test_two_processes_go_on_in_another_layout(every_layout: Path, before: str, after: str) -> None:
+    ours, wanted = (
+        tensors(every_layout / f"{before} to {after}", STEPS, "ema."),
+        tensors(every_layout / before, STEPS, "ema."),
+    )
+    assert ours.keys() == wanted.keys()
     for name, value in ours.items():
         torch.testing.assert_close(value, wanted[name], rtol=0, atol=1e-6, msg=name)
 
