@@ -6,16 +6,23 @@ for it (`format_error`) and leaves with a code that a launcher can act on. A tra
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 EXIT_NUMERICS = 17
+EXIT_REPLICAS = 18
 EXIT_CONFIG = 64
 EXIT_DATA = 65
 EXIT_INTERNAL = 70
 EXIT_MEMORY = 71
 EXIT_CHECKPOINT = 74
 EXIT_STOPPED = 75
+EXIT_HANG = 124
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +92,44 @@ class NumericsError(MMError):
     exit_code = EXIT_NUMERICS
 
 
+class ReplicaError(MMError):
+    """Copies of the weights that have parted."""
+
+    exit_code = EXIT_REPLICAS
+
+
 class StoppedError(MMError):
     """A run that was asked to stop and has saved what it had; started again it goes on."""
 
     exit_code = EXIT_STOPPED
+
+
+class LostProcessError(MMError):
+    """Another process of the job died without a word."""
+
+    exit_code = EXIT_CHECKPOINT
+
+
+class HangError(MMError):
+    """A job in which no process makes progress."""
+
+    exit_code = EXIT_HANG
+
+
+class RestartError(MMError):
+    """A job that a launcher started again although that cannot help; the exit code is that of the start before."""
+
+
+class InternalError(MMError):
+    """A defect of this program."""
+
+
+class EndedElsewhereError(Exception):
+    """Another process of the job has failed, and prints why; this one leaves with the same exit code and no word."""
+
+    def __init__(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__(f"another process failed with exit code {exit_code}")
 
 
 def raise_all(error_type: type[MMError], problems: Sequence[Problem]) -> None:
@@ -100,6 +141,26 @@ def raise_all(error_type: type[MMError], problems: Sequence[Problem]) -> None:
 def format_error(error: MMError) -> str:
     """The text a user sees: one line for each problem, its id first and the remedy last."""
     return "\n".join(f"error {problem}" for problem in error.problems)
+
+
+LAUNCHER = "MM_LAUNCHER"
+"""Environment variable: `mm.cli.launch` started this process, and prints the last word of the job's first failure."""
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""Environment variable of torchrun: where a process leaves the reason of its end, as JSON."""
+
+
+def say(error: MMError) -> None:
+    """Print an error on standard error; under `mm.cli.launch`, leave it for that to print when all processes ended."""
+    file = os.environ.get(ERROR_FILE)
+    if os.environ.get(LAUNCHER) and file:
+        details = {"timestamp": str(int(time.time())), "py_callstack": ""}
+        message = {"message": format_error(error), "errorCode": error.exit_code, "extraInfo": details}
+        try:
+            Path(file).write_text(json.dumps({"message": message}))
+            return
+        except OSError:
+            pass  # then it is printed here
+    print(format_error(error), file=sys.stderr, flush=True)
 
 
 def _rebuild(error_type: type[MMError], problems: tuple[Problem, ...]) -> MMError:

@@ -12,15 +12,16 @@ export PYTORCH_NPU_ALLOC_CONF=${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True
 export CPU_AFFINITY_CONF=${CPU_AFFINITY_CONF:-1}
 export COMBINED_ENABLE=${COMBINED_ENABLE:-1}
 
-# torchrun on every node; one process needs none, and starts faster without.
+# mm.cli.launch is torchrun, which also takes its flags, with the job's own exit code and last line; one process needs
+# none, and starts faster without.
 launch() { # module, words...
     local module=$1
     shift
     if [ "$((NPUS_PER_NODE * NNODES))" -eq 1 ]; then
         python -m "$module" "$@"
     else
-        torchrun --nproc_per_node "$NPUS_PER_NODE" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
-            --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" -m "$module" "$@"
+        python -m mm.cli.launch --nproc_per_node "$NPUS_PER_NODE" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
+            --max_restarts "${MAX_RESTARTS:-0}" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" -m "$module" "$@"
     fi
 }
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 
-from mm.errors import MMError, format_error
+from mm.errors import EXIT_INTERNAL, EndedElsewhereError, InternalError, MMError, say
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
@@ -22,11 +23,18 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     try:
         main(argv)
     except MMError as error:
-        print(format_error(error), file=sys.stderr, flush=True)
+        say(error)
+        return error.exit_code
+    except EndedElsewhereError as error:
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        traceback.print_exc()
+        remedy = "This is a defect of the program: please report it, with the lines above."
+        say(InternalError("RUN-005", f"{type(error).__name__}: {error}", remedy))
+        return EXIT_INTERNAL
     return 0
 
 

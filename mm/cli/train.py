@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from mm.cli.entry import run
@@ -38,8 +39,11 @@ def main(argv: Sequence[str]) -> None:
     from mm.lora.plan import plan_of
     from mm.parallel.launch import Job
     from mm.parallel.mesh import build_mesh
+    from mm.parallel.notices import Notices
+    from mm.parallel.watch import ANSWER_S, Limits, Watch
     from mm.train.loop import train
     from mm.train.run import Run
+    from mm.train.signals import StopRequest
 
     if where.rank != 0:
         logging.getLogger().setLevel(logging.WARNING)
@@ -56,8 +60,15 @@ def main(argv: Sequence[str]) -> None:
         flags.validation_config or "validation": validation.model_dump(mode="json") if validation else None,
         flags.layerzero_config or "zero_config.yaml": zero.model_dump(mode="json") if zero else None,
     }
+    save = Path(flags.save) if flags.save is not None else None
     with (
+        StopRequest() if flags.save_on_signal else nullcontext() as stop,
         Job(where, backend.collective, backend.device, timeout, configuration) as job,
+        Watch(
+            Notices(job.further_store(ANSWER_S), where.rank, where.world_size, job.remember),
+            Limits(flags.hang_timeout, ceiling=0.9 * 60 * timeout),
+            save / "hang" if save is not None else None,
+        ) as watch,
         build_mesh(layout, timeout, backend.kind) as mesh,
     ):
         comm: Comm = SingleProcess()
@@ -75,6 +86,8 @@ def main(argv: Sequence[str]) -> None:
                 mesh,
                 backend,
                 comm,
+                watch,
+                stop,
                 where.local_world_size,
                 lora=lora,
                 saving=saving,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from mm.config.layerzero import ZeroConfig
 from mm.config.request import Request
-from mm.config.rules_checks import evaluation_is_complete
+from mm.config.rules_checks import evaluation_is_complete, replicas_are_comparable
 from mm.config.rules_lora import LORA_RULES
 from mm.config.rules_parallel import PARALLEL_RULES
 from mm.config.rules_recompute import RECOMPUTE_RULES
@@ -120,6 +120,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     _weights_are_named,
     *SAVING_RULES,
     evaluation_is_complete,
+    replicas_are_comparable,
     _schedule_fits,
     _overlap_needs_distributed_optimizer,
     _compiled_blocks_wait_for_nothing,

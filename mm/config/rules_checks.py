@@ -27,6 +27,19 @@ def evaluation_is_complete(request: Request) -> Iterator[Problem]:
         yield Problem("CFG-124", "--validation-interval needs --save, where the clips go.", "Give --save.")
 
 
+def replicas_are_comparable(request: Request) -> Iterator[Problem]:
+    """CFG-126: comparing weights needs ranks that hold the same ones."""
+    if request.flags.check_replica_hash_interval is None or request.dp is None:
+        return
+    holders = request.dp * request.cp
+    if holders == (1 if request.zero is None else request.zero.zero3_size):
+        yield Problem(
+            "CFG-126",
+            "--check-replica-hash-interval has no effect: no two of the processes hold the same weights.",
+            "Remove it.",
+        )
+
+
 def load_validation(flags: TrainFlags, model: PretrainModel) -> InferenceModel | None:
     """Read the file of `--validation-config`, which must describe the model in training; None without validation.
 

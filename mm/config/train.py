@@ -112,6 +112,14 @@ class TrainFlags(MeshFlags):
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first-moment decay")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second-moment decay")
     adam_eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    on_nonfinite: str = Field(
+        "stop",
+        pattern=r"^(stop|skip:[1-9][0-9]*)$",
+        description="a loss or gradient that is not finite: stop, or skip:K, which leaves out up to K updates in a row",
+    )
+    check_replica_hash_interval: int | None = Field(
+        None, ge=1, description="steps between comparisons of the weights that replicas hold, bit for bit"
+    )
     clip_grad: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
     ema_decay: float | None = Field(
         None,
@@ -172,6 +180,15 @@ class TrainFlags(MeshFlags):
     validation_images: str | None = Field(None, description="text file, one image a line, or first and last, for them")
     validation_config: str | None = Field(None, description="inference_model.json: encoders, size and sampler for them")
 
+    hang_timeout: float | None = Field(
+        None,
+        gt=0,
+        description="seconds without progress until the run names the suspect rank and ends; default: 120 or "
+        "ten steps, more while it starts and saves",
+    )
+    straggler_interval: int | None = Field(
+        50, ge=1, description="steps between comparisons of the ranks' own time, which name a slow one"
+    )
     log_interval: int = Field(1, ge=1, description="steps between console lines; metrics.jsonl has every step")
     tensorboard_dir: str | None = Field(None, description="TensorBoard folder; default: SAVE/tensorboard")
     no_progress_bar: bool = Field(False, description="console lines only")
@@ -181,6 +198,12 @@ class TrainFlags(MeshFlags):
         """Whether adapters are trained, by any of LoRA's flags; the rules ask for the others."""
         given = (self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_base_dtype)
         return bool(self.lora_target_modules) or any(value is not None for value in given)
+
+    @property
+    def skipped_steps_in_a_row(self) -> int:
+        """Updates that `--on-nonfinite` lets a run leave out in a row."""
+        policy, _, most = self.on_nonfinite.partition(":")
+        return int(most) if policy == "skip" else 0
 
     def samples_of_step(self, dp_size: int) -> int:
         """The global batch: of all `dp_size` replicas."""

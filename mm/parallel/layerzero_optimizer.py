@@ -115,10 +115,14 @@ class LayerZeroOptimizer(Optimizer):
         if clip > 0 and scale < 1 and gradients:
             torch._foreach_mul_(gradients, scale)
         self._inner.step()
+        self.drop_gradients()
+        self.masters_to_model()
+
+    def drop_gradients(self) -> None:
+        """See `Optimizer`."""
         for part in self._slices.values():
             part.parameter.grad = None
             part.key.grad = None
-        self.masters_to_model()
 
     @torch.no_grad()
     def masters_to_model(self) -> None:

@@ -62,6 +62,11 @@ class MegatronOptimizer(Optimizer):
                 if clip > 0 and optimizer.get_parameters():
                     clip_grad_by_total_norm_fp32(optimizer.get_parameters(), clip, norm)
             self._inner.step_with_ready_grads()
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """See `Optimizer`."""
+        with self._parallel.backend.megatron():
             self._inner.zero_grad()  # else the next backward would add to what a parameter's .grad still points to
 
     def masters_to_model(self) -> None:

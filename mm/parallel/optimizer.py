@@ -22,7 +22,6 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from mm.errors import NumericsError
 from mm.parallel.apply import ParallelModel
 from mm.parallel.ema import Average
 from mm.parallel.placement import Placement, Shape
@@ -138,6 +137,10 @@ class Optimizer(abc.ABC):
         """Clip by the global `norm`, update masters and model, forget the gradients."""
 
     @abc.abstractmethod
+    def drop_gradients(self) -> None:
+        """Forget the gradients; nothing else changes."""
+
+    @abc.abstractmethod
     def masters_to_model(self) -> None:
         """Round the master weights into the model's parameters and gather them where they are kept whole."""
 
@@ -161,19 +164,6 @@ class Optimizer(abc.ABC):
         self._scheduler.num_steps = consumed_samples
         self._scheduler.step(increment=0)
 
-    def step(self, samples: int) -> float:
-        """Clip and apply the gradients that backward left, then advance the schedule by `samples`.
-
-        Returns:
-            The global L2 norm of the gradients before clipping.
-
-        Raises:
-            NumericsError: NUM-002 when the norm is not finite; no weight has changed then. The norm is the same on
-                every rank, so all of them decide alike.
-        """
-        self.reduce_gradients()
-        return self.update(samples)
-
     def reduce_gradients(self) -> None:
         """Make the gradients of all shards whole: what ranks have parts of is added up."""
         self._prepare_gradients()
@@ -191,36 +181,41 @@ class Optimizer(abc.ABC):
             for gradient, total in zip(partial, _unflatten_dense_tensors(together, partial), strict=True):
                 gradient.copy_(total)
 
-    def update(self, samples: int) -> float:
-        """The second half of `step`, after `reduce_gradients`."""
-        norm = self.gradient_norm()
-        if not math.isfinite(norm):
-            raise NumericsError(
-                "NUM-002",
-                f"The gradient norm is {norm}; no weight was changed.",
-                "Look at the samples of this step; lower --lr, or resume from the checkpoint before.",
-            )
+    def update(self, norm: float, samples: int) -> None:
+        """Clip the reduced gradients by their global `norm`, update the weights, advance the schedule by `samples`."""
         self.apply_gradients(norm)
         if self.average is not None:
             self.average.update()
         self._scheduler.step(increment=samples)
-        return norm
+
+    def skip(self, samples: int) -> None:
+        """Forget the gradients and keep all weights; the schedule, which follows the data, advances all the same."""
+        self.drop_gradients()
+        self._scheduler.step(increment=samples)
 
     def gradient_norm(self) -> float:
         """Global L2 norm of the reduced gradients, the same on every rank."""
-        # Added up in fp64 and in the order of the whole model, so that no layout of whole parameters changes a bit.
-        return math.sqrt(float(self.gradient_squares().cpu().double().sum()))
+        return norm_of(self.gradient_squares(torch.empty(0))[0])
 
-    def gradient_squares(self) -> Tensor:
-        """Sum of squares of each parameter's whole gradient, fp32, in the order of the whole model."""
+    def gradient_squares(self, beside: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of squares of each parameter's whole gradient, and whatever else the ranks add up: one message, one wait.
+
+        Args:
+            beside: [n] fp32, as long on every rank, on the device.
+
+        Returns:
+            [P] in the order of the whole model, and the sums of `beside` over all ranks, [n]; fp32, on the CPU.
+        """
         squares = torch.zeros(len(self._position), device=self._parallel.backend.device)
         owned = [shard for shard in self._shards if shard.owned and shard.start < shard.stop]
         if owned:
             norms = torch._foreach_norm([shard.gradient for shard in owned])
             places = torch.tensor([self._position[shard.name] for shard in owned], device=squares.device)
             squares.index_add_(0, places, torch.stack(norms).float().square())
-        dist.all_reduce(squares)
-        return squares
+        together = torch.cat([squares, beside.to(squares.device)])
+        dist.all_reduce(together)
+        told = together.cpu()
+        return told[: len(squares)], told[len(squares) :]
 
     def adam_step(self) -> int:
         """AdamW's own step count, which its bias correction needs; 0 before the first step, or with nothing kept."""
@@ -246,6 +241,12 @@ class Optimizer(abc.ABC):
                     yield group.get("step", 0)
                     continue
                 yield from (inner.state[key]["step"] for key in group["params"] if "step" in inner.state.get(key, {}))
+
+
+def norm_of(squares: Tensor) -> float:
+    """The L2 norm of gradients of which `squares` holds each parameter's sum of squares."""
+    # Added up in fp64 and in the order of the whole model, so that no layout of whole parameters changes a bit.
+    return math.sqrt(float(squares.double().sum()))
 
 
 def counts_by_group(inner: torch.optim.Optimizer) -> bool:

@@ -31,6 +31,7 @@ from mm.parallel.memory import TrackMemory
 from mm.parallel.mesh import build_mesh
 from mm.parallel.optimizer import AdamWSettings, Optimizer
 from mm.parallel.optimizers import make_optimizer
+from mm.parallel.outcome import outcome_size
 from mm.parallel.recompute import block_runner
 from mm.parallel.schedule import LossFunction, forward_backward
 from mm.parallel.stage import WanStage
@@ -199,11 +200,10 @@ def _gradients(parallel: ParallelModel, job: Job, micro_batches: int) -> None:
 
 
 def _update(parallel: ParallelModel, job: Job, optimizer: Optimizer, tracked: TrackMemory) -> None:
-    """`Optimizer.step` without the norm on the host, and the message of the losses."""
-    parallel.mesh.gather(torch.zeros(job.micro_batches))
+    """`mm.train.step.train_step` after backward."""
     tracked.label((parameter.grad for parameter in parallel.named_parameters().values()), memory.GRADIENTS)
     optimizer.reduce_gradients()
-    optimizer.gradient_squares()
+    optimizer.gradient_squares(torch.zeros(outcome_size(job.micro_batches * job.micro_batch_size)))
     optimizer.apply_gradients(norm=2.0)  # above clip_grad, so that gradients are clipped
     if optimizer.average is not None:
         optimizer.average.update()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from mm.parallel.apply import ParallelModel
 from mm.parallel.host_pool import make_offloader
 from mm.parallel.optimizer import Optimizer
 from mm.parallel.recompute import block_runner
+from mm.parallel.replicas import require_equal_replicas
 from mm.train.adapters import AdapterRun
 from mm.train.build import (
     build_model,
@@ -39,11 +41,13 @@ from mm.train.checks import Checks
 from mm.train.flops import train_flops
 from mm.train.metrics import MetricsLog, StepMetrics
 from mm.train.mm_state import save_weights
+from mm.train.numerics import NumericsGuard
 from mm.train.out_of_memory import MemoryWatch
 from mm.train.run import Run
-from mm.train.signals import StopRequest
+from mm.train.split import Phase
 from mm.train.state import Progress, state_of
 from mm.train.step import StepResult, train_step
+from mm.train.stragglers import Stragglers
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +66,8 @@ def train(run: Run) -> Progress:
     """
     flags = run.flags
     check_sizes(run)
-    watch = MemoryWatch(Request(flags, run.model, run.zero, run.comm.world_size), run.backend, run.comm.rank)
+    memory = MemoryWatch(Request(flags, run.model, run.zero, run.comm.world_size), run.backend, run.comm.rank)
+    during = partial(_during, run, memory)
     with ExitStack() as stack:
         stack.enter_context(deterministic(flags.deterministic_mode))
         if flags.save is not None:
@@ -72,24 +77,28 @@ def train(run: Run) -> Progress:
         offloader = make_offloader(
             recompute, run.config, run.mesh, run.backend, step_shape(run), processes_of_node=run.processes_of_node
         )
-        watch.pinned_host = 0 if offloader is None else offloader.memory.nbytes
+        memory.pinned_host = 0 if offloader is None else offloader.memory.nbytes
         not_compiled = why_not_compiled(run)
         adapters = open_adapters(run)
         run_blocks = block_runner(recompute, offloader, run.backend.model_code)
-        with watch.during("building the model"):
-            watch.parallel = parallel = build_model(run, adapters, run_blocks, not_compiled is None)
-            watch.optimizer = optimizer = build_optimizer(run, parallel)
+        with during("building the model"):
+            memory.parallel = parallel = build_model(run, adapters, run_blocks, not_compiled is None)
+            memory.optimizer = optimizer = build_optimizer(run, parallel)
         describe(run, recompute, offloader, not_compiled)
-        with watch.during("loading weights"):
+        with during("loading weights"):
             progress = start_or_resume(run, adapters, optimizer)
         if progress.step >= flags.train_iters:
             logger.info("step %d of %d is already done; nothing to train", progress.step, flags.train_iters)
             return progress
         log = stack.enter_context(_metrics_log(run, progress))
-        stop = stack.enter_context(StopRequest()) if flags.save_on_signal else None
-        return _steps(
-            run, _Built(adapters, parallel, optimizer, log, watch, checks, _saver(run, stack), stop), progress
-        )
+        return _steps(run, _Built(adapters, parallel, optimizer, log, during, checks, _saver(run, stack)), progress)
+
+
+@contextmanager
+def _during(run: Run, memory: MemoryWatch, phase: Phase) -> Iterator[None]:
+    """Enter this around a phase: who hangs in it is named, and who runs out of memory in it."""
+    with run.watch.during(phase), memory.during(phase):
+        yield
 
 
 def _metrics_log(run: Run, progress: Progress) -> MetricsLog:
@@ -119,52 +128,65 @@ class _Built:
     parallel: ParallelModel
     optimizer: Optimizer
     log: MetricsLog
-    watch: MemoryWatch
+    during: Callable[[Phase], AbstractContextManager[None]]
     checks: Checks
     saver: BackgroundSaver | None
-    stop: StopRequest | None
 
 
 def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
     flags = run.flags
     flow = FlowMatching(run.model.diffusion)
+    guard = NumericsGuard(run, built.parallel, built.optimizer, flow, progress.skipped_steps)
+    stragglers = Stragglers(run.watch, run.mesh, run.backend.device)
     batches = _batches(run, progress)
+    if run.stop is not None:
+        run.stop.steps_have_begun = True
     while progress.step < flags.train_iters:
-        started = time.monotonic()
+        started, step = time.monotonic(), progress.step + 1
+        run.watch.begin_step(step)
+        with built.during("waiting for data"):
+            mine = [next(batches) for _ in range(run.num_microbatches)]
         result = train_step(
             built.parallel,
             built.optimizer,
             flow,
-            [next(batches) for _ in range(run.num_microbatches)],
+            mine,
             samples=run.global_batch_size,
             seed=flags.seed,
-            during=built.watch.during,
+            during=built.during,
+            on_nonfinite=partial(guard.refused, step, batches=mine),
+            asked_to_stop=lambda: run.stop is not None and run.stop.received is not None,
         )
+        if result.updated:
+            guard.accepted(step, result.outcome, mine)
         if built.saver is not None:
             built.saver.check()
-        progress = Progress(progress.step + 1, progress.consumed_samples + run.global_batch_size)
-        built.log.write(_measure(run, result, progress, time.monotonic() - started))
-        due = flags.save_interval is not None and progress.step % flags.save_interval == 0
-        stopping = built.stop is not None and _any_rank_was_asked(run, built.stop)
-        if flags.save is not None and (due or stopping or progress.step == flags.train_iters):
-            _save(run, built, Path(flags.save), progress)
-        if stopping and progress.step < flags.train_iters:  # a run that is at its end is done, not stopped
-            _stop(built, progress)
-        with built.watch.during("evaluation and validation"):
-            built.checks.after(progress.step, built.parallel, built.log)
+        progress = Progress(step, progress.consumed_samples + run.global_batch_size, guard.skipped)
+        built.log.write(_measure(run, result, progress, flow, mine, time.monotonic() - started))
+        if run.comm.world_size > 1 and _is_due(flags.straggler_interval, step):
+            stragglers.compare(step)
+        if _is_due(flags.check_replica_hash_interval, step):
+            require_equal_replicas(built.parallel, step)
+        last, stopping = step == flags.train_iters, result.outcome.asked_to_stop
+        if flags.save is not None and (_is_due(flags.save_interval, step) or stopping or last):
+            with built.during("saving"):
+                _save(run, built, Path(flags.save), progress)
+        if stopping and not last:  # a run that is at its end is done, not stopped
+            _stop(run, built, progress)
+        with built.during("evaluation and validation"):
+            built.checks.after(step, built.parallel, built.log)
     return progress
 
 
-def _any_rank_was_asked(run: Run, stop: StopRequest) -> bool:
-    """Whether a signal has reached any process: all of them stop after the same step."""
-    mine = torch.tensor([float(stop.received is not None)], device=run.backend.device)
-    return bool(run.mesh.gather(mine).any())
+def _is_due(interval: int | None, step: int) -> bool:
+    return interval is not None and step % interval == 0
 
 
-def _stop(built: _Built, progress: Progress) -> None:
+def _stop(run: Run, built: _Built, progress: Progress) -> None:
     if built.saver is not None:
-        built.saver.finish()
-    by = built.stop.received if built.stop is not None else None
+        with built.during("saving"):
+            built.saver.finish()
+    by = run.stop.received if run.stop is not None else None
     raise StoppedError(
         "RUN-001",
         f"Stopped by {by or 'a signal to another process'} after step {progress.step}, which is saved.",
@@ -188,22 +210,34 @@ def _batches(run: Run, progress: Progress) -> Iterator[FeatureBatch]:
     )
 
 
-def _measure(run: Run, result: StepResult, progress: Progress, seconds: float) -> StepMetrics:
+def _measure(
+    run: Run,
+    result: StepResult,
+    progress: Progress,
+    flow: FlowMatching,
+    batches: Sequence[FeatureBatch],
+    seconds: float,
+) -> StepMetrics:
     replica_samples = run.global_batch_size // run.mesh.layout.dp_size
     flops = replica_samples * train_flops(run.config, result.tokens // replica_samples, frozen=run.lora is not None)
     devices_per_replica = run.comm.world_size // run.mesh.layout.dp_size
+    outcome = result.outcome
+    drawn = [flow.draw_timesteps(run.flags.seed, batch["sample"], batch["draw"])[1] for batch in batches]
     return StepMetrics(
         step=progress.step,
-        loss=result.loss,
-        loss_hex=result.loss.hex(),
-        grad_norm=result.grad_norm,
-        grad_norm_hex=result.grad_norm.hex(),
+        loss=outcome.loss,
+        loss_hex=outcome.loss.hex(),
+        grad_norm=outcome.grad_norm,
+        grad_norm_hex=outcome.grad_norm.hex(),
         lr=result.lr,
         consumed_samples=progress.consumed_samples,
         tokens_per_s=result.tokens * run.mesh.layout.dp_size / seconds,
         tflops=flops / devices_per_replica / seconds / 1e12,
         peak_memory_gb=run.backend.peak_memory_bytes() / 1e9,
         step_time_s=seconds,
+        skipped=not result.updated,
+        timesteps=tuple(round(t, 3) for t in torch.cat(drawn).tolist()),
+        sample_losses=tuple(outcome.losses[run.mesh.dp_rank].flatten().tolist()),
     )
 
 

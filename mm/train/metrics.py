@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -37,6 +38,8 @@ class StepMetrics:
         lr: the rate this step used. consumed_samples: up to and with this step.
         tokens_per_s: video tokens of the whole job. tflops: model TFLOP/s of one device (`mm.train.flops`).
         peak_memory_gb: of this process so far, in 10^9 bytes. step_time_s: wall time.
+        skipped: the loss or a gradient was not finite, and no weight changed; such numbers are null in the file.
+        timesteps, sample_losses: of the first replica's samples, in its order.
     """
 
     step: int
@@ -50,6 +53,31 @@ class StepMetrics:
     tflops: float
     peak_memory_gb: float
     step_time_s: float
+    skipped: bool = False
+    timesteps: tuple[float, ...] = ()
+    sample_losses: tuple[float, ...] = ()
+
+    def as_json(self) -> str:
+        """One line of metrics.jsonl; JSON has no word for numbers that are not finite, the hex fields have."""
+        values = asdict(self)
+        for name in ("loss", "grad_norm"):
+            values[name] = values[name] if math.isfinite(values[name]) else None
+        values["sample_losses"] = [loss if math.isfinite(loss) else None for loss in self.sample_losses]
+        return json.dumps(values, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> StepMetrics:
+        """Read a line.
+
+        Raises:
+            ValueError, TypeError: for one that `as_json` did not write.
+        """
+        values = json.loads(line)
+        for name in ("loss", "grad_norm"):
+            values[name] = math.nan if values[name] is None else values[name]
+        for name in ("timesteps", "sample_losses"):
+            values[name] = tuple(math.nan if value is None else value for value in values.get(name, ()))
+        return cls(**values)
 
     def line(self, total_steps: int, eta_s: float) -> str:
         """The console line."""
@@ -73,8 +101,8 @@ def read_metrics(path: Path) -> list[StepMetrics]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(StepMetrics(**json.loads(line)))
-        except (ValueError, TypeError) as error:
+            rows.append(StepMetrics.from_json(line))
+        except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):
                 break
             raise CheckpointError(
@@ -129,11 +157,12 @@ class MetricsLog:
     def write(self, metrics: StepMetrics) -> None:
         """Record one step everywhere."""
         if self._file is not None:
-            self._file.write(json.dumps(asdict(metrics)) + "\n")
+            self._file.write(metrics.as_json() + "\n")
             self._file.flush()
         if self._board is not None:
             for name in ("loss", "grad_norm", "lr", "tokens_per_s", "tflops", "peak_memory_gb", "step_time_s"):
-                self._board.add_scalar(f"train/{name}", getattr(metrics, name), metrics.step)
+                if math.isfinite(getattr(metrics, name)):
+                    self._board.add_scalar(f"train/{name}", getattr(metrics, name), metrics.step)
         self._seconds = [*self._seconds[-49:], metrics.step_time_s]
         eta = sum(self._seconds) / len(self._seconds) * (self._total_steps - metrics.step)
         self._bar.set_postfix(loss=f"{metrics.loss:.4f}", refresh=False)
@@ -192,7 +221,7 @@ def _keep_steps_before(path: Path, first_step: int) -> None:
         return
     logger.warning("%s: steps %d to %d will run again; their lines are removed", path, first_step, rows[-1].step)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(asdict(row)) + "\n" for row in kept))
+    temporary.write_text("".join(row.as_json() + "\n" for row in kept))
     os.replace(temporary, path)
 
 

@@ -59,7 +59,12 @@ def save_weights(
         write_new(folder / CONFIG_NAME, parallel.wan.model_dump_json(indent=2) + "\n")
         versions = {"mm": mm.__version__, "torch": torch.__version__}
         record = WeightsRecord(
-            step=progress.step, consumed_samples=progress.consumed_samples, seed=seed, versions=versions, files=files
+            step=progress.step,
+            consumed_samples=progress.consumed_samples,
+            skipped_steps=progress.skipped_steps,
+            seed=seed,
+            versions=versions,
+            files=files,
         )
         write_new(folder / RECORD_NAME, record.model_dump_json(indent=2) + "\n")
 

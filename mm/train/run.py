@@ -17,6 +17,8 @@ from mm.device.backend import Backend
 from mm.lora.plan import LoRAPlan
 from mm.parallel.apply import DataParallelOptions
 from mm.parallel.mesh import Mesh
+from mm.parallel.watch import Watch
+from mm.train.signals import StopRequest
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Run:
         processes_of_node: this rank's node and its memory are shared by so many.
         lora: the adapters that are trained instead of all parameters.
         saving: the ranks over a group of their own, for saves in the background; None saves in the loop.
+        watch: over this process. stop: notes signals; None where they end the process.
         held_out: the features of `--eval-data`, or None. validation: what is rendered meanwhile, or None.
     """
 
@@ -41,6 +44,8 @@ class Run:
     mesh: Mesh
     backend: Backend
     comm: Comm
+    watch: Watch
+    stop: StopRequest | None = None
     processes_of_node: int = 1
     lora: LoRAPlan | None = None
     saving: Comm | None = None

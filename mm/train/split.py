@@ -15,8 +15,11 @@ from mm.parallel.optimizer import MOMENTS, Optimizer
 Phase = Literal[
     "building the model",
     "loading weights",
+    "waiting for data",
     "forward and backward",
+    "reducing gradients",
     "the optimizer's update",
+    "saving",
     "evaluation and validation",
 ]
 

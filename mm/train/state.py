@@ -39,10 +39,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: optimizer steps taken and samples seen."""
+    """How far a run has come: steps taken, samples seen, and steps whose update was left out (`--on-nonfinite`)."""
 
     step: int = 0
     consumed_samples: int = 0
+    skipped_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def state_of(
     scalars: dict[str, Any] = {
         "step": progress.step,
         "consumed_samples": progress.consumed_samples,
+        "skipped_steps": progress.skipped_steps,
         "seed": seed,
         # ranks of a stage without adapters have no count of their own
         "adam_step": max(comm.all_gather_object(optimizer.adam_step())) if with_optimizer else None,
@@ -145,14 +147,15 @@ def load_state(
             optimizer.set_adam_step(scalars["adam_step"])
         optimizer.masters_to_model()
     optimizer.set_progress(scalars["consumed_samples"])
-    return Progress(scalars["step"], scalars["consumed_samples"])
+    # checkpoints of earlier versions do not say it: no step could be skipped then
+    return Progress(scalars["step"], scalars["consumed_samples"], scalars.get("skipped_steps", 0))
 
 
 def _described(path: Path) -> tuple[dict[str, Any], WanConfig, AdapterRecord | None]:
     """Scalars, model and adapters of a checkpoint of either format; one in the MM format has no optimizer."""
     if kind_of(path) == "torch":
         record = read_record(path)
-        scalars = record.model_dump(include={"step", "consumed_samples", "seed"}) | {"adam_step": None}
+        scalars = record.model_dump(include={"step", "consumed_samples", "skipped_steps", "seed"}) | {"adam_step": None}
         return scalars, load_config(WanConfig, path / CONFIG_NAME), None
     manifest = read_manifest(path)
     config = parse(WanConfig, manifest.scalars[CONFIG_KEY], str(path))

@@ -16,6 +16,7 @@ from mm.diffusion.flow import FlowMatching
 from mm.errors import NumericsError
 from mm.parallel.apply import ParallelModel
 from mm.parallel.optimizer import Optimizer
+from mm.parallel.outcome import Outcome, agree
 from mm.parallel.schedule import LossFunction, forward_backward
 from mm.parallel.stage import WanStage
 from mm.train.split import Phase
@@ -29,14 +30,26 @@ class StepResult:
     """What one step did.
 
     Attributes:
-        loss: weighted loss, mean over the global batch. grad_norm: before clipping. lr: the rate that was used.
-        tokens: video tokens of this replica's samples, after patching.
+        outcome: losses and gradients. updated: whether they were applied.
+        lr: the rate that was used. tokens: video tokens of this replica's samples, after patching.
     """
 
-    loss: float
-    grad_norm: float
+    outcome: Outcome
+    updated: bool
     lr: float
     tokens: int
+
+
+def stop_at(outcome: Outcome) -> None:
+    """What to do about numbers that are not finite where no guard decides (`mm.train.numerics`).
+
+    Raises:
+        NumericsError: NUM-001 for a loss, NUM-002 for a gradient.
+    """
+    remedy = "Look at the samples of this step; lower --lr, or resume from the checkpoint before."
+    if not math.isfinite(outcome.loss):
+        raise NumericsError("NUM-001", f"The loss is {outcome.loss}; no weight was changed.", remedy)
+    raise NumericsError("NUM-002", f"The gradient norm is {outcome.grad_norm}; no weight was changed.", remedy)
 
 
 def train_step(
@@ -48,8 +61,10 @@ def train_step(
     samples: int,
     seed: int,
     during: Callable[[Phase], AbstractContextManager[object]] = nullcontext,
+    on_nonfinite: Callable[[Outcome], None] = stop_at,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> StepResult:
-    """Take one step.
+    """Take one step. The process waits for the device once, to read what `agree` tells.
 
     Args:
         parallel: the model on the mesh.
@@ -59,32 +74,38 @@ def train_step(
         samples: the global batch, by which the learning-rate schedule advances.
         seed: of noise and timesteps.
         during: makes what to enter for each phase of the step.
+        on_nonfinite: called on every rank where a loss or gradient is not finite, before any weight has changed; the
+            update is left out if it returns.
+        asked_to_stop: whether this process was; asked when the gradients are there.
 
     Raises:
-        NumericsError: NUM-001 for a loss, NUM-002 for a gradient that is not finite; no weight has changed then.
+        NumericsError: what `on_nonfinite` raises.
     """
     with during("forward and backward"):
-        loss = compute_gradients(parallel, flow, batches, seed)
-    if not math.isfinite(loss):
-        identities = ", ".join(sample for batch in batches for sample in batch["sample"])
-        raise NumericsError(
-            "NUM-001",
-            f"The loss is {loss}; no weight was changed. Samples of this rank's step: {identities}.",
-            "Check these features (NaN, dtype), lower --lr, or resume from the checkpoint before.",
-        )
+        losses = compute_gradients(parallel, flow, batches, seed)
     lr = optimizer.learning_rate
-    with during("the optimizer's update"):
-        grad_norm = optimizer.step(samples)
+    with during("reducing gradients"):
+        optimizer.reduce_gradients()
+        outcome = agree(parallel, optimizer, losses, asked_to_stop())
+    if outcome.is_finite:
+        with during("the optimizer's update"):
+            optimizer.update(outcome.grad_norm, samples)
+    else:
+        on_nonfinite(outcome)
+        optimizer.skip(samples)
     patch_size = parallel.wan.patch_size
     tokens = sum(len(batch["sample"]) * num_tokens(batch["latents"], patch_size) for batch in batches)
-    return StepResult(loss, grad_norm, lr, tokens)
+    return StepResult(outcome, outcome.is_finite, lr, tokens)
 
 
-def compute_gradients(parallel: ParallelModel, flow: FlowMatching, batches: Sequence[FeatureBatch], seed: int) -> float:
+def compute_gradients(
+    parallel: ParallelModel, flow: FlowMatching, batches: Sequence[FeatureBatch], seed: int
+) -> Tensor:
     """Forward and backward of one step; the gradients stay where `Optimizer.reduce_gradients` finds them.
 
     Returns:
-        The loss, mean over the global batch, the same on every rank.
+        This rank's part of the weighted losses of its replica's samples, [micro-batches, samples] fp32 on the device:
+        of its own tokens on the last pipeline stage, zeros elsewhere and where another rank has the same.
     """
     patch_size = parallel.wan.patch_size
 
@@ -95,7 +116,10 @@ def compute_gradients(parallel: ParallelModel, flow: FlowMatching, batches: Sequ
         return len(batch["sample"]), num_tokens(batch["latents"], patch_size), batch["text"].shape[1]
 
     losses = forward_backward(parallel, forward_step, batches, tokens_of)
-    return _reported_loss(parallel, losses, len(batches))
+    mesh = parallel.mesh
+    if parallel.last and (mesh.layout.sequence_parallel or mesh.tp_rank == 0):
+        return torch.stack(losses).float()
+    return torch.zeros(len(batches), len(batches[0]["sample"]), device=parallel.backend.device)
 
 
 def num_tokens(latents: Tensor, patch_size: PatchSize) -> int:
@@ -132,8 +156,8 @@ def forward_micro_batch(
     def loss_function(velocity: Tensor) -> tuple[Tensor, Tensor]:
         real = share.real(num_tokens(clean, patch_size))  # padding takes no part
         elements = math.prod(clean.shape[1:])
-        loss, _ = flow.loss(velocity[:, :real], target[:, :real], weight, elements)
-        return loss, loss.detach().clone()  # a copy: the schedule divides the loss in place
+        loss, of_samples = flow.loss(velocity[:, :real], target[:, :real], weight, elements)
+        return loss, of_samples.detach()
 
     return output, loss_function
 
@@ -142,12 +166,3 @@ def images_of(batch: FeatureBatch) -> dict[str, Tensor]:
     """The arguments of `mm.wan.model.WanModel.forward` about images that a micro-batch has; none in text-to-video."""
     found = {"image_features": batch.get("image_features"), "condition": batch.get("condition")}
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _reported_loss(parallel: ParallelModel, losses: Sequence[Tensor], num_microbatches: int) -> float:
-    """Mean over the global batch of the losses that the ranks of the last stage computed, each of its own tokens."""
-    mesh, device = parallel.mesh, parallel.backend.device
-    computes = parallel.last and (mesh.layout.sequence_parallel or mesh.tp_rank == 0)  # else a copy, or nothing
-    mine = torch.stack(list(losses)).float() if computes else torch.zeros(num_microbatches, device=device)
-    # All in one message, and added up in fp64 on the CPU in the order of the ranks: one answer on every rank.
-    return float(mesh.gather(mine).double().sum()) / (num_microbatches * mesh.layout.dp_size)

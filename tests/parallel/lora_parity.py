@@ -40,6 +40,7 @@ from mm.parallel.apply import apply
 from mm.parallel.host_pool import StepShape, make_offloader
 from mm.parallel.mesh import Mesh, build_mesh
 from mm.parallel.optimizers import make_optimizer
+from mm.parallel.outcome import agree
 from mm.parallel.placement import whole_shapes
 from mm.parallel.recompute import block_runner
 from mm.train.step import compute_gradients
@@ -189,10 +190,13 @@ def parallel_run(lora: LoRARow, mesh: Mesh, backend: Backend) -> Trace:
     trace = Trace()
     for step in range(STEPS):
         mine = micro_batches(row, global_batch(row.samples, step, row.wan), mesh)
-        trace.losses.append(compute_gradients(parallel, flow, mine, SEED))
+        losses = compute_gradients(parallel, flow, mine, SEED)
         optimizer.reduce_gradients()
         trace.gradients.append(gather(parallel, optimizer, "gradient"))
-        trace.norms.append(optimizer.update(GLOBAL_BATCH))
+        outcome = agree(parallel, optimizer, losses)
+        trace.losses.append(outcome.loss)
+        trace.norms.append(outcome.grad_norm)
+        optimizer.update(outcome.grad_norm, GLOBAL_BATCH)
     trace.weights = gather(parallel, optimizer, "master")
     for name, parameter in parallel.all_parameters().items():
         if name in frozen:

@@ -103,10 +103,10 @@ def gradients_not_added_up_over_context_ranks(patch: pytest.MonkeyPatch) -> None
 def norm_over(patch: pytest.MonkeyPatch, counted: Callable[[Any], bool]) -> None:
     squares = Optimizer.gradient_squares
 
-    def wrong(self: Optimizer) -> Tensor:
+    def wrong(self: Optimizer, beside: Tensor) -> tuple[Tensor, Tensor]:
         with pytest.MonkeyPatch.context() as shards:
             shards.setattr(self, "_shards", [dataclasses.replace(s, owned=counted(s)) for s in self.shards])
-            return squares(self)
+            return squares(self, beside)
 
     patch.setattr(Optimizer, "gradient_squares", wrong)
 

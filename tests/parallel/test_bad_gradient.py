@@ -1,4 +1,7 @@
-"""A gradient that is not finite on one rank stops every rank before any weight changes."""
+"""A gradient that is not finite on one rank stops every rank, or is skipped by all, before any weight changes."""
+
+import math
+from collections.abc import Callable
 
 import torch
 from parity import SEED, SETTINGS, Row, global_batch, micro_batches, value_of
@@ -15,7 +18,8 @@ from mm.parallel.apply import DataParallelOptions, apply
 from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
 from mm.parallel.optimizers import make_optimizer
-from mm.train.step import compute_gradients
+from mm.parallel.outcome import Outcome
+from mm.train.step import stop_at, train_step
 
 ROWS = [
     Row(Layout(2), DataParallelOptions(use_distributed_optimizer=True)),
@@ -33,8 +37,8 @@ class FiniteLossWithoutSlope(FlowMatching):
         return loss + (0 * prediction.sum()).abs().sqrt(), samples
 
 
-def bad_step(row: Row, backend: Backend) -> tuple[bool, str, bool]:
-    """Whether the loss was finite, the error's id, whether any weight changed."""
+def bad_step(row: Row, backend: Backend, on_nonfinite: Callable[[Outcome], None]) -> tuple[bool, str, bool]:
+    """Whether the loss was finite, what came of the step, whether any weight changed."""
     with build_mesh(row.layout, 1, "cpu") as mesh:
         parallel = apply(row.wan, mesh, backend, row.options, torch.float32, value_of, row.zero)
         optimizer = make_optimizer(parallel, SETTINGS)
@@ -42,22 +46,39 @@ def bad_step(row: Row, backend: Backend) -> tuple[bool, str, bool]:
         last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
         flow = (FiniteLossWithoutSlope if last else FlowMatching)(DiffusionConfig())
         batches = micro_batches(row, global_batch(row.samples, 0), mesh)
-        finite = torch.isfinite(torch.tensor(compute_gradients(parallel, flow, batches, SEED)))
+        found: list[Outcome] = []
+
+        def decide(outcome: Outcome) -> None:
+            found.append(outcome)
+            on_nonfinite(outcome)
+
         try:
-            optimizer.step(1)
-            caught = "no error"
+            result = train_step(parallel, optimizer, flow, batches, samples=4, seed=SEED, on_nonfinite=decide)
+            caught = f"updated: {result.updated}"
         except NumericsError as error:
             caught = error.id
+        rate = optimizer.learning_rate
         optimizer.masters_to_model()
         changed = any(not torch.equal(a, shard.master) for a, shard in zip(before, optimizer.shards, strict=True))
-        return bool(finite), caught, changed
+        if caught.startswith("updated"):  # the next step goes on with nothing of the bad gradients
+            result = train_step(parallel, optimizer, FlowMatching(DiffusionConfig()), batches, samples=4, seed=SEED)
+            assert result.updated
+            assert result.lr == rate < SETTINGS.lr
+            fresh = apply(row.wan, mesh, backend, row.options, torch.float32, value_of, row.zero)
+            straight = make_optimizer(fresh, SETTINGS)
+            straight.set_progress(4)
+            train_step(fresh, straight, FlowMatching(DiffusionConfig()), batches, samples=4, seed=SEED)
+            pairs = zip(optimizer.shards, straight.shards, strict=True)
+            caught += f", then as never: {all(torch.equal(a.master, b.master) for a, b in pairs)}"
+        return math.isfinite(found[0].loss), caught, changed
 
 
-def work() -> list[tuple[bool, str, bool]]:
+def work() -> list[list[tuple[bool, str, bool]]]:
     backend = select("cpu")
     with Job(place(), backend.collective, backend.device, 1):
-        return [bad_step(row, backend) for row in ROWS]
+        return [[bad_step(row, backend, decide) for row in ROWS] for decide in (stop_at, lambda outcome: None)]
 
 
-def test_every_rank_stops_and_no_weight_changes() -> None:
-    assert run_ranks(2, work) == [[(True, "NUM-002", False)] * len(ROWS)] * 2
+def test_every_rank_decides_alike_and_no_weight_changes() -> None:
+    stopped, skipped = (True, "NUM-002", False), (True, "updated: False, then as never: True", False)
+    assert run_ranks(2, work) == [[[stopped] * len(ROWS), [skipped] * len(ROWS)]] * 2

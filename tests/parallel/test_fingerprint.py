@@ -216,7 +216,7 @@ def test_a_store_that_cannot_be_reached_is_an_error_of_one_line(monkeypatch: pyt
 def four_ranks() -> dict[str, str]:
     """Every case on one rank of one start: starting processes is what costs."""
     where = place()
-    store = open_store(where, 60 * SECONDS)
+    store = open_store(where, 60 * SECONDS).of_start()
 
     def said(case: str, mine: Mapping[str, str], seconds: float = 60) -> str:
         return outcome(dist.PrefixStore(case, store), where.rank, where.world_size, mine, seconds)
@@ -247,7 +247,7 @@ def four_ranks() -> dict[str, str]:
         store.set("port of rank 0", str(free_port()))
     os.environ.update(MASTER_PORT=store.get("port of rank 0").decode(), TORCHELASTIC_USE_AGENT_STORE="False")
     found["job on a store of rank 0"] = join(lr=4)
-    of_rank_0 = open_store(where, 60 * SECONDS)
+    of_rank_0 = open_store(where, 60 * SECONDS).of_start()
     if where.rank:
         found["lost"] = outcome(of_rank_0, where.rank, where.world_size, parts(), 60)
     else:

@@ -80,10 +80,10 @@ def compare_here(rows: list[Row], plans: list[str]) -> list[dict[str, Any]]:
 
     def counting_bytes(parallel: ParallelModel, *args: Any) -> Any:
         with CountTraffic(axes_of(parallel.mesh)) as traffic:
-            loss = compute_gradients(parallel, *args)
+            losses = compute_gradients(parallel, *args)
         for (axis, _), sent in totals(traffic.calls).items():
             bytes_sent[axis] += sent.bytes
-        return loss
+        return losses
 
     with Job(place(), backend.collective, backend.device, 5), pytest.MonkeyPatch.context() as patch:
         patch.setattr(WanBlock, "forward", counting("blocks", WanBlock.forward))

@@ -9,6 +9,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from ranks import run_ranks
 from safetensors.torch import load_file
+from test_numerics import with_bad_sample
 from training_runs import WEIGHTS, bits, run, words
 
 from mm.checkpoint.store import read_manifest, read_tensor
@@ -282,3 +283,15 @@ def test_the_dry_run_counts_it(
     assert kept["optimizer_bytes"] - plain["optimizer_bytes"] == padded
     assert kept["peak_bytes"] - plain["peak_bytes"] == padded
     assert kept["parameter_bytes"] == plain["parameter_bytes"]
+
+
+def test_a_skipped_step_leaves_it_as_it_is(demo: Path, tmp_path: Path) -> None:
+    home, _ = with_bad_sample(demo, tmp_path / "demo", 1e25)
+    root = tmp_path / "run"
+    rows = run(home, root, ema_decay=DECAY, save_interval=1, train_iters=4, on_nonfinite="skip:1")
+    [skipped] = [row["step"] for row in rows if row["skipped"]]
+    assert 1 < skipped <= 4
+    for step in range(2, 5):
+        before, after = tensors(root, step - 1, "ema."), tensors(root, step, "ema.")
+        same = all(torch.equal(value, before[name]) for name, value in after.items())
+        assert same == (step == skipped)

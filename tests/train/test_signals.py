@@ -20,7 +20,7 @@ def start(demo: Path, save: Path, num_processes: int, **flags: Any) -> subproces
     launcher = []
     if num_processes > 1:
         port = str(free_port())
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_processes), "--master-port", port]
+        launcher = ["-m", "mm.cli.launch", "--nproc-per-node", str(num_processes), "--master-port", port]
     command = [*launcher, "-m", "mm.cli.train", *words(demo, save, train_iters=STEPS, save_on_signal=True, **flags)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -67,8 +67,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(demo: Path, tmp_path
     wait_for_steps(save, 3, process)
     os.kill(children(process.pid)[1], signal.SIGTERM)
     _, told = process.communicate(timeout=90)
-    assert process.returncode != 0
-    assert "RUN-001: Stopped by " in told
+    assert process.returncode == 75
+    assert told.count("error ") == 1
+    assert told.splitlines()[-1].startswith("error RUN-001: Stopped by ")
     stopped_at = len(metrics(save))
     straight = run_on(2, demo, tmp_path / "straight", train_iters=stopped_at + 1, **flags)
     assert bits(run_on(2, demo, save, train_iters=stopped_at + 1, **flags)) == bits(straight)

@@ -1,0 +1,105 @@
+"""What the processes of a job tell each other outside of collectives, through the launcher's key-value store.
+
+Two things are told: that the run has failed, by the first process to fail, so that its message is the one that is
+printed; and that a process makes no progress (`mm.parallel.watch`). Reading never waits: a key is there or not.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The first failure of a job: of which rank, the exit code for all processes, what was printed."""
+
+    rank: int
+    exit_code: int
+    text: str
+
+
+class Notices:
+    """A process's view of what was told in this start of the job. Threads may share it.
+
+    Args:
+        store: a client of its own, with a short time limit; None where the job is one process.
+        rank, world_size: of this process and the job.
+        remember: called with exit code and text of the job's first failure, for a start after this one.
+    """
+
+    def __init__(
+        self,
+        store: Store | None,
+        rank: int,
+        world_size: int,
+        remember: Callable[[int, str], None] = lambda exit_code, text: None,
+    ) -> None:
+        self._store, self.rank, self.world_size, self._remember = store, rank, world_size, remember
+        self._lock = threading.Lock()
+        self._mine: dict[str, Any] = {}
+
+    def claim(self, name: str, value: Any) -> bool:
+        """Tell `value`, unless another process has told something under this name; whether this one was first.
+
+        Raises:
+            StoreLostError: the store does not answer.
+        """
+        if self._store is None:
+            first = name not in self._mine
+            self._mine.setdefault(name, value)
+            return first
+        with self._lock, _answering():
+            first = self._store.add(f"{name} claimed", 1) == 1
+            if first:
+                self._store.set(name, json.dumps(value))
+            return first
+
+    def tell(self, name: str, value: Any) -> None:
+        """Tell `value` under a name that only this process uses, over what it told before; raises as `claim`."""
+        if self._store is None:
+            self._mine[name] = value
+            return
+        with self._lock, _answering():
+            self._store.set(name, json.dumps(value))
+
+    def read(self, name: str) -> Any | None:
+        """What was told, or None; raises as `claim`."""
+        if self._store is None:
+            return self._mine.get(name)
+        with self._lock, _answering():
+            return json.loads(self._store.get(name)) if self._store.check([name]) else None
+
+    def publish(self, failure: Failure) -> bool:
+        """Tell the job that it has failed; whether this is its first failure, which is the one to print."""
+        try:
+            first = self.claim("failure", asdict(failure))
+            if first:
+                self._remember(failure.exit_code, failure.text)
+            return first
+        except StoreLostError:  # better two messages than none
+            return True
+
+    def failure(self) -> Failure | None:
+        """The job's first failure so far; raises as `claim`."""
+        told = self.read("failure")
+        return None if told is None else Failure(**told)
+
+
+class StoreLostError(Exception):
+    """The launcher's store does not answer within the time limit of the client."""
+
+
+class _answering:  # noqa: N801  (reads as a statement: with _answering())
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, dist.DistError):
+            raise StoreLostError(str(error).splitlines()[0]) from None

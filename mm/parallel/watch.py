@@ -1,0 +1,370 @@
+"""Watches a process from a thread beside it: names the rank that keeps a job from going on, and ends a failed job.
+
+The run marks its phases (`Watch.during`). All ranks pass through the same phases in the same order, so the count of
+phases says who is behind. When a process stays in one for too long it raises the alarm; then every process that can
+still answer writes its stacks to a file and says what it is doing, the table of all is printed with the suspect first,
+and all leave with exit code 124, before a collective's own time limit says less about it.
+
+What a process is doing is read from the stack of its threads: whether it waits for other ranks, and where. That costs
+nothing in between, needs no wrapper around any collective, and works while a collective waits, which it does without
+Python's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import linecache
+import os
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from tabulate import tabulate
+
+from mm.errors import (
+    EXIT_HANG,
+    EXIT_INTERNAL,
+    EndedElsewhereError,
+    HangError,
+    LostProcessError,
+    MMError,
+    format_error,
+    say,
+)
+from mm.parallel.notices import Failure, Notices, StoreLostError
+
+SAMPLE_S, LOOK_S = 0.1, 1.0
+"""Between looks at the stack, and at what the others have told."""
+ANSWER_S, LEAVE_S = 5.0, 10.0
+"""How long a process is waited for when the alarm is raised, and for it to end by itself after another has failed."""
+_WAITS = (".wait(", ".cpu()", "synchronize(")
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Timed out")
+_PACKAGE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a process may stay in one phase, in seconds.
+
+    Attributes:
+        fixed: `--hang-timeout`; None chooses by phase.
+        ceiling: below the time limit of collectives, which would end the job with a poorer message.
+    """
+
+    fixed: float | None
+    ceiling: float
+
+    def of(self, phase: str, step_s: list[float], last_s: float) -> float:
+        """The limit of a phase, from the seconds of the last steps and of the last time in this phase."""
+        if self.fixed is not None:
+            return self.fixed
+        if len(step_s) < 2 or phase == "evaluation and validation":
+            limit = 1800.0  # starting, compiling, the first messages; rendering clips
+        elif phase == "saving":
+            limit = 600.0
+        else:
+            limit = max(120.0, 10 * statistics.median(step_s))
+        return min(max(limit, 3 * last_s), self.ceiling)
+
+
+@dataclass
+class Doing:
+    """What a process is doing.
+
+    Attributes:
+        rank, host: of the process. step: that it is in, 0 before the first.
+        phase: marked by the run. phases: entered so far. since_s: seconds in this one.
+        waits: whether it waits for other ranks. where: the call and the line of this package that made it.
+        answers: whether it said so itself.
+    """
+
+    rank: int
+    host: str = ""
+    step: int = 0
+    phase: str = "starting"
+    phases: int = 0
+    since_s: float = 0.0
+    waits: bool = False
+    where: str = ""
+    answers: bool = True
+
+
+class Watch:
+    """The watch over one process; a context manager around the run.
+
+    Attributes:
+        samples: looks at the stack, by phase and whether the process waited for others, since `take_samples`.
+    """
+
+    def __init__(
+        self,
+        notices: Notices,
+        limits: Limits,
+        folder: Path | None,
+        leave: Callable[[int], None] = os._exit,
+    ) -> None:
+        """Watch the thread that calls this.
+
+        Args:
+            notices: to and from the other processes.
+            limits: of the phases.
+            folder: where stacks go; None prints them.
+            leave: ends the process.
+        """
+        self._notices, self._limits, self._folder, self._leave = notices, limits, folder, leave
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._watched = threading.get_ident()
+        self._over = threading.Event()
+        self._now = Doing(notices.rank, socket.gethostname())
+        self._since = time.monotonic()
+        self._last_s: dict[str, float] = {}
+        self._steps: deque[float] = deque(maxlen=50)
+        self._step_began: float | None = None
+        self.samples: Counter[tuple[str, bool]] = Counter()
+
+    def begin_step(self, step: int) -> None:
+        """Mark the beginning of a step."""
+        now = time.monotonic()
+        if self._step_began is not None:
+            self._steps.append(now - self._step_began)
+        self._step_began, self._now.step = now, step
+        self._sign()
+
+    @contextlib.contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Mark a phase while it is entered."""
+        began, before = time.monotonic(), self._now.phase
+        self._now.phase = phase
+        self._sign()
+        try:
+            yield
+        finally:
+            self._last_s[phase] = time.monotonic() - began
+            self._now.phase = before
+            self._sign()
+
+    def take_samples(self) -> Counter[tuple[str, bool]]:
+        """What was seen since the last call."""
+        taken, self.samples = self.samples, Counter()
+        return taken
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop watching; after an exception tell the others, or leave the word to the one that failed first.
+
+        Raises:
+            EndedElsewhereError: another process has failed before this one.
+            LostProcessError: RUN-004 when another process has gone without a word.
+        """
+        self._over.set()
+        if not isinstance(error, Exception | SystemExit):
+            return
+        rank, lost = self._notices.rank, isinstance(error, RuntimeError) and any(s in str(error) for s in _LOST)
+        if lost:
+            failure = self._wait_for_a_word()
+            if failure is not None:
+                raise EndedElsewhereError(failure.exit_code) from None
+            reason = str(error).splitlines()[0]
+            error = LostProcessError(
+                "RUN-004",
+                f"Rank {rank} lost another process of the job in the phase: {self._now.phase} ({reason}).",
+                "Read the log of the process that died, and the kernel's on its node: memory is the usual cause. The "
+                "same command goes on from the newest checkpoint.",
+            )
+        code, text = EXIT_INTERNAL, f"{type(error).__name__}: {error}"
+        if isinstance(error, MMError):
+            code, text = error.exit_code, format_error(error)
+        elif isinstance(error, SystemExit):
+            code, text = int(error.code or 0), "it was asked to stop before the first step"
+        if not self._notices.publish(Failure(rank, code, text)):
+            with contextlib.suppress(StoreLostError):
+                failure = self._notices.failure()
+                code = code if failure is None else failure.exit_code
+            raise EndedElsewhereError(code) from None
+        if lost:
+            raise error from None
+
+    def _wait_for_a_word(self) -> Failure | None:
+        """The failure that another process tells, if it does so soon."""
+        until = time.monotonic() + LEAVE_S / 2
+        while time.monotonic() < until:
+            with contextlib.suppress(StoreLostError):
+                failure = self._notices.failure()
+                if failure is not None:
+                    return failure
+            time.sleep(0.1)
+        return None
+
+    def _sign(self) -> None:
+        self._now.phases += 1
+        self._since = time.monotonic()
+
+    def _limit(self) -> float:
+        return self._limits.of(self._now.phase, list(self._steps), self._last_s.get(self._now.phase, 0.0))
+
+    def _run(self) -> None:
+        looked = told = 0.0
+        while not self._over.wait(SAMPLE_S):
+            waits, _ = where_is(self._watched)
+            self.samples[self._now.phase, waits] += 1
+            now = time.monotonic()
+            if now - looked < LOOK_S:
+                continue
+            looked = now
+            try:
+                if self._notices.world_size > 1 and now - told > min(30.0, self._limit() / 4):
+                    self._notices.tell(f"seen {self._notices.rank}", {**asdict(self._doing()), "at": time.time()})
+                    told = now
+                self._look(now)
+            except StoreLostError as error:
+                if now - self._since > self._limit():
+                    self._alone(str(error))
+
+    def _look(self, now: float) -> None:
+        failure = self._notices.failure()
+        if failure is not None and failure.rank != self._notices.rank:
+            if not self._over.wait(LEAVE_S):  # the collective it waits in will not end
+                self._leave(failure.exit_code)
+            return
+        if now - self._since > self._limit() and not self._over.is_set():
+            self._notices.claim("alarm", {"rank": self._notices.rank, "limit_s": self._limit()})
+        alarm = self._notices.read("alarm")
+        if alarm is not None:
+            self._answer(alarm["limit_s"])
+
+    def _answer(self, limit_s: float) -> None:
+        """Say what this process is doing; the first rank that answers prints what all said."""
+        self._write_stacks()
+        me = self._doing()
+        self._notices.tell(f"doing {me.rank}", asdict(me))
+        until, ranks = time.monotonic() + ANSWER_S, range(self._notices.world_size)
+        said: dict[int, Doing] = {}
+        while len(said) < len(ranks) and time.monotonic() < until:
+            for rank in ranks:
+                told = None if rank in said else self._notices.read(f"doing {rank}")
+                if told is not None:
+                    said[rank] = Doing(**told)
+            time.sleep(0.1)
+        if min(said) == me.rank:
+            everyone = [said.get(rank) or self._last_seen(rank) for rank in ranks]
+            error = hang(everyone, limit_s, self._folder)
+            if self._notices.publish(Failure(me.rank, EXIT_HANG, format_error(error))):
+                tell_and_flush(table(everyone), error)
+        else:
+            time.sleep(2)  # a launcher ends all processes when the first is gone: let it print
+        self._leave(EXIT_HANG)
+
+    def _alone(self, reason: str) -> None:
+        """The store is gone too, and with it the process or node that keeps it."""
+        self._write_stacks()
+        error = HangError(
+            "RUN-003",
+            f"Rank {self._notices.rank} has made no progress for {time.monotonic() - self._since:.0f} s, and the job's "
+            f"store does not answer ({reason}).",
+            "Look at the node of MASTER_ADDR, which keeps the store, and at its network.",
+        )
+        tell_and_flush(table([self._doing()]), error)
+        self._leave(EXIT_HANG)
+
+    def _last_seen(self, rank: int) -> Doing:
+        """Of a process that does not answer, what it told last."""
+        told = self._notices.read(f"seen {rank}") or {"rank": rank, "at": time.time()}
+        told["since_s"] = told.get("since_s", 0.0) + time.time() - told.pop("at")
+        return Doing(**{**told, "answers": False, "where": "does not answer"})
+
+    def _doing(self) -> Doing:
+        waits, where = where_is(self._watched)
+        values = {**asdict(self._now), "since_s": time.monotonic() - self._since, "waits": waits, "where": where}
+        return Doing(**values)
+
+    def _write_stacks(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk must not hide who hangs
+            if self._folder is None:
+                faulthandler.dump_traceback(all_threads=True)
+                return
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with (self._folder / f"rank-{self._notices.rank}.txt").open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+
+
+def tell_and_flush(text: str, error: MMError) -> None:
+    """Print on standard error what a process that ends without unwinding has to say; the error's line comes last."""
+    print(text, file=sys.stderr, flush=True)
+    say(error)
+
+
+def hang(everyone: list[Doing], limit_s: float, folder: Path | None) -> HangError:
+    """The error that names the suspect."""
+    ordered = by_suspicion(everyone)
+    first = ordered[0]
+    if not first.answers:
+        who = f"Suspect: rank {first.rank} on {first.host or 'an unknown host'}, which does not answer"
+    elif first.waits and len({(doing.phases, doing.waits) for doing in everyone}) == 1:
+        who = f"All ranks wait for each other in the phase: {first.phase}; no one is behind"
+    else:
+        who = f"Suspect: rank {first.rank} on {first.host}, behind the others in the phase: {first.phase}"
+    where = f"{folder}/rank-*.txt" if folder is not None else "the logs of all ranks"
+    return HangError(
+        "RUN-003",
+        f"No progress for {limit_s:.0f} s in step {first.step}. {who}.",
+        f"Read the stacks in {where}, and look at that node's device, disks and kernel log. The same command goes on "
+        "from the newest checkpoint.",
+    )
+
+
+def by_suspicion(everyone: list[Doing]) -> list[Doing]:
+    """Those who do not answer, then those who wait for nobody, then those who are behind."""
+    return sorted(everyone, key=lambda doing: (doing.answers, doing.waits, doing.phases, doing.rank))
+
+
+def table(everyone: list[Doing], most: int = 32) -> str:
+    """The processes as a table, the suspect first."""
+    rows = [
+        (doing.rank, doing.host, doing.step, doing.phase, f"{doing.since_s:.0f} s", doing.where)
+        for doing in by_suspicion(everyone)
+    ]
+    text = tabulate(rows[:most], headers=["rank", "host", "step", "phase", "for", "in"], tablefmt="simple")
+    return text if len(rows) <= most else f"{text}\n... and {len(rows) - most} more ranks"
+
+
+def where_is(thread: int) -> tuple[bool, str]:
+    """Whether a thread waits for other ranks, and the call it is in with the line of this package that made it.
+
+    The backward pass may run in a thread that Python does not know by name; then that one is looked at.
+    """
+    frames = sys._current_frames()
+    innermost = frames.get(thread)
+    if innermost is None:
+        return False, ""
+    if _in(innermost, "torch/autograd/"):
+        known = {found.ident for found in threading.enumerate()}
+        innermost = next((frame for ident, frame in frames.items() if ident not in known), innermost)
+    waits = any(word in linecache.getline(innermost.f_code.co_filename, innermost.f_lineno) for word in _WAITS)
+    call, collective = innermost.f_code.co_name, ""
+    frame: FrameType | None = innermost
+    while frame is not None and not Path(frame.f_code.co_filename).is_relative_to(_PACKAGE):
+        if _in(frame, "torch/distributed/"):
+            waits, collective = True, collective or frame.f_code.co_name  # what it calls in turn says less
+        frame = frame.f_back
+    call = collective or call
+    if frame is None:
+        return waits, call
+    file = Path(frame.f_code.co_filename).relative_to(_PACKAGE)
+    return waits, f"{call}, mm/{file}:{frame.f_lineno} ({frame.f_code.co_name})"
+
+
+def _in(frame: FrameType, folder: str) -> bool:
+    return folder in frame.f_code.co_filename

@@ -1,0 +1,127 @@
+"""Who keeps a job from going on, told by the processes' own stacks: a rank that is late, and one that is alone."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+from mm.config.place import place
+from mm.errors import ConfigError, EndedElsewhereError
+from mm.parallel.launch import Job
+from mm.parallel.notices import Notices
+from mm.parallel.watch import Doing, Limits, Watch, by_suspicion, hang, table
+
+LIMIT = 2.0
+
+
+def hang_with_a_late_rank(late: int, folder: str) -> dict[str, Any]:
+    """One rank sleeps where it should read data; the others wait for it in a collective of the next phase."""
+    where, left = place(), []
+    sys.stderr = (Path(folder) / f"stderr-{where.rank}").open("w")
+    with Job(where, "gloo", torch.device("cpu"), 1) as job:
+        notices = Notices(job.further_store(5), where.rank, where.world_size)
+        watch = Watch(notices, Limits(LIMIT, 60), Path(folder), leave=lambda code: left.append(code))
+        began = time.monotonic()
+        with watch:
+            watch.begin_step(7)
+            with watch.during("waiting for data"):
+                if where.rank == late:
+                    while not left:
+                        time.sleep(0.1)
+            with watch.during("forward and backward"):
+                dist.all_reduce(torch.zeros(1))
+        while not left and time.monotonic() < began + 30:
+            time.sleep(0.05)
+        failure = notices.failure()
+    return {"left": left[:1], "text": failure.text if failure else None, "seconds": time.monotonic() - began}
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_a_late_rank_is_named(late: int, tmp_path: Path) -> None:
+    told = run_ranks(3, hang_with_a_late_rank, late, str(tmp_path))
+    assert [found["left"] for found in told] == [[124]] * 3
+    assert all(found["seconds"] < LIMIT + 10 for found in told)
+    for found in told:
+        assert found["text"].startswith(
+            f"error RUN-003: No progress for {LIMIT:.0f} s in step 7. Suspect: rank {late} on "
+        )
+        assert "behind the others in the phase: waiting for data" in found["text"]
+    texts = [(tmp_path / f"stderr-{rank}").read_text() for rank in range(3)]
+    (printed,) = [text for text in texts if text]
+    assert printed.count("error RUN-003") == 1
+    rows = [line.split() for line in printed.splitlines() if line.strip()[:1].isdigit()]
+    assert int(rows[0][0]) == late
+    assert all("all_reduce" in row for row in map(" ".join, rows[1:]))
+    for rank in range(3):
+        text = (tmp_path / f"rank-{rank}.txt").read_text()
+        assert ("all_reduce" in text) == (rank != late)
+
+
+def wait_for_a_handle() -> bool:
+    """Whether a rank is seen waiting: rank 0 waits for a message whose handle it holds, rank 1 sleeps."""
+    where = place()
+    with Job(where, "gloo", torch.device("cpu"), 1) as job:
+        watch = Watch(Notices(job.further_store(5), where.rank, 2), Limits(60, 60), None)
+        with watch, watch.during("forward and backward"):
+            if where.rank == 0:
+                handle = dist.irecv(torch.zeros(1), 1)
+                handle.wait()
+            else:
+                time.sleep(2)
+                dist.send(torch.zeros(1), 0)
+        return watch.samples["forward and backward", True] > watch.samples["forward and backward", False]
+
+
+def test_waiting_is_told_from_working() -> None:
+    assert run_ranks(2, wait_for_a_handle) == [True, False]
+
+
+def test_one_process_alone_ends_too(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    left: list[int] = []
+    with Watch(Notices(None, 0, 1), Limits(0.5, 60), tmp_path, leave=left.append) as watch, watch.during("saving"):
+        until = time.monotonic() + 20
+        while not left and time.monotonic() < until:
+            time.sleep(0.05)
+    assert left[0] == 124
+    printed = capfd.readouterr().err
+    assert printed.splitlines()[-1].startswith("error RUN-003: No progress for 0 s in step 0. ")
+    assert "test_one_process_alone_ends_too" in (tmp_path / "rank-0.txt").read_text()
+
+
+def test_first_failure_has_the_word() -> None:
+    notices = Notices(None, 0, 1)
+    with pytest.raises(ConfigError), Watch(notices, Limits(None, 60), None):
+        raise ConfigError("CFG-001", "one", "two")
+    failure = notices.failure()
+    assert (failure.exit_code, failure.text) == (64, "error CFG-001: one Fix: two")
+    with pytest.raises(EndedElsewhereError) as caught, Watch(notices, Limits(None, 60), None):
+        raise ValueError("later")
+    assert caught.value.exit_code == 64
+
+
+def test_limits_by_phase() -> None:
+    limits = Limits(None, ceiling=1600)
+    steps = [30.0, 40.0, 50.0]
+    assert limits.of("forward and backward", [], 0) == 1600  # before the second step: below the collectives' own
+    assert limits.of("forward and backward", steps, 0) == 400
+    assert limits.of("forward and backward", [1.0, 1.0], 0) == 120
+    assert limits.of("saving", steps, 0) == 600
+    assert limits.of("saving", steps, 300) == 900
+    assert Limits(5, 1600).of("saving", steps, 300) == 5
+
+
+def test_suspects_in_order() -> None:
+    silent = Doing(3, "d", 5, "waiting for data", 40, 50.0, answers=False)
+    stuck = Doing(1, "b", 5, "forward and backward", 41, 60.0, waits=False)
+    behind = Doing(2, "c", 5, "forward and backward", 41, 60.0, waits=True)
+    waiting = Doing(0, "a", 5, "reducing gradients", 42, 60.0, waits=True)
+    assert [found.rank for found in by_suspicion([waiting, stuck, behind, silent])] == [3, 1, 2, 0]
+    assert "Suspect: rank 3 on d, which does not answer" in str(hang([waiting, stuck, silent], 30, None))
+    assert "All ranks wait for each other" in str(hang([waiting, waiting], 30, None))
+    many = [Doing(rank, "n", waits=True) for rank in range(4096)]
+    assert table(many).splitlines()[-1] == "... and 4064 more ranks"

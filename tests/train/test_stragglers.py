@@ -1,0 +1,48 @@
+"""A rank that keeps the others waiting is named with the phase in which it does."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from test_hangs import Job
+
+from mm.train.stragglers import find
+
+
+def test_who_is_slow_and_where() -> None:
+    usual = [0.05, 0.50, 0.05, 0.10]
+    assert find([usual] * 4) == []
+    assert find([usual, [0.05, 0.58, 0.05, 0.10], usual, usual]) == []  # below 1.2 times
+    (slow,) = find([usual, usual, [0.35, 0.40, 0.05, 0.10], usual])
+    assert (slow.rank, slow.phase) == (2, "waiting for data")
+    assert (slow.share, slow.usual) == (pytest.approx(0.9), pytest.approx(0.7))
+    assert [slow.rank for slow in find([usual, [0.0, 0.9, 0, 0], [0.0, 0.95, 0, 0], usual, usual])] == [2, 1]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_runs_half_of_the_time(demo: Path, tmp_path: Path, rank: int) -> None:
+    job = Job(demo, tmp_path / "run", 2, straggler_interval=20, use_distributed_optimizer=True)
+    job.wait_for_steps(5)
+    slow, over = job.ranks()[rank], threading.Event()
+
+    def brake() -> None:
+        while not over.wait(0.02):
+            os.kill(slow, signal.SIGSTOP)
+            time.sleep(0.06)
+            os.kill(slow, signal.SIGCONT)
+
+    thread = threading.Thread(target=brake)
+    thread.start()
+    until = time.monotonic() + 60
+    while "slow rank" not in job.text() and time.monotonic() < until:
+        time.sleep(0.5)
+    over.set()
+    thread.join()
+    job.process.terminate()
+    job.wait()
+    told = [line for _, line in job.lines if "slow rank" in line]
+    assert told and all(f"slow rank {rank}:" in line for line in told), job.text()[-3000:]
