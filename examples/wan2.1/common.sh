@@ -44,6 +44,10 @@ run_training() { # flags...
         python -m mm.cli.doctor --dry-run --world-size "$world" "$@"
         return
     fi
+    if [ -n "${DOCTOR:-}" ]; then    # says whether the job will work, from all its processes and nodes
+        launch mm.cli.doctor "$@"
+        return
+    fi
     mkdir -p "$SAVE_PATH"
     launch mm.cli.train "$@" 2>&1 | tee -a "$SAVE_PATH/train.log"
 }

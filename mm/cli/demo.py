@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field
 
+from mm.cli.entry import run
 from mm.config.flags import Flags, parse_flags
 from mm.demo.write import write_demo
 
@@ -28,3 +30,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"{flags.out}/configs/i2v/, {flags.out}/configs/flf2v/   the same for the models of images")
     print(f"{flags.out}/prompts.txt   16 captions to generate from")
     print(f"{flags.out}/images_i2v.txt, {flags.out}/images_flf2v.txt   images to generate from, one line a caption")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""`mm doctor --dry-run`: what a layout costs, told by one process before any device is asked for."""
+"""`mm doctor`: what can be said of a training run before it starts; `mm doctor --dry-run`: what its layout costs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 from tabulate import tabulate
 
+from mm.cli import doctor_compare, doctor_data, doctor_ready
 from mm.cli.entry import run
 from mm.config.base import load
 from mm.config.data import load_train_data
 from mm.config.flags import parse_flags
 from mm.config.layerzero import load_zero
 from mm.config.layout import Layout, layout_of
+from mm.config.place import place
 from mm.config.recompute import recompute_of
 from mm.config.rules import check_training
 from mm.config.train import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
@@ -31,10 +33,17 @@ _UNCOMPILED = "all is shown for uncompiled blocks: fake tensors run no compiled 
 
 
 class DoctorFlags(TrainFlags):
-    """Say what a training run costs on one of its ranks: memory, traffic, bubble. Takes every flag of mm train."""
+    """Say whether a training run will work, or with --dry-run what it costs. Takes every flag of mm train.
 
-    dry_run: bool = Field(False, description="build one rank and take its step without devices; the only check so far")
-    world_size: int = Field(1, ge=1, description="processes of the job")
+    `mm doctor data` reads a whole data set, `mm doctor compare A B` finds where two runs part.
+    """
+
+    dry_run: bool = Field(
+        False, description="build one rank and take its step without devices: memory, traffic, bubble"
+    )
+    world_size: int | None = Field(
+        None, ge=1, description="processes of the job; default: those that the launcher has started"
+    )
     rank: int = Field(0, ge=0, description="the process to look at")
     latent_size: list[int] = Field(
         [], description="F H W of a sample's latents; default: the largest clip of feature_data.json"
@@ -43,18 +52,30 @@ class DoctorFlags(TrainFlags):
 
 
 def main(argv: Sequence[str]) -> None:
-    """Check the configuration as `mm train` does, run one rank on fake devices, print what it holds and sends.
+    """Check the configuration as `mm train` does, then all that can be known of the run, or what one rank costs.
 
     Raises:
-        ConfigError: what `mm train` raises before it starts; CFG-047 for a rank, a size or a check that does not exist.
+        ConfigError: what `mm train` raises before it starts; CFG-047 for a rank or a size that does not exist; what
+            `mm.cli.doctor_ready.check` raises.
     """
+    if argv and argv[0] == "compare":
+        doctor_compare.main(argv[1:])
+        return
+    if argv and argv[0] == "data":
+        doctor_data.main(argv[1:])
+        return
     flags = parse_flags(DoctorFlags, argv, program="mm doctor", retired=RETIRED_TRAIN_FLAGS)
     model = load(PretrainModel, Path(flags.mm_model))
     clip = load_train_data(Path(flags.mm_data)).dataset_param.preprocess_parameters
     zero = load_zero(flags)
-    raise_all(ConfigError, _problems(flags, model))
-    check_training(flags, model, zero, flags.world_size)
-    layout = layout_of(flags, model, zero, flags.world_size)
+    where = place()
+    world_size = flags.world_size or where.world_size
+    raise_all(ConfigError, _problems(flags, model, world_size))
+    check_training(flags, model, zero, world_size)
+    layout = layout_of(flags, model, zero, world_size)
+    if not flags.dry_run:
+        doctor_ready.check(flags, model, zero, layout, where, argv, as_json=flags.json_output)
+        return
     frames, height, width = flags.latent_size or clip.latent_size
 
     from mm.lora.plan import plan_of
@@ -80,14 +101,12 @@ def main(argv: Sequence[str]) -> None:
     print(_as_json(layout, report, notes) if flags.json_output else _as_text(layout, report, notes))
 
 
-def _problems(flags: DoctorFlags, model: PretrainModel) -> list[Problem]:
+def _problems(flags: DoctorFlags, model: PretrainModel, world_size: int) -> list[Problem]:
     """CFG-047: what the doctor alone is asked for."""
     problems = []
-    if not flags.dry_run:
-        problems.append(Problem("CFG-047", "mm doctor was told nothing to check.", "Give --dry-run."))
-    if flags.rank >= flags.world_size:
-        found = f"--rank {flags.rank} is not one of --world-size {flags.world_size}."
-        problems.append(Problem("CFG-047", found, f"Use 0 to {flags.world_size - 1}, or give the job's size."))
+    if flags.rank >= world_size:
+        found = f"--rank {flags.rank} is not one of --world-size {world_size}."
+        problems.append(Problem("CFG-047", found, f"Use 0 to {world_size - 1}, or give the job's size."))
     size, patch = flags.latent_size, model.predictor.patch_size
     if size and (len(size) != 3 or any(number < 1 or number % step for number, step in zip(size, patch, strict=True))):
         found = f"--latent-size is {' '.join(map(str, size))}, not F H W in whole patches of {patch}."

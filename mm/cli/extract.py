@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mm.cli.entry import run
+from mm.config.bad_samples import parse_on_bad_sample
 from mm.config.data import load_extract_data
 from mm.config.extract import (
     RETIRED_EXTRACT_FLAGS,
@@ -30,11 +31,12 @@ def main(argv: Sequence[str]) -> None:
     """
     flags = parse_flags(ExtractFlags, argv, program="mm extract", retired=RETIRED_EXTRACT_FLAGS)
     problems: list[Problem] = []
-    data = _attempt(load_extract_data, flags.mm_data, problems)
-    model = _attempt(load_extract_model, flags.mm_model, problems)
-    tools = _attempt(load_extract_tools, flags.mm_tool, problems)
+    data = _attempt(load_extract_data, Path(flags.mm_data), problems)
+    model = _attempt(load_extract_model, Path(flags.mm_model), problems)
+    tools = _attempt(load_extract_tools, Path(flags.mm_tool), problems)
+    on_bad_sample = _attempt(parse_on_bad_sample, flags.on_bad_sample, problems)
     raise_all(ConfigError, problems)
-    assert data is not None and model is not None and tools is not None  # noqa: S101  else there were problems
+    assert data and model and tools and on_bad_sample  # noqa: S101  else there were problems
 
     check_extraction(data, model, tools)
     where = place()
@@ -53,6 +55,8 @@ def main(argv: Sequence[str]) -> None:
             device=backend.device,
             overwrite=flags.overwrite,
             num_workers=flags.num_workers,
+            decode_timeout=flags.decode_timeout,
+            on_bad_sample=on_bad_sample,
             rank=job.rank,
             world_size=job.world_size,
             barrier=job.barrier,
@@ -60,12 +64,13 @@ def main(argv: Sequence[str]) -> None:
 
 
 LoadedT = TypeVar("LoadedT")
+GivenT = TypeVar("GivenT")
 
 
-def _attempt(load: Callable[[Path], LoadedT], path: str, problems: list[Problem]) -> LoadedT | None:
-    """Load a file, or keep its problems for later, so that those of the other files are shown beside them."""
+def _attempt(load: Callable[[GivenT], LoadedT], given: GivenT, problems: list[Problem]) -> LoadedT | None:
+    """Load a file or a value, or keep its problems for later, so that those of the others are shown beside them."""
     try:
-        return load(Path(path))
+        return load(given)
     except ConfigError as error:
         problems.extend(error.problems)
         return None

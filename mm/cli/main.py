@@ -14,7 +14,7 @@ COMMANDS = {
     "extract": "turn videos and captions into features",
     "migrate": "take over features that MindSpeed-MM extracted",
     "train": "train on features",
-    "doctor": "say what a training run costs before it is started",
+    "doctor": "say whether a run will work and what it costs; doctor data: read a data set; doctor compare: two runs",
     "convert": "convert weights between the HF, native and MM formats",
     "generate": "make videos from prompts",
     "score": "measure what generated clips of the embedded default show",

@@ -121,7 +121,9 @@ class ExtractFlags(Flags):
     mm_model: str = Field(description="model_wan.json: the encoders")
     mm_tool: str = Field(description="tools.json: the folder to write to")
     seed: int = Field(1234, ge=0, description="seed of the clip's start in a longer video and of the caption in a list")
-    num_workers: int = Field(2, ge=1, description="videos that each process reads ahead")
+    num_workers: int = Field(2, ge=1, description="videos that each process reads ahead, in processes of their own")
+    decode_timeout: float = Field(120.0, gt=0, description="seconds to read one clip; a decoder that hangs is ended")
+    on_bad_sample: str = Field("fail", description="a clip that cannot be read: fail, or skip:max=0.1% of all clips")
     overwrite: bool = Field(False, description="replace features that were made with another recipe")
     device: Literal["cpu", "cuda", "npu"] | None = Field(None, description="kind of device; default: the best there is")
     distributed_timeout_minutes: int = Field(1440, ge=1, description="how long a process waits for slower ones")
@@ -143,19 +145,19 @@ def load_extract_tools(path: Path) -> ExtractTools:
     return load(ExtractTools, path)
 
 
-def extraction_task(model: ExtractModel, tools: ExtractTools) -> ModelType:
+def extraction_task(model: ExtractModel, tools: ExtractTools | None) -> ModelType:
     """What the features are for; t2v where neither file says a task."""
-    return model.task or tools.task or "t2v"
+    return model.task or (tools.task if tools else None) or "t2v"
 
 
-def check_extraction(data: ExtractData, model: ExtractModel, tools: ExtractTools) -> None:
-    """Check what the three files say together.
+def check_extraction(data: ExtractData, model: ExtractModel, tools: ExtractTools | None) -> None:
+    """Check what the three files say together; without tools.json what the other two say.
 
     Raises:
         ConfigError: CFG-070 when two files say different tasks, CFG-074 when `ae.i2v_processor` and the task do not
             belong together, CFG-075 when clips may have one frame, which the image is; all at once.
     """
-    if model.task is not None and tools.task is not None and model.task != tools.task:
+    if tools and model.task is not None and tools.task is not None and model.task != tools.task:
         message = f'"task" is {tools.task} in tools.json and {model.task} in model_wan.json.'
         raise ConfigError("CFG-070", message, "Make them agree; the task decides what is extracted.")
     raise_all(ConfigError, list(_image_problems(data, model, extraction_task(model, tools))))

@@ -20,6 +20,7 @@ from mm.errors import ConfigError, Problem, raise_all
 BLOCK_CLASSES = ("WanDiTBlock", "WanBlock")
 # Never on the training device, so there is nothing to leave out: MindSpeed-MM's own files name them.
 ABSENT_MODULES = ("ae", "text_encoder")
+_MOST_VALUES = 10_000  # in a file that has a dozen; more are a mistake or hostile
 TOP_MODULES = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "head")
 
 
@@ -112,7 +113,8 @@ def load_yaml(path: Path) -> Any:
 
     Raises:
         ConfigError: CFG-001 when the file is missing or unreadable, CFG-002 when it is not YAML, has a key twice, or
-            holds what JSON has no form for (dates, NaN, values that contain themselves).
+            holds what JSON has no form for (dates, NaN, values that contain themselves), or more values than a
+            configuration has.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -122,6 +124,7 @@ def load_yaml(path: Path) -> Any:
         ) from None
     try:
         values = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+        _require_small(values)
         json.dumps(values, allow_nan=False)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
@@ -129,6 +132,27 @@ def load_yaml(path: Path) -> Any:
             "CFG-002", f"{path} is not plain YAML: {reason}.", "Correct the file at that place."
         ) from None
     return {} if values is None else values  # a file of comments alone: all defaults
+
+
+def _require_small(values: Any) -> None:
+    """Refuse a few lines of aliases that stand for more values than memory holds.
+
+    Raises:
+        ValueError: for more values than `_MOST_VALUES`, each alias counted as what it stands for, or one in itself.
+    """
+    counted: dict[int, int] = {}
+
+    def count(value: Any) -> int:
+        if not isinstance(value, (dict, list)):
+            return 1
+        if id(value) not in counted:
+            counted[id(value)] = _MOST_VALUES  # until it is known; what contains itself is never small
+            parts = value.values() if isinstance(value, dict) else value
+            counted[id(value)] = 1 + sum(map(count, parts))
+        return counted[id(value)]
+
+    if count(values) > _MOST_VALUES:
+        raise ValueError(f"it stands for more than {_MOST_VALUES} values")
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from mm.config.bad_samples import parse_on_bad_sample
 from mm.config.layerzero import ZeroConfig
 from mm.config.request import Request
 from mm.config.rules_checks import evaluation_is_complete, replicas_are_comparable
@@ -71,6 +72,14 @@ def _weights_are_named(request: Request) -> Iterator[Problem]:
         yield Problem("CFG-023", "--finetune needs the weights that it starts from.", "Give --load.")
 
 
+def _bad_samples_are_said(request: Request) -> Iterator[Problem]:
+    """CFG-110: what becomes of samples that cannot be read."""
+    try:
+        parse_on_bad_sample(request.flags.on_bad_sample)
+    except ConfigError as error:
+        yield from error.problems
+
+
 def _schedule_fits(request: Request) -> Iterator[Problem]:
     """CFG-025: a learning-rate schedule that can be followed."""
     flags = request.flags
@@ -119,6 +128,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     _precision_agrees,
     _weights_are_named,
     *SAVING_RULES,
+    _bad_samples_are_said,
     evaluation_is_complete,
     replicas_are_comparable,
     _schedule_fits,

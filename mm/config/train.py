@@ -71,6 +71,10 @@ class TrainFlags(MeshFlags):
     global_batch_size: int | None = Field(None, ge=1, description="samples in one step; default: MBS x replicas")
     train_iters: int = Field(ge=1, description="steps of the whole training, those before a resume included")
     num_workers: int = Field(2, ge=0, description="feature-reading processes for each rank")
+    read_timeout: float = Field(600.0, gt=0, description="seconds to read a micro-batch; a reader that hangs is ended")
+    on_bad_sample: str = Field(
+        "fail", description="a damaged feature file: fail, or skip:max=0.1% of the samples, each replaced by the next"
+    )
     seed: int = Field(1234, ge=0, description="seed of noise, timesteps, sample order and caption dropout")
     deterministic_mode: bool = Field(False, description="refuse kernels whose result depends on timing")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from mm.data.files import raise_limited
 from mm.data.metadata import VideoSample
 from mm.data.transforms import resize_and_crop
 from mm.data.video import VideoInfo, probe, read_frames
+from mm.data.workers import Parcel, read_in_order, room
 from mm.errors import DataError, Problem
 from mm.rng import generator
 
@@ -42,13 +43,74 @@ def load_clip(sample: VideoSample, preprocess: RawPreprocess, seed: int) -> Clip
         DataError: what `mm.data.video` raises, DATA-004 when the video is too short, DATA-005 when it is not what its
             annotation says.
     """
-    info = probe(sample.file)
-    check_annotation(sample, info)
-    indices = choose_frames(sample, info.num_frames, preprocess, seed)
+    info, indices = _clip_frames(sample, preprocess, seed)
     chunks = read_frames(sample.file, info, indices, preprocess.video_reader_type)
     size = preprocess.max_height, preprocess.max_width
     frames = torch.cat([resize_and_crop(chunk, *size) for chunk in chunks])
-    return Clip(frames.transpose(0, 1).contiguous(), indices[0])
+    return Clip(frames.transpose(0, 1), indices[0])
+
+
+def _clip_frames(sample: VideoSample, preprocess: RawPreprocess, seed: int) -> tuple[VideoInfo, range]:
+    """What the video holds and which of its frames are taken."""
+    info = probe(sample.file)
+    check_annotation(sample, info)
+    return info, choose_frames(sample, info.num_frames, preprocess, seed)
+
+
+@dataclass(frozen=True)
+class _ReadClip:
+    """`load_clip` in a process of its own."""
+
+    preprocess: RawPreprocess
+    seed: int
+
+    def __call__(self, sample: VideoSample, /) -> Parcel:
+        clip = load_clip(sample, self.preprocess, self.seed)
+        return Parcel({"pixels": clip.pixels}, {"start": clip.start})
+
+    def describe(self, sample: VideoSample, /) -> str:
+        return str(sample.file)
+
+
+def read_clips(
+    samples: Sequence[VideoSample], preprocess: RawPreprocess, seed: int, *, num_workers: int, time_limit: float
+) -> Generator[Clip | DataError]:
+    """The clips of samples, in order, read ahead by `num_workers` processes.
+
+    A sample whose clip cannot be read gives the error that `load_clip` raises, DATA-070 when it takes longer than
+    `time_limit` seconds, or DATA-071 when its reader died twice.
+    """
+    shape = 3, preprocess.num_frames, preprocess.max_height, preprocess.max_width
+    outcomes = read_in_order(
+        _ReadClip(preprocess, seed),
+        samples,
+        num_workers=num_workers,
+        time_limit=time_limit,
+        buffer_bytes=room(shape),
+    )
+    for _, outcome in outcomes:
+        yield outcome if isinstance(outcome, DataError) else Clip(outcome.tensors["pixels"], outcome.facts["start"])
+
+
+@dataclass(frozen=True)
+class CheckClip:
+    """Reads what `load_clip` would and keeps nothing; `quick` stops before any frame of the clip is decoded."""
+
+    preprocess: RawPreprocess
+    seed: int
+    quick: bool
+
+    def __call__(self, sample: VideoSample, /) -> Parcel:
+        """Raises what `load_clip` raises."""
+        if self.quick:
+            _clip_frames(sample, self.preprocess, self.seed)
+        else:
+            load_clip(sample, self.preprocess, self.seed)
+        return Parcel({}, {})
+
+    def describe(self, sample: VideoSample, /) -> str:
+        """The video."""
+        return str(sample.file)
 
 
 def choose_frames(sample: VideoSample, num_available: int, preprocess: RawPreprocess, seed: int) -> range:
@@ -86,22 +148,14 @@ def choose_frames(sample: VideoSample, num_available: int, preprocess: RawPrepro
     return range(start, start + (length - 1) * interval + 1, interval)
 
 
-def check_announced_lengths(samples: Sequence[VideoSample], preprocess: RawPreprocess) -> None:
-    """Refuse videos that are too short by their own annotation, before hours of work lead to them.
+def check_announced_length(sample: VideoSample, preprocess: RawPreprocess) -> None:
+    """Refuse a video that is too short by its own annotation, before hours of work lead to it.
 
     Raises:
-        DataError: DATA-004, all such videos at once.
+        DataError: DATA-004.
     """
-    problems: list[Problem] = []
-    for sample in samples:
-        announced = sample.annotation.num_frames
-        if announced is None or sample.annotation.cut is not None:
-            continue
-        try:
-            choose_frames(sample, announced, preprocess, seed=0)
-        except DataError as error:
-            problems += error.problems
-    raise_limited(problems)
+    if sample.annotation.num_frames is not None and sample.annotation.cut is None:
+        choose_frames(sample, sample.annotation.num_frames, preprocess, seed=0)
 
 
 def check_annotation(sample: VideoSample, info: VideoInfo) -> None:

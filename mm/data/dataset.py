@@ -6,15 +6,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mm.config.data import TrainData, data_sources
+from mm.config.data import DataSource, TrainData, data_sources
 from mm.config.model import WanConfig
-from mm.data.features import EMPTY_PROMPT_ID, LISTING, OTHER_TASK, FeatureStore, open_store, read_feature
+from mm.data.features import EMPTY_PROMPT_ID, LISTING, OTHER_TASK, read_feature
+from mm.data.files import resolve_inside
+from mm.data.listing import FeatureStore, open_store
 from mm.data.recipe import Recipe, check_recipe, expected_in_training, load_recipe
 from mm.errors import DataError
 
@@ -28,11 +31,16 @@ class ImageFeatures(TypedDict, total=False):
     condition: Tensor
 
 
-class FeatureItem(ImageFeatures):
-    """One sample: latents [16, F, H, W], prompt [L, D], prompt_mask [text_len] uint8, its index in the data set."""
+class SampleTensors(ImageFeatures):
+    """What a feature file gives training: latents [16, F, H, W], prompt [L, D]."""
 
     latents: Tensor
     prompt: Tensor
+
+
+class FeatureItem(SampleTensors):
+    """One sample: its tensors, prompt_mask [text_len] uint8, its index in the data set."""
+
     prompt_mask: Tensor
     sample: int
 
@@ -54,12 +62,54 @@ class FeatureSample:
     row: int
 
 
+@dataclass(frozen=True, slots=True)
+class FeaturePlace:
+    """All that is needed to read one sample, small enough to be sent to another process.
+
+    Attributes:
+        folder, file: the store and the file below it.
+        sample, recipe_key: what the file must say of itself.
+        latent_shape: as listed.
+    """
+
+    folder: Path
+    file: str
+    sample: str
+    recipe_key: str
+    latent_shape: tuple[int, int, int, int]
+
+
+def read_sample(place: FeaturePlace, model: WanConfig) -> SampleTensors:
+    """Read one sample.
+
+    Raises:
+        DataError: what `mm.data.features.read_feature` raises, DATA-012 when the latents are not as listed, DATA-063
+            for a link that leads out of the store.
+    """
+    listing = place.folder / LISTING
+    file = resolve_inside(place.folder, place.file, str(listing))
+    feature = read_feature(file, model, (place.sample, place.recipe_key))
+    if feature.latents is None or tuple(feature.latents.shape) != place.latent_shape:
+        found = None if feature.latents is None else list(feature.latents.shape)
+        message = f"{file}: latents are {found}, {listing} lists {list(place.latent_shape)}."
+        raise DataError("DATA-012", message, "Run feature extraction again.")
+    tensors: SampleTensors = {"latents": feature.latents, "prompt": feature.prompt}
+    if feature.image_features is not None and feature.condition is not None:
+        tensors["image_features"], tensors["condition"] = feature.image_features, feature.condition
+    return tensors
+
+
+def read_empty_prompt(file: Path, recipe_key: str, model: WanConfig) -> Tensor:
+    """The empty caption's embedding, [L, D]; raises what `mm.data.features.read_feature` raises."""
+    return read_feature(file, model, (EMPTY_PROMPT_ID, recipe_key)).prompt
+
+
 class FeatureDataset(Dataset[FeatureItem]):
     """All samples of some stores, in the order of their listings. Reading checks each sample against the model."""
 
     def __init__(self, stores: Sequence[FeatureStore], model: WanConfig) -> None:
         self._stores = stores
-        self._model = model
+        self.model = model
         self.samples: list[FeatureSample] = []
         for store_index, store in enumerate(stores):
             prefix = f"{store_index}:" if store_index else ""
@@ -72,42 +122,37 @@ class FeatureDataset(Dataset[FeatureItem]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> FeatureItem:
-        """Read one sample.
+        """Read one sample; raises what `read_sample` raises."""
+        tensors = read_sample(self.place(index), self.model)
+        mask = (torch.arange(self.model.text_len) < len(tensors["prompt"])).to(torch.uint8)
+        return {**tensors, "prompt_mask": mask, "sample": index}
 
-        Raises:
-            DataError: what `mm.data.features.read_feature` raises, DATA-012 when the latents are not as listed.
-        """
+    def place(self, index: int) -> FeaturePlace:
+        """Where one sample is."""
         sample = self.samples[index]
         store = self._stores[sample.store]
         row = store.rows[sample.row]
-        file = store.file(row)
-        feature = read_feature(file, self._model, (row.sample, store.recipe_key))
-        if feature.latents is None or tuple(feature.latents.shape) != sample.latent_shape:
-            found = None if feature.latents is None else list(feature.latents.shape)
-            message = f"{file}: latents are {found}, {store.folder / LISTING} lists {list(sample.latent_shape)}."
-            raise DataError("DATA-012", message, "Run feature extraction again.")
-        mask = (torch.arange(self._model.text_len) < len(feature.prompt)).to(torch.uint8)
-        item: FeatureItem = {
-            "latents": feature.latents,
-            "prompt": feature.prompt,
-            "prompt_mask": mask,
-            "sample": index,
-        }
-        if feature.image_features is not None and feature.condition is not None:
-            item["image_features"], item["condition"] = feature.image_features, feature.condition
-        return item
+        return FeaturePlace(store.folder, row.file, row.sample, store.recipe_key, sample.latent_shape)
 
-    def empty_prompt(self) -> Tensor:
-        """The empty caption's embedding, [L, D].
+    def empty_prompt_file(self) -> tuple[Path, str]:
+        """The file of the empty caption's embedding, and the recipe it must be of.
 
         Raises:
-            DataError: DATA-016 when the first store has none, or what `read_feature` raises.
+            DataError: DATA-016 when the first store has none.
         """
         store = self._stores[0]
         if not store.empty_prompt.exists():
             message = f"{store.empty_prompt} does not exist, and captions are to be dropped (cfg above 0)."
             raise DataError("DATA-016", message, "Run feature extraction again, or set cfg to 0.")
-        return read_feature(store.empty_prompt, self._model, (EMPTY_PROMPT_ID, store.recipe_key)).prompt
+        return store.empty_prompt, store.recipe_key
+
+    def empty_prompt(self) -> Tensor:
+        """The empty caption's embedding, [L, D].
+
+        Raises:
+            DataError: what `empty_prompt_file` and `read_empty_prompt` raise.
+        """
+        return read_empty_prompt(*self.empty_prompt_file(), self.model)
 
     def shapes(self) -> Counter[tuple[int, int, int, int]]:
         """How many samples have which latent shape."""
@@ -118,14 +163,26 @@ def open_features(data: TrainData, model: WanConfig) -> FeatureDataset:
     """Open the stores that feature_data.json names.
 
     Raises:
+        ConfigError, DataError: what `checked_sources` raises.
+        DataError: DATA-010, DATA-011 or DATA-064 for a store that is incomplete, DATA-046 for a sample of another task
+            than its store.
+    """
+    sources = checked_sources(data, model)
+    stores = [open_store(source.folder, source.annotation, recipe.key, recipe.task) for source, recipe in sources]
+    return FeatureDataset(stores, model)
+
+
+def checked_sources(data: TrainData, model: WanConfig) -> list[tuple[DataSource, Recipe]]:
+    """The stores that feature_data.json names, with their recipes, before any listing is read.
+
+    Raises:
         ConfigError: what `mm.config.data.data_sources` raises.
-        DataError: DATA-010, DATA-011 or DATA-064 for a store that is incomplete, DATA-014 when its recipe is not what
-            feature_data.json says, or when two stores were made with different encoders, DATA-046 when a store or a
-            sample in it is of another task than the model.
+        DataError: DATA-010 for a folder that is no store, DATA-014 when its recipe is not what feature_data.json says,
+            or when two stores were made with different encoders, DATA-046 when a store is of another task than the
+            model.
     """
     expected = expected_in_training(data)
-    stores: list[FeatureStore] = []
-    first: Recipe | None = None
+    found: list[tuple[DataSource, Recipe]] = []
     for source in data_sources(data.dataset_param.basic_parameters, LISTING):
         recipe = load_recipe(source.folder)
         if recipe.task != model.model_type:
@@ -133,8 +190,8 @@ def open_features(data: TrainData, model: WanConfig) -> FeatureDataset:
             raise DataError("DATA-046", message, OTHER_TASK)
         remedy = "Correct preprocess_parameters or tokenizer_config, or extract the features again with these values."
         check_recipe(source.folder, recipe, expected, remedy)
-        first = first or recipe
+        first = found[0][1] if found else recipe
         encoders = {name: getattr(first, name) for name in ENCODER_FIELDS}
         check_recipe(source.folder, recipe, encoders, "Extract all data sets with the same weights as the first.")
-        stores.append(open_store(source.folder, source.annotation, recipe.key, recipe.task))
-    return FeatureDataset(stores, model)
+        found.append((source, recipe))
+    return found

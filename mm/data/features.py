@@ -4,7 +4,8 @@
                                                  with images image_features [I, D], condition [4 + 16, F, H, W]
     STORE/features/empty_prompt.safetensors      prompt [L, D], prompt_mask [512] of the empty caption
     STORE/recipe.json                            what they were made with (mm/data/recipe.py)
-    STORE/data.jsonl                             one row a sample, written last: where it is, the store is complete
+    STORE/data.jsonl                             one row a sample (mm/data/listing.py), written last: where it is, the
+                                                 store is complete
 
 `prompt` has the caption's true length; training pads it. Every file says in its header which sample, caption, video
 and recipe it belongs to, so a file that is there and fits is complete and need not be made again.
@@ -15,22 +16,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from mm.config.base import Section, parse
-from mm.config.model import ModelType, WanConfig
-from mm.data.files import raise_limited, read_rows, resolve_inside, write_atomically
-from mm.errors import ConfigError, DataError, Problem
+from mm.config.model import WanConfig
+from mm.data.files import raise_limited, write_atomically
+from mm.errors import DataError, Problem
 
 FEATURES = "features"
 LISTING = "data.jsonl"
@@ -43,7 +43,7 @@ _IMAGES = {"image_features", "condition"}
 OTHER_TASK = (
     "Extract for this model's task (\"task\" in tools.json and model_wan.json), or use a model of the features'."
 )
-_EXTRACT_AGAIN = "Delete the file and run feature extraction again; it makes only what is missing."
+EXTRACT_AGAIN = "Delete the file and run feature extraction again; it makes only what is missing."
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,29 +87,6 @@ class Header:
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     origin: Origin
     start_frame: int
-
-
-class FeatureRow(Section):
-    """One row of data.jsonl; names as in MindSpeed-MM where it has them.
-
-    Attributes:
-        sample: the sample's id, the key of its random numbers. file: its features, below the store.
-        path, cap: the video as listed and the caption that was embedded.
-        start_frame_idx, sample_num_frames, sample_size: the clip, `81x480x832`.
-        latent_shape: [16, F, H, W]. text_tokens: L.
-        task: what the features are for.
-    """
-
-    sample: str = Field(min_length=1)
-    file: str = Field(pattern=r"^features/[A-Za-z0-9_-]+\.safetensors$")
-    path: str
-    cap: str
-    start_frame_idx: int = Field(ge=0)
-    sample_num_frames: int = Field(ge=1)
-    sample_size: str
-    latent_shape: tuple[int, int, int, int]
-    text_tokens: int = Field(ge=1)
-    task: ModelType = "t2v"
 
 
 def feature_name(sample: str) -> str:
@@ -172,10 +149,13 @@ def read_header(path: Path) -> Header:
     """Read what a feature file says of itself, and check that its size is what the header promises.
 
     Raises:
-        DataError: DATA-011 when the file is missing, cut off or no feature file.
+        DataError: DATA-011 when the file is missing, cut off or no feature file, DATA-072 when it cannot be read.
     """
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
+            raise ValueError("it is no regular file")
+        size = status.st_size
         with open(path, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if not 0 < length <= min(_MAX_HEADER_BYTES, size - 8):
@@ -186,10 +166,14 @@ def read_header(path: Path) -> Header:
         if size != 8 + length + end:
             raise ValueError(f"it has {size} bytes, its header promises {8 + length + end}")
         tensors = {name: (str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in entries.items()}
+        if any(size < 0 for _, shape in tensors.values() for size in shape):
+            raise ValueError("a tensor has a negative size")
         origin = Origin(about["sample"], about["recipe"], about["caption"], about["video"])
         return Header(tensors, origin, int(about["start_frame"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError("DATA-011", f"{path} is no complete feature file ({error}).", _EXTRACT_AGAIN) from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError("DATA-011", f"{path} is no complete feature file ({error}).", EXTRACT_AGAIN) from None
 
 
 def is_complete(path: Path, origin: Origin) -> bool:
@@ -211,26 +195,29 @@ def read_feature(path: Path, model: WanConfig, origin: tuple[str, str] | None = 
         origin: (sample id, recipe key) that it must have, when known.
 
     Raises:
-        DataError: DATA-011 for a damaged file, DATA-012 for tensors that are missing or of the wrong kind or shape,
-            DATA-013 for NaN or Infinity, DATA-016 for the features of another sample or recipe, DATA-017 for a
-            caption longer than the model's text length, DATA-046 for features of another task, DATA-047 for a clip
-            that is no longer than its images, DATA-048 for images of another encoder than the model takes.
+        DataError: DATA-011 for a damaged file, DATA-072 for one that cannot be read, DATA-012 for tensors that are
+            missing or of the wrong kind or shape, DATA-013 for NaN or Infinity, DATA-016 for the features of another
+            sample or recipe, DATA-017 for a caption longer than the model's text length, DATA-046 for features of
+            another task, DATA-047 for a clip that is no longer than its images, DATA-048 for images of another encoder
+            than the model takes.
     """
     header = read_header(path)
     if origin is not None and (header.origin.sample, header.origin.recipe) != origin:
         found = f'sample "{header.origin.sample}" of recipe {header.origin.recipe}'
         message = f'{path} holds {found}, expected sample "{origin[0]}" of recipe {origin[1]}.'
-        raise DataError("DATA-016", message, _EXTRACT_AGAIN)
+        raise DataError("DATA-016", message, EXTRACT_AGAIN)
     raise_limited(_header_problems(header, path, model))
     try:
         tensors = load(path.read_bytes())
-    except (OSError, SafetensorError, KeyError) as error:
-        raise DataError("DATA-011", f"{path} cannot be read ({error}).", _EXTRACT_AGAIN) from None
-    _require_finite(tensors, path, _EXTRACT_AGAIN)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except (SafetensorError, KeyError) as error:
+        raise DataError("DATA-011", f"{path} cannot be read ({error}).", EXTRACT_AGAIN) from None
+    _require_finite(tensors, path, EXTRACT_AGAIN)
     length = len(tensors["prompt"])
     if not bool((tensors["prompt_mask"] == (torch.arange(len(tensors["prompt_mask"])) < length)).all()):
         message = f"{path}: prompt has {length} tokens, and prompt_mask marks others."
-        raise DataError("DATA-012", message, _EXTRACT_AGAIN)
+        raise DataError("DATA-012", message, EXTRACT_AGAIN)
     return Feature(
         tensors.get("latents"),
         tensors["prompt"],
@@ -240,73 +227,11 @@ def read_feature(path: Path, model: WanConfig, origin: tuple[str, str] | None = 
     )
 
 
-@dataclass(frozen=True, slots=True)
-class FeatureStore:
-    """A complete store: its folder, its rows, the key of its recipe."""
-
-    folder: Path
-    rows: Sequence[FeatureRow]
-    recipe_key: str
-
-    def file(self, row: FeatureRow) -> Path:
-        """The feature file of a row, which may not be a link that leads out of the store."""
-        return resolve_inside(self.folder, row.file, f"{self.folder / LISTING}")
-
-    @property
-    def empty_prompt(self) -> Path:
-        """The file of the empty caption's embedding."""
-        return self.folder / FEATURES / EMPTY_PROMPT
-
-
-def open_store(folder: Path, listing: Path, recipe_key: str, task: ModelType = "t2v") -> FeatureStore:
-    """Read the rows of a store and check that every file they name is there.
-
-    Args:
-        folder: the store. listing: its data.jsonl.
-        recipe_key, task: of its recipe.
-
-    Raises:
-        DataError: DATA-010 when the listing is missing or not a listing, DATA-011 for files that are missing, DATA-046
-            for samples of another task than the store's, DATA-064 for samples listed twice; all rows at once.
-    """
-    if not listing.exists():
-        remedy = "Run feature extraction (again); it writes the list when every sample is done."
-        raise DataError("DATA-010", f"{listing} does not exist: {folder} is no complete feature store.", remedy)
-    rows: list[FeatureRow] = []
-    problems: list[Problem] = []
-    seen: set[str] = set()
-    present = {entry.name for entry in (folder / FEATURES).iterdir()} if (folder / FEATURES).is_dir() else set()
-    for number, values in enumerate(read_rows(listing, "DATA-010"), start=1):
-        place = f"{listing} row {number}"
-        try:
-            row = parse(FeatureRow, values, place)
-        except ConfigError as error:
-            problems += [Problem("DATA-010", problem.message, _EXTRACT_AGAIN) for problem in error.problems]
-            continue
-        if row.sample in seen:
-            problems.append(Problem("DATA-064", f'{place}: sample "{row.sample}" is listed twice.', "Keep one row."))
-        if row.task != task:
-            message = f"{place} is of the task {row.task}, and {folder} of {task}."
-            problems.append(Problem("DATA-046", message, "Keep the samples of each task in a store of their own."))
-        if Path(row.file).name not in present:
-            problems.append(Problem("DATA-011", f"{place}: {folder / row.file} does not exist.", _EXTRACT_AGAIN))
-        seen.add(row.sample)
-        rows.append(row)
-    raise_limited(problems)
-    return FeatureStore(folder, rows, recipe_key)
-
-
-def write_listing(folder: Path, rows: Sequence[FeatureRow]) -> None:
-    """Write data.jsonl in one step; raises what `write_atomically` raises."""
-    lines = [(row.model_dump_json() + "\n").encode() for row in rows]
-    write_atomically(folder / LISTING, lines, sum(map(len, lines)))
-
-
 def _header_problems(header: Header, path: Path, model: WanConfig) -> list[Problem]:
     """Check names, dtypes and shapes before any data is read."""
     problems: list[Problem] = []
 
-    def wrong(text: str, id: str = "DATA-012", remedy: str = _EXTRACT_AGAIN) -> None:
+    def wrong(text: str, id: str = "DATA-012", remedy: str = EXTRACT_AGAIN) -> None:
         problems.append(Problem(id, f"{path}: {text}.", remedy))
 
     wanted = {"prompt", "prompt_mask"}
@@ -358,6 +283,13 @@ def _image_problems(header: Header, path: Path, model: WanConfig) -> Iterator[Pr
         if header.tensors[name][1] != shape:
             found = list(header.tensors[name][1])
             yield Problem("DATA-048", f"{path}: {name} is {found}, the model takes {list(shape)}.", remedy)
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    """DATA-011 for a file that is not there, DATA-072 for one that this machine cannot read."""
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return DataError("DATA-011", f"{path} does not exist.", EXTRACT_AGAIN)
+    return DataError("DATA-072", f"{path} cannot be read ({error}).", "Check its permissions and the disk it is on.")
 
 
 def _require_finite(tensors: dict[str, Tensor], path: Path, remedy: str) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 from uuid import uuid4
@@ -16,6 +18,34 @@ from mm.errors import DataError, Problem, raise_all
 
 MAX_PROBLEMS_SHOWN = 100
 TEMPORARY_PREFIX = ".tmp-"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a list.
+
+    Attributes:
+        text: as it stands in the file, with its line end if it is a line.
+        value: what it says; None where it is not strict JSON, of which `problem` says why.
+    """
+
+    text: str
+    value: Any
+    problem: Problem | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RowList:
+    """All rows of a file, and whether they stand in a JSON array."""
+
+    rows: Sequence[Row]
+    is_array: bool
+
+    def text_of(self, rows: Sequence[Row]) -> str:
+        """A file of the same form with only these of its rows, each as it stood."""
+        if self.is_array:
+            return "[" + ",".join(f"\n{row.text}" for row in rows) + "\n]\n"
+        return "".join(row.text if row.text.endswith(("\n", "\r")) else row.text + "\n" for row in rows)
 
 
 def read_rows(path: Path, error_id: str) -> list[Any]:
@@ -27,19 +57,30 @@ def read_rows(path: Path, error_id: str) -> list[Any]:
         DataError: `error_id` when the file cannot be read, is not UTF-8 or not strict JSON (a key twice, NaN,
             Infinity), or holds no row; all bad lines at once.
     """
+    rows = split_rows(path, error_id).rows
+    raise_limited([row.problem for row in rows if row.problem is not None])
+    return [row.value for row in rows]
+
+
+def split_rows(path: Path, error_id: str) -> RowList:
+    """Read what `read_rows` reads, and keep each row's own text; a line that is not strict JSON says so itself.
+
+    Raises:
+        DataError: `error_id` when the file cannot be read, is not UTF-8, is an array that is not strict JSON, or holds
+            no row.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
+            raise OSError("it is no regular file")
+        text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         message = f"{path} cannot be read ({error})."
         raise DataError(error_id, message, "Check the path, its permissions and that it is UTF-8.") from None
-    if text.lstrip().startswith("["):
-        rows, problems = _read_array(text, path, error_id)
-    else:
-        rows, problems = _read_lines(text, path, error_id)
-    if not rows and not problems:
-        problems = [Problem(error_id, f"{path} lists no samples.", "Give it at least one row.")]
-    raise_limited(problems)
-    return rows
+    is_array = text.lstrip().startswith("[")
+    rows = list(_array_rows(text, path, error_id) if is_array else _line_rows(text, path, error_id))
+    if not rows:
+        raise DataError(error_id, f"{path} lists no samples.", "Give it at least one row.")
+    return RowList(rows, is_array)
 
 
 def raise_limited(problems: Sequence[Problem]) -> None:
@@ -161,29 +202,42 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _read_array(text: str, path: Path, error_id: str) -> tuple[list[Any], list[Problem]]:
+def _array_rows(text: str, path: Path, error_id: str) -> Iterator[Row]:
+    position = _skip_space(text, text.index("[") + 1)
     try:
-        return _strict_json(text), []
+        more = text[position : position + 1] != "]"
+        while more:
+            value, end = _STRICT.raw_decode(text, position)
+            yield Row(text[position:end], value)
+            position = _skip_space(text, end)
+            more = text[position : position + 1] == ","
+            position = _skip_space(text, position + 1) if more else position
+        if text[position : position + 1] != "]" or _skip_space(text, position + 1) != len(text):
+            raise json.JSONDecodeError("Expecting ',' or the end of the list", text, position)
     except (ValueError, RecursionError) as error:
-        return [], [Problem(error_id, f"{path} is not strict JSON: {error}.", "Correct the file at that place.")]
+        remedy = "Correct the file at that place."
+        raise DataError(error_id, f"{path} is not strict JSON: {error}.", remedy) from None
 
 
-def _read_lines(text: str, path: Path, error_id: str) -> tuple[list[Any], list[Problem]]:
-    rows: list[Any] = []
-    problems: list[Problem] = []
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: captions may hold other line ends
+def _line_rows(text: str, path: Path, error_id: str) -> Iterator[Row]:
+    for number, line in enumerate(_LINE_END.split(text), start=1):  # not splitlines: captions may hold other line ends
         if not line.strip():
             continue
         try:
-            rows.append(_strict_json(line))
+            begin = _skip_space(line, 0)
+            value, end = _STRICT.raw_decode(line, begin)
+            if _skip_space(line, end) != len(line):
+                raise json.JSONDecodeError("Extra data", line, end)
+            yield Row(line, value)
         except (ValueError, RecursionError) as error:
             message = f"{path} line {number} is not strict JSON: {error}."
-            problems.append(Problem(error_id, message, "Give a JSON array, or one JSON object a line."))
-    return rows, problems
+            yield Row(line, None, Problem(error_id, message, "Give a JSON array, or one JSON object a line."))
 
 
-def _strict_json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+def _skip_space(text: str, position: int) -> int:
+    """Where JSON goes on."""
+    found = _SPACE.match(text, position)
+    return found.end() if found else position
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -195,3 +249,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+_SPACE = re.compile(r"[ \t\n\r]*")
+_LINE_END = re.compile(r"(?<=\n)|(?<=\r)(?!\n)")

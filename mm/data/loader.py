@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections import Counter
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from mm.data.dataset import FeatureDataset, ImageFeatures
-from mm.data.sampler import BatchPlan, MicroBatchSampler
-from mm.errors import DataError, MMError
+from mm.config.bad_samples import FAIL, OnBadSample
+from mm.config.model import WanConfig
+from mm.data.dataset import FeatureDataset, FeaturePlace, ImageFeatures, SampleTensors, read_empty_prompt, read_sample
+from mm.data.replacing import Replaced, check_replaced, may_be_replaced
+from mm.data.sampler import BatchPlan, MicroBatchSampler, next_in_epoch
+from mm.data.workers import Outcome, Parcel, as_error, as_facts, read_in_order, room
+from mm.errors import DataError
 from mm.rng import generator
 
+logger = logging.getLogger(__name__)
 
-class FeatureBatch(ImageFeatures):
+
+class _Notes(ImageFeatures, total=False):
+    """Only where samples were replaced: the ids of those that were to be in the micro-batch."""
+
+    replaced: list[str]
+
+
+class FeatureBatch(_Notes):
     """One micro-batch; tensors of images where the features have them.
 
     Attributes:
@@ -39,8 +54,10 @@ def feature_batches(
     caption_dropout: float = 0.0,
     shuffle: bool = True,
     num_workers: int = 0,
+    read_timeout: float = 600.0,
     pin_memory: bool = False,
-) -> Iterator[FeatureBatch]:
+    on_bad_sample: OnBadSample = FAIL,
+) -> Generator[FeatureBatch]:
     """This replica's micro-batches without end.
 
     Args:
@@ -51,87 +68,170 @@ def feature_batches(
         consumed_samples: samples that all replicas together trained on before.
         caption_dropout: probability of the empty caption, drawn for each (sample, epoch).
         shuffle: a new order each epoch, else the listings' order.
-        num_workers: reading processes; 0 reads in this one. pin_memory: see torch's DataLoader.
+        num_workers: reading processes; 0 reads in this one, where nothing can end a read that hangs.
+        read_timeout: seconds to read one micro-batch.
+        pin_memory: put batches into page-locked memory.
+        on_bad_sample: whether samples with damaged files are replaced; see `mm.data.replacing`.
 
     Raises:
-        DataError: DATA-015 at once when samples of different shapes would have to share a micro-batch; while
-            iterating, what reading a sample raises. Reading stops there: no sample is replaced.
+        DataError: DATA-015 at once when samples of different shapes would have to share a micro-batch, and what
+            `FeatureDataset.empty_prompt` raises if captions are to be dropped; while iterating, what reading a sample
+            raises, DATA-070 and DATA-071 for a reader that hangs or dies twice, DATA-074 when more samples of an epoch
+            are replaced than allowed in this replica alone.
     """
     _require_one_shape(dataset, plan.micro_batch_size)
-    draws = _Draws(dataset, text_len, seed, caption_dropout)
+    empty = None
+    if caption_dropout > 0:
+        dataset.empty_prompt()  # a damaged one is told now, and not when a caption happens to be dropped
+        empty = dataset.empty_prompt_file()
+    draws = _Draws(dataset, seed, caption_dropout, shuffle, on_bad_sample)
     sampler = MicroBatchSampler(plan, len(dataset), seed, consumed_samples, shuffle)
-    loader = DataLoader(
-        draws,
-        batch_sampler=sampler,
+    outcomes = read_in_order(
+        _ReadBatch(dataset.model, text_len, empty),
+        ([draws.draw(index, epoch) for index, epoch in places] for places in sampler),
         num_workers=num_workers,
-        collate_fn=_collate,
-        pin_memory=pin_memory,
-        # the loader's own seed decides nothing here; without a generator it would draw from the global one
-        generator=torch.Generator(),
+        time_limit=read_timeout,
+        buffer_bytes=_most_bytes(dataset, plan.micro_batch_size, text_len),
+        again=draws.without_bad_sample,
     )
-    return _raise_errors(iter(loader))
+    return _batches(outcomes, draws, pin_memory)
 
 
-class _Draws(Dataset["FeatureBatch | MMError"]):
-    """Samples indexed by (index, epoch), ready to stack.
+@dataclass(frozen=True, slots=True)
+class _Draw:
+    """A sample of an epoch: its id and index, where it is, whether its caption is dropped, what it stands in for."""
 
-    An error is returned, not raised: torch's workers cannot pass on an exception with three arguments.
-    """
+    name: str
+    index: int
+    epoch: int
+    place: FeaturePlace
+    without_caption: bool
+    instead_of: Replaced | None = None
+    first_index: int = -1  # of the sample that it stands in for
 
-    def __init__(self, dataset: FeatureDataset, text_len: int, seed: int, caption_dropout: float) -> None:
+
+class _Draws:
+    """Decides what is read: a function of the seed, the epoch and which files are damaged."""
+
+    def __init__(
+        self, dataset: FeatureDataset, seed: int, caption_dropout: float, shuffle: bool, policy: OnBadSample
+    ) -> None:
         self._dataset = dataset
-        self._text_len = text_len
         self._seed = seed
         self._caption_dropout = caption_dropout
-        self._empty_prompt = dataset.empty_prompt() if caption_dropout > 0 else None
+        self._shuffle = shuffle
+        self._policy = policy
+        self._replaced_in_epoch: Counter[int] = Counter()
 
-    def __getitem__(self, place: tuple[int, int]) -> FeatureBatch | MMError:
-        index, epoch = place
-        try:
-            item = self._dataset[index]
-        except MMError as error:
-            return error
+    def draw(self, index: int, epoch: int, instead_of: Replaced | None = None, first_index: int = -1) -> _Draw:
         name = self._dataset.samples[index].id
-        prompt = item["prompt"]
-        if self._empty_prompt is not None:
+        dropped = False
+        if self._caption_dropout > 0:
             chance = torch.rand((), generator=generator(self._seed, "caption_dropout", name, epoch))
-            if float(chance) < self._caption_dropout:
-                prompt = self._empty_prompt
-        text = F.pad(prompt, (0, 0, 0, self._text_len - len(prompt)))
-        drawn: FeatureBatch = {"latents": item["latents"], "text": text, "sample": [name], "draw": [epoch]}
-        if "condition" in item:  # the images stay where the caption is dropped: guidance is about the caption alone
-            drawn["image_features"], drawn["condition"] = item["image_features"], item["condition"]
-        return drawn
+            dropped = float(chance) < self._caption_dropout
+        return _Draw(name, index, epoch, self._dataset.place(index), dropped, instead_of, first_index)
+
+    def without_bad_sample(self, batch: list[_Draw], outcome: Outcome) -> list[_Draw] | None:
+        """The micro-batch with the next sample of the epoch in place of a damaged one, where the policy allows that."""
+        bad = _bad_sample(outcome)
+        if bad is None or not self._policy.skips:
+            return None
+        number, error = bad
+        if not may_be_replaced(error):
+            return None
+        old = batch[number]
+        first = old.index if old.instead_of is None else old.first_index
+        index = next_in_epoch(old.index, old.epoch, len(self._dataset), self._seed, self._shuffle)
+        if index == first:  # once around: no sample is whole
+            return None
+        new = self.draw(index, old.epoch, old.instead_of or Replaced(old.name, error.problems[0]), first)
+        return [*batch[:number], new, *batch[number + 1 :]]
+
+    def note_replaced(self, batch: list[_Draw]) -> list[str]:
+        """Count and log what was replaced in a micro-batch that is handed out now; returns the ids."""
+        for draw in batch:
+            if draw.instead_of is not None:
+                self._replaced_in_epoch[draw.epoch] += 1
+                bad = draw.instead_of
+                message = "%s is replaced by %s in epoch %d: %s"
+                logger.warning(message, bad.sample, draw.name, draw.epoch, bad.problem)
+                check_replaced(
+                    self._replaced_in_epoch[draw.epoch], len(self._dataset), len(self._dataset), self._policy
+                )
+        return [draw.instead_of.sample for draw in batch if draw.instead_of is not None]
 
 
-def _collate(items: list[FeatureBatch | MMError]) -> FeatureBatch | MMError:
-    batch: list[FeatureBatch] = []
-    for item in items:
-        if isinstance(item, MMError):
-            return item
-        batch.append(item)
-    stacked: FeatureBatch = {
-        "latents": torch.stack([item["latents"] for item in batch]),
-        "text": torch.stack([item["text"] for item in batch]),
-        "sample": [name for item in batch for name in item["sample"]],
-        "draw": [epoch for item in batch for epoch in item["draw"]],
-    }
-    if "condition" in batch[0]:
-        stacked["image_features"] = torch.stack([item["image_features"] for item in batch])
-        stacked["condition"] = torch.stack([item["condition"] for item in batch])
-    return stacked
+@dataclass(frozen=True)
+class _ReadBatch:
+    """Reads, pads and stacks one micro-batch; `empty`: the empty prompt's file and recipe, if captions are dropped."""
+
+    model: WanConfig
+    text_len: int
+    empty: tuple[Path, str] | None
+
+    def __call__(self, batch: list[_Draw], /) -> Parcel:
+        samples: list[SampleTensors] = []
+        for number, draw in enumerate(batch):
+            try:
+                samples.append(read_sample(draw.place, self.model))
+            except DataError as error:
+                return Parcel({}, {"bad": number, "problems": as_facts(error.problems)})
+            if draw.without_caption and self.empty is not None:
+                samples[-1]["prompt"] = read_empty_prompt(*self.empty, self.model)
+        stacked = {
+            "latents": torch.stack([sample["latents"] for sample in samples]),
+            "text": torch.stack([F.pad(s["prompt"], (0, 0, 0, self.text_len - len(s["prompt"]))) for s in samples]),
+        }
+        if "condition" in samples[0]:  # images stay where the caption is dropped: guidance is about the caption alone
+            stacked["image_features"] = torch.stack([sample["image_features"] for sample in samples])
+            stacked["condition"] = torch.stack([sample["condition"] for sample in samples])
+        return Parcel(stacked, {})
+
+    def describe(self, batch: list[_Draw], /) -> str:
+        return ", ".join(f"{draw.place.folder / draw.place.file} ({draw.name})" for draw in batch)
 
 
-def _raise_errors(batches: Iterator[FeatureBatch | MMError]) -> Iterator[FeatureBatch]:
-    error: MMError | None = None
-    for batch in batches:
-        if isinstance(batch, MMError):
-            error = batch
-            break
-        yield batch
-    del batches  # ends the reading processes now, not when the error's traceback is dropped
-    if error is not None:
-        raise error
+def _batches(
+    outcomes: Generator[tuple[list[_Draw], Outcome]], draws: _Draws, pin_memory: bool
+) -> Generator[FeatureBatch]:
+    try:
+        for drawn, outcome in outcomes:
+            bad = _bad_sample(outcome)
+            if bad is not None:
+                raise bad[1]
+            if isinstance(outcome, DataError):
+                raise outcome
+            tensors = {name: tensor.pin_memory() if pin_memory else tensor for name, tensor in outcome.tensors.items()}
+            batch: FeatureBatch = {
+                "latents": tensors["latents"],
+                "text": tensors["text"],
+                "sample": [draw.name for draw in drawn],
+                "draw": [draw.epoch for draw in drawn],
+            }
+            if "condition" in tensors:
+                batch["image_features"], batch["condition"] = tensors["image_features"], tensors["condition"]
+            if replaced := draws.note_replaced(drawn):
+                batch["replaced"] = replaced
+            yield batch
+    finally:
+        outcomes.close()  # ends the reading processes now, not when an error's traceback is dropped
+
+
+def _bad_sample(outcome: Outcome) -> tuple[int, DataError] | None:
+    """Which sample of a micro-batch could not be read, and why."""
+    if isinstance(outcome, Parcel) and "bad" in outcome.facts:
+        return outcome.facts["bad"], as_error(outcome.facts["problems"])
+    return None
+
+
+def _most_bytes(dataset: FeatureDataset, micro_batch_size: int, text_len: int) -> int:
+    """Of the tensors of a micro-batch of the largest samples."""
+    model = dataset.model
+    largest = max((sample.latent_shape for sample in dataset.samples), key=lambda shape: torch.Size(shape).numel())
+    shapes: Sequence[tuple[int, ...]] = [largest, (text_len, model.text_dim)]
+    if model.image_tokens:
+        shapes = [*shapes, (model.image_tokens, model.image_dim), (model.condition_channels, *largest[1:])]
+    return room(*((micro_batch_size, *shape) for shape in shapes))
 
 
 def _require_one_shape(dataset: FeatureDataset, micro_batch_size: int) -> None:

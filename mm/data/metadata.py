@@ -76,6 +76,24 @@ class VideoSample:
         return self.captions[int(draw)]
 
 
+@dataclass(frozen=True, slots=True)
+class CheckedRow:
+    """One row of an annotation file, checked.
+
+    Attributes:
+        source, number: which data set (0, 1, ...) and which row of it (1, 2, ...).
+        place: how to call the row in messages.
+        sample: what it describes; None where that cannot be told.
+        problems: DATA-001 for a missing video; DATA-061 to DATA-064 for the row itself.
+    """
+
+    source: int
+    number: int
+    place: str
+    sample: VideoSample | None
+    problems: tuple[Problem, ...]
+
+
 def load_samples(sources: Sequence[DataSource]) -> list[VideoSample]:
     """Read and check the annotations of all data sets, in order.
 
@@ -84,46 +102,56 @@ def load_samples(sources: Sequence[DataSource]) -> list[VideoSample]:
             for a missing or unusable caption, DATA-063 for an unsafe path, DATA-001 for a missing video, DATA-064 for
             a video listed twice; all rows' problems at once (DATA-060 stops earlier).
     """
-    samples: list[VideoSample] = []
-    problems: list[Problem] = []
+    rows = check_rows(sources)
+    raise_limited([problem for row in rows for problem in row.problems])
+    return [row.sample for row in rows if row.sample is not None]
+
+
+def check_rows(sources: Sequence[DataSource]) -> list[CheckedRow]:
+    """Check every row of all data sets, in order, and keep what is wrong beside each.
+
+    Raises:
+        DataError: DATA-060 for an annotation file that cannot be read.
+    """
+    rows: list[CheckedRow] = []
     first_place: dict[Path, str] = {}
-    for number, source in enumerate(sources):
-        prefix = f"{number}:" if number else ""
-        for index, row in enumerate(read_rows(source.annotation, "DATA-060"), start=1):
-            place = f"{source.annotation} row {index}"
-            try:
-                sample = _sample(row, source.folder, prefix, place)
-            except DataError as error:
-                problems += error.problems
-                continue
-            before = first_place.setdefault(sample.file, place)
-            if before != place:
-                message = f"{place}: {sample.file} is listed before, in {before}."
-                problems.append(Problem("DATA-064", message, 'Keep one row; several captions go into a list, "cap".'))
-            samples.append(sample)
-    raise_limited(problems)
-    return samples
+    for source_number, source in enumerate(sources):
+        for number, values in enumerate(read_rows(source.annotation, "DATA-060"), start=1):
+            rows.append(check_row(values, source_number, number, source, first_place))
+    return rows
 
 
-def _sample(row: Any, folder: Path, prefix: str, place: str) -> VideoSample:
-    problems: list[Problem] = []
+def check_row(
+    values: Any, source_number: int, number: int, source: DataSource, first_place: dict[Path, str]
+) -> CheckedRow:
+    """Check one row.
+
+    Args:
+        values: the row.
+        source_number, number: its place, as in `CheckedRow`.
+        source: its data set.
+        first_place: where each video was listed first; the row's is added.
+    """
+    place = f"{source.annotation} row {number}"
+    prefix = f"{source_number}:" if source_number else ""
     try:
-        annotation = parse(Annotation, row, place)
+        annotation = parse(Annotation, values, place)
     except ConfigError as error:
-        problems = [Problem("DATA-061", problem.message, problem.remedy) for problem in error.problems]
-        raise_limited(problems)
-        raise
+        wrong = tuple(Problem("DATA-061", problem.message, problem.remedy) for problem in error.problems)
+        return CheckedRow(source_number, number, place, None, wrong)
     captions = [annotation.cap] if isinstance(annotation.cap, str) else annotation.cap or []
-    problems += _caption_problems(captions, place)
-    file = None
+    problems = list(_caption_problems(captions, place))
+    sample = None
     try:
-        file = resolve_inside(folder, annotation.path, place)
+        file = resolve_inside(source.folder, annotation.path, place)
+        sample = VideoSample(prefix + os.path.normpath(annotation.path), file, tuple(captions), annotation)
         require_regular_file(file, place)
     except DataError as error:
         problems += error.problems
-    raise_limited(problems)
-    assert file is not None  # noqa: S101  its problems were raised
-    return VideoSample(prefix + os.path.normpath(annotation.path), file, tuple(captions), annotation)
+    if sample is not None and not problems and (before := first_place.setdefault(sample.file, place)) != place:
+        message = f"{place}: {sample.file} is listed before, in {before}."
+        problems.append(Problem("DATA-064", message, 'Keep one row; several captions go into a list, "cap".'))
+    return CheckedRow(source_number, number, place, sample, tuple(problems))
 
 
 def _caption_problems(captions: Sequence[str], place: str) -> list[Problem]:

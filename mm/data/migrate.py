@@ -18,19 +18,9 @@ from tqdm import tqdm
 
 from mm.config.data import MAX_TEXT_TOKENS, TEMPORAL_STRIDE, DataSource, Preprocess
 from mm.config.model import IMAGES, MASK_CHANNELS, ModelType
-from mm.data.features import (
-    FEATURES,
-    LISTING,
-    PRECISIONS,
-    Feature,
-    FeatureRow,
-    Origin,
-    feature_name,
-    text_hash,
-    write_feature,
-    write_listing,
-)
+from mm.data.features import FEATURES, LISTING, PRECISIONS, Feature, Origin, feature_name, text_hash, write_feature
 from mm.data.files import is_text, raise_limited, read_rows, resolve_inside
+from mm.data.listing import FeatureRow, write_listing
 from mm.data.recipe import UNKNOWN, Recipe, save_recipe
 from mm.errors import DataError, Problem
 

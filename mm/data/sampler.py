@@ -30,6 +30,12 @@ def sample_at(position: int, num_samples: int, seed: int, shuffle: bool = True) 
     return epoch_order(epoch, num_samples, seed, shuffle)[place], epoch
 
 
+def next_in_epoch(index: int, epoch: int, num_samples: int, seed: int, shuffle: bool = True) -> int:
+    """The sample that follows `index` in an epoch's order; the first one follows the last."""
+    order = epoch_order(epoch, num_samples, seed, shuffle)
+    return order[(order.index(index) + 1) % num_samples]
+
+
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
     """How global batches are dealt out.

@@ -2,8 +2,8 @@
 
 PyAV opens every video first, counts its frames and decodes the first one, so errors do not depend on the decoder.
 decord 0.6.0 then reads what it reads right: 8-bit formats without a rotation mark. It returns wrong colours for 10-bit
-video and fails on rotated video, which therefore go to PyAV. One difference remains: of slight damage inside a frame
-that FFmpeg papers over, PyAV tells us and decord does not.
+video and fails on rotated video and on some widths, which therefore go to PyAV. One difference remains: of slight
+damage inside a frame that FFmpeg papers over, PyAV tells us and decord does not.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ Pixels = npt.NDArray[np.uint8]
 MAX_SIDE = 16384  # pixels; a header that claims more is damaged or hostile
 CHUNK_FRAMES = 8  # frames in memory at once at the video's own size
 _DECORD_FORMATS = ("yuv420p", "yuvj420p", "yuv444p")
+_NOT_DECORDS_WIDTHS = (8, 12, 16, 24, 48, 72)  # it pads their rows and then fails; the only ones up to 2600
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,8 @@ def _use_decord(info: VideoInfo, reader: Reader) -> bool:
     if reader == "decord" and not installed:
         remedy = 'Install decord, or set video_reader_type to "auto".'
         raise DataError("DATA-007", "decord is asked for and not installed.", remedy)
-    return reader != "pyav" and installed and info.rotation == 0 and info.pixel_format in _DECORD_FORMATS
+    reads_right = info.rotation == 0 and info.pixel_format in _DECORD_FORMATS and info.width not in _NOT_DECORDS_WIDTHS
+    return reader != "pyav" and installed and reads_right
 
 
 def _read_with_decord(file: Path, info: VideoInfo, indices: Sequence[int]) -> Iterator[Pixels]:

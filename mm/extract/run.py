@@ -7,39 +7,37 @@ The first process writes the list of samples when all are on disk; where the lis
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mm.config.data import TEMPORAL_STRIDE, ExtractData, data_sources
+from mm.config.bad_samples import FAIL, OnBadSample
+from mm.config.data import ExtractData, data_sources
 from mm.config.extract import ExtractAutoencoder, ExtractModel, ExtractTools, extraction_task
 from mm.config.model import CLIP_TOKEN_LEN, IMAGES, ModelType
-from mm.data.clips import Clip, check_announced_lengths, load_clip
+from mm.data.clips import Clip, read_clips
 from mm.data.features import (
     EMPTY_PROMPT,
     EMPTY_PROMPT_ID,
     FEATURES,
     LISTING,
     Feature,
-    FeatureRow,
     Origin,
-    feature_name,
     is_complete,
-    read_header,
     text_hash,
-    video_fingerprint,
     write_feature,
-    write_listing,
 )
-from mm.data.files import raise_limited, read_rows, remove_temporaries
-from mm.data.metadata import VideoSample, load_samples
-from mm.data.recipe import RECIPE_FILE, Recipe, check_recipe, extraction_recipe, load_recipe, save_recipe
-from mm.errors import DataError, Problem
+from mm.data.metadata import check_rows
+from mm.data.recipe import extraction_recipe
+from mm.errors import DataError
+from mm.extract.skipping import SKIPPED, BadClip, Skipping, may_be_skipped, num_skipped
+from mm.extract.store import Task, Unreadable, check_plan, check_store, commit, plan, prepare
 from mm.wan.condition import condition_latents
 from mm.wan.encoders import TextEncoder, VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
@@ -54,21 +52,13 @@ class ExtractReport:
     Attributes:
         listed: samples of all processes, now in data.jsonl.
         encoded: samples this process encoded. reused: samples of its share that were complete before.
+        skipped: samples of its share that were left out.
     """
 
     listed: int
     encoded: int
     reused: int
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One sample of the plan: its video, the caption chosen for it, its file and what that is made from."""
-
-    sample: VideoSample
-    caption: str
-    file: Path
-    origin: Origin
+    skipped: int = 0
 
 
 def _alone() -> None:
@@ -84,6 +74,8 @@ def extract(
     device: torch.device,
     overwrite: bool = False,
     num_workers: int = 2,
+    decode_timeout: float = 120.0,
+    on_bad_sample: OnBadSample = FAIL,
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = _alone,
@@ -95,43 +87,59 @@ def extract(
         seed: decides starts of clips and choices between captions.
         device: where the encoders run.
         overwrite: replace features of another recipe instead of refusing.
-        num_workers: clips that are read ahead.
+        num_workers: processes that read clips ahead. decode_timeout: seconds for one clip.
+        on_bad_sample: whether clips that cannot be read are left out; see `mm.extract.skipping`.
         rank, world_size: this process and how many there are; they take every `world_size`-th sample.
         barrier: returns when all processes have called it.
 
     Raises:
         ConfigError: CFG-054 for the list of data sets. What `mm.config.extract.check_extraction` refuses must not
             come here.
-        DataError: for annotations (all problems at once, before any work), a video, the weights, or a store made with
-            another recipe (DATA-014). The store keeps what is complete and has no data.jsonl.
+        DataError: for annotations (all problems at once, before any work), a video, the weights, a store made with
+            another recipe (DATA-014), or more bad videos than may be left out (DATA-073). The store keeps what is
+            complete and has no data.jsonl.
     """
-    samples = load_samples(data_sources(data.dataset_param.basic_parameters))
-    check_announced_lengths(samples, data.dataset_param.preprocess_parameters)
+    rows = check_rows(data_sources(data.dataset_param.basic_parameters))
+    preprocess = data.dataset_param.preprocess_parameters
+    check_plan(rows, preprocess, on_bad_sample)
     task = extraction_task(model, tools)
     recipe = extraction_recipe(data, model, task, seed)
     store = Path(tools.sorafeature.save_path)
-    _check_store(store, recipe, overwrite)
-    mine = [_task(sample, store, recipe, seed) for sample in samples[rank::world_size]]
+    check_store(store, recipe, overwrite)
+    mine = [plan(row, store, preprocess, recipe, seed) for row in rows[rank::world_size]]
     empty = Origin(EMPTY_PROMPT_ID, recipe.key, text_hash(""), "")
-    everything = [_task(sample, store, recipe, seed) for sample in samples] if rank == 0 else []
+    everything = [plan(row, store, preprocess, recipe, seed) for row in rows] if rank == 0 else []
     if rank == 0:
-        _prepare(store, recipe, everything, empty)
+        prepare(store, recipe, everything, empty)
     barrier()
-    todo = [task for task in mine if not is_complete(task.file, task.origin)]
+    skipping = Skipping(on_bad_sample, len(rows), store)
+    for item in mine:
+        if isinstance(item, Unreadable):
+            skipping.add(item.clip)
+    todo = [item for item in mine if isinstance(item, Task) and not is_complete(item.file, item.origin)]
+    known_bad = skipping.count
     empty_file = store / FEATURES / EMPTY_PROMPT
     empty_is_missing = rank == 0 and not is_complete(empty_file, empty)
     if todo or empty_is_missing:
         encoders = _Encoders(data, model, task, device)
         if empty_is_missing:
             write_feature(empty_file, encoders.text_only(""), empty, recipe.max_text_tokens)
-        _encode_all(todo, encoders, data, seed, num_workers, len(mine), show_progress=rank == 0)
+        clips = read_clips(
+            [item.sample for item in todo], preprocess, seed, num_workers=num_workers, time_limit=decode_timeout
+        )
+        bar = tqdm(total=len(mine), initial=len(mine) - len(todo), desc="features", unit="sample", disable=rank > 0)
+        with bar, closing(clips):
+            _encode_all(todo, clips, encoders, skipping, recipe.max_text_tokens, bar)
     barrier()
     if rank == 0:
-        _commit(store, everything, empty, recipe)
-        done = f"this process encoded {len(todo)} of its {len(mine)}" if todo else "nothing was left to encode"
-        log.info("%d samples are listed in %s; %s", len(samples), store / LISTING, done)
+        commit(store, everything, empty, recipe, on_bad_sample)
     barrier()
-    return ExtractReport(len(samples), len(todo), len(mine) - len(todo))
+    skipped = num_skipped(store)
+    encoded = len(todo) - (skipping.count - known_bad)
+    report = ExtractReport(len(rows) - skipped, encoded, len(mine) - len(todo) - known_bad, skipping.count)
+    if rank == 0:
+        _tell(report, store, skipped)
+    return report
 
 
 class _Encoders:
@@ -186,113 +194,28 @@ class _ImageEncoders:
         return features.flatten(0, 1), condition[0]
 
 
-def _task(sample: VideoSample, store: Path, recipe: Recipe, seed: int) -> Task:
-    caption = sample.caption(seed)
-    origin = Origin(sample.id, recipe.key, text_hash(caption), video_fingerprint(sample.file))
-    return Task(sample, caption, store / FEATURES / feature_name(sample.id), origin)
-
-
-def _check_store(store: Path, recipe: Recipe, overwrite: bool) -> None:
-    """Refuse a store of another recipe. Every process looks, so that all stop with the same error."""
-    if (store / RECIPE_FILE).exists() and not overwrite:
-        remedy = "Give another save_path, the values and weights it was made with, or --overwrite to make it anew."
-        check_recipe(store, load_recipe(store), recipe.model_dump(), remedy)
-
-
-def _prepare(store: Path, recipe: Recipe, tasks: Sequence[Task], empty: Origin) -> None:
-    """Make the store ready to write to: its folder, its recipe, no leftovers, and no list unless it still holds."""
-    features = store / FEATURES
-    try:
-        features.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            "DATA-018", f"{features} cannot be made: {error}.", "Correct save_path in tools.json."
-        ) from None
-    for folder in (store, features):
-        remove_temporaries(folder)
-    listing = store / LISTING
-    if listing.exists() and not (_lists(listing, tasks) and not _incomplete(store, tasks, empty)):
-        listing.unlink()
-    if not (listing.exists() and (store / RECIPE_FILE).exists()):
-        save_recipe(store, recipe)
-
-
-def _lists(listing: Path, tasks: Sequence[Task]) -> bool:
-    """Whether data.jsonl names exactly these samples' files."""
-    try:
-        named = [row.get("file") for row in read_rows(listing, "DATA-010")]
-    except (DataError, AttributeError):
-        return False
-    return named == [f"{FEATURES}/{task.file.name}" for task in tasks]
-
-
-def _incomplete(store: Path, tasks: Sequence[Task], empty: Origin) -> list[Path]:
-    """Files of the store that are missing, cut off, or made from something else."""
-    found = [task.file for task in tasks if not is_complete(task.file, task.origin)]
-    empty_file = store / FEATURES / EMPTY_PROMPT
-    return found if is_complete(empty_file, empty) else [*found, empty_file]
-
-
 def _encode_all(
     todo: Sequence[Task],
+    clips: Iterable[Clip | DataError],
     encoders: _Encoders,
-    data: ExtractData,
-    seed: int,
-    num_workers: int,
-    num_mine: int,
-    show_progress: bool,
+    skipping: Skipping,
+    text_len: int,
+    bar: Any,
 ) -> None:
-    bar = tqdm(total=num_mine, initial=num_mine - len(todo), desc="features", unit="sample", disable=not show_progress)
-    text_len = data.dataset_param.tokenizer_config.model_max_length
-    with bar:
-        for task, clip in _read_ahead(todo, data, seed, num_workers):
+    for task, clip in zip(todo, clips, strict=True):
+        if not isinstance(clip, DataError):
             write_feature(task.file, encoders.encode(clip, task.caption), task.origin, text_len)
-            bar.update()
+        elif may_be_skipped(clip):
+            skipping.add(BadClip.of(task.sample.id, task.sample.file, clip.problems[0]))
+        else:
+            raise clip
+        bar.update()
 
 
-def _read_ahead(todo: Sequence[Task], data: ExtractData, seed: int, num_workers: int) -> Iterator[tuple[Task, Clip]]:
-    """The tasks with their clips, in order, while `num_workers` threads read the next ones.
-
-    Threads, because the decoders work without Python's lock and a clip is too large to pass between processes.
-    """
-    with ThreadPoolExecutor(num_workers) as pool:
-        waiting: list[tuple[Task, Future[Clip]]] = []
-        try:
-            for task in todo:
-                future = pool.submit(load_clip, task.sample, data.dataset_param.preprocess_parameters, seed)
-                waiting.append((task, future))
-                if len(waiting) > num_workers:
-                    first, clip = waiting.pop(0)
-                    yield first, clip.result()
-            for task, future in waiting:
-                yield task, future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _commit(store: Path, tasks: Sequence[Task], empty: Origin, recipe: Recipe) -> None:
-    """List all samples, having seen every one of them whole on disk; a list that is there still holds."""
-    if (store / LISTING).exists():
-        return
-    remedy = "Start the extraction again with all its processes; what is complete is kept."
-    missing = _incomplete(store, tasks, empty)
-    raise_limited([Problem("DATA-011", f"{file} is missing or incomplete.", remedy) for file in missing])
-    write_listing(store, [_row(task, recipe) for task in tasks])
-
-
-def _row(task: Task, recipe: Recipe) -> FeatureRow:
-    header = read_header(task.file)
-    shape = header.tensors["latents"][1]
-    num_frames = (shape[1] - 1) * TEMPORAL_STRIDE + 1
-    return FeatureRow(
-        sample=task.sample.id,
-        file=f"{FEATURES}/{task.file.name}",
-        path=task.sample.annotation.path,
-        cap=task.caption,
-        start_frame_idx=header.start_frame,
-        sample_num_frames=num_frames,
-        sample_size=f"{num_frames}x{recipe.height}x{recipe.width}",
-        latent_shape=(shape[0], shape[1], shape[2], shape[3]),
-        text_tokens=header.tensors["prompt"][1][0],
-        task=recipe.task,
-    )
+def _tell(report: ExtractReport, store: Path, skipped: int) -> None:
+    done = f"this process encoded {report.encoded}, {report.reused} of its samples were complete before"
+    if not report.encoded:
+        done = "nothing was left to encode"
+    log.info("%d samples are listed in %s; %s", report.listed, store / LISTING, done)
+    if skipped:
+        log.warning("%d clips cannot be read and are left out; see %s", skipped, store / SKIPPED)

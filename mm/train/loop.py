@@ -14,9 +14,11 @@ import torch
 
 from mm.checkpoint.background import BackgroundSaver
 from mm.checkpoint.store import save, writing
+from mm.config.bad_samples import parse_on_bad_sample
 from mm.config.recompute import recompute_of
 from mm.config.request import Request
 from mm.data.loader import FeatureBatch, feature_batches
+from mm.data.replacing import check_replaced, replaced_in_step
 from mm.data.sampler import BatchPlan
 from mm.device.backend import deterministic
 from mm.diffusion.flow import FlowMatching
@@ -146,6 +148,7 @@ def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
         run.watch.begin_step(step)
         with built.during("waiting for data"):
             mine = [next(batches) for _ in range(run.num_microbatches)]
+        replaced = progress.replaced_samples + _replaced(run, mine, progress)
         result = train_step(
             built.parallel,
             built.optimizer,
@@ -161,7 +164,7 @@ def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
             guard.accepted(step, result.outcome, mine)
         if built.saver is not None:
             built.saver.check()
-        progress = Progress(step, progress.consumed_samples + run.global_batch_size, guard.skipped)
+        progress = Progress(step, progress.consumed_samples + run.global_batch_size, guard.skipped, replaced)
         built.log.write(_measure(run, result, progress, flow, mine, time.monotonic() - started))
         if run.comm.world_size > 1 and _is_due(flags.straggler_interval, step):
             stragglers.compare(step)
@@ -194,6 +197,19 @@ def _stop(run: Run, built: _Built, progress: Progress) -> None:
     )
 
 
+def _replaced(run: Run, batches: Sequence[FeatureBatch], progress: Progress) -> int:
+    """How many samples of the step were replaced in all replicas; an error where --on-bad-sample allows fewer."""
+    policy = parse_on_bad_sample(run.flags.on_bad_sample)
+    if not policy.skips:
+        return 0
+    samples = [sample for batch in batches for sample in batch["sample"]]
+    instead_of = [sample for batch in batches for sample in batch.get("replaced", [])]
+    replaced = replaced_in_step(run.mesh.dp_rank, samples, instead_of, run.comm.all_gather_object)
+    consumed = progress.consumed_samples + run.global_batch_size
+    check_replaced(progress.replaced_samples + replaced, consumed, len(run.dataset), policy)
+    return replaced
+
+
 def _batches(run: Run, progress: Progress) -> Iterator[FeatureBatch]:
     flags = run.flags
     loading = run.data.dataloader_param
@@ -206,6 +222,8 @@ def _batches(run: Run, progress: Progress) -> Iterator[FeatureBatch]:
         caption_dropout=run.data.dataset_param.preprocess_parameters.cfg,
         shuffle=loading.shuffle,
         num_workers=flags.num_workers,
+        read_timeout=flags.read_timeout,
+        on_bad_sample=parse_on_bad_sample(flags.on_bad_sample),
         pin_memory=loading.pin_memory and run.backend.kind != "cpu",
     )
 

@@ -39,11 +39,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: steps taken, samples seen, and steps whose update was left out (`--on-nonfinite`)."""
+    """How far a run has come.
+
+    Attributes:
+        step: steps taken. consumed_samples: samples seen.
+        skipped_steps: of them, whose update was left out (`--on-nonfinite`).
+        replaced_samples: that stood in for damaged ones (`--on-bad-sample`).
+    """
 
     step: int = 0
     consumed_samples: int = 0
     skipped_steps: int = 0
+    replaced_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ def state_of(
         "step": progress.step,
         "consumed_samples": progress.consumed_samples,
         "skipped_steps": progress.skipped_steps,
+        "replaced_samples": progress.replaced_samples,
         "seed": seed,
         # ranks of a stage without adapters have no count of their own
         "adam_step": max(comm.all_gather_object(optimizer.adam_step())) if with_optimizer else None,
@@ -147,8 +155,9 @@ def load_state(
             optimizer.set_adam_step(scalars["adam_step"])
         optimizer.masters_to_model()
     optimizer.set_progress(scalars["consumed_samples"])
-    # checkpoints of earlier versions do not say it: no step could be skipped then
-    return Progress(scalars["step"], scalars["consumed_samples"], scalars.get("skipped_steps", 0))
+    # checkpoints of earlier versions do not have the last two: nothing could be skipped or replaced then
+    skipped, replaced = scalars.get("skipped_steps", 0), scalars.get("replaced_samples", 0)
+    return Progress(scalars["step"], scalars["consumed_samples"], skipped, replaced)
 
 
 def _described(path: Path) -> tuple[dict[str, Any], WanConfig, AdapterRecord | None]:

@@ -103,6 +103,8 @@ def test_all_bad_flags_at_once() -> None:
         ([], {"dtype": "bf16"}, 1, ["CFG-022"]),
         (["--init-from-scratch"], {}, 1, ["CFG-023"]),
         (["--save-interval", "2"], {}, 1, ["CFG-024"]),
+        (["--on-bad-sample", "skip"], {}, 1, ["CFG-110"]),
+        (["--on-bad-sample", "skip:max=0.1%"], {}, 1, []),
         (["--lr-warmup-iters", "10"], {}, 1, ["CFG-025"]),
         (["--min-lr", "1"], {}, 1, ["CFG-025"]),
         (["--overlap-param-gather"], {}, 1, ["CFG-026"]),

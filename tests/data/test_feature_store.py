@@ -17,17 +17,15 @@ from mm.data.dataset import FeatureDataset, open_features
 from mm.data.features import (
     EMPTY_PROMPT_ID,
     Feature,
-    FeatureRow,
     Origin,
     feature_name,
     is_complete,
-    open_store,
     read_feature,
     text_hash,
     video_fingerprint,
     write_feature,
-    write_listing,
 )
+from mm.data.listing import FeatureRow, open_store, write_listing
 from mm.data.recipe import Recipe, folder_fingerprint, load_recipe, save_recipe
 from mm.errors import DataError
 

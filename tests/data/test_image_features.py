@@ -11,8 +11,9 @@ from test_feature_store import MODEL, ORIGIN, RECIPE, feature, metadata, tensors
 
 from mm.config.model import IMAGES, WanConfig
 from mm.data.dataset import open_features
-from mm.data.features import Feature, Origin, feature_name, read_feature, text_hash, write_feature, write_listing
-from mm.data.features import FeatureRow as Row
+from mm.data.features import Feature, Origin, feature_name, read_feature, text_hash, write_feature
+from mm.data.listing import FeatureRow as Row
+from mm.data.listing import write_listing
 from mm.data.loader import FeatureBatch, feature_batches
 from mm.data.recipe import save_recipe
 from mm.data.sampler import BatchPlan

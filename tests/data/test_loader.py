@@ -142,7 +142,10 @@ def test_dropout_without_an_empty_prompt(tmp_path: Path) -> None:
     opened = open_features(train_data(store), MODEL)
     assert take(opened, 1, BatchPlan(1, 1))
     with pytest.raises(DataError, match="DATA-016"):
-        take(opened, 1, BatchPlan(1, 1), caption_dropout=0.1)
+        feature_batches(opened, BatchPlan(1, 1), text_len=512, seed=1, caption_dropout=1e-9)
+    (store / "features" / "empty_prompt.safetensors").write_bytes(b"damaged")
+    with pytest.raises(DataError, match="DATA-011"):
+        feature_batches(opened, BatchPlan(1, 1), text_len=512, seed=1, caption_dropout=1e-9)
 
 
 @pytest.mark.parametrize("plan", [(4, 3, 0, 1), (4, 1, 0, 3), (4, 1, 2, 2)])

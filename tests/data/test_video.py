@@ -61,6 +61,12 @@ def test_both_readers_agree_on_every_format(pixel_format: str, height: int, widt
     assert torch.equal(read(file, range(1, 12), "pyav"), read(file, range(1, 12), "decord"))
 
 
+@pytest.mark.parametrize("width", [8, 12, 16, 24, 48, 72])
+def test_widths_that_decord_cannot_read(width: int, tmp_path: Path) -> None:
+    file = write_clip(tmp_path / "a.mp4", 9, 32, width)
+    assert np.array_equal(read(file, range(9), "decord").permute(0, 2, 3, 1).numpy(), decoded_by_ffmpeg(file))
+
+
 def test_both_readers_agree_on_real_clips(real_clips: Path) -> None:
     files = sorted((real_clips / "videos").glob("*.mp4"))
     assert files

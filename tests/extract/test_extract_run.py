@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from feature_samples import (
@@ -29,6 +30,7 @@ from mm.config.extract import load_extract_model, load_extract_tools
 from mm.config.model import WanConfig
 from mm.data.clips import load_clip
 from mm.data.dataset import open_features
+from mm.data.features import write_feature
 from mm.data.metadata import load_samples
 from mm.errors import ConfigError, DataError
 from mm.extract.run import ExtractReport, extract
@@ -252,6 +254,25 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path, weights: Path) -> None:
     assert all(bool(torch.isfinite(dataset[index]["latents"]).all()) for index in range(40))
 
 
+def test_ctrl_c_is_one_word_and_leaves_no_process(tmp_path: Path, weights: Path) -> None:
+    rows = [{"path": f"{index}.mp4", "cap": "a red circle"} for index in range(40)]
+    annotation = write_data_set(tmp_path / "set", rows, num_frames=9)
+    files = write_files(tmp_path, weights, annotation, tmp_path / "set", tmp_path / "store")
+    command = [sys.executable, "-m", "mm.cli.extract", *words(files), "--device", "cpu"]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    features = tmp_path / "store" / "features"
+    while not list(features.glob("[0-9]*")) and process.poll() is None:
+        time.sleep(0.001)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert sum(map(is_reader, family)) == 2
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and told.splitlines()[-1] == "interrupted" and "Traceback" not in told
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    assert not list(features.glob(".tmp*")) and not (tmp_path / "store" / "data.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "keys", "value", "said"),
     [
@@ -336,6 +357,41 @@ def test_one_bad_video_stops_with_its_name(kind: str, id: str, files: dict[str, 
     path.unlink(missing_ok=True)
     write_clip(tmp_path / "set" / "more" / "3.mp4", num_frames=14)
     assert run(files).listed == 5
+
+
+def test_a_clip_that_takes_too_long_stops_with_its_name(files: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"DATA-070: .*videos/1\.mp4: its reader gave nothing in 1e-06 s"):
+        run(files, decode_timeout=1e-6)
+    assert not (tmp_path / "store" / "data.jsonl").exists()
+    assert run(files).encoded == 5
+
+
+def test_a_reader_killed_for_its_memory_changes_nothing(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernel would, when the first file is about to be written."""
+    killed: list[int] = []
+
+    def kill(*args: Any) -> Any:
+        if not killed:
+            killed.extend(child.pid for child in psutil.Process().children(recursive=True) if is_reader(child))
+            for reader in killed:
+                os.kill(reader, signal.SIGKILL)
+        return write_feature(*args)
+
+    monkeypatch.setattr("mm.extract.run.write_feature", kill)
+    assert run(files, num_workers=2).encoded == 5
+    assert len(killed) == 2
+    names = {path.name: path.read_bytes() for path in (tmp_path / "store" / "features").iterdir()}
+    monkeypatch.undo()
+    edit(files["mm_tool"], "sorafeature", "save_path", value=str(tmp_path / "again"))
+    run(files)
+    assert names == {path.name: path.read_bytes() for path in (tmp_path / "again" / "features").iterdir()}
+
+
+def is_reader(process: psutil.Process) -> bool:
+    parent = process.parent()
+    return parent is not None and "forkserver" in " ".join(parent.cmdline())
 
 
 def test_short_videos_where_they_are_allowed(files: dict[str, Path], tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from mm.config.data import data_sources, load_extract_data
 from mm.config.extract import ExtractAutoencoder, ImageProcessor
 from mm.config.model import IMAGES, WanConfig
 from mm.data.clips import load_clip
-from mm.data.features import FeatureRow, read_feature
+from mm.data.features import read_feature
+from mm.data.listing import FeatureRow
 from mm.data.metadata import load_samples
 from mm.data.recipe import load_recipe
 from mm.errors import ConfigError, DataError

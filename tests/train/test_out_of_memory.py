@@ -26,13 +26,12 @@ from mm.data.features import (
     EMPTY_PROMPT_ID,
     FEATURES,
     Feature,
-    FeatureRow,
     Origin,
     feature_name,
     text_hash,
     write_feature,
-    write_listing,
 )
+from mm.data.listing import FeatureRow, write_listing
 from mm.data.recipe import Recipe, save_recipe
 from mm.device.backend import Backend, select
 from mm.device.out_of_memory import bytes_asked_for, is_out_of_memory

@@ -1,0 +1,147 @@
+"""`mm doctor FLAGS`: whether a training run will work, told before it is started, from the same script and flags."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tabulate import tabulate
+
+from mm.config.data import load_train_data
+from mm.config.layerzero import ZeroConfig
+from mm.config.layout import Layout
+from mm.config.place import Place
+from mm.config.train import PretrainModel, TrainFlags
+from mm.errors import ConfigError, DataError, Problem, raise_all
+
+if TYPE_CHECKING:
+    from mm.train.readiness import Finding
+
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def check(
+    flags: TrainFlags,
+    model: PretrainModel,
+    zero: ZeroConfig | None,
+    layout: Layout,
+    where: Place,
+    words: Sequence[str],
+    *,
+    as_json: bool,
+) -> None:
+    """Look at everything that can be known, print a table and a verdict; rank 0 prints, every process looks.
+
+    Args:
+        flags, model, zero: checked configuration. layout: of the job.
+        where: this process's place in the job; alone where the doctor was not started by the job's launcher.
+        words: the command line, for the dry run, which is a process of its own.
+        as_json: print one JSON object.
+
+    Raises:
+        ConfigError: CFG-127 where the run would fail, with every reason.
+    """
+    from mm.checkpoint.comm import Comm, ProcessGroupComm, SingleProcess
+    from mm.data.dataset import open_features
+    from mm.device.backend import select
+    from mm.lora.plan import plan_of
+    from mm.parallel.launch import Job
+    from mm.train import readiness
+
+    logging.getLogger().setLevel(logging.WARNING)
+    config, backend = model.predictor.wan(), select(flags.device, where.local_rank)
+    lora = plan_of(flags, config)
+    trained = readiness.elements(config) if lora is None else lora.parameters
+    findings = [] if where.rank else readiness.versions(backend)
+    reports: list[dict[str, Any]] = []
+    if where.rank == 0:
+        findings += readiness.attempt("memory", lambda: _memory(words, layout, backend, reports))
+        findings += readiness.attempt("weights", lambda: readiness.weights(flags, config))
+        findings += readiness.attempt("checkpoints", lambda: readiness.save_folder(flags))
+        findings += readiness.attempt("disk", lambda: readiness.disk(flags, trained))
+    one_size = layout.pp_size > 1 and not flags.variable_seq_lengths
+    batch = flags.samples_of_step(layout.dp_size)
+    if where.local_rank == 0:  # once a node: its disks, its memory
+        data = load_train_data(Path(flags.mm_data))
+        findings += readiness.attempt(
+            "features", lambda: readiness.features(open_features(data, config), batch, one_size=one_size)
+        )
+        pinned = max((report["host_bytes"] for report in reports), default=0)
+        findings += readiness.host(flags, trained, pinned, where.local_world_size, layout.world_size)
+    with ExitStack() as stack:
+        comm: Comm = SingleProcess()
+        if where.world_size > 1:
+            began, minutes = time.monotonic(), flags.distributed_timeout_minutes
+            configuration = {"flags": flags.model_dump(mode="json"), flags.mm_model: model.model_dump(mode="json")}
+            stack.enter_context(Job(where, backend.collective, backend.device, minutes, configuration))
+            comm = ProcessGroupComm(device=backend.device)
+            reached = readiness.network(comm, time.monotonic() - began)
+            findings += reached if where.rank == 0 else []
+        everyone = comm.all_gather_object([asdict(finding) for finding in findings])
+    if where.rank == 0:
+        _tell(_merged([readiness.Finding(**found) for part in everyone for found in part]), reports, as_json=as_json)
+
+
+def _memory(words: Sequence[str], layout: Layout, backend: Any, reports: list[dict[str, Any]]) -> list[Finding]:
+    """The dry run of the first rank, and of the last where a pipeline makes it another one."""
+    from mm.train import readiness
+
+    reports += [
+        _dry_run(words, layout, rank) for rank in sorted({0, layout.world_size - 1 if layout.pp_size > 1 else 0})
+    ]
+    return readiness.memory([report["peak_bytes"] for report in reports], backend)
+
+
+def _dry_run(words: Sequence[str], layout: Layout, rank: int) -> dict[str, Any]:
+    """`mm doctor --dry-run` in a process of its own: its process groups are not real ones.
+
+    Raises:
+        DataError: DATA-088 when it fails for a reason that it did not name.
+    """
+    asked = ["--dry-run", "--json-output", "--rank", str(rank), "--world-size", str(layout.world_size)]
+    variables = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}
+    done = subprocess.run(
+        [sys.executable, "-m", "mm.cli.doctor", *words, *asked],
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise DataError("DATA-088", f"The dry run of rank {rank} failed: {last}", "Run it alone: DRY_RUN=1.")
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def _merged(findings: Sequence[Finding]) -> list[Finding]:
+    """Without what several nodes found alike."""
+    return list(dict.fromkeys(findings))
+
+
+def _tell(findings: Sequence[Finding], reports: Sequence[dict[str, Any]], *, as_json: bool) -> None:
+    reasons = [found for found in findings if found.verdict == "no"]
+    look = sum(found.verdict == "look" for found in findings)
+    sent = sum(row["bytes"] for row in reports[0]["traffic"]) if reports else 0
+    if as_json:
+        values = {"ready": not reasons, "findings": [asdict(found) for found in findings], "dry_runs": list(reports)}
+        print(json.dumps(values, indent=2))
+    else:
+        rows = [
+            (found.check, found.verdict, found.found + (f" -> {found.remedy}" if found.remedy else ""))
+            for found in findings
+        ]
+        rows.append(("traffic", "ok", f"{sent / 2**30:.3f} GiB sent by rank 0 in a step (predicted)"))
+        print(tabulate(rows, headers=["check", "", "found"], maxcolwidths=[None, None, 100], tablefmt="simple"))
+        verdict = "not ready" if reasons else "ready"
+        print(f"\nverdict: {verdict}; {len(reasons)} of {len(rows)} say no, {look} ask for a look")
+    raise_all(ConfigError, [Problem("CFG-127", f"{found.check}: {found.found}", found.remedy) for found in reasons])

@@ -1,0 +1,215 @@
+"""Reading a whole data set to find what is bad in it, before extraction or training does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from mm.config.data import DataSource, RawPreprocess, TrainData
+from mm.config.model import WanConfig
+from mm.data.clips import CheckClip, check_announced_length
+from mm.data.dataset import FeatureDataset, FeaturePlace, checked_sources, read_sample
+from mm.data.files import Row, RowList, split_rows
+from mm.data.listing import FeatureStore, RowChecker
+from mm.data.metadata import VideoSample, check_row
+from mm.data.workers import Parcel, Work, read_in_order
+from mm.errors import DataError, Problem
+
+JobT = TypeVar("JobT")
+Done = Callable[[int], None]
+_Names = tuple[str | None, str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class BadSample:
+    """A row of a data set that cannot be used.
+
+    Attributes:
+        data_set, row: which data set (0, 1, ...) and which row of it (1, 2, ...).
+        sample, file: the sample's id and its file; None where the row does not tell.
+        error, reason: the id of its first problem, and all of them in words.
+    """
+
+    data_set: int
+    row: int
+    sample: str | None
+    file: str | None
+    error: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class CheckedList:
+    """One data set: its rows, and which of them are bad."""
+
+    source: DataSource
+    rows: RowList
+    bad: dict[int, BadSample] = field(default_factory=dict)
+
+    def add(self, data_set: int, number: int, names: _Names, problems: Sequence[Problem]) -> None:
+        """Note a bad row; `names` are the sample's id and its file."""
+        reason = " ".join(problem.message for problem in problems)
+        self.bad[number] = BadSample(data_set, number, *names, problems[0].id, reason)
+
+    def good_rows(self) -> list[Row]:
+        """The rows that can be used, in order."""
+        return [row for number, row in enumerate(self.rows.rows, start=1) if number not in self.bad]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedData:
+    """All data sets of a data file, each row read."""
+
+    lists: Sequence[CheckedList]
+
+    @property
+    def num_samples(self) -> int:
+        """Rows of all data sets."""
+        return sum(len(checked.rows.rows) for checked in self.lists)
+
+    @property
+    def bad(self) -> list[BadSample]:
+        """The bad ones in their order."""
+        return [checked.bad[number] for checked in self.lists for number in sorted(checked.bad)]
+
+    def by_error(self) -> dict[str, int]:
+        """How many have which error."""
+        return dict(sorted(Counter(sample.error for sample in self.bad).items()))
+
+
+def check_videos(
+    sources: Sequence[DataSource],
+    preprocess: RawPreprocess,
+    seed: int,
+    *,
+    quick: bool,
+    num_workers: int,
+    time_limit: float,
+    done: Done,
+) -> CheckedData:
+    """Check every row of annotation files, and read every clip as extraction would.
+
+    Args:
+        sources, preprocess, seed: as extraction has them.
+        quick: count the frames of a video and decode its first one only.
+        num_workers, time_limit: processes that read, seconds for each clip.
+        done: told after each row how many there are in all.
+
+    Raises:
+        DataError: DATA-060 for an annotation file of which no row can be told.
+    """
+    first_place: dict[Path, str] = {}
+    lists = [CheckedList(source, split_rows(source.annotation, "DATA-060")) for source in sources]
+    jobs: list[_Job[VideoSample]] = []
+    for data_set, checked in enumerate(lists):
+        for number, row in enumerate(checked.rows.rows, start=1):
+            if row.problem is not None:
+                checked.add(data_set, number, (None, None), [row.problem])
+                continue
+            found = check_row(row.value, data_set, number, checked.source, first_place)
+            problems = list(found.problems)
+            if found.sample is not None and not problems:
+                problems += _problems_of(check_announced_length, found.sample, preprocess)
+            if found.sample is not None and not problems:
+                jobs.append(_Job(data_set, number, found.sample.id, str(found.sample.file), found.sample))
+            else:
+                names: _Names = (found.sample.id, str(found.sample.file)) if found.sample is not None else (None, None)
+                checked.add(data_set, number, names, problems)
+    _read_all(CheckClip(preprocess, seed, quick), jobs, lists, num_workers, time_limit, done)
+    return CheckedData(lists)
+
+
+def check_features(
+    data: TrainData, model: WanConfig, *, num_workers: int, time_limit: float, done: Done
+) -> CheckedData:
+    """Check every row of feature stores, and read every feature file as training would.
+
+    Args:
+        data: feature_data.json. model: the transformer that is to take the features.
+        num_workers, time_limit, done: as in `check_videos`.
+
+    Raises:
+        DataError: what `mm.data.dataset.checked_sources` raises, DATA-010 for a listing of which no row can be told,
+            DATA-016 or what else is wrong with the empty prompt where captions are to be dropped.
+    """
+    sources = checked_sources(data, model)
+    if data.dataset_param.preprocess_parameters.cfg > 0:
+        first, recipe = sources[0]
+        FeatureDataset([FeatureStore(first.folder, [], recipe.key)], model).empty_prompt()
+    lists = [CheckedList(source, split_rows(source.annotation, "DATA-010")) for source, _ in sources]
+    jobs: list[_Job[FeaturePlace]] = []
+    for data_set, (checked, (source, recipe)) in enumerate(zip(lists, sources, strict=True)):
+        checker = RowChecker(source.folder, source.annotation, recipe.task)
+        for number, row in enumerate(checked.rows.rows, start=1):
+            if row.problem is not None:
+                checked.add(data_set, number, (None, None), [row.problem])
+                continue
+            listed, problems = checker.check(row.value, number)
+            if listed is None or problems:
+                names: _Names = (
+                    (listed.sample, str(source.folder / listed.file)) if listed is not None else (None, None)
+                )
+                checked.add(data_set, number, names, problems)
+                continue
+            place = FeaturePlace(source.folder, listed.file, listed.sample, recipe.key, listed.latent_shape)
+            jobs.append(_Job(data_set, number, listed.sample, str(source.folder / listed.file), place))
+    _read_all(_CheckFeature(model), jobs, lists, num_workers, time_limit, done)
+    return CheckedData(lists)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job(Generic[JobT]):
+    """A row whose file is to be read."""
+
+    data_set: int
+    number: int
+    sample: str
+    file: str
+    what: JobT
+
+
+def _read_all(
+    work: Work[JobT],
+    jobs: Sequence[_Job[JobT]],
+    lists: Sequence[CheckedList],
+    num_workers: int,
+    time_limit: float,
+    done: Done,
+) -> None:
+    total = sum(len(checked.rows.rows) for checked in lists)
+    for _ in range(total - len(jobs)):
+        done(total)
+    outcomes = read_in_order(
+        work, [job.what for job in jobs], num_workers=num_workers, time_limit=time_limit, buffer_bytes=0
+    )
+    with closing(outcomes):
+        for job, (_, outcome) in zip(jobs, outcomes, strict=True):
+            if isinstance(outcome, DataError):
+                lists[job.data_set].add(job.data_set, job.number, (job.sample, job.file), outcome.problems)
+            done(total)
+
+
+def _problems_of(check: Callable[..., None], *arguments: object) -> tuple[Problem, ...]:
+    try:
+        check(*arguments)
+    except DataError as error:
+        return error.problems
+    return ()
+
+
+@dataclass(frozen=True)
+class _CheckFeature:
+    """Reads one feature file whole, as training does."""
+
+    model: WanConfig
+
+    def __call__(self, place: FeaturePlace, /) -> Parcel:
+        read_sample(place, self.model)
+        return Parcel({}, {})
+
+    def describe(self, place: FeaturePlace, /) -> str:
+        return str(place.folder / place.file)

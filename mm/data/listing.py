@@ -1,0 +1,118 @@
+"""data.jsonl: the list of a feature store's samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from mm.config.base import Section, parse
+from mm.config.model import ModelType
+from mm.data.features import EMPTY_PROMPT, EXTRACT_AGAIN, FEATURES, LISTING
+from mm.data.files import raise_limited, read_rows, resolve_inside, write_atomically
+from mm.errors import ConfigError, DataError, Problem
+
+
+class FeatureRow(Section):
+    """One row of data.jsonl; names as in MindSpeed-MM where it has them.
+
+    Attributes:
+        sample: the sample's id, the key of its random numbers. file: its features, below the store.
+        path, cap: the video as listed and the caption that was embedded.
+        start_frame_idx, sample_num_frames, sample_size: the clip, `81x480x832`.
+        latent_shape: [16, F, H, W]. text_tokens: L.
+        task: what the features are for.
+    """
+
+    sample: str = Field(min_length=1)
+    file: str = Field(pattern=r"^features/[A-Za-z0-9_-]+\.safetensors$")
+    path: str
+    cap: str
+    start_frame_idx: int = Field(ge=0)
+    sample_num_frames: int = Field(ge=1)
+    sample_size: str
+    latent_shape: tuple[int, int, int, int]
+    text_tokens: int = Field(ge=1)
+    task: ModelType = "t2v"
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureStore:
+    """A complete store: its folder, its rows, the key of its recipe."""
+
+    folder: Path
+    rows: Sequence[FeatureRow]
+    recipe_key: str
+
+    def file(self, row: FeatureRow) -> Path:
+        """The feature file of a row, which may not be a link that leads out of the store."""
+        return resolve_inside(self.folder, row.file, f"{self.folder / LISTING}")
+
+    @property
+    def empty_prompt(self) -> Path:
+        """The file of the empty caption's embedding."""
+        return self.folder / FEATURES / EMPTY_PROMPT
+
+
+def open_store(folder: Path, listing: Path, recipe_key: str, task: ModelType = "t2v") -> FeatureStore:
+    """Read the rows of a store and check that every file they name is there.
+
+    Args:
+        folder: the store. listing: its data.jsonl.
+        recipe_key, task: of its recipe.
+
+    Raises:
+        DataError: DATA-010 when the listing is missing or not a listing, DATA-011 for files that are missing, DATA-046
+            for samples of another task than the store's, DATA-064 for samples listed twice; all rows at once.
+    """
+    if not listing.exists():
+        remedy = "Run feature extraction (again); it writes the list when every sample is done."
+        raise DataError("DATA-010", f"{listing} does not exist: {folder} is no complete feature store.", remedy)
+    checker = RowChecker(folder, listing, task)
+    rows: list[FeatureRow] = []
+    problems: list[Problem] = []
+    for number, values in enumerate(read_rows(listing, "DATA-010"), start=1):
+        row, found = checker.check(values, number)
+        problems += found
+        if row is not None:
+            rows.append(row)
+    raise_limited(problems)
+    return FeatureStore(folder, rows, recipe_key)
+
+
+class RowChecker:
+    """Checks the rows of one listing, in order; its arguments are those of `open_store`."""
+
+    def __init__(self, folder: Path, listing: Path, task: ModelType) -> None:
+        self._folder, self._listing, self._task = folder, listing, task
+        features = folder / FEATURES
+        self._present = {entry.name for entry in features.iterdir()} if features.is_dir() else set[str]()
+        self._seen: set[str] = set()
+
+    def check(self, values: Any, number: int) -> tuple[FeatureRow | None, list[Problem]]:
+        """The row with its problems, those that `open_store` raises; None where it has the wrong form."""
+        place = f"{self._listing} row {number}"
+        try:
+            row = parse(FeatureRow, values, place)
+        except ConfigError as error:
+            return None, [Problem("DATA-010", problem.message, EXTRACT_AGAIN) for problem in error.problems]
+        problems: list[Problem] = []
+        if row.sample in self._seen:
+            problems.append(Problem("DATA-064", f'{place}: sample "{row.sample}" is listed twice.', "Keep one row."))
+        if row.task != self._task:
+            message = f"{place} is of the task {row.task}, and {self._folder} of {self._task}."
+            problems.append(Problem("DATA-046", message, "Keep the samples of each task in a store of their own."))
+        if Path(row.file).name not in self._present:
+            message = f"{place}: {self._folder / row.file} does not exist."
+            problems.append(Problem("DATA-011", message, EXTRACT_AGAIN))
+        self._seen.add(row.sample)
+        return row, problems
+
+
+def write_listing(folder: Path, rows: Sequence[FeatureRow]) -> None:
+    """Write data.jsonl in one step; raises what `write_atomically` raises."""
+    lines = [(row.model_dump_json() + "\n").encode() for row in rows]
+    write_atomically(folder / LISTING, lines, sum(map(len, lines)))

@@ -1,0 +1,152 @@
+"""`mm doctor` before a run: one table, one verdict, every reason by id; and `mm doctor compare` after two."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import free_port
+from safetensors.torch import load_file, save_file
+
+from mm.cli import doctor
+from mm.cli import train as train_command
+from mm.config.flags import as_words
+from mm.errors import ConfigError, NumericsError
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "wan2.1"
+WEIGHTS = "weights/Wan2.1-T2V-Tiny-Diffusers/transformer"
+
+
+def words(demo: Path, save: Path, **flags: Any) -> list[str]:
+    return as_words(
+        {
+            "mm_data": demo / "configs" / "feature_data.json",
+            "mm_model": demo / "configs" / "pretrain_model.json",
+            "load": demo / WEIGHTS,
+            "save": save,
+            "micro_batch_size": 4,
+            "lr": 1e-3,
+            "train_iters": 4,
+            "save_interval": 2,
+            "num_workers": 0,
+            **flags,
+        }
+    )
+
+
+def look(demo: Path, save: Path, capsys: pytest.CaptureFixture[str], **flags: Any) -> tuple[dict[str, Any], list[str]]:
+    """The report, and the reasons against the run."""
+    reasons: list[str] = []
+    capsys.readouterr()
+    try:
+        doctor.main(words(demo, save, json_output=True, **flags))
+    except ConfigError as error:
+        assert {problem.id for problem in error.problems} == {"CFG-127"}
+        reasons = [problem.message for problem in error.problems]
+    return json.loads(capsys.readouterr().out), reasons
+
+
+def test_a_run_that_will_work(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save = tmp_path / "run"
+    report, reasons = look(demo, save, capsys)
+    assert reasons == []
+    assert report["ready"]
+    found = {finding["check"]: finding for finding in report["findings"]}
+    assert {"versions", "memory", "weights", "checkpoints", "disk", "features", "host memory"} <= found.keys()
+    assert all(finding["verdict"] == "ok" for finding in found.values() if finding["check"] != "limits")
+    assert found["features"]["found"].startswith("16 samples (16 of 3x8x8)")
+    assert not save.exists()  # it leaves nothing behind
+    train_command.main([*words(demo, save), "--no-progress-bar"])
+    folders = sorted(path.name for path in save.iterdir())
+    report, _ = look(demo, save, capsys, train_iters=9)
+    told = {finding["check"]: finding["found"] for finding in report["findings"]}
+    assert told["checkpoints"] == "goes on from iter_0000004; --load is not used; saved every 2 steps"
+    assert "weights" not in told
+    assert sorted(path.name for path in save.iterdir()) == folders
+    # what was said of a checkpoint's size is what one takes
+    weights = sum(path.stat().st_size for path in (save / "iter_0000004").glob("*.safetensors"))
+    assert float(told["disk"].split()[0]) == pytest.approx(weights / 1e9, abs=0.006)
+
+
+def test_all_reasons_at_once(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights without one tensor, features of which one is cut off, a folder that cannot be written."""
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (file,) = (demo / WEIGHTS).glob("*.safetensors")
+    tensors = load_file(file)
+    tensors.pop("proj_out.bias")
+    save_file(tensors, broken / file.name)
+    (broken / "config.json").write_text((demo / WEIGHTS / "config.json").read_text())
+    (tmp_path / "file").write_text("no folder")
+    report, reasons = look(demo, tmp_path / "file" / "run", capsys, load=broken)
+    assert not report["ready"]
+    assert [reason.split(":")[0] for reason in reasons] == ["weights", "checkpoints"]
+    assert "head.head.bias" in reasons[0]
+
+
+def test_more_memory_than_there_is(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """14B at 81x480x832 without recomputation on one device of this host's memory."""
+    model = json.loads((EXAMPLES / "14b" / "t2v" / "pretrain_model.json").read_text())
+    model["predictor"] |= {"num_layers": 20, "pipeline_num_layers": None, "dtype": "fp32"}
+    (tmp_path / "model.json").write_text(json.dumps(model))
+    flags = {"mm_model": tmp_path / "model.json", "load": None, "init_from_scratch": True, "micro_batch_size": 1}
+    report, reasons = look(demo, tmp_path / "run", capsys, latent_size=[21, 60, 104], **flags)
+    (memory,) = [reason for reason in reasons if reason.startswith("memory: ")]
+    predicted = report["dry_runs"][0]["peak_bytes"]
+    assert memory.startswith(f"memory: {predicted / 1e9:.2f} GB predicted")
+    assert predicted > 16 * report["dry_runs"][0]["parameters"]
+
+
+def test_the_script_asks_all_processes(demo: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", EXAMPLES / "1.3b" / "t2v" / "pretrain.sh", "--num-workers", "0"],
+        env={
+            **os.environ, "DOCTOR": "1", "NPUS_PER_NODE": "2", "PP": "2", "PRECISION": "fp32", "RECOMPUTE": "",
+            "GRAD_ACC_STEP": "2", "MASTER_PORT": str(free_port()), "SAVE_PATH": str(tmp_path / "run"),
+            "MM_DATA": str(demo / "configs" / "feature_data.json"), "LOAD_PATH": str(demo / WEIGHTS),
+            "MM_MODEL": str(demo / "configs" / "pretrain_model.json"),
+        },
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 processes on 1 nodes joined" in done.stdout
+    assert done.stdout.count("verdict: ready; 0 of ") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def runs(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("runs")
+    for name, flags in {
+        "a": {}, "b": {}, "seed": {"seed": 7}, "lr": {"lr": 2e-3}, "clip": {"clip_grad": 0.01},
+    }.items():  # fmt: skip
+        train_command.main([*words(demo, home / name, **flags), "--no-progress-bar"])
+    return home
+
+
+def test_equal_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.main(["compare", str(runs / "a"), str(runs / "b" / "metrics.jsonl")])
+    assert "equal, bit for bit, in all 4 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("other", "equal", "step", "field"),
+    [("seed", 0, 1, "timesteps"), ("lr", 0, 1, "lr"), ("clip", 1, 2, "sample_losses")],
+)
+def test_where_runs_part(runs: Path, other: str, equal: int, step: int, field: str) -> None:
+    """Clipping changes no number of the first step that is written, and the weights of the second."""
+    with pytest.raises(NumericsError) as caught:
+        doctor.main(["compare", str(runs / "a"), str(runs / other)])
+    assert caught.value.id == "NUM-004"
+    assert f"equal for {equal} steps and differ at step {step} in {field}: " in str(caught.value)
+
+
+def test_compare_takes_two_runs(runs: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mm.cli.doctor", "compare", str(runs / "a")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 64
+    assert "error CFG-006: mm doctor compare takes two runs" in done.stderr

@@ -1,0 +1,203 @@
+"""Readers that hang, die and are interrupted, with real processes and real signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from mm.data.workers import Outcome, Parcel, as_error, as_facts, read_in_order, room
+from mm.errors import DataError, Problem
+
+SHAPE = (3, 4, 5)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Jobs are words: what to do, and a number that comes back as tensors and facts."""
+
+    folder: Path
+
+    def __call__(self, job: tuple[str, int], /) -> Parcel:
+        what, number = job
+        attempt = self.folder / f"{number}"
+        tried_before = attempt.exists()
+        attempt.write_text(str(os.getpid()))
+        if what == "hang":
+            time.sleep(3600)
+        if what in signal.Signals.__members__ and not (number % 2 and tried_before):  # odd numbers die once only
+            os.kill(os.getpid(), signal.Signals[what])
+        if what == "leave":
+            os._exit(3)
+        if what == "bad":
+            raise DataError("DATA-002", f"{number} is bad.", "Replace it.")
+        tensors = {"a": torch.full(SHAPE, float(number)), "b": torch.full((7,), number, dtype=torch.bfloat16)}
+        return Parcel(tensors, {"number": number, "process": os.getpid()})
+
+    def describe(self, job: tuple[str, int], /) -> str:
+        return f"clip {job[1]}"
+
+
+def read(folder: Path, jobs: Any, num_workers: int = 2, time_limit: float = 60.0, again: Any = None) -> Any:
+    return read_in_order(
+        Reading(folder),
+        jobs,
+        num_workers=num_workers,
+        time_limit=time_limit,
+        buffer_bytes=room(SHAPE, (7,)),
+        again=again,
+    )
+
+
+def numbers(outcomes: Any) -> list[Any]:
+    return [o.facts["number"] if isinstance(o, Parcel) else o.id for _, o in outcomes]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_outcomes_come_in_order_with_their_tensors(num_workers: int, tmp_path: Path) -> None:
+    jobs = [("bad" if number == 4 else "read", number) for number in range(9)]
+    outcomes = list(read(tmp_path, jobs, num_workers))
+    assert [job for job, _ in outcomes] == jobs
+    assert numbers(outcomes) == [0, 1, 2, 3, "DATA-002", 5, 6, 7, 8]
+    for (_, number), outcome in outcomes:
+        if isinstance(outcome, Parcel):
+            assert torch.equal(outcome.tensors["a"], torch.full(SHAPE, float(number)))
+            assert torch.equal(outcome.tensors["b"], torch.full((7,), number, dtype=torch.bfloat16))
+    processes = {outcome.facts["process"] for _, outcome in outcomes if isinstance(outcome, Parcel)}
+    assert len(processes) == max(1, num_workers) and (os.getpid() in processes) == (num_workers == 0)
+
+
+def test_readers_live_on_and_are_gone_at_the_end(tmp_path: Path) -> None:
+    with closing(read(tmp_path, (("read", number) for number in count()), 2)) as outcomes:
+        seen = [outcome.facts["process"] for _, outcome in islice(outcomes, 40)]
+        assert len(set(seen)) == 2
+        scores = {int(Path(f"/proc/{process}/oom_score_adj").read_text()) for process in seen}
+        assert scores == {1000}, "the kernel takes a reader first"
+    assert not any(psutil.pid_exists(process) for process in seen)
+
+
+def test_a_reader_that_hangs_is_ended_and_the_others_go_on(tmp_path: Path) -> None:
+    began = time.monotonic()
+    outcomes = list(read(tmp_path, [("read", 0), ("hang", 1), ("read", 2), ("read", 3)], time_limit=1.0))
+    assert numbers(outcomes) == [0, "DATA-070", 2, 3]
+    assert "clip 1: its reader gave nothing in 1 s" in str(outcomes[1][1])
+    assert time.monotonic() - began < 30
+    assert not psutil.pid_exists(int((tmp_path / "1").read_text()))
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV", "SIGBUS"])
+def test_a_reader_that_dies_is_replaced_once(name: str, tmp_path: Path) -> None:
+    outcomes = list(read(tmp_path, [("read", 0), (name, 1), (name, 2), ("read", 4)]))
+    assert numbers(outcomes) == [0, 1, "DATA-071", 4]
+    assert f"clip 2: the process that read it died twice, of {name};" in str(outcomes[2][1])
+    assert "GiB of memory" in str(outcomes[2][1]) and "GiB of /dev/shm" in str(outcomes[2][1])
+
+
+def test_a_reader_that_leaves_is_told_with_its_exit_code(tmp_path: Path) -> None:
+    assert "of exit code 3;" in str(next(read(tmp_path, [("leave", 2)]))[1])
+
+
+def test_a_reader_killed_between_jobs_costs_nothing(tmp_path: Path) -> None:
+    with closing(read(tmp_path, (("read", number) for number in range(6)), 1)) as outcomes:
+        _, first = next(outcomes)
+        os.kill(first.facts["process"], signal.SIGKILL)
+        assert numbers(outcomes) == [1, 2, 3, 4, 5]
+
+
+def test_signals_that_a_launcher_sends_to_everybody_are_the_parents_affair(tmp_path: Path) -> None:
+    with closing(read(tmp_path, (("read", number) for number in range(6)), 1)) as outcomes:
+        _, first = next(outcomes)
+        server = psutil.Process(first.facts["process"]).parent()
+        assert server is not None and server.pid != os.getpid()
+        for process in (first.facts["process"], server.pid):
+            os.kill(process, signal.SIGTERM)
+        os.kill(first.facts["process"], signal.SIGUSR1)
+        wait_for(lambda: server.status() == psutil.STATUS_ZOMBIE)
+        others = [outcome.facts["process"] for _, outcome in outcomes]
+    assert others == [first.facts["process"]] * 5
+    assert numbers(read(tmp_path, [("read", 0)])) == [0], "a fork server that is gone is started again"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_another_job_may_take_the_place_of_one(num_workers: int, tmp_path: Path) -> None:
+    def again(job: tuple[str, int], outcome: Outcome) -> tuple[str, int] | None:
+        return ("bad" if job[1] < 20 else "read", job[1] + 10) if isinstance(outcome, DataError) else None
+
+    outcomes = read(tmp_path, [("read", 0), ("bad", 1), ("read", 2)], num_workers, again=again)
+    assert numbers(outcomes) == [0, 31, 2]
+
+
+def test_problems_cross_as_they_are() -> None:
+    problems = [Problem("DATA-001", "a", "b"), Problem("DATA-002", "é\0", "d")]
+    assert list(as_error(as_facts(problems)).problems) == problems
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from test_workers import read
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    for _ in read(folder, [("hang", 0), ("hang", 1), ("read", 2)]):
+        pass
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_nothing_is_left_behind(name: str, tmp_path: Path) -> None:
+    """Ctrl-C goes to the whole group; the other two to the parent alone, which cannot end its readers any more."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    here = Path(__file__)
+    environment = {**os.environ, "PYTHONPATH": f"{here.parents[2]}:{here.parent}"}
+    with (tmp_path / "err").open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, script, tmp_path], env=environment, start_new_session=True, stderr=errors
+        )
+    wait_for(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
+    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+    assert len(family) >= 4, "the parent, the fork server, two readers"
+    if name == "SIGINT":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.Signals[name])
+    assert process.wait(20) != 0
+    wait_for(lambda: not any(psutil.pid_exists(member) for member in family))
+    assert (tmp_path / "err").read_text().count("Traceback") == (name == "SIGINT"), "only the parent's own"
+
+
+LITTLE = """
+import os
+from pathlib import Path
+from test_workers import numbers, read
+disk = os.statvfs("/dev/shm")
+print(disk.f_blocks * disk.f_frsize, numbers(read(Path("."), [("read", 3), ("read", 4)])))
+"""
+
+
+def test_shared_memory_that_is_too_small_is_not_used(tmp_path: Path) -> None:
+    """With /dev/shm of one page, in a private mount namespace."""
+    little = "mount -t tmpfs -o size=4k none /dev/shm"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", little], capture_output=True).returncode:
+        pytest.skip("this machine allows no private mounts")
+    here = Path(__file__)
+    environment = {**os.environ, "PYTHONPATH": f"{here.parents[2]}:{here.parent}"}
+    command = ["unshare", "-rm", "sh", "-c", f'{little} && exec "$0" -c "$1"', sys.executable, LITTLE]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "4096 [3, 4]", done.stderr
+
+
+def wait_for(condition: Any) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "still not so after 30 s"
+        time.sleep(0.05)
