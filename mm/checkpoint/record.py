@@ -28,8 +28,8 @@ class WeightsRecord(Section):
 
     Attributes:
         format, schema_version: what the file is; another version is refused by its number.
-        step: optimizer steps taken. consumed_samples: samples seen. skipped_steps: whose update was left
-            out. seed: of the run.
+        step: optimizer steps taken. consumed_samples: samples seen. skipped_steps, replaced_samples: as in training's
+            progress. seed: of the run.
         versions: of this package and of torch, for the reader of a report. files: by name.
     """
 
@@ -38,6 +38,7 @@ class WeightsRecord(Section):
     step: Size
     consumed_samples: Size
     skipped_steps: Size
+    replaced_samples: Size
     seed: Size
     versions: dict[str, str]
     files: dict[RankFile, FileRecord]

@@ -62,6 +62,7 @@ def save_weights(
             step=progress.step,
             consumed_samples=progress.consumed_samples,
             skipped_steps=progress.skipped_steps,
+            replaced_samples=progress.replaced_samples,
             seed=seed,
             versions=versions,
             files=files,

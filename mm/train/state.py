@@ -164,7 +164,9 @@ def _described(path: Path) -> tuple[dict[str, Any], WanConfig, AdapterRecord | N
     """Scalars, model and adapters of a checkpoint of either format; one in the MM format has no optimizer."""
     if kind_of(path) == "torch":
         record = read_record(path)
-        scalars = record.model_dump(include={"step", "consumed_samples", "skipped_steps", "seed"}) | {"adam_step": None}
+        scalars = record.model_dump(
+            include={"step", "consumed_samples", "skipped_steps", "replaced_samples", "seed"}
+        ) | {"adam_step": None}
         return scalars, load_config(WanConfig, path / CONFIG_NAME), None
     manifest = read_manifest(path)
     config = parse(WanConfig, manifest.scalars[CONFIG_KEY], str(path))

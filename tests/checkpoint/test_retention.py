@@ -33,7 +33,9 @@ def save_mm(root, step, value, keep_latest=None):
 
     def complete(folder, reports):
         files = {"mp_rank_00/model_optim_rng.pt": reports[0]}
-        record = WeightsRecord(step=step, consumed_samples=step, skipped_steps=0, seed=1, versions={}, files=files)
+        record = WeightsRecord(
+            step=step, consumed_samples=step, skipped_steps=0, replaced_samples=0, seed=1, versions={}, files=files
+        )
         write_new(folder / RECORD_NAME, record.model_dump_json())
 
     return write_checkpoint(root, step, 100, write, complete, SingleProcess(), keep_latest)
