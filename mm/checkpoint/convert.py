@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 
 from mm.checkpoint.directory import TRACKER_NAME
+from mm.checkpoint.encoders import EncoderSource, encoder_to_hf, encoder_to_native, open_encoder
 from mm.checkpoint.files import new_folder, replace_text, require_absent, require_free_space, write_new, writing_errors
 from mm.checkpoint.formats import hf, mm_format, native
 from mm.checkpoint.formats.layer_zero import LayerZeroWeights
 from mm.checkpoint.formats.mm_split import require_blocks
 from mm.checkpoint.formats.source import WeightSource
-from mm.checkpoint.formats.training import TrainingWeights
+from mm.checkpoint.formats.training import TrainingWeights, is_training_checkpoint, no_average
 from mm.checkpoint.safetensor_file import Entry
 from mm.checkpoint.weights import open_weights, require_exactly
 from mm.config.layout import Stages
@@ -41,7 +42,7 @@ BF16_SHARD_BYTES = 80 * 10**9
 Shapes = dict[str, tuple[int, ...]]
 
 
-def convert_to_mm(source_path: Path, target: Path, stages: Stages | None = None) -> None:
+def convert_to_mm(source_path: Path, target: Path, stages: Stages | None = None, *, averaged: bool = False) -> None:
     """Write weights of any format as an MM `release` with its tracker, dtypes untouched.
 
     Args:
@@ -49,13 +50,14 @@ def convert_to_mm(source_path: Path, target: Path, stages: Stages | None = None)
         target: may be a folder with other things in it, such as the source itself, as long as it has neither `release`
             nor a tracker.
         stages: [VP][PP] blocks of each pipeline stage; None writes one file.
+        averaged: write the average of a training checkpoint's weights.
 
     Raises:
         CheckpointError: CKPT-011, CKPT-020, CKPT-023, CKPT-030, CKPT-031, CKPT-040, or from `open_weights`.
         DataError: from `open_weights`.
     """
     _require_place_for_release(target)
-    source = open_weights(source_path)
+    source = open_weights(source_path, averaged=averaged)
     _write_release(source, target, _known_config(source), stages)
 
 
@@ -121,23 +123,40 @@ def _write_release(source: WeightSource, target: Path, config: WanConfig | None,
 
 
 def convert_to_hf(
-    source_path: Path, target: Path, like: Path | None = None, max_shard_bytes: int = HF_SHARD_BYTES
+    source_path: Path,
+    target: Path,
+    like: Path | None = None,
+    max_shard_bytes: int = HF_SHARD_BYTES,
+    *,
+    averaged: bool = False,
 ) -> None:
-    """Write weights of any format as a diffusers transformer folder.
+    """Write weights of any format as a diffusers transformer folder; or one of the encoders as a folder of its library.
 
     Args:
-        source_path: an MM folder, a training checkpoint, or other weights.
+        source_path: an MM folder, a training checkpoint, other weights, or an encoder (`mm.checkpoint.encoders`).
         target: must not exist, or be an empty folder.
         like: the original diffusers folder, whose file names, index, config.json and dtypes are kept; without it the
             source's own configuration and dtypes are used.
         max_shard_bytes: of new shards.
+        averaged: write the average of a training checkpoint's weights.
 
     Raises:
         CheckpointError: CKPT-011, CKPT-020, CKPT-022 to CKPT-024, CKPT-030, CKPT-031, or from `open_weights`.
         DataError: from `open_weights`.
     """
     require_absent(target)
-    write_as_hf(open_weights(source_path), target, like, max_shard_bytes)
+    encoder = _encoder(source_path, averaged)
+    if encoder is not None:
+        encoder_to_hf(encoder, target, like, max_shard_bytes)
+        return
+    write_as_hf(open_weights(source_path, averaged=averaged), target, like, max_shard_bytes)
+
+
+def _encoder(path: Path, averaged: bool) -> EncoderSource | None:
+    encoder = None if is_training_checkpoint(path) or mm_format.is_mm_folder(path) else open_encoder(path)
+    if encoder is not None and averaged:
+        raise no_average(path, f"is {encoder.encoder.name}")
+    return encoder
 
 
 def write_as_hf(
@@ -157,15 +176,24 @@ def write_as_hf(
     log.info("Wrote %d tensors to %s.", len(shapes), target)
 
 
-def convert_to_native(source_path: Path, target: Path) -> None:
-    """Write weights of any format as one safetensors file in the original Wan's names, dtypes untouched.
+def convert_to_native(source_path: Path, target: Path, *, averaged: bool = False) -> None:
+    """Write weights of any format, or an encoder, as one safetensors file in the original's names, dtypes untouched.
+
+    Args:
+        source_path: weights of any format, or an encoder (`mm.checkpoint.encoders`).
+        target: must not exist, or be an empty folder.
+        averaged: write the average of a training checkpoint's weights.
 
     Raises:
         CheckpointError: CKPT-011, CKPT-020, CKPT-023, CKPT-030, CKPT-031, or from `open_weights`.
         DataError: from `open_weights`.
     """
     require_absent(target)
-    write_as_native(open_weights(source_path), target)
+    encoder = _encoder(source_path, averaged)
+    if encoder is not None:
+        encoder_to_native(encoder, target)
+        return
+    write_as_native(open_weights(source_path, averaged=averaged), target)
 
 
 def write_as_native(source: WeightSource, target: Path) -> None:
@@ -179,19 +207,22 @@ def write_as_native(source: WeightSource, target: Path) -> None:
     log.info("Wrote %d tensors to %s.", len(shapes), target)
 
 
-def zero_to_bf16(source_path: Path, target: Path, max_shard_bytes: int = BF16_SHARD_BYTES) -> None:
+def zero_to_bf16(
+    source_path: Path, target: Path, max_shard_bytes: int = BF16_SHARD_BYTES, *, averaged: bool = False
+) -> None:
     """Write the weights of a training checkpoint in bf16 and native names, as VideoX-Fun's script of that name does.
 
     Args:
         source_path: a checkpoint of a training run, or its folder of checkpoints, of which the latest is taken.
         target: must not exist, or be an empty folder.
         max_shard_bytes: of a shard; several shards have an index.
+        averaged: write the average of the weights.
 
     Raises:
         CheckpointError: CKPT-048 for other formats, and what `convert_to_native` raises.
     """
     require_absent(target)
-    source = open_weights(source_path)
+    source = open_weights(source_path, averaged=averaged)
     if not isinstance(source, TrainingWeights):
         raise CheckpointError(
             "CKPT-048",

@@ -1,6 +1,7 @@
 """The folder of a run's checkpoints: names, the tracker, which checkpoint is the latest, and what may be deleted.
 
-<root>/iter_0001000/                       a committed checkpoint: manifest.json and its shards
+<root>/iter_0001000/                       a committed checkpoint: manifest.json and its shards, or mm_record.json
+                                           and files in the MM format
 <root>/iter_0001000/.tracker_done          the tracker has named it, so a tracker naming an older one is a choice
 <root>/latest_checkpointed_iteration.txt   the tracker, as Megatron writes it: the step as text
 <root>/.tmp-iter_0001000-<id>/             being written
@@ -23,7 +24,7 @@ from mm.checkpoint import fault
 from mm.checkpoint.comm import Comm, SingleProcess, on_every_rank, on_rank_zero
 from mm.checkpoint.files import remove_folder, replace_text, sync_folder
 from mm.checkpoint.lock import locked
-from mm.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from mm.checkpoint.record import Kind, files_of, kind_of
 from mm.checkpoint.safetensor_file import hash_file
 from mm.errors import CheckpointError
 
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 MARKER_NAME = ".tracker_done"
 Policy = Literal["newest", "strict"]
-Verify = Literal["sizes", "full"]
+Verify = Literal["size", "full"]
 
 _COMMITTED = re.compile(r"iter_(\d{7})|\.replaced-iter_(\d{7})-[0-9a-f]{12}")
 _LEFTOVER = re.compile(rf"\.(tmp|trash)-(iter_\d{{7}}|{re.escape(TRACKER_NAME)}|lock)-[0-9a-f]{{12}}")
@@ -72,7 +73,7 @@ def find_latest(
     root: Path,
     policy: Policy = "newest",
     *,
-    verify: Verify = "sizes",
+    verify: Verify = "size",
     comm: Comm | None = None,
 ) -> Path | None:
     """The checkpoint to resume from, the same on every rank, or None where nothing was ever committed.
@@ -82,7 +83,7 @@ def find_latest(
     Args:
         root: the folder of the run's checkpoints; it need not exist.
         policy: "newest" falls back to the next older one when one is damaged, with a warning; "strict" raises.
-        verify: "sizes" checks the manifest and the files' sizes; "full" also the files' hashes, shared among the ranks.
+        verify: "size" checks the manifest and the files' sizes; "full" also the files' hashes, shared among the ranks.
         comm: the ranks.
 
     Raises:
@@ -102,6 +103,17 @@ def find_latest(
     if names:
         raise _unusable(root, f"None of the {len(names)} checkpoints in {root} is complete.")
     return None
+
+
+def require_whole(path: Path, verify: Verify, comm: Comm | None = None) -> None:
+    """Check one checkpoint folder that the user has named; arguments as for `find_latest`.
+
+    Raises:
+        CheckpointError: CKPT-012 when it is damaged, the same on every rank.
+    """
+    problem = _problem(path, verify, comm or SingleProcess())
+    if problem is not None:
+        raise CheckpointError("CKPT-012", problem, "Use another checkpoint of the same run.")
 
 
 @contextmanager
@@ -171,6 +183,30 @@ def retain(root: Path, step: int, keep_latest: int | None) -> None:
             _discard(root, candidate)
 
 
+def holds_checkpoints(path: Path) -> bool:
+    """Whether `path` is a training checkpoint of any format, or a folder of such."""
+    return kind_of(path) is not None or any(kind_of(c.path) is not None for c in candidates(path))
+
+
+def require_kind(root: Path, kind: Kind, comm: Comm | None = None) -> None:
+    """Refuse to save in one format into a folder with checkpoints of the other.
+
+    Raises:
+        CheckpointError: CKPT-050.
+    """
+
+    def check() -> None:
+        found = {kind_of(c.path) for c in candidates(root)} - {None, kind}
+        if found:
+            raise CheckpointError(
+                "CKPT-050",
+                f"{root} holds checkpoints of --ckpt-format {found.pop()}, and this run saves {kind}.",
+                "Give --ckpt-format as before, or name that folder with --load and another one with --save.",
+            )
+
+    on_rank_zero(comm or SingleProcess(), check)
+
+
 def require_replaceable(root: Path, step: int) -> None:
     """Refuse to replace a folder of this step's name that this program did not write.
 
@@ -178,7 +214,7 @@ def require_replaceable(root: Path, step: int) -> None:
         CheckpointError: CKPT-020.
     """
     final = root / folder_name(step)
-    if final.exists() and not (final / MANIFEST_NAME).exists():
+    if final.exists() and kind_of(final) is None:
         raise CheckpointError(
             "CKPT-020", f"{final} exists and is no training checkpoint.", "Move it away or save into another folder."
         )
@@ -221,7 +257,7 @@ def _problem(path: Path, verify: Verify, comm: Comm) -> str | None:
 
 def _size_problem(path: Path) -> str | None:
     try:
-        read_manifest(path)
+        files_of(path)
     except CheckpointError as error:
         return error.problems[0].message
     return None
@@ -229,7 +265,7 @@ def _size_problem(path: Path) -> str | None:
 
 def _hash_problem(path: Path, comm: Comm) -> str | None:
     """Compare the hashes of this rank's share of the files."""
-    files = sorted(read_manifest(path).files.items())
+    files = sorted(files_of(path).items())
     for name, record in files[comm.rank :: comm.world_size]:
         if hash_file(path / name) != record.sha256:
             return f"The checkpoint {path} is not complete: the bytes of {name} differ from those that were written."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -82,14 +83,14 @@ def read_manifest(path: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(json.dumps(load_json(path / MANIFEST_NAME)), strict=True)
     except MMError as error:
-        raise _damaged(path, error.problems[0].message) from None
+        raise damaged(path, error.problems[0].message) from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise _damaged(path, f'{MANIFEST_NAME}: "{where}": {first["msg"]}') from None
-    for problem in (_tensor_problem(manifest), _file_problem(path, manifest)):
+        raise damaged(path, f'{MANIFEST_NAME}: "{where}": {first["msg"]}') from None
+    for problem in (_tensor_problem(manifest), file_problem(path, manifest.files)):
         if problem:
-            raise _damaged(path, problem)
+            raise damaged(path, problem)
     return manifest
 
 
@@ -110,8 +111,9 @@ def _tensor_problem(manifest: Manifest) -> str | None:
     return coverage_problem(manifest.tensors)
 
 
-def _file_problem(path: Path, manifest: Manifest) -> str | None:
-    for name, record in manifest.files.items():
+def file_problem(path: Path, files: Mapping[str, FileRecord]) -> str | None:
+    """The first of a checkpoint's files that is not there with its size, or None."""
+    for name, record in files.items():
         try:
             num_bytes = (path / name).stat().st_size
         except OSError as error:
@@ -121,7 +123,8 @@ def _file_problem(path: Path, manifest: Manifest) -> str | None:
     return None
 
 
-def _damaged(path: Path, what: str) -> CheckpointError:
+def damaged(path: Path, what: str) -> CheckpointError:
+    """The error CKPT-012 about a checkpoint folder."""
     return CheckpointError(
         "CKPT-012",
         f"The checkpoint {path} is not complete: {what.rstrip('.')}.",

@@ -7,15 +7,13 @@ Why not torch.distributed.checkpoint: its own storage reads its index with pickl
 one chunk a tensor name and file, which cannot hold what the distributed optimizer owns: a range of a flattened tensor
 is up to 2 N - 1 boxes of it (`boxes.flat_range_to_boxes`). Neither commits by a rename or hashes what it writes.
 
-The order of saving; a process may die between any two of these and lose no committed checkpoint:
-free space -> new temporary folder -> shards, hashed and forced to disk -> all ranks report -> every tensor covered
-exactly once -> derived files -> manifest -> rename -> tracker -> marker -> deletion of old ones.
+The order of saving is that of `mm.checkpoint.transaction`; between the ranks' reports and the rename every tensor is
+found to be covered exactly once, derived files are written, and the manifest.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +27,8 @@ import mm
 from mm.checkpoint import fault
 from mm.checkpoint.boxes import Box, intersect, whole
 from mm.checkpoint.comm import Comm, SingleProcess, on_every_rank, on_rank_zero
-from mm.checkpoint.directory import announce, commit, find_latest, folder_name, require_replaceable, retain, writing
-from mm.checkpoint.files import remove_folder, require_free_space, sync_folder, temporary_name, write_new
+from mm.checkpoint.directory import find_latest, writing
+from mm.checkpoint.files import sync_folder, write_new
 from mm.checkpoint.manifest import (
     MANIFEST_NAME,
     FileRecord,
@@ -43,6 +41,7 @@ from mm.checkpoint.manifest import (
 from mm.checkpoint.mismatch import raise_on_mismatch
 from mm.checkpoint.pieces import Piece, pieces_of_flat_range, whole_piece
 from mm.checkpoint.safetensor_file import DTYPE_NAMES, DTYPES, Entry, write_safetensors
+from mm.checkpoint.transaction import require_visible, write_checkpoint
 from mm.errors import CheckpointError
 
 __all__ = [
@@ -57,8 +56,6 @@ __all__ = [
     "whole_piece",
     "writing",
 ]
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,18 +104,16 @@ def save(
     pieces = list(pieces)
     num_bytes = sum(on_every_rank(comm, lambda: sum(p.box.numel * p.tensor.element_size() for p in pieces)))
     num_bytes += derived.num_bytes if derived is not None else 0
-    temporary = root / on_rank_zero(comm, lambda: _begin(root, step, num_bytes, scalars))
-    try:
-        fault.point("save.folder_created")
-        reports = on_every_rank(comm, lambda: _write_shard(temporary, pieces, comm))
-        fault.point("save.gathered")
-        name = on_rank_zero(comm, lambda: _complete(root, temporary, step, reports, scalars, derived).name)
-    except BaseException:
-        if comm.rank == 0 and temporary.exists():
-            remove_folder(temporary)
-        raise
-    on_rank_zero(comm, lambda: _finish(root, root / name, step, keep_latest))
-    return root / name
+    on_rank_zero(comm, lambda: _require_numbers(scalars))
+    return write_checkpoint(
+        root,
+        step,
+        num_bytes,
+        lambda folder: _write_shard(folder, pieces, comm),
+        lambda folder, reports: _complete(folder, step, reports, scalars, derived),
+        comm,
+        keep_latest,
+    )
 
 
 def load(
@@ -164,7 +159,7 @@ def read_tensor(path: Path, manifest: Manifest, key: str) -> torch.Tensor:
     return tensor
 
 
-def _begin(root: Path, step: int, num_bytes: int, scalars: dict[str, Any]) -> str:
+def _require_numbers(scalars: dict[str, Any]) -> None:
     try:
         json.dumps(scalars, allow_nan=False)
     except ValueError:
@@ -173,13 +168,6 @@ def _begin(root: Path, step: int, num_bytes: int, scalars: dict[str, Any]) -> st
             f"The scalars to save hold a number that is not finite: {scalars}.",
             "Resume from the last checkpoint; this state would not continue well.",
         ) from None
-    root.mkdir(parents=True, exist_ok=True)
-    require_replaceable(root, step)
-    require_free_space(root, num_bytes)
-    fault.point("save.start")
-    name = temporary_name(folder_name(step))
-    (root / name).mkdir(mode=0o750)
-    return name
 
 
 def _write_shard(folder: Path, pieces: Sequence[Piece], comm: Comm) -> dict[str, Any]:
@@ -207,28 +195,34 @@ def _write_shard(folder: Path, pieces: Sequence[Piece], comm: Comm) -> dict[str,
 
 
 def _finite(piece: Piece) -> torch.Tensor:
-    """The piece's tensor, if no element is NaN or infinite; the extremes tell, and need no memory."""
-    tensor = piece.tensor.detach()
+    return require_finite(piece.key, piece.tensor.detach())
+
+
+def require_finite(key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, if no element is NaN or infinite; the extremes tell, and need no memory.
+
+    Raises:
+        CheckpointError: CKPT-016.
+    """
     if tensor.is_floating_point() and tensor.numel():
         extremes = torch.stack(torch.aminmax(tensor))
         if not bool(torch.isfinite(extremes).all()):
             raise CheckpointError(
                 "CKPT-016",
-                f"{piece.key} holds values that are not finite; such a checkpoint is not written.",
+                f"{key} holds values that are not finite; such a checkpoint is not written.",
                 "Resume from the last checkpoint with a lower learning rate or stricter clipping.",
             )
     return tensor
 
 
 def _complete(
-    root: Path,
     folder: Path,
     step: int,
     reports: Sequence[dict[str, Any]],
     scalars: dict[str, Any],
     derived: Derived | None,
-) -> Path:
-    """Check that the shards add up to whole tensors, describe them, and commit."""
+) -> None:
+    """Check that the shards add up to whole tensors and describe them."""
     manifest = Manifest(
         step=step,
         world_size=len(reports),
@@ -240,21 +234,11 @@ def _complete(
     problem = coverage_problem(manifest.tensors)
     if problem:
         raise _uncovered(problem)
-    for name, record in manifest.files.items():
-        if not (folder / name).exists() or (folder / name).stat().st_size != record.num_bytes:
-            raise CheckpointError(
-                "CKPT-032",
-                f"{folder / name} was written by another rank and is not visible to rank 0.",
-                "Save into a folder that all nodes share.",
-            )
+    require_visible(folder, manifest.files)
     if derived is not None:
         derived.write(folder, manifest)
     fault.point("save.derived_written")
     write_new(folder / MANIFEST_NAME, manifest.model_dump_json())
-    fault.point("save.manifest_written")
-    sync_folder(folder)
-    fault.point("save.before_rename")
-    return commit(root, folder, step)
 
 
 def _tensor_records(reports: Sequence[dict[str, Any]]) -> dict[str, TensorRecord]:
@@ -271,13 +255,6 @@ def _tensor_records(reports: Sequence[dict[str, Any]]) -> dict[str, TensorRecord
         key: TensorRecord.model_validate({"dtype": kinds[key][0], "shape": kinds[key][1], "pieces": tuple(parts)})
         for key, parts in sorted(pieces.items())
     }
-
-
-def _finish(root: Path, checkpoint: Path, step: int, keep_latest: int | None) -> None:
-    announce(root, checkpoint, step)
-    retain(root, step, keep_latest)
-    fault.point("save.done")
-    log.debug("saved %s", checkpoint)
 
 
 def _differences(manifest: Manifest, wanted: Sequence[Piece]) -> dict[str, list[str]]:

@@ -15,7 +15,7 @@ from mm.checkpoint.formats.folder import FolderWeights
 from mm.checkpoint.formats.layer_zero import LayerZeroWeights, is_layer_zero
 from mm.checkpoint.formats.mm_format import MMWeights, is_mm_folder
 from mm.checkpoint.formats.source import WeightSource
-from mm.checkpoint.formats.training import TrainingWeights, is_training_checkpoint
+from mm.checkpoint.formats.training import TrainingWeights, is_training_checkpoint, no_average
 from mm.checkpoint.mismatch import raise_on_mismatch
 from mm.errors import CheckpointError
 from mm.wan.folder import WeightFolder
@@ -37,7 +37,7 @@ class LoadReport:
     num_cast: int
 
 
-def open_weights(path: str | Path) -> WeightSource:
+def open_weights(path: str | Path, *, averaged: bool = False) -> WeightSource:
     """Open a training checkpoint, an MM folder, a layer-zero save of MindSpeed, or safetensors, told apart by content.
 
     A folder may hold several, as the target of a conversion into the folder of its source does. Then what training
@@ -45,16 +45,19 @@ def open_weights(path: str | Path) -> WeightSource:
 
     Args:
         path: the folder (or one safetensors file).
+        averaged: the average of the weights that `--ema-decay` keeps, in the place of the weights.
 
     Raises:
         CheckpointError: CKPT-010 to CKPT-021 for a training checkpoint or MM folder that cannot be used, CKPT-041 to
             CKPT-043 for one of a pipeline, CKPT-045 for a layer-zero save; CKPT-019 when there is nothing that could be
-            weights, CKPT-047 for a checkpoint of DeepSpeed.
+            weights, CKPT-047 for a checkpoint of DeepSpeed, CKPT-049 for an average that is not there.
         DataError: DATA-020 to DATA-031 for safetensors that cannot be used.
     """
     path = Path(path)
     if is_training_checkpoint(path):
-        return TrainingWeights.open(path)
+        return TrainingWeights.open(path, averaged=averaged)
+    if averaged:
+        raise no_average(path, "is no training checkpoint")
     if is_layer_zero(path):
         return LayerZeroWeights.open(path)
     if is_mm_folder(path):

@@ -36,6 +36,7 @@ _USED_BY = {
     "pp_vpp_layers": (TO_MM, RESPLIT, LAYERZERO_TO_MM),
     "max_shard_size": (TO_HF, MERGE_LORA, ZERO_TO_BF16),
     "json_output": (INSPECT,),
+    "weights": tuple(mode for mode in MODES if mode not in (RESPLIT, LAYERZERO_TO_MM, INSPECT)),
 }
 """Flags that only some modes use, and these modes."""
 _NEEDED_BY = {"target_path": _USED_BY["target_path"], "base_path": (MERGE_LORA,), "pp_vpp_layers": (RESPLIT,)}
@@ -48,7 +49,8 @@ class ConvertFlags(Flags):
     mode: str = Field(description=", ".join(MODES))
     source_path: Path = Field(
         description="weights, whose format is told by content: a Hugging Face or native transformer folder, an MM "
-        "folder, a layer-zero save of MindSpeed, or the folder of a training run's checkpoints; in the modes of LoRA "
+        "folder, a layer-zero save of MindSpeed, or the folder of a training run's checkpoints; of convert_to_hf and "
+        "convert_to_native also one of Wan's encoders, a folder or an original file; in the modes of LoRA "
         "an adapter: the folder of a LoRA run's checkpoints, an MM folder of adapters, or a file of PEFT, ComfyUI, "
         "kohya or DiffSynth"
     )
@@ -63,7 +65,7 @@ class ConvertFlags(Flags):
     ckpt_path: Path | None = Field(
         None,
         description="convert_to_hf and merge_lora to hf: the original Hugging Face transformer folder, whose file "
-        "names, index, config.json and dtypes the result keeps",
+        "names, index, config.json and dtypes the result keeps; of an encoder its folder, whose config.json it keeps",
     )
     pp_vpp_layers: str | None = Field(
         None,
@@ -74,6 +76,9 @@ class ConvertFlags(Flags):
         None,
         description="convert_to_hf, merge_lora and zero_to_bf16: most bytes of a new shard, such as 5GB; default: "
         "10GB, of zero_to_bf16 80GB",
+    )
+    weights: Literal["trained", "ema"] | None = Field(
+        None, description="of a training checkpoint: what was trained (the default), or its average of --ema-decay"
     )
     json_output: bool = Field(False, description="inspect: print one JSON object instead of a table")
 
@@ -120,26 +125,27 @@ def _actions(flags: ConvertFlags, target: Path) -> dict[str, Callable[[], None]]
     from mm.lora import convert as lora
 
     source, hf_size = flags.source_path, size or convert.HF_SHARD_BYTES
+    averaged = flags.weights == "ema"
 
     def merge() -> None:
         strength = 1.0 if flags.lora_strength is None else flags.lora_strength
-        merged = lora.merged(flags.base_path or source, source, strength)
+        merged = lora.merged(flags.base_path or source, source, strength, averaged=averaged)
         if flags.to == "native":
             convert.write_as_native(merged, target)
         else:
             convert.write_as_hf(merged, target, flags.ckpt_path, hf_size)
 
     return {
-        TO_MM: lambda: convert.convert_to_mm(source, target, stages),
-        TO_HF: lambda: convert.convert_to_hf(source, target, flags.ckpt_path, hf_size),
-        TO_NATIVE: lambda: convert.convert_to_native(source, target),
+        TO_MM: lambda: convert.convert_to_mm(source, target, stages, averaged=averaged),
+        TO_HF: lambda: convert.convert_to_hf(source, target, flags.ckpt_path, hf_size, averaged=averaged),
+        TO_NATIVE: lambda: convert.convert_to_native(source, target, averaged=averaged),
         RESPLIT: lambda: convert.resplit(source, target, stages or ()),
         LAYERZERO_TO_MM: lambda: convert.layerzero_to_mm(source, target, stages),
         MERGE_LORA: merge,
-        LORA_TO_HF: lambda: lora.write_file(source, target, "peft"),
-        LORA_TO_COMFYUI: lambda: lora.write_file(source, target, "comfyui"),
-        LORA_TO_MM: lambda: lora.lora_to_mm(source, target),
-        ZERO_TO_BF16: lambda: convert.zero_to_bf16(source, target, size or convert.BF16_SHARD_BYTES),
+        LORA_TO_HF: lambda: lora.write_file(source, target, "peft", averaged=averaged),
+        LORA_TO_COMFYUI: lambda: lora.write_file(source, target, "comfyui", averaged=averaged),
+        LORA_TO_MM: lambda: lora.lora_to_mm(source, target, averaged=averaged),
+        ZERO_TO_BF16: lambda: convert.zero_to_bf16(source, target, size or convert.BF16_SHARD_BYTES, averaged=averaged),
     }
 
 

@@ -94,6 +94,7 @@ def main(argv: Sequence[str]) -> None:
         micro_batches=flags.micro_batches_of_step(layout.dp_size),
         recompute=recompute_of(flags, model),
         tuning=None if lora is None else lora.tuning(),
+        ema_decay=flags.ema_decay,
     )
     report = dry_run(job, flags.rank)
     notes = {"compile": _UNCOMPILED} if flags.compile_blocks else {}

@@ -14,6 +14,7 @@ from mm.config.rules_checks import evaluation_is_complete, replicas_are_comparab
 from mm.config.rules_lora import LORA_RULES
 from mm.config.rules_parallel import PARALLEL_RULES
 from mm.config.rules_recompute import RECOMPUTE_RULES
+from mm.config.rules_saving import SAVING_RULES
 from mm.config.train import PretrainModel, TrainFlags
 from mm.errors import ConfigError, Problem, raise_all
 
@@ -79,15 +80,6 @@ def _bad_samples_are_said(request: Request) -> Iterator[Problem]:
         yield from error.problems
 
 
-def _saving_is_meant(request: Request) -> Iterator[Problem]:
-    """CFG-024: flags about checkpoints without a place for them."""
-    flags = request.flags
-    for name in ("save_interval", "async_save", "save_on_signal", "keep_latest", "no_save_optim"):
-        if getattr(flags, name) and flags.save is None:
-            flag = "--" + name.replace("_", "-")
-            yield Problem("CFG-024", f"{flag} has no effect without --save.", "Give --save, or remove it.")
-
-
 def _schedule_fits(request: Request) -> Iterator[Problem]:
     """CFG-025: a learning-rate schedule that can be followed."""
     flags = request.flags
@@ -135,8 +127,8 @@ TRAINING_RULES: tuple[Rule, ...] = (
     _task_agrees,
     _precision_agrees,
     _weights_are_named,
+    *SAVING_RULES,
     _bad_samples_are_said,
-    _saving_is_meant,
     evaluation_is_complete,
     replicas_are_comparable,
     _schedule_fits,

@@ -125,6 +125,12 @@ class TrainFlags(MeshFlags):
         None, ge=1, description="steps between comparisons of the weights that replicas hold, bit for bit"
     )
     clip_grad: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="average the weights: after each step average = D average + (1-D) weights",
+    )
     lora_r: int | None = Field(None, description="LoRA: train adapters of this width alone; the base model is frozen")
     lora_alpha: float | None = Field(None, description="LoRA: alpha, which over r scales an update")
     lora_target_modules: list[str] = Field(
@@ -156,12 +162,20 @@ class TrainFlags(MeshFlags):
     resume_policy: Literal["newest", "strict"] = Field(
         "newest", description="a damaged newest checkpoint: fall back to the one before, or stop"
     )
+    verify_checkpoint: Literal["size", "full"] = Field(
+        "size",
+        description="before a checkpoint is used: compare its files' sizes, or also hash their contents",
+    )
     no_save_optim: bool = Field(False, description="leave the optimizer out of checkpoints; such a run cannot resume")
     no_load_optim: bool = Field(False, description="start the optimizer anew")
+    no_load_ema: bool = Field(False, description="begin the average anew, or go on without the saved one")
     no_load_rng: bool = Field(False, description="use this --seed although the checkpoint was made with another")
     finetune: bool = Field(False, description="take only the weights of --load; start at step 0")
     init_from_scratch: bool = Field(False, description="start from random weights on purpose, without --load")
-    ckpt_format: Literal["torch_dist"] = Field("torch_dist", description="the layout-free sharded format")
+    ckpt_format: Literal["torch_dist", "torch"] = Field(
+        "torch_dist",
+        description="torch_dist: the layout-free sharded format; torch: MindSpeed-MM's files, of weights alone",
+    )
 
     eval_interval: int | None = Field(None, ge=1, description="steps between losses on the features of --eval-data")
     eval_data: str | None = Field(None, description="feature_data.json of held-out features")
@@ -233,6 +247,8 @@ RETIRED_TRAIN_FLAGS = {
     "--use-fused-ring-attention-update": "Remove it; the device chooses its fastest kernel.",
     "--context-parallel-kv-cache-policy": "Remove it; what a ring keeps for its backward pass is no choice here.",
     "--lora-register-forward-hook": "Remove it; gradients reach every adapter without a hook.",
+    "--optimizer-selection": "Remove it; AdamW is the one optimizer, by the device's fastest kernel. What "
+    "fused_ema_adamw adds is --ema-decay alone.",
     "--use-torch-fsdp2": "Remove it; give --layerzero and --layerzero-config, which shard through FSDP2.",
     "--fsdp2-config-path": "Remove it; give --layerzero and --layerzero-config, which shard through FSDP2.",
 }

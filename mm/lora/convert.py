@@ -12,7 +12,7 @@ from torch import Tensor
 from mm.checkpoint.directory import find_latest
 from mm.checkpoint.formats.mm_format import is_mm_folder
 from mm.checkpoint.formats.source import TensorKind, WeightSource
-from mm.checkpoint.formats.training import is_training_checkpoint
+from mm.checkpoint.formats.training import is_training_checkpoint, no_average
 from mm.checkpoint.identity import identity
 from mm.checkpoint.manifest import MANIFEST_NAME
 from mm.checkpoint.weights import open_weights
@@ -27,31 +27,37 @@ from mm.lora.targets import Sizes
 log = logging.getLogger(__name__)
 
 
-def read_any(path: Path) -> Adapter:
+def read_any(path: Path, *, averaged: bool = False) -> Adapter:
     """The adapter of a LoRA run's checkpoints (the latest), of an MM folder of adapters, or of a file of any family.
 
+    Args:
+        path: see above. averaged: the average of a run with --ema-decay, in the place of what it trained.
+
     Raises:
-        CheckpointError: CKPT-012, CKPT-013 and CKPT-081 for checkpoints that cannot be used, and what `read_mm` raises.
+        CheckpointError: CKPT-012, CKPT-013, CKPT-049 and CKPT-081 for checkpoints that cannot be used, and what
+            `read_mm` raises.
         DataError: DATA-022 and DATA-090 to DATA-092 for a file that cannot be used.
     """
     if not is_training_checkpoint(path):
+        if averaged:
+            raise no_average(path, "is no training checkpoint")
         return read_mm(path) if path.is_dir() and is_mm_folder(path) else read_adapter(path)
     latest = path if (path / MANIFEST_NAME).exists() else find_latest(path)
     if latest is None:
         raise CheckpointError("CKPT-013", f"{path} holds no complete checkpoint.", "Use another folder.")
-    return adapter_of(latest)
+    return adapter_of(latest, averaged=averaged)
 
 
-def write_file(source: Path, target: Path, family: Literal["peft", "comfyui"]) -> None:
+def write_file(source: Path, target: Path, family: Literal["peft", "comfyui"], *, averaged: bool = False) -> None:
     """Write an adapter of any format as one file; raises what `read_any` and `write_adapter` raise."""
-    adapter = read_any(source)
+    adapter = read_any(source, averaged=averaged)
     write_adapter(target, adapter, family)
     log.info("Wrote %d linears to %s (%s names).", len(adapter.updates), target, family)
 
 
-def lora_to_mm(source: Path, target: Path) -> None:
+def lora_to_mm(source: Path, target: Path, *, averaged: bool = False) -> None:
     """Write an adapter of any format as an MM `release`; raises what `read_any` and `write_mm` raise."""
-    adapter = read_any(source)
+    adapter = read_any(source, averaged=averaged)
     write_mm(target, adapter)
     log.info("Wrote %d linears to %s (MM names).", len(adapter.updates), target)
 
@@ -95,14 +101,14 @@ class MergedWeights:
         return self.base.config()
 
 
-def merged(base_path: Path, adapter_path: Path, strength: float = 1.0) -> MergedWeights:
+def merged(base_path: Path, adapter_path: Path, strength: float = 1.0, *, averaged: bool = False) -> MergedWeights:
     """Open a base model with an adapter; a warning tells where the adapter was trained on another base.
 
     Raises:
         DataError: DATA-093 when the adapter does not fit, and what `read_any` and `open_weights` raise.
         CheckpointError: what `read_any` and `open_weights` raise.
     """
-    base, adapter = open_weights(base_path), read_any(adapter_path)
+    base, adapter = open_weights(base_path), read_any(adapter_path, averaged=averaged)
     # adapters of other tools may be of linears outside the blocks too
     linears: dict[str, Sizes] = {
         name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in base.shapes().items() if len(shape) == 2

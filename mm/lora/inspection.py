@@ -13,7 +13,7 @@ import torch
 from mm.checkpoint.formats.folder import FolderWeights
 from mm.checkpoint.formats.mm_format import MMWeights
 from mm.checkpoint.formats.source import WeightSource
-from mm.checkpoint.formats.training import TrainingWeights
+from mm.checkpoint.formats.training import DECAY_KEY, TrainingWeights
 from mm.checkpoint.safetensor_file import DTYPE_NAMES
 from mm.checkpoint.weights import open_weights, require_exactly
 from mm.config.model import WAN_1_3B, WAN_14B, WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B, WanConfig
@@ -40,6 +40,7 @@ class Inspection:
     Attributes:
         path: what was opened, which may be below what was asked for. format: in words.
         model: a published model, or the sizes of another. step: of a training run.
+        ema_decay: of the averaged weights that are there too.
         num_tensors, num_parameters: counts; num_bytes: of the tensors alone. dtypes: parameters of each dtype.
         files: relative to `path` where they are below it. problems: as errors print them.
     """
@@ -48,6 +49,7 @@ class Inspection:
     format: str
     model: str = "unknown"
     step: int | None = None
+    ema_decay: float | None = None
     num_tensors: int = 0
     num_parameters: int = 0
     num_bytes: int = 0
@@ -83,6 +85,7 @@ def inspect(path: Path) -> tuple[Inspection, MMError | None]:
         format=_format(source),
         model="unknown" if config is None else _model(config),
         step=source.manifest.step if isinstance(source, TrainingWeights) else _step(source.path),
+        ema_decay=source.manifest.scalars.get(DECAY_KEY) if isinstance(source, TrainingWeights) else None,
         num_tensors=len(kinds),
         num_parameters=sum(dtypes.values()),
         num_bytes=num_bytes,

@@ -26,9 +26,10 @@ from mm.checkpoint.formats.mm_format import (
     virtual_stages,
     write_stage,
 )
+from mm.checkpoint.formats.mm_split import joined_names
 from mm.checkpoint.formats.pt_file import read_pt, unreadable
 from mm.config.base import load_json
-from mm.errors import ConfigError, DataError
+from mm.errors import CheckpointError, ConfigError, DataError
 from mm.lora.adapter import Adapter, Update
 from mm.wan.names import native_to_mm, translate
 
@@ -67,27 +68,30 @@ def read_mm(path: Path) -> Adapter:
     """The adapter in an MM folder, or in a `release`/`iter_*` folder below one.
 
     Raises:
-        CheckpointError: CKPT-010, CKPT-018, CKPT-021, CKPT-041, CKPT-042 as `mm.checkpoint.formats.mm_format`.
-        DataError: DATA-090 for a whole model or a pipeline's adapters, DATA-091 for keys that are left over or lack
+        CheckpointError: CKPT-010, CKPT-018, CKPT-021, CKPT-041 to CKPT-043 as `mm.checkpoint.formats.mm_format`.
+        DataError: DATA-090 for a whole model, DATA-091 for keys that are left over or lack
             their other half, DATA-092 for matrices or alpha that contradict each other.
     """
     folder = named_by_tracker(path) if (path / TRACKER_NAME).exists() else path
     files = stage_files(folder)
     stages = virtual_stages(files, folder)
-    keys = [key for stage in stages for key in stage]
-    if len(stages) > 1 or not any(_KEY.fullmatch(key) for key in keys):
-        what = f"is of {len(stages)} pipeline stages" if len(stages) > 1 else "holds no key *.lora_A.default.weight"
-        raise DataError("DATA-090", f"{folder} is no LoRA checkpoint that is read here: it {what}.", "Use another one.")
+    if not any(_KEY.fullmatch(key) for stage in stages for key in stage):
+        found = f"{folder} is no LoRA checkpoint: it holds no key *.lora_A.default.weight."
+        raise DataError("DATA-090", found, "Use another one.")
+    arguments = read_pt(files[0]).get("args")
+    _require_all_ranks(folder, len(files), arguments)
     opened = OpenFile()
     halves: dict[str, dict[str, Tensor]] = {}
     left_over = []
-    for key, place in stages[0].items():
-        match = _KEY.fullmatch(key)
-        native = None if match is None else translate(f"{match['module']}.weight", "mm", "native")
-        if match is None or native is None:
-            left_over.append(key)
-        else:
-            halves.setdefault(native.removesuffix(".weight"), {})[match["half"]] = opened.tensor(place)
+    whole = joined_names([list(stage) for stage in stages], str(folder), adapters=True)
+    for stage, names in zip(stages, whole, strict=True):
+        for local, key in names.items():
+            match = _KEY.fullmatch(key)
+            native = None if match is None else translate(f"{match['module']}.weight", "mm", "native")
+            if match is None or native is None:
+                left_over.append(key)
+            else:
+                halves.setdefault(native.removesuffix(".weight"), {})[match["half"]] = opened.tensor(stage[local])
     left_over += [name for name, parts in halves.items() if len(parts) < 2]
     if left_over:
         raise DataError(
@@ -95,14 +99,25 @@ def read_mm(path: Path) -> Adapter:
             f"{folder}: {len(left_over)} keys are unknown or lack their other half ({', '.join(left_over[:10])}).",
             "Use a checkpoint that holds plain LoRA of the transformer's linears alone.",
         )
-    alphas, texts = _recorded(folder, files[0])
+    alphas, texts = _recorded(folder, arguments)
     updates = {name: _update(folder, name, parts, alphas) for name, parts in halves.items()}
     if alphas is None:
         log.warning("%s does not say alpha; it is taken to be r, a scale of 1.", folder)
     return Adapter(updates, texts)
 
 
-def _recorded(folder: Path, file: Path) -> tuple[Mapping[str, float] | float | None, dict[str, str]]:
+def _require_all_ranks(folder: Path, found: int, arguments: Any) -> None:
+    """The last stages of adapters have no mark of their own; a training save says how many ranks it had."""
+    ranks: Any = getattr(arguments, "pipeline_model_parallel_size", None)
+    if isinstance(ranks, int) and ranks != found:
+        raise CheckpointError(
+            "CKPT-041",
+            f"{folder} was saved by {ranks} pipeline ranks, and has files of {found}.",
+            "Copy the folders mp_rank_* of all pipeline ranks.",
+        )
+
+
+def _recorded(folder: Path, arguments: Any) -> tuple[Mapping[str, float] | float | None, dict[str, str]]:
     """alpha by MM module, one for all from a training save's arguments, or None; and the texts."""
     record = folder / RECORD_NAME
     if record.exists():
@@ -112,7 +127,7 @@ def _recorded(folder: Path, file: Path) -> tuple[Mapping[str, float] | float | N
             return alphas, {str(name): str(text) for name, text in content["texts"].items()}
         except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise unreadable(record, f"it is not understood ({type(error).__name__}: {error})") from None
-    alpha: Any = getattr(read_pt(file).get("args"), "lora_alpha", None)
+    alpha: Any = getattr(arguments, "lora_alpha", None)
     return (float(alpha) if isinstance(alpha, (int, float)) else None), {}
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mm.checkpoint.formats.training import ADAPTERS_KEY, MODEL_PREFIX
+from mm.checkpoint.formats.training import ADAPTERS_KEY, MODEL_PREFIX, weights_prefix
 from mm.checkpoint.manifest import Manifest, read_manifest
 from mm.checkpoint.store import read_tensor
 from mm.errors import CheckpointError, Problem, raise_all
@@ -112,17 +112,18 @@ def record_of(manifest: Manifest, where: Path) -> AdapterRecord | None:
     return None if values is None else AdapterRecord.parse(values, where)
 
 
-def adapter_of(folder: Path) -> Adapter:
-    """The adapter in a checkpoint folder, with the base model in its texts.
+def adapter_of(folder: Path, *, averaged: bool = False) -> Adapter:
+    """The adapter in a checkpoint folder, or its average, with the base model in its texts.
 
     Raises:
-        CheckpointError: CKPT-012 for a damaged checkpoint, CKPT-081 for one of a whole model.
+        CheckpointError: CKPT-012 for a damaged checkpoint, CKPT-049 for one without an average, CKPT-081 for one of a
+            whole model.
     """
     manifest = read_manifest(folder)
     record = record_of(manifest, folder)
     if record is None:
         raise CheckpointError("CKPT-081", f"{folder} is of a whole model, not of adapters.", "Use a LoRA run's.")
-    return _assembled(folder, manifest, record)
+    return _assembled(folder, manifest, record, weights_prefix(folder, manifest, averaged=averaged))
 
 
 def export(folder: Path, manifest: Manifest, record: AdapterRecord) -> None:
@@ -131,12 +132,12 @@ def export(folder: Path, manifest: Manifest, record: AdapterRecord) -> None:
     Raises:
         CheckpointError: CKPT-031 when it cannot be written.
     """
-    write_adapter(folder / PEFT_FILE, _assembled(folder, manifest, record), "peft")
+    write_adapter(folder / PEFT_FILE, _assembled(folder, manifest, record, MODEL_PREFIX), "peft")
 
 
-def _assembled(folder: Path, manifest: Manifest, record: AdapterRecord) -> Adapter:
+def _assembled(folder: Path, manifest: Manifest, record: AdapterRecord, prefix: str) -> Adapter:
     names = adapter_shapes(dict.fromkeys(record.adapted, (0, 0)), record.adapted)
-    parameters = {name: read_tensor(folder, manifest, MODEL_PREFIX + name) for name in names}
+    parameters = {name: read_tensor(folder, manifest, prefix + name) for name in names}
     return Adapter.of_parameters(parameters, record.adapted, record.texts())
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from mm.parallel.apply import ParallelModel
+from mm.parallel.ema import Average
 from mm.parallel.placement import Placement, Shape
 from mm.parallel.tensor import gradient_is_partial
 
@@ -31,7 +32,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class AdamWSettings:
-    """AdamW and its learning-rate schedule; the fields are the flags of the same names, lengths in samples."""
+    """AdamW, its schedule, with lengths in samples, and the average; the fields are the flags of the same names."""
 
     lr: float
     min_lr: float
@@ -44,6 +45,7 @@ class AdamWSettings:
     adam_beta2: float
     adam_eps: float
     clip_grad: float
+    ema_decay: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,12 @@ class ParamShard:
 
 
 class Optimizer(abc.ABC):
-    """AdamW over fp32 master weights on a parallel model, with its learning-rate schedule."""
+    """AdamW over fp32 master weights on a parallel model, with its learning-rate schedule.
+
+    Attributes:
+        average: of the masters that this rank owns, or None without `AdamWSettings.ema_decay`. It is kept here because
+            it follows every update, is sharded like the masters and counts as the optimizer's memory.
+    """
 
     def __init__(self, parallel: ParallelModel, settings: AdamWSettings, shards: Sequence[ParamShard]) -> None:
         self._parallel = parallel
@@ -95,6 +102,10 @@ class Optimizer(abc.ABC):
         order = {name: position for position, name in enumerate(parallel.trained)}
         self._position = order
         self._shards = sorted(shards, key=lambda shard: order[shard.name])
+        self.average: Average | None = None
+        if settings.ema_decay is not None:
+            owned = {shard.name: shard.master for shard in self._shards if shard.owned}
+            self.average = Average(owned, settings.ema_decay)
         self._scheduler = OptimizerParamScheduler(
             self._groups_holder(),
             init_lr=settings.lr_warmup_init,
@@ -173,6 +184,8 @@ class Optimizer(abc.ABC):
     def update(self, norm: float, samples: int) -> None:
         """Clip the reduced gradients by their global `norm`, update the weights, advance the schedule by `samples`."""
         self.apply_gradients(norm)
+        if self.average is not None:
+            self.average.update()
         self._scheduler.step(increment=samples)
 
     def skip(self, samples: int) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mm.checkpoint.comm import Comm, on_rank_zero
+from mm.checkpoint.formats.training import is_training_checkpoint
 from mm.checkpoint.identity import identity
-from mm.checkpoint.store import find_latest
 from mm.checkpoint.weights import WeightSource, open_weights, require_exactly
 from mm.config.model import WanConfig
 from mm.errors import DataError
@@ -54,22 +54,21 @@ def open_base(plan: LoRAPlan, path: Path, config: WanConfig, comm: Comm) -> Adap
     return AdapterRun(plan, base, record)
 
 
-def load_adapters(path: Path, run: AdapterRun, optimizer: Optimizer, comm: Comm) -> None:
+def load_adapters(path: Path, run: AdapterRun, optimizer: Optimizer) -> None:
     """Start at step 0 from adapters: those of a LoRA run's checkpoint, or of a file of any family.
 
     Args:
-        path: a file, a folder with diffusers' name for one, or a folder of checkpoints.
+        path: a file, a folder with diffusers' name for one, or a checkpoint.
         run: whose r, alpha and linears the adapters must have; they may be of another base.
-        optimizer: its masters are filled. comm: the ranks.
+        optimizer: its masters are filled.
 
     Raises:
         DataError: DATA-094 when r, alpha or the linears are not the run's, DATA-095 when there are no adapters at the
             path, DATA-022 and DATA-090 to DATA-093 for a file that cannot be used.
-        CheckpointError: CKPT-012 and CKPT-013 for damaged checkpoints, CKPT-081 for those of a whole model.
+        CheckpointError: CKPT-012 for a damaged checkpoint, CKPT-081 for one of a whole model.
     """
-    latest = find_latest(path, comm=comm) if path.is_dir() else None
-    if latest is not None:
-        adapter = adapter_of(latest)
+    if is_training_checkpoint(path):
+        adapter = adapter_of(path)
     elif path.is_dir() and not (path / PEFT_FILE).exists():
         raise DataError(
             "DATA-095",
@@ -82,7 +81,7 @@ def load_adapters(path: Path, run: AdapterRun, optimizer: Optimizer, comm: Comm)
     _require_plan(path, adapter, run.plan)
     parameters = adapter.parameters()
     fill_masters(optimizer, lambda name: parameters[name].float())
-    logger.info("loaded the adapters in %s", latest or path)
+    logger.info("loaded the adapters in %s", path)
 
 
 def _require_plan(path: Path, adapter: Adapter, plan: LoRAPlan) -> None:

@@ -6,7 +6,8 @@ import logging
 from functools import partial
 from pathlib import Path
 
-from mm.checkpoint.formats.training import is_training_checkpoint
+from mm.checkpoint.directory import holds_checkpoints, require_kind, require_whole
+from mm.checkpoint.record import kind_of
 from mm.checkpoint.store import find_latest
 from mm.checkpoint.weights import open_weights
 from mm.config.recompute import Recompute
@@ -112,6 +113,7 @@ def build_optimizer(run: Run, parallel: ParallelModel) -> Optimizer:
         adam_beta2=flags.adam_beta2,
         adam_eps=flags.adam_eps,
         clip_grad=flags.clip_grad,
+        ema_decay=flags.ema_decay,
     )
     return make_optimizer(parallel, settings)
 
@@ -152,10 +154,12 @@ def start_or_resume(run: Run, adapters: AdapterRun | None, optimizer: Optimizer)
     """Resume from `--save`, else from training checkpoints in `--load`, else start from the weights there."""
     flags = run.flags
     record = adapters.record if adapters is not None else None
-    # A folder of weights may have numbered folders too, as MindSpeed-MM's have; those of training have a manifest.
-    load = flags.load if flags.load is not None and is_training_checkpoint(Path(flags.load)) else None
+    # A folder of weights may have numbered folders too, as MindSpeed-MM's have; those of training are described.
+    load = flags.load if flags.load is not None and holds_checkpoints(Path(flags.load)) else None
+    if flags.save is not None:
+        require_kind(Path(flags.save), flags.ckpt_format, run.comm)
     for folder in (flags.save, None if flags.finetune else load):
-        latest = find_latest(Path(folder), flags.resume_policy, comm=run.comm) if folder is not None else None
+        latest = _latest(run, Path(folder)) if folder is not None else None
         if latest is None:
             continue
         progress = load_state(
@@ -165,14 +169,31 @@ def start_or_resume(run: Run, adapters: AdapterRun | None, optimizer: Optimizer)
             flags.seed,
             run.comm,
             with_optimizer=not flags.no_load_optim,
+            with_average=not flags.no_load_ema,
             any_seed=flags.no_load_rng,
             adapters=record,
         )
         logger.info("going on from %s: step %d, %d samples", latest, progress.step, progress.consumed_samples)
         return progress
-    if adapters is not None:
-        if flags.load is not None:
-            load_adapters(Path(flags.load), adapters, optimizer, run.comm)
-    elif flags.load is not None:
-        load_weights(open_weights(Path(flags.load)), optimizer, run.config)
+    if flags.load is not None:
+        start = _checked(run, Path(flags.load))
+        if adapters is not None:
+            load_adapters(start, adapters, optimizer)
+        else:
+            load_weights(open_weights(start), optimizer, run.config)
     return Progress()
+
+
+def _latest(run: Run, folder: Path) -> Path | None:
+    """The checkpoint to take of a run's folder, or None where there is none."""
+    return find_latest(folder, run.flags.resume_policy, verify=run.flags.verify_checkpoint, comm=run.comm)
+
+
+def _checked(run: Run, path: Path) -> Path:
+    """What to start from: of a run's folder its latest checkpoint, checked as one that is gone on from."""
+    if not holds_checkpoints(path):
+        return path
+    if kind_of(path) is not None:
+        require_whole(path, run.flags.verify_checkpoint, run.comm)
+        return path
+    return _latest(run, path) or path

@@ -31,7 +31,7 @@ def start_table(
     not_compiled: str | None,
     lora: LoRAPlan | None,
 ) -> dict[str, str]:
-    """Rows of the table by their heading; one of LoRA only where adapters are trained.
+    """Rows of the table by their heading; those of LoRA and of the average only where there are such.
 
     Args:
         flags, wan, layout, zero, dataset: the run. global_batch_size: samples of a step.
@@ -66,6 +66,7 @@ def start_table(
         "recompute": _recompute(recompute),
         "offload": _offload(offloader),
         "compile": "every block" if not_compiled is None else f"off: {not_compiled}" if not_compiled else "off",
+        **({} if flags.ema_decay is None else {"average": f"of the weights, decay {flags.ema_decay:g}"}),
         "checkpoints": flags.save or "none: the trained weights are not kept (--save)",
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class Job:
     Attributes:
         wan, layout, options, zero: as for `mm.parallel.apply.apply`. recompute: as for `mm.parallel.recompute`.
         dtype: of the bulk of the parameters.
-        tuning: what is trained instead of the model's parameters.
+        tuning: what is trained instead of the model's parameters. ema_decay: of the average of the weights, if any.
         latent: F, H, W of a sample's latents. micro_batch_size: samples in a forward.
         micro_batches: of one replica in a step.
     """
@@ -69,6 +69,7 @@ class Job:
     micro_batches: int
     recompute: Recompute | None = None
     tuning: Tuning | None = None
+    ema_decay: float | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def dry_run(job: Job, rank: int) -> Report:
             )
             _label_model(tracked, parallel)
             tracked.kind = memory.OPTIMIZER
-            optimizer = make_optimizer(parallel, _SETTINGS)
+            optimizer = make_optimizer(parallel, replace(_SETTINGS, ema_decay=job.ema_decay))
             for shard in optimizer.shards:
                 shard.moment("exp_avg")  # AdamW would make its state only at the end of the first step
             tracked.kind = memory.ACTIVATIONS
@@ -204,6 +205,8 @@ def _update(parallel: ParallelModel, job: Job, optimizer: Optimizer, tracked: Tr
     optimizer.reduce_gradients()
     optimizer.gradient_squares(torch.zeros(outcome_size(job.micro_batches * job.micro_batch_size)))
     optimizer.apply_gradients(norm=2.0)  # above clip_grad, so that gradients are clipped
+    if optimizer.average is not None:
+        optimizer.average.update()
 
 
 def _batch(job: Job) -> FeatureBatch:

@@ -42,6 +42,7 @@ from mm.train.build import (
 from mm.train.checks import Checks
 from mm.train.flops import train_flops
 from mm.train.metrics import MetricsLog, StepMetrics
+from mm.train.mm_state import save_weights
 from mm.train.numerics import NumericsGuard
 from mm.train.out_of_memory import MemoryWatch
 from mm.train.run import Run
@@ -261,6 +262,10 @@ def _measure(
 def _save(run: Run, built: _Built, root: Path, progress: Progress) -> None:
     """Write a checkpoint, or begin to where a background saver does so."""
     flags, started = run.flags, time.monotonic()
+    if flags.ckpt_format == "torch":
+        folder = save_weights(root, progress, flags.seed, built.parallel, built.optimizer, run.comm, flags.keep_latest)
+        logger.info("checkpoint %s (weights) written in %.1f s", folder.name, time.monotonic() - started)
+        return
     state = state_of(
         built.optimizer,
         progress,

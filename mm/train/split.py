@@ -32,7 +32,7 @@ class Split:
         phase: what the rank was doing.
         asked: the allocation that failed; 0 where its size is unknown.
         parameters: of the model, with its gradient buffers while it is being built.
-        gradients: what backward adds to. optimizer: fp32 masters, where the model has others, and moments.
+        gradients: what backward adds to. optimizer: fp32 masters, where the model has others, moments, and the average.
         activations: all that was held beyond these when most was: activations, messages, temporaries.
         program: what the process held before the model; 0 where the device holds nothing of it.
         moments_to_come: what AdamW will make at the end of its first step.
@@ -81,6 +81,8 @@ def measure(
     gradients = _bytes((gradient for p in model for gradient in (getattr(p, "main_grad", None), p.grad)), counted)
     state = _bytes((shard.master for shard in shards), counted)
     state += _bytes((value for values in states for value in values.values()), counted)
+    if optimizer is not None and optimizer.average is not None:
+        state += _bytes(optimizer.average.values.values(), counted)
     return Split(
         phase,
         asked,

@@ -1,9 +1,9 @@
 """The state of a training run on disk: what a checkpoint holds, saving it, going on from it, starting from weights.
 
-A checkpoint holds the fp32 master weights (`model.<name>`) and AdamW's moments (`optimizer.exp_avg.<name>`,
-`optimizer.exp_avg_sq.<name>`) of what is trained, all parameters or adapters alone, and, as JSON, how far the run has
-come. Random numbers are keyed by seed and sample (mm.rng), so the seed and the count of consumed samples are their
-whole state.
+A checkpoint holds the fp32 master weights (`model.<name>`), AdamW's moments (`optimizer.exp_avg.<name>`,
+`optimizer.exp_avg_sq.<name>`) and, where it is kept, the average (`ema.<name>`) of what is trained, all parameters or
+adapters alone, and, as JSON, how far the run has come. Random numbers are keyed by seed and sample (mm.rng), so the
+seed and the count of consumed samples are their whole state.
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ from torch import Tensor
 
 from mm.checkpoint.boxes import Box
 from mm.checkpoint.comm import Comm
-from mm.checkpoint.formats.training import ADAPTERS_KEY, CONFIG_KEY
+from mm.checkpoint.formats.mm_format import CONFIG_NAME
+from mm.checkpoint.formats.training import ADAPTERS_KEY, AVERAGE_PREFIX, CONFIG_KEY, DECAY_KEY
+from mm.checkpoint.record import kind_of, read_record
 from mm.checkpoint.store import Derived, Piece, load, pieces_of_flat_range, read_manifest
-from mm.checkpoint.weights import WeightSource, require_exactly
+from mm.checkpoint.weights import WeightSource, open_weights, require_exactly
+from mm.config.base import load as load_config
 from mm.config.base import parse
 from mm.config.model import WanConfig
 from mm.errors import CheckpointError, ConfigError, Problem, raise_all
 from mm.lora.record import AdapterRecord, export, record_of
+from mm.parallel.ema import Average
 from mm.parallel.optimizer import MOMENTS, Optimizer, ParamShard
 from mm.parallel.placement import whole_shapes
 
@@ -83,12 +87,14 @@ def state_of(
         "adam_step": max(comm.all_gather_object(optimizer.adam_step())) if with_optimizer else None,
         CONFIG_KEY: config.model_dump(mode="json"),
     }
+    if optimizer.average is not None:
+        scalars[DECAY_KEY] = optimizer.average.decay
     derived = None
     if adapters is not None:
         scalars[ADAPTERS_KEY] = adapters.as_json()
         derived = Derived(partial(export, record=adapters), 4 * sum(map(math.prod, optimizer.shapes.values())))
     owned = [shard for shard in optimizer.shards if shard.owned]
-    return State(progress.step, _pieces(owned, with_optimizer), scalars, derived)
+    return State(progress.step, _pieces(owned, with_optimizer, optimizer.average), scalars, derived)
 
 
 def load_state(
@@ -99,6 +105,7 @@ def load_state(
     comm: Comm,
     *,
     with_optimizer: bool,
+    with_average: bool,
     any_seed: bool,
     adapters: AdapterRecord | None = None,
 ) -> Progress:
@@ -111,19 +118,19 @@ def load_state(
         seed: this run's; unless `any_seed`, it must be the checkpoint's.
         comm: the ranks.
         with_optimizer: take the moments too.
+        with_average: take the average too; else it begins at the loaded weights, if this run has one.
         any_seed: go on with this run's seed although the checkpoint's differs.
         adapters: of a run that trains these alone.
 
     Raises:
-        CheckpointError: CKPT-071 for another seed, CKPT-072 where the moments are wanted and were not saved, CKPT-080
-            and CKPT-081 for adapters where all parameters are trained and the reverse, CKPT-082 and CKPT-083 for
-            adapters of other linears or another base, and what `mm.checkpoint.store.load` raises.
+        CheckpointError: CKPT-071 for another seed, CKPT-072 where the moments are wanted and were not saved, CKPT-085
+            and CKPT-086 where one of run and checkpoint has an average and the other has not, CKPT-080 and CKPT-081
+            for adapters where all parameters are trained and the reverse, CKPT-082 and CKPT-083 for adapters of other
+            linears or another base, and what `mm.checkpoint.store.load` raises.
         ConfigError: CFG-028 for another model.
     """
-    manifest = read_manifest(path)
-    scalars = manifest.scalars
-    _require_same_kind(path, record_of(manifest, path), adapters)
-    theirs = parse(WanConfig, scalars[CONFIG_KEY], str(path))
+    scalars, theirs, record = _described(path)
+    _require_same_kind(path, record, adapters)
     fields = theirs.differing_fields(config) + ["text_len"] * (theirs.text_len != config.text_len)
     require_same_model(theirs, config, fields, str(path))
     if scalars["seed"] != seed and not any_seed:
@@ -135,17 +142,45 @@ def load_state(
     if with_optimizer and scalars["adam_step"] is None:
         raise CheckpointError(
             "CKPT-072",
-            f"{path} was saved without the optimizer (--no-save-optim).",
+            f"{path} was saved without the optimizer (--no-save-optim or --ckpt-format torch).",
             "Give --no-load-optim to start AdamW anew from these weights.",
         )
-    load(path, _pieces(optimizer.shards, with_optimizer), comm, complete=("",) if with_optimizer else ("model.",))
-    if with_optimizer:
-        optimizer.set_adam_step(scalars["adam_step"])
-    optimizer.masters_to_model()
+    if with_average:
+        _require_same_average(path, scalars.get(DECAY_KEY), optimizer.average)
+    if kind_of(path) == "torch":
+        load_weights(open_weights(path), optimizer, config)
+    else:
+        _load_tensors(path, optimizer, comm, with_optimizer=with_optimizer, with_average=with_average)
+        if with_optimizer:
+            optimizer.set_adam_step(scalars["adam_step"])
+        optimizer.masters_to_model()
     optimizer.set_progress(scalars["consumed_samples"])
     # checkpoints of earlier versions do not have the last two: nothing could be skipped or replaced then
     skipped, replaced = scalars.get("skipped_steps", 0), scalars.get("replaced_samples", 0)
     return Progress(scalars["step"], scalars["consumed_samples"], skipped, replaced)
+
+
+def _described(path: Path) -> tuple[dict[str, Any], WanConfig, AdapterRecord | None]:
+    """Scalars, model and adapters of a checkpoint of either format; one in the MM format has no optimizer."""
+    if kind_of(path) == "torch":
+        record = read_record(path)
+        scalars = record.model_dump(
+            include={"step", "consumed_samples", "skipped_steps", "replaced_samples", "seed"}
+        ) | {"adam_step": None}
+        return scalars, load_config(WanConfig, path / CONFIG_NAME), None
+    manifest = read_manifest(path)
+    config = parse(WanConfig, manifest.scalars[CONFIG_KEY], str(path))
+    return manifest.scalars, config, record_of(manifest, path)
+
+
+def _load_tensors(path: Path, optimizer: Optimizer, comm: Comm, *, with_optimizer: bool, with_average: bool) -> None:
+    average = optimizer.average if with_average else None
+    wanted = ("model.",) + ("optimizer.",) * with_optimizer + (AVERAGE_PREFIX,) * with_average
+    # a kind that nobody asked for is left alone; otherwise nothing may be left over, of whatever kind
+    complete = ("",) if with_optimizer and with_average else wanted
+    load(path, _pieces(optimizer.shards, with_optimizer, average), comm, complete=complete)
+    if optimizer.average is not None and average is None:
+        optimizer.average.restart()
 
 
 def load_weights(source: WeightSource, optimizer: Optimizer, config: WanConfig) -> None:
@@ -170,6 +205,8 @@ def fill_masters(optimizer: Optimizer, read: Callable[[str], Tensor]) -> None:
             part = shard.placement.of(read(shard.name))
             shard.master.copy_(part.reshape(-1)[shard.start : shard.stop])
     optimizer.masters_to_model()
+    if optimizer.average is not None:
+        optimizer.average.restart()
 
 
 def _require_same_kind(path: Path, theirs: AdapterRecord | None, ours: AdapterRecord | None) -> None:
@@ -187,6 +224,23 @@ def _require_same_kind(path: Path, theirs: AdapterRecord | None, ours: AdapterRe
             f"{path} holds a whole model, and this run trains adapters.",
             "Give it to --load-base-model if it is the base, and another folder to --save.",
         )
+
+
+def _require_same_average(path: Path, theirs: float | None, ours: Average | None) -> None:
+    if theirs is None and ours is not None:
+        raise CheckpointError(
+            "CKPT-085",
+            f"{path} has no average of its weights, and --ema-decay is {ours.decay:g}.",
+            "Give --no-load-ema to begin an average at its weights, or remove --ema-decay.",
+        )
+    if theirs is not None and ours is None:
+        raise CheckpointError(
+            "CKPT-086",
+            f"{path} has an average of its weights (--ema-decay {theirs:g}), and this run keeps none.",
+            f"Give --ema-decay {theirs:g}, or --no-load-ema to go on without the average.",
+        )
+    if theirs is not None and ours is not None and theirs != ours.decay:
+        logger.warning("the average in %s was kept with --ema-decay %g; it goes on with %g", path, theirs, ours.decay)
 
 
 def require_same_model(theirs: WanConfig, ours: WanConfig, fields: Sequence[str], place: str) -> None:
@@ -208,14 +262,16 @@ def require_same_model(theirs: WanConfig, ours: WanConfig, fields: Sequence[str]
     )
 
 
-def _pieces(shards: Sequence[ParamShard], with_optimizer: bool) -> list[Piece]:
-    return [piece for shard in shards for piece in _pieces_of(shard, with_optimizer)]
+def _pieces(shards: Sequence[ParamShard], with_optimizer: bool, average: Average | None) -> list[Piece]:
+    return [piece for shard in shards for piece in _pieces_of(shard, with_optimizer, average)]
 
 
-def _pieces_of(shard: ParamShard, with_optimizer: bool) -> Iterator[Piece]:
+def _pieces_of(shard: ParamShard, with_optimizer: bool, average: Average | None) -> Iterator[Piece]:
     values = {f"model.{shard.name}": shard.master}
     if with_optimizer:
         values |= {f"optimizer.{moment}.{shard.name}": shard.moment(moment) for moment in MOMENTS}
+    if average is not None and shard.owned:
+        values[f"{AVERAGE_PREFIX}{shard.name}"] = average.values[shard.name]
     for key, flat in values.items():
         outer = Box(shard.placement.offsets, shard.placement.shape)
         yield from pieces_of_flat_range(key, shard.placement.global_shape, shard.start, flat, outer)

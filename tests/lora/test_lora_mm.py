@@ -143,3 +143,80 @@ def test_a_damaged_record_is_refused(tmp_path, text):
     with pytest.raises((CheckpointError, DataError)) as caught:
         read_mm(tmp_path / "mm")
     assert caught.value.id == ("DATA-092" if "{}, " in text else "CKPT-021")
+
+
+SPLITS = {"pipeline": ((3, 2, 2),), "virtual": ((2, 1), (3, 1)), "thirteen stages": ((1,) * 13,)}
+
+
+def of_blocks(count):
+    """PEFT's keys over MindSpeed-MM's names for a model of so many blocks, every value another."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"blocks.{block}.{module}.lora_{half}.default.weight": torch.randn(shape, generator=generator)
+        for block in range(count)
+        for module in ("self_attn.proj_q", "ffn.0")
+        for half, shape in (("A", (2, 6)), ("B", (6, 2)))
+    }
+
+
+def pipeline_save(root, split, *, leave_out=(), **extra):
+    """Files as the ranks of a pipeline write them: blocks counted from 0, chunk v of rank p is stage v PP + p."""
+    sizes = [size for row in split for size in row]
+    state = of_blocks(sum(sizes))
+    for rank in range(len(split[0])):
+        models = {}
+        for chunk in range(len(split)):
+            place = chunk * len(split[0]) + rank
+            start = sum(sizes[:place])
+            models["model" if len(split) == 1 else f"model{chunk}"] = {
+                name.replace(f"blocks.{block}.", f"blocks.{block - start}."): state[name]
+                for block in range(start, start + sizes[place])
+                for name in state
+                if name.startswith(f"blocks.{block}.")
+            }
+        if rank not in leave_out:
+            file = root / "iter_0000300" / f"mp_rank_00_{rank:03d}" / "model_optim_rng.pt"
+            file.parent.mkdir(parents=True)
+            torch.save({**models, "checkpoint_version": 3.0, "iteration": 300, **extra}, file)
+    (root / "latest_checkpointed_iteration.txt").write_text("300")
+    return state
+
+
+def arguments(ranks):
+    return argparse.Namespace(lora_r=2, lora_alpha=8, pipeline_model_parallel_size=ranks)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_save_over_a_pipeline_is_that_of_one_file(tmp_path, split):
+    state = pipeline_save(tmp_path / "cut", SPLITS[split], args=arguments(len(SPLITS[split][0])))
+    training_save(tmp_path / "whole", state, args=argparse.Namespace(lora_r=2, lora_alpha=8))
+    cut, whole = read_any(tmp_path / "cut"), read_any(tmp_path / "whole")
+    assert cut.adapted() == whole.adapted()
+    assert list(cut.parameters()) == list(whole.parameters())
+    assert all(torch.equal(cut.parameters()[name], value) for name, value in whole.parameters().items())
+    count = sum(size for row in SPLITS[split] for size in row)
+    last = cut.parameters()[f"blocks.{count - 1}.self_attn.q.lora_B"]
+    assert torch.equal(last, state[f"blocks.{count - 1}.self_attn.proj_q.lora_B.default.weight"])
+
+
+def test_a_pipeline_with_a_rank_missing(tmp_path):
+    for name, missing in (("middle", 1), ("last", 2)):
+        pipeline_save(tmp_path / name, SPLITS["pipeline"], leave_out=(missing,), args=arguments(3))
+        with pytest.raises(CheckpointError) as caught:
+            read_any(tmp_path / name)
+        assert caught.value.id == "CKPT-041"
+
+
+@pytest.mark.parametrize("change", ["no blocks", "not from 0", "a hole"])
+def test_stages_that_do_not_count(tmp_path, change):
+    pipeline_save(tmp_path, SPLITS["pipeline"])
+    file = tmp_path / "iter_0000300" / "mp_rank_00_001" / "model_optim_rng.pt"
+    content = torch.load(file, weights_only=True)
+    new = {"no blocks": {}, "not from 0": {"blocks.0.": "blocks.2."}, "a hole": {"blocks.1.": "blocks.5."}}[change]
+    model = {} if change == "no blocks" else content["model"]
+    for before, after in new.items():
+        model = {name.replace(before, after): value for name, value in model.items()}
+    torch.save({**content, "model": model}, file)
+    with pytest.raises(CheckpointError) as caught:
+        read_any(tmp_path)
+    assert caught.value.id == "CKPT-043"

@@ -1,6 +1,7 @@
 """The memory of a rank by kind, against the bytes that each element of the model takes."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,11 +28,13 @@ SETTINGS = AdamWSettings(
     lr=1.0, min_lr=0.0, lr_decay_style="constant", lr_warmup_init=0.0, warmup_samples=0, decay_samples=1,
     weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, clip_grad=1.0,
 )  # fmt: skip
-RUNS: list[tuple[torch.dtype, bool, ZeroConfig | None]] = [
-    (torch.float32, False, None),
-    (torch.bfloat16, False, None),
-    (torch.bfloat16, True, None),
-    (torch.bfloat16, False, ZERO),
+RUNS: list[tuple[torch.dtype, bool, ZeroConfig | None, float | None]] = [
+    (torch.float32, False, None, None),
+    (torch.bfloat16, False, None, None),
+    (torch.bfloat16, True, None, None),
+    (torch.bfloat16, False, ZERO, None),
+    (torch.float32, False, None, 0.9),
+    (torch.bfloat16, True, None, 0.9),
 ]
 
 
@@ -39,12 +42,12 @@ def splits_of_a_rank() -> list[tuple[Split, Split]]:
     """Before and after AdamW has its moments, for each run."""
     backend, found = select("cpu"), []
     with Job(place(), "gloo", torch.device("cpu"), 1):
-        for dtype, distributed, zero in RUNS:
+        for dtype, distributed, zero, decay in RUNS:
             layout = Layout(world_size=2, stages=even_stages(2, 1), zero3_size=zero.zero3_size if zero else None)
             with build_mesh(layout, 1, "cpu") as mesh:
                 options = DataParallelOptions(use_distributed_optimizer=distributed)
                 parallel = apply(WAN, mesh, backend, options, dtype, None, zero)
-                optimizer = make_optimizer(parallel, SETTINGS)
+                optimizer = make_optimizer(parallel, replace(SETTINGS, ema_decay=decay))
                 before = measure("forward and backward", 0, 10**9, 10**8, parallel, optimizer)
                 for shard in optimizer.shards:
                     shard.moment("exp_avg")
@@ -59,11 +62,13 @@ def test_bytes_of_every_kind() -> None:
     exact = sum(size for name, size in sizes.items() if keep_fp32(name))
     copied = sum(size for name, size in sizes.items() if is_replicated(name, ZERO))
     low, padding = every - exact, 2 * 4 * 64 * len(sizes)
-    expected = [  # parameters, gradients, masters, moments
+    expected = [  # parameters, gradients, masters and their average, moments
         (2 * 4 * every, 2 * 4 * every, 0, 2 * 8 * every),
         (2 * (2 * low + 4 * exact), 2 * 4 * every, 2 * 4 * low, 2 * 8 * every),
         (2 * (2 * low + 4 * exact), 2 * 4 * every, 4 * low, 8 * every),
         (4 * (every + copied), 0, 0, 8 * (every + copied)),  # gradients are there only from backward to update
+        (2 * 4 * every, 2 * 4 * every, 4 * every, 2 * 8 * every),
+        (2 * (2 * low + 4 * exact), 2 * 4 * every, 4 * low + 4 * every, 8 * every),
     ]
     for first, second, wanted in zip(*run_ranks(2, splits_of_a_rank), expected, strict=True):
         before, after = zip(first, second, strict=True)

@@ -159,11 +159,12 @@ def write_release(
         write_new(folder / CONFIG_NAME, config.model_dump_json(indent=2) + "\n")
 
 
-def write_stage(folder: Path, rank: int, num_ranks: int, state: Mapping[str, Any]) -> None:
-    """Write the file of one pipeline rank; `state` holds model, or model0, model1, ..."""
+def write_stage(folder: Path, rank: int, num_ranks: int, state: Mapping[str, Any]) -> Path:
+    """Write the file of one pipeline rank and return it; `state` holds model, or model0, model1, ..."""
     file = folder / ("mp_rank_00" if num_ranks == 1 else f"mp_rank_00_{rank:03d}") / FILE_NAME
     file.parent.mkdir()
     write_pt(file, {**state, "checkpoint_version": CHECKPOINT_VERSION})
+    return file
 
 
 def named_by_tracker(root: Path) -> Path:
@@ -208,6 +209,12 @@ def stage_files(folder: Path) -> list[Path]:
             "CKPT-042",
             f"{folder} holds files of several checkpoints: {', '.join(folders[:10])}.",
             "Keep either mp_rank_00 alone, or mp_rank_00_000 and its successors.",
+        )
+    if pipeline == ["000"]:
+        raise CheckpointError(
+            "CKPT-041",
+            f"{folder} has {folders[0]} alone, the first of a pipeline's folders; without a pipeline it is mp_rank_00.",
+            "Copy the folders mp_rank_* of all pipeline ranks.",
         )
     expected = ["mp_rank_00"] if pipeline == [None] else [f"mp_rank_00_{rank:03d}" for rank in range(len(folders))]
     missing = [name for name in expected if not (folder / name / FILE_NAME).is_file()]

@@ -77,12 +77,14 @@ def split_names(names: Iterable[str], stages: Stages) -> list[dict[str, str]]:
     return chunks
 
 
-def joined_names(chunks: Sequence[Sequence[str]], where: str) -> list[dict[str, str]]:
+def joined_names(chunks: Sequence[Sequence[str]], where: str, *, adapters: bool = False) -> list[dict[str, str]]:
     """The inverse of `split_names`: for every virtual stage, its names there to their names in the model.
 
     Args:
         chunks: the names in every virtual stage, in order.
         where: what to call the checkpoint.
+        adapters: the names are of adapters of the blocks' linears. There is no head to tell the last stage by, and
+            every block has some: of a stage without any nobody knows how many blocks it counts.
 
     Raises:
         CheckpointError: CKPT-041 when the last stage has no head, CKPT-043 when blocks of a stage are not counted from
@@ -90,7 +92,7 @@ def joined_names(chunks: Sequence[Sequence[str]], where: str) -> list[dict[str, 
     """
     if len(chunks) == 1:  # nothing was cut; what is missing or left over shows in the comparison with the model
         return [{name: name for name in chunks[0]}]
-    if not any(name.startswith(_HEAD) for name in chunks[-1]):
+    if not adapters and not any(name.startswith(_HEAD) for name in chunks[-1]):
         raise CheckpointError(
             "CKPT-041",
             f"{where} has {len(chunks)} pipeline stages, and the last of them has no head: later stages are missing.",
@@ -101,7 +103,7 @@ def joined_names(chunks: Sequence[Sequence[str]], where: str) -> list[dict[str, 
         found = {name: _BLOCK.fullmatch(name) for name in names}
         numbers = sorted({int(match[1]) for match in found.values() if match})
         wrong = [name for name, match in found.items() if not match and index != _home(name, len(chunks))]
-        if numbers != list(range(len(numbers))) or wrong:
+        if numbers != list(range(len(numbers))) or wrong or (adapters and not numbers):
             what = f"parameters of other stages, such as {wrong[0]}" if wrong else f"the blocks {numbers}"
             raise CheckpointError(
                 "CKPT-043",

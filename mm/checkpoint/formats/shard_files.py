@@ -1,4 +1,4 @@
-"""Writing safetensors shards and their index under the names that diffusers reads."""
+"""Writing safetensors shards and their index under the names that diffusers and transformers read."""
 
 from __future__ import annotations
 
@@ -13,27 +13,25 @@ from mm.wan.shards import DIFFUSERS_FILE
 
 log = logging.getLogger(__name__)
 
-INDEX_NAME = DIFFUSERS_FILE + ".index.json"
 
-
-def write_shards(folder: Path, entries: Sequence[Entry], max_bytes: int) -> None:
+def write_shards(folder: Path, entries: Sequence[Entry], max_bytes: int, file: str = DIFFUSERS_FILE) -> None:
     """Write tensors into an empty folder in shards of at most `max_bytes`, forced to disk.
 
-    One shard is called diffusion_pytorch_model.safetensors and has no index, as diffusers writes it. A tensor larger
-    than a shard gets one of its own.
+    One shard is called `file` and has no index, as diffusers writes it. A tensor larger than a shard gets one of its
+    own.
     """
     shards = _split(entries, max_bytes)
-    stem, _, suffix = DIFFUSERS_FILE.partition(".")
+    stem, suffix = file.removesuffix(".safetensors"), "safetensors"
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
-        name = DIFFUSERS_FILE if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}"
+        name = file if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}"
         write_safetensors(folder / name, shard, {"format": "pt"})
         log.info("Wrote %s.", name)
         weight_map |= {entry.name: name for entry in shard}
     if len(shards) > 1:
         total = sum(entry.num_bytes for entry in entries)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_new(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+        write_new(folder / f"{file}.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def _split(entries: Sequence[Entry], max_bytes: int) -> list[list[Entry]]:

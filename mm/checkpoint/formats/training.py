@@ -1,7 +1,8 @@
 """Reading the weights out of a training checkpoint.
 
-Its conventions: tensors `model.<native name>` (the fp32 master), `optimizer.exp_avg.<native name>` and
-`optimizer.exp_avg_sq.<native name>`; the scalars hold `step`, `consumed_samples` and `wan_config`.
+Its conventions: tensors `model.<native name>` (the fp32 master), `optimizer.exp_avg.<native name>`,
+`optimizer.exp_avg_sq.<native name>` and, of a run with --ema-decay, `ema.<native name>`; the scalars hold
+`step`, `consumed_samples` and `wan_config`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from mm.config.base import parse
 from mm.config.model import WanConfig
 from mm.errors import CheckpointError, ConfigError
 
-MODEL_PREFIX = "model."
+MODEL_PREFIX, AVERAGE_PREFIX = "model.", "ema."
+DECAY_KEY = "ema_decay"
+"""Of the scalars: a checkpoint that has it holds the average of its weights."""
 CONFIG_KEY = "wan_config"
 ADAPTERS_KEY = "adapters"
 """Of the scalars: a checkpoint that has it holds adapters and no model."""
@@ -28,19 +31,27 @@ ADAPTERS_KEY = "adapters"
 
 @dataclass(frozen=True)
 class TrainingWeights:
-    """`WeightSource` over one committed training checkpoint."""
+    """`WeightSource` over one committed training checkpoint.
+
+    Attributes:
+        prefix: of the tensors that are read, the masters or their average.
+    """
 
     path: Path
     manifest: Manifest
     label: str = "a training checkpoint"
+    prefix: str = MODEL_PREFIX
 
     @classmethod
-    def open(cls, path: Path) -> TrainingWeights:
+    def open(cls, path: Path, *, averaged: bool = False) -> TrainingWeights:
         """Open `path`, a checkpoint or the folder of a run's checkpoints, of which the latest is taken.
 
+        Args:
+            path: see above. averaged: read the average of the weights in their place.
+
         Raises:
-            CheckpointError: CKPT-012 or CKPT-013 when it is damaged, CKPT-019 when it holds no model weights, CKPT-084
-                when it holds adapters alone.
+            CheckpointError: CKPT-012 or CKPT-013 when it is damaged, CKPT-019 when it holds no model weights, CKPT-049
+                when it holds no average, CKPT-084 when it holds adapters alone.
         """
         latest = path if (path / MANIFEST_NAME).exists() else find_latest(path)
         if latest is None:
@@ -57,14 +68,14 @@ class TrainingWeights:
             raise CheckpointError(
                 "CKPT-019", f"{latest} holds no tensors model.*.", "Use a checkpoint that a training run saved."
             )
-        return cls(latest, manifest)
+        return cls(latest, manifest, prefix=weights_prefix(latest, manifest, averaged=averaged))
 
     def kinds(self) -> dict[str, TensorKind]:
         """From the manifest."""
         return {
-            key.removeprefix(MODEL_PREFIX): TensorKind(record.shape, DTYPES[record.dtype])
+            key.removeprefix(self.prefix): TensorKind(record.shape, DTYPES[record.dtype])
             for key, record in self.manifest.tensors.items()
-            if key.startswith(MODEL_PREFIX)
+            if key.startswith(self.prefix)
         }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -73,7 +84,7 @@ class TrainingWeights:
 
     def read(self, name: str) -> Tensor:
         """Put together from its pieces."""
-        return read_tensor(self.path, self.manifest, MODEL_PREFIX + name)
+        return read_tensor(self.path, self.manifest, self.prefix + name)
 
     def config(self) -> WanConfig | None:
         """From the scalars.
@@ -89,6 +100,26 @@ class TrainingWeights:
         except ConfigError as error:
             problem = error.problems[0]
             raise CheckpointError("CKPT-012", problem.message, "Use a checkpoint of this version.") from None
+
+
+def weights_prefix(path: Path, manifest: Manifest, *, averaged: bool) -> str:
+    """Of the tensors of a checkpoint's weights, or of their average.
+
+    Raises:
+        CheckpointError: CKPT-049 where it has none.
+    """
+    if averaged and manifest.scalars.get(DECAY_KEY) is None:
+        raise no_average(path, "is a checkpoint of a run without --ema-decay")
+    return AVERAGE_PREFIX if averaged else MODEL_PREFIX
+
+
+def no_average(path: Path, what: str) -> CheckpointError:
+    """The error CKPT-049."""
+    return CheckpointError(
+        "CKPT-049",
+        f"{path} {what}; there are no averaged weights in it.",
+        "Leave --weights ema out, or give the --save folder of a run with --ema-decay.",
+    )
 
 
 def is_training_checkpoint(path: Path) -> bool:

@@ -1,0 +1,80 @@
+"""mm_record.json: what makes a folder in the MM format a checkpoint of a training run. MindSpeed-MM ignores it.
+
+Like a manifest it names every file with its size and hash, so that both formats are found, verified and deleted by the
+same rules (`mm.checkpoint.directory`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import StringConstraints, ValidationError
+
+from mm.checkpoint.manifest import MANIFEST_NAME, FileRecord, Size, damaged, file_problem, read_manifest
+from mm.config.base import Section, load_json
+from mm.errors import MMError
+
+RECORD_NAME = "mm_record.json"
+RankFile = Annotated[str, StringConstraints(pattern=r"^mp_rank_00(_\d{3})?/model_optim_rng\.pt$")]
+Kind = Literal["torch_dist", "torch"]
+"""The formats of checkpoints, by the values of --ckpt-format."""
+
+
+class WeightsRecord(Section):
+    """A training checkpoint of weights alone.
+
+    Attributes:
+        format, schema_version: what the file is; another version is refused by its number.
+        step: optimizer steps taken. consumed_samples: samples seen. skipped_steps, replaced_samples: as in training's
+            progress. seed: of the run.
+        versions: of this package and of torch, for the reader of a report. files: by name.
+    """
+
+    format: Literal["mm-weights-checkpoint"] = "mm-weights-checkpoint"
+    schema_version: Literal[1] = 1
+    step: Size
+    consumed_samples: Size
+    skipped_steps: Size
+    replaced_samples: Size
+    seed: Size
+    versions: dict[str, str]
+    files: dict[RankFile, FileRecord]
+
+
+def read_record(path: Path) -> WeightsRecord:
+    """Read the record of the checkpoint folder `path` and check that its files are there with their sizes.
+
+    Raises:
+        CheckpointError: CKPT-012 for a record that is missing, damaged or of another version, or such a file.
+    """
+    try:
+        record = WeightsRecord.model_validate_json(json.dumps(load_json(path / RECORD_NAME)), strict=True)
+    except MMError as error:
+        raise damaged(path, error.problems[0].message) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise damaged(path, f'{RECORD_NAME}: "{where}": {first["msg"]}') from None
+    problem = file_problem(path, record.files)
+    if problem:
+        raise damaged(path, problem)
+    return record
+
+
+def kind_of(path: Path) -> Kind | None:
+    """The format of a checkpoint folder; None for a folder that is none, or whose description is lost."""
+    if (path / MANIFEST_NAME).exists():
+        return "torch_dist"
+    return "torch" if (path / RECORD_NAME).exists() else None
+
+
+def files_of(path: Path) -> Mapping[str, FileRecord]:
+    """The files of a checkpoint of either format.
+
+    Raises:
+        CheckpointError: CKPT-012 as `read_manifest` and `read_record`.
+    """
+    return read_record(path).files if kind_of(path) == "torch" else read_manifest(path).files
