@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import linecache
+import logging
 import os
 import socket
 import statistics
@@ -40,6 +41,8 @@ from mm.errors import (
     say,
 )
 from mm.parallel.notices import Failure, Notices, StoreLostError
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_S, LOOK_S = 0.1, 1.0
 """Between looks at the stack, and at what the others have told."""
@@ -216,6 +219,12 @@ class Watch:
         return self._limits.of(self._now.phase, list(self._steps), self._last_s.get(self._now.phase, 0.0))
 
     def _run(self) -> None:
+        try:
+            self._watch()
+        except Exception:  # a thread's end goes unnoticed otherwise
+            logger.exception("the watch over rank %d has ended; hangs are not named any more", self._notices.rank)
+
+    def _watch(self) -> None:
         looked = told = 0.0
         while not self._over.wait(SAMPLE_S):
             waits, _ = where_is(self._watched)
@@ -352,7 +361,9 @@ def where_is(thread: int) -> tuple[bool, str]:
     if _in(innermost, "torch/autograd/"):
         known = {found.ident for found in threading.enumerate()}
         innermost = next((frame for ident, frame in frames.items() if ident not in known), innermost)
-    waits = any(word in linecache.getline(innermost.f_code.co_filename, innermost.f_lineno) for word in _WAITS)
+    # A frame between two lines has no number, whatever its type says.
+    line = linecache.getline(innermost.f_code.co_filename, innermost.f_lineno or 0)
+    waits = any(word in line for word in _WAITS)
     call, collective = innermost.f_code.co_name, ""
     frame: FrameType | None = innermost
     while frame is not None and not Path(frame.f_code.co_filename).is_relative_to(_PACKAGE):

@@ -156,7 +156,8 @@ def disk(flags: TrainFlags, trained: int) -> list[Finding]:
     """
     if flags.save is None:
         return []
-    one = trained * _FP32 * (1 if flags.no_save_optim else 3)  # masters, and two moments
+    kinds = 1 + (0 if flags.no_save_optim else 2) + (flags.ema_decay is not None)  # masters, moments, the average
+    one = trained * _FP32 * kinds
     saves = flags.train_iters // flags.save_interval if flags.save_interval else 1
     kept = min(max(saves, 1), flags.keep_latest or max(saves, 1)) + (1 if saves > 1 else 0)  # the newest beside the old
     free = shutil.disk_usage(_existing(Path(flags.save))).free
