@@ -1,5 +1,6 @@
 """Shared by all tests. Its presence also puts tests/ on sys.path, so that tests import `ranks` and their helpers."""
 
+import multiprocessing.forkserver
 import os
 from pathlib import Path
 
@@ -14,6 +15,18 @@ if not torch.cuda.is_available():
     # Triton's own functions are made when it is first imported, for the interpreter or for a device, and megatron-core
     # imports it: so this must stand before all other imports.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Start the server that ranks and readers are forked from, with what both import, before either does so alone."""
+    if (
+        not session.config.option.collectonly
+        and not hasattr(session.config, "workerinput")
+        and session.config.getoption("numprocesses", None)
+    ):
+        return  # pytest-xdist's own process runs no tests
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["mm.train.loop", "mm.extract.run"])
+    multiprocessing.forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import psutil
 import pytest
 from ranks import free_port
 from training_runs import bits, metrics, run_on, words
@@ -21,7 +23,13 @@ LIMIT = 5
 
 
 class Job:
-    """`mm train` on several processes, as a user starts it; the lines of its standard error with their times."""
+    """`mm train` on several processes, as a user starts it; the lines of its standard error with their times.
+
+    Attributes:
+        started: all of them, for `no_process_is_left`.
+    """
+
+    started: ClassVar[list["Job"]] = []
 
     def __init__(
         self, demo: Path, save: Path, num_processes: int, launcher: tuple[str, ...] = (), **flags: Any
@@ -39,6 +47,7 @@ class Job:
         self.lines: list[tuple[float, str]] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+        self.started.append(self)
 
     def _read(self) -> None:
         for line in self.process.stderr or []:
@@ -66,6 +75,18 @@ class Job:
 
     def text(self) -> str:
         return "\n".join(line for _, line in self.lines)
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """A test that fails must not leave a job that trains for ever."""
+    yield
+    while Job.started:
+        process = Job.started.pop().process
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
 
 
 @pytest.mark.parametrize(

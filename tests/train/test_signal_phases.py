@@ -11,7 +11,7 @@ import pytest
 import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from ranks import run_ranks
-from test_hangs import Job
+from test_hangs import Job, no_process_is_left  # noqa: F401  (a fixture)
 from training_runs import words
 
 from mm.checkpoint.background import BackgroundSaver

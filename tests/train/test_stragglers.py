@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_hangs import Job
+from test_hangs import Job, no_process_is_left  # noqa: F401  (a fixture)
 
 from mm.train.stragglers import find
 
