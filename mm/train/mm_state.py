@@ -50,8 +50,8 @@ def save_weights(
         CheckpointError: CKPT-016 for a weight that is not finite, CKPT-032, and what `write_checkpoint` raises.
     """
     optimizer.masters_to_model()  # with --overlap-param-gather the next forward would have gathered them
-    state = _state(parallel, progress.step) if parallel.mesh.dp_cp_rank == 0 else None
-    num_bytes = sum(p.numel() * p.element_size() for p in parallel.all_parameters().values()) if state else 0
+    writes = parallel.mesh.dp_cp_rank == 0
+    num_bytes = sum(p.numel() * p.element_size() for p in parallel.all_parameters().values()) if writes else 0
 
     def complete(folder: Path, reports: Sequence[Any]) -> None:
         files = {report["file"]: FileRecord.model_validate(report["record"]) for report in reports if report}
@@ -73,7 +73,7 @@ def save_weights(
         root,
         progress.step,
         sum(on_every_rank(comm, lambda: num_bytes)),
-        lambda folder: None if state is None else _write(folder, parallel, state),
+        lambda folder: _write(folder, parallel, _state(parallel, progress.step)) if writes else None,
         complete,
         comm,
         keep_latest,
