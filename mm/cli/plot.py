@@ -14,7 +14,7 @@ from mm.train.plot import plot_run
 
 
 class PlotFlags(Flags):
-    """Draw loss, gradient norm, learning rate, throughput and memory of a run."""
+    """Draw loss, gradient norm, learning rate, throughput and memory of a run, and its losses by timestep."""
 
     run: str = Field(description="the run's folder (SAVE_PATH), which holds metrics.jsonl")
     out: str | None = Field(None, description="the PNG to write; default: RUN/metrics.png")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import linecache
 import logging
 import os
@@ -335,8 +336,13 @@ def hang(everyone: list[Doing], limit_s: float, folder: Path | None) -> HangErro
 
 
 def by_suspicion(everyone: list[Doing]) -> list[Doing]:
-    """Those who do not answer, then those who wait for nobody, then those who are behind."""
-    return sorted(everyone, key=lambda doing: (doing.answers, doing.waits, doing.phases, doing.rank))
+    """Those who do not answer, silent for longest first; then who waits for nobody; then who is behind."""
+
+    def order(doing: Doing) -> tuple[float, ...]:
+        silent = 0.0 if doing.answers else -doing.since_s  # a busy node may answer late, and has not been silent long
+        return doing.answers, silent, doing.waits, doing.phases, doing.rank
+
+    return sorted(everyone, key=order)
 
 
 def table(everyone: list[Doing], most: int = 32) -> str:
@@ -362,19 +368,35 @@ def where_is(thread: int) -> tuple[bool, str]:
         known = {found.ident for found in threading.enumerate()}
         innermost = next((frame for ident, frame in frames.items() if ident not in known), innermost)
     # A frame between two lines has no number, whatever its type says.
-    line = linecache.getline(innermost.f_code.co_filename, innermost.f_lineno or 0)
-    waits = any(word in line for word in _WAITS)
+    waits = _is_wait(innermost.f_code.co_filename, innermost.f_lineno or 0)
     call, collective = innermost.f_code.co_name, ""
     frame: FrameType | None = innermost
-    while frame is not None and not Path(frame.f_code.co_filename).is_relative_to(_PACKAGE):
+    while frame is not None and _in_package(frame.f_code.co_filename) is None:
         if _in(frame, "torch/distributed/"):
             waits, collective = True, collective or frame.f_code.co_name  # what it calls in turn says less
         frame = frame.f_back
     call = collective or call
     if frame is None:
         return waits, call
-    file = Path(frame.f_code.co_filename).relative_to(_PACKAGE)
+    file = _in_package(frame.f_code.co_filename)
     return waits, f"{call}, mm/{file}:{frame.f_lineno} ({frame.f_code.co_name})"
+
+
+@functools.lru_cache(maxsize=4096)
+def _in_package(file: str) -> str | None:
+    """A file's path inside this package; None for others. Kept, as a look asks for every frame of a deep stack."""
+    path = Path(file)
+    return str(path.relative_to(_PACKAGE)) if path.is_relative_to(_PACKAGE) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_wait(file: str, line: int) -> bool:
+    """Whether a line of source waits for others. The file's other lines are not kept: all of torch's are megabytes."""
+    kept = file in linecache.cache
+    text = linecache.getline(file, line)
+    if not kept:
+        linecache.cache.pop(file, None)
+    return any(word in text for word in _WAITS)
 
 
 def _in(frame: FrameType, folder: str) -> bool:

@@ -7,10 +7,11 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.jsonl"
+
+RowT = TypeVar("RowT")
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class StepMetrics:
             values[name] = math.nan if values[name] is None else values[name]
         for name in ("timesteps", "sample_losses"):
             values[name] = tuple(math.nan if value is None else value for value in values.get(name, ()))
+        if len(values["timesteps"]) != len(values["sample_losses"]):
+            raise ValueError("it has not one timestep for each of the sample_losses")
         return cls(**values)
 
     def line(self, total_steps: int, eta_s: float) -> str:
@@ -94,14 +99,43 @@ def read_metrics(path: Path) -> list[StepMetrics]:
     Raises:
         CheckpointError: CKPT-070 when the file is missing or a line before the last is damaged.
     """
+    return _read_lines(path, StepMetrics.from_json)
+
+
+@dataclass(frozen=True)
+class StepEvaluation:
+    """One line of evaluation.jsonl: the `mm.train.evaluation.Evaluation` of a step."""
+
+    step: int
+    loss: float
+    loss_at: dict[int, float]
+    num_samples: int
+
+    def as_json(self) -> str:
+        """One line of evaluation.jsonl."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, line: str) -> StepEvaluation:
+        """Read a line; raises as `StepMetrics.from_json`."""
+        values = json.loads(line)
+        return cls(**{**values, "loss_at": {int(timestep): loss for timestep, loss in dict(values["loss_at"]).items()}})
+
+
+def read_evaluations(path: Path) -> list[StepEvaluation]:
+    """Read evaluation.jsonl as `read_metrics` reads its file, with the same errors."""
+    return _read_lines(path, StepEvaluation.from_json)
+
+
+def _read_lines(path: Path, read: Callable[[str], RowT]) -> list[RowT]:
     try:
         lines = path.read_text().splitlines()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError("CKPT-070", f"{path} cannot be read ({error}).", "Name a run's folder.") from None
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(StepMetrics.from_json(line))
+            rows.append(read(line))
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):
                 break
@@ -130,8 +164,8 @@ class MetricsLog:
         self._file = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            _keep_steps_before(folder / METRICS_FILE, first_step)
-            _keep_evaluations_before(folder / EVALUATION_FILE, first_step)
+            _keep_before(folder / METRICS_FILE, read_metrics, first_step)
+            _keep_before(folder / EVALUATION_FILE, read_evaluations, first_step)
             self._file = (folder / METRICS_FILE).open("a")
         self._board = SummaryWriter(str(tensorboard), purge_step=first_step) if tensorboard is not None else None
         self._bar = tqdm(
@@ -174,7 +208,7 @@ class MetricsLog:
         """Record a loss on held-out features: a line of evaluation.jsonl, TensorBoard, a console line."""
         if self._folder is not None:
             with (self._folder / EVALUATION_FILE).open("a") as file:
-                file.write(json.dumps({"step": step, **asdict(evaluation)}) + "\n")
+                file.write(StepEvaluation(step, **asdict(evaluation)).as_json() + "\n")
         if self._board is not None:
             self._board.add_scalar("evaluation/loss", evaluation.loss, step)
             for timestep, loss in evaluation.loss_at.items():
@@ -200,29 +234,19 @@ def _gif(frames: Tensor, fps: int) -> bytes:
     return out.getvalue()
 
 
-def _keep_evaluations_before(path: Path, first_step: int) -> None:
-    """Drop lines of steps that will run again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line]
-        kept = [line for line in lines if json.loads(line)["step"] < first_step]
-        if len(kept) < len(lines):
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, path)
-
-
-def _keep_steps_before(path: Path, first_step: int) -> None:
-    """Drop lines of steps that will run again, as after a kill between two checkpoints."""
+def _keep_before(path: Path, read: Callable[[Path], Sequence[StepMetrics | StepEvaluation]], first_step: int) -> None:
+    """Drop lines of steps that will run again, as after a kill between two checkpoints, and a line cut off by it."""
     if not path.exists():
         return
-    rows = read_metrics(path)
-    kept = [row for row in rows if row.step < first_step]
-    if len(kept) == len(rows):
-        return
-    logger.warning("%s: steps %d to %d will run again; their lines are removed", path, first_step, rows[-1].step)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(row.as_json() + "\n" for row in kept))
-    os.replace(temporary, path)
+    rows, text = read(path), path.read_text()
+    again = [row for row in rows if row.step >= first_step]
+    if again:
+        logger.warning("%s: steps %d to %d will run again; their lines are removed", path, first_step, again[-1].step)
+    kept = "".join(f"{line}\n" for row, line in zip(rows, text.splitlines(), strict=False) if row.step < first_step)
+    if kept != text:  # what is appended would else go on in the middle of a line that is cut off
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(kept)
+        os.replace(temporary, path)
 
 
 def _short(value: float) -> str:

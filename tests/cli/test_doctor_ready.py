@@ -87,6 +87,7 @@ def test_all_reasons_at_once(demo: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "head.head.bias" in reasons[0]
 
 
+@pytest.mark.nightly
 def test_more_memory_than_there_is(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """14B at 81x480x832 without recomputation on one device of this host's memory."""
     model = json.loads((EXAMPLES / "14b" / "t2v" / "pretrain_model.json").read_text())

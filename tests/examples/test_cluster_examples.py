@@ -185,6 +185,7 @@ def test_pytorchjob_gives_each_pod_its_place(tmp_path: Path, operator: dict[str,
     assert done.stdout == "2 of 3 at m-0:23456 no no\n"
 
 
+@pytest.mark.nightly
 def test_pytorchjob_trains_on_two_pods(demo: Path, tmp_path: Path) -> None:
     save = tmp_path / "run"
     container = pods()[0]["containers"][0]

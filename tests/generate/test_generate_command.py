@@ -281,7 +281,7 @@ LAYERZERO = ["--layerzero", "--layerzero-config", "zero.yaml"]
     ("ranks", "words", "layout"),
     [
         (2, ["--context-parallel-size", "2"], "cp2(u2)"),
-        (2, LAYERZERO, "dp2-zero2"),
+        pytest.param(2, LAYERZERO, "dp2-zero2", marks=pytest.mark.nightly),
         pytest.param(
             2, ["--context-parallel-size", "2", "--context-parallel-algo", "megatron_cp_algo"], "cp2(r2)",
             marks=pytest.mark.nightly,

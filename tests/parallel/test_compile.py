@@ -83,7 +83,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     ("rows", "graphs"),
     [
         # Seven, of which the two before self attention tell blocks that keep it from others.
-        pytest.param([Row(Layout(1), samples=EVEN, compiled=True)], [7 + 2], id="single"),
+        pytest.param([Row(Layout(1), samples=EVEN, compiled=True)], [7 + 2], id="single", marks=pytest.mark.nightly),
         # With tensor parallelism five, of which one is before self attention.
         pytest.param(ROWS, [5 + 1, 7 + 2], id="tp2sp-cp2, dp4-zero2", marks=pytest.mark.nightly),
         pytest.param(

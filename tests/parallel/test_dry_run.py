@@ -51,7 +51,7 @@ ROWS = [
     replace(deep(row(4, cp_size=4, ulysses_size=2), torch.bfloat16), recompute=KEEP),
     replace(deep(row(4, pp_size=2, vp_size=2, distopt=True)), recompute=replace(KEEP, kept="q,k,v,O", offload=True)),
 ]
-SHORT = [ROWS[1], ROWS[7], ROWS[8]]
+SHORT = [ROWS[1], ROWS[8]]
 """With every axis and images between them; the others are nightly."""
 RANKS = [
     pytest.param(row, rank, id=f"{row.id}-rank {rank}", marks=[] if row in SHORT else [pytest.mark.nightly])

@@ -28,6 +28,7 @@ def test_checkpoints_are_those_of_the_loop(demo: Path, tmp_path: Path) -> None:
     assert shards(tmp_path / "background") == shards(tmp_path / "loop")
 
 
+@pytest.mark.nightly
 def test_two_ranks_save_and_go_on(demo: Path, tmp_path: Path) -> None:
     flags = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "micro_batch_size": 2}
     straight = run_on(2, demo, tmp_path / "straight", **{**FLAGS, "train_iters": 6}, **flags)

@@ -203,6 +203,7 @@ def test_a_run_that_changes_its_layout_goes_on_as_if_nothing_had_happened(
     assert max(relative(ours[name], value) for name, value in theirs.items()) <= 1e-3
 
 
+@pytest.mark.nightly
 def test_bf16_on_layouts_is_bf16_in_one_process(demo: Path, base: Path, model_json: Path, tmp_path: Path) -> None:
     """Sums of bf16 in another order: losses within 1e-3, the gradient norm within 3 %."""
     zero = tmp_path / "zero_config.yaml"

@@ -191,8 +191,9 @@ def test_checkpoints_stay_and_the_run_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    [{"context_parallel_size": 2}, pytest.param({"pipeline_model_parallel_size": 2}, marks=pytest.mark.nightly)],
+    [{"context_parallel_size": 2}, {"pipeline_model_parallel_size": 2}],
 )
+@pytest.mark.nightly
 def test_the_other_rank_does_not_wait(tmp_path: Path, layout: dict[str, Any]) -> None:
     """Rank 1 of 2 fails and tells it, before the launcher ends the job for whoever it sees end first."""
     flags = write_files(tmp_path, 256, **WIDE) | {"micro_batch_size": 2, "global_batch_size": 4} | layout

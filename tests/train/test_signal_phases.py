@@ -16,7 +16,7 @@ from training_runs import words
 
 from mm.checkpoint.background import BackgroundSaver
 from mm.cli import train as train_command
-from mm.data.dataset import FeatureDataset
+from mm.data import loader
 from mm.errors import EndedElsewhereError, StoppedError
 from mm.parallel.optimizer import Optimizer
 from mm.parallel.stage import WanStage
@@ -24,7 +24,7 @@ from mm.train import checks, loop
 from mm.train.metrics import MetricsLog
 
 PLACES: dict[str, tuple[Any, str, int]] = {
-    "data wait": (FeatureDataset, "__getitem__", 5),
+    "data wait": (loader, "read_sample", 5),
     "forward": (WanStage, "forward", 3),
     "backward": (WanStage, "forward", 3),
     "p2p": (P2PCommunicator, "recv_forward", 3),
@@ -116,6 +116,7 @@ def test_a_signal_in_a_phase(demo: Path, tmp_path: Path) -> None:
     check(demo, tmp_path, EVERY_DAY, signalled_rank=1)
 
 
+@pytest.mark.nightly
 def test_a_signal_before_the_first_step(demo: Path, tmp_path: Path) -> None:
     """There is nothing to save, and no other process is waited for."""
     job = Job(demo, tmp_path / "run", 2, save_on_signal=True)

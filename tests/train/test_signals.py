@@ -43,7 +43,7 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize("in_background", [False, pytest.param(True, marks=pytest.mark.nightly)])
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.nightly)])
 def test_one_process_stops_and_goes_on(demo: Path, tmp_path: Path, name: str, in_background: bool) -> None:
     save = tmp_path / "run"
     flags = {"async_save": True, "save_interval": 2} if in_background else {}

@@ -1,6 +1,8 @@
 """A rank that keeps the others waiting is named with the phase in which it does."""
 
+import linecache
 import os
+import runpy
 import signal
 import threading
 import time
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 from test_hangs import Job, no_process_is_left  # noqa: F401  (a fixture)
 
+from mm.parallel.watch import where_is
 from mm.train.stragglers import find
 
 
@@ -20,6 +23,18 @@ def test_who_is_slow_and_where() -> None:
     assert (slow.rank, slow.phase) == (2, "waiting for data")
     assert (slow.share, slow.usual) == (pytest.approx(0.9), pytest.approx(0.7))
     assert [slow.rank for slow in find([usual, [0.0, 0.9, 0, 0], [0.0, 0.95, 0, 0], usual, usual])] == [2, 1]
+
+
+def test_looks_read_the_line_and_keep_no_file(tmp_path: Path) -> None:
+    """Else the sources of torch would fill memory in the first hours, megabyte after megabyte."""
+    file = tmp_path / "sleeper.py"
+    file.write_text("import time\n\ndef sleep():\n    time.sleep(2)  # here: x.cpu()\n")
+    thread = threading.Thread(target=runpy.run_path(str(file))["sleep"])
+    thread.start()
+    time.sleep(0.5)
+    assert where_is(thread.ident or 0) == (True, "sleep")
+    assert str(file) not in linecache.cache
+    thread.join()
 
 
 @pytest.mark.nightly

@@ -1,0 +1,89 @@
+"""A step makes the host wait for the device once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+from host_reads import CountHostReads
+
+from mm.config.diffusion import DiffusionConfig
+from mm.config.layout import Layout
+from mm.config.model import WanConfig
+from mm.config.place import place
+from mm.data.loader import FeatureBatch
+from mm.device.backend import select
+from mm.diffusion.flow import FlowMatching
+from mm.parallel.apply import DataParallelOptions, ParallelModel, apply
+from mm.parallel.launch import Job
+from mm.parallel.mesh import build_mesh
+from mm.parallel.optimizer import AdamWSettings, Optimizer
+from mm.parallel.optimizers import make_optimizer
+from mm.train.step import train_step
+from mm.wan.initial import initial_value
+
+WAN = WanConfig(text_dim=16, text_len=8, hidden_size=48, ffn_dim=96, num_heads=2, num_layers=2, freq_dim=16)
+SETTINGS = AdamWSettings(
+    lr=1e-3, min_lr=0.0, lr_decay_style="constant", lr_warmup_init=0.0, warmup_samples=0, decay_samples=1000,
+    weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, clip_grad=1.0,
+)  # fmt: skip
+
+
+@contextmanager
+def engine(dtype: torch.dtype, options: DataParallelOptions) -> Iterator[tuple[ParallelModel, Optimizer]]:
+    backend = select("cpu")
+    with Job(place(), backend.collective, backend.device, 2), build_mesh(Layout(1, stages=((2,),)), 2, "cpu") as mesh:
+        parallel = apply(WAN, mesh, backend, options, dtype, partial(initial_value, seed=0))
+        yield parallel, make_optimizer(parallel, SETTINGS)
+
+
+def batch(draw: int, dtype: torch.dtype) -> FeatureBatch:
+    generator = torch.Generator().manual_seed(draw)
+    return FeatureBatch(
+        latents=torch.randn(1, 16, 2, 8, 8, generator=generator).to(dtype),
+        text=torch.randn(1, 8, 16, generator=generator).to(dtype),
+        sample=["a"],
+        draw=[draw],
+    )
+
+
+def adam_steps(optimizer: Optimizer) -> list[torch.Tensor]:
+    """torch's AdamW keeps its counts of steps in host memory on every device."""
+    states = [shard.inner.state[shard.key] for shard in optimizer.shards]
+    return [state["step"] for state in states if "step" in state]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [DataParallelOptions(), DataParallelOptions(use_distributed_optimizer=True, overlap_grad_reduce=True)],
+    ids=["ddp", "distributed"],
+)
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_one_read_a_step(dtype: torch.dtype, options: DataParallelOptions, accumulated: int) -> None:
+    with engine(dtype, options) as (parallel, optimizer):
+        flow = FlowMatching(DiffusionConfig())
+        for step in range(3):
+            batches = [batch(step * accumulated + i, dtype) for i in range(accumulated)]
+            host = [flow.sigmas, flow.timesteps, flow.weights, *adam_steps(optimizer)]
+            with CountHostReads(host) as counted:
+                result = train_step(parallel, optimizer, flow, batches, samples=accumulated, seed=0)
+            assert result.updated
+            if step > 0:  # AdamW makes its counts in the first one
+                assert counted.reads == ["cpu"]
+
+
+def test_the_counter_counts() -> None:
+    value, host = torch.ones(3), torch.ones(2)
+    with CountHostReads([host]) as counted:
+        assert float(host.sum()) == 2
+        copied = value.cpu()
+        assert float(copied.double().mean() * host[0]) == 1
+    assert counted.reads == ["cpu"]
+    with CountHostReads([host]) as counted:
+        assert (value + host[0]).sum() > 0
+        value[0].item()
+        value.tolist()
+        float((value * 2).max())
+    assert counted.reads == ["_local_scalar_dense", "_local_scalar_dense", "tolist", "_local_scalar_dense"]
