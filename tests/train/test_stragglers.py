@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_hangs import Job, no_process_is_left  # noqa: F401  (a fixture)
 
-from mm.parallel.watch import where_is
+from mm.parallel.stacks import where_is
 from mm.train.stragglers import find
 
 
