@@ -51,10 +51,11 @@ def _tell(error: ChildFailedError) -> int:
     """Print the first failure's own words, or how its process died; returns the exit code."""
     failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
     for _, failure in failures:
-        text = _words(failure)
-        if text is not None:
+        words = _words(failure)
+        if words is not None:
+            text, exit_code = words
             print(text, file=sys.stderr, flush=True)
-            return failure.exitcode
+            return exit_code
     rank, failure = failures[0]
     if failure.exitcode >= 0:  # another node has the reason, and prints it
         return failure.exitcode
@@ -64,10 +65,13 @@ def _tell(error: ChildFailedError) -> int:
     return lost.exit_code
 
 
-def _words(failure: ProcessFailure) -> str | None:
-    """What the process left in its error file."""
+def _words(failure: ProcessFailure) -> tuple[str, int] | None:
+    """What the process left in its error file: its message and the exit code that it was about to leave with.
+
+    torchrun may have ended it meanwhile, because another process was faster; its own exit code says only that then.
+    """
     try:
-        message = json.loads(Path(failure.error_file).read_text())["message"]["message"]
+        told = json.loads(Path(failure.error_file).read_text())["message"]
+        return str(told["message"]), int(told["errorCode"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return str(message)
