@@ -68,6 +68,7 @@ def main(argv: Sequence[str]) -> None:
             Notices(job.further_store(ANSWER_S), where.rank, where.world_size, job.remember),
             Limits(flags.hang_timeout, ceiling=0.9 * 60 * timeout),
             save / "hang" if save is not None else None,
+            sampling=flags.straggler_interval is not None,
         ) as watch,
         build_mesh(layout, timeout, backend.kind) as mesh,
     ):

@@ -191,7 +191,7 @@ class TrainFlags(MeshFlags):
         "ten steps, more while it starts and saves",
     )
     straggler_interval: int | None = Field(
-        50, ge=1, description="steps between comparisons of the ranks' own time, which name a slow one"
+        None, ge=1, description="steps between comparisons of the ranks' own time, which name a slow one"
     )
     log_interval: int = Field(1, ge=1, description="steps between console lines; metrics.jsonl has every step")
     tensorboard_dir: str | None = Field(None, description="TensorBoard folder; default: SAVE/tensorboard")

@@ -111,6 +111,7 @@ class Watch:
         limits: Limits,
         folder: Path | None,
         leave: Callable[[int], None] = os._exit,
+        sampling: bool = True,
     ) -> None:
         """Watch the thread that calls this.
 
@@ -119,8 +120,10 @@ class Watch:
             limits: of the phases.
             folder: where stacks go; None prints them.
             leave: ends the process.
+            sampling: look at the stack all the time, for `samples`; else only when the alarm is raised.
         """
         self._notices, self._limits, self._folder, self._leave = notices, limits, folder, leave
+        self._sampling = sampling
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._watched = threading.get_ident()
         self._over = threading.Event()
@@ -225,15 +228,16 @@ class Watch:
     def _watch(self) -> None:
         looked = told = 0.0
         while not self._over.wait(SAMPLE_S):
-            waits, _ = where_is(self._watched)
-            self.samples[self._now.phase, waits] += 1
+            if self._sampling:
+                waits, _ = where_is(self._watched)
+                self.samples[self._now.phase, waits] += 1
             now = time.monotonic()
             if now - looked < LOOK_S:
                 continue
             looked = now
             try:
                 if self._notices.world_size > 1 and now - told > min(30.0, self._limit() / 4):
-                    self._notices.tell(f"seen {self._notices.rank}", {**asdict(self._doing()), "at": time.time()})
+                    self._notices.tell(f"seen {self._notices.rank}", {**asdict(self._now), "at": time.time()})
                     told = now
                 self._look(now)
             except StoreLostError as error:
