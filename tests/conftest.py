@@ -1,5 +1,6 @@
 """Shared by all tests. Its presence also puts tests/ on sys.path, so that tests import `ranks` and their helpers."""
 
+import json
 import multiprocessing.forkserver
 import os
 from pathlib import Path
@@ -47,6 +48,16 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     demo_command.main(["--out", str(home)])
     extract(home / "configs")
     return home
+
+
+@pytest.fixture(scope="session")
+def model_json(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pretrain_model.json without a precision of its own, so that --bf16 alone decides."""
+    content = json.loads((demo / "configs" / "pretrain_model.json").read_text())
+    del content["predictor"]["dtype"]
+    path = tmp_path_factory.mktemp("model") / "pretrain_model.json"
+    path.write_text(json.dumps(content))
+    return path
 
 
 @pytest.fixture(scope="session")

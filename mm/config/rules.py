@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from mm.config.bad_samples import parse_on_bad_sample
 from mm.config.layerzero import ZeroConfig
 from mm.config.request import Request
-from mm.config.rules_checks import evaluation_is_complete, replicas_are_comparable
+from mm.config.rules_checks import evaluation_is_complete, ranks_are_comparable, replicas_are_comparable
 from mm.config.rules_lora import LORA_RULES
 from mm.config.rules_parallel import PARALLEL_RULES
 from mm.config.rules_recompute import RECOMPUTE_RULES
@@ -131,6 +131,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     _bad_samples_are_said,
     evaluation_is_complete,
     replicas_are_comparable,
+    ranks_are_comparable,
     _schedule_fits,
     _overlap_needs_distributed_optimizer,
     _compiled_blocks_wait_for_nothing,

@@ -40,6 +40,12 @@ def replicas_are_comparable(request: Request) -> Iterator[Problem]:
         )
 
 
+def ranks_are_comparable(request: Request) -> Iterator[Problem]:
+    """CFG-128: a slow rank is one that is slower than others."""
+    if request.flags.straggler_interval is not None and request.world_size == 1:
+        yield Problem("CFG-128", "--straggler-interval has no effect: there is one process.", "Remove it.")
+
+
 def load_validation(flags: TrainFlags, model: PretrainModel) -> InferenceModel | None:
     """Read the file of `--validation-config`, which must describe the model in training; None without validation.
 

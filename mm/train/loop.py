@@ -123,7 +123,7 @@ class _Built:
 
     Attributes:
         adapters: None where all parameters are trained. saver: None where the loop itself writes checkpoints.
-        stop: None where signals end the process at once.
+        during: makes what to enter for each phase.
     """
 
     adapters: AdapterRun | None

@@ -92,6 +92,7 @@ RULES = [
     rule("069", "overlap", "--overlap-param-gather --use-distributed-optimizer --overlap-grad-reduce --compile-blocks"),
     rule("026 069", "overlap", "--overlap-param-gather --compile-blocks"),
     rule("126", "ranks", "--check-replica-hash-interval 1", 1),
+    rule("128", "ranks", "--straggler-interval 1", 1),
     rule("126", "ranks", "--check-replica-hash-interval 1 --tensor-model-parallel-size 2", 2),
     rule("032", "ranks batch", "--tensor-model-parallel-size 2", 3),
     rule("032", "ranks batch", "--context-parallel-size 4", 2),

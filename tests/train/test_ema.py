@@ -37,16 +37,6 @@ CHANGES = [("pp2", "zero2"), ("tp2", "dp2-distopt"), ("zero2", "tp2"), ("dp2-dis
 
 
 @pytest.fixture(scope="module")
-def model_json(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """pretrain_model.json without a precision of its own."""
-    content = json.loads((demo / "configs" / "pretrain_model.json").read_text())
-    del content["predictor"]["dtype"]
-    path = tmp_path_factory.mktemp("model") / "pretrain_model.json"
-    path.write_text(json.dumps(content))
-    return path
-
-
-@pytest.fixture(scope="module")
 def averaged(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run with an average, in one process."""
     folder = tmp_path_factory.mktemp("averaged") / "run"

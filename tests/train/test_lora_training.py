@@ -37,16 +37,6 @@ def lora(demo: Path, **flags: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def model_json(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """pretrain_model.json without a precision of its own, so that --bf16 alone decides."""
-    content = json.loads((demo / "configs" / "pretrain_model.json").read_text())
-    del content["predictor"]["dtype"]
-    path = tmp_path_factory.mktemp("model") / "pretrain_model.json"
-    path.write_text(json.dumps(content))
-    return path
-
-
-@pytest.fixture(scope="module")
 def base(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base that has learned something: in a new model the head is zero, and no gradient passes it."""
     folder = tmp_path_factory.mktemp("base")

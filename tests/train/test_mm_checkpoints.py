@@ -1,6 +1,5 @@
 """`--ckpt-format torch`: MindSpeed-MM's files of the weights that the sharded format has; going on from them."""
 
-import json
 import math
 import shutil
 from collections import Counter
@@ -33,16 +32,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "pp2": {PIPELINE: 2, "bf16": True},
     "pp2vp2": {PIPELINE: 2, "virtual_pipeline_model_parallel_size": 2},
 }
-
-
-@pytest.fixture(scope="module")
-def model_json(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """pretrain_model.json without a precision of its own."""
-    content = json.loads((demo / "configs" / "pretrain_model.json").read_text())
-    del content["predictor"]["dtype"]
-    path = tmp_path_factory.mktemp("model") / "pretrain_model.json"
-    path.write_text(json.dumps(content))
-    return path
 
 
 @pytest.fixture(scope="module")
