@@ -1,13 +1,13 @@
 """What guards a run, beside the same step without it: `python benchmarks/guards.py`, on the CPU, one thread.
 
-The guarded step is that of `mm train`: the watch's thread with its ten looks a second and its messages to a store,
-marked phases, losses and wishes to stop in one message with the gradients' norms, the window of losses that finds
-spikes, the flag of signals, and the comparison of ranks, here at every step and not at every fiftieth. The bare step
-computes the same gradients, reads their norm, clips and updates. First both train a model of their own, and the weights
-are compared. Then they take turns on one model, each round in an order of its own, and a round gives the ratio of its
-turns; the bare step takes a second turn, whose ratio to the first shows how much is chance. Time is the processor's, of
-all threads of this process, which other programs do not enter. What is too little to be seen so is timed alone as well,
-many times in a row, and given as a share of the bare step.
+The guarded step is that of `mm train`: the watch's thread with its messages to a store, marked phases, losses and
+wishes to stop in one message with the gradients' norms, the window of losses that finds spikes, and signals.
+A second one has what `--straggler-interval 1` adds: looks at the stack all the time, and a comparison of the ranks at
+every step. The bare step computes the same gradients, reads their norm, clips and updates. First both train a model of
+their own, and the weights are compared. Then they take turns on one model, each round in an order of its own, and a
+round gives the ratio of its turns; the bare step takes a second turn, whose ratio to the first shows what is chance.
+Time is the processor's, of all threads of this process, which other programs do not enter. What is too little to be
+seen so is timed alone as well, many times in a row, and given as a share of the bare step.
 
 How often the host reads a value of the device in a step is counted, too (tests/train/host_reads.py).
 """
@@ -66,7 +66,7 @@ SETTINGS = AdamWSettings(
 )  # fmt: skip
 SEED = 0
 MOST_TIME, MOST_READS = 1.01, 1
-GUARDED, BARE, AGAIN = "guarded", "bare", "bare, again"
+GUARDED, LOOKED_AT, BARE, AGAIN = "guarded", "guarded, --straggler-interval 1", "bare", "bare, again"
 
 
 @dataclass
@@ -124,19 +124,19 @@ class Guards:
         self.numerics = NumericsGuard(run, trained.parallel, trained.optimizer, trained.flow, 0)
         self.stop = StopRequest()
         self._last: tuple[int, Outcome, list[FeatureBatch]]
-        self.watch = self._new_watch()
+        self.watch = self._new_watch(sampling=False)
         self.stragglers = Stragglers(self.watch, mesh, trained.parallel.backend.device)
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self, sampling: bool) -> Iterator[None]:
         """The watch's thread is there while this is entered."""
-        self.watch = self._new_watch()
+        self.watch = self._new_watch(sampling)
         self.stragglers = Stragglers(self.watch, self._mesh, self._trained.parallel.backend.device)
         with self.stop, self.watch:
             self.stop.steps_have_begun = True
             yield
 
-    def step(self) -> None:
+    def step(self, compare_ranks: bool) -> None:
         """A step as the loop takes it."""
         trained, stop = self._trained, self.stop
         step = trained.step + 1
@@ -145,7 +145,8 @@ class Guards:
             batches = trained.batches()
         result = step_alone(trained, batches, self.watch.during, lambda: stop.received is not None)
         self.numerics.accepted(step, result.outcome, batches)
-        self.stragglers.compare(step)
+        if compare_ranks:
+            self.stragglers.compare(step)
         self._last = step, result.outcome, batches
 
     def marks(self) -> None:
@@ -163,17 +164,17 @@ class Guards:
             "the ranks are compared": lambda: self.stragglers.compare(0),
         }
 
-    def _new_watch(self) -> Watch:
+    def _new_watch(self, sampling: bool) -> Watch:
         # Of two processes, so that the watch tells and reads what it would in a job.
-        return Watch(Notices(self._store, 0, 2), Limits(None, ceiling=1800.0), None)
+        return Watch(Notices(self._store, 0, 2), Limits(None, ceiling=1800.0), None, sampling=sampling)
 
 
 def check(models: dict[str, Trained], guards: Guards) -> None:
     """Both take the same steps; ends the program where their weights part."""
     for _ in range(2):
         bare_step(models[BARE])
-        with guards.watching():
-            guards.step()
+        with guards.watching(sampling=False):
+            guards.step(compare_ranks=False)
     pairs = zip(models[BARE].optimizer.shards, models[GUARDED].optimizer.shards, strict=True)
     worst = max(float((one.master - other.master).abs().max()) for one, other in pairs)
     if not worst < 1e-7:  # the norm is added up in another order
@@ -258,14 +259,15 @@ def measure(mesh: Mesh, store: dist.Store, options: argparse.Namespace) -> Resul
         GUARDED: host_reads(models[GUARDED], partial(step_alone, models[GUARDED])),
         BARE: host_reads(models[BARE], partial(bare_step, models[BARE])),
     }
-    with guards.watching():
+    with guards.watching(sampling=False):
         for _ in range(min(WINDOW, options.fill)):
-            guards.step()
+            guards.step(compare_ranks=False)
     bare_on_the_same = partial(bare_step, models.pop(GUARDED))  # another model's place in memory makes a difference
     models.clear()
     seconds = rounds(
         {
-            GUARDED: (guards.step, guards.watching),
+            GUARDED: (partial(guards.step, False), partial(guards.watching, False)),
+            LOOKED_AT: (partial(guards.step, True), partial(guards.watching, True)),
             BARE: (bare_on_the_same, nullcontext),
             AGAIN: (bare_on_the_same, nullcontext),
         },
@@ -279,11 +281,16 @@ def measure(mesh: Mesh, store: dist.Store, options: argparse.Namespace) -> Resul
     alone = {name: seconds_of(part) for name, part in guards.parts().items()}
     alone["looks at the stack"] = seconds_of_look(bare_on_the_same) * bare / SAMPLE_S
     rows = [{"part, timed alone": name, "share of the bare step": spent / bare} for name, spent in alone.items()]
-    lines = [ratio_row(GUARDED, seconds, len(reads[GUARDED])), ratio_row(AGAIN, seconds, len(reads[BARE]))]
+    lines = [
+        ratio_row(GUARDED, seconds, len(reads[GUARDED])),
+        ratio_row(LOOKED_AT, seconds, len(reads[GUARDED])),
+        ratio_row(AGAIN, seconds, len(reads[BARE])),
+    ]
     return Result(
         "guards", "CPU", shapes, rows=[*lines, *rows],
         targets=[
             Target("guarded step / bare step", lines[0]["/ bare"], MOST_TIME),
+            Target("with --straggler-interval 1 / bare step", lines[1]["/ bare"], MOST_TIME),
             Target("parts timed alone / bare step", sum(alone.values()) / bare, MOST_TIME - 1),
             Target("host reads of a step", float(len(reads[GUARDED])), MOST_READS),
         ],

@@ -44,7 +44,7 @@ from mm.parallel.stacks import where_is
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_S, LOOK_S = 0.1, 1.0
+SAMPLE_S, LOOK_S = 0.25, 1.0
 """Between looks at the stack, and at what the others have told."""
 ANSWER_S, LEAVE_S = 5.0, 10.0
 """How long a process is waited for when the alarm is raised, and for it to end by itself after another has failed."""

@@ -1,7 +1,7 @@
 """Names a rank that keeps the others waiting, from what each rank was seen doing (`mm.parallel.watch`).
 
 All ranks take equally long for a step, because they wait for each other; what differs is how much of it a rank spends
-on work of its own. That is told apart by looking at the stack ten times a second. On an accelerator the process only
+on work of its own. That is told apart by looking at the stack four times a second. On an accelerator the process only
 hands out work, so there it shows slow hosts and slow data; the device's own speed shows in `--log-interval`'s TFLOP/s.
 """
 
