@@ -48,6 +48,10 @@ run_training() { # flags...
         launch mm.cli.doctor "$@"
         return
     fi
+    if [ -n "${PARITY:-}" ]; then    # says whether its layout computes what one device does, on all its processes
+        launch mm.cli.doctor parity "$@"
+        return
+    fi
     mkdir -p "$SAVE_PATH"
     launch mm.cli.train "$@" 2>&1 | tee -a "$SAVE_PATH/train.log"
 }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 from tabulate import tabulate
 
-from mm.cli import doctor_compare, doctor_data, doctor_ready
+from mm.cli import doctor_compare, doctor_data, doctor_parity, doctor_ready
 from mm.cli.entry import run
 from mm.config.base import load
 from mm.config.data import load_train_data
@@ -35,7 +35,8 @@ _UNCOMPILED = "all is shown for uncompiled blocks: fake tensors run no compiled 
 class DoctorFlags(TrainFlags):
     """Say whether a training run will work, or with --dry-run what it costs. Takes every flag of mm train.
 
-    `mm doctor data` reads a whole data set, `mm doctor compare A B` finds where two runs part.
+    `mm doctor data` reads a whole data set, `mm doctor parity` compares the layout with one device, `mm doctor compare
+    A B` finds where two runs part.
     """
 
     dry_run: bool = Field(
@@ -58,11 +59,9 @@ def main(argv: Sequence[str]) -> None:
         ConfigError: what `mm train` raises before it starts; CFG-047 for a rank or a size that does not exist; what
             `mm.cli.doctor_ready.check` raises.
     """
-    if argv and argv[0] == "compare":
-        doctor_compare.main(argv[1:])
-        return
-    if argv and argv[0] == "data":
-        doctor_data.main(argv[1:])
+    others = {"compare": doctor_compare.main, "data": doctor_data.main, "parity": doctor_parity.main}
+    if argv and argv[0] in others:
+        others[argv[0]](argv[1:])
         return
     flags = parse_flags(DoctorFlags, argv, program="mm doctor", retired=RETIRED_TRAIN_FLAGS)
     model = load(PretrainModel, Path(flags.mm_model))

@@ -12,20 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from diffusers import WanTransformer3DModel
-from parity import (
-    GLOBAL_BATCH,
-    SEED,
-    SETTINGS,
-    STEPS,
-    Errors,
-    Row,
-    Trace,
-    compare,
-    gather,
-    global_batch,
-    micro_batches,
-    value_of,
-)
+from parity import GLOBAL_BATCH, Row, WholeTrace, compare, gather, global_batch, micro_batches
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
@@ -43,6 +30,7 @@ from mm.parallel.optimizers import make_optimizer
 from mm.parallel.outcome import agree
 from mm.parallel.placement import whole_shapes
 from mm.parallel.recompute import block_runner
+from mm.train.parity import SEED, SETTINGS, STEPS, Errors, value_of
 from mm.train.step import compute_gradients
 from mm.wan.model import WanModel
 from mm.wan.names import diffusers_to_native, native_to_diffusers
@@ -102,7 +90,7 @@ def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
     return name.endswith("weight_scale") or (name.endswith("weight") and len(shape) == 2)
 
 
-def plain_run(row: LoRARow) -> Trace:
+def plain_run(row: LoRARow) -> WholeTrace:
     """The reference of the layouts: the single-device model."""
     with torch.device("meta"):
         model = WanModel(row.row.wan)
@@ -115,7 +103,7 @@ def plain_run(row: LoRARow) -> Trace:
     return plain_loop(model, named, row.row)
 
 
-def peft_run(row: LoRARow) -> Trace:
+def peft_run(row: LoRARow) -> WholeTrace:
     """The reference of the reference: what others make of the same numbers."""
     wan = row.row.wan
     model = WanTransformer3DModel(
@@ -145,12 +133,12 @@ def peft_run(row: LoRARow) -> Trace:
     return plain_loop(lambda *inputs: model(*inputs[:3], return_dict=False)[0], named, row.row)
 
 
-def plain_loop(model: Callable[..., Tensor], named: dict[str, Any], row: Row) -> Trace:
+def plain_loop(model: Callable[..., Tensor], named: dict[str, Any], row: Row) -> WholeTrace:
     flow = FlowMatching(DiffusionConfig())
     optimizer = torch.optim.AdamW(
         named.values(), lr=SETTINGS.lr, betas=(0.9, 0.95), eps=SETTINGS.adam_eps, weight_decay=SETTINGS.weight_decay
     )
-    trace = Trace()
+    trace = WholeTrace()
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = SETTINGS.lr - (SETTINGS.lr - SETTINGS.min_lr) * step / STEPS
@@ -171,7 +159,7 @@ def plain_loop(model: Callable[..., Tensor], named: dict[str, Any], row: Row) ->
     return trace
 
 
-def parallel_run(lora: LoRARow, mesh: Mesh, backend: Backend) -> Trace:
+def parallel_run(lora: LoRARow, mesh: Mesh, backend: Backend) -> WholeTrace:
     """The same on a layout."""
     row = lora.row
     accumulated = GLOBAL_BATCH // (row.micro_batch_size * row.layout.dp_size)
@@ -187,17 +175,17 @@ def parallel_run(lora: LoRARow, mesh: Mesh, backend: Backend) -> Trace:
     frozen = {name: _bytes(p) for name, p in parallel.all_parameters().items() if not p.requires_grad}
     optimizer = make_optimizer(parallel, SETTINGS)
     flow = FlowMatching(DiffusionConfig())
-    trace = Trace()
+    trace = WholeTrace()
     for step in range(STEPS):
         mine = micro_batches(row, global_batch(row.samples, step, row.wan), mesh)
         losses = compute_gradients(parallel, flow, mine, SEED)
         optimizer.reduce_gradients()
-        trace.gradients.append(gather(parallel, optimizer, "gradient"))
+        trace.gradients.append(gather(optimizer, "gradient"))
         outcome = agree(parallel, optimizer, losses)
         trace.losses.append(outcome.loss)
         trace.norms.append(outcome.grad_norm)
         optimizer.update(outcome.grad_norm, GLOBAL_BATCH)
-    trace.weights = gather(parallel, optimizer, "master")
+    trace.weights = gather(optimizer, "master")
     for name, parameter in parallel.all_parameters().items():
         if name in frozen:
             assert parameter.grad is None and not hasattr(parameter, "main_grad"), name
@@ -218,7 +206,7 @@ def against_peft(row: LoRARow) -> Errors:
 
 def run_rows(rows: list[LoRARow], backend: Backend) -> dict[str, Errors]:
     """Every row on the ranks of one job; the results are rank 0's."""
-    references: dict[Any, Trace] = {}
+    references: dict[Any, WholeTrace] = {}
     results = {}
     for row in rows:
         _SHAPES.update(whole_shapes(row.row.wan))

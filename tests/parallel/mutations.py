@@ -9,7 +9,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import parity
 import pytest
 from megatron.core.pipeline_parallel import schedules
 from torch import Tensor
@@ -21,7 +20,7 @@ from mm.parallel import context, layerzero_optimizer, optimizer, ring, stage, te
 from mm.parallel.boundary import BoundaryShape
 from mm.parallel.optimizer import Optimizer
 from mm.parallel.tokens import TokenShare
-from mm.train import step
+from mm.train import parity, step
 from mm.wan.model import Conditions, WanModel
 
 

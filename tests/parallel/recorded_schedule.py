@@ -25,6 +25,7 @@ from mm.diffusion.flow import FlowMatching
 from mm.parallel.apply import DataParallelOptions, ParallelModel, apply
 from mm.parallel.launch import Job
 from mm.parallel.mesh import Mesh, build_mesh
+from mm.train.parity import SEED, value_of
 from mm.train.step import compute_gradients
 
 FORWARD, BACKWARD = 1, 2
@@ -91,14 +92,14 @@ def _record_here(world_size: int, cases: Sequence[Case]) -> dict[str, list[Event
 
 
 def new_model(mesh: Mesh, backend: Backend) -> ParallelModel:
-    return apply(parity.Row(mesh.layout).wan, mesh, backend, DataParallelOptions(), torch.float32, parity.value_of)
+    return apply(parity.Row(mesh.layout).wan, mesh, backend, DataParallelOptions(), torch.float32, value_of)
 
 
 def one_step(parallel: ParallelModel, samples: str, num_microbatches: int) -> None:
     """Forward and backward of the same micro-batches on every replica."""
     steps = range(-(-num_microbatches // parity.GLOBAL_BATCH))
     batches = [batch for step in steps for batch in parity.global_batch(samples, step)]
-    compute_gradients(parallel, FlowMatching(DiffusionConfig()), batches[:num_microbatches], parity.SEED)
+    compute_gradients(parallel, FlowMatching(DiffusionConfig()), batches[:num_microbatches], SEED)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from parity import SEED, SETTINGS, Row, global_batch, micro_batches, value_of
+from parity import Row, global_batch, micro_batches
 from ranks import run_ranks
 
 from mm.config.diffusion import DiffusionConfig
@@ -19,6 +19,7 @@ from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
 from mm.parallel.optimizers import make_optimizer
 from mm.parallel.outcome import Outcome
+from mm.train.parity import SEED, SETTINGS, value_of
 from mm.train.step import stop_at, train_step
 
 ROWS = [

@@ -6,7 +6,7 @@ PEFT on diffusers' model is that of gradients in tests/wan/test_wan_parity.py.
 
 import pytest
 from lora_parity import ALL, FIRST, IMAGES, LAST, LoRARow, against_peft, run_rows
-from parity import EVEN, MIXED, Errors, Row, over_limits
+from parity import EVEN, MIXED, Row, over_limits
 from ranks import run_ranks
 from test_parity import OVERLAPPED, SHARDED, images, layout, pp, ring, sp, ulysses, usp, zero
 
@@ -15,6 +15,7 @@ from mm.config.recompute import Recompute
 from mm.device.backend import select
 from mm.lora.low_bit import LowBit
 from mm.parallel.launch import Job
+from mm.train.parity import Errors
 
 FULL = Recompute()
 PAIRS = Recompute(2)

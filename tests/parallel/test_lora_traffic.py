@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import SETTINGS, WAN, Row, global_batch, value_of
+from parity import WAN, Row, global_batch
 from ranks import run_ranks
 
 from mm.config.diffusion import DiffusionConfig
@@ -23,6 +23,7 @@ from mm.parallel.mesh import build_mesh
 from mm.parallel.optimizers import make_optimizer
 from mm.parallel.placement import whole_shapes
 from mm.parallel.traffic import CountTraffic, axes_of, totals
+from mm.train.parity import SETTINGS, value_of
 from mm.train.step import train_step
 
 ROWS = {

@@ -10,7 +10,7 @@ from collections.abc import Collection
 import parity
 import pytest
 from mutations import MUTATIONS, Mutation
-from parity import EVEN, Row, compare, over_limits, parallel_run, plain_run
+from parity import EVEN, Row, WholeTrace, compare, over_limits, parallel_run, plain_run
 from ranks import run_ranks
 
 from mm.config.layerzero import ZeroConfig
@@ -19,6 +19,7 @@ from mm.config.place import place
 from mm.device.backend import select
 from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
+from mm.train import parity as comparison
 
 pytestmark = pytest.mark.nightly  # of the tests, not of the engine
 
@@ -45,12 +46,11 @@ Findings = dict[str, str]
 
 def run_mutations(world_size: int) -> dict[str, Findings]:
     """Findings of every mutation, by its id, and of every unbroken row, by its name; rank 0 has them."""
-    small = {"STEPS": 1, "GLOBAL_BATCH": SAMPLES}
-    for name, value in small.items():
-        setattr(parity, name, value)
+    parity.GLOBAL_BATCH = SAMPLES
+    comparison.STEPS = 1
     backend, findings = select("cpu"), {}
     with Job(place(), backend.collective, backend.device, 2) as job:
-        references: dict[tuple[str, int], parity.Trace] = {}
+        references: dict[tuple[str, int], WholeTrace] = {}
         for name, row in ROWS.items():
             if row.layout.world_size != world_size:
                 continue
@@ -68,7 +68,7 @@ def run_mutations(world_size: int) -> dict[str, Findings]:
     return findings
 
 
-def judge(row: Row, trace: parity.Trace, reference: parity.Trace) -> Findings:
+def judge(row: Row, trace: WholeTrace, reference: WholeTrace) -> Findings:
     """The comparison of the matrix with its limits."""
     found: Findings = {}
     held, expected = trace.gradients[0].keys(), reference.gradients[0].keys()
@@ -80,7 +80,7 @@ def judge(row: Row, trace: parity.Trace, reference: parity.Trace) -> Findings:
     return found | over_limits(row, compare(trace, reference))
 
 
-def only(trace: parity.Trace, names: Collection[str]) -> parity.Trace:
+def only(trace: WholeTrace, names: Collection[str]) -> WholeTrace:
     """The trace of these parameters."""
     gradients = [{name: step[name] for name in names} for step in trace.gradients]
     return dataclasses.replace(trace, gradients=gradients, weights={name: trace.weights[name] for name in names})

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parity import EVEN, MIXED, ODD, Errors, Row, over_limits, run_rows
+from parity import EVEN, MIXED, ODD, Row, over_limits, run_rows
 from ranks import run_ranks
 
 from mm.config.layerzero import ZeroConfig
@@ -22,6 +22,7 @@ from mm.config.place import place
 from mm.device.backend import select
 from mm.parallel.apply import DataParallelOptions
 from mm.parallel.launch import Job
+from mm.train.parity import Errors
 
 PLAIN = DataParallelOptions()
 SHARDED = DataParallelOptions(use_distributed_optimizer=True)

@@ -27,6 +27,7 @@ from mm.parallel.apply import DataParallelOptions, apply
 from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
 from mm.parallel.optimizers import make_optimizer
+from mm.train.parity import SEED, SETTINGS, value_of
 from mm.train.step import train_step
 
 PROCESSES = 4
@@ -143,8 +144,8 @@ def count_waits(row: Row, backend: Backend, **changed: Any) -> int:
         return [*others, (torch.cuda, "synchronize", lambda *args: calls.append("megatron-core's"))]
 
     with build_mesh(row.layout, 2, "cpu") as mesh, pytest.MonkeyPatch.context() as patch:
-        parallel = apply(row.wan, mesh, backend, row.options, torch.float32, parity.value_of, row.zero)
-        optimizer = make_optimizer(parallel, parity.SETTINGS)
+        parallel = apply(row.wan, mesh, backend, row.options, torch.float32, value_of, row.zero)
+        optimizer = make_optimizer(parallel, SETTINGS)
         for name, value in changed.items():
             setattr(parallel.config, name, value)
         patch.setattr(megatron_on_cpu, "_replacements", counting)
@@ -154,7 +155,7 @@ def count_waits(row: Row, backend: Backend, **changed: Any) -> int:
         flow = FlowMatching(DiffusionConfig())
         for step in range(2):
             batches = parity.micro_batches(row, parity.global_batch(ODD, step), mesh)
-            train_step(parallel, optimizer, flow, batches, samples=parity.GLOBAL_BATCH, seed=parity.SEED)
+            train_step(parallel, optimizer, flow, batches, samples=parity.GLOBAL_BATCH, seed=SEED)
     return len(calls)
 
 

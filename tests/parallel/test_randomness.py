@@ -25,6 +25,7 @@ from mm.diffusion.flow import FlowMatching
 from mm.parallel.apply import DataParallelOptions, apply
 from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
+from mm.train import parity as comparison
 from mm.train.step import compute_gradients
 
 PROCESSES, STEPS, SEEDS = 4, 2, (5, 6)
@@ -89,7 +90,7 @@ def draw_on_this_rank() -> dict[str, tuple[dict[str, int], Hashes]]:
 def run_row(row: parity.Row, backend: Backend) -> tuple[dict[str, int], Hashes]:
     with build_mesh(row.layout, 2, "cpu") as mesh, hashing() as hashes:
         wan = WAN.model_copy(update={"num_layers": row.wan.num_layers})
-        parallel = apply(wan, mesh, backend, DataParallelOptions(), torch.float32, parity.value_of)
+        parallel = apply(wan, mesh, backend, DataParallelOptions(), torch.float32, comparison.value_of)
         flow = FlowMatching(flow_config())
         for seed in SEEDS:
             for step in range(STEPS):
@@ -107,11 +108,10 @@ def flow_config() -> DiffusionConfig:
 def one_process() -> Hashes:
     """What the parity matrix's plain loop draws."""
     with pytest.MonkeyPatch.context() as patch, hashing() as hashes:
-        patch.setattr(parity, "WAN", WAN)
-        patch.setattr(parity, "STEPS", STEPS)
-        patch.setattr(parity, "DiffusionConfig", flow_config)
+        patch.setattr(comparison, "STEPS", STEPS)
+        patch.setattr(comparison, "DiffusionConfig", flow_config)
         for seed in SEEDS:
-            patch.setattr(parity, "SEED", seed)
+            patch.setattr(comparison, "SEED", seed)
             parity.plain_run(parity.EVEN, WAN)
     return dict(hashes)
 

@@ -7,10 +7,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
-import parity
 import pytest
 import torch
-from parity import MIXED, Row, Trace, parallel_run
+from parity import MIXED, Row, WholeTrace, parallel_run
 from ranks import run_ranks
 
 from mm.config.layerzero import ZeroConfig
@@ -25,6 +24,7 @@ from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
 from mm.parallel.offload import Offloader
 from mm.parallel.traffic import CountTraffic, axes_of, totals
+from mm.train import parity
 from mm.wan.block import WanBlock
 
 PLANS = {
@@ -48,7 +48,7 @@ LAYOUTS = [
 ]
 
 
-def identical(run: Trace, other: Trace) -> bool:
+def identical(run: WholeTrace, other: WholeTrace) -> bool:
     return (
         run.losses == other.losses
         and run.norms == other.norms

@@ -1,7 +1,7 @@
 """Replicas whose weights have parted by one bit are found, on every rank and beside every axis."""
 
 import torch
-from parity import Row, value_of
+from parity import Row
 from ranks import run_ranks
 
 from mm.config.layerzero import ZeroConfig
@@ -13,6 +13,7 @@ from mm.parallel.apply import DataParallelOptions, apply
 from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
 from mm.parallel.replicas import require_equal_replicas
+from mm.train.parity import value_of
 
 TWO_AXES = {
     "tp2-dp2": Row(Layout(4, tp_size=2)),

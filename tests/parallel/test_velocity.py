@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from parity import Row, value_of
+from parity import Row
 from ranks import run_ranks
 
 from mm.config.layerzero import ZeroConfig
@@ -16,6 +16,7 @@ from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
 from mm.parallel.recompute import block_runner
 from mm.parallel.velocity import ParallelVelocity
+from mm.train.parity import value_of
 from mm.wan.model import WanModel
 
 RUN = [

@@ -1,0 +1,131 @@
+"""`mm doctor parity FLAGS`: whether a run's layout computes what one device does, on the job's own processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tabulate import tabulate
+
+from mm.config.base import load
+from mm.config.flags import parse_flags
+from mm.config.layerzero import ZeroConfig, load_zero
+from mm.config.layout import Layout, layout_of
+from mm.config.place import place
+from mm.config.recompute import recompute_of
+from mm.config.rules import check_training
+from mm.config.train import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
+from mm.errors import NumericsError
+
+if TYPE_CHECKING:
+    from mm.train.parity import Case, Errors
+
+
+class ParityFlags(TrainFlags):
+    """Train a small model for two steps on this job's layout and on one device, and compare. Takes mm train's flags.
+
+    The model has the heads and blocks of --mm-model, so that it is cut in the same places; its widths, samples and text
+    are small, its weights and samples random, and everything is fp32.
+    """
+
+
+def main(argv: Sequence[str]) -> None:
+    """Compare losses, every gradient, their norm and the weights; rank 0 prints a table.
+
+    Raises:
+        ConfigError: what `mm train` raises before it starts.
+        NumericsError: NUM-005 where the layout differs from one device by more than rounding.
+    """
+    flags = parse_flags(ParityFlags, argv, program="mm doctor parity", retired=RETIRED_TRAIN_FLAGS)
+    model, zero, where = load(PretrainModel, Path(flags.mm_model)), load_zero(flags), place()
+    check_training(flags, model, zero, where.world_size)
+    layout = layout_of(flags, model, zero, where.world_size)
+
+    from mm.checkpoint.comm import Comm, ProcessGroupComm, SingleProcess
+    from mm.device.backend import select
+    from mm.parallel.launch import Job
+    from mm.parallel.mesh import build_mesh
+    from mm.train import parity
+
+    backend, minutes = select(flags.device, where.local_rank), flags.distributed_timeout_minutes
+    case = _case(flags, model, zero, layout)
+    with Job(where, backend.collective, backend.device, minutes), build_mesh(layout, minutes, backend.kind) as mesh:
+        comm: Comm = SingleProcess() if where.world_size == 1 else ProcessGroupComm(device=backend.device)
+        mine = parity.run_on_the_mesh(case, mesh, backend, parity.own_pieces)
+        one_device = partial(parity.run_on_one_device, case.wan, case.sizes, case.samples, backend.device)
+        whole = one_device()
+        errors = parity.compare_pieces(mine, whole, comm)
+    rounding = parity.compare_wholes(one_device(parity.nudged_value_of), whole)
+    limits = parity.with_rounding(parity.limits(layout), rounding)
+    if where.rank == 0:
+        print(_table(flags, case, backend.name(), errors, limits))
+    _require_equal(layout, errors, limits)
+
+
+def _case(flags: TrainFlags, model: PretrainModel, zero: ZeroConfig | None, layout: Layout) -> Case:
+    """More tokens than ranks that share them, and not a multiple; samples of two sizes where the run takes them."""
+    from mm.train.parity import Case, small_model
+    from mm.train.run import data_parallel_options
+
+    sharing = layout.cp_size * (layout.tp_size if layout.sequence_parallel else 1)
+    width = 2 * (2 * sharing // 9 + 5)  # of 9 tokens a column
+    sizes = [(3, 6, width), (1, 2, 14)]
+    one_size = flags.micro_batch_size > 1 or (layout.pp_size > 1 and not flags.variable_seq_lengths)
+    return Case(
+        small_model(model.predictor.wan()),
+        layout,
+        data_parallel_options(flags),
+        zero,
+        recompute_of(flags, model),
+        tuple(sizes[:1] if one_size else sizes),
+        flags.micro_batch_size,
+        min(flags.micro_batches_of_step(layout.dp_size), 2 * layout.pp_size),
+    )
+
+
+def _rows(errors: Errors, limits: Errors) -> list[tuple[str, float, float, str]]:
+    """Measure, found, limit, parameter."""
+    return [
+        ("loss", errors.loss, limits.loss, ""),
+        ("gradients", errors.gradient, limits.gradient, errors.worst_gradient),
+        ("gradient norm", errors.norm, limits.norm, ""),
+        ("weights", errors.weight, limits.weight, errors.worst_weight),
+    ]
+
+
+def _table(flags: TrainFlags, case: Case, device: str, errors: Errors, limits: Errors) -> str:
+    wan, layout = case.wan, case.layout
+    left_out = {
+        "adapters": flags.lora,
+        "--compile-blocks": flags.compile_blocks,
+        "--bf16": flags.bf16,
+    }
+    facts = [
+        ("layout", f"{layout.name()} on {layout.world_size:,} processes, {device}"),
+        ("model", f"{wan.model_type}, {wan.num_layers} blocks, {wan.num_heads} heads, {wan.hidden_size} wide, fp32"),
+        ("run", f"2 steps of {case.samples} samples, {case.most_tokens} tokens the longest"),
+    ]
+    if any(left_out.values()):
+        facts.append(("left out", ", ".join(name for name, given in left_out.items() if given)))
+    rows = [
+        (measure, f"{found:.1e}", f"{limit:.1e}", parameter, "ok" if found <= limit else "no")
+        for measure, found, limit, parameter in _rows(errors, limits)
+    ]
+    headers = ["against one device", "largest relative error", "limit", "of", ""]
+    return f"{tabulate(facts, tablefmt='plain')}\n\n{tabulate(rows, headers=headers, disable_numparse=True)}"
+
+
+def _require_equal(layout: Layout, errors: Errors, limits: Errors) -> None:
+    over = [
+        f"{measure} by {found:.1e}{f' ({parameter})' if parameter else ''}, limit {limit:.1e}"
+        for measure, found, limit, parameter in _rows(errors, limits)
+        if not found <= limit
+    ]
+    if over:
+        raise NumericsError(
+            "NUM-005",
+            f"The layout {layout.name()} differs from one device: {'; '.join(over)}.",
+            "Do not train on it. Take axes away (TP, CP, PP, layer-zero, overlap) until it agrees, and report it.",
+        )
