@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from mm.config.data import load_train_data
+from mm.config.data import TrainData, load_train_data
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
 from mm.config.place import Place
 from mm.config.train import PretrainModel, TrainFlags
-from mm.errors import ConfigError, DataError, Problem, raise_all
+from mm.errors import ConfigError, DataError, MMError, Problem, raise_all
 
 if TYPE_CHECKING:
     from mm.train.readiness import Finding
@@ -70,8 +70,8 @@ def check(
         findings += readiness.attempt("disk", lambda: readiness.disk(flags, trained))
     one_size = layout.pp_size > 1 and not flags.variable_seq_lengths
     batch = flags.samples_of_step(layout.dp_size)
+    data = load_train_data(Path(flags.mm_data))
     if where.local_rank == 0:  # once a node: its disks, its memory
-        data = load_train_data(Path(flags.mm_data))
         findings += readiness.attempt(
             "features", lambda: readiness.features(open_features(data, config), batch, one_size=one_size)
         )
@@ -86,9 +86,25 @@ def check(
             comm = ProcessGroupComm(device=backend.device)
             reached = readiness.network(comm, time.monotonic() - began)
             findings += reached if where.rank == 0 else []
+            drawn = readiness.same_draws(comm.all_gather_object(_draws(flags, model, data, batch)))
+            findings += drawn if where.rank == 0 else []
         everyone = comm.all_gather_object([asdict(finding) for finding in findings])
     if where.rank == 0:
         _tell(_merged([readiness.Finding(**found) for part in everyone for found in part]), reports, as_json=as_json)
+
+
+def _draws(flags: TrainFlags, model: PretrainModel, data: TrainData, samples: int) -> str | None:
+    """What this process draws for the first step; None without features, of which the check of features tells."""
+    from mm.data.dataset import open_features
+    from mm.diffusion.flow import FlowMatching
+    from mm.train import readiness
+
+    try:
+        dataset = open_features(data, model.predictor.wan())
+    except MMError:
+        return None
+    shuffle = data.dataloader_param.shuffle
+    return readiness.draws(dataset, FlowMatching(model.diffusion), flags.seed, samples, shuffle=shuffle)
 
 
 def _memory(words: Sequence[str], layout: Layout, backend: Any, reports: list[dict[str, Any]]) -> list[Finding]:

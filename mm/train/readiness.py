@@ -5,6 +5,7 @@ Nothing here changes anything on disk. A check that raises an error of the progr
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -12,6 +13,7 @@ import resource
 import shutil
 import socket
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,9 @@ from mm.checkpoint.weights import open_weights, require_exactly
 from mm.config.model import WanConfig
 from mm.config.train import TrainFlags
 from mm.data.dataset import FeatureDataset
+from mm.data.sampler import sample_at
 from mm.device.backend import Backend
+from mm.diffusion.flow import FlowMatching
 from mm.errors import MMError
 from mm.parallel.placement import whole_shapes
 
@@ -199,6 +203,38 @@ def network(comm: Comm, seconds: float) -> list[Finding]:
     hosts = comm.all_gather_object(socket.gethostname())
     found = f"{comm.world_size} processes on {len(set(hosts))} nodes joined and compared themselves in {seconds:.1f} s"
     return [Finding("network", "ok", found)]
+
+
+def draws(dataset: FeatureDataset, flow: FlowMatching, seed: int, samples: int, *, shuffle: bool) -> str:
+    """A digest of what chance gives to the first step: its samples in order, their timesteps, the first one's noise.
+
+    Args:
+        dataset: the features. flow: draws. seed: the run's.
+        samples: of the step, in all replicas. shuffle: whether their order is drawn.
+    """
+    order = [sample_at(position, len(dataset), seed, shuffle) for position in range(samples)]
+    names, epochs = [dataset.samples[index].id for index, _ in order], [epoch for _, epoch in order]
+    _, timesteps, _ = flow.draw_timesteps(seed, names, epochs)
+    noise = flow.draw_noise(seed, names[:1], epochs[:1], dataset.samples[order[0][0]].latent_shape)
+    return hashlib.sha256(repr(names).encode() + timesteps.numpy().tobytes() + noise.numpy().tobytes()).hexdigest()[:16]
+
+
+def same_draws(digests: Sequence[str | None]) -> list[Finding]:
+    """Whether all ranks draw alike. Replicas then differ, as each takes samples of its own from the one order.
+
+    Args:
+        digests: of `draws`, by rank; None where a rank could not open the features.
+    """
+    if not any(digests):
+        return []
+    usual, _ = Counter(digests).most_common(1)[0]
+    others = [rank for rank, digest in enumerate(digests) if digest != usual]
+    if others:
+        found = f"ranks {', '.join(map(str, others[:8]))}{', ...' if len(others) > 8 else ''} draw other samples, "
+        found += f"timesteps or noise than the rest ({digests[others[0]]}, not {usual})"
+        remedy = "Compare data, torch and CPU of these ranks' nodes with the others'."
+        return [Finding("draws", "no", found, remedy)]
+    return [Finding("draws", "ok", f"order, timesteps and noise of the first step are {usual} on every rank")]
 
 
 def elements(config: WanConfig) -> int:

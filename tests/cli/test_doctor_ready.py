@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from mm.cli import doctor
 from mm.cli import train as train_command
+from mm.config.base import load
+from mm.config.data import load_train_data
+from mm.config.diffusion import DiffusionConfig
 from mm.config.flags import as_words
+from mm.config.train import PretrainModel
+from mm.data.dataset import open_features
+from mm.diffusion.flow import FlowMatching
 from mm.errors import ConfigError, NumericsError
+from mm.train.readiness import draws, same_draws
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "wan2.1"
 WEIGHTS = "weights/Wan2.1-T2V-Tiny-Diffusers/transformer"
@@ -114,8 +122,24 @@ def test_the_script_asks_all_processes(demo: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "2 processes on 1 nodes joined" in done.stdout
+    assert re.search(r"draws +ok +order, timesteps and noise of the first step are \w{16} on every rank", done.stdout)
     assert done.stdout.count("verdict: ready; 0 of ") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_draws_otherwise_is_named(demo: Path) -> None:
+    """Of four, with another seed on the third; and one that could not read."""
+    data = load_train_data(demo / "configs" / "feature_data.json")
+    dataset = open_features(data, load(PretrainModel, demo / "configs" / "pretrain_model.json").predictor.wan())
+    flow = FlowMatching(DiffusionConfig())
+    usual, other = (draws(dataset, flow, seed, 8, shuffle=True) for seed in (1, 2))
+    (alike,) = same_draws([usual] * 4)
+    assert (alike.verdict, usual in alike.found) == ("ok", True)
+    (found,) = same_draws([usual, usual, other, None])
+    assert (found.verdict, found.found) == (
+        "no", f"ranks 2, 3 draw other samples, timesteps or noise than the rest ({other}, not {usual})",
+    )  # fmt: skip
+    assert same_draws([None, None]) == []
 
 
 @pytest.fixture(scope="module")
