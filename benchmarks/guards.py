@@ -125,13 +125,13 @@ class Guards:
         self.stop = StopRequest()
         self._last: tuple[int, Outcome, list[FeatureBatch]]
         self.watch = self._new_watch(sampling=False)
-        self.stragglers = Stragglers(self.watch, mesh, trained.parallel.backend.device)
+        self.stragglers = Stragglers(self.watch, mesh, trained.parallel.backend)
 
     @contextmanager
     def watching(self, sampling: bool) -> Iterator[None]:
         """The watch's thread is there while this is entered."""
         self.watch = self._new_watch(sampling)
-        self.stragglers = Stragglers(self.watch, self._mesh, self._trained.parallel.backend.device)
+        self.stragglers = Stragglers(self.watch, self._mesh, self._trained.parallel.backend)
         with self.stop, self.watch:
             self.stop.steps_have_begun = True
             yield

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,10 +23,12 @@ from mm.generate.render import Processes
 from mm.parallel.apply import ParallelModel
 from mm.parallel.mesh import Mesh
 from mm.train.evaluation import evaluate
-from mm.train.metrics import MetricsLog
+from mm.train.metrics import EVALUATION_FILE, MetricsLog, read_evaluations
 from mm.train.validation import Validation
 
 logger = logging.getLogger(__name__)
+
+Check = Literal["evaluation", "validation"]
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,43 @@ class Checks:
         renders = Validation(validation, Processes(mesh, backend, comm), validation_folder(flags.save))
         return cls(flags, comm, held_out, renders, validation.fps)
 
-    def after(self, step: int, parallel: ParallelModel, log: MetricsLog) -> None:
+    def due(self, step: int) -> frozenset[Check]:
+        """What is to be done after a step."""
+        due: set[Check] = set()
+        if self.held_out is not None and self._is_due(step, self.flags.eval_interval):
+            due.add("evaluation")
+        if self.validation is not None and self._is_due(step, self.flags.validation_interval):
+            due.add("validation")
+        return frozenset(due)
+
+    def missed(self, step: int) -> frozenset[Check]:
+        """What was due after a step, and is not there: the run was stopped between saving and looking.
+
+        Every rank calls it, and all are told what rank 0 sees.
+
+        Raises:
+            CheckpointError: CKPT-070 for a damaged evaluation.jsonl.
+        """
+        return frozenset(self.comm.broadcast_object(sorted(self.due(step) - self._done(step))))
+
+    def _done(self, step: int) -> set[Check]:
+        done: set[Check] = set()
+        file = Path(self.flags.save or "") / EVALUATION_FILE
+        if self.comm.rank == 0 and file.exists() and any(row.step == step for row in read_evaluations(file)):
+            done.add("evaluation")
+        if self.validation is not None and all(path.exists() for path in self.validation.paths(step)):
+            done.add("validation")
+        return done
+
+    def run(self, due: Set[Check], step: int, parallel: ParallelModel, log: MetricsLog) -> None:
         """Do what is due after a step; every rank calls it.
 
         Raises:
             DataError: what reading held-out features and writing clips raise.
         """
-        if self.held_out is not None and self._is_due(step, self.flags.eval_interval):
+        if self.held_out is not None and "evaluation" in due:
             log.write_evaluation(step, evaluate(parallel, self.held_out, self.comm))
-        if self.validation is not None and self._is_due(step, self.flags.validation_interval):
+        if self.validation is not None and "validation" in due:
             paths = self.validation.render(parallel, step)
             if self.comm.rank == 0:
                 log.write_clips(

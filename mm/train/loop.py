@@ -39,7 +39,7 @@ from mm.train.build import (
     step_shape,
     why_not_compiled,
 )
-from mm.train.checks import Checks
+from mm.train.checks import Check, Checks
 from mm.train.flops import train_flops
 from mm.train.metrics import MetricsLog, StepMetrics
 from mm.train.mm_state import save_weights
@@ -89,10 +89,13 @@ def train(run: Run) -> Progress:
         describe(run, recompute, offloader, not_compiled)
         with during("loading weights"):
             progress = start_or_resume(run, adapters, optimizer)
-        if progress.step >= flags.train_iters:
+        missed = checks.missed(progress.step) if progress.step > 0 else frozenset[Check]()
+        if progress.step >= flags.train_iters and not missed:
             logger.info("step %d of %d is already done; nothing to train", progress.step, flags.train_iters)
             return progress
         log = stack.enter_context(_metrics_log(run, progress))
+        with during("evaluation and validation"):
+            checks.run(missed, progress.step, parallel, log)
         return _steps(run, _Built(adapters, parallel, optimizer, log, during, checks, _saver(run, stack)), progress)
 
 
@@ -139,7 +142,7 @@ def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
     flags = run.flags
     flow = FlowMatching(run.model.diffusion)
     guard = NumericsGuard(run, built.parallel, built.optimizer, flow, progress.skipped_steps)
-    stragglers = Stragglers(run.watch, run.mesh, run.backend.device)
+    stragglers = Stragglers(run.watch, run.mesh, run.backend)
     batches = _batches(run, progress)
     if run.stop is not None:
         run.stop.steps_have_begun = True
@@ -177,7 +180,7 @@ def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
         if stopping and not last:  # a run that is at its end is done, not stopped
             _stop(run, built, progress)
         with built.during("evaluation and validation"):
-            built.checks.after(step, built.parallel, built.log)
+            built.checks.run(built.checks.due(step), step, built.parallel, built.log)
     return progress
 
 

@@ -44,11 +44,16 @@ class Validation:
         Raises:
             DataError: DATA-051 and DATA-052 when a clip cannot be written, DATA-055 and DATA-056 as in generation.
         """
-        folder = self._folder / f"step_{step:07d}"
+        paths = self.paths(step)
+        folder = paths[0].parent
         prepare_folder(folder, [row.index for row in self._rows], overwrite=True)  # of a step that is run again
         video = self._renderer.load_video_encoder()
         for row, frames in self._renderer.clips(ParallelVelocity(parallel), video, lambda rows: None):
             about = {**describe_row(row, self._config), "step": step, "seed": self._config.seed}
             write_clip(clip_path(folder, row.index), frames, self._config.fps, about)
         self._processes.comm.barrier()
-        return [clip_path(folder, row.index) for row in self._rows]
+        return paths
+
+    def paths(self, step: int) -> list[Path]:
+        """The clips of a step, whether they are there or not."""
+        return [clip_path(self._folder / f"step_{step:07d}", row.index) for row in self._rows]

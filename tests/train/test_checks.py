@@ -126,6 +126,23 @@ def test_steps_that_run_again_are_evaluated_again(demo: Path, single: Path, tmp_
     assert evaluations(tmp_path / "run") == evaluations(single)
 
 
+def test_what_a_stop_left_out_is_made_up(demo: Path, single: Path, tmp_path: Path) -> None:
+    """A run that is ended between saving and looking has a checkpoint of the step, and no line and no clips of it."""
+    flags, save = checks(demo, tmp_path), tmp_path / "run"
+    last = Path("validation") / f"step_{STEPS:07d}" / "video_0001.mp4"
+    run(demo, save, train_iters=1, **flags)
+    (save / "evaluation.jsonl").unlink()
+    run(demo, save, train_iters=STEPS, **flags)
+    assert evaluations(save) == evaluations(single)
+    (save / "evaluation.jsonl").write_text(json.dumps(evaluations(single)[0]) + "\n")
+    (save / last).unlink()
+    run(demo, save, train_iters=STEPS, **flags)  # which is at its end
+    assert evaluations(save) == evaluations(single)
+    theirs, ours = clips((single / last).parent), clips((save / last).parent)
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    assert bits(metrics(save)) == bits(metrics(single))
+
+
 LAYOUTS: list[dict[str, Any]] = [
     {
         "tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2,
