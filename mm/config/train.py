@@ -155,6 +155,10 @@ class TrainFlags(MeshFlags):
     save: str | None = Field(None, description="folder for checkpoints and metrics; a run found there is resumed")
     save_interval: int | None = Field(None, ge=1, description="steps between checkpoints; the last step always saves")
     async_save: bool = Field(False, description="write checkpoints in the background; steps wait for a host copy only")
+    on_save_failure: Literal["stop", "warn"] = Field(
+        "stop",
+        description="where the disk refuses a checkpoint that is not the last: stop, or say so and go on to the next",
+    )
     save_on_signal: bool = Field(
         False, description="SIGTERM or SIGUSR1: save at the end of the step and leave with exit code 75"
     )

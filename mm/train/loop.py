@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from mm.checkpoint.background import BackgroundSaver
-from mm.checkpoint.store import save, writing
+from mm.checkpoint.store import writing
 from mm.config.bad_samples import parse_on_bad_sample
 from mm.config.recompute import recompute_of
 from mm.config.request import Request
@@ -42,12 +42,12 @@ from mm.train.build import (
 from mm.train.checks import Check, Checks
 from mm.train.flops import train_flops
 from mm.train.metrics import MetricsLog, StepMetrics
-from mm.train.mm_state import save_weights
 from mm.train.numerics import NumericsGuard
 from mm.train.out_of_memory import MemoryWatch
 from mm.train.run import Run
+from mm.train.saves import Saves
 from mm.train.split import Phase
-from mm.train.state import Progress, state_of
+from mm.train.state import Progress
 from mm.train.step import StepResult, train_step
 from mm.train.stragglers import Stragglers
 
@@ -96,7 +96,8 @@ def train(run: Run) -> Progress:
         log = stack.enter_context(_metrics_log(run, progress))
         with during("evaluation and validation"):
             checks.run(missed, progress.step, parallel, log)
-        return _steps(run, _Built(adapters, parallel, optimizer, log, during, checks, _saver(run, stack)), progress)
+        saves = _saves(run, parallel, optimizer, adapters, stack)
+        return _steps(run, _Built(parallel, optimizer, log, during, checks, saves), progress)
 
 
 @contextmanager
@@ -125,17 +126,15 @@ class _Built:
     """What the steps of a run work with.
 
     Attributes:
-        adapters: None where all parameters are trained. saver: None where the loop itself writes checkpoints.
-        during: makes what to enter for each phase.
+        during: makes what to enter for each phase. saves: None without `--save`.
     """
 
-    adapters: AdapterRun | None
     parallel: ParallelModel
     optimizer: Optimizer
     log: MetricsLog
     during: Callable[[Phase], AbstractContextManager[None]]
     checks: Checks
-    saver: BackgroundSaver | None
+    saves: Saves | None
 
 
 def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
@@ -165,8 +164,8 @@ def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
         )
         if result.updated:
             guard.accepted(step, result.outcome, mine)
-        if built.saver is not None:
-            built.saver.check()
+        if built.saves is not None:
+            built.saves.look()
         progress = Progress(step, progress.consumed_samples + run.global_batch_size, guard.skipped, replaced)
         built.log.write(_measure(run, result, progress, flow, mine, time.monotonic() - started))
         if run.comm.world_size > 1 and _is_due(flags.straggler_interval, step):
@@ -174,9 +173,9 @@ def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
         if _is_due(flags.check_replica_hash_interval, step):
             require_equal_replicas(built.parallel, step)
         last, stopping = step == flags.train_iters, result.outcome.asked_to_stop
-        if flags.save is not None and (_is_due(flags.save_interval, step) or stopping or last):
+        if built.saves is not None and (_is_due(flags.save_interval, step) or stopping or last):
             with built.during("saving"):
-                _save(run, built, Path(flags.save), progress)
+                built.saves.save(progress, may_fail=not (stopping or last))
         if stopping and not last:  # a run that is at its end is done, not stopped
             _stop(run, built, progress)
         with built.during("evaluation and validation"):
@@ -189,9 +188,9 @@ def _is_due(interval: int | None, step: int) -> bool:
 
 
 def _stop(run: Run, built: _Built, progress: Progress) -> None:
-    if built.saver is not None:
+    if built.saves is not None:
         with built.during("saving"):
-            built.saver.finish()
+            built.saves.finish()
     by = run.stop.received if run.stop is not None else None
     raise StoppedError(
         "RUN-001",
@@ -262,30 +261,11 @@ def _measure(
     )
 
 
-def _save(run: Run, built: _Built, root: Path, progress: Progress) -> None:
-    """Write a checkpoint, or begin to where a background saver does so."""
-    flags, started = run.flags, time.monotonic()
-    if flags.ckpt_format == "torch":
-        folder = save_weights(root, progress, flags.seed, built.parallel, built.optimizer, run.comm, flags.keep_latest)
-        logger.info("checkpoint %s (weights) written in %.1f s", folder.name, time.monotonic() - started)
-        return
-    state = state_of(
-        built.optimizer,
-        progress,
-        run.config,
-        flags.seed,
-        run.comm,
-        with_optimizer=not flags.no_save_optim,
-        adapters=built.adapters.record if built.adapters is not None else None,
-    )
-    if built.saver is not None:
-        built.saver.start(state.step, state.pieces, state.scalars, flags.keep_latest, state.derived)
-        return
-    folder = save(root, state.step, state.pieces, state.scalars, run.comm, flags.keep_latest, state.derived)
-    logger.info("checkpoint %s written in %.1f s", folder.name, time.monotonic() - started)
-
-
-def _saver(run: Run, stack: ExitStack) -> BackgroundSaver | None:
-    if run.flags.save is None or run.saving is None:
+def _saves(
+    run: Run, parallel: ParallelModel, optimizer: Optimizer, adapters: AdapterRun | None, stack: ExitStack
+) -> Saves | None:
+    if run.flags.save is None:
         return None
-    return stack.enter_context(BackgroundSaver(Path(run.flags.save), run.saving))
+    root = Path(run.flags.save)
+    background = stack.enter_context(BackgroundSaver(root, run.saving)) if run.saving is not None else None
+    return Saves(run, root, parallel, optimizer, adapters, background)

@@ -7,11 +7,12 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -146,7 +147,10 @@ def _read_lines(path: Path, read: Callable[[str], RowT]) -> list[RowT]:
 
 
 class MetricsLog:
-    """Writes a run's metrics on the one rank that reports; a context manager that closes its files."""
+    """Writes a run's metrics on the one rank that reports; a context manager that closes its files.
+
+    A disk that refuses them is told, and does not end the run.
+    """
 
     def __init__(
         self,
@@ -161,18 +165,17 @@ class MetricsLog:
         self._total_steps = total_steps
         self._log_interval = log_interval
         self._folder = folder
-        self._file = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             _keep_before(folder / METRICS_FILE, read_metrics, first_step)
             _keep_before(folder / EVALUATION_FILE, read_evaluations, first_step)
-            self._file = (folder / METRICS_FILE).open("a")
         self._board = SummaryWriter(str(tensorboard), purge_step=first_step) if tensorboard is not None else None
         self._bar = tqdm(
             total=total_steps, initial=first_step - 1, unit="step", disable=not progress_bar, dynamic_ncols=True
         )
         self._redirect = logging_redirect_tqdm()
         self._seconds: list[float] = []
+        self._lost = 0
 
     def __enter__(self) -> MetricsLog:
         self._redirect.__enter__()
@@ -183,20 +186,16 @@ class MetricsLog:
     ) -> None:
         self._bar.close()
         self._redirect.__exit__(kind, error, trace)
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        with self._board_errors():
+            if self._board is not None:
+                self._board.close()
 
     def write(self, metrics: StepMetrics) -> None:
         """Record one step everywhere."""
-        if self._file is not None:
-            self._file.write(metrics.as_json() + "\n")
-            self._file.flush()
-        if self._board is not None:
-            for name in ("loss", "grad_norm", "lr", "tokens_per_s", "tflops", "peak_memory_gb", "step_time_s"):
-                if math.isfinite(getattr(metrics, name)):
-                    self._board.add_scalar(f"train/{name}", getattr(metrics, name), metrics.step)
+        if self._folder is not None:
+            self._append(self._folder / METRICS_FILE, metrics.as_json())
+        names = ("loss", "grad_norm", "lr", "tokens_per_s", "tflops", "peak_memory_gb", "step_time_s")
+        self._show_numbers("train", {name: getattr(metrics, name) for name in names}, metrics.step)
         self._seconds = [*self._seconds[-49:], metrics.step_time_s]
         eta = sum(self._seconds) / len(self._seconds) * (self._total_steps - metrics.step)
         self._bar.set_postfix(loss=f"{metrics.loss:.4f}", refresh=False)
@@ -207,23 +206,58 @@ class MetricsLog:
     def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Record a loss on held-out features: a line of evaluation.jsonl, TensorBoard, a console line."""
         if self._folder is not None:
-            with (self._folder / EVALUATION_FILE).open("a") as file:
-                file.write(StepEvaluation(step, **asdict(evaluation)).as_json() + "\n")
-        if self._board is not None:
-            self._board.add_scalar("evaluation/loss", evaluation.loss, step)
-            for timestep, loss in evaluation.loss_at.items():
-                self._board.add_scalar(f"evaluation/loss_at_{timestep:03d}", loss, step)
+            self._append(self._folder / EVALUATION_FILE, StepEvaluation(step, **asdict(evaluation)).as_json())
+        at = {f"loss_at_{timestep:03d}": loss for timestep, loss in evaluation.loss_at.items()}
+        self._show_numbers("evaluation", {"loss": evaluation.loss, **at}, step)
         logger.info("step %d | held-out loss %.4f of %d samples", step, evaluation.loss, evaluation.num_samples)
 
     def write_clips(self, step: int, clips: Mapping[str, Tensor], fps: int) -> None:
         """Show rendered clips in TensorBoard, by name; uint8 [F, H, W, 3] each."""
-        if self._board is not None:
-            for name, frames in clips.items():
-                image = Summary.Image(
-                    height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=_gif(frames, fps)
-                )
-                summary = Summary(value=[Summary.Value(tag=f"validation/{name}", image=image)])
-                self._board._get_file_writer().add_summary(summary, step)
+        values = []
+        for name, frames in clips.items():
+            image = Summary.Image(
+                height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=_gif(frames, fps)
+            )
+            values.append(Summary.Value(tag=f"validation/{name}", image=image))
+        self._show(values, step)
+
+    def _show_numbers(self, group: str, numbers: Mapping[str, float], step: int) -> None:
+        finite = {name: number for name, number in numbers.items() if math.isfinite(number)}
+        self._show([Summary.Value(tag=f"{group}/{name}", simple_value=number) for name, number in finite.items()], step)
+
+    def _show(self, values: Sequence[Any], step: int) -> None:
+        """Write `Summary.Value`s to TensorBoard."""
+        with self._board_errors():
+            if self._board is not None:
+                self._board._get_file_writer().add_summary(Summary(value=values), step)
+
+    @contextmanager
+    def _board_errors(self) -> Iterator[None]:
+        """TensorBoard's writer cannot go on after an error."""
+        try:
+            yield
+        except OSError as error:
+            logger.error("TensorBoard's file cannot be written (%s); training goes on without it", error)
+            self._board = None
+
+    def _append(self, path: Path, line: str) -> None:
+        """A line at the end of a file, whole or not at all."""
+        size = None
+        try:
+            size = path.stat().st_size if path.exists() else 0
+            with path.open("a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            with suppress(OSError):  # half a line in the middle of the file would make it unreadable
+                if size is not None:
+                    os.truncate(path, size)
+            if self._lost == 0:
+                logger.error("%s cannot be written (%s); training goes on, lines are lost", path, error)
+            self._lost += 1
+            return
+        if self._lost > 0:
+            logger.warning("%s is written again; %d lines are lost", path, self._lost)
+        self._lost = 0
 
 
 def _gif(frames: Tensor, fps: int) -> bytes:
