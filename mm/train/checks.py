@@ -6,7 +6,7 @@ import logging
 from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -19,12 +19,13 @@ from mm.data.dataset import FeatureDataset
 from mm.data.video import probe, read_frames
 from mm.device.backend import Backend
 from mm.errors import DataError
-from mm.generate.render import Processes
 from mm.parallel.apply import ParallelModel
 from mm.parallel.mesh import Mesh
 from mm.train.evaluation import evaluate
 from mm.train.metrics import EVALUATION_FILE, MetricsLog, read_evaluations
-from mm.train.validation import Validation
+
+if TYPE_CHECKING:
+    from mm.train.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,10 @@ class Checks:
         """
         if validation is None or flags.save is None:
             return cls(flags, comm, held_out, None, 0)
+        # Only here: the encoders' libraries take a third of the time in which a training process starts.
+        from mm.generate.render import Processes
+        from mm.train.validation import Validation
+
         renders = Validation(validation, Processes(mesh, backend, comm), validation_folder(flags.save))
         return cls(flags, comm, held_out, renders, validation.fps)
 
