@@ -9,6 +9,7 @@ root=$(cd "$here/../.." && pwd)
 WORKSPACE=${WORKSPACE:-$root/workspace}
 STEPS=${STEPS:-1200}
 SEED=${SEED:-1234}
+AT_LEAST=${AT_LEAST:-14}   # of 16 clips must have the colour, and the direction, that their captions ask for
 
 if [ -e "$WORKSPACE" ] && [ -n "$(ls -A "$WORKSPACE")" ]; then
     echo "error ENV-003: $WORKSPACE is not empty. Fix: remove it, or WORKSPACE=another/folder bash $0" >&2
@@ -53,7 +54,7 @@ python "$here/convert_ckpt.py" --source_path "$checkpoints" --ckpt_path "$weight
 stage "7/7 Generation"
 MM_MODEL=$demo/configs/inference_model.json LOAD_PATH=$WORKSPACE/trained_hf SAVE_PATH=$WORKSPACE/videos \
     PROMPT=$demo/prompts.txt bash "$here/1.3b/t2v/inference.sh" --micro-batch-size 16
-mm score --videos "$WORKSPACE/videos" --prompts "$demo/prompts.txt" --sheet "$WORKSPACE/videos.png" --at-least 14
+mm score --videos "$WORKSPACE/videos" --prompts "$demo/prompts.txt" --sheet "$WORKSPACE/videos.png" --at-least "$AT_LEAST"
 mm plot --run "$checkpoints" --out "$WORKSPACE/training.png"
 
 stage "Done in $((SECONDS - started)) s"
