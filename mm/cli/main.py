@@ -14,7 +14,7 @@ COMMANDS = {
     "extract": "turn videos and captions into features",
     "migrate": "take over features that MindSpeed-MM extracted",
     "train": "train on features",
-    "doctor": "say whether a run will work and what it costs; doctor data: read a data set; doctor compare: two runs",
+    "doctor": "say whether a run will work, what it costs; doctor data, parity, compare: features, a layout, two runs",
     "convert": "convert weights between the HF, native and MM formats",
     "generate": "make videos from prompts",
     "score": "measure what generated clips of the embedded default show",

@@ -1,4 +1,4 @@
-"""`mm plot --run DIR`: a run's metrics as a PNG."""
+"""`mm plot RUN`: a run's metrics as a PNG."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pydantic import Field
 
 from mm.cli.entry import run
 from mm.config.flags import Flags, parse_flags
-from mm.train.plot import plot_run
 
 
 class PlotFlags(Flags):
-    """Draw loss, gradient norm, learning rate, throughput and memory of a run, and its losses by timestep."""
+    """Draw loss, gradient norm, learning rate, throughput and memory of a run, and its losses by timestep.
+
+    `mm plot RUN` is `mm plot --run RUN`.
+    """
 
     run: str = Field(description="the run's folder (SAVE_PATH), which holds metrics.jsonl")
     out: str | None = Field(None, description="the PNG to write; default: RUN/metrics.png")
@@ -22,7 +24,10 @@ class PlotFlags(Flags):
 
 def main(argv: Sequence[str]) -> None:
     """Draw the plot and say where it is."""
-    flags = parse_flags(PlotFlags, argv, program="mm plot")
+    words = ["--run", *argv] if argv and not argv[0].startswith("-") else argv
+    flags = parse_flags(PlotFlags, words, program="mm plot")
+    from mm.train.plot import plot_run  # matplotlib, and torch
+
     folder = Path(flags.run)
     target = plot_run(folder, Path(flags.out) if flags.out else folder / "metrics.png")
     print(f"wrote {target}")

@@ -93,9 +93,10 @@ class Checks:
 
     def _done(self, step: int) -> set[Check]:
         done: set[Check] = set()
-        file = Path(self.flags.save or "") / EVALUATION_FILE
-        if self.comm.rank == 0 and file.exists() and any(row.step == step for row in read_evaluations(file)):
-            done.add("evaluation")
+        if self.comm.rank == 0 and self.flags.save is not None:
+            file = Path(self.flags.save) / EVALUATION_FILE
+            if file.exists() and any(row.step == step for row in read_evaluations(file)):
+                done.add("evaluation")
         if self.validation is not None and all(path.exists() for path in self.validation.paths(step)):
             done.add("validation")
         return done

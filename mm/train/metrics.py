@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -22,7 +22,9 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mm.errors import CheckpointError
-from mm.train.evaluation import Evaluation
+
+if TYPE_CHECKING:  # `mm plot` reads these files too, and needs no model
+    from mm.train.evaluation import Evaluation
 
 logger = logging.getLogger(__name__)
 

@@ -112,9 +112,10 @@ def test_a_stopped_process_is_named(demo: Path, tmp_path: Path, rank: int) -> No
 
 
 @pytest.mark.nightly
-def test_a_killed_process_ends_the_others_and_a_restart_goes_on(demo: Path, tmp_path: Path) -> None:
-    """With torchrun's elastic restarts the same start goes on by itself."""
-    flags = {"save_interval": 1, "train_iters": 30, "global_batch_size": 4}
+@pytest.mark.parametrize("attempt", range(3))
+def test_a_killed_process_ends_the_others_and_a_restart_goes_on(demo: Path, tmp_path: Path, attempt: int) -> None:
+    """With torchrun's elastic restarts the same start goes on by itself, looked at all the time."""
+    flags = {"save_interval": 1, "train_iters": 30, "global_batch_size": 4, "straggler_interval": 5}
     job = Job(demo, tmp_path / "run", 2, ("--max-restarts", "1"), **flags)
     job.wait_for_steps(5)
     os.kill(job.ranks()[1], signal.SIGKILL)

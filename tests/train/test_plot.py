@@ -104,7 +104,7 @@ def test_a_damaged_file_is_refused_and_a_cut_one_is_not(evaluated: Path, tmp_pat
         (tmp_path / file).write_text((evaluated / file).read_text())
     text = (tmp_path / name).read_text()
     (tmp_path / name).write_text(text[:-9])
-    plot_command.main(["--run", str(tmp_path)])
+    plot_command.main([str(tmp_path)])
     (tmp_path / name).write_text(text[9:])
     with pytest.raises(CheckpointError, match=f"CKPT-070: {tmp_path / name} line 1 is damaged"):
         plot_command.main(["--run", str(tmp_path)])
