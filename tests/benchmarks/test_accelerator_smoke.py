@@ -26,6 +26,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {result["benchmark"].partition(":")[0]: result for result in json.loads(path.read_text())}
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ROWS)
 def test_runs_and_shows_no_times(name: str, results: dict[str, Any]) -> None:
     found = results[name]

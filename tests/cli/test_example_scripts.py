@@ -171,7 +171,7 @@ def few_clips(demo: Path, configs: Path, out: Path) -> None:
     [
         pytest.param("1.3b/i2v", 2, marks=pytest.mark.nightly),
         pytest.param("14b/i2v", 1, marks=pytest.mark.nightly),
-        ("14b/flf2v", 1),
+        pytest.param("14b/flf2v", 1, marks=pytest.mark.nightly),
     ],
 )
 def test_scripts_of_images_from_videos_to_a_checkpoint(demo: Path, tmp_path: Path, script: str, replicas: int) -> None:

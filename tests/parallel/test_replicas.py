@@ -1,5 +1,6 @@
 """Replicas whose weights have parted by one bit are found, on every rank and beside every axis."""
 
+import pytest
 import torch
 from parity import Row
 from ranks import run_ranks
@@ -52,6 +53,7 @@ def test_one_bit_on_one_of_three_replicas_is_found() -> None:
             assert text.startswith("NUM-003: After step 2 the weights of rank 2 differ from")
 
 
+@pytest.mark.nightly
 def test_one_bit_is_found_beside_other_axes() -> None:
     """With two copies of each part nobody can say which is right; the run stops all the same."""
     for told in run_ranks(4, compare_all, list(TWO_AXES.values()), 3):

@@ -206,7 +206,11 @@ def step(run: Request) -> Report:
 
 @pytest.mark.parametrize(
     ("words", "world_size"),
-    [("--micro-batch-size 2", 1), ("--bf16", 8), pytest.param(LORA, 8, marks=pytest.mark.nightly)],
+    [
+        ("--micro-batch-size 2", 1),
+        pytest.param("--bf16", 8, marks=pytest.mark.nightly),
+        pytest.param(LORA, 8, marks=pytest.mark.nightly),
+    ],
 )
 def test_the_dry_run_of_every_proposal_needs_less_as_estimated(words: str, world_size: int) -> None:
     """The peak that every tensor of a whole step adds up to, before and after."""
