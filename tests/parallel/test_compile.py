@@ -26,7 +26,7 @@ from mm.parallel import compile as compiling
 from mm.parallel.apply import DataParallelOptions
 from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
-from mm.train import loop
+from mm.train import build
 
 PLANS = {
     "none": None,
@@ -139,7 +139,7 @@ def train_here(arguments: list[str], cache: str, empty_cache: str) -> str | None
         return said[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "probe", probe)
+        patch.setattr(build, "probe", probe)
         if without:
             patch.setattr(inductor_config.cpp, "cxx", (None, "/bin/false"))
         train_command.main(arguments)
