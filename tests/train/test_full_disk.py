@@ -76,8 +76,8 @@ import logging, resource, sys
 from pathlib import Path
 from mm.train.metrics import MetricsLog, StepMetrics
 
-logging.basicConfig(level=logging.WARNING, format="%(message)s")
 folder, hard = Path(sys.argv[1]), resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
 
 def line(step):
     return StepMetrics(step, 0.5, "0x1p-1", 1.0, "0x1p0", 1e-3, step, 1.0, 1.0, 1.0, 1.0)
@@ -102,7 +102,7 @@ def test_metrics_are_lost_in_whole_lines_and_do_not_end_the_run(tmp_path: Path) 
     )
     assert [row.step for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 6, 7, 8]
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 5
-    told = [line for line in done.stderr.splitlines() if "metrics.jsonl" in line]
-    assert len(told) == 2, done.stderr
+    told = [line for line in done.stdout.splitlines() if "metrics.jsonl" in line]
+    assert len(told) == 2, done.stdout
     assert "cannot be written (" in told[0]
     assert told[1].endswith("is written again; 3 lines are lost")
