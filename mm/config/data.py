@@ -6,6 +6,7 @@ be said out loud; the fields of MindSpeed-MM that are left out are errors that s
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Literal, TypeVar
 from pydantic import Field
 
 from mm.config.base import Section, load_json, parse, take_retired
+from mm.config.path_line import LineError, read_paths, write_paths
 from mm.errors import ConfigError, Problem, raise_all
 
 TEMPORAL_STRIDE = 4  # frames per latent frame of the Wan VAE, after a first frame that stands alone
@@ -176,8 +178,9 @@ def load_train_data(path: Path) -> TrainData:
 def data_sources(basic: BasicParameters, default_annotation: str | None = None) -> list[DataSource]:
     """The data sets that `basic_parameters` names, in order.
 
-    A `.txt` file has one data set a line, `folder,annotation`. An annotation without a folder part lies in the data
-    set's folder; all other paths are used as they stand, relative ones from the current directory.
+    A `.txt` file has one data set a line, `folder,annotation` in the form of `mm.config.path_line`; lines that begin
+    with `#` are comments. An annotation without a folder part lies in the data set's folder; all other paths are used
+    as they stand, relative ones from the current directory.
 
     Args:
         basic: the section.
@@ -190,33 +193,51 @@ def data_sources(basic: BasicParameters, default_annotation: str | None = None) 
     if path.suffix != ".txt":
         return [DataSource(Path(basic.data_folder or "."), path)]
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: names may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             "CFG-001", f"{path} cannot be read ({error}).", "Check the path and its permissions."
         ) from None
+    counts = (1, 2) if default_annotation else (2,)
     sources: list[DataSource] = []
     problems: list[Problem] = []
     for number, line in enumerate(lines, start=1):
-        words = [word.strip() for word in line.split(",")]
-        if words == [""] or words[0].startswith("#"):
+        if not line.strip() or line.lstrip().startswith("#"):
             continue
-        if len(words) == 1 and default_annotation:
-            words.append(default_annotation)
-        if len(words) != 2 or not all(words) or "\0" in line:
-            problems.append(_malformed_line(path, number, line, default_annotation))
-            continue
-        folder, annotation = Path(words[0]), Path(words[1])
-        sources.append(DataSource(folder, folder / annotation if len(annotation.parts) == 1 else annotation))
+        try:
+            words = read_paths(line, counts, lambda words: _are_there(words, default_annotation))
+            sources.append(_source(words, default_annotation))
+        except LineError as error:
+            problems.append(_malformed_line(f"{path} line {number} is {line!r}; it {error}", default_annotation))
     if not sources and not problems:
         problems.append(Problem("CFG-054", f"{path} names no data set.", "Give one line a data set: folder,file."))
     raise_all(ConfigError, problems)
     return sources
 
 
-def _malformed_line(path: Path, number: int, line: str, default_annotation: str | None) -> Problem:
-    expected = f'"folder" or "folder,{default_annotation}"' if default_annotation else '"folder,annotation.json"'
-    return Problem("CFG-054", f"{path} line {number} is {line!r}, expected {expected}.", "Correct the line.")
+def data_source_line(folder: Path, annotation: str | None = None) -> str:
+    """A line of a list that `data_sources` reads as this data set, whatever characters its paths hold.
+
+    Raises:
+        ConfigError: CFG-130 for a path that no line can hold.
+    """
+    return write_paths([str(folder)] if annotation is None else [str(folder), annotation])
+
+
+def _source(words: tuple[str, ...], default_annotation: str | None) -> DataSource:
+    folder, annotation = Path(words[0]), Path(words[1] if len(words) > 1 else default_annotation or "")
+    return DataSource(folder, folder / annotation if len(annotation.parts) == 1 else annotation)
+
+
+def _are_there(words: tuple[str, ...], default_annotation: str | None) -> bool:
+    source = _source(words, default_annotation)
+    return os.path.isdir(source.folder) and (len(words) == 1 or os.path.exists(source.annotation))
+
+
+def _malformed_line(found: str, default_annotation: str | None) -> Problem:
+    expected = f"folder or folder,{default_annotation}" if default_annotation else "folder,annotation.json"
+    remedy = 'Correct the line; a path with a comma goes into double quotes, "/a, b",data.json.'
+    return Problem("CFG-054", f"{found}. Expected is {expected}.", remedy)
 
 
 RootT = TypeVar("RootT", bound=ExtractData | TrainData)

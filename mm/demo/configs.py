@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mm.config.data import data_source_line
 from mm.config.model import CLIP_TOKEN_LEN, IMAGES, ModelType
 from mm.demo.clips import FPS, NUM_FRAMES, SIZE
 from mm.demo.components import FLOW_SHIFT, MODEL_NAMES, transformer_config
@@ -30,8 +31,12 @@ def write_configs(folder: Path, home: Path) -> None:
         target.mkdir()
         for name, content in _files(home, task, home / "configs" / below, home / features).items():
             (target / name).write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
-        (target / "data.txt").write_text(f"{home / 'dataset'},data.json\n", encoding="utf-8")
-        (target / "feature_data.txt").write_text(f"{home / features}\n", encoding="utf-8")
+        lists = {
+            "data.txt": data_source_line(home / "dataset", "data.json"),
+            "feature_data.txt": data_source_line(home / features),
+        }
+        for name, line in lists.items():
+            (target / name).write_text(line + "\n", encoding="utf-8")
 
 
 def _files(home: Path, task: ModelType, configs: Path, features: Path) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from pathlib import Path
 from PIL import Image
 
 from mm.checkpoint.files import remove_folder, temporary_name
+from mm.config.output import require_writable_folder
+from mm.config.path_line import require_writable_as_text, write_paths
 from mm.demo.clips import COLOURS, DIRECTIONS, FPS, NUM_FRAMES, SIZE, Clip, all_captions, all_clips
 from mm.demo.components import MODEL_NAMES, write_model
 from mm.demo.configs import write_configs
@@ -33,10 +35,14 @@ def write_demo(out: Path, clips_per_caption: int = 1) -> None:
     It is written beside `out` under a temporary name and renamed when complete and on disk.
 
     Raises:
-        ConfigError: CFG-080 when `out` is a file or a folder with content, CFG-081 when it cannot be written.
+        ConfigError: CFG-080 when `out` is a file or a folder with content, CFG-081 when it cannot be written, CFG-130
+            for a path that its lists cannot hold, CFG-131 for one where nothing can be written.
     """
     _require_free(out)
-    partial = out.parent / temporary_name(out.name)
+    require_writable_folder(out, "--out")
+    require_writable_as_text(str(out.absolute()))
+    place = Path(os.path.realpath(out))  # a link to an empty folder stays a link
+    partial = place.parent / temporary_name(place.name)
     try:
         partial.mkdir(parents=True)
         for task, name in MODEL_NAMES.items():
@@ -46,12 +52,12 @@ def write_demo(out: Path, clips_per_caption: int = 1) -> None:
         (partial / "prompts.txt").write_text("\n".join(all_captions()) + "\n", encoding="utf-8")
         _write_images(partial, out.absolute(), clips_per_caption)
         _force_to_disk(partial)
-        os.rename(partial, out)
+        os.rename(partial, place)
     except OSError as error:
         raise ConfigError(
             "CFG-081",
             f"The embedded default cannot be written to {out}: {error}.",
-            "Check the path, its permissions and the free space (40 MB); nothing was left behind.",
+            "Check the path, its permissions and the free space (40 MiB); nothing was left behind.",
         ) from error
     finally:
         if partial.exists():
@@ -60,7 +66,7 @@ def write_demo(out: Path, clips_per_caption: int = 1) -> None:
 
 
 def _require_free(out: Path) -> None:
-    if out.is_dir() and not any(out.iterdir()):
+    if out.is_dir() and not any(out.iterdir()) and not os.path.ismount(out):
         return
     if out.exists() or out.is_symlink():
         raise ConfigError("CFG-080", f"{out} exists already.", "Give --out a new name or remove what is there.")
@@ -98,8 +104,8 @@ def _write_images(folder: Path, home: Path, variant: int) -> None:
         for name, frame in zip(names, (frames[0], frames[-1]), strict=True):
             Image.fromarray(frame).save(folder / name)
         first, last = (str(home / name) for name in names)
-        lines["i2v"].append(first)
-        lines["flf2v"].append(f"{first}, {last}")
+        lines["i2v"].append(write_paths([first]))
+        lines["flf2v"].append(write_paths([first, last], ", "))
     for task, listed in lines.items():
         (folder / f"images_{task}.txt").write_text("\n".join(listed) + "\n", encoding="utf-8")
 

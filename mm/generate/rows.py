@@ -7,10 +7,12 @@ when the others are done.
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from mm.config.inference import InferenceModel
+from mm.config.path_line import LineError, read_paths
 from mm.errors import DataError, Problem
 
 log = logging.getLogger(__name__)
@@ -88,18 +90,21 @@ def read_prompts(path: Path) -> list[str]:
 
 def _row(index: int, prompt: str, other: str, config: InferenceModel) -> Row | BadRow:
     """A row, or why it is none (DATA-085)."""
-    paths = tuple(Path(part.strip()) for part in other.split(",")) if config.task == "flf2v" else (Path(other),)
-    wanted, what = {"i2v": (1, "image"), "flf2v": (2, "images"), "v2v": (1, "video")}[config.task]
+    wanted, what = {"i2v": (1, "one image"), "flf2v": (2, "two images"), "v2v": (1, "one video")}[config.task]
     if not prompt:
-        found, remedy = "no prompt", "Write one, or remove both lines."
-    elif not other:
-        found, remedy = f"no {what}", "Write its path, or remove both lines."
-    elif len(paths) != wanted or not all(path.name for path in paths):
-        found, remedy = f'"{other}" where two images are expected', 'Write "first.png, last.png".'
-    elif config.task == "v2v":
-        return Row(index, prompt, video=paths[0])
-    else:
-        return Row(index, prompt, images=paths)
+        return _bad(index, "no prompt", "Write one, or remove both lines.")
+    if not other:
+        return _bad(index, f"nothing where {what} should be", "Write the path, or remove both lines.")
+    try:
+        paths = tuple(map(Path, read_paths(other, (wanted,), lambda paths: all(map(os.path.isfile, paths)))))
+    except LineError as error:
+        expected = "first.png, last.png" if wanted == 2 else '"a, b.png"'
+        remedy = f"Write {expected}; a path with a comma in it goes into double quotes."
+        return _bad(index, f'"{other}" where {what} should be; it {error}', remedy)
+    return Row(index, prompt, video=paths[0]) if config.task == "v2v" else Row(index, prompt, images=paths)
+
+
+def _bad(index: int, found: str, remedy: str) -> BadRow:
     return BadRow(index, Problem("DATA-085", f"Row {index} has {found}.", remedy))
 
 

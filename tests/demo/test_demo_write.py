@@ -7,17 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import extract
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from mm.cli import doctor_data
 from mm.cli.demo import main
+from mm.config.base import load
+from mm.config.inference import InferenceModel
 from mm.demo import write
 from mm.demo.clips import all_captions, all_clips
 from mm.demo.components import MODEL_NAME, load_vae
 from mm.demo.measure import measure_clip, score
 from mm.demo.video import read_video
 from mm.errors import ConfigError
+from mm.generate.rows import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +30,27 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "workspace"
     main(["--out", str(out)])
     return out
+
+
+def test_every_stage_takes_a_folder_of_any_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    home = tmp_path / 'run 1, "final" #[2]=é '
+    main(["--out", str(home)])
+    configs = home / "configs"
+    extract(configs)
+    data, model = configs / "feature_data.json", configs / "pretrain_model.json"
+    doctor_data.main(["--mm-data", str(data), "--mm-model", str(model), "--num-workers", "1"])
+    assert "16 samples, all of them can be used" in capsys.readouterr().out
+    for task, images in (("i2v", 1), ("flf2v", 2)):
+        rows, bad = read_rows(load(InferenceModel, configs / task / "inference_model.json"))
+        assert len(rows) == 16 and not bad
+        assert all(len(row.images) == images and all(path.is_file() for path in row.images) for row in rows)
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "cr\rname"])
+def test_a_folder_that_no_list_can_name_is_refused(tmp_path: Path, name: str):
+    with pytest.raises(ConfigError, match="CFG-130"):
+        main(["--out", str(tmp_path / name)])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
