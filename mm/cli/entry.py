@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -20,6 +21,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     _quieten_libraries()
+    _close_standard_input()
     try:
         main(argv)
     except MMError as error:
@@ -51,3 +53,17 @@ def _quieten_libraries() -> None:
     for line in (r"megatron\b", r"torch\.distributed\.c10d_logger"):
         warnings.filterwarnings("ignore", module=line)
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")
+
+
+def _close_standard_input() -> None:
+    """Let whoever reads standard input find its end: no command reads it, and libraries that ask there must not wait.
+
+    transformers asks there whether to run code of a folder, and takes any "y" for an answer.
+    """
+    if sys.stdin is None:  # it was closed before, and its number may belong to another file by now
+        return
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    try:
+        os.dup2(nothing, 0)
+    finally:
+        os.close(nothing)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from mm.errors import DataError
+from mm.wan.foreign_code import refuse_code
 
 _FIX_FOLDER = "Correct from_pretrained: the folder of this component in the diffusers layout, with its config.json."
 
@@ -27,13 +28,15 @@ def load_strictly(model_class: type[nn.Module], folder: Path, unused: Collection
 
     Raises:
         DataError: DATA-040 when the folder or its config.json is missing, DATA-041 for weights that are missing,
-            unexpected or of another shape, DATA-042 for files that cannot be read.
+            unexpected or of another shape, DATA-042 for files that cannot be read, DATA-120 and DATA-121 for a folder
+            that asks for code or for another model.
     """
     if not (folder / "config.json").is_file():
         raise DataError("DATA-040", f"{folder / 'config.json'} does not exist.", _FIX_FOLDER)
     if not any(folder.glob("*.safetensors")):
         remedy = "Download the safetensors files; weights in other formats are not read."
         raise DataError("DATA-040", f"{folder} has no safetensors file.", remedy)
+    refuse_code(folder)
     bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # the library's report of what did not fit is below, as an error

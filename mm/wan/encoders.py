@@ -16,12 +16,13 @@ import ftfy
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
-from transformers import AutoTokenizer, UMT5EncoderModel
+from transformers import UMT5EncoderModel
 
 from mm.config.extract import TilingParam
 from mm.config.model import Precision
 from mm.errors import DataError
-from mm.wan.component import first_line, load_strictly
+from mm.wan.component import load_strictly
+from mm.wan.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -131,13 +132,10 @@ class TextEncoder:
         """Load a text encoder and its tokenizer from their folders.
 
         Raises:
-            DataError: DATA-040 to DATA-042 for the weights, see `load_strictly`, DATA-043 for the tokenizer.
+            DataError: DATA-040 to DATA-042 for the weights, see `load_strictly`; DATA-043 for the tokenizer; DATA-120,
+                DATA-121 for either.
         """
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder), local_files_only=True)
-        except Exception as error:  # the library raises errors of many unrelated types here
-            message = f"{tokenizer_folder} holds no tokenizer that can be loaded ({first_line(error)})."
-            raise DataError("DATA-043", message, "Correct from_pretrained in tokenizer_config.") from None
+        tokenizer = load_tokenizer(tokenizer_folder)
         model = load_strictly(UMT5EncoderModel, folder, dtype=DTYPES[dtype])
         return cls(model.to(device), tokenizer, max_length)
 

@@ -110,7 +110,7 @@ def test_clips_are_those_of_diffusers(workplace, weights, frames, capfd):
     transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(weights / "transformer"))
     transformer.load_state_dict(load_file(weights / "transformer/diffusion_pytorch_model.safetensors"))
     pipeline = WanPipeline(
-        tokenizer=AutoTokenizer.from_pretrained(weights / "tokenizer"),
+        tokenizer=AutoTokenizer.from_pretrained(weights / "tokenizer", trust_remote_code=False),
         text_encoder=UMT5EncoderModel.from_pretrained(weights / "text_encoder"),
         transformer=transformer.eval(),
         vae=AutoencoderKLWan.from_pretrained(weights / "vae"),
