@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
     # Only now torch: a configuration mistake is told in a fraction of a second, before any device is touched.
     from mm.checkpoint.comm import Comm, ProcessGroupComm, SingleProcess
     from mm.data.dataset import open_features
-    from mm.device.backend import select
+    from mm.device.backend import deterministic, select
     from mm.lora.plan import plan_of
     from mm.parallel.launch import Job
     from mm.parallel.mesh import build_mesh
@@ -62,6 +62,7 @@ def main(argv: Sequence[str]) -> None:
     }
     save = Path(flags.save) if flags.save is not None else None
     with (
+        deterministic(flags.deterministic_mode),
         StopRequest() if flags.save_on_signal else nullcontext() as stop,
         Job(where, backend.collective, backend.device, timeout, configuration) as job,
         Watch(

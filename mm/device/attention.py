@@ -10,6 +10,7 @@ Source: Dao 2023 (FlashAttention-2, arXiv 2307.08691), section 3.1.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -173,10 +174,15 @@ def attention_name(device: torch.device, dtype: torch.dtype, head_dim: int, num_
 
 
 def _kernel(device: torch.device, dtype: torch.dtype, width: int, shortest: int) -> Kernel | None:
-    # A fake tensor may say that it is on a device which is not there.
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return kernel_of(device.type, dtype, width, shortest, _capability(device), deterministic=deterministic)
+
+
+@functools.cache  # asking costs the host more than starting a kernel
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """(major, minor) of a CUDA device; None of others, and of one that only a fake tensor names."""
     there = device.type == "cuda" and torch.cuda.is_available()
-    capability = torch.cuda.get_device_capability(device) if there else None
-    return kernel_of(device.type, dtype, width, shortest, capability)
+    return torch.cuda.get_device_capability(device) if there else None
 
 
 def _check_not_empty(q: Tensor, k: Tensor) -> None:

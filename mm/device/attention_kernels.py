@@ -37,7 +37,13 @@ class Kernel:
 
 
 def kernel_of(
-    device_type: str, dtype: torch.dtype, width: int, shortest: int, capability: tuple[int, int] | None
+    device_type: str,
+    dtype: torch.dtype,
+    width: int,
+    shortest: int,
+    capability: tuple[int, int] | None,
+    *,
+    deterministic: bool,
 ) -> Kernel | None:
     """The fastest kernel that takes such tensors; None where torch has none with a log-sum-exp.
 
@@ -46,6 +52,8 @@ def kernel_of(
         dtype: of q, k and v. width: K.
         shortest: the smaller of T and S.
         capability: of the CUDA device, (major, minor).
+        deterministic: whether the same inputs must give the same bits every time. cuDNN's backward adds up in any
+            order, and called directly it does not refuse; flash and memory-efficient heed torch's switch.
 
     On Hopper and data-centre Blackwell cuDNN is about 1.6 times as fast as the flash kernel that torch itself would
     choose; elsewhere flash is faster (Shah et al. 2024, arXiv 2407.08608, figure 5; transformers PR 48163).
@@ -56,7 +64,7 @@ def kernel_of(
         return None
     if dtype in LOW_PRECISION:
         fits_cudnn = width <= 128 and width % _WIDTH_MULTIPLE == 0 and shortest >= 64
-        if capability is not None and capability[0] in (9, 10) and fits_cudnn:
+        if capability is not None and capability[0] in (9, 10) and fits_cudnn and not deterministic:
             return CUDNN
         return FLASH if width <= 256 else None
     return EFFICIENT if dtype == torch.float32 else None
@@ -84,6 +92,8 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _cudnn_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    # Torch looks a plan of cuDNN up by the layouts of q, k and v, and would read these two in that of an earlier call.
+    grad_out, out = _in_layout_of(q, grad_out), _in_layout_of(q, out)
     dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         grad_out, q, k, v, out, lse.contiguous().unsqueeze(-1), _unread(q), _unread(q), None, None, None,
         q.shape[2], k.shape[2], 0.0, False,
@@ -119,11 +129,21 @@ def _efficient_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Rows behind the last query weigh nothing: exp(score - inf) is 0.
-    lse = F.pad(lse, (0, -lse.shape[-1] % _LSE_MULTIPLE), value=float("inf")).contiguous()
+    missing = -lse.shape[-1] % _LSE_MULTIPLE
+    lse = F.pad(lse, (0, missing), value=float("inf")) if missing else lse.contiguous()
     dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
         grad_out, q, k, v, None, out, lse, _unread(q), _unread(q), 0.0, [True, True, True, False]
     )
     return dq, dk, dv
+
+
+def _in_layout_of(q: Tensor, x: Tensor) -> Tensor:
+    """`x` without gaps and with its dims in memory in the order of those of `q`; itself where it lies so already."""
+    order = sorted(range(q.dim()), key=lambda dim: -q.stride(dim))
+    if x.permute(order).is_contiguous():
+        return x
+    dense = x.permute(order).clone(memory_format=torch.contiguous_format)
+    return dense.permute([order.index(dim) for dim in range(q.dim())])
 
 
 def _unread(q: Tensor) -> Tensor:

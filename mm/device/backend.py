@@ -6,6 +6,7 @@ This and its neighbours are the only files that name a kind of device. Everythin
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,13 @@ from mm.device.out_of_memory import is_out_of_memory
 from mm.errors import ConfigError
 
 DeviceKind = Literal["cpu", "cuda", "npu"]
+
+_DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # matrix products that run at the same time do not share a workspace
+    "NCCL_NVLS_ENABLE": "0",  # switches that add up do so in the order of arrival
+    "HCCL_DETERMINISTIC": "true",
+}
+"""What cuBLAS, NCCL and HCCL must be told beside torch; those of other devices are not read."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +127,13 @@ def free_host_bytes() -> int:
 
 @contextlib.contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
-    """Ask torch for deterministic kernels inside the block when `enabled`."""
+    """Ask torch and the libraries below it for the same bits every time, inside the block when `enabled`.
+
+    Enter it before processes are joined and before the first matrix product: the libraries read their variables once.
+    """
     before = torch.are_deterministic_algorithms_enabled()
+    for name, value in _DETERMINISTIC.items() if enabled else ():
+        os.environ.setdefault(name, value)
     torch.use_deterministic_algorithms(enabled or before)
     try:
         yield

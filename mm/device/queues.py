@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from mm.device.backend import Backend
+from mm.device.backend import Backend, DeviceKind
 
 Queue = Literal["compute", "to host", "to device"]
 
@@ -79,16 +79,23 @@ class DeviceQueues:
 
     def host_memory(self, num_bytes: int) -> Tensor:
         """Page-locked memory."""
-        if self._kind != "cuda":
-            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        # Torch's allocator of pinned memory rounds up to a power of two, which may be twice what is needed.
-        memory = torch.empty(num_bytes, dtype=torch.uint8)
-        runtime = torch.cuda.cudart()
-        torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), num_bytes, 0))
-        return memory
+        return page_locked(self._kind, num_bytes)
 
     def _stream(self, queue: Queue) -> Any:
         return self._module.current_stream() if queue == "compute" else self._streams[queue]
+
+
+def page_locked(kind: DeviceKind, num_bytes: int) -> Tensor:
+    """Host memory as uint8 [num_bytes] that an accelerator of this kind copies from and to by itself."""
+    if num_bytes == 0:  # CUDA refuses to lock nothing
+        return torch.empty(0, dtype=torch.uint8)
+    if kind != "cuda":
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    # Torch's allocator of pinned memory rounds up to a power of two, which may be twice what is needed.
+    memory = torch.empty(num_bytes, dtype=torch.uint8)
+    runtime = torch.cuda.cudart()
+    torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), num_bytes, 0))
+    return memory
 
 
 def queues_of(backend: Backend) -> Queues:

@@ -118,9 +118,9 @@ def context_attention(groups: ContextGroups) -> SelfAttention:
 
 def _whole_sequence(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, keep: Keep) -> Tensor:
     """Attention where every token is at hand: [B, T, N, K] with the padding cut off before and zeros put back after."""
-    real = slice(0, num_tokens)
+    real, padding = slice(0, num_tokens), q.shape[1] - num_tokens
     out = attend(q[:, real], k[:, real], v[:, real], keep)
-    return F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - num_tokens))
+    return F.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out  # padding by nothing is a copy
 
 
 def _check_sizes(all_cp_groups: Sequence[Sequence[int]], ulysses_size: int, window_size: int) -> int:

@@ -173,6 +173,8 @@ def _around_the_ring(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, ring: Rin
         keys, values = kv[:, :, _real(ring.chunk(visit), q.shape[1], num_tokens)]
         if lse.numel() and keys.numel():
             out, lse = merge(out, lse, *attention.attention_with_lse(q[:, real], keys, values))
+    if out.shape == q.shape:
+        return out.to(q.dtype), lse
     padded = torch.zeros_like(q)
     padded[:, real] = out
     return padded, lse

@@ -20,7 +20,6 @@ from mm.config.request import Request
 from mm.data.loader import FeatureBatch, feature_batches
 from mm.data.replacing import check_replaced, replaced_in_step
 from mm.data.sampler import BatchPlan
-from mm.device.backend import deterministic
 from mm.diffusion.flow import FlowMatching
 from mm.errors import StoppedError
 from mm.parallel.apply import ParallelModel
@@ -71,7 +70,6 @@ def train(run: Run) -> Progress:
     memory = MemoryWatch(Request(flags, run.model, run.zero, run.comm.world_size), run.backend, run.comm.rank)
     during = partial(_during, run, memory)
     with ExitStack() as stack:
-        stack.enter_context(deterministic(flags.deterministic_mode))
         if flags.save is not None:
             stack.enter_context(writing(Path(flags.save), run.comm))
         checks = Checks.prepare(flags, run.held_out, run.validation, run.mesh, run.backend, run.comm)

@@ -5,14 +5,19 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from mm.device import attention as dispatched
 from mm.device.attention import (
     attention_backward,
+    attention_name,
     attention_with_lse,
     plain_attention_backward,
     plain_attention_with_lse,
 )
 from mm.device.attention_kernels import CPU, CUDNN, EFFICIENT, FLASH, Kernel, kernel_of
+from mm.device.backend import deterministic
+from mm.device.queues import page_locked
 from mm.parallel.ring import merge
 
 PATHS = {
@@ -94,6 +99,32 @@ def test_blocks_of_keys_make_up_the_whole(dtype: torch.dtype, path: str, device:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("source", ["merged", "plain", "fp64"])
+def test_backward_of_long_blocks_takes_any_log_sum_exp(dtype: torch.dtype, source: str, device: str) -> None:
+    """Blocks of 64 keys and more, as cuDNN takes them, with the log-sum-exp of all keys from elsewhere."""
+    q, k, v, grad_out = tensors((2, 150, 262, 3, 64), dtype, device)
+    expected = reference(q, k, v, grad_out)
+    cuts = [slice(0, 64), slice(64, 134), slice(134, 262)]
+    if source == "merged":
+        out, lse = attention_with_lse(q, k[:, cuts[0]], v[:, cuts[0]])
+        out = out.to(lse.dtype)
+        for cut in cuts[1:]:
+            out, lse = merge(out, lse, *attention_with_lse(q, k[:, cut], v[:, cut]))
+    elif source == "plain":
+        out, lse = plain_attention_with_lse(q, k, v)
+    else:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        out, lse = expected[0].to(device), expected[1].to(device, wide)
+    assert error(lse, expected[1]) < BOUNDS[torch.float64 if dtype == torch.float64 else torch.float32]
+    blocks = [attention_backward(grad_out, q, k[:, cut], v[:, cut], out.to(dtype), lse) for cut in cuts]
+    dq = sum(block[0].double() for block in blocks)
+    dk, dv = (torch.cat([block[i] for block in blocks], dim=1) for i in (1, 2))
+    for found, wanted in zip((dq, dk, dv), expected[2:], strict=True):
+        assert error(found, wanted) < 2 * BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_strides_do_not_matter(device: str) -> None:
     """torch's fused CPU kernel reads a head whose elements are apart as if they were not, and says nothing."""
     q, k, v, grad_out = tensors((2, 5, 7, 3, 16), torch.bfloat16, device)
@@ -143,7 +174,60 @@ def test_which_kernel_is_taken(
     capability: tuple[int, int] | None,
     kernel: Kernel | None,
 ) -> None:
-    assert kernel_of(device, dtype, width, shortest, capability) is kernel
+    assert kernel_of(device, dtype, width, shortest, capability, deterministic=False) is kernel
+    # cuDNN's backward has another order of additions each time; torch makes the others' one by the same switch
+    kept = FLASH if kernel is CUDNN else kernel
+    assert kernel_of(device, dtype, width, shortest, capability, deterministic=True) is kept
+
+
+def test_the_switch_of_torch_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatched, "_capability", lambda device: (9, 0))
+    names = []
+    for enabled in (False, True):
+        with deterministic(enabled):
+            names.append(attention_name(torch.device("cuda"), torch.bfloat16, 128, 32760))
+    assert names == ["cuDNN", "flash"]
+
+
+def test_a_device_is_asked_for_its_capability_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or (9, 0))
+    dispatched._capability.cache_clear()
+    names = {attention_name(torch.device("cuda"), torch.bfloat16, 128, 64) for _ in range(3)}
+    dispatched._capability.cache_clear()
+    assert (names, len(asked)) == ({"cuDNN"}, 1)
+
+
+class Strides(TorchDispatchMode):
+    """The strides with which cuDNN's backward is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten._scaled_dot_product_cudnn_attention_backward:
+            self.seen += [x.stride() for x in (args[0], args[4])]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("of_q", ["tokens first", "heads first", "a part of longer ones"])
+def test_cudnn_sees_the_gradient_and_the_output_in_the_layout_of_q(of_q: str) -> None:
+    """It looks its plan up by the layouts of q, k and v alone."""
+    with FakeTensorMode():
+        q, k, v, out, grad_out = (torch.empty(2, 3, 70, 64, dtype=torch.bfloat16, device="cuda") for _ in range(5))
+        if of_q == "tokens first":
+            q = torch.empty(2, 70, 3, 64, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+        elif of_q == "a part of longer ones":
+            q = torch.empty(2, 80, 3, 64, dtype=torch.bfloat16, device="cuda").transpose(1, 2).narrow(2, 0, 70)
+        lse = torch.empty(2, 3, 70, device="cuda")
+        expanded, like_q = grad_out.new_empty(()).expand(q.shape), torch.empty_like(q)
+        with Strides() as strides:
+            CUDNN.backward(expanded, q, k, v, out, lse)
+            CUDNN.backward(grad_out, q, k, v, like_q, lse)
+    dense = (70 * 3 * 64, 70 * 64, 64, 1) if of_q == "heads first" else (70 * 3 * 64, 64, 3 * 64, 1)
+    assert strides.seen == [dense] * 4
 
 
 @pytest.mark.parametrize(
@@ -178,3 +262,8 @@ def test_fake_tensors_go_through(device: str, dtype: torch.dtype, width: int) ->
     assert (lse.shape, lse.dtype) == ((2, 3, 5), torch.float64 if dtype == torch.float64 else torch.float32)
     assert [(x.shape, x.dtype) for x in grads] == [(x.shape, dtype) for x in (q, k, k)]
     assert {x.device.type for x in (out, lse, *grads)} == {device}
+
+
+def test_no_memory_is_not_locked() -> None:
+    """CUDA refuses to register nothing, which a pool without slots asks for."""
+    assert page_locked("cuda", 0).shape == (0,)

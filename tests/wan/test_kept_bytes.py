@@ -14,6 +14,7 @@ from mm.config.recompute import Recompute
 from mm.device.queues import HostQueues
 from mm.parallel import memory
 from mm.parallel.compile import compile_blocks
+from mm.parallel.context import ContextGroups, context_attention
 from mm.parallel.memory import TrackMemory
 from mm.parallel.offload import Offloader
 from mm.parallel.recompute import block_runner
@@ -90,6 +91,12 @@ def of_diffusers(config: WanConfig) -> float:
     text = torch.randn(1, TEXT, width, dtype=torch.bfloat16, requires_grad=True)
     table = torch.randn(1, TOKENS, 1, config.head_dim)
     return kept_bytes(lambda: block(x, text, time, (table, table)), block.parameters()) / (TOKENS * width)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_attention_of_training_on_one_rank_keeps_no_more(size: str) -> None:
+    parts = Parts(self_attention=context_attention(ContextGroups(None, None, None, 1)))
+    assert bytes_of(in_bf16(WanBlock(SIZES[size], parts)), SIZES[size]) == ours(SIZES[size])
 
 
 @pytest.mark.parametrize(("size", "most"), [("1.3B", 58), ("14B", 46)])
