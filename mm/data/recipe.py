@@ -22,7 +22,7 @@ from mm.errors import ConfigError, DataError
 
 RECIPE_FILE = "recipe.json"
 UNKNOWN = "unknown"  # features taken over from elsewhere
-FORMAT_VERSION = 1  # raise it when the same recipe would give other features
+FORMAT_VERSION = 2  # raise it when the same recipe would give other features
 CROP_RULE = "cover-bilinear-antialias-centre"
 TEXT_CLEANING = "ftfy-html2-whitespace"
 IMAGE_FIELDS = {"image_encoder", "condition_tile_size", "condition_tile_stride"}  # of a recipe with images

@@ -10,19 +10,19 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import ftfy
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import UMT5EncoderModel
 
 from mm.config.extract import TilingParam
 from mm.config.model import Precision
 from mm.errors import DataError
 from mm.wan.component import load_strictly
-from mm.wan.tokenizer import load_tokenizer
+from mm.wan.tokenizer import TextTokenizer, open_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class VideoEncoder:
 class TextEncoder:
     """UMT5 embeddings of captions, cleaned and tokenised as Wan does."""
 
-    def __init__(self, model: UMT5EncoderModel, tokenizer: Any, max_length: int = 512) -> None:
+    def __init__(self, model: UMT5EncoderModel, tokenizer: TextTokenizer, max_length: int = 512) -> None:
         """Take a loaded model and tokenizer.
 
         Args:
@@ -132,10 +132,10 @@ class TextEncoder:
         """Load a text encoder and its tokenizer from their folders.
 
         Raises:
-            DataError: DATA-040 to DATA-042 for the weights, see `load_strictly`; DATA-043 for the tokenizer; DATA-120,
-                DATA-121 for either.
+            DataError: DATA-040 to DATA-042 for the weights, see `load_strictly`; DATA-043 and DATA-140 for the
+                tokenizer; DATA-120, DATA-121 for either.
         """
-        tokenizer = load_tokenizer(tokenizer_folder)
+        tokenizer = open_tokenizer(tokenizer_folder)
         model = load_strictly(UMT5EncoderModel, folder, dtype=DTYPES[dtype])
         return cls(model.to(device), tokenizer, max_length)
 
@@ -151,22 +151,20 @@ class TextEncoder:
             `max_length`. A caption that is cut is reported in the log.
         """
         texts = [clean_text(caption) for caption in captions]
-        lengths = [len(ids) for ids in self.tokenizer(texts, add_special_tokens=True)["input_ids"]]
-        for text, length in zip(texts, lengths, strict=True):
-            if length > self.max_length:
-                log.warning('only %d of %d tokens are used of the caption "%.60s..."', self.max_length, length, text)
-        tokens = self.tokenizer(
-            texts,
-            padding="longest",
-            truncation=True,
-            max_length=self.max_length,
-            add_special_tokens=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        ).to(self.model.device)
-        states = self.model(tokens.input_ids, tokens.attention_mask).last_hidden_state
-        used = tokens.attention_mask.sum(dim=1).tolist()
-        return [state[:length].clone() for state, length in zip(states, used, strict=True)]
+        rows = self.tokenizer.ids(texts)
+        for text, ids in zip(texts, rows, strict=True):
+            if len(ids) > self.max_length:
+                log.warning('only %d of %d tokens are used of the caption "%.60s..."', self.max_length, len(ids), text)
+        used = [torch.tensor(_cut(ids, self.max_length)) for ids in rows]
+        tokens = pad_sequence(used, batch_first=True).to(self.model.device)
+        mask = pad_sequence([torch.ones_like(ids) for ids in used], batch_first=True).to(self.model.device)
+        states = self.model(tokens, mask).last_hidden_state
+        return [state[: len(ids)].clone() for state, ids in zip(states, used, strict=True)]
+
+
+def _cut(ids: list[int], max_length: int) -> list[int]:
+    """At most that many tokens, the closing one among them."""
+    return ids if len(ids) <= max_length else [*ids[: max_length - 1], ids[-1]]
 
 
 def clean_text(text: str) -> str:

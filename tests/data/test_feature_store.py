@@ -248,7 +248,7 @@ def test_recipe_key_depends_on_every_field(tmp_path: Path) -> None:
     save_recipe(tmp_path, RECIPE)
     assert load_recipe(tmp_path) == RECIPE
     changed = {
-        "format_version": 2, "vae": "w", "text_encoder": "w", "tokenizer": "w", "height": 80, "width": 80,
+        "format_version": 3, "vae": "w", "text_encoder": "w", "tokenizer": "w", "height": 80, "width": 80,
         "num_frames": 13, "min_num_frames": 1, "frame_interval": 2, "crop": "none", "vae_dtype": "bf16",
         "text_dtype": "bf16", "tile_size": (34, 34), "tile_stride": None, "text_cleaning": "none",
         "max_text_tokens": 256, "seed": 2,

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from mm.config.extract import TilingParam
 from mm.errors import DataError
 from mm.wan.encoders import TextEncoder, VideoEncoder, clean_text
+from mm.wan.tokenizer import open_tokenizer
 
 CPU = torch.device("cpu")
 CAPTIONS = [
@@ -223,4 +224,4 @@ def test_tokenizers_that_do_not_fit(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="DATA-043"):
         load(tmp_path / "w", "text_encoder")
     with pytest.raises(DataError, match=r"DATA-043.*107 tokens, the text encoder 20|DATA-043.*text encoder 20"):
-        TextEncoder(make_text_encoder(20), make_tokenizer())
+        TextEncoder(make_text_encoder(20), open_tokenizer(weights / "tokenizer"))
