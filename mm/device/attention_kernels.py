@@ -139,7 +139,8 @@ def _efficient_backward(
 
 def _in_layout_of(q: Tensor, x: Tensor) -> Tensor:
     """`x` without gaps and with its dims in memory in the order of those of `q`; itself where it lies so already."""
-    order = sorted(range(q.dim()), key=lambda dim: -q.stride(dim))
+    strides = q.stride()
+    order = sorted(range(q.dim()), key=lambda dim: -strides[dim])
     if x.permute(order).is_contiguous():
         return x
     dense = x.permute(order).clone(memory_format=torch.contiguous_format)
