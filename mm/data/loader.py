@@ -19,19 +19,25 @@ from mm.data.replacing import Replaced, check_replaced, may_be_replaced
 from mm.data.sampler import BatchPlan, MicroBatchSampler, next_in_epoch
 from mm.data.workers import Outcome, Parcel, as_error, as_facts, read_in_order, room
 from mm.errors import DataError
-from mm.rng import generator
+from mm.rng import generator, training_noise
 
 logger = logging.getLogger(__name__)
 
 
 class _Notes(ImageFeatures, total=False):
-    """Only where samples were replaced: the ids of those that were to be in the micro-batch."""
+    """What only some micro-batches have.
+
+    Attributes:
+        replaced: where samples were, the ids of those that were to be in the micro-batch.
+        noise: [b, 16, F, H, W] fp32, `mm.rng.training_noise` of each sample.
+    """
 
     replaced: list[str]
+    noise: Tensor
 
 
 class FeatureBatch(_Notes):
-    """One micro-batch; tensors of images where the features have them.
+    """One micro-batch; tensors of images where the features have them, noise where it was asked for.
 
     Attributes:
         latents: [b, 16, F, H, W]. text: [b, text_len, D], zeros after each caption's end.
@@ -57,6 +63,7 @@ def feature_batches(
     read_timeout: float = 600.0,
     pin_memory: bool = False,
     on_bad_sample: OnBadSample = FAIL,
+    with_noise: bool = False,
 ) -> Generator[FeatureBatch]:
     """This replica's micro-batches without end.
 
@@ -72,6 +79,7 @@ def feature_batches(
         read_timeout: seconds to read one micro-batch.
         pin_memory: put batches into page-locked memory.
         on_bad_sample: whether samples with damaged files are replaced; see `mm.data.replacing`.
+        with_noise: draw the noise of each sample beside reading it, ahead of the step that needs it.
 
     Raises:
         DataError: DATA-015 at once when samples of different shapes would have to share a micro-batch, and what
@@ -87,11 +95,11 @@ def feature_batches(
     draws = _Draws(dataset, seed, caption_dropout, shuffle, on_bad_sample)
     sampler = MicroBatchSampler(plan, len(dataset), seed, consumed_samples, shuffle)
     outcomes = read_in_order(
-        _ReadBatch(dataset.model, text_len, empty),
+        _ReadBatch(dataset.model, text_len, empty, seed if with_noise else None),
         ([draws.draw(index, epoch) for index, epoch in places] for places in sampler),
         num_workers=num_workers,
         time_limit=read_timeout,
-        buffer_bytes=_most_bytes(dataset, plan.micro_batch_size, text_len),
+        buffer_bytes=_most_bytes(dataset, plan.micro_batch_size, text_len, with_noise=with_noise),
         again=draws.without_bad_sample,
     )
     return _batches(outcomes, draws, pin_memory)
@@ -163,11 +171,16 @@ class _Draws:
 
 @dataclass(frozen=True)
 class _ReadBatch:
-    """Reads, pads and stacks one micro-batch; `empty`: the empty prompt's file and recipe, if captions are dropped."""
+    """Reads, pads and stacks one micro-batch.
+
+    Attributes:
+        empty: the empty prompt's file and recipe, if captions are dropped. noise_seed: of the noise, if it is drawn.
+    """
 
     model: WanConfig
     text_len: int
     empty: tuple[Path, str] | None
+    noise_seed: int | None
 
     def __call__(self, batch: list[_Draw], /) -> Parcel:
         samples: list[SampleTensors] = []
@@ -185,6 +198,11 @@ class _ReadBatch:
         if "condition" in samples[0]:  # images stay where the caption is dropped: guidance is about the caption alone
             stacked["image_features"] = torch.stack([sample["image_features"] for sample in samples])
             stacked["condition"] = torch.stack([sample["condition"] for sample in samples])
+        if self.noise_seed is not None:
+            shape = stacked["latents"].shape[1:]
+            stacked["noise"] = torch.stack(
+                [training_noise(self.noise_seed, draw.name, draw.epoch, shape) for draw in batch]
+            )
         return Parcel(stacked, {})
 
     def describe(self, batch: list[_Draw], /) -> str:
@@ -210,6 +228,8 @@ def _batches(
             }
             if "condition" in tensors:
                 batch["image_features"], batch["condition"] = tensors["image_features"], tensors["condition"]
+            if "noise" in tensors:
+                batch["noise"] = tensors["noise"]
             if replaced := draws.note_replaced(drawn):
                 batch["replaced"] = replaced
             yield batch
@@ -224,11 +244,13 @@ def _bad_sample(outcome: Outcome) -> tuple[int, DataError] | None:
     return None
 
 
-def _most_bytes(dataset: FeatureDataset, micro_batch_size: int, text_len: int) -> int:
+def _most_bytes(dataset: FeatureDataset, micro_batch_size: int, text_len: int, *, with_noise: bool) -> int:
     """Of the tensors of a micro-batch of the largest samples."""
     model = dataset.model
     largest = max((sample.latent_shape for sample in dataset.samples), key=lambda shape: torch.Size(shape).numel())
     shapes: Sequence[tuple[int, ...]] = [largest, (text_len, model.text_dim)]
+    if with_noise:
+        shapes = [*shapes, largest]
     if model.image_tokens:
         shapes = [*shapes, (model.image_tokens, model.image_dim), (model.condition_channels, *largest[1:])]
     return room(*((micro_batch_size, *shape) for shape in shapes))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mm.config.diffusion import DiffusionConfig
-from mm.rng import generator
+from mm.rng import generator, training_noise
 
 SampleId = int | str
 
@@ -63,10 +63,7 @@ class FlowMatching:
     def draw_noise(self, seed: int, samples: Sequence[SampleId], draws: Sequence[int], shape: Sequence[int]) -> Tensor:
         """Draw the noise of each sample, [B, *shape] fp32 on the CPU; keyed as in `draw_timesteps`."""
         return torch.stack(
-            [
-                torch.randn(tuple(shape), generator=generator(seed, "noise", sample, draw), dtype=torch.float32)
-                for sample, draw in zip(samples, draws, strict=True)
-            ]
+            [training_noise(seed, sample, draw, shape) for sample, draw in zip(samples, draws, strict=True)]
         )
 
     def noisy(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from mm.wan.block import WanBlock
 from mm.wan.inputs import beside, check_inputs
 from mm.wan.model import WanModel
 from mm.wan.patches import patchify
-from mm.wan.rope import Grid, Positions, rope_tables
+from mm.wan.rope import Grid, Positions
 
 _EMBEDDERS = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "img_emb")
 
@@ -113,7 +113,7 @@ class WanStage(MegatronModule):
         return send_side(shape, hidden, conditions)
 
     def _positions(self, grid: Grid, device: torch.device) -> Positions:
-        cos, sin = rope_tables(grid, self.model.config.head_dim, device)
+        cos, sin = self.model.rotary.tables(grid, device)
         return Positions(
             self.tokens.take_chunk(cos, dim=0), self.tokens.take_chunk(sin, dim=0), num_tokens=math.prod(grid)
         )

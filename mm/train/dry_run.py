@@ -192,7 +192,7 @@ def _gradients(parallel: ParallelModel, job: Job, micro_batches: int) -> None:
         return forward_micro_batch(stage, module, batch, flow, parallel, seed=0)
 
     def tokens_of(batch: FeatureBatch) -> tuple[int, int, int]:
-        return len(batch["sample"]), num_tokens(batch["latents"], job.wan.patch_size), batch["text"].shape[1]
+        return len(batch["sample"]), num_tokens(batch["latents"].shape, job.wan.patch_size), batch["text"].shape[1]
 
     for parameter in parallel.named_parameters().values():
         parameter.grad = None  # layer-zero's, of a pass before

@@ -225,6 +225,7 @@ def _batches(run: Run, progress: Progress) -> Iterator[FeatureBatch]:
         read_timeout=flags.read_timeout,
         on_bad_sample=parse_on_bad_sample(flags.on_bad_sample),
         pin_memory=loading.pin_memory and run.backend.kind != "cpu",
+        with_noise=run.mesh.pp_rank in (0, run.mesh.layout.pp_size - 1),  # stages between do not see it
     )
 
 

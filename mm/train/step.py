@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mm.data.loader import FeatureBatch
+from mm.device.copies import to_device
 from mm.diffusion.flow import FlowMatching
 from mm.errors import NumericsError
 from mm.parallel.apply import ParallelModel
@@ -94,7 +95,7 @@ def train_step(
         on_nonfinite(outcome)
         optimizer.skip(samples)
     patch_size = parallel.wan.patch_size
-    tokens = sum(len(batch["sample"]) * num_tokens(batch["latents"], patch_size) for batch in batches)
+    tokens = sum(len(batch["sample"]) * num_tokens(batch["latents"].shape, patch_size) for batch in batches)
     return StepResult(outcome, outcome.is_finite, lr, tokens)
 
 
@@ -113,7 +114,7 @@ def compute_gradients(
         return forward_micro_batch(stage, module, batch, flow, parallel, seed)
 
     def tokens_of(batch: FeatureBatch) -> tuple[int, int, int]:
-        return len(batch["sample"]), num_tokens(batch["latents"], patch_size), batch["text"].shape[1]
+        return len(batch["sample"]), num_tokens(batch["latents"].shape, patch_size), batch["text"].shape[1]
 
     losses = forward_backward(parallel, forward_step, batches, tokens_of)
     mesh = parallel.mesh
@@ -122,9 +123,9 @@ def compute_gradients(
     return torch.zeros(len(batches), len(batches[0]["sample"]), device=parallel.backend.device)
 
 
-def num_tokens(latents: Tensor, patch_size: PatchSize) -> int:
-    """Video tokens of one sample of latents [B, C, F, H, W]."""
-    frames, height, width = latents.shape[2:]
+def num_tokens(latents: Sequence[int], patch_size: PatchSize) -> int:
+    """Video tokens of one sample of latents of shape [B, C, F, H, W]."""
+    frames, height, width = latents[2:]
     return math.prod(token_grid((frames, height, width), patch_size))
 
 
@@ -133,33 +134,50 @@ def forward_micro_batch(
 ) -> tuple[Tensor, LossFunction]:
     """Run one stage on one micro-batch, and say how its output turns into a loss.
 
-    Noise and timesteps are drawn on the CPU, where they are the same for every device and layout; each rank draws
-    what it needs, so the first stage and the last one agree without a message.
+    Noise and timesteps are drawn on the CPU, where they are the same for every device and layout; each rank has what it
+    needs, so the first stage and the last one agree without a message. The rest is computed on the device, whose
+    elementwise operators round as the CPU's do.
     """
     device, patch_size, share = parallel.backend.device, parallel.wan.patch_size, parallel.mesh.tokens
-    clean = batch["latents"].float()
-    latents, timestep, text = clean, torch.empty(0), batch["text"]
+    clean_shape = batch["latents"].shape
+    drawn = torch.stack(flow.draw_timesteps(seed, batch["sample"], batch["draw"]))
+    sigma, timestep, weight = to_device(drawn, device)
+    latents, target, text = batch["latents"], torch.empty(0), batch["text"]
     images: dict[str, Tensor] = {}
-    sigma, drawn_timestep, weight = flow.draw_timesteps(seed, batch["sample"], batch["draw"])
     if stage.first or stage.last:
-        noise = flow.draw_noise(seed, batch["sample"], batch["draw"], clean.shape[1:])
+        latents, target = _noisy_and_target(stage, batch, flow, parallel, seed, sigma)
     if stage.first:
-        latents = flow.noisy(clean, noise, sigma).to(device, non_blocking=True)
-        timestep, text = drawn_timestep.to(device, non_blocking=True), text.to(device, non_blocking=True)
-        images = {name: value.to(device, non_blocking=True) for name, value in images_of(batch).items()}
-    target = torch.empty(0)
-    if stage.last:
-        tokens = patchify(flow.target(clean, noise), patch_size)
-        target = share.take(tokens, dim=1).to(device, non_blocking=True)
+        text = to_device(text, device)
+        images = {name: to_device(value, device) for name, value in images_of(batch).items()}
     output = module(latents, timestep, text, **images)
 
     def loss_function(velocity: Tensor) -> tuple[Tensor, Tensor]:
-        real = share.real(num_tokens(clean, patch_size))  # padding takes no part
-        elements = math.prod(clean.shape[1:])
+        real = share.real(num_tokens(clean_shape, patch_size))  # padding takes no part
+        elements = math.prod(clean_shape[1:])
         loss, of_samples = flow.loss(velocity[:, :real], target[:, :real], weight, elements)
         return loss, of_samples.detach()
 
     return output, loss_function
+
+
+def _noisy_and_target(
+    stage: WanStage, batch: FeatureBatch, flow: FlowMatching, parallel: ParallelModel, seed: int, sigma: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Noisy latents [B, C, F, H, W] on the first stage, this rank's tokens of the target on the last, on the device.
+
+    What a stage does not need is left empty. Clean latents and noise live no longer than this call.
+    """
+    device = parallel.backend.device
+    clean = to_device(batch["latents"], device).float()
+    noise = batch.get("noise")  # readers draw it ahead
+    if noise is None:
+        noise = flow.draw_noise(seed, batch["sample"], batch["draw"], clean.shape[1:])
+    noise = to_device(noise, device)
+    latents = flow.noisy(clean, noise, sigma) if stage.first else batch["latents"]
+    if not stage.last:
+        return latents, torch.empty(0)
+    tokens = patchify(flow.target(clean, noise), parallel.wan.patch_size)
+    return latents, parallel.mesh.tokens.take(tokens, dim=1)
 
 
 def images_of(batch: FeatureBatch) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from mm.wan.inputs import beside, check_inputs
 from mm.wan.layers import Fp32LayerNorm, Parts
 from mm.wan.patches import patchify, token_grid, unpatchify
 from mm.wan.precision import keep_fp32
-from mm.wan.rope import Grid, Positions, grid_positions
+from mm.wan.rope import Grid, Positions, RotaryTables
 
 ModelT = TypeVar("ModelT", bound="WanModel")
 
@@ -139,6 +139,7 @@ class WanModel(nn.Module):
         width = config.hidden_size
         self.config = config
         self.runner = parts.run_blocks
+        self.rotary = RotaryTables(config.head_dim)
         self.patch_embedding = PatchEmbedding(config)
         self.text_embedding = TextEmbedding(config, parts)
         self.time_embedding = nn.Sequential(
@@ -208,7 +209,7 @@ class WanModel(nn.Module):
         grid = self.token_grid(latents)
         hidden = self.patch_embedding(patchify(beside(latents, condition), self.config.patch_size))
         conditions = self.embed_conditions(timestep, text, image_features)
-        positions = grid_positions(grid, self.config.head_dim, latents.device)
+        positions = self.rotary.positions(grid, latents.device)
         hidden = self.run_blocks(hidden, conditions, positions)
         return unpatchify(self.head(hidden, conditions.time), grid, self.config.patch_size)
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mm.device.copies import to_device
+
 THETA = 10_000.0
 
 Grid = tuple[int, int, int]
@@ -45,9 +47,6 @@ def axis_widths(head_dim: int) -> tuple[int, int, int]:
 def rope_tables(grid: Grid, head_dim: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Cosines and sines of every token, tokens in row-major order of (frame, row, column), positions from 0.
 
-    Only the per-axis angles are computed and moved to the device (F + H + W rows); the grid is their broadcast, so a
-    call per forward costs one write of the two tables and nothing needs to be cached.
-
     Args:
         grid: tokens along (frames, rows, columns), T = their product.
         head_dim: K.
@@ -56,11 +55,41 @@ def rope_tables(grid: Grid, head_dim: int, device: torch.device | str = "cpu") -
     Returns:
         cos, sin: [T, K/2] fp32, one column for each pair.
     """
+    return _broadcast(_axis_tables(grid, head_dim, device), grid)
+
+
+class RotaryTables:
+    """`rope_tables` for one head width, which computes the angles of a grid once.
+
+    Kept on the device are the rows of each axis, F + H + W of them, some ten kilobytes; the tables are their broadcast,
+    one write of the device's memory each time. So a step moves no angle, and large tables live no longer than a pass.
+    """
+
+    _MOST = 64  # grids; runs have a few, and generation of many sizes must not fill the device
+
+    def __init__(self, head_dim: int) -> None:
+        self._head_dim = head_dim
+        self._axes: dict[tuple[Grid, torch.device], list[tuple[Tensor, Tensor]]] = {}
+
+    def tables(self, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines as `rope_tables` gives them."""
+        key = (grid, device)
+        axes = self._axes.pop(key, None) or _axis_tables(grid, self._head_dim, device)
+        self._axes[key] = axes  # the last one used is last
+        if len(self._axes) > self._MOST:
+            self._axes.pop(next(iter(self._axes)))
+        return _broadcast(axes, grid)
+
+    def positions(self, grid: Grid, device: torch.device) -> Positions:
+        """Positions of a whole sample."""
+        return Positions(*self.tables(grid, device), num_tokens=math.prod(grid))
+
+
+def _axis_tables(grid: Grid, head_dim: int, device: torch.device | str) -> list[tuple[Tensor, Tensor]]:
+    """Cosines and sines of the positions along each axis, [size, width/2] fp32 each."""
     # fp64, because an fp32 angle of some hundred radians has lost the digits that its cosine needs.
     angles = [_axis_angles(size, width) for size, width in zip(grid, axis_widths(head_dim), strict=True)]
-    cos = _broadcast([a.cos().to(device=device, dtype=torch.float32) for a in angles], grid)
-    sin = _broadcast([a.sin().to(device=device, dtype=torch.float32) for a in angles], grid)
-    return cos, sin
+    return [(to_device(a.cos().float(), device), to_device(a.sin().float(), device)) for a in angles]
 
 
 def _axis_angles(size: int, width: int) -> Tensor:
@@ -70,11 +99,12 @@ def _axis_angles(size: int, width: int) -> Tensor:
     return torch.outer(torch.arange(size, dtype=torch.float64), THETA**-exponent)
 
 
-def _broadcast(tables: list[Tensor], grid: Grid) -> Tensor:
-    frames, rows, columns = grid
-    parts = (
-        tables[0][:, None, None, :].expand(frames, rows, columns, -1),
-        tables[1][None, :, None, :].expand(frames, rows, columns, -1),
-        tables[2][None, None, :, :].expand(frames, rows, columns, -1),
-    )
-    return torch.cat(parts, dim=-1).flatten(0, 2)
+def _broadcast(axes: list[tuple[Tensor, Tensor]], grid: Grid) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every token from those along the axes."""
+
+    def whole(tables: list[Tensor]) -> Tensor:
+        frames, rows, columns = tables
+        along = frames[:, None, None, :], rows[None, :, None, :], columns[None, None, :, :]
+        return torch.cat([table.expand(*grid, -1) for table in along], dim=-1).flatten(0, 2)
+
+    return whole([cos for cos, _ in axes]), whole([sin for _, sin in axes])

@@ -1,3 +1,4 @@
+import hashlib
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -152,3 +153,18 @@ def test_dropout_without_an_empty_prompt(tmp_path: Path) -> None:
 def test_sizes_that_do_not_divide(plan: tuple[int, int, int, int]) -> None:
     with pytest.raises(ConfigError, match="CFG-021"):
         BatchPlan(*plan)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_noise_is_drawn_beside_reading_with_the_bits_of_its_key(dataset: FeatureDataset, num_workers: int) -> None:
+    """Of the sample and the epoch, by the plain generator that the step would use."""
+    batches = take(dataset, 7, with_noise=True, num_workers=num_workers)
+    assert len({name for name, _ in drawn(batches)}) == 10  # and four of them twice
+    for batch in batches:
+        for noise, name, epoch in zip(batch["noise"], batch["sample"], batch["draw"], strict=True):
+            digest = hashlib.sha256(f"5/noise/{name}/{epoch}".encode()).digest()
+            keyed = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            assert torch.equal(noise, torch.randn(noise.shape, generator=keyed))
+        assert batch["noise"].shape == batch["latents"].shape
+        assert batch["noise"].dtype == torch.float32
+    assert "noise" not in take(dataset, 1)[0]

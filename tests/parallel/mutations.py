@@ -22,6 +22,7 @@ from mm.parallel.optimizer import Optimizer
 from mm.parallel.tokens import TokenShare
 from mm.train import parity, step
 from mm.wan.model import Conditions, WanModel
+from mm.wan.rope import RotaryTables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,8 +301,8 @@ def modulation_rounded_at_the_boundary(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("N9", "ulysses2", "tp2sp", caught_by="gradient")
 def rotary_tables_rounded(patch: pytest.MonkeyPatch) -> None:
-    tables = stage.rope_tables
-    patch.setattr(stage, "rope_tables", lambda *args: tuple(rounded(table) for table in tables(*args)))
+    tables = RotaryTables.tables
+    patch.setattr(RotaryTables, "tables", lambda *args: tuple(rounded(table) for table in tables(*args)))
 
 
 @mutation("N9", "ring2", caught_by="gradient")

@@ -1,8 +1,14 @@
-"""A step makes the host wait for the device once."""
+"""A step makes the host wait for the device once, and copies nothing to it that is waited for."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +78,35 @@ def test_one_read_a_step(dtype: torch.dtype, options: DataParallelOptions, accum
             assert result.updated
             if step > 0:  # AdamW makes its counts in the first one
                 assert counted.reads == ["cpu"]
+
+
+@pytest.fixture(scope="module")
+def copies() -> dict[str, dict[str, Any]]:
+    """What is copied from host to device in a micro-batch of a size that was seen before, by task and stage."""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-P", str(here / "copies_on_fake_device.py")],
+        env={**os.environ, "PYTHONPATH": str(here.parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("noise", ["ahead", "now"])
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    # latents, noise, the three drawn numbers of a sample; the text; image features and the condition
+    [("t2v whole", 4), ("t2v first", 4), ("t2v last", 3), ("i2v whole", 6), ("i2v first", 6), ("i2v last", 3)],
+)
+def test_no_copy_of_a_micro_batch_is_waited_for(
+    copies: dict[str, dict[str, Any]], stage: str, number: int, noise: str
+) -> None:
+    assert copies[f"{stage} {noise}"] == {"asynchronous": number, "blocking": [], "reads": 0}
 
 
 def test_the_counter_counts() -> None:

@@ -10,11 +10,12 @@ from torch import nn
 from mm.config.model import WanConfig
 from mm.device import kernels
 from mm.errors import ConfigError
+from mm.wan import rope
 from mm.wan.initial import initial_value
 from mm.wan.layers import Parts, QKNorm
 from mm.wan.model import WanModel, timestep_sinusoid
 from mm.wan.patches import patchify, token_grid, unpatchify
-from mm.wan.rope import axis_widths, rope_tables
+from mm.wan.rope import RotaryTables, axis_widths, rope_tables
 
 CONFIG = WanConfig(text_dim=32, hidden_size=64, ffn_dim=96, num_heads=4, num_layers=2, freq_dim=32)
 
@@ -174,3 +175,20 @@ def test_parts_may_shard_heads_and_replace_attention():
     assert out.shape == (1, 16, 2, 4, 4)
     assert seen == [((1, 8, 2, 16), (1, 8, 2, 16)), ((1, 8, 2, 16), (1, 5, 2, 16))] * CONFIG.num_layers
     assert model.state_dict().keys() == WanModel(CONFIG).state_dict().keys()
+
+
+def test_the_angles_of_a_grid_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    grids = [(frames, 3, 4) for frames in range(1, 101)]
+    kept, host = RotaryTables(16), torch.device("cpu")
+    for grid in grids:
+        pairs = zip(kept.tables(grid, host), rope_tables(grid, 16), strict=True)
+        assert all(torch.equal(table, expected) for table, expected in pairs)
+    computed = []
+    angles = rope._axis_angles
+    monkeypatch.setattr(rope, "_axis_angles", lambda *args: computed.append(args) or angles(*args))
+    first = rope_tables(grids[-1], 16)
+    computed.clear()
+    again = kept.positions(grids[-1], host)
+    assert computed == [] and torch.equal(again.cos, first[0]) and torch.equal(again.sin, first[1])
+    kept.tables(grids[0], host)  # so many grids are not all kept
+    assert len(computed) == 3
