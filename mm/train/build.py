@@ -114,6 +114,7 @@ def build_optimizer(run: Run, parallel: ParallelModel) -> Optimizer:
         adam_eps=flags.adam_eps,
         clip_grad=flags.clip_grad,
         ema_decay=flags.ema_decay,
+        fused=run.backend.kind != "cpu",
     )
     return make_optimizer(parallel, settings)
 
