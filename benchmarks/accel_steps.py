@@ -38,7 +38,7 @@ Latent = tuple[int, int, int]
 
 SETTINGS = AdamWSettings(
     lr=1e-5, min_lr=0.0, lr_decay_style="constant", lr_warmup_init=0.0, warmup_samples=0, decay_samples=1_000_000,
-    weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, clip_grad=1.0,
+    weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, clip_grad=1.0, fused=True,
 )  # fmt: skip
 FLOPS = "mm.train.flops.train_flops, 3 forwards; HFU adds what is recomputed. Peak: dense bf16 by data sheet."
 VELOCITY_BOUND, GRADIENT_BOUND = 2e-2, 5e-2  # of bf16 against fp32: largest error / largest value; error / length

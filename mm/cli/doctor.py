@@ -94,6 +94,8 @@ def main(argv: Sequence[str]) -> None:
         recompute=recompute_of(flags, model),
         tuning=None if lora is None else lora.tuning(),
         ema_decay=flags.ema_decay,
+        async_save=flags.async_save,
+        save_optimizer=not flags.no_save_optim,
     )
     report = dry_run(job, flags.rank)
     notes = {"compile": _UNCOMPILED} if flags.compile_blocks else {}
@@ -132,7 +134,7 @@ def _as_text(layout: Layout, report: Report, notes: dict[str, str]) -> str:
         ("tokens", f"{report.tokens:,} a sample, {report.rank_tokens:,} on this rank, {padding:,} of them padding"),
         ("parameters", f"{report.parameters:,} kept by this rank{trained}"),
         ("bubble", f"{report.bubble:.1%} of the step, if stages are even"),
-        ("host memory", f"{report.host_bytes / GIB:.2f} GiB page-locked, for offload" if report.host_bytes else "none"),
+        ("host memory", _host_memory(report)),
         *notes.items(),
     ]
     kinds = sorted(report.peak.items(), key=lambda item: -item[1])
@@ -156,6 +158,12 @@ def _as_text(layout: Layout, report: Report, notes: dict[str, str]) -> str:
             else "nothing is sent",
         ]
     )
+
+
+def _host_memory(report: Report) -> str:
+    parts = {"offload": report.host_bytes, "background saves": report.save_bytes}
+    used = [f"{size / GIB:.2f} GiB for {what}" for what, size in parts.items() if size]
+    return f"page-locked: {', '.join(used)}" if used else "none"
 
 
 if __name__ == "__main__":

@@ -75,8 +75,6 @@ def check(
         findings += readiness.attempt(
             "features", lambda: readiness.features(open_features(data, config), batch, one_size=one_size)
         )
-        pinned = max((report["host_bytes"] for report in reports), default=0)
-        findings += readiness.host(flags, trained, pinned, where.local_world_size, layout.world_size)
     with ExitStack() as stack:
         comm: Comm = SingleProcess()
         if where.world_size > 1:
@@ -88,6 +86,10 @@ def check(
             findings += reached if where.rank == 0 else []
             drawn = readiness.same_draws(comm.all_gather_object(_draws(flags, model, data, batch)))
             findings += drawn if where.rank == 0 else []
+        told = [report for part in comm.all_gather_object(reports) for report in part]  # rank 0's, on every node
+        pinned, saved = (max((report[of] for report in told), default=0) for of in ("host_bytes", "save_bytes"))
+        if where.local_rank == 0:
+            findings += readiness.host(flags, trained, pinned, saved, where.local_world_size)
         everyone = comm.all_gather_object([asdict(finding) for finding in findings])
     if where.rank == 0:
         _tell(_merged([readiness.Finding(**found) for part in everyone for found in part]), reports, as_json=as_json)

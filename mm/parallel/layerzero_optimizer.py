@@ -65,6 +65,8 @@ class LayerZeroOptimizer(Optimizer):
             lr=settings.lr,
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_eps,
+            foreach=False,
+            fused=settings.fused,
         )
         super().__init__(parallel, settings, [self._shard(name, parallel) for name in named])
 
@@ -109,11 +111,7 @@ class LayerZeroOptimizer(Optimizer):
 
     def apply_gradients(self, norm: float) -> None:
         """See `Optimizer`."""
-        clip = self._settings.clip_grad
-        scale = clip / (norm + 1e-6)  # megatron-core's
-        gradients = [part.key.grad for part in self._slices.values() if part.key.grad is not None]
-        if clip > 0 and scale < 1 and gradients:
-            torch._foreach_mul_(gradients, scale)
+        self.clip(norm)
         self._inner.step()
         self.drop_gradients()
         self.masters_to_model()

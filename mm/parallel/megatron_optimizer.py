@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from mm.parallel.apply import ParallelModel
-from mm.parallel.optimizer import AdamWSettings, Optimizer, ParamShard
+from mm.parallel.optimizer import AdamWSettings, Optimizer, ParamShard, counts_by_group
 
 
 class MegatronOptimizer(Optimizer):
@@ -38,6 +37,10 @@ class MegatronOptimizer(Optimizer):
                 use_gloo_process_groups=False,
                 pg_collection=parallel.mesh.groups,
             )
+            for inner in self._torch_optimizers():
+                if not counts_by_group(inner):  # Apex's and TransformerEngine's are fused already
+                    for group in inner.param_groups:
+                        group.update(fused=settings.fused, foreach=False)
             names = {parameter: name for name, parameter in parallel.named_parameters().items()}
             shards = [s for optimizer in self._inner.chained_optimizers for s in _shards_of(optimizer, names, parallel)]
             super().__init__(parallel, settings, shards)
@@ -56,11 +59,8 @@ class MegatronOptimizer(Optimizer):
 
     def apply_gradients(self, norm: float) -> None:
         """See `Optimizer`."""
-        clip = self._settings.clip_grad
+        self.clip(norm)
         with self._parallel.backend.megatron():
-            for optimizer in self._inner.chained_optimizers:
-                if clip > 0 and optimizer.get_parameters():
-                    clip_grad_by_total_norm_fp32(optimizer.get_parameters(), clip, norm)
             self._inner.step_with_ready_grads()
         self.drop_gradients()
 

@@ -32,7 +32,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class AdamWSettings:
-    """AdamW, its schedule, with lengths in samples, and the average; the fields are the flags of the same names."""
+    """AdamW, its schedule, with lengths in samples, and the average; the fields are the flags of the same names.
+
+    Attributes:
+        fused: update each parameter in one kernel. Else an accelerator computes step by step on lists of all
+            parameters, with a temporary of the whole shard, and the CPU on one parameter after the other. The CPU's
+            kernel is not asked for in training: its last bits depend on where a shard begins, and so on the layout.
+    """
 
     lr: float
     min_lr: float
@@ -46,6 +52,7 @@ class AdamWSettings:
     adam_eps: float
     clip_grad: float
     ema_decay: float | None = None
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ class ParamShard:
         if not state:  # the whole entry at once: torch's optimizers take a partial one for a complete one
             state.update({moment: torch.zeros_like(self.key) for moment in MOMENTS})
             if not counts_by_group(self.inner):
-                state["step"] = torch.tensor(0.0)
+                state["step"] = _count(0, self.key)
         return state[which].view(-1)
 
 
@@ -181,6 +188,16 @@ class Optimizer(abc.ABC):
             for gradient, total in zip(partial, _unflatten_dense_tensors(together, partial), strict=True):
                 gradient.copy_(total)
 
+    def clip(self, norm: float) -> None:
+        """Scale the reduced gradients, in place, so that their global `norm` is at most `--clip-grad`.
+
+        Source of the formula: megatron-core, `clip_grad_by_total_norm_fp32`, which has a temporary of each gradient.
+        """
+        scale = self._settings.clip_grad / (norm + 1e-6)
+        gradients = [shard.key.grad for shard in self._shards if shard.key.grad is not None]
+        if self._settings.clip_grad > 0 and scale < 1 and gradients:
+            torch._foreach_mul_(gradients, scale)
+
     def update(self, norm: float, samples: int) -> None:
         """Clip the reduced gradients by their global `norm`, update the weights, advance the schedule by `samples`."""
         self.apply_gradients(norm)
@@ -232,21 +249,28 @@ class Optimizer(abc.ABC):
                     group["step"] = count
                     continue
                 for key in group["params"]:
-                    inner.state[key]["step"] = torch.tensor(float(count))
+                    inner.state[key]["step"] = _count(count, key)
 
-    def _inner_steps(self) -> Iterator[Any]:
+    def _inner_steps(self) -> Iterator[float]:
         for inner in self._torch_optimizers():
             for group in inner.param_groups:
                 if counts_by_group(inner):
                     yield group.get("step", 0)
                     continue
-                yield from (inner.state[key]["step"] for key in group["params"] if "step" in inner.state.get(key, {}))
+                steps = [inner.state[key]["step"] for key in group["params"] if "step" in inner.state.get(key, {})]
+                if steps:
+                    yield from torch.stack(steps).tolist()  # they are on the device: one read for all
 
 
 def norm_of(squares: Tensor) -> float:
     """The L2 norm of gradients of which `squares` holds each parameter's sum of squares."""
     # Added up in fp64 and in the order of the whole model, so that no layout of whole parameters changes a bit.
     return math.sqrt(float(squares.double().sum()))
+
+
+def _count(steps: int, key: Tensor) -> Tensor:
+    """AdamW's step count of a parameter, where its fused kernel reads it."""
+    return torch.tensor(float(steps), dtype=torch.float32, device=key.device)
 
 
 def counts_by_group(inner: torch.optim.Optimizer) -> bool:

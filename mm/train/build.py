@@ -12,6 +12,7 @@ from mm.checkpoint.store import find_latest
 from mm.checkpoint.weights import open_weights
 from mm.config.recompute import Recompute
 from mm.device.attention import attention_name
+from mm.device.backend import free_host_bytes
 from mm.errors import ConfigError
 from mm.lora.plan import starting_values
 from mm.parallel.apply import ParallelModel, ValueOf, apply
@@ -23,11 +24,13 @@ from mm.parallel.optimizers import make_optimizer
 from mm.train.adapters import AdapterRun, load_adapters, open_base
 from mm.train.describe import start_table
 from mm.train.run import Run, data_parallel_options, training_dtype
-from mm.train.state import Progress, load_state, load_weights
+from mm.train.state import Progress, load_state, load_weights, saved_bytes
 from mm.wan.initial import initial_value
 from mm.wan.layers import BlockRunner
 
 logger = logging.getLogger(__name__)
+
+GIB = 2**30
 
 
 def check_sizes(run: Run) -> None:
@@ -114,8 +117,28 @@ def build_optimizer(run: Run, parallel: ParallelModel) -> Optimizer:
         adam_eps=flags.adam_eps,
         clip_grad=flags.clip_grad,
         ema_decay=flags.ema_decay,
+        fused=run.backend.kind != "cpu",
     )
     return make_optimizer(parallel, settings)
+
+
+def require_memory_for_saving(run: Run, optimizer: Optimizer) -> int:
+    """The host memory that background saves take on this process, from the first one on.
+
+    Raises:
+        ConfigError: CFG-185 when this process's share of the node's free memory is smaller.
+    """
+    need = saved_bytes(optimizer, with_optimizer=not run.flags.no_save_optim)
+    free = free_host_bytes() // run.processes_of_node
+    if need > free:
+        raise ConfigError(
+            "CFG-185",
+            f"--async-save needs {need / GIB:.1f} GiB of host memory on this process for a copy of what it saves, and "
+            f"{free / GIB:.1f} GiB are free for it.",
+            "Leave it out, add --use-distributed-optimizer, which spreads the copy over the replicas, or start fewer "
+            "processes on the node.",
+        )
+    return need
 
 
 def step_shape(run: Run) -> StepShape:

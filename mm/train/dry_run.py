@@ -37,14 +37,15 @@ from mm.parallel.schedule import LossFunction, forward_backward
 from mm.parallel.stage import WanStage
 from mm.parallel.traffic import CountTraffic, Sent, Traffic, axes_of, totals
 from mm.parallel.tuning import Tuning
+from mm.train.state import saved_bytes
 from mm.train.step import forward_micro_batch, num_tokens
 from mm.wan.patches import token_grid
 
 _SETTINGS = AdamWSettings(
     lr=1.0, min_lr=0.0, lr_decay_style="constant", lr_warmup_init=0.0, warmup_samples=0, decay_samples=1,
-    weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, clip_grad=1.0,
+    weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, clip_grad=1.0, fused=True,
 )  # fmt: skip
-"""AdamW with clipping; its numbers change neither memory nor messages."""
+"""AdamW as on an accelerator, with clipping; its numbers change neither memory nor messages."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Job:
         tuning: what is trained instead of the model's parameters. ema_decay: of the average of the weights, if any.
         latent: F, H, W of a sample's latents. micro_batch_size: samples in a forward.
         micro_batches: of one replica in a step.
+        async_save: whether checkpoints are written in the background. save_optimizer: with the optimizer's state.
     """
 
     wan: WanConfig
@@ -70,6 +72,8 @@ class Job:
     recompute: Recompute | None = None
     tuning: Tuning | None = None
     ema_decay: float | None = None
+    async_save: bool = False
+    save_optimizer: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Report:
         parameter_bytes, gradient_bytes, optimizer_bytes: kept all the time, in the model's and DDP's buffers, and in
             the optimizer.
         peak: bytes by kind (`mm.parallel.memory`) when most memory was in use. peak_bytes: their sum.
-        host_bytes: of the offload pool, beside the device's memory.
+        host_bytes: of the offload pool, beside the device's memory. save_bytes: of background saves, there too.
         traffic: what it sends in a step by axis and operation.
         bubble: share of the step in which a stage waits, if stages are equally long.
         tokens: of a sample. rank_tokens: places for them on a rank. real_tokens: of them on this rank, no padding.
@@ -100,6 +104,7 @@ class Report:
     optimizer_bytes: int
     peak: dict[str, int]
     host_bytes: int
+    save_bytes: int
     traffic: Traffic
     bubble: float
     tokens: int
@@ -158,6 +163,7 @@ def dry_run(job: Job, rank: int) -> Report:
             optimizer_bytes=tracked.now(memory.OPTIMIZER),
             peak=tracked.peak(start),
             host_bytes=tracked.now(memory.HOST),
+            save_bytes=saved_bytes(optimizer, with_optimizer=job.save_optimizer) if job.async_save else 0,
             traffic=_sum(_of_all(passes, runs, job.micro_batches), update),
             bubble=formulas.bubble(job.layout, job.micro_batches),
             tokens=tokens,

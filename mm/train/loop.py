@@ -20,6 +20,7 @@ from mm.config.request import Request
 from mm.data.loader import FeatureBatch, feature_batches
 from mm.data.replacing import check_replaced, replaced_in_step
 from mm.data.sampler import BatchPlan
+from mm.device.queues import queues_of
 from mm.diffusion.flow import FlowMatching
 from mm.errors import StoppedError
 from mm.parallel.apply import ParallelModel
@@ -34,6 +35,7 @@ from mm.train.build import (
     check_sizes,
     describe,
     open_adapters,
+    require_memory_for_saving,
     start_or_resume,
     step_shape,
     why_not_compiled,
@@ -60,8 +62,9 @@ def train(run: Run) -> Progress:
         Where the run ended.
 
     Raises:
-        ConfigError: CFG-046 when samples of different sizes would cross a pipeline that was not told so; CFG-049 when
-            offload needs more host memory than is free; CFG-068 when blocks would be compiled for too many sizes.
+        ConfigError: CFG-046 when samples of different sizes would cross a pipeline that was not told so; CFG-049 or
+            CFG-185 when offload or background saves need more host memory than is free; CFG-068 when blocks would be
+            compiled for too many sizes.
         OutOfMemoryError: MEM-001 when the device has no room for the model or a step.
         CheckpointError, ConfigError, NumericsError: as documented where they arise.
     """
@@ -94,7 +97,7 @@ def train(run: Run) -> Progress:
         log = stack.enter_context(_metrics_log(run, progress))
         with during("evaluation and validation"):
             checks.run(missed, progress.step, parallel, log)
-        saves = _saves(run, parallel, optimizer, adapters, stack)
+        saves = _saves(run, parallel, optimizer, adapters, memory, stack)
         return _steps(run, _Built(parallel, optimizer, log, during, checks, saves), progress)
 
 
@@ -261,10 +264,17 @@ def _measure(
 
 
 def _saves(
-    run: Run, parallel: ParallelModel, optimizer: Optimizer, adapters: AdapterRun | None, stack: ExitStack
+    run: Run,
+    parallel: ParallelModel,
+    optimizer: Optimizer,
+    adapters: AdapterRun | None,
+    memory: MemoryWatch,
+    stack: ExitStack,
 ) -> Saves | None:
     if run.flags.save is None:
         return None
-    root = Path(run.flags.save)
-    background = stack.enter_context(BackgroundSaver(root, run.saving)) if run.saving is not None else None
+    root, background = Path(run.flags.save), None
+    if run.saving is not None:
+        memory.pinned_host += require_memory_for_saving(run, optimizer)
+        background = stack.enter_context(BackgroundSaver(root, run.saving, queues_of(run.backend).host_memory))
     return Saves(run, root, parallel, optimizer, adapters, background)

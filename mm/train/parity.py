@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -253,7 +253,7 @@ def run_on_the_mesh(
     parallel = apply(
         case.wan, mesh, backend, case.options, torch.float32, value_of, case.zero, runner, compiled_for
     )  # fmt: skip
-    optimizer = make_optimizer(parallel, SETTINGS)
+    optimizer = make_optimizer(parallel, replace(SETTINGS, fused=parallel.backend.kind != "cpu"))
     flow = FlowMatching(DiffusionConfig())
     trace: Trace[Values] = Trace()
     for step in range(STEPS):

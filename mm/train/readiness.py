@@ -160,8 +160,7 @@ def disk(flags: TrainFlags, trained: int) -> list[Finding]:
     """
     if flags.save is None:
         return []
-    kinds = 1 + (0 if flags.no_save_optim else 2) + (flags.ema_decay is not None)  # masters, moments, the average
-    one = trained * _FP32 * kinds
+    one = _state_bytes(flags, trained)
     saves = flags.train_iters // flags.save_interval if flags.save_interval else 1
     kept = min(max(saves, 1), flags.keep_latest or max(saves, 1)) + (1 if saves > 1 else 0)  # the newest beside the old
     free = shutil.disk_usage(_existing(Path(flags.save))).free
@@ -173,16 +172,17 @@ def disk(flags: TrainFlags, trained: int) -> list[Finding]:
     return [Finding("disk", "ok", found)]
 
 
-def host(flags: TrainFlags, trained: int, pinned_bytes: int, processes: int, world_size: int) -> list[Finding]:
+def host(flags: TrainFlags, trained: int, pinned_bytes: int, save_bytes: int, processes: int) -> list[Finding]:
     """Host memory and limits of this node.
 
     Args:
         flags: of the run. trained: as for `disk`.
-        pinned_bytes: of one process, for offload.
-        processes: of this node. world_size: of the job.
+        pinned_bytes: of one process, for offload. save_bytes: of the process with the most, for background saves.
+        processes: of this node.
     """
     findings = []
-    copies = trained * _FP32 * 3 * processes // world_size if flags.async_save else 0
+    # of what replicas have copies of, one saves: no more than the whole state is saved from one node
+    copies = min(save_bytes * processes, max(_state_bytes(flags, trained), save_bytes))
     need, free = pinned_bytes * processes + copies, psutil.virtual_memory().available
     found = f"{need / GB:.2f} GB for offload and background saves on {socket.gethostname()}, {free / GB:.1f} GB free"
     remedy = "Leave out --async-save or offload, or start fewer processes a node."
@@ -196,6 +196,11 @@ def host(flags: TrainFlags, trained: int, pinned_bytes: int, processes: int, wor
         remedy = "Give the container more (--shm-size), or --num-workers 0."
         findings.append(Finding("limits", "look", f"{shared} has {size:.2f} GB free", remedy))
     return findings
+
+
+def _state_bytes(flags: TrainFlags, trained: int) -> int:
+    """Of a checkpoint: masters, moments, the average."""
+    return trained * _FP32 * (1 + (0 if flags.no_save_optim else 2) + (flags.ema_decay is not None))
 
 
 def network(comm: Comm, seconds: float) -> list[Finding]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mm.checkpoint.background import copy_bytes
 from mm.checkpoint.boxes import Box
 from mm.checkpoint.comm import Comm
 from mm.checkpoint.formats.mm_format import CONFIG_NAME
@@ -95,6 +96,12 @@ def state_of(
         derived = Derived(partial(export, record=adapters), 4 * sum(map(math.prod, optimizer.shapes.values())))
     owned = [shard for shard in optimizer.shards if shard.owned]
     return State(progress.step, _pieces(owned, with_optimizer, optimizer.average), scalars, derived)
+
+
+def saved_bytes(optimizer: Optimizer, *, with_optimizer: bool) -> int:
+    """Host memory for a copy of what this rank saves; its moments need not be there yet."""
+    masters = _pieces([shard for shard in optimizer.shards if shard.owned], False, None)
+    return copy_bytes(masters) * (1 + len(MOMENTS) * with_optimizer + (optimizer.average is not None))
 
 
 def load_state(

@@ -135,7 +135,7 @@ def _tell_ranks(step: int, found: Sequence[Straggler]) -> None:
 
 
 def product_seconds(backend: Backend) -> float:
-    """What the device takes for some matrix products, a few milliseconds; the least of five tries."""
+    """What the device takes for some matrix products, a few milliseconds; the median of five tries."""
     size, products, dtype = (256, 16, torch.float32) if backend.kind == "cpu" else (2048, 64, torch.bfloat16)
     factor = torch.ones(size, size, dtype=dtype, device=backend.device)
     product, tries = torch.empty_like(factor), []
@@ -146,7 +146,7 @@ def product_seconds(backend: Backend) -> float:
             torch.mm(factor, factor, out=product)
         backend.synchronize()
         tries.append(time.perf_counter() - started)
-    return min(tries)
+    return statistics.median(tries)
 
 
 def slow_devices(seconds: Sequence[float]) -> list[tuple[int, float, float]]:

@@ -16,7 +16,7 @@ from ranks import run_ranks
 from test_store import assert_holds, names, pieces_for
 
 from mm.checkpoint import background
-from mm.checkpoint.background import BackgroundSaver
+from mm.checkpoint.background import BackgroundSaver, copy_bytes
 from mm.checkpoint.comm import ProcessGroupComm, SingleProcess
 from mm.checkpoint.fault import SAVE_POINTS
 from mm.checkpoint.store import Piece, find_latest, pieces_of_flat_range, save, whole_piece, writing
@@ -52,15 +52,47 @@ def test_values_are_those_of_the_moment(tmp_path, monkeypatch):
     assert_holds(find_latest(tmp_path), 1)
 
 
-def test_one_after_the_other_and_in_the_same_buffers(tmp_path):
-    with writing(tmp_path), saver(tmp_path) as saves:
+def test_one_after_the_other_and_in_the_same_memory(tmp_path):
+    asked = []
+
+    def host_memory(num_bytes):
+        asked.append(num_bytes)
+        return torch.full((num_bytes,), 255, dtype=torch.uint8)  # NaN, where nothing was copied to
+
+    with writing(tmp_path), BackgroundSaver(tmp_path, SingleProcess(), host_memory) as saves:
         for step in (1, 2, 3):
             saves.start(step, pieces_for(step), {}, keep_latest=2)
-        buffers = {name: tensor.data_ptr() for name, tensor in saves._buffers.items()}
         saves.start(4, pieces_for(4), {}, keep_latest=2)
-        assert buffers == {name: tensor.data_ptr() for name, tensor in saves._buffers.items()}
+    assert asked == [copy_bytes(pieces_for(1))]
     assert names(tmp_path) == ["iter_0000003", "iter_0000004", "latest_checkpointed_iteration.txt"]
     assert_holds(find_latest(tmp_path), 4)
+
+
+def test_the_memory_is_the_bytes_of_the_tensors(tmp_path):
+    """In whole pages of 4096, where the next power of two for each tensor would be a half more."""
+    sizes = [1, 1024, 1025, 3000, 5000, 24_000, 40_000]
+    pieces = [whole_piece(f"w{size}", torch.full((size,), float(size))) for size in sizes]
+    pieces.append(whole_piece("half", torch.ones(2049, dtype=torch.bfloat16)))
+    pages = [1, 1, 2, 3, 5, 24, 40, 2]
+    asked, memories = [], []
+
+    def host_memory(num_bytes):
+        asked.append(num_bytes)
+        memories.append(torch.empty(num_bytes, dtype=torch.uint8))
+        return memories[-1]
+
+    with writing(tmp_path), BackgroundSaver(tmp_path, SingleProcess(), host_memory) as saves:
+        saves.start(1, pieces, {})
+        saves.finish()
+        saves.start(2, pieces[:3], {})  # of another layout: other memory
+    assert asked == [4096 * sum(pages), 4096 * 4]
+    starts = [(copy.tensor.data_ptr() - memories[1].data_ptr()) / 4096 for copy in saves._copies]
+    assert starts == [0, 1, 2]
+
+
+def test_a_rank_that_saves_nothing_has_no_memory(tmp_path):
+    with writing(tmp_path), BackgroundSaver(tmp_path, SingleProcess(), lambda size: pytest.fail(str(size))) as saves:
+        assert saves._copied([]) == []
 
 
 @pytest.mark.parametrize("ask", ["check", "finish", "start", "leave"])
