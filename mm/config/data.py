@@ -282,7 +282,8 @@ def _impossible_values(config: ExtractData | TrainData, source: str) -> Iterator
         yield Problem(
             "CFG-053",
             f"{source}: data_path is {basic.data_path}, which ends in none of .txt, .json, .jsonl.",
-            "Name a list of data sets (.txt) or one annotation file (.json, .jsonl).",
+            "Name a list of data sets (.txt) or one annotation file (.json, .jsonl; of a table pandas writes one with "
+            'to_json("data.jsonl", orient="records", lines=True)).',
         )
     elif suffix == ".txt" and basic.data_folder is not None:
         yield Problem(

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Generic, TypeVar
 
 from mm.config.data import DataSource, RawPreprocess, TrainData
@@ -15,7 +14,7 @@ from mm.data.clips import CheckClip, check_announced_length
 from mm.data.dataset import FeatureDataset, FeaturePlace, checked_sources, read_sample
 from mm.data.files import Row, RowList, split_rows
 from mm.data.listing import FeatureStore, RowChecker
-from mm.data.metadata import VideoSample, check_row
+from mm.data.metadata import Listed, VideoSample, check_row
 from mm.data.workers import Parcel, Work, read_in_order
 from mm.errors import DataError, Problem
 
@@ -102,7 +101,7 @@ def check_videos(
     Raises:
         DataError: DATA-060 for an annotation file of which no row can be told.
     """
-    first_place: dict[Path, str] = {}
+    listed = Listed()
     lists = [CheckedList(source, split_rows(source.annotation, "DATA-060")) for source in sources]
     jobs: list[_Job[VideoSample]] = []
     for data_set, checked in enumerate(lists):
@@ -110,7 +109,7 @@ def check_videos(
             if row.problem is not None:
                 checked.add(data_set, number, (None, None), [row.problem])
                 continue
-            found = check_row(row.value, data_set, number, checked.source, first_place)
+            found = check_row(row.value, data_set, number, checked.source, listed)
             problems = list(found.problems)
             if found.sample is not None and not problems:
                 problems += _problems_of(check_announced_length, found.sample, preprocess)

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from mm.config.data import DataSource, TrainData, data_sources
 from mm.config.model import WanConfig
 from mm.data.features import EMPTY_PROMPT_ID, LISTING, OTHER_TASK, read_feature
-from mm.data.files import resolve_inside
+from mm.data.files import path_below
 from mm.data.listing import FeatureStore, open_store
 from mm.data.recipe import Recipe, check_recipe, expected_in_training, load_recipe
 from mm.errors import DataError
@@ -83,11 +83,10 @@ def read_sample(place: FeaturePlace, model: WanConfig) -> SampleTensors:
     """Read one sample.
 
     Raises:
-        DataError: what `mm.data.features.read_feature` raises, DATA-012 when the latents are not as listed, DATA-063
-            for a link that leads out of the store.
+        DataError: what `mm.data.features.read_feature` raises, DATA-012 when the latents are not as listed.
     """
     listing = place.folder / LISTING
-    file = resolve_inside(place.folder, place.file, str(listing))
+    file = path_below(place.folder, place.file, str(listing))
     feature = read_feature(file, model, (place.sample, place.recipe_key))
     if feature.latents is None or tuple(feature.latents.shape) != place.latent_shape:
         found = None if feature.latents is None else list(feature.latents.shape)

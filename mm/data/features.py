@@ -52,7 +52,7 @@ class Origin:
 
     Attributes:
         sample: the sample's id. recipe: key of the recipe.
-        caption: `text_hash` of the caption as given. video: `video_fingerprint` of the video.
+        caption: `text_hash` of the caption as given. video: `video_fingerprint` of the video, and its cut.
     """
 
     sample: str
@@ -91,7 +91,8 @@ class Header:
 
 def feature_name(sample: str) -> str:
     """File name of a sample's features: readable, and unique even where two folders hold videos of one name."""
-    readable = re.sub(r"[^A-Za-z0-9_-]", "_", Path(sample).name)[:80]
+    path, *cut = sample.split("//")  # of a cut of a video that is listed more than once
+    readable = re.sub(r"[^A-Za-z0-9_-]", "_", "_".join([Path(path).name[:80], *(word[:40] for word in cut)]))
     return f"{readable}-{text_hash(sample)}.safetensors"
 
 

@@ -51,11 +51,11 @@ class RowList:
 def read_rows(path: Path, error_id: str) -> list[Any]:
     """Read a JSON array, or JSONL (one JSON value a line); which of the two, the first character tells.
 
-    A byte order mark and CRLF line ends are accepted.
+    A byte order mark and CRLF line ends are accepted, and NaN, which pandas writes for an empty cell, is null.
 
     Raises:
-        DataError: `error_id` when the file cannot be read, is not UTF-8 or not strict JSON (a key twice, NaN,
-            Infinity), or holds no row; all bad lines at once.
+        DataError: `error_id` when the file cannot be read, is not UTF-8 or not strict JSON (a key twice, Infinity), or
+            holds no row; all bad lines at once.
     """
     rows = split_rows(path, error_id).rows
     raise_limited([row.problem for row in rows if row.problem is not None])
@@ -92,16 +92,19 @@ def raise_limited(problems: Sequence[Problem]) -> None:
     raise_all(DataError, shown)
 
 
-def resolve_inside(root: Path, relative: str, source: str) -> Path:
+def path_below(root: Path, relative: str, source: str) -> Path:
     """The file that `relative` names below `root`.
 
+    What is checked is the path as it is written. Links that lie below `root` are followed wherever they lead, as every
+    other program follows them: whoever owns the folder made them, as the caches of hubs and data on several disks do.
+
     Args:
-        root: the folder that paths start from; it may itself be a link.
+        root: the folder that paths start from.
         relative: a path from a file that someone else wrote.
         source: what names the path, for messages.
 
     Raises:
-        DataError: DATA-063 for an empty or absolute path, `..`, a NUL character, or a link that leads out of `root`.
+        DataError: DATA-063 for an empty or absolute path, `..`, or a NUL character.
     """
     pure = PurePosixPath(relative)
     fault = None
@@ -113,14 +116,8 @@ def resolve_inside(root: Path, relative: str, source: str) -> Path:
         fault = "is absolute"
     elif ".." in pure.parts:
         fault = 'holds ".."'
-    else:
-        try:
-            resolved = (root / pure).resolve()
-            if resolved.is_relative_to(root.resolve()):
-                return resolved
-            fault = f"leads out of {root} to {resolved}"
-        except (OSError, RuntimeError):  # a loop of links; which of the two depends on the Python version
-            fault = "is a loop of links or cannot be resolved"
+    if fault is None:
+        return (root / pure).absolute()
     raise DataError("DATA-063", f"{source}: the path {relative!r} {fault}.", f"Use a plain path below {root}.")
 
 
@@ -247,10 +244,13 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _no_constant(name: str) -> Any:
+def _constant(name: str) -> None:
+    """What is not JSON and some write all the same: NaN is an empty cell, Infinity is refused."""
+    if name == "NaN":
+        return
     raise ValueError(f"{name} is not a JSON number")
 
 
-_STRICT = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+_STRICT = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_constant)
 _SPACE = re.compile(r"[ \t\n\r]*")
 _LINE_END = re.compile(r"(?<=\n)|(?<=\r)(?!\n)")

@@ -12,7 +12,7 @@ from pydantic import Field
 from mm.config.base import Section, parse
 from mm.config.model import ModelType
 from mm.data.features import EMPTY_PROMPT, EXTRACT_AGAIN, FEATURES, LISTING
-from mm.data.files import raise_limited, read_rows, resolve_inside, write_atomically
+from mm.data.files import path_below, raise_limited, read_rows, write_atomically
 from mm.errors import ConfigError, DataError, Problem
 
 
@@ -48,8 +48,8 @@ class FeatureStore:
     recipe_key: str
 
     def file(self, row: FeatureRow) -> Path:
-        """The feature file of a row, which may not be a link that leads out of the store."""
-        return resolve_inside(self.folder, row.file, f"{self.folder / LISTING}")
+        """The feature file of a row."""
+        return path_below(self.folder, row.file, f"{self.folder / LISTING}")
 
     @property
     def empty_prompt(self) -> Path:

@@ -1,11 +1,14 @@
 """Annotations of a raw data set: every row checked before any work begins.
 
 The format is MindSpeed-MM's data.json: rows of `path`, `cap` and, optionally, `num_frames`, `fps`, `resolution` and
-`cut`. What the optional fields say is compared with the video when it is read (mm/data/clips.py).
+`cut`. What the optional fields say is compared with the video when it is read (mm/data/clips.py). Columns that such
+files often have and that nothing here depends on are left out, which the log says once.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,17 +16,33 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from mm.config.base import Section, parse
 from mm.config.data import DataSource
-from mm.data.files import raise_limited, read_rows, require_regular_file, resolve_inside
+from mm.data.features import text_hash
+from mm.data.files import path_below, raise_limited, read_rows, require_regular_file
 from mm.errors import ConfigError, DataError, Problem
 from mm.rng import generator
 
+log = logging.getLogger(__name__)
+
 MAX_CAPTION_CHARACTERS = 65536  # far beyond 512 tokens; longer is a mistake in the file, and slow to tokenise
 
-PositiveInt = Annotated[int, Field(ge=1)]
+_SCORES = ("aes", "aesthetic", "aesthetic_score", "cmotion", "flow", "match", "motion", "motion_score", "tech")
+_FACTS = ("aspect_ratio", "duration", "height", "id", "motion_average", "motion_fps", "relpath", "size", "width")
+UNUSED_COLUMNS = frozenset((*_SCORES, *_FACTS))
+"""Columns of the annotation files of MindSpeed-MM, Open-Sora and Open-Sora Plan."""
+OTHER_NAMES = {"text": "cap", "caption": "cap", "prompt": "cap", "video": "path", "video_path": "path", "file": "path"}
+
+
+def _whole(value: Any) -> Any:
+    """80 for 80.0: pandas writes a column of whole numbers so when one of its cells is empty."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+PositiveInt = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+FrameNumber = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
 
 
 class Resolution(Section):
@@ -48,16 +67,23 @@ class Annotation(Section):
     num_frames: PositiveInt | None = None
     fps: float | None = Field(None, gt=0)
     resolution: Resolution | None = None
-    cut: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1, max_length=2)
+    cut: list[FrameNumber] | None = Field(None, min_length=1, max_length=2)
+
+    @property
+    def cut_name(self) -> str:
+        """`10-50`, or `10-` to the end; `0-` for the whole video."""
+        begin, end = [*(self.cut or [0]), None][:2]
+        return f"{begin}-{'' if end is None else end}"
 
 
 @dataclass(frozen=True, slots=True)
 class VideoSample:
-    """One video and its captions.
+    """One video, or one cut of it, and its captions.
 
     Attributes:
         id: stable name, the key of all its random choices: its path below the data set's folder, with `N:` before it
-            for the data sets after the first (N = 1, 2, ...), so that adding a data set renames nothing.
+            for the data sets after the first (N = 1, 2, ...), and `//` and its cut after it where the video was listed
+            before; so that adding a data set or a row renames nothing.
         file: the video itself.
         captions: at least one.
         annotation: the row as it was given.
@@ -74,6 +100,50 @@ class VideoSample:
             return self.captions[0]
         draw = torch.randint(len(self.captions), (), generator=generator(seed, "caption_choice", self.id, 0))
         return self.captions[int(draw)]
+
+
+class Listed:
+    """The rows of some annotation files so far: gives each sample its id, and knows what was listed before."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[str, str, tuple[str, ...]], str] = {}  # video, cut and captions: where
+        self._ids: dict[str, str] = {}
+        self._folders: dict[Path, str] = {}
+        self._unused: set[tuple[Path, str]] = set()
+
+    def add(self, source: DataSource, name: str, row: Annotation, captions: tuple[str, ...], place: str) -> str:
+        """The id of a row's sample.
+
+        A video is known by the path that is written; where a link leads does not matter.
+
+        Args:
+            source: its data set. name: the id of a video that is listed once.
+            row, captions: what the row says. place: how to call it.
+
+        Raises:
+            DataError: DATA-064 for a row that says what one before it said.
+        """
+        if source.folder not in self._folders:
+            self._folders[source.folder] = os.path.realpath(source.folder)
+        video = os.path.join(self._folders[source.folder], os.path.normpath(row.path))
+        what = video, row.cut_name, captions
+        names = (name, f"{name}//{row.cut_name}", f"{name}//{row.cut_name}//{text_hash(json.dumps(captions))}")
+        free = [name for name in names if name not in self._ids]
+        if what in self._rows or not free:
+            before = self._rows.get(what) or self._ids[name]
+            message = f"{place}: {row.path} is listed before, with this cut and caption, in {before}."
+            raise DataError("DATA-064", message, "Keep one of the two rows.")
+        self._rows[what] = self._ids[free[0]] = place
+        return free[0]
+
+    def without_unused(self, values: Any, annotation: Path) -> Any:
+        """A row without the columns that nothing depends on; the log says once for each file which they are."""
+        unused = UNUSED_COLUMNS & values.keys() if isinstance(values, dict) else frozenset()
+        new = sorted(column for column in unused if (annotation, column) not in self._unused)
+        if new:
+            log.info("%s: nothing here depends on the columns %s; they are left out", annotation, ", ".join(new))
+            self._unused |= {(annotation, column) for column in new}
+        return {name: value for name, value in values.items() if name not in unused} if unused else values
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +170,7 @@ def load_samples(sources: Sequence[DataSource]) -> list[VideoSample]:
     Raises:
         DataError: DATA-060 for an annotation file that cannot be read, DATA-061 for a row of the wrong form, DATA-062
             for a missing or unusable caption, DATA-063 for an unsafe path, DATA-001 for a missing video, DATA-064 for
-            a video listed twice; all rows' problems at once (DATA-060 stops earlier).
+            a video listed twice with the same cut and captions; all rows' problems at once (DATA-060 stops earlier).
     """
     rows = check_rows(sources)
     raise_limited([problem for row in rows for problem in row.problems])
@@ -114,44 +184,50 @@ def check_rows(sources: Sequence[DataSource]) -> list[CheckedRow]:
         DataError: DATA-060 for an annotation file that cannot be read.
     """
     rows: list[CheckedRow] = []
-    first_place: dict[Path, str] = {}
+    listed = Listed()
     for source_number, source in enumerate(sources):
         for number, values in enumerate(read_rows(source.annotation, "DATA-060"), start=1):
-            rows.append(check_row(values, source_number, number, source, first_place))
+            rows.append(check_row(values, source_number, number, source, listed))
     return rows
 
 
-def check_row(
-    values: Any, source_number: int, number: int, source: DataSource, first_place: dict[Path, str]
-) -> CheckedRow:
+def check_row(values: Any, source_number: int, number: int, source: DataSource, listed: Listed) -> CheckedRow:
     """Check one row.
 
     Args:
         values: the row.
         source_number, number: its place, as in `CheckedRow`.
         source: its data set.
-        first_place: where each video was listed first; the row's is added.
+        listed: the rows before it; it is added.
     """
     place = f"{source.annotation} row {number}"
     prefix = f"{source_number}:" if source_number else ""
     try:
-        annotation = parse(Annotation, values, place)
+        annotation = parse(Annotation, listed.without_unused(values, source.annotation), place)
     except ConfigError as error:
         wrong = tuple(Problem("DATA-061", problem.message, problem.remedy) for problem in error.problems)
-        return CheckedRow(source_number, number, place, None, wrong)
-    captions = [annotation.cap] if isinstance(annotation.cap, str) else annotation.cap or []
+        return CheckedRow(source_number, number, place, None, (*wrong, *_other_names(values, place)))
+    captions = (annotation.cap,) if isinstance(annotation.cap, str) else tuple(annotation.cap or ())
     problems = list(_caption_problems(captions, place))
     sample = None
     try:
-        file = resolve_inside(source.folder, annotation.path, place)
-        sample = VideoSample(prefix + os.path.normpath(annotation.path), file, tuple(captions), annotation)
+        file = path_below(source.folder, annotation.path, place)
+        name = listed.add(source, prefix + os.path.normpath(annotation.path), annotation, captions, place)
+        sample = VideoSample(name, file, captions, annotation)
         require_regular_file(file, place)
     except DataError as error:
         problems += error.problems
-    if sample is not None and not problems and (before := first_place.setdefault(sample.file, place)) != place:
-        message = f"{place}: {sample.file} is listed before, in {before}."
-        problems.append(Problem("DATA-064", message, 'Keep one row; several captions go into a list, "cap".'))
     return CheckedRow(source_number, number, place, sample, tuple(problems))
+
+
+def _other_names(values: Any, place: str) -> list[Problem]:
+    """What the columns of other tools are called here, where those of here are missing."""
+    given = values if isinstance(values, dict) else {}
+    return [
+        Problem("DATA-061", f'{place}: "{other}" is not read.', f'Call the column "{name}".')
+        for other, name in OTHER_NAMES.items()
+        if other in given and name not in given
+    ]
 
 
 def _caption_problems(captions: Sequence[str], place: str) -> list[Problem]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mm.config.data import MAX_TEXT_TOKENS, TEMPORAL_STRIDE, DataSource, Preprocess
 from mm.config.model import IMAGES, MASK_CHANNELS, ModelType
 from mm.data.features import FEATURES, LISTING, PRECISIONS, Feature, Origin, feature_name, text_hash, write_feature
-from mm.data.files import is_text, raise_limited, read_rows, resolve_inside
+from mm.data.files import is_text, path_below, raise_limited, read_rows
 from mm.data.listing import FeatureRow, write_listing
 from mm.data.recipe import UNKNOWN, Recipe, save_recipe
 from mm.errors import DataError, Problem
@@ -94,10 +94,13 @@ def _entries(source: DataSource) -> list[tuple[str, str, Path]]:
             problems.append(Problem("DATA-061", f"{place} lacks a path, a caption (cap) or both.", _REMEDY))
             continue
         sample, file, caption = os.path.normpath(texts[0]), texts[1], texts[2]
-        if sample in entries:
-            problems.append(Problem("DATA-064", f"{place}: {sample} is listed before.", "Keep one row."))
         try:
-            entries[sample] = (sample, caption, resolve_inside(source.folder, file, place))
+            place_of_file = path_below(source.folder, file, place)
+            if sample in entries and entries[sample][2] != place_of_file:  # another cut of one video
+                sample = f"{sample}//{os.path.normpath(file)}"
+            if sample in entries:
+                problems.append(Problem("DATA-064", f"{place}: {file} is listed before.", "Keep one row."))
+            entries[sample] = (sample, caption, place_of_file)
         except DataError as error:
             problems += error.problems
     raise_limited(problems)

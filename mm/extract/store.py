@@ -86,7 +86,8 @@ def plan(row: CheckedRow, store: Path, preprocess: RawPreprocess, recipe: Recipe
     if not problems:
         caption = sample.caption(seed)
         try:
-            origin = Origin(sample.id, recipe.key, text_hash(caption), video_fingerprint(sample.file))
+            cut = f"@{sample.annotation.cut_name}" if sample.annotation.cut else ""
+            origin = Origin(sample.id, recipe.key, text_hash(caption), video_fingerprint(sample.file) + cut)
             return Task(sample, caption, store / FEATURES / feature_name(sample.id), origin)
         except DataError as error:
             problems += error.problems

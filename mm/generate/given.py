@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -14,26 +16,63 @@ from mm.data.transforms import resize_and_crop
 from mm.data.video import MAX_SIDE, probe, read_frames
 from mm.errors import DataError
 
+log = logging.getLogger(__name__)
+
 _REPLACE = "Replace the file, or correct its path."
 
 
 def load_image(path: Path, height: int, width: int) -> Tensor:
-    """An image as a frame, float32 [3, height, width] in [-1, 1], turned as its camera noted; without transparency.
+    """An image as a frame, float32 [3, height, width] in [-1, 1], turned as its camera noted.
+
+    Transparency is left out: a pixel is the colour that is stored, as diffusers and PyAV read it. Grey images of more
+    than 8 bits are scaled from black to white, see `_grey_levels`.
 
     Raises:
-        DataError: DATA-001 when it is no readable file, DATA-086 when it is no image or too large.
+        DataError: DATA-001 when it is no readable file, DATA-086 when it is no image or too large, DATA-110 when its
+            values have no known range.
     """
     require_regular_file(path, "image")
     try:
         with Image.open(path) as image:
             if max(image.size) > MAX_SIDE:
                 raise DataError("DATA-086", f"{path} has {image.size} pixels, more than {MAX_SIDE} a side.", _REPLACE)
-            upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            upright = _rgb(ImageOps.exif_transpose(image), _white(image), path)
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise DataError("DATA-086", f"{path} is no image that can be read ({lines[0]}).", _REPLACE) from None
     frame = torch.from_numpy(upright.copy()).permute(2, 0, 1)
     return resize_and_crop(frame.unsqueeze(0), height, width)[0]
+
+
+def _rgb(image: Image.Image, white: tuple[int, bool] | None, path: Path) -> NDArray[np.uint8]:
+    """Pixels [H, W, 3]. Pillow's own conversion cuts everything above 255 off where a grey level has more bits."""
+    if not image.mode.startswith(("I", "F")):
+        shown = image.convert("RGBA") if image.mode == "P" else image  # else Pillow warns of a palette's transparency
+        return np.asarray(shown.convert("RGB"))
+    values = np.asarray(image).astype(np.float64)
+    most, inverted = white or (_range_of(values, image.mode, path), False)
+    levels = np.rint(values * (255 / most)).astype(np.uint8)
+    return np.repeat((255 - levels if inverted else levels)[..., None], 3, axis=2)
+
+
+def _white(image: Image.Image) -> tuple[int, bool] | None:
+    """The largest grey level that a file of more than 8 bits can hold, and whether that is black; None if it holds any
+    number."""
+    tags = getattr(image, "tag_v2", {})  # of TIFF: bits of a sample; 0 for "white is zero"
+    if image.mode.startswith("I;16"):
+        return 2 ** int(np.max(tags.get(258, 16))) - 1, tags.get(262) == 0
+    return (65535, False) if image.mode == "I" and image.format in ("PNG", "PPM") else None  # Pillow scales to that
+
+
+def _range_of(values: NDArray[np.float64], mode: str, path: Path) -> int:
+    """What white is in an image of plain numbers: the least of 1 (of fractions alone), 255 and 65535 that holds all."""
+    least, most = values.min(), values.max()
+    for white in ((1,) if mode == "F" else ()) + (255, 65535):
+        if least >= 0 and most <= white:  # false for NaN
+            log.info("%s holds numbers from %g to %g; %d is taken for white", path, least, most, white)
+            return white
+    message = f"{path} holds numbers from {least:g} to {most:g}, and what is black and white among them is not known."
+    raise DataError("DATA-110", message, "Save it with 8 or 16 bits, or with numbers from 0 to 1.")
 
 
 def load_video(path: Path, start: int, num_frames: int, height: int, width: int) -> Tensor:

@@ -119,7 +119,7 @@ def test_lines_stay_byte_for_byte_with_their_ends(folder: Path, tmp_path: Path) 
     kept = [KEPT[0] + "\r\n", KEPT[1].replace("\n   ", "") + "\n", '\t{"path": "well.mp4", "cap": ""}']
     annotation = folder / "rows.jsonl"
     annotation.write_text(
-        kept[0] + LEFT[0] + "\r\n\r\n" + '{"path": "short.mp4", "cap": NaN}\n' + kept[1] + kept[2], newline=""
+        kept[0] + LEFT[0] + "\r\n\r\n" + '{"path": "short.mp4", "fps": Infinity}\n' + kept[1] + kept[2], newline=""
     )
     code, report = check(data_json(tmp_path, annotation, folder), tmp_path / "out")
     assert code == 65 and [row["error"] for row in report["bad_samples"]] == ["DATA-002", "DATA-060"]

@@ -368,11 +368,17 @@ def test_listing_cannot_lead_out_of_the_store(tmp_path: Path) -> None:
         (store / "data.jsonl").write_text(json.dumps({**row, "file": file}))
         with pytest.raises(DataError, match="DATA-010"):
             open_store(store, store / "data.jsonl", RECIPE.key)
-    outside = tmp_path / "outside.safetensors"
-    feature_file = store / row["file"]
-    feature_file.rename(outside)
-    feature_file.symlink_to(outside)
-    (store / "data.jsonl").write_text(json.dumps(row))
+
+
+@pytest.mark.parametrize("linked", ["file", "folder", "store"])
+def test_links_of_a_store_are_followed(linked: str, tmp_path: Path) -> None:
+    """Features on another disk, or in a hub's cache: what is read is what lies there."""
+    store = write_store(tmp_path / "s", 2)
+    wanted = FeatureDataset([open_store(store, store / "data.jsonl", RECIPE.key)], MODEL)[0]["latents"].clone()
+    row = json.loads((store / "data.jsonl").read_text().splitlines()[0])
+    moved = {"file": store / row["file"], "folder": store / "features", "store": store}[linked]
+    (tmp_path / "disk").mkdir()
+    moved.rename(tmp_path / "disk" / "blob")
+    moved.symlink_to(tmp_path / "disk" / "blob")
     dataset = FeatureDataset([open_store(store, store / "data.jsonl", RECIPE.key)], MODEL)
-    with pytest.raises(DataError, match="DATA-063"):
-        dataset[0]
+    assert torch.equal(dataset[0]["latents"], wanted)

@@ -1,6 +1,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from feature_samples import write_clip
@@ -61,12 +62,12 @@ def test_accepted_with_a_note(content: bytes, folder: Path) -> None:
         (b"[]", "DATA-060"),
         (b"[{", "DATA-060"),
         (b'[{"path": "a", "path": "b", "cap": "x"}]', "DATA-060"),
-        (b'[{"path": "a", "fps": NaN}]', "DATA-060"),
+        (b'[{"path": "a", "fps": Infinity}]', "DATA-060"),
         (b'{"path": "a"\n{"path": "b"}', "DATA-060"),
         (b'[{"path": "videos/one.mp4", "cap": "\xff\xfe"}]', "DATA-060"),
         (b"[" * 100_000, "DATA-060"),
     ],
-    ids=["empty", "no rows", "cut off", "key twice", "NaN", "bad lines", "not UTF-8", "deep"],
+    ids=["empty", "no rows", "cut off", "key twice", "Infinity", "bad lines", "not UTF-8", "deep"],
 )
 def test_file_that_is_no_list_of_rows(content: bytes, expected: str, folder: Path) -> None:
     assert set(problems(folder, content)) == {expected}
@@ -99,30 +100,106 @@ def test_file_that_is_no_list_of_rows(content: bytes, expected: str, folder: Pat
         ({**GOOD, "path": "videos/../../outside.mp4"}, "DATA-063"),
         ({**GOOD, "path": "videos/one.mp4\0"}, "DATA-063"),
         ({**GOOD, "path": "\udc80"}, "DATA-061"),
-        ({**GOOD, "path": "link.mp4"}, "DATA-063"),
-        ({**GOOD, "path": "folder-link/outside.mp4"}, "DATA-063"),
-        ({**GOOD, "path": "loop"}, ("DATA-063", "DATA-001")),
-        ({**GOOD, "path": "x" * 5000}, ("DATA-063", "DATA-001")),
+        ({**GOOD, "path": "folder-link/../outside.mp4"}, "DATA-063"),
+        ({**GOOD, "path": "loop"}, "DATA-001"),
+        ({**GOOD, "path": "dangling"}, "DATA-001"),
+        ({**GOOD, "path": "x" * 5000}, "DATA-001"),
+        ({**GOOD, "num_frames": 80.5}, "DATA-061"),
+        ({**GOOD, "cut": [1.5]}, "DATA-061"),
+        ({**GOOD, "cap": float("nan")}, "DATA-062"),
+        ({**GOOD, "aesthetics": 5.1}, "DATA-061"),
     ],
 )
-def test_rows_that_cannot_be_used(row: object, expected: str | tuple[str, ...], folder: Path) -> None:
+def test_rows_that_cannot_be_used(row: object, expected: str, folder: Path) -> None:
     os.mkfifo(folder / "fifo")
-    (folder / "link.mp4").symlink_to(folder.parent / "outside.mp4")
     (folder / "folder-link").symlink_to(folder.parent)
     (folder / "loop").symlink_to(folder / "loop")
-    found = problems(folder, [row])
-    assert len(set(found)) == 1 and found[0] in ((expected,) if isinstance(expected, str) else expected)
+    (folder / "dangling").symlink_to(folder / "nothing")
+    assert set(problems(folder, [row])) == {expected}
 
 
-def test_link_inside_the_folder_is_fine(folder: Path) -> None:
-    (folder / "link.mp4").symlink_to(folder / "videos" / "one.mp4")
-    assert load_samples([source(folder, [{**GOOD, "path": "link.mp4"}])])[0].id == "link.mp4"
+def test_links_are_followed_wherever_they_lead(folder: Path, tmp_path: Path) -> None:
+    """Inside the folder, out of it, through a folder, as caches of hubs have them, and to the folder itself."""
+    (folder / "inside.mp4").symlink_to("videos/one.mp4")
+    (folder / "disk.mp4").symlink_to(tmp_path / "outside.mp4")
+    (folder / "below").symlink_to(tmp_path)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "outside.mp4").rename(tmp_path / "blobs" / "0123")
+    (folder / "deep").mkdir()
+    (folder / "deep" / "hub.mp4").symlink_to("../../blobs/0123")
+    (tmp_path / "outside.mp4").symlink_to(tmp_path / "blobs" / "0123")
+    (tmp_path / "link").symlink_to(folder)
+    paths = ["inside.mp4", "disk.mp4", "below/outside.mp4", "deep/hub.mp4", "videos/one.mp4"]
+    source(folder, [{**GOOD, "path": path} for path in paths])
+    samples = load_samples([DataSource(tmp_path / "link", tmp_path / "link" / "data.json")])
+    assert [sample.id for sample in samples] == paths
+    wanted = [(folder / "videos" / "one.mp4").read_bytes(), (tmp_path / "blobs" / "0123").read_bytes()]
+    assert [sample.file.read_bytes() for sample in samples] == [wanted[i] for i in (0, 1, 1, 1, 0)]
 
 
-@pytest.mark.parametrize("path", ["videos/one.mp4", "./videos//one.mp4", "link.mp4"])
-def test_one_video_listed_twice(path: str, folder: Path) -> None:
-    (folder / "link.mp4").symlink_to(folder / "videos" / "one.mp4")
-    assert problems(folder, [GOOD, {**GOOD, "path": path}]) == ["DATA-064"]
+@pytest.mark.parametrize(
+    ("first", "again"),
+    [
+        ({}, {}),
+        ({}, {"path": "./videos//one.mp4"}),
+        ({}, {"cut": [0]}),
+        ({"cut": [2, 5]}, {"cut": [2.0, 5.0]}),
+        ({"cap": "x"}, {"cap": ["x"], "fps": 8}),
+    ],
+)
+def test_a_row_listed_twice(first: dict[str, Any], again: dict[str, Any], folder: Path) -> None:
+    assert problems(folder, [{**GOOD, **first}, {**GOOD, **first, **again}]) == ["DATA-064"]
+
+
+def test_a_data_set_listed_twice(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    once = source(folder, [GOOD])
+    for again in (once, DataSource(tmp_path / "link", once.annotation)):
+        with pytest.raises(DataError, match="DATA-064"):
+            load_samples([once, again])
+
+
+def test_cuts_and_captions_of_one_video_are_samples_of_their_own(folder: Path) -> None:
+    """The first keeps the name it had alone, and adding a row renames none before it."""
+    rows: list[object] = [
+        {**GOOD, "cut": [0, 5]},
+        {**GOOD, "cut": [4, 9]},
+        {**GOOD, "cut": [4]},
+        GOOD,
+        {**GOOD, "cut": [4, 9], "cap": "another"},
+        {**GOOD, "cut": [4, 9], "cap": ["two", "more"]},
+        {**GOOD, "path": "other/one.mp4", "cut": [4, 9]},
+    ]
+    ids = [sample.id for sample in load_samples([source(folder, rows)])]
+    one = "videos/one.mp4"
+    assert ids[:4] == [one, f"{one}//4-9", f"{one}//4-", f"{one}//0-"]
+    assert all(name.startswith(f"{one}//4-9//") for name in ids[4:6])
+    assert ids[6] == "other/one.mp4"
+    assert len(set(ids)) == len({feature_name(name) for name in ids}) == len(rows)
+    for count in range(1, len(rows)):
+        assert [sample.id for sample in load_samples([source(folder, rows[:count])])] == ids[:count]
+
+
+def test_what_pandas_writes(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A column with an empty cell is one of floats; an empty cell is NaN or null."""
+    lines = [
+        '{"path": "videos/one.mp4", "cap": "x", "num_frames": 9.0, "cut": NaN, "aesthetic": 5.2, "duration": 1}',
+        '{"path": "other/one.mp4", "cap": "y", "num_frames": NaN, "fps": null, "cut": [2.0, 9.0], "aesthetic": NaN}',
+    ]
+    caplog.set_level("INFO")
+    first, second = load_samples([source(folder, "\n".join(lines).encode())])
+    assert (first.annotation.num_frames, first.annotation.cut) == (9, None)
+    assert (second.annotation.num_frames, second.annotation.fps, second.annotation.cut) == (None, None, [2, 9])
+    assert [message for message in caplog.messages if "columns" in message] == [
+        f"{folder / 'data.json'}: nothing here depends on the columns aesthetic, duration; they are left out"
+    ]
+
+
+@pytest.mark.parametrize(("other", "name"), [("text", "cap"), ("caption", "cap"), ("video", "path")])
+def test_columns_of_other_tools_are_told_by_their_name_here(other: str, name: str, folder: Path) -> None:
+    row = {key: value for key, value in GOOD.items() if key != name} | {other: GOOD[name]}
+    with pytest.raises(DataError, match=f'DATA-061.*"{other}".*Call the column "{name}"'):
+        load_samples([source(folder, [row])])
 
 
 def test_every_row_is_reported_at_once_with_its_number(folder: Path) -> None:

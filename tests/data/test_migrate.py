@@ -153,6 +153,21 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
         migrate(source, tmp_path / "new", MADE_WITH, show_progress=False)
 
 
+def test_cuts_of_one_video_are_samples_of_their_own(tmp_path: Path) -> None:
+    """Later versions of MindSpeed-MM list the video as path and the features as file."""
+    items = [legacy(3), legacy(7), legacy(5)]
+    source = write(tmp_path / "old", items)
+    rows = [json.loads(line) for line in source.annotation.read_text().splitlines()]
+    source.annotation.write_text("\n".join(json.dumps({**row, "path": rows[0]["path"]}) for row in rows))
+    assert migrate(source, tmp_path / "new", MADE_WITH, show_progress=False) == 3
+    dataset = open_features(train_data(tmp_path / "new"), MODEL)
+    assert [len(dataset[index]["prompt"]) for index in range(3)] == [3, 7, 5]
+    assert dataset.samples[0].id == rows[0]["path"] and len({sample.id for sample in dataset.samples}) == 3
+    source.annotation.write_text("\n".join(json.dumps(rows[0]) for _ in range(2)))
+    with pytest.raises(DataError, match="DATA-064"):
+        migrate(source, tmp_path / "again", MADE_WITH, show_progress=False)
+
+
 def test_paths_and_rows(tmp_path: Path) -> None:
     source = write(tmp_path / "old", [legacy()])
     rows = [{"path": "a", "file": "../x.pt", "cap": "x"}, {"path": "b"}, 3, {"path": "c", "cap": "\ud800"}]

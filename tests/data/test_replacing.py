@@ -163,13 +163,12 @@ def test_a_step_is_counted_once_for_each_replica() -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_what_may_be_one_machines_fault_is_never_passed_over(num_workers: int, store: Path, tmp_path: Path) -> None:
+def test_what_may_be_one_machines_fault_is_never_passed_over(num_workers: int, store: Path) -> None:
     file = file_of(store, 2)
     content = file.read_bytes()
     file.unlink()
-    os.link(file_of(store, 3), tmp_path / "elsewhere")
-    file.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match="DATA-063"):
+    file.symlink_to(file)  # the system refuses to open it, as it does a file on a disk with errors
+    with pytest.raises(DataError, match="DATA-072"):
         take(store, 12, BatchPlan(1, 1), num_workers=num_workers)
     file.unlink()
     file.write_bytes(content)
