@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mm.cli.entry import run
 from mm.config.base import load, load_json
-from mm.config.data import data_sources, load_extract_data, load_train_data
+from mm.config.data import NOT_WITH_DECORD, data_sources, load_extract_data, load_train_data
 from mm.config.extract import check_extraction, load_extract_model
 from mm.config.flags import Flags, parse_flags
 from mm.config.train import PretrainModel
@@ -52,6 +52,8 @@ def main(argv: Sequence[str]) -> None:
     checked = _check_features(flags) if kind == "features" else _check_videos(flags)
     seconds = time.monotonic() - began
     clean = _write(Path(flags.output), checked, flags, kind, seconds) if flags.output else []
+    if checked.not_with_decord:
+        print(f"{checked.not_with_decord} of {checked.num_samples} videos: {NOT_WITH_DECORD}")
     if not checked.bad:
         print(f"{checked.num_samples} samples, all of them can be used ({seconds:.1f} s)")
         return
@@ -167,6 +169,7 @@ def _write(folder: Path, checked: CheckedData, flags: DoctorDataFlags, kind: str
         "samples": checked.num_samples,
         "bad": len(checked.bad),
         "by_error": checked.by_error(),
+        "not_with_decord": checked.not_with_decord,
         "seconds": round(seconds, 3),
         "clean": [str(path) for path in clean],
         "bad_samples": [asdict(sample) for sample in checked.bad],

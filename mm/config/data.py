@@ -21,6 +21,7 @@ from mm.errors import ConfigError, Problem, raise_all
 TEMPORAL_STRIDE = 4  # frames per latent frame of the Wan VAE, after a first frame that stands alone
 LATENT_PIXELS = 8  # pixels per latent pixel
 SIZE_MULTIPLE = 2 * LATENT_PIXELS  # 2 latent pixels per token
+NOT_WITH_DECORD = "read with PyAV and not with decord, since nothing proves that decord gives the same frames"
 MAX_TEXT_TOKENS = 512  # tokens of text that Wan2.1 was trained with
 
 
@@ -69,8 +70,8 @@ class RawPreprocess(Preprocess):
     Attributes:
         min_num_frames: the fewest frames to accept from a short video, which is then cut to the largest 4k + 1;
             without it, a video shorter than `num_frames` is an error.
-        video_reader_type: `auto` reads with decord where it is installed and with PyAV elsewhere; both give the same
-            frames.
+        video_reader_type: `auto` and `pyav` read with PyAV; `decord` reads with decord those videos of which a check
+            proves that it gives the same frames, and the others with PyAV, which is told.
     """
 
     min_num_frames: int | None = Field(None, ge=1)

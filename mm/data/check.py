@@ -61,9 +61,15 @@ class CheckedList:
 
 @dataclass(frozen=True, slots=True)
 class CheckedData:
-    """All data sets of a data file, each row read."""
+    """All data sets of a data file, each row read.
+
+    Attributes:
+        lists: the data sets.
+        not_with_decord: videos for which decord is asked and which PyAV reads.
+    """
 
     lists: Sequence[CheckedList]
+    not_with_decord: int = 0
 
     @property
     def num_samples(self) -> int:
@@ -118,8 +124,8 @@ def check_videos(
             else:
                 names: _Names = (found.sample.id, str(found.sample.file)) if found.sample is not None else (None, None)
                 checked.add(data_set, number, names, problems)
-    _read_all(CheckClip(preprocess, seed, quick), jobs, lists, num_workers, time_limit, done)
-    return CheckedData(lists)
+    readers = _read_all(CheckClip(preprocess, seed, quick), jobs, lists, num_workers, time_limit, done)
+    return CheckedData(lists, readers["pyav"] if preprocess.video_reader_type == "decord" else 0)
 
 
 def check_features(
@@ -178,7 +184,9 @@ def _read_all(
     num_workers: int,
     time_limit: float,
     done: Done,
-) -> None:
+) -> Counter[str]:
+    """Note what is bad; returns how many files each library read, where that is told."""
+    readers: Counter[str] = Counter()
     total = sum(len(checked.rows.rows) for checked in lists)
     for _ in range(total - len(jobs)):
         done(total)
@@ -189,7 +197,10 @@ def _read_all(
         for job, (_, outcome) in zip(jobs, outcomes, strict=True):
             if isinstance(outcome, DataError):
                 lists[job.data_set].add(job.data_set, job.number, (job.sample, job.file), outcome.problems)
+            elif "read_by" in outcome.facts:
+                readers[outcome.facts["read_by"]] += 1
             done(total)
+    return readers
 
 
 def _problems_of(check: Callable[..., None], *arguments: object) -> tuple[Problem, ...]:

@@ -25,10 +25,12 @@ class Clip:
     Attributes:
         pixels: float32 [3, F, H, W] in [-1, 1].
         start: number of its first frame in the video.
+        read_by: the library that read it, decord or pyav.
     """
 
     pixels: Tensor
     start: int
+    read_by: str
 
     @property
     def num_frames(self) -> int:
@@ -46,13 +48,13 @@ def load_clip(sample: VideoSample, preprocess: RawPreprocess, seed: int) -> Clip
     info, indices = _clip_frames(sample, preprocess, seed)
     chunks = read_frames(sample.file, info, indices, preprocess.video_reader_type)
     size = preprocess.max_height, preprocess.max_width
-    frames = torch.cat([resize_and_crop(chunk, *size) for chunk in chunks])
-    return Clip(frames.transpose(0, 1), indices[0])
+    frames = torch.cat([resize_and_crop(chunk, *size, info.pixel_aspect) for chunk in chunks])
+    return Clip(frames.transpose(0, 1), indices[0], info.read_by)
 
 
 def _clip_frames(sample: VideoSample, preprocess: RawPreprocess, seed: int) -> tuple[VideoInfo, range]:
     """What the video holds and which of its frames are taken."""
-    info = probe(sample.file)
+    info = probe(sample.file, preprocess.video_reader_type)
     check_annotation(sample, info)
     return info, choose_frames(sample, info.num_frames, preprocess, seed)
 
@@ -66,7 +68,7 @@ class _ReadClip:
 
     def __call__(self, sample: VideoSample, /) -> Parcel:
         clip = load_clip(sample, self.preprocess, self.seed)
-        return Parcel({"pixels": clip.pixels}, {"start": clip.start})
+        return Parcel({"pixels": clip.pixels}, {"start": clip.start, "read_by": clip.read_by})
 
     def describe(self, sample: VideoSample, /) -> str:
         return str(sample.file)
@@ -89,7 +91,7 @@ def read_clips(
         buffer_bytes=room(shape),
     )
     for _, outcome in outcomes:
-        yield outcome if isinstance(outcome, DataError) else Clip(outcome.tensors["pixels"], outcome.facts["start"])
+        yield outcome if isinstance(outcome, DataError) else Clip(outcome.tensors["pixels"], **outcome.facts)
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,12 @@ class CheckClip:
     quick: bool
 
     def __call__(self, sample: VideoSample, /) -> Parcel:
-        """Raises what `load_clip` raises."""
+        """Tells which library reads the clip; raises what `load_clip` raises."""
         if self.quick:
-            _clip_frames(sample, self.preprocess, self.seed)
+            read_by: str = _clip_frames(sample, self.preprocess, self.seed)[0].read_by
         else:
-            load_clip(sample, self.preprocess, self.seed)
-        return Parcel({}, {})
+            read_by = load_clip(sample, self.preprocess, self.seed).read_by
+        return Parcel({}, {"read_by": read_by})
 
     def describe(self, sample: VideoSample, /) -> str:
         """The video."""
@@ -161,7 +163,8 @@ def check_announced_length(sample: VideoSample, preprocess: RawPreprocess) -> No
 def check_annotation(sample: VideoSample, info: VideoInfo) -> None:
     """Compare what the annotation says with the video.
 
-    `num_frames` is compared only where there is no `cut`, which may be counted or not.
+    `num_frames` is compared only where there is no `cut`, which may be counted or not. `resolution` may be that of the
+    picture as it is stored upright or, where pixels are not square, as it is shown: tools tell either.
 
     Raises:
         DataError: DATA-005, all differences at once.
@@ -170,9 +173,11 @@ def check_annotation(sample: VideoSample, info: VideoInfo) -> None:
     problems = []
     if said.num_frames is not None and said.cut is None and said.num_frames != info.num_frames:
         problems.append(_differs(sample, f"num_frames {said.num_frames}", f"{info.num_frames} frames"))
-    if said.resolution is not None and (said.resolution.height, said.resolution.width) != (info.height, info.width):
+    stored, shown = (info.height, info.width), info.shown_size
+    if said.resolution is not None and (said.resolution.height, said.resolution.width) not in (stored, shown):
         claimed = f"height {said.resolution.height}, width {said.resolution.width}"
-        problems.append(_differs(sample, claimed, f"height {info.height}, width {info.width}"))
+        as_shown = "" if stored == shown else f", shown as {shown[0]} x {shown[1]}"
+        problems.append(_differs(sample, claimed, f"height {info.height}, width {info.width}{as_shown}"))
     raise_limited(problems)
 
 

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch.nn.functional as F
 from torch import Tensor
 
+SQUARE = Fraction(1)
 
-def resize_and_crop(frames: Tensor, height: int, width: int) -> Tensor:
+
+def resize_and_crop(frames: Tensor, height: int, width: int, pixel_aspect: Fraction = SQUARE) -> Tensor:
     """Resize frames to cover the size, crop the centre, scale to [-1, 1].
 
-    Both sides are scaled by the same factor, the smaller one that covers `height` x `width` (bilinear, with
+    The picture as it is shown is scaled by one factor, the smaller one that covers `height` x `width` (bilinear, with
     antialiasing when shrinking); what sticks out on the longer side is cut evenly, the odd pixel at the end.
 
     Args:
         frames: uint8 [F, 3, H, W] in 0..255.
         height: pixels to come out. width: likewise.
+        pixel_aspect: width of a pixel of `frames` by its height.
 
     Returns:
         float32 [F, 3, height, width] in [-1, 1].
     """
     source_height, source_width = frames.shape[-2:]
-    scale = max(height / source_height, width / source_width)
+    shown_width = float(source_width * pixel_aspect)
+    scale = max(height / source_height, width / shown_width)
     # max: rounding must never leave a side one pixel short of what the crop takes
-    cover = max(height, round(source_height * scale)), max(width, round(source_width * scale))
+    cover = max(height, round(source_height * scale)), max(width, round(shown_width * scale))
     pixels = frames.float()
     if cover != (source_height, source_width):
         pixels = F.interpolate(pixels, size=cover, mode="bilinear", antialias=True, align_corners=False)

@@ -1,35 +1,38 @@
-"""Videos as pixels, with decord where it is installed and with PyAV everywhere, and the same frames from both.
+"""Videos as pixels: the frames of a plain decode from the start, whichever of them are asked for.
 
-PyAV opens every video first, counts its frames and decodes the first one, so errors do not depend on the decoder.
-decord 0.6.0 then reads what it reads right: 8-bit formats without a rotation mark. It returns wrong colours for 10-bit
-video and fails on rotated video and on some widths, which therefore go to PyAV. One difference remains: of slight
-damage inside a frame that FFmpeg papers over, PyAV tells us and decord does not.
+PyAV reads. `probe` decodes a video whole where its headers do not prove in which order its packets are shown
+(`mm.data.packets`); where they do it decodes the first frames, and reading begins at the last safe packet. decord reads
+only where it is asked for and `mm.data.decord_reader` finds it right.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import av
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mm.data.decode import all_frames, frames_from, frames_in_order
+from mm.data.decord_reader import decord_agrees, decord_frames, require_decord
 from mm.data.files import require_regular_file
+from mm.data.orientation import Orientation, Pixels, frame_orientation
+from mm.data.packets import Order, order_of, read_packets
 from mm.errors import DataError
 
 Reader = Literal["auto", "decord", "pyav"]
-Pixels = npt.NDArray[np.uint8]
 
 MAX_SIDE = 16384  # pixels; a header that claims more is damaged or hostile
 CHUNK_FRAMES = 8  # frames in memory at once at the video's own size
-_DECORD_FORMATS = ("yuv420p", "yuvj420p", "yuv444p")
-_NOT_DECORDS_WIDTHS = (8, 12, 16, 24, 48, 72)  # it pads their rows and then fails; the only ones up to 2600
+_MP4 = "mov,mp4,m4a,3gp,3g2,mj2"
+_MAY_END_ANYWHERE = ("mpegts", "mpeg")
+_CUT = "Cut the video where it changes, or replace it."
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,50 +40,57 @@ class VideoInfo:
     """What a video file holds.
 
     Attributes:
-        num_frames: frames that can be shown.
-        height, width: pixels as shown, that is after rotation.
-        rotation: quarter turns counter-clockwise that show the picture upright.
+        num_frames: frames that a decode from the start shows.
+        height, width: pixels of a frame, upright.
+        pixel_aspect: width of a pixel by its height, upright.
+        orientation: how the stored picture is made upright.
         pixel_format: FFmpeg's name of it.
-        times: presentation time of every frame in units of the stream's time base, ascending.
+        order: of the packets, where the headers prove it.
+        read_by: the library that gives the frames; decord only where it was asked for.
     """
 
     num_frames: int
     height: int
     width: int
-    rotation: int
+    pixel_aspect: Fraction
+    orientation: Orientation
     pixel_format: str
-    times: tuple[int, ...]
+    order: Order | None
+    read_by: Literal["pyav", "decord"]
+
+    @property
+    def shown_size(self) -> tuple[int, int]:
+        """Height and width of the picture in square pixels."""
+        return self.height, max(1, round(self.width * self.pixel_aspect))
 
 
-def probe(file: Path) -> VideoInfo:
-    """Open a video, count its frames and decode the first.
+def probe(file: Path, reader: Reader = "auto") -> VideoInfo:
+    """Open a video, count its frames and decode the first ones, or all where only that tells how many there are.
+
+    Args:
+        file: the video.
+        reader: `decord` has it checked whether decord gives the same frames.
 
     Raises:
         DataError: DATA-001 when it is no readable file, DATA-002 when it is damaged or cut off, DATA-003 when it has no
-            video stream, DATA-006 when its size makes no sense or its frames
-            have no times.
+            video stream, DATA-006 when its size makes no sense, DATA-007 when decord is asked for and not installed,
+            DATA-096 when it is to be shown askew, DATA-097 when no decoder knows its codec.
     """
+    if reader == "decord":
+        require_decord()
     require_regular_file(file, "video")
     if file.stat().st_size == 0:
         raise DataError("DATA-002", f"{file} is empty (0 bytes).", "Replace the file.")
     try:
-        with av.open(str(file)) as container:
-            if not container.streams.video:
-                raise DataError("DATA-003", f"{file} has no video stream.", "Replace the file.")
-            stream = container.streams.video[0]
-            _check_size(stream.codec_context.height, stream.codec_context.width, file)
-            times = _shown_times([p for p in container.demux(stream) if p.size and not p.is_discard], file)
-            _check_complete(len(times), stream.frames, file)
-        with av.open(str(file)) as container:
-            first = next(container.decode(container.streams.video[0]), None)
+        stored = _read_headers(file)
+        info, first = _decode_ends(file, stored)
+        if reader == "decord" and stored.suits_decord and info.orientation == Orientation() and info.order is not None:
+            pixels = _upright(first, info, file)
+            if decord_agrees(file, info.order, info.pixel_format, pixels):
+                return replace(info, read_by="decord")
+        return info
     except (av.FFmpegError, OSError, ValueError) as error:
         raise _damaged(file, error) from None
-    if first is None:
-        raise DataError("DATA-002", f"{file} has no frame that can be decoded.", "Replace the file.")
-    _check_size(first.height, first.width, file)
-    turns = round(first.rotation / 90) % 4
-    height, width = (first.width, first.height) if turns % 2 else (first.height, first.width)
-    return VideoInfo(len(times), height, width, turns, first.format.name, tuple(times))
 
 
 def read_frames(file: Path, info: VideoInfo, indices: Sequence[int], reader: Reader = "auto") -> Iterator[Tensor]:
@@ -90,7 +100,7 @@ def read_frames(file: Path, info: VideoInfo, indices: Sequence[int], reader: Rea
         file: the video.
         info: what `probe` said of it.
         indices: ascending frame numbers below `info.num_frames`.
-        reader: which library decodes; see the module's text for when `decord` leaves it to PyAV.
+        reader: which library decodes; `decord` leaves it to PyAV where `info.read_by` does not name it.
 
     Yields:
         uint8 [n, 3, H, W], n <= CHUNK_FRAMES, RGB, upright.
@@ -98,59 +108,116 @@ def read_frames(file: Path, info: VideoInfo, indices: Sequence[int], reader: Rea
     Raises:
         DataError: DATA-002 when a frame cannot be decoded, DATA-007 when decord is asked for and not installed.
     """
-    read = _read_with_decord if _use_decord(info, reader) else _read_with_pyav
+    if reader == "decord":
+        require_decord()
     try:
-        for chunk in read(file, info, indices):
-            yield torch.from_numpy(np.ascontiguousarray(chunk.transpose(0, 3, 1, 2)))
+        with_decord = reader == "decord" and info.read_by == "decord"
+        frames = decord_frames(file, indices) if with_decord else _chosen(file, info, indices)
+        while chunk := list(islice(frames, CHUNK_FRAMES)):
+            yield torch.from_numpy(np.ascontiguousarray(np.stack(chunk).transpose(0, 3, 1, 2)))
     except (av.FFmpegError, OSError, ValueError) as error:
         raise _damaged(file, error) from None
 
 
-def _use_decord(info: VideoInfo, reader: Reader) -> bool:
-    installed = importlib.util.find_spec("decord") is not None
-    if reader == "decord" and not installed:
-        remedy = 'Install decord, or set video_reader_type to "auto".'
-        raise DataError("DATA-007", "decord is asked for and not installed.", remedy)
-    reads_right = info.rotation == 0 and info.pixel_format in _DECORD_FORMATS and info.width not in _NOT_DECORDS_WIDTHS
-    return reader != "pyav" and installed and reads_right
-
-
-def _read_with_decord(file: Path, info: VideoInfo, indices: Sequence[int]) -> Iterator[Pixels]:
-    import decord  # optional: there is no wheel for Arm
-
-    try:
-        video = decord.VideoReader(str(file), num_threads=1)
-        for start in range(0, len(indices), CHUNK_FRAMES):
-            yield video.get_batch(list(indices[start : start + CHUNK_FRAMES])).asnumpy()
-    except (decord.DECORDError, RuntimeError, IndexError) as error:
-        raise _damaged(file, error) from None
-
-
-def _read_with_pyav(file: Path, info: VideoInfo, indices: Sequence[int]) -> Iterator[Pixels]:
-    """Seek to the key frame before the first wanted frame and decode on, picking frames by their time."""
-    wanted = [info.times[index] for index in indices]
-    chunk: list[Pixels] = []
-    taken = 0
-    with av.open(str(file)) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        container.seek(wanted[0], stream=stream, backward=True)
-        for frame in container.decode(stream):
-            if taken < len(wanted) and frame.pts == wanted[taken]:
-                chunk.append(_upright(frame, info, file))
-                taken += 1
-            if len(chunk) == CHUNK_FRAMES or (chunk and taken == len(wanted)):
-                yield np.stack(chunk)
-                chunk = []
-            if taken == len(wanted):
+def _chosen(file: Path, info: VideoInfo, indices: Sequence[int]) -> Iterator[Pixels]:
+    wanted = iter(indices)
+    index = next(wanted, None)
+    if index is None:
+        return
+    for number, frame in enumerate(frames_from(file, info.order, index), start=index):
+        if number == index:
+            yield _upright(frame, info, file)
+            index = next(wanted, None)
+            if index is None:
                 return
-    raise DataError("DATA-002", f"{file}: frame {indices[taken]} cannot be decoded.", "Replace the file.")
+    raise DataError("DATA-002", f"{file}: frame {index} cannot be decoded.", "Replace the file.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Headers:
+    """What a container says of its video, before anything is decoded.
+
+    Attributes:
+        order: of the packets, if it is certain.
+        pixel_aspect: width of a stored pixel by its height.
+        may_end_anywhere: nothing but the last picture tells whether the file is whole.
+        suits_decord: H.264 in an MP4 file, of which every packet is shown.
+    """
+
+    order: Order | None
+    pixel_aspect: Fraction
+    may_end_anywhere: bool
+    suits_decord: bool
+
+
+def _read_headers(file: Path) -> _Headers:
+    with av.open(str(file)) as container:
+        if not container.streams.video:
+            raise DataError("DATA-003", f"{file} has no video stream.", "Replace the file.")
+        stream = container.streams.video[0]
+        context = stream.codec_context
+        if context is None:
+            message = f"{file} has a video stream of a codec that no decoder here knows."
+            raise DataError("DATA-097", message, "Encode it again (ffmpeg -i FILE out.mp4), or replace it.")
+        _check_size(context.height, context.width, file)
+        is_mp4 = container.format.name == _MP4
+        num_announced = stream.frames
+        packets = read_packets(container, stream)
+        # of an MP4 file, what edit lists leave of what is announced, and what the fragments announce
+        _check_complete(len(packets), len(stream.index_entries) if is_mp4 else num_announced, file)
+        order = order_of(packets, stream.time_base, context.reorder_depth)
+        return _Headers(
+            order,
+            Fraction(stream.sample_aspect_ratio or 1),
+            container.format.name in _MAY_END_ANYWHERE,
+            is_mp4
+            and context.codec.canonical_name == "h264"
+            and order is not None
+            and len(order.packets) == num_announced,
+        )
+
+
+def _decode_ends(file: Path, stored: _Headers) -> tuple[VideoInfo, Any]:
+    """Decode the first frames, and the last one where only it tells that a video is whole; or all of them.
+
+    Returns:
+        What the file holds, and its first frame.
+    """
+    order = stored.order
+    if order is not None:
+        num_first = min(2 * order.delay + 2, len(order.packets))
+        first_ones = list(islice(frames_in_order(file, order, 0), num_first))
+        if len(first_ones) == num_first and (not stored.may_end_anywhere or _ends_whole(file, order)):
+            return _describe(file, stored, order, first_ones[0], len(order.packets)), first_ones[0]
+    first, num_frames = None, 0
+    for frame in all_frames(file):
+        first = frame if first is None else first
+        num_frames += 1
+    if first is None:
+        raise DataError("DATA-002", f"{file} has no frame that can be decoded.", "Replace the file.")
+    return _describe(file, stored, None, first, num_frames), first
+
+
+def _ends_whole(file: Path, order: Order) -> bool:
+    return len(list(frames_in_order(file, order, len(order.packets) - 1))) == 1
+
+
+def _describe(file: Path, stored: _Headers, order: Order | None, first: Any, num_frames: int) -> VideoInfo:
+    _check_size(first.height, first.width, file)
+    orientation = frame_orientation(first, file)
+    height, width, aspect = first.height, first.width, stored.pixel_aspect
+    if orientation.transposed:
+        height, width, aspect = width, height, 1 / aspect
+    info = VideoInfo(num_frames, height, width, aspect, orientation, first.format.name, order, "pyav")
+    _check_size(*info.shown_size, file)
+    return info
 
 
 def _upright(frame: Any, info: VideoInfo, file: Path) -> Pixels:
-    pixels: Pixels = np.rot90(frame.to_ndarray(format="rgb24"), info.rotation)
-    if frame.is_corrupt or pixels.shape != (info.height, info.width, 3):
-        raise DataError("DATA-002", f"{file}: a frame is damaged or changes its size.", "Replace the file.")
+    orientation = frame_orientation(frame, file)
+    pixels = orientation.apply(frame.to_ndarray(format="rgb24"))
+    if orientation != info.orientation or pixels.shape != (info.height, info.width, 3):
+        raise DataError("DATA-002", f"{file}: a frame has another size or orientation than the first.", _CUT)
     return pixels
 
 
@@ -158,14 +225,6 @@ def _check_size(height: int, width: int, file: Path) -> None:
     if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
         message = f"{file} claims {height} x {width} pixels; 1 to {MAX_SIDE} a side can be read."
         raise DataError("DATA-006", message, "Replace the file.")
-
-
-def _shown_times(packets: list[Any], file: Path) -> list[int]:
-    times = [packet.pts for packet in packets]
-    if None in times:
-        message = f"{file} has frames without a time of their own."
-        raise DataError("DATA-006", message, "Put the video into an mp4 container (ffmpeg -i in -c copy out.mp4).")
-    return sorted(times)
 
 
 def _check_complete(num_found: int, num_announced: int, file: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import av
-import numpy as np
+import torch
 
+from mm.data.video import probe, read_frames
 from mm.demo.clips import Frames
 from mm.errors import DataError
 
@@ -33,13 +34,12 @@ def read_video(path: Path) -> Frames:
     """All frames of a video, uint8 [F, H, W, 3] RGB.
 
     Raises:
-        DataError: DATA-081 when the file cannot be read or holds no frame.
+        DataError: DATA-081 when the file cannot be read, is damaged or holds no frame.
     """
     try:
-        with av.open(str(path)) as container:
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (OSError, ValueError, IndexError, av.FFmpegError) as error:
-        raise DataError("DATA-081", f"{path} cannot be read as a video ({error}).", "Write the clip again.") from None
-    if not frames:
-        raise DataError("DATA-081", f"{path} holds no video frame.", "Write the clip again.")
-    return np.stack(frames)
+        info = probe(path)
+        frames = torch.cat(list(read_frames(path, info, range(info.num_frames))))
+    except DataError as error:
+        message = f"{path} cannot be read as a video ({error.problems[0].message})"
+        raise DataError("DATA-081", message, "Write the clip again.") from None
+    return frames.permute(0, 2, 3, 1).contiguous().numpy()

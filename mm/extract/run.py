@@ -7,6 +7,7 @@ The first process writes the list of samples when all are on disk; where the lis
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mm.config.bad_samples import FAIL, OnBadSample
-from mm.config.data import ExtractData, data_sources
+from mm.config.data import NOT_WITH_DECORD, ExtractData, data_sources
 from mm.config.extract import ExtractAutoencoder, ExtractModel, ExtractTools, extraction_task
 from mm.config.model import CLIP_TOKEN_LEN, IMAGES, ModelType
 from mm.data.clips import Clip, read_clips
@@ -129,7 +130,9 @@ def extract(
         )
         bar = tqdm(total=len(mine), initial=len(mine) - len(todo), desc="features", unit="sample", disable=rank > 0)
         with bar, closing(clips):
-            _encode_all(todo, clips, encoders, skipping, recipe.max_text_tokens, bar)
+            readers = _encode_all(todo, clips, encoders, skipping, recipe.max_text_tokens, bar)
+        if preprocess.video_reader_type == "decord" and readers["pyav"]:
+            log.warning("%d of %d clips: %s", readers["pyav"], readers.total(), NOT_WITH_DECORD)
     barrier()
     if rank == 0:
         commit(store, everything, empty, recipe, on_bad_sample)
@@ -201,15 +204,19 @@ def _encode_all(
     skipping: Skipping,
     text_len: int,
     bar: Any,
-) -> None:
+) -> Counter[str]:
+    """Encode clips in their order; returns how many of them each library read."""
+    readers: Counter[str] = Counter()
     for task, clip in zip(todo, clips, strict=True):
         if not isinstance(clip, DataError):
             write_feature(task.file, encoders.encode(clip, task.caption), task.origin, text_len)
+            readers[clip.read_by] += 1
         elif may_be_skipped(clip):
             skipping.add(BadClip.of(task.sample.id, task.sample.file, clip.problems[0]))
         else:
             raise clip
         bar.update()
+    return readers
 
 
 def _tell(report: ExtractReport, store: Path, skipped: int) -> None:

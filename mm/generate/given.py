@@ -89,5 +89,5 @@ def load_video(path: Path, start: int, num_frames: int, height: int, width: int)
             "Use a longer video, or lower start_frame or the frames of input_size.",
         )
     chunks = read_frames(path, info, range(start, start + num_frames))
-    frames = torch.cat([resize_and_crop(chunk, height, width) for chunk in chunks])
+    frames = torch.cat([resize_and_crop(chunk, height, width, info.pixel_aspect) for chunk in chunks])
     return frames.transpose(0, 1).contiguous()

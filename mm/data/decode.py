@@ -1,0 +1,75 @@
+"""Decoded PyAV frames of a video from a chosen one on: those of a plain decode from the start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+
+from mm.data.packets import Order
+from mm.errors import DataError
+
+
+def frames_from(file: Path, order: Order | None, first: int) -> Iterator[Any]:
+    """Frames `first`, `first` + 1, ... to the end of a video.
+
+    Decoding begins at the last start before `first`. Where the frames then come otherwise than the order of packets
+    says, or there is no such order, all is decoded from the first packet on, and frames are counted.
+
+    Raises:
+        DataError: DATA-002 at a frame that is damaged, also where it only leads to the first one.
+        av.FFmpegError, OSError, ValueError: what PyAV raises at packets that cannot be decoded.
+    """
+    index = first
+    if order is not None:
+        for frame in frames_in_order(file, order, first):
+            yield frame
+            index += 1
+        if index == len(order.packets):
+            return
+    for number, frame in enumerate(all_frames(file)):
+        if number >= index:
+            yield frame
+
+
+def all_frames(file: Path) -> Iterator[Any]:
+    """Every frame, decoded from the first packet on; raises what `frames_from` raises."""
+    with av.open(str(file)) as container:
+        for frame in container.decode(container.streams.video[0]):
+            yield _undamaged(frame, file)
+
+
+def frames_in_order(file: Path, order: Order, first: int) -> Iterator[Any]:
+    """Frames from `first` on as long as each is the one that its packet's place says.
+
+    Packets are read from the beginning of the file and decoded from the last start before `first`. In place of its time
+    a packet gets its number, which the decoder hands on to its frame. Raises what `frames_from` raises.
+    """
+    index, start = order.start_before(first)
+    with av.open(str(file)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        began = False
+        for number, packet in enumerate(container.demux(stream)):
+            if number < start and packet.size:
+                continue
+            if packet.size:
+                packet.pts = number
+            for frame in stream.decode(packet):
+                began = began or frame.pts == order.packets[index]
+                if not began:  # leads the start, and may refer to what lies before it
+                    continue
+                if index == len(order.packets) or frame.pts != order.packets[index]:
+                    return
+                _undamaged(frame, file)
+                if index >= first:
+                    yield frame
+                index += 1
+
+
+def _undamaged(frame: Any, file: Path) -> Any:
+    if frame.is_corrupt:
+        raise DataError("DATA-002", f"{file}: a frame is damaged.", "Replace the file; it is damaged or cut off.")
+    return frame
