@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mm.checkpoint.comm import Comm
+from mm.checkpoint.lock import Lock
 from mm.checkpoint.pieces import Piece
 from mm.checkpoint.store import Derived, save
 
@@ -49,14 +50,15 @@ class BackgroundSaver:
         times: of the saves that are done.
     """
 
-    def __init__(self, root: Path, comm: Comm) -> None:
+    def __init__(self, root: Path, comm: Comm, lock: Lock | None = None) -> None:
         """Save below `root`, inside `mm.checkpoint.store.writing(root)`.
 
         Args:
             root: the folder of the run's checkpoints.
             comm: the ranks, over a group that nothing else uses.
+            lock: what `writing` gave.
         """
-        self._root, self._comm = root, comm
+        self._root, self._comm, self._lock = root, comm, lock
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._buffers: dict[str, Tensor] = {}
@@ -82,7 +84,7 @@ class BackgroundSaver:
 
         def write() -> None:
             try:
-                save(self._root, step, copies, scalars, self._comm, keep_latest, derived)
+                save(self._root, step, copies, scalars, self._comm, keep_latest, derived, self._lock)
                 self.times.append(SaveTimes(step, called, copied, time.monotonic()))
             except BaseException as error:  # raised in the loop, by `check` or `finish`
                 self._failure = error

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from mm.checkpoint.background import BackgroundSaver
+from mm.checkpoint.lock import Lock
 from mm.checkpoint.store import writing
 from mm.config.bad_samples import parse_on_bad_sample
 from mm.config.recompute import recompute_of
@@ -70,8 +71,7 @@ def train(run: Run) -> Progress:
     memory = MemoryWatch(Request(flags, run.model, run.zero, run.comm.world_size), run.backend, run.comm.rank)
     during = partial(_during, run, memory)
     with ExitStack() as stack:
-        if flags.save is not None:
-            stack.enter_context(writing(Path(flags.save), run.comm))
+        lock = stack.enter_context(writing(Path(flags.save), run.comm)) if flags.save is not None else None
         checks = Checks.prepare(flags, run.held_out, run.validation, run.mesh, run.backend, run.comm)
         recompute = recompute_of(flags, run.model)
         offloader = make_offloader(
@@ -94,7 +94,7 @@ def train(run: Run) -> Progress:
         log = stack.enter_context(_metrics_log(run, progress))
         with during("evaluation and validation"):
             checks.run(missed, progress.step, parallel, log)
-        saves = _saves(run, parallel, optimizer, adapters, stack)
+        saves = _saves(run, parallel, optimizer, adapters, lock, stack)
         return _steps(run, _Built(parallel, optimizer, log, during, checks, saves), progress)
 
 
@@ -260,10 +260,15 @@ def _measure(
 
 
 def _saves(
-    run: Run, parallel: ParallelModel, optimizer: Optimizer, adapters: AdapterRun | None, stack: ExitStack
+    run: Run,
+    parallel: ParallelModel,
+    optimizer: Optimizer,
+    adapters: AdapterRun | None,
+    lock: Lock | None,
+    stack: ExitStack,
 ) -> Saves | None:
     if run.flags.save is None:
         return None
     root = Path(run.flags.save)
-    background = stack.enter_context(BackgroundSaver(root, run.saving)) if run.saving is not None else None
-    return Saves(run, root, parallel, optimizer, adapters, background)
+    background = stack.enter_context(BackgroundSaver(root, run.saving, lock)) if run.saving is not None else None
+    return Saves(run, root, parallel, optimizer, adapters, background, lock)
