@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mm.checkpoint.comm import Comm
+from mm.checkpoint.lock import Lock
 from mm.checkpoint.pieces import Piece
 from mm.checkpoint.store import Derived, save
 
@@ -66,15 +67,22 @@ class BackgroundSaver:
         times: of the saves that are done.
     """
 
-    def __init__(self, root: Path, comm: Comm, host_memory: Callable[[int], Tensor] = plain_memory) -> None:
+    def __init__(
+        self,
+        root: Path,
+        comm: Comm,
+        host_memory: Callable[[int], Tensor] = plain_memory,
+        lock: Lock | None = None,
+    ) -> None:
         """Save below `root`, inside `mm.checkpoint.store.writing(root)`.
 
         Args:
             root: the folder of the run's checkpoints.
             comm: the ranks, over a group that nothing else uses.
             host_memory: makes uint8 [num_bytes] for the copies, page-locked where there is an accelerator.
+            lock: what `writing` gave.
         """
-        self._root, self._comm, self._host_memory = root, comm, host_memory
+        self._root, self._comm, self._host_memory, self._lock = root, comm, host_memory, lock
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._copies: list[Piece] = []  # of the last save, in the memory that the next one takes
@@ -100,7 +108,7 @@ class BackgroundSaver:
 
         def write() -> None:
             try:
-                save(self._root, step, copies, scalars, self._comm, keep_latest, derived)
+                save(self._root, step, copies, scalars, self._comm, keep_latest, derived, self._lock)
                 self.times.append(SaveTimes(step, called, copied, time.monotonic()))
             except BaseException as error:  # raised in the loop, by `check` or `finish`
                 self._failure = error

@@ -23,7 +23,7 @@ from uuid import uuid4
 from mm.checkpoint import fault
 from mm.checkpoint.comm import Comm, SingleProcess, on_every_rank, on_rank_zero
 from mm.checkpoint.files import remove_folder, replace_text, sync_folder
-from mm.checkpoint.lock import locked
+from mm.checkpoint.lock import DEFAULT_TIMES, Lock, Times, locked
 from mm.checkpoint.record import Kind, files_of, kind_of
 from mm.checkpoint.safetensor_file import hash_file
 from mm.errors import CheckpointError
@@ -117,24 +117,31 @@ def require_whole(path: Path, verify: Verify, comm: Comm | None = None) -> None:
 
 
 @contextmanager
-def writing(root: Path, comm: Comm | None = None) -> Iterator[None]:
+def writing(root: Path, comm: Comm | None = None, times: Times = DEFAULT_TIMES) -> Iterator[Lock | None]:
     """Prepare `root` for a run that saves into it, and keep other jobs out while inside. Enter it before `find_latest`.
 
     Rank 0 creates the folder, takes its lock, deletes what a killed run left, and completes the announcement of a
     checkpoint that a killed run had just committed.
 
+    Args:
+        root: the folder. comm: the ranks. times: of the lock.
+
+    Yields:
+        The lock, which saves into the folder ask for (`mm.checkpoint.store.save`); None on other ranks than 0.
+
     Raises:
         CheckpointError: CKPT-034 when another job holds the folder, CKPT-031 when it cannot be written.
     """
     with ExitStack() as stack:
+        held: list[Lock] = []
 
         def prepare() -> None:
             root.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(root))
+            held.append(stack.enter_context(locked(root, times)))
             _recover(root)
 
         on_rank_zero(comm or SingleProcess(), prepare)
-        yield
+        yield held[0] if held else None
 
 
 def commit(root: Path, temporary: Path, step: int) -> Path:
@@ -273,11 +280,17 @@ def _hash_problem(path: Path, comm: Comm) -> str | None:
 
 
 def _recover(root: Path) -> None:
-    """Clean up behind a killed run; the lock is held, so nothing here is in use."""
+    """Clean up behind a killed run; the lock is held, so nothing here is in use.
+
+    A folder loses its name first: an owner that stood still and was taken for dead cannot commit it any more.
+    """
     for entry in list(root.iterdir()):
-        if _LEFTOVER.fullmatch(entry.name):
+        match = _LEFTOVER.fullmatch(entry.name)
+        if match and entry.is_dir():
             log.info("Deleting %s, left by an interrupted run.", entry)
-            remove_folder(entry) if entry.is_dir() else entry.unlink()
+            remove_folder(entry.rename(root / f".trash-{match[2]}-{uuid4().hex[:12]}"))
+        elif match:
+            entry.unlink()
     newest = next(iter(candidates(root)), None)
     if newest and not newest.announced and _size_problem(newest.path) is None:
         announce(root, newest.path, newest.step)

@@ -29,6 +29,7 @@ from mm.checkpoint.boxes import Box, intersect, whole
 from mm.checkpoint.comm import Comm, SingleProcess, on_every_rank, on_rank_zero
 from mm.checkpoint.directory import find_latest, writing
 from mm.checkpoint.files import sync_folder, write_new
+from mm.checkpoint.lock import Lock
 from mm.checkpoint.manifest import (
     MANIFEST_NAME,
     FileRecord,
@@ -79,6 +80,7 @@ def save(
     comm: Comm | None = None,
     keep_latest: int | None = None,
     derived: Derived | None = None,
+    lock: Lock | None = None,
 ) -> Path:
     """Write the checkpoint of `step` below `root`; every rank calls it. Call it inside `writing(root)`.
 
@@ -90,6 +92,7 @@ def save(
         comm: the ranks.
         keep_latest: checkpoints to keep, this one included; None keeps all.
         derived: files to commit with it, made from its tensors.
+        lock: what `writing` gave; a job that has lost it commits nothing.
 
     Returns:
         The committed folder.
@@ -98,7 +101,7 @@ def save(
         CheckpointError: the same on every rank, and nothing is left behind: CKPT-014 for pieces that do not add up,
             CKPT-016 for a value that is not finite (in a tensor or a scalar), CKPT-017 for a dtype, CKPT-020 for a
             foreign folder in the place, CKPT-030 for too little space, CKPT-031 and CKPT-032 for what the file system
-            does.
+            does, CKPT-100 for a lost lock.
     """
     comm = comm or SingleProcess()
     pieces = list(pieces)
@@ -113,6 +116,7 @@ def save(
         lambda folder, reports: _complete(folder, step, reports, scalars, derived),
         comm,
         keep_latest,
+        lock,
     )
 
 

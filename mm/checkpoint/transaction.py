@@ -16,6 +16,7 @@ from mm.checkpoint import fault
 from mm.checkpoint.comm import Comm, on_every_rank, on_rank_zero
 from mm.checkpoint.directory import announce, commit, folder_name, require_replaceable, retain
 from mm.checkpoint.files import remove_folder, require_free_space, sync_folder, temporary_name
+from mm.checkpoint.lock import Lock
 from mm.checkpoint.manifest import FileRecord
 from mm.errors import CheckpointError
 
@@ -30,6 +31,7 @@ def write_checkpoint(
     complete: Callable[[Path, Sequence[Any]], None],
     comm: Comm,
     keep_latest: int | None,
+    lock: Lock | None = None,
 ) -> Path:
     """Write the checkpoint of `step` below `root`; every rank calls it, inside `mm.checkpoint.directory.writing`.
 
@@ -41,24 +43,27 @@ def write_checkpoint(
         complete: on rank 0, from the folder and the ranks' reports; writes what makes the folder a checkpoint.
         comm: the ranks.
         keep_latest: checkpoints to keep, this one included; None keeps all.
+        lock: of `root`, on rank 0; a job that has lost it begins nothing and commits nothing.
 
     Returns:
         The committed folder.
 
     Raises:
         CheckpointError: the same on every rank, and nothing is left behind: CKPT-020 for a foreign folder in the place,
-            CKPT-030 for too little space, CKPT-031 for what the file system does, and what `write` and `complete`
-            raise.
+            CKPT-030 for too little space, CKPT-031 for what the file system does, CKPT-100 for a lost lock, and what
+            `write` and `complete` raise.
     """
-    temporary = root / on_rank_zero(comm, lambda: _begin(root, step, num_bytes))
+    temporary = root / on_rank_zero(comm, lambda: _begin(root, step, num_bytes, lock))
     try:
         fault.point("save.folder_created")
         reports = on_every_rank(comm, lambda: write(temporary))
         fault.point("save.gathered")
-        name = on_rank_zero(comm, lambda: _commit(root, temporary, step, reports, complete))
+        name = on_rank_zero(comm, lambda: _commit(root, temporary, step, reports, complete, lock))
     except BaseException:
         if comm.rank == 0 and temporary.exists():
             remove_folder(temporary)
+        elif lock is not None:
+            lock.require(look=True)  # whoever has it now has deleted the folder, which is why this failed
         raise
     on_rank_zero(comm, lambda: _finish(root, root / name, step, keep_latest))
     return root / name
@@ -79,7 +84,9 @@ def require_visible(folder: Path, files: Mapping[str, FileRecord]) -> None:
             )
 
 
-def _begin(root: Path, step: int, num_bytes: int) -> str:
+def _begin(root: Path, step: int, num_bytes: int, lock: Lock | None) -> str:
+    if lock is not None:
+        lock.require(look=True)
     root.mkdir(parents=True, exist_ok=True)
     require_replaceable(root, step)
     require_free_space(root, num_bytes)
@@ -90,12 +97,19 @@ def _begin(root: Path, step: int, num_bytes: int) -> str:
 
 
 def _commit(
-    root: Path, folder: Path, step: int, reports: Sequence[Any], complete: Callable[[Path, Sequence[Any]], None]
+    root: Path,
+    folder: Path,
+    step: int,
+    reports: Sequence[Any],
+    complete: Callable[[Path, Sequence[Any]], None],
+    lock: Lock | None,
 ) -> str:
     complete(folder, reports)
     fault.point("save.manifest_written")
     sync_folder(folder)
     fault.point("save.before_rename")
+    if lock is not None:
+        lock.require(look=True)
     return commit(root, folder, step).name
 
 

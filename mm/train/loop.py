@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from mm.checkpoint.background import BackgroundSaver
+from mm.checkpoint.lock import Lock
 from mm.checkpoint.store import writing
 from mm.config.bad_samples import parse_on_bad_sample
 from mm.config.recompute import recompute_of
@@ -73,8 +74,7 @@ def train(run: Run) -> Progress:
     memory = MemoryWatch(Request(flags, run.model, run.zero, run.comm.world_size), run.backend, run.comm.rank)
     during = partial(_during, run, memory)
     with ExitStack() as stack:
-        if flags.save is not None:
-            stack.enter_context(writing(Path(flags.save), run.comm))
+        lock = stack.enter_context(writing(Path(flags.save), run.comm)) if flags.save is not None else None
         checks = Checks.prepare(flags, run.held_out, run.validation, run.mesh, run.backend, run.comm)
         recompute = recompute_of(flags, run.model)
         offloader = make_offloader(
@@ -97,7 +97,7 @@ def train(run: Run) -> Progress:
         log = stack.enter_context(_metrics_log(run, progress))
         with during("evaluation and validation"):
             checks.run(missed, progress.step, parallel, log)
-        saves = _saves(run, parallel, optimizer, adapters, memory, stack)
+        saves = _saves(run, parallel, optimizer, adapters, memory, lock, stack)
         return _steps(run, _Built(parallel, optimizer, log, during, checks, saves), progress)
 
 
@@ -269,6 +269,7 @@ def _saves(
     optimizer: Optimizer,
     adapters: AdapterRun | None,
     memory: MemoryWatch,
+    lock: Lock | None,
     stack: ExitStack,
 ) -> Saves | None:
     if run.flags.save is None:
@@ -276,5 +277,6 @@ def _saves(
     root, background = Path(run.flags.save), None
     if run.saving is not None:
         memory.pinned_host += require_memory_for_saving(run, optimizer)
-        background = stack.enter_context(BackgroundSaver(root, run.saving, queues_of(run.backend).host_memory))
-    return Saves(run, root, parallel, optimizer, adapters, background)
+        saver = BackgroundSaver(root, run.saving, queues_of(run.backend).host_memory, lock)
+        background = stack.enter_context(saver)
+    return Saves(run, root, parallel, optimizer, adapters, background, lock)

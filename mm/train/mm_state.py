@@ -18,6 +18,7 @@ from mm.checkpoint.comm import Comm, on_every_rank
 from mm.checkpoint.files import sync_folder, write_new
 from mm.checkpoint.formats.mm_format import CONFIG_NAME, write_stage
 from mm.checkpoint.formats.mm_split import split_names
+from mm.checkpoint.lock import Lock
 from mm.checkpoint.manifest import FileRecord
 from mm.checkpoint.record import RECORD_NAME, WeightsRecord
 from mm.checkpoint.safetensor_file import hash_file
@@ -38,11 +39,12 @@ def save_weights(
     optimizer: Optimizer,
     comm: Comm,
     keep_latest: int | None,
+    lock: Lock | None,
 ) -> Path:
     """Write the weights below `root` and commit them as every checkpoint is; every rank calls it.
 
     Args:
-        root, comm, keep_latest: as for `mm.checkpoint.store.save`.
+        root, comm, keep_latest, lock: as for `mm.checkpoint.store.save`.
         progress: how far the run has come. seed: of the run.
         parallel: the model, without tensor parallelism and layer-zero. optimizer: its masters are rounded into it.
 
@@ -77,6 +79,7 @@ def save_weights(
         complete,
         comm,
         keep_latest,
+        lock,
     )
 
 

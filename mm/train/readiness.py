@@ -25,7 +25,7 @@ import torch
 from mm.checkpoint.comm import Comm
 from mm.checkpoint.directory import find_latest
 from mm.checkpoint.formats.training import is_training_checkpoint
-from mm.checkpoint.lock import LOCK_NAME
+from mm.checkpoint.lock import holder_of
 from mm.checkpoint.weights import open_weights, require_exactly
 from mm.config.model import WanConfig
 from mm.config.train import TrainFlags
@@ -136,9 +136,11 @@ def save_folder(flags: TrainFlags) -> list[Finding]:
     start = "starts at step 0" if latest is None else f"goes on from {latest.name}"
     if latest is not None and flags.load is not None:
         start += "; --load is not used"
-    if (root / LOCK_NAME).exists():
-        found = f"{root / LOCK_NAME} is there: another job writes into {root}, or died on another node"
-        return [Finding("checkpoints", "look", found, "Give another --save, or see that no such job runs.")]
+    holder = holder_of(root)
+    if holder is not None:
+        found = f"{holder} holds the lock of {root}, or died on another node"
+        remedy = "Give another --save, or see that no such job runs; a dead one's lock is taken over by the start."
+        return [Finding("checkpoints", "look", found, remedy)]
     existing = _existing(root)
     try:
         with tempfile.TemporaryFile(dir=existing):

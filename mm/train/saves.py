@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mm.checkpoint.background import BackgroundSaver
+from mm.checkpoint.lock import Lock
 from mm.checkpoint.store import save
 from mm.errors import CheckpointError
 from mm.parallel.apply import ParallelModel
@@ -35,9 +36,10 @@ class Saves:
         optimizer: Optimizer,
         adapters: AdapterRun | None,
         background: BackgroundSaver | None,
+        lock: Lock | None,
     ) -> None:
-        """Write below `root`; `background` writes beside the steps, None in the loop."""
-        self._run, self._root, self._background = run, root, background
+        """Write below `root`, whose `lock` rank 0 has; `background` writes beside the steps, None in the loop."""
+        self._run, self._root, self._background, self._lock = run, root, background, lock
         self._parallel, self._optimizer, self._adapters = parallel, optimizer, adapters
 
     def save(self, progress: Progress, *, may_fail: bool) -> None:
@@ -57,8 +59,11 @@ class Saves:
         """See how the save in the background has ended, if it has; the same on every rank, not at the same step.
 
         Raises:
-            CheckpointError: of that save, unless `--on-save-failure warn` passes over it.
+            CheckpointError: of that save, unless `--on-save-failure warn` passes over it; CKPT-100 on rank 0 when
+                another job has taken the folder over.
         """
+        if self._lock is not None:
+            self._lock.require()
         if self._background is not None:
             with self._passing_over(None, when=True):
                 self._background.check()
@@ -76,7 +81,14 @@ class Saves:
         run, flags, started = self._run, self._run.flags, time.monotonic()
         if flags.ckpt_format == "torch":
             folder = save_weights(
-                self._root, progress, flags.seed, self._parallel, self._optimizer, run.comm, flags.keep_latest
+                self._root,
+                progress,
+                flags.seed,
+                self._parallel,
+                self._optimizer,
+                run.comm,
+                flags.keep_latest,
+                self._lock,
             )
             logger.info("checkpoint %s (weights) written in %.1f s", folder.name, time.monotonic() - started)
             return
@@ -94,7 +106,9 @@ class Saves:
                 self._background.finish()
             self._background.start(state.step, state.pieces, state.scalars, flags.keep_latest, state.derived)
             return
-        folder = save(self._root, state.step, state.pieces, state.scalars, run.comm, flags.keep_latest, state.derived)
+        folder = save(
+            self._root, state.step, state.pieces, state.scalars, run.comm, flags.keep_latest, state.derived, self._lock
+        )
         logger.info("checkpoint %s written in %.1f s", folder.name, time.monotonic() - started)
 
     @contextmanager
