@@ -181,4 +181,5 @@ def _row(task: Task, recipe: Recipe) -> FeatureRow:
         latent_shape=(shape[0], shape[1], shape[2], shape[3]),
         text_tokens=header.tensors["prompt"][1][0],
         task=recipe.task,
+        video=header.origin.video,
     )

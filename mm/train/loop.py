@@ -17,6 +17,7 @@ from mm.checkpoint.store import writing
 from mm.config.bad_samples import parse_on_bad_sample
 from mm.config.recompute import recompute_of
 from mm.config.request import Request
+from mm.config.step import StepSettings
 from mm.data.loader import FeatureBatch, feature_batches
 from mm.data.replacing import check_replaced, replaced_in_step
 from mm.data.sampler import BatchPlan
@@ -35,6 +36,7 @@ from mm.train.build import (
     check_sizes,
     describe,
     open_adapters,
+    settings_of,
     start_or_resume,
     step_shape,
     why_not_compiled,
@@ -68,6 +70,7 @@ def train(run: Run) -> Progress:
     """
     flags = run.flags
     check_sizes(run)
+    steps = settings_of(run)
     memory = MemoryWatch(Request(flags, run.model, run.zero, run.comm.world_size), run.backend, run.comm.rank)
     during = partial(_during, run, memory)
     with ExitStack() as stack:
@@ -85,10 +88,10 @@ def train(run: Run) -> Progress:
         run_blocks = block_runner(recompute, offloader, run.backend.model_code)
         with during("building the model"):
             memory.parallel = parallel = build_model(run, adapters, run_blocks, not_compiled is None)
-            memory.optimizer = optimizer = build_optimizer(run, parallel)
+            memory.optimizer = optimizer = build_optimizer(parallel, steps)
         describe(run, recompute, offloader, not_compiled)
         with during("loading weights"):
-            progress = start_or_resume(run, adapters, optimizer)
+            progress = start_or_resume(run, adapters, optimizer, steps)
         missed = checks.missed(progress.step) if progress.step > 0 else frozenset[Check]()
         if progress.step >= flags.train_iters and not missed:
             logger.info("step %d of %d is already done; nothing to train", progress.step, flags.train_iters)
@@ -96,7 +99,7 @@ def train(run: Run) -> Progress:
         log = stack.enter_context(_metrics_log(run, progress))
         with during("evaluation and validation"):
             checks.run(missed, progress.step, parallel, log)
-        saves = _saves(run, parallel, optimizer, adapters, stack)
+        saves = _saves(run, steps, parallel, optimizer, adapters, stack)
         return _steps(run, _Built(parallel, optimizer, log, during, checks, saves), progress)
 
 
@@ -262,10 +265,15 @@ def _measure(
 
 
 def _saves(
-    run: Run, parallel: ParallelModel, optimizer: Optimizer, adapters: AdapterRun | None, stack: ExitStack
+    run: Run,
+    steps: StepSettings,
+    parallel: ParallelModel,
+    optimizer: Optimizer,
+    adapters: AdapterRun | None,
+    stack: ExitStack,
 ) -> Saves | None:
     if run.flags.save is None:
         return None
     root = Path(run.flags.save)
     background = stack.enter_context(BackgroundSaver(root, run.saving)) if run.saving is not None else None
-    return Saves(run, root, parallel, optimizer, adapters, background)
+    return Saves(run, root, steps, parallel, optimizer, adapters, background)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mm.checkpoint.background import BackgroundSaver
 from mm.checkpoint.store import save
+from mm.config.step import StepSettings
 from mm.errors import CheckpointError
 from mm.parallel.apply import ParallelModel
 from mm.parallel.optimizer import Optimizer
@@ -31,13 +32,14 @@ class Saves:
         self,
         run: Run,
         root: Path,
+        steps: StepSettings,
         parallel: ParallelModel,
         optimizer: Optimizer,
         adapters: AdapterRun | None,
         background: BackgroundSaver | None,
     ) -> None:
-        """Write below `root`; `background` writes beside the steps, None in the loop."""
-        self._run, self._root, self._background = run, root, background
+        """Write below `root`; `steps` are recorded, `background` writes beside the steps, None in the loop."""
+        self._run, self._root, self._background, self._steps = run, root, background, steps
         self._parallel, self._optimizer, self._adapters = parallel, optimizer, adapters
 
     def save(self, progress: Progress, *, may_fail: bool) -> None:
@@ -76,7 +78,14 @@ class Saves:
         run, flags, started = self._run, self._run.flags, time.monotonic()
         if flags.ckpt_format == "torch":
             folder = save_weights(
-                self._root, progress, flags.seed, self._parallel, self._optimizer, run.comm, flags.keep_latest
+                self._root,
+                progress,
+                flags.seed,
+                self._steps,
+                self._parallel,
+                self._optimizer,
+                run.comm,
+                flags.keep_latest,
             )
             logger.info("checkpoint %s (weights) written in %.1f s", folder.name, time.monotonic() - started)
             return
@@ -86,6 +95,7 @@ class Saves:
             run.config,
             flags.seed,
             run.comm,
+            steps=self._steps,
             with_optimizer=not flags.no_save_optim,
             adapters=self._adapters.record if self._adapters is not None else None,
         )
