@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import StringConstraints, ValidationError
 
@@ -30,6 +30,7 @@ class WeightsRecord(Section):
         format, schema_version: what the file is; another version is refused by its number.
         step: optimizer steps taken. consumed_samples: samples seen. skipped_steps, replaced_samples: as in training's
             progress. seed: of the run.
+        steps: `mm.config.step.StepSettings` of the run; None in records of earlier versions.
         versions: of this package and of torch, for the reader of a report. files: by name.
     """
 
@@ -40,6 +41,7 @@ class WeightsRecord(Section):
     skipped_steps: Size
     replaced_samples: Size
     seed: Size
+    steps: dict[str, Any] | None = None
     versions: dict[str, str]
     files: dict[RankFile, FileRecord]
 

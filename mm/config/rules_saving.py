@@ -20,6 +20,9 @@ def _saving_is_meant(request: Request) -> Iterator[Problem]:
     if flags.verify_checkpoint == "full" and flags.save is None and flags.load is None:
         found = "--verify-checkpoint full has no effect without --save or --load."
         yield Problem("CFG-024", found, "Give one of them, or remove it.")
+    if flags.resume_changed and flags.save is None and flags.load is None:
+        found = "--resume-changed has no effect without --save or --load."
+        yield Problem("CFG-024", found, "Give one of them, or remove it.")
 
 
 def _mm_format_holds_weights(request: Request) -> Iterator[Problem]:

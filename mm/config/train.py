@@ -11,6 +11,9 @@ from mm.config.diffusion import DiffusionConfig
 from mm.config.mesh import MeshFlags
 from mm.config.model import ModelType, WanConfig
 
+ResumeChange = Literal["batch", "schedule", "optimizer", "objective", "data", "precision", "average"]
+"""Parts of what a step means, as --resume-changed names them."""
+
 
 class PredictorConfig(WanConfig):
     """The `predictor` section of pretrain_model.json.
@@ -166,6 +169,11 @@ class TrainFlags(MeshFlags):
     resume_policy: Literal["newest", "strict"] = Field(
         "newest", description="a damaged newest checkpoint: fall back to the one before, or stop"
     )
+    resume_changed: list[ResumeChange] = Field(
+        [],
+        description="what may be another than the checkpoint's that is gone on from: batch schedule optimizer "
+        "objective data precision average; everything else that would change steps is refused",
+    )
     verify_checkpoint: Literal["size", "full"] = Field(
         "size",
         description="before a checkpoint is used: compare its files' sizes, or also hash their contents",
@@ -224,7 +232,15 @@ class TrainFlags(MeshFlags):
 
 _FROM_MODEL_JSON = "Remove it; the model's shape comes from pretrain_model.json."
 _ALWAYS = "Remove it; this is how it always works here."
+_OVERRIDE = "Remove it and give --resume-changed schedule, which goes on with the schedule of the flags."
+_USE_CHECKPOINT = (
+    "Remove it and give the checkpoint's schedule; where the flags differ from it, a resume says its values."
+)
 RETIRED_TRAIN_FLAGS = {
+    "--override-opt_param-scheduler": _OVERRIDE,
+    "--override-opt-param-scheduler": _OVERRIDE,
+    "--use-checkpoint-opt_param-scheduler": _USE_CHECKPOINT,
+    "--use-checkpoint-opt-param-scheduler": _USE_CHECKPOINT,
     "--num-layers": _FROM_MODEL_JSON,
     "--hidden-size": _FROM_MODEL_JSON,
     "--num-attention-heads": _FROM_MODEL_JSON,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -152,6 +154,19 @@ class FeatureDataset(Dataset[FeatureItem]):
             DataError: what `empty_prompt_file` and `read_empty_prompt` raise.
         """
         return read_empty_prompt(*self.empty_prompt_file(), self.model)
+
+    def identity(self) -> str:
+        """Sixteen hexadecimal digits of the samples in their order: their names, clips, captions, videos and recipes.
+
+        Two data sets with one identity give the same run; where they lie and in which files does not matter.
+        """
+        digest = hashlib.sha256()
+        for store in self._stores:
+            digest.update(f"{store.recipe_key}\n".encode())
+            for row in store.rows:
+                content = (row.sample, row.cap, row.start_frame_idx, row.latent_shape, row.text_tokens, row.video)
+                digest.update(f"{json.dumps(content)}\n".encode())
+        return digest.hexdigest()[:16]
 
     def shapes(self) -> Counter[tuple[int, int, int, int]]:
         """How many samples have which latent shape."""

@@ -25,6 +25,7 @@ class FeatureRow(Section):
         start_frame_idx, sample_num_frames, sample_size: the clip, `81x480x832`.
         latent_shape: [16, F, H, W]. text_tokens: L.
         task: what the features are for.
+        video: `mm.data.features.video_fingerprint` of the video; None in lists of earlier versions and migrated stores.
     """
 
     sample: str = Field(min_length=1)
@@ -37,6 +38,7 @@ class FeatureRow(Section):
     latent_shape: tuple[int, int, int, int]
     text_tokens: int = Field(ge=1)
     task: ModelType = "t2v"
+    video: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from mm.extract.skipping import (
     recorded,
     write_skipped,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +116,15 @@ def prepare(store: Path, recipe: Recipe, items: Sequence[Task | Unreadable], emp
     for folder in (store, features):
         remove_temporaries(folder)
     listing = store / LISTING
-    if listing.exists() and not (_lists(listing, items) and not _incomplete(store, items, empty)):
-        listing.unlink()
+    if listing.exists():
+        listed, wanted = _listed(listing), [f"{FEATURES}/{feature_name(item.id)}" for item in items]
+        if left_out := set(listed) - set(wanted):
+            log.warning(
+                "%s is made anew without %d of its %d samples, which are no longer annotated",
+                listing, len(left_out), len(listed),
+            )  # fmt: skip
+        if listed != wanted or _incomplete(store, items, empty):
+            listing.unlink()
     forget(store)
     if not (listing.exists() and (store / RECIPE_FILE).exists()):
         save_recipe(store, recipe)
@@ -147,13 +157,12 @@ def _too_short(row: CheckedRow, preprocess: RawPreprocess) -> tuple[Problem, ...
     return ()
 
 
-def _lists(listing: Path, items: Sequence[Task | Unreadable]) -> bool:
-    """Whether data.jsonl names exactly these samples' files."""
+def _listed(listing: Path) -> list[str]:
+    """The files that data.jsonl names; none where it cannot be read."""
     try:
-        named = [row.get("file") for row in read_rows(listing, "DATA-010")]
+        return [str(row.get("file")) for row in read_rows(listing, "DATA-010")]
     except (DataError, AttributeError):
-        return False
-    return named == [f"{FEATURES}/{feature_name(item.id)}" for item in items]
+        return []
 
 
 def _incomplete(store: Path, items: Sequence[Task | Unreadable], empty: Origin) -> list[Path]:
@@ -182,4 +191,5 @@ def _row(task: Task, recipe: Recipe) -> FeatureRow:
         latent_shape=(shape[0], shape[1], shape[2], shape[3]),
         text_tokens=header.tensors["prompt"][1][0],
         task=recipe.task,
+        video=header.origin.video,
     )

@@ -14,6 +14,7 @@ import abc
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -113,19 +114,7 @@ class Optimizer(abc.ABC):
         if settings.ema_decay is not None:
             owned = {shard.name: shard.master for shard in self._shards if shard.owned}
             self.average = Average(owned, settings.ema_decay)
-        self._scheduler = OptimizerParamScheduler(
-            self._groups_holder(),
-            init_lr=settings.lr_warmup_init,
-            max_lr=settings.lr,
-            min_lr=settings.min_lr,
-            lr_warmup_steps=settings.warmup_samples,
-            lr_decay_steps=settings.decay_samples,
-            lr_decay_style=settings.lr_decay_style,
-            start_wd=settings.weight_decay,
-            end_wd=settings.weight_decay,
-            wd_incr_steps=0,
-            wd_incr_style="constant",
-        )
+        self._scheduler = _schedule(settings, self._groups_holder())
 
     @abc.abstractmethod
     def _groups_holder(self) -> Any:
@@ -260,6 +249,32 @@ class Optimizer(abc.ABC):
                 steps = [inner.state[key]["step"] for key in group["params"] if "step" in inner.state.get(key, {})]
                 if steps:
                     yield from torch.stack(steps).tolist()  # they are on the device: one read for all
+
+
+def learning_rates(settings: AdamWSettings, consumed_samples: Sequence[int]) -> list[float]:
+    """The rates of steps that begin after so many samples each."""
+    schedule = _schedule(settings, SimpleNamespace(param_groups=[{}]))
+    rates = []
+    for schedule.num_steps in consumed_samples:
+        rates.append(float(schedule.get_lr({})))
+    return rates
+
+
+def _schedule(settings: AdamWSettings, groups_holder: Any) -> OptimizerParamScheduler:
+    """Megatron's schedule, in samples, over the parameter groups of `groups_holder`."""
+    return OptimizerParamScheduler(
+        groups_holder,
+        init_lr=settings.lr_warmup_init,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.warmup_samples,
+        lr_decay_steps=settings.decay_samples,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
 
 
 def norm_of(squares: Tensor) -> float:

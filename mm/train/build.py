@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from mm.checkpoint.comm import on_rank_zero
 from mm.checkpoint.directory import holds_checkpoints, require_kind, require_whole
 from mm.checkpoint.record import kind_of
 from mm.checkpoint.store import find_latest
 from mm.checkpoint.weights import open_weights
 from mm.config.recompute import Recompute
+from mm.config.step import DataSettings, StepSettings, step_settings
 from mm.device.attention import attention_name
 from mm.device.backend import free_host_bytes
 from mm.errors import ConfigError
@@ -19,10 +22,11 @@ from mm.parallel.apply import ParallelModel, ValueOf, apply
 from mm.parallel.compile import graphs_needed, most_graphs, probe
 from mm.parallel.host_pool import StepShape
 from mm.parallel.offload import Offloader
-from mm.parallel.optimizer import AdamWSettings, Optimizer
+from mm.parallel.optimizer import Optimizer
 from mm.parallel.optimizers import make_optimizer
 from mm.train.adapters import AdapterRun, load_adapters, open_base
 from mm.train.describe import start_table
+from mm.train.resuming import Resuming, adamw_settings
 from mm.train.run import Run, data_parallel_options, training_dtype
 from mm.train.state import Progress, load_state, load_weights, saved_bytes
 from mm.wan.initial import initial_value
@@ -100,26 +104,30 @@ def build_model(run: Run, adapters: AdapterRun | None, run_blocks: BlockRunner, 
     )
 
 
-def build_optimizer(run: Run, parallel: ParallelModel) -> Optimizer:
-    """AdamW and its schedule by the run's flags."""
-    flags = run.flags
-    samples = run.global_batch_size
-    settings = AdamWSettings(
-        lr=flags.lr,
-        min_lr=flags.min_lr,
-        lr_decay_style=flags.lr_decay_style,
-        lr_warmup_init=flags.lr_warmup_init,
-        warmup_samples=flags.lr_warmup_iters * samples,
-        decay_samples=(flags.lr_decay_iters or flags.train_iters) * samples,
-        weight_decay=flags.weight_decay,
-        adam_beta1=flags.adam_beta1,
-        adam_beta2=flags.adam_beta2,
-        adam_eps=flags.adam_eps,
-        clip_grad=flags.clip_grad,
-        ema_decay=flags.ema_decay,
-        fused=run.backend.kind != "cpu",
+def settings_of(run: Run) -> StepSettings:
+    """What the steps of a run mean, the same on all ranks; every rank calls it. Rank 0 speaks for the data sets."""
+
+    def identified() -> list[Any]:
+        return [None if dataset is None else [len(dataset), dataset.identity()] for dataset in data_sets]
+
+    data_sets = (run.dataset, run.held_out)
+    found = on_rank_zero(run.comm, identified)
+    features, held_out = (None if one is None else DataSettings(num_samples=one[0], identity=one[1]) for one in found)
+    assert features is not None  # noqa: S101  a run has features
+    features = features.model_copy(update={"shuffle": run.data.dataloader_param.shuffle})
+    return step_settings(
+        run.flags,
+        run.model.diffusion,
+        run.data,
+        dp_size=run.mesh.layout.dp_size,
+        features=features,
+        held_out=held_out,
     )
-    return make_optimizer(parallel, settings)
+
+
+def build_optimizer(parallel: ParallelModel, steps: StepSettings) -> Optimizer:
+    """AdamW and its schedule."""
+    return make_optimizer(parallel, adamw_settings(steps, fused=parallel.backend.kind != "cpu"))
 
 
 def require_memory_for_saving(run: Run, optimizer: Optimizer) -> int:
@@ -173,8 +181,12 @@ def describe(run: Run, recompute: Recompute | None, offloader: Offloader | None,
         logger.info("%-11s %s", name, value)
 
 
-def start_or_resume(run: Run, adapters: AdapterRun | None, optimizer: Optimizer) -> Progress:
-    """Resume from `--save`, else from training checkpoints in `--load`, else start from the weights there."""
+def start_or_resume(run: Run, adapters: AdapterRun | None, optimizer: Optimizer, steps: StepSettings) -> Progress:
+    """Resume from `--save`, else from training checkpoints in `--load`, else start from the weights there.
+
+    Raises:
+        ConfigError: CFG-160 where that would change what steps mean, and what `load_state` and `load_weights` raise.
+    """
     flags = run.flags
     record = adapters.record if adapters is not None else None
     # A folder of weights may have numbered folders too, as MindSpeed-MM's have; those of training are described.
@@ -191,6 +203,7 @@ def start_or_resume(run: Run, adapters: AdapterRun | None, optimizer: Optimizer)
             run.config,
             flags.seed,
             run.comm,
+            resuming=_resuming(run, steps),
             with_optimizer=not flags.no_load_optim,
             with_average=not flags.no_load_ema,
             any_seed=flags.no_load_rng,
@@ -205,6 +218,19 @@ def start_or_resume(run: Run, adapters: AdapterRun | None, optimizer: Optimizer)
         else:
             load_weights(open_weights(start), optimizer, run.config)
     return Progress()
+
+
+def _resuming(run: Run, steps: StepSettings) -> Resuming:
+    flags = run.flags
+    return Resuming(
+        steps,
+        flags.train_iters,
+        flags.resume_changed,
+        flags.micro_batch_size,
+        run.mesh.layout.dp_size,
+        averaged=not flags.no_load_ema,
+        reports=run.reports,
+    )
 
 
 def _latest(run: Run, folder: Path) -> Path | None:

@@ -29,7 +29,6 @@ from mm.parallel.host_pool import make_offloader
 from mm.parallel.optimizer import Optimizer
 from mm.parallel.recompute import block_runner
 from mm.parallel.replicas import require_equal_replicas
-from mm.train.adapters import AdapterRun
 from mm.train.build import (
     build_model,
     build_optimizer,
@@ -37,6 +36,7 @@ from mm.train.build import (
     describe,
     open_adapters,
     require_memory_for_saving,
+    settings_of,
     start_or_resume,
     step_shape,
     why_not_compiled,
@@ -71,6 +71,7 @@ def train(run: Run) -> Progress:
     """
     flags = run.flags
     check_sizes(run)
+    steps = settings_of(run)
     memory = MemoryWatch(Request(flags, run.model, run.zero, run.comm.world_size), run.backend, run.comm.rank)
     during = partial(_during, run, memory)
     with ExitStack() as stack:
@@ -86,10 +87,10 @@ def train(run: Run) -> Progress:
         run_blocks = block_runner(recompute, offloader, run.backend.model_code)
         with during("building the model"):
             memory.parallel = parallel = build_model(run, adapters, run_blocks, not_compiled is None)
-            memory.optimizer = optimizer = build_optimizer(run, parallel)
+            memory.optimizer = optimizer = build_optimizer(parallel, steps)
         describe(run, recompute, offloader, not_compiled)
         with during("loading weights"):
-            progress = start_or_resume(run, adapters, optimizer)
+            progress = start_or_resume(run, adapters, optimizer, steps)
         missed = checks.missed(progress.step) if progress.step > 0 else frozenset[Check]()
         if progress.step >= flags.train_iters and not missed:
             logger.info("step %d of %d is already done; nothing to train", progress.step, flags.train_iters)
@@ -97,7 +98,10 @@ def train(run: Run) -> Progress:
         log = stack.enter_context(_metrics_log(run, progress))
         with during("evaluation and validation"):
             checks.run(missed, progress.step, parallel, log)
-        saves = _saves(run, parallel, optimizer, adapters, memory, lock, stack)
+        saves = None
+        if flags.save is not None:
+            root, background = Path(flags.save), _background_saver(run, optimizer, memory, lock, stack)
+            saves = Saves(run, root, steps, parallel, optimizer, adapters, background, lock)
         return _steps(run, _Built(parallel, optimizer, log, during, checks, saves), progress)
 
 
@@ -263,20 +267,11 @@ def _measure(
     )
 
 
-def _saves(
-    run: Run,
-    parallel: ParallelModel,
-    optimizer: Optimizer,
-    adapters: AdapterRun | None,
-    memory: MemoryWatch,
-    lock: Lock | None,
-    stack: ExitStack,
-) -> Saves | None:
-    if run.flags.save is None:
+def _background_saver(
+    run: Run, optimizer: Optimizer, memory: MemoryWatch, lock: Lock | None, stack: ExitStack
+) -> BackgroundSaver | None:
+    if run.flags.save is None or run.saving is None:
         return None
-    root, background = Path(run.flags.save), None
-    if run.saving is not None:
-        memory.pinned_host += require_memory_for_saving(run, optimizer)
-        saver = BackgroundSaver(root, run.saving, queues_of(run.backend).host_memory, lock)
-        background = stack.enter_context(saver)
-    return Saves(run, root, parallel, optimizer, adapters, background, lock)
+    memory.pinned_host += require_memory_for_saving(run, optimizer)
+    saver = BackgroundSaver(Path(run.flags.save), run.saving, queues_of(run.backend).host_memory, lock)
+    return stack.enter_context(saver)

@@ -24,6 +24,7 @@ from mm.checkpoint.record import RECORD_NAME, WeightsRecord
 from mm.checkpoint.safetensor_file import hash_file
 from mm.checkpoint.store import require_finite
 from mm.checkpoint.transaction import require_visible, write_checkpoint
+from mm.config.step import StepSettings
 from mm.parallel.apply import ParallelModel
 from mm.parallel.optimizer import Optimizer
 from mm.parallel.placement import whole_shapes
@@ -35,6 +36,7 @@ def save_weights(
     root: Path,
     progress: Progress,
     seed: int,
+    steps: StepSettings,
     parallel: ParallelModel,
     optimizer: Optimizer,
     comm: Comm,
@@ -45,7 +47,7 @@ def save_weights(
 
     Args:
         root, comm, keep_latest, lock: as for `mm.checkpoint.store.save`.
-        progress: how far the run has come. seed: of the run.
+        progress: how far the run has come. seed: of the run. steps: what its steps mean.
         parallel: the model, without tensor parallelism and layer-zero. optimizer: its masters are rounded into it.
 
     Raises:
@@ -66,6 +68,7 @@ def save_weights(
             skipped_steps=progress.skipped_steps,
             replaced_samples=progress.replaced_samples,
             seed=seed,
+            steps=steps.model_dump(mode="json"),
             versions=versions,
             files=files,
         )

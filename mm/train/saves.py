@@ -11,6 +11,7 @@ from pathlib import Path
 from mm.checkpoint.background import BackgroundSaver
 from mm.checkpoint.lock import Lock
 from mm.checkpoint.store import save
+from mm.config.step import StepSettings
 from mm.errors import CheckpointError
 from mm.parallel.apply import ParallelModel
 from mm.parallel.optimizer import Optimizer
@@ -32,14 +33,22 @@ class Saves:
         self,
         run: Run,
         root: Path,
+        steps: StepSettings,
         parallel: ParallelModel,
         optimizer: Optimizer,
         adapters: AdapterRun | None,
         background: BackgroundSaver | None,
         lock: Lock | None,
     ) -> None:
-        """Write below `root`, whose `lock` rank 0 has; `background` writes beside the steps, None in the loop."""
-        self._run, self._root, self._background, self._lock = run, root, background, lock
+        """Write below `root`.
+
+        Args:
+            run: the run. root: its `--save`. steps: what its steps mean, which is recorded.
+            parallel, optimizer, adapters: what is saved.
+            background: writes beside the steps; None writes in the loop.
+            lock: of the folder, on rank 0.
+        """
+        self._run, self._root, self._steps, self._background, self._lock = run, root, steps, background, lock
         self._parallel, self._optimizer, self._adapters = parallel, optimizer, adapters
 
     def save(self, progress: Progress, *, may_fail: bool) -> None:
@@ -84,6 +93,7 @@ class Saves:
                 self._root,
                 progress,
                 flags.seed,
+                self._steps,
                 self._parallel,
                 self._optimizer,
                 run.comm,
@@ -98,6 +108,7 @@ class Saves:
             run.config,
             flags.seed,
             run.comm,
+            steps=self._steps,
             with_optimizer=not flags.no_save_optim,
             adapters=self._adapters.record if self._adapters is not None else None,
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,18 +22,20 @@ from mm.checkpoint.background import copy_bytes
 from mm.checkpoint.boxes import Box
 from mm.checkpoint.comm import Comm
 from mm.checkpoint.formats.mm_format import CONFIG_NAME
-from mm.checkpoint.formats.training import ADAPTERS_KEY, AVERAGE_PREFIX, CONFIG_KEY, DECAY_KEY
+from mm.checkpoint.formats.training import ADAPTERS_KEY, AVERAGE_PREFIX, CONFIG_KEY, DECAY_KEY, STEPS_KEY
 from mm.checkpoint.record import kind_of, read_record
 from mm.checkpoint.store import Derived, Piece, load, pieces_of_flat_range, read_manifest
 from mm.checkpoint.weights import WeightSource, open_weights, require_exactly
 from mm.config.base import load as load_config
 from mm.config.base import parse
 from mm.config.model import WanConfig
+from mm.config.step import StepSettings
 from mm.errors import CheckpointError, ConfigError, Problem, raise_all
 from mm.lora.record import AdapterRecord, export, record_of
 from mm.parallel.ema import Average
 from mm.parallel.optimizer import MOMENTS, Optimizer, ParamShard
 from mm.parallel.placement import whole_shapes
+from mm.train.resuming import Resuming
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +73,11 @@ def state_of(
     seed: int,
     comm: Comm,
     *,
+    steps: StepSettings,
     with_optimizer: bool,
     adapters: AdapterRecord | None = None,
 ) -> State:
-    """The state of a run; every rank calls it. Pieces are views of what is trained.
+    """The state of a run, whose steps are `steps`; every rank calls it. Pieces are views of what is trained.
 
     That of adapters has them as a PEFT file beside its shards.
     """
@@ -87,6 +90,7 @@ def state_of(
         # ranks of a stage without adapters have no count of their own
         "adam_step": max(comm.all_gather_object(optimizer.adam_step())) if with_optimizer else None,
         CONFIG_KEY: config.model_dump(mode="json"),
+        STEPS_KEY: steps.model_dump(mode="json"),
     }
     if optimizer.average is not None:
         scalars[DECAY_KEY] = optimizer.average.decay
@@ -111,6 +115,7 @@ def load_state(
     seed: int,
     comm: Comm,
     *,
+    resuming: Resuming,
     with_optimizer: bool,
     with_average: bool,
     any_seed: bool,
@@ -124,6 +129,7 @@ def load_state(
         config: the model's shape, which must be the checkpoint's.
         seed: this run's; unless `any_seed`, it must be the checkpoint's.
         comm: the ranks.
+        resuming: what the steps of this run mean, and what of it may differ from the checkpoint's.
         with_optimizer: take the moments too.
         with_average: take the average too; else it begins at the loaded weights, if this run has one.
         any_seed: go on with this run's seed although the checkpoint's differs.
@@ -134,18 +140,13 @@ def load_state(
             and CKPT-086 where one of run and checkpoint has an average and the other has not, CKPT-080 and CKPT-081
             for adapters where all parameters are trained and the reverse, CKPT-082 and CKPT-083 for adapters of other
             linears or another base, and what `mm.checkpoint.store.load` raises.
-        ConfigError: CFG-028 for another model.
+        ConfigError: CFG-028 for another model, CFG-160 for every other change of what steps mean.
     """
     scalars, theirs, record = _described(path)
     _require_same_kind(path, record, adapters)
     fields = theirs.differing_fields(config) + ["text_len"] * (theirs.text_len != config.text_len)
     require_same_model(theirs, config, fields, str(path))
-    if scalars["seed"] != seed and not any_seed:
-        raise CheckpointError(
-            "CKPT-071",
-            f"{path} was trained with --seed {scalars['seed']}, and --seed is {seed}.",
-            f"Give --seed {scalars['seed']}, or --no-load-rng to go on with other random numbers on purpose.",
-        )
+    _require_same_steps(path, scalars, seed, resuming, any_seed=any_seed)
     if with_optimizer and scalars["adam_step"] is None:
         raise CheckpointError(
             "CKPT-072",
@@ -172,12 +173,29 @@ def _described(path: Path) -> tuple[dict[str, Any], WanConfig, AdapterRecord | N
     if kind_of(path) == "torch":
         record = read_record(path)
         scalars = record.model_dump(
-            include={"step", "consumed_samples", "skipped_steps", "replaced_samples", "seed"}
+            include={"step", "consumed_samples", "skipped_steps", "replaced_samples", "seed", STEPS_KEY}
         ) | {"adam_step": None}
         return scalars, load_config(WanConfig, path / CONFIG_NAME), None
     manifest = read_manifest(path)
     config = parse(WanConfig, manifest.scalars[CONFIG_KEY], str(path))
     return manifest.scalars, config, record_of(manifest, path)
+
+
+def _require_same_steps(
+    path: Path, scalars: Mapping[str, Any], seed: int, resuming: Resuming, *, any_seed: bool
+) -> None:
+    recorded = scalars.get(STEPS_KEY)
+    before = None if recorded is None else parse(StepSettings, recorded, f"{path}: {STEPS_KEY}")
+    problems = resuming.problems(path, before, scalars["step"], scalars["consumed_samples"])
+    if scalars["seed"] == seed or any_seed:
+        raise_all(ConfigError, problems)
+        return
+    other_seed = Problem(
+        "CKPT-071",
+        f"{path} was trained with --seed {scalars['seed']}, and --seed is {seed}.",
+        f"Give --seed {scalars['seed']}, or --no-load-rng to go on with other random numbers on purpose.",
+    )
+    raise_all(CheckpointError, [other_seed, *problems])
 
 
 def _load_tensors(path: Path, optimizer: Optimizer, comm: Comm, *, with_optimizer: bool, with_average: bool) -> None:
@@ -246,8 +264,6 @@ def _require_same_average(path: Path, theirs: float | None, ours: Average | None
             f"{path} has an average of its weights (--ema-decay {theirs:g}), and this run keeps none.",
             f"Give --ema-decay {theirs:g}, or --no-load-ema to go on without the average.",
         )
-    if theirs is not None and ours is not None and theirs != ours.decay:
-        logger.warning("the average in %s was kept with --ema-decay %g; it goes on with %g", path, theirs, ours.decay)
 
 
 def require_same_model(theirs: WanConfig, ours: WanConfig, fields: Sequence[str], place: str) -> None:

@@ -138,7 +138,9 @@ def test_a_second_run_does_nothing_and_says_so(
     assert "5 samples are listed" in caplog.text and "nothing was left to encode" in caplog.text
 
 
-def test_only_what_changed_is_encoded_again(files: dict[str, Path], tmp_path: Path) -> None:
+def test_only_what_changed_is_encoded_again(
+    files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run(files)
     before = times(tmp_path / "store")
     rows = [dict(row) for row in ROWS]
@@ -154,6 +156,7 @@ def test_only_what_changed_is_encoded_again(files: dict[str, Path], tmp_path: Pa
     assert {name.split("-")[0] for name in unchanged} == {"1_mp4", "4_mp4", "empty_prompt.safetensors"}
     assert listed(tmp_path / "store")[0]["cap"] == "another caption"
     assert len(opened(tmp_path / "store", tmp_path)) == 4
+    assert "is made anew without 1 of its 5 samples" in caplog.text
 
 
 def test_two_processes_share_the_work(files: dict[str, Path], tmp_path: Path, weights: Path) -> None:

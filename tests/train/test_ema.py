@@ -172,9 +172,14 @@ def test_a_run_without_one(demo: Path, averaged: Path, tmp_path: Path) -> None:
     assert tensors(tmp_path, STEPS + 1, "optimizer.exp_avg.")
 
 
-def test_another_decay_is_said(demo: Path, averaged: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run(demo, tmp_path, load=averaged, ema_decay=0.5, train_iters=STEPS + 1)
-    assert "was kept with --ema-decay 0.8; it goes on with 0.5" in caplog.text
+def test_another_decay_is_asked_for(
+    demo: Path, averaged: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = {"load": averaged, "ema_decay": 0.5, "train_iters": STEPS + 1}
+    with pytest.raises(ConfigError, match=r"CFG-160.*--ema-decay was 0.8 and is 0.5.*--resume-changed average"):
+        run(demo, tmp_path, **flags)
+    run(demo, tmp_path, resume_changed=["average"], **flags)
+    assert "--ema-decay was 0.8 and is 0.5" in caplog.text
     before, after = tensors(averaged, STEPS, "ema."), tensors(tmp_path, STEPS + 1, "ema.")
     for name, master in tensors(tmp_path, STEPS + 1, "model.").items():
         torch.testing.assert_close(after[name], (before[name] + master) / 2, msg=name)

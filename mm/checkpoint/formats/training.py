@@ -25,6 +25,8 @@ MODEL_PREFIX, AVERAGE_PREFIX = "model.", "ema."
 DECAY_KEY = "ema_decay"
 """Of the scalars: a checkpoint that has it holds the average of its weights."""
 CONFIG_KEY = "wan_config"
+STEPS_KEY = "steps"
+"""Of the scalars: `mm.config.step.StepSettings` of the run; checkpoints of earlier versions do not have it."""
 ADAPTERS_KEY = "adapters"
 """Of the scalars: a checkpoint that has it holds adapters and no model."""
 

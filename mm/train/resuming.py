@@ -1,0 +1,145 @@
+"""Going on from a checkpoint: steps must mean what they meant when it was made, unless the user says otherwise."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mm.config.step import Change, StepSettings, changes
+from mm.config.train import ResumeChange
+from mm.errors import Problem
+from mm.parallel.optimizer import AdamWSettings, learning_rates
+
+logger = logging.getLogger(__name__)
+
+_DENSE = 1000  # steps to come whose rates are compared one by one, and as many spread over the others
+
+
+def adamw_settings(steps: StepSettings, *, fused: bool = False) -> AdamWSettings:
+    """AdamW, its schedule in samples and its average, as the settings of a run have them; `fused`: in one kernel."""
+    schedule, samples = steps.schedule, steps.global_batch_size
+    return AdamWSettings(
+        lr=schedule.lr,
+        min_lr=schedule.min_lr,
+        lr_decay_style=schedule.lr_decay_style,
+        lr_warmup_init=schedule.lr_warmup_init,
+        warmup_samples=schedule.lr_warmup_iters * samples,
+        decay_samples=schedule.lr_decay_iters * samples,
+        **steps.optimizer.model_dump(),
+        ema_decay=steps.ema_decay,
+        fused=fused,
+    )
+
+
+@dataclass(frozen=True)
+class Resuming:
+    """A run that goes on from checkpoints.
+
+    Attributes:
+        steps: what its steps mean. train_iters: its last step.
+        may_change: what the user lets differ (`--resume-changed`).
+        micro_batch_size, dp_size: how a step is dealt out, for the advice on the global batch.
+        averaged: whether the average of the checkpoint is gone on with.
+        reports: whether this rank logs.
+    """
+
+    steps: StepSettings
+    train_iters: int
+    may_change: Sequence[ResumeChange]
+    micro_batch_size: int
+    dp_size: int
+    averaged: bool
+    reports: bool
+
+    def problems(self, path: Path, before: StepSettings | None, step: int, consumed_samples: int) -> list[Problem]:
+        """The changes that make the steps to come other ones and that the user did not ask for; others are logged.
+
+        Args:
+            path: the checkpoint. before: what it records; None in those of earlier versions.
+            step, consumed_samples: where it stands.
+
+        Returns:
+            One CFG-160 for each value, with both.
+        """
+        if before is None:
+            self._warn(
+                "%s does not record its batch, schedule, objective and data; whether they have changed is not known",
+                path,
+            )
+            return []
+        if step >= self.train_iters:
+            return []
+        refused = []
+        for change in self._in_effect(before, step, consumed_samples):
+            text = f"{change}{self._consequence(change, before, step, consumed_samples)}"
+            if change.kind is None or change.kind in self.may_change:
+                self._warn("going on from %s with a change: %s", path, text)
+            else:
+                refused.append(Problem("CFG-160", f"{path} would go on otherwise: {text}.", self._remedy(change)))
+        return refused
+
+    def _in_effect(self, before: StepSettings, step: int, consumed: int) -> Iterator[Change]:
+        then, now = (self._rates(steps, step, consumed) for steps in (before, self.steps))
+        for change in changes(before, self.steps):
+            if change.kind == "average" and not self.averaged:
+                continue
+            if change.kind == "schedule" and then == now:
+                continue  # such as a longer run at a constant rate
+            yield change
+
+    def _rates(self, steps: StepSettings, step: int, consumed: int) -> list[float]:
+        """The learning rates of the steps to come under some settings."""
+        left = self.train_iters - step
+        stride = max(1, (left - _DENSE) // _DENSE)
+        offsets = [*range(min(left, _DENSE)), *range(_DENSE, left, stride), left - 1]
+        samples = [consumed + offset * steps.global_batch_size for offset in offsets]
+        return learning_rates(adamw_settings(steps), samples)
+
+    def _consequence(self, change: Change, before: StepSettings, step: int, consumed: int) -> str:
+        if change.kind not in ("batch", "schedule"):
+            return ""
+        (then, *_, then_last), (now, *_, now_last) = (
+            self._rates(steps, step, consumed) for steps in (before, self.steps)
+        )
+        if (then, then_last) == (now, now_last):
+            return ""
+        return (
+            f" (learning rate of step {step + 1}: {then:.3g}, now {now:.3g}; of step {self.train_iters}: "
+            f"{then_last:.3g}, now {now_last:.3g})"
+        )
+
+    def _remedy(self, change: Change) -> str:
+        keep = f"Give {change.name.removesuffix(' (default: --train-iters)')} {change.before} to go on as before"
+        if change.kind == "batch":
+            keep = self._keep_batch(int(change.before))
+        elif change.kind == "data":
+            keep = (
+                "Name the features that it was trained on, or start from its weights alone with --load and --finetune"
+            )
+        elif change.kind == "precision":
+            keep = f"Let --bf16 be {change.before} to go on as before"
+        elif change.kind == "objective":
+            keep = f"Set {change.name} to {change.before} to go on as before"
+        return f"{keep}; to change it on purpose, add --resume-changed {change.kind}."
+
+    def _keep_batch(self, samples: int) -> str:
+        """The flags that keep a global batch on the replicas that there are."""
+        if samples % self.dp_size:
+            return (
+                f"Start it on a number of replicas that divides {samples}, which {self.dp_size} does not, with "
+                f"--global-batch-size {samples}"
+            )
+        mine = samples // self.dp_size
+        micro_batch = max(size for size in range(1, self.micro_batch_size + 1) if mine % size == 0)
+        smaller = "" if micro_batch == self.micro_batch_size else f" --micro-batch-size {micro_batch}"
+        script = "" if micro_batch == self.micro_batch_size else f"MBS={micro_batch} "
+        return (
+            f"Give --global-batch-size {samples}{smaller} (in the scripts {script}GRAD_ACC_STEP={mine // micro_batch}) "
+            "to go on as before"
+        )
+
+    def _warn(self, text: str, *values: object) -> None:
+        if self.reports:
+            logger.warning(text, *values)
