@@ -19,6 +19,7 @@ import torch
 from mm.checkpoint.directory import TRACKER_NAME
 from mm.checkpoint.encoders import EncoderSource, encoder_to_hf, encoder_to_native, open_encoder
 from mm.checkpoint.files import new_folder, replace_text, require_absent, require_free_space, write_new, writing_errors
+from mm.checkpoint.finite import rounded
 from mm.checkpoint.formats import hf, mm_format, native
 from mm.checkpoint.formats.layer_zero import LayerZeroWeights
 from mm.checkpoint.formats.mm_split import require_blocks
@@ -239,7 +240,7 @@ def zero_to_bf16(
 
 
 def _in_bf16(source: WeightSource, name: str) -> torch.Tensor:
-    return source.read(name).to(torch.bfloat16)
+    return rounded(name, source.read(name), torch.bfloat16)
 
 
 def _known_config(source: WeightSource) -> WanConfig:

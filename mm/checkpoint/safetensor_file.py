@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from mm.checkpoint import fault
+from mm.checkpoint.finite import require_finite
 from mm.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,10 @@ DTYPE_NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
@@ -86,7 +91,8 @@ def write_safetensors(
         metadata: texts for the header; `{"format": "pt"}` is what diffusers and transformers ask for.
 
     Raises:
-        CheckpointError: CKPT-017 for a dtype that the format has no name for.
+        CheckpointError: CKPT-016 for a value that is not finite, CKPT-017 for a dtype that the format has no name for;
+            the partial file is removed.
         OSError: the file exists, the disk is full, ...; the partial file is removed.
     """
     for attempt in range(1, NUM_ATTEMPTS + 1):
@@ -173,7 +179,7 @@ def _write_tensor(
         raise ValueError(
             f"{entry.name} was announced as {entry.dtype} {entry.shape}, not {tensor.dtype} {tensor.shape}"
         )
-    return _write(file, bytes_of(tensor), digest)
+    return _write(file, bytes_of(require_finite(entry.name, tensor)), digest)
 
 
 def _write(file: io.FileIO, data: memoryview, digest: hashlib._Hash) -> int:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +181,7 @@ def _write_shard(folder: Path, pieces: Sequence[Piece], comm: Comm) -> dict[str,
         twice = next(name for name in names if names.count(name) > 1)
         raise _uncovered(f"{twice} was handed in twice by rank {comm.rank}")
     entries = [
-        Entry(name, piece.tensor.dtype, piece.box.sizes, partial(_finite, piece))
+        Entry(name, piece.tensor.dtype, piece.box.sizes, piece.tensor.detach)
         for name, piece in zip(names, pieces, strict=True)
     ]
     written = write_safetensors(folder / file, entries)
@@ -196,27 +195,6 @@ def _write_shard(folder: Path, pieces: Sequence[Piece], comm: Comm) -> dict[str,
             for name, p in zip(names, pieces, strict=True)
         ],
     }
-
-
-def _finite(piece: Piece) -> torch.Tensor:
-    return require_finite(piece.key, piece.tensor.detach())
-
-
-def require_finite(key: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, if no element is NaN or infinite; the extremes tell, and need no memory.
-
-    Raises:
-        CheckpointError: CKPT-016.
-    """
-    if tensor.is_floating_point() and tensor.numel():
-        extremes = torch.stack(torch.aminmax(tensor))
-        if not bool(torch.isfinite(extremes).all()):
-            raise CheckpointError(
-                "CKPT-016",
-                f"{key} holds values that are not finite; such a checkpoint is not written.",
-                "Resume from the last checkpoint with a lower learning rate or stricter clipping.",
-            )
-    return tensor
 
 
 def _complete(

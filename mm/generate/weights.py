@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mm.checkpoint.finite import require_finite, rounded
 from mm.checkpoint.safetensor_file import bytes_of
 from mm.checkpoint.weights import WeightSource, open_weights, require_exactly
 from mm.config.inference import LoraSection
@@ -16,6 +17,7 @@ from mm.config.model import WanConfig
 from mm.errors import ConfigError, Problem, raise_all
 from mm.lora.adapter import Adapter, merge_tensor, require_fit
 from mm.lora.convert import read_any
+from mm.lora.targets import every_linear
 from mm.parallel.placement import whole_shapes
 from mm.wan.precision import keep_fp32
 
@@ -42,14 +44,18 @@ class GenerationWeights:
         self._digests: dict[str, str] = {}
 
     def value_of(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The `mm.parallel.apply.ValueOf` of these weights: adapters are added in fp32 and rounded once."""
+        """The `mm.parallel.apply.ValueOf` of these weights: adapters are added in fp32 and rounded once.
+
+        Raises:
+            CheckpointError: CKPT-016 and CKPT-120 for a value that is not finite, or not in the dtype it is used in.
+        """
         del shape  # `open_generation_weights` has compared all of them
         value = self.source.read(name)
         if self._adapters:
-            value = value.float()
+            value = rounded(name, value, torch.float32)
         for adapter, strength in self._adapters:
             value = merge_tensor(name, value, adapter, strength)
-        value = value.to(torch.float32 if keep_fp32(name) else self._dtype)
+        value = require_finite(name, rounded(name, value, torch.float32 if keep_fp32(name) else self._dtype))
         if self._fingerprinted:
             self._digests[name] = _digest(name, value)
         return value
@@ -103,10 +109,9 @@ def open_generation_weights(
     )
     shapes = whole_shapes(wan)
     require_exactly(source, shapes)
-    linears = {name.removesuffix(".weight"): (s[0], s[1]) for name, s in shapes.items() if len(s) == 2}
     adapters = [(read_any(Path(section.path)), section.strength) for section in lora]
     for adapter, _ in adapters:
-        require_fit(adapter, linears)
+        require_fit(adapter, every_linear(shapes))
     return GenerationWeights(source, adapters, dtype, fingerprinted)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -9,9 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mm.errors import DataError
+from mm.checkpoint.finite import require_finite, rounded, wide
+from mm.errors import CheckpointError, DataError
 from mm.lora.layer import Adapted
-from mm.lora.targets import Sizes
+from mm.lora.targets import Sizes, every_linear
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,43 @@ class Update:
     b: Tensor
     alpha: float
 
+    @classmethod
+    def of(cls, where: str, a: Tensor, b: Tensor, alpha: float | None) -> Update:
+        """The update of one linear in a file of others.
+
+        Args:
+            where: file and linear, for messages.
+            a, b: its matrices, of any floating point dtype, each of its own.
+            alpha: None where the file has none, which means r.
+
+        Raises:
+            DataError: DATA-092 for matrices or alpha that contradict each other or are no floating point numbers,
+                DATA-130 for values that are not finite.
+        """
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.numel() or not b.numel():
+            raise contradiction(f"{where} has A {list(a.shape)} and B {list(b.shape)}, expected [r, in] and [out, r]")
+        if not (a.is_floating_point() and b.is_floating_point()):
+            raise contradiction(f"{where} has A in {a.dtype} and B in {b.dtype}, expected floating point")
+        alpha = float(a.shape[0]) if alpha is None else alpha
+        if not math.isfinite(alpha):
+            raise contradiction(f"{where} has alpha {alpha}, expected a finite number")
+        try:
+            require_finite(f"A of {where}", a)
+            require_finite(f"B of {where}", b)
+        except CheckpointError as error:
+            found = error.problems[0].message.split(";")[0]
+            remedy = "Use another file, or one saved earlier in its training."
+            raise DataError("DATA-130", f"{found}.", remedy) from None
+        return cls(a, b, alpha)
+
     @property
     def rank(self) -> int:
         """The width between A and B."""
         return self.a.shape[0]
 
     def delta(self, strength: float = 1.0) -> Tensor:
-        """strength (alpha / r) B A, [out_features, in_features] in fp32, or in fp64 if A and B are."""
-        dtype = torch.promote_types(self.a.dtype, torch.float32)
+        """strength (alpha / r) B A, [out_features, in_features] in fp32, or in fp64 if A or B is."""
+        dtype = torch.promote_types(wide(self.a.dtype), wide(self.b.dtype))
         return (self.b.to(dtype) @ self.a.to(dtype)) * (strength * self.alpha / self.rank)
 
 
@@ -73,6 +104,11 @@ class Adapter:
             for name, how in adapted.items()
         }
         return cls(updates, dict(texts or {}))
+
+
+def contradiction(what: str) -> DataError:
+    """The error DATA-092 about the parts of an adapter."""
+    return DataError("DATA-092", f"{what}.", "Save, copy or download the adapter again.")
 
 
 class Weights(Protocol):
@@ -121,13 +157,16 @@ def merge_tensor(name: str, weight: Tensor, adapter: Adapter, strength: float = 
         weight: its value; the sum is computed in fp32 (fp64 for fp64) and rounded once to its dtype.
         adapter: checked by `require_fit`.
         strength: factor on the update.
+
+    Raises:
+        CheckpointError: CKPT-016 and CKPT-120 for a sum that is not finite in that dtype.
     """
     module, _, kind = name.rpartition(".")
     if kind != "weight" or module not in adapter.updates:
         return weight
     delta = adapter.updates[module].delta(strength)
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(wide) + delta.to(weight.device, wide)).to(weight.dtype)
+    dtype = wide(weight.dtype)
+    return rounded(name, weight.to(dtype) + delta.to(weight.device, dtype), weight.dtype)
 
 
 def merge(weights: Weights, adapter: Adapter, strength: float = 1.0) -> Iterator[tuple[str, Tensor]]:
@@ -142,7 +181,5 @@ def merge(weights: Weights, adapter: Adapter, strength: float = 1.0) -> Iterator
         DataError: DATA-093 when the adapter does not fit, before any tensor is read.
     """
     shapes = weights.shapes()
-    # adapters of other tools may be of linears outside the blocks too, for which this is the same sum
-    linears = {n.removesuffix(".weight"): (s[0], s[1]) for n, s in shapes.items() if len(s) == 2}
-    require_fit(adapter, linears)
+    require_fit(adapter, every_linear(shapes))
     return ((name, merge_tensor(name, weights.read(name), adapter, strength)) for name in shapes)

@@ -22,7 +22,7 @@ from mm.lora.adapter import Adapter, merge_tensor, require_fit
 from mm.lora.files import read_adapter, write_adapter
 from mm.lora.mm_format import read_mm, write_mm
 from mm.lora.record import BASE_IDENTITY, adapter_of
-from mm.lora.targets import Sizes
+from mm.lora.targets import every_linear
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class MergedWeights:
         return self.base.shapes()
 
     def read(self, name: str) -> Tensor:
-        """The sum, rounded once to the dtype of the base."""
+        """The sum, rounded once to the dtype of the base; CKPT-016 and CKPT-120 as `merge_tensor`."""
         return merge_tensor(name, self.base.read(name), self.adapter, self.strength)
 
     def config(self) -> WanConfig | None:
@@ -109,11 +109,7 @@ def merged(base_path: Path, adapter_path: Path, strength: float = 1.0, *, averag
         CheckpointError: what `read_any` and `open_weights` raise.
     """
     base, adapter = open_weights(base_path), read_any(adapter_path, averaged=averaged)
-    # adapters of other tools may be of linears outside the blocks too
-    linears: dict[str, Sizes] = {
-        name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in base.shapes().items() if len(shape) == 2
-    }
-    require_fit(adapter, linears)
+    require_fit(adapter, every_linear(base.shapes()))
     theirs = adapter.texts.get(BASE_IDENTITY)
     ours = identity(base) if theirs else None
     if theirs != ours:

@@ -1,159 +1,137 @@
-"""How tools name the tensors of a LoRA file of Wan, and where they put alpha.
+"""How tools name the tensors of a LoRA file of Wan.
 
-| family | a module | its tensors | alpha |
+A key is the name of a module, which half of its update it is, and `.weight`:
+
+| tools | a module | its halves | alpha |
 | --- | --- | --- | --- |
-| peft | `transformer.blocks.0.attn1.to_q`, diffusers' names | `.lora_A.weight`, `.lora_B.weight` | in the header |
-| comfyui | `diffusion_model.blocks.0.self_attn.q`, native names | `.lora_down.weight`, `.lora_up.weight` | `.alpha` |
-| kohya | `lora_unet_blocks_0_self_attn_q`, native with underscores | as ComfyUI | `.alpha` |
-| diffsynth | `blocks.0.self_attn.q`, native, at times after `pipe.dit.` | `.lora_A.default.weight`, ... | none |
+| diffusers, PEFT | `transformer.blocks.0.attn1.to_q`, diffusers' names | `.lora_A`, `.lora_B` | PEFT's configuration |
+| ComfyUI, diffusion-pipe | `diffusion_model.blocks.0.self_attn.q`, native | `.lora_down`, `.lora_up` | `.alpha` |
+| DiffSynth | `blocks.0.self_attn.q`, native | `.lora_A.default`, ... | none |
+| kohya, VideoX-Fun, OneTrainer | `lora_unet_blocks_0_self_attn_q`, with underscores | as ComfyUI | `.alpha` |
 
-lora_A and lora_down are the same [r, in], lora_B and lora_up the same [out, r]; files of every family are found with
-either, with and without `.default`. Where nothing says alpha, all of these tools take it to be r.
+lora_A and lora_down are the same [r, in], lora_B and lora_up the same [out, r]. What a file is its keys tell: every
+spelling of modules is read with every spelling of halves, with and without PEFT's name of an adapter (`.default`), and
+behind any of the prefixes and wrappers of `mm.wan.prefixes`. Where nothing says alpha, all of these tools take it to be
+r. Names with underscores are resolved by the list of the model's modules, so that no underscore has to be guessed.
 
 Sources: diffusers (`loaders/lora_base.py`, `loaders/lora_conversion_utils.py`), ComfyUI (`comfy/lora.py`),
-musubi-tuner and DiffSynth-Studio.
+musubi-tuner, VideoX-Fun (`utils/lora_utils.py`) and DiffSynth-Studio.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from mm.errors import DataError
-from mm.wan.names import BLOCK, translate
+from mm.wan.names import BLOCK, CONVENTIONS, TOP, VACE_BLOCK, Convention, translate
+from mm.wan.prefixes import common_prefix, unwrapped
 
-Family = Literal["peft", "comfyui", "kohya", "diffsynth"]
 Part = Literal["A", "B", "alpha"]
 
-PEFT_HEADER = "lora_adapter_metadata"
-"""Key of the header's text under which diffusers keeps PEFT's configuration as JSON."""
-PEFT_PREFIX, COMFYUI_PREFIX = "transformer.", "diffusion_model."
-
-_PREFIXES: dict[Family, re.Pattern[str]] = {
-    "peft": re.compile(re.escape(PEFT_PREFIX)),
-    "comfyui": re.compile(re.escape(COMFYUI_PREFIX)),
-    "kohya": re.compile("lora_unet__?"),  # with two underscores in files of VideoX-Fun
-    "diffsynth": re.compile(r"(pipe\.dit\.)?(?=blocks\.)"),
+_KEY = re.compile(
+    r"(?P<module>.+?)\."
+    r"(?:(?P<half>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(?:\.(?!weight\b|bias\b)\w+)?(?:\.weight)?|alpha)"
+)
+_PARTS: dict[str | None, Part] = {
+    **dict.fromkeys(("lora_A", "lora_down", "lora.down"), "A"),
+    **dict.fromkeys(("lora_B", "lora_up", "lora.up"), "B"),
+    None: "alpha",
 }
-_KEY = re.compile(r"(?P<module>.+?)\.(?:(?P<half>lora_A|lora_B|lora_down|lora_up)(?:\.default)?\.weight|alpha)")
-_PARTS: dict[str | None, Part] = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", None: "alpha"}
-_KOHYA_BLOCK = re.compile("blocks_(0|[1-9][0-9]*)_(.+)")
-_KOHYA_MODULES = {row.native.replace(".", "_"): row.native for row in BLOCK}
-
-
-def family_of(keys: Iterable[str]) -> Family | None:
-    """The family that most keys look like, or None when none does."""
-    counts = Counter(family for key in keys for family, prefix in _PREFIXES.items() if prefix.match(key))
-    return counts.most_common(1)[0][0] if counts else None
-
-
-def parse_key(key: str, family: Family) -> tuple[str, Part] | None:
-    """(native module name, which part of its update) of a key, or None when the family has no such key."""
-    prefix, match = _PREFIXES[family].match(key), _KEY.fullmatch(key)
-    if prefix is None or match is None:
-        return None
-    module = _native(match["module"][prefix.end() :], family)
-    return None if module is None else (module, _PARTS[match["half"]])
-
-
-def _native(module: str, family: Family) -> str | None:
-    if family == "kohya":
-        if not (match := _KOHYA_BLOCK.fullmatch(module)) or match[2] not in _KOHYA_MODULES:
-            return None
-        module = f"blocks.{match[1]}.{_KOHYA_MODULES[match[2]]}"
-    weight = translate(f"{module}.weight", "diffusers" if family == "peft" else "native", "native")
-    return None if weight is None else weight.removesuffix(".weight")
+_UNDERSCORED = re.compile(r"(?:lora_(?:unet|transformer)|lycoris)__?(?P<module>.+)")
+_NUMBERED = re.compile(r"(?P<blocks>(?:vace_)?blocks)_(?P<number>0|[1-9][0-9]*)_(?P<rest>.+)")
+_OTHERS = {
+    "DoRA": r"dora_scale|lora_magnitude_vector",
+    "LoKr": r"\.lokr_",
+    "LoHa": r"\.hada_",
+    "OFT": r"\.b?oft_|\.oft_",
+    "Tucker-decomposed LoRA": r"lora_mid",
+    "the text encoder": r"^lora_te|^text_encoder",
+    "Wan2.2's second transformer": r"^transformer_2\.",
+    "biases": r"\.diff_b$|lora_[AB](\.\w+)?\.bias$|\.b_norm$",
+    "whole weights or norms": r"\.diff$|\.diff_m$|\.w_norm$|\.set_weight$|\.reshape_weight$",
+}
+"""What files for Wan hold beside or instead of plain LoRA, and the keys by which it is known."""
 
 
 @dataclass(frozen=True)
-class PeftConfig:
-    """What PEFT's configuration says of r and alpha; patterns are by diffusers' module name or the end of one."""
+class Keys:
+    """The keys of an adapter file, sorted out.
 
-    rank: int
-    alpha: float
-    ranks: Mapping[str, int]
-    alphas: Mapping[str, float]
-    by_root: bool
-
-    @classmethod
-    def parse(cls, text: str, path: object) -> PeftConfig:
-        """Read the JSON of a file's header.
-
-        Raises:
-            DataError: DATA-092 when it is malformed, or describes more than plain LoRA.
-        """
-        try:
-            values = {key.removeprefix(PEFT_PREFIX): value for key, value in json.loads(text).items()}
-            config = cls(
-                int(values["r"]),
-                float(values["lora_alpha"]),
-                {_plain(key): int(value) for key, value in (values.get("rank_pattern") or {}).items()},
-                {_plain(key): float(value) for key, value in (values.get("alpha_pattern") or {}).items()},
-                bool(values.get("use_rslora")),
-            )
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-            raise _bad_header(path, f"is not understood ({type(error).__name__}: {error})") from None
-        if values.get("use_dora"):
-            raise _bad_header(path, "is of DoRA, which is more than a sum of B A")
-        return config
-
-    def rank_of(self, module: str) -> int:
-        """r of a module (diffusers' name)."""
-        return int(_by_pattern(self.ranks, module, self.rank))
-
-    def alpha_of(self, module: str) -> float:
-        """alpha of a module (diffusers' name), such that the update is (alpha / r) B A."""
-        alpha = float(_by_pattern(self.alphas, module, self.alpha))
-        # rank-stabilised LoRA divides by the root of r (Kalajdzievski 2023, arXiv 2312.03732)
-        return alpha * math.sqrt(self.rank_of(module)) if self.by_root else alpha
-
-
-def peft_header(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> str:
-    """PEFT's configuration as diffusers writes and reads it: the commonest r and alpha, and patterns for the others.
-
-    Args:
-        ranks, alphas: of every module, by diffusers' name.
+    Attributes:
+        spelling: of the modules, for messages.
+        parts: key to (native module name, the module's name in the file, which part of its update).
+        left_over: keys that are no part of a plain LoRA of a module that Wan has.
     """
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    config: dict[str, Any] = {
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {_pattern(name): value for name, value in ranks.items() if value != rank},
-        "alpha_pattern": {_pattern(name): value for name, value in alphas.items() if value != alpha},
-        "target_modules": sorted(ranks),
-        "bias": "none",
-        "lora_bias": False,
-        "use_dora": False,
-        "use_rslora": False,
+
+    spelling: str
+    parts: Mapping[str, tuple[str, str, Part]]
+    left_over: Sequence[str]
+
+
+def sort_keys(keys: Sequence[str]) -> Keys | None:
+    """Sort out the keys of a file; None where there is no half of any module of Wan."""
+    matches = {key: match for key in keys if (match := _KEY.fullmatch(key))}
+    modules = {key: match["module"] for key, match in matches.items()}
+    underscored = {key: match["module"] for key, name in modules.items() if (match := _UNDERSCORED.fullmatch(name))}
+    if underscored:
+        convention = _convention(underscored.values(), _underscored_name)
+        names = {key: _underscored_name(name, convention) for key, name in underscored.items()}
+        spelled = underscored
+    else:
+        prefix = common_prefix(f"{name}." for name in modules.values())
+        spelled = {key: unwrapped(name.removeprefix(prefix)) for key, name in modules.items()}
+        convention = _convention(spelled.values(), _module_name)
+        names = {key: _module_name(name, convention) for key, name in spelled.items()}
+    parts = {
+        key: (native, spelled[key], _PARTS[matches[key]["half"]]) for key, native in names.items() if native is not None
     }
-    return json.dumps({PEFT_PREFIX + key: value for key, value in config.items()}, indent=2, sort_keys=True)
+    if not any(part != "alpha" for _, _, part in parts.values()):
+        return None
+    spelling = f"{convention} names" + (" with underscores" if underscored else "")
+    return Keys(spelling, parts, [key for key in keys if key not in parts])
 
 
-def _pattern(module: str) -> str:
-    """PEFT matches keys of patterns as regular expressions against the end of a name; this one is the whole name."""
-    return "^" + re.escape(module)
+def other_kinds(keys: Iterable[str]) -> dict[str, list[str]]:
+    """The keys of what is known to be more or other than plain LoRA, by what it is."""
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        kind = next((kind for kind, pattern in _OTHERS.items() if re.search(pattern, key)), None)
+        if kind is not None:
+            found.setdefault(kind, []).append(key)
+    return found
 
 
-def _plain(pattern: str) -> str:
-    """The name in a pattern. Others than names, with or without escapes and anchor, are refused, not interpreted."""
-    name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-    if not re.fullmatch(r"[A-Za-z0-9_.]+", name):
-        raise ValueError(f"pattern {pattern!r} is not a name")
-    return name
+def _convention(names: Iterable[str], resolve: Callable[[str, Convention], str | None]) -> Convention:
+    """The convention that knows most of the names; the first of equals, so native wins."""
+    known = Counter(dict.fromkeys(CONVENTIONS, 0))
+    for name in names:
+        known.update(c for c in CONVENTIONS if resolve(name, c) is not None)
+    return max(CONVENTIONS, key=lambda c: known[c])
 
 
-def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
-    return next((v for name, v in patterns.items() if f".{module}".endswith(f".{name}")), default)
+def _module_name(name: str, convention: Convention) -> str | None:
+    """The native name of a module of a convention, or None."""
+    weight = translate(f"{name}.weight", convention, "native")
+    return None if weight is None else weight.removesuffix(".weight")
 
 
-def _bad_header(path: object, what: str) -> DataError:
-    return DataError(
-        "DATA-092",
-        f"The {PEFT_HEADER} in the header of {path} {what}.",
-        "Use a file of plain LoRA, saved by diffusers, PEFT or this project.",
-    )
+def _underscored_name(name: str, convention: Convention) -> str | None:
+    """The native name of a module whose dots are underscores, all of them or some, or None."""
+    flat = name.replace(".", "_")
+    if match := _NUMBERED.fullmatch(flat):
+        rest = _FLAT[convention][match["blocks"]].get(match["rest"])
+        return None if rest is None else f"{match['blocks']}.{match['number']}.{rest}"
+    return _FLAT[convention][""].get(flat)
+
+
+_FLAT: dict[Convention, dict[str, dict[str, str]]] = {
+    convention: {
+        where: {getattr(row, convention).replace(".", "_"): row.native for row in rows if "weight" in row.kinds}
+        for where, rows in (("", TOP), ("blocks", BLOCK), ("vace_blocks", VACE_BLOCK))
+    }
+    for convention in CONVENTIONS
+}
+"""Native module names by their names with underscores, outside the blocks and inside each kind of them."""

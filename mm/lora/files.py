@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -15,25 +14,19 @@ from torch import Tensor
 from mm.checkpoint.files import sync_folder, temporary_name
 from mm.checkpoint.safetensor_file import entry_of, write_safetensors
 from mm.errors import CheckpointError, DataError
-from mm.lora.adapter import Adapter, Update
-from mm.lora.families import (
-    COMFYUI_PREFIX,
-    PEFT_HEADER,
-    PEFT_PREFIX,
-    Family,
-    Part,
-    PeftConfig,
-    family_of,
-    parse_key,
-    peft_header,
-)
+from mm.lora.adapter import Adapter, Update, contradiction
+from mm.lora.families import Keys, Part, other_kinds, sort_keys
+from mm.lora.peft_config import PEFT_HEADER, PEFT_PREFIX, PeftConfig, peft_header
 from mm.wan.names import native_to_diffusers
-from mm.wan.shards import read_header
+from mm.wan.shards import Header, find_shards, is_shard, read_header
 
 logger = logging.getLogger(__name__)
 
 PEFT_FILE = "pytorch_lora_weights.safetensors"
 """The name under which diffusers looks for a LoRA in a folder."""
+PEFT_MODEL_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+"""The names under which PEFT writes an adapter and its configuration."""
+COMFYUI_PREFIX = "diffusion_model."
 
 Parts = dict[Part, Tensor]
 
@@ -47,12 +40,13 @@ def write_adapter(path: Path, adapter: Adapter, family: Literal["peft", "comfyui
         family: whose names.
 
     Raises:
-        CheckpointError: CKPT-020 when the file exists, CKPT-031 when it cannot be written.
+        CheckpointError: CKPT-016 for a value that is not finite, CKPT-020 when the file exists, CKPT-031 when it
+            cannot be written.
     """
     if not adapter.updates:
         raise ValueError("an adapter without updates")
     if path.exists() or path.is_symlink():
-        remedy = "Choose another target, or delete this one if it is not needed."
+        remedy = "Choose another target."
         raise CheckpointError("CKPT-020", f"The target {path} exists.", remedy)
     tensors, header = (_peft if family == "peft" else _comfyui)(adapter)
     draft = path.with_name(temporary_name(path.name))
@@ -74,37 +68,63 @@ def read_adapter(path: Path) -> Adapter:
     """Read an adapter file of any family.
 
     Args:
-        path: the file, or a folder in which it has diffusers' name for it, pytorch_lora_weights.safetensors.
+        path: the file, or a folder that holds one: under diffusers' or PEFT's name for it, alone, or in shards.
 
     Raises:
-        DataError: DATA-022 for a missing or damaged file, DATA-090 when it is of no known family, DATA-091
-            for keys that are left over or lack their other half, DATA-092 for matrices, r or alpha that contradict each
-            other.
+        DataError: DATA-020 when there is none, DATA-022 for a missing or damaged file, DATA-023 to DATA-025 for shards,
+            DATA-090 when it is of no known family, DATA-091 for keys that are left over or lack their other half,
+            DATA-092 for matrices, r or alpha that contradict each other, DATA-130 for values that are not finite,
+            DATA-131 for a folder with several files.
     """
-    path = path / PEFT_FILE if path.is_dir() else path
-    keys = list(read_header(path))
-    family = family_of(keys)
-    parsed = {key: parse_key(key, family) for key in keys} if family else {}
-    if family is None or not any(parsed.values()):
-        raise DataError(
-            "DATA-090",
-            f"{path} is no LoRA file of Wan in the names of PEFT, ComfyUI, kohya or DiffSynth{_shown(keys)}.",
-            "Use a plain LoRA of a Wan2.1 transformer, in safetensors.",
-        )
-    texts, tensors = _contents(path, keys)
-    modules = _grouped(path, family, parsed, tensors)
-    header = texts.pop(PEFT_HEADER, None) if family == "peft" else None
+    files = _files(path)
+    places = {key: file for file, header in files.items() for key in header}
+    keys = sort_keys(list(places))
+    if keys is None:
+        raise _no_lora(path, list(places))
+    texts, tensors = _contents(files)
+    modules = _grouped(path, keys, tensors)
+    config = _peft_config(next(iter(files)), texts.pop(PEFT_HEADER, None))
     texts.pop("format", None)
-    config = None if header is None else PeftConfig.parse(header, path)
-    updates = {name: _update(f"{path}: {name}", name, parts, config) for name, parts in modules.items()}
-    silent = sum("alpha" not in parts for parts in modules.values()) if config is None else 0
+    updates = {name: _update(f"{path}: {name}", name_there, parts, config)
+               for name, (name_there, parts) in modules.items()}  # fmt: skip
+    silent = sum("alpha" not in parts for _, parts in modules.values()) if config is None else 0
     if silent:
         logger.warning(
             "%s has no alpha for %d of %d linears; it is taken to be r there, a scale of 1.",
             path, silent, len(modules),
         )  # fmt: skip
-    logger.info("Read %s: %d linears, %s names.", path, len(updates), family)
+    logger.info("Read %s: %d linears, %s.", path, len(updates), keys.spelling)
     return Adapter(updates, texts)
+
+
+def _files(path: Path) -> dict[Path, Header]:
+    """The checked headers of the files that make up the adapter at `path`."""
+    if not path.is_dir():
+        return {path: read_header(path)}
+    named = next((path / name for name in (PEFT_FILE, PEFT_MODEL_FILE) if (path / name).exists()), None)
+    if named is not None:
+        return {named: read_header(named)}
+    files = find_shards(path)
+    if len(files) > 1 and not all(is_shard(file) for file in files):
+        raise DataError(
+            "DATA-131",
+            f"{path} holds {len(files)} safetensors files, none of them called {PEFT_FILE} or {PEFT_MODEL_FILE}: "
+            f"{', '.join(file.name for file in list(files)[:10])}.",
+            "Name one of the files.",
+        )
+    return files
+
+
+def _no_lora(path: Path, keys: list[str]) -> DataError:
+    others = other_kinds(keys)
+    if others:
+        return _left_over(path, f"it holds no plain LoRA, but {_kinds(others)}")
+    return DataError(
+        "DATA-090",
+        f"{path} is no LoRA file of Wan: no key is a half (lora_A or lora_down, lora_B or lora_up) of a module in the "
+        f"names of diffusers, Wan, MindSpeed-MM or kohya{_shown(keys)}.",
+        "Use a plain LoRA of a Wan2.1 transformer, in safetensors, without an unknown prefix before its names.",
+    )
 
 
 def _peft(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -128,68 +148,90 @@ def _comfyui(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, {}
 
 
-def _contents(path: Path, keys: list[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The texts of the header, and the tensors."""
+def _contents(files: Mapping[Path, Header]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The texts of the headers, and the tensors."""
+    texts: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for path, header in files.items():
+        try:
+            with safe_open(path, framework="pt") as file:
+                texts |= file.metadata() or {}
+                tensors |= {key: file.get_tensor(key) for key in header}
+        except SafetensorError as error:  # what the check of the header lets through, such as texts that are none
+            raise DataError("DATA-022", f"{path} is damaged: {error}.", "Copy or download the file again.") from None
+    return texts, tensors
+
+
+def _peft_config(file: Path, header: str | None) -> PeftConfig | None:
+    """What PEFT says of r and alpha, in the header or in the file that it writes beside its own."""
+    if header is not None:
+        return PeftConfig.parse(header, f"The {PEFT_HEADER} in the header of {file}")
+    beside = file.parent / PEFT_CONFIG_FILE
+    if file.name != PEFT_MODEL_FILE or not beside.exists():
+        return None
     try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {key: file.get_tensor(key) for key in keys}
-    except SafetensorError as error:  # what the check of the header lets through, such as texts that are none
-        raise DataError("DATA-022", f"{path} is damaged: {error}.", "Copy or download the file again.") from None
+        return PeftConfig.parse(beside.read_text(encoding="utf-8"), str(beside))
+    except (OSError, UnicodeDecodeError) as error:
+        raise contradiction(f"{beside} cannot be read ({error})") from None
 
 
-def _grouped(
-    path: Path, family: Family, parsed: Mapping[str, tuple[str, Part] | None], tensors: Mapping[str, Tensor]
-) -> dict[str, Parts]:
-    """The parts of every update by native module name; DATA-091 for what does not belong to a whole one."""
-    modules: dict[str, Parts] = {}
-    left_over = []
-    for key, place in parsed.items():
-        if place is None or place[1] in modules.setdefault(place[0], {}):
-            left_over.append(key)
+def _grouped(path: Path, keys: Keys, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Parts]]:
+    """The name in the file and the parts of every update by native module name.
+
+    Raises:
+        DataError: DATA-091 for what does not belong to a whole one.
+    """
+    modules: dict[str, tuple[str, Parts]] = {}
+    twice = []
+    for key, (native, name_there, part) in keys.parts.items():
+        parts = modules.setdefault(native, (name_there, {}))[1]
+        if part in parts:
+            twice.append(key)
         else:
-            modules[place[0]][place[1]] = tensors[key]
-    halves = [name for name, parts in modules.items() if not {"A", "B"} <= parts.keys()]
-    problems = []
-    if left_over:
-        problems.append(f"{len(left_over)} keys are unknown or there twice{_shown(left_over)}")
+            parts[part] = tensors[key]
+    halves = [name for name, (_, parts) in modules.items() if not {"A", "B"} <= parts.keys()]
+    others = other_kinds(keys.left_over)
+    known = {key for found in others.values() for key in found}
+    unknown = [key for key in keys.left_over if key not in known]
+    problems = [f"it also holds {_kinds(others)}"] if others else []
+    if unknown:
+        problems.append(f"{len(unknown)} keys are unknown{_shown(unknown)}")
+    if twice:
+        problems.append(f"{len(twice)} keys are there twice, in one spelling or several{_shown(twice)}")
     if halves:
         problems.append(f"{len(halves)} linears lack A or B{_shown(halves)}")
     if problems:
-        raise DataError(
-            "DATA-091",
-            f"{path} ({family} names): {'; '.join(problems)}.",
-            "Use a file that holds plain LoRA of linears of the blocks alone: no biases, norms, LoKr or DoRA.",
-        )
+        raise _left_over(f"{path} ({keys.spelling})", "; ".join(problems))
     return modules
 
 
-def _update(where: str, name: str, parts: Parts, config: PeftConfig | None) -> Update:
-    """One update from its parts; DATA-092 when they contradict each other."""
-    a, b = parts["A"], parts["B"]
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.numel() or not b.numel():
-        raise _contradiction(f"{where} has A {list(a.shape)} and B {list(b.shape)}, expected [r, in] and [out, r]")
-    if not (a.is_floating_point() and b.is_floating_point()):
-        raise _contradiction(f"{where} has A in {a.dtype} and B in {b.dtype}, expected floating point")
-    rank = a.shape[0]
-    alpha = float(rank)
+def _update(where: str, name_there: str, parts: Parts, config: PeftConfig | None) -> Update:
+    """One update from its parts; DATA-092 when they contradict each other, DATA-130 for what is not finite."""
+    alpha = None
     if "alpha" in parts:
         if parts["alpha"].numel() != 1:
-            raise _contradiction(f"{where} has an alpha of shape {list(parts['alpha'].shape)}, expected one number")
-        alpha = parts["alpha"].item()
+            raise contradiction(f"{where} has an alpha of shape {list(parts['alpha'].shape)}, expected one number")
+        alpha = float(parts["alpha"].item())
     if config is not None:
-        module = native_to_diffusers(f"{name}.weight").removesuffix(".weight")
+        rank = parts["A"].shape[0]
         if "alpha" in parts:
-            raise _contradiction(f"{where} has an alpha of its own and one in the header")
-        if config.rank_of(module) != rank:
-            raise _contradiction(f"{where} has rank {rank}, and {config.rank_of(module)} in the header")
-        alpha = config.alpha_of(module)
-    if not math.isfinite(alpha):
-        raise _contradiction(f"{where} has alpha {alpha}, expected a finite number")
-    return Update(a, b, alpha)
+            raise contradiction(f"{where} has an alpha of its own and one in PEFT's configuration")
+        if config.rank_of(name_there) != rank:
+            raise contradiction(f"{where} has rank {rank}, and {config.rank_of(name_there)} in PEFT's configuration")
+        alpha = config.alpha_of(name_there)
+    return Update.of(where, parts["A"], parts["B"], alpha)
 
 
-def _contradiction(what: str) -> DataError:
-    return DataError("DATA-092", f"{what}.", "Save or download the adapter again.")
+def _left_over(where: object, what: str) -> DataError:
+    return DataError(
+        "DATA-091",
+        f"{where}: {what}.",
+        "Use a file that holds plain LoRA of linears alone: no biases, norms, LoKr or DoRA.",
+    )
+
+
+def _kinds(others: Mapping[str, list[str]]) -> str:
+    return "; ".join(f"{len(keys)} keys of {kind}{_shown(keys)}" for kind, keys in others.items())
 
 
 def _shown(names: list[str]) -> str:

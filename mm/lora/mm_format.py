@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +29,7 @@ from mm.checkpoint.formats.mm_split import joined_names
 from mm.checkpoint.formats.pt_file import read_pt, unreadable
 from mm.config.base import load_json
 from mm.errors import CheckpointError, ConfigError, DataError
-from mm.lora.adapter import Adapter, Update
+from mm.lora.adapter import Adapter, Update, contradiction
 from mm.wan.names import native_to_mm, translate
 
 log = logging.getLogger(__name__)
@@ -70,7 +69,7 @@ def read_mm(path: Path) -> Adapter:
     Raises:
         CheckpointError: CKPT-010, CKPT-018, CKPT-021, CKPT-041 to CKPT-043 as `mm.checkpoint.formats.mm_format`.
         DataError: DATA-090 for a whole model, DATA-091 for keys that are left over or lack
-            their other half, DATA-092 for matrices or alpha that contradict each other.
+            their other half, DATA-092 and DATA-130 as `Update.of`.
     """
     folder = named_by_tracker(path) if (path / TRACKER_NAME).exists() else path
     files = stage_files(folder)
@@ -100,7 +99,10 @@ def read_mm(path: Path) -> Adapter:
             "Use a checkpoint that holds plain LoRA of the transformer's linears alone.",
         )
     alphas, texts = _recorded(folder, arguments)
-    updates = {name: _update(folder, name, parts, alphas) for name, parts in halves.items()}
+    updates = {
+        name: Update.of(f"{folder}: {name}", parts["A"], parts["B"], _alpha_of(folder, name, alphas))
+        for name, parts in halves.items()
+    }
     if alphas is None:
         log.warning("%s does not say alpha; it is taken to be r, a scale of 1.", folder)
     return Adapter(updates, texts)
@@ -131,22 +133,10 @@ def _recorded(folder: Path, arguments: Any) -> tuple[Mapping[str, float] | float
     return (float(alpha) if isinstance(alpha, (int, float)) else None), {}
 
 
-def _update(folder: Path, name: str, parts: Mapping[str, Tensor], alphas: Mapping[str, float] | float | None) -> Update:
-    a, b = parts["A"], parts["B"]
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.numel():
-        raise _contradiction(f"{folder}: {name} has A {list(a.shape)} and B {list(b.shape)}")
-    alpha = float(a.shape[0])
-    if isinstance(alphas, float):
-        alpha = alphas
-    elif alphas is not None:
-        module = native_to_mm(f"{name}.weight").removesuffix(".weight")
-        if module not in alphas:
-            raise _contradiction(f"{folder}: {RECORD_NAME} has no alpha for {module}")
-        alpha = alphas[module]
-    if not math.isfinite(alpha):
-        raise _contradiction(f"{folder}: {name} has alpha {alpha}")
-    return Update(a, b, alpha)
-
-
-def _contradiction(what: str) -> DataError:
-    return DataError("DATA-092", f"{what}.", "Save or copy the adapter again.")
+def _alpha_of(folder: Path, name: str, alphas: Mapping[str, float] | float | None) -> float | None:
+    if not isinstance(alphas, Mapping):
+        return alphas
+    module = native_to_mm(f"{name}.weight").removesuffix(".weight")
+    if module not in alphas:
+        raise contradiction(f"{folder}: {RECORD_NAME} has no alpha for {module}")
+    return alphas[module]

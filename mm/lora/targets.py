@@ -29,10 +29,18 @@ def linears_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, Sizes]:
     Returns:
         Native module name, for example `blocks.0.self_attn.q`, to (out_features, in_features).
     """
+    return {name: sizes for name, sizes in every_linear(shapes).items() if name.startswith("blocks.")}
+
+
+def every_linear(shapes: Mapping[str, Sequence[int]]) -> dict[str, Sizes]:
+    """All linears of a model, those outside the blocks too, which adapters of other tools may be of.
+
+    Args and result: as of `linears_of`.
+    """
     return {
         name.removesuffix(".weight"): (shape[0], shape[1])
         for name, shape in shapes.items()
-        if name.startswith("blocks.") and name.endswith(".weight") and len(shape) == 2
+        if name.endswith(".weight") and len(shape) == 2
     }
 
 

@@ -13,9 +13,10 @@ from mm.checkpoint.weights import WeightSource, open_weights, require_exactly
 from mm.config.model import WanConfig
 from mm.errors import DataError
 from mm.lora.adapter import Adapter, require_fit
-from mm.lora.files import PEFT_FILE, read_adapter
+from mm.lora.files import read_adapter
 from mm.lora.plan import LoRAPlan
 from mm.lora.record import AdapterRecord, adapter_of
+from mm.lora.targets import every_linear
 from mm.parallel.optimizer import Optimizer
 from mm.parallel.placement import whole_shapes
 from mm.train.state import fill_masters, require_same_model
@@ -58,30 +59,34 @@ def load_adapters(path: Path, run: AdapterRun, optimizer: Optimizer) -> None:
     """Start at step 0 from adapters: those of a LoRA run's checkpoint, or of a file of any family.
 
     Args:
-        path: a file, a folder with diffusers' name for one, or a checkpoint.
+        path: a file or folder as for `mm.lora.files.read_adapter`, or a checkpoint.
         run: whose r, alpha and linears the adapters must have; they may be of another base.
         optimizer: its masters are filled.
 
     Raises:
         DataError: DATA-094 when r, alpha or the linears are not the run's, DATA-095 when there are no adapters at the
-            path, DATA-022 and DATA-090 to DATA-093 for a file that cannot be used.
+            path, and what `read_adapter` and `require_fit` raise.
         CheckpointError: CKPT-012 for a damaged checkpoint, CKPT-081 for one of a whole model.
     """
-    if is_training_checkpoint(path):
-        adapter = adapter_of(path)
-    elif path.is_dir() and not (path / PEFT_FILE).exists():
-        raise DataError(
-            "DATA-095",
-            f"--load {path} holds neither checkpoints of a LoRA run nor {PEFT_FILE}.",
-            "Name an adapter file, or a folder of either. The base model belongs to --load-base-model.",
-        )
-    else:
-        adapter = read_adapter(path)
-    require_fit(adapter, run.plan.linears)
+    adapter = adapter_of(path) if is_training_checkpoint(path) else _read_adapter(path)
+    require_fit(adapter, every_linear(run.base.shapes()))  # the next line says which of them can be trained
     _require_plan(path, adapter, run.plan)
     parameters = adapter.parameters()
     fill_masters(optimizer, lambda name: parameters[name].float())
     logger.info("loaded the adapters in %s", path)
+
+
+def _read_adapter(path: Path) -> Adapter:
+    try:
+        return read_adapter(path)
+    except DataError as error:
+        if error.id not in ("DATA-020", "DATA-090"):
+            raise
+        raise DataError(
+            "DATA-095",
+            f"--load {path} holds neither checkpoints of a LoRA run nor an adapter: {error.problems[0].message}",
+            "Name an adapter file, or a folder of either. The base model belongs to --load-base-model.",
+        ) from None
 
 
 def _require_plan(path: Path, adapter: Adapter, plan: LoRAPlan) -> None:

@@ -22,7 +22,6 @@ from mm.checkpoint.lock import Lock
 from mm.checkpoint.manifest import FileRecord
 from mm.checkpoint.record import RECORD_NAME, WeightsRecord
 from mm.checkpoint.safetensor_file import hash_file
-from mm.checkpoint.store import require_finite
 from mm.checkpoint.transaction import require_visible, write_checkpoint
 from mm.config.step import StepSettings
 from mm.parallel.apply import ParallelModel
@@ -96,7 +95,7 @@ def _state(parallel: ParallelModel, step: int) -> dict[str, Any]:
         local = chunks[index * layout.pp_size + parallel.mesh.pp_rank]
         state["model" if layout.vp_size == 1 else f"model{index}"] = {
             # a copy: what a parameter is a view of would be saved whole
-            name: require_finite(native[whole], parameters[native[whole]].detach()).cpu().clone()
+            name: parameters[native[whole]].detach().cpu().clone()
             for name, whole in local.items()
         }
     return {**state, "iteration": step}

@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from mm.errors import DataError
 from mm.wan.foreign_code import refuse_code
+from mm.wan.shards import find_shards
 
 _FIX_FOLDER = "Correct from_pretrained: the folder of this component in the diffusers layout, with its config.json."
 
@@ -27,9 +28,10 @@ def load_strictly(model_class: type[nn.Module], folder: Path, unused: Collection
         The model.
 
     Raises:
-        DataError: DATA-040 when the folder or its config.json is missing, DATA-041 for weights that are missing,
-            unexpected or of another shape, DATA-042 for files that cannot be read, DATA-120 and DATA-121 for a folder
-            that asks for code or for another model.
+        DataError: DATA-023 to DATA-025 for shards that are missing or do not fit their index, DATA-040 when the folder
+            or its config.json is missing, DATA-041 for weights that are missing, unexpected or of another shape,
+            DATA-042 for files that cannot be read, DATA-120 and DATA-121 for a folder that asks for code or for another
+            model.
     """
     if not (folder / "config.json").is_file():
         raise DataError("DATA-040", f"{folder / 'config.json'} does not exist.", _FIX_FOLDER)
@@ -37,6 +39,7 @@ def load_strictly(model_class: type[nn.Module], folder: Path, unused: Collection
         remedy = "Download the safetensors files; weights in other formats are not read."
         raise DataError("DATA-040", f"{folder} has no safetensors file.", remedy)
     refuse_code(folder)
+    _require_whole_files(folder)
     bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # the library's report of what did not fit is below, as an error
@@ -55,6 +58,16 @@ def load_strictly(model_class: type[nn.Module], folder: Path, unused: Collection
             transformers_logging.enable_progress_bar()
     _require_exact({**report, "unexpected_keys": set(report["unexpected_keys"]) - set(unused)}, model_class, folder)
     return model
+
+
+def _require_whole_files(folder: Path) -> None:
+    """Say which file is missing or cut off, where the libraries speak of tensors or of a header."""
+    try:
+        find_shards(folder)
+    except DataError as error:
+        if error.id != "DATA-022":
+            raise
+        raise DataError("DATA-042", error.problems[0].message, error.problems[0].remedy) from None
 
 
 def _require_exact(report: dict[str, Any], model_class: type[nn.Module], folder: Path) -> None:

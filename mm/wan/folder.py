@@ -18,14 +18,18 @@ from torch import Tensor
 from mm.config.model import WanConfig
 from mm.errors import DataError
 from mm.wan.config_json import infer_config, read_config
-from mm.wan.names import Convention, common_prefix, convention, translate
+from mm.wan.names import Convention, convention, translate
+from mm.wan.prefixes import common_prefix, unwrapped
 from mm.wan.shards import find_shards
 
 logger = logging.getLogger(__name__)
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
-_UNUSED = ".attn2.norm_added_q.weight"
-"""End of names in diffusers' folders of image-conditioned models that no model has; diffusers ignores them as well."""
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+_UNUSED = (".attn2.norm_added_q.weight", ".scale_input", ".input_scale", "scaled_fp8")
+"""Ends of names that belong to no model: of diffusers' folders of image-conditioned models, which diffusers ignores as
+well; of files with scaled 8-bit weights the scales of activations and the mark of such a file."""
+_SCALES = (".scale_weight", ".weight_scale")
+"""Ends of names, in the place of `.weight`, of what an 8-bit weight is to be multiplied by (ComfyUI, lightx2v)."""
 
 
 class StoredTensor(NamedTuple):
@@ -49,6 +53,7 @@ class WeightFolder:
         stored: every tensor by native name. A name that the convention does not know is listed as it is, so that
             `require` reports it.
         unused: those of `stored` that are known to belong to no model; only `tensor` gives them.
+        scales: what weights are multiplied by, by the weight's native name; the products are fp32.
     """
 
     path: Path
@@ -57,6 +62,7 @@ class WeightFolder:
     prefix: str
     stored: Mapping[str, StoredTensor]
     unused: frozenset[str]
+    scales: Mapping[str, StoredTensor]
 
     @classmethod
     def open(cls, path: str | Path) -> WeightFolder:
@@ -64,26 +70,31 @@ class WeightFolder:
 
         Raises:
             DataError: DATA-020, 022 to 025 from `find_shards`; DATA-029 when no name is one of a Wan transformer;
-                DATA-030 when a tensor occurs twice; DATA-031 when one is not floating point.
+                DATA-030 when a tensor occurs twice; DATA-031 when one is not floating point, or has a scale of a shape
+                that is not understood.
         """
         path = Path(path)
         headers = find_shards(path)
         names = [name for header in headers.values() for name in header]
         prefix = common_prefix(names)
-        source = convention(name.removeprefix(prefix) for name in names)
+        source = convention(unwrapped(name.removeprefix(prefix)) for name in names)
         stored: dict[str, StoredTensor] = {}
         for file, header in headers.items():
             for name, (dtype, shape) in header.items():
-                bare = name.removeprefix(prefix)
+                bare = unwrapped(name.removeprefix(prefix))
                 native = translate(bare, source, "native") or bare
                 if native in stored:
                     raise _twice(name, file, stored[native])
                 stored[native] = StoredTensor(file, name, dtype, shape)
         _require_floats(stored)
-        unused = frozenset(name for name in stored if source == "diffusers" and name.endswith(_UNUSED))
+        scales = _taken_scales(stored, source)
+        unused = frozenset(name for name in stored if name.endswith(_UNUSED))
         if unused:
-            logger.info("%s: %d tensors *%s are not part of the model and are not read", path, len(unused), _UNUSED)
-        return cls(path, tuple(headers), source, prefix, stored, unused)
+            logger.info("%s: %d tensors are not part of the model and are not read%s",
+                        path, len(unused), _first_ten(sorted(unused)))  # fmt: skip
+        if scales:
+            logger.info("%s: %d weights are multiplied by their scales, in fp32", path, len(scales))
+        return cls(path, tuple(headers), source, prefix, stored, unused, scales)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of a model by native name."""
@@ -126,19 +137,42 @@ class WeightFolder:
             )
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor by native name, as stored, on the CPU. KeyError when it is not there."""
-        entry = self.stored[name]
-        with safe_open(entry.file, framework="pt") as file:
-            value: Tensor = file.get_tensor(entry.name)
-        return value
+        """One tensor by native name, as stored or times its scale, on the CPU. KeyError when it is not there."""
+        value, scale = _read(self.stored[name]), self.scales.get(name)
+        return value if scale is None else value.float() * _read(scale).float().reshape(-1, *[1] * (value.ndim - 1))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All (native name, tensor) of a model, shard by shard, one tensor in memory at a time."""
         for shard in self.shards:
-            with safe_open(shard, framework="pt") as file:
-                for native, entry in self.stored.items():
-                    if entry.file == shard and native not in self.unused:
-                        yield native, file.get_tensor(entry.name)
+            for native, entry in self.stored.items():
+                if entry.file == shard and native not in self.unused:
+                    yield native, self.tensor(native)
+
+
+def _read(entry: StoredTensor) -> Tensor:
+    with safe_open(entry.file, framework="pt") as file:
+        value: Tensor = file.get_tensor(entry.name)
+    return value
+
+
+def _taken_scales(stored: dict[str, StoredTensor], source: Convention) -> dict[str, StoredTensor]:
+    """Move the scales of weights out of `stored`: one number for a weight, or one for each of its rows."""
+    scales = {}
+    for name in [name for name in stored if name.endswith(_SCALES)]:
+        weight = name[: name.rindex(".")] + ".weight"
+        weight = translate(weight, source, "native") or weight
+        if weight not in stored:
+            continue  # nobody knows what it scales; it is reported as a name that no model has
+        scale, rows = stored.pop(name), stored[weight].shape[:1]
+        if weight in scales or scale.shape not in ((), (1,), (1, 1), rows, (*rows, 1)):
+            raise DataError(
+                "DATA-031",
+                f"{scale.name} {list(scale.shape)} in {scale.file} is the scale of the 8-bit weight "
+                f"{stored[weight].name} {list(stored[weight].shape)}; expected one number, or one for each row.",
+                "Use weights that are not quantised.",
+            )
+        scales[weight] = scale
+    return scales
 
 
 def _first_ten(names: list[str]) -> str:

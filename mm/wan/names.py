@@ -81,9 +81,6 @@ VACE_BLOCK: tuple[Row, ...] = (
 """Names inside a block of VACE's branch, after `vace_blocks.N.`. The MM names are ours: MindSpeed-MM makes a module of
 the model and another of the branch, wan_dit and vace_dit, which are not read."""
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "pipe.dit.", "model.")
-"""What tools put before every name: ComfyUI, DiffSynth and others; longest first where one begins another."""
-
 _BLOCK_NAME = re.compile(r"((?:vace_)?blocks\.(?:0|[1-9][0-9]*)\.)(.+)")
 
 
@@ -136,14 +133,8 @@ def convention(names: Iterable[str]) -> Convention:
     known = {c: sum(translate(name, c, "native") is not None for name in names) for c in CONVENTIONS}
     best = max(CONVENTIONS, key=lambda c: known[c])  # the first of equals, so native wins
     if not known[best]:
-        raise _unknown(names, "any of the Wan name conventions (" + ", ".join(CONVENTIONS) + ")")
+        raise _no_convention(names)
     return best
-
-
-def common_prefix(names: Iterable[str]) -> str:
-    """The entry of `PREFIXES` that every name begins with, or an empty text."""
-    names = list(names)
-    return next((p for p in PREFIXES if names and all(name.startswith(p) for name in names)), "")
 
 
 def key_shape_md5(shapes: Mapping[str, Sequence[int]]) -> str:
@@ -162,12 +153,41 @@ def _translated(name: str, source: Convention, target: Convention) -> str:
     return result
 
 
-def _unknown(names: list[str], place: str) -> DataError:
+def _no_convention(names: list[str]) -> DataError:
+    """Says what stands before names that would be known without it."""
+    place = "any of the Wan name conventions (" + ", ".join(CONVENTIONS) + ")"
+    before = sorted({found for name in names if (found := _before_a_known_name(name))})
+    if len(before) == 1:
+        return _unknown(names, place, f"Save them without the {before[0]} that stands before names of Wan.")
+    if before:
+        remedy = f"They are names of Wan after {', '.join(before[:4])}; keep one set, without what stands before it."
+        return _unknown(names, place, remedy)
+    if any(".lora_" in name for name in names):
+        remedy = (
+            "They are of a LoRA: name the base model here, and add the LoRA with --mode merge_lora or as an adapter."
+        )
+        return _unknown(names, place, remedy)
+    return _unknown(names, place)
+
+
+def _before_a_known_name(name: str) -> str:
+    """What has to be cut off a name until some convention knows it; empty when none ever does."""
+    parts = name.split(".")
+    for start in range(1, len(parts)):
+        rest = ".".join(parts[start:])
+        if any(translate(rest, convention, "native") for convention in CONVENTIONS):
+            return ".".join(parts[:start]) + "."
+    return ""
+
+
+def _unknown(
+    names: list[str],
+    place: str,
+    remedy: str = "Use the weights of a Wan2.1 transformer in diffusers, original Wan or MindSpeed-MM names.",
+) -> DataError:
     shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     return DataError(
-        "DATA-029",
-        f"Unknown tensor names, not part of {place}: {shown or 'there are no tensors'}.",
-        "Use the weights of a Wan2.1 transformer in diffusers, original Wan or MindSpeed-MM names.",
+        "DATA-029", f"Unknown tensor names, not part of {place}: {shown or 'there are no tensors'}.", remedy
     )
 
 

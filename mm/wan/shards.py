@@ -10,7 +10,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +22,13 @@ logger = logging.getLogger(__name__)
 
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 _MAX_HEADER = 100_000_000  # the format's own limit, so that a damaged size field cannot ask for all memory
-_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "BOOL": 8} | {
-    f"{kind}{bits}": bits for kind in "IU" for bits in (8, 16, 32, 64)
+_BITS = {"C64": 64, "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "BOOL": 8, "F4": 4} | {
+    **{f"{kind}{bits}": bits for kind in "IU" for bits in (8, 16, 32, 64)},
+    **{f"F8_{kind}": 8 for kind in ("E4M3", "E5M2", "E8M0", "E4M3FNUZ", "E5M2FNUZ")},
+    **{f"F6_{kind}": 6 for kind in ("E2M3", "E3M2")},
 }
+"""Bits of an element in every dtype of the format; which of them are read is another question."""
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _COPY_AGAIN = "Copy or download the file again."
 
 
@@ -45,10 +50,13 @@ def find_shards(path: Path) -> dict[Path, Header]:
             diffusion_pytorch_model.safetensors; without that all safetensors files together.
 
     Raises:
-        DataError: DATA-020 nothing there; DATA-022 a damaged file; DATA-023 an unusable index; DATA-024 a shard that
-            the index names is missing; DATA-025 a shard that holds other tensors than the index says.
+        DataError: DATA-020 nothing there; DATA-022 a damaged file; DATA-023 an unusable index; DATA-024 a shard is
+            missing that the index names, or that the names of the others count; DATA-025 a shard that holds other
+            tensors than the index says.
     """
     if path.is_file() and path.suffix == ".safetensors":
+        if (match := _SHARD.fullmatch(path.name)) and int(match[3]) > 1:
+            raise DataError("DATA-024", f"{path} is one of {int(match[3])} shards.", "Give the folder of all of them.")
         return {path: read_header(path)}
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
     indexes = sorted(path.glob("*.safetensors.index.json")) if path.is_dir() else []
@@ -61,7 +69,13 @@ def find_shards(path: Path) -> dict[Path, Header]:
         files = [path / DIFFUSERS_FILE]
     if not files:
         raise _nothing_there(path)
+    _require_all_shards(files)
     return {file: read_header(file) for file in files}
+
+
+def is_shard(path: Path) -> bool:
+    """Whether a file's name says that it is one of several that belong together."""
+    return _SHARD.fullmatch(path.name) is not None
 
 
 def read_header(path: Path) -> Header:
@@ -106,6 +120,25 @@ def _checked_end(entries: Iterable[tuple[Any, ...]]) -> int:
             )
         position = end
     return position
+
+
+def _require_all_shards(files: Sequence[Path]) -> None:
+    """Where no index says what belongs together, names such as x-00001-of-00003.safetensors do."""
+    sets: dict[tuple[str, int], set[int]] = {}
+    for file in files:
+        if match := _SHARD.fullmatch(file.name):
+            sets.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
+    for (stem, count), numbers in sets.items():
+        first = 0 if 0 in numbers else 1
+        missing = [number for number in range(first, first + count) if number not in numbers]
+        if missing:
+            names = [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in missing[:10]]
+            raise DataError(
+                "DATA-024",
+                f"{files[0].parent} lacks {len(missing)} of {count} shards: {', '.join(names)}"
+                f"{', ...' if len(missing) > 10 else ''}.",
+                "Copy the missing shards into the folder.",
+            )
 
 
 def _indexed_shards(index: Path, files: list[Path]) -> dict[Path, Header]:

@@ -23,7 +23,7 @@ def some_tensors():
         "empty": torch.empty(0, 4),
         "transposed": torch.randn(4, 6).t(),
         "strided": torch.randn(10)[::2],
-        "名": torch.tensor([float("nan"), float("inf"), -0.0]),
+        "名": torch.tensor([torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny, -0.0]),
     }
 
 

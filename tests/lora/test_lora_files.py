@@ -216,19 +216,24 @@ def q_file(path: Path, prefix: str = "diffusion_model.", **changes: torch.Tensor
     ("changes", "id", "said"),
     [
         ({"lora_up__weight": None}, "DATA-091", "blocks.0.self_attn.q"),
-        ({"diff_b": torch.ones(24)}, "DATA-091", "self_attn.q.diff_b"),
-        ({"dora_scale": torch.ones(24)}, "DATA-091", "self_attn.q.dora_scale"),
+        ({"diff_b": torch.ones(24)}, "DATA-091", r"1 keys of biases \(.*self_attn.q.diff_b"),
+        ({"dora_scale": torch.ones(24)}, "DATA-091", r"1 keys of DoRA \(.*self_attn.q.dora_scale"),
+        ({"lora_mid__weight": torch.ones(2, 2, 1, 1)}, "DATA-091", r"Tucker-decomposed LoRA \(.*lora_mid"),
+        ({"lora_B__bias": torch.ones(24)}, "DATA-091", r"1 keys of biases \(.*lora_B.bias"),
+        ({"diff": torch.ones(24)}, "DATA-091", r"1 keys of whole weights or norms \("),
+        ({"lora_up__weight": None, "lora_down__weight": None, "lokr_w1": torch.ones(2)}, "DATA-091", "1 keys of LoKr"),
+        (
+            {"lora_up__weight": None, "lora_down__weight": None, "hada_w1_a": torch.ones(2)},
+            "DATA-091",
+            "1 keys of LoHa",
+        ),
+        ({"strange": torch.ones(24)}, "DATA-091", r"1 keys are unknown \(.*self_attn.q.strange"),
         ({"lora_A__weight": torch.ones(2, 24)}, "DATA-091", "self_attn.q.lora_"),
         ({"lora_up__weight": torch.ones(24, 3)}, "DATA-092", r"\[2, 24\] and B \[24, 3\]"),
         ({"lora_up__weight": torch.ones(24, 2, 1, 1)}, "DATA-092", r"\[24, 2, 1, 1\]"),
         ({"lora_up__weight": torch.ones(24, 2, dtype=torch.int32)}, "DATA-092", "int32"),
         ({"alpha": torch.ones(2)}, "DATA-092", r"\[2\]"),
         ({"alpha": torch.tensor(float("nan"))}, "DATA-092", "nan"),
-        (
-            {"prefix": "transformer."},
-            "DATA-090",
-            "transformer.blocks.0.self_attn.q",
-        ),  # native names where others belong
         ({"prefix": "unet."}, "DATA-090", "unet.blocks.0.self_attn.q"),
     ],
 )
@@ -257,8 +262,8 @@ PEFT_VALUES = {"r": 2, "lora_alpha": 4}
 @pytest.mark.parametrize(
     ("header", "said"),
     [
-        ({**PEFT_VALUES, "r": 3}, "rank 2, and 3 in the header"),
-        ({**PEFT_VALUES, "rank_pattern": {"attn1.to_q": 5}}, "rank 2, and 5 in the header"),
+        ({**PEFT_VALUES, "r": 3}, "rank 2, and 3 in PEFT's configuration"),
+        ({**PEFT_VALUES, "rank_pattern": {"attn1.to_q": 5}}, "rank 2, and 5 in PEFT's configuration"),
         ({**PEFT_VALUES, "use_dora": True}, "DoRA"),
         ({**PEFT_VALUES, "alpha_pattern": {r"blocks\.\d+\.attn1": 5}}, "is not a name"),
         ({**PEFT_VALUES, "lora_alpha": "many"}, "not understood"),

@@ -290,7 +290,7 @@ def test_bad_conversions(base: Path, trained: Path, tmp_path: Path) -> None:
             ["--mode", "merge_lora", "--to", "native", *source, "--base_path", str(base), "--ckpt_path", str(base)],
         ),
         ("CKPT-084", ["--mode", "convert_to_native", *source]),
-        ("DATA-022", ["--mode", "lora_to_hf", "--source_path", str(base)]),
+        ("DATA-090", ["--mode", "lora_to_hf", "--source_path", str(base)]),
         ("CFG-071", ["--mode", "lora_to_fh", *source]),
     ]
     for expected, line in rows:

@@ -8,6 +8,7 @@ from mm.config.model import WAN_1_3B, WAN_14B, WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_
 from mm.errors import DataError
 from mm.wan import names
 from mm.wan.model import WanModel
+from mm.wan.prefixes import common_prefix, unwrapped
 
 
 def meta_shapes(config):
@@ -193,7 +194,32 @@ def test_convention_is_told_by_content(shapes_14b):
     assert caught.value.id == "DATA-029"
 
 
-@pytest.mark.parametrize("prefix", ["", "model.", "model.diffusion_model.", "diffusion_model.", "pipe.dit."])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        *("", "model.", "model.diffusion_model.", "diffusion_model.", "pipe.dit.", "module.", "_orig_mod.", "ema."),
+        *("module._orig_mod.", "_orig_mod.module.", "_fsdp_wrapped_module._orig_mod.model.", "ema.module."),
+    ],
+)
 def test_prefixes_of_other_tools_are_found(prefix):
-    assert names.common_prefix([prefix + "head.modulation", prefix + "patch_embedding.bias"]) == prefix
-    assert names.common_prefix([prefix + "head.modulation", "other"]) == ""
+    assert common_prefix([prefix + "head.modulation", prefix + "patch_embedding.bias"]) == prefix
+    assert common_prefix([prefix + "head.modulation", "other"]) == ""
+
+
+@pytest.mark.parametrize("config", [WAN_14B, WAN_FLF2V_14B], ids=["t2v", "flf2v"])
+def test_no_name_of_a_model_is_taken_for_a_prefix_or_a_wrapper(config):
+    for name in meta_shapes(config):
+        for convention in names.CONVENTIONS:
+            spelled = names.translate(name, "native", convention)
+            assert unwrapped(spelled) == spelled
+            assert common_prefix([spelled]) == ""
+
+
+def test_what_stands_before_known_names_is_said():
+    with pytest.raises(DataError, match=r"DATA-029.*without the student\.net\. that stands before") as caught:
+        names.convention(["student.net.blocks.0.self_attn.q.weight", "student.net.head.modulation"])
+    assert "blocks.0.self_attn.q.weight" in str(caught.value)
+    with pytest.raises(DataError, match=r"names of Wan after a\., b\.; keep one set"):
+        names.convention(["a.head.modulation", "b.head.modulation"])
+    with pytest.raises(DataError, match="They are of a LoRA"):
+        names.convention(["diffusion_model.blocks.0.self_attn.q.lora_down.weight"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mm.checkpoint.formats.source import TensorKind
@@ -30,16 +31,19 @@ class FolderWeights:
         return f"{self.folder.convention} weights"
 
     def kinds(self) -> dict[str, TensorKind]:
-        """From the headers."""
-        stored, names = self.folder.stored, self.folder.shapes()
-        return {name: TensorKind(stored[name].shape, DTYPES[stored[name].dtype]) for name in names}
+        """From the headers; what is multiplied by a scale is fp32."""
+        stored, scales = self.folder.stored, self.folder.scales
+        return {
+            name: TensorKind(shape, torch.float32 if name in scales else DTYPES[stored[name].dtype])
+            for name, shape in self.folder.shapes().items()
+        }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """From the headers."""
         return self.folder.shapes()
 
     def read(self, name: str) -> Tensor:
-        """A view of the mapped file."""
+        """A view of the mapped file, or a product."""
         return self.folder.tensor(name)
 
     def config(self) -> WanConfig:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mm.checkpoint.files import copy_file, write_new
+from mm.checkpoint.finite import rounded
 from mm.checkpoint.formats.shard_files import write_shards
 from mm.checkpoint.formats.source import WeightSource
 from mm.checkpoint.mismatch import raise_on_mismatch
@@ -76,7 +77,7 @@ def write_new_folder(folder: Path, entries: Sequence[Entry], config: WanConfig, 
 
 def _cast(source: WeightSource, name: str, stored: StoredTensor) -> Tensor:
     """The source's tensor in the original's dtype: the fp32 master rounded to bf16 where the original is bf16."""
-    return source.read(name).to(DTYPES[stored.dtype])
+    return rounded(stored.name, source.read(name), DTYPES[stored.dtype])
 
 
 def _require_diffusers(original: WeightFolder) -> None:
@@ -85,6 +86,8 @@ def _require_diffusers(original: WeightFolder) -> None:
         problem = "it is not a folder with a config.json"
     elif original.convention != "diffusers" or original.prefix:
         problem = f"its tensors have {original.prefix}{original.convention} names"
+    elif original.scales:
+        problem = "its weights are quantised, with scales beside them"
     if problem:
         raise CheckpointError(
             "CKPT-022",

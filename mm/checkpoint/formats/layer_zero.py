@@ -27,12 +27,12 @@ from mm.checkpoint.formats.source import TensorKind
 from mm.config.model import WanConfig
 from mm.errors import CheckpointError
 from mm.wan.names import translate
+from mm.wan.prefixes import unwrapped
 
 log = logging.getLogger(__name__)
 
 FILES = "model_[0-9]*.pt"
 PREFIX = "predictor."
-_WRAPPERS = ("_zero3_wrapped_module.", "_checkpoint_wrapped_module.")
 _STEP = re.compile(r"iter_(\d{7})")
 
 
@@ -77,7 +77,7 @@ class LayerZeroWeights:
             _check(file, content, rank)
         if any("ema_model" in content for content in contents):
             log.info("%s also holds averaged weights (ema_model), which are not read.", folder)
-        infos = {_clean(name): info for name, info in contents[0]["shard_state_dict"].items()}
+        infos = {unwrapped(str(name)): info for name, info in contents[0]["shard_state_dict"].items()}
         states = [_state(file, content["model"]) for file, content in zip(files, contents, strict=True)]
         if any(state.keys() != states[0].keys() for state in states):
             raise _torn(folder, "the files name different parameters")
@@ -159,7 +159,7 @@ def _check(file: Path, content: Mapping[str, Any], rank: int) -> None:
 
 
 def _state(file: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:
-    found = {_clean(name): value for name, value in state.items() if not str(name).endswith("_extra_state")}
+    found = {unwrapped(str(name)): value for name, value in state.items() if not str(name).endswith("_extra_state")}
     for name, value in found.items():
         if not isinstance(value, Tensor):
             raise unreadable(file, f'"model" holds {type(value).__name__} under {name}, no tensor')
@@ -179,13 +179,6 @@ def _joined(folder: Path, name: str, parts: tuple[Tensor, ...], info: Any) -> tu
     if len({part.dtype for part in parts}) > 1 or any(part.ndim != 1 for part in parts):
         raise _torn(folder, f"the parts of {name} are no vectors of one dtype")
     return parts, TensorKind(tuple(shape), parts[0].dtype)
-
-
-def _clean(name: Any) -> str:
-    text = str(name)
-    for wrapper in _WRAPPERS:
-        text = text.replace(wrapper, "")
-    return text
 
 
 def _torn(folder: Path, what: str) -> CheckpointError:

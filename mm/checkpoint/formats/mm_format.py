@@ -30,6 +30,7 @@ from mm.config.layout import Stages
 from mm.config.model import WanConfig
 from mm.errors import CheckpointError, ConfigError
 from mm.wan.names import native_to_mm, translate
+from mm.wan.prefixes import common_prefix, unwrapped
 
 RELEASE = "release"
 FILE_NAME = "model_optim_rng.pt"
@@ -264,11 +265,15 @@ def _chunks(file: Path) -> list[dict[str, Place]]:
 
 
 def _places(file: Path, chunk: str, state: Mapping[Any, Any]) -> dict[str, Place]:
-    places = {}
-    for name, value in state.items():
-        if str(name).endswith("_extra_state"):  # Transformer layers of Megatron leave these; they hold no weights
-            continue
+    places: dict[str, Place] = {}
+    # Transformer layers of Megatron leave _extra_state; they hold no weights
+    kept = {name: value for name, value in state.items() if not str(name).endswith("_extra_state")}
+    prefix = common_prefix(map(str, kept))
+    for name, value in kept.items():
         if not isinstance(value, Tensor):
             raise unreadable(file, f'"{chunk}" holds {type(value).__name__} under {name}, no tensor')
-        places[str(name)] = Place(file, chunk, name, TensorKind(tuple(value.shape), value.dtype))
+        bare = unwrapped(str(name).removeprefix(prefix))
+        if bare in places:
+            raise unreadable(file, f'"{chunk}" holds {bare} as {places[bare].name} and as {name}')
+        places[bare] = Place(file, chunk, name, TensorKind(tuple(value.shape), value.dtype))
     return places

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from mm.checkpoint.finite import require_finite
 from mm.errors import CheckpointError
 
 Allowed = tuple[Callable[..., Any], str]
@@ -47,11 +48,25 @@ def read_pt(file: Path, allowed: tuple[Allowed, ...] = ()) -> dict[str, Any]:
 
 
 def write_pt(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a new file and force it to disk; its folder exists."""
+    """Write a new file and force it to disk; its folder exists.
+
+    Raises:
+        CheckpointError: CKPT-016 for a tensor with a value that is not finite, before anything is written.
+    """
+    _require_finite("", content)
     with file.open("xb") as writer:
         torch.save(dict(content), writer)
         writer.flush()
         os.fsync(writer.fileno())
+
+
+def _require_finite(name: str, content: Any) -> None:
+    """`mm.checkpoint.finite.require_finite` of all tensors in nested dictionaries; a name is that of the last one."""
+    if isinstance(content, torch.Tensor):
+        require_finite(name, content)
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            _require_finite(str(key), value)
 
 
 def unreadable(file: Path, what: str) -> CheckpointError:
