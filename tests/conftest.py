@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
     # Triton's own functions are made when it is first imported, for the interpreter or for a device, and megatron-core
     # imports it: so this must stand before all other imports.
     os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the word for the CPU that jobs of several processes need
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

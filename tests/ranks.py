@@ -68,6 +68,7 @@ def _rank(
         MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",
         OMP_NUM_THREADS="1",
+        CUDA_VISIBLE_DEVICES="",  # ranks of tests are the CPU's
     )
     import torch
 

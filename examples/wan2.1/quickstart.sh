@@ -9,6 +9,7 @@ root=$(cd "$here/../.." && pwd)
 WORKSPACE=${WORKSPACE:-$root/workspace}
 STEPS=${STEPS:-1200}
 SEED=${SEED:-1234}
+DEVICE=${DEVICE:-cpu}      # or cuda, npu
 AT_LEAST=${AT_LEAST:-14}   # of 16 clips must have the colour, and the direction, that their captions ask for
 
 if [ -e "$WORKSPACE" ] && [ -n "$(ls -A "$WORKSPACE")" ]; then
@@ -31,7 +32,7 @@ mm demo --out "$demo"
 
 stage "2/7 Feature extraction"
 MM_DATA=$demo/configs/data.json MM_MODEL=$demo/configs/model_wan.json MM_TOOL=$demo/configs/tools.json \
-    LOG_DIR=$WORKSPACE/logs bash "$here/feature_extract/feature_extraction.sh"
+    LOG_DIR=$WORKSPACE/logs bash "$here/feature_extract/feature_extraction.sh" --device "$DEVICE"
 
 stage "3/7 Weights from HF to MM"
 python "$here/convert_ckpt.py" --source_path "$weights" --target_path "$WORKSPACE/weights_mm" --mode convert_to_mm
@@ -40,7 +41,8 @@ pretrain() { # steps
     MM_DATA=$demo/configs/feature_data.json MM_MODEL=$demo/configs/pretrain_model.json PRECISION=fp32 MBS=16 RECOMPUTE= \
         LOAD_PATH=$WORKSPACE/weights_mm SAVE_PATH=$checkpoints bash "$here/1.3b/t2v/pretrain.sh" \
         --train-iters "$1" --lr-decay-iters "$STEPS" --lr 2e-3 --min-lr 2e-5 --lr-decay-style cosine \
-        --lr-warmup-iters 100 --log-interval 100 --save-interval "$STEPS" --num-workers 1 --seed "$SEED"
+        --lr-warmup-iters 100 --log-interval 100 --save-interval "$STEPS" --num-workers 1 --seed "$SEED" \
+        --device "$DEVICE"
 }
 stage "4/7 Pretraining, the first half"
 pretrain "$((STEPS / 2))"
@@ -53,7 +55,7 @@ python "$here/convert_ckpt.py" --source_path "$checkpoints" --ckpt_path "$weight
 
 stage "7/7 Generation"
 MM_MODEL=$demo/configs/inference_model.json LOAD_PATH=$WORKSPACE/trained_hf SAVE_PATH=$WORKSPACE/videos \
-    PROMPT=$demo/prompts.txt bash "$here/1.3b/t2v/inference.sh" --micro-batch-size 16
+    PROMPT=$demo/prompts.txt bash "$here/1.3b/t2v/inference.sh" --micro-batch-size 16 --device "$DEVICE"
 mm score --videos "$WORKSPACE/videos" --prompts "$demo/prompts.txt" --sheet "$WORKSPACE/videos.png" --at-least "$AT_LEAST"
 mm plot --run "$checkpoints" --out "$WORKSPACE/training.png"
 

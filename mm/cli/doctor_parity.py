@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     from mm.parallel.mesh import build_mesh
     from mm.train import parity
 
-    backend, minutes = select(flags.device, where.local_rank), flags.distributed_timeout_minutes
+    backend, minutes = select(flags.device, where.local_rank, where.world_size), flags.distributed_timeout_minutes
     case = _case(flags, model, zero, layout)
     with Job(where, backend.collective, backend.device, minutes), build_mesh(layout, minutes, backend.kind) as mesh:
         comm: Comm = SingleProcess() if where.world_size == 1 else ProcessGroupComm(device=backend.device)

@@ -58,10 +58,11 @@ def check(
     from mm.train import readiness
 
     logging.getLogger().setLevel(logging.WARNING)
-    config, backend = model.predictor.wan(), select(flags.device, where.local_rank)
+    config, backend = model.predictor.wan(), select(flags.device, where.local_rank, where.world_size)
     lora = plan_of(flags, config)
     trained = readiness.elements(config) if lora is None else lora.parameters
     findings = [] if where.rank else readiness.versions(backend)
+    findings += readiness.operators(backend) if where.local_rank == 0 else []  # once a node: its compiler
     reports: list[dict[str, Any]] = []
     if where.rank == 0:
         findings += readiness.attempt("memory", lambda: _memory(words, layout, backend, reports))

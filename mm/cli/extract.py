@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     from mm.extract.run import extract
     from mm.parallel.launch import Job
 
-    backend = select(flags.device, where.local_rank)
+    backend = select(flags.device, where.local_rank, where.world_size)
     with Job(where, backend.collective, backend.device, flags.distributed_timeout_minutes) as job:
         extract(
             data,

@@ -30,9 +30,13 @@ def main(argv: Sequence[str]) -> None:
     from mm.parallel.launch import Job
     from mm.parallel.mesh import build_mesh
 
-    backend = select(flags.device, where.local_rank)
+    backend = select(flags.device, where.local_rank, where.world_size)
     minutes = flags.distributed_timeout_minutes
-    configuration = {"flags": flags.model_dump(mode="json"), "model": generation.config.model_dump(mode="json")}
+    configuration = {
+        "elementwise operators": backend.operators().name,
+        "flags": flags.model_dump(mode="json"),
+        "model": generation.config.model_dump(mode="json"),
+    }
     with (
         Job(where, backend.collective, backend.device, minutes, configuration),
         build_mesh(generation.layout, minutes, backend.device.type) as mesh,

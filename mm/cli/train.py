@@ -50,9 +50,10 @@ def main(argv: Sequence[str]) -> None:
     lora = plan_of(flags, model.predictor.wan())
     dataset = open_features(data, model.predictor.wan())
     held_out = open_features(eval_data, model.predictor.wan()) if eval_data is not None else None
-    backend = select(flags.device, where.local_rank)
+    backend = select(flags.device, where.local_rank, where.world_size)
     timeout = flags.distributed_timeout_minutes
     configuration = {
+        "elementwise operators": backend.operators().name,
         "flags": flags.model_dump(mode="json"),
         flags.mm_model: model.model_dump(mode="json"),
         flags.mm_data: data.model_dump(mode="json"),

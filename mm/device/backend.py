@@ -18,9 +18,11 @@ from typing import Literal
 import psutil
 import torch
 
+from mm.device.dispatch import Choice, choice_of
 from mm.device.megatron_on_cpu import MegatronOnCpu
 from mm.device.megatron_on_npu import MegatronOnNpu
 from mm.device.out_of_memory import is_out_of_memory
+from mm.device.present import refuse_silent_cpu, require_kernels, why_unusable
 from mm.errors import ConfigError
 
 DeviceKind = Literal["cpu", "cuda", "npu"]
@@ -82,6 +84,10 @@ class Backend:
         """Whether an exception says that this device has no room for an allocation."""
         return is_out_of_memory(error, on_host=self.kind == "cpu")
 
+    def operators(self) -> Choice:
+        """The elementwise operators of the device; on CUDA the first call tries a kernel."""
+        return choice_of(self.device)
+
     def name(self) -> str:
         """What to call the device in reports."""
         if self.kind == "cpu":
@@ -89,27 +95,34 @@ class Backend:
         return str(getattr(torch, self.kind).get_device_name(self.device))
 
 
-def select(kind: DeviceKind | None, local_rank: int = 0) -> Backend:
+def select(kind: DeviceKind | None, local_rank: int = 0, processes: int = 1) -> Backend:
     """Choose this process's device.
 
     Args:
         kind: which kind, or None for the first of NPU, CUDA, CPU that is there.
         local_rank: index of this process on its node, which is the device's index.
+        processes: of the job.
 
     Raises:
-        ConfigError: CFG-030 when the kind asked for, or the device of that index, is not there.
+        ConfigError: CFG-030 when the kind asked for, or the device of that index, is not there; CFG-180 and CFG-181
+            when none was asked for and it would be the CPU against expectation; CFG-182 for a device that is too old or
+            too new for torch.
     """
-    kind = kind or _first_available()
+    kind = kind or _first_available(processes)
     if kind == "cpu":
         return Backend("cpu", torch.device("cpu"), "gloo", MegatronOnCpu())
     count = _device_count(kind)
     if local_rank >= count:
-        raise ConfigError(
-            "CFG-030",
-            f"Local process {local_rank} needs {kind}:{local_rank}, and this node has {count} such devices.",
-            "Start at most that many processes a node (NPUS_PER_NODE), or choose another --device.",
-        )
+        found = f"Local process {local_rank} needs {kind}:{local_rank}, and this node has {count} such devices"
+        remedy = "Start at most that many processes a node (NPUS_PER_NODE), or choose another --device."
+        if count == 0:
+            reason, remedy = why_unusable(kind, os.environ)
+            found += f" that torch {torch.__version__} can use: {reason}"
+        raise ConfigError("CFG-030", f"{found}.", remedy)
     device = torch.device(kind, local_rank)
+    if kind == "cuda":
+        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        require_kernels(name, capability, torch.cuda.get_arch_list())
     getattr(torch, kind).set_device(device)
     if kind == "npu":
         return Backend(kind, device, "hccl", MegatronOnNpu())
@@ -141,10 +154,13 @@ def deterministic(enabled: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _first_available() -> DeviceKind:
+def _first_available(processes: int) -> DeviceKind:
     if _device_count("npu"):
         return "npu"
-    return "cuda" if _device_count("cuda") else "cpu"
+    if _device_count("cuda"):
+        return "cuda"
+    refuse_silent_cpu(processes, os.environ)
+    return "cpu"
 
 
 def _device_count(kind: DeviceKind) -> int:

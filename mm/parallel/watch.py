@@ -48,7 +48,16 @@ SAMPLE_S, LOOK_S = 0.25, 1.0
 """Between looks at the stack, and at what the others have told."""
 ANSWER_S, LEAVE_S = 5.0, 10.0
 """How long a process is waited for when the alarm is raised, and for it to end by itself after another has failed."""
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Timed out")
+_LOST = (
+    # gloo
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Timed out"),
+    # NCCL, and torch's watchdog over it
+    *("Connection closed by remote peer", "remote process exited", "ncclRemoteError"),
+    *("communicator was aborted", "Watchdog caught collective operation timeout"),
+    # HCCL: no word from a peer, no link to one
+    *("EI0002", "EI0006", "call hccl api failed", "Heartbeat Lost"),
+)
+"""What collectives say, on each kind of device, when the process at the other end is gone."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from mm.config.train import TrainFlags
 from mm.data.dataset import FeatureDataset
 from mm.data.sampler import sample_at
 from mm.device.backend import Backend
+from mm.device.dispatch import TRITON_NEEDS
 from mm.diffusion.flow import FlowMatching
 from mm.errors import MMError
 from mm.parallel.placement import whole_shapes
@@ -70,6 +71,14 @@ def versions(backend: Backend) -> list[Finding]:
     libraries = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     found = f"Python {platform.python_version()}, {libraries}, {backend.name()} ({backend.collective})"
     return [Finding("versions", "ok", found)]
+
+
+def operators(backend: Backend) -> list[Finding]:
+    """Whether the device's own elementwise operators work; on CUDA a kernel is compiled and started."""
+    choice = backend.operators()
+    if choice.instead is None:
+        return [Finding("operators", "ok", f"elementwise operators are {choice.name}")]
+    return [Finding("operators", "look", f"elementwise operators are {choice.name}: {choice.instead}", TRITON_NEEDS)]
 
 
 def memory(peak_bytes: Sequence[int], backend: Backend) -> list[Finding]:

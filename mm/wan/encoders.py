@@ -20,6 +20,7 @@ from transformers import UMT5EncoderModel
 
 from mm.config.extract import TilingParam
 from mm.config.model import Precision
+from mm.device.precision import true_fp32
 from mm.errors import DataError
 from mm.wan.component import load_strictly
 from mm.wan.tokenizer import TextTokenizer, open_tokenizer
@@ -64,6 +65,7 @@ class VideoEncoder:
         return cls(vae.to(device), tiling)
 
     @torch.no_grad()
+    @true_fp32()
     def encode(self, video: Tensor) -> Tensor:
         """Pixels to normalised latents.
 
@@ -88,6 +90,7 @@ class VideoEncoder:
         return latents.to(self.vae.dtype)
 
     @torch.no_grad()
+    @true_fp32()
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, C, F, H, W] to pixels [B, 3, 4(F - 1) + 1, 8H, 8W] in [-1, 1], VAE's precision."""
         self._set_tiles()
@@ -140,6 +143,7 @@ class TextEncoder:
         return cls(model.to(device), tokenizer, max_length)
 
     @torch.no_grad()
+    @true_fp32()
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
         """Embed captions.
 

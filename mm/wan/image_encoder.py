@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import CLIPVisionModel
 
 from mm.config.model import Precision
+from mm.device.precision import true_fp32
 from mm.wan.component import load_strictly
 from mm.wan.encoders import DTYPES
 
@@ -50,6 +51,7 @@ class ImageEncoder:
         return int((self.model.config.image_size // self.model.config.patch_size) ** 2 + 1)
 
     @torch.no_grad()
+    @true_fp32()
     def encode(self, frames: Tensor) -> Tensor:
         """Frames [B, 3, H, W] in [-1, 1], RGB, to features [B, num_tokens, width] in the model's precision."""
         side = self.model.config.image_size

@@ -304,3 +304,19 @@ def test_a_precision_that_does_not_exist_is_not_fp32(tmp_path: Path) -> None:
 @pytest.mark.parametrize("script", sorted(EXAMPLES.rglob("*.sh")), ids=lambda p: str(p.relative_to(EXAMPLES)))
 def test_scripts_parse(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_scripts_set_what_devices_need_and_hear_the_user() -> None:
+    """CUDA_DEVICE_MAX_CONNECTIONS=1 would put collectives and kernels into one queue, and nothing here needs it."""
+
+    def found(**variables: str) -> list[str]:
+        names = ("PYTORCH_ALLOC_CONF", "PYTORCH_NPU_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS")
+        script = f'. "{EXAMPLES}/common.sh"; echo ' + " ".join(f'"${{{name}:-unset}}"' for name in names)
+        clean = {name: value for name, value in os.environ.items() if name not in (*names, "PYTORCH_CUDA_ALLOC_CONF")}
+        done = subprocess.run(["bash", "-c", script], env=clean | variables, capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    grows = "expandable_segments:True"
+    assert found() == [grows, grows, "unset"]
+    assert found(CUDA_DEVICE_MAX_CONNECTIONS="8", PYTORCH_ALLOC_CONF="x:1") == ["x:1", grows, "8"]
+    assert found(PYTORCH_CUDA_ALLOC_CONF="max_split_size_mb:64")[0] == "max_split_size_mb:64"

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mm.device import kernels
-from mm.device.dispatch import operators_of
+from mm.device.dispatch import operators_of, with_triton
 from mm.device.operators import PlainOperators, alone
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -241,6 +241,23 @@ def test_the_device_of_a_tensor_decides() -> None:
         assert type(operators_of(torch.empty(1, device="cuda"))) is PlainOperators
     if DEVICE == "cuda":
         assert isinstance(operators_of(torch.zeros(1, device=DEVICE)), TritonOperators)
+
+
+def test_triton_is_tried_before_it_is_used() -> None:
+    choice = with_triton(torch.device(DEVICE), 2)
+    assert (choice.operators, choice.name, choice.instead) == (TritonOperators(2), "Triton's", None)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="Triton finds a device here")
+def test_torchs_functions_take_the_place_of_a_triton_that_cannot_start() -> None:
+    """Outside its interpreter Triton really fails on a machine without a device, as it does without a C compiler."""
+    code = (
+        "import torch; from mm.device.dispatch import with_triton; choice = with_triton(torch.device('cpu'), 2); "
+        "print(type(choice.operators).__name__, '|', choice.name, '|', choice.instead)"
+    )
+    operators, name, instead = in_another_process("-c", code).strip().split(" | ")
+    assert (operators, name) == ("PlainOperators", "torch's")
+    assert instead.startswith("a Triton kernel does not start (RuntimeError: ")
 
 
 def test_triton_is_imported_only_for_a_tensor_that_needs_it() -> None:

@@ -225,3 +225,24 @@ def test_tokenizers_that_do_not_fit(weights: Path, tmp_path: Path) -> None:
         load(tmp_path / "w", "text_encoder")
     with pytest.raises(DataError, match=r"DATA-043.*107 tokens, the text encoder 20|DATA-043.*text encoder 20"):
         TextEncoder(make_text_encoder(20), open_tokenizer(weights / "tokenizer"))
+
+
+def test_fp32_encoders_are_not_computed_in_tf32(weights: Path) -> None:
+    """Seen from inside the modules; what it was before is put back. On a CPU the switch has no effect on numbers."""
+    seen: list[tuple[str, str]] = []
+
+    def note(module: Any, inputs: Any) -> None:
+        seen.append((torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision))
+
+    vae = VideoEncoder.from_pretrained(weights / "vae", "fp32", CPU)
+    text = TextEncoder.from_pretrained(weights / "text_encoder", weights / "tokenizer", "fp32", CPU)
+    modules = (vae.vae.encoder, vae.vae.decoder, text.model)
+    hooks = [module.register_forward_pre_hook(note) for module in modules]
+    before = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    assert before[0] == "tf32"  # what torch does by itself
+    vae.decode(vae.encode(video(1)))
+    text.encode(["x"])
+    for hook in hooks:
+        hook.remove()
+    assert set(seen) == {("ieee", "ieee")} and len(seen) >= 3
+    assert before == (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)

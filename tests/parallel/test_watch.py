@@ -11,7 +11,8 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from mm.config.place import place
-from mm.errors import ConfigError, EndedElsewhereError
+from mm.errors import ConfigError, EndedElsewhereError, LostProcessError
+from mm.parallel import watch as watch_module
 from mm.parallel.launch import Job
 from mm.parallel.notices import Notices
 from mm.parallel.watch import Doing, Limits, Watch, by_suspicion, hang, table
@@ -91,6 +92,40 @@ def test_one_process_alone_ends_too(capfd: pytest.CaptureFixture[str], tmp_path:
     printed = capfd.readouterr().err
     assert printed.splitlines()[-1].startswith("error RUN-003: No progress for 0 s in step 0. ")
     assert "test_one_process_alone_ends_too" in (tmp_path / "rank-0.txt").read_text()
+
+
+NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3699, "
+OF_OTHERS = {
+    "gloo": "[../third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:41923",
+    "NCCL, the other is gone": NCCL + "remote process exited or there was a network error, NCCL version 2.27.5\n"
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+    "NCCL, its socket": NCCL + "unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.5\n"
+    "Last error:\nsocketProgress: Connection closed by remote peer node1<40123>",
+    "torch's watchdog": "[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=880, OpType=BROADCAST, "
+    "NumelIn=131137536, NumelOut=131137536, Timeout(ms)=1800000) ran for 1800778 milliseconds before timing out.",
+    "torch, after the watchdog": "NCCL communicator was aborted on rank 3.",
+    "HCCL": "EI0002: [PID: 7277] 2024-11-28-11:59:30.645.648 The wait execution of the Notify register times out.",
+}
+OWN = {
+    "CUDA": NCCL + "unhandled cuda error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.5",
+    "usage": NCCL + "invalid usage, NCCL version 2.27.5\nncclInvalidUsage: Duplicate GPU detected : rank 1 and rank 0",
+    "a defect": "mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)",
+}
+
+
+@pytest.mark.parametrize("words", OF_OTHERS)
+def test_the_words_of_every_backend_for_a_lost_process(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch_module, "LEAVE_S", 0.2)
+    lost = pytest.raises(LostProcessError, match="RUN-004: Rank 0 lost another process of the job")
+    with lost, Watch(Notices(None, 0, 1), Limits(None, 60), None):
+        raise dist.DistBackendError(OF_OTHERS[words])
+
+
+@pytest.mark.parametrize("words", OWN)
+def test_a_fault_of_its_own_is_not_a_lost_process(words: str) -> None:
+    notices = Notices(None, 0, 1)
+    with pytest.raises(dist.DistBackendError), Watch(notices, Limits(None, 60), None):
+        raise dist.DistBackendError(OWN[words])
 
 
 def test_first_failure_has_the_word() -> None:
