@@ -10,7 +10,6 @@ Source of the combination: Fang and Zhao 2024 (USP, arXiv 2405.07719), section 4
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from mm.device.attention import Keep, keep_inputs, keep_nothing
 from mm.device.attention import attention as attend
+from mm.parallel.groups import GroupMaker
 from mm.parallel.ring import Ring, ring_attention
 from mm.parallel.ulysses import gather_heads, scatter_heads
 from mm.wan.layers import SelfAttention
@@ -50,7 +50,7 @@ def build_context_groups(
     ulysses_size: int,
     window_size: int,
     send_recv_overlap: bool,
-    timeout: datetime.timedelta,
+    maker: GroupMaker,
 ) -> ContextGroups:
     """Split the context-parallel groups of the world. Every process calls it, and all arguments but the first agree.
 
@@ -60,7 +60,7 @@ def build_context_groups(
         ulysses_size: degree of Ulysses; divides the size of the groups, and what is left is the degree of the ring.
         window_size: ring ranks in a window of the double ring, dividing the ring; 1 for one ring.
         send_recv_overlap: whether a ring sends and receives on separate communicators.
-        timeout: of the new groups.
+        maker: makes the new groups.
 
     Raises:
         ValueError: sizes that do not divide, groups of different sizes, or a process that is in none of them.
@@ -69,13 +69,12 @@ def build_context_groups(
     ulysses_ranks = [ranks[i : i + ulysses_size] for ranks in all_cp_groups for i in range(0, len(ranks), ulysses_size)]
     ring_ranks = [ranks[i::ulysses_size] for ranks in all_cp_groups for i in range(ulysses_size)]
     ulysses = ring = overlap = outer = None
-    # torch makes a group on all processes of the world, also those outside it, in the same order.
     if ulysses_size > 1:
-        ulysses = cp_group if ring_size == 1 else _new_groups(ulysses_ranks, timeout)
+        ulysses = cp_group if ring_size == 1 else maker.make("ulysses", ulysses_ranks)
     if ring_size > 1:
-        ring = cp_group if ulysses_size == 1 else _new_groups(ring_ranks, timeout)
-        overlap = _new_groups(ring_ranks, timeout) if send_recv_overlap else None
-        outer = _new_groups(ring_ranks, timeout) if 1 < window_size < ring_size else None
+        ring = cp_group if ulysses_size == 1 else maker.make("ring", ring_ranks)
+        overlap = maker.make("ring overlap", ring_ranks) if send_recv_overlap else None
+        outer = maker.make("ring outer", ring_ranks) if 1 < window_size < ring_size else None
     if not any(dist.get_rank() in ranks for ranks in all_cp_groups):
         raise ValueError(f"process {dist.get_rank()} is in none of the context-parallel groups {all_cp_groups}")
     if overlap is not None:
@@ -131,13 +130,3 @@ def _check_sizes(all_cp_groups: Sequence[Sequence[int]], ulysses_size: int, wind
     if cp_size % ulysses_size or cp_size // ulysses_size % window_size:
         raise ValueError(f"{cp_size} ranks do not split into Ulysses {ulysses_size} x windows of {window_size}")
     return cp_size // ulysses_size
-
-
-def _new_groups(rank_lists: Sequence[Sequence[int]], timeout: datetime.timedelta) -> dist.ProcessGroup | None:
-    """Create a group for each list of global ranks, and return the one that this process is in."""
-    mine = None
-    for ranks in rank_lists:
-        group = dist.new_group(list(ranks), timeout=timeout)
-        if dist.get_rank() in ranks:
-            mine = group
-    return mine

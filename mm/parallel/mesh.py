@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from mm.config.layout import Layout
 from mm.errors import ConfigError
 from mm.parallel.context import ContextGroups, build_context_groups
+from mm.parallel.groups import GroupMaker, ranks_along
 from mm.parallel.tokens import TokenShare
 
 
@@ -31,9 +31,11 @@ class Mesh:
     Attributes:
         layout: degrees of all axes.
         tp_rank, cp_rank, dp_rank, pp_rank: coordinates.
-        groups: megatron-core's process groups by axis.
+        groups: process groups by axis, as megatron-core takes them; its `pp` carries activations.
+        pp_backward: the ranks of `groups.pp` on a second communicator, which carries gradients.
         context: groups of context parallelism.
         zero: with layer-zero, the (replicate, shard) mesh over the ranks with the same parameters.
+        made: name and size of each group that was made, in order.
     """
 
     layout: Layout
@@ -42,8 +44,10 @@ class Mesh:
     dp_rank: int
     pp_rank: int
     groups: ProcessGroupCollection
+    pp_backward: dist.ProcessGroup
     context: ContextGroups
     zero: DeviceMesh | None
+    made: tuple[tuple[str, int], ...]
 
     @property
     def dp_cp_rank(self) -> int:
@@ -67,7 +71,10 @@ class Mesh:
 
 @contextlib.contextmanager
 def build_mesh(layout: Layout, timeout_minutes: int, device_type: str) -> Iterator[Mesh]:
-    """Create the process groups for the length of a block. The job must be joined (`mm.parallel.launch.Job`).
+    """Create the process groups that the layout needs, for the length of a block; they stay until the job's end.
+
+    The job must be joined (`mm.parallel.launch.Job`). torch names a group by its ranks and the number of groups that
+    there are: one made in the place of one taken down would find the addresses of that one in the job's store.
 
     Args:
         layout: the degrees; `world_size` must be the job's.
@@ -83,50 +90,99 @@ def build_mesh(layout: Layout, timeout_minutes: int, device_type: str) -> Iterat
             f"The layout is made for {layout.world_size} processes, and {dist.get_world_size()} have joined.",
             "Start as many processes as the layout has.",
         )
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tp_size,
-        pipeline_model_parallel_size=layout.pp_size,
-        virtual_pipeline_model_parallel_size=layout.vp_size if layout.vp_size > 1 else None,
-        context_parallel_size=layout.cp_size,
-        create_gloo_process_groups=False,
-        distributed_timeout_minutes=timeout_minutes,
+    maker = GroupMaker(datetime.timedelta(minutes=timeout_minutes))
+    axes = _Axes(layout, maker)
+    groups, pp_backward = _engine_groups(axes), axes.group("pp backward", ["pp"])
+    context = build_context_groups(
+        groups.cp,
+        ranks_along(axes.sizes, ["cp"]),
+        layout.ulysses_size,
+        layout.window_size,
+        layout.send_recv_overlap,
+        maker,
     )
-    try:
-        groups = ProcessGroupCollection.use_mpu_process_groups()
-        context = build_context_groups(
-            groups.cp,
-            context_ranks(layout),
-            layout.ulysses_size,
-            layout.window_size,
-            layout.send_recv_overlap,
-            datetime.timedelta(minutes=timeout_minutes),
-        )
-        yield Mesh(
-            layout,
-            groups.tp.rank(),
-            groups.cp.rank(),
-            groups.dp.rank(),
-            groups.pp.rank(),
-            groups,
-            context,
-            _zero_mesh(layout, device_type),
-        )
-    finally:
-        parallel_state.destroy_model_parallel()  # megatron-core keeps them in its module; forget them there
+    zero = _zero_mesh(layout, axes, device_type)
+    place = axes.coordinates(dist.get_rank())
+    yield Mesh(
+        layout,
+        place["tp"],
+        place["cp"],
+        place["dp"],
+        place["pp"],
+        groups,
+        pp_backward,
+        context,
+        zero,
+        tuple(maker.made),
+    )
 
 
-def context_ranks(layout: Layout) -> list[list[int]]:
-    """The global ranks of every context-parallel group, in the order of their context-parallel rank."""
-    return [
-        [tp + layout.tp_size * (cp + layout.cp_size * replica) for cp in range(layout.cp_size)]
-        for replica in range(layout.dp_size * layout.pp_size)
-        for tp in range(layout.tp_size)
-    ]
+class _Axes:
+    """Groups along the axes of the rank grid."""
+
+    def __init__(self, layout: Layout, maker: GroupMaker) -> None:
+        self._maker = maker
+        self.sizes = {"pp": layout.pp_size, "dp": layout.dp_size, "cp": layout.cp_size, "tp": layout.tp_size}
+        self._alone: dist.ProcessGroup | None = None
+
+    def group(self, name: str, axes: Collection[str], sizes: dict[str, int] | None = None) -> dist.ProcessGroup:
+        """This process's group; along axes of one rank, the group of this process alone, of which there is one."""
+        rank_lists = ranks_along(sizes or self.sizes, axes)
+        if len(rank_lists[0]) == 1:
+            if self._alone is None:
+                self._alone = self._made("this rank alone", rank_lists)
+            return self._alone
+        return self._made(name, rank_lists)
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Of a rank, by axis."""
+        found = {}
+        for axis, size in reversed(self.sizes.items()):
+            rank, found[axis] = divmod(rank, size)
+        return found
+
+    def _made(self, name: str, rank_lists: list[list[int]]) -> dist.ProcessGroup:
+        if dist.get_world_size() == 1:
+            return dist.distributed_c10d._get_default_group()
+        group = self._maker.make(name, rank_lists)
+        if group is None:
+            raise AssertionError(f"rank {dist.get_rank()} is in no group of {name}")
+        return group
 
 
-def _zero_mesh(layout: Layout, device_type: str) -> DeviceMesh | None:
+def _engine_groups(axes: _Axes) -> ProcessGroupCollection:
+    """What megatron-core's schedules, DDP and optimizers ask for. None is what they ask for and do not use here.
+
+    `dp` and `expt_dp` are only asked for their sizes, and nobody here is an expert.
+    """
+    dp_cp = axes.group("dp x cp", ["dp", "cp"])
+    return ProcessGroupCollection(
+        tp=axes.group("tp", ["tp"]),
+        cp=axes.group("cp", ["cp"]),
+        pp=axes.group("pp", ["pp"]),
+        dp_cp=dp_cp,
+        dp=dp_cp,
+        expt_dp=dp_cp,
+        ep=None,
+        mp=None,
+        tp_ep_pp=None,
+        embd=None,
+        pos_embd=None,
+        intra_dist_opt=None,
+    )
+
+
+def _zero_mesh(layout: Layout, axes: _Axes, device_type: str) -> DeviceMesh | None:
     if layout.zero3_size is None:
         return None
-    shape = (layout.pp_size, layout.dp_cp_size // layout.zero3_size, layout.zero3_size, layout.tp_size)
-    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("pp", "replicate", "shard", "tp"))
-    return mesh["replicate", "shard"]
+    sizes = {
+        "pp": layout.pp_size,
+        "replicate": layout.dp_cp_size // layout.zero3_size,
+        "shard": layout.zero3_size,
+        "tp": layout.tp_size,
+    }
+    both = ["replicate", "shard"]
+    groups = [axes.group(f"zero {axis}", [axis], sizes) for axis in both]
+    ranks = next(ranks for ranks in ranks_along(sizes, both) if dist.get_rank() in ranks)
+    grid = torch.tensor(ranks).view(-1, layout.zero3_size)
+    return DeviceMesh.from_group(groups, device_type, grid, mesh_dim_names=tuple(both))

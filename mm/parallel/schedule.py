@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from mm.parallel.apply import ParallelModel
 from mm.parallel.boundary import BoundaryShape
+from mm.parallel.pipeline_messages import PipelineMessages
 from mm.parallel.stage import WanStage
 
 MicroBatchT = TypeVar("MicroBatchT")
@@ -71,7 +71,9 @@ def forward_backward(
             seq_length=rows * layout.cp_size,
             micro_batch_size=1,
             forward_only=False,
-            p2p_communicator=P2PCommunicator(parallel.mesh.groups.pp, parallel.config),
+            p2p_communicator=PipelineMessages(
+                parallel.mesh.groups.pp, parallel.mesh.pp_backward, parallel.config, parallel.backend.device
+            ),
             pg_collection=parallel.mesh.groups,
         )
     return reported

@@ -128,8 +128,6 @@ class CountTraffic(TorchDispatchMode):
         if ranks.size() == 1:
             return
         axis = self._axes.get(ranks.group_name, "other")
-        if operation == SEND and axis == "world":
-            axis = "pp"  # megatron-core sends one way over the world's group where a pipeline has two stages
         self.calls.append(Call(axis, operation, ranks.size(), _bytes(args[buffer])))
 
 
@@ -143,17 +141,13 @@ def totals(calls: Iterable[Call]) -> Traffic:
 
 
 def axes_of(mesh: Mesh) -> dict[str, str]:
-    """The axis of every process group of a rank, by the group's name.
-
-    Where layer-zero's groups are the whole world they are torch's default group: the few bytes of `world` (the loss
-    and the norm) then count as theirs.
-    """
+    """The axis of every process group of a rank, by the group's name."""
     groups, context = mesh.groups, mesh.context
     named = [
         ("world", dist.group.WORLD),
         ("tp", groups.tp),
         ("pp", groups.pp),
-        ("dp", groups.dp),
+        ("pp", mesh.pp_backward),
         ("dp_cp", groups.dp_cp),
         ("cp", groups.cp),
         ("ulysses", context.ulysses),

@@ -91,7 +91,7 @@ def gradients_not_added_up_over_context_ranks(patch: pytest.MonkeyPatch) -> None
     apply = parity.apply
 
     def on_wrong_groups(wan: Any, mesh: Any, *rest: Any) -> Any:
-        patch.setattr(mesh.groups, "dp_cp", mesh.groups.dp)
+        patch.setattr(mesh.groups, "dp_cp", mesh.groups.tp)  # of this rank alone, as there is one replica
         return apply(wan, mesh, *rest)
 
     patch.setattr(parity, "apply", on_wrong_groups)

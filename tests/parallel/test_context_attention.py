@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from mm.config.place import place
 from mm.device.attention import attention_backward, attention_with_lse
 from mm.parallel.context import ContextGroups, build_context_groups, context_attention
+from mm.parallel.groups import GroupMaker
 from mm.parallel.launch import Job
 from mm.parallel.ring import merge
 
@@ -206,13 +207,13 @@ def bf16_errors(attention: Callable[..., Tensor], cp_rank: int, cp_size: int) ->
 def all_layouts() -> dict[str, Any]:
     """On every rank of the world: every layout's results, none where the rank is left over."""
     results: dict[str, Any] = {}
-    made: dict[int, dist.ProcessGroup] = {}
+    made: dict[int, Any] = {}
+    maker = GroupMaker(MINUTE)
     with Job(place(), "gloo", torch.device("cpu"), 1):
         for name, layout in LAYOUTS.items():
             if layout.cp not in made:
-                mine = [dist.new_group(list(ranks), timeout=MINUTE) for ranks in layout.groups()]
-                made[layout.cp] = mine[min(dist.get_rank() // layout.cp, len(mine) - 1)]
-            arguments = (layout.groups(), layout.ulysses, layout.window, layout.overlap, MINUTE)
+                made[layout.cp] = maker.make("cp", layout.groups())
+            arguments = (layout.groups(), layout.ulysses, layout.window, layout.overlap, maker)
             if dist.get_rank() < layout.cp * len(layout.groups()):
                 results[name] = run_layout(name, layout, build_context_groups(made[layout.cp], *arguments))
             else:
@@ -226,8 +227,10 @@ def dry_run(layout: Layout) -> dict[str, Any]:
     """One process of 64, with fake collectives and fake tensors."""
     dist.init_process_group("fake", store=FakeStore(), rank=37, world_size=64)
     cp_groups = [range(first, first + layout.cp) for first in range(0, 64, layout.cp)]
-    mine = [dist.new_group(list(ranks)) for ranks in cp_groups][37 // layout.cp]
-    groups = build_context_groups(mine, cp_groups, layout.ulysses, layout.window, layout.overlap, MINUTE)
+    maker = GroupMaker(MINUTE)
+    mine = maker.make("cp", cp_groups)
+    assert mine is not None
+    groups = build_context_groups(mine, cp_groups, layout.ulysses, layout.window, layout.overlap, maker)
     with FakeTensorMode():
         result = traffic(context_attention(groups), layout.cp * CHUNK)
     dist.destroy_process_group()
@@ -397,4 +400,4 @@ def test_one_rank_needs_no_groups() -> None:
 )
 def test_sizes_that_do_not_fit_are_refused(cp_groups: Any, ulysses: int, window: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_context_groups(None, cp_groups, ulysses, window, False, MINUTE)
+        build_context_groups(None, cp_groups, ulysses, window, False, GroupMaker(MINUTE))
