@@ -22,7 +22,7 @@ def describe_run(generation: Generation, weights: GenerationWeights, device: str
 
     Args:
         generation: the configuration.
-        weights: of the transformer, all of which have been read.
+        weights: of the transformer; its fingerprint is right when all of them have been read.
         device: kind of device.
     """
     config = generation.config

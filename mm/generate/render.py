@@ -7,7 +7,7 @@ needs, all run the transformer together, and the first of them decodes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,9 @@ class Batch:
     counts: bool
 
 
-def batches_of_replica(rows: Sequence[Row], processes: Processes, size: int, together: bool) -> list[Batch]:
+def batches_of_replica(
+    rows: Sequence[Row], processes: Processes, size: int, together: bool, finished: Collection[int] = ()
+) -> list[Batch]:
     """This replica's rows in batches of `size`.
 
     Args:
@@ -89,14 +91,21 @@ def batches_of_replica(rows: Sequence[Row], processes: Processes, size: int, tog
         processes: whose.
         size: of a batch, at most.
         together: every replica has as many batches, because weights are gathered over all of them.
+        finished: indices of rows that need no clip. A batch of such rows alone is left out; the others stay as they
+            are, so that a clip has the neighbours that it would have had.
     """
     layout, dp_rank = processes.mesh.layout, processes.mesh.dp_rank
-    mine = list(rows[dp_rank :: layout.dp_size])
-    batches = [Batch(mine[start : start + size], True) for start in range(0, len(mine), size)]
+
+    def batches(replica: int) -> list[Batch]:
+        mine = list(rows[replica :: layout.dp_size])
+        cut = [mine[start : start + size] for start in range(0, len(mine), size)]
+        return [Batch(batch, True) for batch in cut if any(row.index not in finished for row in batch)]
+
+    found = batches(dp_rank)
     if together:
-        most = -(-len(rows[:: layout.dp_size]) // size)
-        batches += [Batch(list(rows[:1]), False)] * (most - len(batches))
-    return batches
+        most = max(len(batches(replica)) for replica in range(layout.dp_size))
+        found += [Batch(list(rows[:1]), False)] * (most - len(found))
+    return found
 
 
 class Renderer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 from pathlib import Path
 
 from tqdm import tqdm
@@ -10,6 +11,7 @@ from tqdm import tqdm
 from mm.config.generate import Generation
 from mm.errors import DataError, raise_all
 from mm.generate.describe import describe_row, describe_run
+from mm.generate.finished import finished_clips, require_same_weights
 from mm.generate.render import Processes, Renderer, batches_of_replica, usable_rows
 from mm.generate.video import clip_path, prepare_folder, write_clip
 from mm.generate.weights import open_generation_weights
@@ -30,11 +32,13 @@ def generate_clips(
 ) -> list[Path]:
     """Generate one clip for each row and write it as soon as it is done.
 
+    Clips that an earlier start of the same command has finished are kept.
+
     Args:
         generation: checked by `mm.config.generate.load_generation`.
         processes: where it runs; every rank of the job calls this.
         micro_batch_size: rows in one forward.
-        overwrite: replace clips that exist.
+        overwrite: replace clips that exist, whatever made them.
         show_progress: draw a progress bar over this replica's rows times steps, on rank 0.
 
     Returns:
@@ -43,32 +47,46 @@ def generate_clips(
     Raises:
         ConfigError: CFG-065 and CFG-066 when the parts of the model do not fit each other or the configuration.
         DataError: DATA-001 to DATA-007, DATA-085 to DATA-087 for rows that could not be used, after all others are
-            done; DATA-050 to DATA-056 and DATA-084 for prompts and clips, DATA-020 to DATA-045 and DATA-090 to DATA-093
-            for weights that cannot be used.
+            done; DATA-050 when a clip exists that another command has made, DATA-051 to DATA-056 and DATA-084 for
+            prompts and clips, DATA-020 to DATA-045 and DATA-090 to DATA-093 for weights that cannot be used.
         CheckpointError: CKPT-010 to CKPT-021 for weights that cannot be used.
     """
     config, backend = generation.config, processes.backend
     rows, bad = usable_rows(config, processes)
     folder = Path(config.save_path)
-    prepare_folder(folder, [row.index for row in rows], overwrite=overwrite)
-    processes.comm.barrier()  # nobody writes before everybody has looked
+    prepare_folder(folder)
     wan, dtype = config.predictor.wan(), DTYPES[config.predictor.dtype]
     # only whoever writes clips tells what made them
     weights = open_generation_weights(
         config.predictor.from_pretrained or "", config.lora, wan, dtype, fingerprinted=processes.writes
     )
-    renderer = Renderer(
-        config,
-        processes,
-        batches_of_replica(rows, processes, micro_batch_size, together=generation.zero is not None),
+    finished: dict[int, str] = {}
+    if not overwrite:
+        about = cache(lambda: describe_run(generation, weights, backend.kind))  # reads the encoders' folders
+        finished = finished_clips(folder, rows, lambda row: {**describe_row(row, config), **about()})
+    # nobody writes before everybody has looked; a folder on one node alone is seen by its ranks only
+    for part in processes.comm.all_gather_object([list(clip) for clip in finished.items()]):
+        finished |= dict(part)
+    if finished:
+        log.info(
+            "%d of %d clips are in %s already, of this very command; they are kept", len(finished), len(rows), folder
+        )
+    batches = batches_of_replica(
+        rows, processes, micro_batch_size, together=generation.zero is not None, finished=finished
     )
+    renderer = Renderer(config, processes, batches)
     video = renderer.load_video_encoder()
     parallel = apply_frozen(wan, processes.mesh, backend, dtype, weights.value_of, generation.zero)
+    if finished:
+        read = processes.comm.all_gather_object(weights.fingerprint() if processes.writes else None)
+        require_same_weights(folder, finished, [fingerprint for fingerprint in read if fingerprint is not None])
     description = describe_run(generation, weights, backend.kind)
     paths = []
     shown = show_progress and processes.comm.rank == 0
     with tqdm(total=renderer.num_steps, desc="generating", unit="step", disable=not shown) as bar:
         for row, frames in renderer.clips(ParallelVelocity(parallel), video, bar.update):
+            if row.index in finished:
+                continue
             path = clip_path(folder, row.index)
             write_clip(path, frames, config.fps, {**describe_row(row, config), **description})
             paths.append(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -25,14 +25,13 @@ def clip_path(folder: Path, index: int) -> Path:
     return folder / f"video_{index:04d}.mp4"
 
 
-def prepare_folder(folder: Path, indices: Sequence[int], *, overwrite: bool) -> None:
-    """Make the folder for the clips of these rows, and check that they can be written, before anything is computed.
+def prepare_folder(folder: Path) -> None:
+    """Make the folder for clips, and check that they can be written, before anything is computed.
 
     Every process of a job may do so at the same time.
 
     Raises:
-        DataError: DATA-050 when a clip exists and `overwrite` is False, DATA-051 when the folder cannot be made or
-            written to.
+        DataError: DATA-051 when the folder cannot be made or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,14 +44,6 @@ def prepare_folder(folder: Path, indices: Sequence[int], *, overwrite: bool) -> 
             f"Clips cannot be written to {folder}: {error.strerror or error}.",
             "Check --save-path (save_path in inference_model.json), its permissions and the free space.",
         ) from None
-    clips = [clip_path(folder, index) for index in indices]
-    existing = [path for path in clips if path.exists() or path.with_suffix(".json").exists()]
-    if existing and not overwrite:
-        raise DataError(
-            "DATA-050",
-            f"{len(existing)} of {len(clips)} clips exist in {folder}, the first is {existing[0].name}.",
-            "Choose another --save-path, or give --overwrite.",
-        )
 
 
 def write_clip(path: Path, frames: Tensor, fps: int, description: Mapping[str, Any]) -> None:
@@ -83,7 +74,7 @@ def write_clip(path: Path, frames: Tensor, fps: int, description: Mapping[str, A
         raise DataError(
             "DATA-052",
             f"{path} cannot be written: {error.strerror or error}.",
-            "Check the free space and the permissions of --save-path, then run again.",
+            "Check the free space and the permissions of --save-path, then run the same command again; it goes on.",
         ) from error
     finally:
         for partial in partials.values():

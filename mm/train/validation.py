@@ -46,7 +46,7 @@ class Validation:
         """
         paths = self.paths(step)
         folder = paths[0].parent
-        prepare_folder(folder, [row.index for row in self._rows], overwrite=True)  # of a step that is run again
+        prepare_folder(folder)  # clips of a step that is run again are replaced
         video = self._renderer.load_video_encoder()
         for row, frames in self._renderer.clips(ParallelVelocity(parallel), video, lambda rows: None):
             about = {**describe_row(row, self._config), "step": step, "seed": self._config.seed}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from mm.checkpoint.store import save, whole_piece, writing
 from mm.cli.entry import run
 from mm.cli.generate import main
 from mm.demo.components import write_model
+from mm.errors import DataError
 from mm.generate.pipeline import initial_latents
 from mm.generate.weights import weights_fingerprint
 from mm.lora.adapter import Adapter, Update
@@ -154,11 +156,56 @@ def test_description_overwriting_and_repetition(workplace, weights, capfd):
     model = WanModel.from_pretrained(weights / "transformer")
     assert description["transformer"]["fingerprint"] == weights_fingerprint(model)
     assert description["versions"]["torch"] == torch.__version__
-    capfd.readouterr()
-    assert failure(capfd, "--load", str(weights / "transformer")) == (65, ["DATA-050"])
-    assert contents("clips") == first
+    times = {path.name: path.stat().st_mtime_ns for path in Path("clips").iterdir()}
+    generate(weights)
+    assert {path.name: path.stat().st_mtime_ns for path in Path("clips").iterdir()} == times
     generate(weights, "--overwrite")
     assert contents("clips") == first
+    assert all(path.stat().st_mtime_ns > times[path.name] for path in Path("clips").iterdir())
+
+
+def test_the_same_command_goes_on_where_it_was_stopped(workplace, weights, frames, caplog):
+    """A clip and its description, a clip alone and a description alone are what a kill can leave out."""
+    words = ["--micro-batch-size", "2"]
+    generate(weights, *words)
+    whole = contents("clips")
+    for missing in (["video_0001.mp4", "video_0001.json"], ["video_0002.mp4"], ["video_0000.mp4", "video_0002.mp4"]):
+        for name in missing:
+            Path("clips", name).unlink()
+        frames.clear()
+        caplog.clear()
+        caplog.set_level("INFO")
+        generate(weights, *words)
+        lost = {name for name in missing if name.endswith(".mp4")}
+        assert contents("clips") == whole and set(frames) == lost
+        assert f"{3 - len(lost)} of 3 clips are in clips already" in caplog.text
+    Path("clips/video_0001.json").unlink()
+    with pytest.raises(DataError, match=r"DATA-050.*video_0001.mp4 \(no description"):
+        generate(weights, *words)
+    assert contents("clips").keys() == whole.keys() - {"video_0001.json"}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--seed", "12"], r"3 clips .*video_0000.mp4 \(seed\)"),
+        (["--num-inference-steps", "2", "--fps", "9"], r"video_0000.mp4 \(fps, num_inference_steps\)"),
+        (["--prompt", "others.txt"], r"1 clips .*video_0001.mp4 \(prompt\)"),
+        (["--load", "others"], "3 clips of other weights than these"),
+    ],
+)
+def test_clips_of_another_command_are_refused_and_stay(workplace, weights, change, named):
+    Path("others.txt").write_text("\n".join([PROMPTS[0], "another", PROMPTS[2]]))
+    shutil.copytree(weights / "transformer", "base")
+    generate(weights, "--load", "base")
+    before = contents("clips")
+    if "others" in change:  # the folder is the same, what it holds is not
+        change = ["--load", "base"]
+        state = load_file("base/diffusion_pytorch_model.safetensors")
+        save_file({**state, "proj_out.bias": state["proj_out.bias"] + 1}, "base/diffusion_pytorch_model.safetensors")
+    with pytest.raises(DataError, match=f"DATA-050.*{named}"):
+        generate(weights, "--load", "base", *change)
+    assert contents("clips") == before
 
 
 def test_batched_prompts_euler_and_no_guidance(workplace, weights, frames):
@@ -313,6 +360,24 @@ def test_several_processes_make_the_clips_of_one(workplace, weights, ranks, word
         assert many.pop("batched_guidance") == ("--batched-guidance" in words)
         del one["batched_guidance"]
         assert one == many  # the fingerprint of the weights too
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [(2, LAYERZERO), pytest.param(2, ["--context-parallel-size", "2"], marks=pytest.mark.nightly)],
+)
+def test_several_processes_go_on_where_they_were_stopped(workplace, weights, ranks, words):
+    """With layer-zero every replica takes part in every batch, also the one that has nothing left to do."""
+    Path("zero.yaml").write_text("zero3_size: 2\n")
+    folder = str(weights / "transformer")
+    run_ranks(ranks, generate_here, str(workplace), folder, words)
+    whole = contents("clips")
+    Path("clips/video_0001.mp4").unlink()
+    times = {path.name: path.stat().st_mtime_ns for path in Path("clips").iterdir()}
+    run_ranks(ranks, generate_here, str(workplace), folder, words)
+    assert contents("clips") == whole
+    kept = [name for name, time in times.items() if Path("clips", name).stat().st_mtime_ns == time]
+    assert sorted(kept) == ["video_0000.json", "video_0000.mp4", "video_0002.json", "video_0002.mp4"]
 
 
 def test_layouts_that_cannot_work(workplace, weights, capfd):
