@@ -2,13 +2,12 @@
 
 The two differ in their grids of noise levels, too. With S steps and shift(s) = k s / (1 + (k - 1) s):
 
-- `unipc`: s from 1 to 1/1000 in S + 1 points without the last, shifted, and the timesteps cut to whole numbers.
-  That is diffusers' grid for Wan; Wan's own UniPC runs from 0.999 to 0 and cuts the timesteps as well.
-- `euler`: s from 1 to 0 in S + 1 points without the last, shifted; timesteps stay fractional. That is the grid of
-  Wan's own first-order and DPM++ samplers. diffusers' default for this scheduler shifts its lower end twice, so the
-  noise levels are handed to it.
+- `unipc`: s from 0.999 to 0 in S + 1 points without the last, shifted, and the timesteps cut to whole numbers, as the
+  Wan release's UniPC (wan/utils/fm_solvers_unipc.py). diffusers' default goes from 1 to 1/1000.
+- `euler`: s from 1 to 0 in S + 1 points without the last, shifted; timesteps stay fractional, as the release's DPM++
+  (get_sampling_sigmas). diffusers' default for this scheduler shifts its lower end twice.
 
-Both end at noise level 0.
+Both end at noise level 0. The noise levels are handed to diffusers' schedulers, which do the steps.
 """
 
 from __future__ import annotations
@@ -21,6 +20,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 Solver = Literal["unipc", "euler"]
+
+RELEASE_FIRST_SIGMA = float(np.float32(1 - 1 / 1000))
+"""Of the release's UniPC, before the shift. It keeps the number in fp32, which decides where timesteps are cut."""
 
 
 class Sampler:
@@ -88,7 +90,8 @@ def make_sampler(
             lower_order_final=True,
             predict_x0=True,
         )
-        scheduler.set_timesteps(num_steps, device=device)
+        even = np.linspace(RELEASE_FIRST_SIGMA, 0.0, num_steps + 1)[:-1]
+        scheduler.set_timesteps(sigmas=even, device=device)
     else:
         scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
         even = np.linspace(1.0, 0.0, num_steps + 1)[:-1]

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mm.errors import CheckpointError
+from mm.train.running_mean import RunningMean
 
 if TYPE_CHECKING:  # `mm plot` reads these files too, and needs no model
     from mm.train.evaluation import Evaluation
@@ -46,6 +47,7 @@ class StepMetrics:
         peak_memory_gb: of this process so far, in 10^9 bytes. step_time_s: wall time.
         skipped: the loss or a gradient was not finite, and no weight changed; such numbers are null in the file.
         timesteps, sample_losses: of the first replica's samples, in its order.
+        loss_mean: `mm.train.running_mean.RunningMean` up to and with this step.
     """
 
     step: int
@@ -62,6 +64,7 @@ class StepMetrics:
     skipped: bool = False
     timesteps: tuple[float, ...] = ()
     sample_losses: tuple[float, ...] = ()
+    loss_mean: float | None = None
 
     def as_json(self) -> str:
         """One line of metrics.jsonl; JSON has no word for numbers that are not finite, the hex fields have."""
@@ -87,10 +90,11 @@ class StepMetrics:
             raise ValueError("it has not one timestep for each of the sample_losses")
         return cls(**values)
 
-    def line(self, total_steps: int, eta_s: float) -> str:
-        """The console line."""
+    def line(self, total_steps: int, eta_s: float, mean_of: int) -> str:
+        """The console line; `mean_of` steps are in the mean."""
+        mean = "" if self.loss_mean is None else f" (mean of {mean_of}: {self.loss_mean:.4f})"
         return (
-            f"step {self.step}/{total_steps} | loss {self.loss:.4f} | grad norm {self.grad_norm:.3f} | "
+            f"step {self.step}/{total_steps} | loss {self.loss:.4f}{mean} | grad norm {self.grad_norm:.3f} | "
             f"lr {self.lr:.2e} | {_short(self.tokens_per_s)} tokens/s | {self.tflops:.3g} TFLOP/s | "
             f"peak {self.peak_memory_gb:.2f} GB | ETA {_clock(eta_s)}"
         )
@@ -167,9 +171,11 @@ class MetricsLog:
         self._total_steps = total_steps
         self._log_interval = log_interval
         self._folder = folder
+        self._recent = RunningMean()
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            _keep_before(folder / METRICS_FILE, read_metrics, first_step)
+            before = _keep_before(folder / METRICS_FILE, read_metrics, first_step)
+            self._recent = RunningMean(float.fromhex(row.loss_hex) for row in before)
             _keep_before(folder / EVALUATION_FILE, read_evaluations, first_step)
         self._board = SummaryWriter(str(tensorboard), purge_step=first_step) if tensorboard is not None else None
         self._bar = tqdm(
@@ -193,17 +199,20 @@ class MetricsLog:
                 self._board.close()
 
     def write(self, metrics: StepMetrics) -> None:
-        """Record one step everywhere."""
+        """Record one step everywhere, with the mean of the last losses."""
+        self._recent.add(metrics.loss)
+        metrics = replace(metrics, loss_mean=self._recent.value)
         if self._folder is not None:
             self._append(self._folder / METRICS_FILE, metrics.as_json())
-        names = ("loss", "grad_norm", "lr", "tokens_per_s", "tflops", "peak_memory_gb", "step_time_s")
-        self._show_numbers("train", {name: getattr(metrics, name) for name in names}, metrics.step)
+        names = ("loss", "grad_norm", "lr", "tokens_per_s", "tflops", "peak_memory_gb", "step_time_s", "loss_mean")
+        numbers = {name: getattr(metrics, name) for name in names}
+        self._show_numbers("train", {n: value for n, value in numbers.items() if value is not None}, metrics.step)
         self._seconds = [*self._seconds[-49:], metrics.step_time_s]
         eta = sum(self._seconds) / len(self._seconds) * (self._total_steps - metrics.step)
         self._bar.set_postfix(loss=f"{metrics.loss:.4f}", refresh=False)
         self._bar.update(1)
         if metrics.step % self._log_interval == 0 or metrics.step == self._total_steps:
-            logger.info(metrics.line(self._total_steps, eta))
+            logger.info(metrics.line(self._total_steps, eta, self._recent.count))
 
     def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Record a loss on held-out features: a line of evaluation.jsonl, TensorBoard, a console line."""
@@ -270,10 +279,17 @@ def _gif(frames: Tensor, fps: int) -> bytes:
     return out.getvalue()
 
 
-def _keep_before(path: Path, read: Callable[[Path], Sequence[StepMetrics | StepEvaluation]], first_step: int) -> None:
-    """Drop lines of steps that will run again, as after a kill between two checkpoints, and a line cut off by it."""
+StepRowT = TypeVar("StepRowT", StepMetrics, StepEvaluation)
+
+
+def _keep_before(path: Path, read: Callable[[Path], Sequence[StepRowT]], first_step: int) -> list[StepRowT]:
+    """Drop lines of steps that will run again, as after a kill between two checkpoints, and a line cut off by it.
+
+    Returns:
+        The rows that are kept.
+    """
     if not path.exists():
-        return
+        return []
     rows, text = read(path), path.read_text()
     again = [row for row in rows if row.step >= first_step]
     if again:
@@ -283,6 +299,7 @@ def _keep_before(path: Path, read: Callable[[Path], Sequence[StepMetrics | StepE
         temporary = path.with_suffix(".tmp")
         temporary.write_text(kept)
         os.replace(temporary, path)
+    return [row for row in rows if row.step < first_step]
 
 
 def _short(value: float) -> str:

@@ -25,16 +25,44 @@ def test_euler_timesteps(shift):
     assert timesteps[-1].item() == pytest.approx(last, abs=0.006)
 
 
-@pytest.mark.parametrize("shift", [3.0, 5.0])
-def test_unipc_timesteps_are_those_of_diffusers(shift):
-    reference = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
-    reference.set_timesteps(50)
-    sampler = make_sampler("unipc", 50, shift)
+# What the Wan release's UniPC prints for 50 steps with shift 5.
+UNIPC_TABLE = [
+    999, 995, 991, 987, 982, 978, 973, 968, 963, 957, 952, 946, 940, 934, 927, 920, 913, 906, 898, 890, 882, 873, 863,
+    854, 843, 833, 821, 809, 796, 783, 768, 753, 737, 720, 701, 681, 660, 636, 611, 584, 555, 522, 487, 448, 405, 356,
+    302, 241, 172, 92,
+]  # fmt: skip
+UNIPC_BITS = {0: 1065349858, 15: 1064024630, 19: 1063516924}  # of its fp32 noise levels
+
+
+def test_unipc_runs_on_the_grid_of_the_release():
+    sampler = make_sampler("unipc", 50, 5.0)
     assert sampler.timesteps.dtype == torch.float32
-    assert torch.equal(sampler.timesteps, reference.timesteps.float())
-    even = torch.linspace(1, 0.001, 51, dtype=torch.float64)[:-1]
-    shifted = 1000 * shift * even / (1 + (shift - 1) * even)
-    assert (sampler.timesteps.double() - shifted).abs().max() <= 1  # cut to whole numbers
+    assert sampler.timesteps.tolist() == UNIPC_TABLE
+    sigmas = sampler._scheduler.sigmas
+    assert {step: sigmas[step].view(torch.int32).item() for step in UNIPC_BITS} == UNIPC_BITS
+    assert sigmas[-2:].tolist() == pytest.approx([0.0925, 0.0], abs=5e-5)  # diffusers' default ends at 0.0968
+    assert sampler.first_sigma == sigmas[0]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 16.0])
+@pytest.mark.parametrize("num_steps", [1, 4, 37, 50])
+def test_unipc_noise_levels_follow_the_formula(shift, num_steps):
+    sampler = make_sampler("unipc", num_steps, shift)
+    even = 0.999 * (1 - torch.arange(num_steps, dtype=torch.float64) / num_steps)
+    shifted = shift * even / (1 + (shift - 1) * even)
+    torch.testing.assert_close(sampler._scheduler.sigmas[:-1].double(), shifted, rtol=0, atol=2e-7)
+    assert sampler._scheduler.sigmas[-1] == 0
+    cut = 1000 * shifted - sampler.timesteps.double()
+    assert cut.min() > -1e-3 and cut.max() < 1
+    # only the grid is ours
+    reference = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    reference.set_timesteps(sigmas=even.numpy())
+    latents, velocity = torch.randn(2, 1, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    theirs = ours = latents
+    for t, their_t in zip(sampler.timesteps, reference.timesteps, strict=True):
+        ours = sampler.step(velocity * (1 + ours), t, ours)
+        theirs = reference.step(velocity * (1 + theirs), their_t, theirs, return_dict=False)[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("solver", ["unipc", "euler"])
@@ -47,7 +75,7 @@ def test_a_straight_trajectory_is_followed_exactly(solver, num_steps):
     latents = noise
     for t in sampler.timesteps:
         latents = sampler.step((noise - data).bfloat16().float(), t, latents)
-    exact = noise - (noise - data).bfloat16().float()
+    exact = noise - sampler.first_sigma * (noise - data).bfloat16().float()
     assert latents.dtype == torch.float32
     assert (latents - exact).abs().max() < 2e-5
 

@@ -5,10 +5,10 @@ import torch
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
 )
+from wans_grids import EulerOnWansGrid, UniPCOnWansGrid
 
 from mm.diffusion.samplers import Sampler, make_sampler
 from mm.errors import DataError
@@ -53,14 +53,6 @@ def negative():
     return torch.randn(2, 512, 32, generator=torch.Generator().manual_seed(2))
 
 
-class EulerOnWansGrid(FlowMatchEulerDiscreteScheduler):
-    """diffusers' scheduler, asked for the noise levels 1, 1 - 1/S, ... by the pipeline."""
-
-    def set_timesteps(self, num_inference_steps=None, device=None, **kwargs):
-        sigmas = [1 - step / num_inference_steps for step in range(num_inference_steps)]
-        super().set_timesteps(sigmas=sigmas, device=device)
-
-
 def pipeline_latents(reference, scheduler, latents, text, negative, guidance):
     vae = AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
     pipeline = WanPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler, transformer=reference)
@@ -93,7 +85,7 @@ def stock_euler():
     [
         (
             lambda: make_sampler("unipc", STEPS, SHIFT),
-            lambda: UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT),
+            lambda: UniPCOnWansGrid(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT),
         ),
         (lambda: make_sampler("euler", STEPS, SHIFT), lambda: EulerOnWansGrid(shift=SHIFT)),
         (stock_euler, lambda: FlowMatchEulerDiscreteScheduler(shift=SHIFT)),

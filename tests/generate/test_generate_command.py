@@ -10,10 +10,11 @@ import av
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, UMT5EncoderModel
+from wans_grids import UniPCOnWansGrid
 
 import mm.generate.run
 from mm.checkpoint.store import save, whole_piece, writing
@@ -116,7 +117,7 @@ def test_clips_are_those_of_diffusers(workplace, weights, frames, capfd):
         text_encoder=UMT5EncoderModel.from_pretrained(weights / "text_encoder"),
         transformer=transformer.eval(),
         vae=AutoencoderKLWan.from_pretrained(weights / "vae"),
-        scheduler=UniPCMultistepScheduler.from_pretrained(weights / "scheduler"),
+        scheduler=UniPCOnWansGrid.from_pretrained(weights / "scheduler"),
     )
     assert pipeline.scheduler.config.flow_shift == SHIFT
     pipeline.set_progress_bar_config(disable=True)

@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanTransformer3DModel,
     WanVideoToVideoPipeline,
@@ -16,6 +14,7 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from wans_grids import EulerOnWansGrid, UniPCOnWansGrid
 
 from mm.demo.components import load_vae
 from mm.diffusion.samplers import Sampler, make_sampler
@@ -30,16 +29,8 @@ SIDE = 224  # where CLIP's own size and the frame's are one, so that no resizing
 FRAMES = 9
 
 
-class EulerOnWansGrid(FlowMatchEulerDiscreteScheduler):
-    """diffusers' scheduler, asked for the noise levels 1, 1 - 1/S, ... by the pipeline."""
-
-    def set_timesteps(self, num_inference_steps=None, device=None, **kwargs):
-        sigmas = [1 - step / num_inference_steps for step in range(num_inference_steps)]
-        super().set_timesteps(sigmas=sigmas, device=device)
-
-
-def unipc() -> UniPCMultistepScheduler:
-    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT)
+def unipc() -> UniPCOnWansGrid:
+    return UniPCOnWansGrid(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT)
 
 
 SOLVERS = pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from mm.wan.names import diffusers_to_native
 
 FIELDS = [
     "step", "loss", "loss_hex", "grad_norm", "grad_norm_hex", "lr", "consumed_samples", "tokens_per_s", "tflops",
-    "peak_memory_gb", "step_time_s", "skipped", "timesteps", "sample_losses",
+    "peak_memory_gb", "step_time_s", "skipped", "timesteps", "sample_losses", "loss_mean",
 ]  # fmt: skip
 
 
