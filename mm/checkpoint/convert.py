@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,15 @@ import torch
 
 from mm.checkpoint.directory import TRACKER_NAME
 from mm.checkpoint.encoders import EncoderSource, encoder_to_hf, encoder_to_native, open_encoder
-from mm.checkpoint.files import new_folder, replace_text, require_absent, require_free_space, write_new, writing_errors
+from mm.checkpoint.files import (
+    added_files,
+    new_folder,
+    replace_text,
+    require_absent,
+    require_free_space,
+    write_new,
+    writing_errors,
+)
 from mm.checkpoint.finite import rounded
 from mm.checkpoint.formats import hf, mm_format, native
 from mm.checkpoint.formats.layer_zero import LayerZeroWeights
@@ -49,7 +58,7 @@ def convert_to_mm(source_path: Path, target: Path, stages: Stages | None = None,
     Args:
         source_path: weights of any format.
         target: may be a folder with other things in it, such as the source itself, as long as it has neither `release`
-            nor a tracker.
+            nor a tracker nor mm_config.json.
         stages: [VP][PP] blocks of each pipeline stage; None writes one file.
         averaged: write the average of a training checkpoint's weights.
 
@@ -99,8 +108,8 @@ def layerzero_to_mm(source_path: Path, target: Path, stages: Stages | None = Non
 
 
 def _require_place_for_release(target: Path) -> None:
-    require_absent(target / mm_format.RELEASE)
-    require_absent(target / TRACKER_NAME)
+    for name in (mm_format.RELEASE, TRACKER_NAME, mm_format.CONFIG_NAME):
+        require_absent(target / name)
 
 
 def _write_release(source: WeightSource, target: Path, config: WanConfig | None, stages: Stages | None) -> None:
@@ -110,16 +119,20 @@ def _write_release(source: WeightSource, target: Path, config: WanConfig | None,
     stages = stages or ((known.num_layers,),)
     require_blocks(stages, known.num_layers)
     _require_space(target, _entries(source, shapes))
+    beside = {} if config is None else {mm_format.CONFIG_NAME: config.model_dump_json(indent=2) + "\n"}
+    beside[TRACKER_NAME] = mm_format.RELEASE  # the last: with it the folder is one of this format
     if target.exists() and any(target.iterdir()):
         with new_folder(target / mm_format.RELEASE) as folder:
-            mm_format.write_release(folder, source, shapes, stages, config)
+            mm_format.write_release(folder, source, shapes, stages)
         with writing_errors():
-            replace_text(target / TRACKER_NAME, mm_format.RELEASE)
+            for name, text in beside.items():
+                replace_text(target / name, text)
     else:
         with new_folder(target) as folder:
             (folder / mm_format.RELEASE).mkdir()
-            mm_format.write_release(folder / mm_format.RELEASE, source, shapes, stages, config)
-            write_new(folder / TRACKER_NAME, mm_format.RELEASE)
+            mm_format.write_release(folder / mm_format.RELEASE, source, shapes, stages)
+            for name, text in beside.items():
+                write_new(folder / name, text)
     log.info("Wrote %d tensors to %s, pipeline stages of %s blocks.", len(shapes), target, stages)
 
 
@@ -135,7 +148,8 @@ def convert_to_hf(
 
     Args:
         source_path: an MM folder, a training checkpoint, other weights, or an encoder (`mm.checkpoint.encoders`).
-        target: must not exist, or be an empty folder.
+        target: must not exist, or be an empty folder; or it is `source_path` and holds weights in folders of their own,
+            as MindSpeed-MM's guide has it: then the files are added to what is there.
         like: the original diffusers folder, whose file names, index, config.json and dtypes are kept; without it the
             source's own configuration and dtypes are used.
         max_shard_bytes: of new shards.
@@ -145,12 +159,21 @@ def convert_to_hf(
         CheckpointError: CKPT-011, CKPT-020, CKPT-022 to CKPT-024, CKPT-030, CKPT-031, or from `open_weights`.
         DataError: from `open_weights`.
     """
-    require_absent(target)
+    added = target.is_dir() and source_path.is_dir() and target.samefile(source_path)
+    if not added:
+        require_absent(target)
     encoder = _encoder(source_path, averaged)
     if encoder is not None:
         encoder_to_hf(encoder, target, like, max_shard_bytes)
         return
-    write_as_hf(open_weights(source_path, averaged=averaged), target, like, max_shard_bytes)
+    source = open_weights(source_path, averaged=averaged)
+    if added and not source.path.samefile(target):
+        for name in (hf.CONFIG_NAME, *(file.name for file in target.glob("*.safetensors*"))):
+            require_absent(target / name)  # now, and not when all is written
+        _write_hf(source, added_files(target, last=hf.CONFIG_NAME), target, like, max_shard_bytes)
+        log.info("The Hugging Face weights are beside the checkpoints in %s.", target)
+        return
+    write_as_hf(source, target, like, max_shard_bytes)
 
 
 def _encoder(path: Path, averaged: bool) -> EncoderSource | None:
@@ -163,13 +186,23 @@ def _encoder(path: Path, averaged: bool) -> EncoderSource | None:
 def write_as_hf(
     source: WeightSource, target: Path, like: Path | None = None, max_shard_bytes: int = HF_SHARD_BYTES
 ) -> None:
-    """`convert_to_hf` of weights that are open already."""
+    """`convert_to_hf` of weights that are open already, into a new folder."""
     require_absent(target)
+    _write_hf(source, new_folder(target), target, like, max_shard_bytes)
+
+
+def _write_hf(
+    source: WeightSource,
+    place: AbstractContextManager[Path],
+    target: Path,
+    like: Path | None,
+    max_shard_bytes: int,
+) -> None:
     original = None if like is None else WeightFolder.open(like)
     config = _known_config(source) if original is None else _agreed_config(source, original)
     shapes = _checked(source, config)
     _require_space(target, _entries(source, shapes))
-    with new_folder(target) as folder:
+    with place as folder:
         if original is not None:
             hf.write_like(folder, source, original, shapes)
         else:

@@ -1,8 +1,9 @@
 """The folder of a run's checkpoints: names, the tracker, which checkpoint is the latest, and what may be deleted.
 
-<root>/iter_0001000/                       a committed checkpoint: manifest.json and its shards, or mm_record.json
-                                           and files in the MM format
-<root>/iter_0001000/.tracker_done          the tracker has named it, so a tracker naming an older one is a choice
+<root>/iter_0001000/                       a committed checkpoint: manifest.json and its shards, or files in the MM
+                                           format with mm_record.json beside the first of them
+<root>/iter_0001000/.tracker_done          the tracker has named it, so a tracker naming an older one is a choice; in
+                                           the MM format it is beside mm_record.json
 <root>/latest_checkpointed_iteration.txt   the tracker, as Megatron writes it: the step as text
 <root>/.tmp-iter_0001000-<id>/             being written
 <root>/.replaced-iter_0001000-<id>/        the older checkpoint of a step that is being saved again
@@ -24,7 +25,7 @@ from mm.checkpoint import fault
 from mm.checkpoint.comm import Comm, SingleProcess, on_every_rank, on_rank_zero
 from mm.checkpoint.files import remove_folder, replace_text, sync_folder
 from mm.checkpoint.lock import DEFAULT_TIMES, Lock, Times, locked
-from mm.checkpoint.record import Kind, files_of, kind_of
+from mm.checkpoint.record import Kind, files_of, kind_of, record_folder
 from mm.checkpoint.safetensor_file import hash_file
 from mm.errors import CheckpointError
 
@@ -49,7 +50,7 @@ class Candidate:
     @property
     def announced(self) -> bool:
         """Whether the tracker has once named it."""
-        return (self.path / MARKER_NAME).exists()
+        return (record_folder(self.path) / MARKER_NAME).exists()
 
 
 def folder_name(step: int) -> str:
@@ -170,8 +171,9 @@ def announce(root: Path, checkpoint: Path, step: int) -> None:
     """Write the step into the tracker, then mark the checkpoint as announced."""
     replace_text(root / TRACKER_NAME, str(step), before_replacing="save.tracker_drafted")
     fault.point("save.tracker_written")
-    (checkpoint / MARKER_NAME).touch()
-    sync_folder(checkpoint)
+    described = record_folder(checkpoint)
+    (described / MARKER_NAME).touch()
+    sync_folder(described)
     fault.point("save.marked")
 
 

@@ -130,6 +130,37 @@ def new_folder(target: Path) -> Iterator[Path]:
         fault.point("convert.committed")
 
 
+@contextmanager
+def added_files(target: Path, last: str) -> Iterator[Path]:
+    """A temporary folder in the folder `target`, whose files are moved into `target` when the block ends well.
+
+    Args:
+        target: keeps what is in it. last: the file without which the others are nothing; it is moved at the end.
+
+    Raises:
+        CheckpointError: CKPT-020 when a file is there already, CKPT-031 when `target` cannot be written; `target` is
+            then as it was.
+    """
+    moved: list[Path] = []
+    with writing_errors():
+        temporary = target / temporary_name(target.name)
+        temporary.mkdir(mode=0o750)
+        try:
+            yield temporary
+            files = sorted(temporary.iterdir(), key=lambda file: (file.name == last, file.name))
+            for file in files:
+                require_absent(target / file.name)
+            for file in files:
+                moved.append(file.rename(target / file.name))
+            sync_folder(target)
+        except BaseException:
+            for file in moved:
+                file.unlink(missing_ok=True)
+            raise
+        finally:
+            remove_folder(temporary)
+
+
 def require_absent(target: Path) -> None:
     """Refuse a target that has content, instead of leaving it as it is or mixing with it.
 
@@ -138,7 +169,7 @@ def require_absent(target: Path) -> None:
     """
     if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
         raise CheckpointError(
-            "CKPT-020", f"The target {target} exists.", "Choose another target, or delete this one if it is not needed."
+            "CKPT-020", f"The target {target} exists.", "Choose another target; nothing that is there was changed."
         )
 
 

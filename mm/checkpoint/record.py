@@ -1,4 +1,7 @@
-"""mm_record.json: what makes a folder in the MM format a checkpoint of a training run. MindSpeed-MM ignores it.
+"""mm_record.json: what makes a folder in the MM format a checkpoint of a training run.
+
+It is in the folder of the first pipeline rank: the tools of MindSpeed-MM take everything in the folder above for a
+rank's, and look at *.pt alone in this one. There it is renamed, copied and deleted with the checkpoint that it is of.
 
 Like a manifest it names every file with its size and hash, so that both formats are found, verified and deleted by the
 same rules (`mm.checkpoint.directory`).
@@ -13,11 +16,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import StringConstraints, ValidationError
 
+from mm.checkpoint.files import sync_folder, write_new
 from mm.checkpoint.manifest import MANIFEST_NAME, FileRecord, Size, damaged, file_problem, read_manifest
 from mm.config.base import Section, load_json
+from mm.config.model import WanConfig
 from mm.errors import MMError
 
 RECORD_NAME = "mm_record.json"
+FIRST_RANKS = ("mp_rank_00", "mp_rank_00_000")
+"""Folder of the first pipeline rank, without a pipeline and with one."""
 RankFile = Annotated[str, StringConstraints(pattern=r"^mp_rank_00(_\d{3})?/model_optim_rng\.pt$")]
 Kind = Literal["torch_dist", "torch"]
 """The formats of checkpoints, by the values of --ckpt-format."""
@@ -32,6 +39,7 @@ class WeightsRecord(Section):
             progress. seed: of the run.
         steps: `mm.config.step.StepSettings` of the run; None in records of earlier versions.
         versions: of this package and of torch, for the reader of a report. files: by name.
+        wan_config: the model; of earlier versions it is in a file of its own.
     """
 
     format: Literal["mm-weights-checkpoint"] = "mm-weights-checkpoint"
@@ -44,6 +52,7 @@ class WeightsRecord(Section):
     steps: dict[str, Any] | None = None
     versions: dict[str, str]
     files: dict[RankFile, FileRecord]
+    wan_config: WanConfig | None = None
 
 
 def read_record(path: Path) -> WeightsRecord:
@@ -53,7 +62,9 @@ def read_record(path: Path) -> WeightsRecord:
         CheckpointError: CKPT-012 for a record that is missing, damaged or of another version, or such a file.
     """
     try:
-        record = WeightsRecord.model_validate_json(json.dumps(load_json(path / RECORD_NAME)), strict=True)
+        record = WeightsRecord.model_validate_json(
+            json.dumps(load_json(record_folder(path) / RECORD_NAME)), strict=True
+        )
     except MMError as error:
         raise damaged(path, error.problems[0].message) from None
     except ValidationError as error:
@@ -66,11 +77,24 @@ def read_record(path: Path) -> WeightsRecord:
     return record
 
 
+def write_record(path: Path, record: WeightsRecord) -> None:
+    """Write the record into a folder with the ranks' files, which become a checkpoint by it, and force it to disk."""
+    first = next(path / rank for rank in FIRST_RANKS if (path / rank).is_dir())
+    write_new(first / RECORD_NAME, record.model_dump_json(indent=2) + "\n")
+    sync_folder(first)
+
+
+def record_folder(path: Path) -> Path:
+    """Where in the checkpoint folder `path` the record is: `path` itself where earlier versions wrote it, or nobody."""
+    found = next((path / rank for rank in FIRST_RANKS if (path / rank / RECORD_NAME).exists()), path)
+    return path if (path / RECORD_NAME).exists() else found
+
+
 def kind_of(path: Path) -> Kind | None:
     """The format of a checkpoint folder; None for a folder that is none, or whose description is lost."""
     if (path / MANIFEST_NAME).exists():
         return "torch_dist"
-    return "torch" if (path / RECORD_NAME).exists() else None
+    return "torch" if (record_folder(path) / RECORD_NAME).exists() else None
 
 
 def files_of(path: Path) -> Mapping[str, FileRecord]:

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 PEFT_FILE = "pytorch_lora_weights.safetensors"
 """The name under which diffusers looks for a LoRA in a folder."""
+COMFYUI_FILE = "lora_comfyui.safetensors"
+"""The name of an adapter in ComfyUI's names beside a checkpoint; diffusers looks for another one."""
 PEFT_MODEL_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 """The names under which PEFT writes an adapter and its configuration."""
 COMFYUI_PREFIX = "diffusion_model."

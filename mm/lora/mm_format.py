@@ -1,7 +1,8 @@
 """MindSpeed-MM's checkpoints of adapters: a folder like that of a model, whose `model` holds adapters alone.
 
 A key is `blocks.0.self_attn.proj_q.lora_A.default.weight`, PEFT's with MM names. r is in the shapes; alpha is not part
-of it, so that of our own is in a file beside, mm_lora.json, and that of a training save in the recorded arguments.
+of it, so that of our own is in a file beside the tracker, mm_lora.json, and that of a training save in the recorded
+arguments. Earlier versions wrote mm_lora.json beside the ranks' folders, where it is read as well.
 """
 
 from __future__ import annotations
@@ -54,12 +55,16 @@ def write_mm(target: Path, adapter: Adapter) -> None:
         for name, update in adapter.updates.items()
         for half, value in (("A", update.a), ("B", update.b))
     }
-    record = {"alpha": {modules[name]: update.alpha for name, update in adapter.updates.items()}}
+    record = {
+        "folder": RELEASE,  # a training save that comes later into the target says its own alpha
+        "alpha": {modules[name]: update.alpha for name, update in adapter.updates.items()},
+        "texts": dict(adapter.texts),
+    }
     with new_folder(target) as folder:
         release = folder / RELEASE
         release.mkdir()
         write_stage(release, 0, 1, {"model": state})
-        write_new(release / RECORD_NAME, json.dumps({**record, "texts": dict(adapter.texts)}, indent=2) + "\n")
+        write_new(folder / RECORD_NAME, json.dumps(record, indent=2) + "\n")
         write_new(folder / TRACKER_NAME, RELEASE)
 
 
@@ -121,10 +126,11 @@ def _require_all_ranks(folder: Path, found: int, arguments: Any) -> None:
 
 def _recorded(folder: Path, arguments: Any) -> tuple[Mapping[str, float] | float | None, dict[str, str]]:
     """alpha by MM module, one for all from a training save's arguments, or None; and the texts."""
-    record = folder / RECORD_NAME
-    if record.exists():
+    for record in filter(Path.exists, (folder / RECORD_NAME, folder.parent / RECORD_NAME)):
         try:
             content = load_json(record)
+            if record.parent != folder and content["folder"] != folder.name:
+                continue
             alphas = {str(name): float(alpha) for name, alpha in content["alpha"].items()}
             return alphas, {str(name): str(text) for name, text in content["texts"].items()}
         except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:

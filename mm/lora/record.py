@@ -12,7 +12,7 @@ from mm.checkpoint.manifest import Manifest, read_manifest
 from mm.checkpoint.store import read_tensor
 from mm.errors import CheckpointError, Problem, raise_all
 from mm.lora.adapter import Adapter
-from mm.lora.files import PEFT_FILE, write_adapter
+from mm.lora.files import COMFYUI_FILE, PEFT_FILE, write_adapter
 from mm.lora.layer import Adapted, adapter_shapes
 from mm.lora.low_bit import LowBit
 
@@ -127,12 +127,17 @@ def adapter_of(folder: Path, *, averaged: bool = False) -> Adapter:
 
 
 def export(folder: Path, manifest: Manifest, record: AdapterRecord) -> None:
-    """Write the adapter of a checkpoint as a PEFT file into its folder, where diffusers finds it.
+    """Write the adapter of a checkpoint into its folder, as PEFT's file, which diffusers finds, and in ComfyUI's names.
+
+    The second is what everything else reads: ComfyUI, its wrappers, DiffSynth-Studio, VideoX-Fun and musubi-tuner know
+    no diffusers names, and take a file in them for one without any of their linears.
 
     Raises:
-        CheckpointError: CKPT-031 when it cannot be written.
+        CheckpointError: CKPT-031 when they cannot be written.
     """
-    write_adapter(folder / PEFT_FILE, _assembled(folder, manifest, record, MODEL_PREFIX), "peft")
+    adapter = _assembled(folder, manifest, record, MODEL_PREFIX)
+    write_adapter(folder / PEFT_FILE, adapter, "peft")
+    write_adapter(folder / COMFYUI_FILE, adapter, "comfyui")
 
 
 def _assembled(folder: Path, manifest: Manifest, record: AdapterRecord, prefix: str) -> Adapter:

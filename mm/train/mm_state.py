@@ -1,7 +1,8 @@
 """Checkpoints of a run in the MM format (`--ckpt-format torch`): weights and progress in MindSpeed-MM's files.
 
 Each pipeline rank's file holds its parameters in the model's own dtypes, under MM names; how far the run has come is in
-mm_record.json beside. Such a checkpoint has no optimizer: going on from it starts AdamW anew at rounded weights.
+mm_record.json beside the first of them. Such a checkpoint has no optimizer: going on from it starts AdamW anew at
+rounded weights.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import torch
 import mm
 from mm.checkpoint import fault
 from mm.checkpoint.comm import Comm, on_every_rank
-from mm.checkpoint.files import sync_folder, write_new
-from mm.checkpoint.formats.mm_format import CONFIG_NAME, write_stage
+from mm.checkpoint.files import sync_folder
+from mm.checkpoint.formats.mm_format import write_stage
 from mm.checkpoint.formats.mm_split import split_names
 from mm.checkpoint.lock import Lock
 from mm.checkpoint.manifest import FileRecord
-from mm.checkpoint.record import RECORD_NAME, WeightsRecord
+from mm.checkpoint.record import WeightsRecord, write_record
 from mm.checkpoint.safetensor_file import hash_file
 from mm.checkpoint.transaction import require_visible, write_checkpoint
 from mm.config.step import StepSettings
@@ -59,7 +60,6 @@ def save_weights(
     def complete(folder: Path, reports: Sequence[Any]) -> None:
         files = {report["file"]: FileRecord.model_validate(report["record"]) for report in reports if report}
         require_visible(folder, files)
-        write_new(folder / CONFIG_NAME, parallel.wan.model_dump_json(indent=2) + "\n")
         versions = {"mm": mm.__version__, "torch": torch.__version__}
         record = WeightsRecord(
             step=progress.step,
@@ -70,8 +70,9 @@ def save_weights(
             steps=steps.model_dump(mode="json"),
             versions=versions,
             files=files,
+            wan_config=parallel.wan,
         )
-        write_new(folder / RECORD_NAME, record.model_dump_json(indent=2) + "\n")
+        write_record(folder, record)
 
     return write_checkpoint(
         root,

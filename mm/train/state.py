@@ -21,12 +21,12 @@ from torch import Tensor
 from mm.checkpoint.background import copy_bytes
 from mm.checkpoint.boxes import Box
 from mm.checkpoint.comm import Comm
-from mm.checkpoint.formats.mm_format import CONFIG_NAME
+from mm.checkpoint.formats.mm_format import config_of
 from mm.checkpoint.formats.training import ADAPTERS_KEY, AVERAGE_PREFIX, CONFIG_KEY, DECAY_KEY, STEPS_KEY
+from mm.checkpoint.manifest import damaged
 from mm.checkpoint.record import kind_of, read_record
 from mm.checkpoint.store import Derived, Piece, load, pieces_of_flat_range, read_manifest
 from mm.checkpoint.weights import WeightSource, open_weights, require_exactly
-from mm.config.base import load as load_config
 from mm.config.base import parse
 from mm.config.model import WanConfig
 from mm.config.step import StepSettings
@@ -79,7 +79,7 @@ def state_of(
 ) -> State:
     """The state of a run, whose steps are `steps`; every rank calls it. Pieces are views of what is trained.
 
-    That of adapters has them as a PEFT file beside its shards.
+    That of adapters has them in two files of other tools beside its shards.
     """
     scalars: dict[str, Any] = {
         "step": progress.step,
@@ -97,7 +97,7 @@ def state_of(
     derived = None
     if adapters is not None:
         scalars[ADAPTERS_KEY] = adapters.as_json()
-        derived = Derived(partial(export, record=adapters), 4 * sum(map(math.prod, optimizer.shapes.values())))
+        derived = Derived(partial(export, record=adapters), 2 * 4 * sum(map(math.prod, optimizer.shapes.values())))
     owned = [shard for shard in optimizer.shards if shard.owned]
     return State(progress.step, _pieces(owned, with_optimizer, optimizer.average), scalars, derived)
 
@@ -175,7 +175,10 @@ def _described(path: Path) -> tuple[dict[str, Any], WanConfig, AdapterRecord | N
         scalars = record.model_dump(
             include={"step", "consumed_samples", "skipped_steps", "replaced_samples", "seed", STEPS_KEY}
         ) | {"adam_step": None}
-        return scalars, load_config(WanConfig, path / CONFIG_NAME), None
+        config = config_of(path)
+        if config is None:
+            raise damaged(path, "it does not say the model's configuration")
+        return scalars, config, None
     manifest = read_manifest(path)
     config = parse(WanConfig, manifest.scalars[CONFIG_KEY], str(path))
     return manifest.scalars, config, record_of(manifest, path)

@@ -127,13 +127,79 @@ def test_the_mm_folder_is_what_megatron_reads(original, tmp_path):
 def test_the_guides_own_example_writes_into_the_source_folder(original, tmp_path):
     folder = copy_of(original, tmp_path / "transformer")
     convert.convert_to_mm(folder, folder)
-    assert set(names(folder)) - set(names(original)) == {"release", "latest_checkpointed_iteration.txt"}
+    assert set(names(folder)) - set(names(original)) == {
+        "release", "latest_checkpointed_iteration.txt", "mm_config.json",
+    }  # fmt: skip
     assert open_weights(folder).label == "MM weights"
     convert.convert_to_hf(folder, tmp_path / "back", folder)
     assert_same_bits(tensors_of(tmp_path / "back"), tensors_of(original))
     with pytest.raises(CheckpointError) as caught:
         convert.convert_to_mm(folder, folder)
     assert caught.value.id == "CKPT-020"
+
+
+@pytest.mark.parametrize("kind", ["a run", "mm"])
+@pytest.mark.parametrize("like", [True, False], ids=["as the original", "new files"])
+def test_the_guides_way_back_adds_to_the_folder_of_the_checkpoints(original, tmp_path, kind, like):
+    """Source and target are one folder there. What is in it stays, and is what training goes on with."""
+    folder, state = tmp_path / "saved", tensors_of(original)
+    if kind == "mm":
+        convert.convert_to_mm(original, folder)
+    else:
+        source = open_weights(original)
+        pieces = [whole_piece(f"model.{name}", source.read(name)) for name in source.shapes()]
+        save(folder, 7, pieces, {"step": 7, "wan_config": source.config().model_dump(mode="json")})
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    words = ["--mode", "convert_to_hf", "--source_path", str(folder), "--target_path", str(folder)]
+    words += ["--ckpt_path", str(original)] if like else []
+    assert run(main, words) == 0
+    assert all(file.read_bytes() == data for file, data in before.items())
+    added = {file.name for file in folder.rglob("*") if file.is_file() and file not in before}
+    assert added == (set(names(original)) if like else {"config.json", "diffusion_pytorch_model.safetensors"})
+    assert not list(folder.glob(".tmp*"))
+    assert_same_bits({name: value for file in added if file.endswith(".safetensors")
+                      for name, value in load_file(folder / file).items()}, state)  # fmt: skip
+    assert_diffusers_loads(folder)
+    assert open_weights(folder).label == ("MM weights" if kind == "mm" else "a training checkpoint")
+    with pytest.raises(CheckpointError, match=r"CKPT-020.*config.json exists") as caught:
+        convert.convert_to_hf(folder, folder, original if like else None)
+    assert "delete" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fails", ["while writing", "while moving"])
+def test_a_failed_way_back_leaves_the_folder_as_it_was(original, tmp_path, fails, monkeypatch):
+    folder = tmp_path / "saved"
+    convert.convert_to_mm(original, folder)
+    before = sorted(folder.rglob("*"))
+    if fails == "while writing":
+        file = folder / "release" / "mp_rank_00" / "model_optim_rng.pt"
+        content = torch.load(file, weights_only=True)
+        content["model"]["head.head.bias"][0] = float("nan")
+        torch.save(content, file)
+    else:
+        rename, moved = Path.rename, []
+
+        def refused(self, target):
+            moved.append(target)
+            if len(moved) == 3:
+                raise OSError(28, "No space left on device", str(target))
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(CheckpointError, match=r"CKPT-016|CKPT-031"):
+        convert.convert_to_hf(folder, folder, original)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_folder_of_weights_themselves_is_no_target_of_its_own(original, tmp_path):
+    folder = copy_of(original, tmp_path / "hf")
+    convert.convert_to_mm(folder, tmp_path / "mm")
+    for target in (folder, tmp_path / "mm" / "release"):
+        before = sorted(target.rglob("*"))
+        with pytest.raises(CheckpointError, match="CKPT-020") as caught:
+            convert.convert_to_hf(target, target, original)
+        assert "delete" not in str(caught.value)
+        assert sorted(target.rglob("*")) == before
 
 
 def test_native_has_official_names_and_fields_and_leads_back(original, tmp_path):

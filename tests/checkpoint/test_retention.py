@@ -12,10 +12,10 @@ from test_store import assert_holds, names, pieces_for
 from mm.checkpoint.background import BackgroundSaver
 from mm.checkpoint.comm import SingleProcess
 from mm.checkpoint.fault import SAVE_POINTS
-from mm.checkpoint.files import sync_folder, write_new
+from mm.checkpoint.files import sync_folder
 from mm.checkpoint.formats.mm_format import write_stage
 from mm.checkpoint.manifest import FileRecord
-from mm.checkpoint.record import RECORD_NAME, WeightsRecord
+from mm.checkpoint.record import WeightsRecord, write_record
 from mm.checkpoint.safetensor_file import hash_file
 from mm.checkpoint.store import find_latest, save, writing
 from mm.checkpoint.transaction import write_checkpoint
@@ -36,7 +36,7 @@ def save_mm(root, step, value, keep_latest=None):
         record = WeightsRecord(
             step=step, consumed_samples=step, skipped_steps=0, replaced_samples=0, seed=1, versions={}, files=files
         )
-        write_new(folder / RECORD_NAME, record.model_dump_json())
+        write_record(folder, record)
 
     return write_checkpoint(root, step, 100, write, complete, SingleProcess(), keep_latest)
 
@@ -49,8 +49,8 @@ KINDS = {"store": save_store, "mm": save_mm}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 TORN = {  # what an interrupted copy, a full disk or an edit can leave under a checkpoint's name
     "empty": lambda folder: [shutil.rmtree(folder), folder.mkdir()],
-    "no description": lambda folder: [path.unlink() for path in folder.glob("m*.json")],
-    "half a description": lambda folder: [path.write_text(path.read_text()[:-9]) for path in folder.glob("m*.json")],
+    "no description": lambda folder: [path.unlink() for path in folder.rglob("m*.json")],
+    "half a description": lambda folder: [path.write_text(path.read_text()[:-9]) for path in folder.rglob("m*.json")],
     "a file is shorter": lambda folder: [os.truncate(path, 9) for path in weight_files(folder)],
     "a file is gone": lambda folder: [path.unlink() for path in weight_files(folder)],
 }

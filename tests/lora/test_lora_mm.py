@@ -44,6 +44,7 @@ def test_the_file_is_what_mindspeed_mm_loads(tmp_path):
     assert content["checkpoint_version"] == 3.0
     assert content["model"].keys() == their_state().keys()
     assert all(torch.equal(content["model"][name], value) for name, value in their_state().items())
+    assert [path.name for path in (tmp_path / "mm" / "release").iterdir()] == ["mp_rank_00"]
     again = read_mm(tmp_path / "mm")
     assert again.adapted() == ours().adapted()  # r and alpha of every linear
     assert again.texts == {"base_model": "x"}
@@ -136,10 +137,25 @@ def test_what_is_no_plain_lora_is_refused(tmp_path, bad):
     assert caught.value.id == identifier
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"alpha": {}, "texts": {}}', '{"alpha": 1, "texts": {}}'])
+def test_alpha_is_found_where_earlier_versions_wrote_it(tmp_path):
+    write_mm(tmp_path / "mm", ours())
+    (tmp_path / "mm" / "mm_lora.json").rename(tmp_path / "mm" / "release" / "mm_lora.json")
+    assert read_mm(tmp_path / "mm").adapted() == ours().adapted()
+
+
+def test_alpha_of_a_release_is_not_that_of_a_later_training_save(tmp_path):
+    write_mm(tmp_path / "mm", ours())
+    training_save(tmp_path / "mm", their_state(), args=argparse.Namespace(lora_alpha=16))
+    assert {how.alpha for how in read_mm(tmp_path / "mm").adapted().values()} == {16.0}
+    assert read_mm(tmp_path / "mm" / "release").adapted() == ours().adapted()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"folder": "release", "alpha": {}, "texts": {}}', '{"alpha": 1, "texts": {}}']
+)
 def test_a_damaged_record_is_refused(tmp_path, text):
     write_mm(tmp_path / "mm", ours())
-    (tmp_path / "mm" / "release" / "mm_lora.json").write_text(text)
+    (tmp_path / "mm" / "mm_lora.json").write_text(text)
     with pytest.raises((CheckpointError, DataError)) as caught:
         read_mm(tmp_path / "mm")
     assert caught.value.id == ("DATA-092" if "{}, " in text else "CKPT-021")

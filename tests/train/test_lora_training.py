@@ -21,7 +21,7 @@ from mm.cli import convert as convert_command
 from mm.cli import train as train_command
 from mm.errors import MMError
 from mm.lora.adapter import Adapter, Update
-from mm.lora.files import PEFT_FILE, read_adapter, write_adapter
+from mm.lora.files import COMFYUI_FILE, PEFT_FILE, read_adapter, write_adapter
 from mm.lora.inspection import inspect
 from mm.lora.record import AdapterRecord
 from mm.wan.model import WanModel
@@ -70,7 +70,7 @@ def test_six_steps_are_three_and_three(demo: Path, base: Path, tmp_path: Path, m
     resumed = run(demo, tmp_path / "stopped", train_iters=6, **flags)
     assert bits(resumed) == bits(straight)
     assert len({row["loss_hex"] for row in straight}) == 6
-    for file in ("shard-00000-of-00001.safetensors", PEFT_FILE):
+    for file in ("shard-00000-of-00001.safetensors", PEFT_FILE, COMFYUI_FILE):
         one, other = (tmp_path / name / "iter_0000006" / file for name in ("straight", "stopped"))
         assert one.read_bytes() == other.read_bytes(), file
 
@@ -100,6 +100,9 @@ def test_only_adapters_are_saved_and_the_base_is_named(demo: Path, base: Path, t
     assert said["adapted"] == {linear: [4, 8.0] for linear in linears}
     assert said["base"] == {"path": str(base), "identity": identity(open_weights(base)), "dtype": None}
     assert read_adapter(trained / "iter_0000003").texts["base_identity"] == said["base"]["identity"]
+    peft, comfyui = (read_adapter(trained / "iter_0000003" / file) for file in (PEFT_FILE, COMFYUI_FILE))
+    assert peft.adapted() == comfyui.adapted() and peft.texts == comfyui.texts
+    assert all(torch.equal(value, comfyui.parameters()[name]) for name, value in peft.parameters().items())
 
 
 @torch.no_grad()
@@ -147,7 +150,9 @@ def test_a_run_begins_with_the_adapters_of_a_file_or_of_a_run(
     assert fresh == run(demo, tmp_path / "2", train_iters=1, load=base)[0]["loss"] != expected
     from_file = run(demo, tmp_path / "3", train_iters=1, **lora(demo, load_base_model=base, load=file))
     from_run = run(demo, tmp_path / "4", train_iters=1, **lora(demo, load_base_model=base, load=trained, finetune=True))
-    assert bits(from_file) == bits(from_run)
+    comfyui = {"load": trained / "iter_0000003" / COMFYUI_FILE}
+    from_comfyui = run(demo, tmp_path / "6", train_iters=1, **lora(demo, load_base_model=base, **comfyui))
+    assert bits(from_file) == bits(from_run) == bits(from_comfyui)
     assert from_file[0]["loss"] == pytest.approx(expected, rel=1e-6)
     gone_on = run(demo, tmp_path / "5", train_iters=4, **lora(demo, load_base_model=base, load=trained))
     assert [row["step"] for row in gone_on] == [4]

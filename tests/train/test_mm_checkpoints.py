@@ -1,5 +1,6 @@
 """`--ckpt-format torch`: MindSpeed-MM's files of the weights that the sharded format has; going on from them."""
 
+import json
 import math
 import shutil
 from collections import Counter
@@ -75,8 +76,9 @@ def test_what_is_on_disk(single: Path) -> None:
     assert (root / "latest_checkpointed_iteration.txt").read_bytes() == b"3"
     assert sorted(path.name for path in root.glob("iter_*")) == [f"iter_000000{step}" for step in (1, 2, 3)]
     newest = root / "iter_0000003"
-    assert {path.name for path in newest.iterdir()} == {
-        "mp_rank_00", "mm_config.json", "mm_record.json", ".tracker_done",
+    assert [path.name for path in newest.iterdir()] == ["mp_rank_00"]  # its tools take whatever is here for a rank's
+    assert {path.name for path in (newest / "mp_rank_00").iterdir()} == {
+        "model_optim_rng.pt", "mm_record.json", ".tracker_done",
     }  # fmt: skip
     content = read(newest)
     assert list(content) == ["model", "iteration", "checkpoint_version"]
@@ -112,7 +114,7 @@ def test_every_layout_saves_what_it_trained(every_layout: Path, row: str) -> Non
     assert (dtypes[torch.bfloat16] > 50) == ROWS[row].get("bf16", False)
     newest = folder / "torch" / "iter_0000003"
     ranks = ["mp_rank_00_000", "mp_rank_00_001"] if pipeline else ["mp_rank_00"]
-    assert sorted(path.name for path in newest.glob("mp_rank_*")) == ranks
+    assert sorted(path.name for path in newest.iterdir()) == ranks
     for rank in ranks:
         models = ["model0", "model1"] if row == "pp2vp2" else ["model"]
         assert list(read(newest, rank)) == [*models, "iteration", "checkpoint_version"]
@@ -130,6 +132,24 @@ def test_one_process_goes_on(demo: Path, single: Path, tmp_path: Path) -> None:
     assert bits(straight) == bits(metrics(single / "torch_dist"))
     assert rows[:2] == straight[:2]
     assert bits(rows) == bits(straight)  # of step 3 the loss and the gradient come before the new optimizer's update
+
+
+def test_a_run_of_an_earlier_version_goes_on(demo: Path, single: Path, tmp_path: Path) -> None:
+    """Which wrote its record, the model and the marker beside the folders of the ranks."""
+    shutil.copytree(single / "torch", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "iter_0000003")
+    for step in (1, 2):
+        folder = tmp_path / "run" / f"iter_000000{step}"
+        record = json.loads((folder / "mp_rank_00" / "mm_record.json").read_text())
+        (folder / "mm_config.json").write_text(json.dumps(record.pop("wan_config")))
+        (folder / "mm_record.json").write_text(json.dumps(record))
+        (folder / "mp_rank_00" / "mm_record.json").unlink()
+        (folder / "mp_rank_00" / ".tracker_done").rename(folder / ".tracker_done")
+    flags = {"train_iters": STEPS, "keep_latest": 2, "verify_checkpoint": "full"}
+    assert bits(run(demo, tmp_path / "run", **flags, **BATCH, **GO_ON)) == bits(metrics(single / "torch"))
+    assert sorted(path.name for path in (tmp_path / "run").glob("iter_*")) == ["iter_0000002", "iter_0000003"]
+    source = ["--source_path", str(tmp_path / "run" / "iter_0000002"), "--target_path", str(tmp_path / "hf")]
+    convert_command.main(["--mode", "convert_to_hf", *source])
 
 
 @pytest.mark.parametrize("row", ["pp2vp2", "cp2"])
@@ -214,7 +234,7 @@ def test_a_damaged_newest_gives_way(
         middle = len(data) // 2
         file.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
     elif damage == "record":
-        (folder / "iter_0000003" / "mm_record.json").write_text("{")
+        (folder / "iter_0000003" / "mp_rank_00" / "mm_record.json").write_text("{")
     else:
         file.unlink()
     flags = {"train_iters": STEPS, "verify_checkpoint": "full", **BATCH, **GO_ON}

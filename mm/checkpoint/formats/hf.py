@@ -26,6 +26,7 @@ from mm.wan.names import native_to_diffusers
 
 log = logging.getLogger(__name__)
 
+CONFIG_NAME = "config.json"
 MAX_SHARD_BYTES = 10 * 10**9  # diffusers' own default
 
 
@@ -65,14 +66,14 @@ def write_like(folder: Path, source: WeightSource, original: WeightFolder, expec
             metadata = file.metadata()
         write_safetensors(folder / shard.name, entries, metadata)
         log.info("Wrote %s.", shard.name)
-    for extra in (*sorted(original.path.glob("*.safetensors.index.json")), original.path / "config.json"):
+    for extra in (*sorted(original.path.glob("*.safetensors.index.json")), original.path / CONFIG_NAME):
         copy_file(extra, folder / extra.name)
 
 
 def write_new_folder(folder: Path, entries: Sequence[Entry], config: WanConfig, max_bytes: int) -> None:
     """Write the weights (native names) into an empty folder in shards of at most `max_bytes`, and a config.json."""
     write_shards(folder, [replace(entry, name=native_to_diffusers(entry.name)) for entry in entries], max_bytes)
-    write_new(folder / "config.json", json.dumps(wan_config_to_diffusers(config), indent=2) + "\n")
+    write_new(folder / CONFIG_NAME, json.dumps(wan_config_to_diffusers(config), indent=2) + "\n")
 
 
 def _cast(source: WeightSource, name: str, stored: StoredTensor) -> Tensor:
@@ -82,7 +83,7 @@ def _cast(source: WeightSource, name: str, stored: StoredTensor) -> Tensor:
 
 def _require_diffusers(original: WeightFolder) -> None:
     problem = None
-    if not original.path.is_dir() or not (original.path / "config.json").is_file():
+    if not original.path.is_dir() or not (original.path / CONFIG_NAME).is_file():
         problem = "it is not a folder with a config.json"
     elif original.convention != "diffusers" or original.prefix:
         problem = f"its tensors have {original.prefix}{original.convention} names"

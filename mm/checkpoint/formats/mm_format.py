@@ -1,10 +1,14 @@
 """MindSpeed-MM's format: what Megatron reads and writes with tensor size 1, for any pipeline.
 
 <root>/latest_checkpointed_iteration.txt     "release" or the step, without a line end
+<root>/mm_config.json                        ours: the model's shape, of a release
 <root>/release/  or  <root>/iter_0005000/
     mp_rank_00/model_optim_rng.pt            without a pipeline
     mp_rank_00_000/model_optim_rng.pt        pipeline rank 0, and so on
-    mm_config.json                           ours, and ignored by MindSpeed-MM: the model's shape
+
+In a release and in an iter_* folder there are folders of ranks and nothing else, because the tools of MindSpeed-MM take
+whatever is there for one. What is ours is beside the tracker, or of a training run in its record
+(`mm.checkpoint.record`). Earlier versions wrote mm_config.json beside the ranks' folders, where it is read as well.
 
 A file holds {"model": flat state dict in MM names, "checkpoint_version": 3.0}; with virtual stages it has model0,
 model1, ... in the place of model. `mm_split` says what is in which.
@@ -21,10 +25,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from mm.checkpoint.directory import TRACKER_NAME, folder_name
-from mm.checkpoint.files import write_new
 from mm.checkpoint.formats.mm_split import joined_names, split_names
 from mm.checkpoint.formats.pt_file import read_pt, unreadable, write_pt
 from mm.checkpoint.formats.source import TensorKind, WeightSource
+from mm.checkpoint.record import kind_of, read_record
 from mm.config.base import load
 from mm.config.layout import Stages
 from mm.config.model import WanConfig
@@ -116,18 +120,26 @@ class MMWeights:
         return self._open.tensor(self.places[name])
 
     def config(self) -> WanConfig | None:
-        """From mm_config.json, which MindSpeed-MM itself does not write.
+        """As `config_of`."""
+        return config_of(self.path)
 
-        Raises:
-            CheckpointError: CKPT-021 when it is there and cannot be used.
-        """
-        file = self.path / CONFIG_NAME
-        if not file.exists():
-            return None
-        try:
-            return load(WanConfig, file)
-        except ConfigError as error:
-            raise unreadable(file, error.problems[0].message) from None
+
+def config_of(folder: Path) -> WanConfig | None:
+    """The model's shape in a `release` or `iter_*` folder, where we wrote it; MindSpeed-MM does not say it.
+
+    Raises:
+        CheckpointError: CKPT-012 for a damaged record, CKPT-021 when mm_config.json cannot be used.
+    """
+    if kind_of(folder) == "torch" and (config := read_record(folder).wan_config) is not None:
+        return config
+    beside_the_tracker = (folder.parent / CONFIG_NAME,) if folder.name == RELEASE else ()
+    file = next((file for file in (folder / CONFIG_NAME, *beside_the_tracker) if file.exists()), None)
+    if file is None:
+        return None
+    try:
+        return load(WanConfig, file)
+    except ConfigError as error:
+        raise unreadable(file, error.problems[0].message) from None
 
 
 def is_mm_folder(path: Path) -> bool:
@@ -135,16 +147,13 @@ def is_mm_folder(path: Path) -> bool:
     return (path / TRACKER_NAME).is_file() or any(path.glob("mp_rank_*"))
 
 
-def write_release(
-    folder: Path, source: WeightSource, names: Iterable[str], stages: Stages, config: WanConfig | None
-) -> None:
+def write_release(folder: Path, source: WeightSource, names: Iterable[str], stages: Stages) -> None:
     """Write the contents of a `release` folder and force them to disk; one pipeline rank at a time is in memory.
 
     Args:
         folder: exists and is empty.
         source: the weights, which keep their dtypes. names: of the model's parameters, native.
         stages: [VP][PP] blocks of each stage, all blocks of the model.
-        config: the model's shape, where it is known.
     """
     native = {native_to_mm(name): name for name in names}
     chunks = split_names(native, stages)
@@ -156,16 +165,19 @@ def write_release(
             key = "model" if len(stages) == 1 else f"model{index}"
             state[key] = {name: source.read(native[whole]) for name, whole in local.items()}
         write_stage(folder, rank, num_ranks, state)
-    if config is not None:
-        write_new(folder / CONFIG_NAME, config.model_dump_json(indent=2) + "\n")
 
 
 def write_stage(folder: Path, rank: int, num_ranks: int, state: Mapping[str, Any]) -> Path:
     """Write the file of one pipeline rank and return it; `state` holds model, or model0, model1, ..."""
-    file = folder / ("mp_rank_00" if num_ranks == 1 else f"mp_rank_00_{rank:03d}") / FILE_NAME
+    file = folder / stage_folder(rank, num_ranks) / FILE_NAME
     file.parent.mkdir()
     write_pt(file, {**state, "checkpoint_version": CHECKPOINT_VERSION})
     return file
+
+
+def stage_folder(rank: int, num_ranks: int) -> str:
+    """Name of the folder of a pipeline rank."""
+    return "mp_rank_00" if num_ranks == 1 else f"mp_rank_00_{rank:03d}"
 
 
 def named_by_tracker(root: Path) -> Path:
