@@ -135,6 +135,7 @@ def _as_text(layout: Layout, report: Report, notes: dict[str, str]) -> str:
         ("parameters", f"{report.parameters:,} kept by this rank{trained}"),
         ("bubble", f"{report.bubble:.1%} of the step, if stages are even"),
         ("host memory", _host_memory(report)),
+        ("groups", _groups(report)),
         *notes.items(),
     ]
     kinds = sorted(report.peak.items(), key=lambda item: -item[1])
@@ -164,6 +165,11 @@ def _host_memory(report: Report) -> str:
     parts = {"offload": report.host_bytes, "background saves": report.save_bytes}
     used = [f"{size / GIB:.2f} GiB for {what}" for what, size in parts.items() if size]
     return f"page-locked: {', '.join(used)}" if used else "none"
+
+
+def _groups(report: Report) -> str:
+    listed = ", ".join(f"{name} {size}" for name, size in report.groups)
+    return f"{len(report.groups)} beside the job's own: {listed}" if listed else "the job's own"
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ class Report:
         host_bytes: of the offload pool, beside the device's memory. save_bytes: of background saves, there too.
         traffic: what it sends in a step by axis and operation.
         bubble: share of the step in which a stage waits, if stages are equally long.
+        groups: name and size of the process groups that it is in, beside the job's own.
         tokens: of a sample. rank_tokens: places for them on a rank. real_tokens: of them on this rank, no padding.
     """
 
@@ -107,6 +108,7 @@ class Report:
     save_bytes: int
     traffic: Traffic
     bubble: float
+    groups: tuple[tuple[str, int], ...]
     tokens: int
     rank_tokens: int
     real_tokens: int
@@ -166,6 +168,7 @@ def dry_run(job: Job, rank: int) -> Report:
             save_bytes=saved_bytes(optimizer, with_optimizer=job.save_optimizer) if job.async_save else 0,
             traffic=_sum(_of_all(passes, runs, job.micro_batches), update),
             bubble=formulas.bubble(job.layout, job.micro_batches),
+            groups=mesh.made + ((("background saves", job.layout.world_size),) if job.async_save else ()),
             tokens=tokens,
             rank_tokens=mesh.tokens.width(tokens),
             real_tokens=mesh.tokens.real(tokens),

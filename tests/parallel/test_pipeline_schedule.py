@@ -12,6 +12,7 @@ import parity
 import pytest
 import recorded_schedule as recorded
 import torch
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from parity import MIXED, ODD, Row
 from ranks import run_ranks
 from recorded_schedule import Case, Event, Orders
@@ -23,6 +24,7 @@ from mm.config.place import place
 from mm.device import megatron_on_cpu
 from mm.device.backend import Backend, select
 from mm.diffusion.flow import FlowMatching
+from mm.parallel import schedule
 from mm.parallel.apply import DataParallelOptions, apply
 from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
@@ -129,7 +131,9 @@ def observe_steps() -> dict[str, Any]:
     backend = select("cpu")
     with Job(place(), backend.collective, backend.device, 2):
         waits = {row.id: count_waits(row, backend) for row in STEP_ROWS}
-        waits[BATCHED] = count_waits(STEP_ROWS[0], backend, batch_p2p_comm=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(schedule, "PipelineMessages", lambda forward, _, config, __: P2PCommunicator(forward, config))
+            waits[BATCHED] = count_waits(STEP_ROWS[0], backend, batch_p2p_comm=True)
         messages = {case.name: count_messages(case, backend) for case in MIXED_CASES}
     return {"waits": waits, "messages": messages}
 
