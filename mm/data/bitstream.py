@@ -27,6 +27,9 @@ class Picture:
     is_leading: bool = False
 
 
+_SHOWN, _UNSHOWN, _START = Picture(), Picture(is_shown=False), Picture(is_start=True)
+_LEADING = Picture(is_leading=True)
+
 PictureReader = Callable[[bytes], Picture | None]
 
 
@@ -73,7 +76,9 @@ class _H264(_Nal):
                     is_idr = kind == 5
             elif kind in (2, 3, 4, 10, 11) or (kind in (7, 8) and not self.is_known(unit)):
                 return None  # data partitions, the end of a sequence, other parameters
-        return Picture(is_start=is_idr) if num_pictures == 1 else None
+        if num_pictures != 1:
+            return None
+        return _START if is_idr else _SHOWN
 
 
 class _Hevc(_Nal):
@@ -95,7 +100,9 @@ class _Hevc(_Nal):
                 return None  # BLA pictures, the end of a sequence, other parameters
         if num_pictures != 1:
             return None
-        return Picture(is_start=kind_of_picture > 9, is_leading=6 <= kind_of_picture <= 9)
+        if kind_of_picture > 9:
+            return _START
+        return _LEADING if kind_of_picture >= 6 else _SHOWN
 
 
 def _nal_reader(codec: str, extradata: bytes) -> PictureReader | None:
@@ -260,7 +267,7 @@ def _shows_every_picture(unit: bytes) -> bool:
 def _vp8(packet: bytes) -> Picture | None:
     is_key = packet[0] & 1 == 0
     is_shown = packet[0] >> 4 & 1 == 1
-    return Picture(is_shown, is_start=is_key and is_shown)
+    return _picture(is_shown, is_key)
 
 
 def _vp9(packet: bytes) -> Picture | None:
@@ -279,7 +286,7 @@ def _vp9(packet: bytes) -> Picture | None:
         shown += is_shown
         if number == 0:
             first_is_key = is_key and is_shown
-    return Picture(shown == 1, is_start=first_is_key and shown == 1) if shown <= 1 else None
+    return _picture(shown, first_is_key)
 
 
 def _vp9_frames(packet: bytes) -> Iterator[bytes]:
@@ -314,7 +321,7 @@ def _av1(packet: bytes) -> Picture | None:
                 first_is_key = payload[0] >> 5 & 3 == 0 and is_shown == 1
         elif kind in (7, 8):  # a header again, a list of tiles
             return None
-    return Picture(shown == 1, is_start=has_sequence and first_is_key and shown == 1) if shown <= 1 else None
+    return _picture(shown, has_sequence and first_is_key)
 
 
 def _av1_units(packet: bytes) -> Iterator[tuple[int, bytes]]:
@@ -338,12 +345,19 @@ def _av1_units(packet: bytes) -> Iterator[tuple[int, bytes]]:
         place += length
 
 
+def _picture(num_shown: int, is_key: bool) -> Picture | None:
+    """Of a packet that shows so many pictures and may begin with a shown key frame."""
+    if num_shown > 1:
+        return None
+    return _UNSHOWN if num_shown == 0 else _START if is_key else _SHOWN
+
+
 def _mjpeg(packet: bytes) -> Picture | None:
-    return Picture(is_start=b"\xff\xc4" in packet and b"\xff\xdb" in packet)  # it has tables of its own
+    return _START if b"\xff\xc4" in packet and b"\xff\xdb" in packet else _SHOWN  # it has tables of its own
 
 
 def _intra(packet: bytes) -> Picture | None:
-    return Picture(is_start=True)
+    return _START
 
 
 _SIMPLE: dict[str, PictureReader] = {

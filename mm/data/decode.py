@@ -19,7 +19,8 @@ def frames_from(file: Path, order: Order | None, first: int) -> Iterator[Any]:
     says, or there is no such order, all is decoded from the first packet on, and frames are counted.
 
     Raises:
-        DataError: DATA-002 at a frame that is damaged, also where it only leads to the first one.
+        DataError: DATA-002 at a frame that is damaged, also where it only leads to the first one, DATA-098 where the
+            aspect of pixels changes.
         av.FFmpegError, OSError, ValueError: what PyAV raises at packets that cannot be decoded.
     """
     index = first
@@ -37,7 +38,14 @@ def frames_from(file: Path, order: Order | None, first: int) -> Iterator[Any]:
 def all_frames(file: Path) -> Iterator[Any]:
     """Every frame, decoded from the first packet on; raises what `frames_from` raises."""
     with av.open(str(file)) as container:
-        for frame in container.decode(container.streams.video[0]):
+        stream = _stream(container)
+        aspect = None
+        for frame in container.decode(stream):
+            found = stream.codec_context.sample_aspect_ratio
+            aspect = found if aspect is None else aspect
+            if found != aspect:
+                message = f"{file}: the aspect of its pixels changes from {aspect} to {found}."
+                raise DataError("DATA-098", message, "Cut the video where it changes, or replace it.")
             yield _undamaged(frame, file)
 
 
@@ -49,8 +57,7 @@ def frames_in_order(file: Path, order: Order, first: int) -> Iterator[Any]:
     """
     index, start = order.start_before(first)
     with av.open(str(file)) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
+        stream = _stream(container)
         began = False
         for number, packet in enumerate(container.demux(stream)):
             if number < start and packet.size:
@@ -67,6 +74,13 @@ def frames_in_order(file: Path, order: Order, first: int) -> Iterator[Any]:
                 if index >= first:
                     yield frame
                 index += 1
+
+
+def _stream(container: Any) -> Any:
+    """The video, for threads of whole frames: with threads of slices FFmpeg tells less of what is damaged."""
+    stream = container.streams.video[0]
+    stream.thread_type = "FRAME"
+    return stream
 
 
 def _undamaged(frame: Any, file: Path) -> Any:

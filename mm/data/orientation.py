@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
+import av.filter
+import av.sidedata.sidedata
 import numpy as np
 import numpy.typing as npt
 
@@ -15,6 +19,7 @@ from mm.errors import DataError
 Pixels = npt.NDArray[np.uint8]
 
 _SLANT = 1e-3  # of a side; less is rounding
+_MAX_KINDS = 64  # of side data; FFmpeg 8 has half as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +42,7 @@ def frame_orientation(frame: Any, file: Path) -> Orientation:
     Raises:
         DataError: DATA-096 when its matrix does more than turn it by quarters and mirror it.
     """
-    try:
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # PyAV does not know the kind of something else that comes with the frame
-        return _of_rotation(frame.rotation, file)
+    matrix = _side_data(frame).get("DISPLAYMATRIX")
     return Orientation() if matrix is None else orientation_of(struct.unpack("=9i", bytes(matrix)[:36]), file)
 
 
@@ -60,22 +62,26 @@ def orientation_of(matrix: tuple[int, ...], file: Path) -> Orientation:
     if u == v == 0 and across > 0 and max(abs(a), abs(d)) <= _SLANT * across:
         return Orientation(True, flip_rows=b < 0, flip_columns=c < 0)
     found = "[" + ", ".join(f"{value / 65536:g}" for value in (a, b, c, d)) + "]"
-    raise _refused(f"the display matrix {found}", file)
+    message = f"{file} is to be shown with the display matrix {found}; quarter turns and mirror images can be read."
+    raise DataError("DATA-096", message, "Encode it as it is to be shown (ffmpeg -i FILE upright.mp4).")
 
 
-def _of_rotation(degrees: int, file: Path) -> Orientation:
-    """Of quarter turns counter-clockwise."""
-    turns = {
-        0: Orientation(),
-        90: Orientation(True, flip_rows=True),
-        180: Orientation(False, True, True),
-        270: Orientation(True, flip_columns=True),
-    }
-    if degrees % 360 not in turns:
-        raise _refused(f"a rotation of {degrees} degrees", file)
-    return turns[degrees % 360]
-
-
-def _refused(found: str, file: Path) -> DataError:
-    message = f"{file} is to be shown with {found}; quarter turns and mirror images can be read."
-    return DataError("DATA-096", message, "Encode it as it is to be shown (ffmpeg -i FILE upright.mp4).")
+def _side_data(frame: Any) -> Any:
+    """The side data of a frame. PyAV lists none where it does not know one of its kinds, which FFmpeg then removes."""
+    try:
+        return frame.side_data
+    except ValueError:
+        known = {kind.value for kind in av.sidedata.sidedata.Type}
+        graph = av.filter.Graph()
+        last = graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000)
+        )
+        for number in set(range(_MAX_KINDS)) - known:
+            following = graph.add("sidedata", f"mode=delete:type={number}")
+            last.link_to(following)
+            last = following
+        sink = graph.add("buffersink")
+        last.link_to(sink)
+        graph.configure()
+        graph.push(frame)
+        return graph.pull().side_data

@@ -13,7 +13,7 @@ from bisect import bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from mm.data.bitstream import Picture, picture_reader
 
@@ -40,15 +40,21 @@ class Order:
         return self.starts[bisect_right(self.starts, frame, key=lambda start: start[0]) - 1]
 
 
-@dataclass(frozen=True, slots=True)
-class Packet:
-    """A packet of a video: its presentation time, and what it shows, if that is known.
+class Packet(NamedTuple):
+    """A packet of a video.
 
-    `is_hidden`: the container says not to show it (an edit list).
+    Attributes:
+        time: when it is shown, in the stream's time base.
+        is_hidden: the container says not to show it (an edit list).
+        is_key: the container says that decoding may begin with it.
+        is_incomplete: the container misses some of its bytes.
+        picture: what it shows, if that is known.
     """
 
     time: int | None
     is_hidden: bool
+    is_key: bool
+    is_incomplete: bool
     picture: Picture | None
 
 
@@ -58,11 +64,28 @@ def read_packets(container: Any, stream: Any) -> list[Packet]:
     read = picture_reader(context.codec.canonical_name, bytes(context.extradata or b""))
     packets = []
     for packet in container.demux(stream):
-        if packet.dts is None and packet.pts is None and packet.size == 0:  # the one that ends a stream
+        time = packet.pts
+        if not packet.size and time is None and packet.dts is None:  # the one that ends a stream
             continue
-        known = read is not None and not packet.is_corrupt and not packet.has_sidedata("new_extradata")
-        packets.append(Packet(packet.pts, packet.is_discard, read(bytes(packet)) if known and read else None))
+        picture = None
+        if read is not None:
+            if packet.is_corrupt or packet.has_sidedata("new_extradata"):
+                read = None
+            else:
+                picture = read(bytes(packet))
+        packets.append(Packet(time, packet.is_discard, packet.is_keyframe, packet.is_corrupt, picture))
     return packets
+
+
+def lost_packet(packets: Sequence[Packet]) -> int | None:
+    """The number of a packet from which on a video is damaged, since bytes are missing there.
+
+    Where a transport stream was joined of two, bytes seem to be missing too, one packet early; but a key frame follows.
+    """
+    for number, packet in enumerate(packets):
+        if packet.is_incomplete and not any(following.is_key for following in packets[number + 1 : number + 3]):
+            return number
+    return None
 
 
 def order_of(packets: Sequence[Packet], time_base: Fraction, delay: int) -> Order | None:
@@ -84,7 +107,8 @@ def order_of(packets: Sequence[Packet], time_base: Fraction, delay: int) -> Orde
     starts = _starts(pictures, frames)
     if not frames or not starts or starts[0][0] > 0:
         return None
-    return Order(tuple(frames), tuple(starts), tuple(float(times[number] * time_base) for number in frames), delay)
+    unit = float(time_base)
+    return Order(tuple(frames), tuple(starts), tuple(times[number] * unit for number in frames), delay)
 
 
 def _depth(times: Sequence[int]) -> int:

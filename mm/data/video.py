@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mm.data.containers import announced_bytes
 from mm.data.decode import all_frames, frames_from, frames_in_order
 from mm.data.decord_reader import decord_agrees, decord_frames, require_decord
 from mm.data.files import require_regular_file
 from mm.data.orientation import Orientation, Pixels, frame_orientation
-from mm.data.packets import Order, order_of, read_packets
+from mm.data.packets import Order, lost_packet, order_of, read_packets
 from mm.errors import DataError
 
 Reader = Literal["auto", "decord", "pyav"]
@@ -33,6 +34,7 @@ CHUNK_FRAMES = 8  # frames in memory at once at the video's own size
 _MP4 = "mov,mp4,m4a,3gp,3g2,mj2"
 _MAY_END_ANYWHERE = ("mpegts", "mpeg")
 _CUT = "Cut the video where it changes, or replace it."
+_REPLACE = "Replace the file; it is damaged or cut off."
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +76,13 @@ def probe(file: Path, reader: Reader = "auto") -> VideoInfo:
     Raises:
         DataError: DATA-001 when it is no readable file, DATA-002 when it is damaged or cut off, DATA-003 when it has no
             video stream, DATA-006 when its size makes no sense, DATA-007 when decord is asked for and not installed,
-            DATA-096 when it is to be shown askew, DATA-097 when no decoder knows its codec.
+            DATA-096 when it is to be shown askew, DATA-097 when no decoder knows its codec, DATA-098 when the aspect of
+            its pixels changes.
     """
     if reader == "decord":
         require_decord()
     require_regular_file(file, "video")
-    if file.stat().st_size == 0:
-        raise DataError("DATA-002", f"{file} is empty (0 bytes).", "Replace the file.")
+    _check_size_in_bytes(file)
     try:
         stored = _read_headers(file)
         info, first = _decode_ends(file, stored)
@@ -106,7 +108,8 @@ def read_frames(file: Path, info: VideoInfo, indices: Sequence[int], reader: Rea
         uint8 [n, 3, H, W], n <= CHUNK_FRAMES, RGB, upright.
 
     Raises:
-        DataError: DATA-002 when a frame cannot be decoded, DATA-007 when decord is asked for and not installed.
+        DataError: DATA-002 when a frame cannot be decoded, DATA-007 when decord is asked for and not installed,
+            DATA-098 when a frame has another size, orientation or aspect than the first.
     """
     if reader == "decord":
         require_decord()
@@ -165,6 +168,8 @@ def _read_headers(file: Path) -> _Headers:
         packets = read_packets(container, stream)
         # of an MP4 file, what edit lists leave of what is announced, and what the fragments announce
         _check_complete(len(packets), len(stream.index_entries) if is_mp4 else num_announced, file)
+        if (lost := lost_packet(packets)) is not None:
+            raise DataError("DATA-002", f"{file} misses bytes at frame {lost} of {len(packets)}.", _REPLACE)
         order = order_of(packets, stream.time_base, context.reorder_depth)
         return _Headers(
             order,
@@ -217,7 +222,7 @@ def _upright(frame: Any, info: VideoInfo, file: Path) -> Pixels:
     orientation = frame_orientation(frame, file)
     pixels = orientation.apply(frame.to_ndarray(format="rgb24"))
     if orientation != info.orientation or pixels.shape != (info.height, info.width, 3):
-        raise DataError("DATA-002", f"{file}: a frame has another size or orientation than the first.", _CUT)
+        raise DataError("DATA-098", f"{file}: a frame has another size or orientation than the first.", _CUT)
     return pixels
 
 
@@ -225,6 +230,14 @@ def _check_size(height: int, width: int, file: Path) -> None:
     if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
         message = f"{file} claims {height} x {width} pixels; 1 to {MAX_SIDE} a side can be read."
         raise DataError("DATA-006", message, "Replace the file.")
+
+
+def _check_size_in_bytes(file: Path) -> None:
+    found, announced = file.stat().st_size, announced_bytes(file)
+    if found == 0:
+        raise DataError("DATA-002", f"{file} is empty (0 bytes).", "Replace the file.")
+    if announced is not None and found < announced:
+        raise DataError("DATA-002", f"{file} has {found} of {announced} bytes; it is cut off.", "Replace the file.")
 
 
 def _check_complete(num_found: int, num_announced: int, file: Path) -> None:
@@ -237,6 +250,4 @@ def _check_complete(num_found: int, num_announced: int, file: Path) -> None:
 
 def _damaged(file: Path, error: Exception) -> DataError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return DataError(
-        "DATA-002", f"{file} cannot be decoded: {lines[0]}.", "Replace the file; it is damaged or cut off."
-    )
+    return DataError("DATA-002", f"{file} cannot be decoded: {lines[0]}.", _REPLACE)

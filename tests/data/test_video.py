@@ -76,22 +76,6 @@ def test_both_readers_agree_on_real_clips(real_clips: Path) -> None:
         assert torch.equal(read(file, indices, "pyav"), read(file, indices, "decord")), file
 
 
-@pytest.mark.parametrize("reader", READERS)
-def test_rotation_mark_is_obeyed(reader: Reader, tmp_path: Path) -> None:
-    """The matrix of a track header maps (x, y) to (a x + c y + tx, b x + d y + ty), ISO/IEC 14496-12, 8.3.2."""
-    file = write_clip(tmp_path / "a.mp4", num_frames=3)
-    stored = decoded_by_ffmpeg(file)
-    content = bytearray(file.read_bytes())
-    place = content.find(b"tkhd") + 4 + 4 + 20 + 8 + 8
-    one = 1 << 16
-    content[place : place + 36] = struct.pack(">9i", 0, one, 0, -one, 0, 0, 48 * one, 0, 1 << 30)
-    file.write_bytes(content)
-    assert (probe(file).height, probe(file).width) == (64, 48)
-    shown = read(file, range(3), reader).permute(0, 2, 3, 1).numpy()
-    for x, y in ((0, 0), (63, 0), (5, 40)):
-        assert np.array_equal(shown[:, x, 47 - y], stored[:, y, x])  # (x, y) -> (48 - y, x), by pixel centres
-
-
 def test_frames_come_in_small_pieces(tmp_path: Path) -> None:
     file = write_clip(tmp_path / "a.mp4", num_frames=20)
     for reader in READERS:
