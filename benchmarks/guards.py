@@ -48,6 +48,7 @@ from mm.diffusion.flow import FlowMatching  # noqa: E402
 from mm.parallel.apply import DataParallelOptions, ParallelModel, apply  # noqa: E402
 from mm.parallel.launch import Job  # noqa: E402
 from mm.parallel.mesh import Mesh, build_mesh  # noqa: E402
+from mm.parallel.messages import Messages  # noqa: E402
 from mm.parallel.notices import Notices  # noqa: E402
 from mm.parallel.optimizer import AdamWSettings, Optimizer  # noqa: E402
 from mm.parallel.optimizers import make_optimizer  # noqa: E402
@@ -161,7 +162,9 @@ class Guards:
 
     def _new_watch(self, sampling: bool) -> Watch:
         # Of two processes, so that the watch tells and reads what it would in a job.
-        return Watch(Notices(self._store, 0, 2), Limits(None, ceiling=1800.0), None, sampling=sampling)
+        return Watch(
+            Notices(Messages(self._store, b"secret"), 0, 2), Limits(None, ceiling=1800.0), None, sampling=sampling
+        )
 
 
 def check(models: dict[str, Trained], guards: Guards) -> None:

@@ -8,8 +8,21 @@ and SIGUSR1 reach every process of the node, which then has the time it needs to
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
+from mm.cli.entry import run
 from mm.parallel.torchrun import torchrun
 
+
+def main(argv: Sequence[str]) -> None:
+    """Run torchrun with these words.
+
+    Raises:
+        SystemExit: with the exit code of the job on this node.
+        ConfigError: CFG-150, CFG-152 for a meeting place that cannot be, or that anybody could use.
+    """
+    sys.exit(torchrun(argv))
+
+
 if __name__ == "__main__":
-    sys.exit(torchrun(sys.argv[1:]))
+    sys.exit(run(main, sys.argv[1:]))

@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
         StopRequest() if flags.save_on_signal else nullcontext() as stop,
         Job(where, backend.collective, backend.device, timeout, configuration) as job,
         Watch(
-            Notices(job.further_store(ANSWER_S), where.rank, where.world_size, job.remember),
+            Notices(job.notices(ANSWER_S), where.rank, where.world_size, job.remember),
             Limits(flags.hang_timeout, ceiling=0.9 * 60 * timeout),
             save / "hang" if save is not None else None,
             sampling=flags.straggler_interval is not None,

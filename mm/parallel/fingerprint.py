@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store
 
 from mm.errors import ConfigError, Problem, raise_all
+from mm.parallel.messages import Messages
 
 SAME_START = "Start every node from the same checkout and environment, with the same script, flags and files."
 CHECK_NODES = (
@@ -63,11 +63,11 @@ def file_digests(package: Path) -> dict[str, str]:
     }
 
 
-def agree(store: Store, rank: int, world_size: int, mine: Mapping[str, str], timeout: datetime.timedelta) -> None:
+def agree(messages: Messages, rank: int, world_size: int, mine: Mapping[str, str], timeout: datetime.timedelta) -> None:
     """Return on every rank when all have come and equal rank 0; else raise on every rank that has come.
 
     Args:
-        store: shared by the ranks of this start and not used for an `agree` before (a `PrefixStore` for each start).
+        messages: of the ranks of this start, with names that no `agree` has used before (a store's prefix a start).
         mine: this rank's `fingerprint`.
         timeout: how long a rank waits for the others.
 
@@ -76,18 +76,18 @@ def agree(store: Store, rank: int, world_size: int, mine: Mapping[str, str], tim
             CFG-091 when ranks have not come within the timeout, or the store was lost.
     """
     try:
-        _append(store, "come", f"{rank} {socket.gethostname()}")
-        store.add("number come", 1)
-        _compare_with_rank_0(store, rank, {**mine, "number of processes": json.dumps(world_size)}, world_size, timeout)
-        if store.add("compared", 1) >= world_size:
-            store.compare_set("verdict", "", ALL_CAME)
-        _wait(store, "verdict", world_size, timeout)
-        problems = _differing(store)
-        verdict = store.get("verdict").decode()
+        messages.append("come", [rank, socket.gethostname()])
+        messages.count("number come", 1)
+        mine = {**mine, "number of processes": json.dumps(world_size)}
+        _compare_with_rank_0(messages, rank, mine, world_size, timeout)
+        if messages.count("compared", 1) >= world_size:
+            messages.claim("verdict", ALL_CAME)
+        verdict = _wait(messages, "verdict", world_size, timeout) or messages.read("verdict")
+        problems = _differing(messages)
         if verdict != ALL_CAME:
-            problems.append(Problem("CFG-091", verdict, CHECK_NODES))
+            problems.append(Problem("CFG-091", str(verdict), CHECK_NODES))
         if problems:
-            _leave_together(store)
+            _leave_together(messages)
     except dist.DistError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError("CFG-091", f"Rank {rank} lost the job's store while joining: {reason}", CHECK_NODES) from None
@@ -95,20 +95,21 @@ def agree(store: Store, rank: int, world_size: int, mine: Mapping[str, str], tim
 
 
 def _compare_with_rank_0(
-    store: Store, rank: int, mine: Mapping[str, str], world_size: int, timeout: datetime.timedelta
+    messages: Messages, rank: int, mine: Mapping[str, str], world_size: int, timeout: datetime.timedelta
 ) -> None:
     text = json.dumps(mine)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     if rank == 0:
-        store.set("text", text)
-        store.set("host", socket.gethostname())
-        store.set("digest", digest)
+        messages.tell("text", text)
+        messages.tell("host", socket.gethostname())
+        messages.tell("digest", digest)
         return
-    if not _wait(store, "digest", world_size, timeout) or store.get("digest").decode() == digest:
+    of_rank_0 = _wait(messages, "digest", world_size, timeout)
+    if of_rank_0 in (None, digest):
         return
     # Ranks of one node usually differ alike: what differs is written once for all that have this digest.
-    store.set(f"differs {digest}", "; ".join(differences(mine, json.loads(store.get("text")))))
-    _append(store, "differing", f"{rank} {socket.gethostname()} {digest}")
+    messages.claim(f"differs {digest}", "; ".join(differences(mine, json.loads(messages.wait("text", timeout)))))
+    messages.append("differing", [rank, socket.gethostname(), digest])
 
 
 def differences(mine: Mapping[str, str], of_rank_0: Mapping[str, str]) -> list[str]:
@@ -127,59 +128,49 @@ def differences(mine: Mapping[str, str], of_rank_0: Mapping[str, str]) -> list[s
     return found
 
 
-def _wait(store: Store, key: str, world_size: int, timeout: datetime.timedelta) -> bool:
-    """Wait for a key. The first rank to run out of time decides for all: it writes the verdict that ranks are missing.
+def _wait(messages: Messages, name: str, world_size: int, timeout: datetime.timedelta) -> Any | None:
+    """Wait for a message. The first rank to run out of time decides for all: it claims the verdict that ranks miss.
 
     A later one reads that verdict at once, so that no two ranks think differently about who has come.
     """
     try:
-        store.wait([key], timeout)
+        return messages.wait(name, timeout)
     except dist.DistStoreError:
-        came = _roll(store, "come")
+        came = _roll(messages, "come")
         missing = sorted(set(range(world_size)) - {rank for rank, _ in came})
         what = f"{_ranks(missing)} of {world_size} did not come" if missing else "some ranks came and then stopped"
         found = f"Within {timeout.total_seconds():g} s {what}. There: {_ranks_and_hosts(came)}."
-        store.compare_set("verdict", "", found)
-        return False
-    return True
+        messages.claim("verdict", found)
+        return None
 
 
-def _differing(store: Store) -> list[Problem]:
+def _differing(messages: Messages) -> list[Problem]:
     """One problem for each group of ranks that differ from rank 0 alike."""
-    if not store.check(["differing"]):
-        return []
     groups: dict[str, list[tuple[int, str]]] = {}
-    for rank, rest in _roll(store, "differing"):
-        host, digest = rest.split()
+    for rank, host, digest in sorted(messages.roll("differing")):
         groups.setdefault(digest, []).append((rank, host))
-    host_of_rank_0 = store.get("host").decode()
     return [
         Problem(
             "CFG-090",
-            f"Started differently from rank 0 ({host_of_rank_0}): {_ranks_and_hosts(group)}, with "
-            f"{store.get(f'differs {digest}').decode()}{_and_more(len(groups) - NAMED, 'kinds of difference')}.",
+            f"Started differently from rank 0 ({messages.read('host')}): {_ranks_and_hosts(group)}, with "
+            f"{messages.read(f'differs {digest}')}{_and_more(len(groups) - NAMED, 'kinds of difference')}.",
             SAME_START,
         )
         for digest, group in list(groups.items())[:NAMED]
     ]
 
 
-def _leave_together(store: Store) -> None:
+def _leave_together(messages: Messages) -> None:
     """Wait until all that have come know why the job ends: the first to leave may take the store with it."""
-    if store.add("left", 1) >= store.add("number come", 0):
-        store.set("all left", "")
+    if messages.count("left", 1) >= messages.count("number come", 0):
+        messages.claim("all left", True)
     with contextlib.suppress(dist.DistError):
-        store.wait(["all left"], datetime.timedelta(seconds=LEAVING_S))
+        messages.wait("all left", datetime.timedelta(seconds=LEAVING_S))
 
 
-def _append(store: Store, key: str, line: str) -> None:
-    store.append(key, f"{line}\n")  # type: ignore[attr-defined]  # missing from torch's stubs
-
-
-def _roll(store: Store, key: str) -> list[tuple[int, str]]:
-    """The lines that ranks have appended to a key, as (rank, rest of the line), by rank."""
-    lines = store.get(key).decode().splitlines()
-    return sorted((int(rank), rest) for rank, rest in (line.split(maxsplit=1) for line in lines))
+def _roll(messages: Messages, name: str) -> list[tuple[int, str]]:
+    """The entries (rank, host) of a roll, by rank."""
+    return sorted((rank, host) for rank, host in messages.roll(name))
 
 
 def _parsed(value: Any) -> Any:

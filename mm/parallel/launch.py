@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
+import logging
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,11 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from mm.config.place import Place
 from mm.errors import EXIT_CHECKPOINT, EXIT_HANG, ConfigError, RestartError
 from mm.parallel.fingerprint import CHECK_NODES, agree, fingerprint
+from mm.parallel.meeting import SECRET, job_secret, on_one_node, serve_store, stay_on_this_node
+from mm.parallel.messages import Messages
+from mm.parallel.notices import Failure, as_record
+
+logger = logging.getLogger(__name__)
 
 MAY_RESTART = (EXIT_CHECKPOINT, EXIT_HANG)
 """Exit codes after which the same command may do better at once."""
@@ -42,18 +48,28 @@ class Job:
             configuration: what must be equal on all ranks besides the code, by name (`mm.parallel.fingerprint`).
 
         Raises:
-            ConfigError: CFG-031, CFG-090, CFG-091, on every rank, before any process group exists.
+            ConfigError: CFG-031, CFG-090, CFG-091, CFG-150, CFG-151, before any process group exists.
         """
         self.rank = where.rank
         self.world_size = where.world_size
         self.local_rank = where.local_rank
         timeout = datetime.timedelta(minutes=timeout_minutes)
+        self._secret = job_secret()
+        if self._secret is None and where.world_size > 1 and where.rank == 0:
+            logger.warning(
+                "%s is not set: whoever reaches MASTER_PORT can end this job. Give it the same random text on all "
+                "nodes; mm.cli.launch does so for a job of one node (docs/cluster.md).",
+                SECRET,
+            )
         self._store = open_store(where, timeout)
+        self._memory = Messages(self._store.base, self._secret, "all starts")
         self._refuse_vain_restart()
         store = self._store.of_start()
+        if on_one_node(where):
+            stay_on_this_node()
         if where.world_size > 1:
             agree(
-                PrefixStore("agree", store),
+                self._messages(store, "agree"),
                 where.rank,
                 where.world_size,
                 fingerprint(configuration or {}),
@@ -72,8 +88,8 @@ class Job:
         """A further group of all processes for messages between their hosts (gloo), apart from those of training."""
         return dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
 
-    def further_store(self, timeout_s: float) -> Store | None:
-        """A client of the job's store apart from the others, which no long wait holds; None in a job of one process.
+    def notices(self, timeout_s: float) -> Messages | None:
+        """Messages over a client of the store that no long wait holds; None in a job of one process.
 
         Args:
             timeout_s: how long it waits for an answer.
@@ -84,12 +100,16 @@ class Job:
         client = dist.TCPStore(  # type: ignore[attr-defined]
             address, port, is_master=False, timeout=datetime.timedelta(seconds=timeout_s), wait_for_workers=False
         )
-        return PrefixStore(f"{self._store.prefix}/notices", client)
+        return self._messages(PrefixStore(self._store.prefix, client), "notices")
+
+    def _messages(self, store: Store, name: str) -> Messages:
+        """Signed messages under a name in the store of this start."""
+        return Messages(PrefixStore(name, store), self._secret, f"{self._store.prefix}/{name}")
 
     def remember(self, exit_code: int, text: str) -> None:
         """Leave word for the processes that a launcher may start in place of these (torchrun's `--max-restarts`)."""
         with contextlib.suppress(dist.DistError):
-            self._store.base.set(_ENDED, json.dumps([exit_code, text]))
+            self._memory.tell(_ENDED, asdict(Failure(0, exit_code, text)))
 
     def _refuse_vain_restart(self) -> None:
         """A launcher starts again whatever ended; where another start cannot help, end with the same error.
@@ -97,17 +117,14 @@ class Job:
         Raises:
             MMError: RUN-002, with the exit code of the start before.
         """
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not self._store.base.check([_ENDED]):
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             return
-        exit_code, text = json.loads(self._store.base.get(_ENDED))
-        if exit_code in MAY_RESTART:
+        ended = as_record(Failure, self._memory.read(_ENDED))
+        if ended is None or ended.exit_code in MAY_RESTART:
             return
-        error = RestartError(
-            "RUN-002",
-            f"The launcher started this job again after exit code {exit_code}, which another start cannot mend: {text}",
-            "Mend that first.",
-        )
-        error.exit_code = exit_code
+        found = f"after exit code {ended.exit_code}, which another start cannot mend: {ended.text}"
+        error = RestartError("RUN-002", f"The launcher started this job again {found}", "Mend that first.")
+        error.exit_code = ended.exit_code
         raise error
 
     def barrier(self) -> None:
@@ -143,7 +160,7 @@ def open_store(where: Place, timeout: datetime.timedelta) -> JobStore:
 
     Raises:
         ConfigError: CFG-031 when the address is missing or malformed; CFG-091 when the store cannot be reached, or rank
-            0 cannot open its port.
+            0 cannot open its port; CFG-150 when the address of a job of one node is not the node's.
     """
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if where.world_size == 1 and address is None:  # started without torchrun: a store inside the process needs no port
@@ -153,14 +170,13 @@ def open_store(where: Place, timeout: datetime.timedelta) -> JobStore:
         raise ConfigError("CFG-031", f"The launcher's variables make no sense: {found}.", "Use torchrun.")
     launcher_has_one = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            address,
-            int(port),
-            is_master=where.rank == 0 and not launcher_has_one,
-            timeout=timeout,
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
+        serves = where.rank == 0 and not launcher_has_one
+        if serves and on_one_node(where):
+            store = serve_store(address, int(port), timeout)
+        else:
+            store = dist.TCPStore(  # type: ignore[attr-defined]
+                address, int(port), is_master=serves, timeout=timeout, wait_for_workers=False, multi_tenant=True
+            )
         # The launcher's store outlives its workers' restarts, and one process may join more than once.
         start = store.add(f"starts of rank {where.rank}", 1)
     except dist.DistError as error:

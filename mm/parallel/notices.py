@@ -6,42 +6,60 @@ printed; and that a process makes no progress (`mm.parallel.watch`). Reading nev
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store
+
+from mm.errors import EXIT_INTERNAL
+from mm.parallel.messages import Messages
+
+RecordT = TypeVar("RecordT")
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The first failure of a job: of which rank, the exit code for all processes, what was printed."""
+    """The first failure of a job: of which rank, the exit code for all processes, what was printed.
+
+    A code that says success, or that no process can leave with, becomes that of a defect.
+    """
 
     rank: int
     exit_code: int
     text: str
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.exit_code, int) and 0 < self.exit_code < 256):
+            object.__setattr__(self, "exit_code", EXIT_INTERNAL)
+
+
+def as_record(kind: type[RecordT], told: Any) -> RecordT | None:
+    """A record from what was told of its fields; None where it says something else, as only a forged message can."""
+    try:
+        return None if told is None else kind(**told)
+    except TypeError:
+        return None
 
 
 class Notices:
     """A process's view of what was told in this start of the job. Threads may share it.
 
     Args:
-        store: a client of its own, with a short time limit; None where the job is one process.
+        messages: over a client of its own, with a short time limit; None where the job is one process.
         rank, world_size: of this process and the job.
         remember: called with exit code and text of the job's first failure, for a start after this one.
     """
 
     def __init__(
         self,
-        store: Store | None,
+        messages: Messages | None,
         rank: int,
         world_size: int,
         remember: Callable[[int, str], None] = lambda exit_code, text: None,
     ) -> None:
-        self._store, self.rank, self.world_size, self._remember = store, rank, world_size, remember
+        self._messages, self.rank, self.world_size, self._remember = messages, rank, world_size, remember
         self._lock = threading.Lock()
         self._mine: dict[str, Any] = {}
 
@@ -51,30 +69,31 @@ class Notices:
         Raises:
             StoreLostError: the store does not answer.
         """
-        if self._store is None:
+        if self._messages is None:
             first = name not in self._mine
             self._mine.setdefault(name, value)
             return first
         with self._lock, _answering():
-            first = self._store.add(f"{name} claimed", 1) == 1
-            if first:
-                self._store.set(name, json.dumps(value))
-            return first
+            return self._messages.claim(name, value)
 
     def tell(self, name: str, value: Any) -> None:
         """Tell `value` under a name that only this process uses, over what it told before; raises as `claim`."""
-        if self._store is None:
+        if self._messages is None:
             self._mine[name] = value
             return
         with self._lock, _answering():
-            self._store.set(name, json.dumps(value))
+            self._messages.tell(name, value)
 
     def read(self, name: str) -> Any | None:
         """What was told, or None; raises as `claim`."""
-        if self._store is None:
+        if self._messages is None:
             return self._mine.get(name)
         with self._lock, _answering():
-            return json.loads(self._store.get(name)) if self._store.check([name]) else None
+            return self._messages.read(name)
+
+    def record(self, kind: type[RecordT], name: str) -> RecordT | None:
+        """What was told, as `as_record` reads it; raises as `claim`."""
+        return as_record(kind, self.read(name))
 
     def publish(self, failure: Failure) -> bool:
         """Tell the job that it has failed; whether this is its first failure, which is the one to print."""
@@ -88,8 +107,7 @@ class Notices:
 
     def failure(self) -> Failure | None:
         """The job's first failure so far; raises as `claim`."""
-        told = self.read("failure")
-        return None if told is None else Failure(**told)
+        return self.record(Failure, "failure")
 
 
 class StoreLostError(Exception):

@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.run import parse_args, run
 
 from mm.errors import LAUNCHER, LostProcessError, say
+from mm.parallel.meeting import prepare_launch
 
 HANDED_ON = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -32,6 +33,7 @@ def torchrun(argv: Sequence[str]) -> int:
     os.environ[LAUNCHER] = "1"
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it reports is told better below
     arguments = parse_args(list(argv))
+    arguments.store = prepare_launch(arguments)  # kept as long as they are; torchrun finds it by its port
     arguments.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
     for number in HANDED_ON:
         signal.signal(number, _hand_on)

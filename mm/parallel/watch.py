@@ -107,6 +107,14 @@ class Doing:
     answers: bool = True
 
 
+@dataclass(frozen=True)
+class Alarm:
+    """Some rank's word that it has been in one phase for longer than its limit, in seconds."""
+
+    rank: int
+    limit_s: float
+
+
 class Watch:
     """The watch over one process; a context manager around the run.
 
@@ -260,10 +268,10 @@ class Watch:
                 self._leave(failure.exit_code)
             return
         if now - self._since > self._limit() and not self._over.is_set():
-            self._notices.claim("alarm", {"rank": self._notices.rank, "limit_s": self._limit()})
-        alarm = self._notices.read("alarm")
+            self._notices.claim("alarm", asdict(Alarm(self._notices.rank, self._limit())))
+        alarm = self._notices.record(Alarm, "alarm")
         if alarm is not None:
-            self._answer(alarm["limit_s"])
+            self._answer(alarm.limit_s)
 
     def _answer(self, limit_s: float) -> None:
         """Say what this process is doing; the first rank that answers prints what all said."""
@@ -274,9 +282,9 @@ class Watch:
         said: dict[int, Doing] = {}
         while len(said) < len(ranks) and time.monotonic() < until:
             for rank in ranks:
-                told = None if rank in said else self._notices.read(f"doing {rank}")
+                told = None if rank in said else self._notices.record(Doing, f"doing {rank}")
                 if told is not None:
-                    said[rank] = Doing(**told)
+                    said[rank] = told
             time.sleep(0.1)
         if min(said) == me.rank:
             everyone = [said.get(rank) or self._last_seen(rank) for rank in ranks]

@@ -13,6 +13,8 @@ import pytest
 import yaml
 from ranks import free_port
 
+from mm.parallel.meeting import SECRET
+
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "examples" / "wan2.1" / "cluster"
 SBATCH = CLUSTER / "slurm_pretrain.sbatch"
@@ -154,7 +156,8 @@ def test_pytorchjob_sets_what_the_script_reads() -> None:
     [container] = master["containers"]
     assert container["name"] == "pytorch"  # where the operator puts its variables
     assert container["command"] == ["bash", "-c"]
-    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    environment = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
+    assert [entry["name"] for entry in container["env"] if "valueFrom" in entry] == [SECRET]  # kept by the cluster
     assert all(isinstance(value, str) for value in environment.values())
     script = ROOT / environment.pop("SCRIPT")
     assert script == PRETRAIN

@@ -21,9 +21,11 @@ from mm.config.place import Place, place
 from mm.errors import ConfigError
 from mm.parallel.fingerprint import agree, differences, file_digests, fingerprint
 from mm.parallel.launch import Job, open_store
+from mm.parallel.messages import Messages
 
 FLAGS = {"lr": 1e-4, "seed": 1234, "save": "/shared/run", "layers": [4, 4]}
 HOST = socket.gethostname()
+SECRET = b"of this job"
 SECONDS = datetime.timedelta(seconds=1)
 
 
@@ -40,7 +42,7 @@ def other_code() -> dict[str, str]:
 def outcome(store: Any, rank: int, world_size: int, mine: Mapping[str, str], seconds: float) -> str:
     """What one rank's `agree` says: the error's text, or "agreed"."""
     try:
-        agree(store, rank, world_size, mine, seconds * SECONDS)
+        agree(Messages(store, SECRET), rank, world_size, mine, seconds * SECONDS)
     except ConfigError as error:
         return str(error)
     return "agreed"

@@ -25,7 +25,7 @@ def hang_with_a_late_rank(late: int, folder: str) -> dict[str, Any]:
     where, left = place(), []
     sys.stderr = (Path(folder) / f"stderr-{where.rank}").open("w")
     with Job(where, "gloo", torch.device("cpu"), 1) as job:
-        notices = Notices(job.further_store(5), where.rank, where.world_size)
+        notices = Notices(job.notices(5), where.rank, where.world_size)
         watch = Watch(notices, Limits(LIMIT, 60), Path(folder), leave=lambda code: left.append(code))
         began = time.monotonic()
         with watch:
@@ -67,7 +67,7 @@ def wait_for_a_handle() -> bool:
     """Whether a rank is seen waiting: rank 0 waits for a message whose handle it holds, rank 1 sleeps."""
     where = place()
     with Job(where, "gloo", torch.device("cpu"), 1) as job:
-        watch = Watch(Notices(job.further_store(5), where.rank, 2), Limits(60, 60), None)
+        watch = Watch(Notices(job.notices(5), where.rank, 2), Limits(60, 60), None)
         with watch, watch.during("forward and backward"):
             if where.rank == 0:
                 handle = dist.irecv(torch.zeros(1), 1)
