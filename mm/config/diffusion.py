@@ -23,7 +23,8 @@ class DiffusionConfig(Section):
         extra_one_step: leave the last point (`sigma_min` itself) out of the grid.
         timestep_sampling: `grid` draws a point of the grid with equal chances; `logit_normal` draws
             sigma = sigmoid(normal) and then shifts it (Esser et al. 2024, arXiv 2403.03206, section 3.1).
-        logit_mean, logit_std: of that normal, only with `logit_normal`.
+        logit_mean, logit_std: of that normal, only with `logit_normal`. A mean above 0 draws more noise; VideoX-Fun's
+            and diffusers' training scripts count the grid from noise to data: their mean is the negative of this one.
         loss_weighting: `gaussian` favours the middle timesteps; `none` weighs all alike.
     """
 

@@ -36,7 +36,9 @@ class GenerateFlags(MeshFlags):
     )
     lora: list[str] = Field([], description="adapter files to add to the weights; default: from the json")
     lora_strength: list[float] = Field([], description="factor on each adapter of --lora; default: 1")
-    negative_prompt: str | None = Field(None, description="default: from the json, else that of the Wan2.1 release")
+    negative_prompt: str | None = Field(
+        None, description="default: from the json, else that of the Wan2.1 release for the task"
+    )
     save_path: str | None = Field(None, description="folder for the clips; default: from the json")
     overwrite: bool = Field(False, description="replace clips that exist; otherwise they are an error")
     seed: int | None = Field(None, ge=0, description="seed of the initial noise; default: from the json")

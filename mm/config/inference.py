@@ -13,12 +13,19 @@ from mm.config.model import IMAGES, Precision, WanConfig
 
 Task = Literal["t2v", "i2v", "flf2v", "v2v"]
 
-# The negative prompt of the Wan2.1 release (wan/configs/shared_config.py), which its models are meant to be used with.
-WAN_NEGATIVE_PROMPT = (
+_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
     "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
     "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
+NEGATIVE_PROMPTS: dict[Task, str] = {
+    "t2v": _NEGATIVE_PROMPT,
+    "v2v": _NEGATIVE_PROMPT,
+    "i2v": "镜头晃动，" + _NEGATIVE_PROMPT,
+    "flf2v": "镜头切换，镜头晃动，" + _NEGATIVE_PROMPT,
+}
+"""Of the Wan2.1 release, which its models are meant to be used with: wan/configs/shared_config.py for text alone; with
+a first frame (wan_i2v_14B.py) a shaking camera is put before it, with a last one too (__init__.py) a cut."""
 
 # Pixels that one latent stands for: frames after the first, rows, columns. Fixed by the Wan2.1 VAE.
 VAE_STRIDE = (4, 8, 8)
@@ -120,7 +127,7 @@ class InferenceModel(Section):
         prompt: a text file, one prompt a line.
         image: a text file, one image a line for each prompt, or two with a comma between (first, last).
         video: a text file, one video a line for each prompt; the clips are made from these.
-        negative_prompt: what guidance leads away from; the default is the Wan2.1 release's.
+        negative_prompt: what guidance leads away from; None is the Wan2.1 release's for the task.
         save_path: folder for the clips. fps: frames a second of the clips.
         lora: adapters that are added to the transformer's weights, in this order.
         seed: with the prompt's index it decides the initial noise.
@@ -130,7 +137,7 @@ class InferenceModel(Section):
     prompt: str
     image: str | None = Field(None, min_length=1)
     video: str | None = Field(None, min_length=1)
-    negative_prompt: str = WAN_NEGATIVE_PROMPT
+    negative_prompt: str | None = None
     save_path: str
     fps: int = Field(16, ge=1, le=240)
     seed: int = Field(42, ge=0)
@@ -149,6 +156,11 @@ class InferenceModel(Section):
         if not IMAGES[self.predictor.model_type]:
             return "t2v" if self.video is None else "v2v"
         return "flf2v" if self.predictor.model_type == "flf2v" or self.pipeline_config.dual_image else "i2v"
+
+    @property
+    def negative_text(self) -> str:
+        """The negative prompt, given or of the release; an empty one is a prompt, too."""
+        return NEGATIVE_PROMPTS[self.task] if self.negative_prompt is None else self.negative_prompt
 
     def latent_size(self) -> tuple[int, int, int]:
         """(F, H, W) of the latents of one clip."""

@@ -34,7 +34,7 @@ def describe_run(generation: Generation, weights: GenerationWeights, device: str
     transformer = {"path": str(weights.source.path), "format": weights.source.label, "dtype": config.predictor.dtype}
     return {
         "task": config.task,
-        "negative_prompt": config.negative_prompt if diffusion.guided else None,
+        "negative_prompt": config.negative_text if diffusion.guided else None,
         "seed": config.seed,
         "input_size": list(config.pipeline_config.input_size),
         "fps": config.fps,

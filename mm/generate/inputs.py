@@ -35,7 +35,7 @@ def encode_text(
         device,
         config.tokenizer.model_max_length,
     )
-    negative = encoder.encode([config.negative_prompt])[0].cpu() if config.diffusion.guided else None
+    negative = encoder.encode([config.negative_text])[0].cpu() if config.diffusion.guided else None
     return {row.index: encoder.encode([row.prompt])[0].cpu() for row in rows}, negative
 
 

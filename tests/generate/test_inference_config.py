@@ -1,5 +1,6 @@
 """inference_model.json: what the shipped files say, what flags override, and what is refused."""
 
+import hashlib
 import json
 import shlex
 from pathlib import Path
@@ -31,6 +32,10 @@ def refused(tmp_path, values, **flags):
     return caught.value.problems
 
 
+# Of sample_neg_prompt in wan/configs/shared_config.py of the Wan2.1 release.
+NEGATIVE_LENGTH, NEGATIVE_SHA256 = 137, "ce96e0324e4b54ce"
+
+
 @pytest.mark.parametrize(
     ("script", "shape", "size"),
     [
@@ -53,7 +58,9 @@ def test_shipped_files(script, shape, size):
     assert (config.diffusion.solver, config.diffusion.num_inference_steps, config.fps) == ("unipc", 50, 16)
     shift, guidance = {"flf2v": (16.0, 5.5)}.get(config.task, (5.0 if size[1] == 720 else 3.0, 5.0))
     assert (config.diffusion.flow_shift, config.diffusion.guidance_scale) == (shift, guidance)
-    assert config.negative_prompt.startswith("色调艳丽")
+    before, common = config.negative_text[:-NEGATIVE_LENGTH], config.negative_text[-NEGATIVE_LENGTH:]
+    assert before == {"i2v": "镜头晃动，", "flf2v": "镜头切换，镜头晃动，"}.get(config.task, "")
+    assert hashlib.sha256(common.encode()).hexdigest().startswith(NEGATIVE_SHA256)
     for listed in (config.prompt, config.image, config.video):
         assert listed is None or (EXAMPLES.parents[1] / listed).is_file()
 
@@ -67,7 +74,7 @@ def test_flags_win_over_the_file(tmp_path):
     del values["diffusion"]["solver_order"], values["diffusion"]["solver_type"]
     flags = parse_flags(GenerateFlags, words, program="generate")
     config = load(tmp_path, values, **flags.model_dump(exclude={"mm_model"}))
-    assert (config.prompt, config.negative_prompt, config.save_path) == ("p.txt", "", "out")
+    assert (config.prompt, config.negative_text, config.save_path) == ("p.txt", "", "out")
     assert (config.seed, config.fps, config.latent_size()) == (7, 8, (3, 8, 12))
     diffusion = config.diffusion
     assert (diffusion.solver, diffusion.num_inference_steps) == ("euler", 3)
@@ -208,4 +215,5 @@ def test_inputs_that_do_not_fit_the_model(tmp_path, values, flags, ids):
 def test_an_i2v_model_may_be_given_both_frames(tmp_path):
     values = images(pipeline_config={"input_size": [81, 480, 832], "dual_image": True})
     assert load(tmp_path, values).task == "flf2v"
+    assert load(tmp_path, values).negative_text.startswith("镜头切换，镜头晃动，色调艳丽")
     assert load(tmp_path, images()).task == "i2v"
