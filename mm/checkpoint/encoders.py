@@ -32,6 +32,7 @@ from mm.wan.name_pairs import Pair
 from mm.wan.names_clip import clip_pairs
 from mm.wan.names_t5 import t5_pairs
 from mm.wan.names_vae import vae_pairs
+from mm.wan.prefixes import common_prefix, unwrapped
 from mm.wan.shards import DIFFUSERS_FILE, find_shards
 
 log = logging.getLogger(__name__)
@@ -235,8 +236,8 @@ def _require_names(source: EncoderSource, expected: Iterable[str]) -> None:
 
 def _recognised(path: Path, kinds: dict[str, TensorKind], read: Callable[[str], Tensor]) -> EncoderSource | None:
     """Which encoder has these names, with the parts left out that are no part of it."""
-    prefix = "model." if all(name.startswith("model.") for name in kinds) else ""  # DiffSynth's, of the VAE
-    names = {name.removeprefix(prefix): name for name in kinds}
+    prefix = common_prefix(kinds)  # DiffSynth's `model.`, of the VAE
+    names = {unwrapped(name.removeprefix(prefix)): name for name in kinds}
     for encoder in ENCODERS:
         for original, mark in ((True, encoder.mark), (False, encoder.hf_mark)):
             layers = {int(match[1] or 0) for name in names if (match := re.fullmatch(mark, name))}

@@ -110,6 +110,13 @@ def merged(base_path: Path, adapter_path: Path, strength: float = 1.0, *, averag
     """
     base, adapter = open_weights(base_path), read_any(adapter_path, averaged=averaged)
     require_fit(adapter, every_linear(base.shapes()))
+    kinds = base.kinds()
+    coarse = [name for name in adapter.updates if kinds[f"{name}.weight"].dtype.itemsize == 1]
+    if coarse:
+        log.warning(
+            "%s has %d of the adapter's linears in 8 bits, %s, and so will the result, in which small updates may be "
+            "rounded away; a base in bfloat16 keeps them.", base_path, len(coarse), kinds[f"{coarse[0]}.weight"].dtype,
+        )  # fmt: skip
     theirs = adapter.texts.get(BASE_IDENTITY)
     ours = identity(base) if theirs else None
     if theirs != ours:

@@ -102,7 +102,7 @@ def read_adapter(path: Path) -> Adapter:
 def _files(path: Path) -> dict[Path, Header]:
     """The checked headers of the files that make up the adapter at `path`."""
     if not path.is_dir():
-        return {path: read_header(path)}
+        return find_shards(path)
     named = next((path / name for name in (PEFT_FILE, PEFT_MODEL_FILE) if (path / name).exists()), None)
     if named is not None:
         return {named: read_header(named)}

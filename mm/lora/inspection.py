@@ -71,8 +71,7 @@ def inspect(path: Path) -> tuple[Inspection, MMError | None]:
     try:
         source = open_weights(path)
     except (CheckpointError, DataError) as error:
-        adapter = _adapter(path) if error.id in _ADAPTERS else None
-        return (adapter, None) if adapter is not None else (_unusable(path, error), error)
+        return _adapter(path, error) if error.id in _ADAPTERS else (_unusable(path, error), error)
     config, problem = _config(source)
     kinds = source.kinds()
     dtypes: Counter[str] = Counter()
@@ -139,12 +138,13 @@ def _step(folder: Path) -> int | None:
     return int(digits) if folder.name.startswith("iter_") and digits.isdigit() else None
 
 
-def _adapter(path: Path) -> Inspection | None:
-    """What an adapter is; None where there is none."""
+def _adapter(path: Path, no_model: MMError) -> tuple[Inspection, MMError | None]:
+    """What an adapter is, and what is wrong with it; where there is none, why it is no model either."""
     try:
         adapter = read_any(path)
-    except (CheckpointError, DataError):
-        return None
+    except (CheckpointError, DataError) as error:
+        problem = no_model if error.id == "DATA-090" else error
+        return _unusable(path, problem), problem
     dtypes = Counter[str]()
     num_bytes = 0
     for value in adapter.parameters().values():
@@ -152,7 +152,7 @@ def _adapter(path: Path) -> Inspection | None:
         num_bytes += value.numel() * value.element_size()
     ranks = sorted({update.rank for update in adapter.updates.values()})
     alphas = sorted({update.alpha for update in adapter.updates.values()})
-    return Inspection(
+    found = Inspection(
         path=str(path),
         format="a LoRA adapter",
         model=f"{len(adapter.updates)} linears, r {', '.join(map(str, ranks))}, alpha "
@@ -162,6 +162,7 @@ def _adapter(path: Path) -> Inspection | None:
         num_bytes=num_bytes,
         dtypes=dict(dtypes.most_common()),
     )
+    return found, None
 
 
 def _unusable(path: Path, error: MMError) -> Inspection:

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_convert import (  # noqa: F401  (a fixture)
     CONFIG,
     REPO,
@@ -50,6 +50,17 @@ def test_a_training_checkpoint_in_bf16(original, tmp_path, max_bytes):  # noqa: 
         assert all(sum(t.nbytes for t in load_file(file).values()) <= max_bytes for file in files)
     assert open_weights(tmp_path / "out").config() == CONFIG
     assert_same_bits(as_native(tmp_path / "out"), expected)
+
+
+def test_a_weight_beyond_bf16_is_refused(original, tmp_path):  # noqa: F811
+    source = open_weights(original)
+    values = {name: source.read(name).float() for name in source.shapes()}
+    values["blocks.1.ffn.0.weight"][2, 3] = 3.4e38  # finite in fp32, and an infinity in bf16
+    scalars = {"step": 1, "wan_config": source.config().model_dump(mode="json")}
+    save(tmp_path / "run", 1, [whole_piece(f"model.{name}", value) for name, value in values.items()], scalars)
+    with pytest.raises(CheckpointError, match=r"CKPT-120: blocks.1.ffn.0.weight reaches 3.4e\+38, and bfloat16 ends"):
+        convert.zero_to_bf16(tmp_path / "run", tmp_path / "out")
+    assert names(tmp_path) == ["run"]
 
 
 def test_the_guides_command(original, tmp_path):  # noqa: F811
@@ -175,6 +186,15 @@ def test_what_is_wrong_is_said_and_is_the_exit_code(original, tmp_path, capsys):
     assert "CKPT-041" in found["problems"][0]
     assert "error CKPT-041" in capsys.readouterr().err
     assert looked_at(tmp_path / "absent", 65)["problems"][0].startswith("DATA-020")
+
+
+def test_what_is_wrong_with_an_adapter_is_said(tmp_path):
+    key = "diffusion_model.blocks.0.self_attn.q"
+    halves = {f"{key}.lora_down.weight": torch.ones(2, 16), f"{key}.lora_up.weight": torch.ones(16, 2)}
+    save_file(halves, tmp_path / "x.safetensors")
+    assert looked_at(tmp_path / "x.safetensors", 0)["format"] == "a LoRA adapter"
+    save_file(halves | {f"{key}.dora_scale": torch.ones(16)}, tmp_path / "x.safetensors")
+    assert "1 keys of DoRA" in looked_at(tmp_path / "x.safetensors", 65)["problems"][0]
 
 
 def test_a_published_model_is_called_by_its_name(tmp_path):

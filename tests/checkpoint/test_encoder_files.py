@@ -259,3 +259,27 @@ def test_published_sizes_bring_their_configuration():
             assert (config["relative_attention_max_distance"], config["num_heads"]) == (128, 64)
         else:
             assert (config["num_attention_heads"], config["hidden_act"]) == (16, "gelu")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model."])
+def test_wrappers_before_an_originals_names_are_read(kind, folder, prefix, tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_file({prefix + name: value.contiguous() for name, value in as_original(kind).items()}, file)
+    words = ["--source_path", str(file), "--mode", "convert_to_hf", "--ckpt_path", str(folder)]
+    assert run(main, [*words, "--target_path", str(tmp_path / "out")]) == 0
+    ours, theirs = (load_file(next(place.glob("*.safetensors"))) for place in (tmp_path / "out", folder))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("mode", ["convert_to_hf", "convert_to_native"])
+def test_nothing_that_is_not_finite_is_written(kind, folder, mode, tmp_path, capsys):
+    file = next(folder.glob("*.safetensors"))
+    state = load_file(file)
+    name = max(state, key=lambda key: state[key].numel())
+    state[name].view(-1)[3] = float("nan")
+    save_file(state, file, {"format": "pt"})
+    like = ["--ckpt_path", str(folder)] if mode == "convert_to_hf" else []
+    words = ["--source_path", str(folder), "--mode", mode, *like, "--target_path", str(tmp_path / "out")]
+    assert run(main, words) == 74
+    assert "CKPT-016" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -251,8 +251,12 @@ def test_weights_are_no_adapter(base_file: Path):
 def test_damaged_and_missing_files(tmp_path: Path):
     file = q_file(tmp_path / "x.safetensors")
     file.write_bytes(file.read_bytes()[:-1])
-    for path in (file, tmp_path / "none.safetensors", tmp_path):
+    for path in (file, tmp_path):
         with pytest.raises(DataError, match="DATA-022"):
+            read_adapter(path)
+    file.rename(tmp_path / "x.bin")
+    for path in (tmp_path / "none.safetensors", tmp_path, tmp_path / "x.bin"):
+        with pytest.raises(DataError, match="DATA-020"):
             read_adapter(path)
 
 

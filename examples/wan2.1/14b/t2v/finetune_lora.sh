@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains a LoRA of Wan2.1 T2V 14B on extracted features. Edit the values below, give them as environment variables, or
 # append flags: NPUS_PER_NODE=2 SAVE_PATH=out bash finetune_lora.sh --train-iters 5
-# Every checkpoint folder has the adapter as pytorch_lora_weights.safetensors, which diffusers loads.
+# Every checkpoint folder has the adapter as pytorch_lora_weights.safetensors, which diffusers loads, and as
+# lora_comfyui.safetensors for ComfyUI, DiffSynth-Studio and VideoX-Fun.
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 NPUS_PER_NODE=${NPUS_PER_NODE:-8}
