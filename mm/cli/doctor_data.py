@@ -33,7 +33,7 @@ class DoctorDataFlags(Flags):
         None, description="model_wan.json, to check the clip for its task; for features pretrain_model.json (required)"
     )
     output: str | None = Field(None, description="folder for report.json and for the lists without the bad rows")
-    quick: bool = Field(False, description="videos: count frames and decode the first one only")
+    quick: bool = Field(False, description="videos: count frames and decode the first ones only")
     num_workers: int = Field(2, ge=1, description="processes that read")
     decode_timeout: float = Field(120.0, gt=0, description="seconds for one sample")
     seed: int = Field(1234, ge=0, description="videos: extraction's seed, which decides where clips start")

@@ -100,7 +100,7 @@ def check_videos(
 
     Args:
         sources, preprocess, seed: as extraction has them.
-        quick: count the frames of a video and decode its first one only.
+        quick: count the frames of a video and decode its first ones only.
         num_workers, time_limit: processes that read, seconds for each clip.
         done: told after each row how many there are in all.
 

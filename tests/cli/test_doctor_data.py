@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 from feature_samples import write_clip, write_data_set
+from numbered_clips import write_numbered
 
 from mm.cli import doctor, doctor_data
 from mm.cli.entry import run
@@ -78,6 +80,28 @@ def test_every_bad_sample_is_reported_and_the_others_are_kept(
     assert all(load_clip(sample, preprocess, 1234).num_frames == 9 for sample in kept), "extraction takes all of them"
 
 
+def test_videos_that_decord_does_not_read_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Asked for decord, PyAV reads what decord is not proven to read, and that is told."""
+    pytest.importorskip("decord")
+    folder = tmp_path / "set"
+    write_data_set(folder, [{"path": f"{name}.mp4", "cap": name} for name in ("one", "two")], num_frames=20)
+    write_numbered(folder / "three.ts")
+    rows = [{"path": name, "cap": "x"} for name in ("one.mp4", "two.mp4", "three.ts")]
+    (folder / "data.json").write_text(json.dumps(rows))
+    file = data_json(tmp_path, folder / "data.json", folder)
+    for more in ([], ["--quick"]):
+        code, report = check(file, tmp_path / "out", *more)
+        assert (code, report["not_with_decord"]) == (0, 0)
+    capsys.readouterr()
+    values = json.loads(file.read_text())
+    values["dataset_param"]["preprocess_parameters"]["video_reader_type"] = "decord"
+    file.write_text(json.dumps(values))
+    for more in ([], ["--quick"]):
+        code, report = check(file, tmp_path / "out", *more)
+        assert (code, report["not_with_decord"]) == (0, 1)
+        assert "1 of 3 videos: read with PyAV and not with decord" in capsys.readouterr().out
+
+
 def test_the_clean_list_is_clean(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check(data_json(tmp_path, folder / "data.json", folder), tmp_path / "out")
     again = data_json(tmp_path, tmp_path / "out" / "data.clean.json", folder)
@@ -86,6 +110,14 @@ def test_the_clean_list_is_clean(folder: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_quick_leaves_the_frames_undecoded(folder: Path, tmp_path: Path) -> None:
+    """All but the first ones, where headers prove how many there are."""
+    file = write_clip(folder / "scratched.mp4", num_frames=40, gop=40)
+    with av.open(str(file)) as container:
+        late = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size][30:]
+    place, size = max(late, key=lambda packet: packet[1])
+    content = bytearray(file.read_bytes())
+    content[place + size // 3 : place + size] = bytes(size - size // 3)
+    file.write_bytes(content)
     _, report = check(data_json(tmp_path, folder / "data.json", folder), tmp_path / "out", "--quick")
     assert {row["sample"].removesuffix(".mp4") for row in report["bad_samples"]} == set(BAD) - {"scratched"}
 

@@ -1,4 +1,4 @@
-"""The 48 malformed inputs: how each is made, and a process that runs one group of them through the commands.
+"""The 53 malformed inputs: how each is made, and a process that runs one group of them through the commands.
 
     python -c "import sys, malformed; malformed.run_group(sys.argv[1], sys.argv[2])" GROUP FOLDER
 
@@ -22,6 +22,7 @@ from typing import Any
 import av
 import torch
 from feature_samples import moving_square, write_clip, write_sound
+from numbered_clips import with_edits, with_matrix, write_numbered
 from safetensors.torch import save
 from test_feature_store import MODEL, RECIPE, feature, train_data, write_store
 from test_image_features import with_images
@@ -87,6 +88,20 @@ def forbidden(path: Path) -> None:
     write_clip(path).chmod(0)
 
 
+def edited(path: Path) -> None:
+    with_edits(write_numbered(path.with_name("whole.mp4"), options={"g": "20"}), path, [(13, 40)])
+
+
+def turned(*matrix: float) -> Callable[[Path], None]:
+    return lambda path: with_matrix(write_numbered(path.with_name("stored.mp4"), 9), path, matrix) and None
+
+
+def of_two_sizes(path: Path) -> None:
+    sizes = ((48, 160), (64, 160))
+    parts = [write_numbered(path.with_name(f"{h}.ts"), 5, size=(h, w)).read_bytes() for h, w in sizes]
+    path.write_bytes(b"".join(parts))
+
+
 VIDEOS: dict[str, Callable[[Path], Any]] = {
     "zero bytes": lambda path: path.write_bytes(b""),
     "truncated mp4": truncated,
@@ -100,6 +115,11 @@ VIDEOS: dict[str, Callable[[Path], Any]] = {
     "huge dimensions": sized(40000, 40000),
     "variable frame rate": variable_rate,
     "HDR pixel format": lambda path: write_clip(path, 9, pixel_format="yuv420p10le"),
+    "trimmed by an edit list": edited,
+    "mirrored by its matrix": turned(-1, 0, 0, 1),
+    "askew by its matrix": turned(0.8, 0.6, -0.6, 0.8),
+    "frames of two sizes": of_two_sizes,
+    "unknown codec": lambda path: path.write_bytes(write_clip(path).read_bytes().replace(b"avc1", b"zzzz")),
     "directory instead of file": Path.mkdir,
     "loop of links": loop,
     "permission denied": forbidden,

@@ -18,7 +18,7 @@ READERS: tuple[Reader, ...] = ("pyav", "decord")
 def read(file: Path, indices: list[int] | range, reader: Reader) -> Tensor:
     if reader == "decord":
         pytest.importorskip("decord")
-    return torch.cat(list(read_frames(file, probe(file), indices, reader)))
+    return torch.cat(list(read_frames(file, probe(file, reader), indices, reader)))
 
 
 def decoded_by_ffmpeg(file: Path) -> np.ndarray:
@@ -72,6 +72,7 @@ def test_both_readers_agree_on_real_clips(real_clips: Path) -> None:
     assert files
     for file in files:
         num_frames = probe(file).num_frames
+        assert probe(file, "decord").read_by == "decord"
         indices = range(num_frames // 3, num_frames, 9)
         assert torch.equal(read(file, indices, "pyav"), read(file, indices, "decord")), file
 
@@ -81,7 +82,7 @@ def test_frames_come_in_small_pieces(tmp_path: Path) -> None:
     for reader in READERS:
         if reader == "decord":
             pytest.importorskip("decord")
-        sizes = [len(chunk) for chunk in read_frames(file, probe(file), range(20), reader)]
+        sizes = [len(chunk) for chunk in read_frames(file, probe(file, reader), range(20), reader)]
         assert max(sizes) == CHUNK_FRAMES and sum(sizes) == 20
 
 

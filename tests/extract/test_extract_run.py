@@ -23,6 +23,7 @@ from feature_samples import (
     write_sound,
 )
 from feature_samples import write_extraction_files as write_files
+from numbered_clips import write_numbered
 
 from mm.cli.extract import main
 from mm.config.data import data_sources, load_extract_data, load_train_data
@@ -99,6 +100,17 @@ def opened(store: Path, tmp_path: Path, **preprocess: Any) -> Any:
     param = {"dataset_type": "t2v", "basic_parameters": basic, "preprocess_parameters": clip}
     (tmp_path / "feature_data.json").write_text(json.dumps({"dataset_param": param}))
     return open_features(load_train_data(tmp_path / "feature_data.json"), MODEL)
+
+
+def test_clips_that_decord_does_not_read_are_counted(
+    files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("decord")
+    write_numbered(tmp_path / "set" / "more" / "3.mp4", container_format="mpegts")
+    edit(files["mm_data"], "dataset_param", "preprocess_parameters", "video_reader_type", value="decord")
+    with caplog.at_level(logging.WARNING):
+        assert run(files).encoded == 5
+    assert "1 of 5 clips: read with PyAV and not with decord" in caplog.text
 
 
 def test_features_are_what_the_encoders_give_for_each_clip(files: dict[str, Path], tmp_path: Path) -> None:
