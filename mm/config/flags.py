@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, TypeVar, get_origin
+from typing import Any, ClassVar, NoReturn, TypeVar, get_origin
 
 from pydantic import ConfigDict, ValidationError
 
@@ -19,8 +19,13 @@ from mm.errors import ConfigError, Problem, raise_all
 
 
 class Flags(Section):
-    """Base of the flags of one command. Values arrive as text, so numbers and paths are read from it."""
+    """Base of the flags of one command. Values arrive as text, so numbers and paths are read from it.
 
+    Attributes:
+        may_be_empty: fields whose value may be the empty text; a script's unset variable must not be taken for a path.
+    """
+
+    may_be_empty: ClassVar[frozenset[str]] = frozenset()
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
@@ -60,6 +65,9 @@ def parse_flags(
     namespace, rest = parser.parse_known_args(words)
     values = vars(namespace)
     problems = _unknown(rest, list(flags.model_fields), retired or {})
+    for name, value in values.items():
+        if name not in flags.may_be_empty and (value == "" or (isinstance(value, list) and "" in value)):
+            problems.append(Problem("CFG-005", f"{flag_name(name)} is empty.", "Give it a value, or leave it out."))
     try:
         result = flags.model_validate(values)
     except ValidationError as error:
