@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar, get_origin
 from pydantic import ConfigDict, ValidationError
 
 from mm.config.base import Section, closest, validation_problems
+from mm.config.other_names import name_here
 from mm.errors import ConfigError, Problem, raise_all
 
 
@@ -121,6 +122,9 @@ def _unknown(rest: Sequence[str], fields: list[str], retired: Mapping[str, str])
         after_unknown = True  # the words behind an unknown flag are its values, not further mistakes
         if name in retired:
             problems.append(Problem("CFG-008", f"{name} has no effect here.", retired[name]))
+        elif (here := name_here(name, dict.fromkeys(known))) is not None:
+            message = f"{name} is not a flag; the one for that here is {here}."
+            problems.append(Problem("CFG-007", message, f"Give {here}; --help says what it takes."))
         else:
             hint = closest(name, known)
             problems.append(Problem("CFG-007", f"{name} is not a flag.{hint}", "Correct or remove it; see --help."))
