@@ -45,7 +45,7 @@ def sync_folder(folder: Path) -> None:
 
 def write_new(path: Path, text: str) -> None:
     """Create a text file that must not exist yet, and force it to disk."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -115,7 +115,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         for leftover in target.parent.glob(f".tmp-{glob.escape(target.name)}-*"):
             log.warning("%s was left by an interrupted conversion or belongs to one that runs; delete it.", leftover)
         temporary = target.parent / temporary_name(target.name)
-        temporary.mkdir(mode=0o750)
+        temporary.mkdir()
         try:
             fault.point("convert.folder_created")
             yield temporary

@@ -127,7 +127,7 @@ def _write_once(
 ) -> Written:
     ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
     header = _header(ordered, metadata)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(descriptor, "wb", buffering=0) as file:
             digest = hashlib.sha256()

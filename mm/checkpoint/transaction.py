@@ -92,7 +92,7 @@ def _begin(root: Path, step: int, num_bytes: int, lock: Lock | None) -> str:
     require_free_space(root, num_bytes)
     fault.point("save.start")
     name = temporary_name(folder_name(step))
-    (root / name).mkdir(mode=0o750)
+    (root / name).mkdir()
     return name
 
 

@@ -16,6 +16,7 @@ from mm.checkpoint.formats.mm_split import parse_split
 from mm.cli.entry import run
 from mm.config.base import closest
 from mm.config.flags import Flags, parse_flags, words_of_process
+from mm.config.output import require_writable_file, require_writable_folder
 from mm.errors import ConfigError, Problem, raise_all
 
 TO_MM, TO_HF, TO_NATIVE, RESPLIT = "convert_to_mm", "convert_to_hf", "convert_to_native", "resplit"
@@ -92,11 +93,14 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: CFG-004 to CFG-007 for flags; CFG-071 for another mode, CFG-073 for a flag without effect with the
             mode, CFG-107 for one that it needs, CFG-108 for a malformed --pp_vpp_layers, CFG-109 for a malformed
-            --max_shard_size.
+            --max_shard_size, CFG-131 for a target where nothing can be written.
         CheckpointError, DataError: from `mm.checkpoint.convert`, `mm.lora.convert` and `mm.lora.inspection`.
     """
     flags = parse_flags(ConvertFlags, argv, program="convert_ckpt.py", spelling=SPELLING)
     raise_all(ConfigError, _problems(flags))
+    if flags.target_path is not None:
+        into = require_writable_file if flags.mode in (LORA_TO_HF, LORA_TO_COMFYUI) else require_writable_folder
+        into(flags.target_path, "--target_path")
     if flags.mode == INSPECT:
         _inspect(flags.source_path, flags.json_output)
     elif flags.target_path is not None:

@@ -18,6 +18,7 @@ from mm.config.base import load, load_json
 from mm.config.data import NOT_WITH_DECORD, data_sources, load_extract_data, load_train_data
 from mm.config.extract import check_extraction, load_extract_model
 from mm.config.flags import Flags, parse_flags
+from mm.config.output import require_writable_folder
 from mm.config.train import PretrainModel
 from mm.errors import ConfigError, DataError, Problem, raise_all
 
@@ -47,6 +48,8 @@ def main(argv: Sequence[str]) -> None:
         DataError: DATA-076 when a sample is bad; for lists, stores or an output folder that cannot be used at all.
     """
     flags = parse_flags(DoctorDataFlags, argv, program="mm doctor data")
+    if flags.output:
+        require_writable_folder(flags.output, "--output")
     began = time.monotonic()
     kind = "features" if _says_features(flags.mm_data) else "videos"
     checked = _check_features(flags) if kind == "features" else _check_videos(flags)
@@ -148,12 +151,9 @@ class _Bar:
 
 def _write(folder: Path, checked: CheckedData, flags: DoctorDataFlags, kind: str, seconds: float) -> list[Path]:
     """Write the lists, then the report; returns the lists, in the data sets' order, those that are not empty."""
-    from mm.data.files import write_atomically
+    from mm.data.files import make_folder, write_atomically
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError("DATA-018", f"{folder} cannot be made: {error}.", "Correct --output.") from None
+    make_folder(folder, "--output")
     clean = []
     for number, one in enumerate(checked.lists):
         if not one.good_rows():

@@ -18,8 +18,10 @@ from mm.config.extract import (
     load_extract_tools,
 )
 from mm.config.flags import parse_flags, words_of_process
+from mm.config.inputs import missing_encoders
+from mm.config.output import require_writable_folder
 from mm.config.place import place
-from mm.errors import ConfigError, Problem, raise_all
+from mm.errors import ConfigError, DataError, Problem, raise_all
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,6 +41,8 @@ def main(argv: Sequence[str]) -> None:
     assert data and model and tools and on_bad_sample  # noqa: S101  else there were problems
 
     check_extraction(data, model, tools)
+    raise_all(DataError, missing_encoders(model, data.dataset_param.tokenizer_config.from_pretrained))
+    require_writable_folder(tools.sorafeature.save_path, f"save_path in {flags.mm_tool},")
     where = place()
 
     from mm.device.backend import select  # after the files are known to be good: torch takes seconds to import

@@ -9,7 +9,9 @@ from mm.cli.entry import run
 from mm.config.flags import parse_flags, words_of_process
 from mm.config.generate import GenerateFlags, load_generation
 from mm.config.inference_retired import RETIRED_GENERATE_FLAGS
+from mm.config.output import require_writable_folder
 from mm.config.place import place
+from mm.generate.rows import require_inputs
 
 
 def main(argv: Sequence[str]) -> None:
@@ -22,6 +24,8 @@ def main(argv: Sequence[str]) -> None:
     flags = parse_flags(GenerateFlags, argv, program="mm generate", retired=RETIRED_GENERATE_FLAGS)
     where = place()
     generation = load_generation(flags, where.world_size)
+    require_inputs(generation.config)
+    require_writable_folder(generation.config.save_path, "--save-path")
 
     from mm.checkpoint.comm import ProcessGroupComm  # after the configuration is known to be good: torch takes seconds
     from mm.device.backend import select

@@ -11,6 +11,7 @@ from pydantic import Field
 from mm.cli.entry import run
 from mm.config.data import DataSource, Preprocess
 from mm.config.flags import Flags, parse_flags
+from mm.config.output import require_writable_folder
 
 
 class MigrateFlags(Flags):
@@ -27,6 +28,7 @@ class MigrateFlags(Flags):
 def main(argv: Sequence[str]) -> None:
     """Migrate; raises what `mm.data.migrate.migrate` raises."""
     flags = parse_flags(MigrateFlags, argv, program="mm migrate")
+    require_writable_folder(flags.target, "--target")
     from mm.data.migrate import migrate  # after the flags are known to be good: torch takes a second to import
 
     made_with = Preprocess(

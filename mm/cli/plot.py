@@ -10,6 +10,7 @@ from pydantic import Field
 
 from mm.cli.entry import run
 from mm.config.flags import Flags, parse_flags
+from mm.config.output import require_writable_file
 
 
 class PlotFlags(Flags):
@@ -26,10 +27,13 @@ def main(argv: Sequence[str]) -> None:
     """Draw the plot and say where it is."""
     words = ["--run", *argv] if argv and not argv[0].startswith("-") else argv
     flags = parse_flags(PlotFlags, words, program="mm plot")
+    folder = Path(flags.run)
+    out = Path(flags.out) if flags.out else folder / "metrics.png"
+    if flags.out is not None:
+        require_writable_file(out, "--out")
     from mm.train.plot import plot_run  # matplotlib, and torch
 
-    folder = Path(flags.run)
-    target = plot_run(folder, Path(flags.out) if flags.out else folder / "metrics.png")
+    target = plot_run(folder, out)
     print(f"wrote {target}")
 
 

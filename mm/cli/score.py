@@ -10,6 +10,7 @@ from pydantic import Field
 
 from mm.cli.entry import run
 from mm.config.flags import Flags, parse_flags
+from mm.config.output import require_writable_file
 from mm.demo.measure import Row, score
 from mm.demo.sheet import draw_sheet
 from mm.errors import DataError
@@ -32,6 +33,8 @@ def main(argv: Sequence[str]) -> None:
         DataError: DATA-083 when fewer than `--at-least` clips obey, and what `mm.demo.measure.score` raises.
     """
     flags = parse_flags(ScoreFlags, argv, program="mm score")
+    if flags.sheet is not None:
+        require_writable_file(flags.sheet, "--sheet")
     captions = read_prompts(flags.prompts)
     colours, directions, rows = score(flags.videos, captions)
     print("\n".join(_line(row) for row in rows))

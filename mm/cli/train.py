@@ -14,6 +14,7 @@ from mm.config.data import load_train_data
 from mm.config.flags import parse_flags
 from mm.config.layerzero import load_zero
 from mm.config.layout import layout_of
+from mm.config.output import require_writable_folder
 from mm.config.place import place
 from mm.config.rules import check_training
 from mm.config.rules_checks import load_validation
@@ -28,6 +29,9 @@ def main(argv: Sequence[str]) -> None:
     zero = load_zero(flags)
     where = place()
     check_training(flags, model, zero, where.world_size)
+    for name, folder in (("--save", flags.save), ("--tensorboard-dir", flags.tensorboard_dir)):
+        if folder is not None:
+            require_writable_folder(folder, name)
     validation = load_validation(flags, model)
     eval_data = load_train_data(Path(flags.eval_data)) if flags.eval_data is not None else None
     layout = layout_of(flags, model, zero, where.world_size)

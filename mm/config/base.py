@@ -95,8 +95,8 @@ def take_retired(values: Any, retired: Mapping[str, str], source: str) -> Iterat
 
 
 def closest(word: str, known: list[str]) -> str:
-    """A hint such as ` Did you mean "num_frames"?`, or an empty text when nothing known is near."""
-    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    """A hint such as ` Did you mean "num_frames"?`, or an empty text when nothing known is a slip of the pen away."""
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
     return f' Did you mean "{matches[0]}"?' if matches else ""
 
 

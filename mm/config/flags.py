@@ -10,17 +10,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, TypeVar, get_origin
+from typing import Any, ClassVar, NoReturn, TypeVar, get_origin
 
 from pydantic import ConfigDict, ValidationError
 
 from mm.config.base import Section, closest, validation_problems
+from mm.config.other_names import name_here
 from mm.errors import ConfigError, Problem, raise_all
 
 
 class Flags(Section):
-    """Base of the flags of one command. Values arrive as text, so numbers and paths are read from it."""
+    """Base of the flags of one command. Values arrive as text, so numbers and paths are read from it.
 
+    Attributes:
+        may_be_empty: fields whose value may be the empty text; a script's unset variable must not be taken for a path.
+    """
+
+    may_be_empty: ClassVar[frozenset[str]] = frozenset()
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
@@ -60,6 +66,9 @@ def parse_flags(
     namespace, rest = parser.parse_known_args(words)
     values = vars(namespace)
     problems = _unknown(rest, list(flags.model_fields), retired or {})
+    for name, value in values.items():
+        if name not in flags.may_be_empty and (value == "" or (isinstance(value, list) and "" in value)):
+            problems.append(Problem("CFG-005", f"{flag_name(name)} is empty.", "Give it a value, or leave it out."))
     try:
         result = flags.model_validate(values)
     except ValidationError as error:
@@ -113,6 +122,9 @@ def _unknown(rest: Sequence[str], fields: list[str], retired: Mapping[str, str])
         after_unknown = True  # the words behind an unknown flag are its values, not further mistakes
         if name in retired:
             problems.append(Problem("CFG-008", f"{name} has no effect here.", retired[name]))
+        elif (here := name_here(name, dict.fromkeys(known))) is not None:
+            message = f"{name} is not a flag; the one for that here is {here}."
+            problems.append(Problem("CFG-007", message, f"Give {here}; --help says what it takes."))
         else:
             hint = closest(name, known)
             problems.append(Problem("CFG-007", f"{name} is not a flag.{hint}", "Correct or remove it; see --help."))

@@ -24,6 +24,8 @@ from mm.errors import ConfigError, Problem, raise_all
 class GenerateFlags(MeshFlags):
     """Generate one clip for each prompt of a file. A flag that is given wins over the same value in the json file."""
 
+    may_be_empty = frozenset({"negative_prompt"})
+
     mm_model: str = Field(description="inference_model.json")
     load: str | None = Field(None, description="transformer weights; default: predictor.from_pretrained of the json")
     prompt: str | None = Field(None, description="text file, one prompt a line; default: from the json")

@@ -134,11 +134,11 @@ class InferenceModel(Section):
     """
 
     pipeline_class: Literal["WanPipeline"] = "WanPipeline"
-    prompt: str
+    prompt: str = Field(min_length=1)
     image: str | None = Field(None, min_length=1)
     video: str | None = Field(None, min_length=1)
     negative_prompt: str | None = None
-    save_path: str
+    save_path: str = Field(min_length=1)
     fps: int = Field(16, ge=1, le=240)
     seed: int = Field(42, ge=0)
     pipeline_config: PipelineSection

@@ -28,7 +28,7 @@ def require_writable_file(path: str | Path, name: str) -> None:
         ConfigError: CFG-131.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # not Path.is_dir, which raises where a name is too long
         message = f"{name} {path} cannot be written: it is a folder."
         raise ConfigError("CFG-131", message, "Give the name of a file.")
     raise_all(ConfigError, _problems(path.parent, f"{name} {path}"))

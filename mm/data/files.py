@@ -173,6 +173,21 @@ def write_atomically(path: Path, parts: Iterable[bytes], num_bytes: int) -> None
         temporary.unlink(missing_ok=True)
 
 
+def make_folder(folder: Path, name: str) -> None:
+    """Make a folder with its parents, if it is not there.
+
+    Args:
+        folder: which. name: what says so, for the message.
+
+    Raises:
+        DataError: DATA-018.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError("DATA-018", f"{folder} cannot be made: {error}.", f"Correct {name}.") from None
+
+
 def remove_temporaries(folder: Path) -> None:
     """Delete what killed processes left behind. Only while nobody writes into `folder`."""
     for entry in os.scandir(folder):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mm.config.data import MAX_TEXT_TOKENS, TEMPORAL_STRIDE, DataSource, Preprocess
 from mm.config.model import IMAGES, MASK_CHANNELS, ModelType
 from mm.data.features import FEATURES, LISTING, PRECISIONS, Feature, Origin, feature_name, text_hash, write_feature
-from mm.data.files import is_text, path_below, raise_limited, read_rows
+from mm.data.files import is_text, make_folder, path_below, raise_limited, read_rows
 from mm.data.listing import FeatureRow, write_listing
 from mm.data.recipe import UNKNOWN, Recipe, save_recipe
 from mm.errors import DataError, Problem
@@ -59,7 +59,7 @@ def migrate(source: DataSource, target: Path, made_with: Preprocess, *, show_pro
     if (target / LISTING).exists():
         raise DataError("DATA-068", f"{target} holds a finished feature store.", "Name another folder.")
     entries = _entries(source)
-    (target / FEATURES).mkdir(parents=True, exist_ok=True)
+    make_folder(target / FEATURES, "--target")
     rows: list[FeatureRow] = []
     recipe: Recipe | None = None
     for sample, caption, file in tqdm(entries, desc="migrate", unit="sample", disable=not show_progress):

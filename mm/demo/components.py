@@ -87,6 +87,9 @@ def write_model(folder: Path, task: ModelType = "t2v") -> None:
     else:
         pipeline = WanPipeline(**parts)
     pipeline.save_pretrained(folder)
+    mode = (folder / "model_index.json").stat().st_mode & 0o777
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(mode)  # their writer lets nobody but the owner read them, whatever the umask
 
 
 def transformer_config(task: ModelType) -> dict[str, Any]:

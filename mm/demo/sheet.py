@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
+from mm.data.files import make_folder, write_atomically
 from mm.demo.measure import Row
 from mm.demo.video import read_video
 
@@ -22,6 +24,9 @@ def draw_sheet(rows: Sequence[Row], target: Path) -> None:
     Args:
         rows: from `mm.demo.measure.score`; a caption that its clip does not obey is drawn in red.
         target: the PNG to write.
+
+    Raises:
+        DataError: what `write_png` raises.
     """
     lines = (len(rows) + 1) // 2
     figure = Figure(figsize=(9, 0.95 * lines), layout="constrained")
@@ -35,4 +40,16 @@ def draw_sheet(rows: Sequence[Row], target: Path) -> None:
                 axis.imshow(frames[number * (len(frames) - 1) // (NUM_FRAMES_SHOWN - 1)])
             obeys = row.colour_hit and row.direction_hit
             line[0].set_title(row.caption, fontsize=7, loc="left", color="black" if obeys else "red")
-    figure.savefig(target, dpi=110)
+    write_png(figure, target, dpi=110)
+
+
+def write_png(figure: Figure, target: Path, dpi: int) -> None:
+    """Write a figure, whole or not at all, into a folder that is made.
+
+    Raises:
+        DataError: DATA-018 or DATA-019 when it cannot be written.
+    """
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=dpi, format="png")
+    make_folder(target.parent, str(target))
+    write_atomically(target, [drawn.getvalue()], len(drawn.getvalue()))

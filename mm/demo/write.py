@@ -66,9 +66,9 @@ def write_demo(out: Path, clips_per_caption: int = 1) -> None:
 
 
 def _require_free(out: Path) -> None:
-    if out.is_dir() and not any(out.iterdir()) and not os.path.ismount(out):
+    if os.path.isdir(out) and not any(out.iterdir()) and not os.path.ismount(out):
         return
-    if out.exists() or out.is_symlink():
+    if os.path.lexists(out):
         raise ConfigError("CFG-080", f"{out} exists already.", "Give --out a new name or remove what is there.")
 
 

@@ -21,7 +21,7 @@ from mm.data.features import (
     text_hash,
     video_fingerprint,
 )
-from mm.data.files import raise_limited, read_rows, remove_temporaries
+from mm.data.files import make_folder, raise_limited, read_rows, remove_temporaries
 from mm.data.listing import FeatureRow, write_listing
 from mm.data.metadata import CheckedRow, VideoSample
 from mm.data.recipe import RECIPE_FILE, Recipe, check_recipe, load_recipe, save_recipe
@@ -107,12 +107,7 @@ def check_store(store: Path, recipe: Recipe, overwrite: bool) -> None:
 def prepare(store: Path, recipe: Recipe, items: Sequence[Task | Unreadable], empty: Origin) -> None:
     """Make the store ready to write to: its folder, its recipe, no leftovers, and no list unless it still holds."""
     features = store / FEATURES
-    try:
-        features.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            "DATA-018", f"{features} cannot be made: {error}.", "Correct save_path in tools.json."
-        ) from None
+    make_folder(features, "save_path in tools.json")
     for folder in (store, features):
         remove_temporaries(folder)
     listing = store / LISTING

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mm.config.inference import InferenceModel
+from mm.config.inputs import missing_parts
 from mm.config.path_line import LineError, read_paths
-from mm.errors import DataError, Problem
+from mm.errors import DataError, Problem, raise_all
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +52,21 @@ def read_rows(config: InferenceModel) -> tuple[list[Row], list[BadRow]]:
         DataError: DATA-053 when a file cannot be read as UTF-8 text, DATA-054 when it holds nothing, DATA-084 when
             there are not as many images or videos as prompts.
     """
-    listed = config.video if config.task == "v2v" else config.image
+    listed = _listed(config)
     if listed is None:
         return [Row(index, prompt) for index, prompt in enumerate(read_prompts(Path(config.prompt)))], []
+    good, bad = _pairs(config, listed)
+    log.info("%s: %d rows with %s", config.prompt, len(good) + len(bad), listed)
+    return good, bad
+
+
+def _listed(config: InferenceModel) -> str | None:
+    """The file of the images or videos."""
+    return config.video if config.task == "v2v" else config.image
+
+
+def _pairs(config: InferenceModel, listed: str) -> tuple[list[Row], list[BadRow]]:
+    """`read_rows` where prompts go with images or videos."""
     kind = "video" if config.task == "v2v" else "image"
     prompts = _read_lines(Path(config.prompt), "prompt")
     others = _read_lines(Path(listed), kind)
@@ -71,8 +84,41 @@ def read_rows(config: InferenceModel) -> tuple[list[Row], list[BadRow]]:
             good.append(row)
         else:
             bad.append(row)
-    log.info("%s: %d rows with %s", config.prompt, len(pairs), listed)
     return good, bad
+
+
+def require_inputs(config: InferenceModel) -> None:
+    """Refuse a generation of which nothing can come, because files are not there; nothing is loaded.
+
+    Rows of which only some lack their images are no reason: the others are generated.
+
+    Raises:
+        DataError: what `read_rows` and `mm.config.inputs.missing_parts` say, DATA-001 when every row's images or video
+            are missing; all at once.
+    """
+    problems = missing_parts(config)
+    listed = _listed(config)
+    try:
+        if listed is None:
+            _read_lines(Path(config.prompt), "prompt")
+        else:
+            good, bad = _pairs(config, listed)
+            missing = [problem for row in good for problem in _missing_files(row)[:1]]
+            if len(missing) == len(good):
+                problems += [*(row.problem for row in bad), *missing]
+    except DataError as error:
+        problems += error.problems
+    raise_all(DataError, problems)
+
+
+def _missing_files(row: Row) -> list[Problem]:
+    files = [*row.images, *([] if row.video is None else [row.video])]
+    remedy = "Correct the path, or add the file."
+    return [
+        Problem("DATA-001", f"Row {row.index}: {file} does not exist.", remedy)
+        for file in files
+        if not os.path.exists(file)
+    ]
 
 
 def read_prompts(path: Path) -> list[str]:

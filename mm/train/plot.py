@@ -11,6 +11,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mm.demo.sheet import write_png
 from mm.train.metrics import (
     EVALUATION_FILE,
     METRICS_FILE,
@@ -46,6 +47,7 @@ def plot_run(run: Path, target: Path) -> Path:
 
     Raises:
         CheckpointError: CKPT-070 when the run has no readable metrics.jsonl, or a damaged evaluation.jsonl.
+        DataError: DATA-018 or DATA-019 when the PNG cannot be written.
     """
     rows = read_metrics(run / METRICS_FILE)
     evaluations = read_evaluations(run / EVALUATION_FILE) if (run / EVALUATION_FILE).exists() else []
@@ -65,7 +67,7 @@ def plot_run(run: Path, target: Path) -> Path:
         axis.set_xlim(0, _LARGEST_TIMESTEP)
         axis.set_xlabel("timestep")
     figure.suptitle(str(run))
-    figure.savefig(target, dpi=120)
+    write_png(figure, target, dpi=120)
     return target
 
 

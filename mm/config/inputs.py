@@ -1,0 +1,44 @@
+"""Whether what a command is to read is there at all, asked before torch is imported and anything is loaded."""
+
+from __future__ import annotations
+
+import os
+
+from mm.config.extract import ExtractModel
+from mm.config.inference import InferenceModel
+from mm.errors import Problem
+
+
+def missing_parts(config: InferenceModel) -> list[Problem]:
+    """What is not there of a generation's model: DATA-020, DATA-022, DATA-040 or DATA-043, as loading it would say."""
+    transformer = config.predictor.from_pretrained or ""
+    problems = []
+    if not os.path.exists(transformer):
+        problems.append(Problem("DATA-020", f"Weights not found: {transformer} does not exist.", "Check the path."))
+    for section in config.lora:
+        if not os.path.exists(section.path):
+            problems.append(Problem("DATA-022", f"The LoRA {section.path} does not exist.", "Check --lora."))
+    folders = [config.ae.from_pretrained, config.text_encoder.from_pretrained]
+    if config.image_encoder is not None:
+        folders.append(config.image_encoder.from_pretrained)
+    return [*problems, *_missing(folders, config.tokenizer.from_pretrained)]
+
+
+def missing_encoders(model: ExtractModel, tokenizer: str) -> list[Problem]:
+    """What is not there of the encoders of an extraction: DATA-040 or DATA-043."""
+    folders = [model.ae.from_pretrained, model.text_encoder.from_pretrained]
+    if model.ae.i2v_processor is not None:
+        folders.append(model.ae.i2v_processor.image_encoder)
+    return _missing(folders, tokenizer)
+
+
+def _missing(folders: list[str], tokenizer: str) -> list[Problem]:
+    problems = [
+        Problem("DATA-040", f"{os.path.join(folder, 'config.json')} does not exist.", "Correct from_pretrained.")
+        for folder in folders
+        if not os.path.isfile(os.path.join(folder, "config.json"))
+    ]
+    if not os.path.isdir(tokenizer):
+        remedy = "Correct from_pretrained of the tokenizer."
+        problems.append(Problem("DATA-043", f"The tokenizer's folder {tokenizer} does not exist.", remedy))
+    return problems
