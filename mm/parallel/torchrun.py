@@ -20,6 +20,12 @@ from mm.parallel.meeting import prepare_launch
 
 HANDED_ON = (signal.SIGTERM, signal.SIGUSR1)
 
+_MEMORY = "Read the kernel's log of this node: memory is the usual cause."
+_REMEDIES: dict[int, str] = {
+    signal.SIGABRT: "Read its last lines above: a library ended it. Torch's watchdog over NCCL does so when another "
+    "rank is gone or hangs in a collective."
+}
+
 
 def torchrun(argv: Sequence[str]) -> int:
     """Run torchrun in this process.
@@ -62,7 +68,7 @@ def _tell(error: ChildFailedError) -> int:
     if failure.exitcode >= 0:  # another node has the reason, and prints it
         return failure.exitcode
     found = f"Rank {rank} (process {failure.pid}) was ended by {signal.Signals(-failure.exitcode).name}."
-    lost = LostProcessError("RUN-004", found, "Read the kernel's log of this node: memory is the usual cause.")
+    lost = LostProcessError("RUN-004", found, _REMEDIES.get(-failure.exitcode, _MEMORY))
     say(lost)
     return lost.exit_code
 

@@ -63,6 +63,7 @@ def test_a_run_that_will_work(demo: Path, tmp_path: Path, capsys: pytest.Capture
     assert reasons == []
     assert report["ready"]
     found = {finding["check"]: finding for finding in report["findings"]}
+    assert found["operators"]["found"] == "elementwise operators are torch's"
     assert {"versions", "memory", "weights", "checkpoints", "disk", "features", "host memory"} <= found.keys()
     assert all(finding["verdict"] == "ok" for finding in found.values() if finding["check"] != "limits")
     assert found["features"]["found"].startswith("16 samples (16 of 3x8x8)")

@@ -1,5 +1,7 @@
 """Who keeps a job from going on, told by the processes' own stacks: a rank that is late, and one that is alone."""
 
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import free_port, run_ranks
 
 from mm.config.place import place
 from mm.errors import ConfigError, EndedElsewhereError, LostProcessError
@@ -160,3 +162,25 @@ def test_suspects_in_order() -> None:
     assert "All ranks wait for each other" in str(hang([waiting, waiting], 30, None))
     many = [Doing(rank, "n", waits=True) for rank in range(4096)]
     assert table(many).splitlines()[-1] == "... and 4064 more ranks"
+
+
+@pytest.mark.parametrize(("number", "cause"), [("SIGABRT", "watchdog over NCCL"), ("SIGKILL", "memory is the usual")])
+def test_how_a_process_died_says_where_to_look(number: str, cause: str, tmp_path: Path) -> None:
+    script = tmp_path / "dies.py"
+    script.write_text(f"import os, signal\nos.kill(os.getpid(), signal.{number})\n")
+    command = [
+        sys.executable,
+        "-m",
+        "mm.cli.launch",
+        "--nproc-per-node",
+        "1",
+        "--master-port",
+        str(free_port()),
+        script,
+    ]
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    last = ended.stderr.splitlines()[-1]
+    assert ended.returncode == 74
+    assert last.startswith("error RUN-004: Rank 0 (process ") and f"was ended by {number}." in last and cause in last
