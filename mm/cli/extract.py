@@ -20,6 +20,7 @@ from mm.config.extract import (
 from mm.config.flags import parse_flags, words_of_process
 from mm.config.place import place
 from mm.errors import ConfigError, Problem, raise_all
+from mm.stopping import StopRequest
 
 
 def main(argv: Sequence[str]) -> None:
@@ -41,26 +42,27 @@ def main(argv: Sequence[str]) -> None:
     check_extraction(data, model, tools)
     where = place()
 
-    from mm.device.backend import select  # after the files are known to be good: torch takes seconds to import
-    from mm.extract.run import extract
-    from mm.parallel.launch import Job
+    with StopRequest(saves=False, kept="The features written so far stay, and are not made again."):
+        from mm.device.backend import select  # after the files are known to be good: torch takes seconds to import
+        from mm.extract.run import extract
+        from mm.parallel.launch import Job
 
-    backend = select(flags.device, where.local_rank)
-    with Job(where, backend.collective, backend.device, flags.distributed_timeout_minutes) as job:
-        extract(
-            data,
-            model,
-            tools,
-            seed=flags.seed,
-            device=backend.device,
-            overwrite=flags.overwrite,
-            num_workers=flags.num_workers,
-            decode_timeout=flags.decode_timeout,
-            on_bad_sample=on_bad_sample,
-            rank=job.rank,
-            world_size=job.world_size,
-            barrier=job.barrier,
-        )
+        backend = select(flags.device, where.local_rank)
+        with Job(where, backend.collective, backend.device, flags.distributed_timeout_minutes) as job:
+            extract(
+                data,
+                model,
+                tools,
+                seed=flags.seed,
+                device=backend.device,
+                overwrite=flags.overwrite,
+                num_workers=flags.num_workers,
+                decode_timeout=flags.decode_timeout,
+                on_bad_sample=on_bad_sample,
+                rank=job.rank,
+                world_size=job.world_size,
+                barrier=job.barrier,
+            )
 
 
 LoadedT = TypeVar("LoadedT")

@@ -10,6 +10,7 @@ from mm.config.flags import parse_flags, words_of_process
 from mm.config.generate import GenerateFlags, load_generation
 from mm.config.inference_retired import RETIRED_GENERATE_FLAGS
 from mm.config.place import place
+from mm.stopping import StopRequest
 
 
 def main(argv: Sequence[str]) -> None:
@@ -20,6 +21,11 @@ def main(argv: Sequence[str]) -> None:
         MMError: what `mm.generate.run.generate_clips` raises.
     """
     flags = parse_flags(GenerateFlags, argv, program="mm generate", retired=RETIRED_GENERATE_FLAGS)
+    with StopRequest(saves=False, kept="The clips written so far stay."):
+        _generate(flags)
+
+
+def _generate(flags: GenerateFlags) -> None:
     where = place()
     generation = load_generation(flags, where.world_size)
 

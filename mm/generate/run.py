@@ -67,7 +67,7 @@ def generate_clips(
     description = describe_run(generation, weights, backend.kind)
     paths = []
     shown = show_progress and processes.comm.rank == 0
-    with tqdm(total=renderer.num_steps, desc="generating", unit="step", disable=not shown) as bar:
+    with tqdm(total=renderer.num_steps, desc="generating", unit="step", disable=not shown or None) as bar:
         for row, frames in renderer.clips(ParallelVelocity(parallel), video, bar.update):
             path = clip_path(folder, row.index)
             write_clip(path, frames, config.fps, {**describe_row(row, config), **description})
