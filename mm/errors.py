@@ -80,6 +80,12 @@ class CheckpointError(MMError):
     exit_code = EXIT_CHECKPOINT
 
 
+class OutputError(MMError):
+    """A report that could not be printed in full."""
+
+    exit_code = EXIT_CHECKPOINT
+
+
 class OutOfMemoryError(MMError):
     """A device without room for what the run asks of it."""
 
@@ -102,6 +108,10 @@ class StoppedError(MMError):
     """A run that was asked to stop and has saved what it had; started again it goes on."""
 
     exit_code = EXIT_STOPPED
+
+
+class SignalledError(MMError):
+    """A run that a signal ended before it had saved; the exit code is 128 and the signal's number, as in shells."""
 
 
 class LostProcessError(MMError):
@@ -144,7 +154,7 @@ def format_error(error: MMError) -> str:
 
 
 LAUNCHER = "MM_LAUNCHER"
-"""Environment variable: `mm.cli.launch` started this process, and prints the last word of the job's first failure."""
+"""Environment variable: the process id of `mm.cli.launch`, which prints the last word of the job's first failure."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Environment variable of torchrun: where a process leaves the reason of its end, as JSON."""
 
@@ -152,7 +162,7 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 def say(error: MMError) -> None:
     """Print an error on standard error; under `mm.cli.launch`, leave it for that to print when all processes ended."""
     file = os.environ.get(ERROR_FILE)
-    if os.environ.get(LAUNCHER) and file:
+    if file and _launcher_lives():
         details = {"timestamp": str(int(time.time())), "py_callstack": ""}
         message = {"message": format_error(error), "errorCode": error.exit_code, "extraInfo": details}
         try:
@@ -161,6 +171,19 @@ def say(error: MMError) -> None:
         except OSError:
             pass  # then it is printed here
     print(format_error(error), file=sys.stderr, flush=True)
+
+
+def _launcher_lives() -> bool:
+    launcher = os.environ.get(LAUNCHER, "")
+    if not launcher.isdecimal():
+        return False
+    try:
+        os.kill(int(launcher), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return os.getppid() != 1  # dead, but not waited for: its children are those of init
 
 
 def _rebuild(error_type: type[MMError], problems: tuple[Problem, ...]) -> MMError:

@@ -4,7 +4,13 @@ set -euo pipefail
 # This checkout's `mm`, with the environment that is active, else with the checkout's own.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 if [ -x "$root/.venv/bin/python" ] && [ -z "${VIRTUAL_ENV:-}" ]; then PATH=$root/.venv/bin:$PATH; fi
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+# An empty or relative word means the current folder, whose files Python would take for its own modules.
+words=${PYTHONPATH:-}: PYTHONPATH=
+while [ -n "$words" ]; do
+    case "$words" in /*) PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}${words%%:*} ;; esac
+    words=${words#*:}
+done
+export PYTHONPATH
 # The memory pool grows in place, which leaves less of it in unusable pieces. An older name of the variable is heard.
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
 # Read by torch_npu and HCCL alone; docs/npu.md says what they do.
@@ -13,17 +19,29 @@ export PYTORCH_NPU_ALLOC_CONF=${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True
 export CPU_AFFINITY_CONF=${CPU_AFFINITY_CONF:-1}
 export COMBINED_ENABLE=${COMBINED_ENABLE:-1}
 
+# Replaces the script by a module of this checkout. A signal that is sent to the script's process is one to the program
+# then, also where that is the first process of a container; a shell in between would keep it to itself.
+become() { # module, words...
+    exec python "$root/mm/isolated.py" "$@"
+}
+
 # mm.cli.launch is torchrun, which also takes its flags, with the job's own exit code and last line; one process needs
 # none, and starts faster without.
 launch() { # module, words...
     local module=$1
     shift
-    if [ "$((NPUS_PER_NODE * NNODES))" -eq 1 ]; then
-        python -m "$module" "$@"
-    else
-        python -m mm.cli.launch --nproc_per_node "$NPUS_PER_NODE" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
-            --max_restarts "${MAX_RESTARTS:-0}" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" -m "$module" "$@"
-    fi
+    if [ "$((NPUS_PER_NODE * NNODES))" -eq 1 ]; then become "$module" "$@"; fi
+    become mm.cli.launch --nproc_per_node "$NPUS_PER_NODE" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
+        --max_restarts "${MAX_RESTARTS:-0}" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" -m "$module" "$@"
+}
+
+# The program writes what it says to a log file as well, without progress bars. A terminal or a pipe that goes away does
+# not end it then. All of its output goes to standard output.
+log_to() { # file
+    mkdir -p -- "$(dirname -- "$1")" ||
+        { echo "error ENV-006: the folder of $1 cannot be made. Fix: name another folder, or free its disk." >&2; exit 74; }
+    export MM_LOG_FILE=$1
+    exec 2>&1
 }
 
 run_training() { # flags...
@@ -42,19 +60,16 @@ run_training() { # flags...
         --micro-batch-size "$MBS" --global-batch-size "$((MBS * GRAD_ACC_STEP * (dp > 0 ? dp : 1)))" \
         $precision_args $virtual_args "$@"
     if [ -n "${DRY_RUN:-}" ]; then   # says what the job costs, in one process; --rank and --latent-size may be appended
-        python -m mm.cli.doctor --dry-run --world-size "$world" "$@"
-        return
+        become mm.cli.doctor --dry-run --world-size "$world" "$@"
     fi
     if [ -n "${DOCTOR:-}" ]; then    # says whether the job will work, from all its processes and nodes
         launch mm.cli.doctor "$@"
-        return
     fi
     if [ -n "${PARITY:-}" ]; then    # says whether its layout computes what one device does, on all its processes
         launch mm.cli.doctor parity "$@"
-        return
     fi
-    mkdir -p "$SAVE_PATH"
-    launch mm.cli.train "$@" 2>&1 | tee -a "$SAVE_PATH/train.log"
+    log_to "$SAVE_PATH/train.log"
+    launch mm.cli.train "$@"
 }
 
 run_generation() { # flags...

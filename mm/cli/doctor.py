@@ -24,6 +24,7 @@ from mm.config.recompute import recompute_of
 from mm.config.rules import check_training
 from mm.config.train import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
 from mm.errors import ConfigError, Problem, raise_all
+from mm.stopping import StopRequest
 
 if TYPE_CHECKING:
     from mm.train.dry_run import Report
@@ -60,9 +61,14 @@ def main(argv: Sequence[str]) -> None:
             `mm.cli.doctor_ready.check` raises.
     """
     others = {"compare": doctor_compare.main, "data": doctor_data.main, "parity": doctor_parity.main}
-    if argv and argv[0] in others:
-        others[argv[0]](argv[1:])
-        return
+    with StopRequest(saves=False, kept="Nothing was decided."):
+        if argv and argv[0] in others:
+            others[argv[0]](argv[1:])
+        else:
+            _check(argv)
+
+
+def _check(argv: Sequence[str]) -> None:
     flags = parse_flags(DoctorFlags, argv, program="mm doctor", retired=RETIRED_TRAIN_FLAGS)
     model = load(PretrainModel, Path(flags.mm_model))
     clip = load_train_data(Path(flags.mm_data)).dataset_param.preprocess_parameters

@@ -136,7 +136,7 @@ class _Bar:
     """A progress bar that learns its length from the first row."""
 
     def __init__(self) -> None:
-        self._bar = tqdm(desc="samples", unit="sample")
+        self._bar = tqdm(desc="samples", unit="sample", disable=None)
 
     def __enter__(self) -> _Bar:
         return self

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from mm.config.layout import Layout
 from mm.config.place import Place
 from mm.config.train import PretrainModel, TrainFlags
 from mm.errors import ConfigError, DataError, MMError, Problem, raise_all
+from mm.isolated import command_of
 
 if TYPE_CHECKING:
     from mm.train.readiness import Finding
@@ -129,7 +129,7 @@ def _dry_run(words: Sequence[str], layout: Layout, rank: int) -> dict[str, Any]:
     asked = ["--dry-run", "--json-output", "--rank", str(rank), "--world-size", str(layout.world_size)]
     variables = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}
     done = subprocess.run(
-        [sys.executable, "-m", "mm.cli.doctor", *words, *asked],
+        [*command_of("mm.cli.doctor"), *words, *asked],
         env=variables,
         capture_output=True,
         text=True,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 
-from mm.errors import EXIT_INTERNAL, EndedElsewhereError, InternalError, MMError, say
+from mm.cli.console import unbreakable_output
+from mm.errors import EXIT_INTERNAL, EndedElsewhereError, InternalError, MMError, OutputError, say
+from mm.first_process import leave_the_first_place
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
@@ -19,9 +22,22 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
         main: the command; takes the words after its name, returns nothing, raises `MMError` for what a user can mend.
         argv: the words after the command's name.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    _quieten_libraries()
-    _close_standard_input()
+    leave_the_first_place()
+    with unbreakable_output() as output:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+        _quieten_libraries()
+        _close_standard_input()
+        exit_code = _ended(main, argv)
+        refused = [console.failed for console in output if console.failed is not None]
+        if refused and exit_code == 0:
+            remedy = "Free its disk and run the command again."
+            error = OutputError("RUN-012", f"Standard output is not whole: {refused[0]}.", remedy)
+            say(error)
+            return error.exit_code
+    return exit_code
+
+
+def _ended(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     try:
         main(argv)
     except MMError as error:
@@ -31,7 +47,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
     except Exception as error:
         traceback.print_exc()
         remedy = "This is a defect of the program: please report it, with the lines above."

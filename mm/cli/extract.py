@@ -22,6 +22,7 @@ from mm.config.inputs import missing_encoders
 from mm.config.output import require_writable_folder
 from mm.config.place import place
 from mm.errors import ConfigError, DataError, Problem, raise_all
+from mm.stopping import StopRequest
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,26 +46,27 @@ def main(argv: Sequence[str]) -> None:
     require_writable_folder(tools.sorafeature.save_path, f"save_path in {flags.mm_tool},")
     where = place()
 
-    from mm.device.backend import select  # after the files are known to be good: torch takes seconds to import
-    from mm.extract.run import extract
-    from mm.parallel.launch import Job
+    with StopRequest(saves=False, kept="The features written so far stay, and are not made again."):
+        from mm.device.backend import select  # after the files are known to be good: torch takes seconds to import
+        from mm.extract.run import extract
+        from mm.parallel.launch import Job
 
-    backend = select(flags.device, where.local_rank, where.world_size)
-    with Job(where, backend.collective, backend.device, flags.distributed_timeout_minutes) as job:
-        extract(
-            data,
-            model,
-            tools,
-            seed=flags.seed,
-            device=backend.device,
-            overwrite=flags.overwrite,
-            num_workers=flags.num_workers,
-            decode_timeout=flags.decode_timeout,
-            on_bad_sample=on_bad_sample,
-            rank=job.rank,
-            world_size=job.world_size,
-            barrier=job.barrier,
-        )
+        backend = select(flags.device, where.local_rank, where.world_size)
+        with Job(where, backend.collective, backend.device, flags.distributed_timeout_minutes) as job:
+            extract(
+                data,
+                model,
+                tools,
+                seed=flags.seed,
+                device=backend.device,
+                overwrite=flags.overwrite,
+                num_workers=flags.num_workers,
+                decode_timeout=flags.decode_timeout,
+                on_bad_sample=on_bad_sample,
+                rank=job.rank,
+                world_size=job.world_size,
+                barrier=job.barrier,
+            )
 
 
 LoadedT = TypeVar("LoadedT")

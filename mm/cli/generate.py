@@ -12,6 +12,7 @@ from mm.config.inference_retired import RETIRED_GENERATE_FLAGS
 from mm.config.output import require_writable_folder
 from mm.config.place import place
 from mm.generate.rows import require_inputs
+from mm.stopping import StopRequest
 
 
 def main(argv: Sequence[str]) -> None:
@@ -22,6 +23,11 @@ def main(argv: Sequence[str]) -> None:
         MMError: what `mm.generate.run.generate_clips` raises.
     """
     flags = parse_flags(GenerateFlags, argv, program="mm generate", retired=RETIRED_GENERATE_FLAGS)
+    with StopRequest(saves=False, kept="The clips written so far stay."):
+        _generate(flags)
+
+
+def _generate(flags: GenerateFlags) -> None:
     where = place()
     generation = load_generation(flags, where.world_size)
     require_inputs(generation.config)

@@ -1,8 +1,8 @@
 """`python -m mm.cli.launch TORCHRUN_FLAGS -m MODULE ...`: torchrun, with an end that schedulers and readers understand.
 
 torchrun leaves with exit code 1 whatever happened, and hands on no SIGUSR1. Started through this module a job leaves
-with the exit code of its first failure (docs/errors.md), whose message is the last line and printed once, and SIGTERM
-and SIGUSR1 reach every process of the node, which then has the time it needs to save.
+with the exit code of its first failure (docs/errors.md), whose message is the last line and printed once. A signal to
+the launcher reaches every process of the node, which then has the time it needs to save.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from mm.cli.entry import run
-from mm.parallel.torchrun import torchrun
+from mm.stopping import StopRequest
 
 
 def main(argv: Sequence[str]) -> None:
@@ -19,8 +19,13 @@ def main(argv: Sequence[str]) -> None:
 
     Raises:
         SystemExit: with the exit code of the job on this node.
-        ConfigError: CFG-150, CFG-152 for a meeting place that cannot be, or that anybody could use.
+        ConfigError: CFG-140, CFG-091 when the processes of the job cannot meet; CFG-150, CFG-152 for a meeting place
+            that cannot be, or that anybody could use.
+        StoppedError, SignalledError: a signal came before any process was started.
     """
+    # Whether the job saves when it is asked to stop, the launcher's own end before that must say alike.
+    with StopRequest(saves="--save-on-signal" in argv, kept="No process had been started."):
+        from mm.parallel.torchrun import torchrun  # torch takes seconds
     sys.exit(torchrun(argv))
 
 

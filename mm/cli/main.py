@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from mm.cli.entry import run
 from mm.errors import ConfigError
+from mm.isolated import clean_path
 
 COMMANDS = {
     "demo": "write the embedded default: a tiny Wan2.1, 16 clips with captions, and the files that configure a run",
@@ -40,6 +41,7 @@ def main(argv: Sequence[str]) -> None:
 
 def process() -> None:
     """The `mm` executable."""
+    clean_path()
     sys.exit(run(main, sys.argv[1:]))
 
 

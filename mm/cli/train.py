@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 from mm.cli.entry import run
@@ -19,11 +18,19 @@ from mm.config.place import place
 from mm.config.rules import check_training
 from mm.config.rules_checks import load_validation
 from mm.config.train import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
+from mm.stopping import StopRequest
+
+_KEPT = "Nothing was saved since the newest checkpoint (--save-on-signal saves before it stops)."
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train; raises what `mm.train.loop.train` raises."""
+    """Train; raises what `mm.train.loop.train` raises, and what `StopRequest` does when the process is asked to end."""
     flags = parse_flags(TrainFlags, argv, program="mm train", retired=RETIRED_TRAIN_FLAGS)
+    with StopRequest(saves=flags.save_on_signal, kept=_KEPT) as stop:
+        _train(flags, stop)
+
+
+def _train(flags: TrainFlags, stop: StopRequest) -> None:
     model = load(PretrainModel, Path(flags.mm_model))
     data = load_train_data(Path(flags.mm_data))
     zero = load_zero(flags)
@@ -47,7 +54,6 @@ def main(argv: Sequence[str]) -> None:
     from mm.parallel.watch import ANSWER_S, Limits, Watch
     from mm.train.loop import train
     from mm.train.run import Run
-    from mm.train.signals import StopRequest
 
     if where.rank != 0:
         logging.getLogger().setLevel(logging.WARNING)
@@ -68,7 +74,6 @@ def main(argv: Sequence[str]) -> None:
     save = Path(flags.save) if flags.save is not None else None
     with (
         deterministic(flags.deterministic_mode),
-        StopRequest() if flags.save_on_signal else nullcontext() as stop,
         Job(where, backend.collective, backend.device, timeout, configuration) as job,
         Watch(
             Notices(job.notices(ANSWER_S), where.rank, where.world_size, job.remember),
@@ -94,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
                 backend,
                 comm,
                 watch,
-                stop,
+                stop if flags.save_on_signal else None,
                 where.local_world_size,
                 lora=lora,
                 saving=saving,

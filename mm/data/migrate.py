@@ -62,7 +62,7 @@ def migrate(source: DataSource, target: Path, made_with: Preprocess, *, show_pro
     make_folder(target / FEATURES, "--target")
     rows: list[FeatureRow] = []
     recipe: Recipe | None = None
-    for sample, caption, file in tqdm(entries, desc="migrate", unit="sample", disable=not show_progress):
+    for sample, caption, file in tqdm(entries, desc="migrate", unit="sample", disable=not show_progress or None):
         feature = _read(file, made_with)
         assert feature.latents is not None  # noqa: S101  _read gives both
         task = _task(feature, file)

@@ -30,6 +30,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from mm.data.fork_server import SENT_TO_ALL, ensure_fork_server
 from mm.errors import DataError, Problem, raise_all
 
 START_SECONDS = 300.0  # for a reader to import what it needs, perhaps from a busy network disk
@@ -160,8 +161,6 @@ class _Reader(Generic[JobT]):
         self._work = work
         self._time_limit = time_limit
         self._context = multiprocessing.get_context("forkserver")
-        # what readers need is imported once, not by every one of them
-        self._context.set_forkserver_preload([__name__, type(work).__module__])
         # chooses another place by itself where /dev/shm is too small, as it is in many containers
         self._buffer = self._context.RawArray(ctypes.c_uint8, max(1, buffer_bytes))
         self._process: BaseProcess | None = None
@@ -174,6 +173,8 @@ class _Reader(Generic[JobT]):
         """Start on a job."""
         if self._process is None:
             ours, theirs = self._context.Pipe()
+            # what readers need is imported once, not by every one of them
+            ensure_fork_server([__name__, type(self._work).__module__])
             self._process = self._context.Process(target=_serve, args=(self._work, theirs, self._buffer), daemon=True)
             self._process.start()
             theirs.close()
@@ -254,7 +255,7 @@ def _signal_name(number: int) -> str:
 
 def _serve(work: Work[Any], connection: Connection, buffer: Any) -> None:
     """A reader's life: jobs in, answers out, until the process that wants them is gone."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # often sent to a whole group; the parent decides
+    for name in SENT_TO_ALL:
         signal.signal(name, signal.SIG_IGN)
     with suppress(OSError):  # Linux: where memory runs out a reader goes first, which can be replaced
         Path("/proc/self/oom_score_adj").write_text("1000")

@@ -128,7 +128,9 @@ def extract(
         clips = read_clips(
             [item.sample for item in todo], preprocess, seed, num_workers=num_workers, time_limit=decode_timeout
         )
-        bar = tqdm(total=len(mine), initial=len(mine) - len(todo), desc="features", unit="sample", disable=rank > 0)
+        bar = tqdm(
+            total=len(mine), initial=len(mine) - len(todo), desc="features", unit="sample", disable=rank > 0 or None
+        )
         with bar, closing(clips):
             readers = _encode_all(todo, clips, encoders, skipping, recipe.max_text_tokens, bar)
         if preprocess.video_reader_type == "decord" and readers["pyav"]:

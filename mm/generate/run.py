@@ -83,7 +83,7 @@ def generate_clips(
     description = describe_run(generation, weights, backend.kind)
     paths = []
     shown = show_progress and processes.comm.rank == 0
-    with tqdm(total=renderer.num_steps, desc="generating", unit="step", disable=not shown) as bar:
+    with tqdm(total=renderer.num_steps, desc="generating", unit="step", disable=not shown or None) as bar:
         for row, frames in renderer.clips(ParallelVelocity(parallel), video, bar.update):
             if row.index in finished:
                 continue

@@ -209,7 +209,7 @@ class Watch:
         if isinstance(error, MMError):
             code, text = error.exit_code, format_error(error)
         elif isinstance(error, SystemExit):
-            code, text = int(error.code or 0), "it was asked to stop before the first step"
+            code, text = int(error.code or 0), "it was asked to stop"
         if not self._notices.publish(Failure(rank, code, text)):
             with contextlib.suppress(StoreLostError):
                 failure = self._notices.failure()

@@ -149,7 +149,7 @@ def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
     stragglers = Stragglers(run.watch, run.mesh, run.backend)
     batches = _batches(run, progress)
     if run.stop is not None:
-        run.stop.steps_have_begun = True
+        run.stop.begin_steps()
     while progress.step < flags.train_iters:
         started, step = time.monotonic(), progress.step + 1
         run.watch.begin_step(step)
@@ -196,7 +196,10 @@ def _stop(run: Run, built: _Built, progress: Progress) -> None:
     if built.saves is not None:
         with built.during("saving"):
             built.saves.finish()
-    by = run.stop.received if run.stop is not None else None
+    by = None
+    if run.stop is not None:
+        by = run.stop.received
+        run.stop.saved()
     raise StoppedError(
         "RUN-001",
         f"Stopped by {by or 'a signal to another process'} after step {progress.step}, which is saved.",

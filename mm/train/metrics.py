@@ -179,7 +179,11 @@ class MetricsLog:
             _keep_before(folder / EVALUATION_FILE, read_evaluations, first_step)
         self._board = SummaryWriter(str(tensorboard), purge_step=first_step) if tensorboard is not None else None
         self._bar = tqdm(
-            total=total_steps, initial=first_step - 1, unit="step", disable=not progress_bar, dynamic_ncols=True
+            total=total_steps,
+            initial=first_step - 1,
+            unit="step",
+            disable=not progress_bar or None,
+            dynamic_ncols=True,
         )
         self._redirect = logging_redirect_tqdm()
         self._seconds: list[float] = []

@@ -18,7 +18,7 @@ from mm.lora.plan import LoRAPlan
 from mm.parallel.apply import DataParallelOptions
 from mm.parallel.mesh import Mesh
 from mm.parallel.watch import Watch
-from mm.train.signals import StopRequest
+from mm.stopping import StopRequest
 
 
 @dataclass(frozen=True)

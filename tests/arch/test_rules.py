@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "mm").rglob("*.py"))
 SCRIPTS = sorted(path for folder in ("tools", "scripts", "examples") for path in (ROOT / folder).rglob("*.py"))
 LEVELS = {
-    "__init__": 0, "errors": 0, "rng": 0, "config": 0,
+    "__init__": 0, "errors": 0, "rng": 0, "stopping": 0, "isolated": 0, "first_process": 0, "config": 0,
     "device": 1, "wan": 2, "diffusion": 2, "data": 2,
     "parallel": 3, "checkpoint": 3,
     "lora": 4,

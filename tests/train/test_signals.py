@@ -12,6 +12,8 @@ import pytest
 from ranks import free_port
 from training_runs import bits, metrics, run, run_on, words
 
+from mm.stopping import AGAIN_S
+
 ROOT = Path(__file__).parents[2]
 STEPS = 400
 
@@ -75,13 +77,37 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(demo: Path, tmp_path
     assert bits(run_on(2, demo, save, train_iters=stopped_at + 1, **flags)) == bits(straight)
 
 
+def test_copies_of_a_signal_are_one(demo: Path, tmp_path: Path) -> None:
+    """A scheduler sends it to every process of the job, and the launcher hands it on."""
+    save = tmp_path / "run"
+    process = start(demo, save, 1)
+    wait_for_steps(save, 2, process)
+    for name in ("SIGTERM", "SIGTERM", "SIGUSR1", "SIGINT"):
+        process.send_signal(getattr(signal, name))
+        time.sleep(0.05)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 75, told
+    assert told.count("error ") == 1
+    assert len(list(save.glob("iter_*"))) == 1
+
+
 def test_a_second_signal_ends_it_at_once(demo: Path, tmp_path: Path) -> None:
-    process = start(demo, tmp_path / "run", 1)
-    wait_for_steps(tmp_path / "run", 2, process)
-    os.kill(process.pid, signal.SIGSTOP)  # so that both come before the end of a step
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGUSR1)
-    os.kill(process.pid, signal.SIGCONT)
-    process.communicate(timeout=60)
-    assert process.returncode in (-signal.SIGTERM, -signal.SIGUSR1)
-    assert not list((tmp_path / "run").glob("iter_*"))
+    """Also a process that never comes to the end of its step: here it waits for a peer that is stopped."""
+    save = tmp_path / "run"
+    process = start(demo, save, 2, micro_batch_size=2)
+    wait_for_steps(save, 2, process)
+    waits, stopped = children(process.pid)
+    os.kill(stopped, signal.SIGSTOP)
+    time.sleep(1)
+    os.kill(waits, signal.SIGTERM)
+    time.sleep(AGAIN_S + 0.5)
+    os.kill(waits, signal.SIGTERM)
+    started = time.monotonic()
+    while waits in children(process.pid):
+        assert time.monotonic() - started < 10
+        time.sleep(0.05)
+    os.kill(stopped, signal.SIGKILL)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, told
+    assert told.splitlines()[-1].startswith("error RUN-011: Ended at once by a second signal (SIGTERM).")
+    assert not list(save.glob("iter_*"))

@@ -21,6 +21,5 @@ MM_TOOL=${MM_TOOL:-$files/tools.json}
 LOG_DIR=${LOG_DIR:-./logs}
 
 source "$here/../common.sh"
-mkdir -p "$LOG_DIR"
-launch mm.cli.extract --mm-data "$MM_DATA" --mm-model "$MM_MODEL" --mm-tool "$MM_TOOL" "$@" 2>&1 |
-    tee "$LOG_DIR/extract_$(date +%Y%m%d_%H%M%S)_node$NODE_RANK.log"
+log_to "$LOG_DIR/extract_$(date +%Y%m%d_%H%M%S)_node$NODE_RANK.log"
+launch mm.cli.extract --mm-data "$MM_DATA" --mm-model "$MM_MODEL" --mm-tool "$MM_TOOL" "$@"
