@@ -54,8 +54,8 @@ from mm.parallel.optimizer import AdamWSettings, Optimizer  # noqa: E402
 from mm.parallel.optimizers import make_optimizer  # noqa: E402
 from mm.parallel.outcome import Outcome  # noqa: E402
 from mm.parallel.watch import ANSWER_S, SAMPLE_S, Limits, Watch, where_is  # noqa: E402
-from mm.train.numerics import WINDOW, NumericsGuard  # noqa: E402
 from mm.stopping import StopRequest  # noqa: E402
+from mm.train.numerics import WINDOW, NumericsGuard  # noqa: E402
 from mm.train.split import Phase  # noqa: E402
 from mm.train.step import StepResult, compute_gradients, train_step  # noqa: E402
 from mm.train.stragglers import STEP_PHASES, Stragglers  # noqa: E402
@@ -129,7 +129,7 @@ class Guards:
         self.watch = self._new_watch(sampling)
         self.stragglers = Stragglers(self.watch, self._mesh, self._trained.parallel.backend)
         with self.stop, self.watch:
-            self.stop.steps_have_begun = True
+            self.stop.begin_steps()
             yield
 
     def step(self, compare_ranks: bool) -> None:
