@@ -229,7 +229,7 @@ class _Reader(Generic[JobT]):
         return DataError(
             "DATA-070",
             f"{self._work.describe(self.job)}: its reader {what} in {seconds:g} s and was ended.",
-            "Replace the file, try another video_reader_type, or, if its disk is slow, allow more time.",
+            "Replace the file or, if it is a long video or its disk is slow, allow more time.",
         )
 
     def _died(self) -> DataError:
