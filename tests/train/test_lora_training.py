@@ -318,3 +318,30 @@ def test_what_a_checkpoint_says_of_its_adapters_is_checked(trained: Path) -> Non
     for bad in ({}, {**said, "adapted": {"q": 3}}, {**said, "base": None}, [said]):
         (told,) = refused(lambda: AdapterRecord.parse(bad, trained))  # noqa: B023
         assert told.startswith("CKPT-012")
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "with scales"])
+def test_weights_in_eight_bit_floats_begin_as_their_values_do(
+    demo: Path, base: Path, tmp_path: Path, scaled: bool
+) -> None:
+    """The first losses, of LoRA and of full training, are those of the same numbers in fp32, bit for bit."""
+    stored, values = {}, {}
+    for name, value in load_file(next(base.glob("*.safetensors"))).items():
+        if value.ndim == 2 and name.startswith("blocks."):
+            scale = value.abs().amax() / 448 if scaled else torch.tensor(1.0)
+            stored[name] = (value / scale).to(torch.float8_e4m3fn)
+            values[name] = stored[name].float() * scale
+            if scaled:
+                stored[name.removesuffix("weight") + "scale_weight"] = scale
+        else:
+            stored[name] = values[name] = value
+    for folder, tensors in (("small", stored), ("plain", values)):
+        (tmp_path / folder).mkdir()
+        save_file(tensors, tmp_path / folder / "diffusion_pytorch_model.safetensors")
+        shutil.copy(base / "config.json", tmp_path / folder)
+    for name, flags in (("lora", lambda path: lora(demo, load_base_model=path)), ("full", lambda path: {"load": path})):
+        ours, theirs = (
+            run(demo, tmp_path / f"{name} {folder}", train_iters=2, **flags(tmp_path / folder))
+            for folder in ("small", "plain")
+        )
+        assert bits(ours) == bits(theirs)
