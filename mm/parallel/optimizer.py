@@ -23,6 +23,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from mm.device.copies import to_device
 from mm.parallel.apply import ParallelModel
 from mm.parallel.ema import Average
 from mm.parallel.placement import Placement, Shape
@@ -216,7 +217,7 @@ class Optimizer(abc.ABC):
         owned = [shard for shard in self._shards if shard.owned and shard.start < shard.stop]
         if owned:
             norms = torch._foreach_norm([shard.gradient for shard in owned])
-            places = torch.tensor([self._position[shard.name] for shard in owned], device=squares.device)
+            places = to_device(torch.tensor([self._position[shard.name] for shard in owned]), squares.device)
             squares.index_add_(0, places, torch.stack(norms).float().square())
         together = torch.cat([squares, beside.to(squares.device)])
         dist.all_reduce(together)

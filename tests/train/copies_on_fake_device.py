@@ -20,6 +20,9 @@ from mm.config.diffusion import DiffusionConfig
 from mm.config.model import WanConfig
 from mm.data.loader import FeatureBatch
 from mm.diffusion.flow import FlowMatching
+from mm.parallel.fake_job import fake_job
+from mm.parallel.optimizer import Optimizer
+from mm.parallel.outcome import outcome_size
 from mm.parallel.stage import WanStage
 from mm.parallel.tokens import TokenShare
 from mm.train.step import forward_micro_batch
@@ -61,10 +64,13 @@ class Copies(TorchDispatchMode):
             self._locked.add(_storage(locked))
             return locked
         result = func(*args, **kwargs)
+        copied = name in ("_to_copy", "copy_", "_copy_from")
         if name == "_local_scalar_dense" and _on_device(args[0]):
             self.reads += 1
+        if copied and result.device.type == "cpu" and any(_on_device(x) for x in tree_leaves(args)):
+            self.reads += 1
         from_host = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.device.type == "cpu" and x.dim()]
-        if name in ("_to_copy", "copy_", "_copy_from") and from_host and _on_device(result):
+        if copied and from_host and _on_device(result):
             waits = not kwargs.get("non_blocking", args[2:] == (True,)) or _storage(from_host[-1]) not in self._locked
             if waits:
                 self.blocking.append(list(from_host[-1].shape))
@@ -128,6 +134,19 @@ def observe(task: str, size: tuple[int, int, int], *, first: bool, last: bool, a
     return {"asynchronous": copies.asynchronous, "blocking": copies.blocking, "reads": copies.reads}
 
 
+def tell_all_ranks() -> dict[str, Any]:
+    """What the step ends with: the gradients' sums of squares and the losses in one message."""
+    shards = [
+        SimpleNamespace(name=name, owned=True, start=0, stop=8, gradient=torch.empty(8, device=DEVICE))
+        for name in "abc"
+    ]
+    parallel = SimpleNamespace(backend=SimpleNamespace(device=torch.device(DEVICE)))
+    optimizer: Any = SimpleNamespace(_position={"a": 0, "b": 1, "c": 2}, _shards=shards, _parallel=parallel)
+    with Copies() as copies:
+        Optimizer.gradient_squares(optimizer, torch.empty(outcome_size(2), device=DEVICE))
+    return {"asynchronous": copies.asynchronous, "blocking": copies.blocking, "reads": copies.reads}
+
+
 def main() -> None:
     _setup_privateuseone_for_python_backend(DEVICE)
     found = {}
@@ -142,6 +161,8 @@ def main() -> None:
                     found[f"{task} {name} {'ahead' if ahead else 'now'}"] = observe(
                         task, (2, 8, 8), first=first, last=last, ahead=ahead
                     )
+        with fake_job(0, 1):
+            found["message"] = tell_all_ranks()
     print(json.dumps(found))
 
 

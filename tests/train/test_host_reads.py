@@ -102,6 +102,11 @@ def test_no_copy_of_a_micro_batch_is_waited_for(
     assert copies[f"{stage} {noise}"] == {"asynchronous": number, "blocking": [], "reads": 0}
 
 
+def test_the_message_of_a_step_is_the_one_that_is_waited_for(copies: dict[str, dict[str, Any]]) -> None:
+    """Where the gradients' sums of squares go is copied too; the numbers of all ranks are read."""
+    assert copies["message"] == {"asynchronous": 1, "blocking": [], "reads": 1}
+
+
 def test_the_counter_counts() -> None:
     value, host = torch.ones(3), torch.ones(2)
     with CountHostReads([host]) as counted:
