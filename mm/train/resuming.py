@@ -77,7 +77,9 @@ class Resuming:
             if change.kind is None or change.kind in self.may_change:
                 self._warn("going on from %s with a change: %s", path, text)
             else:
-                refused.append(Problem("CFG-160", f"{path} would go on otherwise: {text}.", self._remedy(change)))
+                refused.append(
+                    Problem("CFG-160", f"Resuming {path} would change its steps: {text}.", self._remedy(change))
+                )
         return refused
 
     def _in_effect(self, before: StepSettings, step: int, consumed: int) -> Iterator[Change]:

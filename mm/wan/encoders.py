@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ftfy
@@ -23,6 +23,7 @@ from mm.config.model import Precision
 from mm.device.precision import true_fp32
 from mm.errors import DataError
 from mm.wan.component import load_strictly
+from mm.wan.tiles import in_tiles
 from mm.wan.tokenizer import TextTokenizer, open_tokenizer
 
 log = logging.getLogger(__name__)
@@ -78,9 +79,12 @@ class VideoEncoder:
         Raises:
             DataError: DATA-044 when the VAE gives another shape, so that it is not a Wan2.1 VAE.
         """
-        self._set_tiles()
-        posterior = self.vae.encode(video.to(self.vae.device, self.vae.dtype)).latent_dist
-        latents = (posterior.mode().float() - self._mean) / self._std
+        mode = self._whole_or_tiled(
+            lambda pixels: self.vae.encode(pixels).latent_dist.mode(),
+            video.to(self.vae.device, self.vae.dtype),
+            (SPATIAL_STRIDE, 1),
+        )
+        latents = (mode.float() - self._mean) / self._std
         batch, _, frames, height, width = video.shape
         size = ((frames - 1) // TEMPORAL_STRIDE + 1, height // SPATIAL_STRIDE, width // SPATIAL_STRIDE)
         expected = (batch, len(self.vae.config.latents_mean), *size)
@@ -93,18 +97,14 @@ class VideoEncoder:
     @true_fp32()
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, C, F, H, W] to pixels [B, 3, 4(F - 1) + 1, 8H, 8W] in [-1, 1], VAE's precision."""
-        self._set_tiles()
         raw = latents.to(self.vae.device).float() * self._std + self._mean
-        video: Tensor = self.vae.decode(raw.to(self.vae.dtype)).sample
+        video = self._whole_or_tiled(
+            lambda tile: self.vae.decode(tile).sample, raw.to(self.vae.dtype), (1, SPATIAL_STRIDE)
+        )
         return video.clamp(-1, 1)
 
-    def _set_tiles(self) -> None:
-        """Tiles are a state of the VAE, and another encoder of the same VAE may have left others."""
-        if self._tiling is None:
-            self.vae.disable_tiling()
-        else:
-            sides = (*self._tiling.tile_size, *self._tiling.tile_stride)
-            self.vae.enable_tiling(*(SPATIAL_STRIDE * side for side in sides))
+    def _whole_or_tiled(self, apply: Callable[[Tensor], Tensor], x: Tensor, units: tuple[int, int]) -> Tensor:
+        return apply(x) if self._tiling is None else in_tiles(self.vae, apply, x, self._tiling, units)
 
 
 class TextEncoder:
