@@ -86,6 +86,12 @@ class OutputError(MMError):
     exit_code = EXIT_CHECKPOINT
 
 
+class DiskError(MMError):
+    """A disk or another store of the system that is full, where no checkpoint was concerned."""
+
+    exit_code = EXIT_CHECKPOINT
+
+
 class OutOfMemoryError(MMError):
     """A device without room for what the run asks of it."""
 

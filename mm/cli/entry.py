@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -11,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from mm.cli.console import unbreakable_output
-from mm.errors import EXIT_INTERNAL, EndedElsewhereError, InternalError, MMError, OutputError, say
+from mm.errors import DiskError, EndedElsewhereError, InternalError, MMError, OutputError, say
 from mm.first_process import leave_the_first_place
 
 
@@ -49,11 +50,29 @@ def _ended(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception as error:
-        traceback.print_exc()
-        remedy = "This is a defect of the program: please report it, with the lines above."
-        say(InternalError("RUN-005", f"{type(error).__name__}: {error}", remedy))
-        return EXIT_INTERNAL
+        told = _refused(error)
+        if told is None:
+            traceback.print_exc()
+            remedy = "This is a defect of the program: please report it, with the lines above."
+            told = InternalError("RUN-005", f"{type(error).__name__}: {error}", remedy)
+        say(told)
+        return told.exit_code
     return 0
+
+
+def _refused(error: Exception) -> MMError | None:
+    """The error to tell where a full disk, or no folder for temporary files, ended a command anywhere in a library."""
+    if not isinstance(error, OSError):
+        return None
+    nowhere = "No usable temporary directory" in str(error)  # all of them are full, or cannot be written
+    if not nowhere and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    what = f"{error.filename or 'A temporary file'} cannot be written"
+    return DiskError(
+        "RUN-021",
+        f"{what}: {error.strerror} (TMPDIR is {os.environ.get('TMPDIR', 'not set')}).",
+        "Free space and inodes there, or set TMPDIR to a folder on another disk; the same command goes on.",
+    )
 
 
 def _quieten_libraries() -> None:

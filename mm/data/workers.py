@@ -8,17 +8,16 @@ nothing that comes back is pickled. Where a reader dies, another one gets its jo
 
 from __future__ import annotations
 
-import ctypes
 import json
 import multiprocessing
 import os
-import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import Connection, wait
@@ -31,12 +30,12 @@ import torch
 from torch import Tensor
 
 from mm.data.fork_server import SENT_TO_ALL, ensure_fork_server
-from mm.errors import DataError, Problem, raise_all
+from mm.data.shared import SharedMemory
+from mm.errors import DataError, DiskError, Problem, raise_all
 
 START_SECONDS = 300.0  # for a reader to import what it needs, perhaps from a busy network disk
 _END_SECONDS = 5.0  # for a killed reader to be gone; longer only where the kernel waits for a disk
 _ALIGNMENT = 64
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  only asked for its free space
 _READY = b"ready"
 
 JobT = TypeVar("JobT")
@@ -161,8 +160,8 @@ class _Reader(Generic[JobT]):
         self._work = work
         self._time_limit = time_limit
         self._context = multiprocessing.get_context("forkserver")
-        # chooses another place by itself where /dev/shm is too small, as it is in many containers
-        self._buffer = self._context.RawArray(ctypes.c_uint8, max(1, buffer_bytes))
+        with _refusals():
+            self._buffer = SharedMemory(max(1, buffer_bytes))
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
         self._ready = False
@@ -172,13 +171,14 @@ class _Reader(Generic[JobT]):
     def give(self, job: JobT) -> None:
         """Start on a job."""
         if self._process is None:
-            ours, theirs = self._context.Pipe()
-            # what readers need is imported once, not by every one of them
-            ensure_fork_server([__name__, type(self._work).__module__])
-            self._process = self._context.Process(target=_serve, args=(self._work, theirs, self._buffer), daemon=True)
-            self._process.start()
-            theirs.close()
-            self._connection, self._ready = ours, False
+            with _refusals():
+                ours, theirs = self._context.Pipe()
+                # what readers need is imported once, not by every one of them
+                ensure_fork_server([__name__, type(self._work).__module__])
+                process = self._context.Process(target=_serve, args=(self._work, theirs, self._buffer), daemon=True)
+                process.start()
+                theirs.close()
+            self._process, self._connection, self._ready = process, ours, False
         assert self._connection is not None  # noqa: S101  made with the process
         self.job, self._given = job, time.monotonic()
         with suppress(OSError):  # a reader that died meanwhile is found when its outcome is asked for
@@ -199,7 +199,7 @@ class _Reader(Generic[JobT]):
         raise AssertionError("unreachable")
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
+        """End the process, whatever it is doing; another job starts another."""
         if self._process is not None and self._connection is not None:
             self._process.kill()
             self._process.join(_END_SECONDS)
@@ -222,7 +222,7 @@ class _Reader(Generic[JobT]):
             raise EOFError from None
         if "problems" in answer:
             return as_error(answer["problems"])
-        return Parcel(_unpack(answer["tensors"], self._buffer), answer["facts"])
+        return Parcel(_unpack(answer["tensors"], self._buffer.bytes), answer["facts"])
 
     def _timed_out(self, what: str, seconds: float) -> DataError:
         self.close()
@@ -239,11 +239,9 @@ class _Reader(Generic[JobT]):
         how = _signal_name(-code) if code is not None and code < 0 else f"exit code {code}"
         self.close()
         free = f"{psutil.virtual_memory().available / 2**30:.1f} GiB of memory"
-        if _SHARED_MEMORY.exists():
-            free += f" and {shutil.disk_usage(_SHARED_MEMORY).free / 2**30:.1f} GiB of {_SHARED_MEMORY}"
         return DataError(
             "DATA-071",
-            f"{self._work.describe(self.job)}: the process that read it died twice, of {how}; {free} are free.",
+            f"{self._work.describe(self.job)}: the process that read it died twice, of {how}; {free} is free.",
             "After SIGKILL or SIGBUS lower --num-workers or free memory; if it is always this file, replace it.",
         )
 
@@ -253,7 +251,25 @@ def _signal_name(number: int) -> str:
     return known.get(number, f"signal {number}")
 
 
-def _serve(work: Work[Any], connection: Connection, buffer: Any) -> None:
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Tell what the system refuses to a reader that is to start, such as its socket in a full TMPDIR.
+
+    Raises:
+        DiskError: RUN-020.
+    """
+    try:
+        yield
+    except (OSError, EOFError) as error:
+        raise DiskError(
+            "RUN-020",
+            f"A reader cannot be started: {error or type(error).__name__} (folder for temporary files: "
+            f"{tempfile.gettempdir()}).",
+            "Free space and inodes there, set TMPDIR to a folder on another disk, or free memory.",
+        ) from None
+
+
+def _serve(work: Work[Any], connection: Connection, buffer: SharedMemory) -> None:
     """A reader's life: jobs in, answers out, until the process that wants them is gone."""
     for name in SENT_TO_ALL:
         signal.signal(name, signal.SIG_IGN)
@@ -270,7 +286,7 @@ def _serve(work: Work[Any], connection: Connection, buffer: Any) -> None:
         if isinstance(outcome, DataError):
             answer: dict[str, Any] = {"problems": as_facts(outcome.problems)}
         else:
-            answer = {"tensors": _pack(outcome.tensors, buffer), "facts": dict(outcome.facts)}
+            answer = {"tensors": _pack(outcome.tensors, buffer.bytes), "facts": dict(outcome.facts)}
         connection.send_bytes(json.dumps(answer).encode())
 
 

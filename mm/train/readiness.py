@@ -201,10 +201,10 @@ def host(flags: TrainFlags, trained: int, pinned_bytes: int, save_bytes: int, pr
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files < 4096:
         findings.append(Finding("limits", "look", f"ulimit -n is {files}", "Raise it to 4096 or more."))
-    shared = Path("/dev/shm")  # noqa: S108  torch's workers hand samples over there
-    if flags.num_workers > 0 and shared.exists() and shutil.disk_usage(shared).free < GB:
+    shared = Path("/dev/shm")  # noqa: S108  where libraries of collectives let processes of one node meet
+    if processes > 1 and shared.exists() and shutil.disk_usage(shared).free < GB:
         size = shutil.disk_usage(shared).free / GB
-        remedy = "Give the container more (--shm-size), or --num-workers 0."
+        remedy = "Give the container more (--shm-size)."
         findings.append(Finding("limits", "look", f"{shared} has {size:.2f} GB free", remedy))
     return findings
 

@@ -99,7 +99,7 @@ def test_a_reader_that_dies_is_replaced_once(name: str, tmp_path: Path) -> None:
     outcomes = list(read(tmp_path, [("read", 0), (name, 1), (name, 2), ("read", 4)]))
     assert numbers(outcomes) == [0, 1, "DATA-071", 4]
     assert f"clip 2: the process that read it died twice, of {name};" in str(outcomes[2][1])
-    assert "GiB of memory" in str(outcomes[2][1]) and "GiB of /dev/shm" in str(outcomes[2][1])
+    assert "GiB of memory is free" in str(outcomes[2][1])
 
 
 def test_a_reader_that_leaves_is_told_with_its_exit_code(tmp_path: Path) -> None:
@@ -178,22 +178,39 @@ def test_nothing_is_left_behind(name: str, tmp_path: Path) -> None:
 LITTLE = """
 import os
 from pathlib import Path
+from mm.cli.entry import run
 from test_workers import numbers, read
-disk = os.statvfs("/dev/shm")
-print(disk.f_blocks * disk.f_frsize, numbers(read(Path("."), [("read", 3), ("read", 4)])))
+def main(argv):
+    print(numbers(read(Path(os.environ["HERE"]), [("read", 3), ("read", 4)], 1)))
+print(run(main, []))
 """
 
 
-def test_shared_memory_that_is_too_small_is_not_used(tmp_path: Path) -> None:
-    """With /dev/shm of one page, in a private mount namespace."""
-    little = "mount -t tmpfs -o size=4k none /dev/shm"
-    if subprocess.run(["unshare", "-rm", "sh", "-c", little], capture_output=True).returncode:
+@pytest.mark.parametrize(
+    ("shared", "temporary", "said"),
+    [
+        pytest.param("size=4k", "size=64k", "[3, 4]\n0", marks=pytest.mark.nightly),  # one page in /dev/shm
+        ("size=4k", "size=8k", "[3, 4]\n0"),  # and little more in TMPDIR, where a file with holes would fit
+        ("size=1m", "nr_inodes=2", "74"),  # no room for the socket of the fork server
+        pytest.param("size=1m", "nr_inodes=1", "74", marks=pytest.mark.nightly),  # nor for anything
+    ],
+)
+def test_full_disks_for_temporary_files(shared: str, temporary: str, said: str) -> None:
+    """In a private mount namespace, where no other folder can be written: outcomes or one line, within seconds."""
+    mounts = f"mount -t tmpfs none /mnt && mount -t tmpfs -o {shared} none /dev/shm"
+    for folder in ("/tmp", "/var/tmp", "/usr/tmp"):
+        if Path(folder).is_dir():
+            mounts += f" && mount -t tmpfs -o {temporary} none {folder}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mounts], capture_output=True).returncode:
         pytest.skip("this machine allows no private mounts")
     here = Path(__file__)
-    environment = {**os.environ, "PYTHONPATH": f"{here.parents[2]}:{here.parent}"}
-    command = ["unshare", "-rm", "sh", "-c", f'{little} && exec "$0" -c "$1"', sys.executable, LITTLE]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "4096 [3, 4]", done.stderr
+    variables = {"PYTHONPATH": f"{here.parents[2]}:{here.parent}", "HERE": "/mnt", "TMPDIR": "/tmp"}
+    environment = {**os.environ, **variables}
+    command = ["unshare", "-rm", "sh", "-c", f'{mounts} && cd /proc && exec "$0" -c "$1"', sys.executable, LITTLE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.stdout.strip() == said, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error ")]
+    assert (len(lines) == 1 and lines[0].startswith("error RUN-02")) == (said == "74"), done.stderr
 
 
 def wait_for(condition: Any) -> None:
