@@ -53,8 +53,8 @@ from mm.parallel.optimizer import AdamWSettings, Optimizer  # noqa: E402
 from mm.parallel.optimizers import make_optimizer  # noqa: E402
 from mm.parallel.outcome import Outcome  # noqa: E402
 from mm.parallel.watch import ANSWER_S, SAMPLE_S, Limits, Watch, where_is  # noqa: E402
+from mm.stopping import StopRequest  # noqa: E402
 from mm.train.numerics import WINDOW, NumericsGuard  # noqa: E402
-from mm.train.signals import StopRequest  # noqa: E402
 from mm.train.split import Phase  # noqa: E402
 from mm.train.step import StepResult, compute_gradients, train_step  # noqa: E402
 from mm.train.stragglers import STEP_PHASES, Stragglers  # noqa: E402
@@ -122,7 +122,7 @@ class Guards:
         self._trained, self._mesh, self._store = trained, mesh, store
         run: Any = SimpleNamespace(flags=SimpleNamespace(skipped_steps_in_a_row=0))
         self.numerics = NumericsGuard(run, trained.parallel, trained.optimizer, trained.flow, 0)
-        self.stop = StopRequest()
+        self.stop = StopRequest(saves=True, kept="")
         self._last: tuple[int, Outcome, list[FeatureBatch]]
         self.watch = self._new_watch(sampling=False)
         self.stragglers = Stragglers(self.watch, mesh, trained.parallel.backend)
@@ -132,8 +132,9 @@ class Guards:
         """The watch's thread is there while this is entered."""
         self.watch = self._new_watch(sampling)
         self.stragglers = Stragglers(self.watch, self._mesh, self._trained.parallel.backend)
+        self.stop = StopRequest(saves=True, kept="")
         with self.stop, self.watch:
-            self.stop.steps_have_begun = True
+            self.stop.begin_steps()
             yield
 
     def step(self, compare_ranks: bool) -> None:
