@@ -128,6 +128,7 @@ class Guards:
         """The watch's thread is there while this is entered."""
         self.watch = self._new_watch(sampling)
         self.stragglers = Stragglers(self.watch, self._mesh, self._trained.parallel.backend)
+        self.stop = StopRequest(saves=True, kept="")
         with self.stop, self.watch:
             self.stop.begin_steps()
             yield

@@ -21,12 +21,17 @@ SBATCH = CLUSTER / "slurm_pretrain.sbatch"
 PRETRAIN = ROOT / "examples" / "wan2.1" / "1.3b" / "t2v" / "pretrain.sh"
 TRAIN_WORDS = ("--train-iters", "2", "--save-interval", "2", "--num-workers", "0", "--device", "cpu")
 
-# Runs the command once for each "node", all on this machine, as srun does with one task a node.
+# Runs the command once for each "node", all on this machine, and hands signals on, as srun does with one task a node.
 SRUN = """#!/usr/bin/env bash
 while [[ "$1" == --* ]]; do shift; done
-for node in 0 1; do SLURM_NODEID=$node "$@" & steps="${steps:-} $!"; done
+steps=
+for name in USR1 TERM; do trap "kill -s $name \\$steps 2>/dev/null" "$name"; done
+for node in 0 1; do SLURM_NODEID=$node "$@" & steps="$steps $!"; done
 code=0
-for step in $steps; do wait "$step" || code=$?; done
+for step in $steps; do
+    while kill -0 "$step" 2>/dev/null; do now=0; wait "$step" || now=$?; done
+    [ "${now:-0}" -le "$code" ] || code=$now
+done
 exit "$code"
 """
 SCONTROL = """#!/usr/bin/env bash
@@ -102,25 +107,72 @@ def test_sbatch_refuses_nodes_whose_scripts_differ(demo: Path, tmp_path: Path, s
     assert not (save / "metrics.jsonl").exists()
 
 
-def test_sbatch_requeues_when_the_time_limit_is_near_and_keeps_the_exit_code(
-    tmp_path: Path, slurm: dict[str, str]
-) -> None:
-    started, finish = tmp_path / "started", tmp_path / "finish"
-    script = tmp_path / "script.sh"
-    script.write_text(f"touch {started}.$NODE_RANK\nuntil [ -e {finish} ]; do sleep 0.05; done\nexit 7\n")
-    job = subprocess.Popen(["bash", SBATCH], env={**slurm, "SCRIPT": str(script)}, stdout=subprocess.PIPE, text=True)
-    wait_for(tmp_path / "started.0", tmp_path / "started.1")
+NODE = """
+trap '{on_usr1}' USR1
+touch {folder}/started.$NODE_RANK
+until [ -e {folder}/finish ]; do sleep 0.05; done
+exit 7
+"""
+
+
+def start_job(folder: Path, slurm: dict[str, str], on_usr1: str) -> subprocess.Popen[str]:
+    """A job whose script ends with 7 once the file `finish` is there, or does what it is told on SIGUSR1."""
+    script = folder / "script.sh"
+    script.write_text(NODE.format(folder=folder, on_usr1=on_usr1))
+    environment = {**slurm, "SCRIPT": str(script)}
+    job = subprocess.Popen(["bash", SBATCH], env=environment, stdout=subprocess.PIPE, text=True)
+    wait_for(folder / "started.0", folder / "started.1")
+    return job
+
+
+def test_sbatch_requeues_near_the_time_limit_what_has_saved(tmp_path: Path, slurm: dict[str, str]) -> None:
+    job = start_job(tmp_path, slurm, on_usr1="exit 75")
+    job.send_signal(signal.SIGUSR1)
+    output, _ = job.communicate(timeout=20)
+    assert job.returncode == 75
+    assert "saved: requeueing job 4711" in output
+    assert Path(slurm["REQUEUED"]).exists()
+
+
+def test_sbatch_requeues_what_has_not_saved_in_time(tmp_path: Path, slurm: dict[str, str]) -> None:
+    job = start_job(tmp_path, {**slurm, "SAVE_SECONDS": "1"}, on_usr1=":")
     job.send_signal(signal.SIGUSR1)
     wait_for(Path(slurm["REQUEUED"]))
     assert job.poll() is None
-    finish.touch()
-    output, _ = job.communicate(timeout=20)
+    (tmp_path / "finish").touch()
+    job.communicate(timeout=20)
     assert job.returncode == 7
-    assert "requeueing job 4711" in output
 
 
-def wait_for(*paths: Path) -> None:
-    until = time.monotonic() + 20
+@pytest.mark.parametrize("near_the_limit", [True, False])
+def test_sbatch_does_not_requeue_what_fails(tmp_path: Path, slurm: dict[str, str], near_the_limit: bool) -> None:
+    job = start_job(tmp_path, slurm, on_usr1=f"touch {tmp_path}/asked.$NODE_RANK")
+    if near_the_limit:
+        job.send_signal(signal.SIGUSR1)
+        wait_for(tmp_path / "asked.0", tmp_path / "asked.1")
+    (tmp_path / "finish").touch()
+    job.communicate(timeout=20)
+    assert job.returncode == 7
+    assert not Path(slurm["REQUEUED"]).exists()
+
+
+@pytest.mark.nightly
+def test_sbatch_saves_near_the_time_limit(demo: Path, tmp_path: Path, slurm: dict[str, str]) -> None:
+    """With the real script on two "nodes": each of them is asked, and one checkpoint is there."""
+    save = tmp_path / "run"
+    words = ("--train-iters", "100000", "--num-workers", "0", "--device", "cpu")
+    environment = {**slurm, **tiny(demo, save)}
+    job = subprocess.Popen(["bash", SBATCH, *words], env=environment, stdout=subprocess.PIPE, text=True)
+    wait_for(save / "metrics.jsonl", within_s=120)
+    job.send_signal(signal.SIGUSR1)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 75, output[-3000:]
+    assert len(list(save.glob("iter_*"))) == 1
+    assert "saved: requeueing job 4711" in output
+
+
+def wait_for(*paths: Path, within_s: float = 20) -> None:
+    until = time.monotonic() + within_s
     while not all(path.exists() for path in paths):
         assert time.monotonic() < until, f"not there: {paths}"
         time.sleep(0.05)
@@ -164,6 +216,8 @@ def test_pytorchjob_sets_what_the_script_reads() -> None:
     exported = set(re.findall(r"\b(\w+)=", re.search(r"^export (.*)$", container["args"][0], re.M)[1]))
     assert exported == {"NNODES", "NODE_RANK"}
     assert set(environment) | exported | {"MASTER_ADDR", "MASTER_PORT"} <= read_by(script)
+    assert master["terminationGracePeriodSeconds"] >= 600  # a checkpoint of a large model must fit
+    assert re.search(r"^ *exec bash", container["args"][0], re.M)  # a shell that waits would keep SIGTERM to itself
     assert int(environment["NPUS_PER_NODE"]) == container["resources"]["limits"]["nvidia.com/gpu"]
     mounted = [mount["mountPath"] for mount in container["volumeMounts"]]
     assert all(environment[name].startswith("/data/") for name in ("MM_DATA", "LOAD_PATH", "SAVE_PATH"))
