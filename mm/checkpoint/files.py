@@ -12,6 +12,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from mm.checkpoint import fault
+from mm.config.units import format_bytes
 from mm.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def require_free_space(folder: Path, num_bytes: int) -> None:
     if free < needed:
         raise CheckpointError(
             "CKPT-030",
-            f"{folder} has {free / 2**30:.2f} GiB free, {needed / 2**30:.2f} GiB are needed.",
+            f"{folder} has {format_bytes(free)} free, {format_bytes(needed)} are needed.",
             "Free some space or choose another folder; nothing was written and what exists is untouched.",
         )
 

@@ -167,7 +167,7 @@ def holder_of(folder: Path) -> str | None:
         with _opened(path, DEFAULT_TIMES) as (file, free):
             holder = _content(file)
             return None if _is_dead(holder, free) else _name(holder)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

@@ -23,13 +23,13 @@ from mm.config.place import place
 from mm.config.recompute import recompute_of
 from mm.config.rules import check_training
 from mm.config.train import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
+from mm.config.units import format_bytes, in_gib
 from mm.errors import ConfigError, Problem, raise_all
 from mm.stopping import StopRequest
 
 if TYPE_CHECKING:
     from mm.train.dry_run import Report
 
-GIB = 2**30
 _UNCOMPILED = "all is shown for uncompiled blocks: fake tensors run no compiled code"
 
 
@@ -145,9 +145,9 @@ def _as_text(layout: Layout, report: Report, notes: dict[str, str]) -> str:
         *notes.items(),
     ]
     kinds = sorted(report.peak.items(), key=lambda item: -item[1])
-    memory = [(kind, f"{size / GIB:.2f}") for kind, size in [*kinds, ("together", report.peak_bytes)]]
+    memory = [(kind, in_gib(size)) for kind, size in [*kinds, ("together", report.peak_bytes)]]
     traffic = [
-        (axis, operation, f"{sent.calls:,}", f"{sent.bytes / GIB:.3f}")
+        (axis, operation, f"{sent.calls:,}", in_gib(sent.bytes, 3))
         for (axis, operation), sent in sorted(report.traffic.items(), key=lambda item: -item[1].bytes)
     ]
     align = ("left", "right")
@@ -169,7 +169,7 @@ def _as_text(layout: Layout, report: Report, notes: dict[str, str]) -> str:
 
 def _host_memory(report: Report) -> str:
     parts = {"offload": report.host_bytes, "background saves": report.save_bytes}
-    used = [f"{size / GIB:.2f} GiB for {what}" for what, size in parts.items() if size]
+    used = [f"{format_bytes(size)} for {what}" for what, size in parts.items() if size]
     return f"page-locked: {', '.join(used)}" if used else "none"
 
 

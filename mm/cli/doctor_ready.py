@@ -20,6 +20,7 @@ from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
 from mm.config.place import Place
 from mm.config.train import PretrainModel, TrainFlags
+from mm.config.units import format_bytes
 from mm.errors import ConfigError, DataError, MMError, Problem, raise_all
 from mm.isolated import command_of
 
@@ -159,7 +160,7 @@ def _tell(findings: Sequence[Finding], reports: Sequence[dict[str, Any]], *, as_
             (found.check, found.verdict, found.found + (f" -> {found.remedy}" if found.remedy else ""))
             for found in findings
         ]
-        rows.append(("traffic", "ok", f"{sent / 2**30:.3f} GiB sent by rank 0 in a step (predicted)"))
+        rows.append(("traffic", "ok", f"{format_bytes(sent)} sent by rank 0 in a step (predicted)"))
         print(tabulate(rows, headers=["check", "", "found"], maxcolwidths=[None, None, 100], tablefmt="simple"))
         verdict = "not ready" if reasons else "ready"
         print(f"\nverdict: {verdict}; {len(reasons)} of {len(rows)} say no, {look} ask for a look")

@@ -36,9 +36,7 @@ def _train(flags: TrainFlags, stop: StopRequest) -> None:
     zero = load_zero(flags)
     where = place()
     check_training(flags, model, zero, where.world_size)
-    for name, folder in (("--save", flags.save), ("--tensorboard-dir", flags.tensorboard_dir)):
-        if folder is not None:
-            require_writable_folder(folder, name)
+    _require_places(flags)
     validation = load_validation(flags, model)
     eval_data = load_train_data(Path(flags.eval_data)) if flags.eval_data is not None else None
     layout = layout_of(flags, model, zero, where.world_size)
@@ -108,6 +106,12 @@ def _train(flags: TrainFlags, stop: StopRequest) -> None:
             )
         )
     logging.getLogger(__name__).info("done: step %d, %d samples", progress.step, progress.consumed_samples)
+
+
+def _require_places(flags: TrainFlags) -> None:
+    for name, folder in (("--save", flags.save), ("--tensorboard-dir", flags.tensorboard_dir)):
+        if folder is not None:
+            require_writable_folder(folder, name)
 
 
 if __name__ == "__main__":

@@ -270,8 +270,6 @@ RETIRED_TRAIN_FLAGS = {
     "--optimizer-selection": "Remove it; AdamW is the one optimizer, by the device's fastest kernel. What "
     "fused_ema_adamw adds is --ema-decay alone.",
     "--use-torch-fsdp2": "Remove it; give --layerzero and --layerzero-config, which shard through FSDP2.",
-    "--use-cp-send-recv-overlap": _ALWAYS,
-    "--cp-window-size": "Remove it; a ring is one ring. hybrid_cp_algo makes it smaller, with Ulysses inside.",
     "--use-data-balance": "Remove it; the order of samples is drawn from --seed alone.",
     "--use-cpu-initialization": "Remove it; weights are read straight into place.",
     "--untie-embeddings-and-output-weights": "Remove it; Wan ties no weights.",

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from uuid import uuid4
 
+from mm.config.units import format_bytes
 from mm.errors import DataError, Problem, raise_all
 
 MAX_PROBLEMS_SHOWN = 100
@@ -200,7 +201,7 @@ def _write_error(path: Path, num_bytes: int, error: OSError) -> DataError:
         free = shutil.disk_usage(path.parent).free
         return DataError(
             "DATA-019",
-            f"{path} needs {num_bytes / 2**20:.1f} MiB and the disk or quota is full ({free / 2**20:.1f} MiB free).",
+            f"{path} needs {format_bytes(num_bytes)} and the disk or quota is full ({format_bytes(free)} free).",
             "Free some space and start again; what is complete is kept.",
         )
     return DataError("DATA-018", f"{path} cannot be written: {error}.", "Check the path and its permissions.")

@@ -29,6 +29,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from mm.config.units import format_bytes
 from mm.data.fork_server import SENT_TO_ALL, ensure_fork_server
 from mm.data.shared import SharedMemory
 from mm.errors import DataError, DiskError, Problem, raise_all
@@ -238,7 +239,7 @@ class _Reader(Generic[JobT]):
         code = self._process.exitcode
         how = _signal_name(-code) if code is not None and code < 0 else f"exit code {code}"
         self.close()
-        free = f"{psutil.virtual_memory().available / 2**30:.1f} GiB of memory"
+        free = f"{format_bytes(psutil.virtual_memory().available)} of memory"
         return DataError(
             "DATA-071",
             f"{self._work.describe(self.job)}: the process that read it died twice, of {how}; {free} is free.",

@@ -12,6 +12,7 @@ import torch
 
 from mm.config.model import WanConfig
 from mm.config.recompute import Recompute
+from mm.config.units import format_bytes
 from mm.device.backend import Backend, free_host_bytes
 from mm.device.queues import queues_of
 from mm.errors import ConfigError
@@ -97,8 +98,8 @@ def _check_host_memory(num_bytes: int, available: int) -> None:
     if num_bytes > available:
         raise ConfigError(
             "CFG-049",
-            f'"attention_async_offload" needs {num_bytes / 1e9:.1f} GB of page-locked host memory on this process, and '
-            f"{available / 1e9:.1f} GB are free for it.",
+            f'"attention_async_offload" needs {format_bytes(num_bytes)} of page-locked host memory on this process, '
+            f"and {format_bytes(available)} are free for it.",
             "Start fewer processes on the node, let fewer blocks keep their attention "
             "(--recompute-num-layers, --recompute-num-layers-skip-core-attention), use --recompute-keep O, "
             "or raise --context-parallel-size, which divides it.",

@@ -10,6 +10,7 @@ from mm.config.layout import Layout
 from mm.config.model import WanConfig
 from mm.config.recompute import Recompute
 from mm.config.train import TrainFlags
+from mm.config.units import format_bytes
 from mm.data.dataset import FeatureDataset
 from mm.lora.plan import LoRAPlan
 from mm.parallel.offload import Offloader
@@ -196,7 +197,7 @@ def _offload(offloader: Offloader | None) -> str:
     if offloader is None:
         return "nothing"
     slots, size = offloader.num_slots, offloader.slot_bytes
-    return f"what kept blocks keep, up to {slots} x {size / 1e6:,.1f} MB of page-locked host memory on rank 0"
+    return f"what kept blocks keep, up to {slots} x {format_bytes(size)} of page-locked host memory on rank 0"
 
 
 def _list(ranks: Sequence[int]) -> str:

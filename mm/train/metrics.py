@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from mm.config.units import GIB, format_bytes
 from mm.errors import CheckpointError
 from mm.train.running_mean import RunningMean
 
@@ -90,13 +91,18 @@ class StepMetrics:
             raise ValueError("it has not one timestep for each of the sample_losses")
         return cls(**values)
 
+    @property
+    def peak_memory_gib(self) -> float:
+        """`peak_memory_gb` in GiB."""
+        return self.peak_memory_gb * 1e9 / GIB
+
     def line(self, total_steps: int, eta_s: float, mean_of: int) -> str:
         """The console line; `mean_of` steps are in the mean."""
         mean = "" if self.loss_mean is None else f" (mean of {mean_of}: {self.loss_mean:.4f})"
         return (
             f"step {self.step}/{total_steps} | loss {self.loss:.4f}{mean} | grad norm {self.grad_norm:.3f} | "
             f"lr {self.lr:.2e} | {_short(self.tokens_per_s)} tokens/s | {self.tflops:.3g} TFLOP/s | "
-            f"peak {self.peak_memory_gb:.2f} GB | ETA {_clock(eta_s)}"
+            f"peak {format_bytes(self.peak_memory_gib * GIB)} | ETA {_clock(eta_s)}"
         )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from traceback import walk_tb
 
 from mm.config.request import Request
+from mm.config.units import GIB, in_gib
 from mm.device.backend import Backend
 from mm.device.out_of_memory import bytes_asked_for
 from mm.errors import OutOfMemoryError
@@ -17,7 +18,6 @@ from mm.train.relief import reliefs
 from mm.train.split import Phase, Split, measure
 
 _PACKAGE = Path(__file__).parents[1]
-_MB = 10**6
 
 
 class MemoryWatch:
@@ -59,14 +59,14 @@ class MemoryWatch:
         """The failed step's tensors are still alive here, kept by the traceback: nothing large may be made."""
         asked, peak = bytes_asked_for(error), self._backend.peak_memory_bytes()
         split = measure(phase, asked or 0, peak, self._program, self.parallel, self.optimizer, self.pinned_host)
-        size = "of unknown size" if asked is None else f"of {_gb(asked)} GB"
+        size = "of unknown size" if asked is None else f"of {in_gib(asked, 3)} GiB"
         told = [
             f"Rank {self._rank} ran out of memory in the phase: {phase}; an allocation {size} {_place(error)} failed.",
             _held(split, built=self.parallel is not None),
         ]
         device = self._backend.total_and_free_bytes()
         if device is not None:
-            told.append(f"The device has {_gb(device[0])} GB, of which {_gb(device[1])} GB are free.")
+            told.append(f"The device has {in_gib(device[0], 3)} GiB, of which {in_gib(device[1], 3)} GiB are free.")
         found = enumerate(reliefs(self._request, split), start=1)
         advice = "; ".join(f"({number}) {relief}" for number, relief in found)
         return OutOfMemoryError("MEM-001", " ".join(told), f"Try one of these, best first: {advice}.")
@@ -80,14 +80,14 @@ def _held(split: Split, *, built: bool) -> str:
         "activations and temporaries": split.activations,
         "the program before the model": split.program,
     }
-    told = {kind: round(size / _MB) for kind, size in kinds.items() if size}
+    told = {kind: round(1000 * size / GIB) for kind, size in kinds.items() if size}
     # the sum of what is told, not of the bytes: a reader adds it up
-    text = f"It held {sum(told.values()) / 1000:.3f} GB: "
+    text = f"It held {sum(told.values()) / 1000:.3f} GiB: "
     text += ", ".join(f"{kind} {size / 1000:.3f}" for kind, size in told.items()) + "."
     if split.moments_to_come:
-        text += f" Moments of {_gb(split.moments_to_come)} GB are still to come."
+        text += f" Moments of {in_gib(split.moments_to_come, 3)} GiB are still to come."
     if split.pinned_host:
-        text += f" On the host {_gb(split.pinned_host)} GB are pinned."
+        text += f" On the host {in_gib(split.pinned_host, 3)} GiB are pinned."
     return text
 
 
@@ -99,7 +99,3 @@ def _place(error: BaseException) -> str:
         if file.is_relative_to(_PACKAGE) and frame.f_code.co_name != "__torch_function__":  # passes calls on
             here = f"at mm/{file.relative_to(_PACKAGE)}:{line} ({frame.f_code.co_name})"
     return here
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.3f}"

@@ -28,9 +28,9 @@ _PANELS = (
     ("grad_norm", "gradient norm", True),
     ("lr", "learning rate", False),
     ("tokens_per_s", "tokens/s", False),
-    ("peak_memory_gb", "peak memory (GB)", False),
+    ("peak_memory_gib", "peak memory (GiB)", False),
 )
-_FROM_ZERO = ("tokens_per_s", "peak_memory_gb")  # a small change must not look like a large one
+_FROM_ZERO = ("tokens_per_s", "peak_memory_gib")  # a small change must not look like a large one
 _BINS, _LARGEST_TIMESTEP = 10, 1000.0
 _EARLY, _LATE = "tab:orange", "tab:blue"
 

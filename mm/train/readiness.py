@@ -29,6 +29,7 @@ from mm.checkpoint.lock import holder_of
 from mm.checkpoint.weights import open_weights, require_exactly
 from mm.config.model import WanConfig
 from mm.config.train import TrainFlags
+from mm.config.units import GIB, format_bytes
 from mm.data.dataset import FeatureDataset
 from mm.data.sampler import sample_at
 from mm.device.backend import Backend
@@ -38,7 +39,6 @@ from mm.errors import MMError
 from mm.parallel.placement import whole_shapes
 
 Verdict = Literal["ok", "look", "no"]
-GB = 10**9
 _FP32 = 4
 
 
@@ -91,7 +91,8 @@ def memory(peak_bytes: Sequence[int], backend: Backend) -> list[Finding]:
     device = backend.total_and_free_bytes()
     total, free = device if device is not None else (psutil.virtual_memory().total, psutil.virtual_memory().available)
     most = max(peak_bytes)
-    found = f"{most / GB:.2f} GB predicted on the fullest rank looked at, {free / GB:.1f} of {total / GB:.1f} GB free"
+    found = f"{format_bytes(most)} predicted on the fullest rank looked at, "
+    found += f"{format_bytes(free)} of {format_bytes(total)} free"
     remedy = (
         "DRY_RUN=1 before the script shows the split. Recompute more, shard more (--use-distributed-optimizer, "
         "layer-zero, TP, PP), cut the tokens (CP), or lower --micro-batch-size."
@@ -175,7 +176,7 @@ def disk(flags: TrainFlags, trained: int) -> list[Finding]:
     saves = flags.train_iters // flags.save_interval if flags.save_interval else 1
     kept = min(max(saves, 1), flags.keep_latest or max(saves, 1)) + (1 if saves > 1 else 0)  # the newest beside the old
     free = shutil.disk_usage(_existing(Path(flags.save))).free
-    found = f"{one / GB:.2f} GB a checkpoint, up to {kept} at a time, {free / GB:.1f} GB free"
+    found = f"{format_bytes(one)} a checkpoint, up to {kept} at a time, {format_bytes(free)} free"
     if free < 1.2 * one:
         return [Finding("disk", "no", found, "Free space, or give another --save.")]
     if free < kept * one:
@@ -195,17 +196,19 @@ def host(flags: TrainFlags, trained: int, pinned_bytes: int, save_bytes: int, pr
     # of what replicas have copies of, one saves: no more than the whole state is saved from one node
     copies = min(save_bytes * processes, max(_state_bytes(flags, trained), save_bytes))
     need, free = pinned_bytes * processes + copies, psutil.virtual_memory().available
-    found = f"{need / GB:.2f} GB for offload and background saves on {socket.gethostname()}, {free / GB:.1f} GB free"
+    found = (
+        f"{format_bytes(need)} for offload and background saves on {socket.gethostname()}, {format_bytes(free)} free"
+    )
     remedy = "Leave out --async-save or offload, or start fewer processes a node."
     findings.append(Finding("host memory", "no" if need > free else "ok", found, remedy if need > free else ""))
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files < 4096:
         findings.append(Finding("limits", "look", f"ulimit -n is {files}", "Raise it to 4096 or more."))
     shared = Path("/dev/shm")  # noqa: S108  where libraries of collectives let processes of one node meet
-    if processes > 1 and shared.exists() and shutil.disk_usage(shared).free < GB:
-        size = shutil.disk_usage(shared).free / GB
+    if processes > 1 and shared.exists() and shutil.disk_usage(shared).free < GIB:
+        size = format_bytes(shutil.disk_usage(shared).free)
         remedy = "Give the container more (--shm-size)."
-        findings.append(Finding("limits", "look", f"{shared} has {size:.2f} GB free", remedy))
+        findings.append(Finding("limits", "look", f"{shared} has {size} free", remedy))
     return findings
 
 

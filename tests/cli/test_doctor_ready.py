@@ -77,7 +77,8 @@ def test_a_run_that_will_work(demo: Path, tmp_path: Path, capsys: pytest.Capture
     assert sorted(path.name for path in save.iterdir()) == folders
     # what was said of a checkpoint's size is what one takes
     weights = sum(path.stat().st_size for path in (save / "iter_0000004").glob("*.safetensors"))
-    assert float(told["disk"].split()[0]) == pytest.approx(weights / 1e9, abs=0.006)
+    size, unit = told["disk"].split()[:2]
+    assert unit == "MiB" and float(size) == pytest.approx(weights / 2**20, abs=5)
 
 
 def test_all_reasons_at_once(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +107,7 @@ def test_more_memory_than_there_is(demo: Path, tmp_path: Path, capsys: pytest.Ca
     report, reasons = look(demo, tmp_path / "run", capsys, latent_size=[21, 60, 104], **flags)
     (memory,) = [reason for reason in reasons if reason.startswith("memory: ")]
     predicted = report["dry_runs"][0]["peak_bytes"]
-    assert memory.startswith(f"memory: {predicted / 1e9:.2f} GB predicted")
+    assert memory.startswith(f"memory: {predicted / 2**30:.2f} GiB predicted")
     assert predicted > 16 * report["dry_runs"][0]["parameters"]
 
 

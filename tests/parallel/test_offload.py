@@ -175,7 +175,7 @@ def test_too_little_host_memory_is_told_before_it_is_taken() -> None:
             make_offloader(plan, wan, mesh, backend, step, processes_of_node=10**6)
     assert [problem.id for problem in caught.value.problems] == ["CFG-049"]
     # 39 layers leave, of x, q, k, v, O in bf16 and a log-sum-exp in fp32 for each head
-    assert f"needs {39 * 75_600 * (5 * 2 * 5120 + 4 * 40) / 1e9:.1f} GB" in str(caught.value)
+    assert f"needs {39 * 75_600 * (5 * 2 * 5120 + 4 * 40) / 2**30:.2f} GiB" in str(caught.value)
 
 
 def test_a_forward_without_gradients_keeps_nothing() -> None:

@@ -106,8 +106,8 @@ def error_line(output: str) -> str:
 
 
 def told_split(line: str) -> dict[str, float]:
-    """GB by kind, which add up to what is told as held."""
-    found = re.search(r"It held ([\d.]+) GB: ([^:]+?)\. (?:Moments|Fix)", line)
+    """GiB by kind, which add up to what is told as held."""
+    found = re.search(r"It held ([\d.]+) GiB: ([^:]+?)\. (?:Moments|Fix)", line)
     assert found is not None, line
     kinds = {kind: float(size) for kind, size in (part.rsplit(" ", 1) for part in found[2].split(", "))}
     assert sum(kinds.values()) == pytest.approx(float(found[1]), abs=1e-9)
@@ -134,11 +134,11 @@ def test_a_step_that_does_not_fit(tmp_path: Path) -> None:
     assert code == 71, output
     line = error_line(output)
     assert line.startswith("error MEM-001: Rank 0 ran out of memory in the phase: forward and backward; an allocation ")
-    assert f"of {WIDE_TENSOR / 1e9:.3f} GB at mm/wan/" in line
+    assert f"of {WIDE_TENSOR / 2**30:.3f} GiB at mm/wan/" in line
     kinds = told_split(line)
-    assert kinds["parameters"] == pytest.approx(WIDE_PARAMETERS / 1e9, rel=0.05)  # and what is not feed-forward
+    assert kinds["parameters"] == pytest.approx(WIDE_PARAMETERS / 2**30, rel=0.05)  # and what is not feed-forward
     assert kinds["gradients"] == pytest.approx(kinds["parameters"], abs=0.002)
-    to_come = re.search(r" Moments of ([\d.]+) GB are still to come\.", line)
+    to_come = re.search(r" Moments of ([\d.]+) GiB are still to come\.", line)
     assert to_come is not None and float(to_come[1]) == pytest.approx(2 * kinds["parameters"], abs=0.002)
     assert proposals(line) == [
         "--micro-batch-size 1 --global-batch-size 4",
@@ -169,7 +169,7 @@ def test_a_model_that_does_not_fit(tmp_path: Path, megabytes: int, phase: str, k
     assert code == 71, output
     line = error_line(output)
     assert f" in the phase: {phase}; an allocation of " in line
-    assert told_split(line)[kind] > DEEP_PARAMETERS / 2 / 1e9
+    assert told_split(line)[kind] > DEEP_PARAMETERS / 2 / 2**30
     assert NEEDS_A_MODEL_OF_HALF in proposals(line)
 
 
@@ -253,7 +253,7 @@ def a_run() -> Request:
 
 
 @pytest.mark.parametrize(
-    ("fails", "size"), [(impossible_allocation, f"of {2**57 / 1e9:.3f} GB"), (impossible_object, "of unknown size")]
+    ("fails", "size"), [(impossible_allocation, f"of {2**57 / 2**30:.3f} GiB"), (impossible_object, "of unknown size")]
 )
 def test_what_torch_and_python_raise_is_understood(fails: Any, size: str) -> None:
     backend = select("cpu")

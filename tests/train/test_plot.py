@@ -16,7 +16,15 @@ from mm.cli import plot as plot_command
 from mm.errors import CheckpointError
 from mm.train.plot import bin_means, running_mean
 
-PANELS = ["loss", "gradient norm", "learning rate", "tokens/s", "peak memory (GB)", "loss of a sample", "held-out loss"]
+PANELS = [
+    "loss",
+    "gradient norm",
+    "learning rate",
+    "tokens/s",
+    "peak memory (GiB)",
+    "loss of a sample",
+    "held-out loss",
+]
 
 
 @pytest.fixture(scope="module")
