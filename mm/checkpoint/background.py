@@ -30,6 +30,9 @@ from mm.checkpoint.store import Derived, save
 
 log = logging.getLogger(__name__)
 
+_TELL_S = 60.0
+"""How often a log line says that a save is waited for."""
+
 PAGE = 4096
 """Bytes; every tensor's copy begins at a multiple."""
 
@@ -130,7 +133,10 @@ class BackgroundSaver:
         """
         if self._thread is None:
             return
-        self._thread.join()
+        self._thread.join(_TELL_S)
+        while self._thread.is_alive():
+            log.info("waiting for the %s, which is being written in the background", self._thread.name)
+            self._thread.join(_TELL_S)
         self._thread = None
         failure, self._failure = self._failure, None
         if failure is not None:

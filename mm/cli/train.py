@@ -22,6 +22,9 @@ from mm.stopping import StopRequest
 
 _KEPT = "Nothing was saved since the newest checkpoint (--save-on-signal saves before it stops)."
 
+SAVING_MINUTES = 24 * 60
+"""How long ranks wait for the slowest one's disk in a background save; a process that is gone ends it at once."""
+
 
 def main(argv: Sequence[str]) -> None:
     """Train; raises what `mm.train.loop.train` raises, and what `StopRequest` does when the process is asked to end."""
@@ -49,9 +52,9 @@ def _train(flags: TrainFlags, stop: StopRequest) -> None:
     from mm.parallel.launch import Job
     from mm.parallel.mesh import build_mesh
     from mm.parallel.notices import Notices
-    from mm.parallel.watch import ANSWER_S, Limits, Watch
+    from mm.parallel.watch import ANSWER_S, Watch
     from mm.train.loop import train
-    from mm.train.run import Run
+    from mm.train.run import Run, watch_limits
 
     if where.rank != 0:
         logging.getLogger().setLevel(logging.WARNING)
@@ -75,7 +78,7 @@ def _train(flags: TrainFlags, stop: StopRequest) -> None:
         Job(where, backend.collective, backend.device, timeout, configuration) as job,
         Watch(
             Notices(job.notices(ANSWER_S), where.rank, where.world_size, job.remember),
-            Limits(flags.hang_timeout, ceiling=0.9 * 60 * timeout),
+            watch_limits(flags),
             save / "hang" if save is not None else None,
             sampling=flags.straggler_interval is not None,
         ) as watch,
@@ -85,7 +88,7 @@ def _train(flags: TrainFlags, stop: StopRequest) -> None:
         saving: Comm | None = comm if flags.async_save else None
         if where.world_size > 1:
             comm = ProcessGroupComm(device=backend.device)
-            saving = ProcessGroupComm(job.host_group(timeout)) if flags.async_save else None
+            saving = ProcessGroupComm(job.host_group(SAVING_MINUTES)) if flags.async_save else None
         progress = train(
             Run(
                 flags,

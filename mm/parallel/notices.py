@@ -95,6 +95,19 @@ class Notices:
         """What was told, as `as_record` reads it; raises as `claim`."""
         return as_record(kind, self.read(name))
 
+    def append(self, name: str, value: Any) -> None:
+        """Add a value to what other processes read as a `roll`; raises as `claim`."""
+        if self._messages is not None:
+            with self._lock, _answering():
+                self._messages.append(name, value)
+
+    def roll(self, name: str) -> list[Any]:
+        """What the processes of the job have added under a name; raises as `claim`."""
+        if self._messages is None:
+            return []
+        with self._lock, _answering():
+            return self._messages.roll(name)
+
     def publish(self, failure: Failure) -> bool:
         """Tell the job that it has failed; whether this is its first failure, which is the one to print."""
         try:

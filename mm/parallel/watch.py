@@ -22,10 +22,11 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from tabulate import tabulate
 
@@ -46,6 +47,10 @@ logger = logging.getLogger(__name__)
 
 SAMPLE_S, LOOK_S = 0.25, 1.0
 """Between looks at the stack, and at what the others have told."""
+TOLD_S, SILENT_S = 30.0, 120.0
+"""How often at least a process tells what it is doing, and after how long without it counts as stopped."""
+OPENING, SAVE_BEFORE, LAST_SAVE = "waiting for the folder's lock", "waiting for the save before", "the last save"
+"""Phases around the steps that have a limit of their own, or none."""
 ANSWER_S, LEAVE_S = 5.0, 10.0
 """How long a process is waited for when the alarm is raised, and for it to end by itself after another has failed."""
 _LOST = (
@@ -67,13 +72,19 @@ class Limits:
     Attributes:
         fixed: `--hang-timeout`; None chooses by phase.
         ceiling: below the time limit of collectives, which would end the job with a poorer message.
+        patience: the least, whatever is said above, for phases that wait for something with a limit of its own, whose
+            end says more; infinite where the wait has none.
     """
 
     fixed: float | None
     ceiling: float
+    patience: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, phase: str, step_s: list[float], last_s: float) -> float:
         """The limit of a phase, from the seconds of the last steps and of the last time in this phase."""
+        return max(self._usual(phase, step_s, last_s), self.patience.get(phase, 0.0))
+
+    def _usual(self, phase: str, step_s: list[float], last_s: float) -> float:
         if self.fixed is not None:
             return self.fixed
         if len(step_s) < 2 or phase == "evaluation and validation":
@@ -150,6 +161,8 @@ class Watch:
         self._steps: deque[float] = deque(maxlen=50)
         self._step_began: float | None = None
         self.samples: Counter[tuple[str, bool]] = Counter()
+        self._patience: dict[tuple[int, int], float] = {}
+        self._neighbour: tuple[Any, float] = None, float("inf")
 
     def begin_step(self, step: int) -> None:
         """Mark the beginning of a step."""
@@ -253,9 +266,10 @@ class Watch:
                 continue
             looked = now
             try:
-                if self._notices.world_size > 1 and now - told > min(30.0, self._limit() / 4):
+                if self._notices.world_size > 1 and now - told > min(TOLD_S, self._limit() / 4):
                     self._notices.tell(f"seen {self._notices.rank}", {**asdict(self._now), "at": time.time()})
                     told = now
+                self._tell_patience(now)
                 self._look(now)
             except StoreLostError as error:
                 if now - self._since > self._limit():
@@ -267,11 +281,35 @@ class Watch:
             if not self._over.wait(LEAVE_S):  # the collective it waits in will not end
                 self._leave(failure.exit_code)
             return
-        if now - self._since > self._limit() and not self._over.is_set():
-            self._notices.claim("alarm", asdict(Alarm(self._notices.rank, self._limit())))
+        limit, waited = self._limit(), now - self._since
+        stands = waited > limit or (limit == float("inf") and self._neighbour_is_silent(now))
+        if stands and not self._others_are_patient(now) and not self._over.is_set():
+            self._notices.claim("alarm", asdict(Alarm(self._notices.rank, min(limit, waited))))
         alarm = self._notices.record(Alarm, "alarm")
         if alarm is not None:
             self._answer(alarm.limit_s)
+
+    def _others_are_patient(self, now: float) -> bool:
+        """Whether another process has told that it waits by a limit of its own, and has time left."""
+        for rank, phases, seconds in self._notices.roll("patience"):
+            self._patience.setdefault((rank, phases), now + seconds)
+        return any(now < until for (rank, _), until in self._patience.items() if rank != self._notices.rank)
+
+    def _tell_patience(self, now: float) -> None:
+        """Tell those that wait for this process, whose alarm would come before its own limit says what it waits for."""
+        mine, seconds = (self._notices.rank, self._now.phases), self._limits.patience.get(self._now.phase, 0.0)
+        if now - self._since > min(TOLD_S, seconds / 8) and 0 < seconds < float("inf") and mine not in self._patience:
+            self._notices.append("patience", [*mine, seconds])
+            self._patience[mine] = now + seconds
+
+    def _neighbour_is_silent(self, now: float) -> bool:
+        """Whether the next rank has told nothing for long: in a phase without a limit nothing else shows its end."""
+        if self._notices.world_size == 1:
+            return False
+        told = self._notices.read(f"seen {(self._notices.rank + 1) % self._notices.world_size}")
+        if told != self._neighbour[0] or self._neighbour[1] > now:
+            self._neighbour = told, now
+        return now - self._neighbour[1] > SILENT_S
 
     def _answer(self, limit_s: float) -> None:
         """Say what this process is doing; the first rank that answers prints what all said."""

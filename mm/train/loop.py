@@ -29,6 +29,7 @@ from mm.parallel.host_pool import make_offloader
 from mm.parallel.optimizer import Optimizer
 from mm.parallel.recompute import block_runner
 from mm.parallel.replicas import require_equal_replicas
+from mm.parallel.watch import OPENING
 from mm.train.build import (
     build_model,
     build_optimizer,
@@ -75,7 +76,8 @@ def train(run: Run) -> Progress:
     memory = MemoryWatch(Request(flags, run.model, run.zero, run.comm.world_size), run.backend, run.comm.rank)
     during = partial(_during, run, memory)
     with ExitStack() as stack:
-        lock = stack.enter_context(writing(Path(flags.save), run.comm)) if flags.save is not None else None
+        with run.watch.during(OPENING):
+            lock = stack.enter_context(writing(Path(flags.save), run.comm)) if flags.save is not None else None
         checks = Checks.prepare(flags, run.held_out, run.validation, run.mesh, run.backend, run.comm)
         recompute = recompute_of(flags, run.model)
         offloader = make_offloader(
@@ -185,6 +187,8 @@ def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
             _stop(run, built, progress)
         with built.during("evaluation and validation"):
             built.checks.run(built.checks.due(step), step, built.parallel, built.log)
+    if built.saves is not None:
+        built.saves.finish()
     return progress
 
 
@@ -194,8 +198,7 @@ def _is_due(interval: int | None, step: int) -> bool:
 
 def _stop(run: Run, built: _Built, progress: Progress) -> None:
     if built.saves is not None:
-        with built.during("saving"):
-            built.saves.finish()
+        built.saves.finish()
     by = None
     if run.stop is not None:
         by = run.stop.received

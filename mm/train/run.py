@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from mm.checkpoint.comm import Comm
+from mm.checkpoint.lock import DEFAULT_TIMES
 from mm.config.data import TrainData
 from mm.config.inference import InferenceModel
 from mm.config.layerzero import ZeroConfig
@@ -17,7 +18,7 @@ from mm.device.backend import Backend
 from mm.lora.plan import LoRAPlan
 from mm.parallel.apply import DataParallelOptions
 from mm.parallel.mesh import Mesh
-from mm.parallel.watch import Watch
+from mm.parallel.watch import LAST_SAVE, OPENING, SAVE_BEFORE, Limits, Watch
 from mm.stopping import StopRequest
 
 
@@ -76,6 +77,15 @@ class Run:
 def data_parallel_options(flags: TrainFlags) -> DataParallelOptions:
     """How gradients and parameters are kept in step over the replicas."""
     return DataParallelOptions(flags.use_distributed_optimizer, flags.overlap_grad_reduce, flags.overlap_param_gather)
+
+
+def watch_limits(flags: TrainFlags) -> Limits:
+    """How long the watch lets a phase take; where what a phase waits for has a limit of its own, longer than that."""
+    ceiling = 0.9 * 60 * flags.distributed_timeout_minutes
+    patience = {OPENING: 2 * DEFAULT_TIMES.stale_s, SAVE_BEFORE: ceiling, LAST_SAVE: float("inf")}
+    if flags.hang_timeout is None and flags.num_workers > 0:
+        patience["waiting for data"] = flags.read_timeout + 60
+    return Limits(flags.hang_timeout, ceiling, patience)
 
 
 def training_dtype(flags: TrainFlags) -> torch.dtype:

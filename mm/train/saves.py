@@ -15,6 +15,7 @@ from mm.config.step import StepSettings
 from mm.errors import CheckpointError
 from mm.parallel.apply import ParallelModel
 from mm.parallel.optimizer import Optimizer
+from mm.parallel.watch import LAST_SAVE, SAVE_BEFORE
 from mm.train.adapters import AdapterRun
 from mm.train.mm_state import save_weights
 from mm.train.run import Run
@@ -78,13 +79,14 @@ class Saves:
                 self._background.check()
 
     def finish(self) -> None:
-        """Wait until everything is on disk.
+        """Wait until everything is on disk, however long that takes; the run ends with it.
 
         Raises:
             CheckpointError: of the last save.
         """
         if self._background is not None:
-            self._background.finish()
+            with self._run.watch.during(LAST_SAVE):
+                self._background.finish()
 
     def _write(self, progress: Progress) -> None:
         run, flags, started = self._run, self._run.flags, time.monotonic()
@@ -113,7 +115,7 @@ class Saves:
             adapters=self._adapters.record if self._adapters is not None else None,
         )
         if self._background is not None:
-            with self._passing_over(None, when=True):
+            with self._run.watch.during(SAVE_BEFORE), self._passing_over(None, when=True):
                 self._background.finish()
             self._background.start(state.step, state.pieces, state.scalars, flags.keep_latest, state.derived)
             return

@@ -1,5 +1,7 @@
 """Who keeps a job from going on, told by the processes' own stacks: a rank that is late, and one that is alone."""
 
+import io
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import torch.distributed as dist
 from ranks import free_port, run_ranks
 
 from mm.config.place import place
-from mm.errors import ConfigError, EndedElsewhereError, LostProcessError
+from mm.errors import ConfigError, DataError, EndedElsewhereError, LostProcessError
 from mm.parallel import watch as watch_module
 from mm.parallel.launch import Job
 from mm.parallel.notices import Notices
@@ -63,6 +65,69 @@ def test_a_late_rank_is_named(late: int, tmp_path: Path) -> None:
     for rank in range(3):
         text = (tmp_path / f"rank-{rank}.txt").read_text()
         assert ("all_reduce" in text) == (rank != late)
+
+
+def wait_for_a_reader(ends: str, folder: str) -> dict[str, Any]:
+    """Rank 1 waits for data, by a limit of its own that is longer than the watch's; rank 0 waits for it."""
+    where, left = place(), []
+    sys.stderr = (Path(folder) / f"stderr-{where.rank}").open("w")
+    began = time.monotonic()
+    with Job(where, "gloo", torch.device("cpu"), 1) as job:
+        notices = Notices(job.notices(5), where.rank, where.world_size)
+        limits = Limits(LIMIT, 60, {"waiting for data": 4 * LIMIT})
+        watch = Watch(notices, limits, Path(folder), leave=lambda code: left.append(code))
+        try:
+            with watch:
+                if where.rank == 1:
+                    with watch.during("waiting for data"):
+                        time.sleep(2 * LIMIT)
+                        if ends == "an error":
+                            raise DataError("DATA-070", "clip 3: its reader gave nothing.", "Replace it.")
+                        if ends == "a hang":
+                            while not left:
+                                time.sleep(0.1)
+                with watch.during("forward and backward"):
+                    dist.all_reduce(torch.zeros(1))
+        except (DataError, EndedElsewhereError):
+            pass
+        failure = notices.failure()
+    return {"left": left[:1], "text": failure.text if failure else None, "seconds": time.monotonic() - began}
+
+
+@pytest.mark.parametrize(("ends", "code"), [("data", None), ("an error", 65), ("a hang", 124)])
+def test_who_waits_by_a_limit_of_its_own_has_the_word(ends: str, code: int | None, tmp_path: Path) -> None:
+    told = run_ranks(2, wait_for_a_reader, ends, str(tmp_path))
+    if code is None:
+        assert [(found["left"], found["text"]) for found in told] == [([], None)] * 2
+    elif code == 65:
+        assert [found["text"] for found in told] == [
+            "error DATA-070: clip 3: its reader gave nothing. Fix: Replace it."
+        ] * 2
+    else:
+        assert [found["left"] for found in told] == [[124]] * 2
+        assert all("Suspect: rank 1 on " in found["text"] for found in told)
+
+
+def test_a_neighbour_that_is_stopped_is_missed_in_a_phase_without_a_limit() -> None:
+    told = run_ranks(2, wait_without_a_limit)
+    assert told == [[124], []]
+
+
+def wait_without_a_limit() -> list[int]:
+    """Rank 0 is in a phase without a limit; rank 1 has no watch, as a process that is stopped."""
+    where, left = place(), []
+    watch_module.SILENT_S, watch_module.TOLD_S = 3.0, 1.0
+    sys.stderr = io.StringIO()
+    with Job(where, "gloo", torch.device("cpu"), 1) as job:
+        notices = Notices(job.notices(5), where.rank, where.world_size)
+        if where.rank == 0:
+            limits = Limits(LIMIT, 60, {"saving": math.inf})
+            with Watch(notices, limits, None, leave=left.append) as watch, watch.during("saving"):
+                until = time.monotonic() + 30
+                while not left and time.monotonic() < until:
+                    time.sleep(0.05)
+        dist.barrier()
+    return left[:1]
 
 
 def wait_for_a_handle() -> bool:
@@ -150,6 +215,8 @@ def test_limits_by_phase() -> None:
     assert limits.of("saving", steps, 0) == 600
     assert limits.of("saving", steps, 300) == 900
     assert Limits(5, 1600).of("saving", steps, 300) == 5
+    patient = Limits(5, 1600, {"saving": 40.0})
+    assert patient.of("saving", steps, 0) == 40 and patient.of("waiting for data", steps, 0) == 5
 
 
 def test_suspects_in_order() -> None:

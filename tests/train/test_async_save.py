@@ -1,5 +1,10 @@
 """`--async-save`: the same checkpoints as without, written while the next steps run."""
 
+import os
+import re
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,6 +18,7 @@ from mm.checkpoint.store import find_latest, save
 from mm.cli.entry import run as run_command
 from mm.cli.train import main
 
+ROOT = Path(__file__).parents[2]
 FLAGS: dict[str, Any] = {"train_iters": 4, "save_interval": 2}
 
 
@@ -80,3 +86,35 @@ def test_a_full_disk_in_the_background_stops_the_run(
 def test_it_needs_a_folder(demo: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_command(main, words(demo, None, train_iters=1, async_save=True)) == 64
     assert "error CFG-024: --async-save has no effect without --save" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("processes", "stops"),
+    [(1, False), pytest.param(2, False, marks=pytest.mark.nightly), pytest.param(1, True, marks=pytest.mark.nightly)],
+)
+def test_a_last_save_that_is_slower_than_every_limit_is_waited_for(
+    processes: int, stops: bool, demo: Path, tmp_path: Path
+) -> None:
+    """The watch ends a run after 2 s without progress; the disk needs several times that."""
+    save, limit = tmp_path / "run", 2
+    flags = {"train_iters": 100_000 if stops else 2, "async_save": True, "hang_timeout": limit, "micro_batch_size": 2}
+    program = [str(Path(__file__).with_name("slow_disk.py")), "1.5", *words(demo, save, **flags, save_on_signal=stops)]
+    launcher = ["-m", "mm.cli.launch", "--nproc-per-node", str(processes)] if processes > 1 else []
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, *program]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as job:
+        try:
+            until = time.monotonic() + 90
+            while stops and len((save / "metrics.jsonl").read_text().splitlines() if save.exists() else "") < 2:
+                assert job.poll() is None and time.monotonic() < until
+                time.sleep(0.1)
+            if stops:
+                job.send_signal(signal.SIGTERM)
+            _, said = job.communicate(timeout=120)
+        finally:
+            job.kill()
+    assert job.returncode == (75 if stops else 0), said
+    assert "RUN-003" not in said
+    found = re.search(r"committed; the loop stood still for [\d.]+ s of ([\d.]+) s", said)
+    assert found and float(found[1]) > 2 * limit, said
+    assert find_latest(save) is not None
