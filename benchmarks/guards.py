@@ -47,13 +47,14 @@ from mm.device.backend import select  # noqa: E402
 from mm.diffusion.flow import FlowMatching  # noqa: E402
 from mm.parallel.apply import DataParallelOptions, ParallelModel, apply  # noqa: E402
 from mm.parallel.launch import Job  # noqa: E402
+from mm.parallel.limits import Limits  # noqa: E402
 from mm.parallel.mesh import Mesh, build_mesh  # noqa: E402
 from mm.parallel.messages import Messages  # noqa: E402
 from mm.parallel.notices import Notices  # noqa: E402
 from mm.parallel.optimizer import AdamWSettings, Optimizer  # noqa: E402
 from mm.parallel.optimizers import make_optimizer  # noqa: E402
 from mm.parallel.outcome import Outcome  # noqa: E402
-from mm.parallel.watch import ANSWER_S, SAMPLE_S, Limits, Watch, where_is  # noqa: E402
+from mm.parallel.watch import ANSWER_S, SAMPLE_S, Watch, where_is  # noqa: E402
 from mm.stopping import StopRequest  # noqa: E402
 from mm.train.numerics import WINDOW, NumericsGuard  # noqa: E402
 from mm.train.split import Phase  # noqa: E402

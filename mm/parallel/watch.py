@@ -17,13 +17,12 @@ import faulthandler
 import logging
 import os
 import socket
-import statistics
 import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,6 +39,7 @@ from mm.errors import (
     format_error,
     say,
 )
+from mm.parallel.limits import Limits
 from mm.parallel.notices import Failure, Notices, StoreLostError
 from mm.parallel.stacks import where_is
 
@@ -49,8 +49,6 @@ SAMPLE_S, LOOK_S = 0.25, 1.0
 """Between looks at the stack, and at what the others have told."""
 TOLD_S, SILENT_S = 30.0, 120.0
 """How often at least a process tells what it is doing, and after how long without it counts as stopped."""
-OPENING, SAVE_BEFORE, LAST_SAVE = "waiting for the folder's lock", "waiting for the save before", "the last save"
-"""Phases around the steps that have a limit of their own, or none."""
 ANSWER_S, LEAVE_S = 5.0, 10.0
 """How long a process is waited for when the alarm is raised, and for it to end by itself after another has failed."""
 _LOST = (
@@ -63,37 +61,6 @@ _LOST = (
     *("EI0002", "EI0006", "call hccl api failed", "Heartbeat Lost"),
 )
 """What collectives say, on each kind of device, when the process at the other end is gone."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How long a process may stay in one phase, in seconds.
-
-    Attributes:
-        fixed: `--hang-timeout`; None chooses by phase.
-        ceiling: below the time limit of collectives, which would end the job with a poorer message.
-        patience: the least, whatever is said above, for phases that wait for something with a limit of its own, whose
-            end says more; infinite where the wait has none.
-    """
-
-    fixed: float | None
-    ceiling: float
-    patience: Mapping[str, float] = field(default_factory=dict)
-
-    def of(self, phase: str, step_s: list[float], last_s: float) -> float:
-        """The limit of a phase, from the seconds of the last steps and of the last time in this phase."""
-        return max(self._usual(phase, step_s, last_s), self.patience.get(phase, 0.0))
-
-    def _usual(self, phase: str, step_s: list[float], last_s: float) -> float:
-        if self.fixed is not None:
-            return self.fixed
-        if len(step_s) < 2 or phase == "evaluation and validation":
-            limit = 1800.0  # starting, compiling, the first messages; rendering clips
-        elif phase == "saving":
-            limit = 600.0
-        else:
-            limit = max(120.0, 10 * statistics.median(step_s))
-        return min(max(limit, 3 * last_s), self.ceiling)
 
 
 @dataclass

@@ -26,10 +26,10 @@ from mm.diffusion.flow import FlowMatching
 from mm.errors import StoppedError
 from mm.parallel.apply import ParallelModel
 from mm.parallel.host_pool import make_offloader
+from mm.parallel.limits import OPENING
 from mm.parallel.optimizer import Optimizer
 from mm.parallel.recompute import block_runner
 from mm.parallel.replicas import require_equal_replicas
-from mm.parallel.watch import OPENING
 from mm.train.build import (
     build_model,
     build_optimizer,

@@ -14,8 +14,8 @@ from mm.checkpoint.store import save
 from mm.config.step import StepSettings
 from mm.errors import CheckpointError
 from mm.parallel.apply import ParallelModel
+from mm.parallel.limits import LAST_SAVE, SAVE_BEFORE
 from mm.parallel.optimizer import Optimizer
-from mm.parallel.watch import LAST_SAVE, SAVE_BEFORE
 from mm.train.adapters import AdapterRun
 from mm.train.mm_state import save_weights
 from mm.train.run import Run

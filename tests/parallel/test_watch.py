@@ -18,8 +18,9 @@ from mm.config.place import place
 from mm.errors import ConfigError, DataError, EndedElsewhereError, LostProcessError
 from mm.parallel import watch as watch_module
 from mm.parallel.launch import Job
+from mm.parallel.limits import Limits
 from mm.parallel.notices import Notices
-from mm.parallel.watch import Doing, Limits, Watch, by_suspicion, hang, table
+from mm.parallel.watch import Doing, Watch, by_suspicion, hang, table
 
 LIMIT = 2.0
 
