@@ -2,14 +2,14 @@
 
 Each step is a process of its own with a time limit, so that one that fails, hangs or takes its process down stops no
 other. The table grows as they end, the JSON file is written anew after each, and what a step printed is in the folder
-of logs. The exit code is 1 if a step failed. Steps themselves are in smoke_kernels.py, smoke_runs.py, smoke_layouts.py.
+of logs beside it. The exit code is 1 if a step failed. Steps themselves are in smoke_kernels.py, smoke_runs.py,
+smoke_layouts.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import json
 import multiprocessing
 import os
@@ -20,105 +20,46 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-OK, FAILED, TIMED_OUT, NOT_RUN = "ok", "failed", "timed out", "not run: no time left"
-SKIPPED = "skipped: "
-"""What the result of a step begins with that has nothing to do here; the reason follows."""
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import smoke_kernels as kernels  # noqa: E402  (the path above)
+import smoke_layouts as layouts  # noqa: E402
+import smoke_runs as runs  # noqa: E402
+from smoke_step import FAILED, NOT_RUN, OK, SKIPPED, TIMED_OUT, Found, Place, Step  # noqa: E402
 
-@dataclass(frozen=True)
-class Step:
-    """One row of the table.
-
-    Attributes:
-        name: what it is called. module, function: where it is; it takes a `Place` and returns a `Found`.
-        limit_s: seconds after which it is ended.
-    """
-
-    name: str
-    module: str
-    function: str
-    limit_s: float
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a step runs.
-
-    Attributes:
-        folder: of the run, shared by its steps, for what they make.
-        kind: of device; None asks for the best there is.
-        limit_s: seconds that the step has.
-    """
-
-    folder: Path
-    kind: str | None
-    limit_s: float
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a step has to say.
-
-    Attributes:
-        result: `OK`, `FAILED`, or `SKIPPED` and why.
-        text: one line. figures: the same as values.
-    """
-
-    result: str
-    text: str
-    figures: dict[str, Any]
-
-
-def found(text: str, **figures: Any) -> Found:
-    """All is well."""
-    return Found(OK, text, figures)
-
-
-def skipped(why: str) -> Found:
-    """There is nothing to do here."""
-    return Found(SKIPPED + why, "", {})
-
-
-def require(truth: bool, text: str) -> None:
-    """End a step that has found something wrong."""
-    if not truth:
-        raise AssertionError(text)
-
-
-KERNELS, RUNS, LAYOUTS = "smoke_kernels", "smoke_runs", "smoke_layouts"
 ONE = [
-    Step("environment", KERNELS, "environment", 90),
-    Step("triton launch", KERNELS, "triton_launch", 40),
-    Step("tests of kernels", KERNELS, "device_tests", 60),
-    Step("attention, 1.3B at 480p", KERNELS, "attention_480p", 40),
-    Step("attention, 14B at 720p on CP 8", KERNELS, "attention_720p", 40),
-    Step("elementwise kernels, 14B at 720p", KERNELS, "elementwise", 40),
-    Step("waits of a step", KERNELS, "waits", 40),
-    Step("data and features", RUNS, "features", 60),
-    Step("train, kill, resume", RUNS, "kill_and_resume", 90),
-    Step("layer-zero", RUNS, "layer_zero", 40),
-    Step("compiled blocks", RUNS, "compiled", 60),
-    Step("offload", RUNS, "offload", 40),
-    Step("LoRA, bf16", RUNS, "lora_bf16", 40),
-    Step("LoRA, int8", RUNS, "lora_int8", 40),
-    Step("fp32", RUNS, "fp32", 40),
-    Step("i2v", RUNS, "i2v", 60),
-    Step("1.3B against the dry run", KERNELS, "predicted_memory", 90),
-    Step("extraction against the CPU", RUNS, "extraction_on_cpu", 60),
-    Step("generation against the CPU", RUNS, "generation_on_cpu", 60),
+    Step("environment", kernels.environment, 90),
+    Step("triton launch", kernels.triton_launch, 40),
+    Step("tests of kernels", kernels.device_tests, 60),
+    Step("attention, 1.3B at 480p", kernels.attention_480p, 40),
+    Step("attention, 14B at 720p on CP 8", kernels.attention_720p, 40),
+    Step("elementwise kernels, 14B at 720p", kernels.elementwise, 40),
+    Step("waits of a step", kernels.waits, 40),
+    Step("data and features", runs.features, 60),
+    Step("train, kill, resume", runs.kill_and_resume, 90),
+    Step("layer-zero", runs.layer_zero, 40),
+    Step("compiled blocks", runs.compiled, 60),
+    Step("offload", runs.offload, 40),
+    Step("LoRA, bf16", runs.lora_bf16, 40),
+    Step("LoRA, int8", runs.lora_int8, 40),
+    Step("fp32", runs.fp32, 40),
+    Step("i2v", runs.i2v, 60),
+    Step("1.3B against the dry run", kernels.predicted_memory, 90),
+    Step("extraction against the CPU", runs.extraction_on_cpu, 60),
+    Step("generation against the CPU", runs.generation_on_cpu, 60),
 ]
 TWO = [
-    Step("two devices", LAYOUTS, "two_devices", 40),
-    Step("ulysses 2", LAYOUTS, "ulysses", 60),
-    Step("ring 2", LAYOUTS, "ring", 60),
-    Step("tp 2 with sequence parallel", LAYOUTS, "tensor", 60),
-    Step("pp 2 with vp 2", LAYOUTS, "pipeline", 60),
-    Step("layer-zero 2", LAYOUTS, "layer_zero", 60),
+    Step("two devices", layouts.two_devices, 40),
+    Step("ulysses 2", layouts.ulysses, 60),
+    Step("ring 2", layouts.ring, 60),
+    Step("tp 2 with sequence parallel", layouts.tensor, 60),
+    Step("pp 2 with vp 2", layouts.pipeline, 60),
+    Step("layer-zero 2", layouts.layer_zero, 60),
 ]
 
 
@@ -126,7 +67,12 @@ class Smoke:
     """A run of steps, its table and its file."""
 
     def __init__(self, steps: Sequence[Step], folder: Path, file: Path, kind: str | None, limit_s: float) -> None:
-        """Run steps in a folder and write what they found to a file; none goes on after `limit_s` seconds."""
+        """Run steps in a folder and write what they found to a file; none goes on after `limit_s` seconds.
+
+        What they print is in a folder beside the file.
+        """
+        self._logs = file.with_suffix(".logs")
+        self._logs.mkdir(exist_ok=True)
         self._steps, self._folder, self._file, self._kind = steps, folder, file, kind
         self._ends = time.monotonic() + limit_s
         self._rows: list[dict[str, Any]] = []
@@ -149,7 +95,7 @@ class Smoke:
                   flush=True)  # fmt: skip
         bad = [row["step"] for row in self._rows if not (row["result"] == OK or row["result"].startswith(SKIPPED))]
         print(f"\n{len(bad)} of {len(self._rows)} steps failed{': ' if bad else ''}{', '.join(bad)}")
-        print(f"figures: {self._file}, logs: {self._folder / 'logs'}")
+        print(f"figures: {self._file}, logs: {self._logs}")
         return 1 if bad else 0
 
     def _run(self, step: Step) -> Found:
@@ -157,7 +103,7 @@ class Smoke:
         if limit_s < 1:
             return Found(NOT_RUN, "", {})
         receiver, sender = self._context.Pipe(duplex=False)
-        log = self._folder / "logs" / f"{step.name.replace(' ', '-').replace(',', '')}.log"
+        log = self._logs / f"{step.name.replace(' ', '-').replace(',', '')}.log"
         place = Place(self._folder, self._kind, limit_s)
         process = self._context.Process(target=_step, args=(step, place, log, sender))
         process.start()
@@ -183,7 +129,7 @@ def _step(step: Step, place: Place, log: Path, sender: Any) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:
-        sender.send(getattr(importlib.import_module(step.module), step.function)(place))
+        sender.send(step.run(place))
     except BaseException as error:  # an exit code is a failure here as well
         traceback.print_exc()
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -208,9 +154,6 @@ def main(words: Sequence[str]) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # for the server, and for commands of steps
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for devices leaves the server able to fork
     folder = Path(tempfile.mkdtemp(prefix="smoke-"))
-    (folder / "logs").mkdir()
-    os.environ["TMPDIR"] = str(folder / "tmp")  # of steps
-    (folder / "tmp").mkdir()
     chosen = [
         replace(step, limit_s=options.patience * step.limit_s)
         for step in steps
@@ -219,13 +162,8 @@ def main(words: Sequence[str]) -> int:
     try:
         return Smoke(chosen, folder, options.json.absolute(), options.device, options.limit_s).run()
     finally:
-        for path in folder.iterdir():
-            if path.is_file():
-                path.unlink()
-            elif path.name != "logs":
-                shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
     sys.exit(main(sys.argv[1:]))

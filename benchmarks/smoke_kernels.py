@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from smoke import ROOT, Found, Place, found, require, skipped
+from smoke_step import ROOT, Found, Place, found, require, skipped
 
 ATTENTION_BOUND, OPERATOR_BOUND = 2**-7, 2**-8  # of bf16: largest error over largest value, as in tests/device
 CHUNKS = 8
@@ -34,7 +34,9 @@ def environment(place: Place) -> Found:
             versions[name] = ""
     missing = [name for name, version in versions.items() if not version]
     require(importlib.util.find_spec("torch") is not None, f"missing: {', '.join(missing)}")
-    backend, torch = _backend(place), importlib.import_module("torch")
+    import torch
+
+    backend = _backend(place)
     require(float(torch.ones(3, device=backend.device).sum()) == 3, f"{backend.name()} cannot add up")
     figures: dict[str, Any] = {
         "python": sys.version.split()[0], "packages": versions, "device": backend.name(), "processors": os.cpu_count(),

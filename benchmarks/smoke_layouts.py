@@ -6,9 +6,10 @@ import json
 import os
 import re
 import subprocess
-import sys
 
-from smoke import ROOT, Found, Place, found, require, skipped
+from smoke_step import ROOT, Found, Place, found, require, skipped
+
+from mm.isolated import command_of
 
 MODEL = ROOT / "examples" / "wan2.1" / "1.3b" / "t2v"
 BLOCKS = 4
@@ -65,11 +66,16 @@ def _parity(place: Place, *flags: str) -> Found:
     launch = ["mm.cli.launch", "--standalone", "--nproc_per_node", "2", "-m", "mm.cli.doctor", "parity"]
     words = ["--mm-data", str(MODEL / "feature_data.json"), "--mm-model", str(file), "--init-from-scratch",
              "--lr", "1e-3", "--train-iters", "1", *flags]  # fmt: skip
-    words += ["--device", place.kind] if place.kind else []
+    words += ["--device", _kind(place)]
     threads = os.environ.get("OMP_NUM_THREADS", "4")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
     done = subprocess.run(
-        [sys.executable, "-m", *launch, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [*command_of(launch[0]), *launch[1:], *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     print(done.stdout, done.stderr)
     last = (done.stderr.strip().splitlines() or ["no output"])[-1]
@@ -83,7 +89,11 @@ def _devices(place: Place) -> int:
     """Devices for two processes; the CPU has enough."""
     import torch
 
+    kind = _kind(place)
+    return 2 if kind == "cpu" else int(getattr(torch, kind).device_count())
+
+
+def _kind(place: Place) -> str:
     from mm.device.backend import select
 
-    kind = select(place.kind).kind  # type: ignore[arg-type]
-    return 2 if kind == "cpu" else int(getattr(torch, kind).device_count())
+    return select(place.kind).kind  # type: ignore[arg-type]

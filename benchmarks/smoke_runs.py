@@ -9,13 +9,15 @@ import math
 import os
 import signal
 import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from smoke import ROOT, Found, Place, found, require
+from smoke_step import ROOT, Found, Place, found, require
+
+from mm.isolated import command_of
 
 WEIGHTS, IMAGE_WEIGHTS = (
     "weights/Wan2.1-T2V-Tiny-Diffusers/transformer",
@@ -43,7 +45,7 @@ def kill_and_resume(place: Place) -> Found:
             "keep_latest": 2, "bf16": True}  # fmt: skip
     whole, killed = place.folder / "whole", place.folder / "killed"
     _module(*launch, *_words(place, whole, **more))
-    command = [sys.executable, "-m", *launch, *_words(place, killed, **more)]
+    command = [*command_of(launch[0]), *launch[1:], *_words(place, killed, **more)]
     with subprocess.Popen(command, cwd=ROOT, env=_environment()) as job:
         while not list(killed.glob("iter_*")) and job.poll() is None:
             time.sleep(0.01)
@@ -140,25 +142,25 @@ def generation_on_cpu(place: Place) -> Found:
     demo = _demo(place)
     prompts = place.folder / "prompts.txt"
     prompts.write_text("\n".join((demo / "prompts.txt").read_text().splitlines()[:2]) + "\n")
-    ours, theirs = (_clips(place, prompts, kind) for kind in (place.kind, "cpu"))
+    ours, theirs = (_clips(place, prompts, kind) for kind in (_kind(place), "cpu"))
     require(len(ours) == len(theirs) == 2, f"{len(ours)} and {len(theirs)} clips of 2")
     mean = max(float((a.float() - b.float()).abs().mean()) for a, b in zip(ours, theirs, strict=True))
     require(mean <= FRAME_BOUND, f"frames differ from the CPU's by {mean:.2f} of 255 on average")
     return found(f"2 clips, mean difference {mean:.3f} of 255", mean_difference=mean)
 
 
-def _clips(place: Place, prompts: Path, kind: str | None) -> list[Any]:
+def _clips(place: Place, prompts: Path, kind: str) -> list[Any]:
     import mm.generate.run
     from mm.cli import generate
 
-    demo, frames = _demo(place), []
+    demo, frames, clips = _demo(place), [], Path(tempfile.mkdtemp(prefix=f"clips of {kind}-", dir=place.folder))
     write = mm.generate.run.write_clip
     mm.generate.run.write_clip = lambda path, clip, *rest: (frames.append(clip), write(path, clip, *rest))[1]
     try:
-        with contextlib.chdir(demo) if sys.version_info >= (3, 11) else _inside(demo):
+        with _inside(demo):
             generate.main(_as_words({
                 "mm_model": demo / "configs" / "inference_model.json", "load": demo / WEIGHTS, "prompt": prompts,
-                "save_path": place.folder / f"clips of {kind}", "device": kind, "no_progress_bar": True,
+                "save_path": clips, "device": kind, "no_progress_bar": True,
             }))  # fmt: skip
     finally:
         mm.generate.run.write_clip = write
@@ -196,7 +198,7 @@ def _words(place: Place, save: Path, **flags: Any) -> list[str]:
     return _as_words({
         "mm_data": demo / "configs" / "feature_data.json", "mm_model": _without_dtype(place, demo / "configs", "t2v"),
         "load": demo / WEIGHTS, "save": save, "micro_batch_size": 4, "lr": 1e-3, "num_workers": 0,
-        "no_progress_bar": True, "device": place.kind, **flags,
+        "no_progress_bar": True, "device": _kind(place), **flags,
     })  # fmt: skip
 
 
@@ -215,14 +217,19 @@ def _without_dtype(place: Place, configs: Path, name: str) -> Path:
     return file
 
 
+def _kind(place: Place) -> str:
+    from mm.device.backend import select
+
+    return select(place.kind).kind  # type: ignore[arg-type]
+
+
 def _demo(place: Place) -> Path:
     return place.folder / "demo"
 
 
 def _extract(configs: Path, place: Place, kind: str | None = None, tools: Path | None = None) -> None:
-    kind = kind or place.kind
     _command("extract", "--mm-data", configs / "data.json", "--mm-model", configs / "model_wan.json", "--mm-tool",
-             tools or configs / "tools.json", *(["--device", kind] if kind else []))  # fmt: skip
+             tools or configs / "tools.json", "--device", kind or _kind(place))  # fmt: skip
 
 
 def _command(name: str, *words: object) -> None:
@@ -232,7 +239,7 @@ def _command(name: str, *words: object) -> None:
 
 def _module(name: str, *words: str) -> None:
     """Run a module as the scripts do; what it prints is in the log."""
-    done = subprocess.run([sys.executable, "-m", name, *words], cwd=ROOT, env=_environment(), check=False)
+    done = subprocess.run([*command_of(name), *words], cwd=ROOT, env=_environment(), check=False)
     require(done.returncode == 0, f"{name} ended with {done.returncode}; see its log")
 
 

@@ -13,6 +13,7 @@ from mm.checkpoint.background import PAGE, BackgroundSaver
 from mm.checkpoint.comm import SingleProcess
 from mm.checkpoint.store import writing
 from mm.config.place import place
+from mm.config.step import StepSettings
 from mm.device.backend import select
 from mm.errors import ConfigError
 from mm.parallel.apply import apply
@@ -50,7 +51,8 @@ def test_the_saver_asks_for_what_was_counted(
         counted = saved_bytes(optimizer, with_optimizer=save_optimizer)
         assert not any(shard.inner.state.get(shard.key) for shard in optimizer.shards)  # moments were not made for it
         comm = SingleProcess()
-        state = state_of(optimizer, Progress(1), case.wan, 0, comm, with_optimizer=save_optimizer)
+        nothing = StepSettings.model_construct()
+        state = state_of(optimizer, Progress(1), case.wan, 0, comm, steps=nothing, with_optimizer=save_optimizer)
         with writing(tmp_path, comm), BackgroundSaver(tmp_path, comm, host_memory) as saves:
             saves.start(1, state.pieces, state.scalars)
     assert asked == [counted] == [predicted(case, 0, save_optimizer=save_optimizer, ema_decay=ema_decay)]
