@@ -65,7 +65,7 @@ class Job:
 
     def log(self) -> str:
         path = self.save / "train.log"
-        return path.read_text() if path.exists() else ""
+        return path.read_text() if path.is_file() else ""  # /dev/full has no end
 
     def steps(self) -> int:
         path = self.save / "metrics.jsonl"

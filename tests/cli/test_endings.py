@@ -93,7 +93,7 @@ WAYS = {
     "SIGKILL to the script": Way(lambda job: os.kill(job.pid, signal.SIGKILL), 137, saves=False),
     "SIGKILL to the last rank": Way(lambda job: os.kill(last_rank(job), signal.SIGKILL), 74, saves=False),
 }  # fmt: skip
-EVERY_DAY = {("Ctrl-C", 1), ("SIGTERM to its group", 2), ("SIGKILL to the script", 2)}
+EVERY_DAY = {("Ctrl-C", 1), ("SIGTERM to its group", 2)}
 
 
 def rows() -> list[Any]:
@@ -188,11 +188,7 @@ OUTPUTS = ("a full disk", "a full disk under the log", "a reader that is gone", 
 
 @pytest.mark.parametrize(
     ("kind", "num_processes"),
-    [
-        pytest.param(kind, count, marks=[] if (kind, count) == (OUTPUTS[2], 1) else [pytest.mark.nightly])
-        for kind in OUTPUTS
-        for count in (1, 2)
-    ],
+    [pytest.param(kind, count, marks=pytest.mark.nightly) for kind in OUTPUTS for count in (1, 2)],
 )
 def test_output_that_breaks(start: Starter, tmp_path: Path, kind: str, num_processes: int) -> None:
     """The run goes on, and stops as it is asked to."""
