@@ -99,7 +99,7 @@ def score(folder: Path, captions: Sequence[str]) -> tuple[int, int, list[Row]]:
         DataError: DATA-080 when there are not as many clips as captions, DATA-081 for an unreadable clip, DATA-082
             for a caption without colour or direction.
     """
-    paths = sorted(folder.glob("*.mp4"))
+    paths = sorted(path for path in folder.glob("*.mp4") if not path.name.startswith("."))
     if len(paths) != len(captions):
         raise DataError(
             "DATA-080",

@@ -58,8 +58,7 @@ def find_shards(path: Path) -> dict[Path, Header]:
         if (match := _SHARD.fullmatch(path.name)) and int(match[3]) > 1:
             raise DataError("DATA-024", f"{path} is one of {int(match[3])} shards.", "Give the folder of all of them.")
         return {path: read_header(path)}
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-    indexes = sorted(path.glob("*.safetensors.index.json")) if path.is_dir() else []
+    files, indexes = _visible(path, "*.safetensors"), _visible(path, "*.safetensors.index.json")
     if len(indexes) > 1:
         raise _bad_index(path, f"there are {len(indexes)} index files, {', '.join(i.name for i in indexes)}")
     if indexes:
@@ -76,6 +75,11 @@ def find_shards(path: Path) -> dict[Path, Header]:
 def is_shard(path: Path) -> bool:
     """Whether a file's name says that it is one of several that belong together."""
     return _SHARD.fullmatch(path.name) is not None
+
+
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    """Matching files, sorted; not `._model.safetensors`, which macOS puts beside files, nor what a killed copy left."""
+    return sorted(file for file in folder.glob(pattern) if not file.name.startswith(".")) if folder.is_dir() else []
 
 
 def read_header(path: Path) -> Header:

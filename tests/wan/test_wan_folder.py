@@ -92,6 +92,16 @@ def test_diffusers_shards_with_index(sharded, native):
     assert_loads(sharded, native)
 
 
+def test_hidden_files_beside_the_weights_are_no_weights(native, tmp_path):
+    """Of each file macOS makes a second one, which unpacked elsewhere is no safetensors file at all."""
+    tensors = list(native.items())
+    for number, part in enumerate((tensors[:9], tensors[9:])):
+        save_file({name: value.contiguous() for name, value in part}, tmp_path / f"part-{number}.safetensors")
+        (tmp_path / f"._part-{number}.safetensors").write_bytes(b"\0\5\x16\7 Mac OS X")
+        (tmp_path / f"._part-{number}.safetensors.index.json").write_bytes(b"\0\5\x16\7 Mac OS X")
+    assert [shard.name for shard in WeightFolder.open(tmp_path).shards] == ["part-0.safetensors", "part-1.safetensors"]
+
+
 def test_diffusers_single_file_in_bf16_keeps_the_fp32_pieces(single, native):
     loaded = assert_loads(single, native, torch.bfloat16)
     fp32 = {name for name, value in loaded.items() if value.dtype == torch.float32}
