@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field
 
 from mm.cli import convert
-from mm.config.flags import Flags, parse_flags
+from mm.cli.entry import run
+from mm.config.flags import Flags, parse_flags, words_of_process
 
 _RETIRED = {
     "--tag": "Give the folder of the step itself, SAVE_PATH/iter_0000500.",
@@ -50,3 +52,7 @@ def main(argv: Sequence[str]) -> None:
         "--max_shard_size": flags.max_shard_size,
     }
     convert.main([word for pair in given.items() for word in pair])
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, words_of_process()))

@@ -287,12 +287,18 @@ def test_the_flag_in_both_forms(original, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "7", "[]", "[[]]", "[7,0]", "[7,-1]", "[7.0,8]", "[true]", "[[7],[8]]", "[[7,8],[9]]", "[7,[8]]", "{"]
+    "text", ["7", "[]", "[[]]", "[7,0]", "[7,-1]", "[7.0,8]", "[true]", "[[7],[8]]", "[[7,8],[9]]", "[7,[8]]", "{"]
 )
 def test_what_is_no_split_is_refused(tmp_path, capsys, text):
     words = ("--source_path", tmp_path, "--target_path", tmp_path / "out", "--mode", "convert_to_mm")
     assert flags(*words, "--pp_vpp_layers", text) == 64
     assert "CFG-108" in capsys.readouterr().err
+
+
+def test_an_empty_split_is_no_value(tmp_path, capsys):
+    words = ("--source_path", tmp_path, "--target_path", tmp_path / "out", "--mode", "convert_to_mm")
+    assert flags(*words, "--pp_vpp_layers", "") == 64
+    assert "CFG-005: --pp-vpp-layers is empty" in capsys.readouterr().err
 
 
 def test_the_flag_where_it_is_needed_or_has_no_effect(tmp_path, capsys):

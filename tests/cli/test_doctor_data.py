@@ -73,7 +73,7 @@ def test_every_bad_sample_is_reported_and_the_others_are_kept(
     assert report["clean"] == [str(clean)]
     errors = capsys.readouterr().err
     assert "error DATA-076: 4 of 7 samples cannot be used: 1 DATA-001, 2 DATA-002, 1 DATA-004" in errors
-    assert "samples: 100%" in errors and "7/7" in errors
+    assert "samples:" not in errors  # the bar, which only a terminal gets
     preprocess = load_extract_data(tmp_path / "mm_data.json").dataset_param.preprocess_parameters
     kept = load_samples([DataSource(folder, clean)])
     assert [sample.id for sample in kept] == ["good.mp4", "fine.mp4", "well.mp4"]
