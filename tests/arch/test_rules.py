@@ -137,3 +137,12 @@ def test_every_error_id_is_documented() -> None:
     )
     assert sorted(raised - documented) == [], "raised, not documented"
     assert sorted(documented - raised) == [], "documented, not raised"
+
+
+def test_commands_that_scripts_start_run_something() -> None:
+    """A module without its last two lines would do nothing and report success."""
+    texts = [path.read_text() for path in [*SCRIPTS, *(ROOT / "examples").rglob("*.sh")]]
+    started = {name for text in texts for name in re.findall(r"mm\.cli\.(\w+)", text)}
+    assert {"train", "launch", "convert", "zero_to_bf16"} <= started
+    silent = [name for name in started if '__name__ == "__main__"' not in (ROOT / f"mm/cli/{name}.py").read_text()]
+    assert silent == []
