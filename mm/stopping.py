@@ -7,6 +7,7 @@ are copies of one: a scheduler sends it to every process of a job, and the launc
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import select
@@ -87,8 +88,9 @@ class SignalListener:
 
     def stay_deaf(self) -> None:
         """Have `__exit__` leave signals without effect: the process is about to leave, and copies must not end it."""
-        # Not a function: Python puts the default back for those before it has left.
-        self._before = dict.fromkeys(self._before, signal.SIG_IGN)
+        for number in self._before:  # Python puts the default back for functions before it has left
+            atexit.register(signal.signal, number, signal.SIG_IGN)
+        self._before = dict.fromkeys(self._before, lambda number, frame: None)
         self._other = -1
 
     def _listen(self) -> None:
