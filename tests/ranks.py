@@ -3,6 +3,7 @@
 import faulthandler
 import multiprocessing
 import os
+import signal
 import socket
 import traceback
 from collections.abc import Callable
@@ -60,6 +61,7 @@ def _rank(
     rank: int, world_size: int, port: int, results: Any, timeout_s: float, function: Callable[..., Any], args: Any
 ) -> None:
     faulthandler.dump_traceback_later(timeout_s - 5, exit=True)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])  # a server that readers started blocks what torchrun would not
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
