@@ -166,9 +166,13 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
 def say(error: MMError) -> None:
-    """Print an error on standard error; under `mm.cli.launch`, leave it for that to print when all processes ended."""
+    """Print an error on standard error; under `mm.cli.launch`, leave it for that to print when all processes ended.
+
+    Where the launcher is gone, that is what all its processes stop for, and the first of the node says it.
+    """
+    launcher_lives = _launcher_lives()
     file = os.environ.get(ERROR_FILE)
-    if file and _launcher_lives():
+    if launcher_lives and file:
         details = {"timestamp": str(int(time.time())), "py_callstack": ""}
         message = {"message": format_error(error), "errorCode": error.exit_code, "extraInfo": details}
         try:
@@ -176,13 +180,17 @@ def say(error: MMError) -> None:
             return
         except OSError:
             pass  # then it is printed here
+    stops_with_launcher = launcher_lives is False and isinstance(error, StoppedError | SignalledError)
+    if stops_with_launcher and os.environ.get("LOCAL_RANK") != "0":
+        return
     print(format_error(error), file=sys.stderr, flush=True)
 
 
-def _launcher_lives() -> bool:
+def _launcher_lives() -> bool | None:
+    """Whether the launcher of this process is there; None for a process that has none."""
     launcher = os.environ.get(LAUNCHER, "")
-    if not launcher.isdecimal():
-        return False
+    if not launcher.isdecimal() or int(launcher) == os.getpid():
+        return None
     try:
         os.kill(int(launcher), 0)
     except ProcessLookupError:
