@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mm.config.model import WAN_1_3B, WAN_14B
-from mm.device import kernels
-from mm.device.attention import (
+from mm.device.queues import Queue, Queues, queues_of
+from mm.ops.attention.api import (
     attention_backward,
     attention_with_lse,
     plain_attention_backward,
     plain_attention_with_lse,
 )
-from mm.device.dispatch import operators_of
-from mm.device.operators import alone
-from mm.device.queues import Queue, Queues, queues_of
+from mm.ops.elementwise import reference
+from mm.ops.elementwise.dispatch import operators_of
+from mm.ops.elementwise.operators import alone
 from mm.wan.rope import rope_tables
 
 TOKENS, GRID = 32760, (21, 30, 52)  # of 480x832, 81 frames
@@ -33,7 +33,7 @@ HEAD_DIM = 128
 ATTENTION_BOUND = 2**-7  # bf16, largest error over largest value, as in tests/device/test_lse_attention.py
 OPERATOR_BOUND = 2**-8  # as in tests/device/test_lean.py
 ROWS_CHECKED = 256
-ENGINE = "mm.device.attention"
+ENGINE = "mm.ops.attention.api"
 
 Pair = tuple[Callable[[], Any], Callable[[Any], Any]]
 """Forward, and backward of what forward gave."""
@@ -45,16 +45,16 @@ def engine_attention(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Pair:
 
 
 def torch_attention(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Pair:
-    """torch's attention with one of its backends, through autograd."""
+    """torch's attention with one of its backends, through operators."""
     inputs = [x.requires_grad_() for x in (q.detach(), k.detach(), v.detach())]
 
     def forward() -> tuple[Tensor, None]:
         with sdpa_kernel(backend):
-            return kernels.attention(*inputs), None
+            return reference.attention(*inputs), None
 
     def backward(kept: tuple[Tensor, None]) -> Any:
         with sdpa_kernel(backend):
-            return torch.autograd.grad(kept[0], inputs, grad, retain_graph=True)
+            return torch.operators.grad(kept[0], inputs, grad, retain_graph=True)
 
     return forward, backward
 
@@ -121,7 +121,7 @@ def d1(bench: Bench) -> Result:
 
 @dataclass(frozen=True)
 class Operator:
-    """One direction of a lean operator.
+    """One direction of a fused operator.
 
     Attributes:
         name: of it. run: the call. plain: the reference's, on fp32 inputs; both give tuples whose first parts match.
@@ -141,37 +141,37 @@ def operators(bench: Bench, width: int, grid: tuple[int, int, int]) -> list[Oper
     scale, shift, gate = (normal((1, 1, width), key, device) for key in ("scale", "shift", "gate"))
     norm = normal((width,), "norm", device, torch.bfloat16)
     rotation = rope_tables(grid, HEAD_DIM, device)
-    lean, eps, head_grad = operators_of(x), 1e-6, grad.unflatten(-1, (-1, HEAD_DIM))
-    _, mean, rstd = lean.layer_norm(x, scale, shift, eps)
-    _, root = lean.rms_norm_rope(x, norm, rotation, HEAD_DIM, eps, width, alone)
+    fused, eps, head_grad = operators_of(x), 1e-6, grad.unflatten(-1, (-1, HEAD_DIM))
+    _, mean, rstd = fused.layer_norm(x, scale, shift, eps)
+    _, root = fused.rms_norm_rope(x, norm, rotation, HEAD_DIM, eps, width, alone)
 
     def differentiate(function: Callable[..., Tensor], *inputs: Tensor, grad: Tensor) -> Callable[[], Any]:
         def run() -> tuple[Tensor, ...]:
             leaves = [value.detach().float().requires_grad_() for value in inputs]
-            return torch.autograd.grad(function(*leaves), leaves, grad.float())
+            return torch.operators.grad(function(*leaves), leaves, grad.float())
 
         return run
 
     def norm_rope(x: Tensor, weight: Tensor) -> Tensor:
-        heads = kernels.rms_norm(x, weight, eps).unflatten(-1, (-1, HEAD_DIM))
-        return kernels.apply_rope(heads, *rotation)
+        heads = reference.rms_norm(x, weight, eps).unflatten(-1, (-1, HEAD_DIM))
+        return reference.apply_rope(heads, *rotation)
 
     def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        return kernels.modulate(x, shift, scale - 1, eps)
+        return reference.modulate(x, shift, scale - 1, eps)
 
     return [
-        Operator("layer_norm", lambda: lean.layer_norm(x, scale, shift, eps),
+        Operator("layer_norm", lambda: fused.layer_norm(x, scale, shift, eps),
                  lambda: (modulated(x.float(), scale, shift),), 2),
-        Operator("layer_norm, backward", lambda: lean.layer_norm_backward(grad, x, scale, mean, rstd),
+        Operator("layer_norm, backward", lambda: fused.layer_norm_backward(grad, x, scale, mean, rstd),
                  differentiate(modulated, x, scale, shift, grad=grad), 3),
-        Operator("gated_residual", lambda: (lean.gated_residual(x, y, gate),),
-                 lambda: (kernels.gated_residual(x.float(), y.float(), gate),), 3),
-        Operator("gated_residual, backward", lambda: lean.gated_residual_backward(grad, y, gate),
-                 differentiate(partial(kernels.gated_residual, x.float()), y, gate, grad=grad), 3),
-        Operator("rms_norm_rope", lambda: lean.rms_norm_rope(x, norm, rotation, HEAD_DIM, eps, width, alone),
+        Operator("gated_residual", lambda: (fused.gated_residual(x, y, gate),),
+                 lambda: (reference.gated_residual(x.float(), y.float(), gate),), 3),
+        Operator("gated_residual, backward", lambda: fused.gated_residual_backward(grad, y, gate),
+                 differentiate(partial(reference.gated_residual, x.float()), y, gate, grad=grad), 3),
+        Operator("rms_norm_rope", lambda: fused.rms_norm_rope(x, norm, rotation, HEAD_DIM, eps, width, alone),
                  lambda: (norm_rope(x.float(), norm.float()),), 2),
         Operator("rms_norm_rope, backward",
-                 lambda: lean.rms_norm_rope_backward(head_grad, x, norm, rotation, root, width, alone),
+                 lambda: fused.rms_norm_rope_backward(head_grad, x, norm, rotation, root, width, alone),
                  differentiate(norm_rope, x, norm, grad=head_grad), 3),
     ]  # fmt: skip
 

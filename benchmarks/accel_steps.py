@@ -15,6 +15,8 @@ from modes import MODES, Mode
 from results import Result, Target
 from torch import Tensor, nn
 
+from mm.activation.host_pool import StepShape, make_offloader
+from mm.activation.recompute import block_runner
 from mm.config.diffusion import DiffusionConfig
 from mm.config.model import WAN_1_3B, WAN_14B, WanConfig
 from mm.data.loader import FeatureBatch
@@ -22,12 +24,10 @@ from mm.diffusion.flow import FlowMatching
 from mm.lora.layer import Adapted
 from mm.lora.plan import LoRAPlan
 from mm.lora.targets import linears_of
+from mm.optim.make import make_optimizer
+from mm.optim.optimizer import AdamWSettings
 from mm.parallel.apply import DataParallelOptions, apply
-from mm.parallel.host_pool import StepShape, make_offloader
-from mm.parallel.optimizer import AdamWSettings
-from mm.parallel.optimizers import make_optimizer
 from mm.parallel.placement import whole_shapes
-from mm.parallel.recompute import block_runner
 from mm.train.flops import forward_flops, train_flops
 from mm.train.step import train_step
 from mm.wan.layers import BlockRunner, Parts
@@ -149,7 +149,7 @@ def engine_step(bench: Bench, work: Work, mode: Mode) -> Callable[[], object]:
     lora = work.lora
     parallel = apply(
         work.wan, bench.mesh, bench.backend, options, torch.bfloat16, value_of, run_blocks=runner(bench, work, mode),
-        tuning=None if lora is None else lora.tuning(),
+        extension=None if lora is None else lora.extension(),
     )  # fmt: skip
     optimizer, flow, draws = make_optimizer(parallel, SETTINGS), FlowMatching(DiffusionConfig()), itertools.count()
     batch = work.sample(0)

@@ -29,8 +29,8 @@ from results import Result, arguments, write  # noqa: E402
 from mm.config.layout import Layout  # noqa: E402
 from mm.config.place import place  # noqa: E402
 from mm.device.backend import select  # noqa: E402
-from mm.parallel.launch import Job  # noqa: E402
 from mm.parallel.mesh import build_mesh  # noqa: E402
+from mm.supervise.job import Job  # noqa: E402
 
 COMMANDS: dict[str, Callable[[Bench], Result]] = {
     "a1": a1, "a2": a2, "a3": a3, "b1": b1, "b2": b2, "c1": c1, "d1": d1, "d2": d2, "d3": d3, "e1": e1,

@@ -45,19 +45,19 @@ from mm.config.place import place  # noqa: E402
 from mm.data.loader import FeatureBatch  # noqa: E402
 from mm.device.backend import select  # noqa: E402
 from mm.diffusion.flow import FlowMatching  # noqa: E402
+from mm.optim.make import make_optimizer  # noqa: E402
+from mm.optim.optimizer import AdamWSettings, Optimizer  # noqa: E402
+from mm.optim.step_statistics import Outcome  # noqa: E402
 from mm.parallel.apply import DataParallelOptions, ParallelModel, apply  # noqa: E402
-from mm.parallel.launch import Job  # noqa: E402
-from mm.parallel.limits import Limits  # noqa: E402
 from mm.parallel.mesh import Mesh, build_mesh  # noqa: E402
-from mm.parallel.messages import Messages  # noqa: E402
-from mm.parallel.notices import Notices  # noqa: E402
-from mm.parallel.optimizer import AdamWSettings, Optimizer  # noqa: E402
-from mm.parallel.optimizers import make_optimizer  # noqa: E402
-from mm.parallel.outcome import Outcome  # noqa: E402
-from mm.parallel.watch import ANSWER_S, SAMPLE_S, Watch, where_is  # noqa: E402
 from mm.stopping import StopRequest  # noqa: E402
+from mm.supervise.job import Job  # noqa: E402
+from mm.supervise.limits import Limits  # noqa: E402
+from mm.supervise.mailbox import Notices  # noqa: E402
+from mm.supervise.messages import Messages  # noqa: E402
+from mm.supervise.watchdog import ANSWER_S, SAMPLE_S, Watch, where_is  # noqa: E402
+from mm.train.memory_breakdown import Phase  # noqa: E402
 from mm.train.numerics import WINDOW, NumericsGuard  # noqa: E402
-from mm.train.split import Phase  # noqa: E402
 from mm.train.step import StepResult, compute_gradients, train_step  # noqa: E402
 from mm.train.stragglers import STEP_PHASES, Stragglers  # noqa: E402
 from mm.wan.initial import initial_value  # noqa: E402

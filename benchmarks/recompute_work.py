@@ -19,10 +19,10 @@ from modes import MODES, Mode  # noqa: E402
 from results import Result, Target, arguments, publish  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
+from mm.activation.offload import Offloader  # noqa: E402
+from mm.activation.recompute import block_runner  # noqa: E402
 from mm.config.model import WanConfig  # noqa: E402
 from mm.device.queues import HostQueues  # noqa: E402
-from mm.parallel.offload import Offloader  # noqa: E402
-from mm.parallel.recompute import block_runner  # noqa: E402
 from mm.wan.layers import Parts  # noqa: E402
 from mm.wan.model import Conditions, WanModel  # noqa: E402
 from mm.wan.rope import grid_positions  # noqa: E402

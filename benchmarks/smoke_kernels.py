@@ -54,8 +54,8 @@ def triton_launch(place: Place) -> Found:
         return skipped("needs CUDA")
     from accel_bench import normal, relative
 
-    from mm.device.dispatch import operators_of
-    from mm.device.operators import PlainOperators
+    from mm.ops.elementwise.dispatch import operators_of
+    from mm.ops.elementwise.operators import PlainOperators
 
     x, y = (normal((1, 64, 128), key, backend.device) for key in "xy")
     gate = normal((1, 1, 128), "gate", backend.device)
@@ -133,8 +133,8 @@ def predicted_memory(place: Place) -> Found:
     from modes import MODES
 
     from mm.config.layout import Layout
+    from mm.doctor.dry_run import Job, dry_run
     from mm.parallel.apply import DataParallelOptions
-    from mm.train.dry_run import Job, dry_run
 
     mode = MODES["full"]
     with _bench(place) as bench:
@@ -169,8 +169,8 @@ def _bench(place: Place) -> Iterator[Any]:
 
     from mm.config.layout import Layout
     from mm.config.place import place as place_of_process
-    from mm.parallel.launch import Job
     from mm.parallel.mesh import build_mesh
+    from mm.supervise.job import Job
 
     backend = _backend(place)
     with (
@@ -185,7 +185,7 @@ def _attention(place: Place, tokens: int, heads: int) -> Found:
     import torch
     from accel_bench import normal, relative
 
-    from mm.device.attention import attention_backward, attention_name, attention_with_lse
+    from mm.ops.attention.api import attention_backward, attention_name, attention_with_lse
     from mm.parallel.ring import merge
 
     backend = _backend(place)
@@ -228,7 +228,7 @@ def _attention(place: Place, tokens: int, heads: int) -> Found:
 def _against_fp32(q: Any, k: Any, v: Any, grad: Any) -> float:
     from accel_bench import relative
 
-    from mm.device.attention import (
+    from mm.ops.attention.api import (
         attention_backward,
         attention_with_lse,
         plain_attention_backward,

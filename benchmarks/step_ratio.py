@@ -32,8 +32,8 @@ from results import Result, Target, arguments, write  # noqa: E402  (the path ab
 from test_wan_parity import ours_for, reference_for, relative_error  # noqa: E402
 
 from mm.config.model import WanConfig  # noqa: E402
-from mm.parallel.compile import compile_blocks, graphs_needed  # noqa: E402
 from mm.wan.block import WanBlock  # noqa: E402
+from mm.wan.compile import compile_blocks, graphs_needed  # noqa: E402
 from mm.wan.model import WanModel  # noqa: E402
 from mm.wan.names import diffusers_to_native  # noqa: E402
 

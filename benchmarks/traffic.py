@@ -16,7 +16,7 @@ from ranks import run_ranks  # noqa: E402  (the path above)
 from tabulate import tabulate  # noqa: E402
 from traffic_rows import EIGHT, FOUR, MORE_FOUR, Row, a_layer, count  # noqa: E402
 
-from mm.parallel import formulas  # noqa: E402
+from mm.doctor import formulas  # noqa: E402
 
 HEADERS = ["layout", "over", "by", "calls", "bytes counted", "bytes by formula", "ratio"]
 

@@ -16,7 +16,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
 
     Args:
         world_size: number of processes.
-        function: importable at module level; joins the job itself (`mm.parallel.launch.Job`). Its result must be
+        function: importable at module level; joins the job itself (`mm.supervise.job.Job`). Its result must be
             small and made of plain Python objects.
         args: passed on as they are.
         timeout_s: after it every process is killed, each having dumped its stacks.

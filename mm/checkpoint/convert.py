@@ -29,9 +29,10 @@ from mm.checkpoint.files import (
     writing_errors,
 )
 from mm.checkpoint.finite import rounded
-from mm.checkpoint.formats import hf, mm_format, native
+from mm.checkpoint.formats import hf, native
+from mm.checkpoint.formats import mindspeed as mm_format
 from mm.checkpoint.formats.layer_zero import LayerZeroWeights
-from mm.checkpoint.formats.mm_split import require_blocks
+from mm.checkpoint.formats.mindspeed_split import require_blocks
 from mm.checkpoint.formats.source import WeightSource
 from mm.checkpoint.formats.training import TrainingWeights, is_training_checkpoint, no_average
 from mm.checkpoint.safetensor_file import Entry

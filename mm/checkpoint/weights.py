@@ -13,7 +13,7 @@ from torch import nn
 
 from mm.checkpoint.formats.folder import FolderWeights
 from mm.checkpoint.formats.layer_zero import LayerZeroWeights, is_layer_zero
-from mm.checkpoint.formats.mm_format import MMWeights, is_mm_folder
+from mm.checkpoint.formats.mindspeed import MMWeights, is_mm_folder
 from mm.checkpoint.formats.source import WeightSource
 from mm.checkpoint.formats.training import TrainingWeights, is_training_checkpoint, no_average
 from mm.checkpoint.mismatch import raise_on_mismatch

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field
 from tabulate import tabulate
 
-from mm.checkpoint.formats.mm_split import parse_split
+from mm.checkpoint.formats.mindspeed_split import parse_split
 from mm.cli.entry import run
 from mm.config.base import closest
 from mm.config.flags import Flags, parse_flags, words_of_process

@@ -28,7 +28,7 @@ from mm.errors import ConfigError, Problem, raise_all
 from mm.stopping import StopRequest
 
 if TYPE_CHECKING:
-    from mm.train.dry_run import Report
+    from mm.doctor.dry_run import Report
 
 _UNCOMPILED = "all is shown for uncompiled blocks: fake tensors run no compiled code"
 
@@ -83,8 +83,8 @@ def _check(argv: Sequence[str]) -> None:
         return
     frames, height, width = flags.latent_size or clip.latent_size
 
+    from mm.doctor.dry_run import Job, dry_run
     from mm.lora.plan import plan_of
-    from mm.train.dry_run import Job, dry_run
     from mm.train.run import data_parallel_options, training_dtype
 
     lora = plan_of(flags, model.predictor.wan())
@@ -98,7 +98,7 @@ def _check(argv: Sequence[str]) -> None:
         micro_batch_size=flags.micro_batch_size,
         micro_batches=flags.micro_batches_of_step(layout.dp_size),
         recompute=recompute_of(flags, model),
-        tuning=None if lora is None else lora.tuning(),
+        extension=None if lora is None else lora.extension(),
         ema_decay=flags.ema_decay,
         async_save=flags.async_save,
         save_optimizer=not flags.no_save_optim,

@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) != 2 or any(word.startswith("-") for word in argv):
         usage = "mm doctor compare takes two runs: folders or metrics.jsonl files"
         raise ConfigError("CFG-006", f"{usage}; it was given {' '.join(argv) or 'nothing'}.", "Give exactly two.")
-    from mm.train.compare import first_difference
+    from mm.doctor.compare import first_difference
 
     first, second = map(Path, argv)
     equal, difference = first_difference(first, second)

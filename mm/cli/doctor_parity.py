@@ -20,7 +20,7 @@ from mm.config.train import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
 from mm.errors import NumericsError
 
 if TYPE_CHECKING:
-    from mm.train.parity import Case, Errors
+    from mm.doctor.parity import Case, Errors
 
 
 class ParityFlags(TrainFlags):
@@ -45,9 +45,9 @@ def main(argv: Sequence[str]) -> None:
 
     from mm.checkpoint.comm import Comm, ProcessGroupComm, SingleProcess
     from mm.device.backend import select
-    from mm.parallel.launch import Job
+    from mm.doctor import parity
     from mm.parallel.mesh import build_mesh
-    from mm.train import parity
+    from mm.supervise.job import Job
 
     backend, minutes = select(flags.device, where.local_rank, where.world_size), flags.distributed_timeout_minutes
     case = _case(flags, model, zero, layout)
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _case(flags: TrainFlags, model: PretrainModel, zero: ZeroConfig | None, layout: Layout) -> Case:
     """More tokens than ranks that share them, and not a multiple; samples of two sizes where the run takes them."""
-    from mm.train.parity import Case, small_model
+    from mm.doctor.parity import Case, small_model
     from mm.train.run import data_parallel_options
 
     sharing = layout.cp_size * (layout.tp_size if layout.sequence_parallel else 1)

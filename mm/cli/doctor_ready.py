@@ -25,7 +25,7 @@ from mm.errors import ConfigError, DataError, MMError, Problem, raise_all
 from mm.isolated import command_of
 
 if TYPE_CHECKING:
-    from mm.train.readiness import Finding
+    from mm.doctor.preflight import Finding
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -54,28 +54,28 @@ def check(
     from mm.checkpoint.comm import Comm, ProcessGroupComm, SingleProcess
     from mm.data.dataset import open_features
     from mm.device.backend import select
+    from mm.doctor import preflight
     from mm.lora.plan import plan_of
-    from mm.parallel.launch import Job
-    from mm.train import readiness
+    from mm.supervise.job import Job
 
     logging.getLogger().setLevel(logging.WARNING)
     config, backend = model.predictor.wan(), select(flags.device, where.local_rank, where.world_size)
     lora = plan_of(flags, config)
-    trained = readiness.elements(config) if lora is None else lora.parameters
-    findings = [] if where.rank else readiness.versions(backend)
-    findings += readiness.operators(backend) if where.local_rank == 0 else []  # once a node: its compiler
+    trained = preflight.elements(config) if lora is None else lora.parameters
+    findings = [] if where.rank else preflight.versions(backend)
+    findings += preflight.operators(backend) if where.local_rank == 0 else []  # once a node: its compiler
     reports: list[dict[str, Any]] = []
     if where.rank == 0:
-        findings += readiness.attempt("memory", lambda: _memory(words, layout, backend, reports))
-        findings += readiness.attempt("weights", lambda: readiness.weights(flags, config))
-        findings += readiness.attempt("checkpoints", lambda: readiness.save_folder(flags))
-        findings += readiness.attempt("disk", lambda: readiness.disk(flags, trained))
+        findings += preflight.attempt("memory", lambda: _memory(words, layout, backend, reports))
+        findings += preflight.attempt("weights", lambda: preflight.weights(flags, config))
+        findings += preflight.attempt("checkpoints", lambda: preflight.save_folder(flags))
+        findings += preflight.attempt("disk", lambda: preflight.disk(flags, trained))
     one_size = layout.pp_size > 1 and not flags.variable_seq_lengths
     batch = flags.samples_of_step(layout.dp_size)
     data = load_train_data(Path(flags.mm_data))
     if where.local_rank == 0:  # once a node: its disks, its memory
-        findings += readiness.attempt(
-            "features", lambda: readiness.features(open_features(data, config), batch, one_size=one_size)
+        findings += preflight.attempt(
+            "features", lambda: preflight.features(open_features(data, config), batch, one_size=one_size)
         )
     with ExitStack() as stack:
         comm: Comm = SingleProcess()
@@ -84,41 +84,41 @@ def check(
             configuration = {"flags": flags.model_dump(mode="json"), flags.mm_model: model.model_dump(mode="json")}
             stack.enter_context(Job(where, backend.collective, backend.device, minutes, configuration))
             comm = ProcessGroupComm(device=backend.device)
-            reached = readiness.network(comm, time.monotonic() - began)
+            reached = preflight.network(comm, time.monotonic() - began)
             findings += reached if where.rank == 0 else []
-            drawn = readiness.same_draws(comm.all_gather_object(_draws(flags, model, data, batch)))
+            drawn = preflight.same_draws(comm.all_gather_object(_draws(flags, model, data, batch)))
             findings += drawn if where.rank == 0 else []
         told = [report for part in comm.all_gather_object(reports) for report in part]  # rank 0's, on every node
         pinned, saved = (max((report[of] for report in told), default=0) for of in ("host_bytes", "save_bytes"))
         if where.local_rank == 0:
-            findings += readiness.host(flags, trained, pinned, saved, where.local_world_size)
+            findings += preflight.host(flags, trained, pinned, saved, where.local_world_size)
         everyone = comm.all_gather_object([asdict(finding) for finding in findings])
     if where.rank == 0:
-        _tell(_merged([readiness.Finding(**found) for part in everyone for found in part]), reports, as_json=as_json)
+        _tell(_merged([preflight.Finding(**found) for part in everyone for found in part]), reports, as_json=as_json)
 
 
 def _draws(flags: TrainFlags, model: PretrainModel, data: TrainData, samples: int) -> str | None:
     """What this process draws for the first step; None without features, of which the check of features tells."""
     from mm.data.dataset import open_features
     from mm.diffusion.flow import FlowMatching
-    from mm.train import readiness
+    from mm.doctor import preflight
 
     try:
         dataset = open_features(data, model.predictor.wan())
     except MMError:
         return None
     shuffle = data.dataloader_param.shuffle
-    return readiness.draws(dataset, FlowMatching(model.diffusion), flags.seed, samples, shuffle=shuffle)
+    return preflight.draws(dataset, FlowMatching(model.diffusion), flags.seed, samples, shuffle=shuffle)
 
 
 def _memory(words: Sequence[str], layout: Layout, backend: Any, reports: list[dict[str, Any]]) -> list[Finding]:
     """The dry run of the first rank, and of the last where a pipeline makes it another one."""
-    from mm.train import readiness
+    from mm.doctor import preflight
 
     reports += [
         _dry_run(words, layout, rank) for rank in sorted({0, layout.world_size - 1 if layout.pp_size > 1 else 0})
     ]
-    return readiness.memory([report["peak_bytes"] for report in reports], backend)
+    return preflight.memory([report["peak_bytes"] for report in reports], backend)
 
 
 def _dry_run(words: Sequence[str], layout: Layout, rank: int) -> dict[str, Any]:

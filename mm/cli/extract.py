@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     with StopRequest(saves=False, kept="The features written so far stay, and are not made again."):
         from mm.device.backend import select  # after the files are known to be good: torch takes seconds to import
         from mm.extract.run import extract
-        from mm.parallel.launch import Job
+        from mm.supervise.job import Job
 
         backend = select(flags.device, where.local_rank, where.world_size)
         with Job(where, backend.collective, backend.device, flags.distributed_timeout_minutes) as job:

@@ -37,13 +37,14 @@ def _generate(flags: GenerateFlags) -> None:
     from mm.device.backend import select
     from mm.generate.render import Processes
     from mm.generate.run import generate_clips
-    from mm.parallel.launch import Job
+    from mm.ops.elementwise.dispatch import choice_of
     from mm.parallel.mesh import build_mesh
+    from mm.supervise.job import Job
 
     backend = select(flags.device, where.local_rank, where.world_size)
     minutes = flags.distributed_timeout_minutes
     configuration = {
-        "elementwise operators": backend.operators().name,
+        "elementwise operators": choice_of(backend.device).name,
         "flags": flags.model_dump(mode="json"),
         "model": generation.config.model_dump(mode="json"),
     }

@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     """
     # Whether the job saves when it is asked to stop, the launcher's own end before that must say alike.
     with StopRequest(saves="--save-on-signal" in argv, kept="No process had been started."):
-        from mm.parallel.torchrun import torchrun  # torch takes seconds
+        from mm.supervise.torchrun import torchrun  # torch takes seconds
     sys.exit(torchrun(argv))
 
 

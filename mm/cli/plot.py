@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     out = Path(flags.out) if flags.out else folder / "metrics.png"
     if flags.out is not None:
         require_writable_file(out, "--out")
-    from mm.train.plot import plot_run  # matplotlib, and torch
+    from mm.doctor.plot import plot_run  # matplotlib, and torch
 
     target = plot_run(folder, out)
     print(f"wrote {target}")

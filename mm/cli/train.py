@@ -49,10 +49,11 @@ def _train(flags: TrainFlags, stop: StopRequest) -> None:
     from mm.data.dataset import open_features
     from mm.device.backend import deterministic, select
     from mm.lora.plan import plan_of
-    from mm.parallel.launch import Job
+    from mm.ops.elementwise.dispatch import choice_of
     from mm.parallel.mesh import build_mesh
-    from mm.parallel.notices import Notices
-    from mm.parallel.watch import ANSWER_S, Watch
+    from mm.supervise.job import Job
+    from mm.supervise.mailbox import Notices
+    from mm.supervise.watchdog import ANSWER_S, Watch
     from mm.train.loop import train
     from mm.train.run import Run, watch_limits
 
@@ -64,7 +65,7 @@ def _train(flags: TrainFlags, stop: StopRequest) -> None:
     backend = select(flags.device, where.local_rank, where.world_size)
     timeout = flags.distributed_timeout_minutes
     configuration = {
-        "elementwise operators": backend.operators().name,
+        "elementwise operators": choice_of(backend.device).name,
         "flags": flags.model_dump(mode="json"),
         flags.mm_model: model.model_dump(mode="json"),
         flags.mm_data: data.model_dump(mode="json"),

@@ -95,6 +95,18 @@ class Layout:
         before = [*chain(*self.stages[:vp_rank]), *self.stages[vp_rank][:pp_rank]]
         return range(sum(before), sum(before) + self.stages[vp_rank][pp_rank])
 
+    def passes_in_flight(self, pp_rank: int, micro_batches: int) -> int:
+        """Forwards of a rank, of any of its virtual stages, whose backward has not run yet, at most.
+
+        Those of the warm-up and one more: p - r of plain 1F1B, 2 (p - r) - 1 + (v - 1) p when stages interleave.
+
+        Source: Narayanan et al. 2021 (arXiv 2104.04473), section 2.2, in the order of megatron-core.
+        """
+        behind = self.pp_size - pp_rank
+        if self.vp_size == 1:
+            return min(behind, micro_batches)
+        return min(2 * behind - 1 + (self.vp_size - 1) * self.pp_size, self.vp_size * micro_batches)
+
     def name(self) -> str:
         """A short id such as `dp2-tp2sp-cp4(u2xr2)-pp2vp2-zero2`; axes of degree 1 are left out, uneven stages told."""
         parts = [

@@ -18,7 +18,6 @@ from typing import Literal
 import psutil
 import torch
 
-from mm.device.dispatch import Choice, choice_of
 from mm.device.megatron_on_cpu import MegatronOnCpu
 from mm.device.megatron_on_npu import MegatronOnNpu
 from mm.device.out_of_memory import is_out_of_memory
@@ -83,10 +82,6 @@ class Backend:
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether an exception says that this device has no room for an allocation."""
         return is_out_of_memory(error, on_host=self.kind == "cpu")
-
-    def operators(self) -> Choice:
-        """The elementwise operators of the device; on CUDA the first call tries a kernel."""
-        return choice_of(self.device)
 
     def name(self) -> str:
         """What to call the device in reports."""

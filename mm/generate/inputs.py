@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mm.config.inference import InferenceModel
 from mm.config.model import IMAGES
-from mm.generate.given import load_image, load_video
+from mm.generate.media_inputs import load_image, load_video
 from mm.generate.rows import Row
 from mm.wan.condition import condition_latents
 from mm.wan.encoders import TextEncoder, VideoEncoder

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from mm.checkpoint.directory import find_latest
-from mm.checkpoint.formats.mm_format import is_mm_folder
+from mm.checkpoint.formats.mindspeed import is_mm_folder
 from mm.checkpoint.formats.source import TensorKind, WeightSource
 from mm.checkpoint.formats.training import is_training_checkpoint, no_average
 from mm.checkpoint.identity import identity
@@ -20,7 +20,7 @@ from mm.config.model import WanConfig
 from mm.errors import CheckpointError
 from mm.lora.adapter import Adapter, merge_tensor, require_fit
 from mm.lora.files import read_adapter, write_adapter
-from mm.lora.mm_format import read_mm, write_mm
+from mm.lora.mindspeed import read_mm, write_mm
 from mm.lora.record import BASE_IDENTITY, adapter_of
 from mm.lora.targets import every_linear
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mm.checkpoint.formats.folder import FolderWeights
-from mm.checkpoint.formats.mm_format import MMWeights
+from mm.checkpoint.formats.mindspeed import MMWeights
 from mm.checkpoint.formats.source import WeightSource
 from mm.checkpoint.formats.training import DECAY_KEY, TrainingWeights
 from mm.checkpoint.safetensor_file import DTYPE_NAMES

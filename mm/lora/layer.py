@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm.device.operators import SumOverRanks
 from mm.lora.low_bit import LowBit, LowBitLinear, low_bit_product
 from mm.lora.targets import Sizes
+from mm.ops.elementwise.operators import SumOverRanks
 from mm.rng import generator
 
 

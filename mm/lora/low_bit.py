@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mm.device.operators import SumOverRanks
+from mm.ops.elementwise.operators import SumOverRanks
 
 LowBit = Literal["int8", "fp8"]
 

@@ -22,7 +22,7 @@ from mm.lora.layer import (
 from mm.lora.low_bit import LowBit, quantise
 from mm.lora.targets import Sizes, linears_of, target_linears
 from mm.parallel.placement import Shape, whole_shapes
-from mm.parallel.tuning import Tuning
+from mm.parallel.trainable_extension import TrainableExtension
 from mm.wan.model import WanModel
 
 _SCALE = "weight_scale"
@@ -51,10 +51,10 @@ class LoRAPlan:
         """Elements that are trained."""
         return sum(map(math.prod, self.shapes.values()))
 
-    def tuning(self) -> Tuning:
+    def extension(self) -> TrainableExtension:
         """What `mm.parallel.apply.apply` adds to a model."""
         scales = {f"{name}.{_SCALE}": (rows,) for name, (rows, _) in self.linears.items()} if self.base_dtype else {}
-        return Tuning(self._prepare, {**scales, **self.shapes}, self.shapes)
+        return TrainableExtension(self._prepare, {**scales, **self.shapes}, self.shapes)
 
     def _prepare(self, model: WanModel) -> None:
         if self.base_dtype is not None:

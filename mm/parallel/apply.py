@@ -1,10 +1,10 @@
 """Puts a single-device model on the mesh.
 
 The order, from the inside out: the model's parts for this rank's tensor- and context-parallel axes; the pipeline
-stages cut out of it; what is added to them (`mm.parallel.tuning`); their weights, of which only this rank's part is
-ever made; then either megatron-core's DistributedDataParallel, which owns the parameter and gradient buffers, or
-layer-zero, which shards the parameters. megatron-core's schedules drive the result. Each layer knows only the one below
-it, and the model knows none of them.
+stages cut out of it; what is added to them (`mm.parallel.trainable_extension`); their weights, of which only this
+rank's part is ever made; then either megatron-core's DistributedDataParallel, which owns parameter and gradient buffers,
+or layer-zero, which shards the parameters. megatron-core's schedules drive the result. Each layer knows only the one
+below it, and the model knows none of them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from mm.config.layerzero import ZeroConfig
 from mm.config.model import WanConfig
 from mm.device.backend import Backend
-from mm.parallel.compile import compile_blocks, graphs_needed
 from mm.parallel.context import context_attention
 from mm.parallel.layerzero import local_rows, shard_stage
 from mm.parallel.mesh import Mesh
 from mm.parallel.placement import Placement, Shape, place, whole_shapes
 from mm.parallel.stage import WanStage, cut
 from mm.parallel.tensor import TensorAxis
-from mm.parallel.tuning import Tuning
+from mm.parallel.trainable_extension import TrainableExtension
+from mm.wan.compile import compile_blocks, graphs_needed
 from mm.wan.layers import BlockRunner, Parts, run_in_order
 from mm.wan.model import WanModel
 
@@ -99,7 +99,7 @@ def apply(
     zero: ZeroConfig | None = None,
     run_blocks: BlockRunner = run_in_order,
     compiled_for: int | None = None,
-    tuning: Tuning | None = None,
+    extension: TrainableExtension | None = None,
 ) -> ParallelModel:
     """Make this rank's part of a model, ready for training.
 
@@ -110,23 +110,23 @@ def apply(
         dtype: of the bulk of the parameters and of what crosses a pipeline boundary.
         value_of: initial values; None leaves zeros for what is loaded next (`Optimizer.masters_to_model`).
         zero: layer-zero's configuration when the layout has it.
-        run_blocks: runs the blocks of a stage (`mm.parallel.recompute.block_runner`).
-        compiled_for: how many sizes of samples blocks are compiled for (`mm.parallel.compile`); None leaves them eager.
-        tuning: what is added and trained instead of the model's own parameters; None trains these.
+        run_blocks: runs the blocks of a stage (`mm.activation.recompute.block_runner`).
+        compiled_for: how many sizes of samples blocks are compiled for (`mm.wan.compile`); None leaves them eager.
+        extension: what is added and trained instead of the model's own parameters; None trains these.
     """
     layout = mesh.layout
     parts = model_parts(mesh, run_blocks)
     own = whole_shapes(wan)
-    shapes, trained = (own, own) if tuning is None else ({**own, **tuning.shapes}, dict(tuning.trained))
+    shapes, trained = (own, own) if extension is None else ({**own, **extension.shapes}, dict(extension.trained))
     placements = _placements(shapes, mesh)
     with backend.megatron():
         config = _schedule_config(wan, mesh, dtype, options)
         stages = [_stage(wan, parts, config, mesh, dtype, vp_rank) for vp_rank in range(layout.vp_size)]
     for stage in stages:
-        if zero is None or tuning is not None:  # layer-zero's shards of what is trained are the fp32 masters
+        if zero is None or extension is not None:  # layer-zero's shards of what is trained are the fp32 masters
             stage.model.to_precision(dtype)
-        if tuning is not None:
-            tuning.prepare(stage.model)
+        if extension is not None:
+            extension.prepare(stage.model)
     chunks: list[Any] = []
     for stage in stages:
         if compiled_for is not None:
@@ -134,7 +134,7 @@ def apply(
             # before layer-zero shards them, as in torchtitan
             compile_blocks(stage.blocks, num_graphs, layout.tp_size > 1)
         if zero is not None and mesh.zero is not None:
-            added = tuning.shapes if tuning is not None else ()
+            added = extension.shapes if extension is not None else ()
             chunks.append(shard_stage(stage, mesh.zero, zero, backend.device, added))
             _fill(stage.model, placements, value_of)
             continue

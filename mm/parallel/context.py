@@ -17,8 +17,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.device.attention import Keep, keep_inputs, keep_nothing
-from mm.device.attention import attention as attend
+from mm.ops.attention.api import Keep, keep_inputs, keep_nothing
+from mm.ops.attention.api import attention as attend
 from mm.parallel.groups import GroupMaker
 from mm.parallel.ring import Ring, ring_attention
 from mm.parallel.ulysses import gather_heads, scatter_heads

@@ -40,8 +40,8 @@ def shard_stage(
         mesh: (replicate, shard), the ranks that hold the same parameters.
         zero: the configuration.
         device: of this process.
-        added: native names of parameters that were added to a frozen model (`mm.parallel.tuning`); replicated, because
-            they are trained in fp32 beside what is gathered in the training dtype.
+        added: native names of parameters that were added to a frozen model (`mm.parallel.trainable_extension`);
+            replicated, because they are trained in fp32 beside what is gathered in the training dtype.
     """
     axes = mesh if mesh["replicate"].size() > 1 else mesh["shard"]
     reduce_dtype = _DTYPES[zero.reduce_dtype]

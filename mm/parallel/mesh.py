@@ -73,7 +73,7 @@ class Mesh:
 def build_mesh(layout: Layout, timeout_minutes: int, device_type: str) -> Iterator[Mesh]:
     """Create the process groups that the layout needs, for the length of a block; they stay until the job's end.
 
-    The job must be joined (`mm.parallel.launch.Job`). torch names a group by its ranks and the number of groups that
+    The job must be joined (`mm.supervise.job.Job`). torch names a group by its ranks and the number of groups that
     there are: one made in the place of one taken down would find the addresses of that one in the job's store.
 
     Args:

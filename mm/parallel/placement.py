@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from mm.config.model import WanConfig
 from mm.parallel.tensor import sharded_dim
@@ -47,3 +48,8 @@ def whole_shapes(config: WanConfig) -> dict[str, Shape]:
     """Shapes of all parameters of a model by native name, in the model's order."""
     with torch.device("meta"):
         return {name: tuple(parameter.shape) for name, parameter in WanModel(config).named_parameters()}
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this rank keeps: layer-zero's tensors are distributed ones."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mm.device import attention
-from mm.device.attention import Keep, keep_nothing
+from mm.ops.attention import api as attention
+from mm.ops.attention.api import Keep, keep_nothing
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mm.device.attention import Keep, keep_nothing
+from mm.ops.attention.api import Keep, keep_nothing
 
 
 def scatter_heads(

@@ -17,7 +17,7 @@ from mm.lora.files import read_adapter
 from mm.lora.plan import LoRAPlan
 from mm.lora.record import AdapterRecord, adapter_of
 from mm.lora.targets import every_linear
-from mm.parallel.optimizer import Optimizer
+from mm.optim.optimizer import Optimizer
 from mm.parallel.placement import whole_shapes
 from mm.train.state import fill_masters, require_same_model
 

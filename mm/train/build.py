@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mm.activation.host_pool import StepShape
+from mm.activation.offload import Offloader
 from mm.checkpoint.comm import on_rank_zero
 from mm.checkpoint.directory import holds_checkpoints, require_kind, require_whole
 from mm.checkpoint.record import kind_of
@@ -14,21 +16,19 @@ from mm.checkpoint.store import find_latest
 from mm.checkpoint.weights import open_weights
 from mm.config.recompute import Recompute
 from mm.config.step import DataSettings, StepSettings, step_settings
-from mm.device.attention import attention_name
 from mm.device.backend import free_host_bytes
 from mm.errors import ConfigError
 from mm.lora.plan import starting_values
+from mm.ops.attention.api import attention_name
+from mm.optim.make import make_optimizer
+from mm.optim.optimizer import Optimizer
 from mm.parallel.apply import ParallelModel, ValueOf, apply
-from mm.parallel.compile import graphs_needed, most_graphs, probe
-from mm.parallel.host_pool import StepShape
-from mm.parallel.offload import Offloader
-from mm.parallel.optimizer import Optimizer
-from mm.parallel.optimizers import make_optimizer
 from mm.train.adapters import AdapterRun, load_adapters, open_base
 from mm.train.describe import start_table
 from mm.train.resuming import Resuming, adamw_settings
 from mm.train.run import Run, data_parallel_options, training_dtype
 from mm.train.state import Progress, load_state, load_weights, saved_bytes
+from mm.wan.compile import graphs_needed, most_graphs, probe
 from mm.wan.initial import initial_value
 from mm.wan.layers import BlockRunner
 
@@ -100,7 +100,7 @@ def build_model(run: Run, adapters: AdapterRun | None, run_blocks: BlockRunner, 
         run.zero,
         run_blocks,
         len(_token_counts(run)) if compiled else None,
-        adapters.plan.tuning() if adapters is not None else None,
+        adapters.plan.extension() if adapters is not None else None,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from mm.activation.offload import Offloader
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
 from mm.config.model import WanConfig
@@ -13,7 +14,6 @@ from mm.config.train import TrainFlags
 from mm.config.units import format_bytes
 from mm.data.dataset import FeatureDataset
 from mm.lora.plan import LoRAPlan
-from mm.parallel.offload import Offloader
 from mm.parallel.placement import whole_shapes
 from mm.parallel.tokens import TokenShare
 

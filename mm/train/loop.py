@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from mm.activation.host_pool import make_offloader
+from mm.activation.recompute import block_runner
 from mm.checkpoint.background import BackgroundSaver
 from mm.checkpoint.lock import Lock
 from mm.checkpoint.store import writing
@@ -24,12 +26,10 @@ from mm.data.sampler import BatchPlan
 from mm.device.queues import queues_of
 from mm.diffusion.flow import FlowMatching
 from mm.errors import StoppedError
+from mm.optim.optimizer import Optimizer
+from mm.optim.replica_hash import require_equal_replicas
 from mm.parallel.apply import ParallelModel
-from mm.parallel.host_pool import make_offloader
-from mm.parallel.limits import OPENING
-from mm.parallel.optimizer import Optimizer
-from mm.parallel.recompute import block_runner
-from mm.parallel.replicas import require_equal_replicas
+from mm.supervise.limits import OPENING
 from mm.train.build import (
     build_model,
     build_optimizer,
@@ -42,14 +42,14 @@ from mm.train.build import (
     step_shape,
     why_not_compiled,
 )
+from mm.train.checkpointing import Saves
 from mm.train.checks import Check, Checks
 from mm.train.flops import train_flops
+from mm.train.memory_breakdown import Phase
 from mm.train.metrics import MetricsLog, StepMetrics
 from mm.train.numerics import NumericsGuard
 from mm.train.out_of_memory import MemoryWatch
 from mm.train.run import Run
-from mm.train.saves import Saves
-from mm.train.split import Phase
 from mm.train.state import Progress
 from mm.train.step import StepResult, train_step
 from mm.train.stragglers import Stragglers

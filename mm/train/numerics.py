@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from mm.data.loader import FeatureBatch
 from mm.diffusion.flow import FlowMatching
 from mm.errors import NumericsError
+from mm.optim.optimizer import Optimizer
+from mm.optim.step_statistics import Outcome, of_replicas
 from mm.parallel.apply import ParallelModel
-from mm.parallel.optimizer import Optimizer
-from mm.parallel.outcome import Outcome, of_replicas
 from mm.train.run import Run
 from mm.train.step import compute_gradients
 

@@ -12,10 +12,10 @@ from mm.config.units import GIB, in_gib
 from mm.device.backend import Backend
 from mm.device.out_of_memory import bytes_asked_for
 from mm.errors import OutOfMemoryError
+from mm.optim.optimizer import Optimizer
 from mm.parallel.apply import ParallelModel
-from mm.parallel.optimizer import Optimizer
-from mm.train.relief import reliefs
-from mm.train.split import Phase, Split, measure
+from mm.train.memory_advice import reliefs
+from mm.train.memory_breakdown import Phase, Split, measure
 
 _PACKAGE = Path(__file__).parents[1]
 

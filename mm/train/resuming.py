@@ -10,7 +10,7 @@ from pathlib import Path
 from mm.config.step import Change, StepSettings, changes
 from mm.config.train import ResumeChange
 from mm.errors import Problem
-from mm.parallel.optimizer import AdamWSettings, learning_rates
+from mm.optim.optimizer import AdamWSettings, learning_rates
 
 logger = logging.getLogger(__name__)
 

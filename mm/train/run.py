@@ -17,10 +17,10 @@ from mm.data.dataset import FeatureDataset
 from mm.device.backend import Backend
 from mm.lora.plan import LoRAPlan
 from mm.parallel.apply import DataParallelOptions
-from mm.parallel.limits import LAST_SAVE, OPENING, SAVE_BEFORE, Limits
 from mm.parallel.mesh import Mesh
-from mm.parallel.watch import Watch
 from mm.stopping import StopRequest
+from mm.supervise.limits import LAST_SAVE, OPENING, SAVE_BEFORE, Limits
+from mm.supervise.watchdog import Watch
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from mm.checkpoint.background import copy_bytes
 from mm.checkpoint.boxes import Box
 from mm.checkpoint.comm import Comm
-from mm.checkpoint.formats.mm_format import config_of
+from mm.checkpoint.formats.mindspeed import config_of
 from mm.checkpoint.formats.training import ADAPTERS_KEY, AVERAGE_PREFIX, CONFIG_KEY, DECAY_KEY, STEPS_KEY
 from mm.checkpoint.manifest import damaged
 from mm.checkpoint.record import kind_of, read_record
@@ -32,8 +32,8 @@ from mm.config.model import WanConfig
 from mm.config.step import StepSettings
 from mm.errors import CheckpointError, ConfigError, Problem, raise_all
 from mm.lora.record import AdapterRecord, export, record_of
-from mm.parallel.ema import Average
-from mm.parallel.optimizer import MOMENTS, Optimizer, ParamShard
+from mm.optim.ema import Average
+from mm.optim.optimizer import MOMENTS, Optimizer, ParamShard
 from mm.parallel.placement import whole_shapes
 from mm.train.resuming import Resuming
 

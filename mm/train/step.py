@@ -15,12 +15,12 @@ from mm.data.loader import FeatureBatch
 from mm.device.copies import to_device
 from mm.diffusion.flow import FlowMatching
 from mm.errors import NumericsError
+from mm.optim.optimizer import Optimizer
+from mm.optim.step_statistics import Outcome, agree
 from mm.parallel.apply import ParallelModel
-from mm.parallel.optimizer import Optimizer
-from mm.parallel.outcome import Outcome, agree
 from mm.parallel.schedule import LossFunction, forward_backward
 from mm.parallel.stage import WanStage
-from mm.train.split import Phase
+from mm.train.memory_breakdown import Phase
 from mm.wan.patches import patchify, token_grid
 
 PatchSize = tuple[int, int, int]

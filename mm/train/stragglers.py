@@ -1,4 +1,4 @@
-"""Names a rank that keeps the others waiting, from what each rank was seen doing (`mm.parallel.watch`).
+"""Names a rank that keeps the others waiting, from what each rank was seen doing (`mm.supervise.watchdog`).
 
 All ranks take equally long for a step, because they wait for each other; what differs is how much of it a rank spends
 on work of its own. That is told apart by looking at the stack four times a second. On an accelerator the process only
@@ -23,8 +23,8 @@ import torch
 
 from mm.device.backend import Backend
 from mm.parallel.mesh import Mesh
-from mm.parallel.watch import Watch
-from mm.train.split import Phase
+from mm.supervise.watchdog import Watch
+from mm.train.memory_breakdown import Phase
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mm.config.model import WanConfig
-from mm.device import lean
-from mm.device.attention import Keep, keep_nothing
+from mm.ops.attention.api import Keep, keep_nothing
+from mm.ops.elementwise import autograd as ops
 from mm.wan.layers import Fp32LayerNorm, Parts
 from mm.wan.rope import Positions
 
@@ -132,8 +132,8 @@ class WanBlock(nn.Module):
         """
         modulation = self.modulation.float() + time_modulation
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.chunk(6, dim=1)  # [B, 1, D] each
-        y = self.self_attn(lean.layer_norm(x, 1 + scale, shift, self.eps), positions, keep)
-        x = lean.gated_residual(x, y, gate)
+        y = self.self_attn(ops.layer_norm(x, 1 + scale, shift, self.eps), positions, keep)
+        x = ops.gated_residual(x, y, gate)
         x = x + self.cross_attn(self.norm3(x), context)
-        y = self.ffn(lean.layer_norm(x, 1 + ffn_scale, ffn_shift, self.eps))
-        return lean.gated_residual(x, y, ffn_gate)
+        y = self.ffn(ops.layer_norm(x, 1 + ffn_scale, ffn_shift, self.eps))
+        return ops.gated_residual(x, y, ffn_gate)

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm.device import lean
-from mm.device.attention import Keep, attention, keep_inputs, keep_nothing
-from mm.device.operators import SumOverRanks, alone
+from mm.ops.attention.api import Keep, attention, keep_inputs, keep_nothing
+from mm.ops.elementwise import autograd as ops
+from mm.ops.elementwise.operators import SumOverRanks, alone
 from mm.wan.rope import Positions
 
 LinearFactory = Callable[[int, int], nn.Module]
@@ -37,7 +37,7 @@ CrossAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 SelfAttention = Callable[[Tensor, Tensor, Tensor, int, Keep], Tensor]
 """(q, k, v [B, T, N, K], num_tokens, keep) -> [B, T, N, K]; num_tokens is the sample's, all ranks' shares together.
 
-`keep` (`mm.device.attention.Keep`) is asked for what attention reads and gives, so that recomputation can keep it.
+`keep` (`mm.ops.attention.api.Keep`) is asked for what attention reads and gives, so that recomputation can keep it.
 """
 
 
@@ -90,7 +90,7 @@ class QKNorm(nn.Module):
     def forward(self, x: Tensor, positions: Positions | None = None) -> Tensor:
         """[B, T, N*K] to [B, T, N, K] in the dtype of `x`; without positions nothing is rotated."""
         rotation = None if positions is None else (positions.cos, positions.sin)
-        return lean.rms_norm_rope(x, self.weight, rotation, self.head_dim, self.eps, self.width, self.sum_over_ranks)
+        return ops.rms_norm_rope(x, self.weight, rotation, self.head_dim, self.eps, self.width, self.sum_over_ranks)
 
 
 class Fp32LayerNorm(nn.LayerNorm):
@@ -99,7 +99,7 @@ class Fp32LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] to the same."""
         weight, bias = (value.float().view(1, 1, -1) for value in (self.weight, self.bias))
-        return lean.layer_norm(x, weight, bias, self.eps)
+        return ops.layer_norm(x, weight, bias, self.eps)
 
 
 class Fp32Linear(nn.Linear):

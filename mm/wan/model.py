@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.config.model import IMAGES, WanConfig
-from mm.device import lean
+from mm.ops.elementwise import autograd as ops
 from mm.wan.block import WanBlock
 from mm.wan.folder import WeightFolder
 from mm.wan.initial import initial_value
@@ -118,7 +118,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x [B, T, D] and time [B, D] to [B, T, pt*ph*pw*C] fp32, in the layout of `mm.wan.patches.patchify`."""
         shift, scale = (self.modulation.float() + time.unsqueeze(1)).chunk(2, dim=1)
-        out: Tensor = self.head(lean.layer_norm(x.float(), 1 + scale, shift, self.eps))
+        out: Tensor = self.head(ops.layer_norm(x.float(), 1 + scale, shift, self.eps))
         return out
 
 

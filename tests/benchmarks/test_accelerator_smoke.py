@@ -34,7 +34,7 @@ def test_runs_and_shows_no_times(name: str, results: dict[str, Any]) -> None:
     assert found["targets"] == []
     for row in found["rows"]:
         assert set(row) <= LABELS | {"bf16 - fp32", "result"}
-        if row.get("attention") in (None, "mm.device.attention", "torch, flash"):
+        if row.get("attention") in (None, "mm.ops.attention.api", "torch, flash"):
             assert row["result"] == "ran"
     assert {"commit", "torch", "machine"} <= found["where"].keys()
 

@@ -13,7 +13,7 @@ from mm.checkpoint.background import BackgroundSaver
 from mm.checkpoint.comm import SingleProcess
 from mm.checkpoint.fault import SAVE_POINTS
 from mm.checkpoint.files import sync_folder
-from mm.checkpoint.formats.mm_format import write_stage
+from mm.checkpoint.formats.mindspeed import write_stage
 from mm.checkpoint.manifest import FileRecord
 from mm.checkpoint.record import WeightsRecord, write_record
 from mm.checkpoint.safetensor_file import hash_file

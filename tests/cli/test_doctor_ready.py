@@ -21,8 +21,8 @@ from mm.config.flags import as_words
 from mm.config.train import PretrainModel
 from mm.data.dataset import open_features
 from mm.diffusion.flow import FlowMatching
+from mm.doctor.preflight import draws, same_draws
 from mm.errors import ConfigError, NumericsError
-from mm.train.readiness import draws, same_draws
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "wan2.1"
 WEIGHTS = "weights/Wan2.1-T2V-Tiny-Diffusers/transformer"

@@ -225,7 +225,7 @@ def test_shipped_file_of_the_small_image_model() -> None:
     ids=["t2v 480p", "i2v 720p", "flf2v 720p", "i2v 720p without CP does not fit"],
 )
 def test_memory_of_the_shipped_14b_scripts(script: str, cp: int, most: int, least: int) -> None:
-    """Full fine-tuning on 8 devices of 64 GB: predicted, with some GiB left for what no program can know."""
+    """Full fine-extension on 8 devices of 64 GB: predicted, with some GiB left for what no program can know."""
     output = bash(EXAMPLES / script / "pretrain.sh", "--json-output", timeout_s=300, DRY_RUN="1", CP=str(cp))
     report = json.loads(output)
     assert report["world_size"] == 8

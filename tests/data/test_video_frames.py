@@ -25,7 +25,7 @@ from numbered_clips import (
 
 from mm.data.video import Reader, VideoInfo, probe, read_frames
 from mm.errors import DataError
-from mm.generate.given import load_video
+from mm.generate.media_inputs import load_video
 
 HAS_DECORD = importlib.util.find_spec("decord") is not None
 READERS: tuple[Reader, ...] = ("pyav", "decord") if HAS_DECORD else ("pyav",)

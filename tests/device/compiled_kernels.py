@@ -21,8 +21,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mm.device import triton_operators
-from mm.device.operators import alone
+from mm.ops.elementwise import triton_operators
+from mm.ops.elementwise.operators import alone
 
 TOKENS, HEAD_DIM, EPS = 2, 128, 1e-6
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}

@@ -68,7 +68,7 @@ def observe() -> dict[str, Any]:
 
 
 def attention(dtype: torch.dtype) -> Any:
-    from mm.device.attention import attention_backward, attention_with_lse
+    from mm.ops.attention.api import attention_backward, attention_with_lse
 
     q = torch.empty(B, T, HEADS, HEAD_DIM, dtype=dtype, device="npu")
     k = torch.empty(B, S, HEADS, HEAD_DIM, dtype=dtype, device="npu")
@@ -77,8 +77,8 @@ def attention(dtype: torch.dtype) -> Any:
 
 
 def lean(name: str) -> Any:
-    """An operator of `mm.device.lean` with its gradients."""
-    from mm.device import lean as module
+    """An operator of `mm.ops.elementwise.autograd` with its gradients."""
+    from mm.ops.elementwise import autograd as module
 
     def leaf(*shape: int, dtype: torch.dtype) -> Any:
         return torch.empty(*shape, dtype=dtype, device="npu", requires_grad=True)

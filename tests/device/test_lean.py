@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mm.device import kernels, lean
+from mm.ops.elementwise import autograd, reference
 from mm.wan.rope import rope_tables
 
 B, T, HEADS, HEAD_DIM, EPS = 2, 12, 3, 16, 1e-6
@@ -24,12 +24,12 @@ def tables(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def plain_norm_rope(x: Tensor, weight: Tensor, rotation: Any) -> Tensor:
-    heads = kernels.rms_norm(x, weight, EPS).unflatten(-1, (-1, HEAD_DIM))
-    return heads if rotation is None else kernels.apply_rope(heads, *rotation)
+    heads = reference.rms_norm(x, weight, EPS).unflatten(-1, (-1, HEAD_DIM))
+    return heads if rotation is None else reference.apply_rope(heads, *rotation)
 
 
 def lean_norm_rope(x: Tensor, weight: Tensor, rotation: Any) -> Tensor:
-    return lean.rms_norm_rope(x, weight, rotation, HEAD_DIM, EPS, WIDTH)
+    return autograd.rms_norm_rope(x, weight, rotation, HEAD_DIM, EPS, WIDTH)
 
 
 def arguments(name: str, dtype: torch.dtype, wide: torch.dtype) -> tuple[list[Tensor], list[Any]]:
@@ -44,13 +44,13 @@ def arguments(name: str, dtype: torch.dtype, wide: torch.dtype) -> tuple[list[Te
 
 
 def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return kernels.modulate(x, bias, weight - 1, eps)
+    return reference.modulate(x, bias, weight - 1, eps)
 
 
 PAIRS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "modulate": (lean.layer_norm, plain_layer_norm),
-    "norm": (lean.layer_norm, plain_layer_norm),
-    "gate": (lean.gated_residual, kernels.gated_residual),
+    "modulate": (autograd.layer_norm, plain_layer_norm),
+    "norm": (autograd.layer_norm, plain_layer_norm),
+    "gate": (autograd.gated_residual, reference.gated_residual),
     "rope": (lean_norm_rope, plain_norm_rope),
     "no rope": (lean_norm_rope, plain_norm_rope),
 }

@@ -7,17 +7,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mm.device import attention as dispatched
-from mm.device.attention import (
+from mm.device.backend import deterministic
+from mm.device.queues import page_locked
+from mm.ops.attention import api as dispatched
+from mm.ops.attention.api import (
     attention_backward,
     attention_name,
     attention_with_lse,
     plain_attention_backward,
     plain_attention_with_lse,
 )
-from mm.device.attention_kernels import CPU, CUDNN, EFFICIENT, FLASH, Kernel, kernel_of
-from mm.device.backend import deterministic
-from mm.device.queues import page_locked
+from mm.ops.attention.fused import CPU, CUDNN, EFFICIENT, FLASH, Kernel, kernel_of
 from mm.parallel.ring import merge
 
 PATHS = {

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_npu_wheel import UnreachableError, Wheel, defined, download
 
-from mm.device import kernels, npu
-from mm.device.attention import plain_attention_backward, plain_attention_with_lse
-from mm.device.operators import alone
+from mm.ops.attention.api import plain_attention_backward, plain_attention_with_lse
+from mm.ops.elementwise import npu, reference
+from mm.ops.elementwise.operators import alone
 from mm.parallel.ring import merge
 from mm.wan.rope import rope_tables
 
@@ -121,8 +121,8 @@ def norm_inputs(place: tuple[Any, torch.dtype]) -> tuple[list[Tensor], tuple[Ten
 def norm_reference(x: Tensor, weight: Tensor, rotation: Any, grad: Tensor) -> list[Tensor]:
     """Value and gradients of x and weight, from the plain kernels and autograd."""
     x, weight = x.requires_grad_(), weight.requires_grad_()
-    heads = kernels.rms_norm(x, weight, EPS).unflatten(-1, (-1, HEAD_DIM))
-    out = heads if rotation is None else kernels.apply_rope(heads, *rotation)
+    heads = reference.rms_norm(x, weight, EPS).unflatten(-1, (-1, HEAD_DIM))
+    out = heads if rotation is None else reference.apply_rope(heads, *rotation)
     return [out.detach(), *torch.autograd.grad(out, (x, weight), grad)]
 
 
@@ -181,8 +181,8 @@ def test_many_heads_and_samples(place: tuple[str, torch.dtype]) -> None:
     weight = torch.ones(WIDTH).to(*place)
     cos, sin = (table[5:6].to(x.device) for table in rope_tables((1, 3, 4), HEAD_DIM))
     out, _ = npu.NpuOperators().rms_norm_rope(x, weight, (cos, sin), HEAD_DIM, EPS, WIDTH, alone)
-    heads = kernels.rms_norm(*exact(x, weight), EPS).unflatten(-1, (-1, HEAD_DIM))
-    assert_close((out,), (kernels.apply_rope(heads, *exact(cos, sin)),), place)
+    heads = reference.rms_norm(*exact(x, weight), EPS).unflatten(-1, (-1, HEAD_DIM))
+    assert_close((out,), (reference.apply_rope(heads, *exact(cos, sin)),), place)
 
 
 @pytest.mark.usefixtures("operators")

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mm.device import kernels
-from mm.device.dispatch import operators_of, with_triton
-from mm.device.operators import PlainOperators, alone
+from mm.ops.elementwise import reference
+from mm.ops.elementwise.dispatch import operators_of, with_triton
+from mm.ops.elementwise.operators import PlainOperators, alone
 
 pytest.importorskip("triton", reason="triton is not installed")
-from mm.device.triton_operators import TritonOperators
+from mm.ops.elementwise.triton_operators import TritonOperators
 
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,7 +77,7 @@ def layer_norm(case: Case) -> tuple[Values, Values]:
     gradients = OPERATORS.layer_norm_backward(case.grad, case.x, case.weight, mean, rstd)
     names = ["x", "weight", "bias"]
     found = {"out": out, "mean": mean, "rstd": rstd, **dict(zip((f"grad {n}" for n in names), gradients, strict=True))}
-    expected = differentiated(case, names, lambda x, weight, bias: kernels.modulate(x, bias, weight - 1, EPS))
+    expected = differentiated(case, names, lambda x, weight, bias: reference.modulate(x, bias, weight - 1, EPS))
     exact = case.x.double()
     expected["mean"] = exact.mean(dim=-1, keepdim=True)
     expected["rstd"] = (exact.var(dim=-1, correction=0, keepdim=True) + EPS).rsqrt()
@@ -88,13 +88,13 @@ def gated_residual(case: Case) -> tuple[Values, Values]:
     out = OPERATORS.gated_residual(case.x, case.y, case.gate)
     dy, dgate = OPERATORS.gated_residual_backward(case.grad, case.y, case.gate)
     found = {"out": out, "grad x": case.grad, "grad y": dy, "grad gate": dgate}
-    return found, differentiated(case, ["x", "y", "gate"], kernels.gated_residual)
+    return found, differentiated(case, ["x", "y", "gate"], reference.gated_residual)
 
 
 def plain_norm(case: Case, rotate: bool) -> Callable[[Tensor, Tensor], Tensor]:
     def function(x: Tensor, weight: Tensor) -> Tensor:
-        heads = kernels.rms_norm(x, weight, EPS).unflatten(-1, (-1, case.head_dim))
-        return kernels.apply_rope(heads, *(table.double() for table in case.rotation)) if rotate else heads
+        heads = reference.rms_norm(x, weight, EPS).unflatten(-1, (-1, case.head_dim))
+        return reference.apply_rope(heads, *(table.double() for table in case.rotation)) if rotate else heads
 
     return function
 
@@ -252,7 +252,8 @@ def test_triton_is_tried_before_it_is_used() -> None:
 def test_torchs_functions_take_the_place_of_a_triton_that_cannot_start() -> None:
     """Outside its interpreter Triton really fails on a machine without a device, as it does without a C compiler."""
     code = (
-        "import torch; from mm.device.dispatch import with_triton; choice = with_triton(torch.device('cpu'), 2); "
+        "import torch; from mm.ops.elementwise.dispatch import with_triton; "
+        "choice = with_triton(torch.device('cpu'), 2); "
         "print(type(choice.operators).__name__, '|', choice.name, '|', choice.instead)"
     )
     operators, name, instead = in_another_process("-c", code).strip().split(" | ")
@@ -261,7 +262,7 @@ def test_torchs_functions_take_the_place_of_a_triton_that_cannot_start() -> None
 
 
 def test_triton_is_imported_only_for_a_tensor_that_needs_it() -> None:
-    code = "import sys, torch; from mm.device.dispatch import operators_of; operators_of(torch.zeros(1)); "
+    code = "import sys, torch; from mm.ops.elementwise.dispatch import operators_of; operators_of(torch.zeros(1)); "
     found = in_another_process("-c", code + "print('triton' in sys.modules)")
     assert found.strip() == "False"
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from ranks import free_port
 
-from mm.parallel.meeting import SECRET
+from mm.supervise.rendezvous import SECRET
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "examples" / "wan2.1" / "cluster"

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from mm.errors import DataError
-from mm.generate.given import load_image
+from mm.generate.media_inputs import load_image
 
 HEIGHT, WIDTH = 16, 32
 RAMP = np.linspace(0, 1, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH)  # black to white

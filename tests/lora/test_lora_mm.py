@@ -14,7 +14,7 @@ from mm.cli.entry import run
 from mm.errors import CheckpointError, DataError
 from mm.lora.adapter import Adapter, Update
 from mm.lora.convert import read_any
-from mm.lora.mm_format import read_mm, write_mm
+from mm.lora.mindspeed import read_mm, write_mm
 
 MM_NAMES = {  # the published key map
     "self_attn.q": "self_attn.proj_q", "self_attn.k": "self_attn.proj_k", "self_attn.v": "self_attn.proj_v",

@@ -17,14 +17,14 @@ from mm.config.layout import Layout
 from mm.config.model import WanConfig
 from mm.config.place import place as process_place
 from mm.device.backend import select
+from mm.doctor.traffic import CountTraffic
 from mm.lora.layer import Adapted, adapter_shapes, add_adapters, is_adapter
 from mm.lora.targets import linears_of
 from mm.parallel.apply import model_parts
-from mm.parallel.launch import Job
 from mm.parallel.mesh import Mesh, build_mesh
 from mm.parallel.placement import place
 from mm.parallel.tensor import gradient_is_partial
-from mm.parallel.traffic import CountTraffic
+from mm.supervise.job import Job
 from mm.wan.block import FeedForward, WanBlock
 from mm.wan.layers import Parts, run_in_order
 from mm.wan.rope import grid_positions

@@ -16,21 +16,21 @@ from parity import GLOBAL_BATCH, Row, WholeTrace, compare, gather, global_batch,
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
+from mm.activation.host_pool import StepShape, make_offloader
+from mm.activation.recompute import block_runner
 from mm.config.diffusion import DiffusionConfig
 from mm.device.backend import Backend
 from mm.diffusion.flow import FlowMatching
+from mm.doctor.parity import SEED, SETTINGS, STEPS, Errors, value_of
 from mm.lora.layer import Adapted, initial_adapter_value
 from mm.lora.low_bit import LowBit, quantise
 from mm.lora.plan import LoRAPlan
 from mm.lora.targets import linears_of, target_linears
+from mm.optim.make import make_optimizer
+from mm.optim.step_statistics import agree
 from mm.parallel.apply import apply
-from mm.parallel.host_pool import StepShape, make_offloader
 from mm.parallel.mesh import Mesh, build_mesh
-from mm.parallel.optimizers import make_optimizer
-from mm.parallel.outcome import agree
 from mm.parallel.placement import whole_shapes
-from mm.parallel.recompute import block_runner
-from mm.train.parity import SEED, SETTINGS, STEPS, Errors, value_of
 from mm.train.step import compute_gradients
 from mm.wan.model import WanModel
 from mm.wan.names import diffusers_to_native, native_to_diffusers
@@ -94,7 +94,7 @@ def plain_run(row: LoRARow) -> WholeTrace:
     """The reference of the layouts: the single-device model."""
     with torch.device("meta"):
         model = WanModel(row.row.wan)
-    row.plan.tuning().prepare(model)
+    row.plan.extension().prepare(model)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -170,7 +170,7 @@ def parallel_run(lora: LoRARow, mesh: Mesh, backend: Backend) -> WholeTrace:
     parallel = apply(
         row.wan, mesh, backend, row.options, torch.float32,
         lambda name, shape: start(name, shape, lora.base_dtype), row.zero,
-        block_runner(row.recompute, offloader, backend.model_code), 2 if row.compiled else None, lora.plan.tuning(),
+        block_runner(row.recompute, offloader, backend.model_code), 2 if row.compiled else None, lora.plan.extension(),
     )  # fmt: skip
     frozen = {name: _bytes(p) for name, p in parallel.all_parameters().items() if not p.requires_grad}
     optimizer = make_optimizer(parallel, SETTINGS)

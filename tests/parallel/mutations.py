@@ -14,13 +14,16 @@ from megatron.core.pipeline_parallel import schedules
 from torch import Tensor
 
 from mm.config.layout import Layout
-from mm.device import kernels, lean
 from mm.diffusion.flow import FlowMatching
-from mm.parallel import context, layerzero_optimizer, optimizer, ring, stage, tensor, ulysses
+from mm.doctor import parity
+from mm.ops.elementwise import autograd, reference
+from mm.optim import layerzero as layerzero_optimizer
+from mm.optim import optimizer
+from mm.optim.optimizer import Optimizer
+from mm.parallel import context, ring, stage, tensor, ulysses
 from mm.parallel.boundary import BoundaryShape
-from mm.parallel.optimizer import Optimizer
 from mm.parallel.tokens import TokenShare
-from mm.train import parity, step
+from mm.train import step
 from mm.wan.model import Conditions, WanModel
 from mm.wan.rope import RotaryTables
 
@@ -72,13 +75,13 @@ def qk_norm_over_the_own_heads(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("N1", "tp2sp", caught_by="gradient norm")
 def gradient_of_qk_norm_statistics_not_added_up(patch: pytest.MonkeyPatch) -> None:
-    backward = lean._RMSNormRope.backward
+    backward = autograd._RMSNormRope.backward
 
     def wrong(ctx: Any, grad: Tensor) -> Any:
-        ctx.sum_over_ranks = lean.alone
+        ctx.sum_over_ranks = autograd.alone
         return backward(ctx, grad)
 
-    patch.setattr(lean._RMSNormRope, "backward", staticmethod(wrong))
+    patch.setattr(autograd._RMSNormRope, "backward", staticmethod(wrong))
 
 
 @mutation("N1", "zero2", caught_by="gradient norm")
@@ -258,7 +261,7 @@ def input_and_target_agree_on_a_wrong_order_inside_a_patch(patch: pytest.MonkeyP
 
 @mutation("N8", "ulysses2", "tp2sp", caught_by="loss gradient norm")
 def attention_sees_padding(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(context, "_whole_sequence", lambda q, k, v, num_tokens, keep: kernels.attention(q, k, v))
+    patch.setattr(context, "_whole_sequence", lambda q, k, v, num_tokens, keep: reference.attention(q, k, v))
 
 
 @mutation("N8", "ring2", "usp2x2", caught_by="loss gradient norm")

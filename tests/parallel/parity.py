@@ -1,4 +1,4 @@
-"""The rows of the parity matrix: small training runs on layouts of ranks, beside `mm.train.parity`'s plain loop.
+"""The rows of the parity matrix: small training runs on layouts of ranks, beside `mm.doctor.parity`'s plain loop.
 
 Here whole gradients and weights are put together on rank 0, where every element must come exactly once.
 """
@@ -17,11 +17,11 @@ from mm.config.model import ModelType, WanConfig
 from mm.config.recompute import Recompute
 from mm.data.loader import FeatureBatch
 from mm.device.backend import Backend
+from mm.doctor import parity
+from mm.doctor.parity import Case, Errors, Trace, limits, merge
+from mm.optim.optimizer import Optimizer
 from mm.parallel.apply import DataParallelOptions
 from mm.parallel.mesh import Mesh, build_mesh
-from mm.parallel.optimizer import Optimizer
-from mm.train import parity
-from mm.train.parity import Case, Errors, Trace, limits, merge
 from mm.wan.patches import token_grid
 
 # 12 heads divide by 2, 3, 4 and 6; heads of width 8 have rotary pairs on all three axes.

@@ -22,10 +22,10 @@ from mm.config.layout import Layout, Stages
 from mm.config.place import place
 from mm.device.backend import Backend, select
 from mm.diffusion.flow import FlowMatching
+from mm.doctor.parity import SEED, value_of
 from mm.parallel.apply import DataParallelOptions, ParallelModel, apply
-from mm.parallel.launch import Job
 from mm.parallel.mesh import Mesh, build_mesh
-from mm.train.parity import SEED, value_of
+from mm.supervise.job import Job
 from mm.train.step import compute_gradients
 
 FORWARD, BACKWARD = 1, 2

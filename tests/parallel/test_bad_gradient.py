@@ -13,13 +13,13 @@ from mm.config.layout import Layout
 from mm.config.place import place
 from mm.device.backend import Backend, select
 from mm.diffusion.flow import FlowMatching
+from mm.doctor.parity import SEED, SETTINGS, value_of
 from mm.errors import NumericsError
+from mm.optim.make import make_optimizer
+from mm.optim.step_statistics import Outcome
 from mm.parallel.apply import DataParallelOptions, apply
-from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
-from mm.parallel.optimizers import make_optimizer
-from mm.parallel.outcome import Outcome
-from mm.train.parity import SEED, SETTINGS, value_of
+from mm.supervise.job import Job
 from mm.train.step import stop_at, train_step
 
 ROWS = [

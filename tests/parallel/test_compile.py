@@ -22,11 +22,11 @@ from mm.config.layout import Layout, even_stages
 from mm.config.place import place
 from mm.config.recompute import Recompute
 from mm.device.backend import select
-from mm.parallel import compile as compiling
 from mm.parallel.apply import DataParallelOptions
-from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
+from mm.supervise.job import Job
 from mm.train import build
+from mm.wan import compile as compiling
 
 PLANS = {
     "none": None,

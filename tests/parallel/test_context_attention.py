@@ -22,11 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mm.config.place import place
-from mm.device.attention import attention_backward, attention_with_lse
+from mm.ops.attention.api import attention_backward, attention_with_lse
 from mm.parallel.context import ContextGroups, build_context_groups, context_attention
 from mm.parallel.groups import GroupMaker
-from mm.parallel.launch import Job
 from mm.parallel.ring import merge
+from mm.supervise.job import Job
 
 WORLD, BATCH, CHUNK, HEADS, WIDTH = 8, 2, 3, 12, 5
 MINUTE = datetime.timedelta(minutes=1)

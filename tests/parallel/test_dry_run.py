@@ -12,19 +12,19 @@ from ranks import run_ranks
 from torch.profiler import ProfilerActivity, profile, record_function
 from traffic_rows import SETTINGS, Row, batches, row, with_images
 
+from mm.activation.host_pool import StepShape, make_offloader
+from mm.activation.recompute import block_runner
 from mm.config.diffusion import DiffusionConfig
 from mm.config.place import place
 from mm.config.recompute import Recompute
 from mm.device.backend import select
 from mm.diffusion.flow import FlowMatching
+from mm.doctor import dry_run
+from mm.doctor.traffic import CountTraffic, Traffic, axes_of, totals
+from mm.optim.make import make_optimizer
 from mm.parallel.apply import DataParallelOptions, apply
-from mm.parallel.host_pool import StepShape, make_offloader
-from mm.parallel.launch import Job
 from mm.parallel.mesh import Mesh, build_mesh
-from mm.parallel.optimizers import make_optimizer
-from mm.parallel.recompute import block_runner
-from mm.parallel.traffic import CountTraffic, Traffic, axes_of, totals
-from mm.train import dry_run
+from mm.supervise.job import Job
 from mm.train.step import train_step
 from mm.wan.initial import initial_value
 

@@ -19,9 +19,9 @@ from ranks import free_port, run_ranks
 import mm
 from mm.config.place import Place, place
 from mm.errors import ConfigError
-from mm.parallel.fingerprint import agree, differences, file_digests, fingerprint
-from mm.parallel.launch import Job, open_store
-from mm.parallel.messages import Messages
+from mm.supervise.fingerprint import agree, differences, file_digests, fingerprint
+from mm.supervise.job import Job, open_store
+from mm.supervise.messages import Messages
 
 FLAGS = {"lr": 1e-4, "seed": 1234, "save": "/shared/run", "layers": [4, 4]}
 HOST = socket.gethostname()

@@ -10,10 +10,10 @@ from ranks import run_ranks
 
 from mm.config.layout import Layout, even_stages
 from mm.config.place import place
-from mm.parallel.fake_job import fake_job
+from mm.doctor.fake_job import fake_job
 from mm.parallel.groups import ranks_along
-from mm.parallel.launch import Job
 from mm.parallel.mesh import Mesh, build_mesh
+from mm.supervise.job import Job
 
 LAYOUTS = {
     "ddp": (Layout(512), 2),

@@ -13,9 +13,9 @@ from test_parity import OVERLAPPED, SHARDED, images, layout, pp, ring, sp, ulyss
 from mm.config.place import place
 from mm.config.recompute import Recompute
 from mm.device.backend import select
+from mm.doctor.parity import Errors
 from mm.lora.low_bit import LowBit
-from mm.parallel.launch import Job
-from mm.train.parity import Errors
+from mm.supervise.job import Job
 
 FULL = Recompute()
 PAIRS = Recompute(2)

@@ -14,16 +14,16 @@ from mm.config.layout import Layout
 from mm.config.place import place
 from mm.device.backend import select
 from mm.diffusion.flow import FlowMatching
+from mm.doctor.parity import SETTINGS, value_of
+from mm.doctor.traffic import CountTraffic, axes_of, totals
 from mm.lora.layer import Adapted
 from mm.lora.plan import LoRAPlan, starting_values
 from mm.lora.targets import linears_of, target_linears
+from mm.optim.make import make_optimizer
 from mm.parallel.apply import DataParallelOptions, apply
-from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
-from mm.parallel.optimizers import make_optimizer
 from mm.parallel.placement import whole_shapes
-from mm.parallel.traffic import CountTraffic, axes_of, totals
-from mm.train.parity import SETTINGS, value_of
+from mm.supervise.job import Job
 from mm.train.step import train_step
 
 ROWS = {
@@ -50,7 +50,7 @@ def sent_by_a_rank() -> dict[str, dict[tuple[str, str], Any]]:
             layout = Layout(2, zero3_size=zero.zero3_size if zero else None)
             with build_mesh(layout, 1, "cpu") as mesh, CountTraffic(axes_of(mesh)) as traffic:
                 values = starting_values(PLAN, Base(), 0)  # type: ignore[arg-type]
-                parallel = apply(WAN, mesh, backend, options, torch.float32, values, zero, tuning=PLAN.tuning())
+                parallel = apply(WAN, mesh, backend, options, torch.float32, values, zero, extension=PLAN.extension())
                 optimizer = make_optimizer(parallel, SETTINGS)
                 batches = global_batch(Row(layout).samples, 0)[mesh.dp_rank :: 2]
                 for _ in range(2):

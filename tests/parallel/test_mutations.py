@@ -17,9 +17,9 @@ from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
 from mm.config.place import place
 from mm.device.backend import select
-from mm.parallel.launch import Job
+from mm.doctor import parity as comparison
 from mm.parallel.mesh import build_mesh
-from mm.train import parity as comparison
+from mm.supervise.job import Job
 
 pytestmark = pytest.mark.nightly  # of the tests, not of the engine
 

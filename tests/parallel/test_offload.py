@@ -13,6 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mm.activation.host_pool import StepShape, make_offloader
+from mm.activation.offload import Moment, Offloader, room
+from mm.activation.recompute import block_runner
 from mm.config.layout import Layout
 from mm.config.model import WanConfig
 from mm.config.place import place
@@ -20,11 +23,8 @@ from mm.config.recompute import Recompute
 from mm.device.backend import select
 from mm.device.queues import HostQueues, Queue, queues_of
 from mm.errors import ConfigError
-from mm.parallel.host_pool import StepShape, make_offloader
-from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
-from mm.parallel.offload import Moment, Offloader, room
-from mm.parallel.recompute import block_runner
+from mm.supervise.job import Job
 from mm.wan.layers import Parts
 from mm.wan.model import WanModel
 

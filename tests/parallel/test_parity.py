@@ -20,9 +20,9 @@ from mm.config.layout import Layout, even_stages
 from mm.config.model import ModelType
 from mm.config.place import place
 from mm.device.backend import select
+from mm.doctor.parity import Errors
 from mm.parallel.apply import DataParallelOptions
-from mm.parallel.launch import Job
-from mm.train.parity import Errors
+from mm.supervise.job import Job
 
 PLAIN = DataParallelOptions()
 SHARDED = DataParallelOptions(use_distributed_optimizer=True)

@@ -13,9 +13,9 @@ from torch import Tensor
 from mm.config.layout import Layout
 from mm.config.place import place
 from mm.device.backend import select
-from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
 from mm.parallel.pipeline_messages import PipelineMessages
+from mm.supervise.job import Job
 
 SHAPE = (3, 1, 4)
 

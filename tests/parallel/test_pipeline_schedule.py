@@ -24,12 +24,12 @@ from mm.config.place import place
 from mm.device import megatron_on_cpu
 from mm.device.backend import Backend, select
 from mm.diffusion.flow import FlowMatching
+from mm.doctor.parity import SEED, SETTINGS, value_of
+from mm.optim.make import make_optimizer
 from mm.parallel import schedule
 from mm.parallel.apply import DataParallelOptions, apply
-from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
-from mm.parallel.optimizers import make_optimizer
-from mm.train.parity import SEED, SETTINGS, value_of
+from mm.supervise.job import Job
 from mm.train.step import train_step
 
 PROCESSES = 4

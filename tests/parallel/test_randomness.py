@@ -22,10 +22,10 @@ from mm.config.model import WanConfig
 from mm.config.place import place
 from mm.device.backend import Backend, select
 from mm.diffusion.flow import FlowMatching
+from mm.doctor import parity as comparison
 from mm.parallel.apply import DataParallelOptions, apply
-from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
-from mm.train import parity as comparison
+from mm.supervise.job import Job
 from mm.train.step import compute_gradients
 
 PROCESSES, STEPS, SEEDS = 4, 2, (5, 6)

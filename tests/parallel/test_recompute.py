@@ -12,19 +12,19 @@ import torch
 from parity import MIXED, Row, WholeTrace, parallel_run
 from ranks import run_ranks
 
+from mm.activation import host_pool
+from mm.activation.offload import Offloader
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout, even_stages
 from mm.config.place import place
 from mm.config.recompute import Recompute
-from mm.device import attention
 from mm.device.backend import select
-from mm.parallel import host_pool
+from mm.doctor import parity
+from mm.doctor.traffic import CountTraffic, axes_of, totals
+from mm.ops.attention import dispatch as attention
 from mm.parallel.apply import DataParallelOptions, ParallelModel
-from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
-from mm.parallel.offload import Offloader
-from mm.parallel.traffic import CountTraffic, axes_of, totals
-from mm.train import parity
+from mm.supervise.job import Job
 from mm.wan.block import WanBlock
 
 PLANS = {

@@ -9,12 +9,12 @@ from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
 from mm.config.place import place
 from mm.device.backend import select
+from mm.doctor.parity import value_of
 from mm.errors import ReplicaError
+from mm.optim.replica_hash import require_equal_replicas
 from mm.parallel.apply import DataParallelOptions, apply
-from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
-from mm.parallel.replicas import require_equal_replicas
-from mm.train.parity import value_of
+from mm.supervise.job import Job
 
 TWO_AXES = {
     "tp2-dp2": Row(Layout(4, tp_size=2)),

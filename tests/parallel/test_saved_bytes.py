@@ -15,13 +15,13 @@ from mm.checkpoint.store import writing
 from mm.config.place import place
 from mm.config.step import StepSettings
 from mm.device.backend import select
+from mm.doctor import dry_run
 from mm.errors import ConfigError
+from mm.optim.make import make_optimizer
 from mm.parallel.apply import apply
-from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
-from mm.parallel.optimizers import make_optimizer
 from mm.parallel.placement import whole_shapes
-from mm.train import dry_run
+from mm.supervise.job import Job
 from mm.train.build import require_memory_for_saving
 from mm.train.state import Progress, saved_bytes, state_of
 

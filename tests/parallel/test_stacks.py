@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from mm.parallel.stacks import read_stacks, where_is
+from mm.supervise.stacks import read_stacks, where_is
 
 TRAINS = """
 import sys, threading, time
 import torch
-from mm.parallel.stacks import where_is
+from mm.supervise.stacks import where_is
 
 over, layers = threading.Event(), torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
 

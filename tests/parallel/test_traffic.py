@@ -7,7 +7,7 @@ import pytest
 from ranks import run_ranks
 from traffic_rows import EIGHT, FOUR, MORE_FOUR, Row, a_layer, count
 
-from mm.parallel import formulas
+from mm.doctor import formulas
 
 SETS = [FOUR, MORE_FOUR, EIGHT]
 """Rows that are counted in one start of processes."""

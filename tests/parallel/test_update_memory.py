@@ -11,14 +11,14 @@ from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
 from mm.config.place import place
 from mm.device.backend import select
-from mm.parallel import memory
+from mm.doctor import memory_tracker as memory
+from mm.doctor.fake_job import FakeTensors, fake_job
+from mm.doctor.memory_tracker import TrackMemory
+from mm.optim.make import make_optimizer
+from mm.optim.optimizer import is_decayed
 from mm.parallel.apply import DataParallelOptions, apply
-from mm.parallel.fake_job import FakeTensors, fake_job
-from mm.parallel.launch import Job
-from mm.parallel.memory import TrackMemory
 from mm.parallel.mesh import build_mesh
-from mm.parallel.optimizer import is_decayed
-from mm.parallel.optimizers import make_optimizer
+from mm.supervise.job import Job
 from mm.wan.initial import initial_value
 
 

@@ -6,17 +6,17 @@ import torch
 from parity import Row
 from ranks import run_ranks
 
+from mm.activation.recompute import block_runner
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout, even_stages
 from mm.config.place import place
 from mm.config.recompute import Recompute
 from mm.device.backend import select
+from mm.doctor.parity import value_of
 from mm.parallel.apply import DataParallelOptions, apply, apply_frozen
-from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
-from mm.parallel.recompute import block_runner
 from mm.parallel.velocity import ParallelVelocity
-from mm.train.parity import value_of
+from mm.supervise.job import Job
 from mm.wan.model import WanModel
 
 RUN = [

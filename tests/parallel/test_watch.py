@@ -16,11 +16,11 @@ from ranks import free_port, run_ranks
 
 from mm.config.place import place
 from mm.errors import ConfigError, DataError, EndedElsewhereError, LostProcessError
-from mm.parallel import watch as watch_module
-from mm.parallel.launch import Job
-from mm.parallel.limits import Limits
-from mm.parallel.notices import Notices
-from mm.parallel.watch import Doing, Watch, by_suspicion, hang, table
+from mm.supervise import watchdog as watch_module
+from mm.supervise.job import Job
+from mm.supervise.limits import Limits
+from mm.supervise.mailbox import Notices
+from mm.supervise.watchdog import Doing, Watch, by_suspicion, hang, table
 
 LIMIT = 2.0
 

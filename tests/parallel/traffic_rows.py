@@ -14,12 +14,12 @@ from mm.config.recompute import Recompute
 from mm.data.loader import FeatureBatch
 from mm.device.backend import select
 from mm.diffusion.flow import FlowMatching
+from mm.doctor.traffic import CountTraffic, Traffic, axes_of, totals
+from mm.optim.make import make_optimizer
+from mm.optim.optimizer import AdamWSettings
 from mm.parallel.apply import DataParallelOptions, apply
-from mm.parallel.launch import Job
 from mm.parallel.mesh import Mesh, build_mesh
-from mm.parallel.optimizer import AdamWSettings
-from mm.parallel.optimizers import make_optimizer
-from mm.parallel.traffic import CountTraffic, Traffic, axes_of, totals
+from mm.supervise.job import Job
 from mm.train.step import train_step
 from mm.wan.initial import initial_value
 

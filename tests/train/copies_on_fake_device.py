@@ -20,9 +20,9 @@ from mm.config.diffusion import DiffusionConfig
 from mm.config.model import WanConfig
 from mm.data.loader import FeatureBatch
 from mm.diffusion.flow import FlowMatching
-from mm.parallel.fake_job import fake_job
-from mm.parallel.optimizer import Optimizer
-from mm.parallel.outcome import outcome_size
+from mm.doctor.fake_job import fake_job
+from mm.optim.optimizer import Optimizer
+from mm.optim.step_statistics import outcome_size
 from mm.parallel.stage import WanStage
 from mm.parallel.tokens import TokenShare
 from mm.train.step import forward_micro_batch
@@ -88,7 +88,7 @@ def _storage(x: Tensor) -> int:
 
 
 class Undrawn(FlowMatching):
-    """Timesteps without a value, as `mm.train.dry_run` draws them: choosing one reads a random number."""
+    """Timesteps without a value, as `mm.doctor.dry_run` draws them: choosing one reads a random number."""
 
     def draw_timesteps(self, seed: int, samples: Any, draws: Any) -> tuple[Tensor, Tensor, Tensor]:
         return torch.empty(len(samples)), torch.empty(len(samples)), torch.empty(len(samples))

@@ -21,11 +21,11 @@ from mm.config.place import place
 from mm.data.loader import FeatureBatch
 from mm.device.backend import select
 from mm.diffusion.flow import FlowMatching
+from mm.optim.make import make_optimizer
+from mm.optim.optimizer import AdamWSettings, Optimizer
 from mm.parallel.apply import DataParallelOptions, ParallelModel, apply
-from mm.parallel.launch import Job
 from mm.parallel.mesh import build_mesh
-from mm.parallel.optimizer import AdamWSettings, Optimizer
-from mm.parallel.optimizers import make_optimizer
+from mm.supervise.job import Job
 from mm.train.step import train_step
 from mm.wan.initial import initial_value
 

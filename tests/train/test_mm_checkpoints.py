@@ -266,7 +266,7 @@ def test_an_error_at_any_point_leaves_a_whole_checkpoint(
 
 
 def test_a_weight_that_is_not_finite_is_not_saved(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mm.parallel.optimizer import Optimizer
+    from mm.optim.optimizer import Optimizer
 
     update = Optimizer.update
 

@@ -13,8 +13,8 @@ from test_numerics import with_bad_sample
 from training_runs import bits, run
 
 from mm.cli import plot as plot_command
+from mm.doctor.plot import bin_means, running_mean
 from mm.errors import CheckpointError
-from mm.train.plot import bin_means, running_mean
 
 PANELS = [
     "loss",

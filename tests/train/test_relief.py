@@ -16,12 +16,12 @@ from mm.config.recompute import recompute_of
 from mm.config.request import Request
 from mm.config.rules import check_training
 from mm.config.train import PretrainModel, TrainFlags
+from mm.doctor.dry_run import Job, Report, dry_run
 from mm.errors import ConfigError
 from mm.lora.plan import plan_of
-from mm.train.dry_run import Job, Report, dry_run
-from mm.train.relief import Relief, reliefs
+from mm.train.memory_advice import Relief, reliefs
+from mm.train.memory_breakdown import Split
 from mm.train.run import data_parallel_options, training_dtype
-from mm.train.split import Split
 
 SHAPES: dict[str, dict[str, Any]] = {
     "1.3B": {"hidden_size": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30},
@@ -199,7 +199,7 @@ def step(run: Request) -> Report:
     job = Job(
         run.model.predictor.wan(), layout, data_parallel_options(flags), run.zero, training_dtype(flags), latent,
         flags.micro_batch_size, flags.micro_batches_of_step(layout.dp_size), recompute_of(flags, run.model),
-        None if (lora := plan_of(flags, run.model.predictor.wan())) is None else lora.tuning(),
+        None if (lora := plan_of(flags, run.model.predictor.wan())) is None else lora.extension(),
     )  # fmt: skip
     return dry_run(job, rank=0)
 

@@ -18,9 +18,9 @@ from mm.checkpoint.background import BackgroundSaver
 from mm.cli import train as train_command
 from mm.data import loader
 from mm.errors import EndedElsewhereError, StoppedError
-from mm.parallel.optimizer import Optimizer
+from mm.optim.optimizer import Optimizer
 from mm.parallel.stage import WanStage
-from mm.train import checks, saves
+from mm.train import checkpointing, checks
 from mm.train.metrics import MetricsLog
 
 PLACES: dict[str, tuple[Any, str, int]] = {
@@ -30,7 +30,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "p2p": (P2PCommunicator, "recv_forward", 3),
     "optimizer": (Optimizer, "update", 3),
     "staging": (BackgroundSaver, "_copied", 1),
-    "save": (saves, "save", 1),
+    "save": (checkpointing, "save", 1),
     "evaluation": (checks, "evaluate", 1),
     "exit": (MetricsLog, "__exit__", 1),
 }

@@ -12,14 +12,14 @@ from mm.config.layout import Layout, even_stages
 from mm.config.model import WanConfig
 from mm.config.place import place
 from mm.device.backend import select
+from mm.optim.make import make_optimizer
+from mm.optim.optimizer import AdamWSettings
 from mm.parallel.apply import DataParallelOptions, apply
-from mm.parallel.launch import Job
 from mm.parallel.layerzero import is_replicated
 from mm.parallel.mesh import build_mesh
-from mm.parallel.optimizer import AdamWSettings
-from mm.parallel.optimizers import make_optimizer
 from mm.parallel.placement import whole_shapes
-from mm.train.split import Split, measure
+from mm.supervise.job import Job
+from mm.train.memory_breakdown import Split, measure
 from mm.wan.precision import keep_fp32
 
 WAN = WanConfig(text_dim=16, text_len=8, hidden_size=96, ffn_dim=192, num_heads=12, num_layers=2, freq_dim=32)

@@ -21,7 +21,7 @@ import torch
 from test_hangs import Job, no_process_is_left  # noqa: F401  (a fixture)
 
 from mm.device.backend import select
-from mm.parallel.stacks import where_is
+from mm.supervise.stacks import where_is
 from mm.train.stragglers import STEP_PHASES, Looks, Stragglers, chance, find, slow_devices
 
 

@@ -19,10 +19,10 @@ from torch.distributed.distributed_c10d import PrefixStore
 from training_runs import words
 
 from mm.errors import EXIT_INTERNAL, ConfigError
-from mm.parallel.meeting import SECRET, job_secret, serve_store
-from mm.parallel.messages import Messages
-from mm.parallel.notices import Failure, Notices
-from mm.parallel.watch import LEAVE_S
+from mm.supervise.mailbox import Failure, Notices
+from mm.supervise.messages import Messages
+from mm.supervise.rendezvous import SECRET, job_secret, serve_store
+from mm.supervise.watchdog import LEAVE_S
 
 ROOT = Path(__file__).parents[2]
 SECONDS = datetime.timedelta(seconds=1)

@@ -9,16 +9,16 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from mm.activation.offload import Offloader
+from mm.activation.recompute import block_runner
 from mm.config.model import WanConfig
 from mm.config.recompute import Recompute
 from mm.device.queues import HostQueues
-from mm.parallel import memory
-from mm.parallel.compile import compile_blocks
+from mm.doctor import memory_tracker as memory
+from mm.doctor.memory_tracker import TrackMemory
 from mm.parallel.context import ContextGroups, context_attention
-from mm.parallel.memory import TrackMemory
-from mm.parallel.offload import Offloader
-from mm.parallel.recompute import block_runner
 from mm.wan.block import WanBlock
+from mm.wan.compile import compile_blocks
 from mm.wan.layers import Parts
 from mm.wan.precision import keep_fp32
 from mm.wan.rope import grid_positions

@@ -8,13 +8,13 @@ from diffusers import WanTransformer3DModel
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
+from mm.activation.recompute import block_runner
 from mm.checkpoint.formats import hf, native
 from mm.checkpoint.formats.folder import FolderWeights
 from mm.checkpoint.safetensor_file import Entry
 from mm.config.model import WAN_1_3B, WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B, WanConfig
 from mm.config.recompute import Recompute
 from mm.errors import ConfigError, DataError
-from mm.parallel.recompute import block_runner
 from mm.wan.config_json import infer_config, read_config, wan_config_to_diffusers, wan_config_to_original
 from mm.wan.folder import WeightFolder
 from mm.wan.initial import initial_value

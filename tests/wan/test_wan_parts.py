@@ -8,8 +8,8 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import nn
 
 from mm.config.model import WanConfig
-from mm.device import kernels
 from mm.errors import ConfigError
+from mm.ops.elementwise import reference
 from mm.wan import rope
 from mm.wan.initial import initial_value
 from mm.wan.layers import Parts, QKNorm
@@ -40,14 +40,14 @@ def test_rope_is_a_complex_rotation_and_keeps_the_dtype():
     x = torch.randn(2, 12, 3, 16)
     cos, sin = rope_tables((2, 2, 3), 16)
     turned = torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * torch.complex(cos, sin)[:, None]
-    assert torch.allclose(kernels.apply_rope(x, cos, sin).double(), torch.view_as_real(turned).flatten(-2), atol=1e-6)
-    assert kernels.apply_rope(x.bfloat16(), cos, sin).dtype == torch.bfloat16
+    assert torch.allclose(reference.apply_rope(x, cos, sin).double(), torch.view_as_real(turned).flatten(-2), atol=1e-6)
+    assert reference.apply_rope(x.bfloat16(), cos, sin).dtype == torch.bfloat16
 
 
 def test_attention_is_the_softmax_formula():
     q, k, v = torch.randn(2, 5, 3, 8), torch.randn(2, 7, 3, 8), torch.randn(2, 7, 3, 8)
     weights = torch.einsum("btnk,bsnk->bnts", q, k).div(math.sqrt(8)).softmax(-1)
-    assert torch.allclose(kernels.attention(q, k, v), torch.einsum("bnts,bsnk->btnk", weights, v), atol=1e-6)
+    assert torch.allclose(reference.attention(q, k, v), torch.einsum("bnts,bsnk->btnk", weights, v), atol=1e-6)
 
 
 def test_norms_and_gates_use_fp32_statistics_for_bf16_streams():
@@ -59,9 +59,9 @@ def test_norms_and_gates_use_fp32_statistics_for_bf16_streams():
     modulated = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + scale) + shift
     normed = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
     for value, exact in (
-        (kernels.modulate(x, shift, scale, 1e-6), modulated),
-        (kernels.rms_norm(x, weight, 1e-6), normed),
-        (kernels.gated_residual(x, y, shift), wide + y.double() * shift),
+        (reference.modulate(x, shift, scale, 1e-6), modulated),
+        (reference.rms_norm(x, weight, 1e-6), normed),
+        (reference.gated_residual(x, y, shift), wide + y.double() * shift),
     ):
         assert value.dtype == torch.bfloat16
         assert torch.allclose(value.double(), exact, rtol=2**-8, atol=1e-5)
@@ -161,7 +161,7 @@ def test_parts_may_shard_heads_and_replace_attention():
     def attention(q, k, v, num_tokens=None, keep=None):
         assert num_tokens in (None, 8)
         seen.append((q.shape, k.shape))
-        return kernels.attention(q, k, v)
+        return reference.attention(q, k, v)
 
     parts = Parts(
         column=lambda fan_in, fan_out: nn.Linear(fan_in, fan_out // 2),

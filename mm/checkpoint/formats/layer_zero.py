@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mm.checkpoint.directory import TRACKER_NAME
-from mm.checkpoint.formats.mm_format import named_by_tracker
+from mm.checkpoint.formats.mindspeed import named_by_tracker
 from mm.checkpoint.formats.pt_file import read_pt, unreadable
 from mm.checkpoint.formats.source import TensorKind
 from mm.config.model import WanConfig

@@ -1,0 +1,1 @@
+"""Memory of activations: recomputation, and offload to host memory."""

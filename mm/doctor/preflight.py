@@ -1,0 +1,269 @@
+"""What can be known of a training run before it starts: each check is a function that says what it found.
+
+Nothing here changes anything on disk. A check that raises an error of the program has found what the run would raise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import resource
+import shutil
+import socket
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+
+from mm.checkpoint.comm import Comm
+from mm.checkpoint.directory import find_latest
+from mm.checkpoint.formats.training import is_training_checkpoint
+from mm.checkpoint.lock import holder_of
+from mm.checkpoint.weights import open_weights, require_exactly
+from mm.config.model import WanConfig
+from mm.config.train import TrainFlags
+from mm.config.units import GIB, format_bytes
+from mm.data.dataset import FeatureDataset
+from mm.data.sampler import sample_at
+from mm.device.backend import Backend
+from mm.diffusion.flow import FlowMatching
+from mm.errors import MMError
+from mm.ops.elementwise.dispatch import TRITON_NEEDS, choice_of
+from mm.parallel.placement import whole_shapes
+
+Verdict = Literal["ok", "look", "no"]
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found.
+
+    Attributes:
+        check: its name. verdict: `no` where the run will fail, `look` where it may surprise.
+        found: in one sentence. remedy: empty where all is well.
+    """
+
+    check: str
+    verdict: Verdict
+    found: str
+    remedy: str = ""
+
+
+def attempt(check: str, look: Callable[[], Sequence[Finding]]) -> list[Finding]:
+    """Run a check; an error that the run itself would raise is what it found."""
+    try:
+        return list(look())
+    except MMError as error:
+        return [Finding(check, "no", f"{found.id}: {found.message}", found.remedy) for found in error.problems]
+
+
+def versions(backend: Backend) -> list[Finding]:
+    """Interpreter, libraries, device; between processes joining the job compares them."""
+    names = ("torch", "megatron-core")
+    libraries = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    found = f"Python {platform.python_version()}, {libraries}, {backend.name()} ({backend.collective})"
+    return [Finding("versions", "ok", found)]
+
+
+def operators(backend: Backend) -> list[Finding]:
+    """Whether the device's own elementwise operators work; on CUDA a kernel is compiled and started."""
+    choice = choice_of(backend.device)
+    if choice.instead is None:
+        return [Finding("operators", "ok", f"elementwise operators are {choice.name}")]
+    return [Finding("operators", "look", f"elementwise operators are {choice.name}: {choice.instead}", TRITON_NEEDS)]
+
+
+def memory(peak_bytes: Sequence[int], backend: Backend) -> list[Finding]:
+    """The dry run's prediction for each rank that it looked at against the device.
+
+    Args:
+        peak_bytes: of each.
+        backend: the device; on the CPU the host's memory counts, which the node's processes share.
+    """
+    device = backend.total_and_free_bytes()
+    total, free = device if device is not None else (psutil.virtual_memory().total, psutil.virtual_memory().available)
+    most = max(peak_bytes)
+    found = f"{format_bytes(most)} predicted on the fullest rank looked at, "
+    found += f"{format_bytes(free)} of {format_bytes(total)} free"
+    remedy = (
+        "DRY_RUN=1 before the script shows the split. Recompute more, shard more (--use-distributed-optimizer, "
+        "layer-zero, TP, PP), cut the tokens (CP), or lower --micro-batch-size."
+    )
+    if most > free:
+        return [Finding("memory", "no", found, remedy)]
+    return [Finding("memory", "look" if most > 0.9 * free else "ok", found, remedy if most > 0.9 * free else "")]
+
+
+def features(dataset: FeatureDataset, global_batch_size: int, *, one_size: bool) -> list[Finding]:
+    """The stores of feature_data.json: sizes, and the first and the last sample read as training reads them.
+
+    Args:
+        dataset: the features. global_batch_size: samples of a step.
+        one_size: the pipeline takes samples of one size only.
+    """
+    sizes = dataset.shapes()
+    for index in {0, len(dataset) - 1}:
+        dataset[index]
+    shown = ", ".join(f"{count} of {'x'.join(map(str, shape[1:]))}" for shape, count in sizes.most_common(3))
+    found = f"{len(dataset)} samples ({shown}{', ...' if len(sizes) > 3 else ''}); the first and the last can be read"
+    if one_size and len(sizes) > 1:
+        return [Finding("features", "no", found, "Add --variable-seq-lengths, or train on features of one size.")]
+    if len(dataset) < global_batch_size:
+        remedy = f"A step takes {global_batch_size}, so that samples repeat within it: add samples, or lower it."
+        return [Finding("features", "look", found, remedy)]
+    return [Finding("features", "ok", found)]
+
+
+def weights(flags: TrainFlags, config: WanConfig) -> list[Finding]:
+    """What the run starts from: names and shapes of all tensors, without reading them."""
+    path = flags.load_base_model or flags.load
+    if flags.save is not None and find_latest(Path(flags.save), flags.resume_policy) is not None:
+        return []  # `save_folder` tells; the weights are not read
+    if path is None:
+        return [Finding("weights", "ok", "drawn from --seed (--init-from-scratch)")]
+    if is_training_checkpoint(Path(path)):
+        latest = find_latest(Path(path), flags.resume_policy)
+        return [Finding("weights", "ok", f"training checkpoint {latest}")]
+    source = open_weights(Path(path))
+    require_exactly(source, whole_shapes(config))
+    return [Finding("weights", "ok", f"{path} ({source.label}): every tensor is there, none too many")]
+
+
+def save_folder(flags: TrainFlags) -> list[Finding]:
+    """Where the run goes on, and whether it may write there."""
+    if flags.save is None:
+        return [Finding("checkpoints", "look", "none will be written", "Give --save, or lose the run with its end.")]
+    root = Path(flags.save)
+    latest = find_latest(root, flags.resume_policy)
+    start = "starts at step 0" if latest is None else f"goes on from {latest.name}"
+    if latest is not None and flags.load is not None:
+        start += "; --load is not used"
+    holder = holder_of(root)
+    if holder is not None:
+        found = f"{holder} holds the lock of {root}, or died on another node"
+        remedy = "Give another --save, or see that no such job runs; a dead one's lock is taken over by the start."
+        return [Finding("checkpoints", "look", found, remedy)]
+    existing = _existing(root)
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        return [Finding("checkpoints", "no", f"{existing} cannot be written: {error}", "Give another --save.")]
+    every = f"every {flags.save_interval} steps" if flags.save_interval else "at the end only"
+    verdict: Verdict = "ok" if flags.save_interval else "look"
+    return [
+        Finding("checkpoints", verdict, f"{start}; saved {every}", "" if verdict == "ok" else "Give --save-interval.")
+    ]
+
+
+def disk(flags: TrainFlags, trained: int) -> list[Finding]:
+    """Free space for the checkpoints that will be kept.
+
+    Args:
+        flags: of the run. trained: elements of all parameters that are trained.
+    """
+    if flags.save is None:
+        return []
+    one = _state_bytes(flags, trained)
+    saves = flags.train_iters // flags.save_interval if flags.save_interval else 1
+    kept = min(max(saves, 1), flags.keep_latest or max(saves, 1)) + (1 if saves > 1 else 0)  # the newest beside the old
+    free = shutil.disk_usage(_existing(Path(flags.save))).free
+    found = f"{format_bytes(one)} a checkpoint, up to {kept} at a time, {format_bytes(free)} free"
+    if free < 1.2 * one:
+        return [Finding("disk", "no", found, "Free space, or give another --save.")]
+    if free < kept * one:
+        return [Finding("disk", "look", found, "Give --keep-latest 2, or free space.")]
+    return [Finding("disk", "ok", found)]
+
+
+def host(flags: TrainFlags, trained: int, pinned_bytes: int, save_bytes: int, processes: int) -> list[Finding]:
+    """Host memory and limits of this node.
+
+    Args:
+        flags: of the run. trained: as for `disk`.
+        pinned_bytes: of one process, for offload. save_bytes: of the process with the most, for background saves.
+        processes: of this node.
+    """
+    findings = []
+    # of what replicas have copies of, one saves: no more than the whole state is saved from one node
+    copies = min(save_bytes * processes, max(_state_bytes(flags, trained), save_bytes))
+    need, free = pinned_bytes * processes + copies, psutil.virtual_memory().available
+    found = (
+        f"{format_bytes(need)} for offload and background saves on {socket.gethostname()}, {format_bytes(free)} free"
+    )
+    remedy = "Leave out --async-save or offload, or start fewer processes a node."
+    findings.append(Finding("host memory", "no" if need > free else "ok", found, remedy if need > free else ""))
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files < 4096:
+        findings.append(Finding("limits", "look", f"ulimit -n is {files}", "Raise it to 4096 or more."))
+    shared = Path("/dev/shm")  # noqa: S108  where libraries of collectives let processes of one node meet
+    if processes > 1 and shared.exists() and shutil.disk_usage(shared).free < GIB:
+        size = format_bytes(shutil.disk_usage(shared).free)
+        remedy = "Give the container more (--shm-size)."
+        findings.append(Finding("limits", "look", f"{shared} has {size} free", remedy))
+    return findings
+
+
+def _state_bytes(flags: TrainFlags, trained: int) -> int:
+    """Of a checkpoint: masters, moments, the average."""
+    return trained * _FP32 * (1 + (0 if flags.no_save_optim else 2) + (flags.ema_decay is not None))
+
+
+def network(comm: Comm, seconds: float) -> list[Finding]:
+    """That all processes have joined and spoken, and on how many nodes."""
+    hosts = comm.all_gather_object(socket.gethostname())
+    found = f"{comm.world_size} processes on {len(set(hosts))} nodes joined and compared themselves in {seconds:.1f} s"
+    return [Finding("network", "ok", found)]
+
+
+def draws(dataset: FeatureDataset, flow: FlowMatching, seed: int, samples: int, *, shuffle: bool) -> str:
+    """A digest of what chance gives to the first step: its samples in order, their timesteps, the first one's noise.
+
+    Args:
+        dataset: the features. flow: draws. seed: the run's.
+        samples: of the step, in all replicas. shuffle: whether their order is drawn.
+    """
+    order = [sample_at(position, len(dataset), seed, shuffle) for position in range(samples)]
+    names, epochs = [dataset.samples[index].id for index, _ in order], [epoch for _, epoch in order]
+    _, timesteps, _ = flow.draw_timesteps(seed, names, epochs)
+    noise = flow.draw_noise(seed, names[:1], epochs[:1], dataset.samples[order[0][0]].latent_shape)
+    return hashlib.sha256(repr(names).encode() + timesteps.numpy().tobytes() + noise.numpy().tobytes()).hexdigest()[:16]
+
+
+def same_draws(digests: Sequence[str | None]) -> list[Finding]:
+    """Whether all ranks draw alike. Replicas then differ, as each takes samples of its own from the one order.
+
+    Args:
+        digests: of `draws`, by rank; None where a rank could not open the features.
+    """
+    if not any(digests):
+        return []
+    usual, _ = Counter(digests).most_common(1)[0]
+    others = [rank for rank, digest in enumerate(digests) if digest != usual]
+    if others:
+        found = f"ranks {', '.join(map(str, others[:8]))}{', ...' if len(others) > 8 else ''} draw other samples, "
+        found += f"timesteps or noise than the rest ({digests[others[0]]}, not {usual})"
+        remedy = "Compare data, torch and CPU of these ranks' nodes with the others'."
+        return [Finding("draws", "no", found, remedy)]
+    return [Finding("draws", "ok", f"order, timesteps and noise of the first step are {usual} on every rank")]
+
+
+def elements(config: WanConfig) -> int:
+    """Of all parameters of a model."""
+    return sum(torch.Size(shape).numel() for shape in whole_shapes(config).values())
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder that exists."""
+    path = Path(os.path.abspath(path))
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,1 @@
+"""Operators that the model computes with, by kind of device."""

@@ -1,0 +1,1 @@
+"""The elementwise operators of a Wan block: references, arithmetic by device, autograd."""

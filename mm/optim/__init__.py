@@ -1,0 +1,1 @@
+"""Optimizers on a parallel model: gradients made whole, the update, averages, and what each rank owns."""

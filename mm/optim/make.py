@@ -1,0 +1,13 @@
+"""The optimizer that fits how a model keeps its parameters."""
+
+from __future__ import annotations
+
+from mm.optim.layerzero import LayerZeroOptimizer
+from mm.optim.megatron import MegatronOptimizer
+from mm.optim.optimizer import AdamWSettings, Optimizer
+from mm.parallel.apply import ParallelModel
+
+
+def make_optimizer(parallel: ParallelModel, settings: AdamWSettings) -> Optimizer:
+    """AdamW for a model in megatron-core's DDP, or for one sharded by layer-zero."""
+    return (MegatronOptimizer if parallel.zero is None else LayerZeroOptimizer)(parallel, settings)

@@ -1,0 +1,299 @@
+"""AdamW on a parallel model: gradients made whole, their norm, clipping, the update, and what each rank owns.
+
+Every element of every parameter is **owned** by exactly one rank of the job, whatever the layout: copies along the
+data-, context- or tensor-parallel axes answer for nothing. The gradient norm adds up owned elements and a checkpoint
+writes owned elements, so neither can count one twice or drop one.
+
+Two ways of keeping parameters have their own subclass: megatron-core's DDP buffers (`mm.optim.megatron`)
+and layer-zero's shards (`mm.optim.layerzero`).
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from mm.device.copies import to_device
+from mm.optim.ema import Average
+from mm.parallel.apply import ParallelModel
+from mm.parallel.placement import Placement, Shape
+from mm.parallel.tensor import gradient_is_partial
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class AdamWSettings:
+    """AdamW, its schedule, with lengths in samples, and the average; the fields are the flags of the same names.
+
+    Attributes:
+        fused: update each parameter in one kernel. Else an accelerator computes step by step on lists of all
+            parameters, with a temporary of the whole shard, and the CPU on one parameter after the other. The CPU's
+            kernel is not asked for in training: its last bits depend on where a shard begins, and so on the layout.
+    """
+
+    lr: float
+    min_lr: float
+    lr_decay_style: str
+    lr_warmup_init: float
+    warmup_samples: int
+    decay_samples: int
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_eps: float
+    clip_grad: float
+    ema_decay: float | None = None
+    fused: bool = False
+
+
+@dataclass(frozen=True)
+class ParamShard:
+    """The part of one parameter whose master weight and moments this rank keeps.
+
+    Attributes:
+        name: native Wan name.
+        placement: where this rank's parameter lies in the whole one.
+        start, stop: the kept range of that parameter, flattened.
+        owned: whether this rank answers for the range; the same range on other ranks is a copy.
+        master: fp32 master weight of the range, flat and without history.
+        inner: the torch optimizer that updates it, and `key`, the tensor under which it keeps the state; the
+            gradient is `key.grad`.
+    """
+
+    name: str
+    placement: Placement
+    start: int
+    stop: int
+    owned: bool
+    master: Tensor
+    inner: torch.optim.Optimizer
+    key: Tensor
+
+    @property
+    def gradient(self) -> Tensor:
+        """Gradient of the range, flat; whole once `Optimizer.reduce_gradients` was called."""
+        if self.key.grad is None:
+            raise AssertionError(f"{self.name} has no gradient; was reduce_gradients called?")
+        return self.key.grad.view(-1)
+
+    def moment(self, which: str) -> Tensor:
+        """`exp_avg` or `exp_avg_sq` of the range, flat; zeros when no step was made yet."""
+        state = self.inner.state[self.key]
+        if not state:  # the whole entry at once: torch's optimizers take a partial one for a complete one
+            state.update({moment: torch.zeros_like(self.key) for moment in MOMENTS})
+            if not counts_by_group(self.inner):
+                state["step"] = _count(0, self.key)
+        return state[which].view(-1)
+
+
+class Optimizer(abc.ABC):
+    """AdamW over fp32 master weights on a parallel model, with its learning-rate schedule.
+
+    Attributes:
+        average: of the masters that this rank owns, or None without `AdamWSettings.ema_decay`. It is kept here because
+            it follows every update, is sharded like the masters and counts as the optimizer's memory.
+    """
+
+    def __init__(self, parallel: ParallelModel, settings: AdamWSettings, shards: Sequence[ParamShard]) -> None:
+        self._parallel = parallel
+        self._settings = settings
+        order = {name: position for position, name in enumerate(parallel.trained)}
+        self._position = order
+        self._shards = sorted(shards, key=lambda shard: order[shard.name])
+        self.average: Average | None = None
+        if settings.ema_decay is not None:
+            owned = {shard.name: shard.master for shard in self._shards if shard.owned}
+            self.average = Average(owned, settings.ema_decay)
+        self._scheduler = _schedule(settings, self._groups_holder())
+
+    @abc.abstractmethod
+    def _groups_holder(self) -> Any:
+        """The object whose `param_groups` hold the learning rate."""
+
+    @abc.abstractmethod
+    def _torch_optimizers(self) -> Iterator[torch.optim.Optimizer]:
+        """The torch optimizers that do the arithmetic."""
+
+    @abc.abstractmethod
+    def _prepare_gradients(self) -> None:
+        """Make `ParamShard.gradient` what backward left, reduced over the data- and context-parallel ranks."""
+
+    @abc.abstractmethod
+    def apply_gradients(self, norm: float) -> None:
+        """Clip by the global `norm`, update masters and model, forget the gradients."""
+
+    @abc.abstractmethod
+    def drop_gradients(self) -> None:
+        """Forget the gradients; nothing else changes."""
+
+    @abc.abstractmethod
+    def masters_to_model(self) -> None:
+        """Round the master weights into the model's parameters and gather them where they are kept whole."""
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate the next step uses."""
+        return float(self._groups_holder().param_groups[0]["lr"])
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Whole shapes of all parameters that are trained, those of other ranks too, in the model's order."""
+        return self._parallel.trained
+
+    @property
+    def shards(self) -> list[ParamShard]:
+        """Every parameter's part that this rank keeps, in the model's order."""
+        return self._shards
+
+    def set_progress(self, consumed_samples: int) -> None:
+        """Move the schedule to where it stands after that many samples."""
+        self._scheduler.num_steps = consumed_samples
+        self._scheduler.step(increment=0)
+
+    def reduce_gradients(self) -> None:
+        """Make the gradients of all shards whole: what ranks have parts of is added up."""
+        self._prepare_gradients()
+        mesh = self._parallel.mesh
+        if mesh.layout.tp_size == 1:
+            return
+        partial = [
+            shard.gradient
+            for shard in self._shards
+            if shard.start < shard.stop and gradient_is_partial(shard.name, mesh.layout.sequence_parallel)
+        ]
+        if partial:
+            together = _flatten_dense_tensors(partial)
+            dist.all_reduce(together, group=mesh.groups.tp)
+            for gradient, total in zip(partial, _unflatten_dense_tensors(together, partial), strict=True):
+                gradient.copy_(total)
+
+    def clip(self, norm: float) -> None:
+        """Scale the reduced gradients, in place, so that their global `norm` is at most `--clip-grad`.
+
+        Source of the formula: megatron-core, `clip_grad_by_total_norm_fp32`, which has a temporary of each gradient.
+        """
+        scale = self._settings.clip_grad / (norm + 1e-6)
+        gradients = [shard.key.grad for shard in self._shards if shard.key.grad is not None]
+        if self._settings.clip_grad > 0 and scale < 1 and gradients:
+            torch._foreach_mul_(gradients, scale)
+
+    def update(self, norm: float, samples: int) -> None:
+        """Clip the reduced gradients by their global `norm`, update the weights, advance the schedule by `samples`."""
+        self.apply_gradients(norm)
+        if self.average is not None:
+            self.average.update()
+        self._scheduler.step(increment=samples)
+
+    def skip(self, samples: int) -> None:
+        """Forget the gradients and keep all weights; the schedule, which follows the data, advances all the same."""
+        self.drop_gradients()
+        self._scheduler.step(increment=samples)
+
+    def gradient_norm(self) -> float:
+        """Global L2 norm of the reduced gradients, the same on every rank."""
+        return norm_of(self.gradient_squares(torch.empty(0))[0])
+
+    def gradient_squares(self, beside: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of squares of each parameter's whole gradient, and whatever else the ranks add up: one message, one wait.
+
+        Args:
+            beside: [n] fp32, as long on every rank, on the device.
+
+        Returns:
+            [P] in the order of the whole model, and the sums of `beside` over all ranks, [n]; fp32, on the CPU.
+        """
+        squares = torch.zeros(len(self._position), device=self._parallel.backend.device)
+        owned = [shard for shard in self._shards if shard.owned and shard.start < shard.stop]
+        if owned:
+            norms = torch._foreach_norm([shard.gradient for shard in owned])
+            places = to_device(torch.tensor([self._position[shard.name] for shard in owned]), squares.device)
+            squares.index_add_(0, places, torch.stack(norms).float().square())
+        together = torch.cat([squares, beside.to(squares.device)])
+        dist.all_reduce(together)
+        told = together.cpu()
+        return told[: len(squares)], told[len(squares) :]
+
+    def adam_step(self) -> int:
+        """AdamW's own step count, which its bias correction needs; 0 before the first step, or with nothing kept."""
+        counts = {int(step) for step in self._inner_steps()}
+        if len(counts) > 1:
+            raise AssertionError(f"parameters disagree about AdamW's step count: {sorted(counts)}")
+        return counts.pop() if counts else 0
+
+    def set_adam_step(self, count: int) -> None:
+        """Set AdamW's own step count on every parameter; the moments must be there already."""
+        for inner in self._torch_optimizers():
+            for group in inner.param_groups:
+                if counts_by_group(inner):
+                    group["step"] = count
+                    continue
+                for key in group["params"]:
+                    inner.state[key]["step"] = _count(count, key)
+
+    def _inner_steps(self) -> Iterator[float]:
+        for inner in self._torch_optimizers():
+            for group in inner.param_groups:
+                if counts_by_group(inner):
+                    yield group.get("step", 0)
+                    continue
+                steps = [inner.state[key]["step"] for key in group["params"] if "step" in inner.state.get(key, {})]
+                if steps:
+                    yield from torch.stack(steps).tolist()  # they are on the device: one read for all
+
+
+def learning_rates(settings: AdamWSettings, consumed_samples: Sequence[int]) -> list[float]:
+    """The rates of steps that begin after so many samples each."""
+    schedule = _schedule(settings, SimpleNamespace(param_groups=[{}]))
+    rates = []
+    for schedule.num_steps in consumed_samples:
+        rates.append(float(schedule.get_lr({})))
+    return rates
+
+
+def _schedule(settings: AdamWSettings, groups_holder: Any) -> OptimizerParamScheduler:
+    """Megatron's schedule, in samples, over the parameter groups of `groups_holder`."""
+    return OptimizerParamScheduler(
+        groups_holder,
+        init_lr=settings.lr_warmup_init,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.warmup_samples,
+        lr_decay_steps=settings.decay_samples,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+
+
+def norm_of(squares: Tensor) -> float:
+    """The L2 norm of gradients of which `squares` holds each parameter's sum of squares."""
+    # Added up in fp64 and in the order of the whole model, so that no layout of whole parameters changes a bit.
+    return math.sqrt(float(squares.double().sum()))
+
+
+def _count(steps: int, key: Tensor) -> Tensor:
+    """AdamW's step count of a parameter, where its fused kernel reads it."""
+    return torch.tensor(float(steps), dtype=torch.float32, device=key.device)
+
+
+def counts_by_group(inner: torch.optim.Optimizer) -> bool:
+    """Apex's and TransformerEngine's fused Adam count steps once a group, torch's once a parameter."""
+    return not isinstance(inner, torch.optim.Adam)
+
+
+def is_decayed(name: str, parameter: nn.Parameter | Tensor) -> bool:
+    """Whether weight decay applies: to matrices, not to biases and vectors (megatron-core's rule)."""
+    return parameter.dim() > 1 and not name.endswith(".bias")

@@ -1,0 +1,137 @@
+"""When the run's state is written, in the loop or in the background, and what is done where that fails."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mm.checkpoint.background import BackgroundSaver
+from mm.checkpoint.lock import Lock
+from mm.checkpoint.store import save
+from mm.config.step import StepSettings
+from mm.errors import CheckpointError
+from mm.optim.optimizer import Optimizer
+from mm.parallel.apply import ParallelModel
+from mm.supervise.limits import LAST_SAVE, SAVE_BEFORE
+from mm.train.adapters import AdapterRun
+from mm.train.mindspeed_state import save_weights
+from mm.train.run import Run
+from mm.train.state import Progress, state_of
+
+logger = logging.getLogger(__name__)
+
+_OF_THE_DISK = ("CKPT-030", "CKPT-031")
+"""No room, or refused by the file system: what may be over at the next save."""
+
+
+class Saves:
+    """The checkpoints of one run in `--save`; inside `mm.checkpoint.store.writing`."""
+
+    def __init__(
+        self,
+        run: Run,
+        root: Path,
+        steps: StepSettings,
+        parallel: ParallelModel,
+        optimizer: Optimizer,
+        adapters: AdapterRun | None,
+        background: BackgroundSaver | None,
+        lock: Lock | None,
+    ) -> None:
+        """Write below `root`.
+
+        Args:
+            run: the run. root: its `--save`. steps: what its steps mean, which is recorded.
+            parallel, optimizer, adapters: what is saved.
+            background: writes beside the steps; None writes in the loop.
+            lock: of the folder, on rank 0.
+        """
+        self._run, self._root, self._steps, self._background, self._lock = run, root, steps, background, lock
+        self._parallel, self._optimizer, self._adapters = parallel, optimizer, adapters
+
+    def save(self, progress: Progress, *, may_fail: bool) -> None:
+        """Write a checkpoint, or begin to; every rank calls it.
+
+        Args:
+            progress: where the run is.
+            may_fail: a later save will come, so that `--on-save-failure warn` may pass over a disk that refuses.
+
+        Raises:
+            CheckpointError: of this save, or of the one before where that went on in the background.
+        """
+        with self._passing_over(progress.step, when=may_fail):
+            self._write(progress)
+
+    def look(self) -> None:
+        """See how the save in the background has ended, if it has; the same on every rank, not at the same step.
+
+        Raises:
+            CheckpointError: of that save, unless `--on-save-failure warn` passes over it; CKPT-100 on rank 0 when
+                another job has taken the folder over.
+        """
+        if self._lock is not None:
+            self._lock.require()
+        if self._background is not None:
+            with self._passing_over(None, when=True):
+                self._background.check()
+
+    def finish(self) -> None:
+        """Wait until everything is on disk, however long that takes; the run ends with it.
+
+        Raises:
+            CheckpointError: of the last save.
+        """
+        if self._background is not None:
+            with self._run.watch.during(LAST_SAVE):
+                self._background.finish()
+
+    def _write(self, progress: Progress) -> None:
+        run, flags, started = self._run, self._run.flags, time.monotonic()
+        if flags.ckpt_format == "torch":
+            folder = save_weights(
+                self._root,
+                progress,
+                flags.seed,
+                self._steps,
+                self._parallel,
+                self._optimizer,
+                run.comm,
+                flags.keep_latest,
+                self._lock,
+            )
+            logger.info("checkpoint %s (weights) written in %.1f s", folder.name, time.monotonic() - started)
+            return
+        state = state_of(
+            self._optimizer,
+            progress,
+            run.config,
+            flags.seed,
+            run.comm,
+            steps=self._steps,
+            with_optimizer=not flags.no_save_optim,
+            adapters=self._adapters.record if self._adapters is not None else None,
+        )
+        if self._background is not None:
+            with self._run.watch.during(SAVE_BEFORE), self._passing_over(None, when=True):
+                self._background.finish()
+            self._background.start(state.step, state.pieces, state.scalars, flags.keep_latest, state.derived)
+            return
+        folder = save(
+            self._root, state.step, state.pieces, state.scalars, run.comm, flags.keep_latest, state.derived, self._lock
+        )
+        logger.info("checkpoint %s written in %.1f s", folder.name, time.monotonic() - started)
+
+    @contextmanager
+    def _passing_over(self, step: int | None, *, when: bool) -> Iterator[None]:
+        """Tell a disk's refusal and go on, where `--on-save-failure warn` and `when` say so."""
+        try:
+            yield
+        except CheckpointError as error:
+            if not when or self._run.flags.on_save_failure != "warn" or error.id not in _OF_THE_DISK:
+                raise
+            if self._run.reports:
+                what = "the save in the background" if step is None else f"step {step}"
+                logger.error("%s is not saved, the run goes on (--on-save-failure warn): %s", what, error)
