@@ -2,9 +2,9 @@
 
 The order, from the inside out: the model's parts for this rank's tensor- and context-parallel axes; the pipeline
 stages cut out of it; what is added to them (`mm.parallel.trainable_extension`); their weights, of which only this
-rank's part is ever made; then either megatron-core's DistributedDataParallel, which owns parameter and gradient buffers,
-or layer-zero, which shards the parameters. megatron-core's schedules drive the result. Each layer knows only the one
-below it, and the model knows none of them.
+rank's part is ever made; then either megatron-core's DistributedDataParallel, which owns the buffers of parameters and
+gradients, or layer-zero, which shards the parameters. megatron-core's schedules drive the result. Each layer knows only
+the one below it, and the model knows none of them.
 """
 
 from __future__ import annotations
