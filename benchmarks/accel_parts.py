@@ -24,7 +24,7 @@ from mm.ops.attention.api import (
 )
 from mm.ops.elementwise import reference
 from mm.ops.elementwise.dispatch import operators_of
-from mm.ops.elementwise.operators import alone
+from mm.ops.elementwise.operators import identity
 from mm.wan.rope import rope_tables
 
 TOKENS, GRID = 32760, (21, 30, 52)  # of 480x832, 81 frames
@@ -143,7 +143,7 @@ def operators(bench: Bench, width: int, grid: tuple[int, int, int]) -> list[Oper
     rotation = rope_tables(grid, HEAD_DIM, device)
     fused, eps, head_grad = operators_of(x), 1e-6, grad.unflatten(-1, (-1, HEAD_DIM))
     _, mean, rstd = fused.layer_norm(x, scale, shift, eps)
-    _, root = fused.rms_norm_rope(x, norm, rotation, HEAD_DIM, eps, width, alone)
+    _, root = fused.rms_norm_rope(x, norm, rotation, HEAD_DIM, eps, width, identity)
 
     def differentiate(function: Callable[..., Tensor], *inputs: Tensor, grad: Tensor) -> Callable[[], Any]:
         def run() -> tuple[Tensor, ...]:
@@ -168,10 +168,10 @@ def operators(bench: Bench, width: int, grid: tuple[int, int, int]) -> list[Oper
                  lambda: (reference.gated_residual(x.float(), y.float(), gate),), 3),
         Operator("gated_residual, backward", lambda: fused.gated_residual_backward(grad, y, gate),
                  differentiate(partial(reference.gated_residual, x.float()), y, gate, grad=grad), 3),
-        Operator("rms_norm_rope", lambda: fused.rms_norm_rope(x, norm, rotation, HEAD_DIM, eps, width, alone),
+        Operator("rms_norm_rope", lambda: fused.rms_norm_rope(x, norm, rotation, HEAD_DIM, eps, width, identity),
                  lambda: (norm_rope(x.float(), norm.float()),), 2),
         Operator("rms_norm_rope, backward",
-                 lambda: fused.rms_norm_rope_backward(head_grad, x, norm, rotation, root, width, alone),
+                 lambda: fused.rms_norm_rope_backward(head_grad, x, norm, rotation, root, width, identity),
                  differentiate(norm_rope, x, norm, grad=head_grad), 3),
     ]  # fmt: skip
 

@@ -30,7 +30,7 @@ from mm.parallel.apply import DataParallelOptions, apply
 from mm.parallel.placement import whole_shapes
 from mm.train.flops import forward_flops, train_flops
 from mm.train.step import train_step
-from mm.wan.layers import BlockRunner, Parts
+from mm.wan.layers import BlockRunner, ModuleFactories
 from mm.wan.model import WanModel
 from mm.wan.patches import token_grid
 
@@ -125,8 +125,8 @@ def check(bench: Bench, work: Work, mode: Mode) -> str:
     target = normal((1, small.wan.out_dim, *small.latent), "target", device)
     found = []
     for dtype, parts in (
-        (torch.float32, Parts()),
-        (torch.bfloat16, Parts(run_blocks=runner(bench, small, mode))),
+        (torch.float32, ModuleFactories()),
+        (torch.bfloat16, ModuleFactories(run_blocks=runner(bench, small, mode))),
     ):
         with torch.device("meta"):
             model = WanModel(small.wan, parts)

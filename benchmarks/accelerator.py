@@ -27,7 +27,7 @@ from accel_steps import a1, a2, a3, b1, b2, c1, e1  # noqa: E402
 from results import Result, arguments, write  # noqa: E402
 
 from mm.config.layout import Layout  # noqa: E402
-from mm.config.place import place  # noqa: E402
+from mm.config.place import process_place  # noqa: E402
 from mm.device.backend import select  # noqa: E402
 from mm.parallel.mesh import build_mesh  # noqa: E402
 from mm.supervise.job import Job  # noqa: E402
@@ -54,7 +54,7 @@ def main() -> None:
         )
     results: list[Result] = []
     with (
-        Job(place(), backend.collective, backend.device, TIMEOUT_MINUTES),
+        Job(process_place(), backend.collective, backend.device, TIMEOUT_MINUTES),
         build_mesh(Layout(), TIMEOUT_MINUTES, backend.kind) as mesh,
     ):
         bench = Bench(backend, mesh, options.tiny)

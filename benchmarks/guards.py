@@ -41,21 +41,21 @@ from step_ratio import SHAPES, WAN  # noqa: E402
 
 from mm.config.diffusion import DiffusionConfig  # noqa: E402
 from mm.config.layout import Layout  # noqa: E402
-from mm.config.place import place  # noqa: E402
+from mm.config.place import process_place  # noqa: E402
 from mm.data.loader import FeatureBatch  # noqa: E402
 from mm.device.backend import select  # noqa: E402
 from mm.diffusion.flow import FlowMatching  # noqa: E402
 from mm.optim.make import make_optimizer  # noqa: E402
 from mm.optim.optimizer import AdamWSettings, Optimizer  # noqa: E402
-from mm.optim.step_statistics import Outcome  # noqa: E402
+from mm.optim.step_statistics import StepStatistics  # noqa: E402
 from mm.parallel.apply import DataParallelOptions, ParallelModel, apply  # noqa: E402
 from mm.parallel.mesh import Mesh, build_mesh  # noqa: E402
 from mm.stopping import StopRequest  # noqa: E402
 from mm.supervise.job import Job  # noqa: E402
 from mm.supervise.limits import Limits  # noqa: E402
-from mm.supervise.mailbox import Notices  # noqa: E402
+from mm.supervise.mailbox import Mailbox  # noqa: E402
 from mm.supervise.messages import Messages  # noqa: E402
-from mm.supervise.watchdog import ANSWER_S, SAMPLE_S, Watch, where_is  # noqa: E402
+from mm.supervise.watchdog import ANSWER_S, SAMPLE_S, Watchdog, where_is  # noqa: E402
 from mm.train.memory_breakdown import Phase  # noqa: E402
 from mm.train.numerics import WINDOW, NumericsGuard  # noqa: E402
 from mm.train.step import StepResult, compute_gradients, train_step  # noqa: E402
@@ -120,7 +120,7 @@ class Guards:
         run: Any = SimpleNamespace(flags=SimpleNamespace(skipped_steps_in_a_row=0))
         self.numerics = NumericsGuard(run, trained.parallel, trained.optimizer, trained.flow, 0)
         self.stop = StopRequest(saves=True, kept="")
-        self._last: tuple[int, Outcome, list[FeatureBatch]]
+        self._last: tuple[int, StepStatistics, list[FeatureBatch]]
         self.watch = self._new_watch(sampling=False)
         self.stragglers = Stragglers(self.watch, mesh, trained.parallel.backend)
 
@@ -162,10 +162,10 @@ class Guards:
             "the ranks are compared": lambda: self.stragglers.compare(0),
         }
 
-    def _new_watch(self, sampling: bool) -> Watch:
+    def _new_watch(self, sampling: bool) -> Watchdog:
         # Of two processes, so that the watch tells and reads what it would in a job.
-        return Watch(
-            Notices(Messages(self._store, b"secret"), 0, 2), Limits(None, ceiling=1800.0), None, sampling=sampling
+        return Watchdog(
+            Mailbox(Messages(self._store, b"secret"), 0, 2), Limits(None, ceiling=1800.0), None, sampling=sampling
         )
 
 
@@ -311,7 +311,7 @@ def main() -> None:
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     store = dist.TCPStore("127.0.0.1", server.port, timeout=timedelta(seconds=ANSWER_S), wait_for_workers=False)
     layout = Layout(1, stages=((WAN.num_layers,),))
-    with Job(place(), backend.collective, backend.device, 5), build_mesh(layout, 5, "cpu") as mesh:
+    with Job(process_place(), backend.collective, backend.device, 5), build_mesh(layout, 5, "cpu") as mesh:
         publish([measure(mesh, store, options)], options.json)
 
 

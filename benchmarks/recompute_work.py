@@ -23,7 +23,7 @@ from mm.activation.offload import Offloader  # noqa: E402
 from mm.activation.recompute import block_runner  # noqa: E402
 from mm.config.model import WanConfig  # noqa: E402
 from mm.device.queues import HostQueues  # noqa: E402
-from mm.wan.layers import Parts  # noqa: E402
+from mm.wan.layers import ModuleFactories  # noqa: E402
 from mm.wan.model import Conditions, WanModel  # noqa: E402
 from mm.wan.rope import grid_positions  # noqa: E402
 
@@ -59,7 +59,7 @@ def count(mode: Mode) -> dict[str, float]:
     offloader = None
     if mode.recompute is not None and mode.recompute.offload:
         offloader = Offloader(HostQueues(), WAN.num_layers, 64 * TOKENS * WAN.hidden_size)
-    model = WanModel(WAN, Parts(run_blocks=block_runner(mode.recompute, offloader)))
+    model = WanModel(WAN, ModuleFactories(run_blocks=block_runner(mode.recompute, offloader)))
     model.init_weights(seed=0)
     width = WAN.hidden_size
     conditions = Conditions(

@@ -133,7 +133,7 @@ def predicted_memory(place: Place) -> Found:
     from modes import MODES
 
     from mm.config.layout import Layout
-    from mm.doctor.dry_run import Job, dry_run
+    from mm.doctor.dry_run import DryRunJob, dry_run
     from mm.parallel.apply import DataParallelOptions
 
     mode = MODES["full"]
@@ -147,7 +147,7 @@ def predicted_memory(place: Place) -> Found:
         bench.backend.synchronize()
         peak = None if bench.tiny else bench.memory()["GB allocated"] * 1e9
     options = DataParallelOptions(use_distributed_optimizer=True)
-    job = Job(work.wan, Layout(), options, None, torch.bfloat16, work.latent, 1, 1, mode.recompute)
+    job = DryRunJob(work.wan, Layout(), options, None, torch.bfloat16, work.latent, 1, 1, mode.recompute)
     predicted = dry_run(job, 0).peak_bytes
     if peak is None:
         return found(f"{predicted / 2**30:.3f} GiB predicted for the tiny model; a CPU has no peak of its own")
@@ -168,13 +168,13 @@ def _bench(place: Place) -> Iterator[Any]:
     from accel_bench import Bench
 
     from mm.config.layout import Layout
-    from mm.config.place import place as place_of_process
+    from mm.config.place import process_place
     from mm.parallel.mesh import build_mesh
-    from mm.supervise.job import Job
+    from mm.supervise.job import DryRunJob
 
     backend = _backend(place)
     with (
-        Job(place_of_process(), backend.collective, backend.device, 2),
+        DryRunJob(process_place(), backend.collective, backend.device, 2),
         build_mesh(Layout(), 2, backend.kind) as mesh,
     ):
         yield Bench(backend, mesh, backend.kind == "cpu")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mm.activation.offload import Moment, Offloader, room
+from mm.activation.offload import Offloader, TransferEvent, aligned_bytes
 from mm.config.model import WanConfig
 from mm.config.recompute import Recompute
 from mm.config.units import format_bytes
@@ -43,7 +43,7 @@ def make_offloader(
     backend: Backend,
     step: StepShape,
     processes_of_node: int | None = None,
-    timeline: list[Moment] | None = None,
+    timeline: list[TransferEvent] | None = None,
 ) -> Offloader | None:
     """The offloader of this rank; None for a plan that offloads nothing.
 
@@ -76,10 +76,10 @@ def slot_bytes(plan: Recompute, wan: WanConfig, mesh: Mesh, step: StepShape) -> 
     # Ulysses gathers the tokens of its ranks and leaves each of them its share of the heads.
     tokens = mesh.tokens.width(step.num_tokens) * mesh.tokens.sp_size * layout.ulysses_size
     heads = wan.num_heads // (layout.tp_size * layout.ulysses_size)
-    attention = room(batch * tokens * heads * wan.head_dim, itemsize)
-    statistics = room(batch * tokens * heads, max(itemsize, 4))
+    attention = aligned_bytes(batch * tokens * heads * wan.head_dim, itemsize)
+    statistics = aligned_bytes(batch * tokens * heads, max(itemsize, 4))
     each = attention * (4 if plan.kept == "q,k,v,O" else 1) + statistics
-    hidden = room(batch * mesh.tokens.width(step.num_tokens) * wan.hidden_size, itemsize)
+    hidden = aligned_bytes(batch * mesh.tokens.width(step.num_tokens) * wan.hidden_size, itemsize)
     return hidden + plan.group_size * each
 
 

@@ -25,7 +25,7 @@ ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
-class Moment:
+class TransferEvent:
     """One entry of a timeline: what the process told the queues to do, in order.
 
     Attributes:
@@ -45,11 +45,13 @@ class Offloader:
     Args:
         queues: of the device.
         num_slots: layers that wait in host memory at the same time, at most.
-        slot_bytes: of a layer, at most (`room`).
+        slot_bytes: of a layer, at most (`aligned_bytes`).
         timeline: if given, what is told to the queues is appended to it.
     """
 
-    def __init__(self, queues: Queues, num_slots: int, slot_bytes: int, timeline: list[Moment] | None = None) -> None:
+    def __init__(
+        self, queues: Queues, num_slots: int, slot_bytes: int, timeline: list[TransferEvent] | None = None
+    ) -> None:
         self.queues = queues
         self.memory = queues.host_memory(num_slots * slot_bytes)
         self._slots = list(self.memory.split(slot_bytes)) if num_slots else []
@@ -78,7 +80,7 @@ class Offloader:
     def note(self, action: str, number: int, layer: int) -> None:
         """Add to the timeline."""
         if self._timeline is not None:
-            self._timeline.append(Moment(action, number, layer))
+            self._timeline.append(TransferEvent(action, number, layer))
 
 
 class OffloadPass:
@@ -188,7 +190,7 @@ class _Layer:
         part = self.slot[self.used : self.used + size]
         if len(part) != size:
             raise AssertionError(f"a layer keeps more than the {len(self.slot)} bytes of its slot")
-        self.used += room(tensor.numel(), tensor.itemsize)
+        self.used += aligned_bytes(tensor.numel(), tensor.itemsize)
         # In the tensor's own order of memory, so that the copy is one piece.
         strides = tensor.stride()
         order = sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
@@ -198,6 +200,6 @@ class _Layer:
         return part.view(tensor.dtype).view(sizes).permute([order.index(dim) for dim in range(tensor.ndim)])
 
 
-def room(elements: int, itemsize: int) -> int:
+def aligned_bytes(elements: int, itemsize: int) -> int:
     """Bytes that a tensor takes in a slot."""
     return math.ceil(elements * itemsize / ALIGNMENT) * ALIGNMENT

@@ -81,7 +81,7 @@ def resplit(source_path: Path, target: Path, stages: Stages) -> None:
     """
     _require_place_for_release(target)
     source = open_weights(source_path)
-    if not isinstance(source, mm_format.MMWeights):
+    if not isinstance(source, mm_format.MindSpeedWeights):
         raise CheckpointError(
             "CKPT-044",
             f"{source.path} holds {source.label}, not a checkpoint in the MM format.",

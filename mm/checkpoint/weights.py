@@ -13,7 +13,7 @@ from torch import nn
 
 from mm.checkpoint.formats.folder import FolderWeights
 from mm.checkpoint.formats.layer_zero import LayerZeroWeights, is_layer_zero
-from mm.checkpoint.formats.mindspeed import MMWeights, is_mm_folder
+from mm.checkpoint.formats.mindspeed import MindSpeedWeights, is_mm_folder
 from mm.checkpoint.formats.source import WeightSource
 from mm.checkpoint.formats.training import TrainingWeights, is_training_checkpoint, no_average
 from mm.checkpoint.mismatch import raise_on_mismatch
@@ -61,7 +61,7 @@ def open_weights(path: str | Path, *, averaged: bool = False) -> WeightSource:
     if is_layer_zero(path):
         return LayerZeroWeights.open(path)
     if is_mm_folder(path):
-        return MMWeights.open(path)
+        return MindSpeedWeights.open(path)
     refuse_deepspeed(path)
     if path.is_dir() and not any(path.glob("*.safetensors*")) and not (path / "transformer").is_dir():
         raise CheckpointError(

@@ -19,7 +19,7 @@ from mm.config.data import load_train_data
 from mm.config.flags import parse_flags
 from mm.config.layerzero import load_zero
 from mm.config.layout import Layout, layout_of
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.config.recompute import recompute_of
 from mm.config.rules import check_training
 from mm.config.train import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
@@ -73,7 +73,7 @@ def _check(argv: Sequence[str]) -> None:
     model = load(PretrainModel, Path(flags.mm_model))
     clip = load_train_data(Path(flags.mm_data)).dataset_param.preprocess_parameters
     zero = load_zero(flags)
-    where = place()
+    where = process_place()
     world_size = flags.world_size or where.world_size
     raise_all(ConfigError, _problems(flags, model, world_size))
     check_training(flags, model, zero, world_size)
@@ -83,12 +83,12 @@ def _check(argv: Sequence[str]) -> None:
         return
     frames, height, width = flags.latent_size or clip.latent_size
 
-    from mm.doctor.dry_run import Job, dry_run
+    from mm.doctor.dry_run import DryRunJob, dry_run
     from mm.lora.plan import plan_of
     from mm.train.run import data_parallel_options, training_dtype
 
     lora = plan_of(flags, model.predictor.wan())
-    job = Job(
+    job = DryRunJob(
         wan=model.predictor.wan(),
         layout=layout,
         options=data_parallel_options(flags),

@@ -13,14 +13,14 @@ from mm.config.base import load
 from mm.config.flags import parse_flags
 from mm.config.layerzero import ZeroConfig, load_zero
 from mm.config.layout import Layout, layout_of
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.config.recompute import recompute_of
 from mm.config.rules import check_training
 from mm.config.train import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
 from mm.errors import NumericsError
 
 if TYPE_CHECKING:
-    from mm.doctor.parity import Case, Errors
+    from mm.doctor.parity import Case, RelativeErrors
 
 
 class ParityFlags(TrainFlags):
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
         NumericsError: NUM-005 where the layout differs from one device by more than rounding.
     """
     flags = parse_flags(ParityFlags, argv, program="mm doctor parity", retired=RETIRED_TRAIN_FLAGS)
-    model, zero, where = load(PretrainModel, Path(flags.mm_model)), load_zero(flags), place()
+    model, zero, where = load(PretrainModel, Path(flags.mm_model)), load_zero(flags), process_place()
     check_training(flags, model, zero, where.world_size)
     layout = layout_of(flags, model, zero, where.world_size)
 
@@ -85,7 +85,7 @@ def _case(flags: TrainFlags, model: PretrainModel, zero: ZeroConfig | None, layo
     )
 
 
-def _rows(errors: Errors, limits: Errors) -> list[tuple[str, float, float, str]]:
+def _rows(errors: RelativeErrors, limits: RelativeErrors) -> list[tuple[str, float, float, str]]:
     """Measure, found, limit, parameter."""
     return [
         ("loss", errors.loss, limits.loss, ""),
@@ -95,7 +95,7 @@ def _rows(errors: Errors, limits: Errors) -> list[tuple[str, float, float, str]]
     ]
 
 
-def _table(flags: TrainFlags, case: Case, device: str, errors: Errors, limits: Errors) -> str:
+def _table(flags: TrainFlags, case: Case, device: str, errors: RelativeErrors, limits: RelativeErrors) -> str:
     wan, layout = case.wan, case.layout
     left_out = {
         "adapters": flags.lora,
@@ -117,7 +117,7 @@ def _table(flags: TrainFlags, case: Case, device: str, errors: Errors, limits: E
     return f"{tabulate(facts, tablefmt='plain')}\n\n{tabulate(rows, headers=headers, disable_numparse=True)}"
 
 
-def _require_equal(layout: Layout, errors: Errors, limits: Errors) -> None:
+def _require_equal(layout: Layout, errors: RelativeErrors, limits: RelativeErrors) -> None:
     over = [
         f"{measure} by {found:.1e}{f' ({parameter})' if parameter else ''}, limit {limit:.1e}"
         for measure, found, limit, parameter in _rows(errors, limits)

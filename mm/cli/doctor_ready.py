@@ -18,7 +18,7 @@ from tabulate import tabulate
 from mm.config.data import TrainData, load_train_data
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
-from mm.config.place import Place
+from mm.config.place import ProcessPlace
 from mm.config.train import PretrainModel, TrainFlags
 from mm.config.units import format_bytes
 from mm.errors import ConfigError, DataError, MMError, Problem, raise_all
@@ -35,7 +35,7 @@ def check(
     model: PretrainModel,
     zero: ZeroConfig | None,
     layout: Layout,
-    where: Place,
+    where: ProcessPlace,
     words: Sequence[str],
     *,
     as_json: bool,

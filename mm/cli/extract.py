@@ -20,7 +20,7 @@ from mm.config.extract import (
 from mm.config.flags import parse_flags, words_of_process
 from mm.config.inputs import missing_encoders
 from mm.config.output import require_writable_folder
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.errors import ConfigError, DataError, Problem, raise_all
 from mm.stopping import StopRequest
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     check_extraction(data, model, tools)
     raise_all(DataError, missing_encoders(model, data.dataset_param.tokenizer_config.from_pretrained))
     require_writable_folder(tools.sorafeature.save_path, f"save_path in {flags.mm_tool},")
-    where = place()
+    where = process_place()
 
     with StopRequest(saves=False, kept="The features written so far stay, and are not made again."):
         from mm.device.backend import select  # after the files are known to be good: torch takes seconds to import

@@ -10,7 +10,7 @@ from mm.config.flags import parse_flags, words_of_process
 from mm.config.generate import GenerateFlags, load_generation
 from mm.config.inference_retired import RETIRED_GENERATE_FLAGS
 from mm.config.output import require_writable_folder
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.generate.rows import require_inputs
 from mm.stopping import StopRequest
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _generate(flags: GenerateFlags) -> None:
-    where = place()
+    where = process_place()
     generation = load_generation(flags, where.world_size)
     require_inputs(generation.config)
     require_writable_folder(generation.config.save_path, "--save-path")

@@ -11,7 +11,7 @@ from pydantic import Field
 from mm.cli.entry import run
 from mm.config.flags import Flags, parse_flags
 from mm.config.output import require_writable_file
-from mm.demo.measure import Row, score
+from mm.demo.measure import MeasuredClip, score
 from mm.demo.sheet import draw_sheet
 from mm.errors import DataError
 from mm.generate.rows import read_prompts
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
         )
 
 
-def _line(row: Row) -> str:
+def _line(row: MeasuredClip) -> str:
     verdict = "ok" if row.colour_hit and row.direction_hit else "NOT AS ASKED"
     return f"{row.path.name}  {row.caption:<32} shows {row.seen.colour} {row.seen.direction}  {verdict}"
 

@@ -14,7 +14,7 @@ from mm.config.flags import parse_flags
 from mm.config.layerzero import load_zero
 from mm.config.layout import layout_of
 from mm.config.output import require_writable_folder
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.config.rules import check_training
 from mm.config.rules_checks import load_validation
 from mm.config.train import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
@@ -37,7 +37,7 @@ def _train(flags: TrainFlags, stop: StopRequest) -> None:
     model = load(PretrainModel, Path(flags.mm_model))
     data = load_train_data(Path(flags.mm_data))
     zero = load_zero(flags)
-    where = place()
+    where = process_place()
     check_training(flags, model, zero, where.world_size)
     _require_places(flags)
     validation = load_validation(flags, model)
@@ -52,8 +52,8 @@ def _train(flags: TrainFlags, stop: StopRequest) -> None:
     from mm.ops.elementwise.dispatch import choice_of
     from mm.parallel.mesh import build_mesh
     from mm.supervise.job import Job
-    from mm.supervise.mailbox import Notices
-    from mm.supervise.watchdog import ANSWER_S, Watch
+    from mm.supervise.mailbox import Mailbox
+    from mm.supervise.watchdog import ANSWER_S, Watchdog
     from mm.train.loop import train
     from mm.train.run import Run, watch_limits
 
@@ -77,8 +77,8 @@ def _train(flags: TrainFlags, stop: StopRequest) -> None:
     with (
         deterministic(flags.deterministic_mode),
         Job(where, backend.collective, backend.device, timeout, configuration) as job,
-        Watch(
-            Notices(job.notices(ANSWER_S), where.rank, where.world_size, job.remember),
+        Watchdog(
+            Mailbox(job.notices(ANSWER_S), where.rank, where.world_size, job.remember),
             watch_limits(flags),
             save / "hang" if save is not None else None,
             sampling=flags.straggler_interval is not None,

@@ -9,7 +9,7 @@ from mm.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessPlace:
     """Where torchrun put this process: its rank in the job, the job's size, its index on its node, the node's size."""
 
     rank: int
@@ -18,7 +18,7 @@ class Place:
     local_world_size: int = 1
 
 
-def place() -> Place:
+def process_place() -> ProcessPlace:
     """Read this process's place from the variables that torchrun sets; a process started alone is 0 of 1.
 
     Raises:
@@ -27,7 +27,7 @@ def place() -> Place:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     values = [os.environ.get(name) for name in names]
     if all(value is None for value in values):
-        return Place(0, 1, 0)
+        return ProcessPlace(0, 1, 0)
     local_world_size = os.environ.get("LOCAL_WORLD_SIZE", "1")
     try:
         rank, world_size, local_rank = (int(value or "") for value in values)
@@ -36,4 +36,4 @@ def place() -> Place:
     except ValueError:
         found = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
         raise ConfigError("CFG-031", f"The launcher's variables make no sense: {found}.", "Use torchrun.") from None
-    return Place(rank, world_size, local_rank, int(local_world_size))
+    return ProcessPlace(rank, world_size, local_rank, int(local_world_size))

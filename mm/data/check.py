@@ -12,7 +12,7 @@ from mm.config.data import DataSource, RawPreprocess, TrainData
 from mm.config.model import WanConfig
 from mm.data.clips import CheckClip, check_announced_length
 from mm.data.dataset import FeatureDataset, FeaturePlace, checked_sources, read_sample
-from mm.data.files import Row, RowList, split_rows
+from mm.data.files import JsonRow, RowList, split_rows
 from mm.data.listing import FeatureStore, RowChecker
 from mm.data.metadata import Listed, VideoSample, check_row
 from mm.data.workers import Parcel, Work, read_in_order
@@ -54,7 +54,7 @@ class CheckedList:
         reason = " ".join(problem.message for problem in problems)
         self.bad[number] = BadSample(data_set, number, *names, problems[0].id, reason)
 
-    def good_rows(self) -> list[Row]:
+    def good_rows(self) -> list[JsonRow]:
         """The rows that can be used, in order."""
         return [row for number, row in enumerate(self.rows.rows, start=1) if number not in self.bad]
 

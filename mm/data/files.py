@@ -22,7 +22,7 @@ TEMPORARY_PREFIX = ".tmp-"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class JsonRow:
     """One row of a list.
 
     Attributes:
@@ -39,10 +39,10 @@ class Row:
 class RowList:
     """All rows of a file, and whether they stand in a JSON array."""
 
-    rows: Sequence[Row]
+    rows: Sequence[JsonRow]
     is_array: bool
 
-    def text_of(self, rows: Sequence[Row]) -> str:
+    def text_of(self, rows: Sequence[JsonRow]) -> str:
         """A file of the same form with only these of its rows, each as it stood."""
         if self.is_array:
             return "[" + ",".join(f"\n{row.text}" for row in rows) + "\n]\n"
@@ -215,13 +215,13 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _array_rows(text: str, path: Path, error_id: str) -> Iterator[Row]:
+def _array_rows(text: str, path: Path, error_id: str) -> Iterator[JsonRow]:
     position = _skip_space(text, text.index("[") + 1)
     try:
         more = text[position : position + 1] != "]"
         while more:
             value, end = _STRICT.raw_decode(text, position)
-            yield Row(text[position:end], value)
+            yield JsonRow(text[position:end], value)
             position = _skip_space(text, end)
             more = text[position : position + 1] == ","
             position = _skip_space(text, position + 1) if more else position
@@ -232,7 +232,7 @@ def _array_rows(text: str, path: Path, error_id: str) -> Iterator[Row]:
         raise DataError(error_id, f"{path} is not strict JSON: {error}.", remedy) from None
 
 
-def _line_rows(text: str, path: Path, error_id: str) -> Iterator[Row]:
+def _line_rows(text: str, path: Path, error_id: str) -> Iterator[JsonRow]:
     for number, line in enumerate(_LINE_END.split(text), start=1):  # not splitlines: captions may hold other line ends
         if not line.strip():
             continue
@@ -241,10 +241,10 @@ def _line_rows(text: str, path: Path, error_id: str) -> Iterator[Row]:
             value, end = _STRICT.raw_decode(line, begin)
             if _skip_space(line, end) != len(line):
                 raise json.JSONDecodeError("Extra data", line, end)
-            yield Row(line, value)
+            yield JsonRow(line, value)
         except (ValueError, RecursionError) as error:
             message = f"{path} line {number} is not strict JSON: {error}."
-            yield Row(line, None, Problem(error_id, message, "Give a JSON array, or one JSON object a line."))
+            yield JsonRow(line, None, Problem(error_id, message, "Give a JSON array, or one JSON object a line."))
 
 
 def _skip_space(text: str, position: int) -> int:

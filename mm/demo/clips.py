@@ -34,7 +34,7 @@ DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up"
 
 
 @dataclass(frozen=True, slots=True)
-class Clip:
+class DemoClip:
     """One clip to draw: its colour (which also decides the shape), its direction and which variant of the two it is."""
 
     colour: str
@@ -60,9 +60,9 @@ class Clip:
         return np.stack([draw_frame(self.colour, x, y) for x, y in self.centres()])
 
 
-def all_clips(clips_per_caption: int = 1) -> list[Clip]:
+def all_clips(clips_per_caption: int = 1) -> list[DemoClip]:
     """Every colour in every direction, `clips_per_caption` variants of each."""
-    return [Clip(c, d, v) for c in COLOURS for d in DIRECTIONS for v in range(clips_per_caption)]
+    return [DemoClip(c, d, v) for c in COLOURS for d in DIRECTIONS for v in range(clips_per_caption)]
 
 
 def all_captions() -> list[str]:

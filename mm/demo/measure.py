@@ -37,7 +37,7 @@ class Measurement(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class MeasuredClip:
     """One clip of a folder, its caption and what it shows."""
 
     path: Path
@@ -90,7 +90,7 @@ def read_caption(caption: str) -> Measurement:
     return Measurement(colours[0], directions[0])
 
 
-def score(folder: Path, captions: Sequence[str]) -> tuple[int, int, list[Row]]:
+def score(folder: Path, captions: Sequence[str]) -> tuple[int, int, list[MeasuredClip]]:
     """How many clips obey their captions: colour hits, direction hits and one row a clip.
 
     The folder's mp4 files, sorted by name, belong to `captions` in order.
@@ -107,7 +107,7 @@ def score(folder: Path, captions: Sequence[str]) -> tuple[int, int, list[Row]]:
             "Generate one clip for each caption into an empty folder.",
         )
     rows = [
-        Row(path, caption, read_caption(caption), measure_clip(read_video(path)))
+        MeasuredClip(path, caption, read_caption(caption), measure_clip(read_video(path)))
         for path, caption in zip(paths, captions, strict=True)
     ]
     return sum(row.colour_hit for row in rows), sum(row.direction_hit for row in rows), rows

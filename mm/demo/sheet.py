@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from mm.data.files import make_folder, write_atomically
-from mm.demo.measure import Row
+from mm.demo.measure import MeasuredClip
 from mm.demo.video import read_video
 
 matplotlib.use("Agg")
@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 NUM_FRAMES_SHOWN = 5
 
 
-def draw_sheet(rows: Sequence[Row], target: Path) -> None:
+def draw_sheet(rows: Sequence[MeasuredClip], target: Path) -> None:
     """Draw first to last frame of each clip, two clips a line, into the PNG `target`.
 
     Args:

@@ -12,7 +12,7 @@ from PIL import Image
 from mm.checkpoint.files import remove_folder, temporary_name
 from mm.config.output import require_writable_folder
 from mm.config.path_line import require_writable_as_text, write_paths
-from mm.demo.clips import COLOURS, DIRECTIONS, FPS, NUM_FRAMES, SIZE, Clip, all_captions, all_clips
+from mm.demo.clips import COLOURS, DIRECTIONS, FPS, NUM_FRAMES, SIZE, DemoClip, all_captions, all_clips
 from mm.demo.components import MODEL_NAMES, write_model
 from mm.demo.configs import write_configs
 from mm.demo.video import write_video
@@ -99,7 +99,7 @@ def _write_images(folder: Path, home: Path, variant: int) -> None:
     (folder / "images").mkdir()
     lines: dict[str, list[str]] = {"i2v": [], "flf2v": []}
     for index, (colour, direction) in enumerate((c, d) for c in COLOURS for d in DIRECTIONS):
-        frames = Clip(colour, direction, variant).draw()
+        frames = DemoClip(colour, direction, variant).draw()
         names = [f"images/{index:04d}_{colour}_{direction}_{which}.png" for which in ("first", "last")]
         for name, frame in zip(names, (frames[0], frames[-1]), strict=True):
             Image.fromarray(frame).save(folder / name)

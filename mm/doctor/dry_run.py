@@ -29,7 +29,7 @@ from mm.doctor import formulas
 from mm.doctor import memory_tracker as memory
 from mm.doctor.fake_job import FakeTensors, fake_job
 from mm.doctor.memory_tracker import TrackMemory
-from mm.doctor.traffic import CountTraffic, Sent, Traffic, axes_of, totals
+from mm.doctor.traffic import CallTotals, CountTraffic, Traffic, axes_of, totals
 from mm.optim.make import make_optimizer
 from mm.optim.optimizer import AdamWSettings, Optimizer
 from mm.optim.step_statistics import outcome_size
@@ -51,7 +51,7 @@ _SETTINGS = AdamWSettings(
 
 
 @dataclass(frozen=True)
-class Job:
+class DryRunJob:
     """What is run.
 
     Attributes:
@@ -121,7 +121,7 @@ class Report:
         return sum(self.peak.values())
 
 
-def dry_run(job: Job, rank: int) -> Report:
+def dry_run(job: DryRunJob, rank: int) -> Report:
     """One rank's step; no process of the calling program may be in a job.
 
     Of many micro-batches only so many are run that in-flight activations and gradients are at their most
@@ -181,7 +181,7 @@ def _elements(parameters: Mapping[str, Tensor]) -> int:
     return sum(parameter.numel() for parameter in map(local, parameters.values()))
 
 
-def _micro_batches_to_run(job: Job) -> list[int]:
+def _micro_batches_to_run(job: DryRunJob) -> list[int]:
     """The micro-batches of the forward and backward passes to run; the last is measured.
 
     One for each stage fills a pipeline, and with the next the first gradients exist beside all activations. The
@@ -195,7 +195,7 @@ def _micro_batches_to_run(job: Job) -> list[int]:
     return [layout.pp_size, enough] if job.zero is not None and layout.pp_size > 1 else [enough]
 
 
-def _gradients(parallel: ParallelModel, job: Job, micro_batches: int) -> None:
+def _gradients(parallel: ParallelModel, job: DryRunJob, micro_batches: int) -> None:
     """`mm.train.step.compute_gradients` without the loss on the host."""
     flow = _Undrawn(DiffusionConfig())
 
@@ -210,7 +210,7 @@ def _gradients(parallel: ParallelModel, job: Job, micro_batches: int) -> None:
     forward_backward(parallel, forward_step, [_batch(job)] * micro_batches, tokens_of)
 
 
-def _update(parallel: ParallelModel, job: Job, optimizer: Optimizer, tracked: TrackMemory) -> None:
+def _update(parallel: ParallelModel, job: DryRunJob, optimizer: Optimizer, tracked: TrackMemory) -> None:
     """`mm.train.step.train_step` after backward."""
     tracked.label((parameter.grad for parameter in parallel.named_parameters().values()), memory.GRADIENTS)
     optimizer.reduce_gradients()
@@ -220,7 +220,7 @@ def _update(parallel: ParallelModel, job: Job, optimizer: Optimizer, tracked: Tr
         optimizer.average.update()
 
 
-def _batch(job: Job) -> FeatureBatch:
+def _batch(job: DryRunJob) -> FeatureBatch:
     size, wan = job.micro_batch_size, job.wan
     batch = FeatureBatch(
         latents=torch.empty(size, wan.noise_channels, *job.latent),
@@ -261,15 +261,15 @@ def _of_all(passes: Sequence[Traffic], runs: Sequence[int], micro_batches: int) 
         passes, runs = [of_none, passes[0]], [0, runs[0]]
     found: Traffic = {}
     for key, last in passes[1].items():
-        before = passes[0].get(key, Sent(0, 0.0))
+        before = passes[0].get(key, CallTotals(0, 0.0))
         calls = last.calls + (last.calls - before.calls) * more // (runs[1] - runs[0])
-        found[key] = Sent(calls, last.bytes + (last.bytes - before.bytes) * more / (runs[1] - runs[0]))
+        found[key] = CallTotals(calls, last.bytes + (last.bytes - before.bytes) * more / (runs[1] - runs[0]))
     return found
 
 
 def _sum(traffic: Traffic, other: Traffic) -> Traffic:
     found = dict(traffic)
     for key, sent in other.items():
-        before = found.get(key, Sent(0, 0.0))
-        found[key] = Sent(before.calls + sent.calls, before.bytes + sent.bytes)
+        before = found.get(key, CallTotals(0, 0.0))
+        found[key] = CallTotals(before.calls + sent.calls, before.bytes + sent.bytes)
     return found

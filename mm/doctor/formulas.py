@@ -24,7 +24,7 @@ import math
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
 from mm.config.model import WanConfig
-from mm.doctor.traffic import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, SEND, Sent, Traffic
+from mm.doctor.traffic import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, SEND, CallTotals, Traffic
 from mm.parallel.apply import DataParallelOptions
 from mm.parallel.boundary import TIME_ROWS
 from mm.parallel.placement import place, whole_shapes
@@ -44,7 +44,7 @@ def ulysses(tokens: float, width: float, ulysses_size: int, ring_size: int, item
         itemsize: bytes of an element.
     """
     chunk = tokens / (ulysses_size * ring_size) * width * itemsize
-    return {("ulysses", ALL_TO_ALL): Sent(4, 8 * chunk * (ulysses_size - 1) / ulysses_size)}
+    return {("ulysses", ALL_TO_ALL): CallTotals(4, 8 * chunk * (ulysses_size - 1) / ulysses_size)}
 
 
 def ring(tokens: float, width: float, ulysses_size: int, ring_size: int, itemsize: int) -> Traffic:
@@ -52,7 +52,7 @@ def ring(tokens: float, width: float, ulysses_size: int, ring_size: int, itemsiz
     chunk, hops = tokens / (ulysses_size * ring_size) * width, ring_size - 1
     forward = 2 * chunk * itemsize * hops
     backward = forward + 2 * chunk * FP32 * hops
-    return {("ring", SEND): Sent(3 * hops, forward + backward)}
+    return {("ring", SEND): CallTotals(3 * hops, forward + backward)}
 
 
 def tensor(
@@ -76,11 +76,11 @@ def tensor(
     norms = 10 if image_tokens else 8
     statistics = 2 * share * FP32 * (3 * tokens + text_tokens + image_tokens) * 2
     if not sequence_parallel:
-        return {("tp", ALL_REDUCE): Sent(6 + norms, 6 * 2 * hidden + statistics)}
+        return {("tp", ALL_REDUCE): CallTotals(6 + norms, 6 * 2 * hidden + statistics)}
     return {
-        ("tp", ALL_GATHER): Sent(9, 9 * hidden),
-        ("tp", REDUCE_SCATTER): Sent(6, 6 * hidden),
-        ("tp", ALL_REDUCE): Sent(norms, statistics),
+        ("tp", ALL_GATHER): CallTotals(9, 9 * hidden),
+        ("tp", REDUCE_SCATTER): CallTotals(6, 6 * hidden),
+        ("tp", ALL_REDUCE): CallTotals(norms, statistics),
     }
 
 
@@ -100,7 +100,7 @@ def pipeline(layout: Layout, pp_rank: int, bytes_each: float, micro_batches: int
     last = layout.pp_size * layout.vp_size - 1
     places = [vp_rank * layout.pp_size + pp_rank for vp_rank in range(layout.vp_size)]
     messages = micro_batches * (sum(place < last for place in places) + sum(place > 0 for place in places))
-    return {("pp", SEND): Sent(messages, messages * bytes_each)}
+    return {("pp", SEND): CallTotals(messages, messages * bytes_each)}
 
 
 def bubble(layout: Layout, micro_batches: int) -> float:
@@ -144,7 +144,7 @@ def layer(
     if zero is not None:
         parts.append(_layerzero_passes(wan, layout, zero, itemsize))
     every_pass = [
-        {key: Sent(sent.calls * micro_batches, sent.bytes * micro_batches) for key, sent in part.items()}
+        {key: CallTotals(sent.calls * micro_batches, sent.bytes * micro_batches) for key, sent in part.items()}
         for part in parts
     ]
     return _sum([*every_pass, _gradients(wan, layout, options, zero, itemsize)])
@@ -158,10 +158,10 @@ def _layerzero_passes(wan: WanConfig, layout: Layout, zero: ZeroConfig, itemsize
     groups = layout.dp_cp_size // zero.zero3_size
     found: Traffic = {}
     if zero.zero3_size > 1:
-        found["zero3", ALL_GATHER] = Sent(2, 2 * sharded * itemsize * share)
-        found["zero3", REDUCE_SCATTER] = Sent(1, reduced * share)
+        found["zero3", ALL_GATHER] = CallTotals(2, 2 * sharded * itemsize * share)
+        found["zero3", REDUCE_SCATTER] = CallTotals(1, reduced * share)
     if groups > 1:
-        found["zero-replicate", ALL_REDUCE] = Sent(1, 2 * (groups - 1) / groups * reduced / zero.zero3_size)
+        found["zero-replicate", ALL_REDUCE] = CallTotals(1, 2 * (groups - 1) / groups * reduced / zero.zero3_size)
     return found
 
 
@@ -173,28 +173,28 @@ def _gradients(
     share = (layout.dp_cp_size - 1) / layout.dp_cp_size
     found: list[Traffic] = []
     if zero is not None:
-        found.append({("dp_cp", ALL_REDUCE): Sent(0, 2 * share * exact * FP32)})
+        found.append({("dp_cp", ALL_REDUCE): CallTotals(0, 2 * share * exact * FP32)})
         if options.use_distributed_optimizer and layout.dp_cp_size > zero.zero3_size:
             groups = layout.dp_cp_size // zero.zero3_size
             found.append(
-                {("zero-replicate", ALL_GATHER): Sent(0, low / zero.zero3_size * FP32 * (groups - 1) / groups)}
+                {("zero-replicate", ALL_GATHER): CallTotals(0, low / zero.zero3_size * FP32 * (groups - 1) / groups)}
             )
     elif options.use_distributed_optimizer:
         found.append(
             {
-                ("dp_cp", REDUCE_SCATTER): Sent(0, share * (low + exact) * FP32),
-                ("dp_cp", ALL_GATHER): Sent(0, share * (low * itemsize + exact * FP32)),
+                ("dp_cp", REDUCE_SCATTER): CallTotals(0, share * (low + exact) * FP32),
+                ("dp_cp", ALL_GATHER): CallTotals(0, share * (low * itemsize + exact * FP32)),
             }
         )
     else:
-        found.append({("dp_cp", ALL_REDUCE): Sent(0, 2 * share * (low + exact) * FP32)})
+        found.append({("dp_cp", ALL_REDUCE): CallTotals(0, 2 * share * (low + exact) * FP32)})
     if layout.tp_size > 1:
         found.append(
-            {("tp", ALL_REDUCE): Sent(0, 2 * (layout.tp_size - 1) / layout.tp_size * _copies(wan, layout, zero))}
+            {("tp", ALL_REDUCE): CallTotals(0, 2 * (layout.tp_size - 1) / layout.tp_size * _copies(wan, layout, zero))}
         )
     world = layout.world_size
     names = len(_block(wan)) * layout.pp_size  # every rank adds up the squares of every parameter of the model
-    found.append({("world", ALL_REDUCE): Sent(0, 2 * (world - 1) / world * names * FP32)})
+    found.append({("world", ALL_REDUCE): CallTotals(0, 2 * (world - 1) / world * names * FP32)})
     return {key: sent for key, sent in _sum(found).items() if sent.bytes}
 
 
@@ -224,6 +224,6 @@ def _sum(parts: list[Traffic]) -> Traffic:
     found: Traffic = {}
     for part in parts:
         for key, sent in part.items():
-            before = found.get(key, Sent(0, 0.0))
-            found[key] = Sent(before.calls + sent.calls, before.bytes + sent.bytes)
+            before = found.get(key, CallTotals(0, 0.0))
+            found[key] = CallTotals(before.calls + sent.calls, before.bytes + sent.bytes)
     return found

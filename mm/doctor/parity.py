@@ -52,7 +52,7 @@ Values = TypeVar("Values")
 
 
 @dataclass(frozen=True)
-class Piece:
+class GradientPiece:
     """A range of one parameter that this rank owns: the elements from `start` of its part, as one row of numbers."""
 
     placement: Placement
@@ -71,7 +71,7 @@ class Trace(Generic[Values]):
 
 
 @dataclass(frozen=True)
-class Errors:
+class RelativeErrors:
     """Largest relative errors of a run; of gradients and weights with the parameter."""
 
     loss: float
@@ -223,13 +223,13 @@ def _loss(model: WanModel, flow: FlowMatching, sample: FeatureBatch, device: tor
     return difference.square().mean() * float(weight[0])
 
 
-def own_pieces(optimizer: Optimizer, what: str) -> dict[str, list[Piece]]:
+def own_pieces(optimizer: Optimizer, what: str) -> dict[str, list[GradientPiece]]:
     """What this rank owns of every parameter's `gradient` or `master`."""
-    pieces: dict[str, list[Piece]] = {}
+    pieces: dict[str, list[GradientPiece]] = {}
     for shard in optimizer.shards:
         if shard.owned and shard.start < shard.stop:
             values = getattr(shard, what).detach().clone()
-            pieces.setdefault(shard.name, []).append(Piece(shard.placement, shard.start, values))
+            pieces.setdefault(shard.name, []).append(GradientPiece(shard.placement, shard.start, values))
     return pieces
 
 
@@ -271,7 +271,7 @@ def run_on_the_mesh(
     return trace
 
 
-def compare_pieces(mine: Trace[list[Piece]], whole: Trace[Tensor], comm: Comm) -> Errors:
+def compare_pieces(mine: Trace[list[GradientPiece]], whole: Trace[Tensor], comm: Comm) -> RelativeErrors:
     """The largest errors of all ranks; every rank calls it with its own pieces.
 
     An element that no rank owns, or that two do, is an error without bound.
@@ -280,16 +280,16 @@ def compare_pieces(mine: Trace[list[Piece]], whole: Trace[Tensor], comm: Comm) -
     return _errors(mine, whole, gradients, _worst(mine.weights, whole.weights, comm))
 
 
-def limits(layout: Layout) -> Errors:
+def limits(layout: Layout) -> RelativeErrors:
     """What rounding may make of a run of few blocks in fp32: sums of ring and tensor parallelism have another order.
 
     Gradients and weights are measured against the largest element of the same parameter.
     """
     reordered = layout.tp_size > 1 or layout.ring_size > 1
-    return Errors(1e-5 if reordered else 1e-6, 1e-5, "", 1e-5, 1e-5, "")
+    return RelativeErrors(1e-5 if reordered else 1e-6, 1e-5, "", 1e-5, 1e-5, "")
 
 
-def with_rounding(least: Errors, rounding: Errors) -> Errors:
+def with_rounding(least: RelativeErrors, rounding: RelativeErrors) -> RelativeErrors:
     """Limits for a model of any depth: four times what changing every weight in its last bit does, if that is more.
 
     Args:
@@ -298,10 +298,10 @@ def with_rounding(least: Errors, rounding: Errors) -> Errors:
     """
     loss, gradient = max(least.loss, 4 * rounding.loss), max(least.gradient, 4 * rounding.gradient)
     norm, weight = max(least.norm, 4 * rounding.norm), max(least.weight, 4 * rounding.weight)
-    return Errors(loss, gradient, "", norm, weight, "")
+    return RelativeErrors(loss, gradient, "", norm, weight, "")
 
 
-def compare_wholes(run: Trace[Tensor], reference: Trace[Tensor]) -> Errors:
+def compare_wholes(run: Trace[Tensor], reference: Trace[Tensor]) -> RelativeErrors:
     """The largest errors of a run whose whole gradients and weights are here."""
     gradients = [worst(mine, other) for mine, other in zip(run.gradients, reference.gradients, strict=True)]
     return _errors(run, reference, gradients, worst(run.weights, reference.weights))
@@ -314,8 +314,8 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float,
 
 def _errors(
     run: Trace[Values], reference: Trace[Tensor], gradients: list[tuple[float, str]], weights: tuple[float, str]
-) -> Errors:
-    return Errors(
+) -> RelativeErrors:
+    return RelativeErrors(
         max(abs(a - b) / abs(b) for a, b in zip(run.losses, reference.losses, strict=True)),
         *max(gradients),
         max(abs(a - b) / b for a, b in zip(run.norms, reference.norms, strict=True)),
@@ -323,7 +323,7 @@ def _errors(
     )
 
 
-def _worst(mine: dict[str, list[Piece]], whole: dict[str, Tensor], comm: Comm) -> tuple[float, str]:
+def _worst(mine: dict[str, list[GradientPiece]], whole: dict[str, Tensor], comm: Comm) -> tuple[float, str]:
     """max |a - b| / max |b| over the parameters of all ranks, and the parameter."""
     found = {name: (_difference(pieces, whole[name]), _elements(pieces)) for name, pieces in mine.items()}
     everyone: list[dict[str, tuple[float, int]]] = comm.all_gather_object(found)
@@ -334,7 +334,7 @@ def _worst(mine: dict[str, list[Piece]], whole: dict[str, Tensor], comm: Comm) -
     return worst
 
 
-def _difference(pieces: Sequence[Piece], whole: Tensor) -> float:
+def _difference(pieces: Sequence[GradientPiece], whole: Tensor) -> float:
     """Of this rank's pieces of a parameter, relative to the whole parameter's largest element."""
     largest = whole.abs().max().clamp_min(1e-8)
     error = 0.0
@@ -347,5 +347,5 @@ def _difference(pieces: Sequence[Piece], whole: Tensor) -> float:
     return error
 
 
-def _elements(pieces: Sequence[Piece]) -> int:
+def _elements(pieces: Sequence[GradientPiece]) -> int:
     return sum(piece.values.numel() for piece in pieces)

@@ -60,7 +60,7 @@ _SILENT = {"c10d::recv_", "_c10d_functional::wait_tensor"}
 
 
 @dataclass(frozen=True)
-class Call:
+class CollectiveCall:
     """One collective that this rank took part in.
 
     Attributes:
@@ -80,14 +80,14 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Sent:
+class CallTotals:
     """A number of calls, and the bytes they sent in all."""
 
     calls: int
     bytes: float
 
 
-Traffic = dict[tuple[str, str], Sent]
+Traffic = dict[tuple[str, str], CallTotals]
 """(axis, operation) -> what was sent."""
 
 
@@ -105,7 +105,7 @@ class CountTraffic(TorchDispatchMode):
 
     def __init__(self, axes: Mapping[str, str]) -> None:
         super().__init__()
-        self.calls: list[Call] = []
+        self.calls: list[CollectiveCall] = []
         self._axes = axes
 
     def __torch_dispatch__(
@@ -128,15 +128,15 @@ class CountTraffic(TorchDispatchMode):
         if ranks.size() == 1:
             return
         axis = self._axes.get(ranks.group_name, "other")
-        self.calls.append(Call(axis, operation, ranks.size(), _bytes(args[buffer])))
+        self.calls.append(CollectiveCall(axis, operation, ranks.size(), _bytes(args[buffer])))
 
 
-def totals(calls: Iterable[Call]) -> Traffic:
+def totals(calls: Iterable[CollectiveCall]) -> Traffic:
     """Calls and bytes by axis and operation."""
     found: Traffic = {}
     for call in calls:
-        before = found.get((call.axis, call.operation), Sent(0, 0.0))
-        found[call.axis, call.operation] = Sent(before.calls + 1, before.bytes + call.sent_bytes)
+        before = found.get((call.axis, call.operation), CallTotals(0, 0.0))
+        found[call.axis, call.operation] = CallTotals(before.calls + 1, before.bytes + call.sent_bytes)
     return found
 
 

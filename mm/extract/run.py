@@ -38,7 +38,7 @@ from mm.data.metadata import check_rows
 from mm.data.recipe import extraction_recipe
 from mm.errors import DataError
 from mm.extract.skipping import SKIPPED, BadClip, Skipping, may_be_skipped, num_skipped
-from mm.extract.store import Task, Unreadable, check_plan, check_store, commit, plan, prepare
+from mm.extract.store import ExtractionTask, Unreadable, check_plan, check_store, commit, plan, prepare
 from mm.wan.condition import condition_latents
 from mm.wan.encoders import TextEncoder, VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
@@ -117,7 +117,7 @@ def extract(
     for item in mine:
         if isinstance(item, Unreadable):
             skipping.add(item.clip)
-    todo = [item for item in mine if isinstance(item, Task) and not is_complete(item.file, item.origin)]
+    todo = [item for item in mine if isinstance(item, ExtractionTask) and not is_complete(item.file, item.origin)]
     known_bad = skipping.count
     empty_file = store / FEATURES / EMPTY_PROMPT
     empty_is_missing = rank == 0 and not is_complete(empty_file, empty)
@@ -200,7 +200,7 @@ class _ImageEncoders:
 
 
 def _encode_all(
-    todo: Sequence[Task],
+    todo: Sequence[ExtractionTask],
     clips: Iterable[Clip | DataError],
     encoders: _Encoders,
     skipping: Skipping,

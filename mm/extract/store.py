@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class ExtractionTask:
     """One sample of the plan: its video, the caption chosen for it, its file and what that is made from."""
 
     sample: VideoSample
@@ -80,7 +80,9 @@ def check_plan(rows: Sequence[CheckedRow], preprocess: RawPreprocess, policy: On
         raise_limited([problem for row in rows for problem in _too_short(row, preprocess)])
 
 
-def plan(row: CheckedRow, store: Path, preprocess: RawPreprocess, recipe: Recipe, seed: int) -> Task | Unreadable:
+def plan(
+    row: CheckedRow, store: Path, preprocess: RawPreprocess, recipe: Recipe, seed: int
+) -> ExtractionTask | Unreadable:
     """What is to be done for one row that `check_plan` let pass."""
     sample = row.sample
     if sample is None:
@@ -91,7 +93,7 @@ def plan(row: CheckedRow, store: Path, preprocess: RawPreprocess, recipe: Recipe
         try:
             cut = f"@{sample.annotation.cut_name}" if sample.annotation.cut else ""
             origin = Origin(sample.id, recipe.key, text_hash(caption), video_fingerprint(sample.file) + cut)
-            return Task(sample, caption, store / FEATURES / feature_name(sample.id), origin)
+            return ExtractionTask(sample, caption, store / FEATURES / feature_name(sample.id), origin)
         except DataError as error:
             problems += error.problems
     return Unreadable(BadClip.of(sample.id, sample.file, problems[0]))
@@ -104,7 +106,7 @@ def check_store(store: Path, recipe: Recipe, overwrite: bool) -> None:
         check_recipe(store, load_recipe(store), recipe.model_dump(), remedy)
 
 
-def prepare(store: Path, recipe: Recipe, items: Sequence[Task | Unreadable], empty: Origin) -> None:
+def prepare(store: Path, recipe: Recipe, items: Sequence[ExtractionTask | Unreadable], empty: Origin) -> None:
     """Make the store ready to write to: its folder, its recipe, no leftovers, and no list unless it still holds."""
     features = store / FEATURES
     make_folder(features, "save_path in tools.json")
@@ -125,7 +127,9 @@ def prepare(store: Path, recipe: Recipe, items: Sequence[Task | Unreadable], emp
         save_recipe(store, recipe)
 
 
-def commit(store: Path, items: Sequence[Task | Unreadable], empty: Origin, recipe: Recipe, policy: OnBadSample) -> None:
+def commit(
+    store: Path, items: Sequence[ExtractionTask | Unreadable], empty: Origin, recipe: Recipe, policy: OnBadSample
+) -> None:
     """List all samples, having seen every one of them whole on disk or recorded as bad; a list that is there holds.
 
     Raises:
@@ -139,7 +143,9 @@ def commit(store: Path, items: Sequence[Task | Unreadable], empty: Origin, recip
     raise_limited([Problem("DATA-011", f"{file} is missing or incomplete.", remedy) for file in missing])
     check_skipped(list(bad.values()), len(items), policy)
     write_skipped(store, list(bad.values()))
-    write_listing(store, [_row(item, recipe) for item in items if isinstance(item, Task) and item.id not in bad])
+    write_listing(
+        store, [_row(item, recipe) for item in items if isinstance(item, ExtractionTask) and item.id not in bad]
+    )
     forget_records(store)
 
 
@@ -160,7 +166,7 @@ def _listed(listing: Path) -> list[str]:
         return []
 
 
-def _incomplete(store: Path, items: Sequence[Task | Unreadable], empty: Origin) -> list[Path]:
+def _incomplete(store: Path, items: Sequence[ExtractionTask | Unreadable], empty: Origin) -> list[Path]:
     """Files of the store that are missing, cut off, or made from something else."""
     found = [
         store / FEATURES / feature_name(item.id)
@@ -171,7 +177,7 @@ def _incomplete(store: Path, items: Sequence[Task | Unreadable], empty: Origin) 
     return found if is_complete(empty_file, empty) else [*found, empty_file]
 
 
-def _row(task: Task, recipe: Recipe) -> FeatureRow:
+def _row(task: ExtractionTask, recipe: Recipe) -> FeatureRow:
     header = read_header(task.file)
     shape = header.tensors["latents"][1]
     num_frames = (shape[1] - 1) * TEMPORAL_STRIDE + 1

@@ -13,7 +13,7 @@ from mm.checkpoint.safetensor_file import hash_file
 from mm.config.generate import Generation
 from mm.config.inference import InferenceModel
 from mm.data.recipe import folder_fingerprint
-from mm.generate.rows import Row
+from mm.generate.rows import GenerationRow
 from mm.generate.weights import GenerationWeights
 
 
@@ -56,7 +56,7 @@ def describe_run(generation: Generation, weights: GenerationWeights, device: str
     }
 
 
-def describe_row(row: Row, config: InferenceModel) -> dict[str, Any]:
+def describe_row(row: GenerationRow, config: InferenceModel) -> dict[str, Any]:
     """What one clip has for itself."""
     about: dict[str, Any] = {"prompt": row.prompt, "prompt_index": row.index}
     if row.images:

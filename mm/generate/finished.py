@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from mm.errors import DataError
-from mm.generate.rows import Row
+from mm.generate.rows import GenerationRow
 from mm.generate.video import clip_path
 
 Description = Mapping[str, Any]
 
 
-def finished_clips(folder: Path, rows: Sequence[Row], describe: Callable[[Row], Description]) -> dict[int, str]:
+def finished_clips(
+    folder: Path, rows: Sequence[GenerationRow], describe: Callable[[GenerationRow], Description]
+) -> dict[int, str]:
     """The rows whose clips are there, each with the fingerprint of the transformer that made it.
 
     Args:

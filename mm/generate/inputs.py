@@ -11,14 +11,14 @@ from torch import Tensor
 from mm.config.inference import InferenceModel
 from mm.config.model import IMAGES
 from mm.generate.media_inputs import load_image, load_video
-from mm.generate.rows import Row
+from mm.generate.rows import GenerationRow
 from mm.wan.condition import condition_latents
 from mm.wan.encoders import TextEncoder, VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
 
 
 def encode_text(
-    config: InferenceModel, rows: Sequence[Row], device: torch.device
+    config: InferenceModel, rows: Sequence[GenerationRow], device: torch.device
 ) -> tuple[dict[int, Tensor], Tensor | None]:
     """Features [L, text_dim] of each row's prompt by its index, and, where guidance uses it, of the negative prompt.
 
@@ -39,7 +39,7 @@ def encode_text(
     return {row.index: encoder.encode([row.prompt])[0].cpu() for row in rows}, negative
 
 
-def encode_images(config: InferenceModel, encoder: ImageEncoder, rows: Sequence[Row]) -> dict[int, Tensor]:
+def encode_images(config: InferenceModel, encoder: ImageEncoder, rows: Sequence[GenerationRow]) -> dict[int, Tensor]:
     """Image features [I, img_dim] of each row by its index, on the CPU, one image at a time.
 
     A model that was made for one image sees the first one alone; the last one reaches it through its latents.
@@ -57,7 +57,7 @@ def encode_images(config: InferenceModel, encoder: ImageEncoder, rows: Sequence[
     }
 
 
-def frame_condition(config: InferenceModel, video: VideoEncoder, rows: Sequence[Row]) -> Tensor:
+def frame_condition(config: InferenceModel, video: VideoEncoder, rows: Sequence[GenerationRow]) -> Tensor:
     """Mask and latents of the given frames of each row, [B, 4 + C, F, H, W].
 
     Raises:
@@ -70,7 +70,7 @@ def frame_condition(config: InferenceModel, video: VideoEncoder, rows: Sequence[
     return condition_latents(video, first, last, num_frames)
 
 
-def video_latents(config: InferenceModel, video: VideoEncoder, rows: Sequence[Row]) -> Tensor:
+def video_latents(config: InferenceModel, video: VideoEncoder, rows: Sequence[GenerationRow]) -> Tensor:
     """Latents of the given videos of each row, [B, C, F, H, W].
 
     Raises:
@@ -79,7 +79,7 @@ def video_latents(config: InferenceModel, video: VideoEncoder, rows: Sequence[Ro
     return video.encode(torch.stack([load_given_video(config, row) for row in rows]))
 
 
-def check_given(config: InferenceModel, row: Row) -> None:
+def check_given(config: InferenceModel, row: GenerationRow) -> None:
     """Read all that a row names, so that hours of work do not end at a damaged file.
 
     Raises:
@@ -92,7 +92,7 @@ def check_given(config: InferenceModel, row: Row) -> None:
         load_given_video(config, row)
 
 
-def load_given_video(config: InferenceModel, row: Row) -> Tensor:
+def load_given_video(config: InferenceModel, row: GenerationRow) -> Tensor:
     """The frames of a row's video, [3, F, H, W] pixels in [-1, 1]; raises what `load_video` raises."""
     if row.video is None:
         raise ValueError("the row has no video")

@@ -22,7 +22,7 @@ from mm.diffusion.samplers import Sampler, make_sampler
 from mm.errors import ConfigError, DataError, Problem, raise_all
 from mm.generate.inputs import check_given, encode_images, encode_text, frame_condition, video_latents
 from mm.generate.pipeline import Velocity, denoise, initial_latents, noisy_latents, pad_text, to_frames
-from mm.generate.rows import BadRow, Row, read_rows
+from mm.generate.rows import BadRow, GenerationRow, read_rows
 from mm.parallel.mesh import Mesh
 from mm.wan.encoders import VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
@@ -44,7 +44,7 @@ class Processes:
         return self.mesh.tp_rank == 0 and self.mesh.cp_rank == 0
 
 
-def usable_rows(config: InferenceModel, processes: Processes) -> tuple[list[Row], list[BadRow]]:
+def usable_rows(config: InferenceModel, processes: Processes) -> tuple[list[GenerationRow], list[BadRow]]:
     """All rows that clips can be made of, the same on every rank, and those that cannot, which are logged.
 
     Raises:
@@ -77,12 +77,12 @@ def _report(row: BadRow) -> list[Any]:
 class Batch:
     """Rows that go through the transformer together; `counts` unless they only keep other replicas company."""
 
-    rows: list[Row]
+    rows: list[GenerationRow]
     counts: bool
 
 
 def batches_of_replica(
-    rows: Sequence[Row], processes: Processes, size: int, together: bool, finished: Collection[int] = ()
+    rows: Sequence[GenerationRow], processes: Processes, size: int, together: bool, finished: Collection[int] = ()
 ) -> list[Batch]:
     """This replica's rows in batches of `size`.
 
@@ -153,7 +153,7 @@ class Renderer:
 
     def clips(
         self, model: Velocity, video: VideoEncoder, on_step: Callable[[int], object]
-    ) -> Iterator[tuple[Row, Tensor]]:
+    ) -> Iterator[tuple[GenerationRow, Tensor]]:
         """Every row of this replica with its clip, uint8 [F, H, W, 3], on the rank that writes; nothing on the others.
 
         Every rank of the job runs through it to its end.
@@ -172,7 +172,7 @@ class Renderer:
                 self._require_size(frames)
                 yield from zip(batch.rows, frames, strict=True)
 
-    def _encode_images(self, rows: Sequence[Row], device: torch.device) -> dict[int, Tensor]:
+    def _encode_images(self, rows: Sequence[GenerationRow], device: torch.device) -> dict[int, Tensor]:
         section, predictor = self._config.image_encoder, self._config.predictor
         if section is None:
             return {}

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Row:
+class GenerationRow:
     """One clip to make.
 
     Attributes:
@@ -43,7 +43,7 @@ class BadRow:
     problem: Problem
 
 
-def read_rows(config: InferenceModel) -> tuple[list[Row], list[BadRow]]:
+def read_rows(config: InferenceModel) -> tuple[list[GenerationRow], list[BadRow]]:
     """The rows of the configured files, those that can be used and those that cannot.
 
     Prompts that go with images or videos are matched line by line; a line that is blank in both files is left out.
@@ -54,7 +54,7 @@ def read_rows(config: InferenceModel) -> tuple[list[Row], list[BadRow]]:
     """
     listed = _listed(config)
     if listed is None:
-        return [Row(index, prompt) for index, prompt in enumerate(read_prompts(Path(config.prompt)))], []
+        return [GenerationRow(index, prompt) for index, prompt in enumerate(read_prompts(Path(config.prompt)))], []
     good, bad = _pairs(config, listed)
     log.info("%s: %d rows with %s", config.prompt, len(good) + len(bad), listed)
     return good, bad
@@ -65,7 +65,7 @@ def _listed(config: InferenceModel) -> str | None:
     return config.video if config.task == "v2v" else config.image
 
 
-def _pairs(config: InferenceModel, listed: str) -> tuple[list[Row], list[BadRow]]:
+def _pairs(config: InferenceModel, listed: str) -> tuple[list[GenerationRow], list[BadRow]]:
     """`read_rows` where prompts go with images or videos."""
     kind = "video" if config.task == "v2v" else "image"
     prompts = _read_lines(Path(config.prompt), "prompt")
@@ -80,7 +80,7 @@ def _pairs(config: InferenceModel, listed: str) -> tuple[list[Row], list[BadRow]
     good, bad = [], []
     for index, (prompt, other) in enumerate(pairs):
         row = _row(index, prompt, other, config)
-        if isinstance(row, Row):
+        if isinstance(row, GenerationRow):
             good.append(row)
         else:
             bad.append(row)
@@ -111,7 +111,7 @@ def require_inputs(config: InferenceModel) -> None:
     raise_all(DataError, problems)
 
 
-def _missing_files(row: Row) -> list[Problem]:
+def _missing_files(row: GenerationRow) -> list[Problem]:
     files = [*row.images, *([] if row.video is None else [row.video])]
     remedy = "Correct the path, or add the file."
     return [
@@ -134,7 +134,7 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _row(index: int, prompt: str, other: str, config: InferenceModel) -> Row | BadRow:
+def _row(index: int, prompt: str, other: str, config: InferenceModel) -> GenerationRow | BadRow:
     """A row, or why it is none (DATA-085)."""
     wanted, what = {"i2v": (1, "one image"), "flf2v": (2, "two images"), "v2v": (1, "one video")}[config.task]
     if not prompt:
@@ -147,7 +147,11 @@ def _row(index: int, prompt: str, other: str, config: InferenceModel) -> Row | B
         expected = "first.png, last.png" if wanted == 2 else '"a, b.png"'
         remedy = f"Write {expected}; a path with a comma in it goes into double quotes."
         return _bad(index, f'"{other}" where {what} should be; it {error}', remedy)
-    return Row(index, prompt, video=paths[0]) if config.task == "v2v" else Row(index, prompt, images=paths)
+    return (
+        GenerationRow(index, prompt, video=paths[0])
+        if config.task == "v2v"
+        else GenerationRow(index, prompt, images=paths)
+    )
 
 
 def _bad(index: int, found: str, remedy: str) -> BadRow:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mm.checkpoint.formats.folder import FolderWeights
-from mm.checkpoint.formats.mindspeed import MMWeights
+from mm.checkpoint.formats.mindspeed import MindSpeedWeights
 from mm.checkpoint.formats.source import WeightSource
 from mm.checkpoint.formats.training import DECAY_KEY, TrainingWeights
 from mm.checkpoint.safetensor_file import DTYPE_NAMES
@@ -117,7 +117,7 @@ def _model(config: WanConfig) -> str:
 
 
 def _format(source: WeightSource) -> str:
-    if isinstance(source, MMWeights) and source.num_ranks > 1:
+    if isinstance(source, MindSpeedWeights) and source.num_ranks > 1:
         chunks = f", {source.num_chunks} model chunks each" if source.num_chunks > 1 else ""
         return f"{source.label}, {source.num_ranks} pipeline ranks{chunks}"
     return source.label
@@ -128,7 +128,7 @@ def _files(source: WeightSource) -> list[str]:
         return sorted(source.manifest.files)
     if isinstance(source, FolderWeights):
         return [shard.name for shard in source.folder.shards]
-    if isinstance(source, MMWeights):
+    if isinstance(source, MindSpeedWeights):
         return sorted({str(place.file.relative_to(source.path)) for place in source.places.values()})
     return sorted((f.name for f in source.path.glob("model_*.pt")), key=lambda name: (len(name), name))
 

@@ -19,7 +19,7 @@ from mm.parallel.apply import ParallelModel
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepStatistics:
     """A step's gradients, reduced and not yet applied.
 
     Attributes:
@@ -48,7 +48,7 @@ class Outcome:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def agree(parallel: ParallelModel, optimizer: Optimizer, losses: Tensor, asked_to_stop: bool = False) -> Outcome:
+def agree(parallel: ParallelModel, optimizer: Optimizer, losses: Tensor, asked_to_stop: bool = False) -> StepStatistics:
     """Tell all ranks of this one's part of a step; every rank calls it, after `Optimizer.reduce_gradients`.
 
     Args:
@@ -61,7 +61,7 @@ def agree(parallel: ParallelModel, optimizer: Optimizer, losses: Tensor, asked_t
     beside[rank * size : (rank + 1) * size] = losses.flatten()
     beside[-1] = float(asked_to_stop)
     squares, beside = optimizer.gradient_squares(beside)
-    return Outcome(of_replicas(parallel.mesh.layout, beside[:-1], losses.shape), squares, bool(beside[-1] > 0))
+    return StepStatistics(of_replicas(parallel.mesh.layout, beside[:-1], losses.shape), squares, bool(beside[-1] > 0))
 
 
 def of_replicas(layout: Layout, parts: Tensor, shape: Sequence[int]) -> Tensor:

@@ -29,7 +29,7 @@ from mm.parallel.stage import WanStage, cut
 from mm.parallel.tensor import TensorAxis
 from mm.parallel.trainable_extension import TrainableExtension
 from mm.wan.compile import compile_blocks, graphs_needed
-from mm.wan.layers import BlockRunner, Parts, run_in_order
+from mm.wan.layers import BlockRunner, ModuleFactories, run_in_order
 from mm.wan.model import WanModel
 
 ValueOf = Callable[[str, Shape], Tensor]
@@ -173,13 +173,13 @@ def apply_frozen(
     return ParallelModel([stage], [stage], wan, config, options, zero, placements, {}, mesh, backend)
 
 
-def model_parts(mesh: Mesh, run_blocks: BlockRunner) -> Parts:
+def model_parts(mesh: Mesh, run_blocks: BlockRunner) -> ModuleFactories:
     """What the model is built from on this rank."""
     attention = context_attention(mesh.context)
     if mesh.layout.tp_size == 1:
-        return Parts(self_attention=attention, run_blocks=run_blocks)
+        return ModuleFactories(self_attention=attention, run_blocks=run_blocks)
     axis = TensorAxis(mesh.groups.tp, mesh.layout.sequence_parallel)
-    return Parts(
+    return ModuleFactories(
         column=axis.column,
         row=axis.row,
         columns=axis.columns,
@@ -195,7 +195,7 @@ def _placements(shapes: Mapping[str, Shape], mesh: Mesh) -> dict[str, Placement]
 
 
 def _stage(
-    wan: WanConfig, parts: Parts, config: TransformerConfig, mesh: Mesh, dtype: torch.dtype, vp_rank: int
+    wan: WanConfig, parts: ModuleFactories, config: TransformerConfig, mesh: Mesh, dtype: torch.dtype, vp_rank: int
 ) -> WanStage:
     layout = mesh.layout
     first = mesh.pp_rank == 0 and vp_rank == 0

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.ops.attention.api import Keep, keep_inputs, keep_nothing
+from mm.ops.attention.api import ActivationPolicy, keep_inputs, keep_nothing
 from mm.ops.attention.api import attention as attend
 from mm.parallel.groups import GroupMaker
 from mm.parallel.ring import Ring, ring_attention
@@ -99,7 +99,7 @@ def context_attention(groups: ContextGroups) -> SelfAttention:
         ring = Ring(groups.ring, groups.ring_overlap, groups.ring_outer, groups.window_size)
     cp_size = (ulysses.size() if ulysses else 1) * (ring.size if ring else 1)
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, keep: Keep = keep_nothing) -> Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, keep: ActivationPolicy = keep_nothing) -> Tensor:
         if not 1 <= num_tokens <= cp_size * q.shape[1]:
             raise ValueError(f"{num_tokens} tokens on {cp_size} ranks with {q.shape[1]} places each")
         if ulysses is not None:
@@ -115,7 +115,7 @@ def context_attention(groups: ContextGroups) -> SelfAttention:
     return attention
 
 
-def _whole_sequence(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, keep: Keep) -> Tensor:
+def _whole_sequence(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, keep: ActivationPolicy) -> Tensor:
     """Attention where every token is at hand: [B, T, N, K] with the padding cut off before and zeros put back after."""
     real, padding = slice(0, num_tokens), q.shape[1] - num_tokens
     out = attend(q[:, real], k[:, real], v[:, real], keep)

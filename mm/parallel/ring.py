@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mm.ops.attention import api as attention
-from mm.ops.attention.api import Keep, keep_nothing
+from mm.ops.attention.api import ActivationPolicy, keep_nothing
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,9 @@ class Exchange:
         return self.received
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, ring: Ring, keep: Keep = keep_nothing) -> Tensor:
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, num_tokens: int, ring: Ring, keep: ActivationPolicy = keep_nothing
+) -> Tensor:
     """Non-causal softmax attention over a sequence that is spread over the ring; differentiable.
 
     Args:
@@ -132,7 +134,9 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, ring: Ring,
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, num_tokens: int, ring: Ring, keep: Keep) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, num_tokens: int, ring: Ring, keep: ActivationPolicy
+    ) -> Tensor:
         out, lse = keep("O", lambda: _around_the_ring(q, k, v, num_tokens, ring))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.num_tokens, ctx.ring = num_tokens, ring

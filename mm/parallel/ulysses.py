@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mm.ops.attention.api import Keep, keep_nothing
+from mm.ops.attention.api import ActivationPolicy, keep_nothing
 
 
 def scatter_heads(
-    q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup, keep: Keep = keep_nothing
+    q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup, keep: ActivationPolicy = keep_nothing
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Give heads away and gather tokens, for all three tensors in one all-to-all; differentiable.
 
@@ -42,7 +42,7 @@ def gather_heads(out: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 class _ScatterHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, keep: Keep, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, group: dist.ProcessGroup, keep: ActivationPolicy, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
         return keep("q,k,v", lambda: _tokens_for_heads(tensors, group))
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from mm.config.place import Place
+from mm.config.place import ProcessPlace
 from mm.errors import EXIT_CHECKPOINT, EXIT_HANG, ConfigError, RestartError
 from mm.supervise.fingerprint import CHECK_NODES, agree, fingerprint
 from mm.supervise.mailbox import Failure, as_record
@@ -33,7 +33,7 @@ class Job:
 
     def __init__(
         self,
-        where: Place,
+        where: ProcessPlace,
         collective: str,
         device: torch.device,
         timeout_minutes: int,
@@ -152,7 +152,7 @@ class JobStore(NamedTuple):
         return PrefixStore(self.prefix, self.base)
 
 
-def open_store(where: Place, timeout: datetime.timedelta) -> JobStore:
+def open_store(where: ProcessPlace, timeout: datetime.timedelta) -> JobStore:
     """The key-value store of the job.
 
     As torch's `env://` does, but without waiting for the other processes, which nothing would name. torchrun already

@@ -43,7 +43,7 @@ def as_record(kind: type[RecordT], told: Any) -> RecordT | None:
         return None
 
 
-class Notices:
+class Mailbox:
     """A process's view of what was told in this start of the job. Threads may share it.
 
     Args:

@@ -19,7 +19,7 @@ import psutil
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from mm.config.place import Place
+from mm.config.place import ProcessPlace
 from mm.errors import ConfigError
 
 SECRET = "MM_JOB_SECRET"  # noqa: S105  (a name)
@@ -29,7 +29,7 @@ _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Which network interface the libraries of collectives listen on; each reads its own at the first connection."""
 
 
-def on_one_node(where: Place) -> bool:
+def on_one_node(where: ProcessPlace) -> bool:
     """Whether all processes of the job are on this node, as torchrun says."""
     return where.local_world_size == where.world_size
 

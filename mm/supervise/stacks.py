@@ -23,7 +23,7 @@ _FRAME = re.compile(r'  File "(.*)", line (\d+|\?\?\?) in (.*)')
 _ESCAPE = re.compile(r"\\(?:x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
 
 
-class Call(NamedTuple):
+class StackFrame(NamedTuple):
     """One entry of a stack: the file, the line in it (0 where it is not known) and the function's name."""
 
     file: str
@@ -54,7 +54,7 @@ def where_is(thread: int) -> tuple[bool, str]:
     return waits, collective or stack[0].function
 
 
-def read_stacks() -> dict[int, list[Call]]:
+def read_stacks() -> dict[int, list[StackFrame]]:
     """The stacks of all threads, by `threading.get_ident`, each with the innermost call first.
 
     A stack ends after 100 calls, and there are 100 threads at most.
@@ -63,13 +63,13 @@ def read_stacks() -> dict[int, list[Call]]:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
         text = file.read().decode("ascii", "replace")
-    stacks: dict[int, list[Call]] = {}
+    stacks: dict[int, list[StackFrame]] = {}
     for line in text.splitlines():
         if thread := _THREAD.match(line):
             stacks[int(thread[1], 16)] = calls = []
         elif call := _FRAME.match(line):
             number = 0 if call[2] == "???" else int(call[2])
-            calls.append(Call(_unescaped(call[1]), number, _unescaped(call[3])))
+            calls.append(StackFrame(_unescaped(call[1]), number, _unescaped(call[3])))
     return stacks
 
 

@@ -1,6 +1,6 @@
 """Watches a process from a thread beside it: names the rank that keeps a job from going on, and ends a failed job.
 
-The run marks its phases (`Watch.during`). All ranks pass through the same phases in the same order, so the count of
+The run marks its phases (`Watchdog.during`). All ranks pass through the same phases in the same order, so the count of
 phases says who is behind. When a process stays in one for too long it raises the alarm; then every process that can
 still answer writes its stacks to a file and says what it is doing, the table of all is printed with the suspect first,
 and all leave with exit code 124, before a collective's own time limit says less about it.
@@ -40,7 +40,7 @@ from mm.errors import (
     say,
 )
 from mm.supervise.limits import Limits
-from mm.supervise.mailbox import Failure, Notices, StoreLostError
+from mm.supervise.mailbox import Failure, Mailbox, StoreLostError
 from mm.supervise.stacks import where_is
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class Alarm:
     limit_s: float
 
 
-class Watch:
+class Watchdog:
     """The watch over one process; a context manager around the run.
 
     Attributes:
@@ -102,7 +102,7 @@ class Watch:
 
     def __init__(
         self,
-        notices: Notices,
+        notices: Mailbox,
         limits: Limits,
         folder: Path | None,
         leave: Callable[[int], None] = os._exit,
@@ -157,7 +157,7 @@ class Watch:
         taken, self.samples = self.samples, Counter()
         return taken
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         self._thread.start()
         return self
 

@@ -27,7 +27,7 @@ _OF_THE_DISK = ("CKPT-030", "CKPT-031")
 """No room, or refused by the file system: what may be over at the next save."""
 
 
-class Saves:
+class Checkpointing:
     """The checkpoints of one run in `--save`; inside `mm.checkpoint.store.writing`."""
 
     def __init__(

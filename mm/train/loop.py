@@ -42,7 +42,7 @@ from mm.train.build import (
     step_shape,
     why_not_compiled,
 )
-from mm.train.checkpointing import Saves
+from mm.train.checkpointing import Checkpointing
 from mm.train.checks import Check, Checks
 from mm.train.flops import train_flops
 from mm.train.memory_breakdown import Phase
@@ -103,7 +103,7 @@ def train(run: Run) -> Progress:
         saves = None
         if flags.save is not None:
             root, background = Path(flags.save), _background_saver(run, optimizer, memory, lock, stack)
-            saves = Saves(run, root, steps, parallel, optimizer, adapters, background, lock)
+            saves = Checkpointing(run, root, steps, parallel, optimizer, adapters, background, lock)
         return _steps(run, _Built(parallel, optimizer, log, during, checks, saves), progress)
 
 
@@ -141,7 +141,7 @@ class _Built:
     log: MetricsLog
     during: Callable[[Phase], AbstractContextManager[None]]
     checks: Checks
-    saves: Saves | None
+    saves: Checkpointing | None
 
 
 def _steps(run: Run, built: _Built, progress: Progress) -> Progress:

@@ -33,7 +33,7 @@ from mm.config.recompute import Recompute, recompute_of
 from mm.config.request import Request
 from mm.config.rules import TRAINING_RULES
 from mm.config.train import PredictorConfig, PretrainModel, TrainFlags
-from mm.train.memory_breakdown import Split
+from mm.train.memory_breakdown import MemoryBreakdown
 
 _ZERO_FILE = "zero_config.yaml"
 _LARGEST_FACTOR = 8
@@ -43,7 +43,7 @@ _ADAPTERS = 0.01
 
 
 @dataclass(frozen=True)
-class Relief:
+class MemoryAdvice:
     """One change that lowers what a rank needs.
 
     Attributes:
@@ -81,7 +81,7 @@ class _Change:
     world_size: int = 0
 
 
-def reliefs(request: Request, split: Split, count: int = 3) -> list[Relief]:
+def reliefs(request: Request, split: MemoryBreakdown, count: int = 3) -> list[MemoryAdvice]:
     """The changes that lower this rank's memory most for each device, best first.
 
     Fewer than `count` come back only where the rules leave fewer: with one head, one block and everything else in use.
@@ -94,13 +94,13 @@ def reliefs(request: Request, split: Split, count: int = 3) -> list[Relief]:
     return sorted(found, key=lambda relief: relief.score, reverse=True)[:count]
 
 
-def saved_bytes(before: Request, after: Request, split: Split) -> float:
+def saved_bytes(before: Request, after: Request, split: MemoryBreakdown) -> float:
     """Bytes that a rank needs less, estimated; of what failed to be allocated and of moments to come too."""
     old, new = ((*_model_bytes(r), _activation_bytes(r)) for r in (before, after))
     return sum(size * (1 - less / more) for size, less, more in zip(_needed(split, old), new, old, strict=True))
 
 
-def _needed(split: Split, ratios: tuple[float, ...]) -> tuple[float, ...]:
+def _needed(split: MemoryBreakdown, ratios: tuple[float, ...]) -> tuple[float, ...]:
     """Bytes of parameters, gradients, optimizer and activations, with the allocation that failed."""
     if split.phase == "building the model":  # nobody knows what is what yet: as much of each as a whole model has
         model = split.held - split.program + split.asked
@@ -110,7 +110,7 @@ def _needed(split: Split, ratios: tuple[float, ...]) -> tuple[float, ...]:
     return split.parameters, split.gradients, optimizer, split.activations + (split.asked if in_step else 0)
 
 
-def _first_that_helps(request: Request, split: Split, family: Iterator[_Change]) -> Relief | None:
+def _first_that_helps(request: Request, split: MemoryBreakdown, family: Iterator[_Change]) -> MemoryAdvice | None:
     for change in family:
         candidate = _changed(request, change)
         if any(problem for rule in TRAINING_RULES for problem in rule(candidate)):
@@ -118,7 +118,7 @@ def _first_that_helps(request: Request, split: Split, family: Iterator[_Change])
         old, new = ((*_model_bytes(r), _activation_bytes(r)) for r in (request, candidate))
         saved = saved_bytes(request, candidate, split)
         if saved >= 0 and any(less < more for less, more in zip(new, old, strict=True)):
-            return Relief(candidate, request, _text(request, candidate), saved)
+            return MemoryAdvice(candidate, request, _text(request, candidate), saved)
     return None
 
 

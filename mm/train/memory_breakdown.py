@@ -25,7 +25,7 @@ Phase = Literal[
 
 
 @dataclass(frozen=True)
-class Split:
+class MemoryBreakdown:
     """Bytes on one rank when an allocation failed.
 
     Attributes:
@@ -63,16 +63,18 @@ def measure(
     parallel: ParallelModel | None,
     optimizer: Optimizer | None,
     pinned_host: int = 0,
-) -> Split:
+) -> MemoryBreakdown:
     """The split of this rank's memory. Allocates nothing on the device and next to nothing elsewhere.
 
     Args:
-        phase, asked, program, pinned_host: as in `Split`.
+        phase, asked, program, pinned_host: as in `MemoryBreakdown`.
         peak: bytes of the device, or on the CPU of the process, when most was held.
         parallel, optimizer: None where they are not built yet.
     """
     if parallel is None:
-        return Split(phase, asked, parameters=max(0, peak - program), program=program, pinned_host=pinned_host)
+        return MemoryBreakdown(
+            phase, asked, parameters=max(0, peak - program), program=program, pinned_host=pinned_host
+        )
     model = list(parallel.all_parameters().values())
     shards = optimizer.shards if optimizer is not None else []
     states = [shard.inner.state.get(shard.key, {}) for shard in shards]
@@ -83,7 +85,7 @@ def measure(
     state += _bytes((value for values in states for value in values.values()), counted)
     if optimizer is not None and optimizer.average is not None:
         state += _bytes(optimizer.average.values.values(), counted)
-    return Split(
+    return MemoryBreakdown(
         phase,
         asked,
         parameters,

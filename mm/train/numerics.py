@@ -1,7 +1,7 @@
 """What a run does about numbers that are not finite, and what it tells about losses out of the ordinary.
 
-All ranks decide from the same `Outcome`, before the optimizer touches a weight. A step that is not finite is computed
-once more with every module watched: the run then names the first module that made a bad number, and says whether the
+All ranks decide from the same `StepStatistics`, before the optimizer touches a weight. A step that is not finite is
+computed once more with every module watched: the run then names the first module that made a bad number, and says whether the
 same numbers came again, which a defect of the data or the model does and a defect of the hardware hardly ever.
 """
 
@@ -24,7 +24,7 @@ from mm.data.loader import FeatureBatch
 from mm.diffusion.flow import FlowMatching
 from mm.errors import NumericsError
 from mm.optim.optimizer import Optimizer
-from mm.optim.step_statistics import Outcome, of_replicas
+from mm.optim.step_statistics import StepStatistics, of_replicas
 from mm.parallel.apply import ParallelModel
 from mm.train.run import Run
 from mm.train.step import compute_gradients
@@ -57,7 +57,7 @@ class NumericsGuard:
         self._in_a_row = 0
         self.skipped = skipped
 
-    def accepted(self, step: int, outcome: Outcome, batches: Sequence[FeatureBatch]) -> None:
+    def accepted(self, step: int, outcome: StepStatistics, batches: Sequence[FeatureBatch]) -> None:
         """Take note of a finite step, and say so where its loss is far above those before."""
         self._in_a_row = 0
         loss = outcome.loss
@@ -76,7 +76,7 @@ class NumericsGuard:
                 )
         self._losses.append(loss)
 
-    def refused(self, step: int, outcome: Outcome, batches: Sequence[FeatureBatch]) -> None:
+    def refused(self, step: int, outcome: StepStatistics, batches: Sequence[FeatureBatch]) -> None:
         """Look into a step that is not finite, write the anomaly's files, and go on or stop; every rank calls it.
 
         Raises:
@@ -116,7 +116,7 @@ class NumericsGuard:
         self._go_on_or_stop(step, outcome, everyone, bad_parameters, same=same)
 
     def _go_on_or_stop(
-        self, step: int, outcome: Outcome, reports: list[Any], bad_parameters: list[str], *, same: bool
+        self, step: int, outcome: StepStatistics, reports: list[Any], bad_parameters: list[str], *, same: bool
     ) -> None:
         bad_loss = not math.isfinite(outcome.loss)
         what = f"loss of step {step} is {outcome.loss}" if bad_loss else f"gradient norm of step {step} is"
@@ -162,7 +162,7 @@ class NumericsGuard:
         parts = parallel.mesh.gather(losses.flatten()).flatten()
         return of_replicas(parallel.mesh.layout, parts, losses.shape), modules
 
-    def _holds_largest(self, outcome: Outcome) -> bool:
+    def _holds_largest(self, outcome: StepStatistics) -> bool:
         """Whether this rank is the first one of the replica with the largest loss."""
         mesh = self._parallel.mesh
         largest = int(outcome.losses.flatten(1).amax(dim=1).argmax())

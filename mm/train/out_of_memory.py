@@ -15,7 +15,7 @@ from mm.errors import OutOfMemoryError
 from mm.optim.optimizer import Optimizer
 from mm.parallel.apply import ParallelModel
 from mm.train.memory_advice import reliefs
-from mm.train.memory_breakdown import Phase, Split, measure
+from mm.train.memory_breakdown import MemoryBreakdown, Phase, measure
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -72,7 +72,7 @@ class MemoryWatch:
         return OutOfMemoryError("MEM-001", " ".join(told), f"Try one of these, best first: {advice}.")
 
 
-def _held(split: Split, *, built: bool) -> str:
+def _held(split: MemoryBreakdown, *, built: bool) -> str:
     kinds = {
         "parameters" if built else "the unfinished model": split.parameters,
         "gradients": split.gradients,

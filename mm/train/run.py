@@ -20,7 +20,7 @@ from mm.parallel.apply import DataParallelOptions
 from mm.parallel.mesh import Mesh
 from mm.stopping import StopRequest
 from mm.supervise.limits import LAST_SAVE, OPENING, SAVE_BEFORE, Limits
-from mm.supervise.watchdog import Watch
+from mm.supervise.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Run:
     mesh: Mesh
     backend: Backend
     comm: Comm
-    watch: Watch
+    watch: Watchdog
     stop: StopRequest | None = None
     processes_of_node: int = 1
     lora: LoRAPlan | None = None

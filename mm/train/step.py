@@ -16,7 +16,7 @@ from mm.device.copies import to_device
 from mm.diffusion.flow import FlowMatching
 from mm.errors import NumericsError
 from mm.optim.optimizer import Optimizer
-from mm.optim.step_statistics import Outcome, agree
+from mm.optim.step_statistics import StepStatistics, agree
 from mm.parallel.apply import ParallelModel
 from mm.parallel.schedule import LossFunction, forward_backward
 from mm.parallel.stage import WanStage
@@ -35,13 +35,13 @@ class StepResult:
         lr: the rate that was used. tokens: video tokens of this replica's samples, after patching.
     """
 
-    outcome: Outcome
+    outcome: StepStatistics
     updated: bool
     lr: float
     tokens: int
 
 
-def stop_at(outcome: Outcome) -> None:
+def stop_at(outcome: StepStatistics) -> None:
     """What to do about numbers that are not finite where no guard decides (`mm.train.numerics`).
 
     Raises:
@@ -62,7 +62,7 @@ def train_step(
     samples: int,
     seed: int,
     during: Callable[[Phase], AbstractContextManager[object]] = nullcontext,
-    on_nonfinite: Callable[[Outcome], None] = stop_at,
+    on_nonfinite: Callable[[StepStatistics], None] = stop_at,
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> StepResult:
     """Take one step. The process waits for the device once, to read what `agree` tells.

@@ -23,7 +23,7 @@ import torch
 
 from mm.device.backend import Backend
 from mm.parallel.mesh import Mesh
-from mm.supervise.watchdog import Watch
+from mm.supervise.watchdog import Watchdog
 from mm.train.memory_breakdown import Phase
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Straggler:
 class Stragglers:
     """Compares the ranks of a run."""
 
-    def __init__(self, watch: Watch, mesh: Mesh, backend: Backend) -> None:
+    def __init__(self, watch: Watchdog, mesh: Mesh, backend: Backend) -> None:
         """Begin to count."""
         self._watch, self._mesh, self._backend = watch, mesh, backend
         self._seen: Counter[tuple[str, bool]] = Counter()

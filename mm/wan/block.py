@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from mm.config.model import WanConfig
-from mm.ops.attention.api import Keep, keep_nothing
+from mm.ops.attention.api import ActivationPolicy, keep_nothing
 from mm.ops.elementwise import autograd as ops
-from mm.wan.layers import Fp32LayerNorm, Parts
+from mm.wan.layers import Fp32LayerNorm, ModuleFactories
 from mm.wan.rope import Positions
 
 
 class Attention(nn.Module):
     """The projections that self attention and cross attention have in common."""
 
-    def __init__(self, config: WanConfig, parts: Parts) -> None:
+    def __init__(self, config: WanConfig, parts: ModuleFactories) -> None:
         super().__init__()
         width = config.hidden_size
         self.head_dim = config.head_dim
@@ -43,11 +43,11 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Attention among the video tokens, with rotary positions."""
 
-    def __init__(self, config: WanConfig, parts: Parts) -> None:
+    def __init__(self, config: WanConfig, parts: ModuleFactories) -> None:
         super().__init__(config, parts)
         self.attention = parts.self_attention
 
-    def forward(self, x: Tensor, positions: Positions, keep: Keep = keep_nothing) -> Tensor:
+    def forward(self, x: Tensor, positions: Positions, keep: ActivationPolicy = keep_nothing) -> Tensor:
         """[B, T, D] to [B, T, D]."""
         q, k, v = self.columns(x, (self.q, self.k, self.v))
         q, k, v = self.norm_q(q, positions), self.norm_k(k, positions), self.heads(v)
@@ -62,7 +62,7 @@ class CrossAttention(Attention):
     of the two attentions are added.
     """
 
-    def __init__(self, config: WanConfig, parts: Parts) -> None:
+    def __init__(self, config: WanConfig, parts: ModuleFactories) -> None:
         super().__init__(config, parts)
         self.attention = parts.cross_attention
         self.image_tokens = config.image_tokens
@@ -91,7 +91,7 @@ class CrossAttention(Attention):
 class FeedForward(nn.Sequential):
     """Linear, GELU, linear; a Sequential because the weights are named by its indices."""
 
-    def __init__(self, config: WanConfig, parts: Parts) -> None:
+    def __init__(self, config: WanConfig, parts: ModuleFactories) -> None:
         wide, narrow = config.ffn_dim, config.hidden_size
         super().__init__(parts.column(narrow, wide), nn.GELU(approximate="tanh"), parts.row(wide, narrow))
         self.columns = parts.columns
@@ -106,7 +106,7 @@ class FeedForward(nn.Sequential):
 class WanBlock(nn.Module):
     """Self attention and feed-forward are modulated and gated by the timestep; cross attention is neither."""
 
-    def __init__(self, config: WanConfig, parts: Parts) -> None:
+    def __init__(self, config: WanConfig, parts: ModuleFactories) -> None:
         super().__init__()
         self.eps = config.eps
         self.self_attn = SelfAttention(config, parts)
@@ -116,7 +116,12 @@ class WanBlock(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.hidden_size))  # init_weights or a file fills it
 
     def forward(
-        self, x: Tensor, time_modulation: Tensor, context: Tensor, positions: Positions, keep: Keep = keep_nothing
+        self,
+        x: Tensor,
+        time_modulation: Tensor,
+        context: Tensor,
+        positions: Positions,
+        keep: ActivationPolicy = keep_nothing,
     ) -> Tensor:
         """One block.
 

@@ -22,7 +22,7 @@ from torch._dynamo import config as dynamo_config
 from mm.config.model import WanConfig
 from mm.wan.block import WanBlock
 from mm.wan.initial import initial_value
-from mm.wan.layers import Parts
+from mm.wan.layers import ModuleFactories
 from mm.wan.precision import keep_fp32
 from mm.wan.rope import grid_positions
 
@@ -100,7 +100,7 @@ def probe(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _run(device: torch.device, dtype: torch.dtype, compiled: bool) -> list[Tensor]:
     """Output and gradients of the small block."""
-    block = WanBlock(_TINY, Parts())
+    block = WanBlock(_TINY, ModuleFactories())
     for name, parameter in block.named_parameters():
         value = initial_value(f"blocks.0.{name}", parameter.shape, 0)
         parameter.data = value.to(device, torch.float32 if keep_fp32(f"blocks.0.{name}") else dtype)

@@ -1,7 +1,7 @@
-"""The layers a Wan model is put together from, and `Parts`, through which they are handed in.
+"""The layers a Wan model is put together from, and `ModuleFactories`, through which they are handed in.
 
-The model asks `Parts` for every layer whose implementation depends on how it is run. The defaults are the single
-device; tensor parallelism hands in sharded linears and norms, context parallelism another attention. The model itself
+The model asks `ModuleFactories` for every layer whose implementation depends on how it is run. The defaults are the
+single device; tensor parallelism hands in sharded linears and norms, context parallelism another attention. The model itself
 stays the same, and its parameter names too.
 """
 
@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm.ops.attention.api import Keep, attention, keep_inputs, keep_nothing
+from mm.ops.attention.api import ActivationPolicy, attention, keep_inputs, keep_nothing
 from mm.ops.elementwise import autograd as ops
-from mm.ops.elementwise.operators import SumOverRanks, alone
+from mm.ops.elementwise.operators import SumOverRanks, identity
 from mm.wan.rope import Positions
 
 LinearFactory = Callable[[int, int], nn.Module]
@@ -34,10 +34,11 @@ Columns = Callable[[Tensor, Sequence[nn.Module]], list[Tensor]]
 CrossAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [B, T, N, K], k [B, L, N, K], v [B, L, N, K]) -> [B, T, N, K]."""
 
-SelfAttention = Callable[[Tensor, Tensor, Tensor, int, Keep], Tensor]
+SelfAttention = Callable[[Tensor, Tensor, Tensor, int, ActivationPolicy], Tensor]
 """(q, k, v [B, T, N, K], num_tokens, keep) -> [B, T, N, K]; num_tokens is the sample's, all ranks' shares together.
 
-`keep` (`mm.ops.attention.api.Keep`) is asked for what attention reads and gives, so that recomputation can keep it.
+`keep` (`mm.ops.attention.api.ActivationPolicy`) is asked for what attention reads and gives, so that recomputation can
+keep it.
 """
 
 
@@ -51,7 +52,7 @@ def run_in_order(
     time_modulation: Tensor,
     context: Tensor,
     positions: Positions,
-    keep: Keep = keep_nothing,
+    keep: ActivationPolicy = keep_nothing,
 ) -> Tensor:
     """The plain `BlockRunner`; `keep` is handed to every block."""
     for block in blocks:
@@ -64,7 +65,7 @@ def apply_columns(x: Tensor, linears: Sequence[nn.Module]) -> list[Tensor]:
     return [linear(x) for linear in linears]
 
 
-def self_attention(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, keep: Keep) -> Tensor:
+def self_attention(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, keep: ActivationPolicy) -> Tensor:
     """The single-device `SelfAttention`: all tokens are here, so their number is in the shapes."""
     if q.shape[1] != num_tokens:
         raise ValueError(f"{q.shape[1]} tokens at hand, {num_tokens} in the sample")
@@ -80,7 +81,7 @@ class QKNorm(nn.Module):
     """
 
     def __init__(
-        self, width: int, head_dim: int, eps: float, shares: int = 1, sum_over_ranks: SumOverRanks = alone
+        self, width: int, head_dim: int, eps: float, shares: int = 1, sum_over_ranks: SumOverRanks = identity
     ) -> None:
         super().__init__()
         self.width, self.head_dim, self.eps = width, head_dim, eps
@@ -111,7 +112,7 @@ class Fp32Linear(nn.Linear):
 
 
 @dataclass(frozen=True)
-class Parts:
+class ModuleFactories:
     """What the model is built from. Every field has its single-device default.
 
     Attributes:

@@ -25,7 +25,7 @@ from mm.wan.block import WanBlock
 from mm.wan.folder import WeightFolder
 from mm.wan.initial import initial_value
 from mm.wan.inputs import beside, check_inputs
-from mm.wan.layers import Fp32LayerNorm, Parts
+from mm.wan.layers import Fp32LayerNorm, ModuleFactories
 from mm.wan.patches import patchify, token_grid, unpatchify
 from mm.wan.precision import keep_fp32
 from mm.wan.rope import Grid, Positions, RotaryTables
@@ -67,7 +67,7 @@ class PatchEmbedding(nn.Module):
 class TextEmbedding(nn.Sequential):
     """Linear, GELU, linear, on text features of any dtype."""
 
-    def __init__(self, config: WanConfig, parts: Parts) -> None:
+    def __init__(self, config: WanConfig, parts: ModuleFactories) -> None:
         width = config.hidden_size
         super().__init__(parts.linear(config.text_dim, width), nn.GELU(approximate="tanh"), parts.linear(width, width))
 
@@ -85,7 +85,7 @@ class ImageEmbedding(nn.Module):
     Source: the released I2V and FLF2V weights; the exact GELU and an eps of 1e-5 as diffusers' `WanImageEmbedding`.
     """
 
-    def __init__(self, config: WanConfig, parts: Parts) -> None:
+    def __init__(self, config: WanConfig, parts: ModuleFactories) -> None:
         super().__init__()
         width = config.image_dim
         self.proj = nn.Sequential(
@@ -109,7 +109,7 @@ class ImageEmbedding(nn.Module):
 class Head(nn.Module):
     """Modulated LayerNorm and a linear from D to the pixels of a patch, all in fp32."""
 
-    def __init__(self, config: WanConfig, parts: Parts) -> None:
+    def __init__(self, config: WanConfig, parts: ModuleFactories) -> None:
         super().__init__()
         self.eps = config.eps
         self.head = parts.linear_fp32(config.hidden_size, config.out_dim * math.prod(config.patch_size))
@@ -133,9 +133,9 @@ class WanModel(nn.Module):
         parts: layers and attention to build from; single-device by default.
     """
 
-    def __init__(self, config: WanConfig, parts: Parts | None = None) -> None:
+    def __init__(self, config: WanConfig, parts: ModuleFactories | None = None) -> None:
         super().__init__()
-        parts = parts or Parts()
+        parts = parts or ModuleFactories()
         width = config.hidden_size
         self.config = config
         self.runner = parts.run_blocks
@@ -157,7 +157,7 @@ class WanModel(nn.Module):
         cls: type[ModelT],
         folder: str | Path,
         dtype: torch.dtype = torch.float32,
-        parts: Parts | None = None,
+        parts: ModuleFactories | None = None,
     ) -> ModelT:
         """Load weights in diffusers, native or MindSpeed-MM names, detected by content, onto the CPU.
 

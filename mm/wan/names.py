@@ -17,7 +17,7 @@ Convention = Literal["native", "diffusers", "mm"]
 CONVENTIONS: tuple[Convention, ...] = ("native", "diffusers", "mm")
 
 
-class Row(NamedTuple):
+class NameRule(NamedTuple):
     """One module or parameter in the three conventions; `kinds` are the parameters of the module, "" is itself one."""
 
     native: str
@@ -29,54 +29,54 @@ class Row(NamedTuple):
 _BARE = ("",)
 _WEIGHT = ("weight",)
 
-TOP: tuple[Row, ...] = (
-    Row("patch_embedding", "patch_embedding", "patch_embedding"),
-    Row("text_embedding.0", "condition_embedder.text_embedder.linear_1", "text_embedding.linear_1"),
-    Row("text_embedding.2", "condition_embedder.text_embedder.linear_2", "text_embedding.linear_2"),
-    Row("time_embedding.0", "condition_embedder.time_embedder.linear_1", "time_embedding.0"),
-    Row("time_embedding.2", "condition_embedder.time_embedder.linear_2", "time_embedding.2"),
-    Row("time_projection.1", "condition_embedder.time_proj", "time_projection.1"),
-    Row("head.modulation", "scale_shift_table", "head.modulation", _BARE),
-    Row("head.head", "proj_out", "head.head"),
+TOP: tuple[NameRule, ...] = (
+    NameRule("patch_embedding", "patch_embedding", "patch_embedding"),
+    NameRule("text_embedding.0", "condition_embedder.text_embedder.linear_1", "text_embedding.linear_1"),
+    NameRule("text_embedding.2", "condition_embedder.text_embedder.linear_2", "text_embedding.linear_2"),
+    NameRule("time_embedding.0", "condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+    NameRule("time_embedding.2", "condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+    NameRule("time_projection.1", "condition_embedder.time_proj", "time_projection.1"),
+    NameRule("head.modulation", "scale_shift_table", "head.modulation", _BARE),
+    NameRule("head.head", "proj_out", "head.head"),
     # Image-conditioned variants only, from here on.
-    Row("img_emb.proj.0", "condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
-    Row("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
-    Row("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
-    Row("img_emb.proj.4", "condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
-    Row("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos", _BARE),
+    NameRule("img_emb.proj.0", "condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
+    NameRule("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
+    NameRule("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
+    NameRule("img_emb.proj.4", "condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
+    NameRule("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos", _BARE),
     # VACE only.
-    Row("vace_patch_embedding", "vace_patch_embedding", "vace_patch_embedding"),
+    NameRule("vace_patch_embedding", "vace_patch_embedding", "vace_patch_embedding"),
 )
 """Names outside the blocks."""
 
-BLOCK: tuple[Row, ...] = (
-    Row("self_attn.q", "attn1.to_q", "self_attn.proj_q"),
-    Row("self_attn.k", "attn1.to_k", "self_attn.proj_k"),
-    Row("self_attn.v", "attn1.to_v", "self_attn.proj_v"),
-    Row("self_attn.o", "attn1.to_out.0", "self_attn.proj_out"),
-    Row("self_attn.norm_q", "attn1.norm_q", "self_attn.q_norm", _WEIGHT),
-    Row("self_attn.norm_k", "attn1.norm_k", "self_attn.k_norm", _WEIGHT),
-    Row("cross_attn.q", "attn2.to_q", "cross_attn.proj_q"),
-    Row("cross_attn.k", "attn2.to_k", "cross_attn.proj_k"),
-    Row("cross_attn.v", "attn2.to_v", "cross_attn.proj_v"),
-    Row("cross_attn.o", "attn2.to_out.0", "cross_attn.proj_out"),
-    Row("cross_attn.norm_q", "attn2.norm_q", "cross_attn.q_norm", _WEIGHT),
-    Row("cross_attn.norm_k", "attn2.norm_k", "cross_attn.k_norm", _WEIGHT),
-    Row("norm3", "norm2", "norm3"),
-    Row("ffn.0", "ffn.net.0.proj", "ffn.0"),
-    Row("ffn.2", "ffn.net.2", "ffn.2"),
-    Row("modulation", "scale_shift_table", "modulation", _BARE),
+BLOCK: tuple[NameRule, ...] = (
+    NameRule("self_attn.q", "attn1.to_q", "self_attn.proj_q"),
+    NameRule("self_attn.k", "attn1.to_k", "self_attn.proj_k"),
+    NameRule("self_attn.v", "attn1.to_v", "self_attn.proj_v"),
+    NameRule("self_attn.o", "attn1.to_out.0", "self_attn.proj_out"),
+    NameRule("self_attn.norm_q", "attn1.norm_q", "self_attn.q_norm", _WEIGHT),
+    NameRule("self_attn.norm_k", "attn1.norm_k", "self_attn.k_norm", _WEIGHT),
+    NameRule("cross_attn.q", "attn2.to_q", "cross_attn.proj_q"),
+    NameRule("cross_attn.k", "attn2.to_k", "cross_attn.proj_k"),
+    NameRule("cross_attn.v", "attn2.to_v", "cross_attn.proj_v"),
+    NameRule("cross_attn.o", "attn2.to_out.0", "cross_attn.proj_out"),
+    NameRule("cross_attn.norm_q", "attn2.norm_q", "cross_attn.q_norm", _WEIGHT),
+    NameRule("cross_attn.norm_k", "attn2.norm_k", "cross_attn.k_norm", _WEIGHT),
+    NameRule("norm3", "norm2", "norm3"),
+    NameRule("ffn.0", "ffn.net.0.proj", "ffn.0"),
+    NameRule("ffn.2", "ffn.net.2", "ffn.2"),
+    NameRule("modulation", "scale_shift_table", "modulation", _BARE),
     # Image-conditioned variants only, from here on.
-    Row("cross_attn.k_img", "attn2.add_k_proj", "cross_attn.k_img"),
-    Row("cross_attn.v_img", "attn2.add_v_proj", "cross_attn.v_img"),
-    Row("cross_attn.norm_k_img", "attn2.norm_added_k", "cross_attn.k_norm_img", _WEIGHT),
+    NameRule("cross_attn.k_img", "attn2.add_k_proj", "cross_attn.k_img"),
+    NameRule("cross_attn.v_img", "attn2.add_v_proj", "cross_attn.v_img"),
+    NameRule("cross_attn.norm_k_img", "attn2.norm_added_k", "cross_attn.k_norm_img", _WEIGHT),
 )
 """Names inside a block, after `blocks.N.`, which all conventions share."""
 
-VACE_BLOCK: tuple[Row, ...] = (
+VACE_BLOCK: tuple[NameRule, ...] = (
     *BLOCK,
-    Row("before_proj", "proj_in", "before_proj"),  # of the first alone
-    Row("after_proj", "proj_out", "after_proj"),
+    NameRule("before_proj", "proj_in", "before_proj"),  # of the first alone
+    NameRule("after_proj", "proj_out", "after_proj"),
 )
 """Names inside a block of VACE's branch, after `vace_blocks.N.`. The MM names are ours: MindSpeed-MM makes a module of
 the model and another of the branch, wan_dit and vace_dit, which are not read."""
@@ -191,7 +191,7 @@ def _unknown(
     )
 
 
-def _table(rows: Sequence[Row], source: Convention, target: Convention) -> dict[str, str]:
+def _table(rows: Sequence[NameRule], source: Convention, target: Convention) -> dict[str, str]:
     return {
         ".".join(filter(None, (getattr(row, source), kind))): ".".join(filter(None, (getattr(row, target), kind)))
         for row in rows

@@ -12,7 +12,7 @@ from transformers import CLIPVisionModel
 from mm.config.base import load
 from mm.config.model import IMAGES
 from mm.config.train import PretrainModel
-from mm.demo.clips import COLOURS, DIRECTIONS, Clip, all_clips
+from mm.demo.clips import COLOURS, DIRECTIONS, DemoClip, all_clips
 from mm.demo.components import MODEL_NAMES
 from mm.wan.folder import WeightFolder
 
@@ -49,7 +49,7 @@ def test_images_are_first_and_last_frames_of_clips_that_are_not_trained_on(demo:
     pairs = [line.split(", ") for line in (demo / "images_flf2v.txt").read_text().splitlines()]
     assert firsts == [first for first, _ in pairs] and len(set(firsts)) == 16
     trained = [frame for clip in all_clips() for frame in clip.draw()]
-    clips = [Clip(colour, direction, 1) for colour in COLOURS for direction in DIRECTIONS]
+    clips = [DemoClip(colour, direction, 1) for colour in COLOURS for direction in DIRECTIONS]
     for prompt, (first, last), clip in zip(prompts, pairs, clips, strict=True):
         assert prompt == clip.caption
         for path, frame in ((first, clip.draw()[0]), (last, clip.draw()[-1])):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mm.demo.clips import BACKGROUND, COLOURS, NUM_FRAMES, SIZE, Clip, all_captions, all_clips, draw_frame
+from mm.demo.clips import BACKGROUND, COLOURS, NUM_FRAMES, SIZE, DemoClip, all_captions, all_clips, draw_frame
 from mm.demo.measure import Measurement, measure_clip, read_caption, score
 from mm.demo.video import read_video, write_video
 from mm.errors import DataError
@@ -43,7 +43,7 @@ def test_drawn_circle_has_the_area_and_centre_of_its_formula():
 
 def test_variants_differ_and_variant_0_does_not_depend_on_how_many_there_are():
     assert [c for c in all_clips(3) if c.variant == 0] == all_clips(1)
-    tracks = {tuple(Clip("blue", "up", variant).centres()) for variant in range(20)}
+    tracks = {tuple(DemoClip("blue", "up", variant).centres()) for variant in range(20)}
     assert len(tracks) == 20
 
 
@@ -64,7 +64,7 @@ def test_every_clip_survives_h264(tmp_path: Path):
 def test_mp4_is_h264_yuv420p_of_9_frames_at_8_fps(tmp_path: Path):
     import av
 
-    write_video(tmp_path / "clip.mp4", Clip("green", "up").draw(), 8)
+    write_video(tmp_path / "clip.mp4", DemoClip("green", "up").draw(), 8)
     with av.open(str(tmp_path / "clip.mp4")) as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
@@ -112,26 +112,26 @@ def test_motion_of_a_quarter_of_the_asked_one_has_no_direction():
 
 @pytest.mark.parametrize("rgb", [(255, 255, 255), (240, 120, 250), (128, 128, 128), (200, 60, 200)])
 def test_a_colour_outside_the_palette_is_none(rgb: tuple[int, int, int]):
-    frames = Clip("red", "left").draw().astype(float)
+    frames = DemoClip("red", "left").draw().astype(float)
     coverage = (frames[..., :1] - 40) / (215 - 40)
     recoloured = (coverage * np.array(rgb) + (1 - coverage) * 40).round().astype(np.uint8)
     assert measure_clip(recoloured) == (None, "left")
 
 
 def test_a_shape_that_vanishes_in_one_frame_shows_nothing():
-    frames = Clip("red", "left").draw()
+    frames = DemoClip("red", "left").draw()
     frames[4] = BACKGROUND
     assert measure_clip(frames) == NOTHING
 
 
 def test_two_shapes_show_nothing():
-    frames = np.maximum(Clip("red", "left").draw(), Clip("red", "right").draw())
+    frames = np.maximum(DemoClip("red", "left").draw(), DemoClip("red", "right").draw())
     assert measure_clip(frames) == NOTHING
 
 
 def test_played_backwards_the_direction_turns_round():
     for direction, opposite in [("left", "right"), ("right", "left"), ("up", "down"), ("down", "up")]:
-        assert measure_clip(Clip("yellow", direction).draw()[::-1]) == ("yellow", opposite)
+        assert measure_clip(DemoClip("yellow", direction).draw()[::-1]) == ("yellow", opposite)
 
 
 def test_score_counts_hits_and_never_a_blank_clip(tmp_path: Path):
@@ -143,7 +143,7 @@ def test_score_counts_hits_and_never_a_blank_clip(tmp_path: Path):
         elif index == 1:
             frames = frames[::-1]  # the wrong direction
         elif index == 2:
-            frames = Clip("blue", clip.direction).draw()  # the wrong colour
+            frames = DemoClip("blue", clip.direction).draw()  # the wrong colour
         write_video(tmp_path / f"{index:04d}.mp4", frames, 8)
     colour_hits, direction_hits, rows = score(tmp_path, captions)
     assert (colour_hits, direction_hits) == (14, 14)

@@ -22,7 +22,7 @@ from torch_npu_wheel import UnreachableError, Wheel, defined, download
 
 from mm.ops.attention.api import plain_attention_backward, plain_attention_with_lse
 from mm.ops.elementwise import npu, reference
-from mm.ops.elementwise.operators import alone
+from mm.ops.elementwise.operators import identity
 from mm.parallel.ring import merge
 from mm.wan.rope import rope_tables
 
@@ -130,9 +130,9 @@ def norm_reference(x: Tensor, weight: Tensor, rotation: Any, grad: Tensor) -> li
 def test_norm_and_rotation(place: tuple[str, torch.dtype], rotated: bool) -> None:
     (x, weight, grad), tables = norm_inputs(place)
     rotation = tables if rotated else None
-    out, rstd = npu.NpuOperators().rms_norm_rope(x, weight, rotation, HEAD_DIM, EPS, WIDTH, alone)
+    out, rstd = npu.NpuOperators().rms_norm_rope(x, weight, rotation, HEAD_DIM, EPS, WIDTH, identity)
     assert rstd.shape == (B, T, 1)
-    found = npu.NpuOperators().rms_norm_rope_backward(grad, x, weight, rotation, rstd, WIDTH, alone)
+    found = npu.NpuOperators().rms_norm_rope_backward(grad, x, weight, rotation, rstd, WIDTH, identity)
     assert [value.dtype for value in (out, *found)] == [place[1]] * 3
     exact_rotation = exact(*tables) if rotated else None
     assert_close((out, *found), norm_reference(*exact(x, weight), exact_rotation, *exact(grad)), place)
@@ -180,7 +180,7 @@ def test_many_heads_and_samples(place: tuple[str, torch.dtype]) -> None:
     x = random(samples, 1, WIDTH, seed=1, place=place)
     weight = torch.ones(WIDTH).to(*place)
     cos, sin = (table[5:6].to(x.device) for table in rope_tables((1, 3, 4), HEAD_DIM))
-    out, _ = npu.NpuOperators().rms_norm_rope(x, weight, (cos, sin), HEAD_DIM, EPS, WIDTH, alone)
+    out, _ = npu.NpuOperators().rms_norm_rope(x, weight, (cos, sin), HEAD_DIM, EPS, WIDTH, identity)
     heads = reference.rms_norm(*exact(x, weight), EPS).unflatten(-1, (-1, HEAD_DIM))
     assert_close((out,), (reference.apply_rope(heads, *exact(cos, sin)),), place)
 
@@ -188,8 +188,8 @@ def test_many_heads_and_samples(place: tuple[str, torch.dtype]) -> None:
 @pytest.mark.usefixtures("operators")
 def test_bf16_is_rounded_once() -> None:
     (x, weight, grad), tables = norm_inputs(("cpu", torch.bfloat16))
-    out, rstd = npu.NpuOperators().rms_norm_rope(x, weight, tables, HEAD_DIM, EPS, WIDTH, alone)
-    dx, _ = npu.NpuOperators().rms_norm_rope_backward(grad, x, weight, tables, rstd, WIDTH, alone)
+    out, rstd = npu.NpuOperators().rms_norm_rope(x, weight, tables, HEAD_DIM, EPS, WIDTH, identity)
+    dx, _ = npu.NpuOperators().rms_norm_rope_backward(grad, x, weight, tables, rstd, WIDTH, identity)
     assert rstd.dtype == torch.float32
     expected = norm_reference(*exact(x, weight), exact(*tables), *exact(grad))
     for a, b in zip((out, dx), expected[:2], strict=True):
@@ -218,8 +218,8 @@ def test_results_have_the_shapes_that_the_wheel_says() -> None:
         out, lse = npu.attention_with_lse(q, k, v)
         npu.attention_backward(grad, q, k, v, out, lse)
         (x, weight, grad), tables = norm_inputs(("cpu", torch.bfloat16))
-        _, rstd = npu.NpuOperators().rms_norm_rope(x, weight, tables, HEAD_DIM, EPS, WIDTH, alone)
-        npu.NpuOperators().rms_norm_rope_backward(grad, x, weight, tables, rstd, WIDTH, alone)
+        _, rstd = npu.NpuOperators().rms_norm_rope(x, weight, tables, HEAD_DIM, EPS, WIDTH, identity)
+        npu.NpuOperators().rms_norm_rope_backward(grad, x, weight, tables, rstd, WIDTH, identity)
     assert {func._schema.name.removeprefix("npu::") for func, *_ in recorded.calls} == set(OPERATORS)
     assert (lse.shape, lse.dtype) == ((B, HEADS, T), torch.float32)
     for func, args, kwargs, result in recorded.calls:

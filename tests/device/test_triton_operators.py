@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mm.ops.elementwise import reference
 from mm.ops.elementwise.dispatch import operators_of, with_triton
-from mm.ops.elementwise.operators import PlainOperators, alone
+from mm.ops.elementwise.operators import PlainOperators, identity
 
 pytest.importorskip("triton", reason="triton is not installed")
 from mm.ops.elementwise.triton_operators import TritonOperators
@@ -101,11 +101,11 @@ def plain_norm(case: Case, rotate: bool) -> Callable[[Tensor, Tensor], Tensor]:
 
 def rms_norm(case: Case, rotate: bool) -> tuple[Values, Values]:
     rotation = case.rotation if rotate else None
-    arguments = case.head_dim, EPS, case.width, alone
+    arguments = case.head_dim, EPS, case.width, identity
     out, rstd = OPERATORS.rms_norm_rope(case.x, case.norm_weight, rotation, *arguments)
     grad = case.grad.unflatten(-1, out.shape[2:])
     dx, dweight = OPERATORS.rms_norm_rope_backward(
-        grad, case.x, case.norm_weight, rotation, rstd, case.width, alone
+        grad, case.x, case.norm_weight, rotation, rstd, case.width, identity
     )  # fmt: skip
     found = {"out": out, "rstd": rstd, "grad x": dx, "grad norm_weight": dweight}
     expected = differentiated(case, ["x", "norm_weight"], plain_norm(case, rotate))
@@ -221,9 +221,9 @@ def test_the_plain_operators_take_the_rest(shape: tuple[int, int, int, int]) -> 
 
     def results(operators: PlainOperators) -> list[Tensor]:
         out, mean, rstd = operators.layer_norm(x, weight, weight, EPS)
-        heads = operators.rms_norm_rope(x, norm_weight, case.rotation, case.head_dim, EPS, case.width, alone)
+        heads = operators.rms_norm_rope(x, norm_weight, case.rotation, case.head_dim, EPS, case.width, identity)
         gradients = operators.rms_norm_rope_backward(
-            grad.view_as(heads[0]), x, norm_weight, case.rotation, heads[1], case.width, alone
+            grad.view_as(heads[0]), x, norm_weight, case.rotation, heads[1], case.width, identity
         )
         return [
             *(out, mean, rstd, *operators.layer_norm_backward(grad, x, weight, mean, rstd)),

@@ -15,18 +15,17 @@ from torch import Tensor, nn
 
 from mm.config.layout import Layout
 from mm.config.model import WanConfig
-from mm.config.place import place as process_place
+from mm.config.place import process_place
 from mm.device.backend import select
 from mm.doctor.traffic import CountTraffic
 from mm.lora.layer import Adapted, adapter_shapes, add_adapters, is_adapter
 from mm.lora.targets import linears_of
 from mm.parallel.apply import model_parts
 from mm.parallel.mesh import Mesh, build_mesh
-from mm.parallel.placement import place
 from mm.parallel.tensor import gradient_is_partial
 from mm.supervise.job import Job
 from mm.wan.block import FeedForward, WanBlock
-from mm.wan.layers import Parts, run_in_order
+from mm.wan.layers import ModuleFactories, run_in_order
 from mm.wan.rope import grid_positions
 
 CONFIG = WanConfig(hidden_size=48, ffn_dim=72, num_heads=4, num_layers=1)
@@ -66,14 +65,14 @@ class Holder(nn.Module):
 
 
 def compare(
-    mesh: Mesh, make: Callable[[Parts], nn.Module], name: str, adapted: list[str], dtype: torch.dtype,
+    mesh: Mesh, make: Callable[[ModuleFactories], nn.Module], name: str, adapted: list[str], dtype: torch.dtype,
     run: Callable[[nn.Module, tuple[Tensor, ...]], Tensor], inputs: tuple[Tensor, ...], cut: list[bool],
 ) -> tuple[Errors, Messages]:  # fmt: skip
     """Errors of outputs and gradients on this rank, and what adapters change in what is sent.
 
     `cut` says which inputs a rank has only its tokens of, with sequence parallelism; the output is as the first.
     """
-    single = Holder(make(Parts()), name).to(dtype)
+    single = Holder(make(ModuleFactories()), name).to(dtype)
     bare = Holder(make(model_parts(mesh, run_in_order)), name).to(dtype)
     ours = Holder(make(model_parts(mesh, run_in_order)), name).to(dtype)
     targets = {f"blocks.0.{target}": Adapted(RANK, ALPHA) for target in adapted}
@@ -81,7 +80,7 @@ def compare(
     shapes = {n: tuple(p.shape) for n, p in single.named_parameters()}
     shapes |= adapter_shapes(linears_of(shapes), targets)
     whole = random_like(shapes, dtype)
-    placements = {n: place(n, shape, mesh.tp_rank, mesh.layout.tp_size) for n, shape in shapes.items()}
+    placements = {n: process_place(n, shape, mesh.tp_rank, mesh.layout.tp_size) for n, shape in shapes.items()}
     scale = ALPHA / RANK
     with torch.no_grad():
         for n, p in (*bare.named_parameters(), *ours.named_parameters()):

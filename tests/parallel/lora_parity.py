@@ -21,7 +21,7 @@ from mm.activation.recompute import block_runner
 from mm.config.diffusion import DiffusionConfig
 from mm.device.backend import Backend
 from mm.diffusion.flow import FlowMatching
-from mm.doctor.parity import SEED, SETTINGS, STEPS, Errors, value_of
+from mm.doctor.parity import SEED, SETTINGS, STEPS, RelativeErrors, value_of
 from mm.lora.layer import Adapted, initial_adapter_value
 from mm.lora.low_bit import LowBit, quantise
 from mm.lora.plan import LoRAPlan
@@ -198,13 +198,13 @@ def _bytes(parameter: Tensor) -> Tensor:
     return local.detach().contiguous().view(-1).view(torch.uint8).clone()
 
 
-def against_peft(row: LoRARow) -> Errors:
+def against_peft(row: LoRARow) -> RelativeErrors:
     """How far the reference of the layouts is from PEFT on diffusers' model."""
     _SHAPES.update(whole_shapes(row.row.wan))
     return compare(plain_run(row), peft_run(row))
 
 
-def run_rows(rows: list[LoRARow], backend: Backend) -> dict[str, Errors]:
+def run_rows(rows: list[LoRARow], backend: Backend) -> dict[str, RelativeErrors]:
     """Every row on the ranks of one job; the results are rank 0's."""
     references: dict[Any, WholeTrace] = {}
     results = {}

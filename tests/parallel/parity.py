@@ -18,7 +18,7 @@ from mm.config.recompute import Recompute
 from mm.data.loader import FeatureBatch
 from mm.device.backend import Backend
 from mm.doctor import parity
-from mm.doctor.parity import Case, Errors, Trace, limits, merge
+from mm.doctor.parity import Case, RelativeErrors, Trace, limits, merge
 from mm.optim.optimizer import Optimizer
 from mm.parallel.apply import DataParallelOptions
 from mm.parallel.mesh import Mesh, build_mesh
@@ -125,7 +125,7 @@ def gather(optimizer: Optimizer, what: str) -> dict[str, torch.Tensor]:
     return whole
 
 
-def compare(run: WholeTrace, reference: WholeTrace) -> Errors:
+def compare(run: WholeTrace, reference: WholeTrace) -> RelativeErrors:
     """The errors; the reported norm must also be that of the gathered gradients."""
     for mine, expected in zip([*run.gradients, run.weights], [*reference.gradients, reference.weights], strict=True):
         assert mine.keys() == expected.keys(), sorted(mine.keys() ^ expected.keys())
@@ -137,7 +137,7 @@ def compare(run: WholeTrace, reference: WholeTrace) -> Errors:
     return replace(errors, norm=max(errors.norm, beside))
 
 
-def over_limits(row: Row, errors: Errors) -> dict[str, str]:
+def over_limits(row: Row, errors: RelativeErrors) -> dict[str, str]:
     """The measures in which a run differs from one process by more than rounding, with what they found.
 
     The loss within 1e-6 (1e-5 where ring or tensor parallelism adds up in another order), every named gradient and
@@ -153,7 +153,7 @@ def over_limits(row: Row, errors: Errors) -> dict[str, str]:
     return {measure: f"{error:.1e}{where}" for measure, (error, limit, where) in found.items() if not error <= limit}
 
 
-def run_rows(rows: list[Row], backend: Backend) -> dict[str, Errors]:
+def run_rows(rows: list[Row], backend: Backend) -> dict[str, RelativeErrors]:
     """Every row on the ranks of one job; the results are rank 0's."""
     references = {}
     results = {}

@@ -19,7 +19,7 @@ from ranks import run_ranks
 
 from mm.config.diffusion import DiffusionConfig
 from mm.config.layout import Layout, Stages
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.device.backend import Backend, select
 from mm.diffusion.flow import FlowMatching
 from mm.doctor.parity import SEED, value_of
@@ -82,7 +82,7 @@ def record(world_size: int, cases: Sequence[Case]) -> dict[str, Orders]:
 
 def _record_here(world_size: int, cases: Sequence[Case]) -> dict[str, list[Event]]:
     backend, found = select("cpu"), {}
-    with Job(place(), backend.collective, backend.device, 2):
+    with Job(process_place(), backend.collective, backend.device, 2):
         for case in cases:
             with build_mesh(case.layout(world_size), 2, "cpu") as mesh, recording(mesh) as events:
                 one_step(new_model(mesh, backend), parity.EVEN, case.num_microbatches)

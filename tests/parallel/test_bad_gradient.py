@@ -10,13 +10,13 @@ from ranks import run_ranks
 from mm.config.diffusion import DiffusionConfig
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.device.backend import Backend, select
 from mm.diffusion.flow import FlowMatching
 from mm.doctor.parity import SEED, SETTINGS, value_of
 from mm.errors import NumericsError
 from mm.optim.make import make_optimizer
-from mm.optim.step_statistics import Outcome
+from mm.optim.step_statistics import StepStatistics
 from mm.parallel.apply import DataParallelOptions, apply
 from mm.parallel.mesh import build_mesh
 from mm.supervise.job import Job
@@ -38,7 +38,7 @@ class FiniteLossWithoutSlope(FlowMatching):
         return loss + (0 * prediction.sum()).abs().sqrt(), samples
 
 
-def bad_step(row: Row, backend: Backend, on_nonfinite: Callable[[Outcome], None]) -> tuple[bool, str, bool]:
+def bad_step(row: Row, backend: Backend, on_nonfinite: Callable[[StepStatistics], None]) -> tuple[bool, str, bool]:
     """Whether the loss was finite, what came of the step, whether any weight changed."""
     with build_mesh(row.layout, 1, "cpu") as mesh:
         parallel = apply(row.wan, mesh, backend, row.options, torch.float32, value_of, row.zero)
@@ -47,9 +47,9 @@ def bad_step(row: Row, backend: Backend, on_nonfinite: Callable[[Outcome], None]
         last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
         flow = (FiniteLossWithoutSlope if last else FlowMatching)(DiffusionConfig())
         batches = micro_batches(row, global_batch(row.samples, 0), mesh)
-        found: list[Outcome] = []
+        found: list[StepStatistics] = []
 
-        def decide(outcome: Outcome) -> None:
+        def decide(outcome: StepStatistics) -> None:
             found.append(outcome)
             on_nonfinite(outcome)
 
@@ -76,7 +76,7 @@ def bad_step(row: Row, backend: Backend, on_nonfinite: Callable[[Outcome], None]
 
 def work() -> list[list[tuple[bool, str, bool]]]:
     backend = select("cpu")
-    with Job(place(), backend.collective, backend.device, 1):
+    with Job(process_place(), backend.collective, backend.device, 1):
         return [[bad_step(row, backend, decide) for row in ROWS] for decide in (stop_at, lambda outcome: None)]
 
 

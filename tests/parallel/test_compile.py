@@ -19,7 +19,7 @@ from train.training_runs import bits, metrics, run, run_on, words
 from mm.cli import train as train_command
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout, even_stages
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.config.recompute import Recompute
 from mm.device.backend import select
 from mm.parallel.apply import DataParallelOptions
@@ -46,7 +46,7 @@ def compare_here(rows: list[Row], cache: str) -> list[dict[str, Any]]:
     """Of every row: what is off compared with the plain loop, which plans gave other bits, graphs of a function."""
     os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     backend, found = select("cpu"), []
-    with Job(place(), backend.collective, backend.device, 5):
+    with Job(process_place(), backend.collective, backend.device, 5):
         for row in rows:
             torch.compiler.reset()
             counters.clear()

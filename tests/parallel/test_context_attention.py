@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.ops.attention.api import attention_backward, attention_with_lse
 from mm.parallel.context import ContextGroups, build_context_groups, context_attention
 from mm.parallel.groups import GroupMaker
@@ -209,7 +209,7 @@ def all_layouts() -> dict[str, Any]:
     results: dict[str, Any] = {}
     made: dict[int, Any] = {}
     maker = GroupMaker(MINUTE)
-    with Job(place(), "gloo", torch.device("cpu"), 1):
+    with Job(process_place(), "gloo", torch.device("cpu"), 1):
         for name, layout in LAYOUTS.items():
             if layout.cp not in made:
                 made[layout.cp] = maker.make("cp", layout.groups())

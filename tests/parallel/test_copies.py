@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mm.config.model import WanConfig
 from mm.parallel.context import ContextGroups, context_attention
 from mm.wan.block import WanBlock
-from mm.wan.layers import Parts
+from mm.wan.layers import ModuleFactories
 from mm.wan.rope import grid_positions
 
 GRID, TOKENS = (2, 6, 8), 96
@@ -34,7 +34,7 @@ class CountMoves(TorchDispatchMode):
 
 def moves(dtype: torch.dtype, places: int) -> list[str]:
     """Of forward and backward of a block whose rank has so many places for the tokens."""
-    block = WanBlock(CONFIG, Parts(self_attention=context_attention(ContextGroups(None, None, None, 1))))
+    block = WanBlock(CONFIG, ModuleFactories(self_attention=context_attention(ContextGroups(None, None, None, 1))))
     for parameter in block.parameters():
         parameter.data = parameter.data.to(dtype)
     x = torch.randn(1, places, CONFIG.hidden_size, dtype=dtype, requires_grad=True)

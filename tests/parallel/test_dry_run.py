@@ -15,7 +15,7 @@ from traffic_rows import SETTINGS, Row, batches, row, with_images
 from mm.activation.host_pool import StepShape, make_offloader
 from mm.activation.recompute import block_runner
 from mm.config.diffusion import DiffusionConfig
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.config.recompute import Recompute
 from mm.device.backend import select
 from mm.diffusion.flow import FlowMatching
@@ -64,7 +64,7 @@ def step_for_real(row: Row) -> tuple[Traffic, int]:
     """What a rank sends in a step, and the most bytes it held in one, as torch's profiler saw its allocator."""
     gc.collect()  # what the row before left must not be released while this one is measured
     with (
-        Job(place(), "gloo", torch.device("cpu"), 2),
+        Job(process_place(), "gloo", torch.device("cpu"), 2),
         build_mesh(row.layout, 2, "cpu") as mesh,
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
@@ -135,7 +135,7 @@ def measured(short: bool) -> dict[str, list[tuple[Traffic, int]]]:
 
 
 def predicted(row: Row, rank: int) -> dry_run.Report:
-    job = dry_run.Job(
+    job = dry_run.DryRunJob(
         row.wan, row.layout, row.options, row.zero, row.dtype, row.latent, 1, row.micro_batches, row.recompute
     )
     return dry_run.dry_run(job, rank)

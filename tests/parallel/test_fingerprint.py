@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ranks import free_port, run_ranks
 
 import mm
-from mm.config.place import Place, place
+from mm.config.place import ProcessPlace, process_place
 from mm.errors import ConfigError
 from mm.supervise.fingerprint import agree, differences, file_digests, fingerprint
 from mm.supervise.job import Job, open_store
@@ -203,21 +203,21 @@ def test_a_store_that_cannot_be_reached_is_an_error_of_one_line(monkeypatch: pyt
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
     with pytest.raises(ConfigError, match=rf"^CFG-091: Rank 1 cannot reach the job's store at 127.0.0.1:{port}: .*\n?"):
-        open_store(Place(1, 2, 1), SECONDS)
+        open_store(ProcessPlace(1, 2, 1), SECONDS)
     with socket.socket() as other:
         other.bind(("0.0.0.0", port))
         other.listen()
         with pytest.raises(ConfigError, match=r"^CFG-091: Rank 0 .*address already in use"):
-            open_store(Place(0, 2, 0), SECONDS)
+            open_store(ProcessPlace(0, 2, 0), SECONDS)
     for wrong in ("", "abc", "70000"):
         monkeypatch.setenv("MASTER_PORT", wrong)
         with pytest.raises(ConfigError, match=r"^CFG-031"):
-            open_store(Place(0, 2, 0), SECONDS)
+            open_store(ProcessPlace(0, 2, 0), SECONDS)
 
 
 def four_ranks() -> dict[str, str]:
     """Every case on one rank of one start: starting processes is what costs."""
-    where = place()
+    where = process_place()
     store = open_store(where, 60 * SECONDS).of_start()
 
     def said(case: str, mine: Mapping[str, str], seconds: float = 60) -> str:

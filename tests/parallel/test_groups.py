@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from mm.config.layout import Layout, even_stages
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.doctor.fake_job import fake_job
 from mm.parallel.groups import ranks_along
 from mm.parallel.mesh import Mesh, build_mesh
@@ -79,7 +79,7 @@ def members(mesh: Mesh) -> dict[str, tuple[list[int], float]]:
 
 
 def meshes() -> list[dict[str, tuple[list[int], float]]]:
-    with Job(place(), "gloo", torch.device("cpu"), 2):
+    with Job(process_place(), "gloo", torch.device("cpu"), 2):
         found = []
         for layout in EIGHT.values():
             with build_mesh(layout, 2, "cpu") as mesh:

@@ -10,10 +10,10 @@ from parity import EVEN, MIXED, Row, over_limits
 from ranks import run_ranks
 from test_parity import OVERLAPPED, SHARDED, images, layout, pp, ring, sp, ulysses, usp, zero
 
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.config.recompute import Recompute
 from mm.device.backend import select
-from mm.doctor.parity import Errors
+from mm.doctor.parity import RelativeErrors
 from mm.lora.low_bit import LowBit
 from mm.supervise.job import Job
 
@@ -83,14 +83,14 @@ def rows_of(world_size: int, every_day: bool) -> list[LoRARow]:
     return [row for row in ROWS if row.row.layout.world_size == world_size and (row in EVERY_DAY) == every_day]
 
 
-def work(world_size: int, every_day: bool) -> dict[str, Errors]:
+def work(world_size: int, every_day: bool) -> dict[str, RelativeErrors]:
     backend = select("cpu")
-    with Job(place(), backend.collective, backend.device, 2):
+    with Job(process_place(), backend.collective, backend.device, 2):
         return run_rows(rows_of(world_size, every_day), backend)
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[tuple[int, bool], dict[str, Errors]]:
+def results() -> dict[tuple[int, bool], dict[str, RelativeErrors]]:
     return {}
 
 
@@ -105,7 +105,7 @@ def results() -> dict[tuple[int, bool], dict[str, Errors]]:
         for row in ROWS
     ],
 )
-def test_equals_one_process(row: LoRARow, results: dict[tuple[int, bool], dict[str, Errors]]) -> None:
+def test_equals_one_process(row: LoRARow, results: dict[tuple[int, bool], dict[str, RelativeErrors]]) -> None:
     world, every_day = row.row.layout.world_size, row in EVERY_DAY
     if (world, every_day) not in results:
         results[world, every_day] = run_ranks(world, work, world, every_day, timeout_s=400)[0]

@@ -11,7 +11,7 @@ from ranks import run_ranks
 from mm.config.diffusion import DiffusionConfig
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.device.backend import select
 from mm.diffusion.flow import FlowMatching
 from mm.doctor.parity import SETTINGS, value_of
@@ -45,7 +45,7 @@ class Base:
 
 def sent_by_a_rank() -> dict[str, dict[tuple[str, str], Any]]:
     backend, found = select("cpu"), {}
-    with Job(place(), "gloo", torch.device("cpu"), 1):
+    with Job(process_place(), "gloo", torch.device("cpu"), 1):
         for name, (zero, options) in ROWS.items():
             layout = Layout(2, zero3_size=zero.zero3_size if zero else None)
             with build_mesh(layout, 1, "cpu") as mesh, CountTraffic(axes_of(mesh)) as traffic:

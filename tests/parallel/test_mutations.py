@@ -15,7 +15,7 @@ from ranks import run_ranks
 
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.device.backend import select
 from mm.doctor import parity as comparison
 from mm.parallel.mesh import build_mesh
@@ -49,7 +49,7 @@ def run_mutations(world_size: int) -> dict[str, Findings]:
     parity.GLOBAL_BATCH = SAMPLES
     comparison.STEPS = 1
     backend, findings = select("cpu"), {}
-    with Job(place(), backend.collective, backend.device, 2) as job:
+    with Job(process_place(), backend.collective, backend.device, 2) as job:
         references: dict[tuple[str, int], WholeTrace] = {}
         for name, row in ROWS.items():
             if row.layout.world_size != world_size:

@@ -14,23 +14,23 @@ import torch
 from torch import Tensor
 
 from mm.activation.host_pool import StepShape, make_offloader
-from mm.activation.offload import Moment, Offloader, room
+from mm.activation.offload import Offloader, TransferEvent, aligned_bytes
 from mm.activation.recompute import block_runner
 from mm.config.layout import Layout
 from mm.config.model import WanConfig
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.config.recompute import Recompute
 from mm.device.backend import select
 from mm.device.queues import HostQueues, Queue, queues_of
 from mm.errors import ConfigError
 from mm.parallel.mesh import build_mesh
 from mm.supervise.job import Job
-from mm.wan.layers import Parts
+from mm.wan.layers import ModuleFactories
 from mm.wan.model import WanModel
 
 LAYERS, WIDTH, HEADS, TOKENS = 6, 32, 4, 24
 WAN = WanConfig(text_dim=8, text_len=4, hidden_size=WIDTH, ffn_dim=48, num_heads=HEADS, num_layers=LAYERS, freq_dim=16)
-SLOT = 2 * room(TOKENS * WIDTH, 4) + room(TOKENS * HEADS, 4)
+SLOT = 2 * aligned_bytes(TOKENS * WIDTH, 4) + aligned_bytes(TOKENS * HEADS, 4)
 KEEP = Recompute(full_layers=0, keep_layers=None, offload=True)
 
 
@@ -84,7 +84,7 @@ class LateQueues(HostQueues):
 def gradients(offloader: Offloader | None, plan: Recompute | None, passes: int) -> dict[str, Tensor]:
     """Of several micro-batches whose forwards run before the first backward, as in a pipeline."""
     torch.manual_seed(0)
-    model = WanModel(WAN, Parts(run_blocks=block_runner(plan, offloader)))
+    model = WanModel(WAN, ModuleFactories(run_blocks=block_runner(plan, offloader)))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     outputs = []
@@ -119,7 +119,7 @@ def test_every_wait_is_needed(deaf: tuple[Queue, Queue]) -> None:
 
 def test_timeline_of_a_pass() -> None:
     """At most two layers are on the device; a layer is called back while the one after it computes; the last stays."""
-    timeline: list[Moment] = []
+    timeline: list[TransferEvent] = []
     gradients(Offloader(queues_of(select("cpu")), LAYERS - 1, SLOT, timeline), KEEP, 1)
     expected: list[tuple[str, int]] = [("to host", 0)]
     for layer in range(1, LAYERS - 1):
@@ -143,7 +143,7 @@ def test_timeline_of_a_pass() -> None:
 
 
 def test_passes_under_way_do_not_mix() -> None:
-    timeline: list[Moment] = []
+    timeline: list[TransferEvent] = []
     offloader = Offloader(HostQueues(), 3 * (LAYERS - 1), SLOT, timeline)
     gradients(offloader, KEEP, 3)
     copies = Counter((m.action, m.number, m.layer) for m in timeline if m.action != "needed")
@@ -169,7 +169,7 @@ def test_too_little_host_memory_is_told_before_it_is_taken() -> None:
     wan = WanConfig(hidden_size=5120, ffn_dim=13824, num_heads=40, num_layers=40)
     plan = Recompute(full_layers=0, keep_layers=None, kept="q,k,v,O", offload=True)
     backend = select("cpu")
-    with Job(place(), "gloo", backend.device, 1), build_mesh(Layout(1), 1, "cpu") as mesh:
+    with Job(process_place(), "gloo", backend.device, 1), build_mesh(Layout(1), 1, "cpu") as mesh:
         step = StepShape(micro_batch_size=1, num_tokens=75_600, micro_batches=1, dtype=torch.bfloat16)
         with pytest.raises(ConfigError) as caught:
             make_offloader(plan, wan, mesh, backend, step, processes_of_node=10**6)
@@ -180,6 +180,6 @@ def test_too_little_host_memory_is_told_before_it_is_taken() -> None:
 
 def test_a_forward_without_gradients_keeps_nothing() -> None:
     offloader = Offloader(HostQueues(), 0, SLOT)
-    model = WanModel(WAN, Parts(run_blocks=block_runner(KEEP, offloader)))
+    model = WanModel(WAN, ModuleFactories(run_blocks=block_runner(KEEP, offloader)))
     with torch.no_grad():
         model(torch.randn(1, 16, 2, 6, 8), torch.rand(1), torch.randn(1, 4, 8))

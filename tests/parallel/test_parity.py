@@ -18,9 +18,9 @@ from ranks import run_ranks
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout, even_stages
 from mm.config.model import ModelType
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.device.backend import select
-from mm.doctor.parity import Errors
+from mm.doctor.parity import RelativeErrors
 from mm.parallel.apply import DataParallelOptions
 from mm.supervise.job import Job
 
@@ -138,14 +138,14 @@ def rows_of(world_size: int, every_day: bool) -> list[Row]:
     return [row for row in ROWS if row.layout.world_size == world_size and (row in EVERY_DAY) == every_day]
 
 
-def work(world_size: int, every_day: bool) -> dict[str, Errors]:
+def work(world_size: int, every_day: bool) -> dict[str, RelativeErrors]:
     backend = select("cpu")
-    with Job(place(), backend.collective, backend.device, 2):
+    with Job(process_place(), backend.collective, backend.device, 2):
         return run_rows(rows_of(world_size, every_day), backend)
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[tuple[int, bool], dict[str, Errors]]:
+def results() -> dict[tuple[int, bool], dict[str, RelativeErrors]]:
     return {}
 
 
@@ -160,7 +160,7 @@ def results() -> dict[tuple[int, bool], dict[str, Errors]]:
         for row in ROWS
     ],
 )
-def test_equals_one_process(row: Row, results: dict[tuple[int, bool], dict[str, Errors]]) -> None:
+def test_equals_one_process(row: Row, results: dict[tuple[int, bool], dict[str, RelativeErrors]]) -> None:
     world, every_day = row.layout.world_size, row in EVERY_DAY
     if (world, every_day) not in results:
         results[world, every_day] = run_ranks(world, work, world, every_day, timeout_s=400)[0]
@@ -169,7 +169,7 @@ def test_equals_one_process(row: Row, results: dict[tuple[int, bool], dict[str, 
     assert over_limits(row, errors) == {}
 
 
-def record(row: Row, errors: Errors) -> None:
+def record(row: Row, errors: RelativeErrors) -> None:
     """Append the row to the file that MM_PARITY_TABLE names; docs/parallelism.md shows it."""
     path = os.environ.get("MM_PARITY_TABLE")
     if path:

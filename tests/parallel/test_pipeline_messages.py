@@ -11,7 +11,7 @@ from ranks import run_ranks
 from torch import Tensor
 
 from mm.config.layout import Layout
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.device.backend import select
 from mm.parallel.mesh import build_mesh
 from mm.parallel.pipeline_messages import PipelineMessages
@@ -39,7 +39,7 @@ def swap(theirs: bool) -> dict[str, float]:
         theirs: with megatron-core's communicator.
     """
     with (
-        Job(place(), "gloo", torch.device("cpu"), 1),
+        Job(process_place(), "gloo", torch.device("cpu"), 1),
         build_mesh(Layout(2, pp_size=2, vp_size=2, stages=((1, 1), (1, 1))), 1, "cpu") as mesh,
     ):
         config: Any = Config()

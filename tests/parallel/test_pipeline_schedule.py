@@ -20,7 +20,7 @@ from recorded_schedule import Case, Event, Orders
 from mm.config.diffusion import DiffusionConfig
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout, even_stages
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.device import megatron_on_cpu
 from mm.device.backend import Backend, select
 from mm.diffusion.flow import FlowMatching
@@ -129,7 +129,7 @@ BATCHED = "pp4 with batched messages"
 def observe_steps() -> dict[str, Any]:
     """Device-wide waits of every row's step, and the messages between the stages of every mixed case."""
     backend = select("cpu")
-    with Job(place(), backend.collective, backend.device, 2):
+    with Job(process_place(), backend.collective, backend.device, 2):
         waits = {row.id: count_waits(row, backend) for row in STEP_ROWS}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(schedule, "PipelineMessages", lambda forward, _, config, __: P2PCommunicator(forward, config))

@@ -19,7 +19,7 @@ from torch import Tensor
 from mm.config.diffusion import DiffusionConfig
 from mm.config.layout import Layout, even_stages
 from mm.config.model import WanConfig
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.device.backend import Backend, select
 from mm.diffusion.flow import FlowMatching
 from mm.doctor import parity as comparison
@@ -81,7 +81,7 @@ def hashing() -> Iterator[Hashes]:
 def draw_on_this_rank() -> dict[str, tuple[dict[str, int], Hashes]]:
     """Coordinates and hashes of this rank under every row."""
     backend, found = select("cpu"), {}
-    with Job(place(), backend.collective, backend.device, 2):
+    with Job(process_place(), backend.collective, backend.device, 2):
         for row in ROWS:
             found[row.id] = run_row(row, backend)
     return found

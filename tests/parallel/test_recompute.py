@@ -16,7 +16,7 @@ from mm.activation import host_pool
 from mm.activation.offload import Offloader
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout, even_stages
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.config.recompute import Recompute
 from mm.device.backend import select
 from mm.doctor import parity
@@ -85,7 +85,7 @@ def compare_here(rows: list[Row], plans: list[str]) -> list[dict[str, Any]]:
             bytes_sent[axis] += sent.bytes
         return losses
 
-    with Job(place(), backend.collective, backend.device, 5), pytest.MonkeyPatch.context() as patch:
+    with Job(process_place(), backend.collective, backend.device, 5), pytest.MonkeyPatch.context() as patch:
         patch.setattr(WanBlock, "forward", counting("blocks", WanBlock.forward))
         patch.setattr(attention, "attention_with_lse", counting("attention", attention.attention_with_lse))
         patch.setattr(host_pool, "Offloader", Watched)

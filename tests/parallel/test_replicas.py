@@ -7,7 +7,7 @@ from ranks import run_ranks
 
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.device.backend import select
 from mm.doctor.parity import value_of
 from mm.errors import ReplicaError
@@ -42,7 +42,7 @@ def compare(row: Row, flipped: int) -> str:
 
 def compare_all(rows: list[Row], flipped: int) -> list[str]:
     backend = select("cpu")
-    with Job(place(), backend.collective, backend.device, 1):
+    with Job(process_place(), backend.collective, backend.device, 1):
         return [compare(row, flipped) for row in rows]
 
 

@@ -12,7 +12,7 @@ from traffic_rows import Row, row
 from mm.checkpoint.background import PAGE, BackgroundSaver
 from mm.checkpoint.comm import SingleProcess
 from mm.checkpoint.store import writing
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.config.step import StepSettings
 from mm.device.backend import select
 from mm.doctor import dry_run
@@ -27,7 +27,7 @@ from mm.train.state import Progress, saved_bytes, state_of
 
 
 def predicted(case: Row, rank: int, *, save_optimizer: bool = True, ema_decay: float | None = None) -> int:
-    job = dry_run.Job(
+    job = dry_run.DryRunJob(
         case.wan, case.layout, case.options, case.zero, case.dtype, case.latent, 1, 1,
         ema_decay=ema_decay, async_save=True, save_optimizer=save_optimizer,
     )  # fmt: skip
@@ -45,7 +45,7 @@ def test_the_saver_asks_for_what_was_counted(
         asked.append(num_bytes)
         return torch.empty(num_bytes, dtype=torch.uint8)
 
-    with Job(place(), "gloo", backend.device, 2), build_mesh(case.layout, 2, "cpu") as mesh:
+    with Job(process_place(), "gloo", backend.device, 2), build_mesh(case.layout, 2, "cpu") as mesh:
         parallel = apply(case.wan, mesh, backend, case.options, case.dtype, None)
         optimizer = make_optimizer(parallel, replace(dry_run._SETTINGS, ema_decay=ema_decay))
         counted = saved_bytes(optimizer, with_optimizer=save_optimizer)
@@ -64,7 +64,7 @@ def test_the_saver_asks_for_what_was_counted(
 def test_a_node_without_that_memory_is_told_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     case, backend = row(1), select("cpu")
     run = SimpleNamespace(flags=SimpleNamespace(no_save_optim=False), processes_of_node=4)
-    with Job(place(), "gloo", backend.device, 2), build_mesh(case.layout, 2, "cpu") as mesh:
+    with Job(process_place(), "gloo", backend.device, 2), build_mesh(case.layout, 2, "cpu") as mesh:
         optimizer = make_optimizer(apply(case.wan, mesh, backend, case.options, case.dtype, None), dry_run._SETTINGS)
         need = saved_bytes(optimizer, with_optimizer=True)
         monkeypatch.setattr("mm.train.build.free_host_bytes", lambda: 4 * need)

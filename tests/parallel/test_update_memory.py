@@ -9,7 +9,7 @@ from traffic_rows import SETTINGS, WAN
 
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.device.backend import select
 from mm.doctor import memory_tracker as memory
 from mm.doctor.fake_job import FakeTensors, fake_job
@@ -69,7 +69,7 @@ def test_the_fused_update_is_adamw(kept: Kept) -> None:
     """Against the formula in fp64, over three updates, with clipping and decay."""
     backend = select("cpu")
     settings = replace(SETTINGS, fused=True, clip_grad=0.5)
-    with Job(place(), "gloo", backend.device, 2), build_mesh(Layout(), 2, "cpu") as mesh:
+    with Job(process_place(), "gloo", backend.device, 2), build_mesh(Layout(), 2, "cpu") as mesh:
         parallel = apply(WAN, mesh, backend, kept.options, torch.float32, partial(initial_value, seed=0))
         optimizer = make_optimizer(parallel, settings)
         weights = [shard.master.double() for shard in optimizer.shards]

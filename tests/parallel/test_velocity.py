@@ -9,7 +9,7 @@ from ranks import run_ranks
 from mm.activation.recompute import block_runner
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout, even_stages
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.config.recompute import Recompute
 from mm.device.backend import select
 from mm.doctor.parity import value_of
@@ -67,7 +67,7 @@ def on_one_device(row: Row) -> torch.Tensor:
 
 def largest_errors() -> list[tuple[str, float]]:
     backend, found = select("cpu"), []
-    with Job(place(), backend.collective, backend.device, 2):
+    with Job(process_place(), backend.collective, backend.device, 2):
         for row in RUN + TRAINED:
             with build_mesh(row.layout, 2, "cpu") as mesh:
                 where: Any = row.wan, mesh, backend

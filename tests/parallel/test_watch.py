@@ -14,24 +14,24 @@ import torch
 import torch.distributed as dist
 from ranks import free_port, run_ranks
 
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.errors import ConfigError, DataError, EndedElsewhereError, LostProcessError
 from mm.supervise import watchdog as watch_module
 from mm.supervise.job import Job
 from mm.supervise.limits import Limits
-from mm.supervise.mailbox import Notices
-from mm.supervise.watchdog import Doing, Watch, by_suspicion, hang, table
+from mm.supervise.mailbox import Mailbox
+from mm.supervise.watchdog import Doing, Watchdog, by_suspicion, hang, table
 
 LIMIT = 2.0
 
 
 def hang_with_a_late_rank(late: int, folder: str) -> dict[str, Any]:
     """One rank sleeps where it should read data; the others wait for it in a collective of the next phase."""
-    where, left = place(), []
+    where, left = process_place(), []
     sys.stderr = (Path(folder) / f"stderr-{where.rank}").open("w")
     with Job(where, "gloo", torch.device("cpu"), 1) as job:
-        notices = Notices(job.notices(5), where.rank, where.world_size)
-        watch = Watch(notices, Limits(LIMIT, 60), Path(folder), leave=lambda code: left.append(code))
+        notices = Mailbox(job.notices(5), where.rank, where.world_size)
+        watch = Watchdog(notices, Limits(LIMIT, 60), Path(folder), leave=lambda code: left.append(code))
         began = time.monotonic()
         with watch:
             watch.begin_step(7)
@@ -70,13 +70,13 @@ def test_a_late_rank_is_named(late: int, tmp_path: Path) -> None:
 
 def wait_for_a_reader(ends: str, folder: str) -> dict[str, Any]:
     """Rank 1 waits for data, by a limit of its own that is longer than the watch's; rank 0 waits for it."""
-    where, left = place(), []
+    where, left = process_place(), []
     sys.stderr = (Path(folder) / f"stderr-{where.rank}").open("w")
     began = time.monotonic()
     with Job(where, "gloo", torch.device("cpu"), 1) as job:
-        notices = Notices(job.notices(5), where.rank, where.world_size)
+        notices = Mailbox(job.notices(5), where.rank, where.world_size)
         limits = Limits(LIMIT, 60, {"waiting for data": 4 * LIMIT})
-        watch = Watch(notices, limits, Path(folder), leave=lambda code: left.append(code))
+        watch = Watchdog(notices, limits, Path(folder), leave=lambda code: left.append(code))
         try:
             with watch:
                 if where.rank == 1:
@@ -116,14 +116,14 @@ def test_a_neighbour_that_is_stopped_is_missed_in_a_phase_without_a_limit() -> N
 
 def wait_without_a_limit() -> list[int]:
     """Rank 0 is in a phase without a limit; rank 1 has no watch, as a process that is stopped."""
-    where, left = place(), []
+    where, left = process_place(), []
     watch_module.SILENT_S, watch_module.TOLD_S = 3.0, 1.0
     sys.stderr = io.StringIO()
     with Job(where, "gloo", torch.device("cpu"), 1) as job:
-        notices = Notices(job.notices(5), where.rank, where.world_size)
+        notices = Mailbox(job.notices(5), where.rank, where.world_size)
         if where.rank == 0:
             limits = Limits(LIMIT, 60, {"saving": math.inf})
-            with Watch(notices, limits, None, leave=left.append) as watch, watch.during("saving"):
+            with Watchdog(notices, limits, None, leave=left.append) as watch, watch.during("saving"):
                 until = time.monotonic() + 30
                 while not left and time.monotonic() < until:
                     time.sleep(0.05)
@@ -133,9 +133,9 @@ def wait_without_a_limit() -> list[int]:
 
 def wait_for_a_handle() -> bool:
     """Whether a rank is seen waiting: rank 0 waits for a message whose handle it holds, rank 1 sleeps."""
-    where = place()
+    where = process_place()
     with Job(where, "gloo", torch.device("cpu"), 1) as job:
-        watch = Watch(Notices(job.notices(5), where.rank, 2), Limits(60, 60), None)
+        watch = Watchdog(Mailbox(job.notices(5), where.rank, 2), Limits(60, 60), None)
         with watch, watch.during("forward and backward"):
             if where.rank == 0:
                 handle = dist.irecv(torch.zeros(1), 1)
@@ -152,7 +152,7 @@ def test_waiting_is_told_from_working() -> None:
 
 def test_one_process_alone_ends_too(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     left: list[int] = []
-    with Watch(Notices(None, 0, 1), Limits(0.5, 60), tmp_path, leave=left.append) as watch, watch.during("saving"):
+    with Watchdog(Mailbox(None, 0, 1), Limits(0.5, 60), tmp_path, leave=left.append) as watch, watch.during("saving"):
         until = time.monotonic() + 20
         while not left and time.monotonic() < until:
             time.sleep(0.05)
@@ -185,24 +185,24 @@ OWN = {
 def test_the_words_of_every_backend_for_a_lost_process(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch_module, "LEAVE_S", 0.2)
     lost = pytest.raises(LostProcessError, match="RUN-004: Rank 0 lost another process of the job")
-    with lost, Watch(Notices(None, 0, 1), Limits(None, 60), None):
+    with lost, Watchdog(Mailbox(None, 0, 1), Limits(None, 60), None):
         raise dist.DistBackendError(OF_OTHERS[words])
 
 
 @pytest.mark.parametrize("words", OWN)
 def test_a_fault_of_its_own_is_not_a_lost_process(words: str) -> None:
-    notices = Notices(None, 0, 1)
-    with pytest.raises(dist.DistBackendError), Watch(notices, Limits(None, 60), None):
+    notices = Mailbox(None, 0, 1)
+    with pytest.raises(dist.DistBackendError), Watchdog(notices, Limits(None, 60), None):
         raise dist.DistBackendError(OWN[words])
 
 
 def test_first_failure_has_the_word() -> None:
-    notices = Notices(None, 0, 1)
-    with pytest.raises(ConfigError), Watch(notices, Limits(None, 60), None):
+    notices = Mailbox(None, 0, 1)
+    with pytest.raises(ConfigError), Watchdog(notices, Limits(None, 60), None):
         raise ConfigError("CFG-001", "one", "two")
     failure = notices.failure()
     assert (failure.exit_code, failure.text) == (64, "error CFG-001: one Fix: two")
-    with pytest.raises(EndedElsewhereError) as caught, Watch(notices, Limits(None, 60), None):
+    with pytest.raises(EndedElsewhereError) as caught, Watchdog(notices, Limits(None, 60), None):
         raise ValueError("later")
     assert caught.value.exit_code == 64
 

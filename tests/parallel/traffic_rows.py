@@ -9,7 +9,7 @@ from mm.config.diffusion import DiffusionConfig
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout, even_stages
 from mm.config.model import WanConfig
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.config.recompute import Recompute
 from mm.data.loader import FeatureBatch
 from mm.device.backend import select
@@ -155,7 +155,7 @@ def count(rows: list[Row]) -> list[tuple[Traffic, Traffic]]:
 
 def _count(row: Row) -> tuple[Traffic, Traffic]:
     # A job of its own for each row: the groups of a job stay, with their threads, until it ends.
-    with Job(place(), "gloo", torch.device("cpu"), 2), build_mesh(row.layout, 2, "cpu") as mesh:
+    with Job(process_place(), "gloo", torch.device("cpu"), 2), build_mesh(row.layout, 2, "cpu") as mesh:
         return _with_layers(row, mesh, 1), _with_layers(row, mesh, 2)
 
 

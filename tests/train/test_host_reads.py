@@ -17,7 +17,7 @@ from host_reads import CountHostReads
 from mm.config.diffusion import DiffusionConfig
 from mm.config.layout import Layout
 from mm.config.model import WanConfig
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.data.loader import FeatureBatch
 from mm.device.backend import select
 from mm.diffusion.flow import FlowMatching
@@ -39,7 +39,10 @@ SETTINGS = AdamWSettings(
 @contextmanager
 def engine(dtype: torch.dtype, options: DataParallelOptions) -> Iterator[tuple[ParallelModel, Optimizer]]:
     backend = select("cpu")
-    with Job(place(), backend.collective, backend.device, 2), build_mesh(Layout(1, stages=((2,),)), 2, "cpu") as mesh:
+    with (
+        Job(process_place(), backend.collective, backend.device, 2),
+        build_mesh(Layout(1, stages=((2,),)), 2, "cpu") as mesh,
+    ):
         parallel = apply(WAN, mesh, backend, options, dtype, partial(initial_value, seed=0))
         yield parallel, make_optimizer(parallel, SETTINGS)
 

@@ -16,7 +16,7 @@ from mm.cli import convert as convert_command
 from mm.cli import demo as demo_command
 from mm.cli import extract as extract_command
 from mm.cli import generate as generate_command
-from mm.demo.clips import FPS, Clip
+from mm.demo.clips import FPS, DemoClip
 from mm.demo.measure import read_caption, score
 from mm.demo.video import write_video
 from mm.generate.rows import read_prompts
@@ -59,7 +59,7 @@ def all_in_the_new_colour(home: Path) -> None:
     for row in json.loads((home / "dataset" / "data.json").read_text()):
         video = home / "dataset" / row["path"]
         video.unlink()
-        write_video(video, Clip(NEW, read_caption(row["cap"]).direction).draw(), FPS)
+        write_video(video, DemoClip(NEW, read_caption(row["cap"]).direction).draw(), FPS)
     extract(home)
 
 

@@ -16,11 +16,11 @@ from mm.config.recompute import recompute_of
 from mm.config.request import Request
 from mm.config.rules import check_training
 from mm.config.train import PretrainModel, TrainFlags
-from mm.doctor.dry_run import Job, Report, dry_run
+from mm.doctor.dry_run import DryRunJob, Report, dry_run
 from mm.errors import ConfigError
 from mm.lora.plan import plan_of
-from mm.train.memory_advice import Relief, reliefs
-from mm.train.memory_breakdown import Split
+from mm.train.memory_advice import MemoryAdvice, reliefs
+from mm.train.memory_breakdown import MemoryBreakdown
 from mm.train.run import data_parallel_options, training_dtype
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -31,14 +31,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 RECOMPUTE = "--recompute-granularity full --recompute-method"
 LORA = "--lora-r 4 --lora-alpha 4 --lora-target-modules q k v o ffn.0 ffn.2 --load-base-model base"
 LAYERZERO = "--layerzero --layerzero-config zero_config.yaml"
-STEP = Split("forward and backward", 3 * 10**9, 5 * 10**9, 5 * 10**9, 10**10, 4 * 10**10)
+STEP = MemoryBreakdown("forward and backward", 3 * 10**9, 5 * 10**9, 5 * 10**9, 10**10, 4 * 10**10)
 SPLITS = [
     STEP,
-    Split("forward and backward", 10**8, 10**9, 2 * 10**9, 3 * 10**9, 10**7),
-    Split("building the model", 10**9, parameters=10**9),
-    Split("building the model", 0),
-    Split("loading weights", 10**9, 10**9, 2 * 10**9, 10**9),
-    Split("the optimizer's update", 10**9, 10**9, 2 * 10**9, 3 * 10**9, 10**8, moments_to_come=4 * 10**9),
+    MemoryBreakdown("forward and backward", 10**8, 10**9, 2 * 10**9, 3 * 10**9, 10**7),
+    MemoryBreakdown("building the model", 10**9, parameters=10**9),
+    MemoryBreakdown("building the model", 0),
+    MemoryBreakdown("loading weights", 10**9, 10**9, 2 * 10**9, 10**9),
+    MemoryBreakdown("the optimizer's update", 10**9, 10**9, 2 * 10**9, 3 * 10**9, 10**8, moments_to_come=4 * 10**9),
 ]
 
 
@@ -105,7 +105,7 @@ def test_every_proposal_is_legal_new_and_as_it_is_written() -> None:
                 check_proposal(words, run, relief)
 
 
-def check_proposal(words: str, run: Request, relief: Relief) -> None:
+def check_proposal(words: str, run: Request, relief: MemoryAdvice) -> None:
     after = relief.request
     check_training(after.flags, after.model, after.zero, after.world_size)
     layout_of(after.flags, after.model, after.zero, after.world_size)
@@ -145,7 +145,7 @@ def check_proposal(words: str, run: Request, relief: Relief) -> None:
     ],
 )
 def test_large_activations(words: str, world_size: int, predictor: dict[str, Any], expected: list[str]) -> None:
-    split = Split("forward and backward", 2 * 10**9, 3 * 10**9, 6 * 10**9, 16 * 10**9, 100 * 10**9)
+    split = MemoryBreakdown("forward and backward", 2 * 10**9, 3 * 10**9, 6 * 10**9, 16 * 10**9, 100 * 10**9)
     found = [str(relief) for relief in reliefs(request(words, world_size, shape="1.3B", **predictor), split)]
     assert found[: len(expected)] == expected
 
@@ -158,13 +158,13 @@ def test_large_activations(words: str, world_size: int, predictor: dict[str, Any
     ],
 )
 def test_a_large_model_is_sharded(words: str, zero3_size: int | None, first: str) -> None:
-    split = Split("building the model", 10**9, parameters=60 * 10**9)
+    split = MemoryBreakdown("building the model", 10**9, parameters=60 * 10**9)
     assert str(reliefs(request(words, 8, zero3_size, "14B"), split)[0]) == first
 
 
 def test_a_frozen_base_is_kept_in_fewer_bits_or_sharded() -> None:
     """14B with adapters: gradients and moments are small, the base is what can shrink."""
-    split = Split("forward and backward", 10**9, 28 * 10**9, 10**8, 2 * 10**8, 10**9)
+    split = MemoryBreakdown("forward and backward", 10**9, 28 * 10**9, 10**8, 2 * 10**8, 10**9)
     words = f"--bf16 {LORA} {RECOMPUTE} uniform"
     texts = [str(relief) for relief in reliefs(request(words, 8, shape="14B"), split)]
     assert texts[0] == "--layerzero --layerzero-config zero_config.yaml and zero3_size: 8 in zero_config.yaml"
@@ -196,7 +196,7 @@ def step(run: Request) -> Report:
     """What a rank of the run holds in a step, of tokens that outweigh the model or not."""
     flags, layout = run.flags, layout_of(run.flags, run.model, run.zero, run.world_size)
     latent = (3, 32, 32) if flags.micro_batch_size > 1 or run.world_size == 1 else (1, 2, 2)
-    job = Job(
+    job = DryRunJob(
         run.model.predictor.wan(), layout, data_parallel_options(flags), run.zero, training_dtype(flags), latent,
         flags.micro_batch_size, flags.micro_batches_of_step(layout.dp_size), recompute_of(flags, run.model),
         None if (lora := plan_of(flags, run.model.predictor.wan())) is None else lora.extension(),
@@ -219,7 +219,7 @@ def test_the_dry_run_of_every_proposal_needs_less_as_estimated(words: str, world
     before = step(run)
     kinds = dict(before.peak)
     known = [kinds.pop(kind) for kind in ("parameters", "gradients", "optimizer")]
-    split = Split("forward and backward", 0, *known, activations=sum(kinds.values()))
+    split = MemoryBreakdown("forward and backward", 0, *known, activations=sum(kinds.values()))
     assert split.held == before.peak_bytes
     found = reliefs(run, split)
     assert len(found) == 3

@@ -10,7 +10,7 @@ from ranks import run_ranks
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout, even_stages
 from mm.config.model import WanConfig
-from mm.config.place import place
+from mm.config.place import process_place
 from mm.device.backend import select
 from mm.optim.make import make_optimizer
 from mm.optim.optimizer import AdamWSettings
@@ -19,7 +19,7 @@ from mm.parallel.layerzero import is_replicated
 from mm.parallel.mesh import build_mesh
 from mm.parallel.placement import whole_shapes
 from mm.supervise.job import Job
-from mm.train.memory_breakdown import Split, measure
+from mm.train.memory_breakdown import MemoryBreakdown, measure
 from mm.wan.precision import keep_fp32
 
 WAN = WanConfig(text_dim=16, text_len=8, hidden_size=96, ffn_dim=192, num_heads=12, num_layers=2, freq_dim=32)
@@ -38,10 +38,10 @@ RUNS: list[tuple[torch.dtype, bool, ZeroConfig | None, float | None]] = [
 ]
 
 
-def splits_of_a_rank() -> list[tuple[Split, Split]]:
+def splits_of_a_rank() -> list[tuple[MemoryBreakdown, MemoryBreakdown]]:
     """Before and after AdamW has its moments, for each run."""
     backend, found = select("cpu"), []
-    with Job(place(), "gloo", torch.device("cpu"), 1):
+    with Job(process_place(), "gloo", torch.device("cpu"), 1):
         for dtype, distributed, zero, decay in RUNS:
             layout = Layout(world_size=2, stages=even_stages(2, 1), zero3_size=zero.zero3_size if zero else None)
             with build_mesh(layout, 1, "cpu") as mesh:

@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from training_runs import words
 
 from mm.errors import EXIT_INTERNAL, ConfigError
-from mm.supervise.mailbox import Failure, Notices
+from mm.supervise.mailbox import Failure, Mailbox
 from mm.supervise.messages import Messages
 from mm.supervise.rendezvous import SECRET, job_secret, serve_store
 from mm.supervise.watchdog import LEAVE_S
@@ -45,11 +45,11 @@ def both(secret: bytes | None = b"of the job") -> tuple[dist.Store, Messages, Me
 def test_forged_messages_are_ignored_and_counted(forged: str, caplog: pytest.LogCaptureFixture) -> None:
     store, one, other = both()
     store.set("failure", forged)
-    assert Notices(other, 1, 2).failure() is None and Notices(other, 1, 2).failure() is None
+    assert Mailbox(other, 1, 2).failure() is None and Mailbox(other, 1, 2).failure() is None
     assert other.forged == 1 and caplog.text.count("is not of this job") == 1  # the same one again is no news
-    assert Notices(one, 0, 2).publish(Failure(0, 64, "true"))  # and takes nobody's place
-    assert Notices(other, 1, 2).failure() == Failure(0, 64, "true")
-    assert not Notices(other, 1, 2).publish(Failure(1, 70, "later"))
+    assert Mailbox(one, 0, 2).publish(Failure(0, 64, "true"))  # and takes nobody's place
+    assert Mailbox(other, 1, 2).failure() == Failure(0, 64, "true")
+    assert not Mailbox(other, 1, 2).publish(Failure(1, 70, "later"))
     store.append("roll", f"{forged}\n")
     one.append("roll", [1])
     assert other.roll("roll") == [[1]]
@@ -80,12 +80,12 @@ def test_no_failure_says_success() -> None:
     for forged in FORGED:
         store, _, other = both(secret=None)
         store.set("failure", forged)
-        failure = Notices(other, 1, 2).failure()
+        failure = Mailbox(other, 1, 2).failure()
         assert failure is None or failure.exit_code == EXIT_INTERNAL
     for told in ([], "text", 3, {"rank": 0}, {"unknown": 1}):
         _, _, other = both(secret=None)
         other.tell("failure", told)
-        assert Notices(other, 1, 2).failure() is None
+        assert Mailbox(other, 1, 2).failure() is None
 
 
 def test_a_store_listens_on_its_own_address_alone() -> None:

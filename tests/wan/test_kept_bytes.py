@@ -19,7 +19,7 @@ from mm.doctor.memory_tracker import TrackMemory
 from mm.parallel.context import ContextGroups, context_attention
 from mm.wan.block import WanBlock
 from mm.wan.compile import compile_blocks
-from mm.wan.layers import Parts
+from mm.wan.layers import ModuleFactories
 from mm.wan.precision import keep_fp32
 from mm.wan.rope import grid_positions
 
@@ -54,7 +54,7 @@ def in_bf16(block: WanBlock) -> WanBlock:
 
 
 def ours(config: WanConfig) -> float:
-    return bytes_of(in_bf16(WanBlock(config, Parts())), config)
+    return bytes_of(in_bf16(WanBlock(config, ModuleFactories())), config)
 
 
 def bytes_of(block: WanBlock, config: WanConfig) -> float:
@@ -72,7 +72,7 @@ def test_a_compiled_block_keeps_as_much(tmp_path: Path, monkeypatch: pytest.Monk
     config = WanConfig(hidden_size=192, ffn_dim=384, num_heads=4, num_layers=1)
     found = {}
     for compiled in (False, True):
-        block = in_bf16(WanBlock(config, Parts()))
+        block = in_bf16(WanBlock(config, ModuleFactories()))
         if compiled:
             compile_blocks([block], num_graphs=1, tensor_parallel=False)
         found[compiled] = bytes_of(block, config)
@@ -95,7 +95,7 @@ def of_diffusers(config: WanConfig) -> float:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_attention_of_training_on_one_rank_keeps_no_more(size: str) -> None:
-    parts = Parts(self_attention=context_attention(ContextGroups(None, None, None, 1)))
+    parts = ModuleFactories(self_attention=context_attention(ContextGroups(None, None, None, 1)))
     assert bytes_of(in_bf16(WanBlock(SIZES[size], parts)), SIZES[size]) == ours(SIZES[size])
 
 
@@ -123,7 +123,7 @@ def alive(config: WanConfig, plan: Recompute | None, num_layers: int, tokens: in
         if plan is not None and plan.offload:
             offloader = Offloader(HostQueues(), num_layers, 16 * tokens * config.hidden_size)
             tracked.label([offloader.memory], memory.HOST)
-        blocks = [in_bf16(WanBlock(config, Parts())) for _ in range(num_layers)]
+        blocks = [in_bf16(WanBlock(config, ModuleFactories())) for _ in range(num_layers)]
         for block in blocks:
             tracked.label(block.parameters(), memory.PARAMETERS)
         x = torch.randn(1, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)

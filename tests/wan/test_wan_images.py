@@ -18,7 +18,7 @@ from mm.errors import ConfigError, DataError
 from mm.wan.config_json import infer_config, read_config, wan_config_to_diffusers, wan_config_to_original
 from mm.wan.folder import WeightFolder
 from mm.wan.initial import initial_value
-from mm.wan.layers import Parts
+from mm.wan.layers import ModuleFactories
 from mm.wan.model import WanModel
 from mm.wan.names import diffusers_to_native, native_to_mm
 
@@ -114,7 +114,7 @@ def test_bf16_keeps_the_fp32_pieces_of_diffusers_and_is_nearer_to_fp32(config):
 def test_recomputation_keeps_every_bit(plan):
     reference, inputs = reference_for(I2V), inputs_for(I2V)
     found = []
-    for parts in (Parts(), Parts(run_blocks=block_runner(plan))):
+    for parts in (ModuleFactories(), ModuleFactories(run_blocks=block_runner(plan))):
         model = WanModel(I2V, parts)
         model.load_state_dict(ours_for(reference, I2V).state_dict())
         velocity = model(*inputs)

@@ -1,4 +1,4 @@
-"""Kernels and tables against independent formulas, initial weights, precision, and what `Parts` may replace."""
+"""References and tables against independent formulas, initial weights, precision, what `ModuleFactories` may replace."""
 
 import math
 
@@ -12,7 +12,7 @@ from mm.errors import ConfigError
 from mm.ops.elementwise import reference
 from mm.wan import rope
 from mm.wan.initial import initial_value
-from mm.wan.layers import Parts, QKNorm
+from mm.wan.layers import ModuleFactories, QKNorm
 from mm.wan.model import WanModel, timestep_sinusoid
 from mm.wan.patches import patchify, token_grid, unpatchify
 from mm.wan.rope import RotaryTables, axis_widths, rope_tables
@@ -163,7 +163,7 @@ def test_parts_may_shard_heads_and_replace_attention():
         seen.append((q.shape, k.shape))
         return reference.attention(q, k, v)
 
-    parts = Parts(
+    parts = ModuleFactories(
         column=lambda fan_in, fan_out: nn.Linear(fan_in, fan_out // 2),
         row=lambda fan_in, fan_out: nn.Linear(fan_in // 2, fan_out),
         qk_norm=lambda width, head_dim, eps: QKNorm(width // 2, head_dim, eps),

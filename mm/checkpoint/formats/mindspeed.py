@@ -44,7 +44,7 @@ CHECKPOINT_VERSION = 3.0
 _RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 
 
-class Place(NamedTuple):
+class RankFile(NamedTuple):
     """Where a tensor is: the file, the chunk and the name in it, and what it is."""
 
     file: Path
@@ -60,7 +60,7 @@ class OpenFile:
         self._file: Path | None = None
         self._content: dict[str, Any] = {}
 
-    def tensor(self, place: Place) -> Tensor:
+    def tensor(self, place: RankFile) -> Tensor:
         """A view of the mapped file."""
         if place.file != self._file:
             self._content, self._file = read_pt(place.file), place.file
@@ -69,7 +69,7 @@ class OpenFile:
 
 
 @dataclass(frozen=True)
-class MMWeights:
+class MindSpeedWeights:
     """`WeightSource` over the files of one checkpoint.
 
     Attributes:
@@ -77,14 +77,14 @@ class MMWeights:
     """
 
     path: Path
-    places: Mapping[str, Place]
+    places: Mapping[str, RankFile]
     num_ranks: int
     num_chunks: int
     label: str = "MM weights"
     _open: OpenFile = field(default_factory=OpenFile, repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: Path) -> MMWeights:
+    def open(cls, path: Path) -> MindSpeedWeights:
         """Open `path`, the folder with the tracker or the `release`/`iter_*` folder below it.
 
         Raises:
@@ -102,7 +102,7 @@ class MMWeights:
                 f"{folder} holds adapters of a LoRA run, not a model.",
                 "Merge them into their base model first: mm convert --mode merge_lora.",
             )
-        places: dict[str, Place] = {}
+        places: dict[str, RankFile] = {}
         for stage, names in zip(stages, joined_names(chunks, str(folder)), strict=True):
             places |= {translate(name, "mm", "native") or name: stage[local] for local, name in names.items()}
         return cls(folder, places, len(files), len(stages) // len(files))
@@ -240,7 +240,7 @@ def stage_files(folder: Path) -> list[Path]:
     return [folder / name / FILE_NAME for name in expected]
 
 
-def virtual_stages(files: Sequence[Path], folder: Path) -> list[dict[str, Place]]:
+def virtual_stages(files: Sequence[Path], folder: Path) -> list[dict[str, RankFile]]:
     """What every virtual stage holds by its names there, in the model's order: chunk v of rank p is v * PP + p.
 
     Raises:
@@ -258,7 +258,7 @@ def virtual_stages(files: Sequence[Path], folder: Path) -> list[dict[str, Place]
     return [rank[index] for index in range(len(ranks[0])) for rank in ranks]
 
 
-def _chunks(file: Path) -> list[dict[str, Place]]:
+def _chunks(file: Path) -> list[dict[str, RankFile]]:
     """The places of a file's tensors, one mapping for each of its model chunks."""
     content = read_pt(file)
     numbered = sorted((int(key[5:]), key) for key in content if re.fullmatch(r"model(0|[1-9][0-9]*)", key))
@@ -276,8 +276,8 @@ def _chunks(file: Path) -> list[dict[str, Place]]:
     return [_places(file, key, content[key]) for key in keys]
 
 
-def _places(file: Path, chunk: str, state: Mapping[Any, Any]) -> dict[str, Place]:
-    places: dict[str, Place] = {}
+def _places(file: Path, chunk: str, state: Mapping[Any, Any]) -> dict[str, RankFile]:
+    places: dict[str, RankFile] = {}
     # Transformer layers of Megatron leave _extra_state; they hold no weights
     kept = {name: value for name, value in state.items() if not str(name).endswith("_extra_state")}
     prefix = common_prefix(map(str, kept))
@@ -287,5 +287,5 @@ def _places(file: Path, chunk: str, state: Mapping[Any, Any]) -> dict[str, Place
         bare = unwrapped(str(name).removeprefix(prefix))
         if bare in places:
             raise unreadable(file, f'"{chunk}" holds {bare} as {places[bare].name} and as {name}')
-        places[bare] = Place(file, chunk, name, TensorKind(tuple(value.shape), value.dtype))
+        places[bare] = RankFile(file, chunk, name, TensorKind(tuple(value.shape), value.dtype))
     return places

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from mm.ops.attention import npu
 from mm.ops.attention.fused import LOW_PRECISION, Kernel, kernel_of
 
-Keep = Callable[[str, Callable[[], tuple[Tensor, ...]]], tuple[Tensor, ...]]
+ActivationPolicy = Callable[[str, Callable[[], tuple[Tensor, ...]]], tuple[Tensor, ...]]
 """(name, compute) -> what `compute` gives; a recomputed block gets what it kept under the name, without computing."""
 
 
@@ -31,12 +31,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def keep_nothing(name: str, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """The `Keep` of a block that is not recomputed, or recomputed whole."""
+    """The `ActivationPolicy` of a block that is not recomputed, or recomputed whole."""
     del name
     return compute()
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, keep: Keep = keep_nothing) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, keep: ActivationPolicy = keep_nothing) -> Tensor:
     """Non-causal softmax attention without a mask; differentiable.
 
     Args:
@@ -52,7 +52,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, keep: Keep = keep_nothing) -> Ten
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keep: Keep) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keep: ActivationPolicy) -> Tensor:
         out, lse = keep("O", lambda: attention_with_lse(q, k, v))
         ctx.save_for_backward(q, k, v, out, lse)
         return out
@@ -63,7 +63,7 @@ class _Attention(torch.autograd.Function):
         return *attention_backward(grad_out, *ctx.saved_tensors), None
 
 
-def keep_inputs(q: Tensor, k: Tensor, v: Tensor, keep: Keep) -> tuple[Tensor, Tensor, Tensor]:
+def keep_inputs(q: Tensor, k: Tensor, v: Tensor, keep: ActivationPolicy) -> tuple[Tensor, Tensor, Tensor]:
     """The same three tensors, asked of `keep` under the name "q,k,v"; differentiable."""
     q, k, v = _KeepInputs.apply(keep, q, k, v)
     return q, k, v
@@ -71,7 +71,7 @@ def keep_inputs(q: Tensor, k: Tensor, v: Tensor, keep: Keep) -> tuple[Tensor, Te
 
 class _KeepInputs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, keep: Keep, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, keep: ActivationPolicy, *inputs: Tensor) -> tuple[Tensor, ...]:
         return keep("q,k,v", lambda: tuple(x.view_as(x) for x in inputs))
 
     @staticmethod

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mm.ops.elementwise.dispatch import operators_of
-from mm.ops.elementwise.operators import Rotation, SumOverRanks, alone
+from mm.ops.elementwise.operators import Rotation, SumOverRanks, identity
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -55,7 +55,7 @@ def rms_norm_rope(
     head_dim: int,
     eps: float,
     width: int,
-    sum_over_ranks: SumOverRanks = alone,
+    sum_over_ranks: SumOverRanks = identity,
 ) -> Tensor:
     """RMSNorm over all heads, then the rotation of each head's pairs by the angles of its token.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mm.ops.elementwise.operators import PlainOperators, Rotation, SumOverRanks, alone
+from mm.ops.elementwise.operators import PlainOperators, Rotation, SumOverRanks, identity
 from mm.ops.elementwise.reference import widen
 
 
@@ -33,7 +33,7 @@ class NpuOperators(PlainOperators):
     ) -> tuple[Tensor, Tensor]:
         """As `Operators.rms_norm_rope`."""
         wide = widen(x)
-        if sum_over_ranks is alone:
+        if sum_over_ranks is identity:
             normed, rstd = torch.ops.npu.npu_rms_norm(wide, widen(weight), eps)
             heads = normed.unflatten(-1, (-1, head_dim))
         else:  # the fused operator cannot stop between the sum of squares and its use
@@ -54,7 +54,7 @@ class NpuOperators(PlainOperators):
         wide, grad = widen(x), widen(grad)
         if rotation is not None:
             grad = _rotate(grad, rotation[0], -rotation[1])
-        if sum_over_ranks is alone:
+        if sum_over_ranks is identity:
             dx, dweight = torch.ops.npu.npu_rms_norm_backward(grad.flatten(2), wide, widen(weight), rstd)
         else:
             dx, dweight = super().rms_norm_rope_backward(grad, wide, weight, None, rstd, width, sum_over_ranks)

@@ -22,7 +22,7 @@ Rotation = tuple[Tensor, Tensor]
 """Cosines and sines, [T, K/2] fp32 each."""
 
 
-def alone(x: Tensor) -> Tensor:
+def identity(x: Tensor) -> Tensor:
     """The `SumOverRanks` of a width that one rank has whole."""
     return x
 

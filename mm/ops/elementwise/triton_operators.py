@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.ops.elementwise import triton_kernels as kernels
-from mm.ops.elementwise.operators import PlainOperators, Rotation, SumOverRanks, alone
+from mm.ops.elementwise.operators import PlainOperators, Rotation, SumOverRanks, identity
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_WIDTH = 8192  # the widest row that registers hold twice (values and gradients) with its sums
@@ -93,7 +93,7 @@ class TritonOperators(PlainOperators):
         """As `Operators.rms_norm_rope`; one kernel, or two where the squares are added up over ranks in between."""
         if not (_taken(x) and _of_heads(x, weight, rotation, head_dim)):
             return super().rms_norm_rope(x, weight, rotation, head_dim, eps, width, sum_over_ranks)
-        x, tokens, whole = x.contiguous(), x.shape[1], sum_over_ranks is alone
+        x, tokens, whole = x.contiguous(), x.shape[1], sum_over_ranks is identity
         rstd = _statistic(x)
         if not whole:
             _start_tiles(kernels.sum_of_squares, x, x, rstd, tokens)
@@ -117,7 +117,7 @@ class TritonOperators(PlainOperators):
         """As `Operators.rms_norm_rope_backward`; one kernel, or two where dots are added up over ranks in between."""
         if not (_taken(x, grad) and _of_heads(x, weight, rotation, grad.shape[-1])):
             return super().rms_norm_rope_backward(grad, x, weight, rotation, rstd, width, sum_over_ranks)
-        grad, x, tokens, whole = grad.contiguous(), x.contiguous(), x.shape[1], sum_over_ranks is alone
+        grad, x, tokens, whole = grad.contiguous(), x.contiguous(), x.shape[1], sum_over_ranks is identity
         inputs = grad, x, weight, *(rotation or (None, None)), rstd
         heads = {"HEAD_DIM": grad.shape[-1], "ROTATE": rotation is not None}
         dot = None
