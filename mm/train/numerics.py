@@ -1,8 +1,8 @@
 """What a run does about numbers that are not finite, and what it tells about losses out of the ordinary.
 
 All ranks decide from the same `StepStatistics`, before the optimizer touches a weight. A step that is not finite is
-computed once more with every module watched: the run then names the first module that made a bad number, and says whether the
-same numbers came again, which a defect of the data or the model does and a defect of the hardware hardly ever.
+computed once more with every module watched: the run then names the first module that made a bad number, and says
+whether the same numbers came again, which a defect of the data or the model does and a defect of the hardware hardly ever.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The layers a Wan model is put together from, and `ModuleFactories`, through which they are handed in.
 
 The model asks `ModuleFactories` for every layer whose implementation depends on how it is run. The defaults are the
-single device; tensor parallelism hands in sharded linears and norms, context parallelism another attention. The model itself
-stays the same, and its parameter names too.
+single device; tensor parallelism hands in sharded linears and norms, context parallelism another attention. The model
+itself stays the same, and its parameter names too.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def compare(
     shapes = {n: tuple(p.shape) for n, p in single.named_parameters()}
     shapes |= adapter_shapes(linears_of(shapes), targets)
     whole = random_like(shapes, dtype)
-    placements = {n: process_place(n, shape, mesh.tp_rank, mesh.layout.tp_size) for n, shape in shapes.items()}
+    placements = {n: place(n, shape, mesh.tp_rank, mesh.layout.tp_size) for n, shape in shapes.items()}
     scale = ALPHA / RANK
     with torch.no_grad():
         for n, p in (*bare.named_parameters(), *ours.named_parameters()):

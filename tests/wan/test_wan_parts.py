@@ -1,4 +1,4 @@
-"""References and tables against independent formulas, initial weights, precision, what `ModuleFactories` may replace."""
+"""References and tables against independent formulas, initial weights, precision, and what may be replaced."""
 
 import math
 
