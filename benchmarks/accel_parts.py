@@ -30,8 +30,8 @@ from mm.wan.rope import rope_tables
 TOKENS, GRID = 32760, (21, 30, 52)  # of 480x832, 81 frames
 TINY_TOKENS, TINY_GRID = 24, (2, 3, 4)
 HEAD_DIM = 128
-ATTENTION_BOUND = 2**-7  # bf16, largest error over largest value, as in tests/device/test_lse_attention.py
-OPERATOR_BOUND = 2**-8  # as in tests/device/test_lean.py
+ATTENTION_BOUND = 2**-7  # bf16, largest error over largest value, as in tests/ops/test_lse_attention.py
+OPERATOR_BOUND = 2**-8  # as in tests/ops/test_elementwise_autograd.py
 ROWS_CHECKED = 256
 ENGINE = "mm.ops.attention.api"
 

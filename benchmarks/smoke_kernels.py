@@ -17,7 +17,7 @@ from typing import Any
 
 from smoke_step import ROOT, Found, Place, found, require, skipped
 
-ATTENTION_BOUND, OPERATOR_BOUND = 2**-7, 2**-8  # of bf16: largest error over largest value, as in tests/device
+ATTENTION_BOUND, OPERATOR_BOUND = 2**-7, 2**-8  # of bf16: largest error over largest value, as in tests/ops
 CHUNKS = 8
 MEMORY_BOUND = 0.1  # of the peak; the dry run says what it leaves out
 
@@ -68,12 +68,12 @@ def triton_launch(place: Place) -> Found:
 
 
 def device_tests(place: Place) -> Found:
-    """tests/device on this device, without those that read a vendor's wheel; on the CPU those of attention."""
+    """tests/ops on this device, without those that read a vendor's wheel; on the CPU those of attention."""
     if importlib.util.find_spec("pytest") is None:
         return skipped("needs pytest")
-    tests = "tests/device/test_lse_attention.py" if _backend(place).kind == "cpu" else "tests/device"
+    tests = "tests/ops/test_lse_attention.py" if _backend(place).kind == "cpu" else "tests/ops"
     command = [sys.executable, "-m", "pytest", tests, "-q", "-m", "not nightly", "-p", "no:cacheprovider",
-               "--ignore", "tests/device/test_npu_calls.py"]  # fmt: skip
+               "--ignore", "tests/ops/test_npu_calls.py"]  # fmt: skip
     if importlib.util.find_spec("pytest_timeout") is None:
         command += ["-o", "timeout=", "-W", "ignore::pytest.PytestConfigWarning"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -2,7 +2,7 @@
 
 All ranks decide from the same `StepStatistics`, before the optimizer touches a weight. A step that is not finite is
 computed once more with every module watched: the run then names the first module that made a bad number, and says
-whether the same numbers came again, which a defect of the data or the model does and a defect of the hardware hardly ever.
+whether the same numbers came again, which a defect of the data or the model does and one of the hardware hardly ever.
 """
 
 from __future__ import annotations

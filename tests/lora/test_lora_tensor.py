@@ -22,6 +22,7 @@ from mm.lora.layer import Adapted, adapter_shapes, add_adapters, is_adapter
 from mm.lora.targets import linears_of
 from mm.parallel.apply import model_parts
 from mm.parallel.mesh import Mesh, build_mesh
+from mm.parallel.placement import place
 from mm.parallel.tensor import gradient_is_partial
 from mm.supervise.job import Job
 from mm.wan.block import FeedForward, WanBlock

@@ -1,7 +1,7 @@
 """Ascend NPUs: torch_npu's fused attention behind the interface of `mm.ops.attention.api`.
 
 Called as functions without autograd, because the callers (`mm.parallel.ring`) differentiate by hand. Names, arguments
-and shapes are held against the published wheel by tests/device/test_npu_calls.py; docs/npu.md says what was never run.
+and shapes are held against the published wheel by tests/ops/test_npu_calls.py; docs/npu.md says what was never run.
 Shapes: B batch, T tokens of the queries, S of the keys, N heads, K head width.
 """
 

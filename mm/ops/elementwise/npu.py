@@ -1,7 +1,7 @@
 """Ascend NPUs: torch_npu's fused operators behind the interface of `mm.ops.elementwise.operators`.
 
 They are called as functions without autograd, because `mm.ops.elementwise.autograd` differentiates by hand. Names,
-arguments and shapes are held against the published wheel by tests/device/test_npu_calls.py; docs/npu.md says what was
+arguments and shapes are held against the published wheel by tests/ops/test_npu_calls.py; docs/npu.md says what was
 never run. Shapes: B batch, T tokens, N heads, K head width, D model width.
 """
 

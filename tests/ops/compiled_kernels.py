@@ -1,6 +1,6 @@
 """Compiles every kernel of the Triton operators for an H200 (compute capability 9.0), on a machine without one.
 
-    python tests/device/compiled_kernels.py WIDTH [WIDTH ...]
+    python tests/ops/compiled_kernels.py WIDTH [WIDTH ...]
 
 prints, as JSON by kernel and width, the registers of a thread, its bytes of local memory (what did not fit into
 registers), the bytes of shared memory, and the kernel's PTX. What the operators start is compiled instead, for the
