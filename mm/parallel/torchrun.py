@@ -213,7 +213,7 @@ def _no_meeting(arguments: argparse.Namespace, error: DistError) -> ConfigError:
         return ConfigError(
             "CFG-140",
             f"The port {address} is taken: another job of this node has it.",
-            "Give this job another one (MASTER_PORT in the scripts), or wait for that job to end.",
+            "Give this job another one (MASTER_PORT in the scripts; 0 takes a free one), or wait for that job to end.",
         )
     message = f"The nodes of the job do not meet at {address}: {reason}"
     return ConfigError("CFG-091", message, CHECK_NODES)

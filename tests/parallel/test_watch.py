@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import free_port, run_ranks
+from ranks import ANY_PORT, run_ranks
 
 from mm.config.place import place
 from mm.errors import ConfigError, DataError, EndedElsewhereError, LostProcessError
@@ -243,7 +243,7 @@ def test_how_a_process_died_says_where_to_look(number: str, cause: str, tmp_path
         "--nproc-per-node",
         "1",
         "--master-port",
-        str(free_port()),
+        ANY_PORT,
         script,
     ]
     root = str(Path(__file__).parents[2])

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import psutil
 import pytest
-from ranks import free_port
+from ranks import ANY_PORT
 from training_runs import bits, metrics, run_on, words
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ class Job:
         self.save = save
         command = [
             sys.executable, "-m", "mm.cli.launch", "--nproc-per-node", str(num_processes),
-            "--master-port", str(free_port()), *launcher, "-m", "mm.cli.train",
+            "--master-port", ANY_PORT, *launcher, "-m", "mm.cli.train",
             *words(demo, save, **{"train_iters": 100_000, "micro_batch_size": 2, **flags}),
         ]  # fmt: skip
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
