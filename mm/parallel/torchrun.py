@@ -39,7 +39,7 @@ from mm.parallel.fingerprint import CHECK_NODES
 from mm.parallel.meeting import prepare_launch
 from mm.stopping import AGAIN, AGAIN_S, CLOSE, LEAVE_S, SIGNALS, SignalListener
 
-_NOTHING_BEGUN = "before the first step"
+_NO_STEP = "while no step was running"
 _UNSAVED = "Nothing was saved since the newest checkpoint."
 _LOST = "error RUN-004"
 _CRASHED = "A library has crashed: read the lines above and the kernel's log of this node."
@@ -196,14 +196,14 @@ def _died(rank: int, process_id: int, number: signal.Signals, handing_on: _Handi
 
 
 def _ended_by(number: signal.Signals, what: str = "the launcher") -> SignalledError:
-    found = f"Ended by {number.name} to {what} {_NOTHING_BEGUN}."
+    found = f"Ended by {number.name} to {what} {_NO_STEP}."
     error = SignalledError("RUN-010", found, AGAIN)
     error.exit_code = 128 + number
     return error
 
 
 def _stopped_by(number: signal.Signals) -> StoppedError:
-    return StoppedError("RUN-001", f"Stopped by {number.name} {_NOTHING_BEGUN}.", AGAIN)
+    return StoppedError("RUN-001", f"Stopped by {number.name} {_NO_STEP}.", AGAIN)
 
 
 def _no_meeting(arguments: argparse.Namespace, error: DistError) -> ConfigError:

@@ -49,6 +49,9 @@ SAMPLE_S, LOOK_S = 0.25, 1.0
 """Between looks at the stack, and at what the others have told."""
 TOLD_S, SILENT_S = 30.0, 120.0
 """How often at least a process tells what it is doing, and after how long without it counts as stopped."""
+STOOD_S = 5.0
+"""Longer it is between two looks only where this process itself stood still: Ctrl-Z, `scontrol suspend`, a frozen
+container."""
 ANSWER_S, LEAVE_S = 5.0, 10.0
 """How long a process is waited for when the alarm is raised, and for it to end by itself after another has failed."""
 _LOST = (
@@ -224,11 +227,15 @@ class Watch:
 
     def _watch(self) -> None:
         looked = told = 0.0
+        before = time.monotonic()
         while not self._over.wait(SAMPLE_S):
+            now = time.monotonic()
+            if now - before > STOOD_S:  # no time of the phase it is in
+                self._since += now - before
+            before = now
             if self._sampling:
                 waits, _ = where_is(self._watched)
                 self.samples[self._now.phase, waits] += 1
-            now = time.monotonic()
             if now - looked < LOOK_S:
                 continue
             looked = now

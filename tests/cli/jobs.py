@@ -123,8 +123,11 @@ class Job:
         os.close(self.terminal)
         self.terminal = None
 
-    def exit_code(self, within_s: float = 60) -> int:
-        """As a shell sees it: 128 and the signal's number for a process that a signal ended."""
+    def exit_code(self, within_s: float = 180) -> int:
+        """As a shell sees it: 128 and the signal's number for a process that a signal ended.
+
+        The time is what a step, a save and an exit may take on a machine that does much else; only a hang is longer.
+        """
         until = time.monotonic() + within_s
         while self.alive():
             self.look()

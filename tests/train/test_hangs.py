@@ -112,6 +112,45 @@ def test_a_stopped_process_is_named(demo: Path, tmp_path: Path, rank: int) -> No
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_the_file_of_a_stopped_reader_is_named(demo: Path, tmp_path: Path, num_processes: int) -> None:
+    """After `--read-timeout`, with the watch's own limits, of which that of a step (120 s) is shorter."""
+    job = Job(demo, tmp_path / "run", num_processes, num_workers=1, read_timeout=150)
+    job.wait_for_steps(5)
+    (server,) = (child for child in psutil.Process(job.ranks()[-1]).children() if "forkserver" in str(child.cmdline()))
+    (reader,) = server.children()
+    reader.suspend()
+    assert job.wait(300) == 65, job.text()
+    last = job.lines[-1][1]
+    assert last.startswith("error DATA-070: ")
+    assert ".safetensors (" in last
+    assert "its reader gave nothing in 150 s" in last
+    assert job.text().count("error ") == 1
+    assert not psutil.pid_exists(reader.pid)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_job_that_is_suspended_goes_on(demo: Path, tmp_path: Path, num_processes: int) -> None:
+    """As `scontrol suspend` and `docker pause` do it: all processes, for longer than the limit."""
+    limit = 20
+    job = Job(demo, tmp_path / "run", num_processes, hang_timeout=limit, num_workers=1)
+    job.wait_for_steps(5)
+    launcher = psutil.Process(job.process.pid)
+    family = [launcher, *launcher.children(recursive=True)]
+    for process in family:
+        process.suspend()
+    time.sleep(limit + 5)
+    before = len(metrics(tmp_path / "run"))
+    for process in family:
+        process.resume()
+    job.wait_for_steps(before + 10)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait() == 143, job.text()
+    assert "RUN-003" not in job.text()
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize("attempt", range(3))
 def test_a_killed_process_ends_the_others_and_a_restart_goes_on(demo: Path, tmp_path: Path, attempt: int) -> None:
     """With torchrun's elastic restarts the same start goes on by itself, looked at all the time."""
