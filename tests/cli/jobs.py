@@ -71,7 +71,7 @@ class Job:
         path = self.save / "metrics.jsonl"
         return path.read_text().count("\n") if path.exists() else 0
 
-    def wait_for_steps(self, count: int, within_s: float = 120) -> None:
+    def wait_for_steps(self, count: int, within_s: float = 240) -> None:
         until = time.monotonic() + within_s
         while self.steps() < count:
             self.look()

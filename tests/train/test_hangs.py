@@ -54,7 +54,7 @@ class Job:
             self.lines.append((time.monotonic(), line.rstrip()))
 
     def wait_for_steps(self, count: int) -> None:
-        path, until = self.save / "metrics.jsonl", time.monotonic() + 90
+        path, until = self.save / "metrics.jsonl", time.monotonic() + 240  # a machine that does much else
         while not path.exists() or len(path.read_text().splitlines()) < count:
             assert self.process.poll() is None, self.text()
             assert time.monotonic() < until, self.text()
@@ -68,7 +68,7 @@ class Job:
             found |= {int(v.partition("=")[2]): int(child) for v in variables if v.startswith("RANK=")}
         return [found[rank] for rank in sorted(found)]
 
-    def wait(self, timeout: float = 90) -> int:
+    def wait(self, timeout: float = 240) -> int:
         code = self.process.wait(timeout)
         self._reader.join(10)
         return code
