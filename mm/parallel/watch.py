@@ -127,6 +127,7 @@ class Watch:
         self._over = threading.Event()
         self._now = Doing(notices.rank, socket.gethostname())
         self._since = time.monotonic()
+        self._broke_in = ""
         self._last_s: dict[str, float] = {}
         self._steps: deque[float] = deque(maxlen=50)
         self._step_began: float | None = None
@@ -146,10 +147,13 @@ class Watch:
     def during(self, phase: str) -> Iterator[None]:
         """Mark a phase while it is entered."""
         began, before = time.monotonic(), self._now.phase
-        self._now.phase = phase
+        self._now.phase, self._broke_in = phase, ""
         self._sign()
         try:
             yield
+        except BaseException:
+            self._broke_in = self._broke_in or phase  # of phases in one another the inner one
+            raise
         finally:
             self._last_s[phase] = time.monotonic() - began
             self._now.phase = before
@@ -181,10 +185,11 @@ class Watch:
             failure = self._wait_for_a_word()
             if failure is not None:
                 raise EndedElsewhereError(failure.exit_code) from None
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].partition(". This is ")[0]  # gloo goes on with advice of its own
+            phase = self._broke_in or self._now.phase
             error = LostProcessError(
                 "RUN-004",
-                f"Rank {rank} lost another process of the job in the phase: {self._now.phase} ({reason}).",
+                f"Rank {rank} lost another process of the job in the phase: {phase} ({reason}).",
                 "Read the log of the process that died, and the kernel's on its node: memory is the usual cause. The "
                 "same command goes on from the newest checkpoint.",
             )
