@@ -288,6 +288,8 @@ def test_quantised_tensors(single):
         ({"cross_attn_norm": False}, "DATA-027", "cross_attn_norm"),
         ({"num_layer": 2}, "DATA-027", "num_layer"),
         ({"num_layers": "2"}, "DATA-027", "num_layers"),
+        ({"num_layers": 10**9}, "DATA-027", "num_layers"),
+        ({"num_attention_heads": 10**9}, "DATA-027", "num_heads"),
         ({"attention_head_dim": "32"}, "DATA-027", "hidden_size"),
         ({"attention_head_dim": 33}, "DATA-027", "even whole head width"),
     ],
