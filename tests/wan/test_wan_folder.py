@@ -299,6 +299,13 @@ def test_config_that_does_not_fit(single, change, id, word):
     refused(single, id, word)
 
 
+def test_a_pointer_of_git_lfs_is_called_that(single):
+    """As a clone without Git LFS has it; its first bytes would be a header of 2e18 bytes."""
+    (file,) = single.glob("*.safetensors")
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 2838303\n")
+    refused(single, "DATA-022", "git lfs pull")
+
+
 def test_all_problems_of_a_config_are_reported_at_once(single):
     edit(single / "config.json", lambda c: (c.update(image_dim=1280, strange=1), c.pop("ffn_dim"), c.pop("eps")))
     with pytest.raises(DataError) as caught:
