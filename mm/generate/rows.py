@@ -62,12 +62,12 @@ def read_rows(config: InferenceModel) -> tuple[list[GenerationRow], list[BadRow]
 
 def _listed(config: InferenceModel) -> str | None:
     """The file of the images or videos."""
-    return config.video if config.task == "v2v" else config.image
+    return config.video or config.image
 
 
 def _pairs(config: InferenceModel, listed: str) -> tuple[list[GenerationRow], list[BadRow]]:
     """`read_rows` where prompts go with images or videos."""
-    kind = "video" if config.task == "v2v" else "image"
+    kind = "image" if config.video is None else "video"
     prompts = _read_lines(Path(config.prompt), "prompt")
     others = _read_lines(Path(listed), kind)
     if len(prompts) != len(others):
@@ -136,7 +136,10 @@ def read_prompts(path: Path) -> list[str]:
 
 def _row(index: int, prompt: str, other: str, config: InferenceModel) -> GenerationRow | BadRow:
     """A row, or why it is none (DATA-085)."""
-    wanted, what = {"i2v": (1, "one image"), "flf2v": (2, "two images"), "v2v": (1, "one video")}[config.task]
+    frames = config.row_task.frames
+    wanted, what = len(frames), "one image" if len(frames) == 1 else "two images"
+    if config.video is not None:
+        wanted, what = 1, "one video"
     if not prompt:
         return _bad(index, "no prompt", "Write one, or remove both lines.")
     if not other:
@@ -144,12 +147,12 @@ def _row(index: int, prompt: str, other: str, config: InferenceModel) -> Generat
     try:
         paths = tuple(map(Path, read_paths(other, (wanted,), lambda paths: all(map(os.path.isfile, paths)))))
     except LineError as error:
-        expected = "first.png, last.png" if wanted == 2 else '"a, b.png"'
+        expected = ", ".join(f"{frame.name}.png" for frame in frames) if wanted > 1 else '"a, b.png"'
         remedy = f"Write {expected}; a path with a comma in it goes into double quotes."
         return _bad(index, f'"{other}" where {what} should be; it {error}', remedy)
     return (
         GenerationRow(index, prompt, video=paths[0])
-        if config.task == "v2v"
+        if config.video is not None
         else GenerationRow(index, prompt, images=paths)
     )
 

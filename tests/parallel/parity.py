@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
-from mm.config.model import ModelType, WanConfig
+from mm.config.model import WanConfig
 from mm.config.recompute import Recompute
 from mm.data.loader import FeatureBatch
 from mm.device.backend import Backend
@@ -45,7 +45,7 @@ class Row:
     samples: str = ODD
     micro_batch_size: int = 1
     recompute: Recompute | None = None
-    model_type: ModelType = "t2v"
+    model_type: str = "t2v"
     compiled: bool = False
 
     @property

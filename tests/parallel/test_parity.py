@@ -17,7 +17,6 @@ from ranks import run_ranks
 
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout, even_stages
-from mm.config.model import ModelType
 from mm.config.place import process_place
 from mm.device.backend import select
 from mm.doctor.parity import RelativeErrors
@@ -62,7 +61,7 @@ def zero(world: int, size: int, options: DataParallelOptions = PLAIN, samples: s
     return Row(layout(world, zero3_size=size, **degrees), options, config, samples)
 
 
-def images(world: int, model_type: ModelType = "i2v", **degrees: Any) -> Row:
+def images(world: int, model_type: str = "i2v", **degrees: Any) -> Row:
     return Row(layout(world, **degrees), model_type=model_type)
 
 
