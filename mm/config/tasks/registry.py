@@ -16,6 +16,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (T2V, I2V, FLF2V)}
 DEFAULT = T2V
 """Where nothing says a task."""
 
+ALL_COLUMNS = frozenset(column.name for task in TASKS.values() for column in task.columns)
 ALL_RECIPE_FIELDS = frozenset[str]().union(*(task.recipe for task in TASKS.values()))
 
 
