@@ -32,6 +32,8 @@ def main(argv: Sequence[str]) -> None:
     print(f"{flags.out}/configs/   the files that configure extraction, training and generation on them")
     print(f"{', '.join(f'{flags.out}/configs/{task.name}/' for task in others)}   the same for the other tasks")
     print(f"{flags.out}/prompts.txt   16 captions to generate from")
+    for column in (column for task in others for column in task.columns):
+        print(f"{flags.out}/{column.name}.txt   {column.expected} for each caption")
     lists = ", ".join(f"{flags.out}/images_{task.name}.txt" for task in others if task.frames)
     print(f"{lists}   images to generate from, one line a caption")
 

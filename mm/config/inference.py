@@ -121,6 +121,7 @@ class InferenceModel(Section):
         prompt: a text file, one prompt a line.
         image: a text file, one image a line for each prompt, or two with a comma between (first, last).
         video: a text file, one video a line for each prompt; the clips are made from these.
+        columns: text files, one number a line for each prompt, by the names of the columns that the task declares.
         negative_prompt: what guidance leads away from; None is the Wan2.1 release's for the task.
         save_path: folder for the clips. fps: frames a second of the clips.
         lora: adapters that are added to the transformer's weights, in this order.
@@ -131,6 +132,7 @@ class InferenceModel(Section):
     prompt: str = Field(min_length=1)
     image: str | None = Field(None, min_length=1)
     video: str | None = Field(None, min_length=1)
+    columns: dict[str, str] = Field(default_factory=dict)
     negative_prompt: str | None = None
     save_path: str = Field(min_length=1)
     fps: int = Field(16, ge=1, le=240)

@@ -55,25 +55,31 @@ def _prompts_fit(config: InferenceModel, source: str) -> Iterator[Problem]:
 def _inputs_fit_the_model(config: InferenceModel, source: str) -> Iterator[Problem]:
     """CFG-120: a model gets the images that it was trained with, and nothing that it cannot take."""
     task, of_images = config.predictor.task, {"image", "image_encoder", "pipeline_config.dual_image"}
+    columns = {f"columns.{column.name}": column.name in config.columns for column in task.columns}
     given = {
+        **columns,
+        **{f"columns.{name}": True for name in config.columns},
         "image": config.image is not None,
         "image_encoder": config.image_encoder is not None,
         "pipeline_config.dual_image": config.pipeline_config.dual_image,
         "video": config.video is not None,
     }
-    needed = {"image", "image_encoder"} if task.frames else set()
-    useless = (set() if task.frames else of_images) | (set() if task.with_video else {"video"})
+    needed = columns.keys() | ({"image", "image_encoder"} if task.frames else set())
+    useless = {f"columns.{name}" for name in config.columns} - columns.keys()
+    useless |= (set() if task.frames else of_images) | (set() if task.with_video else {"video"})
     missing = [name for name in given if name in needed and not given[name]]
     if missing:
         found = f"{source}: {config.predictor.task_in_words}, which needs {' and '.join(missing)}."
-        remedy = "Give --image and the section image_encoder, or use the weights of a text-to-video model."
+        how = "Give --image and the section image_encoder" if task.frames else "Give --columns NAME=FILE"
+        remedy = f"{how}, or use the weights of a text-to-video model."
         yield Problem("CFG-120", found, remedy)
     extra = [name for name in given if name in useless and given[name]]
     if extra:
         found = f"{source}: {config.predictor.task_in_words} (in_dim {config.predictor.in_dim}), which takes no "
         found += f"{' and no '.join(extra)}."
-        works = named(t for t in TASKS.values() if (t.with_video if "video" in extra else t.frames))
-        yield Problem("CFG-120", found, f"Remove it, or use a model of {works}.")
+        wanted = "with_video" if "video" in extra else "frames" if of_images & set(extra) else "columns"
+        works = [other for other in TASKS.values() if getattr(other, wanted)]
+        yield Problem("CFG-120", found, "Remove it" + (f", or use a model of {named(works)}." if works else "."))
 
 
 def _videos_have_a_strength(config: InferenceModel, source: str) -> Iterator[Problem]:

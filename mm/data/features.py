@@ -61,7 +61,8 @@ class Origin:
 
     Attributes:
         sample: the sample's id. recipe: key of the recipe.
-        caption: `text_hash` of the caption as given. video: `video_fingerprint` of the video, and its cut.
+        caption: `text_hash` of the caption as given. video: `video_fingerprint` of the video, its cut, and what stands
+            in the task's columns.
     """
 
     sample: str

@@ -10,7 +10,8 @@ model_index.json, with which diffusers.WanPipeline loads the folder
 Those of images (I2V, FLF2V) have another transformer and, in addition,
 image_encoder/    CLIPVisionModel, 3 layers of width 32 on 224 pixels, which gives the 257 tokens of the real one
 image_processor/  CLIP's, unchanged
-and diffusers.WanImageToVideoPipeline loads them.
+and diffusers.WanImageToVideoPipeline loads them. The transformer of speed control has the motion controller besides,
+which diffusers leaves out.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     CLIPImageProcessorPil,
@@ -37,11 +38,15 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from mm.config.model import of_task
 from mm.config.tasks.frames import CLIP_TOKEN_LEN
 from mm.config.tasks.registry import DEFAULT, TASKS
 from mm.config.tasks.task import Sizes, Task
 from mm.demo.clips import all_captions
 from mm.rng import key
+from mm.wan.config_json import read_config, wan_config_to_diffusers
+from mm.wan.initial import initial_value
+from mm.wan.model import WanModel
 
 MODEL_NAMES = {task.name: f"Wan2.1-{task.title}-Tiny-Diffusers" for task in TASKS.values()}
 MODEL_NAME = MODEL_NAMES[DEFAULT.name]
@@ -85,9 +90,24 @@ def write_model(folder: Path, task: Task = DEFAULT) -> None:
     else:
         pipeline = WanPipeline(**parts)
     pipeline.save_pretrained(folder)
+    _add_modules(folder / "transformer", task)
     mode = (folder / "model_index.json").stat().st_mode & 0o777
     for file in folder.rglob("*.safetensors"):
         file.chmod(mode)  # their writer lets nobody but the owner read them, whatever the umask
+
+
+def _add_modules(folder: Path, task: Task) -> None:
+    """What diffusers' transformer does not have of a task: its modules' parameters, and its name in config.json."""
+    if task.frames or not task.modules:
+        return
+    config, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
+    wan = of_task(read_config(config), task)
+    values = json.loads(config.read_text(encoding="utf-8")) | wan_config_to_diffusers(wan)
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in WanModel(wan).named_parameters()}
+    added = [name for name in shapes if name.split(".")[0] in task.modules]
+    save_file(load_file(weights) | {n: initial_value(n, shapes[n], SEED) for n in added}, weights, {"format": "pt"})
 
 
 def transformer_config(task: Task) -> dict[str, Any]:

@@ -23,6 +23,11 @@ def text_len(task: Task) -> int:
     return 512 if task.frames else 32
 
 
+def annotation_name(task: Task) -> str:
+    """The data set's list, which has the columns of the task if it has some."""
+    return f"data_{task.name}.json" if task.columns else "data.json"
+
+
 def write_configs(folder: Path, home: Path) -> None:
     """Write every configuration file of a run on the embedded default, under the same names for every task.
 
@@ -39,7 +44,7 @@ def write_configs(folder: Path, home: Path) -> None:
         for name, content in _files(home, task, home / "configs" / below, home / features).items():
             (target / name).write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
         lists = {
-            "data.txt": data_source_line(home / "dataset", "data.json"),
+            "data.txt": data_source_line(home / "dataset", annotation_name(task)),
             "feature_data.txt": data_source_line(home / features),
         }
         for name, line in lists.items():
@@ -78,10 +83,12 @@ def _files(home: Path, task: Task, configs: Path, features: Path) -> dict[str, A
             "diffusion": {"shift": FLOW_SHIFT, "loss_weighting": "none"},
         },
     }
-    images: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     if task.frames:
         encoder = {"from_pretrained": str(weights / "image_encoder"), "dtype": "fp32"}
-        images = {"image": str(home / f"images_{task.name}.txt"), "image_encoder": encoder}
+        given = {"image": str(home / f"images_{task.name}.txt"), "image_encoder": encoder}
+    if task.columns:
+        given["columns"] = {column.name: str(home / f"{column.name}.txt") for column in task.columns}
     files["inference_model.json"] = {
         "prompt": str(home / "prompts.txt"),
         "negative_prompt": "",
@@ -93,7 +100,7 @@ def _files(home: Path, task: Task, configs: Path, features: Path) -> dict[str, A
         "text_encoder": text_encoder,
         "predictor": {**predictor, "from_pretrained": str(weights / "transformer")},
         "diffusion": {"num_inference_steps": 20, "flow_shift": FLOW_SHIFT, "guidance_scale": 1.0},
-        **images,
+        **given,
     }
     return files
 

@@ -13,9 +13,10 @@ from mm.checkpoint.files import remove_folder, temporary_name
 from mm.config.output import require_writable_folder
 from mm.config.path_line import require_writable_as_text, write_paths
 from mm.config.tasks.registry import TASKS
+from mm.config.tasks.task import Column
 from mm.demo.clips import COLOURS, DIRECTIONS, FPS, NUM_FRAMES, SIZE, DemoClip, all_captions, all_clips
 from mm.demo.components import MODEL_NAMES, write_model
-from mm.demo.configs import write_configs
+from mm.demo.configs import annotation_name, write_configs
 from mm.demo.video import write_video
 from mm.errors import ConfigError
 
@@ -27,6 +28,7 @@ def write_demo(out: Path, clips_per_caption: int = 1) -> None:
 
         weights/Wan2.1-T2V-Tiny-Diffusers/   the tiny models in the HF layout (components.py); -I2V- and -FLF2V- too
         dataset/data.json, dataset/videos/   captioned clips, 16 times `clips_per_caption`
+        dataset/data_*.json                  the same list with the columns of each task that has some
         configs/                             the files that configure extraction, training and generation on them;
                                              in folders named after the tasks those of the other models
         prompts.txt                          the 16 captions, one a line
@@ -51,6 +53,9 @@ def write_demo(out: Path, clips_per_caption: int = 1) -> None:
         _write_dataset(partial / "dataset", clips_per_caption)
         write_configs(partial / "configs", out)
         (partial / "prompts.txt").write_text("\n".join(all_captions()) + "\n", encoding="utf-8")
+        for column in (column for task in TASKS.values() for column in task.columns):
+            numbers = [str(_value(column, index)) for index in range(len(all_captions()))]
+            (partial / f"{column.name}.txt").write_text("\n".join(numbers) + "\n", encoding="utf-8")
         _write_images(partial, out.absolute(), clips_per_caption)
         _force_to_disk(partial)
         os.rename(partial, place)
@@ -89,7 +94,16 @@ def _write_dataset(folder: Path, clips_per_caption: int) -> None:
                 "resolution": {"height": SIZE, "width": SIZE},
             }
         )
-    (folder / "data.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    for task in TASKS.values():
+        listed = [
+            row | {column.name: _value(column, index) for column in task.columns} for index, row in enumerate(rows)
+        ]
+        (folder / annotation_name(task)).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+
+
+def _value(column: Column, index: int) -> int:
+    """A number for a row, all over what a column may hold; the clips do not differ in it."""
+    return round(column.lowest + (column.highest - column.lowest) * (index % 5) / 4)
 
 
 def _write_images(folder: Path, home: Path, variant: int) -> None:

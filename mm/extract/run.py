@@ -98,10 +98,10 @@ def extract(
             another recipe (DATA-014), or more bad videos than may be left out (DATA-073). The store keeps what is
             complete and has no data.jsonl.
     """
-    rows = check_rows(data_sources(data.dataset_param.basic_parameters))
+    task = extraction_task(model, tools)
+    rows = check_rows(data_sources(data.dataset_param.basic_parameters), TASKS[task].columns)
     preprocess = data.dataset_param.preprocess_parameters
     check_plan(rows, preprocess, on_bad_sample)
-    task = extraction_task(model, tools)
     recipe = extraction_recipe(data, model, task, seed)
     store = Path(tools.sorafeature.save_path)
     check_store(store, recipe, overwrite)
@@ -165,10 +165,10 @@ class _Encoders:
     def text_only(self, caption: str) -> Feature:
         return Feature(None, self._text.encode([caption])[0])
 
-    def encode(self, clip: Clip, caption: str) -> Feature:
+    def encode(self, clip: Clip, task: ExtractionTask) -> Feature:
         latents = self._video.encode(clip.pixels.unsqueeze(0))[0]
-        features = {name: make(clip) for name, make in self._makers.items()}
-        return Feature(latents, self._text.encode([caption])[0], clip.start, features)
+        features = {name: make(clip, task.sample) for name, make in self._makers.items()}
+        return Feature(latents, self._text.encode([task.caption])[0], clip.start, features)
 
 
 def _encode_all(
@@ -183,7 +183,7 @@ def _encode_all(
     readers: Counter[str] = Counter()
     for task, clip in zip(todo, clips, strict=True):
         if not isinstance(clip, DataError):
-            write_feature(task.file, encoders.encode(clip, task.caption), task.origin, text_len)
+            write_feature(task.file, encoders.encode(clip, task), task.origin, text_len)
             readers[clip.read_by] += 1
         elif may_be_skipped(clip):
             skipping.add(BadClip.of(task.sample.id, task.sample.file, clip.problems[0]))

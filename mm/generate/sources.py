@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mm.config.inference import InferenceModel
-from mm.config.tasks.task import Source
+from mm.config.tasks.task import InputFeature, Source
 from mm.generate.inputs import require_equal
 from mm.generate.media_inputs import load_image
 from mm.generate.rows import GenerationRow
@@ -33,7 +33,7 @@ def encode_early(config: InferenceModel, rows: Sequence[GenerationRow], device: 
         DataError: DATA-040 to DATA-042 for one that cannot be loaded, and what `load_image` raises.
     """
     return {
-        feature.name: _EARLY[feature.source](config, rows, device)
+        feature.name: _EARLY[feature.source](config, feature, rows, device)
         for feature in config.predictor.task.features
         if feature.source in _EARLY
     }
@@ -57,12 +57,13 @@ def row_features(
 
 
 def _image_features(
-    config: InferenceModel, rows: Sequence[GenerationRow], device: torch.device
+    config: InferenceModel, feature: InputFeature, rows: Sequence[GenerationRow], device: torch.device
 ) -> Mapping[int, Tensor]:
     """[I, img_dim], one image at a time.
 
     A model that was made for one image sees the first one alone; the last one reaches it through its latents.
     """
+    del feature
     section, predictor = config.image_encoder, config.predictor
     assert section is not None  # noqa: S101  the rules refuse such a task without it
     folder = section.from_pretrained
@@ -83,6 +84,14 @@ def _image_features(
     }
 
 
+def _column(
+    config: InferenceModel, feature: InputFeature, rows: Sequence[GenerationRow], device: torch.device
+) -> Mapping[int, Tensor]:
+    """The number, fp32, without axes."""
+    del config, device
+    return {row.index: torch.tensor(row.columns[feature.name]) for row in rows}
+
+
 def _known_frames(config: InferenceModel, video: VideoEncoder, rows: Sequence[GenerationRow]) -> Tensor:
     """Mask and latents of the given frames of each row, [B, 4 + C, F, H, W]."""
     num_frames, height, width = config.pipeline_config.input_size
@@ -92,8 +101,10 @@ def _known_frames(config: InferenceModel, video: VideoEncoder, rows: Sequence[Ge
     return condition_latents(video, given, num_frames)
 
 
-_EARLY: dict[Source, Callable[[InferenceModel, Sequence[GenerationRow], torch.device], Mapping[int, Tensor]]] = {
+EarlyMaker = Callable[[InferenceModel, InputFeature, Sequence[GenerationRow], torch.device], Mapping[int, Tensor]]
+_EARLY: dict[Source, EarlyMaker] = {
     Source.IMAGE_ENCODER: _image_features,
+    Source.COLUMN: _column,
 }
 _WITH_VAE: dict[Source, Callable[[InferenceModel, VideoEncoder, Sequence[GenerationRow]], Tensor]] = {
     Source.KNOWN_FRAMES: _known_frames,

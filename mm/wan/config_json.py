@@ -46,12 +46,15 @@ _IMAGES = ("model_type", "img_dim", "clip_token_len")
 """The original Wan fixes the last two, so its files lack them; those of models of other sizes have them."""
 _IMAGE_KEYS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
 """diffusers does not name the task: these are null or tell it."""
+_UNTOLD = tuple(task.name for task in TASKS.values() if task.modules and not task.sizes)
+"""Tasks that diffusers does not have. Its models are loaded without their modules; its config.json names them so that
+they are found again."""
 _SAME = {k: k for k in ("patch_size", "text_dim", "freq_dim", "ffn_dim", "num_layers", "eps")}
 
 DIFFUSERS = Dialect(
     "diffusers",
     {**_SAME, "in_channels": "in_dim", "out_channels": "out_dim", "num_attention_heads": "num_heads"},
-    {},
+    {"model_type": _UNTOLD},
     {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"},
     frozenset({"rope_max_seq_len"}),  # the length of a table; ours has the length of the grid
 )
@@ -182,6 +185,7 @@ def wan_config_to_diffusers(config: WanConfig) -> dict[str, object]:
         **DIFFUSERS.fixed,
         **{key: getattr(config, field) for key, field in DIFFUSERS.fields.items()},
         "patch_size": list(config.patch_size),
+        **({"model_type": config.task.name} if config.task.name in _UNTOLD else {}),
     }
     return dict(sorted(values.items()))
 
@@ -238,6 +242,7 @@ def _translated(raw: Mapping[str, Any]) -> dict[str, Any]:
         heads, width = raw["num_attention_heads"], raw["attention_head_dim"]
         # Otherwise `parse` reports the wrong type of the one or the other.
         values["hidden_size"] = heads * width if type(heads) is type(width) is int else width
+        values |= {"model_type": raw["model_type"]} if "model_type" in raw else {}
         if raw.get("image_dim") is not None:
             values |= _with_images(raw["image_dim"], raw.get("pos_embed_seq_len"))
     elif dialect is ORIGINAL:

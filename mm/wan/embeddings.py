@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mm.config.model import WanConfig
 from mm.wan.layers import Fp32LayerNorm, ModuleFactories
+from mm.wan.motion_controller import MotionController
 
 
 class ImageEmbedding(nn.Module):
@@ -44,5 +45,8 @@ class ImageEmbedding(nn.Module):
         return out
 
 
-EMBEDDINGS: dict[str, Callable[[WanConfig, ModuleFactories], nn.Module]] = {"img_emb": ImageEmbedding}
+EMBEDDINGS: dict[str, Callable[[WanConfig, ModuleFactories], nn.Module]] = {
+    "img_emb": ImageEmbedding,
+    "motion_controller": MotionController,
+}
 """By `InputFeature.module`, which is the module's name in the model too."""

@@ -31,6 +31,7 @@ from mm.wan.layers import ModuleFactories
 from mm.wan.patches import patchify, token_grid, unpatchify
 from mm.wan.precision import keep_fp32
 from mm.wan.rope import Grid, Positions, RotaryTables
+from mm.wan.sinusoid import timestep_sinusoid
 
 ModelT = TypeVar("ModelT", bound="WanModel")
 
@@ -205,16 +206,3 @@ class WanModel(nn.Module):
         """Fill all parameters with `mm.wan.initial.initial_value`; they must be whole, not sharded."""
         for name, parameter in self.named_parameters():
             parameter.copy_(initial_value(name, parameter.shape, seed))
-
-
-def timestep_sinusoid(timestep: Tensor, width: int) -> Tensor:
-    """[B] timesteps (0 to 1000) to [B, width] fp32: cosines, then sines, at frequencies 10000^(-2i/width).
-
-    In fp64: an fp32 angle near 1000 is only known to some 1e-4, which is seen in the velocity.
-
-    Source: Vaswani et al. 2017 section 3.5, in the order [cos | sin] of the Wan weights.
-    """
-    half = width // 2
-    exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
-    angles = torch.outer(timestep.to(torch.float64), 10_000.0**-exponent)
-    return torch.cat((angles.cos(), angles.sin()), dim=1).float()

@@ -24,6 +24,7 @@ RUN = [
     Row(Layout(4)),
     Row(Layout(4, cp_size=4, ulysses_size=2)),
     Row(Layout(4, cp_size=4), model_type="i2v"),
+    Row(Layout(4, tp_size=2, cp_size=2), model_type="speedcontrol"),
     Row(Layout(4, tp_size=2, sequence_parallel=True, cp_size=2, ulysses_size=2), model_type="flf2v"),
     Row(Layout(4, tp_size=4)),
     Row(Layout(4, zero3_size=4), zero=ZeroConfig(zero3_size=4)),

@@ -14,9 +14,10 @@ from mm.wan import rope
 from mm.wan.initial import initial_value
 from mm.wan.inputs import ModelInputs
 from mm.wan.layers import ModuleFactories, QKNorm
-from mm.wan.model import WanModel, timestep_sinusoid
+from mm.wan.model import WanModel
 from mm.wan.patches import patchify, token_grid, unpatchify
 from mm.wan.rope import RotaryTables, axis_widths, rope_tables
+from mm.wan.sinusoid import timestep_sinusoid
 
 CONFIG = WanConfig(text_dim=32, hidden_size=64, ffn_dim=96, num_heads=4, num_layers=2, freq_dim=32)
 

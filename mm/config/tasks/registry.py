@@ -9,13 +9,15 @@ from pydantic import AfterValidator
 
 from mm.config.tasks.flf2v import FLF2V
 from mm.config.tasks.i2v import I2V
+from mm.config.tasks.speedcontrol import SPEEDCONTROL
 from mm.config.tasks.t2v import T2V
 from mm.config.tasks.task import Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (T2V, I2V, FLF2V)}
+TASKS: dict[str, Task] = {task.name: task for task in (T2V, I2V, FLF2V, SPEEDCONTROL)}
 DEFAULT = T2V
 """Where nothing says a task."""
 
+ALL_COLUMNS = frozenset(column.name for task in TASKS.values() for column in task.columns)
 ALL_RECIPE_FIELDS = frozenset[str]().union(*(task.recipe for task in TASKS.values()))
 
 

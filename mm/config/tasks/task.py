@@ -47,12 +47,21 @@ class Column:
     """A role that is a number: a column of the annotations, and a line of a text file in generation.
 
     Attributes:
-        name: of the column. lowest, highest: what it may be.
+        name: of the column, and of the feature that is made of it. lowest, highest: what it may be.
     """
 
     name: str
     lowest: float
     highest: float
+
+    @property
+    def expected(self) -> str:
+        """`a number from 0 to 100`."""
+        return f"a number from {self.lowest:g} to {self.highest:g}"
+
+    def holds(self, value: object) -> bool:
+        """Whether a value may stand in it."""
+        return type(value) in (int, float) and self.lowest <= value <= self.highest  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
