@@ -30,7 +30,7 @@ SCRIPTS: dict[str, type[Flags]] = {
 }
 PROGRAMS = {**COMMANDS_WITH_FLAGS, **SCRIPTS}
 OF_OTHER_PROGRAMS = re.compile(
-    r"--(help|nproc[-_]per[-_]node|nnodes|node[-_]rank|max[-_]restarts|master[-_](addr|port)|rdzv-\w+|shm-size|requeue"
+    r"--(help|version|nproc[-_]per[-_]node|nnodes|node[-_]rank|max[-_]restarts|master[-_](addr|port)|rdzv-\w+|shm-size|requeue"
     r"|signal|time|nodes|exact|ckpt-[a-z]+|cpus-per-task|gpus-per-node|gres|export|open-mode|output|kill-on-bad-exit|net"
     r"|use_peft_lora|logit_mean)"
 )
