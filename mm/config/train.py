@@ -10,7 +10,8 @@ from pydantic import Field
 from mm.config.base import Section
 from mm.config.diffusion import DiffusionConfig
 from mm.config.mesh import MeshFlags
-from mm.config.model import ModelType, WanConfig
+from mm.config.model import WanConfig
+from mm.config.tasks.registry import TaskName
 
 ResumeChange = Literal["batch", "schedule", "optimizer", "objective", "data", "precision", "average"]
 """Parts of what a step means, as --resume-changed names them."""
@@ -41,12 +42,12 @@ class PretrainModel(Section):
     """pretrain_model.json.
 
     Attributes:
-        task: what is trained; where it is said, it must be predictor.model_type.
+        task: what is trained; where it is said, it must be that of the predictor.
         load_video_features, load_text_features: training always reads extracted features.
         predictor: the transformer. diffusion: noise schedule and loss.
     """
 
-    task: ModelType | None = None
+    task: TaskName | None = None
     load_video_features: Literal[True] = True
     load_text_features: Literal[True] = True
     predictor: PredictorConfig
