@@ -6,21 +6,20 @@ Every key of MindSpeed-MM's file is known. A value that could not be followed he
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, field_validator
 
 from mm.config.base import Section, parse
 from mm.config.mesh import MeshFlags
+from mm.config.yaml_file import load_yaml
 from mm.errors import ConfigError, Problem, raise_all
 
 BLOCK_CLASSES = ("WanDiTBlock", "WanBlock")
 # Never on the training device, so there is nothing to leave out: MindSpeed-MM's own files name them.
 ABSENT_MODULES = ("ae", "text_encoder")
-_MOST_VALUES = 10_000  # in a file that has a dozen; more are a mistake or hostile
 TOP_MODULES = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "head")
 
 
@@ -106,64 +105,6 @@ def load_zero(flags: MeshFlags) -> ZeroConfig | None:
         problems += error.problems
     raise_all(ConfigError, problems)
     return zero
-
-
-def load_yaml(path: Path) -> Any:
-    """Read a YAML file of plain values strictly.
-
-    Raises:
-        ConfigError: CFG-001 when the file is missing or unreadable, CFG-002 when it is not YAML, has a key twice, or
-            holds what JSON has no form for (dates, NaN, values that contain themselves), or more values than a
-            configuration has.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            "CFG-001", f"{path} cannot be read ({error}).", "Check the path and its permissions."
-        ) from None
-    try:
-        values = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
-        _require_small(values)
-        json.dumps(values, allow_nan=False)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            "CFG-002", f"{path} is not plain YAML: {reason}.", "Correct the file at that place."
-        ) from None
-    return {} if values is None else values  # a file of comments alone: all defaults
-
-
-def _require_small(values: Any) -> None:
-    """Refuse a few lines of aliases that stand for more values than memory holds.
-
-    Raises:
-        ValueError: for more values than `_MOST_VALUES`, each alias counted as what it stands for, or one in itself.
-    """
-    counted: dict[int, int] = {}
-
-    def count(value: Any) -> int:
-        if not isinstance(value, (dict, list)):
-            return 1
-        if id(value) not in counted:
-            counted[id(value)] = _MOST_VALUES  # until it is known; what contains itself is never small
-            parts = value.values() if isinstance(value, dict) else value
-            counted[id(value)] = 1 + sum(map(count, parts))
-        return counted[id(value)]
-
-    if count(values) > _MOST_VALUES:
-        raise ValueError(f"it stands for more than {_MOST_VALUES} values")
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Plain values only, and no key twice in one mapping."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        names = [self.construct_object(name, deep=True) for name, _ in node.value]
-        for place, name in enumerate(names):
-            if name in names[:place]:
-                raise yaml.constructor.ConstructorError(None, None, f'the key "{name}" occurs twice', node.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 def _take_refused(values: Any, source: str) -> Iterator[Problem]:
