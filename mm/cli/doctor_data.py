@@ -19,7 +19,8 @@ from mm.config.data import NOT_WITH_DECORD, data_sources, load_extract_data, loa
 from mm.config.extract import check_extraction, load_extract_model
 from mm.config.flags import Flags, parse_flags
 from mm.config.output import require_writable_folder
-from mm.config.train import PretrainModel
+from mm.dialects.mindspeed.train_flags import PretrainModel
+from mm.dialects.mindspeed.training import features
 from mm.errors import ConfigError, DataError, Problem, raise_all
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def _check_videos(flags: DoctorDataFlags) -> CheckedData:
 
 
 def _check_features(flags: DoctorDataFlags) -> CheckedData:
-    data = load_train_data(Path(flags.mm_data))
+    param = load_train_data(Path(flags.mm_data)).dataset_param
     problems = []
     if flags.mm_model is None:
         found = f"{flags.mm_data} is about features, and --mm-model is missing."
@@ -128,7 +129,12 @@ def _check_features(flags: DoctorDataFlags) -> CheckedData:
 
     with _Bar() as bar:
         return check_features(
-            data, model, num_workers=flags.num_workers, time_limit=flags.decode_timeout, done=bar.done
+            features(param),
+            model,
+            caption_dropout=param.preprocess_parameters.cfg,
+            num_workers=flags.num_workers,
+            time_limit=flags.decode_timeout,
+            done=bar.done,
         )
 
 

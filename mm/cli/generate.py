@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from mm.cli.entry import run
 from mm.config.flags import parse_flags, words_of_process
-from mm.config.generate import GenerateFlags, load_generation
 from mm.config.inference_retired import RETIRED_GENERATE_FLAGS
 from mm.config.output import require_writable_folder
 from mm.config.place import process_place
+from mm.dialects.mindspeed.generate import GenerateFlags, load_generation
 from mm.generate.rows import require_inputs
 from mm.stopping import StopRequest
 

@@ -18,9 +18,9 @@ from mm.cli.score import ScoreFlags
 from mm.cli.zero_to_bf16 import ZeroFlags
 from mm.config.extract import RETIRED_EXTRACT_FLAGS, ExtractFlags
 from mm.config.flags import Flags, flag_name
-from mm.config.generate import GenerateFlags
 from mm.config.inference_retired import RETIRED_GENERATE_FLAGS
-from mm.config.train import RETIRED_TRAIN_FLAGS, TrainFlags
+from mm.dialects.mindspeed.generate import GenerateFlags
+from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, TrainFlags
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])

@@ -17,7 +17,7 @@ from mm.config.base import load
 from mm.config.data import load_extract_data, load_train_data
 from mm.config.extract import check_extraction, extraction_task, load_extract_model, load_extract_tools
 from mm.config.model import WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B
-from mm.config.train import PretrainModel
+from mm.dialects.mindspeed.train_flags import PretrainModel
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "wan2.1"

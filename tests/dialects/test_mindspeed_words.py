@@ -9,7 +9,7 @@ from translated import data_file, model_file, translated
 
 from mm.config.layerzero import ZeroConfig
 from mm.config.run.file import load_training, resolved, short_file, whole_file
-from mm.config.train import TrainFlags
+from mm.dialects.mindspeed.train_flags import TrainFlags
 from mm.dialects.mindspeed.words import ADAPTER_FLAGS, EVALUATION_FLAGS, TRAIN_FLAGS
 
 NEEDED = "--lr 1e-4 --train-iters 10 --load weights"

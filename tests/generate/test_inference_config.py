@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from mm.config.flags import parse_flags
-from mm.config.generate import GenerateFlags, load_inference
 from mm.config.inference_retired import RETIRED_GENERATE_FLAGS
 from mm.config.model import WAN_1_3B, WAN_14B, WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B
+from mm.dialects.mindspeed.generate import GenerateFlags, load_inference
 from mm.errors import ConfigError
 
 EXAMPLES = Path(__file__).parents[2] / "examples/wan2.1"

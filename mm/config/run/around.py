@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -45,6 +46,11 @@ class ValidationSection(Section):
     prompts: str = Field(min_length=1)
     images: str | None = Field(None, min_length=1)
     config: str = Field(min_length=1)
+
+
+def validation_folder(save: str) -> Path:
+    """Where the clips of a run go."""
+    return Path(save) / "validation"
 
 
 class SupervisionSection(Section):

@@ -95,9 +95,26 @@ class Origins:
     def __getitem__(self, path: str) -> Word:
         return self.words.get(path) or Word(path, self.file)
 
-    def all_of(self, path: str) -> tuple[Word, ...]:
-        """Every word that has to change with a value."""
-        return (self[path], *self.also.get(path, ()))
+    def whole(self, path: str) -> str:
+        """The word for a section that has a file of its own, `--mm-data`; else the section's path."""
+        first = next((word for name, word in self.words.items() if name.startswith(f"{path}.")), None)
+        return first.file_word if first is not None else path
+
+    def assigned(self, values: Mapping[str, Any]) -> str:
+        """What is written to give values to several paths: flags on one line, then each key with its file.
+
+        `--bf16 --global-batch-size 8 and "dtype": "bf16" in m.json`
+        """
+        order = {path: number for number, path in enumerate(self.words)}
+        flags, keys = [], []
+        for path in sorted(values, key=lambda path: order.get(path, len(order))):
+            for word in (self[path], *self.also.get(path, ())):
+                text = word.assigned(values[path])
+                if word.file:
+                    keys.append(f"{text} in {word.file}")
+                else:
+                    flags.append(text)
+        return " and ".join([" ".join(flags)] * bool(flags) + keys)
 
     def grouped(self, values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Values by file and word, for comparing what processes were started with.

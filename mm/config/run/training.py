@@ -85,9 +85,9 @@ class TrainingRun(TrainingSections, MeshRun):
     @property
     def blocks_of_stages(self) -> list[int]:
         """Blocks of the virtual stages as `parallel.stages` lists them; one number where all have as many."""
-        if self.pp == 1 or not self.parallel.stages:
+        if self.pp == 1 or not any(self.parallel.stages or ()):
             return [self.wan.num_layers // (self.pp * self.vp if self.pp > 1 else 1)]
-        return [number for row in self.parallel.stages for number in row]
+        return [number for row in self.parallel.stages or () for number in row]
 
     def samples_of_step(self, dp_size: int) -> int:
         """The global batch, of all `dp_size` replicas."""

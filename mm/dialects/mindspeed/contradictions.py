@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from mm.config.flags import flag_name
-from mm.config.train import PretrainModel, TrainFlags
+from mm.dialects.mindspeed.train_flags import PretrainModel, TrainFlags
 from mm.errors import Problem
 
 _LORA = "--lora-r 16 --lora-alpha 16 --lora-target-modules q k v o --load-base-model TRANSFORMER"
@@ -116,7 +116,8 @@ def _evaluation_is_complete(flags: TrainFlags, model: PretrainModel) -> Iterator
             yield Problem("CFG-124", f"{given[0]} needs {' and '.join(missing)}.", "Give all of them, or none.")
     if flags.validation_images is not None and flags.validation_prompts is None:
         yield Problem("CFG-124", "--validation-images has no effect without --validation-prompts.", "Give both.")
-    if flags.validation_interval is not None and flags.save is None:
+    incomplete = flags.validation_prompts is None or flags.validation_config is None  # else a rule tells
+    if flags.validation_interval is not None and flags.save is None and incomplete:
         yield Problem("CFG-124", "--validation-interval needs --save, where the clips go.", "Give --save.")
 
 

@@ -10,16 +10,17 @@ from typing import Any, TypeVar
 from mm.config.base import load
 from mm.config.data import FeatureDatasetParam, TrainData, load_train_data
 from mm.config.flags import parse_flags
-from mm.config.layerzero import ZeroConfig, load_zero
+from mm.config.layerzero import ZeroConfig
 from mm.config.layout import stage_rows
 from mm.config.run.around import EvaluationSection, ValidationSection
 from mm.config.run.checkpoint import AdapterSection
 from mm.config.run.data import Clip, FeatureSet
 from mm.config.run.model import ModelSection
 from mm.config.run.training import TrainingRun, TrainingSections, training_run
-from mm.config.train import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
 from mm.dialects.mindspeed.contradictions import contradictions
+from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
 from mm.dialects.mindspeed.words import TRAIN_FLAGS, training_origins
+from mm.dialects.mindspeed.zero_file import load_zero
 from mm.errors import ConfigError, Problem, raise_all
 
 FlagsT = TypeVar("FlagsT", bound=TrainFlags)
@@ -41,14 +42,19 @@ class TrainFiles:
     held_out: TrainData | None = None
 
 
-def read_command(argv: Sequence[str], world_size: int) -> TrainingRun:
+def read_training(argv: Sequence[str], world_size: int) -> TrainingRun:
     """The run that the words after `mm train` ask for, not yet checked by the rules.
 
     Raises:
         ConfigError: for words, keys and values that cannot be read.
     """
-    flags = parse_flags(TrainFlags, argv, program="mm train", retired=RETIRED_TRAIN_FLAGS)
+    flags = read_flags(TrainFlags, argv, "mm train")
     return translate(flags, read_files(flags), world_size)
+
+
+def read_flags(kind: type[FlagsT], argv: Sequence[str], program: str) -> FlagsT:
+    """Read the words of a command that takes training's flags; raises what `mm.config.flags.parse_flags` raises."""
+    return parse_flags(kind, argv, program=program, retired=RETIRED_TRAIN_FLAGS)
 
 
 def read_files(flags: TrainFlags) -> TrainFiles:
@@ -90,11 +96,7 @@ def translate(flags: TrainFlags, files: TrainFiles, world_size: int = 1) -> Trai
         validation=_validation(flags),
         **built,
     )
-    origins = training_origins(
-        flags,
-        says_dtype=model.predictor.dtype is not None,
-        zero_says_dtype=zero is not None and zero.param_dtype is not None,
-    )
+    origins = training_origins(flags, says_dtype=model.predictor.dtype is not None)
     return training_run(sections, origins, world_size, list(contradictions(flags, model)))
 
 

@@ -16,7 +16,7 @@ from mm.config.flags import Flags, flag_name
 from mm.config.layerzero import ZeroConfig
 from mm.config.model import WanConfig
 from mm.config.run.origins import Origins, Word
-from mm.config.train import TrainFlags
+from mm.dialects.mindspeed.train_flags import TrainFlags
 
 ZERO_FILE = "zero_config.yaml"
 _NOT = {True: False, False: True}
@@ -151,17 +151,16 @@ _SECTIONS = {
 _CLIP = {"num_frames": "num_frames", "frame_interval": "frame_interval", "height": "max_height", "width": "max_width"}
 
 
-def training_origins(flags: TrainFlags, *, says_dtype: bool = False, zero_says_dtype: bool = False) -> Origins:
+def training_origins(flags: TrainFlags, *, says_dtype: bool = False) -> Origins:
     """The words of a command line and of the files that it names.
 
     Args:
-        flags: the command line.
-        says_dtype: pretrain_model.json says the precision as well. zero_says_dtype: so does the file of layer-zero.
+        flags: the command line. says_dtype: pretrain_model.json says the precision as well.
     """
     model, zero = flags.mm_model, flags.layerzero_config or ZERO_FILE
     tables = {**TRAIN_FLAGS, **ADAPTER_FLAGS, **EVALUATION_FLAGS}
-    words = {path: flag.word() for path, flag in tables.items()}
-    words |= {"parallel.layerzero": Word("--layerzero"), **_SECTIONS}
+    words = {path: flag.word() for path, flag in MESH_FLAGS.items()} | {"parallel.layerzero": Word("--layerzero")}
+    words |= {path: flag.word() for path, flag in tables.items()} | _SECTIONS
     words |= _keys_of_model(model)
     words |= _keys_of_data("data.features", flags.mm_data, "--mm-data")
     words |= _keys_of_data("evaluation.features", flags.eval_data or "held-out features", "--eval-data")
@@ -169,8 +168,8 @@ def training_origins(flags: TrainFlags, *, says_dtype: bool = False, zero_says_d
     also: dict[str, tuple[Word, ...]] = {
         "parallel.layerzero": (Word("--layerzero-config", spelled=lambda _: ZERO_FILE),)
     }
-    again = [(Word("dtype", model, is_json=True), says_dtype), (Word("param_dtype", zero), zero_says_dtype)]
-    also["model.precision"] = tuple(word for word, said in again if said)
+    if says_dtype:
+        also["model.precision"] = (Word("dtype", model, is_json=True),)
     return Origins(words, also=also)
 
 

@@ -8,11 +8,9 @@ from pydantic import Field
 
 from mm.config.base import Section
 from mm.config.diffusion import DiffusionConfig
-from mm.config.mesh import MeshFlags
 from mm.config.model import ModelType, WanConfig
-
-ResumeChange = Literal["batch", "schedule", "optimizer", "objective", "data", "precision", "average"]
-"""Parts of what a step means, as --resume-changed names them."""
+from mm.config.run.checkpoint import ResumeChange
+from mm.dialects.mindspeed.mesh_flags import MeshFlags
 
 
 class PredictorConfig(WanConfig):
