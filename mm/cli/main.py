@@ -15,6 +15,8 @@ COMMANDS = {
     "extract": "turn videos and captions into features",
     "migrate": "take over features that MindSpeed-MM extracted",
     "train": "train on features",
+    "run": "train as a run.yaml says",
+    "translate": "print the run.yaml that a command line of training means",
     "doctor": "say whether a run will work, what it costs; doctor data, parity, compare: features, a layout, two runs",
     "convert": "convert weights between the HF, native and MM formats",
     "generate": "make videos from prompts",

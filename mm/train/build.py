@@ -11,10 +11,13 @@ from mm.activation.host_pool import StepShape
 from mm.activation.offload import Offloader
 from mm.checkpoint.comm import on_rank_zero
 from mm.checkpoint.directory import holds_checkpoints, require_kind, require_whole
+from mm.checkpoint.files import replace_text, writing_errors
 from mm.checkpoint.record import kind_of
 from mm.checkpoint.store import find_latest
 from mm.checkpoint.weights import open_weights
 from mm.config.recompute import Recompute
+from mm.config.run.file import resolved, whole_file
+from mm.config.run.origins import RUN_FILE
 from mm.config.step import DataSettings, StepSettings, step_settings
 from mm.device.backend import free_host_bytes
 from mm.errors import ConfigError
@@ -217,6 +220,24 @@ def start_or_resume(run: Run, adapters: AdapterRun | None, optimizer: Optimizer,
         else:
             load_weights(open_weights(path), optimizer, run.config)
     return Progress()
+
+
+def write_run_file(run: Run) -> None:
+    """Write run.yaml beside the checkpoints, so that the run can be gone on with, and read; every rank calls it.
+
+    Raises:
+        CheckpointError: CKPT-031 where it cannot be written.
+    """
+    save = run.sections.checkpoint.save
+    if save is None:
+        return
+    path, text = Path(save) / RUN_FILE, whole_file(resolved(run.sections))
+
+    def write() -> None:
+        with writing_errors():
+            replace_text(path, text)
+
+    on_rank_zero(run.comm, write)
 
 
 def _resuming(run: Run, steps: StepSettings) -> Resuming:

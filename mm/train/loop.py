@@ -40,6 +40,7 @@ from mm.train.build import (
     start_or_resume,
     step_shape,
     why_not_compiled,
+    write_run_file,
 )
 from mm.train.checkpointing import Checkpointing
 from mm.train.checks import Check, Checks
@@ -96,6 +97,7 @@ def train(run: Run) -> Progress:
         if progress.step >= sections.training.steps and not missed:
             logger.info("step %d of %d is already done; nothing to train", progress.step, sections.training.steps)
             return progress
+        write_run_file(run)
         log = stack.enter_context(_metrics_log(run, progress))
         with during("evaluation and validation"):
             checks.run(missed, progress.step, parallel, log)
