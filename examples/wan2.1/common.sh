@@ -41,6 +41,7 @@ log_to() { # file
     mkdir -p -- "$(dirname -- "$1")" ||
         { echo "error ENV-006: the folder of $1 cannot be made. Fix: name another folder, or free its disk." >&2; exit 74; }
     export MM_LOG_FILE=$1
+    [ -e /dev/fd/1 ] || exec >/dev/null   # whoever started this has closed it
     exec 2>&1
 }
 

@@ -8,6 +8,7 @@ own flags can be overridden by what follows them.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NoReturn, TypeVar, get_origin
@@ -134,8 +135,9 @@ def _unknown(rest: Sequence[str], fields: list[str], retired: Mapping[str, str])
 def _as_flag(problem: Problem, flags: type[Flags]) -> Problem:
     """Say `--micro-batch-size` where a file's message would say "micro_batch_size"."""
     message = problem.message
-    for name in flags.model_fields:
-        message = message.replace(f'"{name}"', flag_name(name)).replace(f'"{name}.', f'"{flag_name(name)}.')
+    place = re.search(r'"([^".]+)[^"]*"', message)  # the first in quotes; a value, which comes later, may look alike
+    if place is not None and place[1] in flags.model_fields:
+        message = message[: place.start()] + flag_name(place[1]) + message[place.end() :]
     message = message.replace("command line lacks the key", "The command line lacks").replace("command line: ", "")
     return Problem(problem.id, message, problem.remedy.replace("Add it.", "Give the flag; see --help."))
 

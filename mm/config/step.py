@@ -153,6 +153,10 @@ def changes(before: StepSettings, now: StepSettings, words: Origins) -> Iterator
         yield from _of_values("average", before, now, {"ema_decay": "optimizer.ema_decay"}, words)
 
 
+_GIVEN = {True: "given", False: "absent"}
+"""How a flag without a value is told; a file has true and false."""
+
+
 def _of_values(
     kind: ResumeChange, before: Section, now: Section, paths: Mapping[str, str], words: Origins
 ) -> Iterator[Change]:
@@ -166,7 +170,7 @@ def _precision(before: StepSettings, now: StepSettings, words: Origins) -> Itera
     if before.bf16 != now.bf16:
         word = words["model.precision"]
         then, today = (word.spelled("bf16" if side.bf16 else "fp32") for side in (before, now))
-        yield Change("precision", word.name, _said(then), _said(today))
+        yield Change("precision", word.name, *(_GIVEN.get(value, str(value)) for value in (then, today)))
 
 
 def _of_data(kind: ResumeChange | None, name: str, before: DataSettings, now: DataSettings) -> Iterator[Change]:
@@ -181,6 +185,4 @@ def _differing(kind: ResumeChange, name: str, before: Any, now: Any) -> Iterator
 
 
 def _said(value: Any) -> str:
-    if isinstance(value, bool):
-        return "given" if value else "absent"
     return value if isinstance(value, str) else json.dumps(value)

@@ -102,8 +102,8 @@ class Resuming:
         if (then, then_last) == (now, now_last):
             return ""
         return (
-            f" (learning rate of step {step + 1}: {then:.3g}, now {now:.3g}; of step {self.sections.training.steps}: "
-            f"{then_last:.3g}, now {now_last:.3g})"
+            f" (learning rate of step {step + 1}: {then:.6g}, now {now:.6g}; of step {self.sections.training.steps}: "
+            f"{then_last:.6g}, now {now_last:.6g})"
         )
 
     def _remedy(self, change: Change) -> str:
@@ -112,11 +112,11 @@ class Resuming:
         keep = f"Give {change.name.partition(' (default: ')[0]} {change.before} to go on as before"
         if change.kind == "batch":
             keep = self._keep_batch(int(change.before))
-        elif change.kind == "data":
+        elif change.name.startswith("the data set"):
             keep = f"Name the features that it was trained on, or start from its weights alone with {start}"
         elif change.kind == "precision":
             keep = f"Let {change.name} be {change.before} to go on as before"
-        elif change.kind == "objective":
+        elif change.kind in ("objective", "data"):
             keep = f"Set {change.name} to {change.before} to go on as before"
         changed = words["checkpoint.resume_changed"].name
         return f"{keep}; to change it on purpose, add {changed} {change.kind}."

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from ranks import free_port
+from ranks import ANY_PORT
 
 from mm.config.base import load
 from mm.config.data import load_extract_data, load_train_data
@@ -131,7 +131,7 @@ def pretrain_on_two_processes(script: str, configs: Path, weights: Path, tmp_pat
         *("--train-iters", "2", "--save-interval", "1", "--keep-latest", "1", "--num-workers", "0", "--device", "cpu"),
         timeout_s=120,
         NPUS_PER_NODE="2",
-        MASTER_PORT=str(free_port()),
+        MASTER_PORT=ANY_PORT,
         MBS="2",
         GRAD_ACC_STEP="2",
         PRECISION="fp32",
@@ -179,7 +179,7 @@ def test_scripts_of_images_from_videos_to_a_checkpoint(demo: Path, tmp_path: Pat
     task = script.split("/")[1]
     files = tmp_path / "files"
     few_clips(demo, demo / "configs" / task, files)
-    variables = {"NPUS_PER_NODE": "2", "MASTER_PORT": str(free_port()), "LOG_DIR": str(tmp_path / "logs"), "TASK": task}
+    variables = {"NPUS_PER_NODE": "2", "MASTER_PORT": ANY_PORT, "LOG_DIR": str(tmp_path / "logs"), "TASK": task}
     variables |= {"MM_DATA": str(files / "data.json"), "MM_MODEL": str(files / "model_wan.json")}
     variables |= {"MM_TOOL": str(files / "tools.json")}
     extraction = EXAMPLES / "feature_extract" / "feature_extraction.sh"
@@ -252,7 +252,7 @@ def finetune_on_two_processes(script: str, configs: Path, weights: Path, tmp_pat
         *("--train-iters", "2", "--save-interval", "1", "--keep-latest", "1", "--num-workers", "0", "--device", "cpu"),
         timeout_s=120,
         NPUS_PER_NODE="2",
-        MASTER_PORT=str(free_port()),
+        MASTER_PORT=ANY_PORT,
         MBS="2",
         PRECISION="fp32",
         MM_DATA=str(configs / "feature_data.json"),

@@ -203,3 +203,8 @@ def test_configuration_is_refused_without_importing_torch(tmp_path: Path) -> Non
     lines = done.stderr.splitlines()
     told = {line[:13] for line in lines}
     assert told == {"error CFG-004", "error CFG-001"}  # of both files, in one round
+
+
+def test_a_value_that_is_called_as_a_flag_is_told_as_it_is() -> None:
+    with pytest.raises(ConfigError, match=r'CFG-005: --resume-changed is "seed"; '):
+        parse_flags(TrainFlags, ["--resume-changed", "seed"], program="mm train")
