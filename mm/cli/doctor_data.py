@@ -14,12 +14,13 @@ from pydantic import Field
 from tqdm import tqdm
 
 from mm.cli.entry import run
-from mm.config.base import load, load_json
-from mm.config.data import NOT_WITH_DECORD, data_sources, load_extract_data, load_train_data
-from mm.config.extract import check_extraction, load_extract_model
+from mm.config.base import load_json
+from mm.config.data import NOT_WITH_DECORD, data_sources
+from mm.config.extract import check_extraction
 from mm.config.flags import Flags, parse_flags
 from mm.config.output import require_writable_folder
-from mm.dialects.mindspeed.train_flags import PretrainModel
+from mm.dialects.mindspeed.data_files import load_extract_data, load_train_data
+from mm.dialects.mindspeed.model_files import load_extract_model, load_pretrain_model
 from mm.dialects.mindspeed.training import features
 from mm.errors import ConfigError, DataError, Problem, raise_all
 
@@ -123,7 +124,7 @@ def _check_features(flags: DoctorDataFlags) -> CheckedData:
         found = "--quick has no effect on features."
         problems.append(Problem("CFG-112", found, "Remove it; every feature file is read."))
     raise_all(ConfigError, problems)
-    model = load(PretrainModel, Path(str(flags.mm_model))).predictor.wan()
+    model = load_pretrain_model(Path(str(flags.mm_model))).predictor.wan()
 
     from mm.data.check import check_features
 

@@ -13,7 +13,7 @@ from mm.isolated import clean_path
 COMMANDS = {
     "demo": "write the embedded default: a tiny Wan2.1, 16 clips with captions, and the files that configure a run",
     "extract": "turn videos and captions into features",
-    "migrate": "take over features that MindSpeed-MM extracted",
+    "migrate": "take over features that MindSpeed-MM extracted; migrate config OLD NEW: one of its files",
     "train": "train on features",
     "run": "train as a run.yaml says",
     "translate": "print the run.yaml that a command line of training means",

@@ -58,6 +58,8 @@ def _train(read: Callable[[ProcessPlace], TrainingRun], stop: StopRequest) -> No
 
     if where.rank != 0:
         logging.getLogger().setLevel(logging.WARNING)
+    for note in sections.notes:
+        logging.getLogger(__name__).info("%s", note)
     lora = plan_of(sections.adapters, sections.wan)
     dataset = open_features(sections.data.features, sections.wan)
     evaluation = sections.evaluation

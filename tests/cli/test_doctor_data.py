@@ -13,11 +13,12 @@ from numbered_clips import write_numbered
 from mm.cli import doctor, doctor_data
 from mm.cli.entry import run
 from mm.config.base import load
-from mm.config.data import DataSource, data_sources, load_extract_data, load_train_data
-from mm.config.extract import load_extract_model
+from mm.config.data import DataSource, data_sources
 from mm.data.clips import load_clip
 from mm.data.dataset import open_features
 from mm.data.metadata import load_samples
+from mm.dialects.mindspeed.data_files import load_extract_data, load_train_data
+from mm.dialects.mindspeed.model_files import load_extract_model
 from mm.dialects.mindspeed.train_flags import PretrainModel
 from mm.dialects.mindspeed.training import features
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from mm.cli import doctor
 from mm.cli import train as train_command
 from mm.config.base import load
-from mm.config.data import load_train_data
 from mm.config.diffusion import DiffusionConfig
 from mm.config.flags import as_words
 from mm.data.dataset import open_features
+from mm.dialects.mindspeed.data_files import load_train_data
 from mm.dialects.mindspeed.train_flags import PretrainModel
 from mm.dialects.mindspeed.training import features
 from mm.diffusion.flow import FlowMatching

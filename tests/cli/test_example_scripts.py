@@ -14,9 +14,10 @@ from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DMode
 from ranks import ANY_PORT
 
 from mm.config.base import load
-from mm.config.data import load_extract_data, load_train_data
-from mm.config.extract import check_extraction, extraction_task, load_extract_model, load_extract_tools
+from mm.config.extract import check_extraction, extraction_task
 from mm.config.model import WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B
+from mm.dialects.mindspeed.data_files import load_extract_data, load_train_data
+from mm.dialects.mindspeed.model_files import load_extract_model, load_extract_tools
 from mm.dialects.mindspeed.train_flags import PretrainModel
 
 ROOT = Path(__file__).parents[2]

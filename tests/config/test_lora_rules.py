@@ -47,7 +47,6 @@ def test_whole_requests(words: str) -> None:
         (f"{WHOLE} --lora-dropout 0.1", "CFG-103", "0.1", "give 0"),
         (f"{WHOLE} --lora-base-dtype fp8 {ZERO}", "CFG-106", "fp8", "--tensor-model-parallel-size"),
         (f"{WHOLE} --init-from-scratch", "CFG-023", "LoRA", "Remove it"),
-        (f"{WHOLE} --lora-register-forward-hook patch_embedding", "CFG-008", "no effect", "without a hook"),
         (f"{WHOLE} --lora-base-dtype int4", "CFG-005", "int4", "that kind"),
     ],
 )

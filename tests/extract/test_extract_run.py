@@ -27,13 +27,14 @@ from numbered_clips import write_numbered
 from ranks import ANY_PORT
 
 from mm.cli.extract import main
-from mm.config.data import data_sources, load_extract_data, load_train_data
-from mm.config.extract import load_extract_model, load_extract_tools
+from mm.config.data import data_sources
 from mm.config.model import WanConfig
 from mm.data.clips import load_clip
 from mm.data.dataset import open_features
 from mm.data.features import write_feature
 from mm.data.metadata import load_samples
+from mm.dialects.mindspeed.data_files import load_extract_data, load_train_data
+from mm.dialects.mindspeed.model_files import load_extract_model, load_extract_tools
 from mm.dialects.mindspeed.training import features
 from mm.errors import ConfigError, DataError
 from mm.extract.run import ExtractReport, extract

@@ -53,9 +53,11 @@ class TrainingRun(TrainingSections, MeshRun):
     Attributes:
         problems: what the user's words say that sections cannot hold, such as one value said twice and differently;
             a run that has any is only looked at by the rules.
+        notes: what the user's files say that is how it is done here anyway, as lines for the log.
     """
 
     problems: tuple[Problem, ...] = Field((), exclude=True, repr=False)
+    notes: tuple[str, ...] = Field((), exclude=True, repr=False)
 
     @property
     def mesh(self) -> ParallelSection:
@@ -125,11 +127,15 @@ class TrainingRun(TrainingSections, MeshRun):
 
 
 def training_run(
-    sections: TrainingSections, origins: Origins, world_size: int = 1, problems: Sequence[Problem] = ()
+    sections: TrainingSections,
+    origins: Origins,
+    world_size: int = 1,
+    problems: Sequence[Problem] = (),
+    notes: Sequence[str] = (),
 ) -> TrainingRun:
     """The run that checked sections describe, on so many processes."""
     values = {name: getattr(sections, name) for name in TrainingSections.model_fields}
-    return TrainingRun(**values, origins=origins, world_size=world_size, problems=tuple(problems))
+    return TrainingRun(**values, origins=origins, world_size=world_size, problems=tuple(problems), notes=tuple(notes))
 
 
 def written(section: BaseModel) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from mm.config.rules.mesh import MESH_RULES
 from mm.config.run.generation import GenerationRun
 from mm.config.run.origins import Origins, Word
 from mm.config.run.parallel import MeshSection
+from mm.dialects.mindspeed.accepted import Note, said, settle
 from mm.dialects.mindspeed.contradictions import layerzero_has_its_file
 from mm.dialects.mindspeed.mesh_flags import MeshFlags
 from mm.dialects.mindspeed.words import MESH_FLAGS, mesh_words
@@ -77,26 +78,34 @@ def load_generation(flags: GenerateFlags, world_size: int) -> GenerationRun:
         ConfigError: what `load_inference` and `mm.dialects.mindspeed.zero_file.load_zero` raise, and CFG-032 to CFG-037
             and CFG-045 for what the processes cannot do.
     """
-    config, zero = load_inference(flags), load_zero(flags)
+    notes: list[Note] = []
+    config, zero = load_inference(flags, notes), load_zero(flags)
     values = {path.removeprefix("parallel."): flag.read(flags) for path, flag in MESH_FLAGS.items()}
     words = mesh_words(flags.layerzero_config)
     words |= {f"model.shape.{name}": Word(name, flags.mm_model, is_json=True) for name in WanConfig.model_fields}
     words["model.precision"] = Word("predictor.dtype", flags.mm_model, is_json=True)
     parallel = MeshSection(**values, layerzero=zero)
-    run = GenerationRun(config=config, parallel=parallel, origins=Origins(words), world_size=world_size)
+    told = (said(flags.mm_model, notes),) if notes else ()
+    run = GenerationRun(config=config, parallel=parallel, origins=Origins(words), world_size=world_size, notes=told)
     problems = list(layerzero_has_its_file(layerzero=flags.layerzero, config=flags.layerzero_config))
     raise_all(ConfigError, [*(problem for rule in MESH_RULES for problem in rule(run)), *problems])
     return run
 
 
-def load_inference(flags: GenerateFlags) -> InferenceModel:
+def load_inference(flags: GenerateFlags, notes: list[Note] | None = None) -> InferenceModel:
     """Read inference_model.json, put the flags over it and check the result.
+
+    Args:
+        flags: the command line.
+        notes: gets what the file says that is how it is done here anyway, and what goes by another name here.
 
     Raises:
         ConfigError: CFG-001 to CFG-005 from reading, CFG-008 for a key that means nothing here, CFG-122 for strengths
             without adapters, and what `mm.config.rules_generate` has rules for.
     """
-    values = load_json(Path(flags.mm_model))
+    values, settled = settle(load_json(Path(flags.mm_model)), "inference_model.json")
+    if notes is not None:
+        notes += settled
     problems = list(take_retired(values, RETIRED_INFERENCE_KEYS, flags.mm_model))
     if flags.lora_strength and len(flags.lora_strength) != len(flags.lora):
         found = f"--lora-strength has {len(flags.lora_strength)} numbers, and --lora {len(flags.lora)} files."

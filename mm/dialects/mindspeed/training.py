@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mm.config.base import load
-from mm.config.data import FeatureDatasetParam, TrainData, load_train_data
+from mm.config.data import FeatureDatasetParam, TrainData
 from mm.config.flags import parse_flags
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import stage_rows
@@ -17,7 +18,11 @@ from mm.config.run.checkpoint import AdapterSection
 from mm.config.run.data import Clip, FeatureSet
 from mm.config.run.model import ModelSection
 from mm.config.run.training import TrainingRun, TrainingSections, training_run
+from mm.dialects.mindspeed.accepted import Note, said
+from mm.dialects.mindspeed.accepted_flags import take_accepted
 from mm.dialects.mindspeed.contradictions import contradictions
+from mm.dialects.mindspeed.data_files import load_train_data
+from mm.dialects.mindspeed.model_files import load_pretrain_model
 from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
 from mm.dialects.mindspeed.words import TRAIN_FLAGS, training_origins
 from mm.dialects.mindspeed.zero_file import load_zero
@@ -34,12 +39,14 @@ class TrainFiles:
     Attributes:
         model: pretrain_model.json. data: feature_data.json.
         zero: zero_config.yaml, where layer-zero is asked for. held_out: the file of `--eval-data`, or None.
+        notes: lines for the log, of what they say that is how it is done here anyway.
     """
 
     model: PretrainModel
     data: TrainData
     zero: ZeroConfig | None = None
     held_out: TrainData | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_training(argv: Sequence[str], world_size: int) -> TrainingRun:
@@ -53,26 +60,52 @@ def read_training(argv: Sequence[str], world_size: int) -> TrainingRun:
 
 
 def read_flags(kind: type[FlagsT], argv: Sequence[str], program: str) -> FlagsT:
-    """Read the words of a command that takes training's flags; raises what `mm.config.flags.parse_flags` raises."""
-    return parse_flags(kind, argv, program=program, retired=RETIRED_TRAIN_FLAGS)
+    """Read the words of a command that takes training's flags.
+
+    Raises:
+        ConfigError: what `mm.config.flags.parse_flags` raises; in the same round what is wrong in the files that the
+            words name.
+    """
+    words, _ = take_accepted(argv)
+    try:
+        return parse_flags(kind, words, program=program, retired=RETIRED_TRAIN_FLAGS)
+    except ConfigError as error:
+        raise_all(ConfigError, [*error.problems, *_problems_of_files(words)])
+        raise
 
 
-def read_files(flags: TrainFlags) -> TrainFiles:
+def _problems_of_files(words: Sequence[str]) -> list[Problem]:
+    """What is wrong in the files that exist of a command line that cannot be read."""
+    readers: dict[str, Callable[[Path], Any]] = {"--mm-model": load_pretrain_model, "--mm-data": load_train_data}
+    problems: list[Problem] = []
+    for flag, value in pairwise(words):
+        path = Path(value)
+        if flag in readers and path.is_file():
+            _attempt(partial(readers[flag], path), problems)
+    return problems
+
+
+def read_files(flags: TrainFlags, accepted: Sequence[Note] = ()) -> TrainFiles:
     """Read the files that a command line names.
+
+    Args:
+        flags: the command line. accepted: what `take_accepted` took out of it.
 
     Raises:
         ConfigError: what is wrong in any of them, all at once.
     """
     problems: list[Problem] = []
-    model = _attempt(lambda: load(PretrainModel, Path(flags.mm_model)), problems)
-    data = _attempt(lambda: load_train_data(Path(flags.mm_data)), problems)
+    notes: dict[str, list[Note]] = {flags.mm_model: [], flags.mm_data: []}
+    model = _attempt(lambda: load_pretrain_model(Path(flags.mm_model), notes[flags.mm_model]), problems)
+    data = _attempt(lambda: load_train_data(Path(flags.mm_data), notes[flags.mm_data]), problems)
     zero = _attempt(lambda: load_zero(flags), problems)
     held_out = None
     if flags.eval_data is not None and flags.eval_interval is not None:  # else the rules tell
         held_out = _attempt(lambda: load_train_data(Path(str(flags.eval_data))), problems)
     raise_all(ConfigError, problems)
     assert model is not None and data is not None  # noqa: S101  a file that is not read is a problem
-    return TrainFiles(model, data, zero, held_out)
+    told = tuple(said(file, found) for file, found in {"flags": accepted, **notes}.items() if found)
+    return TrainFiles(model, data, zero, held_out, told)
 
 
 def translate(flags: TrainFlags, files: TrainFiles, world_size: int = 1) -> TrainingRun:
@@ -97,7 +130,7 @@ def translate(flags: TrainFlags, files: TrainFiles, world_size: int = 1) -> Trai
         **built,
     )
     origins = training_origins(flags, says_dtype=model.predictor.dtype is not None)
-    return training_run(sections, origins, world_size, list(contradictions(flags, model)))
+    return training_run(sections, origins, world_size, list(contradictions(flags, model)), files.notes)
 
 
 def _data(data: TrainData) -> Mapping[str, Any]:
