@@ -11,11 +11,12 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NoReturn, TypeVar, get_origin
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from pydantic import ConfigDict, ValidationError
 
 from mm.config.base import Section, closest, validation_problems
+from mm.config.flag_help import REQUIRED, flag_groups
 from mm.config.other_names import name_here
 from mm.errors import ConfigError, Problem, raise_all
 
@@ -25,9 +26,11 @@ class Flags(Section):
 
     Attributes:
         may_be_empty: fields whose value may be the empty text; a script's unset variable must not be taken for a path.
+        groups: headings of the help, each by the first field below it; a heading may begin again.
     """
 
     may_be_empty: ClassVar[frozenset[str]] = frozenset()
+    groups: ClassVar[Mapping[str, str]] = {}
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
@@ -89,17 +92,30 @@ def flag_name(field: str) -> str:
 
 
 def _build_parser(flags: type[Flags], program: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog=program, description=flags.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for name, field in flags.model_fields.items():
-        help_text = (field.description or "").replace("%", "%%")
-        if field.annotation is bool:
-            parser.add_argument(flag_name(name), action="store_true", help=help_text)
-        elif get_origin(field.annotation) in (list, tuple):
-            parser.add_argument(flag_name(name), nargs="+", help=help_text)
-        else:
-            default = "" if field.is_required() else f" (default: {field.default})"
-            parser.add_argument(flag_name(name), help=help_text + default)
+    groups = flag_groups(flags)
+    required = [flag for group in groups.values() for flag in group if flag.default == REQUIRED]
+    usage = " ".join([program, *(f"{flag_name(flag.field)} {flag.value}" for flag in required), "[flags]"])
+    parser = _Parser(
+        prog=program, usage=usage, description=flags.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    for heading, group in groups.items():
+        section = parser.add_argument_group(heading)
+        for flag in group:
+            help_text = flag.description.replace("%", "%%")
+            if flag.remark:
+                help_text += f" ({flag.remark})"
+            if not flag.value:
+                section.add_argument(flag_name(flag.field), action="store_true", help=help_text)
+            elif flag.several:
+                section.add_argument(flag_name(flag.field), nargs="+", metavar=_one_word(flag.value), help=help_text)
+            else:
+                section.add_argument(flag_name(flag.field), metavar=flag.value, help=help_text)
     return parser
+
+
+def _one_word(value: str) -> str:
+    """A short name for one of several values, which the help shows twice."""
+    return "WORD" if "|" in value else value
 
 
 def _respell(argv: Sequence[str], spelling: Mapping[str, str]) -> list[str]:

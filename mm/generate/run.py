@@ -35,7 +35,7 @@ def generate_clips(
     Clips that an earlier start of the same command has finished are kept.
 
     Args:
-        generation: checked by `mm.config.generate.load_generation`.
+        generation: checked by `mm.dialects.mindspeed.generate.load_generation`.
         processes: where it runs; every rank of the job calls this.
         micro_batch_size: rows in one forward.
         overwrite: replace clips that exist, whatever made them.

@@ -48,7 +48,7 @@ def start_table(
         f"{count} of {frames}x{height}x{width}" for (_, frames, height, width), count in dataset.shapes().most_common(4)
     )
     return {
-        "model": f"{wan.model_type}, {parameters:,} parameters, {wan.num_layers} layers, width {wan.hidden_size}, "
+        "model": f"{wan.task.name}, {parameters:,} parameters, {wan.num_layers} layers, width {wan.hidden_size}, "
         f"{wan.num_heads} heads",
         **({"lora": _lora(lora, adapters, sections.model.precision, parameters)} if lora and adapters else {}),
         "precision": _precision(sections),

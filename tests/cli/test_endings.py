@@ -299,7 +299,7 @@ class Fault(NamedTuple):
 SAVE = ("--save-interval", "2")
 FAULTS = {
     "the command line": Fault(("--train-itres", "5"), {}, 64, "CFG-007"),
-    "the configuration": Fault(("--tensor-model-parallel-size", "3"), {}, 64, "CFG-032"),
+    "the configuration": Fault(("--min-lr", "1"), {}, 64, "CFG-025"),
     "the weights": Fault(("--load", "nowhere"), {}, 65, "DATA-020"),
     "a save on a full disk": Fault(SAVE, {"MM_FAULT": "save.shard_half_written:1:enospc"}, 74, "CKPT-031"),
     "a defect in a save": Fault(SAVE, {"MM_FAULT": "save.manifest_written:1:raise"}, 70, "RUN-005"),

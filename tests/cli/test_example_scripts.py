@@ -15,10 +15,12 @@ from ranks import ANY_PORT
 
 from mm.config.base import load
 from mm.config.extract import check_extraction, extraction_task
+from mm.config.flags import parse_flags
 from mm.config.model import WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B
 from mm.dialects.mindspeed.data_files import load_extract_data, load_train_data
+from mm.dialects.mindspeed.generate import GenerateFlags
 from mm.dialects.mindspeed.model_files import load_extract_model, load_extract_tools
-from mm.dialects.mindspeed.train_flags import PretrainModel
+from mm.dialects.mindspeed.train_flags import PretrainModel, TrainFlags
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "wan2.1"
@@ -300,6 +302,34 @@ def test_a_precision_that_does_not_exist_is_not_fp32(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr[:13]) == (64, "error ENV-004")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*/*/*.sh")), ids=lambda p: str(p.relative_to(EXAMPLES)))
+def test_scripts_give_flags_that_their_command_takes(tmp_path: Path, script: Path) -> None:
+    """What reaches the program, by a `python` that writes its words down; the command's own flags read them."""
+    recorder = tmp_path / "python"
+    recorder.write_text('#!/bin/bash\nprintf "%s\\0" "$@" >"$WORDS"\n')
+    recorder.chmod(0o755)
+    bash(
+        script, "--seed", "5", timeout_s=20, PATH=f"{tmp_path}:{os.environ['PATH']}", VIRTUAL_ENV=str(tmp_path),
+        WORDS=str(tmp_path / "words"), SAVE_PATH=str(tmp_path / "an out"), NPUS_PER_NODE="1",
+    )  # fmt: skip
+    isolated, module, *words = (tmp_path / "words").read_text().split("\0")[:-1]
+    assert Path(isolated).samefile(ROOT / "mm" / "isolated.py")
+    size, task, stage = script.relative_to(EXAMPLES).with_suffix("").parts
+    assert module == ("mm.cli.generate" if stage == "inference" else "mm.cli.train")
+    flags = parse_flags(GenerateFlags if stage == "inference" else TrainFlags, words, program=module)
+    assert Path(flags.mm_model).samefile(
+        script.with_name(f"{'inference' if stage == 'inference' else 'pretrain'}_model.json")
+    )
+    assert flags.seed == 5
+    weights = f"wan2.1-{'t2v' if task == 'v2v' else task}-{size}"
+    if isinstance(flags, TrainFlags):
+        assert flags.save == str(tmp_path / "an out")
+        assert flags.lora == (stage == "finetune_lora")
+        assert flags.layerzero == (size == "14b" and not flags.lora)
+    loaded = flags.load_base_model if isinstance(flags, TrainFlags) and flags.lora else flags.load
+    assert loaded is not None and weights in loaded.lower()
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.rglob("*.sh")), ids=lambda p: str(p.relative_to(EXAMPLES)))

@@ -147,7 +147,7 @@ def test_what_is_taken_is_told_once(tmp_path: Path) -> None:
     words = shlex.split(f"--mm-model {model} --mm-data {data} {theirs.train_words('1.3b', 't2v')}")
     notes = read_training(words, 8).notes
     assert [note.partition(":")[0] for note in notes] == [str(model), str(data)]
-    assert "predictor.img_dim 1280 (t2v models take no images)" in notes[0]
+    assert "predictor.img_dim 1280 (models of this task take no images)" in notes[0]
     assert "speed_factor 1.0" in notes[1] and "dataset_param.dataset_type feature (read as t2v)" in notes[1]
     _, flags = take_accepted(words)
     assert {note.key for note in flags} == {

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mm.config.tasks.registry import DEFAULT, TASKS
+
 Kind = Literal["data.json", "feature_data.json", "pretrain_model.json", "model_wan.json", "tools.json",
                "inference_model.json"]  # fmt: skip
 Accepts = Callable[[Any, Any], bool]
@@ -154,9 +156,15 @@ def _is_the_models(value: Any, whole: Any) -> bool:
     return bool(_DTYPES.get(str(value), value) == _DTYPES.get(str(model), model))
 
 
-def _for_no_images(value: Any, whole: Any) -> bool:
-    del value
-    return _at(whole, "predictor").get("model_type", "t2v") == "t2v"
+def _not_of_the_task(size: str) -> Accepts:
+    """A size of other tasks' models, which this one has no use for."""
+
+    def accepts(value: Any, whole: Any) -> bool:
+        del value
+        task = TASKS.get(_at(whole, "predictor").get("model_type", DEFAULT.name))
+        return task is not None and size not in task.sizes
+
+    return accepts
 
 
 def _at(values: Any, dotted: str) -> dict[str, Any]:
@@ -219,8 +227,8 @@ _MODEL: Mapping[str, tuple[Accepts, str]] = {
     "predictor.FPDT": (_is(False), "attention is not chunked"),
     "predictor.FPDT_chunk_number": (_unchunked, "attention is not chunked"),
     "predictor.FPDT_with_offload": (_unchunked, "attention is not chunked"),
-    "predictor.img_dim": (_for_no_images, "t2v models take no images"),
-    "predictor.clip_token_len": (_for_no_images, "t2v models take no images"),
+    "predictor.img_dim": (_not_of_the_task("img_dim"), "models of this task take no images"),
+    "predictor.clip_token_len": (_not_of_the_task("clip_token_len"), "models of this task take no images"),
 }
 _SAMPLER = "flow matching is sampled so"
 _ACCEPTED: Mapping[Kind, Mapping[str, tuple[Accepts, str]]] = {

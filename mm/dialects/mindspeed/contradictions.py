@@ -20,11 +20,11 @@ def contradictions(flags: TrainFlags, model: PretrainModel) -> Iterator[Problem]
 
 def _task_agrees(flags: TrainFlags, model: PretrainModel) -> Iterator[Problem]:
     """CFG-070: the task is said in two places, which must agree."""
-    task, model_type = model.task, model.predictor.model_type
-    if task is not None and task != model_type:
+    task, predictor = model.task, model.predictor
+    if task is not None and task != predictor.task.name:
         yield Problem(
             "CFG-070",
-            f'"task" in {flags.mm_model} is {task}, and predictor.model_type is {model_type}.',
+            f'"task" in {flags.mm_model} is {task}, and {predictor.task_in_words}.',
             "Make them agree, or remove task.",
         )
 
