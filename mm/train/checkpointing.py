@@ -94,17 +94,18 @@ class Checkpointing:
                 self._background.finish()
 
     def _write(self, progress: Progress) -> None:
-        run, flags, started = self._run, self._run.flags, time.monotonic()
-        if flags.ckpt_format == "torch":
+        run, started, asked = self._run, time.monotonic(), self._run.sections.checkpoint
+        seed = run.sections.training.seed
+        if asked.format == "torch":
             folder = save_weights(
                 self._root,
                 progress,
-                flags.seed,
+                seed,
                 self._steps,
                 self._parallel,
                 self._optimizer,
                 run.comm,
-                flags.keep_latest,
+                asked.keep_latest,
                 self._lock,
             )
             logger.info("checkpoint %s (weights) written in %.1f s", folder.name, time.monotonic() - started)
@@ -113,19 +114,26 @@ class Checkpointing:
             self._optimizer,
             progress,
             run.config,
-            flags.seed,
+            seed,
             run.comm,
             steps=self._steps,
-            with_optimizer=not flags.no_save_optim,
+            with_optimizer=asked.save_optimizer,
             adapters=self._adapters.record if self._adapters is not None else None,
         )
         if self._background is not None:
             with self._run.watch.during(SAVE_BEFORE), self._passing_over(None, when=True):
                 self._background.finish()
-            self._background.start(state.step, state.pieces, state.scalars, flags.keep_latest, state.derived)
+            self._background.start(state.step, state.pieces, state.scalars, asked.keep_latest, state.derived)
             return
         folder = save(
-            self._root, state.step, state.pieces, state.scalars, run.comm, flags.keep_latest, state.derived, self._lock
+            self._root,
+            state.step,
+            state.pieces,
+            state.scalars,
+            run.comm,
+            asked.keep_latest,
+            state.derived,
+            self._lock,
         )
         logger.info("checkpoint %s written in %.1f s", folder.name, time.monotonic() - started)
 
@@ -135,7 +143,7 @@ class Checkpointing:
         try:
             yield
         except CheckpointError as error:
-            if not when or self._run.flags.on_save_failure != "warn" or error.id not in _OF_THE_DISK:
+            if not when or self._run.sections.checkpoint.on_save_failure != "warn" or error.id not in _OF_THE_DISK:
                 raise
             if self._run.reports:
                 what = "the save in the background" if step is None else f"step {step}"

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mm.checkpoint.comm import Comm
 from mm.config.inference import InferenceModel
-from mm.config.rules_checks import validation_folder
-from mm.config.train import TrainFlags
+from mm.config.run.around import validation_folder
+from mm.config.run.training import TrainingRun
 from mm.data.dataset import FeatureDataset
 from mm.data.video import probe, read_frames
 from mm.device.backend import Backend
@@ -37,12 +37,12 @@ class Checks:
     """The checks of a run, each with its interval.
 
     Attributes:
-        flags: of the run. comm: all ranks.
+        sections: of the run. comm: all ranks.
         held_out: the features of `--eval-data`, or None. validation: what renders clips, or None.
         fps: of the clips.
     """
 
-    flags: TrainFlags
+    sections: TrainingRun
     comm: Comm
     held_out: FeatureDataset | None
     validation: Validation | None
@@ -51,7 +51,7 @@ class Checks:
     @classmethod
     def prepare(
         cls,
-        flags: TrainFlags,
+        sections: TrainingRun,
         held_out: FeatureDataset | None,
         validation: InferenceModel | None,
         mesh: Mesh,
@@ -63,21 +63,22 @@ class Checks:
         Raises:
             ConfigError, DataError: what `mm.train.validation.Validation` raises.
         """
-        if validation is None or flags.save is None:
-            return cls(flags, comm, held_out, None, 0)
+        if validation is None or sections.checkpoint.save is None:
+            return cls(sections, comm, held_out, None, 0)
         # Only here: the encoders' libraries take a third of the time in which a training process starts.
         from mm.generate.render import Processes
         from mm.train.validation import Validation
 
-        renders = Validation(validation, Processes(mesh, backend, comm), validation_folder(flags.save))
-        return cls(flags, comm, held_out, renders, validation.fps)
+        renders = Validation(validation, Processes(mesh, backend, comm), validation_folder(sections.checkpoint.save))
+        return cls(sections, comm, held_out, renders, validation.fps)
 
     def due(self, step: int) -> frozenset[Check]:
         """What is to be done after a step."""
         due: set[Check] = set()
-        if self.held_out is not None and self._is_due(step, self.flags.eval_interval):
+        evaluation, validation = self.sections.evaluation, self.sections.validation
+        if self.held_out is not None and evaluation is not None and self._is_due(step, evaluation.interval):
             due.add("evaluation")
-        if self.validation is not None and self._is_due(step, self.flags.validation_interval):
+        if self.validation is not None and validation is not None and self._is_due(step, validation.interval):
             due.add("validation")
         return frozenset(due)
 
@@ -93,8 +94,8 @@ class Checks:
 
     def _done(self, step: int) -> set[Check]:
         done: set[Check] = set()
-        if self.comm.rank == 0 and self.flags.save is not None:
-            file = Path(self.flags.save) / EVALUATION_FILE
+        if self.comm.rank == 0 and self.sections.checkpoint.save is not None:
+            file = Path(self.sections.checkpoint.save) / EVALUATION_FILE
             if file.exists() and any(row.step == step for row in read_evaluations(file)):
                 done.add("evaluation")
         if self.validation is not None and all(path.exists() for path in self.validation.paths(step)):
@@ -117,8 +118,8 @@ class Checks:
                 )
                 logger.info("step %d | %d clips in %s", step, len(paths), paths[0].parent)
 
-    def _is_due(self, step: int, interval: int | None) -> bool:
-        return interval is not None and (step % interval == 0 or step == self.flags.train_iters)
+    def _is_due(self, step: int, interval: int) -> bool:
+        return step % interval == 0 or step == self.sections.training.steps
 
 
 def _read(path: Path) -> Tensor | None:

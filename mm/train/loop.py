@@ -19,7 +19,6 @@ from mm.checkpoint.lock import Lock
 from mm.checkpoint.store import writing
 from mm.config.bad_samples import parse_on_bad_sample
 from mm.config.recompute import recompute_of
-from mm.config.request import Request
 from mm.data.loader import FeatureBatch, feature_batches
 from mm.data.replacing import check_replaced, replaced_in_step
 from mm.data.sampler import BatchPlan
@@ -41,6 +40,7 @@ from mm.train.build import (
     start_or_resume,
     step_shape,
     why_not_compiled,
+    write_run_file,
 )
 from mm.train.checkpointing import Checkpointing
 from mm.train.checks import Check, Checks
@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(run: Run) -> Progress:
-    """Train until `--train-iters` steps are taken, going on from the newest checkpoint in `--save` if there is one.
+    """Train until all steps are taken, going on from the newest checkpoint in the run's folder if there is one.
 
     Returns:
         Where the run ended.
@@ -70,16 +70,16 @@ def train(run: Run) -> Progress:
         OutOfMemoryError: MEM-001 when the device has no room for the model or a step.
         CheckpointError, ConfigError, NumericsError: as documented where they arise.
     """
-    flags = run.flags
+    sections, save = run.sections, run.sections.checkpoint.save
     check_sizes(run)
     steps = settings_of(run)
-    memory = MemoryWatch(Request(flags, run.model, run.zero, run.comm.world_size), run.backend, run.comm.rank)
+    memory = MemoryWatch(sections, run.backend, run.comm.rank)
     during = partial(_during, run, memory)
     with ExitStack() as stack:
         with run.watch.during(OPENING):
-            lock = stack.enter_context(writing(Path(flags.save), run.comm)) if flags.save is not None else None
-        checks = Checks.prepare(flags, run.held_out, run.validation, run.mesh, run.backend, run.comm)
-        recompute = recompute_of(flags, run.model)
+            lock = stack.enter_context(writing(Path(save), run.comm)) if save is not None else None
+        checks = Checks.prepare(sections, run.held_out, run.validation, run.mesh, run.backend, run.comm)
+        recompute = recompute_of(sections.memory)
         offloader = make_offloader(
             recompute, run.config, run.mesh, run.backend, step_shape(run), processes_of_node=run.processes_of_node
         )
@@ -94,15 +94,16 @@ def train(run: Run) -> Progress:
         with during("loading weights"):
             progress = start_or_resume(run, adapters, optimizer, steps)
         missed = checks.missed(progress.step) if progress.step > 0 else frozenset[Check]()
-        if progress.step >= flags.train_iters and not missed:
-            logger.info("step %d of %d is already done; nothing to train", progress.step, flags.train_iters)
+        if progress.step >= sections.training.steps and not missed:
+            logger.info("step %d of %d is already done; nothing to train", progress.step, sections.training.steps)
             return progress
+        write_run_file(run)
         log = stack.enter_context(_metrics_log(run, progress))
         with during("evaluation and validation"):
             checks.run(missed, progress.step, parallel, log)
         saves = None
-        if flags.save is not None:
-            root, background = Path(flags.save), _background_saver(run, optimizer, memory, lock, stack)
+        if save is not None:
+            root, background = Path(save), _background_saver(run, optimizer, memory, lock, stack)
             saves = Checkpointing(run, root, steps, parallel, optimizer, adapters, background, lock)
         # closed here: readers that are left would outlive the error that ends the steps, and hold the process up
         batches = stack.enter_context(closing(_batches(run, progress)))
@@ -117,16 +118,16 @@ def _during(run: Run, memory: MemoryWatch, phase: Phase) -> Iterator[None]:
 
 
 def _metrics_log(run: Run, progress: Progress) -> MetricsLog:
-    flags = run.flags
-    folder = Path(flags.save) if flags.save and run.reports else None
-    board = Path(flags.tensorboard_dir) if flags.tensorboard_dir else (folder / "tensorboard" if folder else None)
+    sections, save, other = run.sections, run.sections.checkpoint.save, run.sections.logging.tensorboard
+    folder = Path(save) if save and run.reports else None
+    board = Path(other) if other else (folder / "tensorboard" if folder else None)
     return MetricsLog(
         folder,
         board if run.reports else None,
         first_step=progress.step + 1,
-        total_steps=flags.train_iters,
-        log_interval=flags.log_interval,
-        progress_bar=run.reports and not flags.no_progress_bar,
+        total_steps=sections.training.steps,
+        log_interval=sections.logging.interval,
+        progress_bar=run.reports and sections.logging.progress_bar,
     )
 
 
@@ -147,13 +148,13 @@ class _Built:
 
 
 def _steps(run: Run, built: _Built, batches: Iterator[FeatureBatch], progress: Progress) -> Progress:
-    flags = run.flags
-    flow = FlowMatching(run.model.diffusion)
+    sections = run.sections
+    flow = FlowMatching(sections.objective)
     guard = NumericsGuard(run, built.parallel, built.optimizer, flow, progress.skipped_steps)
     stragglers = Stragglers(run.watch, run.mesh, run.backend)
     if run.stop is not None:
         run.stop.begin_steps()
-    while progress.step < flags.train_iters:
+    while progress.step < sections.training.steps:
         started, step = time.monotonic(), progress.step + 1
         run.watch.begin_step(step)
         with built.during("waiting for data"):
@@ -165,7 +166,7 @@ def _steps(run: Run, built: _Built, batches: Iterator[FeatureBatch], progress: P
             flow,
             mine,
             samples=run.global_batch_size,
-            seed=flags.seed,
+            seed=sections.training.seed,
             during=built.during,
             on_nonfinite=partial(guard.refused, step, batches=mine),
             asked_to_stop=partial(_is_asked_to_stop, run),
@@ -176,13 +177,13 @@ def _steps(run: Run, built: _Built, batches: Iterator[FeatureBatch], progress: P
             built.saves.look()
         progress = Progress(step, progress.consumed_samples + run.global_batch_size, guard.skipped, replaced)
         built.log.write(_measure(run, result, progress, flow, mine, time.monotonic() - started))
-        if run.comm.world_size > 1 and _is_due(flags.straggler_interval, step):
+        if run.comm.world_size > 1 and _is_due(sections.supervision.straggler_interval, step):
             stragglers.compare(step)
-        if _is_due(flags.check_replica_hash_interval, step):
+        if _is_due(sections.supervision.replica_hash_interval, step):
             require_equal_replicas(built.parallel, step)
-        last, stopping = step == flags.train_iters, result.outcome.asked_to_stop
+        last, stopping = step == sections.training.steps, result.outcome.asked_to_stop
         saved = False
-        if _is_due(flags.save_interval, step) or stopping or last:
+        if _is_due(sections.checkpoint.save_interval, step) or stopping or last:
             saved = _save(built, progress, may_fail=not (stopping or last))
         due = frozenset[Check]() if stopping and not last else built.checks.due(step)
         with built.during("evaluation and validation"):
@@ -230,7 +231,7 @@ def _stop(run: Run, built: _Built, progress: Progress) -> None:
 
 def _replaced(run: Run, batches: Sequence[FeatureBatch], progress: Progress) -> int:
     """How many samples of the step were replaced in all replicas; an error where --on-bad-sample allows fewer."""
-    policy = parse_on_bad_sample(run.flags.on_bad_sample)
+    policy = parse_on_bad_sample(run.sections.data.on_bad_sample)
     if not policy.skips:
         return 0
     samples = [sample for batch in batches for sample in batch["sample"]]
@@ -242,20 +243,19 @@ def _replaced(run: Run, batches: Sequence[FeatureBatch], progress: Progress) -> 
 
 
 def _batches(run: Run, progress: Progress) -> Generator[FeatureBatch]:
-    flags = run.flags
-    loading = run.data.dataloader_param
+    sections = run.sections
     return feature_batches(
         run.dataset,
-        BatchPlan(run.global_batch_size, flags.micro_batch_size, run.mesh.dp_rank, run.mesh.layout.dp_size),
+        BatchPlan(run.global_batch_size, sections.data.micro_batch_size, run.mesh.dp_rank, run.mesh.layout.dp_size),
         text_len=run.config.text_len,
-        seed=flags.seed,
+        seed=sections.training.seed,
         consumed_samples=progress.consumed_samples,
-        caption_dropout=run.data.dataset_param.preprocess_parameters.cfg,
-        shuffle=loading.shuffle,
-        num_workers=flags.num_workers,
-        read_timeout=flags.read_timeout,
-        on_bad_sample=parse_on_bad_sample(flags.on_bad_sample),
-        pin_memory=loading.pin_memory and run.backend.kind != "cpu",
+        caption_dropout=sections.data.caption_dropout,
+        shuffle=sections.data.shuffle,
+        num_workers=sections.data.workers,
+        read_timeout=sections.data.read_timeout,
+        on_bad_sample=parse_on_bad_sample(sections.data.on_bad_sample),
+        pin_memory=sections.data.pin_memory and run.backend.kind != "cpu",
         with_noise=run.mesh.pp_rank in (0, run.mesh.layout.pp_size - 1),  # stages between do not see it
     )
 
@@ -272,7 +272,7 @@ def _measure(
     flops = replica_samples * train_flops(run.config, result.tokens // replica_samples, frozen=run.lora is not None)
     devices_per_replica = run.comm.world_size // run.mesh.layout.dp_size
     outcome = result.outcome
-    drawn = [flow.draw_timesteps(run.flags.seed, batch["sample"], batch["draw"])[1] for batch in batches]
+    drawn = [flow.draw_timesteps(run.sections.training.seed, batch["sample"], batch["draw"])[1] for batch in batches]
     return StepMetrics(
         step=progress.step,
         loss=outcome.loss,
@@ -294,8 +294,8 @@ def _measure(
 def _background_saver(
     run: Run, optimizer: Optimizer, memory: MemoryWatch, lock: Lock | None, stack: ExitStack
 ) -> BackgroundSaver | None:
-    if run.flags.save is None or run.saving is None:
+    if run.sections.checkpoint.save is None or run.saving is None:
         return None
     memory.pinned_host += require_memory_for_saving(run, optimizer)
-    saver = BackgroundSaver(Path(run.flags.save), run.saving, queues_of(run.backend).host_memory, lock)
+    saver = BackgroundSaver(Path(run.sections.checkpoint.save), run.saving, queues_of(run.backend).host_memory, lock)
     return stack.enter_context(saver)
