@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -26,6 +27,18 @@ class GenerateFlags(MeshFlags):
     """Generate one clip for each prompt of a file. A flag that is given wins over the same value in the json file."""
 
     may_be_empty = frozenset({"negative_prompt"})
+    groups: ClassVar[Mapping[str, str]] = {
+        "load": "files",
+        "prompt": "what is asked for",
+        "lora": "LoRA",
+        "negative_prompt": "what is asked for",
+        "save_path": "clips",
+        "seed": "sampling",
+        "input_size": "clips",
+        "sample_solver": "sampling",
+        "micro_batch_size": "batches",
+        "no_progress_bar": "logging",
+    }
 
     mm_model: str = Field(description="inference_model.json")
     load: str | None = Field(None, description="transformer weights; default: predictor.from_pretrained of the json")

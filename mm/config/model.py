@@ -13,6 +13,9 @@ from mm.config.tasks.registry import DEFAULT, TASKS, TaskName, named
 from mm.config.tasks.task import Shape, Sizes, Task
 
 Precision = Literal["fp32", "bf16", "fp16"]
+_MOST = 2**20  # far beyond any model; what configurations of strangers say is built, on the meta device at least
+_MOST_BLOCKS = 1000
+_MOST_OF_A_PATCH = 64
 
 
 class WanConfig(Section):
@@ -35,17 +38,17 @@ class WanConfig(Section):
 
     model_type: TaskName = DEFAULT.name
     patch_size: tuple[int, int, int] = (1, 2, 2)
-    text_len: int = Field(512, ge=1)
-    text_dim: int = Field(4096, ge=1)
-    in_dim: int = Field(16, ge=1)
-    out_dim: int = Field(16, ge=1)
-    img_dim: int | None = Field(None, ge=1)
-    clip_token_len: int | None = Field(None, ge=1)
-    hidden_size: int = Field(ge=1)
-    ffn_dim: int = Field(ge=1)
-    num_heads: int = Field(ge=1)
-    num_layers: int = Field(ge=1)
-    freq_dim: int = Field(256, ge=2, multiple_of=2)
+    text_len: int = Field(512, ge=1, le=_MOST)
+    text_dim: int = Field(4096, ge=1, le=_MOST)
+    in_dim: int = Field(16, ge=1, le=_MOST)
+    out_dim: int = Field(16, ge=1, le=_MOST)
+    img_dim: int | None = Field(None, ge=1, le=_MOST)
+    clip_token_len: int | None = Field(None, ge=1, le=_MOST)
+    hidden_size: int = Field(ge=1, le=_MOST)
+    ffn_dim: int = Field(ge=1, le=_MOST)
+    num_heads: int = Field(ge=1, le=_MOST)
+    num_layers: int = Field(ge=1, le=_MOST_BLOCKS)
+    freq_dim: int = Field(256, ge=2, le=_MOST, multiple_of=2)
     qk_norm: Literal[True] = True
     cross_attn_norm: Literal[True] = True
     eps: float = Field(1e-6, gt=0)
@@ -109,8 +112,8 @@ class WanConfig(Section):
             raise ValueError(
                 f"hidden_size {self.hidden_size} over num_heads {self.num_heads} must give an even whole head width"
             )
-        if min(self.patch_size) < 1:
-            raise ValueError(f"patch_size {self.patch_size} must be positive")
+        if min(self.patch_size) < 1 or max(self.patch_size) > _MOST_OF_A_PATCH:
+            raise ValueError(f"patch_size {self.patch_size} must be of numbers from 1 to {_MOST_OF_A_PATCH}")
         return self
 
     @model_validator(mode="after")

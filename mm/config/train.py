@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -55,6 +56,26 @@ class PretrainModel(Section):
 
 class TrainFlags(MeshFlags):
     """Train a Wan2.1 transformer on extracted features."""
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "mm_data": "files",
+        "pipeline_model_parallel_size": "parallelism",
+        "micro_batch_size": "steps and samples",
+        "deterministic_mode": "device and precision",
+        "recompute_granularity": "memory",
+        "compile_blocks": "device and precision",
+        "lr": "optimizer",
+        "on_nonfinite": "supervision",
+        "clip_grad": "optimizer",
+        "lora_r": "LoRA",
+        "use_distributed_optimizer": "parallelism",
+        "load": "checkpoints",
+        "load_base_model": "LoRA",
+        "save": "checkpoints",
+        "eval_interval": "evaluation",
+        "hang_timeout": "supervision",
+        "log_interval": "logging",
+    }
 
     mm_data: str = Field(description="feature_data.json: which features, caption dropout")
     mm_model: str = Field(description="pretrain_model.json: the transformer, the noise schedule, the loss")

@@ -52,18 +52,23 @@ class Checkpointing:
         self._run, self._root, self._steps, self._background, self._lock = run, root, steps, background, lock
         self._parallel, self._optimizer, self._adapters = parallel, optimizer, adapters
 
-    def save(self, progress: Progress, *, may_fail: bool) -> None:
+    def save(self, progress: Progress, *, may_fail: bool) -> bool:
         """Write a checkpoint, or begin to; every rank calls it.
 
         Args:
             progress: where the run is.
             may_fail: a later save will come, so that `--on-save-failure warn` may pass over a disk that refuses.
 
+        Returns:
+            False where that was passed over.
+
         Raises:
             CheckpointError: of this save, or of the one before where that went on in the background.
         """
         with self._passing_over(progress.step, when=may_fail):
             self._write(progress)
+            return True
+        return False
 
     def look(self) -> None:
         """See how the save in the background has ended, if it has; the same on every rank, not at the same step.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -104,7 +104,9 @@ def train(run: Run) -> Progress:
         if flags.save is not None:
             root, background = Path(flags.save), _background_saver(run, optimizer, memory, lock, stack)
             saves = Checkpointing(run, root, steps, parallel, optimizer, adapters, background, lock)
-        return _steps(run, _Built(parallel, optimizer, log, during, checks, saves), progress)
+        # closed here: readers that are left would outlive the error that ends the steps, and hold the process up
+        batches = stack.enter_context(closing(_batches(run, progress)))
+        return _steps(run, _Built(parallel, optimizer, log, during, checks, saves), batches, progress)
 
 
 @contextmanager
@@ -144,12 +146,11 @@ class _Built:
     saves: Checkpointing | None
 
 
-def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
+def _steps(run: Run, built: _Built, batches: Iterator[FeatureBatch], progress: Progress) -> Progress:
     flags = run.flags
     flow = FlowMatching(run.model.diffusion)
     guard = NumericsGuard(run, built.parallel, built.optimizer, flow, progress.skipped_steps)
     stragglers = Stragglers(run.watch, run.mesh, run.backend)
-    batches = _batches(run, progress)
     if run.stop is not None:
         run.stop.begin_steps()
     while progress.step < flags.train_iters:
@@ -167,7 +168,7 @@ def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
             seed=flags.seed,
             during=built.during,
             on_nonfinite=partial(guard.refused, step, batches=mine),
-            asked_to_stop=lambda: run.stop is not None and run.stop.received is not None,
+            asked_to_stop=partial(_is_asked_to_stop, run),
         )
         if result.updated:
             guard.accepted(step, result.outcome, mine)
@@ -180,13 +181,18 @@ def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
         if _is_due(flags.check_replica_hash_interval, step):
             require_equal_replicas(built.parallel, step)
         last, stopping = step == flags.train_iters, result.outcome.asked_to_stop
-        if built.saves is not None and (_is_due(flags.save_interval, step) or stopping or last):
-            with built.during("saving"):
-                built.saves.save(progress, may_fail=not (stopping or last))
-        if stopping and not last:  # a run that is at its end is done, not stopped
-            _stop(run, built, progress)
+        saved = False
+        if _is_due(flags.save_interval, step) or stopping or last:
+            saved = _save(built, progress, may_fail=not (stopping or last))
+        due = frozenset[Check]() if stopping and not last else built.checks.due(step)
         with built.during("evaluation and validation"):
-            built.checks.run(built.checks.due(step), step, built.parallel, built.log)
+            built.checks.run(due, step, built.parallel, built.log)
+        if due:  # they take minutes, in which a signal may have come to some
+            stopping = any(run.comm.all_gather_object(_is_asked_to_stop(run)))
+        if stopping and not last:  # a run that is at its end is done, not stopped
+            if not saved:
+                _save(built, progress, may_fail=False)
+            _stop(run, built, progress)
     if built.saves is not None:
         built.saves.finish()
     return progress
@@ -194,6 +200,18 @@ def _steps(run: Run, built: _Built, progress: Progress) -> Progress:
 
 def _is_due(interval: int | None, step: int) -> bool:
     return interval is not None and step % interval == 0
+
+
+def _is_asked_to_stop(run: Run) -> bool:
+    return run.stop is not None and run.stop.received is not None
+
+
+def _save(built: _Built, progress: Progress, *, may_fail: bool) -> bool:
+    """Whether there is a checkpoint of this step now, or about to be one."""
+    if built.saves is None:
+        return False
+    with built.during("saving"):
+        return built.saves.save(progress, may_fail=may_fail)
 
 
 def _stop(run: Run, built: _Built, progress: Progress) -> None:
@@ -223,7 +241,7 @@ def _replaced(run: Run, batches: Sequence[FeatureBatch], progress: Progress) -> 
     return replaced
 
 
-def _batches(run: Run, progress: Progress) -> Iterator[FeatureBatch]:
+def _batches(run: Run, progress: Progress) -> Generator[FeatureBatch]:
     flags = run.flags
     loading = run.data.dataloader_param
     return feature_batches(

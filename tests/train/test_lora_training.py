@@ -320,6 +320,26 @@ def test_what_a_checkpoint_says_of_its_adapters_is_checked(trained: Path) -> Non
         assert told.startswith("CKPT-012")
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_adapters_in_eight_bit_floats_begin_as_their_values_do(
+    demo: Path, base: Path, trained: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """A run that begins with such a file is, bit for bit, one that begins with the same numbers in fp32; it goes on."""
+    whole = read_adapter(trained / "iter_0000003" / COMFYUI_FILE)
+    stored = {name: Update(u.a.to(dtype), u.b.to(dtype), u.alpha) for name, u in whole.updates.items()}
+    values = {name: Update(u.a.float(), u.b.float(), u.alpha) for name, u in stored.items()}
+    runs = []
+    for name, updates in (("small", stored), ("plain", values)):
+        file = tmp_path / f"{name}.safetensors"
+        write_adapter(file, Adapter(updates), "comfyui")
+        flags = lora(demo, load_base_model=base, load=file)
+        run(demo, tmp_path / name, train_iters=1, **flags)
+        runs.append(run(demo, tmp_path / name, train_iters=2, **flags))
+    assert [row["step"] for row in runs[0]] == [1, 2] and bits(runs[0]) == bits(runs[1])
+    first, second = (read_adapter(tmp_path / name / "iter_0000002").parameters() for name in ("small", "plain"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "with scales"])
 def test_weights_in_eight_bit_floats_begin_as_their_values_do(
     demo: Path, base: Path, tmp_path: Path, scaled: bool
