@@ -56,10 +56,10 @@ from mm.supervise.limits import Limits  # noqa: E402
 from mm.supervise.mailbox import Mailbox  # noqa: E402
 from mm.supervise.messages import Messages  # noqa: E402
 from mm.supervise.watchdog import ANSWER_S, SAMPLE_S, Watchdog, where_is  # noqa: E402
+from mm.train.callbacks.stragglers import STEP_PHASES, Stragglers  # noqa: E402
 from mm.train.memory_breakdown import Phase  # noqa: E402
 from mm.train.numerics import WINDOW, NumericsGuard  # noqa: E402
 from mm.train.step import StepResult, compute_gradients, train_step  # noqa: E402
-from mm.train.stragglers import STEP_PHASES, Stragglers  # noqa: E402
 from mm.wan.initial import initial_value  # noqa: E402
 
 SETTINGS = AdamWSettings(
@@ -113,7 +113,7 @@ def step_alone(
 
 
 class Guards:
-    """What `mm.train.loop` has around its steps."""
+    """What `mm.train.closed_step` has around its steps."""
 
     def __init__(self, trained: Trained, store: dist.Store, mesh: Mesh) -> None:
         self._trained, self._mesh, self._store = trained, mesh, store

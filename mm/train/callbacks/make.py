@@ -1,0 +1,79 @@
+"""The callbacks of a run: the one list, in the order in which they are called after a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from mm.checkpoint.comm import Comm
+from mm.config.rules_checks import validation_folder
+from mm.train.callbacks.base import Callback, ModelCheck
+from mm.train.callbacks.checkpointing import Checkpointing, SaveOutcome
+from mm.train.callbacks.evaluation import Evaluation
+from mm.train.callbacks.metrics import Metrics
+from mm.train.callbacks.replica_hash import ReplicaHash
+from mm.train.callbacks.stopping import Stopping
+from mm.train.callbacks.stragglers import Stragglers
+from mm.train.run import Run
+
+
+def make_callbacks(
+    run: Run, saves: Checkpointing | None, checks: Sequence[ModelCheck], losses: Iterable[float]
+) -> list[Callback]:
+    """The callbacks that the configuration asks for.
+
+    Args:
+        run: the run. saves: its checkpoints, if it has any. checks: what `make_checks` gave.
+        losses: of the steps before, on the rank that reports.
+    """
+    flags, callbacks = run.flags, list[Callback]()
+    if saves is not None:
+        callbacks.append(SaveOutcome(saves))
+    callbacks.append(Metrics(run, losses))
+    if flags.straggler_interval is not None and run.comm.world_size > 1:
+        callbacks.append(Stragglers(run.watch, run.mesh, run.backend, flags.straggler_interval))
+    if flags.check_replica_hash_interval is not None:
+        callbacks.append(ReplicaHash(flags.check_replica_hash_interval))
+    if saves is not None:
+        callbacks.append(saves)
+        if run.stop is not None:
+            callbacks.append(Stopping(run.stop, saves.finish))
+    return [*callbacks, *checks]
+
+
+def make_checks(run: Run) -> list[ModelCheck]:
+    """The looks at the model, which may load and encode what they need: made before the model takes the memory.
+
+    Raises:
+        ConfigError, DataError: what `mm.train.callbacks.rendering.Rendering` raises.
+    """
+    flags, checks = run.flags, list[ModelCheck]()
+    if run.held_out is not None and flags.eval_interval is not None:
+        folder = None if flags.save is None else Path(flags.save)
+        checks.append(Evaluation(run.held_out, run.comm, flags.eval_interval, folder))
+    if run.validation is not None and flags.validation_interval is not None and flags.save is not None:
+        # Only here: the encoders' libraries take a third of the time in which a training process starts.
+        from mm.generate.render import Processes
+        from mm.train.callbacks.rendering import Rendering
+
+        processes = Processes(run.mesh, run.backend, run.comm)
+        checks.append(Rendering(run.validation, processes, flags.validation_interval, validation_folder(flags.save)))
+    return checks
+
+
+def missing_checks(callbacks: Sequence[Callback], step: int, *, last: bool, comm: Comm) -> list[ModelCheck]:
+    """The looks that were due after a step and are not there: the run was stopped between saving and looking.
+
+    Every rank calls it, and all are told what rank 0 sees.
+
+    Raises:
+        CheckpointError: what `ModelCheck.is_missing` raises.
+    """
+    checks = [callback for callback in callbacks if isinstance(callback, ModelCheck)]
+    if step == 0 or not checks:
+        return []
+    missing: list[int] = []
+    if comm.rank == 0:
+        due = [index for index, check in enumerate(checks) if check.every.is_due(step, last=last)]
+        missing = [index for index in due if checks[index].is_missing(step)]
+    return [checks[index] for index in comm.broadcast_object(missing)]
