@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mm.cli.entry import run
 from mm.config.base import load
@@ -20,20 +21,28 @@ from mm.config.rules_checks import load_validation
 from mm.config.train import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
 from mm.stopping import StopRequest
 
+if TYPE_CHECKING:  # torch comes later
+    from mm.train.callbacks.base import Callback
+    from mm.train.sinks.base import Sink
+
 _KEPT = "Nothing was saved since the newest checkpoint (--save-on-signal saves before it stops)."
 
 SAVING_MINUTES = 24 * 60
 """How long ranks wait for the slowest one's disk in a background save; a process that is gone ends it at once."""
 
 
-def main(argv: Sequence[str]) -> None:
-    """Train; raises what `mm.train.loop.train` raises, and what `StopRequest` does when the process is asked to end."""
+def main(argv: Sequence[str], callbacks: Sequence[Callback] = (), sinks: Sequence[Sink] = ()) -> None:
+    """Train; raises what `mm.train.loop.train` raises, and what `StopRequest` does when the process is asked to end.
+
+    Args:
+        argv: the words after the command's name. callbacks, sinks: of a script around this command.
+    """
     flags = parse_flags(TrainFlags, argv, program="mm train", retired=RETIRED_TRAIN_FLAGS)
     with StopRequest(saves=flags.save_on_signal, kept=_KEPT) as stop:
-        _train(flags, stop)
+        _train(flags, stop, callbacks, sinks)
 
 
-def _train(flags: TrainFlags, stop: StopRequest) -> None:
+def _train(flags: TrainFlags, stop: StopRequest, callbacks: Sequence[Callback], sinks: Sequence[Sink]) -> None:
     model = load(PretrainModel, Path(flags.mm_model))
     data = load_train_data(Path(flags.mm_data))
     zero = load_zero(flags)
@@ -107,7 +116,9 @@ def _train(flags: TrainFlags, stop: StopRequest) -> None:
                 saving=saving,
                 held_out=held_out,
                 validation=validation,
-            )
+            ),
+            callbacks,
+            sinks,
         )
     logging.getLogger(__name__).info("done: step %d, %d samples", progress.step, progress.consumed_samples)
 
