@@ -46,7 +46,8 @@ from mm.data.loader import FeatureBatch  # noqa: E402
 from mm.device.backend import select  # noqa: E402
 from mm.diffusion.flow import FlowMatching  # noqa: E402
 from mm.optim.make import make_optimizer  # noqa: E402
-from mm.optim.optimizer import AdamWSettings, Optimizer  # noqa: E402
+from mm.optim.optimizer import Optimizer  # noqa: E402
+from mm.optim.settings import UpdateSettings  # noqa: E402
 from mm.optim.step_statistics import StepStatistics  # noqa: E402
 from mm.parallel.apply import DataParallelOptions, ParallelModel, apply  # noqa: E402
 from mm.parallel.mesh import Mesh, build_mesh  # noqa: E402
@@ -62,7 +63,7 @@ from mm.train.numerics import WINDOW, NumericsGuard  # noqa: E402
 from mm.train.step import StepResult, compute_gradients, train_step  # noqa: E402
 from mm.wan.initial import initial_value  # noqa: E402
 
-SETTINGS = AdamWSettings(
+SETTINGS = UpdateSettings(
     lr=1e-5, min_lr=0.0, lr_decay_style="constant", lr_warmup_init=0.0, warmup_samples=0, decay_samples=1_000_000,
     weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, clip_grad=1.0, fused=True,
 )  # fmt: skip

@@ -102,6 +102,7 @@ def _check(argv: Sequence[str]) -> None:
         ema_decay=flags.ema_decay,
         async_save=flags.async_save,
         save_optimizer=not flags.no_save_optim,
+        optimizer=flags.optimizer,
     )
     report = dry_run(job, flags.rank)
     notes = {"compile": _UNCOMPILED} if flags.compile_blocks else {}

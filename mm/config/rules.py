@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 from mm.config.bad_samples import parse_on_bad_sample
 from mm.config.layerzero import ZeroConfig
+from mm.config.optimizer import DEFAULTS
 from mm.config.request import Request
 from mm.config.rules_checks import evaluation_is_complete, ranks_are_comparable, replicas_are_comparable
 from mm.config.rules_lora import LORA_RULES
@@ -98,6 +99,13 @@ def _schedule_fits(request: Request) -> Iterator[Problem]:
         )
 
 
+def _epsilon_is_used(request: Request) -> Iterator[Problem]:
+    """CFG-029: a number that the optimizer does not have."""
+    flags = request.flags
+    if flags.adam_eps is not None and DEFAULTS[flags.optimizer].eps is None:
+        yield Problem("CFG-029", f"--adam-eps has no effect with --optimizer {flags.optimizer}.", "Remove one of them.")
+
+
 def _overlap_needs_distributed_optimizer(request: Request) -> Iterator[Problem]:
     """CFG-026: parameters are gathered only where they are sharded, and only behind the gradients."""
     flags = request.flags
@@ -133,6 +141,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     replicas_are_comparable,
     ranks_are_comparable,
     _schedule_fits,
+    _epsilon_is_used,
     _overlap_needs_distributed_optimizer,
     _compiled_blocks_wait_for_nothing,
     *RECOMPUTE_RULES,

@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from pydantic import SerializerFunctionWrapHandler, model_serializer
+
 from mm.config.base import Section
 from mm.config.data import TrainData
 from mm.config.diffusion import DiffusionConfig
 from mm.config.flags import flag_name
+from mm.config.optimizer import DEFAULTS, OptimizerName
 from mm.config.train import ResumeChange, TrainFlags
 
 CHANGES: tuple[ResumeChange, ...] = get_args(ResumeChange)
@@ -32,13 +35,23 @@ class ScheduleSettings(Section):
 
 
 class OptimizerSettings(Section):
-    """AdamW and clipping; the fields are the flags of the same names."""
+    """The optimizer and clipping; the fields are the flags of the same names, with the optimizer's defaults filled in.
 
+    What checkpoints record of AdamW does not name it, as it did not when there was one.
+    """
+
+    optimizer: OptimizerName = "adamw"
     weight_decay: float
     adam_beta1: float
     adam_beta2: float
-    adam_eps: float
+    adam_eps: float | None = None
     clip_grad: float
+
+    @model_serializer(mode="wrap")
+    def _recorded(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = write(self)
+        left_out = {"optimizer": "adamw", "adam_eps": None}
+        return {name: value for name, value in values.items() if name not in left_out or value != left_out[name]}
 
 
 class DataSettings(Section):
@@ -91,13 +104,25 @@ def step_settings(
     return StepSettings(
         global_batch_size=flags.samples_of_step(dp_size),
         schedule=ScheduleSettings(**{**schedule, "lr_decay_iters": flags.lr_decay_iters or flags.train_iters}),
-        optimizer=OptimizerSettings(**{name: getattr(flags, name) for name in OptimizerSettings.model_fields}),
+        optimizer=_optimizer_settings(flags),
         objective=diffusion.model_dump(mode="json"),
         caption_dropout=data.dataset_param.preprocess_parameters.cfg,
         data=features,
         held_out=held_out,
         bf16=flags.bf16,
         ema_decay=flags.ema_decay,
+    )
+
+
+def _optimizer_settings(flags: TrainFlags) -> OptimizerSettings:
+    default = DEFAULTS[flags.optimizer]
+    return OptimizerSettings(
+        optimizer=flags.optimizer,
+        weight_decay=flags.weight_decay,
+        adam_beta1=default.beta1 if flags.adam_beta1 is None else flags.adam_beta1,
+        adam_beta2=default.beta2 if flags.adam_beta2 is None else flags.adam_beta2,
+        adam_eps=default.eps if flags.adam_eps is None else flags.adam_eps,
+        clip_grad=flags.clip_grad,
     )
 
 
@@ -123,7 +148,10 @@ def changes(before: StepSettings, now: StepSettings) -> Iterator[Change]:
     """Every value that differs between a checkpoint's settings and a run's."""
     yield from _of_flags("batch", before, now, ["global_batch_size"])
     yield from _of_flags("schedule", before.schedule, now.schedule)
-    yield from _of_flags("optimizer", before.optimizer, now.optimizer)
+    if before.optimizer.optimizer != now.optimizer.optimizer:  # whose numbers then say nothing to each other
+        yield from _of_flags("optimizer", before.optimizer, now.optimizer, ["optimizer", "weight_decay", "clip_grad"])
+    else:
+        yield from _of_flags("optimizer", before.optimizer, now.optimizer)
     for key in {**before.objective, **now.objective}:
         name = f"diffusion.{key} of --mm-model"
         yield from _differing("objective", name, before.objective.get(key), now.objective.get(key))

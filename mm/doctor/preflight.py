@@ -36,6 +36,7 @@ from mm.device.backend import Backend
 from mm.diffusion.flow import FlowMatching
 from mm.errors import MMError
 from mm.ops.elementwise.dispatch import TRITON_NEEDS, choice_of
+from mm.optim.algorithms.make import ALGORITHMS
 from mm.parallel.placement import whole_shapes
 
 Verdict = Literal["ok", "look", "no"]
@@ -213,8 +214,9 @@ def host(flags: TrainFlags, trained: int, pinned_bytes: int, save_bytes: int, pr
 
 
 def _state_bytes(flags: TrainFlags, trained: int) -> int:
-    """Of a checkpoint: masters, moments, the average."""
-    return trained * _FP32 * (1 + (0 if flags.no_save_optim else 2) + (flags.ema_decay is not None))
+    """Of a checkpoint: masters, the optimizer's state, the average."""
+    kept = 0 if flags.no_save_optim else ALGORITHMS[flags.optimizer].bytes_per_element
+    return trained * (_FP32 * (1 + (flags.ema_decay is not None)) + kept)
 
 
 def network(comm: Comm, seconds: float) -> list[Finding]:

@@ -7,7 +7,7 @@ legal. What it saves is the measured split times closed ratios of bytes before a
 | --- | --- |
 | parameters | 4, in bf16 2, over TP x PP; layer-zero: 4 over TP x PP x zero3_size |
 | gradients | 4 over the same |
-| optimizer | 8, in bf16 12, over TP x PP, over DP x CP when distributed; layer-zero: 8 over the same as parameters |
+| optimizer | AdamW 8, Lion 4, in bf16 4 more, over TP x PP, over DP x CP when distributed; layer-zero: as parameters |
 | its average | 4 over the same as the optimizer, on those who own it |
 
 With LoRA the base has 2 or 4 bytes, 1 in 8 bits, over TP x PP (layer-zero: x zero3_size); gradients and optimizer are
@@ -33,6 +33,7 @@ from mm.config.recompute import Recompute, recompute_of
 from mm.config.request import Request
 from mm.config.rules import TRAINING_RULES
 from mm.config.train import PredictorConfig, PretrainModel, TrainFlags
+from mm.optim.algorithms.make import ALGORITHMS
 from mm.train.memory_breakdown import MemoryBreakdown
 
 _ZERO_FILE = "zero_config.yaml"
@@ -261,19 +262,20 @@ def _model_bytes(request: Request) -> tuple[float, float, float]:
     """Of parameters, gradients and optimizer state an element of the whole model, on one rank."""
     cut, sharing = request.tp * request.pp, _replicas(request) * request.cp
     distributed = sharing if request.flags.use_distributed_optimizer else 1
-    averaged = 4 if request.flags.ema_decay is not None else 0
+    state = ALGORITHMS[request.flags.optimizer].bytes_per_element
+    state += 4 if request.flags.ema_decay is not None else 0
     if request.flags.lora:
         base = (1 if request.flags.lora_base_dtype else 2 if request.flags.bf16 else 4) / cut
         if request.zero is not None:  # a block that runs and the next are gathered beside the shards
             base *= min(1.0, 1 / request.zero.zero3_size + 2 / max(request.blocks_of_stages))
         replicas = 1 if request.zero is not None else distributed
-        return base, 4 * _ADAPTERS / cut, (8 + averaged) * _ADAPTERS / (cut * replicas)
+        return base, 4 * _ADAPTERS / cut, state * _ADAPTERS / (cut * replicas)
     if request.zero is not None:
         shard = cut * request.zero.zero3_size
-        return 4 / shard, 4 / shard, (8 + averaged) / max(shard, cut * distributed)
+        return 4 / shard, 4 / shard, state / max(shard, cut * distributed)
     if request.flags.bf16:
-        return 2 / cut, 4 / cut, (12 + averaged) / (cut * distributed)
-    return 4 / cut, 4 / cut, (8 + averaged) / (cut * distributed)
+        return 2 / cut, 4 / cut, (4 + state) / (cut * distributed)
+    return 4 / cut, 4 / cut, state / (cut * distributed)
 
 
 def _activation_bytes(request: Request) -> float:

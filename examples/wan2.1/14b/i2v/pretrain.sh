@@ -27,7 +27,7 @@ SAVE_PATH=${SAVE_PATH:-./save_ckpt/wan2.1-i2v-14b}                              
 source "$here/../../common.sh"
 GPT_ARGS="
     --lr 1e-5 --min-lr 1e-5 --lr-decay-style constant
-    --adam-beta1 0.9 --adam-beta2 0.999 --adam-eps 1e-8 --weight-decay 1e-2 --clip-grad 1.0
+    --weight-decay 1e-2 --clip-grad 1.0
     --train-iters 5000
     --use-distributed-optimizer --overlap-grad-reduce
 "

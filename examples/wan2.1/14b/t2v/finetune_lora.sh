@@ -33,7 +33,7 @@ LORA_ARGS="
 "
 GPT_ARGS="
     --lr 1e-4 --min-lr 1e-4 --lr-decay-style constant
-    --adam-beta1 0.9 --adam-beta2 0.999 --adam-eps 1e-8 --weight-decay 1e-2 --clip-grad 1.0
+    --weight-decay 1e-2 --clip-grad 1.0
     --train-iters 5000
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
 "
