@@ -1,11 +1,18 @@
 """Package definition: pinned ranges; constraints.txt fixes the versions that the tests ran with."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+[VERSION] = re.findall(r'^__version__ = "(.+)"$', (Path(__file__).parent / "mm" / "__init__.py").read_text(), re.M)
 
 setup(
     name="mm-wan",
-    version="0.1.0",
+    version=VERSION,
     description="Parallel training of Wan2.1 video diffusion transformers on megatron-core",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["mm", "mm.*"]),
     package_data={"mm.demo": ["assets/*"]},

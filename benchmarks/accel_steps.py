@@ -30,6 +30,7 @@ from mm.parallel.apply import DataParallelOptions, apply
 from mm.parallel.placement import whole_shapes
 from mm.train.flops import forward_flops, train_flops
 from mm.train.step import train_step
+from mm.wan.inputs import ModelInputs
 from mm.wan.layers import BlockRunner, ModuleFactories
 from mm.wan.model import WanModel
 from mm.wan.patches import token_grid
@@ -92,6 +93,7 @@ class Work:
             text=normal((1, self.wan.text_len, self.wan.text_dim), "text", host),
             sample=["random"],
             draw=[draw],
+            features={},
         )
 
 
@@ -112,7 +114,7 @@ def runner(bench: Bench, work: Work, mode: Mode) -> BlockRunner:
 
 def gradients(model: nn.Module, inputs: Sequence[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
     """Velocity and all gradients in one vector, of the mean squared error."""
-    velocity = model(*inputs)
+    velocity = model(ModelInputs(*inputs))
     (velocity.float() - target).square().mean().backward()
     return velocity.detach(), torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
 

@@ -89,7 +89,7 @@ class Trained:
         numbers = torch.Generator().manual_seed(0)
         latents = torch.randn(1, WAN.in_dim, *self.latent, generator=numbers)
         text = torch.randn(1, self.text_tokens, WAN.text_dim, generator=numbers)
-        return [FeatureBatch(latents=latents, text=text, sample=["random"], draw=[self.step])]
+        return [FeatureBatch(latents=latents, text=text, sample=["random"], draw=[self.step], features={})]
 
 
 def bare_step(trained: Trained) -> None:

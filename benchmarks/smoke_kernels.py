@@ -170,11 +170,11 @@ def _bench(place: Place) -> Iterator[Any]:
     from mm.config.layout import Layout
     from mm.config.place import process_place
     from mm.parallel.mesh import build_mesh
-    from mm.supervise.job import DryRunJob
+    from mm.supervise.job import Job
 
     backend = _backend(place)
     with (
-        DryRunJob(process_place(), backend.collective, backend.device, 2),
+        Job(process_place(), backend.collective, backend.device, 2),
         build_mesh(Layout(), 2, backend.kind) as mesh,
     ):
         yield Bench(backend, mesh, backend.kind == "cpu")

@@ -77,8 +77,7 @@ def step_of(model: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], target: Ten
 
     def step() -> Tensor:
         model.zero_grad(set_to_none=True)
-        velocity = model(*inputs)
-        velocity = velocity if isinstance(velocity, Tensor) else velocity.sample
+        velocity = model.velocity(*inputs) if isinstance(model, WanModel) else model(*inputs).sample
         (velocity - target).square().mean().backward()
         return velocity.detach()
 

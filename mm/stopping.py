@@ -189,8 +189,8 @@ class StopRequest:
         self.received, self._first = by, time.monotonic()
         if self._waits_for_a_save:
             logger.info(
-                "%s: the run saves at the end of this step and stops. To end it at once, unsaved, press Ctrl-C or send "
-                "the signal again after %.0f s.",
+                "%s: the run saves at the end of this step (or of an evaluation that it is in) and stops. To end it at "
+                "once, unsaved, press Ctrl-C or send the signal again after %.0f s.",
                 by,
                 AGAIN_S,
             )

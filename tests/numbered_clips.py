@@ -12,6 +12,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.stream import Disposition
 
 HEIGHT, WIDTH = 64, 144
 BITS, SIDE = 9, 16
@@ -103,6 +104,32 @@ def with_matrix(source: Path, target: Path, matrix: Sequence[float]) -> Path:
     content = bytearray(source.read_bytes())
     a, b, c, d = (round(value * (1 << 16)) for value in matrix)
     struct.pack_into(">9i", content, content.find(b"tkhd") + 44, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    target.write_bytes(content)
+    return target
+
+
+def with_cover(target: Path, tracks: Sequence[Path]) -> Path:
+    """An MP4 file of the first tracks of some files, with a picture of its contents as music and films have them.
+
+    The picture stands before the tracks, as some tools have it.
+    """
+    picture = target.with_name("cover.png")
+    write_numbered(picture, 1, "png", "rgb24", container_format="image2", container_options={"update": "1"})
+    sources = [av.open(str(file)) for file in (*tracks, picture)]
+    with av.open(str(target), "w", format="mp4") as container:
+        pairs = [(source, container.add_stream_from_template(source.streams[0])) for source in sources]
+        pairs[-1][1].disposition = Disposition.attached_pic
+        for source, stream in pairs:
+            for packet in source.demux(source.streams[0]):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    container.mux(packet)
+    for source in sources:
+        source.close()
+    content = bytearray(target.read_bytes())
+    track, about = content.find(b"trak") - 4, content.find(b"udta") - 4
+    (size,) = struct.unpack_from(">I", content, about)
+    content[track : about + size] = content[about : about + size] + content[track:about]
     target.write_bytes(content)
     return target
 

@@ -10,6 +10,9 @@ from collections.abc import Callable
 from queue import Empty
 from typing import Any
 
+ANY_PORT = "0"
+"""MASTER_PORT of a job of one node under `mm.cli.launch`, which takes a free one and holds it from then on."""
+
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
     """Call `function(*args)` on `world_size` new processes whose environment is torchrun's.
@@ -82,6 +85,7 @@ def _rank(
 
 
 def free_port() -> int:
+    """A port that was free just now; another process may take it before it is used. See `ANY_PORT`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

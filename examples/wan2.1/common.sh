@@ -1,5 +1,32 @@
-# What the example scripts share; they source it after setting their values. Not run by itself.
+# What the example scripts share; they source it after setting what differs between them. Not run by itself.
 set -euo pipefail
+
+# Values that a script has not set. Give others in the environment, write them into the script, or change them here.
+# Machines:
+NPUS_PER_NODE=${NPUS_PER_NODE:-8}   # processes of a node, one for each NPU or GPU
+NNODES=${NNODES:-1}
+NODE_RANK=${NODE_RANK:-0}
+MASTER_ADDR=${MASTER_ADDR:-localhost}
+MASTER_PORT=${MASTER_PORT:-6000}
+# Layout: processes that share the model's width, its blocks (in VP chunks each), a clip. The others are replicas.
+TP=${TP:-1}
+PP=${PP:-1}
+VP=${VP:-1}
+CP=${CP:-1}
+MBS=${MBS:-1}                       # samples, or prompts, in one forward
+# Training:
+GRAD_ACC_STEP=${GRAD_ACC_STEP:-1}
+PRECISION=${PRECISION:-bf16}        # bf16 or fp32
+RECOMPUTE=${RECOMPUTE:-}            # flags; empty keeps everything, which is fastest where it fits
+# Files: MM_DATA and MM_MODEL are those beside the script.
+LOAD_PATH=${LOAD_PATH:-}            # HF, native or MM weights; of finetune_lora.sh an adapter to start from, with
+                                    # LOAD_BASE_MODEL below it; of inference.sh weights or a training run
+SAVE_PATH=${SAVE_PATH:-}            # checkpoints and train.log, where the same command goes on; or clips
+# Generation: text files, a line for each clip. What is empty is as MM_MODEL says, SAVE_PATH too.
+PROMPT=${PROMPT:-}
+IMAGE=${IMAGE:-}                    # an image, or "first, last" for flf2v
+VIDEO=${VIDEO:-}
+# DRY_RUN=1, DOCTOR=1 or PARITY=1 say what training would cost, whether it will work, whether its layout computes right.
 
 # This checkout's `mm`, with the environment that is active, else with the checkout's own.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -41,6 +68,7 @@ log_to() { # file
     mkdir -p -- "$(dirname -- "$1")" ||
         { echo "error ENV-006: the folder of $1 cannot be made. Fix: name another folder, or free its disk." >&2; exit 74; }
     export MM_LOG_FILE=$1
+    [ -e /dev/fd/1 ] || exec >/dev/null   # whoever started this has closed it
     exec 2>&1
 }
 
@@ -77,4 +105,30 @@ run_generation() { # flags...
         --tensor-model-parallel-size "$TP" --context-parallel-size "$CP" \
         ${SAVE_PATH:+--save-path "$SAVE_PATH"} ${PROMPT:+--prompt "$PROMPT"} \
         ${IMAGE:+--image "$IMAGE"} ${VIDEO:+--video "$VIDEO"} "$@"
+}
+
+TRAINING="
+    --lr-decay-style constant --weight-decay 1e-2 --clip-grad 1.0
+    --train-iters 5000 --log-interval 1 --save-interval 500 --use-distributed-optimizer --overlap-grad-reduce
+"
+
+pretrain() { # flags...
+    MM_DATA=${MM_DATA:-$here/feature_data.json}
+    MM_MODEL=${MM_MODEL:-$here/pretrain_model.json}
+    run_training --lr 1e-5 --min-lr 1e-5 $TRAINING $RECOMPUTE "$@"
+}
+
+# Every checkpoint has the adapter as pytorch_lora_weights.safetensors too, which diffusers loads, and as
+# lora_comfyui.safetensors for ComfyUI, DiffSynth-Studio and VideoX-Fun.
+finetune_lora() { # flags...
+    MM_DATA=${MM_DATA:-$here/feature_data.json}
+    MM_MODEL=${MM_MODEL:-$here/pretrain_model.json}
+    run_training --load-base-model "$LOAD_BASE_MODEL" --lora-r 16 --lora-alpha 16 \
+        --lora-target-modules proj_q proj_k proj_v proj_out \
+        --lr 1e-4 --min-lr 1e-4 $TRAINING --overlap-param-gather $RECOMPUTE "$@"
+}
+
+inference() { # flags...
+    MM_MODEL=${MM_MODEL:-$here/inference_model.json}
+    run_generation "$@"
 }

@@ -22,11 +22,10 @@ from mm.checkpoint.encoders import EncoderSource, encoder_to_hf, encoder_to_nati
 from mm.checkpoint.files import (
     added_files,
     new_folder,
-    replace_text,
     require_absent,
+    require_addable,
     require_free_space,
     write_new,
-    writing_errors,
 )
 from mm.checkpoint.finite import rounded
 from mm.checkpoint.formats import hf, native
@@ -109,8 +108,7 @@ def layerzero_to_mm(source_path: Path, target: Path, stages: Stages | None = Non
 
 
 def _require_place_for_release(target: Path) -> None:
-    for name in (mm_format.RELEASE, TRACKER_NAME, mm_format.CONFIG_NAME):
-        require_absent(target / name)
+    require_addable(target, (mm_format.RELEASE, mm_format.CONFIG_NAME), last=TRACKER_NAME)
 
 
 def _write_release(source: WeightSource, target: Path, config: WanConfig | None, stages: Stages | None) -> None:
@@ -121,19 +119,13 @@ def _write_release(source: WeightSource, target: Path, config: WanConfig | None,
     require_blocks(stages, known.num_layers)
     _require_space(target, _entries(source, shapes))
     beside = {} if config is None else {mm_format.CONFIG_NAME: config.model_dump_json(indent=2) + "\n"}
-    beside[TRACKER_NAME] = mm_format.RELEASE  # the last: with it the folder is one of this format
-    if target.exists() and any(target.iterdir()):
-        with new_folder(target / mm_format.RELEASE) as folder:
-            mm_format.write_release(folder, source, shapes, stages)
-        with writing_errors():
-            for name, text in beside.items():
-                replace_text(target / name, text)
-    else:
-        with new_folder(target) as folder:
-            (folder / mm_format.RELEASE).mkdir()
-            mm_format.write_release(folder / mm_format.RELEASE, source, shapes, stages)
-            for name, text in beside.items():
-                write_new(folder / name, text)
+    beside[TRACKER_NAME] = mm_format.RELEASE
+    added = target.exists() and any(target.iterdir())
+    with added_files(target, last=TRACKER_NAME) if added else new_folder(target) as folder:
+        (folder / mm_format.RELEASE).mkdir()
+        mm_format.write_release(folder / mm_format.RELEASE, source, shapes, stages)
+        for name, text in beside.items():
+            write_new(folder / name, text)
     log.info("Wrote %d tensors to %s, pipeline stages of %s blocks.", len(shapes), target, stages)
 
 
@@ -169,9 +161,9 @@ def convert_to_hf(
         return
     source = open_weights(source_path, averaged=averaged)
     if added and not source.path.samefile(target):
-        for name in (hf.CONFIG_NAME, *(file.name for file in target.glob("*.safetensors*"))):
-            require_absent(target / name)  # now, and not when all is written
-        _write_hf(source, added_files(target, last=hf.CONFIG_NAME), target, like, max_shard_bytes)
+        rivals = [file.name for file in target.glob("*.safetensors*")]
+        require_addable(target, rivals, last=hf.CONFIG_NAME)
+        _write_hf(source, added_files(target, hf.CONFIG_NAME, rivals), target, like, max_shard_bytes)
         log.info("The Hugging Face weights are beside the checkpoints in %s.", target)
         return
     write_as_hf(source, target, like, max_shard_bytes)

@@ -33,6 +33,7 @@ SAVE_POINTS = (
 )
 REPLACE_POINTS = ("save.old_moved_away",)  # passed only when the step was saved before
 CONVERT_POINTS = ("convert.folder_created", "convert.files_written", "convert.before_rename", "convert.committed")
+ADD_POINTS = ("convert.entry_moved",)  # passed once for each entry that is added to a folder with other things in it
 
 _passed: Counter[str] = Counter()  # the one count that must outlive a call: "the nth time in this process"
 
@@ -66,7 +67,7 @@ def point(name: str) -> None:
 def _parse(setting: str) -> tuple[str, int, str]:
     place, _, rest = setting.partition(":")
     nth, _, action = rest.partition(":")
-    known = (*SAVE_POINTS, *REPLACE_POINTS, *CONVERT_POINTS)
+    known = (*SAVE_POINTS, *REPLACE_POINTS, *CONVERT_POINTS, *ADD_POINTS)
     if place not in known or not nth.isdigit() or action not in ("kill9", "raise", "enospc"):
         raise ConfigError(
             "CFG-079",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import filecmp
 import glob
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -113,8 +114,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     with writing_errors():
         require_absent(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in target.parent.glob(f".tmp-{glob.escape(target.name)}-*"):
-            log.warning("%s was left by an interrupted conversion or belongs to one that runs; delete it.", leftover)
+        warn_of_leftovers(target.parent, target.name)
         temporary = target.parent / temporary_name(target.name)
         temporary.mkdir()
         try:
@@ -132,34 +132,88 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def added_files(target: Path, last: str) -> Iterator[Path]:
-    """A temporary folder in the folder `target`, whose files are moved into `target` when the block ends well.
+def added_files(target: Path, last: str, rivals: Iterable[str] = ()) -> Iterator[Path]:
+    """A temporary folder in the folder `target`, whose entries are moved into `target` when the block ends well.
+
+    An entry that a run before has moved, and that holds the same bytes, stays: so a run that was killed between two
+    moves is finished by the same command.
 
     Args:
-        target: keeps what is in it. last: the file without which the others are nothing; it is moved at the end.
+        target: keeps what is in it. last: the entry without which the others are nothing; it is moved at the end.
+        rivals: names in `target` that only entries may have.
 
     Raises:
-        CheckpointError: CKPT-020 when a file is there already, CKPT-031 when `target` cannot be written; `target` is
-            then as it was.
+        CheckpointError: CKPT-020 when an entry is there already with another content, or a rival, CKPT-031 when
+            `target` cannot be written; `target` is then as it was.
     """
     moved: list[Path] = []
     with writing_errors():
+        warn_of_leftovers(target, target.name)
         temporary = target / temporary_name(target.name)
         temporary.mkdir(mode=0o750)
         try:
+            fault.point("convert.folder_created")
             yield temporary
-            files = sorted(temporary.iterdir(), key=lambda file: (file.name == last, file.name))
-            for file in files:
-                require_absent(target / file.name)
-            for file in files:
-                moved.append(file.rename(target / file.name))
+            fault.point("convert.files_written")
+            for folder in (temporary, *(entry for entry in temporary.rglob("*") if entry.is_dir())):
+                sync_folder(folder)
+            entries = sorted(temporary.iterdir(), key=lambda entry: (entry.name == last, entry.name))
+            new = [entry for entry in entries if not _same_content(entry, target / entry.name)]
+            strange = {*rivals} - {entry.name for entry in entries}
+            for name in (*(entry.name for entry in new), *sorted(strange)):
+                require_absent(target / name)
+            for entry in new:
+                moved.append(entry.rename(target / entry.name))
+                fault.point("convert.entry_moved")
             sync_folder(target)
         except BaseException:
-            for file in moved:
-                file.unlink(missing_ok=True)
+            for entry in moved:
+                if entry.is_dir():
+                    remove_folder(entry)
+                else:
+                    entry.unlink(missing_ok=True)
             raise
         finally:
             remove_folder(temporary)
+
+
+def require_addable(target: Path, names: Iterable[str], last: str) -> None:
+    """Refuse at once what `added_files` would refuse in the end, or would mix with what is in `target`.
+
+    Args:
+        target: need not exist. names: of entries that must not be there, unless a run of `added_files` was killed in
+            `target`, whose entries are compared when they are written. last: as in `added_files`.
+
+    Raises:
+        CheckpointError: CKPT-020.
+    """
+    require_absent(target / last)
+    if next(_leftovers(target, target.name), None) is None:
+        for name in names:
+            require_absent(target / name)
+
+
+def warn_of_leftovers(folder: Path, name: str) -> None:
+    """Say which temporary folders for `name` are in `folder`."""
+    for leftover in _leftovers(folder, name):
+        log.warning("%s was left by an interrupted conversion or belongs to one that runs; delete it.", leftover)
+
+
+def _leftovers(folder: Path, name: str) -> Iterator[Path]:
+    return folder.glob(f".tmp-{glob.escape(name)}-*")
+
+
+def _same_content(new: Path, old: Path) -> bool:
+    """Whether a file or folder holds what another one does, byte for byte."""
+    if new.is_dir():
+        names = sorted(entry.name for entry in new.iterdir())
+        return (
+            old.is_dir()
+            and not old.is_symlink()
+            and names == sorted(entry.name for entry in old.iterdir())
+            and all(_same_content(new / name, old / name) for name in names)
+        )
+    return old.is_file() and not old.is_symlink() and filecmp.cmp(new, old, shallow=False)
 
 
 def require_absent(target: Path) -> None:

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from mm.cli.entry import run
 from mm.config.flags import Flags, parse_flags
+from mm.config.tasks.registry import TASKS
 from mm.demo.write import write_demo
 
 
@@ -24,12 +25,17 @@ def main(argv: Sequence[str]) -> None:
     """Run the command with the words after its name."""
     flags = parse_flags(DemoFlags, argv, program="mm demo")
     write_demo(flags.out, flags.clips_per_caption)
-    print(f"{flags.out}/weights/   tiny Wan2.1 T2V, I2V and FLF2V in the HF folder layout")
+    first, *others = TASKS.values()
+    titles = f"{', '.join(task.title for task in (first, *others[:-1]))} and {others[-1].title}"
+    print(f"{flags.out}/weights/   tiny Wan2.1 {titles} in the HF folder layout")
     print(f"{flags.out}/dataset/   {16 * flags.clips_per_caption} captioned clips")
     print(f"{flags.out}/configs/   the files that configure extraction, training and generation on them")
-    print(f"{flags.out}/configs/i2v/, {flags.out}/configs/flf2v/   the same for the models of images")
+    print(f"{', '.join(f'{flags.out}/configs/{task.name}/' for task in others)}   the same for the other tasks")
     print(f"{flags.out}/prompts.txt   16 captions to generate from")
-    print(f"{flags.out}/images_i2v.txt, {flags.out}/images_flf2v.txt   images to generate from, one line a caption")
+    for column in (column for task in others for column in task.columns):
+        print(f"{flags.out}/{column.name}.txt   {column.expected} for each caption")
+    lists = ", ".join(f"{flags.out}/images_{task.name}.txt" for task in others if task.frames)
+    print(f"{lists}   images to generate from, one line a caption")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 from tabulate import tabulate
@@ -39,6 +39,8 @@ class DoctorFlags(TrainFlags):
     `mm doctor data` reads a whole data set, `mm doctor parity` compares the layout with one device, `mm doctor compare
     A B` finds where two runs part.
     """
+
+    groups: ClassVar[Mapping[str, str]] = {"dry_run": "dry run"}
 
     dry_run: bool = Field(
         False, description="build one rank and take its step without devices: memory, traffic, bubble"

@@ -16,9 +16,11 @@ from tqdm import tqdm
 from mm.cli.entry import run
 from mm.config.base import load, load_json
 from mm.config.data import NOT_WITH_DECORD, data_sources, load_extract_data, load_train_data
-from mm.config.extract import check_extraction, load_extract_model
+from mm.config.extract import check_extraction, extraction_task, load_extract_model
 from mm.config.flags import Flags, parse_flags
 from mm.config.output import require_writable_folder
+from mm.config.tasks.registry import TASKS
+from mm.config.tasks.task import Column
 from mm.config.train import PretrainModel
 from mm.errors import ConfigError, DataError, Problem, raise_all
 
@@ -94,8 +96,11 @@ def _says_features(path: str) -> bool:
 
 def _check_videos(flags: DoctorDataFlags) -> CheckedData:
     data = load_extract_data(Path(flags.mm_data))
+    columns: Sequence[Column] = ()
     if flags.mm_model is not None:
-        check_extraction(data, load_extract_model(Path(flags.mm_model)), None)
+        model = load_extract_model(Path(flags.mm_model))
+        check_extraction(data, model, None)
+        columns = TASKS[extraction_task(model, None)].columns
     sources = data_sources(data.dataset_param.basic_parameters)
 
     from mm.data.check import check_videos
@@ -105,6 +110,7 @@ def _check_videos(flags: DoctorDataFlags) -> CheckedData:
             sources,
             data.dataset_param.preprocess_parameters,
             flags.seed,
+            columns=columns,
             quick=flags.quick,
             num_workers=flags.num_workers,
             time_limit=flags.decode_timeout,

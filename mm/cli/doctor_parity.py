@@ -104,7 +104,7 @@ def _table(flags: TrainFlags, case: Case, device: str, errors: RelativeErrors, l
     }
     facts = [
         ("layout", f"{layout.name()} on {layout.world_size:,} processes, {device}"),
-        ("model", f"{wan.model_type}, {wan.num_layers} blocks, {wan.num_heads} heads, {wan.hidden_size} wide, fp32"),
+        ("model", f"{wan.task.name}, {wan.num_layers} blocks, {wan.num_heads} heads, {wan.hidden_size} wide, fp32"),
         ("run", f"2 steps of {case.samples} samples, {case.most_tokens} tokens the longest"),
     ]
     if any(left_out.values()):

@@ -23,6 +23,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
         main: the command; takes the words after its name, returns nothing, raises `MMError` for what a user can mend.
         argv: the words after the command's name.
     """
+    _open_closed_streams()
     leave_the_first_place()
     with unbreakable_output() as output:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
@@ -90,13 +91,23 @@ def _quieten_libraries() -> None:
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")
 
 
+def _open_closed_streams() -> None:
+    """Give what was closed by whoever started this process a number's worth of nothing.
+
+    Another file would get the number otherwise, and libraries that write to standard error would write into that.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the smallest number that is free
+
+
 def _close_standard_input() -> None:
     """Let whoever reads standard input find its end: no command reads it, and libraries that ask there must not wait.
 
     transformers asks there whether to run code of a folder, and takes any "y" for an answer.
     """
-    if sys.stdin is None:  # it was closed before, and its number may belong to another file by now
-        return
     nothing = os.open(os.devnull, os.O_RDONLY)
     try:
         os.dup2(nothing, 0)

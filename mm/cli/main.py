@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from mm.cli.entry import run
+from mm.cli.version import version_text
 from mm.errors import ConfigError
 from mm.isolated import clean_path
 
@@ -31,8 +32,11 @@ def main(argv: Sequence[str]) -> None:
     """
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
-        print("usage: mm COMMAND [flags]; mm COMMAND --help lists a command's flags\n")
+        print("usage: mm COMMAND [flags]; mm COMMAND --help lists a command's flags, mm --version the versions\n")
         print("\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()))
+        return
+    if list(argv) == ["--version"]:
+        print(version_text())
         return
     if argv[0] not in COMMANDS:
         raise ConfigError("CFG-009", f'"{argv[0]}" is not a command.', f"Use one of {', '.join(COMMANDS)}.")

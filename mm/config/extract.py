@@ -11,7 +11,8 @@ from pydantic import Field
 from mm.config.base import Section, load
 from mm.config.data import TEMPORAL_STRIDE, ExtractData
 from mm.config.flags import Flags
-from mm.config.model import IMAGES, ModelType, Precision
+from mm.config.model import Precision
+from mm.config.tasks.registry import DEFAULT, TASKS, TaskName, named
 from mm.errors import ConfigError, Problem, raise_all
 
 LatentPixels = Annotated[int, Field(ge=1)]
@@ -53,7 +54,7 @@ class AutoencoderConfig(Section):
 
 
 class ImageProcessor(Section):
-    """`ae.i2v_processor`: how the known frames of i2v and flf2v are encoded.
+    """`ae.i2v_processor`: how known frames are encoded, in tasks that have some.
 
     Attributes:
         image_encoder: folder of CLIP's visual half in the transformers layout; it works in the VAE's precision.
@@ -93,7 +94,7 @@ class TextEncoderConfig(Section):
 class ExtractModel(Section):
     """`feature_extract/model_wan.json`. `task` may be said here, in tools.json, or in both."""
 
-    task: ModelType | None = None
+    task: TaskName | None = None
     ae: ExtractAutoencoder
     text_encoder: TextEncoderConfig
 
@@ -111,7 +112,7 @@ class ExtractTools(Section):
     """`feature_extract/tools.json`. `task` may be said here, in model_wan.json, or in both."""
 
     sorafeature: SoraFeature
-    task: ModelType | None = None
+    task: TaskName | None = None
 
 
 class ExtractFlags(Flags):
@@ -145,9 +146,9 @@ def load_extract_tools(path: Path) -> ExtractTools:
     return load(ExtractTools, path)
 
 
-def extraction_task(model: ExtractModel, tools: ExtractTools | None) -> ModelType:
-    """What the features are for; t2v where neither file says a task."""
-    return model.task or (tools.task if tools else None) or "t2v"
+def extraction_task(model: ExtractModel, tools: ExtractTools | None) -> str:
+    """What the features are for; text to video where neither file says a task."""
+    return model.task or (tools.task if tools else None) or DEFAULT.name
 
 
 def check_extraction(data: ExtractData, model: ExtractModel, tools: ExtractTools | None) -> None:
@@ -163,22 +164,24 @@ def check_extraction(data: ExtractData, model: ExtractModel, tools: ExtractTools
     raise_all(ConfigError, list(_image_problems(data, model, extraction_task(model, tools))))
 
 
-def _image_problems(data: ExtractData, model: ExtractModel, task: ModelType) -> Iterator[Problem]:
-    if IMAGES[task] and model.ae.i2v_processor is None:
+def _image_problems(data: ExtractData, model: ExtractModel, task: str) -> Iterator[Problem]:
+    takes_frames = bool(TASKS[task].frames)
+    if takes_frames and model.ae.i2v_processor is None:
         yield Problem(
             "CFG-074",
             f"The task is {task}, and model_wan.json has no ae.i2v_processor.",
             'Add it with "image_encoder", the folder of that name of an I2V or FLF2V model; or set task to t2v.',
         )
-    if not IMAGES[task] and model.ae.i2v_processor is not None:
+    if not takes_frames and model.ae.i2v_processor is not None:
+        others = named(other for other in TASKS.values() if other.frames)
         yield Problem(
             "CFG-074",
             f"ae.i2v_processor in model_wan.json has no effect with the task {task}.",
-            "Remove it, or set task to i2v or flf2v in tools.json and model_wan.json.",
+            f"Remove it, or set task to {others} in tools.json and model_wan.json.",
         )
     clip = data.dataset_param.preprocess_parameters
     for name, frames in (("num_frames", clip.num_frames), ("min_num_frames", clip.min_num_frames)):
-        if IMAGES[task] and frames is not None and frames <= TEMPORAL_STRIDE:
+        if takes_frames and frames is not None and frames <= TEMPORAL_STRIDE:
             yield Problem(
                 "CFG-075",
                 f"{name} is {frames}: a clip of one frame is its own first frame, and {task} has nothing to learn.",

@@ -8,13 +8,15 @@ own flags can be overridden by what follows them.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NoReturn, TypeVar, get_origin
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from pydantic import ConfigDict, ValidationError
 
 from mm.config.base import Section, closest, validation_problems
+from mm.config.flag_help import REQUIRED, flag_groups
 from mm.config.other_names import name_here
 from mm.errors import ConfigError, Problem, raise_all
 
@@ -24,9 +26,11 @@ class Flags(Section):
 
     Attributes:
         may_be_empty: fields whose value may be the empty text; a script's unset variable must not be taken for a path.
+        groups: headings of the help, each by the first field below it; a heading may begin again.
     """
 
     may_be_empty: ClassVar[frozenset[str]] = frozenset()
+    groups: ClassVar[Mapping[str, str]] = {}
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
@@ -88,17 +92,30 @@ def flag_name(field: str) -> str:
 
 
 def _build_parser(flags: type[Flags], program: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog=program, description=flags.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for name, field in flags.model_fields.items():
-        help_text = (field.description or "").replace("%", "%%")
-        if field.annotation is bool:
-            parser.add_argument(flag_name(name), action="store_true", help=help_text)
-        elif get_origin(field.annotation) in (list, tuple):
-            parser.add_argument(flag_name(name), nargs="+", help=help_text)
-        else:
-            default = "" if field.is_required() else f" (default: {field.default})"
-            parser.add_argument(flag_name(name), help=help_text + default)
+    groups = flag_groups(flags)
+    required = [flag for group in groups.values() for flag in group if flag.default == REQUIRED]
+    usage = " ".join([program, *(f"{flag_name(flag.field)} {flag.value}" for flag in required), "[flags]"])
+    parser = _Parser(
+        prog=program, usage=usage, description=flags.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    for heading, group in groups.items():
+        section = parser.add_argument_group(heading)
+        for flag in group:
+            help_text = flag.description.replace("%", "%%")
+            if flag.remark:
+                help_text += f" ({flag.remark})"
+            if not flag.value:
+                section.add_argument(flag_name(flag.field), action="store_true", help=help_text)
+            elif flag.several:
+                section.add_argument(flag_name(flag.field), nargs="+", metavar=_one_word(flag.value), help=help_text)
+            else:
+                section.add_argument(flag_name(flag.field), metavar=flag.value, help=help_text)
     return parser
+
+
+def _one_word(value: str) -> str:
+    """A short name for one of several values, which the help shows twice."""
+    return "WORD" if "|" in value else value
 
 
 def _respell(argv: Sequence[str], spelling: Mapping[str, str]) -> list[str]:
@@ -134,8 +151,9 @@ def _unknown(rest: Sequence[str], fields: list[str], retired: Mapping[str, str])
 def _as_flag(problem: Problem, flags: type[Flags]) -> Problem:
     """Say `--micro-batch-size` where a file's message would say "micro_batch_size"."""
     message = problem.message
-    for name in flags.model_fields:
-        message = message.replace(f'"{name}"', flag_name(name)).replace(f'"{name}.', f'"{flag_name(name)}.')
+    place = re.search(r'"([^".]+)[^"]*"', message)  # the first in quotes; a value, which comes later, may look alike
+    if place is not None and place[1] in flags.model_fields:
+        message = message[: place.start()] + flag_name(place[1]) + message[place.end() :]
     message = message.replace("command line lacks the key", "The command line lacks").replace("command line: ", "")
     return Problem(problem.id, message, problem.remedy.replace("Add it.", "Give the flag; see --help."))
 

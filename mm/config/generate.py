@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -25,6 +27,18 @@ class GenerateFlags(MeshFlags):
     """Generate one clip for each prompt of a file. A flag that is given wins over the same value in the json file."""
 
     may_be_empty = frozenset({"negative_prompt"})
+    groups: ClassVar[Mapping[str, str]] = {
+        "load": "files",
+        "prompt": "what is asked for",
+        "lora": "LoRA",
+        "negative_prompt": "what is asked for",
+        "save_path": "clips",
+        "seed": "sampling",
+        "input_size": "clips",
+        "sample_solver": "sampling",
+        "micro_batch_size": "batches",
+        "no_progress_bar": "logging",
+    }
 
     mm_model: str = Field(description="inference_model.json")
     load: str | None = Field(None, description="transformer weights; default: predictor.from_pretrained of the json")
@@ -33,6 +47,9 @@ class GenerateFlags(MeshFlags):
         None, description="text file, one image a line, or first and last with a comma between; default: from the json"
     )
     video: str | None = Field(None, description="text file, one video a line; default: from the json")
+    columns: list[str] = Field(
+        [], description="NAME=FILE: numbers that the task takes, one a line for each prompt; default: from the json"
+    )
     strength: float | None = Field(
         None, description="share of the steps taken from a given video, above 0 to 1; default: from the json"
     )
@@ -55,6 +72,13 @@ class GenerateFlags(MeshFlags):
     batched_guidance: bool = Field(False, description="both prompts of guidance in one pass of twice the batch")
     micro_batch_size: int = Field(1, ge=1, description="prompts in one forward")
     no_progress_bar: bool = Field(False, description="log lines only")
+
+    @field_validator("columns")
+    @classmethod
+    def _names_and_files(cls, value: list[str]) -> list[str]:
+        if not all(re.fullmatch(r"\w+=.+", word) for word in value):
+            raise ValueError("it takes words such as NAME=FILE")
+        return value
 
     @field_validator("input_size")
     @classmethod
@@ -172,6 +196,8 @@ def _with_flags(values: Any, flags: GenerateFlags) -> Any:
         strengths = flags.lora_strength or [1.0] * len(flags.lora)
         # zip: another number of strengths is CFG-122
         values = values | {"lora": [{"path": p, "strength": s} for p, s in zip(flags.lora, strengths, strict=False)]}
+    if flags.columns:
+        values = values | {"columns": dict(word.split("=", 1) for word in flags.columns)}
     result = dict(values)
     for path, settings in given.items():
         settings = {name: value for name, value in settings.items() if value is not None}

@@ -9,23 +9,17 @@ from pydantic import Field, model_validator
 from mm.config.base import Section
 from mm.config.data import TokenizerConfig
 from mm.config.extract import AutoencoderConfig, TextEncoderConfig
-from mm.config.model import IMAGES, Precision, WanConfig
+from mm.config.model import Precision, WanConfig
+from mm.config.tasks.registry import TASKS
+from mm.config.tasks.task import Task
 
-Task = Literal["t2v", "i2v", "flf2v", "v2v"]
-
-_NEGATIVE_PROMPT = (
+NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
     "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
     "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
-NEGATIVE_PROMPTS: dict[Task, str] = {
-    "t2v": _NEGATIVE_PROMPT,
-    "v2v": _NEGATIVE_PROMPT,
-    "i2v": "镜头晃动，" + _NEGATIVE_PROMPT,
-    "flf2v": "镜头切换，镜头晃动，" + _NEGATIVE_PROMPT,
-}
-"""Of the Wan2.1 release, which its models are meant to be used with: wan/configs/shared_config.py for text alone; with
-a first frame (wan_i2v_14B.py) a shaking camera is put before it, with a last one too (__init__.py) a cut."""
+"""Of the Wan2.1 release, which its models are meant to be used with: wan/configs/shared_config.py for text alone. Tasks
+put something before it (`Task.negative`)."""
 
 # Pixels that one latent stands for: frames after the first, rows, columns. Fixed by the Wan2.1 VAE.
 VAE_STRIDE = (4, 8, 8)
@@ -109,7 +103,7 @@ class PipelineSection(Section):
 
     Attributes:
         input_size: frames, height and width of the clips in pixels.
-        dual_image: an i2v model is given the last frame too.
+        dual_image: a model that sees the first frame alone is given the last one too.
         strength: video to video: the share of the steps that are taken, above 0 (the given clip) to 1 (a new one).
         start_frame: video to video: the first frame that is taken of the given videos.
     """
@@ -127,6 +121,7 @@ class InferenceModel(Section):
         prompt: a text file, one prompt a line.
         image: a text file, one image a line for each prompt, or two with a comma between (first, last).
         video: a text file, one video a line for each prompt; the clips are made from these.
+        columns: text files, one number a line for each prompt, by the names of the columns that the task declares.
         negative_prompt: what guidance leads away from; None is the Wan2.1 release's for the task.
         save_path: folder for the clips. fps: frames a second of the clips.
         lora: adapters that are added to the transformer's weights, in this order.
@@ -137,6 +132,7 @@ class InferenceModel(Section):
     prompt: str = Field(min_length=1)
     image: str | None = Field(None, min_length=1)
     video: str | None = Field(None, min_length=1)
+    columns: dict[str, str] = Field(default_factory=dict)
     negative_prompt: str | None = None
     save_path: str = Field(min_length=1)
     fps: int = Field(16, ge=1, le=240)
@@ -151,16 +147,21 @@ class InferenceModel(Section):
     diffusion: InferenceDiffusion
 
     @property
-    def task(self) -> Task:
-        """What the clips are made from, besides a prompt: nothing, an image, two images or a video."""
-        if not IMAGES[self.predictor.model_type]:
-            return "t2v" if self.video is None else "v2v"
-        return "flf2v" if self.predictor.model_type == "flf2v" or self.pipeline_config.dual_image else "i2v"
+    def row_task(self) -> Task:
+        """The task whose roles a row gives: the model's, or, where the last frame is given too, that of both frames."""
+        task = self.predictor.task
+        return TASKS[task.with_last_frame] if task.with_last_frame and self.pipeline_config.dual_image else task
+
+    @property
+    def task(self) -> str:
+        """What is done, in one word: the name of the task, or what it is called from given videos."""
+        from_video = None if self.video is None else self.predictor.task.with_video
+        return from_video or self.row_task.name
 
     @property
     def negative_text(self) -> str:
         """The negative prompt, given or of the release; an empty one is a prompt, too."""
-        return NEGATIVE_PROMPTS[self.task] if self.negative_prompt is None else self.negative_prompt
+        return self.row_task.negative + NEGATIVE_PROMPT if self.negative_prompt is None else self.negative_prompt
 
     def latent_size(self) -> tuple[int, int, int]:
         """(F, H, W) of the latents of one clip."""

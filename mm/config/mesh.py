@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +12,13 @@ from mm.config.flags import Flags
 
 class MeshFlags(Flags):
     """Degrees and kinds of parallelism; a command adds its own flags."""
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "mm_model": "files",
+        "tensor_model_parallel_size": "parallelism",
+        "distributed_timeout_minutes": "supervision",
+        "device": "device and precision",
+    }
 
     mm_model: str = Field(description="the file of the model")
 

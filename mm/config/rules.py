@@ -37,11 +37,11 @@ def check_training(flags: TrainFlags, model: PretrainModel, zero: ZeroConfig | N
 
 def _task_agrees(request: Request) -> Iterator[Problem]:
     """CFG-070: the task is said in two places, which must agree."""
-    task, model_type = request.model.task, request.model.predictor.model_type
-    if task is not None and task != model_type:
+    task, predictor = request.model.task, request.model.predictor
+    if task is not None and task != predictor.task.name:
         yield Problem(
             "CFG-070",
-            f'"task" in {request.flags.mm_model} is {task}, and predictor.model_type is {model_type}.',
+            f'"task" in {request.flags.mm_model} is {task}, and {predictor.task_in_words}.',
             "Make them agree, or remove task.",
         )
 

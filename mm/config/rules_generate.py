@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from mm.config.inference import VAE_STRIDE, InferenceModel
-from mm.config.model import IMAGES
+from mm.config.tasks.registry import TASKS, named
 from mm.errors import Problem
 
 
@@ -54,26 +54,32 @@ def _prompts_fit(config: InferenceModel, source: str) -> Iterator[Problem]:
 
 def _inputs_fit_the_model(config: InferenceModel, source: str) -> Iterator[Problem]:
     """CFG-120: a model gets the images that it was trained with, and nothing that it cannot take."""
-    kind, takes_images = config.predictor.model_type, bool(IMAGES[config.predictor.model_type])
+    task, of_images = config.predictor.task, {"image", "image_encoder", "pipeline_config.dual_image"}
+    columns = {f"columns.{column.name}": column.name in config.columns for column in task.columns}
     given = {
+        **columns,
+        **{f"columns.{name}": True for name in config.columns},
         "image": config.image is not None,
         "image_encoder": config.image_encoder is not None,
         "pipeline_config.dual_image": config.pipeline_config.dual_image,
         "video": config.video is not None,
     }
-    needed = {"image", "image_encoder"} if takes_images else set()
-    useless = {"video"} if takes_images else {"image", "image_encoder", "pipeline_config.dual_image"}
+    needed = columns.keys() | ({"image", "image_encoder"} if task.frames else set())
+    useless = {f"columns.{name}" for name in config.columns} - columns.keys()
+    useless |= (set() if task.frames else of_images) | (set() if task.with_video else {"video"})
     missing = [name for name in given if name in needed and not given[name]]
     if missing:
-        found = f"{source}: predictor.model_type is {kind}, which needs {' and '.join(missing)}."
-        remedy = "Give --image and the section image_encoder, or use the weights of a t2v model."
+        found = f"{source}: {config.predictor.task_in_words}, which needs {' and '.join(missing)}."
+        how = "Give --image and the section image_encoder" if task.frames else "Give --columns NAME=FILE"
+        remedy = f"{how}, or use the weights of a text-to-video model."
         yield Problem("CFG-120", found, remedy)
     extra = [name for name in given if name in useless and given[name]]
     if extra:
-        found = f"{source}: predictor.model_type is {kind} (in_dim {config.predictor.in_dim}), which takes no "
+        found = f"{source}: {config.predictor.task_in_words} (in_dim {config.predictor.in_dim}), which takes no "
         found += f"{' and no '.join(extra)}."
-        works = "a t2v model, for video to video" if takes_images else "an i2v or flf2v model, with in_dim 36"
-        yield Problem("CFG-120", found, f"Remove it, or use {works}.")
+        wanted = "with_video" if "video" in extra else "frames" if of_images & set(extra) else "columns"
+        works = [other for other in TASKS.values() if getattr(other, wanted)]
+        yield Problem("CFG-120", found, "Remove it" + (f", or use a model of {named(works)}." if works else "."))
 
 
 def _videos_have_a_strength(config: InferenceModel, source: str) -> Iterator[Problem]:
@@ -98,7 +104,7 @@ def _videos_have_a_strength(config: InferenceModel, source: str) -> Iterator[Pro
 
 def _frames_have_a_middle(config: InferenceModel, source: str) -> Iterator[Problem]:
     """CFG-123: a first and a last frame are two frames."""
-    if config.task == "flf2v" and config.pipeline_config.input_size[0] < VAE_STRIDE[0] + 1:
+    if len(config.row_task.frames) > 1 and config.pipeline_config.input_size[0] < VAE_STRIDE[0] + 1:
         found = f"{source}: a clip of {config.pipeline_config.input_size[0]} frames has no first and last one."
         yield Problem("CFG-123", found, f"Use {VAE_STRIDE[0] + 1} frames or more.")
 

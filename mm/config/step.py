@@ -165,10 +165,15 @@ def changes(before: StepSettings, now: StepSettings) -> Iterator[Change]:
         yield from _of_flags("average", before, now, ["ema_decay"])
 
 
+_GIVEN = {True: "given", False: "absent"}
+"""How a flag without a value is told; a file has true and false."""
+
+
 def _of_flags(kind: ResumeChange, before: Section, now: Section, fields: list[str] | None = None) -> Iterator[Change]:
     for field in fields or list(type(now).model_fields):
         name = flag_name(field) + " (default: --train-iters)" * (field == "lr_decay_iters")
-        yield from _differing(kind, name, getattr(before, field), getattr(now, field))
+        values = getattr(before, field), getattr(now, field)
+        yield from _differing(kind, name, *(_GIVEN.get(v, v) if isinstance(v, bool) else v for v in values))
 
 
 def _of_data(kind: ResumeChange | None, name: str, before: DataSettings, now: DataSettings) -> Iterator[Change]:
@@ -183,6 +188,4 @@ def _differing(kind: ResumeChange, name: str, before: Any, now: Any) -> Iterator
 
 
 def _said(value: Any) -> str:
-    if isinstance(value, bool):
-        return "given" if value else "absent"
     return value if isinstance(value, str) else json.dumps(value)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from mm.config.base import Section
 from mm.config.diffusion import DiffusionConfig
 from mm.config.mesh import MeshFlags
-from mm.config.model import ModelType, WanConfig
+from mm.config.model import WanConfig
 from mm.config.optimizer import OptimizerName
+from mm.config.tasks.registry import TaskName
 
 ResumeChange = Literal["batch", "schedule", "optimizer", "objective", "data", "precision", "average"]
 """Parts of what a step means, as --resume-changed names them."""
@@ -41,12 +43,12 @@ class PretrainModel(Section):
     """pretrain_model.json.
 
     Attributes:
-        task: what is trained; where it is said, it must be predictor.model_type.
+        task: what is trained; where it is said, it must be that of the predictor.
         load_video_features, load_text_features: training always reads extracted features.
         predictor: the transformer. diffusion: noise schedule and loss.
     """
 
-    task: ModelType | None = None
+    task: TaskName | None = None
     load_video_features: Literal[True] = True
     load_text_features: Literal[True] = True
     predictor: PredictorConfig
@@ -55,6 +57,26 @@ class PretrainModel(Section):
 
 class TrainFlags(MeshFlags):
     """Train a Wan2.1 transformer on extracted features."""
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "mm_data": "files",
+        "pipeline_model_parallel_size": "parallelism",
+        "micro_batch_size": "steps and samples",
+        "deterministic_mode": "device and precision",
+        "recompute_granularity": "memory",
+        "compile_blocks": "device and precision",
+        "lr": "optimizer",
+        "on_nonfinite": "supervision",
+        "clip_grad": "optimizer",
+        "lora_r": "LoRA",
+        "use_distributed_optimizer": "parallelism",
+        "load": "checkpoints",
+        "load_base_model": "LoRA",
+        "save": "checkpoints",
+        "eval_interval": "evaluation",
+        "hang_timeout": "supervision",
+        "log_interval": "logging",
+    }
 
     mm_data: str = Field(description="feature_data.json: which features, caption dropout")
     mm_model: str = Field(description="pretrain_model.json: the transformer, the noise schedule, the loss")

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 
 from mm.config.data import DataSource, RawPreprocess, TrainData
 from mm.config.model import WanConfig
+from mm.config.tasks.task import Column
 from mm.data.clips import CheckClip, check_announced_length
 from mm.data.dataset import FeatureDataset, FeaturePlace, checked_sources, read_sample
 from mm.data.files import JsonRow, RowList, split_rows
@@ -91,6 +92,7 @@ def check_videos(
     preprocess: RawPreprocess,
     seed: int,
     *,
+    columns: Sequence[Column] = (),
     quick: bool,
     num_workers: int,
     time_limit: float,
@@ -99,7 +101,7 @@ def check_videos(
     """Check every row of annotation files, and read every clip as extraction would.
 
     Args:
-        sources, preprocess, seed: as extraction has them.
+        sources, preprocess, seed: as extraction has them. columns: of the task, where it is known.
         quick: count the frames of a video and decode its first ones only.
         num_workers, time_limit: processes that read, seconds for each clip.
         done: told after each row how many there are in all.
@@ -107,7 +109,7 @@ def check_videos(
     Raises:
         DataError: DATA-060 for an annotation file of which no row can be told.
     """
-    listed = Listed()
+    listed = Listed(columns)
     lists = [CheckedList(source, split_rows(source.annotation, "DATA-060")) for source in sources]
     jobs: list[_Job[VideoSample]] = []
     for data_set, checked in enumerate(lists):

@@ -26,18 +26,12 @@ from mm.errors import DataError
 ENCODER_FIELDS = ("vae", "text_encoder", "tokenizer", "text_cleaning", "crop", "image_encoder")
 
 
-class ImageFeatures(TypedDict, total=False):
-    """Of models with images only: `image_features` and `condition` as for `mm.wan.model.WanModel.forward`."""
-
-    image_features: Tensor
-    condition: Tensor
-
-
-class SampleTensors(ImageFeatures):
-    """What a feature file gives training: latents [16, F, H, W], prompt [L, D]."""
+class SampleTensors(TypedDict):
+    """What a feature file gives training: latents [16, F, H, W], prompt [L, D], and the task's features by name."""
 
     latents: Tensor
     prompt: Tensor
+    features: dict[str, Tensor]
 
 
 class FeatureItem(SampleTensors):
@@ -94,10 +88,7 @@ def read_sample(place: FeaturePlace, model: WanConfig) -> SampleTensors:
         found = None if feature.latents is None else list(feature.latents.shape)
         message = f"{file}: latents are {found}, {listing} lists {list(place.latent_shape)}."
         raise DataError("DATA-012", message, "Run feature extraction again.")
-    tensors: SampleTensors = {"latents": feature.latents, "prompt": feature.prompt}
-    if feature.image_features is not None and feature.condition is not None:
-        tensors["image_features"], tensors["condition"] = feature.image_features, feature.condition
-    return tensors
+    return {"latents": feature.latents, "prompt": feature.prompt, "features": dict(feature.features)}
 
 
 def read_empty_prompt(file: Path, recipe_key: str, model: WanConfig) -> Tensor:
@@ -199,8 +190,8 @@ def checked_sources(data: TrainData, model: WanConfig) -> list[tuple[DataSource,
     found: list[tuple[DataSource, Recipe]] = []
     for source in data_sources(data.dataset_param.basic_parameters, LISTING):
         recipe = load_recipe(source.folder)
-        if recipe.task != model.model_type:
-            message = f"The features in {source.folder} are of the task {recipe.task}, the model is {model.model_type}."
+        if recipe.task != model.task.name:
+            message = f"The features in {source.folder} are of the task {recipe.task}, the model is {model.task.name}."
             raise DataError("DATA-046", message, OTHER_TASK)
         remedy = "Correct preprocess_parameters or tokenizer_config, or extract the features again with these values."
         check_recipe(source.folder, recipe, expected, remedy)

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import av
-
+from mm.data.containers import open_container, video_stream
 from mm.data.packets import Order
 from mm.errors import DataError
 
@@ -37,7 +36,7 @@ def frames_from(file: Path, order: Order | None, first: int) -> Iterator[Any]:
 
 def all_frames(file: Path) -> Iterator[Any]:
     """Every frame, decoded from the first packet on; raises what `frames_from` raises."""
-    with av.open(str(file)) as container:
+    with open_container(file) as container:
         stream = _stream(container)
         aspect = None
         for frame in container.decode(stream):
@@ -56,7 +55,7 @@ def frames_in_order(file: Path, order: Order, first: int) -> Iterator[Any]:
     a packet gets its number, which the decoder hands on to its frame. Raises what `frames_from` raises.
     """
     index, start = order.start_before(first)
-    with av.open(str(file)) as container:
+    with open_container(file) as container:
         stream = _stream(container)
         began = False
         for number, packet in enumerate(container.demux(stream)):
@@ -78,7 +77,7 @@ def frames_in_order(file: Path, order: Order, first: int) -> Iterator[Any]:
 
 def _stream(container: Any) -> Any:
     """The video, for threads of whole frames: with threads of slices FFmpeg tells less of what is damaged."""
-    stream = container.streams.video[0]
+    stream = video_stream(container)
     stream.thread_type = "FRAME"
     return stream
 

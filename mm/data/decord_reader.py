@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mm.data.containers import name_for_ffmpeg
 from mm.data.orientation import Pixels
 from mm.data.packets import Order
 from mm.errors import DataError
@@ -44,7 +45,7 @@ def decord_agrees(file: Path, order: Order, pixel_format: str, first: Pixels) ->
     import decord
 
     try:
-        video = decord.VideoReader(str(file), num_threads=1)
+        video = decord.VideoReader(name_for_ffmpeg(file), num_threads=1)
         if len(video) != len(order.packets) or video.get_key_indices() != [frame for frame, _ in order.starts]:
             return False
         times = video.get_frame_timestamp(range(len(video)))[:, 0]
@@ -64,7 +65,7 @@ def decord_frames(file: Path, indices: Sequence[int]) -> Iterator[Any]:
     import decord
 
     try:
-        video = decord.VideoReader(str(file), num_threads=1)
+        video = decord.VideoReader(name_for_ffmpeg(file), num_threads=1)
         for start in range(0, len(indices), _CHUNK):
             yield from video.get_batch(list(indices[start : start + _CHUNK])).asnumpy()
     except (decord.DECORDError, RuntimeError, IndexError) as error:

@@ -1,7 +1,7 @@
 """The feature store: what feature extraction writes and training reads.
 
     STORE/features/<name>.safetensors            latents [16, F, H, W], prompt [L, D], prompt_mask [512] of one sample;
-                                                 with images image_features [I, D], condition [4 + 16, F, H, W]
+                                                 and the features that the store's task declares (mm/config/tasks)
     STORE/features/empty_prompt.safetensors      prompt [L, D], prompt_mask [512] of the empty caption
     STORE/recipe.json                            what they were made with (mm/data/recipe.py)
     STORE/data.jsonl                             one row a sample (mm/data/listing.py), written last: where it is, the
@@ -17,8 +17,8 @@ import hashlib
 import json
 import re
 import stat
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mm.config.model import WanConfig
+from mm.config.tasks.registry import TASKS
+from mm.config.tasks.task import Task
 from mm.data.files import raise_limited, write_atomically
 from mm.errors import DataError, Problem
 
@@ -39,11 +41,18 @@ EMPTY_PROMPT_ID = "empty_prompt"
 PRECISIONS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 _MAX_HEADER_BYTES = 2**20
-_IMAGES = {"image_features", "condition"}
 OTHER_TASK = (
     "Extract for this model's task (\"task\" in tools.json and model_wan.json), or use a model of the features'."
 )
+_OF_EVERY_TASK = ("latents", "prompt", "prompt_mask")
 EXTRACT_AGAIN = "Delete the file and run feature extraction again; it makes only what is missing."
+
+
+def _features_of(task: Task) -> set[str]:
+    return {feature.name for feature in task.features}
+
+
+_ALL_FEATURES = set[str]().union(*map(_features_of, TASKS.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +61,8 @@ class Origin:
 
     Attributes:
         sample: the sample's id. recipe: key of the recipe.
-        caption: `text_hash` of the caption as given. video: `video_fingerprint` of the video, and its cut.
+        caption: `text_hash` of the caption as given. video: `video_fingerprint` of the video, its cut, and what stands
+            in the task's columns.
     """
 
     sample: str
@@ -69,15 +79,13 @@ class Feature:
         latents: [16, F, H, W], normalised; None for the empty prompt.
         prompt: [L, D], the caption's embedding at its true length.
         start_frame: first frame of the clip in its video.
-        image_features: [I, D] of the image encoder: of the first frame in i2v, of the first and the last in flf2v.
-        condition: [4 + 16, F, H, W], the mask of the known frames and their latents (`mm.wan.condition`).
+        features: what the task declares, by name.
     """
 
     latents: Tensor | None
     prompt: Tensor
     start_frame: int = 0
-    image_features: Tensor | None = None
-    condition: Tensor | None = None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +141,9 @@ def write_feature(path: Path, feature: Feature, origin: Origin, text_len: int) -
     """
     mask = torch.zeros(text_len, dtype=torch.uint8)
     mask[: len(feature.prompt)] = 1
-    optional = {
-        "latents": feature.latents,
-        "image_features": feature.image_features,
-        "condition": feature.condition,
-    }
-    found = {"prompt": feature.prompt, "prompt_mask": mask} | {k: v for k, v in optional.items() if v is not None}
+    found = {"prompt": feature.prompt, "prompt_mask": mask, **feature.features}
+    if feature.latents is not None:
+        found["latents"] = feature.latents
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
     _require_finite(tensors, path, "The encoder gave it; check the weights, or try dtype fp32 in model_wan.json.")
     about = json.dumps({**asdict(origin), "start_frame": feature.start_frame})
@@ -199,8 +204,8 @@ def read_feature(path: Path, model: WanConfig, origin: tuple[str, str] | None = 
         DataError: DATA-011 for a damaged file, DATA-072 for one that cannot be read, DATA-012 for tensors that are
             missing or of the wrong kind or shape, DATA-013 for NaN or Infinity, DATA-016 for the features of another
             sample or recipe, DATA-017 for a caption longer than the model's text length, DATA-046 for features of
-            another task, DATA-047 for a clip that is no longer than its images, DATA-048 for images of another encoder
-            than the model takes.
+            another task, DATA-047 for a clip that is no longer than what is given of it, DATA-048 for features of
+            another shape than the model takes.
     """
     header = read_header(path)
     if origin is not None and (header.origin.sample, header.origin.recipe) != origin:
@@ -219,13 +224,8 @@ def read_feature(path: Path, model: WanConfig, origin: tuple[str, str] | None = 
     if not bool((tensors["prompt_mask"] == (torch.arange(len(tensors["prompt_mask"])) < length)).all()):
         message = f"{path}: prompt has {length} tokens, and prompt_mask marks others."
         raise DataError("DATA-012", message, EXTRACT_AGAIN)
-    return Feature(
-        tensors.get("latents"),
-        tensors["prompt"],
-        header.start_frame,
-        tensors.get("image_features"),
-        tensors.get("condition"),
-    )
+    features = {name: value for name, value in tensors.items() if name not in _OF_EVERY_TASK}
+    return Feature(tensors.get("latents"), tensors["prompt"], header.start_frame, features)
 
 
 def _header_problems(header: Header, path: Path, model: WanConfig) -> list[Problem]:
@@ -237,10 +237,12 @@ def _header_problems(header: Header, path: Path, model: WanConfig) -> list[Probl
 
     wanted = {"prompt", "prompt_mask"}
     if header.origin.sample != EMPTY_PROMPT_ID:
-        wanted |= {"latents"} | (_IMAGES if model.image_tokens else set())
-        if bool(_IMAGES & set(header.tensors)) != bool(model.image_tokens):
-            found = "no image features" if model.image_tokens else "image features"
-            wrong(f"it holds {found}, and the model is {model.model_type}", "DATA-046", OTHER_TASK)
+        own, held = _features_of(model.task), set(header.tensors)
+        wanted |= {"latents"} | own
+        others = _ALL_FEATURES - own
+        if held & others or (own and not held & own):
+            found = ", ".join(sorted(held & others)) or f"no {' and no '.join(sorted(own))}"
+            wrong(f"it holds {found}, and the model is {model.task.name}", "DATA-046", OTHER_TASK)
             return problems
     if set(header.tensors) != wanted:
         wrong(f"it holds {', '.join(sorted(header.tensors))}, expected {', '.join(sorted(wanted))}")
@@ -262,25 +264,19 @@ def _header_problems(header: Header, path: Path, model: WanConfig) -> list[Probl
             wrong(f"latents are {list(shape)}, expected [{model.noise_channels}, F, H, W]")
         elif any(size % patch for size, patch in zip(shape[1:], model.patch_size, strict=True)):
             wrong(f"latents are {list(shape)}, which patches of {list(model.patch_size)} do not divide")
-        elif model.image_tokens:
-            problems += _image_problems(header, path, model)
+        else:
+            problems += _feature_problems(header, path, model)
     return problems
 
 
-def _image_problems(header: Header, path: Path, model: WanConfig) -> Iterator[Problem]:
-    """Of a sample with images, whose latents are as the model takes them."""
-    latents = header.tensors["latents"][1]
-    if latents[1] < 2:
-        message = f"{path}: the clip is one frame, and in {model.model_type} that is known: there is nothing to learn."
+def _feature_problems(header: Header, path: Path, model: WanConfig) -> Iterator[Problem]:
+    """Of a sample whose latents are as the model takes them."""
+    _, frames, height, width = header.tensors["latents"][1]
+    if frames < model.task.fewest_latent_frames:
+        message = f"{path}: the clip is one frame, and in {model.task.name} that is known: there is nothing to learn."
         yield Problem("DATA-047", message, "Leave the sample out; clips need at least 5 frames.")
-    remedy = (
-        "Extract again with the image encoder and the VAE that belong to the model, or correct pretrain_model.json."
-    )
-    expected = {
-        "image_features": (model.image_tokens, model.image_dim),
-        "condition": (model.condition_channels, *latents[1:]),
-    }
-    for name, shape in expected.items():
+    remedy = "Extract again with the encoders that belong to the model, or correct pretrain_model.json."
+    for name, shape in model.feature_shapes((frames, height, width)).items():
         if header.tensors[name][1] != shape:
             found = list(header.tensors[name][1])
             yield Problem("DATA-048", f"{path}: {name} is {found}, the model takes {list(shape)}.", remedy)

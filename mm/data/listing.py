@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from mm.config.base import Section, parse
-from mm.config.model import ModelType
+from mm.config.tasks.registry import DEFAULT, TaskName
 from mm.data.features import EMPTY_PROMPT, EXTRACT_AGAIN, FEATURES, LISTING
 from mm.data.files import path_below, raise_limited, read_rows, write_atomically
 from mm.errors import ConfigError, DataError, Problem
@@ -37,7 +37,7 @@ class FeatureRow(Section):
     sample_size: str
     latent_shape: tuple[int, int, int, int]
     text_tokens: int = Field(ge=1)
-    task: ModelType = "t2v"
+    task: TaskName = DEFAULT.name
     video: str | None = None
 
 
@@ -59,7 +59,7 @@ class FeatureStore:
         return self.folder / FEATURES / EMPTY_PROMPT
 
 
-def open_store(folder: Path, listing: Path, recipe_key: str, task: ModelType = "t2v") -> FeatureStore:
+def open_store(folder: Path, listing: Path, recipe_key: str, task: str = DEFAULT.name) -> FeatureStore:
     """Read the rows of a store and check that every file they name is there.
 
     Args:
@@ -88,7 +88,7 @@ def open_store(folder: Path, listing: Path, recipe_key: str, task: ModelType = "
 class RowChecker:
     """Checks the rows of one listing, in order; its arguments are those of `open_store`."""
 
-    def __init__(self, folder: Path, listing: Path, task: ModelType) -> None:
+    def __init__(self, folder: Path, listing: Path, task: str) -> None:
         self._folder, self._listing, self._task = folder, listing, task
         features = folder / FEATURES
         self._present = {entry.name for entry in features.iterdir()} if features.is_dir() else set[str]()

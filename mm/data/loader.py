@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from mm.config.bad_samples import FAIL, OnBadSample
 from mm.config.model import WanConfig
-from mm.data.dataset import FeatureDataset, FeaturePlace, ImageFeatures, SampleTensors, read_empty_prompt, read_sample
+from mm.data.dataset import FeatureDataset, FeaturePlace, SampleTensors, read_empty_prompt, read_sample
 from mm.data.replacing import Replaced, check_replaced, may_be_replaced
 from mm.data.sampler import BatchPlan, MicroBatchSampler, next_in_epoch
 from mm.data.workers import Outcome, Parcel, as_error, as_facts, read_in_order, room
@@ -24,7 +25,7 @@ from mm.rng import generator, training_noise
 logger = logging.getLogger(__name__)
 
 
-class _Notes(ImageFeatures, total=False):
+class _Notes(TypedDict, total=False):
     """What only some micro-batches have.
 
     Attributes:
@@ -37,17 +38,19 @@ class _Notes(ImageFeatures, total=False):
 
 
 class FeatureBatch(_Notes):
-    """One micro-batch; tensors of images where the features have them, noise where it was asked for.
+    """One micro-batch; noise where it was asked for.
 
     Attributes:
         latents: [b, 16, F, H, W]. text: [b, text_len, D], zeros after each caption's end.
         sample: ids of the samples. draw: the epoch of each; with the id it keys the sample's random numbers.
+        features: what the model's task declares, by name, each [b, *shape].
     """
 
     latents: Tensor
     text: Tensor
     sample: list[str]
     draw: list[int]
+    features: dict[str, Tensor]
 
 
 def feature_batches(
@@ -102,7 +105,8 @@ def feature_batches(
         buffer_bytes=_most_bytes(dataset, plan.micro_batch_size, text_len, with_noise=with_noise),
         again=draws.without_bad_sample,
     )
-    return _batches(outcomes, draws, pin_memory)
+    names = [feature.name for feature in dataset.model.task.features]
+    return _batches(outcomes, draws, names, pin_memory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,14 +194,13 @@ class _ReadBatch:
             except DataError as error:
                 return Parcel({}, {"bad": number, "problems": as_facts(error.problems)})
             if draw.without_caption and self.empty is not None:
-                samples[-1]["prompt"] = read_empty_prompt(*self.empty, self.model)
+                self._drop_caption(samples[-1], self.empty)
         stacked = {
             "latents": torch.stack([sample["latents"] for sample in samples]),
             "text": torch.stack([F.pad(s["prompt"], (0, 0, 0, self.text_len - len(s["prompt"]))) for s in samples]),
         }
-        if "condition" in samples[0]:  # images stay where the caption is dropped: guidance is about the caption alone
-            stacked["image_features"] = torch.stack([sample["image_features"] for sample in samples])
-            stacked["condition"] = torch.stack([sample["condition"] for sample in samples])
+        for name in samples[0]["features"]:
+            stacked[name] = torch.stack([sample["features"][name] for sample in samples])
         if self.noise_seed is not None:
             shape = stacked["latents"].shape[1:]
             stacked["noise"] = torch.stack(
@@ -205,12 +208,18 @@ class _ReadBatch:
             )
         return Parcel(stacked, {})
 
+    def _drop_caption(self, sample: SampleTensors, empty: tuple[Path, str]) -> None:
+        sample["prompt"] = read_empty_prompt(*empty, self.model)
+        for feature in self.model.task.features:
+            if feature.dropped_with_caption:
+                sample["features"][feature.name].zero_()
+
     def describe(self, batch: list[_Draw], /) -> str:
         return ", ".join(f"{draw.place.folder / draw.place.file} ({draw.name})" for draw in batch)
 
 
 def _batches(
-    outcomes: Generator[tuple[list[_Draw], Outcome]], draws: _Draws, pin_memory: bool
+    outcomes: Generator[tuple[list[_Draw], Outcome]], draws: _Draws, names: Sequence[str], pin_memory: bool
 ) -> Generator[FeatureBatch]:
     try:
         for drawn, outcome in outcomes:
@@ -225,9 +234,8 @@ def _batches(
                 "text": tensors["text"],
                 "sample": [draw.name for draw in drawn],
                 "draw": [draw.epoch for draw in drawn],
+                "features": {name: tensors[name] for name in names},
             }
-            if "condition" in tensors:
-                batch["image_features"], batch["condition"] = tensors["image_features"], tensors["condition"]
             if "noise" in tensors:
                 batch["noise"] = tensors["noise"]
             if replaced := draws.note_replaced(drawn):
@@ -251,8 +259,7 @@ def _most_bytes(dataset: FeatureDataset, micro_batch_size: int, text_len: int, *
     shapes: Sequence[tuple[int, ...]] = [largest, (text_len, model.text_dim)]
     if with_noise:
         shapes = [*shapes, largest]
-    if model.image_tokens:
-        shapes = [*shapes, (model.image_tokens, model.image_dim), (model.condition_channels, *largest[1:])]
+    shapes = [*shapes, *model.feature_shapes(largest[1:]).values()]
     return room(*((micro_batch_size, *shape) for shape in shapes))
 
 

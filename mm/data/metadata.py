@@ -1,8 +1,9 @@
 """Annotations of a raw data set: every row checked before any work begins.
 
 The format is MindSpeed-MM's data.json: rows of `path`, `cap` and, optionally, `num_frames`, `fps`, `resolution` and
-`cut`. What the optional fields say is compared with the video when it is read (mm/data/clips.py). Columns that such
-files often have and that nothing here depends on are left out, which the log says once.
+`cut`, and the columns that the task declares (`mm.config.tasks`). What the optional fields say is compared with the
+video when it is read (mm/data/clips.py). Columns that such files often have and that nothing here depends on are left
+out, which the log says once.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,8 @@ from pydantic import BeforeValidator, Field
 
 from mm.config.base import Section, parse
 from mm.config.data import DataSource
+from mm.config.tasks.registry import ALL_COLUMNS
+from mm.config.tasks.task import Column
 from mm.data.features import text_hash
 from mm.data.files import path_below, raise_limited, read_rows, require_regular_file
 from mm.errors import ConfigError, DataError, Problem
@@ -86,13 +89,15 @@ class VideoSample:
             before; so that adding a data set or a row renames nothing.
         file: the video itself.
         captions: at least one.
-        annotation: the row as it was given.
+        annotation: the row as it was given, without the columns.
+        columns: what stands in the task's columns, by name.
     """
 
     id: str
     file: Path
     captions: tuple[str, ...]
     annotation: Annotation
+    columns: Mapping[str, float] = field(default_factory=dict)
 
     def caption(self, seed: int) -> str:
         """The caption that is used: the only one, or one of several drawn from the seed."""
@@ -103,9 +108,15 @@ class VideoSample:
 
 
 class Listed:
-    """The rows of some annotation files so far: gives each sample its id, and knows what was listed before."""
+    """The rows of some annotation files so far: gives each sample its id, and knows what was listed before.
 
-    def __init__(self) -> None:
+    Attributes:
+        columns: those that the task declares, which every row has.
+    """
+
+    def __init__(self, columns: Sequence[Column] = ()) -> None:
+        self.columns = columns
+        self._not_used = UNUSED_COLUMNS | ALL_COLUMNS - {column.name for column in columns}
         self._rows: dict[tuple[str, str, tuple[str, ...]], str] = {}  # video, cut and captions: where
         self._ids: dict[str, str] = {}
         self._folders: dict[Path, str] = {}
@@ -138,7 +149,7 @@ class Listed:
 
     def without_unused(self, values: Any, annotation: Path) -> Any:
         """A row without the columns that nothing depends on; the log says once for each file which they are."""
-        unused = UNUSED_COLUMNS & values.keys() if isinstance(values, dict) else frozenset()
+        unused = self._not_used & values.keys() if isinstance(values, dict) else frozenset()
         new = sorted(column for column in unused if (annotation, column) not in self._unused)
         if new:
             log.info("%s: nothing here depends on the columns %s; they are left out", annotation, ", ".join(new))
@@ -177,14 +188,17 @@ def load_samples(sources: Sequence[DataSource]) -> list[VideoSample]:
     return [row.sample for row in rows if row.sample is not None]
 
 
-def check_rows(sources: Sequence[DataSource]) -> list[CheckedRow]:
+def check_rows(sources: Sequence[DataSource], columns: Sequence[Column] = ()) -> list[CheckedRow]:
     """Check every row of all data sets, in order, and keep what is wrong beside each.
+
+    Args:
+        sources: the data sets. columns: of the task.
 
     Raises:
         DataError: DATA-060 for an annotation file that cannot be read.
     """
     rows: list[CheckedRow] = []
-    listed = Listed()
+    listed = Listed(columns)
     for source_number, source in enumerate(sources):
         for number, values in enumerate(read_rows(source.annotation, "DATA-060"), start=1):
             rows.append(check_row(values, source_number, number, source, listed))
@@ -202,22 +216,38 @@ def check_row(values: Any, source_number: int, number: int, source: DataSource, 
     """
     place = f"{source.annotation} row {number}"
     prefix = f"{source_number}:" if source_number else ""
+    rest, columns, of_columns = _taken_columns(listed.without_unused(values, source.annotation), listed.columns, place)
     try:
-        annotation = parse(Annotation, listed.without_unused(values, source.annotation), place)
+        annotation = parse(Annotation, rest, place)
     except ConfigError as error:
         wrong = tuple(Problem("DATA-061", problem.message, problem.remedy) for problem in error.problems)
-        return CheckedRow(source_number, number, place, None, (*wrong, *_other_names(values, place)))
+        return CheckedRow(source_number, number, place, None, (*wrong, *of_columns, *_other_names(values, place)))
     captions = (annotation.cap,) if isinstance(annotation.cap, str) else tuple(annotation.cap or ())
-    problems = list(_caption_problems(captions, place))
+    problems = [*of_columns, *_caption_problems(captions, place)]
     sample = None
     try:
         file = path_below(source.folder, annotation.path, place)
         name = listed.add(source, prefix + os.path.normpath(annotation.path), annotation, captions, place)
-        sample = VideoSample(name, file, captions, annotation)
+        sample = VideoSample(name, file, captions, annotation, columns)
         require_regular_file(file, place)
     except DataError as error:
         problems += error.problems
     return CheckedRow(source_number, number, place, sample, tuple(problems))
+
+
+def _taken_columns(values: Any, columns: Sequence[Column], place: str) -> tuple[Any, dict[str, float], list[Problem]]:
+    """A row without the task's columns, what stands in them, and what is wrong with that (DATA-061)."""
+    if not columns or not isinstance(values, dict):
+        return values, {}, []
+    rest, found, problems = dict(values), dict[str, float](), list[Problem]()
+    for column in columns:
+        value = rest.pop(column.name, None)
+        if column.holds(value):
+            found[column.name] = float(value)
+            continue
+        what = f"lacks {column.name}" if value is None else f"has {column.name} {value!r}"
+        problems.append(Problem("DATA-061", f"{place} {what}; the task takes {column.expected}.", "Correct the row."))
+    return rest, found, problems
 
 
 def _other_names(values: Any, place: str) -> list[Problem]:

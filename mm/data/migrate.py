@@ -1,14 +1,15 @@
 """Taking over features that MindSpeed-MM extracted: one `.pt` dictionary a sample becomes one safetensors file.
 
 Such a dictionary holds `latents` (later `video`) [16, F, H, W], `prompt` (later `prompt_ids`) [1, 512, D] and
-`prompt_mask` [1, 512]; with images also `i2v_clip_feature` [257 an image, 1280] and `i2v_vae_feature`
-[4 + 16, F, H, W]. It says nothing about the weights it was made with, so the recipe calls them unknown, and there is no
-embedding of the empty caption.
+`prompt_mask` [1, 512]; with images also tokens of the image encoder [257 an image, 1280] and the condition
+[4 + 16, F, H, W], under the names that `mm.config.tasks` declares. It says nothing about the weights it was made with,
+so the recipe calls them unknown, and there is no embedding of the empty caption.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mm.config.data import MAX_TEXT_TOKENS, TEMPORAL_STRIDE, DataSource, Preprocess
-from mm.config.model import IMAGES, MASK_CHANNELS, ModelType
+from mm.config.tasks.frames import MASK_CHANNELS
+from mm.config.tasks.registry import DEFAULT, TASKS
+from mm.config.tasks.task import Frame, InputFeature, Sizes, Source, Task
 from mm.data.features import FEATURES, LISTING, PRECISIONS, Feature, Origin, feature_name, text_hash, write_feature
 from mm.data.files import is_text, make_folder, path_below, raise_limited, read_rows
 from mm.data.listing import FeatureRow, write_listing
@@ -31,10 +34,12 @@ _NAMES = {
     "prompt": "prompt",
     "prompt_ids": "prompt",
     "prompt_mask": "prompt_mask",
-    "i2v_clip_feature": "image_features",
-    "i2v_vae_feature": "condition",
 }
-_TEXT_TO_VIDEO = {"latents", "prompt", "prompt_mask"}
+_OF_EVERY_TASK = frozenset(_NAMES.values())
+_FEATURES: dict[str, InputFeature] = {
+    feature.mindspeed: feature for task in TASKS.values() for feature in task.features if feature.mindspeed is not None
+}
+"""By MindSpeed-MM's name."""
 _REMEDY = "Leave the sample out of data.jsonl, or extract it again from its video."
 
 
@@ -125,23 +130,24 @@ def _read(file: Path, made_with: Preprocess) -> Feature:
         expected = f"{made_with.num_frames}x{made_with.max_height}x{made_with.max_width}"
         message = f"{file} is {frames}x{height}x{width}, expected at most {expected}."
         raise DataError("DATA-067", message, "Correct preprocess_parameters, or leave the sample out of data.jsonl.")
-    images = tensors.get("image_features"), tensors.get("condition")
-    return Feature(latents, prompt[:length].contiguous(), 0, *images)
+    features = {name: value for name, value in tensors.items() if name not in _OF_EVERY_TASK}
+    return Feature(latents, prompt[:length].contiguous(), 0, features)
 
 
 def _tensors(values: Any, file: Path) -> dict[str, Tensor]:
-    """Latents [16, F, H, W], prompt [L, D], mask [L] and, if there are images, image_features [I, D] and condition
-    [4 + 16, F, H, W] of a dictionary, its names and shapes checked."""
+    """Latents [16, F, H, W], prompt [L, D], mask [L] and the features of one task of a dictionary, its names and shapes
+    checked."""
     given: dict[str, Any] = values if isinstance(values, dict) else {}
-    names = {_NAMES.get(name, name): value for name, value in given.items()}
-    known = set(names) in (_TEXT_TO_VIDEO, set(_NAMES.values()))
+    ours = _NAMES | {name: feature.name for name, feature in _FEATURES.items()}
+    names = {ours.get(name, name): value for name, value in given.items()}
+    known = any(set(names) == _OF_EVERY_TASK | {feature.name for feature in task.features} for task in _migrated())
     if not known or not all(isinstance(value, Tensor) for value in names.values()):
         held = ", ".join(sorted(map(str, values))) if isinstance(values, dict) else type(values).__name__
         message = f"{file} holds {held}; expected the tensors latents, prompt and prompt_mask"
-        message += ", and with images i2v_clip_feature and i2v_vae_feature."
+        message += f", and with images {' and '.join(_FEATURES)}."
         raise DataError("DATA-066", message, _REMEDY)
     # features that were saved as a batch of one sample, or of images, lose that axis
-    axes = {"latents": 4, "prompt": 2, "prompt_mask": 1, "image_features": 2, "condition": 4}
+    axes = {"latents": 4, "prompt": 2, "prompt_mask": 1} | _axes()
     found = {
         name: value[0] if value.ndim == axes[name] + 1 and len(value) == 1 and name != "latents" else value
         for name, value in names.items()
@@ -149,8 +155,12 @@ def _tensors(values: Any, file: Path) -> dict[str, Tensor]:
     latents, prompt, mask = found["latents"], found["prompt"], found["prompt_mask"]
     right = all(value.ndim == axes[name] for name, value in found.items()) and mask.shape == prompt.shape[:1]
     right &= {value.dtype for name, value in found.items() if name != "prompt_mask"} <= set(PRECISIONS.values())
-    if "condition" in found:
-        right &= found["condition"].shape == (len(latents) + MASK_CHANNELS, *latents.shape[1:])
+    if right:
+        channels, frames, height, width = latents.shape
+        sizes = Sizes(channels, (frames, height, width), 0, 0)
+        for feature in _FEATURES.values():
+            if feature.source is Source.KNOWN_FRAMES and feature.name in found:
+                right &= found[feature.name].shape == feature.shape(sizes)
     if not right:
         shapes = ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in names.items())
         message = f"{file} holds {shapes}; expected latents [16, F, H, W], prompt [1, L, D], prompt_mask [1, L]"
@@ -159,20 +169,41 @@ def _tensors(values: Any, file: Path) -> dict[str, Tensor]:
     return found
 
 
-def _task(feature: Feature, file: Path) -> ModelType:
-    """What a feature is for, by the frames that its mask calls known: the first, or the first and the last."""
-    if feature.condition is None:
-        return "t2v"
-    mask = feature.condition[:MASK_CHANNELS]
-    first, both = torch.zeros_like(mask), torch.zeros_like(mask)
-    first[:, 0] = both[:, 0] = 1
-    both[-1, -1] = 1  # of the frames in the last latent frame the last
-    tasks: dict[ModelType, Tensor] = {"i2v": first, "flf2v": both}
-    for task, known in tasks.items():
-        if mask.shape[1] > 1 and torch.equal(mask, known):
-            return task
-    message = f"{file}: the mask of i2v_vae_feature marks neither the first frame nor the first and the last."
-    raise DataError("DATA-066", message, _REMEDY)
+def _migrated() -> list[Task]:
+    """The tasks whose features MindSpeed-MM has."""
+    return [task for task in TASKS.values() if all(feature.mindspeed for feature in task.features)]
+
+
+def _axes() -> dict[str, int]:
+    """Number of axes of each feature."""
+    sizes = Sizes(1, (1, 1, 1), 1, 1)
+    return {feature.name: len(feature.shape(sizes)) for feature in _FEATURES.values()}
+
+
+def _task(feature: Feature, file: Path) -> str:
+    """What a feature is for, by the frames that its mask calls known."""
+    found = [name for name, spec in _FEATURES.items() if spec.name in feature.features]
+    masked = [name for name in found if _FEATURES[name].source is Source.KNOWN_FRAMES]
+    if not masked:
+        return DEFAULT.name
+    mask = feature.features[_FEATURES[masked[0]].name][:MASK_CHANNELS]
+    tasks = [task for task in _migrated() if task.frames]
+    for task in tasks:
+        if mask.shape[1] > 1 and torch.equal(mask, _known(task.frames, mask)):
+            return task.name
+    what = " nor ".join(" and ".join(f"the {frame.name} frame" for frame in task.frames) for task in tasks)
+    raise DataError("DATA-066", f"{file}: the mask of {masked[0]} marks neither {what}.", _REMEDY)
+
+
+def _known(frames: Sequence[Frame], like: Tensor) -> Tensor:
+    """The mask [4, F, H, W] of given frames; latent frame 0 is the first frame, others are four, one a channel."""
+    mask = torch.zeros_like(like)
+    for frame in frames:
+        if frame.index == 0:
+            mask[:, 0] = 1
+        else:
+            mask[frame.index % MASK_CHANNELS, frame.index] = 1
+    return mask
 
 
 def _video_size(latents: Tensor) -> tuple[int, int, int]:
@@ -180,7 +211,7 @@ def _video_size(latents: Tensor) -> tuple[int, int, int]:
     return (frames - 1) * TEMPORAL_STRIDE + 1, height * PIXELS_PER_LATENT, width * PIXELS_PER_LATENT
 
 
-def _recipe(feature: Feature, made_with: Preprocess, task: ModelType) -> Recipe:
+def _recipe(feature: Feature, made_with: Preprocess, task: str) -> Recipe:
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     latents_dtype = feature.latents.dtype if feature.latents is not None else None
     return Recipe(
@@ -201,11 +232,11 @@ def _recipe(feature: Feature, made_with: Preprocess, task: ModelType) -> Recipe:
         text_cleaning=UNKNOWN,
         max_text_tokens=MAX_TEXT_TOKENS,
         seed=0,
-        image_encoder=UNKNOWN if IMAGES[task] else None,
+        image_encoder=UNKNOWN if TASKS[task].made_by(Source.IMAGE_ENCODER) else None,
     )
 
 
-def _row(sample: str, caption: str, name: str, latents: Tensor, text_tokens: int, task: ModelType) -> FeatureRow:
+def _row(sample: str, caption: str, name: str, latents: Tensor, text_tokens: int, task: str) -> FeatureRow:
     frames, height, width = _video_size(latents)
     channels, latent_frames, latent_height, latent_width = latents.shape
     return FeatureRow(

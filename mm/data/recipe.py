@@ -16,7 +16,7 @@ from pydantic import Field
 from mm.config.base import Section, load
 from mm.config.data import ExtractData, TokenizerConfig, TrainData
 from mm.config.extract import ExtractModel
-from mm.config.model import IMAGES, ModelType
+from mm.config.tasks.registry import ALL_RECIPE_FIELDS, DEFAULT, TASKS, TaskName
 from mm.data.files import write_atomically
 from mm.errors import ConfigError, DataError
 
@@ -25,7 +25,6 @@ UNKNOWN = "unknown"  # features taken over from elsewhere
 FORMAT_VERSION = 2  # raise it when the same recipe would give other features
 CROP_RULE = "cover-bilinear-antialias-centre"
 TEXT_CLEANING = "ftfy-html2-whitespace"
-IMAGE_FIELDS = {"image_encoder", "condition_tile_size", "condition_tile_stride"}  # of a recipe with images
 
 MAX_HEADER_BYTES = 100 * 2**20
 _SAMPLE_BYTES = 4096
@@ -40,12 +39,13 @@ class Recipe(Section):
         vae_dtype, text_dtype, tile_size, tile_stride: how it was encoded; tiles in latent pixels.
         text_cleaning, max_text_tokens: how captions were prepared.
         seed: decides starts of clips and choices between captions.
-        task: what the features are for. With images only: image_encoder, the fingerprint of its folder, and
-            condition_tile_size, condition_tile_stride, the tiles of the known frames' latents.
+        task: what the features are for.
+        image_encoder, condition_tile_size, condition_tile_stride: the fingerprint of the image encoder's folder, and
+            the tiles of the known frames' latents; of tasks that declare them (`Task.recipe`).
     """
 
     format_version: int = FORMAT_VERSION
-    task: ModelType = "t2v"
+    task: TaskName = DEFAULT.name
     vae: str
     text_encoder: str
     tokenizer: str
@@ -69,12 +69,12 @@ class Recipe(Section):
     @property
     def key(self) -> str:
         """Sixteen hexadecimal digits that differ when any field does."""
-        # without images, those of stores that were made before there were tasks with images
-        unused = None if IMAGES[self.task] else IMAGE_FIELDS
-        return hashlib.sha256(self.model_dump_json(exclude=unused).encode()).hexdigest()[:16]
+        # without the fields of other tasks, so that a task that comes later changes no key
+        unused = ALL_RECIPE_FIELDS - TASKS[self.task].recipe
+        return hashlib.sha256(self.model_dump_json(exclude=set(unused)).encode()).hexdigest()[:16]
 
 
-def extraction_recipe(data: ExtractData, model: ExtractModel, task: ModelType, seed: int) -> Recipe:
+def extraction_recipe(data: ExtractData, model: ExtractModel, task: str, seed: int) -> Recipe:
     """The recipe of one feature extraction.
 
     Raises:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mm.data.containers import announced_bytes
+from mm.data.containers import announced_bytes, open_container, video_stream
 from mm.data.decode import all_frames, frames_from, frames_in_order
 from mm.data.decord_reader import decord_agrees, decord_frames, require_decord
 from mm.data.files import require_regular_file
@@ -77,7 +77,7 @@ def probe(file: Path, reader: Reader = "auto") -> VideoInfo:
         DataError: DATA-001 when it is no readable file, DATA-002 when it is damaged or cut off, DATA-003 when it has no
             video stream, DATA-006 when its size makes no sense, DATA-007 when decord is asked for and not installed,
             DATA-096 when it is to be shown askew, DATA-097 when no decoder knows its codec, DATA-098 when the aspect of
-            its pixels changes.
+            its pixels changes, DATA-099 when it is a list of other files, or text.
     """
     if reader == "decord":
         require_decord()
@@ -154,10 +154,10 @@ class _Headers:
 
 
 def _read_headers(file: Path) -> _Headers:
-    with av.open(str(file)) as container:
-        if not container.streams.video:
+    with open_container(file) as container:
+        stream = video_stream(container)
+        if stream is None:
             raise DataError("DATA-003", f"{file} has no video stream.", "Replace the file.")
-        stream = container.streams.video[0]
         context = stream.codec_context
         if context is None:
             message = f"{file} has a video stream of a codec that no decoder here knows."

@@ -10,7 +10,8 @@ model_index.json, with which diffusers.WanPipeline loads the folder
 Those of images (I2V, FLF2V) have another transformer and, in addition,
 image_encoder/    CLIPVisionModel, 3 layers of width 32 on 224 pixels, which gives the 257 tokens of the real one
 image_processor/  CLIP's, unchanged
-and diffusers.WanImageToVideoPipeline loads them.
+and diffusers.WanImageToVideoPipeline loads them. The transformer of speed control has the motion controller besides,
+which diffusers leaves out.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     CLIPImageProcessorPil,
@@ -37,16 +38,18 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from mm.config.model import CLIP_TOKEN_LEN, IMAGES, MASK_CHANNELS, ModelType
+from mm.config.model import of_task
+from mm.config.tasks.frames import CLIP_TOKEN_LEN
+from mm.config.tasks.registry import DEFAULT, TASKS
+from mm.config.tasks.task import Sizes, Task
 from mm.demo.clips import all_captions
 from mm.rng import key
+from mm.wan.config_json import read_config, wan_config_to_diffusers
+from mm.wan.initial import initial_value
+from mm.wan.model import WanModel
 
-MODEL_NAMES: dict[ModelType, str] = {
-    "t2v": "Wan2.1-T2V-Tiny-Diffusers",
-    "i2v": "Wan2.1-I2V-Tiny-Diffusers",
-    "flf2v": "Wan2.1-FLF2V-Tiny-Diffusers",
-}
-MODEL_NAME = MODEL_NAMES["t2v"]
+MODEL_NAMES = {task.name: f"Wan2.1-{task.title}-Tiny-Diffusers" for task in TASKS.values()}
+MODEL_NAME = MODEL_NAMES[DEFAULT.name]
 SEED = 0
 TEXT_DIM = 64
 IMAGE_DIM = 32
@@ -69,7 +72,7 @@ TRANSFORMER: dict[str, Any] = {
 }
 
 
-def write_model(folder: Path, task: ModelType = "t2v") -> None:
+def write_model(folder: Path, task: Task = DEFAULT) -> None:
     """Write a whole tiny model into `folder` in fp32; the same bytes every time for one version of the libraries."""
     tokenizer = make_tokenizer()
     parts = {
@@ -79,7 +82,7 @@ def write_model(folder: Path, task: ModelType = "t2v") -> None:
         "vae": load_vae(),
         "scheduler": make_scheduler(),
     }
-    if IMAGES[task]:
+    if task.frames:
         parts |= {"image_encoder": make_image_encoder(), "image_processor": CLIPImageProcessorPil()}
         pipeline = _image_to_video_class()(**parts)
         # its name in the released folders; transformers has it once for each backend
@@ -87,30 +90,46 @@ def write_model(folder: Path, task: ModelType = "t2v") -> None:
     else:
         pipeline = WanPipeline(**parts)
     pipeline.save_pretrained(folder)
+    _add_modules(folder / "transformer", task)
     mode = (folder / "model_index.json").stat().st_mode & 0o777
     for file in folder.rglob("*.safetensors"):
         file.chmod(mode)  # their writer lets nobody but the owner read them, whatever the umask
 
 
-def transformer_config(task: ModelType) -> dict[str, Any]:
+def _add_modules(folder: Path, task: Task) -> None:
+    """What diffusers' transformer does not have of a task: its modules' parameters, and its name in config.json."""
+    if task.frames or not task.modules:
+        return
+    config, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
+    wan = of_task(read_config(config), task)
+    values = json.loads(config.read_text(encoding="utf-8")) | wan_config_to_diffusers(wan)
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in WanModel(wan).named_parameters()}
+    added = [name for name in shapes if name.split(".")[0] in task.modules]
+    save_file(load_file(weights) | {n: initial_value(n, shapes[n], SEED) for n in added}, weights, {"format": "pt"})
+
+
+def transformer_config(task: Task) -> dict[str, Any]:
     """The arguments of diffusers' WanTransformer3DModel."""
-    if not IMAGES[task]:
+    if not task.frames:
         return TRANSFORMER
+    sizes = Sizes(TRANSFORMER["out_channels"], (1, 1, 1), IMAGE_DIM, CLIP_TOKEN_LEN)
     return {
         **TRANSFORMER,
-        "in_channels": 2 * TRANSFORMER["out_channels"] + MASK_CHANNELS,
+        "in_channels": TRANSFORMER["out_channels"] + task.channels(sizes),
         "image_dim": IMAGE_DIM,
         "added_kv_proj_dim": TRANSFORMER["num_attention_heads"] * TRANSFORMER["attention_head_dim"],
-        "pos_embed_seq_len": IMAGES[task] * CLIP_TOKEN_LEN if IMAGES[task] > 1 else None,
+        "pos_embed_seq_len": task.context_tokens(sizes) if task.positions else None,
     }
 
 
-def make_transformer(task: ModelType = "t2v") -> nn.Module:
+def make_transformer(task: Task = DEFAULT) -> nn.Module:
     """The untrained transformer (diffusers WanTransformer3DModel), seeded.
 
     The output projection starts small, so that training begins near the velocity's mean and not at random pictures.
     """
-    with _seeded("transformer" if task == "t2v" else f"{task} transformer"):
+    with _seeded("transformer" if task is DEFAULT else f"{task.name} transformer"):
         transformer = WanTransformer3DModel(**transformer_config(task))
         nn.init.normal_(transformer.proj_out.weight, std=0.02)
         nn.init.zeros_(transformer.proj_out.bias)

@@ -7,46 +7,58 @@ from pathlib import Path
 from typing import Any
 
 from mm.config.data import data_source_line
-from mm.config.model import CLIP_TOKEN_LEN, IMAGES, ModelType
+from mm.config.tasks.frames import CLIP_TOKEN_LEN
+from mm.config.tasks.registry import DEFAULT, TASKS
+from mm.config.tasks.task import Task
 from mm.demo.clips import FPS, NUM_FRAMES, SIZE
 from mm.demo.components import FLOW_SHIFT, MODEL_NAMES, transformer_config
 
-TEXT_LEN: dict[ModelType, int] = {"t2v": 32, "i2v": 512, "flf2v": 512}
-"""Tokens that captions are padded to. They have up to 8, and padding to 512 costs more than the video itself; but with
-images diffusers takes the last 512 tokens for text, whatever they are."""
+
+def text_len(task: Task) -> int:
+    """Tokens that captions are padded to.
+
+    They have up to 8, and padding to 512 costs more than the video itself; but with images diffusers takes the last 512
+    tokens for text, whatever they are.
+    """
+    return 512 if task.frames else 32
+
+
+def annotation_name(task: Task) -> str:
+    """The data set's list, which has the columns of the task if it has some."""
+    return f"data_{task.name}.json" if task.columns else "data.json"
 
 
 def write_configs(folder: Path, home: Path) -> None:
     """Write every configuration file of a run on the embedded default, under the same names for every task.
 
     Args:
-        folder: where to write them, `configs` of the embedded default: those of t2v here, of i2v and flf2v in folders
-            of that name below.
+        folder: where to write them, `configs` of the embedded default: those of text to video here, of the other tasks
+            in folders of their names below.
         home: where the embedded default will stand; the files hold absolute paths below it.
     """
     home = home.absolute()
-    for task in MODEL_NAMES:
-        below, features = ("", "features") if task == "t2v" else (task, f"features_{task}")
+    for task in TASKS.values():
+        below, features = ("", "features") if task is DEFAULT else (task.name, f"features_{task.name}")
         target = folder / below
         target.mkdir()
         for name, content in _files(home, task, home / "configs" / below, home / features).items():
             (target / name).write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
         lists = {
-            "data.txt": data_source_line(home / "dataset", "data.json"),
+            "data.txt": data_source_line(home / "dataset", annotation_name(task)),
             "feature_data.txt": data_source_line(home / features),
         }
         for name, line in lists.items():
             (target / name).write_text(line + "\n", encoding="utf-8")
 
 
-def _files(home: Path, task: ModelType, configs: Path, features: Path) -> dict[str, Any]:
-    weights = home / "weights" / MODEL_NAMES[task]
+def _files(home: Path, task: Task, configs: Path, features: Path) -> dict[str, Any]:
+    weights = home / "weights" / MODEL_NAMES[task.name]
     clip = {"num_frames": NUM_FRAMES, "frame_interval": 1, "max_height": SIZE, "max_width": SIZE}
-    tokenizer = {"from_pretrained": str(weights / "tokenizer"), "model_max_length": TEXT_LEN[task]}
+    tokenizer = {"from_pretrained": str(weights / "tokenizer"), "model_max_length": text_len(task)}
     vae = {"model_id": "wan_video_vae", "from_pretrained": str(weights / "vae"), "dtype": "fp32"}
     text_encoder = {"model_id": "UMT5", "from_pretrained": str(weights / "text_encoder"), "dtype": "fp32"}
     predictor = _predictor(task)
-    processor = {"i2v_processor": {"image_encoder": str(weights / "image_encoder")}} if IMAGES[task] else {}
+    processor = {"i2v_processor": {"image_encoder": str(weights / "image_encoder")}} if task.frames else {}
     files: dict[str, Any] = {
         "data.json": {
             "dataset_param": {
@@ -56,8 +68,8 @@ def _files(home: Path, task: ModelType, configs: Path, features: Path) -> dict[s
                 "tokenizer_config": tokenizer,
             }
         },
-        "model_wan.json": {"task": task, "ae": {**vae, **processor}, "text_encoder": text_encoder},
-        "tools.json": {"sorafeature": {"save_path": str(features)}, "task": task},
+        "model_wan.json": {"task": task.name, "ae": {**vae, **processor}, "text_encoder": text_encoder},
+        "tools.json": {"sorafeature": {"save_path": str(features)}, "task": task.name},
         "feature_data.json": {
             "dataset_param": {
                 "dataset_type": "t2v",
@@ -66,19 +78,21 @@ def _files(home: Path, task: ModelType, configs: Path, features: Path) -> dict[s
             }
         },
         "pretrain_model.json": {
-            "task": task,
+            "task": task.name,
             "predictor": predictor,
             "diffusion": {"shift": FLOW_SHIFT, "loss_weighting": "none"},
         },
     }
-    images: dict[str, Any] = {}
-    if IMAGES[task]:
+    given: dict[str, Any] = {}
+    if task.frames:
         encoder = {"from_pretrained": str(weights / "image_encoder"), "dtype": "fp32"}
-        images = {"image": str(home / f"images_{task}.txt"), "image_encoder": encoder}
+        given = {"image": str(home / f"images_{task.name}.txt"), "image_encoder": encoder}
+    if task.columns:
+        given["columns"] = {column.name: str(home / f"{column.name}.txt") for column in task.columns}
     files["inference_model.json"] = {
         "prompt": str(home / "prompts.txt"),
         "negative_prompt": "",
-        "save_path": str(home / ("videos" if task == "t2v" else f"videos_{task}")),
+        "save_path": str(home / ("videos" if task is DEFAULT else f"videos_{task.name}")),
         "fps": FPS,
         "pipeline_config": {"input_size": [NUM_FRAMES, SIZE, SIZE]},
         "ae": vae,
@@ -86,20 +100,20 @@ def _files(home: Path, task: ModelType, configs: Path, features: Path) -> dict[s
         "text_encoder": text_encoder,
         "predictor": {**predictor, "from_pretrained": str(weights / "transformer")},
         "diffusion": {"num_inference_steps": 20, "flow_shift": FLOW_SHIFT, "guidance_scale": 1.0},
-        **images,
+        **given,
     }
     return files
 
 
-def _predictor(task: ModelType) -> dict[str, Any]:
+def _predictor(task: Task) -> dict[str, Any]:
     shape = transformer_config(task)
-    images = {"img_dim": shape["image_dim"], "clip_token_len": CLIP_TOKEN_LEN} if IMAGES[task] else {}
+    images = {"img_dim": shape["image_dim"], "clip_token_len": CLIP_TOKEN_LEN} if task.frames else {}
     return {
         "model_id": "wandit",
         "dtype": "fp32",
-        "model_type": task,
+        "model_type": task.name,
         "patch_size": list(shape["patch_size"]),
-        "text_len": TEXT_LEN[task],
+        "text_len": text_len(task),
         "text_dim": shape["text_dim"],
         "in_dim": shape["in_channels"],
         "out_dim": shape["out_channels"],

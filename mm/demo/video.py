@@ -7,6 +7,7 @@ from pathlib import Path
 import av
 import torch
 
+from mm.data.containers import name_for_ffmpeg
 from mm.data.video import probe, read_frames
 from mm.demo.clips import Frames
 from mm.errors import DataError
@@ -20,7 +21,7 @@ def write_video(path: Path, frames: Frames, fps: int) -> None:
     H and W must be even (chroma is subsampled by two).
     """
     height, width = frames.shape[1:3]
-    with av.open(str(path), "w") as container:
+    with av.open(name_for_ffmpeg(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # One encoder thread: the bytes then do not depend on the machine's number of cores.

@@ -12,9 +12,11 @@ from PIL import Image
 from mm.checkpoint.files import remove_folder, temporary_name
 from mm.config.output import require_writable_folder
 from mm.config.path_line import require_writable_as_text, write_paths
+from mm.config.tasks.registry import TASKS
+from mm.config.tasks.task import Column
 from mm.demo.clips import COLOURS, DIRECTIONS, FPS, NUM_FRAMES, SIZE, DemoClip, all_captions, all_clips
 from mm.demo.components import MODEL_NAMES, write_model
-from mm.demo.configs import write_configs
+from mm.demo.configs import annotation_name, write_configs
 from mm.demo.video import write_video
 from mm.errors import ConfigError
 
@@ -26,11 +28,12 @@ def write_demo(out: Path, clips_per_caption: int = 1) -> None:
 
         weights/Wan2.1-T2V-Tiny-Diffusers/   the tiny models in the HF layout (components.py); -I2V- and -FLF2V- too
         dataset/data.json, dataset/videos/   captioned clips, 16 times `clips_per_caption`
+        dataset/data_*.json                  the same list with the columns of each task that has some
         configs/                             the files that configure extraction, training and generation on them;
-                                             configs/i2v/ and configs/flf2v/ those of the models of images
+                                             in folders named after the tasks those of the other models
         prompts.txt                          the 16 captions, one a line
         images/                              first and last frame of a clip for each caption, not of the data set
-        images_i2v.txt, images_flf2v.txt     one line a caption: its first frame, or "first, last"
+        images_*.txt                         for each task with frames one line a caption: "first", or "first, last"
 
     It is written beside `out` under a temporary name and renamed when complete and on disk.
 
@@ -45,11 +48,14 @@ def write_demo(out: Path, clips_per_caption: int = 1) -> None:
     partial = place.parent / temporary_name(place.name)
     try:
         partial.mkdir(parents=True)
-        for task, name in MODEL_NAMES.items():
-            write_model(partial / "weights" / name, task)
+        for task in TASKS.values():
+            write_model(partial / "weights" / MODEL_NAMES[task.name], task)
         _write_dataset(partial / "dataset", clips_per_caption)
         write_configs(partial / "configs", out)
         (partial / "prompts.txt").write_text("\n".join(all_captions()) + "\n", encoding="utf-8")
+        for column in (column for task in TASKS.values() for column in task.columns):
+            numbers = [str(_value(column, index)) for index in range(len(all_captions()))]
+            (partial / f"{column.name}.txt").write_text("\n".join(numbers) + "\n", encoding="utf-8")
         _write_images(partial, out.absolute(), clips_per_caption)
         _force_to_disk(partial)
         os.rename(partial, place)
@@ -88,7 +94,16 @@ def _write_dataset(folder: Path, clips_per_caption: int) -> None:
                 "resolution": {"height": SIZE, "width": SIZE},
             }
         )
-    (folder / "data.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    for task in TASKS.values():
+        listed = [
+            row | {column.name: _value(column, index) for column in task.columns} for index, row in enumerate(rows)
+        ]
+        (folder / annotation_name(task)).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+
+
+def _value(column: Column, index: int) -> int:
+    """A number for a row, all over what a column may hold; the clips do not differ in it."""
+    return round(column.lowest + (column.highest - column.lowest) * (index % 5) / 4)
 
 
 def _write_images(folder: Path, home: Path, variant: int) -> None:
@@ -97,15 +112,15 @@ def _write_images(folder: Path, home: Path, variant: int) -> None:
     They are of a variant of each clip that the data set does not hold, so that no image is one of training.
     """
     (folder / "images").mkdir()
-    lines: dict[str, list[str]] = {"i2v": [], "flf2v": []}
+    lines: dict[str, list[str]] = {task.name: [] for task in TASKS.values() if task.frames}
     for index, (colour, direction) in enumerate((c, d) for c in COLOURS for d in DIRECTIONS):
         frames = DemoClip(colour, direction, variant).draw()
         names = [f"images/{index:04d}_{colour}_{direction}_{which}.png" for which in ("first", "last")]
         for name, frame in zip(names, (frames[0], frames[-1]), strict=True):
             Image.fromarray(frame).save(folder / name)
-        first, last = (str(home / name) for name in names)
-        lines["i2v"].append(write_paths([first]))
-        lines["flf2v"].append(write_paths([first, last], ", "))
+        paths = [str(home / name) for name in names]
+        for task, listed in lines.items():
+            listed.append(write_paths(paths[: len(TASKS[task].frames)], ", "))
     for task, listed in lines.items():
         (folder / f"images_{task}.txt").write_text("\n".join(listed) + "\n", encoding="utf-8")
 

@@ -225,16 +225,13 @@ def _update(parallel: ParallelModel, job: DryRunJob, optimizer: Optimizer, track
 
 def _batch(job: DryRunJob) -> FeatureBatch:
     size, wan = job.micro_batch_size, job.wan
-    batch = FeatureBatch(
+    return FeatureBatch(
         latents=torch.empty(size, wan.noise_channels, *job.latent),
         text=torch.empty(size, wan.text_len, wan.text_dim),
         sample=[str(index) for index in range(size)],
         draw=[0] * size,
+        features={name: torch.empty(size, *shape) for name, shape in wan.feature_shapes(job.latent).items()},
     )
-    if wan.image_tokens:
-        batch["image_features"] = torch.empty(size, wan.image_tokens, wan.image_dim)
-        batch["condition"] = torch.empty(size, wan.condition_channels, *job.latent)
-    return batch
 
 
 class _Undrawn(FlowMatching):

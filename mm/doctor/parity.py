@@ -20,7 +20,7 @@ from mm.checkpoint.comm import Comm
 from mm.config.diffusion import DiffusionConfig
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
-from mm.config.model import IMAGES, WanConfig
+from mm.config.model import WanConfig
 from mm.config.recompute import Recompute
 from mm.data.loader import FeatureBatch
 from mm.device.backend import Backend
@@ -34,6 +34,7 @@ from mm.parallel.mesh import Mesh
 from mm.parallel.placement import Placement
 from mm.train.step import compute_gradients
 from mm.wan.initial import initial_value
+from mm.wan.inputs import ModelInputs
 from mm.wan.model import WanModel
 from mm.wan.patches import token_grid
 
@@ -46,7 +47,8 @@ SETTINGS = UpdateSettings(
     adam_eps=EPSILON,
 )  # fmt: skip
 
-IMAGE_EMBEDDING = ("img_emb.proj.0.weight", "img_emb.proj.4.weight", "img_emb.emb_pos")
+SMALL = {"img_dim": 24, "clip_token_len": 5}
+"""Of the sizes that models of some tasks alone have."""
 
 Size = tuple[int, int, int]
 Values = TypeVar("Values")
@@ -117,21 +119,19 @@ def small_model(wan: WanConfig) -> WanConfig:
     """As many heads and blocks as a model has, so that it takes the same layouts, and everything else small."""
     width = 8 * wan.num_heads  # heads of width 8 have rotary pairs on all three axes
     small = {"text_dim": 16, "text_len": 8, "hidden_size": width, "ffn_dim": width, "freq_dim": 32}
-    if IMAGES[wan.model_type]:
-        small |= {"img_dim": 24, "clip_token_len": 5}
-    return wan.model_copy(update=small)
+    return wan.model_copy(update=small | {name: SMALL[name] for name in wan.task.sizes})
 
 
 def value_of(name: str, shape: tuple[int, ...]) -> Tensor:
     """Initial weights with no gradient near zero, which would compare rounding with rounding.
 
     Wan starts its head and biases at zero, norms at one and the embedders small: the head's zeros would stop every
-    gradient, and nearly equal keys make softmax blind to them.
+    gradient, and nearly equal keys make softmax blind to them. So what starts with one number everywhere is changed.
     """
     value = initial_value(name, shape, SEED)
     if name.startswith(("text_embedding.", "time_embedding.")) and name.endswith("weight"):
         return 10 * value
-    if name.endswith("bias") or "norm" in name or name == "head.head.weight" or name in IMAGE_EMBEDDING:
+    if bool((value == value.flatten()[0]).all()):
         return value + 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(len(name) + shape[0]))
     return value
 
@@ -154,26 +154,23 @@ def global_batch(wan: WanConfig, sizes: Sequence[Size], count: int, step: int) -
             text=torch.randn(1, wan.text_len, wan.text_dim, generator=source),
             sample=[f"clip {index}"],
             draw=[step],
+            features={
+                name: torch.randn(1, *shape, generator=source) for name, shape in wan.feature_shapes(size).items()
+            },
         )
-        if wan.image_tokens:
-            sample["image_features"] = torch.randn(1, wan.image_tokens, wan.image_dim, generator=source)
-            sample["condition"] = torch.randn(1, wan.condition_channels, *size, generator=source)
         samples.append(sample)
     return samples
 
 
 def merge(samples: Sequence[FeatureBatch]) -> FeatureBatch:
     """Samples of one size as one micro-batch."""
-    merged = FeatureBatch(
+    return FeatureBatch(
         latents=torch.cat([s["latents"] for s in samples]),
         text=torch.cat([s["text"] for s in samples]),
         sample=[name for s in samples for name in s["sample"]],
         draw=[draw for s in samples for draw in s["draw"]],
+        features={name: torch.cat([s["features"][name] for s in samples]) for name in samples[0]["features"]},
     )
-    if "condition" in samples[0]:
-        merged["image_features"] = torch.cat([s["image_features"] for s in samples])
-        merged["condition"] = torch.cat([s["condition"] for s in samples])
-    return merged
 
 
 def run_on_one_device(
@@ -217,9 +214,9 @@ def _loss(model: WanModel, flow: FlowMatching, sample: FeatureBatch, device: tor
     """Weighted, of one sample."""
     sigma, timestep, weight = flow.draw_timesteps(SEED, sample["sample"], sample["draw"])
     noise = flow.draw_noise(SEED, sample["sample"], sample["draw"], sample["latents"].shape[1:])
-    images = [sample[key].to(device) for key in ("image_features", "condition") if key in sample]
-    noisy = flow.noisy(sample["latents"], noise, sigma).to(device)
-    velocity = model(noisy, timestep.to(device), sample["text"].to(device), *images)
+    noisy = flow.noisy(sample["latents"], noise, sigma)
+    inputs = ModelInputs(noisy, timestep, sample["text"], sample["features"])
+    velocity = model(inputs.each(lambda value: value.to(device)))
     difference = velocity - (noise - sample["latents"]).to(device)
     return difference.square().mean() * float(weight[0])
 

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from mm.config.bad_samples import FAIL, OnBadSample
 from mm.config.data import NOT_WITH_DECORD, ExtractData, data_sources
-from mm.config.extract import ExtractAutoencoder, ExtractModel, ExtractTools, extraction_task
-from mm.config.model import CLIP_TOKEN_LEN, IMAGES, ModelType
+from mm.config.extract import ExtractModel, ExtractTools, extraction_task
+from mm.config.tasks.registry import TASKS
 from mm.data.clips import Clip, read_clips
 from mm.data.features import (
     EMPTY_PROMPT,
@@ -38,10 +37,9 @@ from mm.data.metadata import check_rows
 from mm.data.recipe import extraction_recipe
 from mm.errors import DataError
 from mm.extract.skipping import SKIPPED, BadClip, Skipping, may_be_skipped, num_skipped
+from mm.extract.sources import Encoders, feature_makers
 from mm.extract.store import ExtractionTask, Unreadable, check_plan, check_store, commit, plan, prepare
-from mm.wan.condition import condition_latents
 from mm.wan.encoders import TextEncoder, VideoEncoder
-from mm.wan.image_encoder import ImageEncoder
 
 log = logging.getLogger(__name__)
 
@@ -100,10 +98,10 @@ def extract(
             another recipe (DATA-014), or more bad videos than may be left out (DATA-073). The store keeps what is
             complete and has no data.jsonl.
     """
-    rows = check_rows(data_sources(data.dataset_param.basic_parameters))
+    task = extraction_task(model, tools)
+    rows = check_rows(data_sources(data.dataset_param.basic_parameters), TASKS[task].columns)
     preprocess = data.dataset_param.preprocess_parameters
     check_plan(rows, preprocess, on_bad_sample)
-    task = extraction_task(model, tools)
     recipe = extraction_recipe(data, model, task, seed)
     store = Path(tools.sorafeature.save_path)
     check_store(store, recipe, overwrite)
@@ -150,7 +148,7 @@ def extract(
 class _Encoders:
     """All encoders of one extraction."""
 
-    def __init__(self, data: ExtractData, model: ExtractModel, task: ModelType, device: torch.device) -> None:
+    def __init__(self, data: ExtractData, model: ExtractModel, task: str, device: torch.device) -> None:
         tokenizer = data.dataset_param.tokenizer_config
         self._video = VideoEncoder.from_pretrained(
             Path(model.ae.from_pretrained), model.ae.dtype, device, model.ae.tiling()
@@ -162,41 +160,15 @@ class _Encoders:
             device,
             tokenizer.model_max_length,
         )
-        self._images: _ImageEncoders | None = None
-        if IMAGES[task]:
-            self._images = _ImageEncoders(model.ae, self._video, task, device)
+        self._makers = feature_makers(Encoders(model.ae, self._video, TASKS[task], device))
 
     def text_only(self, caption: str) -> Feature:
         return Feature(None, self._text.encode([caption])[0])
 
-    def encode(self, clip: Clip, caption: str) -> Feature:
+    def encode(self, clip: Clip, task: ExtractionTask) -> Feature:
         latents = self._video.encode(clip.pixels.unsqueeze(0))[0]
-        images = self._images.encode(clip) if self._images else (None, None)
-        return Feature(latents, self._text.encode([caption])[0], clip.start, *images)
-
-
-class _ImageEncoders:
-    """What i2v and flf2v need of a clip's known frames.
-
-    They are frames of the very clip that is encoded, so that what a model is shown and what it is to make agree.
-    """
-
-    def __init__(self, ae: ExtractAutoencoder, video: VideoEncoder, task: ModelType, device: torch.device) -> None:
-        assert ae.i2v_processor is not None  # noqa: S101  check_extraction refuses such a task without it
-        folder = Path(ae.i2v_processor.image_encoder)
-        self._clip = ImageEncoder.from_pretrained(folder, ae.dtype, device)
-        if self._clip.num_tokens != CLIP_TOKEN_LEN:
-            message = f"{folder} makes {self._clip.num_tokens} tokens of an image, Wan2.1 takes {CLIP_TOKEN_LEN}."
-            raise DataError("DATA-045", message, "Use the image_encoder of a Wan2.1 I2V or FLF2V model.")
-        self._vae = VideoEncoder(video.vae, ae.condition_tiling())
-        self._last_too = IMAGES[task] > 1
-
-    def encode(self, clip: Clip) -> tuple[Tensor, Tensor]:
-        """Image features [I, D], the first frame's before the last one's, and the condition [4 + C, F, H, W]."""
-        first, last = clip.pixels[None, :, 0], clip.pixels[None, :, -1]
-        features = self._clip.encode(torch.cat((first, last)) if self._last_too else first)
-        condition = condition_latents(self._vae, first, last if self._last_too else None, clip.num_frames)
-        return features.flatten(0, 1), condition[0]
+        features = {name: make(clip, task.sample) for name, make in self._makers.items()}
+        return Feature(latents, self._text.encode([task.caption])[0], clip.start, features)
 
 
 def _encode_all(
@@ -211,7 +183,7 @@ def _encode_all(
     readers: Counter[str] = Counter()
     for task, clip in zip(todo, clips, strict=True):
         if not isinstance(clip, DataError):
-            write_feature(task.file, encoders.encode(clip, task.caption), task.origin, text_len)
+            write_feature(task.file, encoders.encode(clip, task), task.origin, text_len)
             readers[clip.read_by] += 1
         elif may_be_skipped(clip):
             skipping.add(BadClip.of(task.sample.id, task.sample.file, clip.problems[0]))

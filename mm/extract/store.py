@@ -92,7 +92,9 @@ def plan(
         caption = sample.caption(seed)
         try:
             cut = f"@{sample.annotation.cut_name}" if sample.annotation.cut else ""
-            origin = Origin(sample.id, recipe.key, text_hash(caption), video_fingerprint(sample.file) + cut)
+            columns = "".join(f"#{name}={value!r}" for name, value in sample.columns.items())
+            video = f"{video_fingerprint(sample.file)}{cut}{columns}"
+            origin = Origin(sample.id, recipe.key, text_hash(caption), video)
             return ExtractionTask(sample, caption, store / FEATURES / feature_name(sample.id), origin)
         except DataError as error:
             problems += error.problems

@@ -61,6 +61,8 @@ def describe_row(row: GenerationRow, config: InferenceModel) -> dict[str, Any]:
     about: dict[str, Any] = {"prompt": row.prompt, "prompt_index": row.index}
     if row.images:
         about["images"] = [{"path": str(path), "fingerprint": hash_file(path)[:16]} for path in row.images]
+    if row.columns:
+        about["columns"] = dict(row.columns)
     if row.video is not None:
         section = config.pipeline_config
         about["video"] = {"path": str(row.video), "fingerprint": hash_file(row.video)[:16]}

@@ -1,4 +1,7 @@
-"""What the transformer is given of a row: text features, image features and the latents of given frames."""
+"""What the transformer is given of a row: text features and the latents of a given video.
+
+The features that the model's task declares are made in `mm.generate.sources`.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,10 @@ import torch
 from torch import Tensor
 
 from mm.config.inference import InferenceModel
-from mm.config.model import IMAGES
+from mm.errors import ConfigError, Problem, raise_all
 from mm.generate.media_inputs import load_image, load_video
 from mm.generate.rows import GenerationRow
-from mm.wan.condition import condition_latents
 from mm.wan.encoders import TextEncoder, VideoEncoder
-from mm.wan.image_encoder import ImageEncoder
 
 
 def encode_text(
@@ -39,35 +40,18 @@ def encode_text(
     return {row.index: encoder.encode([row.prompt])[0].cpu() for row in rows}, negative
 
 
-def encode_images(config: InferenceModel, encoder: ImageEncoder, rows: Sequence[GenerationRow]) -> dict[int, Tensor]:
-    """Image features [I, img_dim] of each row by its index, on the CPU, one image at a time.
-
-    A model that was made for one image sees the first one alone; the last one reaches it through its latents.
+def require_equal(parts: Sequence[tuple[str, int, str, int | None]]) -> None:
+    """Refuse parts of different models: (what was found, its number, the predictor's field, that one's number).
 
     Raises:
-        DataError: what `load_image` raises.
+        ConfigError: CFG-066.
     """
-    _, height, width = config.pipeline_config.input_size
-    seen = IMAGES[config.predictor.model_type]
-    return {
-        row.index: torch.cat(
-            [encoder.encode(load_image(path, height, width).unsqueeze(0))[0] for path in row.images[:seen]]
-        ).cpu()
-        for row in rows
-    }
-
-
-def frame_condition(config: InferenceModel, video: VideoEncoder, rows: Sequence[GenerationRow]) -> Tensor:
-    """Mask and latents of the given frames of each row, [B, 4 + C, F, H, W].
-
-    Raises:
-        DataError: what `load_image` raises, DATA-044 for a VAE that is not Wan's.
-    """
-    num_frames, height, width = config.pipeline_config.input_size
-    frames = [[load_image(path, height, width) for path in row.images] for row in rows]
-    first = torch.stack([images[0] for images in frames])
-    last = torch.stack([images[1] for images in frames]) if config.task == "flf2v" else None
-    return condition_latents(video, first, last, num_frames)
+    problems = [
+        Problem("CFG-066", f"{what} is {found}, and predictor.{name} is {expected}.", "Use the parts of one model.")
+        for what, found, name, expected in parts
+        if found != expected
+    ]
+    raise_all(ConfigError, problems)
 
 
 def video_latents(config: InferenceModel, video: VideoEncoder, rows: Sequence[GenerationRow]) -> Tensor:

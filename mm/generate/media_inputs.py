@@ -19,6 +19,7 @@ from mm.errors import DataError
 log = logging.getLogger(__name__)
 
 _REPLACE = "Replace the file, or correct its path."
+_LEAST_OF_LEVELS = 16  # floats that end between 1 and this may be either fractions or levels
 
 
 def load_image(path: Path, height: int, width: int) -> Tensor:
@@ -33,7 +34,10 @@ def load_image(path: Path, height: int, width: int) -> Tensor:
     """
     require_regular_file(path, "image")
     try:
-        with Image.open(path) as image:
+        # not by its name: Pillow maps such files, and of TIFF with an orientation gives pixels of other places then
+        with path.open("rb") as file, Image.open(file) as image:
+            if image.format == "EPS":  # Pillow would have Ghostscript run it
+                raise DataError("DATA-086", f"{path} is PostScript, which is a program and is not run.", _REPLACE)
             if max(image.size) > MAX_SIDE:
                 raise DataError("DATA-086", f"{path} has {image.size} pixels, more than {MAX_SIDE} a side.", _REPLACE)
             upright = _rgb(ImageOps.exif_transpose(image), _white(image), path)
@@ -65,10 +69,14 @@ def _white(image: Image.Image) -> tuple[int, bool] | None:
 
 
 def _range_of(values: NDArray[np.float64], mode: str, path: Path) -> int:
-    """What white is in an image of plain numbers: the least of 1 (of fractions alone), 255 and 65535 that holds all."""
+    """What white is in an image of plain numbers: the least of 1 (of fractions alone), 255 and 65535 that holds all.
+
+    Fractions that end a little above 1 are refused: as levels of 255 they would be black.
+    """
     least, most = values.min(), values.max()
+    is_either = mode == "F" and 1 < most < _LEAST_OF_LEVELS
     for white in ((1,) if mode == "F" else ()) + (255, 65535):
-        if least >= 0 and most <= white:  # false for NaN
+        if least >= 0 and most <= white and not is_either:  # false for NaN
             log.info("%s holds numbers from %g to %g; %d is taken for white", path, least, most, white)
             return white
     message = f"{path} holds numbers from {least:g} to {most:g}, and what is black and white among them is not known."

@@ -6,6 +6,7 @@ Shapes: B clips, C latent channels, F H W latent frames, height and width, L tex
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -14,20 +15,14 @@ from torch import Tensor
 from mm.diffusion.samplers import Sampler
 from mm.errors import DataError
 from mm.rng import generator
+from mm.wan.inputs import ModelInputs
 
 
 class Velocity(Protocol):
     """A transformer such as `mm.wan.model.WanModel`."""
 
-    def __call__(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        text: Tensor,
-        image_features: Tensor | None = None,
-        condition: Tensor | None = None,
-    ) -> Tensor:
-        """[B, C, F, H, W], [B], [B, L, text_dim] and what models with images take to the velocity [B, C, F, H, W]."""
+    def __call__(self, inputs: ModelInputs) -> Tensor:
+        """Noisy latents [B, C, F, H, W] and what belongs to them to the velocity [B, C, F, H, W]."""
         ...
 
 
@@ -65,7 +60,7 @@ def denoise(
     negative: Tensor | None,
     sampler: Sampler,
     guidance_scale: float,
-    images: Mapping[str, Tensor] | None = None,
+    features: Mapping[str, Tensor] | None = None,
     batched_guidance: bool = False,
     on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
@@ -81,8 +76,7 @@ def denoise(
         negative: the same of the negative prompt; may be None when guidance_scale is 1.
         sampler: new, from `mm.diffusion.samplers.make_sampler`.
         guidance_scale: strength of the guidance.
-        images: `image_features` and `condition` of models with images, as for `mm.wan.model.WanModel.forward`; the same
-            for both prompts.
+        features: what the model's task declares, as in `ModelInputs`; the same for both prompts.
         batched_guidance: both prompts in one pass of twice the batch, instead of two passes one after the other.
         on_step: called after every step; what it returns is ignored.
 
@@ -98,7 +92,7 @@ def denoise(
     texts = [text, negative] if negative is not None and guided else [text]
     latents = latents.float()
     for t in sampler.timesteps:
-        velocities = _velocities(model, latents, t, texts, images or {}, batched_guidance)
+        velocities = _velocities(model, latents, t, texts, features or {}, batched_guidance)
         velocity = velocities[0]
         if guided:
             velocity = velocities[1] + guidance_scale * (velocity - velocities[1])
@@ -114,17 +108,14 @@ def denoise(
 
 
 def _velocities(
-    model: Velocity, latents: Tensor, t: Tensor, texts: Sequence[Tensor], images: Mapping[str, Tensor], batched: bool
+    model: Velocity, latents: Tensor, t: Tensor, texts: Sequence[Tensor], features: Mapping[str, Tensor], batched: bool
 ) -> list[Tensor]:
     """The velocity for each of `texts`, [B, C, F, H, W] fp32, from one pass or one pass each."""
     timestep = t.expand(len(latents)).to(latents.device)
     if not batched or len(texts) == 1:
-        return [model(latents, timestep, text, **images).float() for text in texts]
-
-    def twice(x: Tensor) -> Tensor:
-        return torch.cat((x, x))
-
-    both = model(twice(latents), twice(timestep), torch.cat(list(texts)), **{n: twice(x) for n, x in images.items()})
+        return [model(ModelInputs(latents, timestep, text, features)).float() for text in texts]
+    twice = ModelInputs(latents, timestep, texts[0], features).each(lambda value: torch.cat((value, value)))
+    both = model(replace(twice, text=torch.cat(list(texts))))
     return list(both.float().chunk(2))
 
 

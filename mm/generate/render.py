@@ -12,20 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mm.checkpoint.comm import Comm
 from mm.config.inference import InferenceModel
 from mm.device.backend import Backend
 from mm.diffusion.samplers import Sampler, make_sampler
-from mm.errors import ConfigError, DataError, Problem, raise_all
-from mm.generate.inputs import check_given, encode_images, encode_text, frame_condition, video_latents
+from mm.errors import DataError, Problem, raise_all
+from mm.generate.inputs import check_given, encode_text, require_equal, video_latents
 from mm.generate.pipeline import Velocity, denoise, initial_latents, noisy_latents, pad_text, to_frames
 from mm.generate.rows import BadRow, GenerationRow, read_rows
+from mm.generate.sources import encode_early, row_features
 from mm.parallel.mesh import Mesh
 from mm.wan.encoders import VideoEncoder
-from mm.wan.image_encoder import ImageEncoder
 
 log = logging.getLogger(__name__)
 
@@ -128,8 +127,8 @@ class Renderer:
         if self._text:
             name = f"The width of {config.text_encoder.from_pretrained}"
             width = next(iter(self._text.values())).shape[-1]
-            _require_equal([(name, width, "text_dim", config.predictor.text_dim)])
-        self._images = self._encode_images(rows, device)
+            require_equal([(name, width, "text_dim", config.predictor.text_dim)])
+        self._early = encode_early(config, rows, device)
 
     @property
     def num_steps(self) -> int:
@@ -148,7 +147,7 @@ class Renderer:
             Path(ae.from_pretrained), ae.dtype, self._processes.backend.device, ae.tiling()
         )
         channels, name = len(video.vae.config.latents_mean), f"The number of channels of {ae.from_pretrained}"
-        _require_equal([(name, channels, "out_dim", self._config.predictor.out_dim)])
+        require_equal([(name, channels, "out_dim", self._config.predictor.out_dim)])
         return video
 
     def clips(
@@ -172,20 +171,6 @@ class Renderer:
                 self._require_size(frames)
                 yield from zip(batch.rows, frames, strict=True)
 
-    def _encode_images(self, rows: Sequence[GenerationRow], device: torch.device) -> dict[int, Tensor]:
-        section, predictor = self._config.image_encoder, self._config.predictor
-        if section is None:
-            return {}
-        folder = section.from_pretrained
-        encoder = ImageEncoder.from_pretrained(Path(folder), section.dtype, device)
-        _require_equal(
-            [
-                (f"The width of {folder}", encoder.width, "img_dim", predictor.img_dim),
-                (f"The number of tokens of {folder}", encoder.num_tokens, "clip_token_len", predictor.clip_token_len),
-            ]
-        )
-        return encode_images(self._config, encoder, rows)
-
     def _sampler(self) -> Sampler:
         diffusion = self._config.diffusion
         return make_sampler(
@@ -204,12 +189,8 @@ class Renderer:
         predictor, sampler = config.predictor, self._sampler()
         shape = (predictor.noise_channels, *config.latent_size())
         latents = initial_latents(config.seed, [row.index for row in rows], shape).to(device)
-        images = {}
-        if config.task == "v2v":
+        if config.video is not None:
             latents = noisy_latents(video_latents(config, video, rows), latents, sampler.first_sigma)
-        elif config.task != "t2v":
-            images["image_features"] = torch.stack([self._images[row.index] for row in rows]).to(device)
-            images["condition"] = frame_condition(config, video, rows)
         negative = None if self._negative is None else [self._negative] * len(rows)
         return denoise(
             model,
@@ -218,7 +199,7 @@ class Renderer:
             None if negative is None else pad_text(negative, predictor.text_len).to(device),
             sampler,
             config.diffusion.guidance_scale,
-            images,
+            row_features(config, self._early, video, rows, device),
             config.diffusion.batched_guidance,
             on_step=lambda: on_step(len(rows) if batch.counts else 0),
         )
@@ -233,12 +214,3 @@ class Renderer:
                 f"width) {expected} were expected.",
                 "Use the VAE of a Wan2.1 model (stride 4x8x8).",
             )
-
-
-def _require_equal(parts: Sequence[tuple[str, int, str, int | None]]) -> None:
-    problems = [
-        Problem("CFG-066", f"{what} is {found}, and predictor.{name} is {expected}.", "Use the parts of one model.")
-        for what, found, name, expected in parts
-        if found != expected
-    ]
-    raise_all(ConfigError, problems)

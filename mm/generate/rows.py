@@ -1,4 +1,4 @@
-"""What is generated, row by row: prompts from a text file, and the images or videos that belong to them from another.
+"""What is generated, row by row: prompts from a text file, and what belongs to them from others.
 
 A row that cannot be used does not keep the others from being generated: it is reported, and the run ends with an error
 when the others are done.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mm.config.inference import InferenceModel
@@ -18,6 +20,8 @@ from mm.errors import DataError, Problem, raise_all
 
 log = logging.getLogger(__name__)
 
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
+
 
 @dataclass(frozen=True)
 class GenerationRow:
@@ -26,13 +30,14 @@ class GenerationRow:
     Attributes:
         index: its number, which names the clip and keys its noise.
         prompt: what it shows.
-        images: the first frame, or the first and the last. video: what it is made from.
+        images: the frames that are given. video: what it is made from. columns: the task's numbers, by name.
     """
 
     index: int
     prompt: str
     images: tuple[Path, ...] = ()
     video: Path | None = None
+    columns: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,40 +51,42 @@ class BadRow:
 def read_rows(config: InferenceModel) -> tuple[list[GenerationRow], list[BadRow]]:
     """The rows of the configured files, those that can be used and those that cannot.
 
-    Prompts that go with images or videos are matched line by line; a line that is blank in both files is left out.
+    Prompts that go with images, videos or numbers are matched line by line; a line that is blank in all files is left
+    out.
 
     Raises:
         DataError: DATA-053 when a file cannot be read as UTF-8 text, DATA-054 when it holds nothing, DATA-084 when
             there are not as many images or videos as prompts.
     """
-    listed = _listed(config)
-    if listed is None:
+    lists = _lists(config)
+    if not lists:
         return [GenerationRow(index, prompt) for index, prompt in enumerate(read_prompts(Path(config.prompt)))], []
-    good, bad = _pairs(config, listed)
-    log.info("%s: %d rows with %s", config.prompt, len(good) + len(bad), listed)
+    good, bad = _matched(config, lists)
+    log.info("%s: %d rows with %s", config.prompt, len(good) + len(bad), ", ".join(lists.values()))
     return good, bad
 
 
-def _listed(config: InferenceModel) -> str | None:
-    """The file of the images or videos."""
-    return config.video if config.task == "v2v" else config.image
+def _lists(config: InferenceModel) -> dict[str, str]:
+    """The files that go with the prompts, by what is in their lines: an image, a video, a column's number."""
+    media = {"video": config.video, "image": config.image}
+    return {kind: file for kind, file in media.items() if file is not None} | config.columns
 
 
-def _pairs(config: InferenceModel, listed: str) -> tuple[list[GenerationRow], list[BadRow]]:
-    """`read_rows` where prompts go with images or videos."""
-    kind = "video" if config.task == "v2v" else "image"
+def _matched(config: InferenceModel, lists: Mapping[str, str]) -> tuple[list[GenerationRow], list[BadRow]]:
+    """`read_rows` where other files go with the prompts."""
     prompts = _read_lines(Path(config.prompt), "prompt")
-    others = _read_lines(Path(listed), kind)
-    if len(prompts) != len(others):
-        raise DataError(
-            "DATA-084",
-            f"{config.prompt} has {len(prompts)} lines, and {listed} {len(others)}.",
-            f"Write one {kind} for each prompt, in the same order.",
-        )
-    pairs = [(prompt, other) for prompt, other in zip(prompts, others, strict=True) if prompt or other]
+    lines = {kind: _read_lines(Path(file), kind) for kind, file in lists.items()}
+    for kind, others in lines.items():
+        if len(prompts) != len(others):
+            raise DataError(
+                "DATA-084",
+                f"{config.prompt} has {len(prompts)} lines, and {lists[kind]} {len(others)}.",
+                f"Write one {kind} for each prompt, in the same order.",
+            )
+    together = [row for row in zip(prompts, *lines.values(), strict=True) if any(row)]
     good, bad = [], []
-    for index, (prompt, other) in enumerate(pairs):
-        row = _row(index, prompt, other, config)
+    for index, (prompt, *others) in enumerate(together):
+        row = _row(index, prompt, dict(zip(lines, others, strict=True)), config)
         if isinstance(row, GenerationRow):
             good.append(row)
         else:
@@ -97,14 +104,14 @@ def require_inputs(config: InferenceModel) -> None:
             are missing; all at once.
     """
     problems = missing_parts(config)
-    listed = _listed(config)
+    lists = _lists(config)
     try:
-        if listed is None:
+        if not lists:
             _read_lines(Path(config.prompt), "prompt")
         else:
-            good, bad = _pairs(config, listed)
+            good, bad = _matched(config, lists)
             missing = [problem for row in good for problem in _missing_files(row)[:1]]
-            if len(missing) == len(good):
+            if len(missing) == len(good):  # none is left, also where none had a file to miss
                 problems += [*(row.problem for row in bad), *missing]
     except DataError as error:
         problems += error.problems
@@ -134,24 +141,43 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _row(index: int, prompt: str, other: str, config: InferenceModel) -> GenerationRow | BadRow:
+def _row(index: int, prompt: str, others: Mapping[str, str], config: InferenceModel) -> GenerationRow | BadRow:
     """A row, or why it is none (DATA-085)."""
-    wanted, what = {"i2v": (1, "one image"), "flf2v": (2, "two images"), "v2v": (1, "one video")}[config.task]
     if not prompt:
         return _bad(index, "no prompt", "Write one, or remove both lines.")
-    if not other:
+    given = _media(index, others, config)
+    if isinstance(given, BadRow):
+        return given
+    columns: dict[str, float] = {}
+    for column in config.row_task.columns:
+        text = others[column.name]
+        value = float(text) if _NUMBER.fullmatch(text) else None
+        if value is None or not column.holds(value):
+            found = f'"{text}"' if text else "nothing"
+            return _bad(index, f"{found} where {column.name} should be", f"Write {column.expected}.")
+        columns[column.name] = value
+    if config.video is not None:
+        return GenerationRow(index, prompt, video=given[0], columns=columns)
+    return GenerationRow(index, prompt, images=given, columns=columns)
+
+
+def _media(index: int, others: Mapping[str, str], config: InferenceModel) -> tuple[Path, ...] | BadRow:
+    """The given video, or the given frames; nothing where the task has none."""
+    frames = config.row_task.frames
+    wanted, what = len(frames), "one image" if len(frames) == 1 else "two images"
+    if config.video is not None:
+        wanted, what = 1, "one video"
+    if not wanted:
+        return ()
+    text = others["image" if config.video is None else "video"]
+    if not text:
         return _bad(index, f"nothing where {what} should be", "Write the path, or remove both lines.")
     try:
-        paths = tuple(map(Path, read_paths(other, (wanted,), lambda paths: all(map(os.path.isfile, paths)))))
+        return tuple(map(Path, read_paths(text, (wanted,), lambda paths: all(map(os.path.isfile, paths)))))
     except LineError as error:
-        expected = "first.png, last.png" if wanted == 2 else '"a, b.png"'
+        expected = ", ".join(f"{frame.name}.png" for frame in frames) if wanted > 1 else '"a, b.png"'
         remedy = f"Write {expected}; a path with a comma in it goes into double quotes."
-        return _bad(index, f'"{other}" where {what} should be; it {error}', remedy)
-    return (
-        GenerationRow(index, prompt, video=paths[0])
-        if config.task == "v2v"
-        else GenerationRow(index, prompt, images=paths)
-    )
+        return _bad(index, f'"{text}" where {what} should be; it {error}', remedy)
 
 
 def _bad(index: int, found: str, remedy: str) -> BadRow:

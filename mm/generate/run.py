@@ -46,9 +46,10 @@ def generate_clips(
 
     Raises:
         ConfigError: CFG-065 and CFG-066 when the parts of the model do not fit each other or the configuration.
-        DataError: DATA-001 to DATA-007, DATA-085 to DATA-087 for rows that could not be used, after all others are
-            done; DATA-050 when a clip exists that another command has made, DATA-051 to DATA-056 and DATA-084 for
-            prompts and clips, DATA-020 to DATA-045 and DATA-090 to DATA-093 for weights that cannot be used.
+        DataError: DATA-001 to DATA-007, DATA-085 to DATA-087, DATA-096 to DATA-099 and DATA-110 for rows that could not
+            be used, after all others are done; DATA-050 when a clip exists that another command has made, DATA-051 to
+            DATA-056 and DATA-084 for prompts and clips, DATA-020 to DATA-045 and DATA-090 to DATA-093 for weights that
+            cannot be used.
         CheckpointError: CKPT-010 to CKPT-021 for weights that cannot be used.
     """
     config, backend = generation.config, processes.backend

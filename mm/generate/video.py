@@ -13,6 +13,7 @@ import av
 from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
+from mm.data.containers import name_for_ffmpeg
 from mm.errors import DataError
 
 # Visually lossless for H.264; a clip is looked at, not measured, and stays small enough to send around.
@@ -84,7 +85,7 @@ def write_clip(path: Path, frames: Tensor, fps: int, description: Mapping[str, A
 def encode_video(path: Path, frames: Tensor, fps: int) -> None:
     """Encode uint8 [F, H, W, 3] RGB frames as H.264 in an MP4 file, yuv420p, colours by BT.709 and marked so."""
     _, height, width, _ = frames.shape
-    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+    with av.open(name_for_ffmpeg(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=fps)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # One encoder thread: the file's bytes then do not depend on the machine's number of cores.

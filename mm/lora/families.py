@@ -81,8 +81,7 @@ def sort_keys(keys: Sequence[str]) -> Keys | None:
         names = {key: _underscored_name(name, convention) for key, name in underscored.items()}
         spelled = underscored
     else:
-        prefix = common_prefix(f"{name}." for name in modules.values())
-        spelled = {key: unwrapped(name.removeprefix(prefix)) for key, name in modules.items()}
+        spelled = {key: unwrapped(name.removeprefix(common_prefix([f"{name}."]))) for key, name in modules.items()}
         convention = _convention(spelled.values(), _module_name)
         names = {key: _module_name(name, convention) for key, name in spelled.items()}
     parts = {

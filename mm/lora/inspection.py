@@ -112,7 +112,7 @@ def _config(source: WeightSource) -> tuple[WanConfig | None, MMError | None]:
 
 def _model(config: WanConfig) -> str:
     known = [name for name, published in PUBLISHED.items() if not config.differing_fields(published)]
-    sizes = f"{config.model_type}, width {config.hidden_size}, {config.num_layers} blocks, {config.num_heads} heads"
+    sizes = f"{config.task.name}, width {config.hidden_size}, {config.num_layers} blocks, {config.num_heads} heads"
     return known[0] if known else sizes
 
 

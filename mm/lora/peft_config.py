@@ -18,6 +18,13 @@ PEFT_PREFIX = "transformer."
 """What a pipeline puts before the configuration's keys and before modules; the transformer alone puts nothing."""
 _CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 """Beginnings of PEFT's ways to initialise an adapter that subtract from the base what the adapter begins with."""
+_MORE_THAN_A_SUM = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "layer_replication": "repeated layers",
+}
+"""What PEFT calls LoRA too, by the key of its configuration."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +50,18 @@ class PeftConfig:
         try:
             values = {key.removeprefix(PEFT_PREFIX): value for key, value in json.loads(text).items()}
             config = cls(
-                int(values["r"]),
+                _whole(values["r"]),
                 float(values["lora_alpha"]),
-                {_plain(key): int(value) for key, value in (values.get("rank_pattern") or {}).items()},
+                {_plain(key): _whole(value) for key, value in (values.get("rank_pattern") or {}).items()},
                 {_plain(key): float(value) for key, value in (values.get("alpha_pattern") or {}).items()},
                 bool(values.get("use_rslora")),
             )
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise _bad_config(where, f"is not understood ({type(error).__name__}: {error})") from None
         kind, begin = values.get("peft_type") or "LORA", values.get("init_lora_weights")
-        if values.get("use_dora"):
-            raise _bad_config(where, "is of DoRA, which is more than a sum of B A")
+        more = next((name for key, name in _MORE_THAN_A_SUM.items() if values.get(key)), None)
+        if more is not None:
+            raise _bad_config(where, f"is of {more}, which is not a sum of the base and B A")
         if kind != "LORA":
             raise _bad_config(where, f"is of {kind}, not of LoRA")
         if isinstance(begin, str) and begin.lower().startswith(_CHANGE_THE_BASE):
@@ -103,6 +111,13 @@ def _plain(pattern: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_.]+", name):
         raise ValueError(f"pattern {pattern!r} is not a name")
     return name
+
+
+def _whole(value: Any) -> int:
+    """A whole number; ValueError for a fraction, which int() would cut off."""
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError(f"{value} is not a whole number")
+    return int(value)
 
 
 def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:

@@ -14,12 +14,13 @@ from torch import Tensor
 from mm.parallel.boundary import BoundaryShape, receive_side, send_side
 from mm.parallel.tokens import TokenShare
 from mm.wan.block import WanBlock
-from mm.wan.inputs import beside, check_inputs
+from mm.wan.inputs import ModelInputs
 from mm.wan.model import WanModel
 from mm.wan.patches import patchify
 from mm.wan.rope import Grid, Positions
 
-_EMBEDDERS = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "img_emb")
+_EMBEDDERS = ("patch_embedding", "text_embedding", "time_embedding", "time_projection")
+"""Of every model; those of its task's features are on the first stage, too."""
 
 
 def cut(model: WanModel, blocks: range, *, first: bool, last: bool) -> WanModel:
@@ -27,9 +28,8 @@ def cut(model: WanModel, blocks: range, *, first: bool, last: bool) -> WanModel:
     for name in list(model.blocks):
         if int(name) not in blocks:
             del model.blocks[name]
-    for name in _EMBEDDERS if not first else ():
-        if hasattr(model, name):  # models without images have no embedding for them
-            delattr(model, name)
+    for name in (*_EMBEDDERS, *model.config.task.modules) if not first else ():
+        delattr(model, name)
     if not last:
         del model.head
     return model
@@ -75,33 +75,25 @@ class WanStage(MegatronModule):
         """Take what the previous stage sent; the schedule calls it before every forward."""
         self._received = tensors if isinstance(tensors, Tensor) or tensors is None else tensors[0]
 
-    def forward(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        text: Tensor,
-        image_features: Tensor | None = None,
-        condition: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, inputs: ModelInputs) -> Tensor:
         """Run this stage for one micro-batch.
 
         Args:
-            latents: [B, C, F, H, W], noisy on the first stage; the others only need its shape.
-            timestep: [B]. text: [B, L, text_dim], of which the others only need the shape, too.
-            image_features, condition: as for `mm.wan.model.WanModel.forward`, on the first stage only.
+            inputs: as `mm.wan.model.WanModel.forward` takes them, on the first stage. The others only need the shapes
+                of latents and text, and no features.
 
         Returns:
             The velocity of this rank's tokens, [B, t, pt*ph*pw*C] fp32, on the last stage; on the others what the
             next one receives (`mm.parallel.boundary`).
         """
         model = self.model
-        grid = model.token_grid(latents)
-        shape = self._boundary_shape(latents, text, math.prod(grid))
+        grid = model.token_grid(inputs.latents)
+        shape = self._boundary_shape(inputs, math.prod(grid))
         if self.first:
-            check_inputs(model.config, latents, timestep, text, image_features, condition)
-            patches = patchify(beside(latents, condition), model.config.patch_size)
+            inputs.check(model.config)
+            patches = patchify(inputs.with_channels(model.config), model.config.patch_size)
             hidden = model.patch_embedding(self.tokens.take(patches, dim=1))
-            conditions = model.embed_conditions(timestep, text, image_features)
+            conditions = model.embed_conditions(inputs)
         elif self._received is None:
             raise AssertionError("a stage that is not the first one received nothing")
         else:
@@ -118,11 +110,11 @@ class WanStage(MegatronModule):
             self.tokens.take_chunk(cos, dim=0), self.tokens.take_chunk(sin, dim=0), num_tokens=math.prod(grid)
         )
 
-    def _boundary_shape(self, latents: Tensor, text: Tensor, num_tokens: int) -> BoundaryShape:
+    def _boundary_shape(self, inputs: ModelInputs, num_tokens: int) -> BoundaryShape:
         return BoundaryShape(
-            batch=latents.shape[0],
+            batch=inputs.latents.shape[0],
             tokens=self.tokens.width(num_tokens),
-            context_tokens=self.model.config.image_tokens + text.shape[1],
+            context_tokens=self.model.config.image_tokens + inputs.text.shape[1],
             width=self.model.config.hidden_size,
             dtype=self.dtype,
             rows=self.boundary_rows,

@@ -7,7 +7,6 @@ stages run one after the other, and the pieces are put together at the end.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from torch import Tensor
 from mm.parallel.apply import ParallelModel
 from mm.parallel.boundary import BoundaryShape
 from mm.parallel.tensor import gather_tokens
+from mm.wan.inputs import ModelInputs
 from mm.wan.patches import unpatchify
 
 
@@ -27,38 +27,31 @@ class ParallelVelocity:
         self._parallel = parallel
 
     @torch.no_grad()
-    def __call__(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        text: Tensor,
-        image_features: Tensor | None = None,
-        condition: Tensor | None = None,
-    ) -> Tensor:
-        """The velocity [B, C, F, H, W] fp32; arguments as for `mm.wan.model.WanModel.forward`, whole on every rank.
+    def __call__(self, inputs: ModelInputs) -> Tensor:
+        """The velocity [B, C, F, H, W] fp32 of inputs that are whole on every rank.
 
         Raises:
-            ConfigError: what `mm.wan.inputs.check_inputs` raises.
+            ConfigError: what `ModelInputs.check` raises.
         """
         parallel = self._parallel
         mesh, patch_size = parallel.mesh, parallel.wan.patch_size
-        grid = parallel.stages[0].model.token_grid(latents)
-        tokens = self._through_stages(math.prod(grid), latents, timestep, text, image_features, condition)
+        grid = parallel.stages[0].model.token_grid(inputs.latents)
+        tokens = self._through_stages(math.prod(grid), inputs)
         if mesh.layout.sequence_parallel:
             tokens = gather_tokens(tokens, mesh.groups.tp)
         if mesh.layout.cp_size > 1:
             tokens = gather_tokens(tokens, mesh.groups.cp)
         return unpatchify(tokens[:, : math.prod(grid)], grid, patch_size)
 
-    def _through_stages(self, num_tokens: int, latents: Tensor, *conditions: Any) -> Tensor:
+    def _through_stages(self, num_tokens: int, inputs: ModelInputs) -> Tensor:
         """The velocity of this rank's tokens, [B, t, pt*ph*pw*C] fp32, on every rank of the pipeline."""
         parallel = self._parallel
         layout, group, rank = parallel.mesh.layout, parallel.mesh.groups.pp, parallel.mesh.pp_rank
         if layout.pp_size == 1:
-            velocity: Tensor = parallel.chunks[0](latents, *conditions)
+            velocity: Tensor = parallel.chunks[0](inputs)
             return velocity
-        batch, width = len(latents), parallel.mesh.tokens.width(num_tokens)
-        context_tokens = parallel.wan.image_tokens + conditions[1].shape[1]
+        batch, width = len(inputs.latents), parallel.mesh.tokens.width(num_tokens)
+        context_tokens = parallel.wan.image_tokens + inputs.text.shape[1]
         rows = BoundaryShape.rows_needed(batch, width, context_tokens, parallel.dtype)
         device = parallel.backend.device
         out = torch.empty(0)
@@ -68,7 +61,7 @@ class ParallelVelocity:
                 received = torch.empty(rows, 1, parallel.wan.hidden_size, dtype=parallel.dtype, device=device)
                 dist.recv(received, group=group, group_src=(rank - 1) % layout.pp_size)
                 stage.set_input_tensor(received)
-            out = chunk(latents, *conditions)
+            out = chunk(inputs)
             if not stage.last:
                 dist.send(out, group=group, group_dst=(rank + 1) % layout.pp_size)
         if not parallel.last:

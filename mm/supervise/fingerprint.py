@@ -26,8 +26,8 @@ from mm.supervise.messages import Messages
 
 SAME_START = "Start every node from the same checkout and environment, with the same script, flags and files."
 CHECK_NODES = (
-    "Read the logs of the missing ranks; check NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT on every node, and that "
-    "no firewall closes the port."
+    "Read the logs of the missing ranks; check NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and MM_JOB_SECRET on every "
+    "node, and that no firewall closes the port."
 )
 ALL_CAME = "all came"
 LEAVING_S = 10  # for the slowest rank to read why the job ends; a rank that is gone must not keep the others longer

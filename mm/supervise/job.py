@@ -163,12 +163,12 @@ def open_store(where: ProcessPlace, timeout: datetime.timedelta) -> JobStore:
             0 cannot open its port; CFG-150 when the address of a job of one node is not the node's.
     """
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if where.world_size == 1 and address is None:  # started without torchrun: a store inside the process needs no port
+    launcher_has_one = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if where.world_size == 1 and not launcher_has_one:  # a store inside the process needs no port, whatever is set
         return JobStore(dist.HashStore(), "start")  # type: ignore[attr-defined]  # missing from torch's __all__
     if not address or not port or not port.isdecimal() or int(port) >= 2**16:
         found = f"MASTER_ADDR={address}, MASTER_PORT={port}"
         raise ConfigError("CFG-031", f"The launcher's variables make no sense: {found}.", "Use torchrun.")
-    launcher_has_one = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         serves = where.rank == 0 and not launcher_has_one
         if serves and on_one_node(where):

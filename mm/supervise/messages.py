@@ -133,8 +133,9 @@ class Messages:
             self._refused[name] = message
             self.forged += 1
             logger.warning(
-                'A message "%s" in the job\'s store is not of this job and is ignored (%d so far): somebody else '
-                "reaches MASTER_PORT. docs/cluster.md says which ports to close.",
+                'A message "%s" in the job\'s store is not of this job and is ignored (%d so far): a node of it '
+                "has another MM_JOB_SECRET, or somebody else reaches MASTER_PORT. docs/cluster.md says which ports to "
+                "close.",
                 name,
                 self.forged,
             )

@@ -39,10 +39,15 @@ from mm.stopping import AGAIN, AGAIN_S, CLOSE, LEAVE_S, SIGNALS, SignalListener
 from mm.supervise.fingerprint import CHECK_NODES
 from mm.supervise.rendezvous import prepare_launch
 
-_NOTHING_BEGUN = "before the first step"
+_NO_STEP = "while no step was running"
+_UNSAVED = "Nothing was saved since the newest checkpoint."
 _LOST = "error RUN-004"
+_OF_ANOTHER = (_LOST, "error CKPT-033")
+"""How what a process says of another one begins; where that one has words of its own, they are what is told."""
 _CRASHED = "A library has crashed: read the lines above and the kernel's log of this node."
+_SENT = "Somebody sent it that signal, or it came to a limit of the system (ulimit -a). The same command goes on."
 _REMEDIES: dict[int, str] = {
+    **dict.fromkeys((signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE), _CRASHED),
     signal.SIGKILL: "Read the kernel's log of this node: memory is the usual cause, unless somebody ended it on "
     "purpose.",
     signal.SIGABRT: "Read its last lines above: a library ended it. Torch's watchdog over NCCL does so when another "
@@ -79,7 +84,10 @@ def torchrun(argv: Sequence[str]) -> int:
     except ChildFailedError as error:
         return _tell(error, handing_on)
     except SignalException as error:
-        say(_ended_by(error.sigval))
+        quit_at_once = SignalledError(
+            "RUN-010", f"Ended at once by {error.sigval.name} to the launcher. {_UNSAVED}", AGAIN
+        )
+        say(quit_at_once)
         return 128 + error.sigval
     except DistError as error:
         raise _no_meeting(arguments, error) from None
@@ -165,7 +173,7 @@ def _tell(error: ChildFailedError, handing_on: _HandingOn) -> int:
         say(reason)
         return reason.exit_code
     if told:
-        text, exit_code = told[0]
+        text, exit_code = next((words for words in told if not words[0].startswith(_OF_ANOTHER)), told[0])
         print(text, file=sys.stderr, flush=True)
         return exit_code
     return first.exitcode if first.exitcode >= 0 else 128 - first.exitcode  # another node has the reason, and prints it
@@ -186,18 +194,18 @@ def _died(rank: int, process_id: int, number: signal.Signals, handing_on: _Handi
     if number in SIGNALS:
         return _ended_by(number, f"rank {rank}, process {process_id}")
     found = f"Rank {rank} (process {process_id}) was ended by {number.name}."
-    return LostProcessError("RUN-004", found, _REMEDIES.get(number, _CRASHED))
+    return LostProcessError("RUN-004", found, _REMEDIES.get(number, _SENT))
 
 
 def _ended_by(number: signal.Signals, what: str = "the launcher") -> SignalledError:
-    found = f"Ended by {number.name} to {what} {_NOTHING_BEGUN}."
+    found = f"Ended by {number.name} to {what} {_NO_STEP}."
     error = SignalledError("RUN-010", found, AGAIN)
     error.exit_code = 128 + number
     return error
 
 
 def _stopped_by(number: signal.Signals) -> StoppedError:
-    return StoppedError("RUN-001", f"Stopped by {number.name} {_NOTHING_BEGUN}.", AGAIN)
+    return StoppedError("RUN-001", f"Stopped by {number.name} {_NO_STEP}.", AGAIN)
 
 
 def _no_meeting(arguments: argparse.Namespace, error: DistError) -> ConfigError:
@@ -207,7 +215,7 @@ def _no_meeting(arguments: argparse.Namespace, error: DistError) -> ConfigError:
         return ConfigError(
             "CFG-140",
             f"The port {address} is taken: another job of this node has it.",
-            "Give this job another one (MASTER_PORT in the scripts), or wait for that job to end.",
+            "Give this job another one (MASTER_PORT in the scripts; 0 takes a free one), or wait for that job to end.",
         )
     message = f"The nodes of the job do not meet at {address}: {reason}"
     return ConfigError("CFG-091", message, CHECK_NODES)

@@ -49,6 +49,9 @@ SAMPLE_S, LOOK_S = 0.25, 1.0
 """Between looks at the stack, and at what the others have told."""
 TOLD_S, SILENT_S = 30.0, 120.0
 """How often at least a process tells what it is doing, and after how long without it counts as stopped."""
+STOOD_S = 5.0
+"""Longer it is between two looks only where this process itself stood still: Ctrl-Z, `scontrol suspend`, a frozen
+container."""
 ANSWER_S, LEAVE_S = 5.0, 10.0
 """How long a process is waited for when the alarm is raised, and for it to end by itself after another has failed."""
 _LOST = (
@@ -124,6 +127,7 @@ class Watchdog:
         self._over = threading.Event()
         self._now = Doing(notices.rank, socket.gethostname())
         self._since = time.monotonic()
+        self._broke_in = ""
         self._last_s: dict[str, float] = {}
         self._steps: deque[float] = deque(maxlen=50)
         self._step_began: float | None = None
@@ -143,10 +147,13 @@ class Watchdog:
     def during(self, phase: str) -> Iterator[None]:
         """Mark a phase while it is entered."""
         began, before = time.monotonic(), self._now.phase
-        self._now.phase = phase
+        self._now.phase, self._broke_in = phase, ""
         self._sign()
         try:
             yield
+        except BaseException:
+            self._broke_in = self._broke_in or phase  # of phases in one another the inner one
+            raise
         finally:
             self._last_s[phase] = time.monotonic() - began
             self._now.phase = before
@@ -178,10 +185,11 @@ class Watchdog:
             failure = self._wait_for_a_word()
             if failure is not None:
                 raise EndedElsewhereError(failure.exit_code) from None
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].partition(". This is ")[0]  # gloo goes on with advice of its own
+            phase = self._broke_in or self._now.phase
             error = LostProcessError(
                 "RUN-004",
-                f"Rank {rank} lost another process of the job in the phase: {self._now.phase} ({reason}).",
+                f"Rank {rank} lost another process of the job in the phase: {phase} ({reason}).",
                 "Read the log of the process that died, and the kernel's on its node: memory is the usual cause. The "
                 "same command goes on from the newest checkpoint.",
             )
@@ -224,11 +232,15 @@ class Watchdog:
 
     def _watch(self) -> None:
         looked = told = 0.0
+        before = time.monotonic()
         while not self._over.wait(SAMPLE_S):
+            now = time.monotonic()
+            if now - before > STOOD_S:  # no time of the phase it is in
+                self._since += now - before
+            before = now
             if self._sampling:
                 waits, _ = where_is(self._watched)
                 self.samples[self._now.phase, waits] += 1
-            now = time.monotonic()
             if now - looked < LOOK_S:
                 continue
             looked = now

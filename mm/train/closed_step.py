@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -61,7 +61,7 @@ class ClosedStep:
             seed=run.flags.seed,
             during=self._during,
             on_nonfinite=partial(self._guard.refused, step, batches=mine),
-            asked_to_stop=lambda: run.stop is not None and run.stop.received is not None,
+            asked_to_stop=lambda: run.is_asked_to_stop,
         )
         if result.updated:
             self._guard.accepted(step, result.outcome, mine)
@@ -69,6 +69,10 @@ class ClosedStep:
         progress = Progress(step, consumed, self._guard.skipped, replaced)
         seconds, last = time.monotonic() - started, step == run.flags.train_iters
         return StepDone(progress, self._parallel, result, mine, seconds, last)
+
+    def close(self) -> None:
+        """End the processes that read samples."""
+        self._batches.close()
 
 
 def _replaced(run: Run, batches: Sequence[FeatureBatch], progress: Progress) -> int:
@@ -84,7 +88,7 @@ def _replaced(run: Run, batches: Sequence[FeatureBatch], progress: Progress) -> 
     return replaced
 
 
-def _batches(run: Run, progress: Progress) -> Iterator[FeatureBatch]:
+def _batches(run: Run, progress: Progress) -> Generator[FeatureBatch]:
     flags = run.flags
     loading = run.data.dataloader_param
     return feature_batches(

@@ -47,7 +47,7 @@ def start_table(
         f"{count} of {frames}x{height}x{width}" for (_, frames, height, width), count in dataset.shapes().most_common(4)
     )
     return {
-        "model": f"{wan.model_type}, {parameters:,} parameters, {wan.num_layers} layers, width {wan.hidden_size}, "
+        "model": f"{wan.task.name}, {parameters:,} parameters, {wan.num_layers} layers, width {wan.hidden_size}, "
         f"{wan.num_heads} heads",
         **({} if lora is None else {"lora": _lora(lora, flags, parameters)}),
         "precision": _precision(flags),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from mm.checkpoint.lock import Lock
@@ -30,7 +30,8 @@ def train(run: Run, callbacks: Sequence[Callback] = (), sinks: Sequence[Sink] = 
 
     Args:
         run: what to train.
-        callbacks: further ones, called after those of the configuration. sinks: further ones, of rank 0.
+        callbacks: further ones, called after those of the configuration and before a run leaves because of a signal.
+        sinks: further ones, of rank 0.
 
     Returns:
         Where the run ended.
@@ -62,24 +63,25 @@ def train(run: Run, callbacks: Sequence[Callback] = (), sinks: Sequence[Sink] = 
                 write(check.look(started.parallel, step))
         saves = open_checkpointing(run, started, lock, stack)
         losses = [float.fromhex(row.loss_hex) for row in rows]
-        return _steps(run, started, [*make_callbacks(run, saves, checks, losses), *callbacks], write)
+        around = make_callbacks(run, started, saves, [*checks, *callbacks], losses)
+        return _steps(run, started, around, write)
 
 
 def _steps(run: Run, started: Started, callbacks: Sequence[Callback], write: Write) -> Progress:
     progress = started.progress
-    step = ClosedStep(run, started.parallel, started.optimizer, progress, started.during)
-    if run.stop is not None:
-        run.stop.begin_steps()
-    while progress.step < run.flags.train_iters:
-        done = step.take(progress)
-        progress = done.progress
+    # closed here: readers that are left would outlive the error that ends the steps, and hold the process up
+    with closing(ClosedStep(run, started.parallel, started.optimizer, progress, started.during)) as step:
+        if run.stop is not None:
+            run.stop.begin_steps()
+        while progress.step < run.flags.train_iters:
+            done = step.take(progress)
+            progress = done.progress
+            for callback in callbacks:
+                if callback.is_due(done) and (callback.collective or run.reports):
+                    with started.during(callback.phase):
+                        write(callback.after_step(done))
         for callback in callbacks:
-            due = callback.every.is_due(done.step, last=done.last, stopping=done.stopping)
-            if due and (callback.collective or run.reports):
-                with started.during(callback.phase):
-                    write(callback.after_step(done))
-    for callback in callbacks:
-        callback.finish()
+            callback.finish()
     return progress
 
 

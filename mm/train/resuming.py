@@ -109,21 +109,21 @@ class Resuming:
         if (then, then_last) == (now, now_last):
             return ""
         return (
-            f" (learning rate of step {step + 1}: {then:.3g}, now {now:.3g}; of step {self.train_iters}: "
-            f"{then_last:.3g}, now {now_last:.3g})"
+            f" (learning rate of step {step + 1}: {then:.6g}, now {now:.6g}; of step {self.train_iters}: "
+            f"{then_last:.6g}, now {now_last:.6g})"
         )
 
     def _remedy(self, change: Change) -> str:
         keep = f"Give {change.name.removesuffix(' (default: --train-iters)')} {change.before} to go on as before"
         if change.kind == "batch":
             keep = self._keep_batch(int(change.before))
-        elif change.kind == "data":
+        elif change.name.startswith("the data set"):
             keep = (
                 "Name the features that it was trained on, or start from its weights alone with --load and --finetune"
             )
         elif change.kind == "precision":
             keep = f"Let --bf16 be {change.before} to go on as before"
-        elif change.kind == "objective":
+        elif change.kind in ("objective", "data"):
             keep = f"Set {change.name} to {change.before} to go on as before"
         anew = " and --no-load-optim" if change.name == "--optimizer" else ""  # no state fits the other one
         return f"{keep}; to change it on purpose, add --resume-changed {change.kind}{anew}."

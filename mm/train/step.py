@@ -21,6 +21,7 @@ from mm.parallel.apply import ParallelModel
 from mm.parallel.schedule import LossFunction, forward_backward
 from mm.parallel.stage import WanStage
 from mm.train.memory_breakdown import Phase
+from mm.wan.inputs import ModelInputs
 from mm.wan.patches import patchify, token_grid
 
 PatchSize = tuple[int, int, int]
@@ -143,13 +144,13 @@ def forward_micro_batch(
     drawn = torch.stack(flow.draw_timesteps(seed, batch["sample"], batch["draw"]))
     sigma, timestep, weight = to_device(drawn, device)
     latents, target, text = batch["latents"], torch.empty(0), batch["text"]
-    images: dict[str, Tensor] = {}
+    features: dict[str, Tensor] = {}
     if stage.first or stage.last:
         latents, target = _noisy_and_target(stage, batch, flow, parallel, seed, sigma)
     if stage.first:
         text = to_device(text, device)
-        images = {name: to_device(value, device) for name, value in images_of(batch).items()}
-    output = module(latents, timestep, text, **images)
+        features = {name: to_device(value, device) for name, value in batch["features"].items()}
+    output = module(ModelInputs(latents, timestep, text, features))
 
     def loss_function(velocity: Tensor) -> tuple[Tensor, Tensor]:
         real = share.real(num_tokens(clean_shape, patch_size))  # padding takes no part
@@ -178,9 +179,3 @@ def _noisy_and_target(
         return latents, torch.empty(0)
     tokens = patchify(flow.target(clean, noise), parallel.wan.patch_size)
     return latents, parallel.mesh.tokens.take(tokens, dim=1)
-
-
-def images_of(batch: FeatureBatch) -> dict[str, Tensor]:
-    """The arguments of `mm.wan.model.WanModel.forward` about images that a micro-batch has; none in text-to-video."""
-    found = {"image_features": batch.get("image_features"), "condition": batch.get("condition")}
-    return {name: value for name, value in found.items() if value is not None}

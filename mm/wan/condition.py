@@ -6,19 +6,20 @@ Source: Wan technical report (arXiv 2503.20314) section 5.1 and the released cod
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import Tensor
 
 from mm.wan.encoders import TEMPORAL_STRIDE, VideoEncoder
 
 
-def condition_latents(encoder: VideoEncoder, first: Tensor, last: Tensor | None, num_frames: int) -> Tensor:
-    """The condition of `mm.wan.model.WanModel.forward` for clips that begin, and may end, with given frames.
+def condition_latents(encoder: VideoEncoder, given: Mapping[int, Tensor], num_frames: int) -> Tensor:
+    """The feature `mm.config.tasks.task.Source.KNOWN_FRAMES` of clips with given frames.
 
     Args:
         encoder: the VAE of the latents.
-        first: [B, 3, height, width] in [-1, 1], the first frames.
-        last: the last frames, or None where they are to be generated.
+        given: [B, 3, height, width] in [-1, 1] by their index in the clips, the first (0) and perhaps the last (-1).
         num_frames: of the clips, 4k + 1.
 
     Returns:
@@ -27,28 +28,27 @@ def condition_latents(encoder: VideoEncoder, first: Tensor, last: Tensor | None,
     Raises:
         DataError: DATA-044, see `VideoEncoder.encode`.
     """
-    latents = encoder.encode(_video_of(first, last, num_frames))
-    mask = known_frames_mask(num_frames, last is not None).to(latents)
+    latents = encoder.encode(_video_of(given, num_frames))
+    mask = known_frames_mask(num_frames, given).to(latents)
     spread = mask.view(1, *mask.shape, 1, 1).expand(len(latents), -1, -1, *latents.shape[3:])
     return torch.cat((spread, latents), dim=1)
 
 
-def known_frames_mask(num_frames: int, last_is_known: bool) -> Tensor:
+def known_frames_mask(num_frames: int, indices: Iterable[int]) -> Tensor:
     """Which frames are given, [4, F] fp32: 1 known, 0 to generate.
 
     A latent frame stands for 4 frames, one a channel; the first one for the first frame alone, four times.
     """
     known = torch.zeros(num_frames)
-    known[0] = 1
-    if last_is_known:
-        known[-1] = 1
+    for index in indices:
+        known[index] = 1
     return torch.cat((known[:1].expand(TEMPORAL_STRIDE - 1), known)).view(-1, TEMPORAL_STRIDE).t()
 
 
-def _video_of(first: Tensor, last: Tensor | None, num_frames: int) -> Tensor:
+def _video_of(given: Mapping[int, Tensor], num_frames: int) -> Tensor:
     """[B, 3, num_frames, height, width]: the given frames, and mid-grey (0) where there is none."""
+    first = next(iter(given.values()))
     video = first.new_zeros(*first.shape[:2], num_frames, *first.shape[2:])
-    video[:, :, 0] = first
-    if last is not None:
-        video[:, :, -1] = last
+    for index, frames in given.items():
+        video[:, :, index] = frames
     return video

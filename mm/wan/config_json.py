@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mm.config.base import load_json, parse
-from mm.config.model import CLIP_TOKEN_LEN, IMAGES, IMG_DIM, MASK_CHANNELS, WanConfig
+from mm.config.model import WanConfig
+from mm.config.tasks.registry import DEFAULT, TASKS
+from mm.config.tasks.task import Sizes
 from mm.errors import ConfigError, DataError, Problem, raise_all
 
 Shapes = Mapping[str, Sequence[int]]
@@ -39,17 +41,20 @@ class Dialect(NamedTuple):
     unused: frozenset[str]
 
 
-_TASKS = {"model_type": tuple(IMAGES)}
+_TASKS = {"model_type": tuple(TASKS)}
 _IMAGES = ("model_type", "img_dim", "clip_token_len")
 """The original Wan fixes the last two, so its files lack them; those of models of other sizes have them."""
 _IMAGE_KEYS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
 """diffusers does not name the task: these are null or tell it."""
+_UNTOLD = tuple(task.name for task in TASKS.values() if task.modules and not task.sizes)
+"""Tasks that diffusers does not have. Its models are loaded without their modules; its config.json names them so that
+they are found again."""
 _SAME = {k: k for k in ("patch_size", "text_dim", "freq_dim", "ffn_dim", "num_layers", "eps")}
 
 DIFFUSERS = Dialect(
     "diffusers",
     {**_SAME, "in_channels": "in_dim", "out_channels": "out_dim", "num_attention_heads": "num_heads"},
-    {},
+    {"model_type": _UNTOLD},
     {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"},
     frozenset({"rope_max_seq_len"}),  # the length of a table; ours has the length of the grid
 )
@@ -121,7 +126,7 @@ def infer_config(shapes: Shapes, source: Path, head_dim: int = HEAD_DIM) -> WanC
             "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
             "num_heads": hidden // head_dim,
             "num_layers": len(blocks),
-            **_inferred_images(shapes, source),
+            **_inferred_task(shapes, source),
         }
         if hidden % head_dim or blocks != set(range(len(blocks))):
             raise ValueError(f"width {hidden} in heads of {head_dim}, blocks {sorted(blocks)}")
@@ -134,21 +139,34 @@ def infer_config(shapes: Shapes, source: Path, head_dim: int = HEAD_DIM) -> WanC
         ) from None
 
 
-def _inferred_images(shapes: Shapes, source: Path) -> dict[str, Any]:
-    """Task and image sizes; nothing without tensors for images."""
+def _inferred_task(shapes: Shapes, source: Path) -> dict[str, Any]:
+    """The task by the parameters that mark it, and the sizes that its models alone have."""
+    marks = frozenset(mark for task in TASKS.values() for mark in task.marks if mark in shapes)
+    task = next((task for task in TASKS.values() if task.marks == marks), None)
     image = sorted(n for n in shapes if n.startswith("img_emb.") or n.rpartition(".")[0].endswith("_img"))
-    if not image:
-        return {}
+    if task is not None and not image:
+        return {"model_type": task.name}
     norm, positions = shapes.get("img_emb.proj.0.weight"), shapes.get("img_emb.emb_pos")
     in_dim = shapes["patch_embedding.weight"][1]
     out_dim = shapes["head.head.weight"][0] // math.prod(shapes["patch_embedding.weight"][2:])
-    if norm is None or in_dim != 2 * out_dim + MASK_CHANNELS:
-        what = f"it holds {len(image)} tensors for image conditions, the first is {image[0]}, and "
+    if task is None or norm is None or in_dim != out_dim + task.channels(Sizes(out_dim, (1, 1, 1), 0, 0)):
+        what = f"it holds {len(image)} tensors for image conditions, the first is {(image or sorted(marks))[0]}, and "
         what += "no img_emb.proj.0.weight" if norm is None else f"{in_dim} input channels"
         raise _other_task(source, what)
-    task = "i2v" if positions is None else "flf2v"
-    tokens = CLIP_TOKEN_LEN if positions is None else positions[1] // IMAGES["flf2v"]
-    return {"model_type": task, "img_dim": norm[0], "clip_token_len": tokens}
+    return _with_images(norm[0], None if positions is None else positions[1])
+
+
+def _with_images(width: int, positions: int | None) -> dict[str, Any]:
+    """The fields of a task with images: width of the image encoder's tokens, and how many have learned positions."""
+    task = next(task for task in TASKS.values() if task.frames and task.positions == (positions is not None))
+    tokens = task.sizes["clip_token_len"] if positions is None else positions // len(task.frames)
+    return {"model_type": task.name, "img_dim": width, "clip_token_len": tokens}
+
+
+def _tokens_agree(positions: Any) -> bool:
+    """Whether learned positions can be those of whole images."""
+    images = next(len(task.frames) for task in TASKS.values() if task.positions)
+    return type(positions) is int and positions > 0 and positions % images == 0
 
 
 def wan_config_to_diffusers(config: WanConfig) -> dict[str, object]:
@@ -157,17 +175,17 @@ def wan_config_to_diffusers(config: WanConfig) -> dict[str, object]:
     `text_len` has no place in it: diffusers pads captions in its pipeline. Neither has the number of tokens of a single
     image, on which no weight depends.
     """
-    images = IMAGES[config.model_type]
     values: dict[str, object] = {
         "_class_name": "WanTransformer3DModel",
         "attention_head_dim": config.head_dim,
         "rope_max_seq_len": 1024,
         "image_dim": config.img_dim,
-        "added_kv_proj_dim": config.hidden_size if images else None,
-        "pos_embed_seq_len": config.image_tokens if images > 1 else None,
+        "added_kv_proj_dim": config.hidden_size if config.task.frames else None,
+        "pos_embed_seq_len": config.image_tokens if config.task.positions else None,
         **DIFFUSERS.fixed,
         **{key: getattr(config, field) for key, field in DIFFUSERS.fields.items()},
         "patch_size": list(config.patch_size),
+        **({"model_type": config.task.name} if config.task.name in _UNTOLD else {}),
     }
     return dict(sorted(values.items()))
 
@@ -175,8 +193,8 @@ def wan_config_to_diffusers(config: WanConfig) -> dict[str, object]:
 def wan_config_to_original(config: WanConfig) -> dict[str, object]:
     """The content of config.json for the official `WanModel`, keys sorted."""
     values: dict[str, object] = {key: getattr(config, field) for key, field in ORIGINAL.fields.items()}
-    for key, released in (("img_dim", IMG_DIM), ("clip_token_len", CLIP_TOKEN_LEN)):
-        if values[key] in (None, released):
+    for key in {key for task in TASKS.values() for key in task.sizes}:
+        if values[key] in (None, config.task.sizes.get(key)):
             del values[key]
     values |= {"_class_name": "WanModel", "patch_size": list(config.patch_size)}
     return dict(sorted(values.items()))
@@ -224,13 +242,11 @@ def _translated(raw: Mapping[str, Any]) -> dict[str, Any]:
         heads, width = raw["num_attention_heads"], raw["attention_head_dim"]
         # Otherwise `parse` reports the wrong type of the one or the other.
         values["hidden_size"] = heads * width if type(heads) is type(width) is int else width
+        values |= {"model_type": raw["model_type"]} if "model_type" in raw else {}
         if raw.get("image_dim") is not None:
-            positions = raw.get("pos_embed_seq_len")
-            values["model_type"] = "i2v" if positions is None else "flf2v"
-            values["img_dim"] = raw["image_dim"]
-            values["clip_token_len"] = CLIP_TOKEN_LEN if positions is None else positions // IMAGES["flf2v"]
-    elif dialect is ORIGINAL and IMAGES[raw.get("model_type", "t2v")]:
-        values = {"img_dim": IMG_DIM, "clip_token_len": CLIP_TOKEN_LEN, **values}
+            values |= _with_images(raw["image_dim"], raw.get("pos_embed_seq_len"))
+    elif dialect is ORIGINAL:
+        values = {**TASKS[raw.get("model_type", DEFAULT.name)].sizes, **values}
     return values
 
 
@@ -242,9 +258,7 @@ def _image_keys_agree(raw: Mapping[str, Any]) -> bool:
     heads, width = raw.get("num_attention_heads"), raw.get("attention_head_dim")
     if type(heads) is not int or type(width) is not int:
         return True  # reported as what they are
-    return added == heads * width and (
-        positions is None or (type(positions) is int and positions > 0 and positions % IMAGES["flf2v"] == 0)
-    )
+    return added == heads * width and (positions is None or _tokens_agree(positions))
 
 
 def _other_task(path: Path, what: str) -> DataError:

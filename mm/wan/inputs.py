@@ -1,89 +1,100 @@
-"""What the transformer takes: the checks of its shapes, and the condition put behind the noisy latents.
+"""What the transformer takes, as one type: latents, timesteps, text and the features that the model's task declares.
 
-Shapes: B batch, C latent channels, F H W latent frames, height and width, I image tokens, L text tokens.
+Shapes: B batch, C latent channels, F H W latent frames, height and width, L text tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
-from mm.config.model import MASK_CHANNELS, WanConfig
+from mm.config.model import WanConfig
+from mm.config.tasks.task import Entry
 from mm.errors import ConfigError
 
 
-def beside(latents: Tensor, condition: Tensor | None) -> Tensor:
-    """[B, C, F, H, W] noisy latents with the condition's channels behind their own; alone without a condition."""
-    return latents if condition is None else torch.cat((latents, condition.to(latents.dtype)), dim=1)
+@dataclass(frozen=True)
+class ModelInputs:
+    """Some samples, as the transformer takes them.
 
-
-def check_inputs(
-    config: WanConfig,
-    latents: Tensor,
-    timestep: Tensor,
-    text: Tensor,
-    image_features: Tensor | None,
-    condition: Tensor | None,
-) -> None:
-    """Check the arguments of `mm.wan.model.WanModel.forward`.
-
-    Raises:
-        ConfigError: CFG-041 latents, CFG-042 text features, CFG-043 timesteps of another shape; CFG-056 to CFG-059
-            from `_check_images`.
+    Attributes:
+        latents: [B, C, F, H, W] noisy latents, C = `config.noise_channels`; cast to the model's dtype.
+        timestep: [B], 0 (clean) to 1000 (noise), a fraction allowed.
+        text: [B, L, text_dim] text features; cast to the model's dtype. Wan was trained with captions padded by zero
+            vectors to `config.text_len` and without a mask, so padding is the caller's part and changes the result.
+        features: what the task declares (`config.task.features`), by name, each [B, *`config.feature_shapes`].
     """
-    if latents.ndim != 5 or latents.shape[1] != config.noise_channels:
-        raise ConfigError(
-            "CFG-041",
-            f"Latents have shape {tuple(latents.shape)}, expected [B, {config.noise_channels}, F, H, W].",
-            "Give latents of the VAE this model was trained with.",
-        )
-    batch = latents.shape[0]
-    if text.ndim != 3 or text.shape[0] != batch or text.shape[1] < 1 or text.shape[2] != config.text_dim:
-        raise ConfigError(
-            "CFG-042",
-            f"Text features have shape {tuple(text.shape)}, expected [{batch}, L, {config.text_dim}].",
-            "Give features of the text encoder this model was trained with, one row for each latent.",
-        )
-    if tuple(timestep.shape) != (batch,):
-        raise ConfigError(
-            "CFG-043",
-            f"Timesteps have shape {tuple(timestep.shape)}, expected [{batch}].",
-            "Give one timestep for each latent.",
-        )
-    _check_images(config, latents, image_features, condition)
 
+    latents: Tensor
+    timestep: Tensor
+    text: Tensor
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
-def _check_images(config: WanConfig, latents: Tensor, image_features: Tensor | None, condition: Tensor | None) -> None:
-    """CFG-056 missing, CFG-057 given to a text-to-video model, CFG-058 and CFG-059 of another shape."""
-    named = {"image features": image_features, "condition latents": condition}
-    given = [name for name, value in named.items() if value is not None]
-    if not config.image_tokens:
-        if given:
+    def each(self, change: Callable[[Tensor], Tensor]) -> ModelInputs:
+        """The same with every tensor changed."""
+        features = {name: change(value) for name, value in self.features.items()}
+        return ModelInputs(change(self.latents), change(self.timestep), change(self.text), features)
+
+    def with_channels(self, config: WanConfig) -> Tensor:
+        """[B, in_dim, F, H, W]: the noisy latents, and behind their channels those of the features that enter there."""
+        added = [self.features[feature.name] for feature in config.task.entering(Entry.CHANNELS)]
+        return (
+            torch.cat((self.latents, *(value.to(self.latents.dtype) for value in added)), 1) if added else self.latents
+        )
+
+    def check(self, config: WanConfig) -> None:
+        """Check the shapes against a model.
+
+        Raises:
+            ConfigError: CFG-041 latents, CFG-042 text features, CFG-043 timesteps of another shape; CFG-056 for
+                features that are missing, CFG-057 for some that the task does not have, and the id that the task
+                declares for one of another shape.
+        """
+        latents, text = self.latents, self.text
+        if latents.ndim != 5 or latents.shape[1] != config.noise_channels:
+            raise ConfigError(
+                "CFG-041",
+                f"Latents have shape {tuple(latents.shape)}, expected [B, {config.noise_channels}, F, H, W].",
+                "Give latents of the VAE this model was trained with.",
+            )
+        batch = latents.shape[0]
+        if text.ndim != 3 or text.shape[0] != batch or text.shape[1] < 1 or text.shape[2] != config.text_dim:
+            raise ConfigError(
+                "CFG-042",
+                f"Text features have shape {tuple(text.shape)}, expected [{batch}, L, {config.text_dim}].",
+                "Give features of the text encoder this model was trained with, one row for each latent.",
+            )
+        if tuple(self.timestep.shape) != (batch,):
+            raise ConfigError(
+                "CFG-043",
+                f"Timesteps have shape {tuple(self.timestep.shape)}, expected [{batch}].",
+                "Give one timestep for each latent.",
+            )
+        self._check_features(config)
+
+    def _check_features(self, config: WanConfig) -> None:
+        task = config.task
+        unknown = sorted(self.features.keys() - {feature.name for feature in task.features})
+        if unknown:
             raise ConfigError(
                 "CFG-057",
-                f"This {config.model_type} model was given {' and '.join(given)}.",
-                "Leave them out, or use the weights of an image-to-video model.",
+                f"This {task.name} model was given {' and '.join(unknown)}.",
+                "Leave them out, or use the weights of a model whose task has them.",
             )
-        return
-    if image_features is None or condition is None:
-        raise ConfigError(
-            "CFG-056",
-            f"This {config.model_type} model needs {' and '.join(named)}; given: {' and '.join(given) or 'neither'}.",
-            "Give both, or use the weights of a text-to-video model.",
-        )
-    batch, _, *size = latents.shape
-    expected = [batch, config.image_tokens, config.image_dim]
-    if list(image_features.shape) != expected:
-        raise ConfigError(
-            "CFG-058",
-            f"Image features have shape {tuple(image_features.shape)}, expected {expected}.",
-            "Give features of the image encoder this model was trained with, of one image for each latent in i2v and "
-            "of two, first and last, in flf2v.",
-        )
-    expected = [batch, config.condition_channels, *size]
-    if list(condition.shape) != expected:
-        raise ConfigError(
-            "CFG-059",
-            f"Condition latents have shape {tuple(condition.shape)}, expected {expected}.",
-            f"Give {MASK_CHANNELS} mask channels and the known frames' latents, in the size of the noisy latents.",
-        )
+        if any(feature.name not in self.features for feature in task.features):
+            wanted, given = " and ".join(feature.name for feature in task.features), " and ".join(self.features)
+            raise ConfigError(
+                "CFG-056",
+                f"This {task.name} model needs {wanted}; given: {given or 'none of them'}.",
+                "Give all, or use the weights of a text-to-video model.",
+            )
+        batch, _, frames, height, width = self.latents.shape
+        shapes = config.feature_shapes((frames, height, width))
+        for feature in task.features:
+            found, expected = list(self.features[feature.name].shape), [batch, *shapes[feature.name]]
+            if found != expected:
+                message = f"{feature.title} have shape {tuple(found)}, expected {expected}."
+                raise ConfigError(feature.error, message, feature.remedy)

@@ -1,4 +1,4 @@
-"""The Wan2.1 transformer on one device: text to video, and the same after one image (I2V) or two (FLF2V).
+"""The Wan2.1 transformer on one device, for every task that is declared (`mm.config.tasks`).
 
 `WanModel.forward` cuts latents into patches, embeds them and the conditions, runs the blocks and the head. The steps
 are separate methods, so that a pipeline can cut the model between blocks and ranks can share the tokens of a sample.
@@ -19,16 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm.config.model import IMAGES, WanConfig
+from mm.config.model import WanConfig
+from mm.config.tasks.task import Entry
 from mm.ops.elementwise import autograd as ops
 from mm.wan.block import WanBlock
+from mm.wan.embeddings import EMBEDDINGS
 from mm.wan.folder import WeightFolder
 from mm.wan.initial import initial_value
-from mm.wan.inputs import beside, check_inputs
-from mm.wan.layers import Fp32LayerNorm, ModuleFactories
+from mm.wan.inputs import ModelInputs
+from mm.wan.layers import ModuleFactories
 from mm.wan.patches import patchify, token_grid, unpatchify
 from mm.wan.precision import keep_fp32
 from mm.wan.rope import Grid, Positions, RotaryTables
+from mm.wan.sinusoid import timestep_sinusoid
 
 ModelT = TypeVar("ModelT", bound="WanModel")
 
@@ -77,35 +80,6 @@ class TextEmbedding(nn.Sequential):
         return out
 
 
-class ImageEmbedding(nn.Module):
-    """LayerNorm, linear, GELU, linear, LayerNorm on the image encoder's features of any dtype.
-
-    Models of two images add learned positions first, which tell the images apart.
-
-    Source: the released I2V and FLF2V weights; the exact GELU and an eps of 1e-5 as diffusers' `WanImageEmbedding`.
-    """
-
-    def __init__(self, config: WanConfig, parts: ModuleFactories) -> None:
-        super().__init__()
-        width = config.image_dim
-        self.proj = nn.Sequential(
-            Fp32LayerNorm(width, eps=1e-5),
-            parts.linear(width, width),
-            nn.GELU(),
-            parts.linear(width, config.hidden_size),
-            Fp32LayerNorm(config.hidden_size, eps=1e-5),
-        )
-        self.has_positions = IMAGES[config.model_type] > 1
-        if self.has_positions:
-            self.emb_pos = nn.Parameter(torch.zeros(1, config.image_tokens, width))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[B, I, image_dim] to [B, I, D] in the dtype of the linears."""
-        features = features.to(self.proj.get_parameter("1.weight").dtype)  # the norms' may be another
-        out: Tensor = self.proj(features + self.emb_pos if self.has_positions else features)
-        return out
-
-
 class Head(nn.Module):
     """Modulated LayerNorm and a linear from D to the pixels of a patch, all in fp32."""
 
@@ -146,8 +120,8 @@ class WanModel(nn.Module):
             parts.linear_fp32(config.freq_dim, width), nn.SiLU(), parts.linear_fp32(width, width)
         )
         self.time_projection = nn.Sequential(nn.SiLU(), parts.linear_fp32(width, 6 * width))
-        if config.image_tokens:
-            self.img_emb = ImageEmbedding(config, parts)
+        for name in config.task.modules:
+            self.add_module(name, EMBEDDINGS[name](config, parts))
         # A dict, not a list: a pipeline stage deletes the blocks it does not hold and the others keep their names.
         self.blocks = nn.ModuleDict({str(index): WanBlock(config, parts) for index in range(config.num_layers)})
         self.head = Head(config, parts)
@@ -178,53 +152,43 @@ class WanModel(nn.Module):
         model.load_state_dict(state, strict=True, assign=True)
         return model
 
-    def forward(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        text: Tensor,
-        image_features: Tensor | None = None,
-        condition: Tensor | None = None,
-    ) -> Tensor:
-        """The velocity of noisy latents.
-
-        Args:
-            latents: [B, C, F, H, W] noisy latents, C = `config.noise_channels`; cast to the model's dtype.
-            timestep: [B], 0 (clean) to 1000 (noise), a fraction allowed.
-            text: [B, L, text_dim] text features; cast to the model's dtype. Wan was trained with captions padded by
-                zero vectors to `config.text_len` and without a mask, so padding is the caller's part and changes
-                the result.
-            image_features: [B, I, image_dim] of the image encoder, with two images the first one's tokens before the
-                last one's; None in text-to-video models.
-            condition: [B, 4 + out_dim, F, H, W], the mask of the known frames (1 known, 0 to generate), then the
-                latents of the known frames; None in text-to-video models.
-
-        Returns:
-            [B, out_dim, F, H, W] fp32.
+    def forward(self, inputs: ModelInputs) -> Tensor:
+        """The velocity of noisy latents, [B, out_dim, F, H, W] fp32.
 
         Raises:
-            ConfigError: CFG-040 to CFG-043 and CFG-056 to CFG-059 when shapes do not fit the model or each other.
+            ConfigError: CFG-040 when latents cannot be cut into patches, and what `ModelInputs.check` raises.
         """
-        check_inputs(self.config, latents, timestep, text, image_features, condition)
-        grid = self.token_grid(latents)
-        hidden = self.patch_embedding(patchify(beside(latents, condition), self.config.patch_size))
-        conditions = self.embed_conditions(timestep, text, image_features)
-        positions = self.rotary.positions(grid, latents.device)
+        inputs.check(self.config)
+        grid = self.token_grid(inputs.latents)
+        hidden = self.patch_embedding(patchify(inputs.with_channels(self.config), self.config.patch_size))
+        conditions = self.embed_conditions(inputs)
+        positions = self.rotary.positions(grid, inputs.latents.device)
         hidden = self.run_blocks(hidden, conditions, positions)
         return unpatchify(self.head(hidden, conditions.time), grid, self.config.patch_size)
+
+    def velocity(self, latents: Tensor, timestep: Tensor, text: Tensor, **features: Tensor) -> Tensor:
+        """`forward` of the attributes of `ModelInputs`, with the task's features by their names."""
+        out: Tensor = self(ModelInputs(latents, timestep, text, features))
+        return out
 
     def token_grid(self, latents: Tensor) -> Grid:
         """Tokens along frames, rows and columns of latents [B, C, F, H, W]; CFG-040 as `mm.wan.patches.token_grid`."""
         frames, height, width = latents.shape[2:]
         return token_grid((frames, height, width), self.config.patch_size)
 
-    def embed_conditions(self, timestep: Tensor, text: Tensor, image_features: Tensor | None = None) -> Conditions:
-        """Embed timesteps [B], text features [B, L, text_dim] and image features [B, I, image_dim]."""
-        time = self.time_embedding(timestep_sinusoid(timestep, self.config.freq_dim))
-        context = self.text_embedding(text)
-        if image_features is not None:
-            context = torch.cat((self.img_emb(image_features), context), dim=1)
-        return Conditions(time, self.time_projection(time).unflatten(1, (6, -1)), context)
+    def embed_conditions(self, inputs: ModelInputs) -> Conditions:
+        """Embed timesteps, text and the features that do not enter as channels."""
+        time = self.time_embedding(timestep_sinusoid(inputs.timestep, self.config.freq_dim))
+        context, time_modulation = self.text_embedding(inputs.text), self.time_projection(time).unflatten(1, (6, -1))
+        for feature in self.config.task.features:
+            if feature.module is None:
+                continue
+            embedded = self.get_submodule(feature.module)(inputs.features[feature.name])
+            if feature.entry is Entry.CONTEXT:
+                context = torch.cat((embedded, context), dim=1)
+            else:
+                time_modulation = time_modulation + embedded
+        return Conditions(time, time_modulation, context)
 
     def run_blocks(self, hidden: Tensor, conditions: Conditions, positions: Positions) -> Tensor:
         """[B, T, D] to [B, T, D] through the blocks this model holds, in order."""
@@ -242,16 +206,3 @@ class WanModel(nn.Module):
         """Fill all parameters with `mm.wan.initial.initial_value`; they must be whole, not sharded."""
         for name, parameter in self.named_parameters():
             parameter.copy_(initial_value(name, parameter.shape, seed))
-
-
-def timestep_sinusoid(timestep: Tensor, width: int) -> Tensor:
-    """[B] timesteps (0 to 1000) to [B, width] fp32: cosines, then sines, at frequencies 10000^(-2i/width).
-
-    In fp64: an fp32 angle near 1000 is only known to some 1e-4, which is seen in the velocity.
-
-    Source: Vaswani et al. 2017 section 3.5, in the order [cos | sin] of the Wan weights.
-    """
-    half = width // 2
-    exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
-    angles = torch.outer(timestep.to(torch.float64), 10_000.0**-exponent)
-    return torch.cat((angles.cos(), angles.sin()), dim=1).float()

@@ -44,6 +44,8 @@ TOP: tuple[NameRule, ...] = (
     NameRule("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
     NameRule("img_emb.proj.4", "condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
     NameRule("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos", _BARE),
+    # Speed control only; in neither of the other systems, so that its names are the same everywhere.
+    *(NameRule(name, name, name) for name in (f"motion_controller.linear.{index}" for index in (0, 2, 4))),
     # VACE only.
     NameRule("vace_patch_embedding", "vace_patch_embedding", "vace_patch_embedding"),
 )

@@ -3,7 +3,7 @@
 | piece | parameters | computed in |
 | --- | --- | --- |
 | sinusoid of the timestep, rotary tables | none | fp64, given out as fp32 |
-| time_embedding, time_projection | fp32 | fp32 |
+| time_embedding, time_projection, motion_controller | fp32 | fp32 |
 | modulation of blocks and head, its shift, scale and gate | fp32 | fp32 |
 | LayerNorms without weights, norm3, img_emb.proj.0 and .4 | fp32 | fp32, cast back to the stream's dtype |
 | norm_q, norm_k, norm_k_img | the model's dtype | fp32, cast back |
@@ -20,7 +20,7 @@ holds parameters of two dtypes. Do not run it under autocast, which would put th
 
 from __future__ import annotations
 
-_FP32_MODULES = ("time_embedding", "time_projection", "head")
+_FP32_MODULES = ("time_embedding", "time_projection", "motion_controller", "head")
 _IMAGE_NORMS = ("img_emb.proj.0.", "img_emb.proj.4.")
 
 

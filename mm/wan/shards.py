@@ -29,6 +29,7 @@ _BITS = {"C64": 64, "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "BOOL": 8, "F4"
 }
 """Bits of an element in every dtype of the format; which of them are read is another question."""
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+_LFS_POINTER = b"version "  # what a clone without Git LFS has in place of a file begins with
 _COPY_AGAIN = "Copy or download the file again."
 
 
@@ -92,7 +93,10 @@ def read_header(path: Path) -> Header:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            if start == _LFS_POINTER:
+                raise DataError("DATA-022", f"{path} is a pointer of Git LFS, not the file.", "Fetch it: git lfs pull.")
+            header_size = int.from_bytes(start, "little")
             if size < 8 or header_size > min(size - 8, _MAX_HEADER):
                 raise _damaged(path, f"its header should have {header_size} bytes, the whole file has {size}")
             text = file.read(header_size)

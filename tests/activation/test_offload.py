@@ -89,7 +89,7 @@ def gradients(offloader: Offloader | None, plan: Recompute | None, passes: int) 
         torch.nn.init.normal_(parameter, std=0.2)
     outputs = []
     for _ in range(passes):
-        outputs.append(model(torch.randn(1, 16, 2, 6, 8), torch.rand(1) * 1000, torch.randn(1, 4, 8)))
+        outputs.append(model.velocity(torch.randn(1, 16, 2, 6, 8), torch.rand(1) * 1000, torch.randn(1, 4, 8)))
     for out in outputs:
         out.square().mean().backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -182,4 +182,4 @@ def test_a_forward_without_gradients_keeps_nothing() -> None:
     offloader = Offloader(HostQueues(), 0, SLOT)
     model = WanModel(WAN, ModuleFactories(run_blocks=block_runner(KEEP, offloader)))
     with torch.no_grad():
-        model(torch.randn(1, 16, 2, 6, 8), torch.rand(1), torch.randn(1, 4, 8))
+        model.velocity(torch.randn(1, 16, 2, 6, 8), torch.rand(1), torch.randn(1, 4, 8))

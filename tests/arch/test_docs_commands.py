@@ -8,13 +8,8 @@ from pathlib import Path
 import pytest
 
 from mm.cli.convert import ConvertFlags
-from mm.cli.demo import DemoFlags
 from mm.cli.doctor import DoctorFlags
-from mm.cli.doctor_data import DoctorDataFlags
-from mm.cli.doctor_parity import ParityFlags
-from mm.cli.migrate import MigrateFlags
-from mm.cli.plot import PlotFlags
-from mm.cli.score import ScoreFlags
+from mm.cli.flags_page import PROGRAMS as COMMANDS_WITH_FLAGS
 from mm.cli.zero_to_bf16 import ZeroFlags
 from mm.config.extract import RETIRED_EXTRACT_FLAGS, ExtractFlags
 from mm.config.flags import Flags, flag_name
@@ -24,18 +19,7 @@ from mm.config.train import RETIRED_TRAIN_FLAGS, TrainFlags
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
-PROGRAMS: dict[str, type[Flags]] = {
-    "mm convert": ConvertFlags,
-    "mm demo": DemoFlags,
-    "mm doctor": DoctorFlags,
-    "mm doctor data": DoctorDataFlags,
-    "mm doctor parity": ParityFlags,
-    "mm extract": ExtractFlags,
-    "mm generate": GenerateFlags,
-    "mm migrate": MigrateFlags,
-    "mm plot": PlotFlags,
-    "mm score": ScoreFlags,
-    "mm train": TrainFlags,
+SCRIPTS: dict[str, type[Flags]] = {
     "convert_ckpt.py": ConvertFlags,
     "zero_to_bf16.py": ZeroFlags,
     "pretrain.sh": DoctorFlags,  # with DRY_RUN and DOCTOR it takes these; they hold those of training
@@ -44,8 +28,9 @@ PROGRAMS: dict[str, type[Flags]] = {
     "inference.sh": GenerateFlags,
     "feature_extraction.sh": ExtractFlags,
 }
+PROGRAMS = {**COMMANDS_WITH_FLAGS, **SCRIPTS}
 OF_OTHER_PROGRAMS = re.compile(
-    r"--(help|nproc[-_]per[-_]node|nnodes|node[-_]rank|max[-_]restarts|master[-_](addr|port)|rdzv-\w+|shm-size|requeue"
+    r"--(help|version|nproc[-_]per[-_]node|nnodes|node[-_]rank|max[-_]restarts|master[-_](addr|port)|rdzv-\w+|shm-size|requeue"
     r"|signal|time|nodes|exact|ckpt-[a-z]+|cpus-per-task|gpus-per-node|gres|export|open-mode|output|kill-on-bad-exit|net"
     r"|use_peft_lora|logit_mean)"
 )

@@ -15,7 +15,7 @@ LABELS = {"mode", "attention", "heads", "operator", "D", "GB", "direction"}
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    return subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, timeout=300, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")

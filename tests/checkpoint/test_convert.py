@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -55,6 +56,16 @@ def assert_same_bits(first, second):
     assert first.keys() == second.keys()
     for name in first:
         assert bits(first[name]) == bits(second[name]), name
+
+
+def read_native(folder):
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+def read_native_of(original, tmp_path):
+    convert.convert_to_native(original, tmp_path / "expected")
+    return read_native(tmp_path / "expected")
 
 
 class Loadable(WanTransformer3DModel):
@@ -413,6 +424,64 @@ def test_a_kill_leaves_nothing_or_everything_at_the_target(original, tmp_path, p
         assert not (tmp_path / "out").exists()
         convert.convert_to_hf(original, tmp_path / "out", original)
         assert_same_bits(tensors_of(tmp_path / "out"), tensors_of(original))
+
+
+def killed(setting, action, *arguments):
+    """Run a conversion in a process that MM_FAULT kills."""
+    pid = os.fork()
+    if pid == 0:  # nothing of pytest may run in the child
+        try:
+            os.environ["MM_FAULT"] = setting
+            action(*arguments)
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == 9
+
+
+def in_mm_format(original, folder):
+    """Files of weights that `convert_to_hf` adds to, as MindSpeed-MM's guide has them."""
+    convert.convert_to_mm(original, folder)
+    return folder
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2, 3])
+def test_a_kill_while_a_release_is_added_is_finished_by_the_same_command(original, tmp_path, moved):
+    """The source's own folder gets `release/`, mm_config.json and, last, the tracker; a kill may come between them."""
+    folder = tmp_path / "weights"
+    shutil.copytree(original, folder)
+    before = names(folder)
+    killed(f"convert.entry_moved:{moved}:kill9" if moved else "convert.files_written:1:kill9",
+           convert.convert_to_mm, folder, folder)  # fmt: skip
+    left = [name for name in names(folder) if not name.startswith(".tmp-")]
+    assert len(left) == len(before) + moved
+    words = ["--mode", "convert_to_mm", "--source_path", str(folder), "--target_path", str(folder)]
+    assert run(main, words) == (74 if moved == 3 else 0), "with the tracker it was finished"
+    added = ["latest_checkpointed_iteration.txt", "mm_config.json", "release"]
+    assert [name for name in names(folder) if not name.startswith(".tmp-")] == sorted([*before, *added])
+    convert.convert_to_native(folder, tmp_path / "back")
+    assert_same_bits(read_native(tmp_path / "back"), read_native_of(original, tmp_path))
+
+
+@pytest.mark.parametrize("moved", [1, 2])
+def test_a_kill_while_hf_files_are_added_is_finished_by_the_same_command(original, tmp_path, moved):
+    folder = in_mm_format(original, tmp_path / "mm")
+    killed(f"convert.entry_moved:{moved}:kill9", convert.convert_to_hf, folder, folder, original)
+    assert not (folder / "config.json").exists()
+    words = ["--mode", "convert_to_hf", "--source_path", str(folder), "--target_path", str(folder)]
+    assert run(main, [*words, "--max_shard_size", "20KB"]) == 74, "other files than the first run's"
+    assert run(main, [*words, "--ckpt_path", str(original)]) == 0
+    assert_same_bits(tensors_of(folder), tensors_of(original))
+
+
+def test_what_another_conversion_left_is_not_taken_over(original, tmp_path, caplog):
+    folder = tmp_path / "weights"
+    shutil.copytree(original, folder)
+    killed("convert.entry_moved:2:kill9", convert.convert_to_mm, folder, folder, ((1, 1),))
+    left = names(folder)
+    with pytest.raises(CheckpointError, match=r"CKPT-020.*release"):
+        convert.convert_to_mm(folder, folder)
+    assert names(folder) == left
+    assert "was left by an interrupted conversion" in caplog.text
 
 
 def test_too_little_space_is_said_before_writing(original, tmp_path, monkeypatch):

@@ -2,8 +2,8 @@
 
 import json
 import os
+import resource
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,12 @@ def dry_run(
         timeout=300,
         check=False,
     )
+
+
+def seconds_computed() -> float:
+    """Of processes that this one has started and seen end: the time of one that has a core to itself."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def report(size: str, *words: str, **environment: str) -> Any:
@@ -62,12 +68,12 @@ def test_a_rank_of_4096_in_less_than_a_minute(tmp_path: Path, blocks: int) -> No
     model = json.loads((EXAMPLES / "14b" / "t2v" / "pretrain_model.json").read_text())
     model["predictor"] |= {"num_layers": 8 * blocks, "pipeline_num_layers": [[blocks] * 4] * 2}
     (tmp_path / "model.json").write_text(json.dumps(model))
-    started = time.monotonic()
+    started = seconds_computed()
     found = report(
         "14b", "--sequence-parallel", "--rank", "4095",
         NNODES="512", TP="2", CP="4", PP="4", VP="2", GRAD_ACC_STEP="16", MM_MODEL=str(tmp_path / "model.json"),
     )  # fmt: skip
-    assert time.monotonic() - started < 60
+    assert seconds_computed() - started < 60
     assert [found[f"{axis}_rank"] for axis in ("tp", "cp", "dp", "pp")] == [1, 3, 127, 3]
     assert found["tokens"] == 21 * 30 * 52
     assert found["rank_tokens"] == found["tokens"] / 8
@@ -85,9 +91,9 @@ def test_a_rank_of_4096_in_less_than_a_minute(tmp_path: Path, blocks: int) -> No
 )
 def test_14b_without_a_pipeline_in_less_than_a_minute(words: tuple[str, ...], environment: dict[str, str]) -> None:
     """All 40 blocks on one rank, two micro-batches: the most that a dry run has to do."""
-    started = time.monotonic()
+    started = seconds_computed()
     report("14b", *words, **{"NNODES": "512", "GRAD_ACC_STEP": "4", **environment})
-    assert time.monotonic() - started < 60
+    assert seconds_computed() - started < 60
 
 
 def test_tables_for_people(two_blocks: str) -> None:

@@ -31,7 +31,7 @@ def start(demo: Path, tmp_path: Path) -> Iterator[Starter]:
 
     def start(num_processes: int, words: tuple[str, ...] = (), before: tuple[str, ...] = (), **how: Any) -> Job:
         environment = variables(demo, tmp_path / "run", num_processes) | how.pop("environment", {})
-        job = Job([*before, "bash", str(PRETRAIN), *WORDS, *words], environment, **how)
+        job = Job([*before, "bash", str(how.pop("script", PRETRAIN)), *WORDS, *words], environment, **how)
         started.append(job)
         return job
 
@@ -129,6 +129,59 @@ def test_way(start: Starter, name: str, num_processes: int) -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("name", ["SIGTERM to the script", "SIGTERM to its group", "SIGTERM to the last rank"])
+def test_what_was_asked_to_stop_is_not_started_again(start: Starter, name: str) -> None:
+    job = start(2, environment={"MAX_RESTARTS": "2"})
+    job.wait_for_steps(STEPS_BEFORE)
+    WAYS[name].end(job)
+    assert job.exit_code() == 75, job.log()
+    assert job.left() == {}
+    assert job.saved_at() == job.steps()
+    assert job.log().count("error ") == 1
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("name", ["SIGTERM to its group", "Ctrl-C"])
+def test_adapters(start: Starter, demo: Path, tmp_path: Path, name: str, num_processes: int) -> None:
+    """finetune_lora.sh."""
+    told = variables(demo, tmp_path / "run", num_processes)
+    job = start(
+        num_processes,
+        environment={"LOAD_BASE_MODEL": told["LOAD_PATH"], "LOAD_PATH": ""},
+        script=PRETRAIN.with_name("finetune_lora.sh"),
+        **WAYS[name].how,
+    )
+    job.wait_for_steps(STEPS_BEFORE)
+    WAYS[name].end(job)
+    assert job.exit_code() == 75, job.log()
+    assert job.left() == {}
+    assert job.saved_at() == job.steps()
+    assert job.log().count("error ") == 1
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("whom", "num_processes", "code", "said"),
+    [
+        ("script", 1, 131, ""),
+        ("script", 2, 131, "error RUN-010: Ended at once by SIGQUIT to the launcher. Nothing was saved since"),
+        ("last rank", 2, 74, "was ended by SIGQUIT. Fix: Somebody sent it that signal"),
+    ],
+)
+def test_other_signals_end_at_once(start: Starter, whom: str, num_processes: int, code: int, said: str) -> None:
+    """SIGQUIT (Ctrl-\\), which asks for no order."""
+    job = start(num_processes)
+    job.wait_for_steps(STEPS_BEFORE)
+    os.kill(job.pid if whom == "script" else last_rank(job), signal.SIGQUIT)
+    assert job.exit_code() == code, job.log()
+    assert job.left() == {}
+    assert job.checkpoints() == []
+    assert said in job.log().splitlines()[-1]
+    assert job.log().count("error ") == (said != "")
+
+
+@pytest.mark.nightly
 def test_a_second_ctrl_c_quits(start: Starter) -> None:
     """The first says how; the second ends a step that does not come to its end, because a process stands still."""
     job = start(2, on_terminal=True)
@@ -219,6 +272,21 @@ def test_under_nohup_a_terminal_may_go(start: Starter, num_processes: int) -> No
     assert job.left() == {}
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_closed_streams(start: Starter, num_processes: int) -> None:
+    """A daemon that closes everything: what would be said there is in the log, and in no other file."""
+    job = start(num_processes, before=("bash", "-c", 'exec "$@" <&- >&- 2>&-', "closed"))
+    job.wait_for_steps(STEPS_BEFORE)
+    for process in job.family():
+        assert os.readlink(f"/proc/{process}/fd/2") == os.devnull
+    os.kill(job.pid, signal.SIGTERM)
+    assert job.exit_code() == 75
+    assert job.left() == {}
+    assert job.saved_at() == job.steps()
+    assert job.log().splitlines()[-1].startswith("error RUN-001")
+
+
 class Fault(NamedTuple):
     """A run that ends by an error. words, environment: which make it. exit_code, id: of its end."""
 
@@ -231,7 +299,7 @@ class Fault(NamedTuple):
 SAVE = ("--save-interval", "2")
 FAULTS = {
     "the command line": Fault(("--train-itres", "5"), {}, 64, "CFG-007"),
-    "the configuration": Fault(("--tensor-model-parallel-size", "3"), {}, 64, "CFG-032"),
+    "the configuration": Fault(("--min-lr", "1"), {}, 64, "CFG-025"),
     "the weights": Fault(("--load", "nowhere"), {}, 65, "DATA-020"),
     "a save on a full disk": Fault(SAVE, {"MM_FAULT": "save.shard_half_written:1:enospc"}, 74, "CKPT-031"),
     "a defect in a save": Fault(SAVE, {"MM_FAULT": "save.manifest_written:1:raise"}, 70, "RUN-005"),

@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from ranks import free_port
+from ranks import ANY_PORT
 
 from mm.config.base import load
 from mm.config.data import load_extract_data, load_train_data
 from mm.config.extract import check_extraction, extraction_task, load_extract_model, load_extract_tools
+from mm.config.flags import parse_flags
+from mm.config.generate import GenerateFlags
 from mm.config.model import WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B
-from mm.config.train import PretrainModel
+from mm.config.train import PretrainModel, TrainFlags
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "wan2.1"
@@ -131,7 +133,7 @@ def pretrain_on_two_processes(script: str, configs: Path, weights: Path, tmp_pat
         *("--train-iters", "2", "--save-interval", "1", "--keep-latest", "1", "--num-workers", "0", "--device", "cpu"),
         timeout_s=120,
         NPUS_PER_NODE="2",
-        MASTER_PORT=str(free_port()),
+        MASTER_PORT=ANY_PORT,
         MBS="2",
         GRAD_ACC_STEP="2",
         PRECISION="fp32",
@@ -179,7 +181,7 @@ def test_scripts_of_images_from_videos_to_a_checkpoint(demo: Path, tmp_path: Pat
     task = script.split("/")[1]
     files = tmp_path / "files"
     few_clips(demo, demo / "configs" / task, files)
-    variables = {"NPUS_PER_NODE": "2", "MASTER_PORT": str(free_port()), "LOG_DIR": str(tmp_path / "logs"), "TASK": task}
+    variables = {"NPUS_PER_NODE": "2", "MASTER_PORT": ANY_PORT, "LOG_DIR": str(tmp_path / "logs"), "TASK": task}
     variables |= {"MM_DATA": str(files / "data.json"), "MM_MODEL": str(files / "model_wan.json")}
     variables |= {"MM_TOOL": str(files / "tools.json")}
     extraction = EXAMPLES / "feature_extract" / "feature_extraction.sh"
@@ -252,7 +254,7 @@ def finetune_on_two_processes(script: str, configs: Path, weights: Path, tmp_pat
         *("--train-iters", "2", "--save-interval", "1", "--keep-latest", "1", "--num-workers", "0", "--device", "cpu"),
         timeout_s=120,
         NPUS_PER_NODE="2",
-        MASTER_PORT=str(free_port()),
+        MASTER_PORT=ANY_PORT,
         MBS="2",
         PRECISION="fp32",
         MM_DATA=str(configs / "feature_data.json"),
@@ -299,6 +301,34 @@ def test_a_precision_that_does_not_exist_is_not_fp32(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr[:13]) == (64, "error ENV-004")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*/*/*.sh")), ids=lambda p: str(p.relative_to(EXAMPLES)))
+def test_scripts_give_flags_that_their_command_takes(tmp_path: Path, script: Path) -> None:
+    """What reaches the program, by a `python` that writes its words down; the command's own flags read them."""
+    recorder = tmp_path / "python"
+    recorder.write_text('#!/bin/bash\nprintf "%s\\0" "$@" >"$WORDS"\n')
+    recorder.chmod(0o755)
+    bash(
+        script, "--seed", "5", timeout_s=20, PATH=f"{tmp_path}:{os.environ['PATH']}", VIRTUAL_ENV=str(tmp_path),
+        WORDS=str(tmp_path / "words"), SAVE_PATH=str(tmp_path / "an out"), NPUS_PER_NODE="1",
+    )  # fmt: skip
+    isolated, module, *words = (tmp_path / "words").read_text().split("\0")[:-1]
+    assert Path(isolated).samefile(ROOT / "mm" / "isolated.py")
+    size, task, stage = script.relative_to(EXAMPLES).with_suffix("").parts
+    assert module == ("mm.cli.generate" if stage == "inference" else "mm.cli.train")
+    flags = parse_flags(GenerateFlags if stage == "inference" else TrainFlags, words, program=module)
+    assert Path(flags.mm_model).samefile(
+        script.with_name(f"{'inference' if stage == 'inference' else 'pretrain'}_model.json")
+    )
+    assert flags.seed == 5
+    weights = f"wan2.1-{'t2v' if task == 'v2v' else task}-{size}"
+    if isinstance(flags, TrainFlags):
+        assert flags.save == str(tmp_path / "an out")
+        assert flags.lora == (stage == "finetune_lora")
+        assert flags.layerzero == (size == "14b" and not flags.lora)
+    loaded = flags.load_base_model if isinstance(flags, TrainFlags) and flags.lora else flags.load
+    assert loaded is not None and weights in loaded.lower()
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.rglob("*.sh")), ids=lambda p: str(p.relative_to(EXAMPLES)))

@@ -201,3 +201,8 @@ def test_configuration_is_refused_without_importing_torch(tmp_path: Path) -> Non
     assert done.returncode == 64, done.stderr
     lines = done.stderr.splitlines()
     assert lines and all(line.startswith("error CFG-004") for line in lines)
+
+
+def test_a_value_that_is_called_as_a_flag_is_told_as_it_is() -> None:
+    with pytest.raises(ConfigError, match=r'CFG-005: --resume-changed is "seed"; '):
+        parse_flags(TrainFlags, ["--resume-changed", "seed"], program="mm train")

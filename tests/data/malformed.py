@@ -1,4 +1,4 @@
-"""The 53 malformed inputs: how each is made, and a process that runs one group of them through the commands.
+"""The 54 malformed inputs: how each is made, and a process that runs one group of them through the commands.
 
     python -c "import sys, malformed; malformed.run_group(sys.argv[1], sys.argv[2])" GROUP FOLDER
 
@@ -120,6 +120,9 @@ VIDEOS: dict[str, Callable[[Path], Any]] = {
     "askew by its matrix": turned(0.8, 0.6, -0.6, 0.8),
     "frames of two sizes": of_two_sizes,
     "unknown codec": lambda path: path.write_bytes(write_clip(path).read_bytes().replace(b"avc1", b"zzzz")),
+    "list of files": lambda path: path.write_text(
+        f"ffconcat version 1.0\nfile {write_clip(path.with_name('part.mp4')).name}\n"
+    ),
     "directory instead of file": Path.mkdir,
     "loop of links": loop,
     "permission denied": forbidden,

@@ -1,5 +1,6 @@
 """Features of tasks with images: store, checks against the model, loader."""
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_feature_store import MODEL, ORIGIN, RECIPE, feature, metadata, tensors, train_data, write_store
 
-from mm.config.model import IMAGES, WanConfig
+from mm.config.model import WanConfig
+from mm.config.tasks.registry import TASKS as DECLARED
 from mm.data.dataset import open_features
 from mm.data.features import Feature, Origin, feature_name, read_feature, text_hash, write_feature
 from mm.data.listing import FeatureRow as Row
@@ -30,8 +32,9 @@ def with_images(task: str, **sizes: Any) -> WanConfig:
 def image_feature(task: str, seed: int = 0) -> Feature:
     random = torch.Generator().manual_seed(100 + seed)
     clean = feature(seed, tokens=1 + seed % 5)
-    features = torch.randn(3 * IMAGES[task], 4, generator=random)
-    return Feature(clean.latents, clean.prompt, 4, features, torch.randn(20, 3, 8, 8, generator=random))
+    features = torch.randn(3 * len(DECLARED[task].frames), 4, generator=random)
+    condition = torch.randn(20, 3, 8, 8, generator=random)
+    return Feature(clean.latents, clean.prompt, 4, {"image_features": features, "condition": condition})
 
 
 def image_store(folder: Path, task: str, num_samples: int = 4) -> Path:
@@ -71,10 +74,10 @@ def test_a_sample_comes_back_as_it_was(task: str, tmp_path: Path) -> None:
     dataset = open_features(train_data(image_store(tmp_path / "s", task)), with_images(task))
     for index in range(4):
         item, written = dataset[index], image_feature(task, index)
-        assert written.latents is not None and written.image_features is not None and written.condition is not None
+        assert written.latents is not None and written.features.keys() == {"image_features", "condition"}
         assert torch.equal(item["latents"], written.latents)
-        assert torch.equal(item["image_features"], written.image_features)
-        assert torch.equal(item["condition"], written.condition)
+        assert torch.equal(item["features"]["image_features"], written.features["image_features"])
+        assert torch.equal(item["features"]["condition"], written.features["condition"])
     assert torch.equal(dataset.empty_prompt(), torch.full((1, 8), 7.0))
     row = (tmp_path / "s" / "data.jsonl").read_text().splitlines()[0]
     assert f'"task":"{task}"' in row
@@ -106,7 +109,7 @@ def test_two_tasks_mixed(tmp_path: Path) -> None:
 
 
 def pictured(task: str = "i2v", **changes: torch.Tensor) -> dict[str, torch.Tensor]:
-    images = {"image_features": torch.zeros(3 * IMAGES[task], 4), "condition": torch.zeros(20, 3, 8, 8)}
+    images = {"image_features": torch.zeros(3 * len(DECLARED[task].frames), 4), "condition": torch.zeros(20, 3, 8, 8)}
     return {**tensors(), **images, **changes}
 
 
@@ -151,13 +154,24 @@ def test_batches_are_the_samples_stacked_and_captions_alone_are_dropped(task: st
     store = image_store(tmp_path / "s", task)
     kept = batches(store, task)
     for batch in kept:
-        assert batch["image_features"].shape == (2, 3 * IMAGES[task], 4)
-        assert batch["condition"].shape == (2, 20, 3, 8, 8)
+        assert batch["features"]["image_features"].shape == (2, 3 * len(DECLARED[task].frames), 4)
+        assert batch["features"]["condition"].shape == (2, 20, 3, 8, 8)
         for row, name in enumerate(batch["sample"]):
             written = image_feature(task, int(name.removeprefix("videos/").removesuffix(".mp4")))
-            assert torch.equal(batch["image_features"][row], written.image_features)
-            assert torch.equal(batch["condition"][row], written.condition)
+            assert torch.equal(batch["features"]["image_features"][row], written.features["image_features"])
+            assert torch.equal(batch["features"]["condition"][row], written.features["condition"])
     for one, other in zip(kept, batches(store, task, caption_dropout=1.0, num_workers=1), strict=True):
         assert not torch.equal(one["text"], other["text"])
-        for name in ("latents", "image_features", "condition"):
-            assert torch.equal(one[name], other[name])
+        assert torch.equal(one["latents"], other["latents"])
+        for name in ("image_features", "condition"):
+            assert torch.equal(one["features"][name], other["features"][name])
+
+
+def test_a_feature_that_is_declared_so_is_dropped_with_the_caption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, condition = DECLARED["i2v"].features
+    features = (tokens, replace(condition, dropped_with_caption=True))
+    monkeypatch.setitem(DECLARED, "i2v", replace(DECLARED["i2v"], features=features))
+    for batch in batches(image_store(tmp_path / "s", "i2v"), "i2v", caption_dropout=1.0):
+        assert batch["features"]["image_features"].any() and not batch["features"]["condition"].any()

@@ -7,8 +7,9 @@ import pytest
 from feature_samples import write_clip
 
 from mm.config.data import DataSource
+from mm.config.tasks.task import Column
 from mm.data.features import feature_name
-from mm.data.metadata import MAX_CAPTION_CHARACTERS, load_samples
+from mm.data.metadata import MAX_CAPTION_CHARACTERS, check_rows, load_samples
 from mm.errors import DataError
 
 
@@ -240,3 +241,25 @@ def test_one_caption_of_a_list_is_drawn_from_the_seed(folder: Path) -> None:
     drawn = [sample.caption(seed) for seed in range(30)]
     assert drawn == [sample.caption(seed) for seed in range(30)]
     assert set(drawn) == {"a", "b", "c"}
+
+
+SPEED = Column("motion_bucket_id", 0, 100)
+
+
+@pytest.mark.parametrize("value", [0, 100, 33.25])
+def test_a_column_of_the_task(folder: Path, value: float) -> None:
+    (row,) = check_rows([source(folder, [{**GOOD, SPEED.name: value}])], [SPEED])
+    assert not row.problems and row.sample is not None and row.sample.columns == {SPEED.name: value}
+
+
+@pytest.mark.parametrize("value", [None, -1, 100.5, True, "50", [50]])
+def test_a_column_of_the_task_that_cannot_be_used(folder: Path, value: object) -> None:
+    (row,) = check_rows([source(folder, [{**GOOD, SPEED.name: value}])], [SPEED])
+    (problem,) = row.problems
+    assert problem.id == "DATA-061" and "takes a number from 0 to 100" in problem.message
+
+
+def test_a_column_of_another_task_is_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    (sample,) = load_samples([source(folder, [{**GOOD, SPEED.name: "anything"}])])
+    assert sample.columns == {} and "nothing here depends on the columns motion_bucket_id" in caplog.text

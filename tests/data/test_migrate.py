@@ -125,8 +125,8 @@ def test_features_with_images(task: str, tmp_path: Path) -> None:
     migrate(source, tmp_path / "new", MADE_WITH, show_progress=False)
     dataset = open_features(train_data(tmp_path / "new"), with_images(task, img_dim=4, clip_token_len=257))
     for item in (dataset[0], dataset[1]):
-        assert torch.equal(item["image_features"], pictures["i2v_clip_feature"])
-        assert torch.equal(item["condition"], pictures["i2v_vae_feature"])
+        assert torch.equal(item["features"]["image_features"], pictures["i2v_clip_feature"])
+        assert torch.equal(item["features"]["condition"], pictures["i2v_vae_feature"])
     other = write(tmp_path / "mixed", [legacy(**pictures), legacy(**images(last=task == "i2v"))])
     with pytest.raises(DataError, match="DATA-049"):
         migrate(other, tmp_path / "refused", MADE_WITH, show_progress=False)

@@ -6,9 +6,11 @@ import re
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
 from numbered_clips import (
     GOP,
     KINDS,
@@ -19,6 +21,7 @@ from numbered_clips import (
     number_of,
     plain_decode,
     remux,
+    with_cover,
     with_edits,
     write_numbered,
 )
@@ -229,3 +232,55 @@ def test_a_codec_that_no_decoder_knows(tmp_path: Path) -> None:
     (tmp_path / "b.mp4").write_bytes(content.replace(b"avc1", b"zzzz"))
     with pytest.raises(DataError, match="DATA-097"):
         probe(tmp_path / "b.mp4")
+
+
+def test_covers_are_no_videos(tmp_path: Path) -> None:
+    """Films and music bring a picture of themselves, which FFmpeg shows as a stream of video."""
+    film = write_numbered(tmp_path / "film.mp4", options=GOP)
+    covered = with_cover(tmp_path / "covered.mp4", [film])
+    with av.open(str(covered)) as container:
+        assert container.streams.video[0].disposition & Disposition.attached_pic, "the picture comes first"
+    plain = plain_decode(film)
+    for reader in READERS:
+        info = probe(covered, reader)
+        assert info.num_frames == 60
+        assert np.array_equal(frames(covered, info, 25, 34, reader), plain[25:34])
+    song = tmp_path / "song.m4a"
+    with av.open(str(song), "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=44100)
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        silence.sample_rate = 44100
+        container.mux(stream.encode(silence))
+        container.mux(stream.encode())
+    with pytest.raises(DataError, match="DATA-003"):
+        probe(with_cover(tmp_path / "song.mp4", [song]))
+
+
+def test_what_leads_to_other_files_is_no_video(tmp_path: Path) -> None:
+    """FFmpeg follows lists of segments, and patterns in names; text it draws."""
+    write_numbered(tmp_path / "segment.ts", options=GOP)
+    write_numbered(
+        tmp_path / "0001.png", 1, "png", "rgb24", container_format="image2", container_options={"update": "1"}
+    )
+    head = "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:2.4,\n"
+    (tmp_path / "list.m3u8").write_text(f"{head}segment.ts\n#EXT-X-ENDLIST\n")
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile segment.ts\n")
+    (tmp_path / "%04d.png").write_bytes((tmp_path / "0001.png").read_bytes())
+    (tmp_path / "notes.txt").write_text("no video\n" * 99)
+    for name in ("list.m3u8", "list.mp4", "%04d.png", "notes.txt"):
+        assert plain_decode(tmp_path / name).size, "FFmpeg would read it"
+        with pytest.raises(DataError, match=f"DATA-099: .*{name}"):
+            probe(tmp_path / name)
+
+
+def test_names_that_look_like_protocols(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("12:30").mkdir()
+    file = write_numbered(tmp_path / "12:30" / "a.mp4", 20, options=GOP)
+    for name in ("2024-01-01T12:30:05.mp4", "concat:a.mp4", "http:a.mp4", "%d.mp4"):
+        Path(name).write_bytes(file.read_bytes())
+    for name in ("12:30/a.mp4", "2024-01-01T12:30:05.mp4", "concat:a.mp4", "http:a.mp4", "%d.mp4"):
+        for reader in READERS:
+            info = probe(Path(name), reader)
+            assert info.read_by == reader
+            assert [number_of(frame) for frame in frames(Path(name), info, 3, 8, reader)] == [3, 4, 5, 6, 7]

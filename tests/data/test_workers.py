@@ -113,18 +113,51 @@ def test_a_reader_killed_between_jobs_costs_nothing(tmp_path: Path) -> None:
         assert numbers(outcomes) == [1, 2, 3, 4, 5]
 
 
-def test_signals_that_a_launcher_sends_to_everybody_are_the_parents_affair(tmp_path: Path) -> None:
-    with closing(read(tmp_path, (("read", number) for number in range(6)), 1)) as outcomes:
+SENT_TO_ALL = """
+import os, signal, sys
+from contextlib import closing
+from pathlib import Path
+import psutil
+from mm.data.fork_server import SENT_TO_ALL
+from test_workers import numbers, read
+if __name__ == "__main__":
+    with closing(read(Path(sys.argv[1]), (("read", number) for number in range(8)), 1)) as outcomes:
+        _, first = next(outcomes)
+        reader = psutil.Process(first.facts["process"])
+        server = reader.parent()
+        assert server.pid != os.getpid()
+        for name in SENT_TO_ALL:
+            for process in (reader, server):
+                process.send_signal(name)
+        others = [outcome.facts["process"] for _, outcome in outcomes]
+        assert others == [reader.pid] * 7, others
+    assert numbers(read(Path(sys.argv[1]), [("read", 8)])) == [8]
+    assert server.is_running() and server.status() != psutil.STATUS_ZOMBIE
+    print("done")
+"""
+
+
+def test_signals_that_are_sent_to_everybody_are_the_parents_affair(tmp_path: Path) -> None:
+    """In a process of its own: pytest's has a server that tests' ranks are forked from, which hears signals."""
+    script = tmp_path / "script.py"
+    script.write_text(SENT_TO_ALL)
+    here = Path(__file__)
+    environment = {**os.environ, "PYTHONPATH": f"{here.parents[2]}:{here.parent}"}
+    done = subprocess.run(
+        [sys.executable, script, tmp_path], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "done\n", done.stderr
+
+
+def test_a_server_that_is_gone_is_started_again(tmp_path: Path) -> None:
+    with closing(read(tmp_path, (("read", number) for number in range(4)), 1)) as outcomes:
         _, first = next(outcomes)
         server = psutil.Process(first.facts["process"]).parent()
         assert server is not None and server.pid != os.getpid()
-        for process in (first.facts["process"], server.pid):
-            os.kill(process, signal.SIGTERM)
-        os.kill(first.facts["process"], signal.SIGUSR1)
+        server.kill()
         wait_for(lambda: server.status() == psutil.STATUS_ZOMBIE)
-        others = [outcome.facts["process"] for _, outcome in outcomes]
-    assert others == [first.facts["process"]] * 5
-    assert numbers(read(tmp_path, [("read", 0)])) == [0], "a fork server that is gone is started again"
+        assert [outcome.facts["process"] for _, outcome in outcomes] == [first.facts["process"]] * 3
+    assert numbers(read(tmp_path, [("read", 4)])) == [4]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

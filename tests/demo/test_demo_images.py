@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import CLIPVisionModel
 
 from mm.config.base import load
-from mm.config.model import IMAGES
+from mm.config.tasks.registry import TASKS as DECLARED
 from mm.config.train import PretrainModel
 from mm.demo.clips import COLOURS, DIRECTIONS, DemoClip, all_clips
 from mm.demo.components import MODEL_NAMES
@@ -40,7 +40,7 @@ def test_the_folder_is_complete_for_diffusers(demo: Path, task: str) -> None:
 def test_the_configuration_is_that_of_the_weights(demo: Path, task: str) -> None:
     predictor = load(PretrainModel, demo / "configs" / task / "pretrain_model.json").predictor.wan()
     assert predictor == WeightFolder.open(demo / "weights" / MODEL_NAMES[task] / "transformer").config()
-    assert (predictor.model_type, predictor.image_tokens) == (task, 257 * IMAGES[task])
+    assert (predictor.model_type, predictor.image_tokens) == (task, 257 * len(DECLARED[task].frames))
 
 
 def test_images_are_first_and_last_frames_of_clips_that_are_not_trained_on(demo: Path) -> None:

@@ -40,7 +40,7 @@ def test_every_stage_takes_a_folder_of_any_name(tmp_path: Path, capsys: pytest.C
     data, model = configs / "feature_data.json", configs / "pretrain_model.json"
     doctor_data.main(["--mm-data", str(data), "--mm-model", str(model), "--num-workers", "1"])
     assert "16 samples, all of them can be used" in capsys.readouterr().out
-    for task, images in (("i2v", 1), ("flf2v", 2)):
+    for task, images in (("i2v", 1), ("flf2v", 2), ("speedcontrol", 0)):
         rows, bad = read_rows(load(InferenceModel, configs / task / "inference_model.json"))
         assert len(rows) == 16 and not bad
         assert all(len(row.images) == images and all(path.is_file() for path in row.images) for row in rows)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import free_port
+from ranks import ANY_PORT
 
 from mm.device.backend import select
 from mm.device.present import refuse_silent_cpu, require_kernels, sign_of
@@ -118,7 +118,7 @@ def test_a_device_without_kernels_is_refused_at_the_start(capability: tuple[int,
 def test_a_job_of_two_processes_ends_before_it_begins(demo: Path) -> None:
     configs = demo / "configs"
     command = [
-        *(sys.executable, "-m", "mm.cli.launch", "--nproc-per-node", "2", "--master-port", str(free_port())),
+        *(sys.executable, "-m", "mm.cli.launch", "--nproc-per-node", "2", "--master-port", ANY_PORT),
         *("-m", "mm.cli.train", "--mm-data", str(configs / "feature_data.json"), "--init-from-scratch"),
         *(
             "--mm-model",

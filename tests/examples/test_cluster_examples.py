@@ -198,8 +198,9 @@ def pods() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def read_by(script: Path) -> set[str]:
-    """The variables that a script takes from its environment."""
-    return set(re.findall(r"^(\w+)=\$\{\1:-", script.read_text(), re.M))
+    """The variables that a script, and what it shares with others, take from the environment."""
+    shared = script.parents[2] / "common.sh"
+    return set(re.findall(r"^ *(\w+)=\$\{\1:-", script.read_text() + shared.read_text(), re.M))
 
 
 def test_pytorchjob_sets_what_the_script_reads() -> None:

@@ -24,6 +24,7 @@ from feature_samples import (
 )
 from feature_samples import write_extraction_files as write_files
 from numbered_clips import write_numbered
+from ranks import ANY_PORT
 
 from mm.cli.extract import main
 from mm.config.data import data_sources, load_extract_data, load_train_data
@@ -214,7 +215,7 @@ def test_torchrun_starts_it(files: dict[str, Path], tmp_path: Path) -> None:
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "NPUS_PER_NODE": "2",
-        "MASTER_PORT": "29417",
+        "MASTER_PORT": ANY_PORT,
         "MM_DATA": str(files["mm_data"]),
         "MM_MODEL": str(files["mm_model"]),
         "MM_TOOL": str(files["mm_tool"]),

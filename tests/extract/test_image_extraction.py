@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from mm.cli.extract import main
 from mm.config.data import data_sources, load_extract_data
 from mm.config.extract import ExtractAutoencoder, ImageProcessor
-from mm.config.model import IMAGES, WanConfig
+from mm.config.model import WanConfig
+from mm.config.tasks.registry import TASKS as DECLARED
 from mm.data.clips import load_clip
 from mm.data.features import read_feature
 from mm.data.listing import FeatureRow
@@ -31,7 +32,7 @@ ROWS: list[dict[str, Any]] = [
 
 def model(task: str) -> WanConfig:
     shape = {"text_dim": 32, "hidden_size": 32, "ffn_dim": 64, "num_heads": 2, "num_layers": 1}
-    images = {"model_type": task, "in_dim": 36, "img_dim": 16, "clip_token_len": 257} if IMAGES[task] else {}
+    images = {"model_type": task, "in_dim": 36, "img_dim": 16, "clip_token_len": 257} if DECLARED[task].frames else {}
     return WanConfig.model_validate({**shape, **images})
 
 
@@ -91,7 +92,7 @@ def test_features_are_those_of_diffusers_for_the_frames_of_the_clip(task: str, p
     assert [row.task for row in place.rows()] == [task, task] and load_recipe(place.store).task == task
     for sample, row in zip(samples, place.rows(), strict=True):
         found = read_feature(place.store / row.file, model(task))
-        assert found.latents is not None and found.condition is not None and found.image_features is not None
+        assert found.latents is not None and found.features.keys() == {"image_features", "condition"}
         pixels = load_clip(sample, data.preprocess_parameters, seed=3).pixels[None]
         first, last = pixels[:, :, 0], pixels[:, :, -1]
         both = task == "flf2v"
@@ -99,10 +100,10 @@ def test_features_are_those_of_diffusers_for_the_frames_of_the_clip(task: str, p
             first, 1, height=32, width=48, num_frames=9, dtype=torch.float32, device=CPU,
             last_image=last if both else None,
         )  # fmt: skip
-        assert torch.equal(found.condition[:4], condition[0, :4])
-        torch.testing.assert_close(found.condition, condition[0], rtol=0, atol=1e-5)
+        assert torch.equal(found.features["condition"][:4], condition[0, :4])
+        torch.testing.assert_close(found.features["condition"], condition[0], rtol=0, atol=1e-5)
         # the VAE is causal: its first latent frame is that of the first frame alone, known or to be made
-        torch.testing.assert_close(found.condition[4:, 0], found.latents[:, 0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.features["condition"][4:, 0], found.latents[:, 0], rtol=0, atol=1e-5)
         frames = torch.cat((first, last)) if both else first
         square = F.interpolate(frames, size=(224, 224), mode="bicubic") / 2 + 0.5
         mean, std = (
@@ -112,8 +113,8 @@ def test_features_are_those_of_diffusers_for_the_frames_of_the_clip(task: str, p
         with torch.no_grad():
             states = image_encoder((square - mean.view(3, 1, 1)) / std.view(3, 1, 1), output_hidden_states=True)
         expected = states.hidden_states[-2].flatten(0, 1)
-        assert expected.shape == (257 * IMAGES[task], 16)
-        torch.testing.assert_close(found.image_features, expected, rtol=0, atol=2e-5)
+        assert expected.shape == (257 * len(DECLARED[task].frames), 16)
+        torch.testing.assert_close(found.features["image_features"], expected, rtol=0, atol=2e-5)
 
 
 def test_nothing_is_done_twice_and_a_damaged_file_again(place: Place) -> None:
@@ -145,11 +146,13 @@ def test_tiles_of_the_clip_and_of_its_frames_are_chosen_apart(place: Place) -> N
             place.run_files(files, "--overwrite")
             found[clip_in_tiles, frames_in_tiles] = read_feature(place.store / place.rows()[0].file, model("i2v"))
     tiled, mixed, other = found[True, True], found[True, False], found[False, True]
-    assert torch.equal(tiled.latents, mixed.latents) and torch.equal(tiled.condition, other.condition)
+    assert torch.equal(tiled.latents, mixed.latents) and torch.equal(
+        tiled.features["condition"], other.features["condition"]
+    )
     assert not torch.allclose(tiled.latents, other.latents, atol=1e-4)
-    assert not torch.allclose(tiled.condition[4:], mixed.condition[4:], atol=1e-4)
-    assert torch.equal(found[True, "auto"].condition, tiled.condition)
-    torch.testing.assert_close(mixed.condition[4:, 0], other.latents[:, 0], rtol=0, atol=1e-5)
+    assert not torch.allclose(tiled.features["condition"][4:], mixed.features["condition"][4:], atol=1e-4)
+    assert torch.equal(found[True, "auto"].features["condition"], tiled.features["condition"])
+    torch.testing.assert_close(mixed.features["condition"][4:, 0], other.latents[:, 0], rtol=0, atol=1e-5)
 
 
 def test_a_store_of_another_task_or_image_encoder(place: Place, tmp_path: Path) -> None:
@@ -222,9 +225,9 @@ def test_the_vae_and_the_image_encoder_work_in_one_precision(place: Place) -> No
     edit(files["mm_model"], "ae", "dtype", value="bf16")
     place.run_files(files)
     found = read_feature(place.store / place.rows()[0].file, model("i2v"))
-    assert found.condition is not None and found.image_features is not None
-    assert found.condition.dtype == found.image_features.dtype == torch.bfloat16
-    assert set(found.condition[:4].unique().tolist()) == {0.0, 1.0}
+    assert found.features.keys() == {"image_features", "condition"}
+    assert found.features["condition"].dtype == found.features["image_features"].dtype == torch.bfloat16
+    assert set(found.features["condition"][:4].unique().tolist()) == {0.0, 1.0}
 
 
 @pytest.mark.parametrize(

@@ -105,9 +105,9 @@ def test_latents_are_those_of_diffusers(model, reference, text, negative, ours, 
 def test_guidance_of_one_skips_the_negative_pass(model, text, negative):
     calls = []
 
-    def counted(latents, timestep, features):
-        calls.append(features)
-        return model(latents, timestep, features)
+    def counted(inputs):
+        calls.append(inputs.text)
+        return model(inputs)
 
     noise = initial_latents(0, [0, 1], (16, 1, 4, 4))
     steps = []
@@ -136,9 +136,9 @@ def test_a_clip_does_not_depend_on_its_batch(model, text, negative):
 def test_timesteps_reach_the_model_in_fp32(text, negative):
     seen = []
 
-    def still(latents, timestep, features):
-        seen.append(timestep)
-        return torch.zeros_like(latents)
+    def still(inputs):
+        seen.append(inputs.timestep)
+        return torch.zeros_like(inputs.latents)
 
     denoise(still, initial_latents(0, [0, 1], (16, 1, 4, 4)), text, negative, make_sampler("euler", 50, 5.0), 1.0)
     assert all(timestep.dtype == torch.float32 and timestep.shape == (2,) for timestep in seen)
@@ -146,8 +146,8 @@ def test_timesteps_reach_the_model_in_fp32(text, negative):
 
 
 def test_latents_that_are_not_finite_are_an_error(text, negative):
-    def broken(latents, timestep, features):
-        return latents * float("nan")
+    def broken(inputs):
+        return inputs.latents * float("nan")
 
     with pytest.raises(DataError) as caught:
         denoise(broken, torch.zeros(2, 16, 1, 4, 4), text, negative, make_sampler("unipc", 2, SHIFT), GUIDANCE)

@@ -109,7 +109,34 @@ def test_orientation(orientation: int, sixteen: bool, tmp_path: Path) -> None:
     assert np.abs(found - pixels / 257).max() < 1.01
 
 
-@pytest.mark.parametrize("values", [np.full((4, 4), -1.0), np.full((4, 4), 1e9), np.array([[0, np.nan], [1, 2]])])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_orientation_of_tiff(orientation: int, compression: str | None, kind: type, tmp_path: Path) -> None:
+    """Pictures that are not square, with TIFF's own tag."""
+    upright = grey(np.iinfo(kind).max, kind)
+    stored = {
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+        5: upright.T, 6: np.rot90(upright), 7: np.rot90(upright, 2).T, 8: np.rot90(upright, -1),
+    }[orientation]  # fmt: skip
+    image = Image.fromarray(np.ascontiguousarray(stored))
+    image.save(tmp_path / "x.tif", tiffinfo={274: orientation}, compression=compression)
+    assert np.abs(levels(tmp_path / "x.tif")[..., 0] - RAMP * 255).max() < 1.01
+
+
+def test_postscript_is_not_run(tmp_path: Path) -> None:
+    text = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "x.png").write_text(text)
+    with pytest.raises(DataError, match=r"DATA-086: .*x\.png is PostScript"):
+        load_image(tmp_path / "x.png", 4, 4)
+
+
+OVERSHOT = np.linspace(0, 1.02, 16).reshape(4, 4)  # as sharpening leaves it
+
+
+@pytest.mark.parametrize(
+    "values", [OVERSHOT, np.full((4, 4), -1.0), np.full((4, 4), 1e9), np.array([[0, np.nan], [1, 2]])]
+)
 def test_numbers_without_a_known_range_are_refused(values: np.ndarray, tmp_path: Path) -> None:
     Image.fromarray(values.astype(np.float32)).save(tmp_path / "x.tif")
     with pytest.raises(DataError, match="DATA-110"):

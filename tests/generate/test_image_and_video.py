@@ -113,7 +113,7 @@ def test_latents_after_images(num_images: int, solver: Any, scheduler: Callable[
     frames = [as_frame(image) for image in pictures]
     images = {
         "image_features": torch.cat([ImageEncoder(encoder).encode(frame) for frame in frames], dim=1),
-        "condition": condition_latents(VideoEncoder(vae), frames[0], frames[1] if num_images == 2 else None, FRAMES),
+        "condition": condition_latents(VideoEncoder(vae), dict(zip((0, -1), frames, strict=False)), FRAMES),
     }
     model, (prompt, negative) = ours(reference, tmp_path), text()
 
@@ -123,7 +123,7 @@ def test_latents_after_images(num_images: int, solver: Any, scheduler: Callable[
 
     assert relative_error(run(images), expected) < 1e-4
     assert relative_error(run(images, batched=True), expected) < 1e-4
-    other = images | {"condition": condition_latents(VideoEncoder(vae), as_frame(picture(7)), None, FRAMES)}
+    other = images | {"condition": condition_latents(VideoEncoder(vae), {0: as_frame(picture(7))}, FRAMES)}
     assert relative_error(run(other), expected) > 1e-2  # the frames decide
 
 

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from ranks import free_port
+from ranks import ANY_PORT
 
 from mm.cli.demo import main as write_demo
 from mm.cli.entry import run
@@ -50,7 +50,7 @@ def test_script_on_two_processes(home: Path, tmp_path: Path, script: str) -> Non
     task = script.split("/")[1]
     model = "t2v" if task == "v2v" else task
     environment = os.environ | {
-        "NPUS_PER_NODE": "2", "CP": "2", "MASTER_PORT": str(free_port()), "MM_MODEL": str(files(home, task)),
+        "NPUS_PER_NODE": "2", "CP": "2", "MASTER_PORT": ANY_PORT, "MM_MODEL": str(files(home, task)),
         "LOAD_PATH": str(home / f"weights/Wan2.1-{model.upper()}-Tiny-Diffusers/transformer"),
         "SAVE_PATH": str(tmp_path / "clips"),
     }  # fmt: skip
@@ -142,6 +142,30 @@ def test_a_video_that_is_too_short(home: Path, tmp_path: Path, capfd: pytest.Cap
     words = ["--video", str(home / "videos.txt"), "--strength", "0.5", "--input-size", "13", "64", "64"]
     assert generate(home, "v2v", tmp_path / "clips", *words) == 65
     assert errors(capfd) == ["DATA-087", "DATA-087"]
+
+
+def test_a_video_of_an_unknown_codec_keeps_no_other_row_back(
+    home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three rows the last, whose name looks like a protocol's, is made, with the bytes it has without the others."""
+    monkeypatch.chdir(tmp_path)
+    good = Path((home / "videos.txt").read_text().splitlines()[0]).read_bytes()
+    assert b"avc1" in good
+    Path("unknown.mp4").write_bytes(good.replace(b"avc1", b"zzzz"))
+    Path("clip.mp4").write_bytes(good)
+    Path("list.mp4").write_text("ffconcat version 1.0\nfile clip.mp4\n")
+    Path("2024-01-01T12:30:05.mp4").write_bytes(good)
+    Path("prompts.txt").write_text("one\ntwo\nthree\n")
+    words = ["--prompt", "prompts.txt", "--strength", "0.5", "--video", "videos.txt"]
+    Path("videos.txt").write_text("unknown.mp4\nlist.mp4\n2024-01-01T12:30:05.mp4\n")
+    assert generate(home, "v2v", tmp_path / "clips", *words) == 65
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error ")]
+    assert [line.split(" ", 4)[1:4] for line in said] == [["DATA-097:", "Row", "0:"], ["DATA-099:", "Row", "1:"]]
+    assert [path.name for path in (tmp_path / "clips").glob("*.mp4")] == ["video_0002.mp4"]
+    Path("videos.txt").write_text("2024-01-01T12:30:05.mp4\n" * 3)
+    assert generate(home, "v2v", Path("12:30"), *words) == 0
+    made, again = (folder / "video_0002.mp4" for folder in (tmp_path / "clips", tmp_path / "12:30"))
+    assert made.read_bytes() == again.read_bytes()
 
 
 def test_an_image_encoder_of_another_model(home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -107,7 +107,7 @@ def test_what_a_model_saves_itself_is_read_with_its_alpha(tmp_path: Path, base_f
     assert read["blocks.1.self_attn.q"] == pytest.approx(Adapted(2, 8 * (2**0.5 if by_root else 1)))
     model = WanModel(example.CONFIG)
     model.load_state_dict(merged_from(source, base_file))
-    assert difference(model(*inputs()), theirs(*inputs()).sample) <= 1e-5
+    assert difference(model.velocity(*inputs()), theirs(*inputs()).sample) <= 1e-5
 
 
 def test_dora_and_adapters_that_change_the_base_are_refused_by_name(tmp_path: Path):
@@ -141,6 +141,40 @@ def test_prefixes_and_wrappers_in_any_order_are_read(tmp_path: Path, prefix: str
     read = read_adapter(tmp_path / "x.safetensors")
     assert read.updates.keys() == example.adapter().keys()
     assert all(torch.equal(read.updates[name].a, a) for name, (a, _, _) in example.adapter().items())
+
+
+def test_one_linear_behind_two_prefixes_is_there_twice(tmp_path: Path):
+    a, b = torch.randn(2, 24), torch.randn(24, 2)
+    spelled = ["transformer.blocks.0.attn1.to_q.lora_A.weight", "transformer.blocks.0.attn1.to_q.lora_B.weight"]
+    same = ["module.blocks.0.attn1.to_q.lora_down.weight", "module.blocks.0.attn1.to_q.lora_up.weight"]
+    save_file({name: value.clone() for name, value in zip(spelled + same, [a, b, a, b], strict=True)},
+              tmp_path / "x.safetensors")  # fmt: skip
+    with pytest.raises(DataError, match=r"DATA-091.*2 keys are there twice"):
+        read_adapter(tmp_path / "x.safetensors")
+    other = {
+        f"module.blocks.1.attn1.to_q.{half}.weight": value.clone() for half, value in (("lora_A", a), ("lora_B", b))
+    }
+    save_file(dict(zip(spelled, [a, b], strict=True)) | other, tmp_path / "y.safetensors")
+    assert read_adapter(tmp_path / "y.safetensors").updates.keys() == {Q, "blocks.1.self_attn.q"}
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"use_dora": True}, "is of DoRA"),
+        ({"alora_invocation_tokens": [1, 2]}, "is of activated LoRA"),
+        ({"layer_replication": [[0, 2]]}, "is of repeated layers"),
+        ({"use_qalora": True}, "is of QALoRA"),
+        ({"r": 2.5}, "2.5 is not a whole number"),
+        ({"lora_alpha": float("nan")}, "alpha nan"),
+    ],
+)
+def test_a_header_of_more_than_plain_lora_is_refused(tmp_path: Path, config: dict, told: str):
+    header = {"lora_adapter_metadata": json.dumps({"r": 2, "lora_alpha": 1} | config)}
+    names = [f"blocks.0.attn1.to_q.{half}.weight" for half in ("lora_A", "lora_B")]
+    save_file(dict(zip(names, [torch.ones(2, 24), torch.ones(24, 2)], strict=True)), tmp_path / "x.safetensors", header)
+    with pytest.raises(DataError, match=f"DATA-092.*{told}"):
+        read_adapter(tmp_path / "x.safetensors")
 
 
 def meta_linears(config: WanConfig) -> dict[str, tuple[int, int]]:
@@ -291,5 +325,5 @@ def test_diffusers_own_loader_reads_the_file_of_the_transformer(tmp_path: Path):
     other: WanTransformer3DModel = example.base()
     other.load_lora_adapter(tmp_path, weight_name="pytorch_lora_weights.safetensors", prefix=None, use_safetensors=True)
     with torch.no_grad():
-        assert difference(other(*inputs()).sample, model(*inputs()).sample) <= 1e-6
+        assert difference(other(*inputs()).sample, model.velocity(*inputs()).sample) <= 1e-6
     assert set(read_adapter(tmp_path).adapted().values()) == {Adapted(2, 6.0)}

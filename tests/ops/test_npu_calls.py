@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_npu_wheel import UnreachableError, Wheel, defined, download
 
+from mm.ops.attention import npu as npu_attention
 from mm.ops.attention.api import plain_attention_backward, plain_attention_with_lse
 from mm.ops.elementwise import npu, reference
 from mm.ops.elementwise.operators import identity
@@ -86,8 +87,8 @@ def attention_inputs(place: tuple[Any, torch.dtype]) -> list[Tensor]:
 def test_attention(place: tuple[str, torch.dtype]) -> None:
     """lse = max + log(sum), and the backward from (lse, 1) instead of (max, sum)."""
     q, k, v, grad = attention_inputs(place)
-    out, lse = npu.attention_with_lse(q, k, v)
-    grads = npu.attention_backward(grad, q, k, v, out, lse)
+    out, lse = npu_attention.attention_with_lse(q, k, v)
+    grads = npu_attention.attention_backward(grad, q, k, v, out, lse)
     expected = plain_attention_with_lse(*exact(q, k, v))
     assert_close((out, lse), expected, place)
     assert_close(grads, plain_attention_backward(*exact(grad, q, k, v), *expected), place)
@@ -97,11 +98,11 @@ def test_attention_of_blocks_of_keys(place: tuple[str, torch.dtype]) -> None:
     """Ring attention: a block's backward gets output and log-sum-exp of all keys."""
     q, k, v, grad = attention_inputs(place)
     cuts = [slice(0, 2), slice(2, 3), slice(3, S)]
-    out, lse = npu.attention_with_lse(q, k[:, cuts[0]], v[:, cuts[0]])
+    out, lse = npu_attention.attention_with_lse(q, k[:, cuts[0]], v[:, cuts[0]])
     out = out.to(lse.dtype)
     for cut in cuts[1:]:
-        out, lse = merge(out, lse, *npu.attention_with_lse(q, k[:, cut], v[:, cut]))
-    blocks = [npu.attention_backward(grad, q, k[:, cut], v[:, cut], out.to(q.dtype), lse) for cut in cuts]
+        out, lse = merge(out, lse, *npu_attention.attention_with_lse(q, k[:, cut], v[:, cut]))
+    blocks = [npu_attention.attention_backward(grad, q, k[:, cut], v[:, cut], out.to(q.dtype), lse) for cut in cuts]
     dq = sum(block[0].double() for block in blocks)
     dk, dv = (torch.cat([block[i] for block in blocks], dim=1) for i in (1, 2))
     whole, whole_lse = plain_attention_with_lse(*exact(q, k, v))
@@ -215,8 +216,8 @@ def test_results_have_the_shapes_that_the_wheel_says() -> None:
     """Names and arguments are checked by the dispatcher, which has the wheel's schemas; here what the calls return."""
     with Recorded() as recorded:
         q, k, v, grad = attention_inputs(("cpu", torch.bfloat16))
-        out, lse = npu.attention_with_lse(q, k, v)
-        npu.attention_backward(grad, q, k, v, out, lse)
+        out, lse = npu_attention.attention_with_lse(q, k, v)
+        npu_attention.attention_backward(grad, q, k, v, out, lse)
         (x, weight, grad), tables = norm_inputs(("cpu", torch.bfloat16))
         _, rstd = npu.NpuOperators().rms_norm_rope(x, weight, tables, HEAD_DIM, EPS, WIDTH, identity)
         npu.NpuOperators().rms_norm_rope_backward(grad, x, weight, tables, rstd, WIDTH, identity)

@@ -32,6 +32,7 @@ from mm.parallel.apply import apply
 from mm.parallel.mesh import Mesh, build_mesh
 from mm.parallel.placement import whole_shapes
 from mm.train.step import compute_gradients
+from mm.wan.inputs import ModelInputs
 from mm.wan.model import WanModel
 from mm.wan.names import diffusers_to_native, native_to_diffusers
 
@@ -130,7 +131,7 @@ def peft_run(row: LoRARow) -> WholeTrace:
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(start(name, tuple(parameter.shape), None))
-    return plain_loop(lambda *inputs: model(*inputs[:3], return_dict=False)[0], named, row.row)
+    return plain_loop(lambda of: model(of.latents, of.timestep, of.text, return_dict=False)[0], named, row.row)
 
 
 def plain_loop(model: Callable[..., Tensor], named: dict[str, Any], row: Row) -> WholeTrace:
@@ -148,7 +149,7 @@ def plain_loop(model: Callable[..., Tensor], named: dict[str, Any], row: Row) ->
             sigma, timestep, weight = flow.draw_timesteps(SEED, sample["sample"], sample["draw"])
             noise = flow.draw_noise(SEED, sample["sample"], sample["draw"], sample["latents"].shape[1:])
             noisy = flow.noisy(sample["latents"], noise, sigma)
-            velocity = model(noisy, timestep, sample["text"], sample.get("image_features"), sample.get("condition"))
+            velocity = model(ModelInputs(noisy, timestep, sample["text"], sample["features"]))
             losses.append(((velocity - (noise - sample["latents"])).square().mean() * weight[0]) / GLOBAL_BATCH)
             losses[-1].backward()
         trace.losses.append(float(torch.stack([loss.detach() for loss in losses]).double().sum()))

@@ -78,7 +78,7 @@ def gradient_of_qk_norm_statistics_not_added_up(patch: pytest.MonkeyPatch) -> No
     backward = autograd._RMSNormRope.backward
 
     def wrong(ctx: Any, grad: Tensor) -> Any:
-        ctx.sum_over_ranks = autograd.alone
+        ctx.sum_over_ranks = autograd.identity
         return backward(ctx, grad)
 
     patch.setattr(autograd._RMSNormRope, "backward", staticmethod(wrong))

@@ -15,8 +15,9 @@ import torch.distributed as dist
 
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
-from mm.config.model import ModelType, WanConfig
+from mm.config.model import WanConfig
 from mm.config.recompute import Recompute
+from mm.config.tasks.registry import TASKS
 from mm.data.loader import FeatureBatch
 from mm.device.backend import Backend
 from mm.doctor import parity
@@ -47,15 +48,15 @@ class Row:
     samples: str = ODD
     micro_batch_size: int = 1
     recompute: Recompute | None = None
-    model_type: ModelType = "t2v"
+    model_type: str = "t2v"
     compiled: bool = False
 
     @property
     def wan(self) -> WanConfig:
         """`WAN` with as many blocks as the stages have, and the row's images."""
         num_layers = sum(chain(*self.layout.stages)) or WAN.num_layers
-        images = {} if self.model_type == "t2v" else {"model_type": self.model_type, **IMAGES}
-        return WAN.model_copy(update={"num_layers": num_layers, **images})
+        images = IMAGES if TASKS[self.model_type].frames else {}
+        return WAN.model_copy(update={"num_layers": num_layers, "model_type": self.model_type, **images})
 
     @property
     def most_tokens(self) -> int:

@@ -8,7 +8,7 @@ import pytest
 from lora_parity import ALL, FIRST, IMAGES, LAST, LoRARow, against_peft, run_rows
 from parity import EVEN, MIXED, Row, over_limits
 from ranks import run_ranks
-from test_parity import OVERLAPPED, SHARDED, images, layout, pp, ring, sp, ulysses, usp, zero
+from test_parity import OVERLAPPED, SHARDED, images, layout, pp, ring, sp, speeds, ulysses, usp, zero
 
 from mm.config.place import process_place
 from mm.config.recompute import Recompute
@@ -51,6 +51,8 @@ ROWS = [
     LoRARow(Row(layout(2, **pp(2, 2))), FIRST),
     LoRARow(zero(2, 2)),
     LoRARow(zero(2, 1, SHARDED), LAST),
+    LoRARow(speeds(2, **pp(2)), LAST),
+    LoRARow(speeds(2, **sp(2))),
     # four: pairs
     LoRARow(Row(layout(4, **usp(2, 2)), samples=MIXED)),
     LoRARow(Row(layout(4, **sp(2), **pp(2)), SHARDED, recompute=FULL)),
@@ -75,6 +77,7 @@ EVERY_DAY = [
     LoRARow(Row(layout(2, **pp(2)), SHARDED, recompute=FULL), FIRST),
     LoRARow(Row(layout(2, **pp(2, 2)), OVERLAPPED, recompute=OFFLOAD)),
     LoRARow(zero(2, 1, SHARDED), LAST),
+    LoRARow(speeds(2, **pp(2)), LAST),
 ]
 """The others are nightly."""
 

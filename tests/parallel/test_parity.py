@@ -17,7 +17,6 @@ from ranks import run_ranks
 
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout, even_stages
-from mm.config.model import ModelType
 from mm.config.place import process_place
 from mm.device.backend import select
 from mm.doctor.parity import RelativeErrors
@@ -62,8 +61,12 @@ def zero(world: int, size: int, options: DataParallelOptions = PLAIN, samples: s
     return Row(layout(world, zero3_size=size, **degrees), options, config, samples)
 
 
-def images(world: int, model_type: ModelType = "i2v", **degrees: Any) -> Row:
+def images(world: int, model_type: str = "i2v", **degrees: Any) -> Row:
     return Row(layout(world, **degrees), model_type=model_type)
+
+
+def speeds(world: int, options: DataParallelOptions = PLAIN, **degrees: Any) -> Row:
+    return Row(layout(world, **degrees), options, model_type="speedcontrol")
 
 
 ROWS = [
@@ -83,6 +86,15 @@ ROWS = [
     Row(layout(2, **pp(2, 2, ((1, 2), (1, 1)))), samples=MIXED),
     zero(2, 2),
     zero(2, 1, SHARDED),
+    # two, with a change of the time modulation
+    speeds(2, OVERLAPPED),
+    speeds(2, **ulysses(2)),
+    speeds(2, **ring(2)),
+    speeds(2, tp_size=2),
+    speeds(2, **sp(2)),
+    speeds(2, **pp(2)),
+    speeds(2, OVERLAPPED, **pp(2, 2)),
+    Row(layout(2, zero3_size=2), PLAIN, ZeroConfig(zero3_size=2), model_type="speedcontrol"),
     # three and six: degrees that are no power of two
     Row(layout(3, **ulysses(3))),
     Row(layout(3, **ring(3)), samples=MIXED),
@@ -113,6 +125,7 @@ ROWS = [
     images(4, **sp(2), **pp(2, 2)),
     images(4, "flf2v", tp_size=2, **pp(2)),
     Row(layout(4, zero3_size=2), PLAIN, ZeroConfig(zero3_size=2), model_type="flf2v"),
+    speeds(4, **sp(2), **pp(2, 2)),
     # eight: everything together
     Row(layout(8, **sp(2), **ulysses(2), **pp(2)), OVERLAPPED),
     Row(layout(8, **sp(2), **usp(2, 2)), SHARDED, samples=EVEN),

@@ -21,7 +21,7 @@ from mm.config.recompute import Recompute
 from mm.device.backend import select
 from mm.doctor import parity
 from mm.doctor.traffic import CountTraffic, axes_of, totals
-from mm.ops.attention import dispatch as attention
+from mm.ops.attention import api as attention
 from mm.parallel.apply import DataParallelOptions, ParallelModel
 from mm.parallel.mesh import build_mesh
 from mm.supervise.job import Job

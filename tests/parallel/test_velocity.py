@@ -17,12 +17,14 @@ from mm.parallel.apply import DataParallelOptions, apply, apply_frozen
 from mm.parallel.mesh import build_mesh
 from mm.parallel.velocity import ParallelVelocity
 from mm.supervise.job import Job
+from mm.wan.inputs import ModelInputs
 from mm.wan.model import WanModel
 
 RUN = [
     Row(Layout(4)),
     Row(Layout(4, cp_size=4, ulysses_size=2)),
     Row(Layout(4, cp_size=4), model_type="i2v"),
+    Row(Layout(4, tp_size=2, cp_size=2), model_type="speedcontrol"),
     Row(Layout(4, tp_size=2, sequence_parallel=True, cp_size=2, ulysses_size=2), model_type="flf2v"),
     Row(Layout(4, tp_size=4)),
     Row(Layout(4, zero3_size=4), zero=ZeroConfig(zero3_size=4)),
@@ -43,7 +45,7 @@ TRAINED = [
 """Layouts of training, whose model renders clips between its steps."""
 
 
-def inputs(row: Row) -> dict[str, torch.Tensor]:
+def inputs(row: Row) -> ModelInputs:
     """Two samples of 45 tokens, which no number of ranks divides."""
     source, wan = torch.Generator().manual_seed(3), row.wan
     values = {
@@ -51,10 +53,9 @@ def inputs(row: Row) -> dict[str, torch.Tensor]:
         "timestep": torch.tensor([900.0, 12.5]),
         "text": torch.randn(2, 8, 16, generator=source),
     }
-    if wan.image_tokens:
-        values["image_features"] = torch.randn(2, wan.image_tokens, wan.img_dim or 0, generator=source)
-        values["condition"] = torch.randn(2, 20, 3, 6, 10, generator=source)
-    return values
+    shapes = wan.feature_shapes((3, 6, 10))
+    features = {name: torch.randn(2, *shape, generator=source) for name, shape in shapes.items()}
+    return ModelInputs(**values, features=features)
 
 
 def on_one_device(row: Row) -> torch.Tensor:
@@ -62,7 +63,7 @@ def on_one_device(row: Row) -> torch.Tensor:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(value_of(name, tuple(parameter.shape)))
-        return model(**inputs(row))
+        return model(inputs(row))
 
 
 def largest_errors() -> list[tuple[str, float]]:
@@ -77,7 +78,7 @@ def largest_errors() -> list[tuple[str, float]]:
                     runner = block_runner(row.recompute)
                     parallel = apply(*where, row.options, torch.float32, value_of, row.zero, runner)
                 velocity = ParallelVelocity(parallel)
-                first, again = velocity(**inputs(row)), velocity(**inputs(row))
+                first, again = velocity(inputs(row)), velocity(inputs(row))
             expected = on_one_device(row)
             if not torch.equal(first, again):
                 found.append((row.id, float("inf")))

@@ -135,15 +135,14 @@ def batches(row: Row) -> list[FeatureBatch]:
     source, wan = torch.Generator().manual_seed(0), row.wan
     made = []
     for index in range(row.micro_batches):
+        shapes = wan.feature_shapes(row.latent)
         batch = FeatureBatch(
             latents=torch.randn(1, 16, *row.latent, generator=source),
             text=torch.randn(1, wan.text_len, wan.text_dim, generator=source),
             sample=[f"clip {index}"],
             draw=[0],
+            features={name: torch.randn(1, *shape, generator=source) for name, shape in shapes.items()},
         )
-        if wan.image_tokens:
-            batch["image_features"] = torch.randn(1, wan.image_tokens, wan.image_dim, generator=source)
-            batch["condition"] = torch.randn(1, wan.condition_channels, *row.latent, generator=source)
         made.append(batch)
     return made
 

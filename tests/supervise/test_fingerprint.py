@@ -215,6 +215,17 @@ def test_a_store_that_cannot_be_reached_is_an_error_of_one_line(monkeypatch: pyt
             open_store(ProcessPlace(0, 2, 0), SECONDS)
 
 
+def test_a_job_of_one_process_needs_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its variables may say MASTER_PORT, as a shell that exports it for larger jobs has them all."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        with Job(ProcessPlace(0, 1, 0), "gloo", torch.device("cpu"), 1) as job:
+            assert (job.rank, job.world_size) == (0, 1)
+
+
 def four_ranks() -> dict[str, str]:
     """Every case on one rank of one start: starting processes is what costs."""
     where = process_place()

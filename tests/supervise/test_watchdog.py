@@ -1,5 +1,6 @@
 """Who keeps a job from going on, told by the processes' own stacks: a rank that is late, and one that is alone."""
 
+import contextlib
 import io
 import math
 import os
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import free_port, run_ranks
+from ranks import ANY_PORT, run_ranks
 
 from mm.config.place import process_place
 from mm.errors import ConfigError, DataError, EndedElsewhereError, LostProcessError
@@ -184,9 +185,12 @@ OWN = {
 @pytest.mark.parametrize("words", OF_OTHERS)
 def test_the_words_of_every_backend_for_a_lost_process(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch_module, "LEAVE_S", 0.2)
-    lost = pytest.raises(LostProcessError, match="RUN-004: Rank 0 lost another process of the job")
-    with lost, Watchdog(Mailbox(None, 0, 1), Limits(None, 60), None):
-        raise dist.DistBackendError(OF_OTHERS[words])
+    lost = pytest.raises(LostProcessError, match="RUN-004: Rank 0 lost another process of the job in the phase: saving")
+    with lost, Watchdog(Mailbox(None, 0, 1), Limits(None, 60), None) as watch:
+        with watch.during("forward"), contextlib.suppress(ValueError):
+            raise ValueError("which is dealt with")
+        with watch.during("saving"):
+            raise dist.DistBackendError(OF_OTHERS[words])
 
 
 @pytest.mark.parametrize("words", OWN)
@@ -232,7 +236,15 @@ def test_suspects_in_order() -> None:
     assert table(many).splitlines()[-1] == "... and 4064 more ranks"
 
 
-@pytest.mark.parametrize(("number", "cause"), [("SIGABRT", "watchdog over NCCL"), ("SIGKILL", "memory is the usual")])
+@pytest.mark.parametrize(
+    ("number", "cause"),
+    [
+        ("SIGABRT", "watchdog over NCCL"),
+        ("SIGKILL", "memory is the usual"),
+        ("SIGSEGV", "A library has crashed"),
+        ("SIGXCPU", "ulimit"),
+    ],
+)
 def test_how_a_process_died_says_where_to_look(number: str, cause: str, tmp_path: Path) -> None:
     script = tmp_path / "dies.py"
     script.write_text(f"import os, signal\nos.kill(os.getpid(), signal.{number})\n")
@@ -243,7 +255,7 @@ def test_how_a_process_died_says_where_to_look(number: str, cause: str, tmp_path
         "--nproc-per-node",
         "1",
         "--master-port",
-        str(free_port()),
+        ANY_PORT,
         script,
     ]
     root = str(Path(__file__).parents[2])

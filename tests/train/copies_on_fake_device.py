@@ -100,12 +100,10 @@ def batch(wan: WanConfig, size: tuple[int, int, int], dtype: torch.dtype, ahead:
         text=torch.empty(1, 8, 16, dtype=dtype),
         sample=["a"],
         draw=[0],
+        features={name: torch.empty(1, *shape, dtype=dtype) for name, shape in wan.feature_shapes(size).items()},
     )
     if ahead:
         made["noise"] = torch.empty(1, 16, *size)
-    if wan.image_tokens:
-        made["image_features"] = torch.empty(1, wan.image_tokens, wan.image_dim, dtype=dtype)
-        made["condition"] = torch.empty(1, wan.condition_channels, *size, dtype=dtype)
     return made
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import psutil
 import pytest
-from ranks import free_port
+from ranks import ANY_PORT
 from training_runs import bits, metrics, run_on, words
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ class Job:
         self.save = save
         command = [
             sys.executable, "-m", "mm.cli.launch", "--nproc-per-node", str(num_processes),
-            "--master-port", str(free_port()), *launcher, "-m", "mm.cli.train",
+            "--master-port", ANY_PORT, *launcher, "-m", "mm.cli.train",
             *words(demo, save, **{"train_iters": 100_000, "micro_batch_size": 2, **flags}),
         ]  # fmt: skip
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -54,7 +54,7 @@ class Job:
             self.lines.append((time.monotonic(), line.rstrip()))
 
     def wait_for_steps(self, count: int) -> None:
-        path, until = self.save / "metrics.jsonl", time.monotonic() + 90
+        path, until = self.save / "metrics.jsonl", time.monotonic() + 240  # a machine that does much else
         while not path.exists() or len(path.read_text().splitlines()) < count:
             assert self.process.poll() is None, self.text()
             assert time.monotonic() < until, self.text()
@@ -68,7 +68,7 @@ class Job:
             found |= {int(v.partition("=")[2]): int(child) for v in variables if v.startswith("RANK=")}
         return [found[rank] for rank in sorted(found)]
 
-    def wait(self, timeout: float = 90) -> int:
+    def wait(self, timeout: float = 240) -> int:
         code = self.process.wait(timeout)
         self._reader.join(10)
         return code
@@ -109,6 +109,45 @@ def test_a_stopped_process_is_named(demo: Path, tmp_path: Path, rank: int) -> No
     assert job.text().count("error RUN-003") == 1
     stacks = sorted(path.name for path in (tmp_path / "run" / "hang").iterdir())
     assert stacks == [f"rank-{other}.txt" for other in range(3) if other != rank]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_the_file_of_a_stopped_reader_is_named(demo: Path, tmp_path: Path, num_processes: int) -> None:
+    """After `--read-timeout`, with the watch's own limits, of which that of a step (120 s) is shorter."""
+    job = Job(demo, tmp_path / "run", num_processes, num_workers=1, read_timeout=150)
+    job.wait_for_steps(5)
+    (server,) = (child for child in psutil.Process(job.ranks()[-1]).children() if "forkserver" in str(child.cmdline()))
+    (reader,) = server.children()
+    reader.suspend()
+    assert job.wait(300) == 65, job.text()
+    last = job.lines[-1][1]
+    assert last.startswith("error DATA-070: ")
+    assert ".safetensors (" in last
+    assert "its reader gave nothing in 150 s" in last
+    assert job.text().count("error ") == 1
+    assert not psutil.pid_exists(reader.pid)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_job_that_is_suspended_goes_on(demo: Path, tmp_path: Path, num_processes: int) -> None:
+    """As `scontrol suspend` and `docker pause` do it: all processes, for longer than the limit."""
+    limit = 20
+    job = Job(demo, tmp_path / "run", num_processes, hang_timeout=limit, num_workers=1)
+    job.wait_for_steps(5)
+    launcher = psutil.Process(job.process.pid)
+    family = [launcher, *launcher.children(recursive=True)]
+    for process in family:
+        process.suspend()
+    time.sleep(limit + 5)
+    before = len(metrics(tmp_path / "run"))
+    for process in family:
+        process.resume()
+    job.wait_for_steps(before + 10)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait() == 143, job.text()
+    assert "RUN-003" not in job.text()
 
 
 @pytest.mark.nightly

@@ -55,6 +55,7 @@ def batch(draw: int, dtype: torch.dtype) -> FeatureBatch:
         text=torch.randn(1, 8, 16, generator=generator).to(dtype),
         sample=["a"],
         draw=[draw],
+        features={},
     )
 
 

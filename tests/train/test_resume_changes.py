@@ -112,7 +112,9 @@ def test_another_objective_is_refused(demo: Path, copy: Path, tmp_path: Path) ->
     dropout = edited(demo, tmp_path / "cfg.json", "feature_data.json", *cfg, to=0.5)
     assert "cfg of --mm-data was 0.0 and is 0.5" in refused(demo, copy, mm_data=dropout)
     order = edited(demo, tmp_path / "order.json", "feature_data.json", "dataloader_param", "shuffle", to=False)
-    assert "shuffle of --mm-data was given and is absent" in refused(demo, copy, mm_data=order)
+    text = refused(demo, copy, mm_data=order)
+    assert "shuffle of --mm-data was true and is false" in text
+    assert "Fix: Set shuffle of --mm-data to true to go on as before; " in text
 
 
 def test_another_precision_is_refused(demo: Path, tmp_path: Path, model_json: Path) -> None:

@@ -44,18 +44,18 @@ def pipeline() -> WanImageToVideoPipeline:
 def test_condition_is_that_of_diffusers(pipeline: WanImageToVideoPipeline, num_frames: int, with_last: bool) -> None:
     random = torch.Generator().manual_seed(1)
     first, last = (torch.rand(1, 3, 32, 48, generator=random) * 2 - 1 for _ in range(2))
-    given = last if with_last else None
+    given = {0: first, -1: last} if with_last else {0: first}
     _, expected = pipeline.prepare_latents(
-        first, 1, height=32, width=48, num_frames=num_frames, dtype=torch.float32, device=CPU, last_image=given
+        first, 1, height=32, width=48, num_frames=num_frames, dtype=torch.float32, device=CPU, last_image=given.get(-1)
     )
-    found = condition_latents(VideoEncoder(pipeline.vae), first, given, num_frames)
+    found = condition_latents(VideoEncoder(pipeline.vae), given, num_frames)
     assert found.shape == (1, 20, (num_frames + 3) // 4, 4, 6)
     assert torch.equal(found[:, :4], expected[:, :4])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_mask_of_81_frames() -> None:
-    first, both = known_frames_mask(81, last_is_known=False), known_frames_mask(81, last_is_known=True)
+    first, both = known_frames_mask(81, [0]), known_frames_mask(81, [0, -1])
     assert first.shape == both.shape == (4, 21)
     assert first.sum() == 4 and first[:, 0].tolist() == [1, 1, 1, 1]
     assert (both - first).nonzero().tolist() == [[3, 20]]

@@ -288,6 +288,8 @@ def test_quantised_tensors(single):
         ({"cross_attn_norm": False}, "DATA-027", "cross_attn_norm"),
         ({"num_layer": 2}, "DATA-027", "num_layer"),
         ({"num_layers": "2"}, "DATA-027", "num_layers"),
+        ({"num_layers": 10**9}, "DATA-027", "num_layers"),
+        ({"num_attention_heads": 10**9}, "DATA-027", "num_heads"),
         ({"attention_head_dim": "32"}, "DATA-027", "hidden_size"),
         ({"attention_head_dim": 33}, "DATA-027", "even whole head width"),
     ],
@@ -295,6 +297,13 @@ def test_quantised_tensors(single):
 def test_config_that_does_not_fit(single, change, id, word):
     edit(single / "config.json", lambda config: config.update(change))
     refused(single, id, word)
+
+
+def test_a_pointer_of_git_lfs_is_called_that(single):
+    """As a clone without Git LFS has it; its first bytes would be a header of 2e18 bytes."""
+    (file,) = single.glob("*.safetensors")
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 2838303\n")
+    refused(single, "DATA-022", "git lfs pull")
 
 
 def test_all_problems_of_a_config_are_reported_at_once(single):

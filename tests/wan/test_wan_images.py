@@ -62,6 +62,11 @@ def inputs_for(config: WanConfig, batch: int = 2) -> tuple[torch.Tensor, ...]:
     )
 
 
+def named(inputs: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+    """The features among the inputs, by name."""
+    return dict(zip(("image_features", "condition"), inputs[3:], strict=True))
+
+
 def of_diffusers(reference, latents, timestep, text, image_features, condition):
     """diffusers takes the two images of a sample as two rows."""
     rows = image_features.reshape(-1, 257, 40)
@@ -77,7 +82,7 @@ def test_velocity_and_every_gradient_equal_diffusers(config):
     reference = reference_for(config)
     model, inputs = ours_for(reference, config), inputs_for(config)
     weight = torch.randn(2, 16, 3, 4, 6)
-    expected, velocity = of_diffusers(reference, *inputs), model(*inputs)
+    expected, velocity = of_diffusers(reference, *inputs), model.velocity(*inputs[:3], **named(inputs))
     assert relative_error(velocity, expected) <= 1e-5
 
     (expected * weight).sum().backward()
@@ -96,8 +101,8 @@ def test_bf16_keeps_the_fp32_pieces_of_diffusers_and_is_nearer_to_fp32(config):
     names = [name for name, _ in reference.named_parameters()]
     in_fp32 = {n for n in names if set(n.split(".")) & set(reference._keep_in_fp32_modules)}
     with torch.no_grad():
-        exact = model(*inputs)
-        ours = model.to_precision(torch.bfloat16)(*inputs)
+        exact = model.velocity(*inputs[:3], **named(inputs))
+        ours = model.to_precision(torch.bfloat16).velocity(*inputs[:3], **named(inputs))
         for name, parameter in reference.named_parameters():
             parameter.data = parameter.data.to(torch.float32 if name in in_fp32 else torch.bfloat16)
         low = [value if index == 1 else value.bfloat16() for index, value in enumerate(inputs)]
@@ -117,7 +122,7 @@ def test_recomputation_keeps_every_bit(plan):
     for parts in (ModuleFactories(), ModuleFactories(run_blocks=block_runner(plan))):
         model = WanModel(I2V, parts)
         model.load_state_dict(ours_for(reference, I2V).state_dict())
-        velocity = model(*inputs)
+        velocity = model.velocity(*inputs[:3], **named(inputs))
         velocity.square().sum().backward()
         found.append([velocity, *(parameter.grad for parameter in model.parameters())])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
@@ -308,5 +313,7 @@ SHAPES = [(2, 16, 3, 4, 6), (2,), (2, 5, 24), (2, 257, 40), (2, 20, 3, 4, 6)]
 def test_images_that_do_not_fit_are_refused(config, change, id):
     shapes = [change.get(index, shape) for index, shape in enumerate(SHAPES)]
     with pytest.raises(ConfigError) as caught:
-        WanModel(config)(*(None if shape is None else torch.zeros(shape) for shape in shapes))
+        given = [None if shape is None else torch.zeros(shape) for shape in shapes]
+        features = {name: value for name, value in named(tuple(given)).items() if value is not None}
+        WanModel(config).velocity(*given[:3], **features)
     assert caught.value.id == id

@@ -5,6 +5,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from mm.config.model import WanConfig
+from mm.wan.inputs import ModelInputs
 from mm.wan.model import WanModel
 from mm.wan.names import diffusers_to_native
 from mm.wan.patches import patchify, unpatchify
@@ -66,7 +67,7 @@ def test_velocity_and_every_gradient_equal_diffusers(config, size, timesteps):
     inputs = (latents, torch.tensor(timesteps), text)
 
     expected = reference(*inputs).sample
-    velocity = model(*inputs)
+    velocity = model.velocity(*inputs)
     assert velocity.dtype == torch.float32
     assert relative_error(velocity, expected) <= 1e-5
 
@@ -83,9 +84,9 @@ def test_samples_of_a_batch_are_independent():
     latents, text = torch.randn(2, 16, 3, 8, 8), torch.randn(2, 7, 64)
     timestep = torch.tensor([900.0, 100.0])
     with torch.no_grad():
-        both = model(latents, timestep, text)
+        both = model.velocity(latents, timestep, text)
         for sample in range(2):
-            one = model(latents[[sample]], timestep[[sample]], text[[sample]])
+            one = model.velocity(latents[[sample]], timestep[[sample]], text[[sample]])
             assert relative_error(both[[sample]], one) <= 1e-5
 
 
@@ -94,8 +95,8 @@ def test_bf16_stays_near_fp32_and_nearer_than_diffusers_bf16():
     model = ours_for(reference, TINY)
     inputs = (torch.randn(2, 16, 3, 8, 8), torch.tensor([999.0, 37.5]), torch.randn(2, 7, 64))
     with torch.no_grad():
-        exact = model(*inputs)
-        ours = model.to_precision(torch.bfloat16)(*inputs)
+        exact = model.velocity(*inputs)
+        ours = model.to_precision(torch.bfloat16).velocity(*inputs)
         for name, parameter in reference.named_parameters():  # what its from_pretrained does for a bf16 model
             if not set(name.split(".")) & set(reference._keep_in_fp32_modules):
                 parameter.data = parameter.data.bfloat16()
@@ -117,8 +118,8 @@ def test_pieces_of_a_cut_model_give_the_whole():
     inputs = (torch.randn(1, 16, 3, 8, 8), torch.tensor([700.0]), torch.randn(1, 7, 64))
     with torch.no_grad():
         hidden = first.patch_embedding(patchify(inputs[0], config.patch_size))
-        conditions = first.embed_conditions(*inputs[1:])
+        conditions = first.embed_conditions(ModelInputs(*inputs))
         positions = grid_positions((3, 4, 4), config.head_dim)
         hidden = last.run_blocks(first.run_blocks(hidden, conditions, positions), conditions, positions)
         velocity = unpatchify(last.head(hidden, conditions.time), (3, 4, 4), config.patch_size)
-        assert torch.equal(velocity, model(*inputs))
+        assert torch.equal(velocity, model.velocity(*inputs))

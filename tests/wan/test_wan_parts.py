@@ -12,10 +12,12 @@ from mm.errors import ConfigError
 from mm.ops.elementwise import reference
 from mm.wan import rope
 from mm.wan.initial import initial_value
+from mm.wan.inputs import ModelInputs
 from mm.wan.layers import ModuleFactories, QKNorm
-from mm.wan.model import WanModel, timestep_sinusoid
+from mm.wan.model import WanModel
 from mm.wan.patches import patchify, token_grid, unpatchify
 from mm.wan.rope import RotaryTables, axis_widths, rope_tables
+from mm.wan.sinusoid import timestep_sinusoid
 
 CONFIG = WanConfig(text_dim=32, hidden_size=64, ffn_dim=96, num_heads=4, num_layers=2, freq_dim=32)
 
@@ -104,7 +106,7 @@ def test_sizes_that_do_not_divide_are_refused(size):
 )
 def test_inputs_of_wrong_shape_are_refused(latents, timestep, text, id):
     with pytest.raises(ConfigError) as caught:
-        WanModel(CONFIG)(torch.zeros(latents), torch.zeros(timestep), torch.zeros(text))
+        WanModel(CONFIG).velocity(torch.zeros(latents), torch.zeros(timestep), torch.zeros(text))
     assert caught.value.id == id
 
 
@@ -143,13 +145,13 @@ def test_pieces_that_stay_fp32_are_computed_in_fp32_even_from_bf16_parameters():
     nn.init.normal_(model.head.head.weight, std=0.02)
     inputs = (torch.randn(1, 16, 2, 4, 4), torch.tensor([500.0]), torch.randn(1, 5, 32))
     with torch.no_grad():
-        exact = model(*inputs)
+        exact = model.velocity(*inputs)
         model.to(torch.bfloat16)
         hidden = model.patch_embedding(patchify(inputs[0], (1, 2, 2)))
-        conditions = model.embed_conditions(*inputs[1:])
+        conditions = model.embed_conditions(ModelInputs(*inputs))
         assert (hidden.dtype, conditions.context.dtype) == (torch.bfloat16, torch.bfloat16)
         assert (conditions.time.dtype, conditions.time_modulation.dtype) == (torch.float32, torch.float32)
-        value = model(*inputs)
+        value = model.velocity(*inputs)
     assert value.dtype == torch.float32
     assert (value - exact).norm() / exact.norm() < 2e-2
 
@@ -171,7 +173,7 @@ def test_parts_may_shard_heads_and_replace_attention():
         cross_attention=attention,
     )
     model = WanModel(CONFIG, parts)
-    out = model(torch.randn(1, 16, 2, 4, 4), torch.tensor([500.0]), torch.randn(1, 5, 32))
+    out = model.velocity(torch.randn(1, 16, 2, 4, 4), torch.tensor([500.0]), torch.randn(1, 5, 32))
     assert out.shape == (1, 16, 2, 4, 4)
     assert seen == [((1, 8, 2, 16), (1, 8, 2, 16)), ((1, 8, 2, 16), (1, 5, 2, 16))] * CONFIG.num_layers
     assert model.state_dict().keys() == WanModel(CONFIG).state_dict().keys()

@@ -1,13 +1,7 @@
 #!/usr/bin/env bash
-# Encodes videos and captions to features, once, for training. Edit the values below, give them as environment
-# variables, or append flags: NPUS_PER_NODE=2 bash feature_extraction.sh --overwrite
+# Encodes videos and captions to features, once, for training. Edit the values below and those of the machines in
+# common.sh, give them as environment variables, or append flags: NPUS_PER_NODE=2 bash feature_extraction.sh --overwrite
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-
-NPUS_PER_NODE=${NPUS_PER_NODE:-8}     # processes on this node: one for each NPU or GPU
-NNODES=${NNODES:-1}
-NODE_RANK=${NODE_RANK:-0}
-MASTER_ADDR=${MASTER_ADDR:-localhost}
-MASTER_PORT=${MASTER_PORT:-6000}
 
 TASK=${TASK:-t2v}                     # t2v, i2v or flf2v; the files of the last two are in folders of these names
 case "$TASK" in

@@ -81,6 +81,10 @@ class Callback(abc.ABC):
     collective: bool = True
     phase: Phase | None = None
 
+    def is_due(self, done: StepDone) -> bool:
+        """Whether to call it after a step; the same on every rank."""
+        return self.every.is_due(done.step, last=done.last, stopping=done.stopping)
+
     @abc.abstractmethod
     def after_step(self, done: StepDone) -> Sequence[Record]:
         """Act on a step; what is returned goes to the sinks (of rank 0)."""
@@ -90,9 +94,10 @@ class Callback(abc.ABC):
 
 
 class ModelCheck(Callback):
-    """A callback that looks at the model as it is after a step, and leaves something that is there or not.
+    """A callback that looks at the model as it is after a step, for long, and leaves something that is there or not.
 
-    Between saving and looking a run may be stopped; the run that goes on from that step makes up for it.
+    A run that is asked to stop does not wait for it, and one that is asked meanwhile stops at its end. Between saving
+    and looking a run may be stopped otherwise; the run that goes on from that step makes up for it.
     """
 
     phase = "evaluation and validation"
@@ -104,6 +109,10 @@ class ModelCheck(Callback):
     @abc.abstractmethod
     def is_missing(self, step: int) -> bool:
         """Whether what `look` leaves of a step is not there; asked on rank 0 alone."""
+
+    def is_due(self, done: StepDone) -> bool:
+        """Not where the run is about to leave; one that is at its end is done, not stopped."""
+        return super().is_due(done) and (done.last or not done.stopping)
 
     def after_step(self, done: StepDone) -> Sequence[Record]:
         """`look`."""

@@ -59,6 +59,7 @@ class Checkpointing(Callback):
         self.every = Every(run.flags.save_interval, at_end=True, when_stopping=True)
         self._run, self._root, self._steps = run, Path(run.flags.save), steps
         self._optimizer, self._adapters, self._background, self._lock = optimizer, adapters, background, lock
+        self._saved_step = 0
 
     def after_step(self, done: StepDone) -> Sequence[Record]:
         """Write a checkpoint, or begin to; `--on-save-failure warn` may pass over a disk that refuses all but the last.
@@ -66,9 +67,24 @@ class Checkpointing(Callback):
         Raises:
             CheckpointError: of this save, or of the one before where that went on in the background.
         """
-        with self._passing_over(done.step, when=not (done.stopping or done.last)):
-            self._write(done.progress, done.parallel)
+        self._save(done, may_fail=not (done.stopping or done.last))
         return ()
+
+    def leave(self, done: StepDone, started: Started) -> None:
+        """Have the step on disk, because the run ends with it; it may be there already.
+
+        Raises:
+            CheckpointError: of its save.
+        """
+        if self._saved_step != done.step:
+            with started.during(self.phase):
+                self._save(done, may_fail=False)
+        self.finish()
+
+    def _save(self, done: StepDone, *, may_fail: bool) -> None:
+        with self._passing_over(done.step, when=may_fail):
+            self._write(done.progress, done.parallel)
+            self._saved_step = done.step
 
     def look(self) -> None:
         """See how the save in the background has ended, if it has; the same on every rank, not at the same step.

@@ -23,7 +23,7 @@ from mm.parallel.velocity import ParallelVelocity
 from mm.rng import generator
 from mm.train.callbacks.base import Every, ModelCheck
 from mm.train.records import EVALUATION_FILE, Record, StepEvaluation, read_evaluations
-from mm.train.step import images_of
+from mm.wan.inputs import ModelInputs
 
 TIMESTEPS = tuple(range(50, 1000, 100))
 """The middles of ten equal parts of the noise levels, times 1000."""
@@ -98,7 +98,6 @@ def _loss(parallel: ParallelModel, batch: FeatureBatch, timestep: int) -> float:
     random = generator(_SEED, "evaluation_noise", batch["sample"][0], timestep)
     noise = torch.randn(clean.shape, generator=random)
     noisy = flow.noisy(clean, noise, torch.tensor([timestep / 1000]))
-    images = {name: value.to(device) for name, value in images_of(batch).items()}
-    times = torch.tensor([float(timestep)], device=device)
-    velocity = ParallelVelocity(parallel)(noisy.to(device), times, batch["text"].to(device), **images)
+    inputs = ModelInputs(noisy, torch.tensor([float(timestep)]), batch["text"], batch["features"])
+    velocity = ParallelVelocity(parallel)(inputs.each(lambda value: value.to(device)))
     return float((velocity.float().cpu() - flow.target(clean, noise)).square().mean())

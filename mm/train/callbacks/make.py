@@ -15,16 +15,17 @@ from mm.train.callbacks.replica_hash import ReplicaHash
 from mm.train.callbacks.stopping import Stopping
 from mm.train.callbacks.stragglers import Stragglers
 from mm.train.run import Run
+from mm.train.start import Started
 
 
 def make_callbacks(
-    run: Run, saves: Checkpointing | None, checks: Sequence[ModelCheck], losses: Iterable[float]
+    run: Run, started: Started, saves: Checkpointing | None, others: Sequence[Callback], losses: Iterable[float]
 ) -> list[Callback]:
-    """The callbacks that the configuration asks for.
+    """The callbacks that the configuration asks for, with others.
 
     Args:
-        run: the run. saves: its checkpoints, if it has any. checks: what `make_checks` gave.
-        losses: of the steps before, on the rank that reports.
+        run, started: the run. saves: its checkpoints, if it has any.
+        others: what `make_checks` gave, and those from outside. losses: of the steps before, on the rank that reports.
     """
     flags, callbacks = run.flags, list[Callback]()
     if saves is not None:
@@ -36,9 +37,11 @@ def make_callbacks(
         callbacks.append(ReplicaHash(flags.check_replica_hash_interval))
     if saves is not None:
         callbacks.append(saves)
-        if run.stop is not None:
-            callbacks.append(Stopping(run.stop, saves.finish))
-    return [*callbacks, *checks]
+    callbacks += others
+    if saves is not None and run.stop is not None:
+        checks = [callback for callback in callbacks if isinstance(callback, ModelCheck)]
+        callbacks.append(Stopping(run.stop, started, saves, checks))
+    return callbacks
 
 
 def make_checks(run: Run) -> list[ModelCheck]:

@@ -1,0 +1,179 @@
+"""The type of a task's declaration: what a sample has, how that becomes inputs of the model, and where they enter.
+
+A declaration is plain data and imports no torch, so that rules and messages may ask it before anything is loaded. What
+runs is elsewhere and is found by the words that stand here: `mm.extract.sources` makes features of a clip,
+`mm.generate.sources` of a row, `mm.wan.embeddings` has the modules that features go through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+Shape = tuple[int, ...]
+
+
+class Entry(Enum):
+    """Where a feature enters the model."""
+
+    CHANNELS = "channels behind those of the noisy latents"
+    CONTEXT = "tokens in front of the text's, which cross attention tells apart"
+    TIME_MODULATION = "added to the time modulation that all blocks share"
+
+
+class Source(Enum):
+    """What makes a feature."""
+
+    IMAGE_ENCODER = "the image encoder, of the frames that are given"
+    KNOWN_FRAMES = "the VAE, of a video that is grey between the frames that are given; a mask of them in front"
+    COLUMN = "a number beside the video, as it is"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A role of media: a frame of the clip that is given; in training it is taken from the clip itself.
+
+    Attributes:
+        name: for messages and files, `first`. index: in the clip.
+    """
+
+    name: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Column:
+    """A role that is a number: a column of the annotations, and a line of a text file in generation.
+
+    Attributes:
+        name: of the column, and of the feature that is made of it. lowest, highest: what it may be.
+    """
+
+    name: str
+    lowest: float
+    highest: float
+
+    @property
+    def expected(self) -> str:
+        """`a number from 0 to 100`."""
+        return f"a number from {self.lowest:g} to {self.highest:g}"
+
+    def holds(self, value: object) -> bool:
+        """Whether a value may stand in it."""
+        return type(value) in (int, float) and self.lowest <= value <= self.highest  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What shapes of features are made of.
+
+    Attributes:
+        channels: of latents. latent: F, H, W of a sample's latents.
+        image_dim, image_tokens: width and number of the image encoder's tokens of one image; 0 without it.
+    """
+
+    channels: int
+    latent: tuple[int, int, int]
+    image_dim: int
+    image_tokens: int
+
+
+@dataclass(frozen=True)
+class InputFeature:
+    """A named input of the model, beside latents, timestep and text.
+
+    Attributes:
+        name: in feature files, batches and the model's arguments. title: in messages.
+        source: what makes it. entry: where it enters.
+        shape: of one sample's, from the sizes.
+        module: the module of the model that it goes through (`mm.wan.embeddings`); None where it is used as it is.
+        error, remedy: id and remedy where the model is given another shape.
+        parts: of one that enters as channels, what these are, by word, and how many of each.
+        mindspeed: its name in MindSpeed-MM's feature files, where these have it.
+        dropped_with_caption: zeros take its place where a sample's caption is dropped in training. Without, it stays:
+            guidance is about the caption alone.
+    """
+
+    name: str
+    title: str
+    source: Source
+    entry: Entry
+    shape: Callable[[Sizes], Shape]
+    error: str
+    remedy: str
+    module: str | None = None
+    parts: Callable[[Sizes], dict[str, int]] | None = None
+    mindspeed: str | None = None
+    dropped_with_caption: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Attributes:
+        name: in configurations, recipes and stores. title: in names of models, `I2V`.
+        roles: what a sample has beside its caption and its clip, which is the target.
+        features: the inputs made of them, in the order in which they are drawn, listed and checked.
+        sizes: fields of `WanConfig` that its models alone have, with the values of the released ones.
+        positions: image tokens get learned positions, which tell the images apart.
+        marks: parameters by which weights of it are known, native names.
+        recipe: fields of a feature store's recipe that it has beside those of all tasks.
+        negative: what stands before the release's negative prompt.
+        with_video, with_last_frame: what generation is called from given videos, or with a last frame too, where its
+            models can do that. The latter is a task, whose rows are taken.
+    """
+
+    name: str
+    title: str
+    roles: tuple[Frame | Column, ...] = ()
+    features: tuple[InputFeature, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    positions: bool = False
+    marks: frozenset[str] = frozenset()
+    recipe: frozenset[str] = frozenset()
+    negative: str = ""
+    with_video: str | None = None
+    with_last_frame: str | None = None
+
+    @property
+    def frames(self) -> tuple[Frame, ...]:
+        """The roles that are frames of the clip."""
+        return tuple(role for role in self.roles if isinstance(role, Frame))
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The roles that are numbers."""
+        return tuple(role for role in self.roles if isinstance(role, Column))
+
+    @property
+    def fewest_latent_frames(self) -> int:
+        """Frames that a clip's latents must have so that something is left to learn where frames are given."""
+        return 2 if self.frames else 1
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules that its features go through."""
+        return tuple(feature.module for feature in self.features if feature.module is not None)
+
+    def entering(self, entry: Entry) -> tuple[InputFeature, ...]:
+        """The features that enter at one place."""
+        return tuple(feature for feature in self.features if feature.entry is entry)
+
+    def made_by(self, source: Source) -> tuple[InputFeature, ...]:
+        """The features that one source makes."""
+        return tuple(feature for feature in self.features if feature.source is source)
+
+    def channels(self, sizes: Sizes) -> int:
+        """Channels behind those of the noisy latents."""
+        return sum(feature.shape(sizes)[0] for feature in self.entering(Entry.CHANNELS))
+
+    def channels_in_words(self, sizes: Sizes) -> str:
+        """`4 mask and 16 condition`."""
+        found = [feature.parts(sizes) for feature in self.entering(Entry.CHANNELS) if feature.parts is not None]
+        return " and ".join(f"{count} {word}" for parts in found for word, count in parts.items())
+
+    def context_tokens(self, sizes: Sizes) -> int:
+        """Tokens in front of the text's."""
+        return sum(feature.shape(sizes)[0] for feature in self.entering(Entry.CONTEXT))
