@@ -140,12 +140,18 @@ def train(number: int, words: tuple[str, ...], save: Path, places: dict[str, str
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every weight file in a folder, by its path there."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.suffix in (".safetensors", ".pt")
-    }
+    """SHA-256 of every weight file in a folder, by its path there; without the metadata, in which paths may stand."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        content = path.read_bytes() if path.suffix in (".safetensors", ".pt") else b""
+        if path.suffix == ".safetensors":
+            size = int.from_bytes(content[:8], "little")
+            header = json.loads(content[8 : 8 + size])
+            header.pop("__metadata__", None)
+            content = json.dumps(header).encode() + content[8 + size :]
+        if content:
+            found[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
+    return found
 
 
 def record(home: Path, only: str | None) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -14,16 +13,14 @@ from tabulate import tabulate
 
 from mm.cli import doctor_compare, doctor_data, doctor_parity, doctor_ready
 from mm.cli.entry import run
-from mm.config.base import load
-from mm.config.data import load_train_data
-from mm.config.flags import parse_flags
-from mm.config.layerzero import load_zero
 from mm.config.layout import Layout, layout_of
+from mm.config.model import WanConfig
 from mm.config.place import process_place
 from mm.config.recompute import recompute_of
-from mm.config.rules import check_training
-from mm.config.train import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
+from mm.config.rules.training import check_training
 from mm.config.units import format_bytes, in_gib
+from mm.dialects.mindspeed.train_flags import TrainFlags
+from mm.dialects.mindspeed.training import read_files, read_flags, translate
 from mm.errors import ConfigError, Problem, raise_all
 from mm.stopping import StopRequest
 
@@ -71,53 +68,50 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _check(argv: Sequence[str]) -> None:
-    flags = parse_flags(DoctorFlags, argv, program="mm doctor", retired=RETIRED_TRAIN_FLAGS)
-    model = load(PretrainModel, Path(flags.mm_model))
-    clip = load_train_data(Path(flags.mm_data)).dataset_param.preprocess_parameters
-    zero = load_zero(flags)
+    flags = read_flags(DoctorFlags, argv, "mm doctor")
     where = process_place()
-    world_size = flags.world_size or where.world_size
-    raise_all(ConfigError, _problems(flags, model, world_size))
-    check_training(flags, model, zero, world_size)
-    layout = layout_of(flags, model, zero, world_size)
+    sections = translate(flags, read_files(flags), flags.world_size or where.world_size)
+    raise_all(ConfigError, _problems(flags, sections.wan, sections.world_size))
+    check_training(sections)
+    layout = layout_of(sections)
     if not flags.dry_run:
-        doctor_ready.check(flags, model, zero, layout, where, argv, as_json=flags.json_output)
+        doctor_ready.check(sections, layout, where, argv, as_json=flags.json_output)
         return
-    frames, height, width = flags.latent_size or clip.latent_size
+    frames, height, width = flags.latent_size or sections.data.features.clip.latent_size
 
     from mm.doctor.dry_run import DryRunJob, dry_run
     from mm.lora.plan import plan_of
     from mm.train.run import data_parallel_options, training_dtype
 
-    lora = plan_of(flags, model.predictor.wan())
+    lora = plan_of(sections.adapters, sections.wan)
     job = DryRunJob(
-        wan=model.predictor.wan(),
+        wan=sections.wan,
         layout=layout,
-        options=data_parallel_options(flags),
-        zero=zero,
-        dtype=training_dtype(flags),
+        options=data_parallel_options(sections),
+        zero=sections.parallel.layerzero,
+        dtype=training_dtype(sections),
         latent=(frames, height, width),
-        micro_batch_size=flags.micro_batch_size,
-        micro_batches=flags.micro_batches_of_step(layout.dp_size),
-        recompute=recompute_of(flags, model),
+        micro_batch_size=sections.data.micro_batch_size,
+        micro_batches=sections.micro_batches_of_step(layout.dp_size),
+        recompute=recompute_of(sections.memory),
         extension=None if lora is None else lora.extension(),
-        ema_decay=flags.ema_decay,
-        async_save=flags.async_save,
-        save_optimizer=not flags.no_save_optim,
-        optimizer=flags.optimizer,
+        ema_decay=sections.optimizer.ema_decay,
+        async_save=sections.checkpoint.in_background,
+        save_optimizer=sections.checkpoint.save_optimizer,
+        optimizer=sections.optimizer.name,
     )
     report = dry_run(job, flags.rank)
-    notes = {"compile": _UNCOMPILED} if flags.compile_blocks else {}
+    notes = {"compile": _UNCOMPILED} if sections.memory.compile_blocks else {}
     print(_as_json(layout, report, notes) if flags.json_output else _as_text(layout, report, notes))
 
 
-def _problems(flags: DoctorFlags, model: PretrainModel, world_size: int) -> list[Problem]:
+def _problems(flags: DoctorFlags, wan: WanConfig, world_size: int) -> list[Problem]:
     """CFG-047: what the doctor alone is asked for."""
     problems = []
     if flags.rank >= world_size:
         found = f"--rank {flags.rank} is not one of --world-size {world_size}."
         problems.append(Problem("CFG-047", found, f"Use 0 to {world_size - 1}, or give the job's size."))
-    size, patch = flags.latent_size, model.predictor.patch_size
+    size, patch = flags.latent_size, wan.patch_size
     if size and (len(size) != 3 or any(number < 1 or number % step for number, step in zip(size, patch, strict=True))):
         found = f"--latent-size is {' '.join(map(str, size))}, not F H W in whole patches of {patch}."
         problems.append(Problem("CFG-047", found, "An 81x480x832 clip has --latent-size 21 60 104."))

@@ -14,14 +14,16 @@ from pydantic import Field
 from tqdm import tqdm
 
 from mm.cli.entry import run
-from mm.config.base import load, load_json
-from mm.config.data import NOT_WITH_DECORD, data_sources, load_extract_data, load_train_data
-from mm.config.extract import check_extraction, extraction_task, load_extract_model
+from mm.config.base import load_json
+from mm.config.data import NOT_WITH_DECORD, data_sources
+from mm.config.extract import check_extraction, extraction_task
 from mm.config.flags import Flags, parse_flags
 from mm.config.output import require_writable_folder
 from mm.config.tasks.registry import TASKS
 from mm.config.tasks.task import Column
-from mm.config.train import PretrainModel
+from mm.dialects.mindspeed.data_files import load_extract_data, load_train_data
+from mm.dialects.mindspeed.model_files import load_extract_model, load_pretrain_model
+from mm.dialects.mindspeed.training import features
 from mm.errors import ConfigError, DataError, Problem, raise_all
 
 if TYPE_CHECKING:
@@ -119,7 +121,7 @@ def _check_videos(flags: DoctorDataFlags) -> CheckedData:
 
 
 def _check_features(flags: DoctorDataFlags) -> CheckedData:
-    data = load_train_data(Path(flags.mm_data))
+    param = load_train_data(Path(flags.mm_data)).dataset_param
     problems = []
     if flags.mm_model is None:
         found = f"{flags.mm_data} is about features, and --mm-model is missing."
@@ -128,13 +130,18 @@ def _check_features(flags: DoctorDataFlags) -> CheckedData:
         found = "--quick has no effect on features."
         problems.append(Problem("CFG-112", found, "Remove it; every feature file is read."))
     raise_all(ConfigError, problems)
-    model = load(PretrainModel, Path(str(flags.mm_model))).predictor.wan()
+    model = load_pretrain_model(Path(str(flags.mm_model))).predictor.wan()
 
     from mm.data.check import check_features
 
     with _Bar() as bar:
         return check_features(
-            data, model, num_workers=flags.num_workers, time_limit=flags.decode_timeout, done=bar.done
+            features(param),
+            model,
+            caption_dropout=param.preprocess_parameters.cfg,
+            num_workers=flags.num_workers,
+            time_limit=flags.decode_timeout,
+            done=bar.done,
         )
 
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from mm.config.base import load
-from mm.config.flags import parse_flags
-from mm.config.layerzero import ZeroConfig, load_zero
 from mm.config.layout import Layout, layout_of
 from mm.config.place import process_place
 from mm.config.recompute import recompute_of
-from mm.config.rules import check_training
-from mm.config.train import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
+from mm.config.rules.training import check_training
+from mm.config.run.training import TrainingRun
+from mm.dialects.mindspeed.train_flags import TrainFlags
+from mm.dialects.mindspeed.training import read_files, read_flags, translate
 from mm.errors import NumericsError
 
 if TYPE_CHECKING:
@@ -38,10 +36,10 @@ def main(argv: Sequence[str]) -> None:
         ConfigError: what `mm train` raises before it starts.
         NumericsError: NUM-005 where the layout differs from one device by more than rounding.
     """
-    flags = parse_flags(ParityFlags, argv, program="mm doctor parity", retired=RETIRED_TRAIN_FLAGS)
-    model, zero, where = load(PretrainModel, Path(flags.mm_model)), load_zero(flags), process_place()
-    check_training(flags, model, zero, where.world_size)
-    layout = layout_of(flags, model, zero, where.world_size)
+    flags, where = read_flags(ParityFlags, argv, "mm doctor parity"), process_place()
+    sections = translate(flags, read_files(flags), where.world_size)
+    check_training(sections)
+    layout = layout_of(sections)
 
     from mm.checkpoint.comm import Comm, ProcessGroupComm, SingleProcess
     from mm.device.backend import select
@@ -49,8 +47,11 @@ def main(argv: Sequence[str]) -> None:
     from mm.parallel.mesh import build_mesh
     from mm.supervise.job import Job
 
-    backend, minutes = select(flags.device, where.local_rank, where.world_size), flags.distributed_timeout_minutes
-    case = _case(flags, model, zero, layout)
+    backend, minutes = (
+        select(sections.training.device, where.local_rank, where.world_size),
+        sections.supervision.timeout_minutes,
+    )
+    case = _case(sections, layout)
     with Job(where, backend.collective, backend.device, minutes), build_mesh(layout, minutes, backend.kind) as mesh:
         comm: Comm = SingleProcess() if where.world_size == 1 else ProcessGroupComm(device=backend.device)
         mine = parity.run_on_the_mesh(case, mesh, backend, parity.own_pieces)
@@ -60,11 +61,11 @@ def main(argv: Sequence[str]) -> None:
     rounding = parity.compare_wholes(one_device(parity.nudged_value_of), whole)
     limits = parity.with_rounding(parity.limits(layout), rounding)
     if where.rank == 0:
-        print(_table(flags, case, backend.name(), errors, limits))
+        print(_table(sections, case, backend.name(), errors, limits))
     _require_equal(layout, errors, limits)
 
 
-def _case(flags: TrainFlags, model: PretrainModel, zero: ZeroConfig | None, layout: Layout) -> Case:
+def _case(sections: TrainingRun, layout: Layout) -> Case:
     """More tokens than ranks that share them, and not a multiple; samples of two sizes where the run takes them."""
     from mm.doctor.parity import Case, small_model
     from mm.train.run import data_parallel_options
@@ -72,16 +73,16 @@ def _case(flags: TrainFlags, model: PretrainModel, zero: ZeroConfig | None, layo
     sharing = layout.cp_size * (layout.tp_size if layout.sequence_parallel else 1)
     width = 2 * (2 * sharing // 9 + 5)  # of 9 tokens a column
     sizes = [(3, 6, width), (1, 2, 14)]
-    one_size = flags.micro_batch_size > 1 or (layout.pp_size > 1 and not flags.variable_seq_lengths)
+    one_size = sections.data.micro_batch_size > 1 or (layout.pp_size > 1 and not sections.parallel.variable_sizes)
     return Case(
-        small_model(model.predictor.wan()),
+        small_model(sections.wan),
         layout,
-        data_parallel_options(flags),
-        zero,
-        recompute_of(flags, model),
+        data_parallel_options(sections),
+        sections.parallel.layerzero,
+        recompute_of(sections.memory),
         tuple(sizes[:1] if one_size else sizes),
-        flags.micro_batch_size,
-        min(flags.micro_batches_of_step(layout.dp_size), 2 * layout.pp_size),
+        sections.data.micro_batch_size,
+        min(sections.micro_batches_of_step(layout.dp_size), 2 * layout.pp_size),
     )
 
 
@@ -95,12 +96,12 @@ def _rows(errors: RelativeErrors, limits: RelativeErrors) -> list[tuple[str, flo
     ]
 
 
-def _table(flags: TrainFlags, case: Case, device: str, errors: RelativeErrors, limits: RelativeErrors) -> str:
+def _table(sections: TrainingRun, case: Case, device: str, errors: RelativeErrors, limits: RelativeErrors) -> str:
     wan, layout = case.wan, case.layout
     left_out = {
-        "adapters": flags.lora,
-        "--compile-blocks": flags.compile_blocks,
-        "--bf16": flags.bf16,
+        "adapters": sections.adapters is not None,
+        sections.origins["memory.compile_blocks"].with_value(True): sections.memory.compile_blocks,
+        sections.origins["model.precision"].with_value("bf16"): sections.model.precision == "bf16",
     }
     facts = [
         ("layout", f"{layout.name()} on {layout.world_size:,} processes, {device}"),

@@ -10,16 +10,13 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from mm.config.data import TrainData, load_train_data
-from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
 from mm.config.place import ProcessPlace
-from mm.config.train import PretrainModel, TrainFlags
+from mm.config.run.training import TrainingRun
 from mm.config.units import format_bytes
 from mm.errors import ConfigError, DataError, MMError, Problem, raise_all
 from mm.isolated import command_of
@@ -31,9 +28,7 @@ _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "
 
 
 def check(
-    flags: TrainFlags,
-    model: PretrainModel,
-    zero: ZeroConfig | None,
+    sections: TrainingRun,
     layout: Layout,
     where: ProcessPlace,
     words: Sequence[str],
@@ -43,7 +38,7 @@ def check(
     """Look at everything that can be known, print a table and a verdict; rank 0 prints, every process looks.
 
     Args:
-        flags, model, zero: checked configuration. layout: of the job.
+        sections: checked configuration. layout: of the job.
         where: this process's place in the job; alone where the doctor was not started by the job's launcher.
         words: the command line, for the dry run, which is a process of its own.
         as_json: print one JSON object.
@@ -59,56 +54,56 @@ def check(
     from mm.supervise.job import Job
 
     logging.getLogger().setLevel(logging.WARNING)
-    config, backend = model.predictor.wan(), select(flags.device, where.local_rank, where.world_size)
-    lora = plan_of(flags, config)
+    config, backend = sections.wan, select(sections.training.device, where.local_rank, where.world_size)
+    lora = plan_of(sections.adapters, config)
     trained = preflight.elements(config) if lora is None else lora.parameters
     findings = [] if where.rank else preflight.versions(backend)
     findings += preflight.operators(backend) if where.local_rank == 0 else []  # once a node: its compiler
     reports: list[dict[str, Any]] = []
     if where.rank == 0:
         findings += preflight.attempt("memory", lambda: _memory(words, layout, backend, reports))
-        findings += preflight.attempt("weights", lambda: preflight.weights(flags, config))
-        findings += preflight.attempt("checkpoints", lambda: preflight.save_folder(flags))
-        findings += preflight.attempt("disk", lambda: preflight.disk(flags, trained))
-    one_size = layout.pp_size > 1 and not flags.variable_seq_lengths
-    batch = flags.samples_of_step(layout.dp_size)
-    data = load_train_data(Path(flags.mm_data))
+        findings += preflight.attempt("weights", lambda: preflight.weights(sections, config))
+        findings += preflight.attempt("checkpoints", lambda: preflight.save_folder(sections))
+        findings += preflight.attempt("disk", lambda: preflight.disk(sections, trained))
+    one_size = layout.pp_size > 1 and not sections.parallel.variable_sizes
+    batch = sections.samples_of_step(layout.dp_size)
     if where.local_rank == 0:  # once a node: its disks, its memory
         findings += preflight.attempt(
-            "features", lambda: preflight.features(open_features(data, config), batch, one_size=one_size)
+            "features",
+            lambda: preflight.features(open_features(sections.data.features, config), batch, one_size=one_size),
         )
     with ExitStack() as stack:
         comm: Comm = SingleProcess()
         if where.world_size > 1:
-            began, minutes = time.monotonic(), flags.distributed_timeout_minutes
-            configuration = {"flags": flags.model_dump(mode="json"), flags.mm_model: model.model_dump(mode="json")}
+            began, minutes = time.monotonic(), sections.supervision.timeout_minutes
+            configuration = sections.origins.grouped(sections.values())
             stack.enter_context(Job(where, backend.collective, backend.device, minutes, configuration))
             comm = ProcessGroupComm(device=backend.device)
             reached = preflight.network(comm, time.monotonic() - began)
             findings += reached if where.rank == 0 else []
-            drawn = preflight.same_draws(comm.all_gather_object(_draws(flags, model, data, batch)))
+            drawn = preflight.same_draws(comm.all_gather_object(_draws(sections, batch)))
             findings += drawn if where.rank == 0 else []
         told = [report for part in comm.all_gather_object(reports) for report in part]  # rank 0's, on every node
         pinned, saved = (max((report[of] for report in told), default=0) for of in ("host_bytes", "save_bytes"))
         if where.local_rank == 0:
-            findings += preflight.host(flags, trained, pinned, saved, where.local_world_size)
+            findings += preflight.host(sections, trained, pinned, saved, where.local_world_size)
         everyone = comm.all_gather_object([asdict(finding) for finding in findings])
     if where.rank == 0:
         _tell(_merged([preflight.Finding(**found) for part in everyone for found in part]), reports, as_json=as_json)
 
 
-def _draws(flags: TrainFlags, model: PretrainModel, data: TrainData, samples: int) -> str | None:
+def _draws(sections: TrainingRun, samples: int) -> str | None:
     """What this process draws for the first step; None without features, of which the check of features tells."""
     from mm.data.dataset import open_features
     from mm.diffusion.flow import FlowMatching
     from mm.doctor import preflight
 
     try:
-        dataset = open_features(data, model.predictor.wan())
+        dataset = open_features(sections.data.features, sections.wan)
     except MMError:
         return None
-    shuffle = data.dataloader_param.shuffle
-    return preflight.draws(dataset, FlowMatching(model.diffusion), flags.seed, samples, shuffle=shuffle)
+    flow, seed = FlowMatching(sections.objective), sections.training.seed
+    return preflight.draws(dataset, flow, seed, samples, shuffle=sections.data.shuffle)
 
 
 def _memory(words: Sequence[str], layout: Layout, backend: Any, reports: list[dict[str, Any]]) -> list[Finding]:

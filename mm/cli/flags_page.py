@@ -16,8 +16,8 @@ from mm.cli.zero_to_bf16 import ZeroFlags
 from mm.config.extract import ExtractFlags
 from mm.config.flag_help import FlagText, flag_groups
 from mm.config.flags import Flags, flag_name
-from mm.config.generate import GenerateFlags
-from mm.config.train import TrainFlags
+from mm.dialects.mindspeed.generate import GenerateFlags
+from mm.dialects.mindspeed.train_flags import TrainFlags
 
 PROGRAMS: dict[str, type[Flags]] = {
     "mm extract": ExtractFlags,

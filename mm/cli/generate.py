@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 
 from mm.cli.entry import run
 from mm.config.flags import parse_flags, words_of_process
-from mm.config.generate import GenerateFlags, load_generation
 from mm.config.inference_retired import RETIRED_GENERATE_FLAGS
 from mm.config.output import require_writable_folder
 from mm.config.place import process_place
+from mm.dialects.mindspeed.accepted import Note, said
+from mm.dialects.mindspeed.accepted_flags import ACCEPTED_GENERATE_FLAGS, take_accepted
+from mm.dialects.mindspeed.generate import GenerateFlags, load_generation
 from mm.generate.rows import require_inputs
 from mm.stopping import StopRequest
 
@@ -22,14 +25,18 @@ def main(argv: Sequence[str]) -> None:
         ConfigError: what reading the configuration raises.
         MMError: what `mm.generate.run.generate_clips` raises.
     """
-    flags = parse_flags(GenerateFlags, argv, program="mm generate", retired=RETIRED_GENERATE_FLAGS)
+    words, accepted = take_accepted(argv, ACCEPTED_GENERATE_FLAGS)
+    flags = parse_flags(GenerateFlags, words, program="mm generate", retired=RETIRED_GENERATE_FLAGS)
     with StopRequest(saves=False, kept="The clips written so far stay."):
-        _generate(flags)
+        _generate(flags, accepted)
 
 
-def _generate(flags: GenerateFlags) -> None:
+def _generate(flags: GenerateFlags, accepted: Sequence[Note]) -> None:
     where = process_place()
     generation = load_generation(flags, where.world_size)
+    if where.rank == 0:
+        for line in (*([said("flags", accepted)] if accepted else []), *generation.notes):
+            logging.getLogger(__name__).info("%s", line)
     require_inputs(generation.config)
     require_writable_folder(generation.config.save_path, "--save-path")
 

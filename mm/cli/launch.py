@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from mm.cli.entry import run
 from mm.stopping import StopRequest
@@ -24,9 +25,19 @@ def main(argv: Sequence[str]) -> None:
         StoppedError, SignalledError: a signal came before any process was started.
     """
     # Whether the job saves when it is asked to stop, the launcher's own end before that must say alike.
-    with StopRequest(saves="--save-on-signal" in argv, kept="No process had been started."):
+    with StopRequest(saves=_saves(argv), kept="No process had been started."):
         from mm.supervise.torchrun import torchrun  # torch takes seconds
     sys.exit(torchrun(argv))
+
+
+def _saves(argv: Sequence[str]) -> bool:
+    """Whether what is started saves when a signal asks it to stop."""
+    if "mm.cli.run" in argv:
+        from mm.cli.run import saves_on_signal  # the flags of other commands need no file
+
+        file = argv[argv.index("mm.cli.run") + 1 :]
+        return len(file) == 1 and saves_on_signal(Path(file[0]))
+    return "--save-on-signal" in argv
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ from mm.isolated import clean_path
 COMMANDS = {
     "demo": "write the embedded default: a tiny Wan2.1, 16 clips with captions, and the files that configure a run",
     "extract": "turn videos and captions into features",
-    "migrate": "take over features that MindSpeed-MM extracted",
+    "migrate": "take over features that MindSpeed-MM extracted; migrate config OLD NEW: one of its files",
     "train": "train on features",
+    "run": "train as a run.yaml says",
+    "translate": "print the run.yaml that a command line of training means",
     "doctor": "say whether a run will work, what it costs; doctor data, parity, compare: features, a layout, two runs",
     "convert": "convert weights between the HF, native and MM formats",
     "generate": "make videos from prompts",

@@ -1,4 +1,4 @@
-"""`mm migrate`: features that MindSpeed-MM extracted, as a feature store."""
+"""`mm migrate`: features that MindSpeed-MM extracted, as a feature store; `mm migrate config`: one of its files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from mm.cli import migrate_config
 from mm.cli.entry import run
 from mm.config.data import DataSource, Preprocess
 from mm.config.flags import Flags, parse_flags
@@ -15,7 +16,10 @@ from mm.config.output import require_writable_folder
 
 
 class MigrateFlags(Flags):
-    """Turn a folder of MindSpeed-MM's .pt features into a feature store. The .pt files stay as they are."""
+    """Turn a folder of MindSpeed-MM's .pt features into a feature store. The .pt files stay as they are.
+
+    `mm migrate config OLD NEW` rewrites one of its JSON files and lists what was dropped and why.
+    """
 
     source: Path = Field(description="folder that holds data.jsonl and features/*.pt")
     target: Path = Field(description="feature store to write")
@@ -26,7 +30,10 @@ class MigrateFlags(Flags):
 
 
 def main(argv: Sequence[str]) -> None:
-    """Migrate; raises what `mm.data.migrate.migrate` raises."""
+    """Migrate features, or with `config` first a file; raises what `mm.data.migrate.migrate` raises."""
+    if argv and argv[0] == "config":
+        migrate_config.main(argv[1:])
+        return
     flags = parse_flags(MigrateFlags, argv, program="mm migrate")
     require_writable_folder(flags.target, "--target")
     from mm.data.migrate import migrate  # after the flags are known to be good: torch takes a second to import

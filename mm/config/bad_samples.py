@@ -37,8 +37,11 @@ class OnBadSample:
 FAIL = OnBadSample()
 
 
-def parse_on_bad_sample(text: str) -> OnBadSample:
-    """Read the flag's value: `fail`, or `skip:max=` and a percentage above 0 and below 100, as in `skip:max=0.1%`.
+def parse_on_bad_sample(text: str, name: str = "--on-bad-sample") -> OnBadSample:
+    """Read the value: `fail`, or `skip:max=` and a percentage above 0 and below 100, as in `skip:max=0.1%`.
+
+    Args:
+        text: the value. name: the user's word for it.
 
     Raises:
         ConfigError: CFG-110 for anything else.
@@ -50,7 +53,7 @@ def parse_on_bad_sample(text: str) -> OnBadSample:
     if not 0 < share < 1:
         raise ConfigError(
             "CFG-110",
-            f'--on-bad-sample is "{text}", expected fail, or skip:max=P% with P above 0 and below 100.',
+            f'{name} is "{text}", expected fail, or skip:max=P% with P above 0 and below 100.',
             "Use fail to stop at the first bad sample, or for example skip:max=0.1%.",
         )
     return OnBadSample(share)

@@ -7,14 +7,13 @@ be said out loud; the fields of MindSpeed-MM that are left out are errors that s
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from pydantic import Field
 
-from mm.config.base import Section, load_json, parse, take_retired
+from mm.config.base import Section
 from mm.config.path_line import LineError, read_paths, write_paths
 from mm.errors import ConfigError, Problem, raise_all
 
@@ -161,21 +160,6 @@ class DataSource:
     annotation: Path
 
 
-def load_extract_data(path: Path) -> ExtractData:
-    """Read and check data.json of feature extraction.
-
-    Raises:
-        ConfigError: what `mm.config.base.load` raises, CFG-008 for a field of MindSpeed-MM that has no effect here,
-            CFG-050 to CFG-053 for values that cannot work; all at once.
-    """
-    return _load(ExtractData, path, _RETIRED | _RETIRED_IN_EXTRACTION)
-
-
-def load_train_data(path: Path) -> TrainData:
-    """Read and check feature_data.json of training; raises what `load_extract_data` raises."""
-    return _load(TrainData, path, _RETIRED | _RETIRED_IN_TRAINING)
-
-
 def data_sources(basic: BasicParameters, default_annotation: str | None = None) -> list[DataSource]:
     """The data sets that `basic_parameters` names, in order.
 
@@ -239,107 +223,3 @@ def _malformed_line(found: str, default_annotation: str | None) -> Problem:
     expected = f"folder or folder,{default_annotation}" if default_annotation else "folder,annotation.json"
     remedy = 'Correct the line; a path with a comma goes into double quotes, "/a, b",data.json.'
     return Problem("CFG-054", f"{found}. Expected is {expected}.", remedy)
-
-
-RootT = TypeVar("RootT", bound=ExtractData | TrainData)
-
-
-def _load(section: type[RootT], path: Path, retired: Mapping[str, str]) -> RootT:
-    values = load_json(path)
-    problems = list(take_retired(values, retired, str(path)))
-    try:
-        result = parse(section, values, str(path))
-    except ConfigError as error:
-        raise_all(ConfigError, [*problems, *error.problems])
-        raise
-    problems += _impossible_values(result, str(path))
-    raise_all(ConfigError, problems)
-    return result
-
-
-def _impossible_values(config: ExtractData | TrainData, source: str) -> Iterator[Problem]:
-    clip = config.dataset_param.preprocess_parameters
-    if (clip.num_frames - 1) % TEMPORAL_STRIDE:
-        below = (clip.num_frames - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1
-        yield Problem(
-            "CFG-050",
-            f"{source}: num_frames is {clip.num_frames}; the VAE takes 4k + 1 frames.",
-            f"Use {below} or {below + TEMPORAL_STRIDE}.",
-        )
-    for name, size in (("max_height", clip.max_height), ("max_width", clip.max_width)):
-        if size % SIZE_MULTIPLE:
-            below = size // SIZE_MULTIPLE * SIZE_MULTIPLE
-            near = f"{below} or {below + SIZE_MULTIPLE}" if below else f"{SIZE_MULTIPLE}"
-            yield Problem("CFG-051", f"{source}: {name} is {size}, not a multiple of {SIZE_MULTIPLE}.", f"Use {near}.")
-    if isinstance(clip, RawPreprocess) and clip.min_num_frames is not None and clip.min_num_frames > clip.num_frames:
-        yield Problem(
-            "CFG-052",
-            f"{source}: min_num_frames is {clip.min_num_frames}, more than num_frames {clip.num_frames}.",
-            "Use at most num_frames, or remove it to refuse every shorter video.",
-        )
-    basic = config.dataset_param.basic_parameters
-    suffix = Path(basic.data_path).suffix
-    if suffix not in (".txt", ".json", ".jsonl"):
-        yield Problem(
-            "CFG-053",
-            f"{source}: data_path is {basic.data_path}, which ends in none of .txt, .json, .jsonl.",
-            "Name a list of data sets (.txt) or one annotation file (.json, .jsonl; of a table pandas writes one with "
-            'to_json("data.jsonl", orient="records", lines=True)).',
-        )
-    elif suffix == ".txt" and basic.data_folder is not None:
-        yield Problem(
-            "CFG-053",
-            f"{source}: data_folder has no effect with the list of data sets {basic.data_path}.",
-            "Remove it; each line of the list names its own folder.",
-        )
-    elif suffix != ".txt" and basic.data_folder is None:
-        yield Problem(
-            "CFG-053",
-            f"{source}: data_path {basic.data_path} is one annotation file, and data_folder is missing.",
-            "Add data_folder, the folder that the paths in the annotation start from.",
-        )
-
-
-_ONE_SIZE = "Remove it; every clip is resized and centre-cropped to max_height x max_width, and none is filtered out."
-_NO_RATE = "Remove it; frames are taken every frame_interval, whatever the frame rate."
-_NO_GROUPS = "Remove it; the order of samples is drawn from --seed alone."
-_P = "dataset_param.preprocess_parameters."
-_RETIRED = {
-    "dataset_param.use_feature_data": "Remove it; data_storage_mode says whether features are read.",
-    "dataset_param.text_preprocess_methods": "Remove it; captions are always cleaned as Wan does.",
-    _P + "video_processor_type": _ONE_SIZE,
-    _P + "image_reader_type": "Remove it; data sets of images are not available in this version.",
-    _P + "auto_interval": _NO_RATE,
-    _P + "train_fps": _NO_RATE,
-    _P + "speed_factor": _NO_RATE,
-    _P + "max_hxw": _ONE_SIZE,
-    _P + "min_hxw": _ONE_SIZE,
-    _P + "hw_stride": _ONE_SIZE,
-    _P + "hw_aspect_thr": _ONE_SIZE,
-    _P + "force_resolution": _ONE_SIZE,
-    _P + "truncate_t_by_sp": "Remove it; clips need not divide by the context-parallel size.",
-    _P + "drop_short_ratio": "Remove it; min_num_frames decides whether short videos are used.",
-    _P + "train_pipeline": "Remove it; the one way is to resize to cover, crop the centre and scale to [-1, 1].",
-    _P + "dataloader_num_workers": "Remove it and give --num-workers.",
-    "dataloader_param.dataloader_mode": _NO_GROUPS,
-    "dataloader_param.sampler_type": _NO_GROUPS,
-    "dataloader_param.group_data": _NO_GROUPS,
-    "dataloader_param.group_frame": _NO_GROUPS,
-    "dataloader_param.group_resolution": _NO_GROUPS,
-    "dataloader_param.initial_global_step_for_sampler": "Remove it; a resumed run goes on where it was.",
-    "dataloader_param.drop_last": "Remove it; batches run on across the end of an epoch and no sample is dropped.",
-    "dataloader_param.batch_size": "Remove it and give --micro-batch-size.",
-    "dataloader_param.num_workers": "Remove it and give --num-workers.",
-}
-_RETIRED_IN_EXTRACTION = {
-    "dataset_param.cfg": "Remove it; captions are dropped in training, see cfg in feature_data.json.",
-    _P + "cfg": "Remove it; captions are dropped in training, see cfg in feature_data.json.",
-    "dataloader_param": "Remove it; each process takes its share of the samples, and --num-workers reads ahead.",
-}
-_IN_EXTRACTION = "Remove it; videos and captions are read by feature extraction, see data.json there."
-_RETIRED_IN_TRAINING = {
-    "dataset_param.use_text_processer": _IN_EXTRACTION,
-    "dataset_param.enable_text_preprocessing": _IN_EXTRACTION,
-    _P + "video_reader_type": _IN_EXTRACTION,
-    _P + "min_num_frames": _IN_EXTRACTION,
-}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mm.config.base import Section, load
+from mm.config.base import Section
 from mm.config.data import TEMPORAL_STRIDE, ExtractData
 from mm.config.flags import Flags
 from mm.config.model import Precision
@@ -130,22 +129,6 @@ class ExtractFlags(Flags):
     distributed_timeout_minutes: int = Field(1440, ge=1, description="how long a process waits for slower ones")
 
 
-def load_extract_model(path: Path) -> ExtractModel:
-    """Read and check model_wan.json.
-
-    Raises:
-        ConfigError: what `mm.config.base.load` raises, CFG-055 for tiles that cannot work; all at once.
-    """
-    model = load(ExtractModel, path)
-    raise_all(ConfigError, list(_impossible_tiles(model.ae, str(path))))
-    return model
-
-
-def load_extract_tools(path: Path) -> ExtractTools:
-    """Read and check tools.json; raises what `mm.config.base.load` raises."""
-    return load(ExtractTools, path)
-
-
 def extraction_task(model: ExtractModel, tools: ExtractTools | None) -> str:
     """What the features are for; text to video where neither file says a task."""
     return model.task or (tools.task if tools else None) or DEFAULT.name
@@ -186,23 +169,6 @@ def _image_problems(data: ExtractData, model: ExtractModel, task: str) -> Iterat
                 "CFG-075",
                 f"{name} is {frames}: a clip of one frame is its own first frame, and {task} has nothing to learn.",
                 f"Use at least {TEMPORAL_STRIDE + 1}.",
-            )
-
-
-def _impossible_tiles(ae: ExtractAutoencoder, source: str) -> Iterator[Problem]:
-    if ae.tiling_param is not None and ae.tiling() is None and ae.condition_tiling() is None:
-        yield Problem(
-            "CFG-055",
-            f"{source}: ae.tiling_param has no effect while ae.enable_tiling is false.",
-            "Remove it or set enable_tiling to true.",
-        )
-    tiling = ae.tiling_param or TilingParam()
-    for axis, size, stride in zip(("height", "width"), tiling.tile_size, tiling.tile_stride, strict=True):
-        if stride > size:
-            yield Problem(
-                "CFG-055",
-                f"{source}: tiles of {axis} {size} every {stride} latent pixels leave gaps.",
-                "Give a tile_stride of at most tile_size.",
             )
 
 

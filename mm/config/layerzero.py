@@ -1,31 +1,21 @@
-"""zero_config.yaml: how layer-zero (`--layerzero`) shards parameters, with MindSpeed-MM's names.
-
-Every key of MindSpeed-MM's file is known. A value that could not be followed here is refused with what to do instead.
-"""
+"""How layer-zero shards parameters, with the names that FSDP and MindSpeed-MM have for it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Hashable, Iterator
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
 from pydantic import Field, field_validator
 
-from mm.config.base import Section, parse
-from mm.config.mesh import MeshFlags
-from mm.errors import ConfigError, Problem, raise_all
+from mm.config.base import Section
 
 BLOCK_CLASSES = ("WanDiTBlock", "WanBlock")
 # Never on the training device, so there is nothing to leave out: MindSpeed-MM's own files name them.
 ABSENT_MODULES = ("ae", "text_encoder")
-_MOST_VALUES = 10_000  # in a file that has a dozen; more are a mistake or hostile
 TOP_MODULES = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "head")
 
 
 class ZeroConfig(Section):
-    """The file of `--layerzero-config`.
+    """The section of layer-zero.
 
     Attributes:
         zero3_size: ranks among which every parameter is sharded; the groups of that size hold copies. It must divide
@@ -33,7 +23,7 @@ class ZeroConfig(Section):
             size that does not fit is an error.
         transformer_layers: the class that is gathered as one unit, by dotted path; there is one, the block.
         forward_prefetch: gather the next unit's parameters while this one computes.
-        param_dtype: of the gathered parameters; must agree with `--bf16`. reduce_dtype: of the gradients' reduction.
+        param_dtype: of the gathered parameters; must agree with the run's. reduce_dtype: of the gradients' reduction.
         ignored_modules: top-level modules of the transformer that are not sharded.
     """
 
@@ -72,103 +62,3 @@ class ZeroConfig(Section):
                     f'"{name}" cannot be left out; what can be is {", ".join(ABSENT_MODULES + TOP_MODULES)}'
                 )
         return names
-
-
-# Keys with one value that can be followed, and what someone does who wanted another.
-_ONLY: dict[str, tuple[Any, str]] = {
-    "backward_prefetch": ("BACKWARD_PRE", "Remove it; the next unit is always gathered before this one's gradients."),
-    "backward_reduce_scatter": ("BACKWARD_PRE", "Remove it; gradients are always reduced as soon as they are there."),
-    "buffer_dtype": (None, "Remove it; the transformer has no buffers."),
-    "limit_all_gathers": (True, "Remove it; gathers are always limited to the units in use and the next one."),
-    "offload_grads": (False, "Remove it; to save memory raise zero3_size or the tensor-parallel degree."),
-    "ckpt_load_path": (None, "Remove it; give the folder of checkpoints with --load or --save."),
-    "autocast_input": (True, "Remove it; where precision changes is part of the model."),
-    "autocast_output": (True, "Remove it; where precision changes is part of the model."),
-}
-
-
-def load_zero(flags: MeshFlags) -> ZeroConfig | None:
-    """Read the file of `--layerzero-config`; None without layer-zero.
-
-    One of the two flags without the other is left to the rule about it (CFG-045).
-
-    Raises:
-        ConfigError: CFG-001 and CFG-002 when the file cannot be read, CFG-003, CFG-005 and CFG-008 for what it holds.
-    """
-    if not flags.layerzero or flags.layerzero_config is None:
-        return None
-    path = Path(flags.layerzero_config)
-    values = load_yaml(path)
-    problems = list(_take_refused(values, str(path)))
-    try:
-        zero = parse(ZeroConfig, values, str(path))
-    except ConfigError as error:
-        problems += error.problems
-    raise_all(ConfigError, problems)
-    return zero
-
-
-def load_yaml(path: Path) -> Any:
-    """Read a YAML file of plain values strictly.
-
-    Raises:
-        ConfigError: CFG-001 when the file is missing or unreadable, CFG-002 when it is not YAML, has a key twice, or
-            holds what JSON has no form for (dates, NaN, values that contain themselves), or more values than a
-            configuration has.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            "CFG-001", f"{path} cannot be read ({error}).", "Check the path and its permissions."
-        ) from None
-    try:
-        values = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
-        _require_small(values)
-        json.dumps(values, allow_nan=False)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            "CFG-002", f"{path} is not plain YAML: {reason}.", "Correct the file at that place."
-        ) from None
-    return {} if values is None else values  # a file of comments alone: all defaults
-
-
-def _require_small(values: Any) -> None:
-    """Refuse a few lines of aliases that stand for more values than memory holds.
-
-    Raises:
-        ValueError: for more values than `_MOST_VALUES`, each alias counted as what it stands for, or one in itself.
-    """
-    counted: dict[int, int] = {}
-
-    def count(value: Any) -> int:
-        if not isinstance(value, (dict, list)):
-            return 1
-        if id(value) not in counted:
-            counted[id(value)] = _MOST_VALUES  # until it is known; what contains itself is never small
-            parts = value.values() if isinstance(value, dict) else value
-            counted[id(value)] = 1 + sum(map(count, parts))
-        return counted[id(value)]
-
-    if count(values) > _MOST_VALUES:
-        raise ValueError(f"it stands for more than {_MOST_VALUES} values")
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Plain values only, and no key twice in one mapping."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        names = [self.construct_object(name, deep=True) for name, _ in node.value]
-        for place, name in enumerate(names):
-            if name in names[:place]:
-                raise yaml.constructor.ConstructorError(None, None, f'the key "{name}" occurs twice', node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _take_refused(values: Any, source: str) -> Iterator[Problem]:
-    """Report (CFG-008) and remove values that could not be followed, so that they are not of a wrong kind as well."""
-    for name, (only, remedy) in _ONLY.items():
-        if isinstance(values, dict) and name in values and values[name] != only:
-            value = values.pop(name)
-            yield Problem("CFG-008", f'{source}: "{name}" is {json.dumps(value)}, which has no effect here.', remedy)

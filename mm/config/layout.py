@@ -1,6 +1,6 @@
 """How a run is cut over its processes: the degree of every axis, and which blocks each pipeline stage holds.
 
-`layout_of` reads it from checked flags and files; everything behind the configuration takes a `Layout` and no flags.
+`layout_of` reads it from a checked run; everything behind the configuration takes a `Layout` and no sections.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from mm.config.layerzero import ZeroConfig
-from mm.config.request import MeshRequest, Request
-from mm.config.train import PretrainModel, TrainFlags
+from mm.config.run.mesh import MeshRun
+from mm.config.run.training import TrainingRun
 
 Stages = tuple[tuple[int, ...], ...]
 
@@ -131,41 +130,40 @@ class Layout:
         return f"pp{self.pp_size}{chunks}" + (f"({listed})" if uneven else "")
 
 
-def layout_of(flags: TrainFlags, model: PretrainModel, zero: ZeroConfig | None, world_size: int) -> Layout:
-    """The layout of a training run whose configuration `mm.config.rules.check_training` has accepted.
+def layout_of(run: TrainingRun) -> Layout:
+    """The layout of a training run that `mm.config.rules.training.check_training` has accepted.
 
     Raises:
         ValueError: when it has not, and the degrees contradict each other.
     """
-    request = Request(flags, model, zero, world_size)
-    return mesh_layout(request, request.vp, _stages(model, request.pp, request.vp))
+    return mesh_layout(run, run.vp, _stages(run))
 
 
-def mesh_layout(request: MeshRequest, vp_size: int = 1, stages: Stages = ()) -> Layout:
-    """The layout of a run whose configuration the rules (`mm.config.rules_mesh`) have accepted.
+def mesh_layout(run: MeshRun, vp_size: int = 1, stages: Stages = ()) -> Layout:
+    """The layout of a run that the rules (`mm.config.rules.mesh`) have accepted.
 
     Args:
-        request: what was asked for.
+        run: what was asked for.
         vp_size: model chunks of one pipeline rank. stages: their blocks, [vp_size][pp_size]; empty without a pipeline.
 
     Raises:
         ValueError: when they have not, and the degrees contradict each other.
     """
-    flags, ulysses = request.mesh_flags, request.ulysses
+    mesh, ulysses = run.mesh, run.ulysses
     if ulysses is None:
         raise ValueError("the hybrid algorithm needs a Ulysses degree that divides the context-parallel size")
     return Layout(
-        world_size=request.world_size,
-        tp_size=request.tp,
-        sequence_parallel=flags.sequence_parallel,
-        cp_size=request.cp,
+        world_size=run.world_size,
+        tp_size=run.tp,
+        sequence_parallel=mesh.sequence_parallel,
+        cp_size=run.cp,
         ulysses_size=ulysses,
-        window_size=flags.cp_window_size if flags.cp_window_size > 1 else request.cp // ulysses,
-        send_recv_overlap=flags.use_cp_send_recv_overlap,
-        pp_size=request.pp,
+        window_size=mesh.ring_window if mesh.ring_window > 1 else run.cp // ulysses,
+        send_recv_overlap=mesh.ring_overlap,
+        pp_size=run.pp,
         vp_size=vp_size,
         stages=stages,
-        zero3_size=request.zero.zero3_size if request.zero else None,
+        zero3_size=mesh.layerzero.zero3_size if mesh.layerzero else None,
     )
 
 
@@ -198,8 +196,8 @@ def stage_rows(listed: Sequence[int] | Sequence[list[int]]) -> Stages:
     return tuple(map(tuple, rows)) if rows else (tuple(item for item in listed if isinstance(item, int)),)
 
 
-def _stages(model: PretrainModel, pp_size: int, vp_size: int) -> Stages:
-    listed = model.predictor.pipeline_num_layers
-    if pp_size == 1:  # a list is unused then, as in MindSpeed-MM, whose model files always have one
-        return ((model.predictor.num_layers,),)
-    return stage_rows(listed) if listed is not None else even_stages(model.predictor.num_layers, pp_size, vp_size)
+def _stages(run: TrainingRun) -> Stages:
+    rows, num_layers = run.parallel.stages, run.wan.num_layers
+    if run.pp == 1:  # a list is unused then, as in MindSpeed-MM, whose model files always have one
+        return ((num_layers,),)
+    return tuple(map(tuple, rows)) if rows is not None else even_stages(num_layers, run.pp, run.vp)

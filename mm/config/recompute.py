@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from mm.config.train import PretrainModel, TrainFlags
+from mm.config.run.memory import MemorySection
 
 Mode = Literal["full", "keep attention", "none"]
 """Recomputed whole; recomputed except for self attention; not recomputed."""
@@ -50,17 +50,16 @@ class Recompute:
                 yield range(start, min(start + size, end)), mode
 
 
-def recompute_of(flags: TrainFlags, model: PretrainModel) -> Recompute | None:
-    """What a checked request asks for; None keeps everything."""
-    if flags.recompute_granularity is None:
+def recompute_of(memory: MemorySection) -> Recompute | None:
+    """What a checked section asks for; None keeps everything."""
+    if memory.recompute is None:
         return None
-    kept, offload = flags.recompute_keep or "O", model.predictor.attention_async_offload
-    if flags.recompute_granularity == "selective":
+    kept, offload = memory.keep or "O", memory.offload
+    if memory.recompute == "selective":
         return Recompute(full_layers=0, keep_layers=None, kept=kept, offload=offload)
-    skips, layers = flags.recompute_skip_core_attention, flags.recompute_num_layers
-    if flags.recompute_method == "uniform":
-        size = layers or 1
-        return Recompute(size, 0, None, kept, offload) if skips else Recompute(size)
-    if not skips:
-        return Recompute(full_layers=layers)
-    return Recompute(1, layers, flags.recompute_num_layers_skip_core_attention, kept, offload)
+    if memory.method == "uniform":
+        size = memory.blocks or 1
+        return Recompute(size, 0, None, kept, offload) if memory.keep_attention else Recompute(size)
+    if not memory.keep_attention:
+        return Recompute(full_layers=memory.blocks)
+    return Recompute(1, memory.blocks, memory.keep_attention_blocks, kept, offload)

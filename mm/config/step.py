@@ -7,24 +7,23 @@ saved or told and how many processes read are not among them: they change no ste
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from pydantic import SerializerFunctionWrapHandler, model_serializer
 
 from mm.config.base import Section
-from mm.config.data import TrainData
-from mm.config.diffusion import DiffusionConfig
-from mm.config.flags import flag_name
-from mm.config.optimizer import DEFAULTS, OptimizerName
-from mm.config.train import ResumeChange, TrainFlags
+from mm.config.optimizer import OptimizerName
+from mm.config.run.checkpoint import ResumeChange
+from mm.config.run.origins import Origins
+from mm.config.run.training import TrainingRun
 
 CHANGES: tuple[ResumeChange, ...] = get_args(ResumeChange)
 
 
 class ScheduleSettings(Section):
-    """The learning rate; the fields are the flags of the same names, lr_decay_iters with its default filled in."""
+    """The learning rate, with Megatron's names; lr_decay_iters with its default filled in."""
 
     lr: float
     min_lr: float
@@ -35,7 +34,7 @@ class ScheduleSettings(Section):
 
 
 class OptimizerSettings(Section):
-    """The optimizer and clipping; the fields are the flags of the same names, with the optimizer's defaults filled in.
+    """The optimizer and clipping, with Megatron's names and the optimizer's defaults filled in.
 
     What checkpoints record of AdamW does not name it, as it did not when there was one.
     """
@@ -73,9 +72,9 @@ class StepSettings(Section):
 
     Attributes:
         global_batch_size: samples of a step, of all replicas.
-        schedule, optimizer: as above. objective: every key of `diffusion` in pretrain_model.json.
-        caption_dropout: share of captions left out (`cfg` in feature_data.json).
-        data: the features. held_out: those of `--eval-data`, which no step sees.
+        schedule, optimizer: as above. objective: every key of that section.
+        caption_dropout: share of captions left out.
+        data: the features. held_out: those of its evaluation, which no step sees.
         bf16: precision of model and activations. ema_decay: of the average, or None.
     """
 
@@ -90,39 +89,44 @@ class StepSettings(Section):
     ema_decay: float | None
 
 
+SCHEDULE = {
+    "lr": "lr",
+    "min_lr": "min_lr",
+    "lr_decay_style": "decay",
+    "lr_decay_iters": "decay_steps",
+    "lr_warmup_iters": "warmup_steps",
+    "lr_warmup_init": "warmup_init",
+}
+OPTIMIZER = {
+    "optimizer": "name",
+    "weight_decay": "weight_decay",
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "adam_eps": "eps",
+    "clip_grad": "clip_norm",
+}
+"""Names in checkpoints, which keep Megatron's, and in the section `optimizer`."""
+
+
 def step_settings(
-    flags: TrainFlags,
-    diffusion: DiffusionConfig,
-    data: TrainData,
-    *,
-    dp_size: int,
-    features: DataSettings,
-    held_out: DataSettings | None,
+    run: TrainingRun, *, dp_size: int, features: DataSettings, held_out: DataSettings | None
 ) -> StepSettings:
     """The settings of a run on `dp_size` replicas."""
-    schedule = {name: getattr(flags, name) for name in ScheduleSettings.model_fields}
+    update = run.optimizer.filled()
+    schedule, optimizer = (
+        {theirs: getattr(update, ours) for theirs, ours in names.items()} for names in (SCHEDULE, OPTIMIZER)
+    )
+    schedule["lr_decay_iters"] = run.optimizer.decay_steps or run.training.steps
     return StepSettings(
-        global_batch_size=flags.samples_of_step(dp_size),
-        schedule=ScheduleSettings(**{**schedule, "lr_decay_iters": flags.lr_decay_iters or flags.train_iters}),
-        optimizer=_optimizer_settings(flags),
-        objective=diffusion.model_dump(mode="json"),
-        caption_dropout=data.dataset_param.preprocess_parameters.cfg,
+        global_batch_size=run.samples_of_step(dp_size),
+        schedule=ScheduleSettings(**schedule),
+        optimizer=OptimizerSettings(**optimizer),
+        objective=run.objective.model_dump(mode="json"),
+        caption_dropout=run.data.caption_dropout,
         data=features,
         held_out=held_out,
-        bf16=flags.bf16,
-        ema_decay=flags.ema_decay,
-    )
-
-
-def _optimizer_settings(flags: TrainFlags) -> OptimizerSettings:
-    default = DEFAULTS[flags.optimizer]
-    return OptimizerSettings(
-        optimizer=flags.optimizer,
-        weight_decay=flags.weight_decay,
-        adam_beta1=default.beta1 if flags.adam_beta1 is None else flags.adam_beta1,
-        adam_beta2=default.beta2 if flags.adam_beta2 is None else flags.adam_beta2,
-        adam_eps=default.eps if flags.adam_eps is None else flags.adam_eps,
-        clip_grad=flags.clip_grad,
+        bf16=run.model.precision == "bf16",
+        ema_decay=run.optimizer.ema_decay,
     )
 
 
@@ -131,7 +135,7 @@ class Change:
     """One value that differs.
 
     Attributes:
-        kind: what --resume-changed calls it; None where no step depends on it.
+        kind: what `checkpoint.resume_changed` calls it; None where no step depends on it.
         name: what the user calls it. before, now: both values as the user would write them.
     """
 
@@ -144,36 +148,46 @@ class Change:
         return f"{self.name} was {self.before} and is {self.now}"
 
 
-def changes(before: StepSettings, now: StepSettings) -> Iterator[Change]:
-    """Every value that differs between a checkpoint's settings and a run's."""
-    yield from _of_flags("batch", before, now, ["global_batch_size"])
-    yield from _of_flags("schedule", before.schedule, now.schedule)
+def changes(before: StepSettings, now: StepSettings, words: Origins) -> Iterator[Change]:
+    """Every value that differs between a checkpoint's settings and a run's, which `words` names."""
+    yield from _of_values("batch", before, now, {"global_batch_size": "data.global_batch_size"}, words)
+    schedule, optimizer = ({name: f"optimizer.{ours}" for name, ours in of.items()} for of in (SCHEDULE, OPTIMIZER))
     if before.optimizer.optimizer != now.optimizer.optimizer:  # whose numbers then say nothing to each other
-        yield from _of_flags("optimizer", before.optimizer, now.optimizer, ["optimizer", "weight_decay", "clip_grad"])
-    else:
-        yield from _of_flags("optimizer", before.optimizer, now.optimizer)
+        optimizer = {name: optimizer[name] for name in ("optimizer", "weight_decay", "clip_grad")}
+    yield from _of_values("schedule", before.schedule, now.schedule, schedule, words)
+    yield from _of_values("optimizer", before.optimizer, now.optimizer, optimizer, words)
     for key in {**before.objective, **now.objective}:
-        name = f"diffusion.{key} of --mm-model"
+        name = words[f"objective.{key}"].of()
         yield from _differing("objective", name, before.objective.get(key), now.objective.get(key))
-    yield from _differing("objective", "cfg of --mm-data", before.caption_dropout, now.caption_dropout)
-    yield from _of_data("data", "--mm-data", before.data, now.data)
-    yield from _differing("data", "shuffle of --mm-data", before.data.shuffle, now.data.shuffle)
+    dropout, shuffle = words["data.caption_dropout"].of(), words["data.shuffle"].of()
+    yield from _differing("objective", dropout, before.caption_dropout, now.caption_dropout)
+    yield from _of_data("data", words.whole("data.features"), before.data, now.data)
+    yield from _differing("data", shuffle, before.data.shuffle, now.data.shuffle)
     if before.held_out is not None and now.held_out is not None:
-        yield from _of_data(None, "--eval-data", before.held_out, now.held_out)
-    yield from _of_flags("precision", before, now, ["bf16"])
+        yield from _of_data(None, words.whole("evaluation.features"), before.held_out, now.held_out)
+    yield from _precision(before, now, words)
     if before.ema_decay is not None and now.ema_decay is not None:  # CKPT-085 and CKPT-086 are about the others
-        yield from _of_flags("average", before, now, ["ema_decay"])
+        yield from _of_values("average", before, now, {"ema_decay": "optimizer.ema_decay"}, words)
 
 
 _GIVEN = {True: "given", False: "absent"}
 """How a flag without a value is told; a file has true and false."""
 
 
-def _of_flags(kind: ResumeChange, before: Section, now: Section, fields: list[str] | None = None) -> Iterator[Change]:
-    for field in fields or list(type(now).model_fields):
-        name = flag_name(field) + " (default: --train-iters)" * (field == "lr_decay_iters")
-        values = getattr(before, field), getattr(now, field)
-        yield from _differing(kind, name, *(_GIVEN.get(v, v) if isinstance(v, bool) else v for v in values))
+def _of_values(
+    kind: ResumeChange, before: Section, now: Section, paths: Mapping[str, str], words: Origins
+) -> Iterator[Change]:
+    for field, path in paths.items():
+        steps = f" (default: {words['training.steps'].name})"
+        name = words[path].name + steps * (field == "lr_decay_iters")
+        yield from _differing(kind, name, getattr(before, field), getattr(now, field))
+
+
+def _precision(before: StepSettings, now: StepSettings, words: Origins) -> Iterator[Change]:
+    if before.bf16 != now.bf16:
+        word = words["model.precision"]
+        then, today = (word.spelled("bf16" if side.bf16 else "fp32") for side in (before, now))
+        yield Change("precision", word.name, *(_GIVEN.get(value, str(value)) for value in (then, today)))
 
 
 def _of_data(kind: ResumeChange | None, name: str, before: DataSettings, now: DataSettings) -> Iterator[Change]:

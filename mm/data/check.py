@@ -8,8 +8,9 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from mm.config.data import DataSource, RawPreprocess, TrainData
+from mm.config.data import DataSource, RawPreprocess
 from mm.config.model import WanConfig
+from mm.config.run.data import FeatureSet
 from mm.config.tasks.task import Column
 from mm.data.clips import CheckClip, check_announced_length
 from mm.data.dataset import FeatureDataset, FeaturePlace, checked_sources, read_sample
@@ -131,20 +132,21 @@ def check_videos(
 
 
 def check_features(
-    data: TrainData, model: WanConfig, *, num_workers: int, time_limit: float, done: Done
+    features: FeatureSet, model: WanConfig, *, caption_dropout: float, num_workers: int, time_limit: float, done: Done
 ) -> CheckedData:
     """Check every row of feature stores, and read every feature file as training would.
 
     Args:
-        data: feature_data.json. model: the transformer that is to take the features.
+        features: the set. model: the transformer that is to take the features.
+        caption_dropout: share of captions that are to be left out.
         num_workers, time_limit, done: as in `check_videos`.
 
     Raises:
         DataError: what `mm.data.dataset.checked_sources` raises, DATA-010 for a listing of which no row can be told,
             DATA-016 or what else is wrong with the empty prompt where captions are to be dropped.
     """
-    sources = checked_sources(data, model)
-    if data.dataset_param.preprocess_parameters.cfg > 0:
+    sources = checked_sources(features, model)
+    if caption_dropout > 0:
         first, recipe = sources[0]
         FeatureDataset([FeatureStore(first.folder, [], recipe.key)], model).empty_prompt()
     lists = [CheckedList(source, split_rows(source.annotation, "DATA-010")) for source, _ in sources]

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mm.config.data import DataSource, TrainData, data_sources
+from mm.config.data import BasicParameters, DataSource, data_sources
 from mm.config.model import WanConfig
+from mm.config.run.data import FeatureSet
 from mm.data.features import EMPTY_PROMPT_ID, LISTING, OTHER_TASK, read_feature
 from mm.data.files import path_below
 from mm.data.listing import FeatureStore, open_store
@@ -164,31 +165,35 @@ class FeatureDataset(Dataset[FeatureItem]):
         return Counter(sample.latent_shape for sample in self.samples)
 
 
-def open_features(data: TrainData, model: WanConfig) -> FeatureDataset:
-    """Open the stores that feature_data.json names.
+def open_features(features: FeatureSet, model: WanConfig) -> FeatureDataset:
+    """Open the stores that a set names.
 
     Raises:
         ConfigError, DataError: what `checked_sources` raises.
         DataError: DATA-010, DATA-011 or DATA-064 for a store that is incomplete, DATA-046 for a sample of another task
             than its store.
     """
-    sources = checked_sources(data, model)
+    sources = checked_sources(features, model)
     stores = [open_store(source.folder, source.annotation, recipe.key, recipe.task) for source, recipe in sources]
     return FeatureDataset(stores, model)
 
 
-def checked_sources(data: TrainData, model: WanConfig) -> list[tuple[DataSource, Recipe]]:
-    """The stores that feature_data.json names, with their recipes, before any listing is read.
+def _sources(features: FeatureSet) -> list[DataSource]:
+    return data_sources(BasicParameters(data_path=features.path, data_folder=features.folder), LISTING)
+
+
+def checked_sources(features: FeatureSet, model: WanConfig) -> list[tuple[DataSource, Recipe]]:
+    """The stores that a set names, with their recipes, before any listing is read.
 
     Raises:
         ConfigError: what `mm.config.data.data_sources` raises.
-        DataError: DATA-010 for a folder that is no store, DATA-014 when its recipe is not what feature_data.json says,
+        DataError: DATA-010 for a folder that is no store, DATA-014 when its recipe is not what the set says,
             or when two stores were made with different encoders, DATA-046 when a store is of another task than the
             model.
     """
-    expected = expected_in_training(data)
+    expected = expected_in_training(features)
     found: list[tuple[DataSource, Recipe]] = []
-    for source in data_sources(data.dataset_param.basic_parameters, LISTING):
+    for source in _sources(features):
         recipe = load_recipe(source.folder)
         if recipe.task != model.task.name:
             message = f"The features in {source.folder} are of the task {recipe.task}, the model is {model.task.name}."

@@ -14,8 +14,9 @@ from typing import Any
 from pydantic import Field
 
 from mm.config.base import Section, load
-from mm.config.data import ExtractData, TokenizerConfig, TrainData
+from mm.config.data import ExtractData
 from mm.config.extract import ExtractModel
+from mm.config.run.data import FeatureSet
 from mm.config.tasks.registry import ALL_RECIPE_FIELDS, DEFAULT, TASKS, TaskName
 from mm.data.files import write_atomically
 from mm.errors import ConfigError, DataError
@@ -106,16 +107,15 @@ def extraction_recipe(data: ExtractData, model: ExtractModel, task: str, seed: i
     )
 
 
-def expected_in_training(data: TrainData) -> dict[str, Any]:
-    """The recipe's fields that feature_data.json decides; raises what `extraction_recipe` raises."""
-    clip = data.dataset_param.preprocess_parameters
+def expected_in_training(features: FeatureSet) -> dict[str, Any]:
+    """The recipe's fields that a set of features decides; raises what `extraction_recipe` raises."""
+    clip, tokenizer = features.clip, features.tokenizer
     expected: dict[str, Any] = {
-        "height": clip.max_height,
-        "width": clip.max_width,
+        "height": clip.height,
+        "width": clip.width,
         "num_frames": clip.num_frames,
         "frame_interval": clip.frame_interval,
     }
-    tokenizer: TokenizerConfig | None = data.dataset_param.tokenizer_config
     if tokenizer is not None:
         expected["tokenizer"] = folder_fingerprint(Path(tokenizer.from_pretrained))
         expected["max_text_tokens"] = tokenizer.model_max_length

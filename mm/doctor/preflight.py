@@ -28,7 +28,7 @@ from mm.checkpoint.formats.training import is_training_checkpoint
 from mm.checkpoint.lock import holder_of
 from mm.checkpoint.weights import open_weights, require_exactly
 from mm.config.model import WanConfig
-from mm.config.train import TrainFlags
+from mm.config.run.training import TrainingRun
 from mm.config.units import GIB, format_bytes
 from mm.data.dataset import FeatureDataset
 from mm.data.sampler import sample_at
@@ -123,84 +123,88 @@ def features(dataset: FeatureDataset, global_batch_size: int, *, one_size: bool)
     return [Finding("features", "ok", found)]
 
 
-def weights(flags: TrainFlags, config: WanConfig) -> list[Finding]:
+def weights(sections: TrainingRun, config: WanConfig) -> list[Finding]:
     """What the run starts from: names and shapes of all tensors, without reading them."""
-    path = flags.load_base_model or flags.load
-    if flags.save is not None and find_latest(Path(flags.save), flags.resume_policy) is not None:
+    adapters, start, words = sections.adapters, sections.checkpoint, sections.origins
+    path = adapters.base if adapters is not None else start.load
+    if start.save is not None and find_latest(Path(start.save), start.resume_policy) is not None:
         return []  # `save_folder` tells; the weights are not read
     if path is None:
-        return [Finding("weights", "ok", "drawn from --seed (--init-from-scratch)")]
+        seed, scratch = words["training.seed"].name, words["checkpoint.from_scratch"].with_value(True)
+        return [Finding("weights", "ok", f"drawn from {seed} ({scratch})")]
     if is_training_checkpoint(Path(path)):
-        latest = find_latest(Path(path), flags.resume_policy)
+        latest = find_latest(Path(path), start.resume_policy)
         return [Finding("weights", "ok", f"training checkpoint {latest}")]
     source = open_weights(Path(path))
     require_exactly(source, whole_shapes(config))
     return [Finding("weights", "ok", f"{path} ({source.label}): every tensor is there, none too many")]
 
 
-def save_folder(flags: TrainFlags) -> list[Finding]:
+def save_folder(sections: TrainingRun) -> list[Finding]:
     """Where the run goes on, and whether it may write there."""
-    if flags.save is None:
-        return [Finding("checkpoints", "look", "none will be written", "Give --save, or lose the run with its end.")]
-    root = Path(flags.save)
-    latest = find_latest(root, flags.resume_policy)
+    kept, words = sections.checkpoint, sections.origins
+    save, interval = words["checkpoint.save"].name, words["checkpoint.save_interval"].name
+    if kept.save is None:
+        return [Finding("checkpoints", "look", "none will be written", f"Give {save}, or lose the run with its end.")]
+    root = Path(kept.save)
+    latest = find_latest(root, kept.resume_policy)
     start = "starts at step 0" if latest is None else f"goes on from {latest.name}"
-    if latest is not None and flags.load is not None:
-        start += "; --load is not used"
+    if latest is not None and kept.load is not None:
+        start += f"; {words['checkpoint.load'].name} is not used"
     holder = holder_of(root)
     if holder is not None:
         found = f"{holder} holds the lock of {root}, or died on another node"
-        remedy = "Give another --save, or see that no such job runs; a dead one's lock is taken over by the start."
+        remedy = f"Give another {save}, or see that no such job runs; a dead one's lock is taken over by the start."
         return [Finding("checkpoints", "look", found, remedy)]
     existing = _existing(root)
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        return [Finding("checkpoints", "no", f"{existing} cannot be written: {error}", "Give another --save.")]
-    every = f"every {flags.save_interval} steps" if flags.save_interval else "at the end only"
-    verdict: Verdict = "ok" if flags.save_interval else "look"
-    return [
-        Finding("checkpoints", verdict, f"{start}; saved {every}", "" if verdict == "ok" else "Give --save-interval.")
-    ]
+        return [Finding("checkpoints", "no", f"{existing} cannot be written: {error}", f"Give another {save}.")]
+    every = f"every {kept.save_interval} steps" if kept.save_interval else "at the end only"
+    verdict: Verdict = "ok" if kept.save_interval else "look"
+    return [Finding("checkpoints", verdict, f"{start}; saved {every}", "" if verdict == "ok" else f"Give {interval}.")]
 
 
-def disk(flags: TrainFlags, trained: int) -> list[Finding]:
+def disk(sections: TrainingRun, trained: int) -> list[Finding]:
     """Free space for the checkpoints that will be kept.
 
     Args:
-        flags: of the run. trained: elements of all parameters that are trained.
+        sections: of the run. trained: elements of all parameters that are trained.
     """
-    if flags.save is None:
+    asked = sections.checkpoint
+    if asked.save is None:
         return []
-    one = _state_bytes(flags, trained)
-    saves = flags.train_iters // flags.save_interval if flags.save_interval else 1
-    kept = min(max(saves, 1), flags.keep_latest or max(saves, 1)) + (1 if saves > 1 else 0)  # the newest beside the old
-    free = shutil.disk_usage(_existing(Path(flags.save))).free
+    one, words = _state_bytes(sections, trained), sections.origins
+    saves = sections.training.steps // asked.save_interval if asked.save_interval else 1
+    kept = min(max(saves, 1), asked.keep_latest or max(saves, 1)) + (1 if saves > 1 else 0)  # the newest beside the old
+    free = shutil.disk_usage(_existing(Path(asked.save))).free
     found = f"{format_bytes(one)} a checkpoint, up to {kept} at a time, {format_bytes(free)} free"
     if free < 1.2 * one:
-        return [Finding("disk", "no", found, "Free space, or give another --save.")]
+        return [Finding("disk", "no", found, f"Free space, or give another {words['checkpoint.save'].name}.")]
     if free < kept * one:
-        return [Finding("disk", "look", found, "Give --keep-latest 2, or free space.")]
+        return [Finding("disk", "look", found, f"Give {words['checkpoint.keep_latest'].with_value(2)}, or free space.")]
     return [Finding("disk", "ok", found)]
 
 
-def host(flags: TrainFlags, trained: int, pinned_bytes: int, save_bytes: int, processes: int) -> list[Finding]:
+def host(sections: TrainingRun, trained: int, pinned_bytes: int, save_bytes: int, processes: int) -> list[Finding]:
     """Host memory and limits of this node.
 
     Args:
-        flags: of the run. trained: as for `disk`.
+        sections: of the run. trained: as for `disk`.
         pinned_bytes: of one process, for offload. save_bytes: of the process with the most, for background saves.
         processes: of this node.
     """
     findings = []
     # of what replicas have copies of, one saves: no more than the whole state is saved from one node
-    copies = min(save_bytes * processes, max(_state_bytes(flags, trained), save_bytes))
+    copies = min(save_bytes * processes, max(_state_bytes(sections, trained), save_bytes))
     need, free = pinned_bytes * processes + copies, psutil.virtual_memory().available
     found = (
         f"{format_bytes(need)} for offload and background saves on {socket.gethostname()}, {format_bytes(free)} free"
     )
-    remedy = "Leave out --async-save or offload, or start fewer processes a node."
+    background = sections.origins["checkpoint.in_background"].with_value(True)
+    remedy = f"Leave out {background} or offload, or start fewer processes a node."
     findings.append(Finding("host memory", "no" if need > free else "ok", found, remedy if need > free else ""))
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files < 4096:
@@ -213,10 +217,10 @@ def host(flags: TrainFlags, trained: int, pinned_bytes: int, save_bytes: int, pr
     return findings
 
 
-def _state_bytes(flags: TrainFlags, trained: int) -> int:
+def _state_bytes(sections: TrainingRun, trained: int) -> int:
     """Of a checkpoint: masters, the optimizer's state, the average."""
-    kept = 0 if flags.no_save_optim else ALGORITHMS[flags.optimizer].bytes_per_element
-    return trained * (_FP32 * (1 + (flags.ema_decay is not None)) + kept)
+    kept = ALGORITHMS[sections.optimizer.name].bytes_per_element if sections.checkpoint.save_optimizer else 0
+    return trained * (_FP32 * (1 + (sections.optimizer.ema_decay is not None)) + kept)
 
 
 def network(comm: Comm, seconds: float) -> list[Finding]:

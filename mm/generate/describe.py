@@ -10,14 +10,14 @@ import torch
 
 import mm
 from mm.checkpoint.safetensor_file import hash_file
-from mm.config.generate import Generation
 from mm.config.inference import InferenceModel
+from mm.config.run.generation import GenerationRun
 from mm.data.recipe import folder_fingerprint
 from mm.generate.rows import GenerationRow
 from mm.generate.weights import GenerationWeights
 
 
-def describe_run(generation: Generation, weights: GenerationWeights, device: str) -> dict[str, Any]:
+def describe_run(generation: GenerationRun, weights: GenerationWeights, device: str) -> dict[str, Any]:
     """What all clips of a run share.
 
     Args:

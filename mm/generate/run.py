@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mm.config.generate import Generation
+from mm.config.run.generation import GenerationRun
 from mm.errors import DataError, raise_all
 from mm.generate.describe import describe_row, describe_run
 from mm.generate.finished import finished_clips, require_same_weights
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def generate_clips(
-    generation: Generation,
+    generation: GenerationRun,
     processes: Processes,
     *,
     micro_batch_size: int = 1,
@@ -35,7 +35,7 @@ def generate_clips(
     Clips that an earlier start of the same command has finished are kept.
 
     Args:
-        generation: checked by `mm.config.generate.load_generation`.
+        generation: checked by `mm.dialects.mindspeed.generate.load_generation`.
         processes: where it runs; every rank of the job calls this.
         micro_batch_size: rows in one forward.
         overwrite: replace clips that exist, whatever made them.

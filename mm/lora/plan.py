@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mm.checkpoint.weights import WeightSource
 from mm.config.model import WanConfig
-from mm.config.train import TrainFlags
+from mm.config.run.checkpoint import AdapterSection
 from mm.lora.layer import (
     Adapted,
     adapter_shapes,
@@ -62,17 +62,17 @@ class LoRAPlan:
         add_adapters(model, self.adapted)
 
 
-def plan_of(flags: TrainFlags, wan: WanConfig) -> LoRAPlan | None:
-    """The plan of checked flags; None where all parameters are trained.
+def plan_of(adapters: AdapterSection | None, wan: WanConfig) -> LoRAPlan | None:
+    """The plan of a checked section; None where all parameters are trained.
 
     Raises:
         ConfigError: CFG-100 and CFG-101 for target words.
     """
-    if flags.lora_r is None or flags.lora_alpha is None:  # the rules have seen that the others are there too
+    if adapters is None:
         return None
     linears = linears_of(whole_shapes(wan))
-    names = target_linears(flags.lora_target_modules, linears)
-    return LoRAPlan(linears, dict.fromkeys(names, Adapted(flags.lora_r, flags.lora_alpha)), flags.lora_base_dtype)
+    names = target_linears(adapters.targets, linears)
+    return LoRAPlan(linears, dict.fromkeys(names, Adapted(adapters.rank, adapters.alpha)), adapters.base_dtype)
 
 
 def starting_values(plan: LoRAPlan, base: WeightSource, seed: int) -> Callable[[str, Shape], Tensor]:

@@ -11,10 +11,13 @@ from mm.activation.host_pool import StepShape
 from mm.activation.offload import Offloader
 from mm.checkpoint.comm import on_rank_zero
 from mm.checkpoint.directory import holds_checkpoints, require_kind, require_whole
+from mm.checkpoint.files import replace_text, writing_errors
 from mm.checkpoint.record import kind_of
 from mm.checkpoint.store import find_latest
 from mm.checkpoint.weights import open_weights
 from mm.config.recompute import Recompute
+from mm.config.run.file import resolved, whole_file
+from mm.config.run.origins import RUN_FILE
 from mm.config.step import DataSettings, StepSettings, step_settings
 from mm.device.backend import free_host_bytes
 from mm.errors import ConfigError
@@ -45,11 +48,12 @@ def check_sizes(run: Run) -> None:
         ConfigError: CFG-046, CFG-068.
     """
     sizes = len(run.dataset.shapes())
-    if run.mesh.layout.pp_size > 1 and sizes > 1 and not run.flags.variable_seq_lengths:
+    if run.mesh.layout.pp_size > 1 and sizes > 1 and not run.sections.parallel.variable_sizes:
+        add = run.sections.origins["parallel.variable_sizes"].with_value(True)
         raise ConfigError(
             "CFG-046",
             f"The features have {sizes} different sizes, and a pipeline sends tensors of one size.",
-            "Add --variable-seq-lengths, or train on features of one size.",
+            f"Add {add}, or train on features of one size.",
         )
     _check_compiled_sizes(run)
 
@@ -57,10 +61,11 @@ def check_sizes(run: Run) -> None:
 def _check_compiled_sizes(run: Run) -> None:
     sizes, pipeline = len(_token_counts(run)), run.mesh.layout.pp_size > 1
     needed = graphs_needed(sizes, pipeline)
-    if run.flags.compile_blocks and needed > most_graphs():
+    if run.sections.memory.compile_blocks and needed > most_graphs():
+        compiled = run.sections.origins["memory.compile_blocks"].with_value(True)
         raise ConfigError(
             "CFG-068",
-            f"The features have {sizes} different numbers of tokens; --compile-blocks may need {needed} graphs of a "
+            f"The features have {sizes} different numbers of tokens; {compiled} may need {needed} graphs of a "
             f"function for them, and torch keeps {most_graphs()}.",
             "Remove it, or train on features of fewer sizes.",
         )
@@ -68,9 +73,9 @@ def _check_compiled_sizes(run: Run) -> None:
 
 def why_not_compiled(run: Run) -> str | None:
     """None where blocks are compiled; else why not, empty where it was not asked for. The same on every rank."""
-    if not run.flags.compile_blocks:
+    if not run.sections.memory.compile_blocks:
         return ""
-    failures = run.comm.all_gather_object(probe(run.backend.device, training_dtype(run.flags)))
+    failures = run.comm.all_gather_object(probe(run.backend.device, training_dtype(run.sections)))
     rank, reason = next(((rank, failure) for rank, failure in enumerate(failures) if failure is not None), (0, None))
     if reason is not None and run.reports:
         logger.warning("blocks run uncompiled: compiling one does not work on rank %d: %s", rank, reason)
@@ -79,26 +84,28 @@ def why_not_compiled(run: Run) -> str | None:
 
 def open_adapters(run: Run) -> AdapterRun | None:
     """Read the base model's record and plan the adapters; None where all parameters are trained."""
-    path = run.flags.load_base_model
-    return None if run.lora is None or path is None else open_base(run.lora, Path(path), run.config, run.comm)
+    adapters = run.sections.adapters
+    if run.lora is None or adapters is None:
+        return None
+    return open_base(run.lora, Path(adapters.base), run.config, run.comm)
 
 
 def build_model(run: Run, adapters: AdapterRun | None, run_blocks: BlockRunner, compiled: bool) -> ParallelModel:
     """Put the model on the mesh, with adapters if there are any; values are drawn where none will be loaded."""
-    flags = run.flags
+    seed = run.sections.training.seed
     value_of: ValueOf | None = None
     if adapters is not None:
-        value_of = starting_values(adapters.plan, adapters.base, flags.seed)
-    elif flags.init_from_scratch:
-        value_of = partial(initial_value, seed=flags.seed)
+        value_of = starting_values(adapters.plan, adapters.base, seed)
+    elif run.sections.checkpoint.from_scratch:
+        value_of = partial(initial_value, seed=seed)
     return apply(
         run.config,
         run.mesh,
         run.backend,
-        data_parallel_options(flags),
-        training_dtype(flags),
+        data_parallel_options(run.sections),
+        training_dtype(run.sections),
         value_of,
-        run.zero,
+        run.sections.parallel.layerzero,
         run_blocks,
         len(_token_counts(run)) if compiled else None,
         adapters.plan.extension() if adapters is not None else None,
@@ -115,15 +122,8 @@ def settings_of(run: Run) -> StepSettings:
     found = on_rank_zero(run.comm, identified)
     features, held_out = (None if one is None else DataSettings(num_samples=one[0], identity=one[1]) for one in found)
     assert features is not None  # noqa: S101  a run has features
-    features = features.model_copy(update={"shuffle": run.data.dataloader_param.shuffle})
-    return step_settings(
-        run.flags,
-        run.model.diffusion,
-        run.data,
-        dp_size=run.mesh.layout.dp_size,
-        features=features,
-        held_out=held_out,
-    )
+    features = features.model_copy(update={"shuffle": run.sections.data.shuffle})
+    return step_settings(run.sections, dp_size=run.mesh.layout.dp_size, features=features, held_out=held_out)
 
 
 def build_optimizer(parallel: ParallelModel, steps: StepSettings) -> Optimizer:
@@ -138,23 +138,27 @@ def require_memory_for_saving(run: Run, optimizer: Optimizer) -> int:
     Raises:
         ConfigError: CFG-185 when this process's share of the node's free memory is smaller.
     """
-    need = saved_bytes(optimizer, with_optimizer=not run.flags.no_save_optim)
+    need = saved_bytes(optimizer, with_optimizer=run.sections.checkpoint.save_optimizer)
     free = free_host_bytes() // run.processes_of_node
     if need > free:
+        background, share = (
+            run.sections.origins[path].with_value(True)
+            for path in ("checkpoint.in_background", "parallel.distributed_optimizer")
+        )
         raise ConfigError(
             "CFG-185",
-            f"--async-save needs {need / GIB:.1f} GiB of host memory on this process for a copy of what it saves, and "
+            f"{background} needs {need / GIB:.1f} GiB of host memory on this process for a copy of what it saves, and "
             f"{free / GIB:.1f} GiB are free for it.",
-            "Leave it out, add --use-distributed-optimizer, which spreads the copy over the replicas, or start fewer "
-            "processes on the node.",
+            f"Leave it out, add {share}, which spreads the copy over the replicas, or start fewer processes on the "
+            "node.",
         )
     return need
 
 
 def step_shape(run: Run) -> StepShape:
     """Sizes of a step, for the pool of offload."""
-    dtype = training_dtype(run.flags)
-    return StepShape(run.flags.micro_batch_size, max(_token_counts(run)), run.num_microbatches, dtype)
+    dtype = training_dtype(run.sections)
+    return StepShape(run.sections.data.micro_batch_size, max(_token_counts(run)), run.num_microbatches, dtype)
 
 
 def _token_counts(run: Run) -> set[int]:
@@ -164,15 +168,13 @@ def _token_counts(run: Run) -> set[int]:
 def describe(run: Run, recompute: Recompute | None, offloader: Offloader | None, not_compiled: str | None) -> None:
     """Log what the run is made of, a line each."""
     rows = start_table(
-        run.flags,
-        run.config,
+        run.sections,
         run.mesh.layout,
-        run.zero,
         run.dataset,
         run.global_batch_size,
         device=f"{run.backend.name()} ({run.backend.collective})",
         attention=attention_name(
-            run.backend.device, training_dtype(run.flags), run.config.head_dim, max(_token_counts(run))
+            run.backend.device, training_dtype(run.sections), run.config.head_dim, max(_token_counts(run))
         ),
         recompute=recompute,
         offloader=offloader,
@@ -189,13 +191,13 @@ def start_or_resume(run: Run, adapters: AdapterRun | None, optimizer: Optimizer,
     Raises:
         ConfigError: CFG-160 where that would change what steps mean, and what `load_state` and `load_weights` raise.
     """
-    flags = run.flags
+    start = run.sections.checkpoint
     record = adapters.record if adapters is not None else None
     # A folder of weights may have numbered folders too, as MindSpeed-MM's have; those of training are described.
-    load = flags.load if flags.load is not None and holds_checkpoints(Path(flags.load)) else None
-    if flags.save is not None:
-        require_kind(Path(flags.save), flags.ckpt_format, run.comm)
-    for folder in (flags.save, None if flags.finetune else load):
+    load = start.load if start.load is not None and holds_checkpoints(Path(start.load)) else None
+    if start.save is not None:
+        require_kind(Path(start.save), start.format, run.comm)
+    for folder in (start.save, None if start.weights_only else load):
         latest = _latest(run, Path(folder)) if folder is not None else None
         if latest is None:
             continue
@@ -203,41 +205,57 @@ def start_or_resume(run: Run, adapters: AdapterRun | None, optimizer: Optimizer,
             latest,
             optimizer,
             run.config,
-            flags.seed,
+            run.sections.training.seed,
             run.comm,
             resuming=_resuming(run, steps),
-            with_optimizer=not flags.no_load_optim,
-            with_average=not flags.no_load_ema,
-            any_seed=flags.no_load_rng,
+            with_optimizer=start.load_optimizer,
+            with_average=start.load_average,
+            any_seed=not start.same_seed,
             adapters=record,
         )
         logger.info("going on from %s: step %d, %d samples", latest, progress.step, progress.consumed_samples)
         return progress
-    if flags.load is not None:
-        start = _checked(run, Path(flags.load))
+    if start.load is not None:
+        path = _checked(run, Path(start.load))
         if adapters is not None:
-            load_adapters(start, adapters, optimizer)
+            load_adapters(path, adapters, optimizer)
         else:
-            load_weights(open_weights(start), optimizer, run.config)
+            load_weights(open_weights(path), optimizer, run.config)
     return Progress()
 
 
+def write_run_file(run: Run) -> None:
+    """Write run.yaml beside the checkpoints, so that the run can be gone on with, and read; every rank calls it.
+
+    Raises:
+        CheckpointError: CKPT-031 where it cannot be written.
+    """
+    save = run.sections.checkpoint.save
+    if save is None:
+        return
+    path, text = Path(save) / RUN_FILE, whole_file(resolved(run.sections))
+
+    def write() -> None:
+        with writing_errors():
+            replace_text(path, text)
+
+    on_rank_zero(run.comm, write)
+
+
 def _resuming(run: Run, steps: StepSettings) -> Resuming:
-    flags = run.flags
     return Resuming(
         steps,
-        flags.train_iters,
-        flags.resume_changed,
-        flags.micro_batch_size,
+        run.sections,
         run.mesh.layout.dp_size,
-        averaged=not flags.no_load_ema,
         reports=run.reports,
     )
 
 
 def _latest(run: Run, folder: Path) -> Path | None:
     """The checkpoint to take of a run's folder, or None where there is none."""
-    return find_latest(folder, run.flags.resume_policy, verify=run.flags.verify_checkpoint, comm=run.comm)
+    return find_latest(
+        folder, run.sections.checkpoint.resume_policy, verify=run.sections.checkpoint.verify, comm=run.comm
+    )
 
 
 def _checked(run: Run, path: Path) -> Path:
@@ -245,6 +263,6 @@ def _checked(run: Run, path: Path) -> Path:
     if not holds_checkpoints(path):
         return path
     if kind_of(path) is not None:
-        require_whole(path, run.flags.verify_checkpoint, run.comm)
+        require_whole(path, run.sections.checkpoint.verify, run.comm)
         return path
     return _latest(run, path) or path

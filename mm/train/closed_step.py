@@ -37,7 +37,7 @@ class ClosedStep:
             run: the run. parallel, optimizer: what is trained. progress: where it stands. during: for its phases.
         """
         self._run, self._parallel, self._optimizer, self._during = run, parallel, optimizer, during
-        self._flow = FlowMatching(run.model.diffusion)
+        self._flow = FlowMatching(run.sections.objective)
         self._guard = NumericsGuard(run, parallel, optimizer, self._flow, progress.skipped_steps)
         self._batches = _batches(run, progress)
 
@@ -58,7 +58,7 @@ class ClosedStep:
             self._flow,
             mine,
             samples=run.global_batch_size,
-            seed=run.flags.seed,
+            seed=run.sections.training.seed,
             during=self._during,
             on_nonfinite=partial(self._guard.refused, step, batches=mine),
             asked_to_stop=lambda: run.is_asked_to_stop,
@@ -67,7 +67,7 @@ class ClosedStep:
             self._guard.accepted(step, result.outcome, mine)
         consumed = before.consumed_samples + run.global_batch_size
         progress = Progress(step, consumed, self._guard.skipped, replaced)
-        seconds, last = time.monotonic() - started, step == run.flags.train_iters
+        seconds, last = time.monotonic() - started, step == run.sections.training.steps
         return StepDone(progress, self._parallel, result, mine, seconds, last)
 
     def close(self) -> None:
@@ -77,7 +77,7 @@ class ClosedStep:
 
 def _replaced(run: Run, batches: Sequence[FeatureBatch], progress: Progress) -> int:
     """How many samples of the step were replaced in all replicas; an error where --on-bad-sample allows fewer."""
-    policy = parse_on_bad_sample(run.flags.on_bad_sample)
+    policy = parse_on_bad_sample(run.sections.data.on_bad_sample)
     if not policy.skips:
         return 0
     samples = [sample for batch in batches for sample in batch["sample"]]
@@ -89,19 +89,18 @@ def _replaced(run: Run, batches: Sequence[FeatureBatch], progress: Progress) -> 
 
 
 def _batches(run: Run, progress: Progress) -> Generator[FeatureBatch]:
-    flags = run.flags
-    loading = run.data.dataloader_param
+    sections = run.sections
     return feature_batches(
         run.dataset,
-        BatchPlan(run.global_batch_size, flags.micro_batch_size, run.mesh.dp_rank, run.mesh.layout.dp_size),
+        BatchPlan(run.global_batch_size, sections.data.micro_batch_size, run.mesh.dp_rank, run.mesh.layout.dp_size),
         text_len=run.config.text_len,
-        seed=flags.seed,
+        seed=sections.training.seed,
         consumed_samples=progress.consumed_samples,
-        caption_dropout=run.data.dataset_param.preprocess_parameters.cfg,
-        shuffle=loading.shuffle,
-        num_workers=flags.num_workers,
-        read_timeout=flags.read_timeout,
-        on_bad_sample=parse_on_bad_sample(flags.on_bad_sample),
-        pin_memory=loading.pin_memory and run.backend.kind != "cpu",
+        caption_dropout=sections.data.caption_dropout,
+        shuffle=sections.data.shuffle,
+        num_workers=sections.data.workers,
+        read_timeout=sections.data.read_timeout,
+        on_bad_sample=parse_on_bad_sample(sections.data.on_bad_sample),
+        pin_memory=sections.data.pin_memory and run.backend.kind != "cpu",
         with_noise=run.mesh.pp_rank in (0, run.mesh.layout.pp_size - 1),  # stages between do not see it
     )

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from mm.activation.offload import Offloader
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
-from mm.config.model import WanConfig
 from mm.config.recompute import Recompute
-from mm.config.train import TrainFlags
+from mm.config.run.checkpoint import AdapterSection
+from mm.config.run.parallel import ParallelSection
+from mm.config.run.training import TrainingRun
 from mm.config.units import format_bytes
 from mm.data.dataset import FeatureDataset
 from mm.lora.plan import LoRAPlan
@@ -19,10 +20,8 @@ from mm.parallel.tokens import TokenShare
 
 
 def start_table(
-    flags: TrainFlags,
-    wan: WanConfig,
+    sections: TrainingRun,
     layout: Layout,
-    zero: ZeroConfig | None,
     dataset: FeatureDataset,
     global_batch_size: int,
     device: str,
@@ -35,56 +34,58 @@ def start_table(
     """Rows of the table by their heading; those of LoRA and of the average only where there are such.
 
     Args:
-        flags, wan, layout, zero, dataset: the run. global_batch_size: samples of a step.
+        sections, layout, dataset: the run. global_batch_size: samples of a step.
         device: name of the devices and their collective backend.
         attention: the kernel of self attention. recompute: the plan. offloader: of rank 0.
         not_compiled: why blocks are not compiled, empty where it was not asked for; None where they are.
         lora: the adapters that are trained.
     """
+    wan, zero, adapters = sections.wan, sections.parallel.layerzero, sections.adapters
+    average, save = sections.optimizer.ema_decay, sections.origins["checkpoint.save"].name
     parameters = sum(map(math.prod, whole_shapes(wan).values()))
-    accumulated = global_batch_size // (flags.micro_batch_size * layout.dp_size)
+    accumulated = global_batch_size // (sections.data.micro_batch_size * layout.dp_size)
     latents = ", ".join(
         f"{count} of {frames}x{height}x{width}" for (_, frames, height, width), count in dataset.shapes().most_common(4)
     )
     return {
         "model": f"{wan.task.name}, {parameters:,} parameters, {wan.num_layers} layers, width {wan.hidden_size}, "
         f"{wan.num_heads} heads",
-        **({} if lora is None else {"lora": _lora(lora, flags, parameters)}),
-        "precision": _precision(flags),
+        **({"lora": _lora(lora, adapters, sections.model.precision, parameters)} if lora and adapters else {}),
+        "precision": _precision(sections),
         "device": f"{layout.world_size} x {device}",
         "layout": f"{layout.name()}: {_degrees(layout)}",
         "rank 0": _groups_of_rank_0(layout),
         "stages": _stages(layout, wan.num_layers),
         "pipeline": _pipeline(layout, accumulated),
-        "batch": f"{global_batch_size} = {flags.micro_batch_size} a forward x {accumulated} accumulated "
+        "batch": f"{global_batch_size} = {sections.data.micro_batch_size} a forward x {accumulated} accumulated "
         f"x {layout.dp_size} replicas",
         "features": f"{len(dataset)} samples, latents {latents}",
         "tokens": _tokens(layout, sorted({sample.num_tokens for sample in dataset.samples})),
         "heads": _heads(layout, wan.num_heads),
         "a layer": "; ".join(layer_collectives(layout, zero)) or "no communication",
-        "gradients": _gradients(flags, layout),
+        "gradients": _gradients(sections.parallel, layout),
         "attention": attention,
         "recompute": _recompute(recompute),
         "offload": _offload(offloader),
         "compile": "every block" if not_compiled is None else f"off: {not_compiled}" if not_compiled else "off",
-        **({} if flags.ema_decay is None else {"average": f"of the weights, decay {flags.ema_decay:g}"}),
-        "checkpoints": flags.save or "none: the trained weights are not kept (--save)",
+        **({} if average is None else {"average": f"of the weights, decay {average:g}"}),
+        "checkpoints": sections.checkpoint.save or f"none: the trained weights are not kept ({save})",
     }
 
 
-def _lora(plan: LoRAPlan, flags: TrainFlags, parameters: int) -> str:
-    base = plan.base_dtype or ("bf16" if flags.bf16 else "fp32")
+def _lora(plan: LoRAPlan, adapters: AdapterSection, precision: str, parameters: int) -> str:
+    base = plan.base_dtype or precision
     return (
-        f"r {flags.lora_r}, alpha {flags.lora_alpha:g}, {len(plan.adapted)} of {len(plan.linears)} linears: "
+        f"r {adapters.rank}, alpha {adapters.alpha:g}, {len(plan.adapted)} of {len(plan.linears)} linears: "
         f"{plan.parameters:,} trainable parameters, {plan.parameters / parameters:.3%} of the model's; linears of the "
         f"base in {base}"
     )
 
 
-def _precision(flags: TrainFlags) -> str:
-    if flags.lora:
-        return "bf16, adapters fp32" if flags.bf16 else "fp32"
-    return "bf16 with fp32 masters" if flags.bf16 else "fp32"
+def _precision(sections: TrainingRun) -> str:
+    if sections.model.precision == "fp32":
+        return "fp32"
+    return "bf16 with fp32 masters" if sections.adapters is None else "bf16, adapters fp32"
 
 
 def layer_collectives(layout: Layout, zero: ZeroConfig | None) -> Iterator[str]:
@@ -167,15 +168,15 @@ def _heads(layout: Layout, num_heads: int) -> str:
     return f"{local} a rank{inside}"
 
 
-def _gradients(flags: TrainFlags, layout: Layout) -> str:
+def _gradients(parallel: ParallelSection, layout: Layout) -> str:
     ranks = f"{layout.dp_cp_size} ranks (DP x CP)"
     if layout.zero3_size is not None:
         copies = layout.dp_cp_size // layout.zero3_size
-        states = "optimizer sharded over all of them" if flags.use_distributed_optimizer else "optimizer in each group"
+        states = "optimizer sharded over all of them" if parallel.distributed_optimizer else "optimizer in each group"
         groups = "one group" if copies == 1 else f"{copies} groups"
         return f"layer-zero: parameters in {groups} of {layout.zero3_size}, over {ranks}; {states}"
-    how = "reduce-scatter, optimizer sharded" if flags.use_distributed_optimizer else "all-reduce"
-    when = "during backward" if flags.overlap_grad_reduce else "after backward"
+    how = "reduce-scatter, optimizer sharded" if parallel.distributed_optimizer else "all-reduce"
+    when = "during backward" if parallel.overlap_grad_reduce else "after backward"
     return f"{how} over {ranks}, {when}"
 
 

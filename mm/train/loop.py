@@ -10,7 +10,7 @@ from pathlib import Path
 from mm.checkpoint.lock import Lock
 from mm.checkpoint.store import writing
 from mm.supervise.limits import OPENING
-from mm.train.build import check_sizes, settings_of
+from mm.train.build import check_sizes, settings_of, write_run_file
 from mm.train.callbacks.base import Callback
 from mm.train.callbacks.checkpointing import open_checkpointing
 from mm.train.callbacks.make import make_callbacks, make_checks, missing_checks
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(run: Run, callbacks: Sequence[Callback] = (), sinks: Sequence[Sink] = ()) -> Progress:
-    """Train until `--train-iters` steps are taken, going on from the newest checkpoint in `--save` if there is one.
+    """Train until all steps are taken, going on from the newest checkpoint in the run's folder if there is one.
 
     Args:
         run: what to train.
@@ -43,19 +43,20 @@ def train(run: Run, callbacks: Sequence[Callback] = (), sinks: Sequence[Sink] = 
         OutOfMemoryError: MEM-001 when the device has no room for the model or a step.
         CheckpointError, ConfigError, NumericsError: as documented where they arise.
     """
-    flags = run.flags
+    sections, save = run.sections, run.sections.checkpoint.save
     check_sizes(run)
     steps, memory = settings_of(run), memory_watch(run)
     with ExitStack() as stack:
         lock = _open_folder(run, stack)
         checks = make_checks(run)
         started = start(run, steps, memory)
-        step, total = started.progress.step, flags.train_iters
+        step, total = started.progress.step, sections.training.steps
         missing = missing_checks([*checks, *callbacks], step, last=step == total, comm=run.comm)
         if step >= total and not missing:
             logger.info("step %d of %d is already done; nothing to train", step, total)
             return started.progress
-        rows = drop_repeated_steps(Path(flags.save), step + 1) if flags.save is not None and run.reports else []
+        write_run_file(run)
+        rows = drop_repeated_steps(Path(save), step + 1) if save is not None and run.reports else []
         every_sink = [*make_sinks(run), *sinks] if run.reports else []
         write = stack.enter_context(opened(every_sink, step + 1, total))
         for check in missing:
@@ -73,7 +74,7 @@ def _steps(run: Run, started: Started, callbacks: Sequence[Callback], write: Wri
     with closing(ClosedStep(run, started.parallel, started.optimizer, progress, started.during)) as step:
         if run.stop is not None:
             run.stop.begin_steps()
-        while progress.step < run.flags.train_iters:
+        while progress.step < run.sections.training.steps:
             done = step.take(progress)
             progress = done.progress
             for callback in callbacks:
@@ -87,7 +88,8 @@ def _steps(run: Run, started: Started, callbacks: Sequence[Callback], write: Wri
 
 def _open_folder(run: Run, stack: ExitStack) -> Lock | None:
     """Take the lock of `--save`, on rank 0, for as long as the run goes on; a phase of its own."""
-    if run.flags.save is None:
+    save = run.sections.checkpoint.save
+    if save is None:
         return None
     with run.watch.during(OPENING):
-        return stack.enter_context(writing(Path(run.flags.save), run.comm))
+        return stack.enter_context(writing(Path(save), run.comm))

@@ -1,6 +1,6 @@
-"""Which flags would make a run that is out of memory need less: chosen from what it does not use and what is largest.
+"""What would make a run that is out of memory need less: chosen from what it does not use and what is largest.
 
-Every candidate is a whole request with some flags changed, and the rules of `mm.config.rules` decide whether it is
+Every candidate is a whole run with some values changed, and the rules of `mm.config.rules` decide whether it is
 legal. What it saves is the measured split times closed ratios of bytes before and after:
 
 | kind | bytes an element of the model, on a rank |
@@ -19,24 +19,19 @@ Sources: Rajbhandari et al. 2020 (arXiv 1910.02054) section 3; for activations K
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
-from mm.config.flags import as_words
-from mm.config.layerzero import ZeroConfig
 from mm.config.layout import balanced_stages
 from mm.config.recompute import Recompute, recompute_of
-from mm.config.request import Request
-from mm.config.rules import TRAINING_RULES
-from mm.config.train import PredictorConfig, PretrainModel, TrainFlags
+from mm.config.rules.training import TRAINING_RULES
+from mm.config.run.training import TrainingRun
 from mm.optim.algorithms.make import ALGORITHMS
 from mm.train.memory_breakdown import MemoryBreakdown
 
-_ZERO_FILE = "zero_config.yaml"
 _LARGEST_FACTOR = 8
 """By how much a degree is raised at most; the smallest legal factor is proposed."""
 _ADAPTERS = 0.01
@@ -48,25 +43,25 @@ class MemoryAdvice:
     """One change that lowers what a rank needs.
 
     Attributes:
-        request: the run with the change. before: the run.
-        text: the flags to add, and what to write into which file.
+        after: the run with the change. before: the run.
+        text: what the user writes, and into which file.
         saved: bytes on a rank, estimated.
     """
 
-    request: Request
-    before: Request
+    after: TrainingRun
+    before: TrainingRun
     text: str
     saved: float
 
     @property
     def score(self) -> float:
         """Bytes saved for each device that is used."""
-        return self.saved * self.before.world_size / self.request.world_size
+        return self.saved * self.before.world_size / self.after.world_size
 
     def __str__(self) -> str:
-        text, batches = self.text, (_samples_of_step(self.request), _samples_of_step(self.before))
-        if self.request.world_size != self.before.world_size:
-            text += f" on {self.request.world_size} processes instead of {self.before.world_size}"
+        text, batches = self.text, (_samples_of_step(self.after), _samples_of_step(self.before))
+        if self.after.world_size != self.before.world_size:
+            text += f" on {self.after.world_size} processes instead of {self.before.world_size}"
         if batches[0] != batches[1]:
             text += f" (a global batch of {batches[0]} instead of {batches[1]})"
         return text
@@ -74,28 +69,26 @@ class MemoryAdvice:
 
 @dataclass(frozen=True)
 class _Change:
-    """What a candidate changes: fields of the flags, of `predictor` in the model's file, of layer-zero's file."""
+    """What a candidate changes: values by path, and the processes."""
 
-    flags: Mapping[str, Any]
-    predictor: Mapping[str, Any] = field(default_factory=dict)
-    zero: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any]
     world_size: int = 0
 
 
-def reliefs(request: Request, split: MemoryBreakdown, count: int = 3) -> list[MemoryAdvice]:
+def reliefs(run: TrainingRun, split: MemoryBreakdown, count: int = 3) -> list[MemoryAdvice]:
     """The changes that lower this rank's memory most for each device, best first.
 
     Fewer than `count` come back only where the rules leave fewer: with one head, one block and everything else in use.
 
     Args:
-        request: the run, which the rules have accepted.
+        run: the run, which the rules have accepted.
         split: what the rank held. count: how many changes to name.
     """
-    found = [relief for family in _families(request) if (relief := _first_that_helps(request, split, family))]
+    found = [relief for family in _families(run) if (relief := _first_that_helps(run, split, family))]
     return sorted(found, key=lambda relief: relief.score, reverse=True)[:count]
 
 
-def saved_bytes(before: Request, after: Request, split: MemoryBreakdown) -> float:
+def saved_bytes(before: TrainingRun, after: TrainingRun, split: MemoryBreakdown) -> float:
     """Bytes that a rank needs less, estimated; of what failed to be allocated and of moments to come too."""
     old, new = ((*_model_bytes(r), _activation_bytes(r)) for r in (before, after))
     return sum(size * (1 - less / more) for size, less, more in zip(_needed(split, old), new, old, strict=True))
@@ -111,174 +104,154 @@ def _needed(split: MemoryBreakdown, ratios: tuple[float, ...]) -> tuple[float, .
     return split.parameters, split.gradients, optimizer, split.activations + (split.asked if in_step else 0)
 
 
-def _first_that_helps(request: Request, split: MemoryBreakdown, family: Iterator[_Change]) -> MemoryAdvice | None:
+def _first_that_helps(run: TrainingRun, split: MemoryBreakdown, family: Iterator[_Change]) -> MemoryAdvice | None:
     for change in family:
-        candidate = _changed(request, change)
+        candidate = _changed(run, change)
         if any(problem for rule in TRAINING_RULES for problem in rule(candidate)):
             continue
-        old, new = ((*_model_bytes(r), _activation_bytes(r)) for r in (request, candidate))
-        saved = saved_bytes(request, candidate, split)
+        old, new = ((*_model_bytes(r), _activation_bytes(r)) for r in (run, candidate))
+        saved = saved_bytes(run, candidate, split)
         if saved >= 0 and any(less < more for less, more in zip(new, old, strict=True)):
-            return MemoryAdvice(candidate, request, _text(request, candidate), saved)
+            return MemoryAdvice(candidate, run, _text(run, candidate, change), saved)
     return None
 
 
-def _families(request: Request) -> Iterator[Iterator[_Change]]:
+def _families(run: TrainingRun) -> Iterator[Iterator[_Change]]:
     """Changes of one kind together, the mildest first; one of each kind is proposed."""
-    yield _recompute(request)
-    yield _offload(request)
-    yield iter([_Change({"micro_batch_size": 1})] if request.flags.micro_batch_size > 1 else [])
-    yield iter([] if request.flags.bf16 else [_bf16(request)])
-    yield iter([_Change({"lora_base_dtype": "int8"})] if _base_has_more_bits(request) else [])
-    yield _distributed_optimizer(request)
-    yield _layerzero(request)
-    yield iter([_Change({"sequence_parallel": True})] if request.tp > 1 and not request.flags.sequence_parallel else [])
-    yield _tensor_parallel(request)
-    yield _context_parallel(request)
-    yield _pipeline_parallel(request)
+    sequence = run.tp > 1 and not run.parallel.sequence_parallel
+    yield _recompute(run)
+    yield iter([_Change({"memory.offload": True})])  # the rules refuse it where no block keeps its attention
+    yield iter([_Change({"data.micro_batch_size": 1})] if run.data.micro_batch_size > 1 else [])
+    yield iter([] if run.model.precision == "bf16" else [_bf16(run)])
+    yield iter([_Change({"adapters.base_dtype": "int8"})] if _base_has_more_bits(run) else [])
+    yield _distributed_optimizer(run)
+    yield _layerzero(run)
+    yield iter([_Change({"parallel.sequence_parallel": True})] if sequence else [])
+    yield _tensor_parallel(run)
+    yield _context_parallel(run)
+    yield _pipeline_parallel(run)
 
 
-def _recompute(request: Request) -> Iterator[_Change]:
+def _recompute(run: TrainingRun) -> Iterator[_Change]:
     """Keeping attention costs least time; of groups a single block keeps least, as it has one whole block at work."""
-    plan, flags = recompute_of(request.flags, request.model), request.flags
+    memory = run.memory
+    plan = recompute_of(memory)
     if plan is None:
-        yield _Change({"recompute_granularity": "selective"})
+        yield _Change({"memory.recompute": "selective"})
         return
     if plan.group_size > 1:
-        yield _Change({"recompute_num_layers": 1})
-    if flags.recompute_method == "block" and flags.recompute_skip_core_attention:
-        left = max(request.blocks_of_stages) - (flags.recompute_num_layers or 0)
-        yield _Change({"recompute_num_layers_skip_core_attention": left})
-    single = {} if flags.recompute_num_layers is None else {"recompute_num_layers": 1}
-    yield _Change({"recompute_granularity": "full", "recompute_method": "uniform", **single})
+        yield _Change({"memory.blocks": 1})
+    if memory.method == "block" and memory.keep_attention:
+        left = max(run.blocks_of_stages) - (memory.blocks or 0)
+        yield _Change({"memory.keep_attention_blocks": left})
+    single = {} if memory.blocks is None else {"memory.blocks": 1}
+    yield _Change({"memory.recompute": "full", "memory.method": "uniform", **single})
 
 
-def _offload(request: Request) -> Iterator[_Change]:
-    yield _Change({}, {"attention_async_offload": True})  # the rules refuse it where no block keeps its attention
+def _bf16(run: TrainingRun) -> _Change:
+    zero = run.parallel.layerzero
+    again = {} if zero is None or zero.param_dtype is None else {"parallel.layerzero.param_dtype": "bf16"}
+    return _Change({"model.precision": "bf16", **again})
 
 
-def _bf16(request: Request) -> _Change:
-    predictor = {} if request.model.predictor.dtype is None else {"dtype": "bf16"}
-    zero = {} if request.zero is None or request.zero.param_dtype is None else {"param_dtype": "bf16"}
-    return _Change({"bf16": True}, predictor, zero)
+def _base_has_more_bits(run: TrainingRun) -> bool:
+    return run.adapters is not None and run.adapters.base_dtype is None
 
 
-def _base_has_more_bits(request: Request) -> bool:
-    return request.flags.lora and request.flags.lora_base_dtype is None
+def _distributed_optimizer(run: TrainingRun) -> Iterator[_Change]:
+    if not run.parallel.distributed_optimizer:
+        yield _Change({"parallel.distributed_optimizer": True})
+        yield _Change({"parallel.distributed_optimizer": True}, 2 * run.world_size)
 
 
-def _distributed_optimizer(request: Request) -> Iterator[_Change]:
-    if not request.flags.use_distributed_optimizer:
-        yield _Change({"use_distributed_optimizer": True})
-        yield _Change({"use_distributed_optimizer": True}, world_size=2 * request.world_size)
-
-
-def _layerzero(request: Request) -> Iterator[_Change]:
+def _layerzero(run: TrainingRun) -> Iterator[_Change]:
     """Parameters over all ranks that hold the same ones, or over more of them."""
-    for world_size in (request.world_size, 2 * request.world_size):
-        ranks = world_size // (request.tp * request.pp)
-        flags = {} if request.zero else {"layerzero": True, "layerzero_config": _ZERO_FILE}
-        if ranks > (request.zero.zero3_size if request.zero else 1):
-            yield _Change(flags, zero={"zero3_size": ranks}, world_size=world_size)
+    zero = run.parallel.layerzero
+    for world_size in (run.world_size, 2 * run.world_size):
+        ranks = world_size // (run.tp * run.pp)
+        if ranks > (zero.zero3_size if zero else 1):
+            yield _Change({"parallel.layerzero.zero3_size": ranks}, world_size)
 
 
-def _tensor_parallel(request: Request) -> Iterator[_Change]:
-    for factor, world_size in _more_of_an_axis(request):
-        change = {"tensor_model_parallel_size": factor * request.tp, "sequence_parallel": True}
-        yield _Change(change, world_size=world_size)
+def _tensor_parallel(run: TrainingRun) -> Iterator[_Change]:
+    for factor, world_size in _more_of_an_axis(run):
+        yield _Change({"parallel.tensor_size": factor * run.tp, "parallel.sequence_parallel": True}, world_size)
 
 
-def _context_parallel(request: Request) -> Iterator[_Change]:
+def _context_parallel(run: TrainingRun) -> Iterator[_Change]:
     """The same algorithm, or where heads do not suffice a ring around the groups that there are."""
-    for factor, world_size in _more_of_an_axis(request):
-        size = {"context_parallel_size": factor * request.cp}
-        ring: dict[str, Any] = {"context_parallel_algo": "megatron_cp_algo"}
-        if request.cp > 1:
-            ring = {"context_parallel_algo": "hybrid_cp_algo", "ulysses_degree_in_cp": request.cp}
-        yield _Change(size, world_size=world_size)
-        if request.flags.context_parallel_algo == "ulysses_cp_algo":
-            yield _Change({**size, **ring}, world_size=world_size)
+    for factor, world_size in _more_of_an_axis(run):
+        size = {"parallel.context_size": factor * run.cp}
+        ring: dict[str, Any] = {"parallel.context_algorithm": "ring"}
+        if run.cp > 1:
+            ring = {"parallel.context_algorithm": "hybrid", "parallel.ulysses_size": run.cp}
+        yield _Change(size, world_size)
+        if run.parallel.context_algorithm == "ulysses":
+            yield _Change({**size, **ring}, world_size)
 
 
-def _pipeline_parallel(request: Request) -> Iterator[_Change]:
-    predictor = request.model.predictor
-    for factor, world_size in _more_of_an_axis(request):
-        pp_size = factor * request.pp
-        change = {"pipeline_model_parallel_size": pp_size}
-        if pp_size * request.vp > predictor.num_layers:
+def _pipeline_parallel(run: TrainingRun) -> Iterator[_Change]:
+    num_layers = run.wan.num_layers
+    for factor, world_size in _more_of_an_axis(run):
+        pp_size = factor * run.pp
+        change: dict[str, Any] = {"parallel.pipeline_size": pp_size}
+        if pp_size * run.vp > num_layers:
             return
-        if predictor.pipeline_num_layers is None and predictor.num_layers % (pp_size * request.vp) == 0:
-            yield _Change(change, world_size=world_size)
-            continue
-        rows = [list(row) for row in balanced_stages(predictor.num_layers, pp_size, request.vp)]
-        yield _Change(change, {"pipeline_num_layers": rows if request.vp > 1 else rows[0]}, world_size=world_size)
+        if run.parallel.stages is not None or num_layers % (pp_size * run.vp):
+            change["parallel.stages"] = [list(row) for row in balanced_stages(num_layers, pp_size, run.vp)]
+        yield _Change(change, world_size)
 
 
-def _more_of_an_axis(request: Request) -> Iterator[tuple[int, int]]:
+def _more_of_an_axis(run: TrainingRun) -> Iterator[tuple[int, int]]:
     """(factor, processes): replicas give up their processes where they can, else more are needed."""
     for factor in range(2, _LARGEST_FACTOR + 1):
-        if request.world_size // request.replica % factor == 0:
-            yield factor, request.world_size
-        yield factor, factor * request.world_size
+        if run.world_size // run.replica % factor == 0:
+            yield factor, run.world_size
+        yield factor, factor * run.world_size
 
 
-def _changed(request: Request, change: _Change) -> Request:
-    """The request with a change, and the same global batch, or the next that more replicas can share."""
-    old = request.model
-    predictor = PredictorConfig.model_validate({**old.predictor.model_dump(), **change.predictor})
-    model = PretrainModel(task=old.task, predictor=predictor, diffusion=old.diffusion)
-    zero = request.zero
-    if change.zero:
-        zero = ZeroConfig.model_validate({**(zero.model_dump() if zero else {}), **change.zero})
-    values = {**request.flags.model_dump(), **change.flags}
-    candidate = Request(TrainFlags.model_validate(values), model, zero, change.world_size or request.world_size)
-    unit = candidate.flags.micro_batch_size * _replicas(candidate)
-    batch = math.ceil(_samples_of_step(request) / unit) * unit
+def _changed(run: TrainingRun, change: _Change) -> TrainingRun:
+    """The run with a change, and the same global batch, or the next that more replicas can share."""
+    candidate = run.changed(change.values, change.world_size)
+    unit = candidate.data.micro_batch_size * _replicas(candidate)
+    batch = math.ceil(_samples_of_step(run) / unit) * unit
     if _samples_of_step(candidate) == batch:
         return candidate
-    return replace(candidate, flags=TrainFlags.model_validate({**values, "global_batch_size": batch}))
+    return candidate.changed({"data.global_batch_size": batch})
 
 
-def _text(before: Request, after: Request) -> str:
+def _text(before: TrainingRun, after: TrainingRun, change: _Change) -> str:
     """What a user types and writes: "`--bf16` and `"dtype": "bf16"` in pretrain_model.json"."""
-    parts = [" ".join(as_words(_differences(before.flags.model_dump(), after.flags.model_dump())))]
-    predictor = _differences(before.model.predictor.model_dump(), after.model.predictor.model_dump())
-    for name, value in predictor.items():
-        parts.append(f'"{name}": {json.dumps(value)} in {after.flags.mm_model}')
-    old_zero = before.zero.model_dump() if before.zero else ZeroConfig.model_construct().model_dump()
-    zero = after.zero.model_dump() if after.zero else {}
-    shown = _differences(old_zero, zero)
-    if after.zero is not None and before.zero is None:
-        shown["zero3_size"] = after.zero.zero3_size  # even where it is the default: no file was there
-    parts += [f"{name}: {value} in {after.flags.layerzero_config}" for name, value in shown.items()]
-    return " and ".join(part for part in parts if part)
+    old, new = before.values(), after.values()
+    if before.parallel.layerzero is None and after.parallel.layerzero is not None:  # a file of defaults
+        old |= before.changed({"parallel.layerzero": {}}).values() | {"parallel.layerzero": None}
+    first = change.values.keys() - before.values().keys()  # said in any case: no file was there
+    told = {path: value for path, value in new.items() if path in first or old[path] != value}
+    return before.origins.assigned(told)
 
 
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in after.items() if before[name] != value}
-
-
-def _model_bytes(request: Request) -> tuple[float, float, float]:
+def _model_bytes(run: TrainingRun) -> tuple[float, float, float]:
     """Of parameters, gradients and optimizer state an element of the whole model, on one rank."""
-    cut, sharing = request.tp * request.pp, _replicas(request) * request.cp
-    distributed = sharing if request.flags.use_distributed_optimizer else 1
-    state = ALGORITHMS[request.flags.optimizer].bytes_per_element
-    state += 4 if request.flags.ema_decay is not None else 0
-    if request.flags.lora:
-        base = (1 if request.flags.lora_base_dtype else 2 if request.flags.bf16 else 4) / cut
-        if request.zero is not None:  # a block that runs and the next are gathered beside the shards
-            base *= min(1.0, 1 / request.zero.zero3_size + 2 / max(request.blocks_of_stages))
-        replicas = 1 if request.zero is not None else distributed
+    cut, sharing = run.tp * run.pp, _replicas(run) * run.cp
+    distributed = sharing if run.parallel.distributed_optimizer else 1
+    zero, bf16 = run.parallel.layerzero, run.model.precision == "bf16"
+    state = ALGORITHMS[run.optimizer.name].bytes_per_element
+    state += 4 if run.optimizer.ema_decay is not None else 0
+    if run.adapters is not None:
+        base = (1 if run.adapters.base_dtype else 2 if bf16 else 4) / cut
+        if zero is not None:  # a block that runs and the next are gathered beside the shards
+            base *= min(1.0, 1 / zero.zero3_size + 2 / max(run.blocks_of_stages))
+        replicas = 1 if zero is not None else distributed
         return base, 4 * _ADAPTERS / cut, state * _ADAPTERS / (cut * replicas)
-    if request.zero is not None:
-        shard = cut * request.zero.zero3_size
+    if zero is not None:
+        shard = cut * zero.zero3_size
         return 4 / shard, 4 / shard, state / max(shard, cut * distributed)
-    if request.flags.bf16:
+    if bf16:
         return 2 / cut, 4 / cut, (4 + state) / (cut * distributed)
     return 4 / cut, 4 / cut, state / (cut * distributed)
 
 
-def _activation_bytes(request: Request) -> float:
+def _activation_bytes(run: TrainingRun) -> float:
     """Of one rank, for each token of a sample and unit of width.
 
     The unit inside is a block's input. A block keeps 17.5 of them and both sides of the feed-forward's activation:
@@ -286,23 +259,22 @@ def _activation_bytes(request: Request) -> float:
     keeps of attention, until it is computed again; of offloaded ones two are on the device. 1F1B has as many
     micro-batches in flight on the first stage as there are stages.
     """
-    flags, shape = request.flags, request.model.predictor
-    whole = 17.5 + 2 * shape.ffn_dim / shape.hidden_size
-    plan = recompute_of(flags, request.model) or Recompute(full_layers=0)
-    modes = Counter(mode for _, mode in plan.groups(max(request.blocks_of_stages)))
+    whole = 17.5 + 2 * run.wan.ffn_dim / run.wan.hidden_size
+    plan = recompute_of(run.memory) or Recompute(full_layers=0)
+    modes = Counter(mode for _, mode in plan.groups(max(run.blocks_of_stages)))
     of_attention = plan.group_size * (4 if plan.kept == "q,k,v,O" else 1)
     keeping = min(modes["keep attention"], 2) if plan.offload else modes["keep attention"]
     kept = modes["full"] + keeping * (1 + of_attention) + whole * modes["none"]
     at_work = whole * plan.group_size if modes["full"] or modes["keep attention"] else 0.0
-    in_flight = min(request.pp, flags.micro_batches_of_step(_replicas(request)))
-    cut = request.tp if flags.sequence_parallel else 34 / (10 + 24 / request.tp)
-    itemsize = 2 if flags.bf16 else 4
-    return flags.micro_batch_size * (kept * request.vp * in_flight + at_work) / cut / request.cp * itemsize
+    in_flight = min(run.pp, run.micro_batches_of_step(_replicas(run)))
+    cut = run.tp if run.parallel.sequence_parallel else 34 / (10 + 24 / run.tp)
+    itemsize = 2 if run.model.precision == "bf16" else 4
+    return run.data.micro_batch_size * (kept * run.vp * in_flight + at_work) / cut / run.cp * itemsize
 
 
-def _samples_of_step(request: Request) -> int:
-    return request.flags.samples_of_step(_replicas(request))
+def _samples_of_step(run: TrainingRun) -> int:
+    return run.samples_of_step(_replicas(run))
 
 
-def _replicas(request: Request) -> int:
-    return request.world_size // request.replica
+def _replicas(run: TrainingRun) -> int:
+    return run.world_size // run.replica

@@ -53,7 +53,7 @@ class NumericsGuard:
         self._run, self._parallel, self._flow = run, parallel, flow
         self._names = list(optimizer.shapes)
         self._losses: deque[float] = deque(maxlen=WINDOW)
-        self._most = run.flags.skipped_steps_in_a_row
+        self._most = run.sections.optimizer.skipped_steps_in_a_row
         self._in_a_row = 0
         self.skipped = skipped
 
@@ -158,7 +158,7 @@ class NumericsGuard:
         """The losses of all replicas computed once more, and this rank's modules whose output was not finite first."""
         parallel = self._parallel
         with _watched([stage.model for stage in parallel.stages]) as modules:
-            losses = compute_gradients(parallel, self._flow, batches, self._run.flags.seed)
+            losses = compute_gradients(parallel, self._flow, batches, self._run.sections.training.seed)
         parts = parallel.mesh.gather(losses.flatten()).flatten()
         return of_replicas(parallel.mesh.layout, parts, losses.shape), modules
 
@@ -192,7 +192,10 @@ class NumericsGuard:
         return "sample " + _listed([text for loss, text in found if not math.isfinite(loss)])
 
     def _timesteps(self, batch: FeatureBatch) -> list[float]:
-        return [float(t) for t in self._flow.draw_timesteps(self._run.flags.seed, batch["sample"], batch["draw"])[1]]
+        return [
+            float(t)
+            for t in self._flow.draw_timesteps(self._run.sections.training.seed, batch["sample"], batch["draw"])[1]
+        ]
 
     def _norms(self, squares: Tensor) -> dict[str, float | str]:
         norms = squares.double().sqrt().tolist()
@@ -200,9 +203,9 @@ class NumericsGuard:
 
     def _write(self, step: int, report: dict[str, Any]) -> str | None:
         """The file's path; None, told, where it cannot be written: no run ends for want of a report."""
-        if self._run.flags.save is None:
+        if self._run.sections.checkpoint.save is None:
             return None
-        path = Path(self._run.flags.save) / FOLDER / f"step-{step:07d}-rank-{self._run.comm.rank}.json"
+        path = Path(self._run.sections.checkpoint.save) / FOLDER / f"step-{step:07d}-rank-{self._run.comm.rank}.json"
         try:
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")

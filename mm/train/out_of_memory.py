@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
 
-from mm.config.request import Request
+from mm.config.run.training import TrainingRun
 from mm.config.units import GIB, in_gib
 from mm.device.backend import Backend
 from mm.device.out_of_memory import bytes_asked_for
@@ -32,13 +32,13 @@ class MemoryWatch:
     optimizer: Optimizer | None = None
     pinned_host: int = 0
 
-    def __init__(self, request: Request, backend: Backend, rank: int) -> None:
+    def __init__(self, sections: TrainingRun, backend: Backend, rank: int) -> None:
         """Begin before the model is built: what the process holds now is not the model's.
 
         Args:
-            request: the run. backend: its device. rank: in the job.
+            sections: the run. backend: its device. rank: in the job.
         """
-        self._request, self._backend, self._rank = request, backend, rank
+        self._sections, self._backend, self._rank = sections, backend, rank
         self._program = backend.peak_memory_bytes()
 
     @contextmanager
@@ -67,7 +67,7 @@ class MemoryWatch:
         device = self._backend.total_and_free_bytes()
         if device is not None:
             told.append(f"The device has {in_gib(device[0], 3)} GiB, of which {in_gib(device[1], 3)} GiB are free.")
-        found = enumerate(reliefs(self._request, split), start=1)
+        found = enumerate(reliefs(self._sections, split), start=1)
         advice = "; ".join(f"({number}) {relief}" for number, relief in found)
         return OutOfMemoryError("MEM-001", " ".join(told), f"Try one of these, best first: {advice}.")
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mm.config.run.training import TrainingRun
 from mm.config.step import Change, StepSettings, changes
-from mm.config.train import ResumeChange
 from mm.errors import Problem
 from mm.optim.optimizer import learning_rates
 from mm.optim.settings import UpdateSettings
@@ -39,19 +39,13 @@ class Resuming:
     """A run that goes on from checkpoints.
 
     Attributes:
-        steps: what its steps mean. train_iters: its last step.
-        may_change: what the user lets differ (`--resume-changed`).
-        micro_batch_size, dp_size: how a step is dealt out, for the advice on the global batch.
-        averaged: whether the average of the checkpoint is gone on with.
+        steps: what its steps mean. sections: what was asked for. dp_size: replicas.
         reports: whether this rank logs.
     """
 
     steps: StepSettings
-    train_iters: int
-    may_change: Sequence[ResumeChange]
-    micro_batch_size: int
+    sections: TrainingRun
     dp_size: int
-    averaged: bool
     reports: bool
 
     def problems(self, path: Path, before: StepSettings | None, step: int, consumed_samples: int) -> list[Problem]:
@@ -70,12 +64,12 @@ class Resuming:
                 path,
             )
             return []
-        if step >= self.train_iters:
+        if step >= self.sections.training.steps:
             return []
         refused = []
         for change in self._in_effect(before, step, consumed_samples):
             text = f"{change}{self._consequence(change, before, step, consumed_samples)}"
-            if change.kind is None or change.kind in self.may_change:
+            if change.kind is None or change.kind in self.sections.checkpoint.resume_changed:
                 self._warn("going on from %s with a change: %s", path, text)
             else:
                 refused.append(
@@ -85,8 +79,8 @@ class Resuming:
 
     def _in_effect(self, before: StepSettings, step: int, consumed: int) -> Iterator[Change]:
         then, now = (self._rates(steps, step, consumed) for steps in (before, self.steps))
-        for change in changes(before, self.steps):
-            if change.kind == "average" and not self.averaged:
+        for change in changes(before, self.steps, self.sections.origins):
+            if change.kind == "average" and not self.sections.checkpoint.load_average:
                 continue
             if change.kind == "schedule" and then == now:
                 continue  # such as a longer run at a constant rate
@@ -94,7 +88,7 @@ class Resuming:
 
     def _rates(self, steps: StepSettings, step: int, consumed: int) -> list[float]:
         """The learning rates of the steps to come under some settings."""
-        left = self.train_iters - step
+        left = self.sections.training.steps - step
         stride = max(1, (left - _DENSE) // _DENSE)
         offsets = [*range(min(left, _DENSE)), *range(_DENSE, left, stride), left - 1]
         samples = [consumed + offset * steps.global_batch_size for offset in offsets]
@@ -109,40 +103,43 @@ class Resuming:
         if (then, then_last) == (now, now_last):
             return ""
         return (
-            f" (learning rate of step {step + 1}: {then:.6g}, now {now:.6g}; of step {self.train_iters}: "
+            f" (learning rate of step {step + 1}: {then:.6g}, now {now:.6g}; of step {self.sections.training.steps}: "
             f"{then_last:.6g}, now {now_last:.6g})"
         )
 
     def _remedy(self, change: Change) -> str:
-        keep = f"Give {change.name.removesuffix(' (default: --train-iters)')} {change.before} to go on as before"
+        words = self.sections.origins
+        start = f"{words['checkpoint.load'].name} and {words['checkpoint.weights_only'].with_value(True)}"
+        keep = f"Give {change.name.partition(' (default: ')[0]} {change.before} to go on as before"
         if change.kind == "batch":
             keep = self._keep_batch(int(change.before))
         elif change.name.startswith("the data set"):
-            keep = (
-                "Name the features that it was trained on, or start from its weights alone with --load and --finetune"
-            )
+            keep = f"Name the features that it was trained on, or start from its weights alone with {start}"
         elif change.kind == "precision":
-            keep = f"Let --bf16 be {change.before} to go on as before"
+            keep = f"Let {change.name} be {change.before} to go on as before"
         elif change.kind in ("objective", "data"):
             keep = f"Set {change.name} to {change.before} to go on as before"
-        anew = " and --no-load-optim" if change.name == "--optimizer" else ""  # no state fits the other one
-        return f"{keep}; to change it on purpose, add --resume-changed {change.kind}{anew}."
+        anew = ""
+        if change.name == words["optimizer.name"].name:  # no state fits the other one
+            anew = f" and {words['checkpoint.load_optimizer'].with_value(False)}"
+        changed = words["checkpoint.resume_changed"].name
+        return f"{keep}; to change it on purpose, add {changed} {change.kind}{anew}."
 
     def _keep_batch(self, samples: int) -> str:
-        """The flags that keep a global batch on the replicas that there are."""
+        """The values that keep a global batch on the replicas that there are."""
+        words, size = self.sections.origins, self.sections.data.micro_batch_size
+        batch = words["data.global_batch_size"].with_value(samples)
         if samples % self.dp_size:
             return (
-                f"Start it on a number of replicas that divides {samples}, which {self.dp_size} does not, with "
-                f"--global-batch-size {samples}"
+                f"Start it on a number of replicas that divides {samples}, which {self.dp_size} does not, with {batch}"
             )
         mine = samples // self.dp_size
-        micro_batch = max(size for size in range(1, self.micro_batch_size + 1) if mine % size == 0)
-        smaller = "" if micro_batch == self.micro_batch_size else f" --micro-batch-size {micro_batch}"
-        script = "" if micro_batch == self.micro_batch_size else f"MBS={micro_batch} "
-        return (
-            f"Give --global-batch-size {samples}{smaller} (in the scripts {script}GRAD_ACC_STEP={mine // micro_batch}) "
-            "to go on as before"
-        )
+        micro_batch = max(one for one in range(1, size + 1) if mine % one == 0)
+        part = words["data.micro_batch_size"]
+        smaller = "" if micro_batch == size else f" {part.with_value(micro_batch)}"
+        script = "" if micro_batch == size else f"MBS={micro_batch} "
+        scripts = "" if part.file else f" (in the scripts {script}GRAD_ACC_STEP={mine // micro_batch})"
+        return f"Give {batch}{smaller}{scripts} to go on as before"
 
     def _warn(self, text: str, *values: object) -> None:
         if self.reports:

@@ -8,11 +8,9 @@ import torch
 
 from mm.checkpoint.comm import Comm
 from mm.checkpoint.lock import DEFAULT_TIMES
-from mm.config.data import TrainData
 from mm.config.inference import InferenceModel
-from mm.config.layerzero import ZeroConfig
 from mm.config.model import WanConfig
-from mm.config.train import PretrainModel, TrainFlags
+from mm.config.run.training import TrainingRun
 from mm.data.dataset import FeatureDataset
 from mm.device.backend import Backend
 from mm.lora.plan import LoRAPlan
@@ -28,20 +26,16 @@ class Run:
     """Everything one training run is made of.
 
     Attributes:
-        flags, model, data: checked configuration. zero: layer-zero's, or None.
-        dataset: the features that `data` names.
+        sections: checked configuration. dataset: the features that it names.
         mesh, backend: where it runs. comm: the ranks, for checkpoints.
         processes_of_node: this rank's node and its memory are shared by so many.
         lora: the adapters that are trained instead of all parameters.
         saving: the ranks over a group of their own, for saves in the background; None saves in the loop.
         watch: over this process. stop: notes signals; None where they end the process.
-        held_out: the features of `--eval-data`, or None. validation: what is rendered meanwhile, or None.
+        held_out: the features of its evaluation, or None. validation: what is rendered meanwhile, or None.
     """
 
-    flags: TrainFlags
-    model: PretrainModel
-    data: TrainData
-    zero: ZeroConfig | None
+    sections: TrainingRun
     dataset: FeatureDataset
     mesh: Mesh
     backend: Backend
@@ -57,17 +51,17 @@ class Run:
     @property
     def global_batch_size(self) -> int:
         """Samples in one step."""
-        return self.flags.samples_of_step(self.mesh.layout.dp_size)
+        return self.sections.samples_of_step(self.mesh.layout.dp_size)
 
     @property
     def num_microbatches(self) -> int:
         """Micro-batches of one replica in one step."""
-        return self.flags.micro_batches_of_step(self.mesh.layout.dp_size)
+        return self.sections.micro_batches_of_step(self.mesh.layout.dp_size)
 
     @property
     def config(self) -> WanConfig:
         """The model's shape."""
-        return self.model.predictor.wan()
+        return self.sections.wan
 
     @property
     def is_asked_to_stop(self) -> bool:
@@ -80,20 +74,22 @@ class Run:
         return self.comm.rank == 0
 
 
-def data_parallel_options(flags: TrainFlags) -> DataParallelOptions:
+def data_parallel_options(sections: TrainingRun) -> DataParallelOptions:
     """How gradients and parameters are kept in step over the replicas."""
-    return DataParallelOptions(flags.use_distributed_optimizer, flags.overlap_grad_reduce, flags.overlap_param_gather)
+    cut = sections.parallel
+    return DataParallelOptions(cut.distributed_optimizer, cut.overlap_grad_reduce, cut.overlap_param_gather)
 
 
-def watch_limits(flags: TrainFlags) -> Limits:
+def watch_limits(sections: TrainingRun) -> Limits:
     """How long the watch lets a phase take; where what a phase waits for has a limit of its own, longer than that."""
-    ceiling = 0.9 * 60 * flags.distributed_timeout_minutes
+    ceiling = 0.9 * 60 * sections.supervision.timeout_minutes
     patience = {OPENING: 2 * DEFAULT_TIMES.stale_s, SAVE_BEFORE: ceiling, LAST_SAVE: float("inf")}
-    if flags.hang_timeout is None and flags.num_workers > 0:
-        patience["waiting for data"] = flags.read_timeout + 60
-    return Limits(flags.hang_timeout, ceiling, patience)
+    hang_timeout, data = sections.supervision.hang_timeout, sections.data
+    if hang_timeout is None and data.workers > 0:
+        patience["waiting for data"] = data.read_timeout + 60
+    return Limits(hang_timeout, ceiling, patience)
 
 
-def training_dtype(flags: TrainFlags) -> torch.dtype:
+def training_dtype(sections: TrainingRun) -> torch.dtype:
     """Of the bulk of the parameters and of activations."""
-    return torch.bfloat16 if flags.bf16 else torch.float32
+    return torch.bfloat16 if sections.model.precision == "bf16" else torch.float32

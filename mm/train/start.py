@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from mm.activation.host_pool import make_offloader
 from mm.activation.recompute import block_runner
 from mm.config.recompute import recompute_of
-from mm.config.request import Request
 from mm.config.step import StepSettings
 from mm.optim.optimizer import Optimizer
 from mm.parallel.apply import ParallelModel
@@ -60,7 +59,7 @@ def _during(run: Run, memory: MemoryWatch, phase: Phase) -> Iterator[None]:
 
 def memory_watch(run: Run) -> MemoryWatch:
     """The watch over this rank's memory, to be made before anything is loaded."""
-    return MemoryWatch(Request(run.flags, run.model, run.zero, run.comm.world_size), run.backend, run.comm.rank)
+    return MemoryWatch(run.sections, run.backend, run.comm.rank)
 
 
 def start(run: Run, steps: StepSettings, memory: MemoryWatch) -> Started:
@@ -72,7 +71,7 @@ def start(run: Run, steps: StepSettings, memory: MemoryWatch) -> Started:
     Raises:
         ConfigError: CFG-049. OutOfMemoryError: MEM-001. CheckpointError: as documented where they arise.
     """
-    recompute = recompute_of(run.flags, run.model)
+    recompute = recompute_of(run.sections.memory)
     offloader = make_offloader(
         recompute, run.config, run.mesh, run.backend, step_shape(run), processes_of_node=run.processes_of_node
     )

@@ -13,9 +13,10 @@ from mm.cli.flags_page import PROGRAMS as COMMANDS_WITH_FLAGS
 from mm.cli.zero_to_bf16 import ZeroFlags
 from mm.config.extract import RETIRED_EXTRACT_FLAGS, ExtractFlags
 from mm.config.flags import Flags, flag_name
-from mm.config.generate import GenerateFlags
 from mm.config.inference_retired import RETIRED_GENERATE_FLAGS
-from mm.config.train import RETIRED_TRAIN_FLAGS, TrainFlags
+from mm.dialects.mindspeed.accepted_flags import ACCEPTED_TRAIN_FLAGS
+from mm.dialects.mindspeed.generate import GenerateFlags
+from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, TrainFlags
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
@@ -32,7 +33,7 @@ PROGRAMS = {**COMMANDS_WITH_FLAGS, **SCRIPTS}
 OF_OTHER_PROGRAMS = re.compile(
     r"--(help|version|nproc[-_]per[-_]node|nnodes|node[-_]rank|max[-_]restarts|master[-_](addr|port)|rdzv-\w+|shm-size|requeue"
     r"|signal|time|nodes|exact|ckpt-[a-z]+|cpus-per-task|gpus-per-node|gres|export|open-mode|output|kill-on-bad-exit|net"
-    r"|use_peft_lora|logit_mean)"
+    r"|use_peft_lora|logit_mean|gpus|ulimit|ipc|volume|env|user|network|init)"
 )
 """Flags of torchrun, Slurm and Docker; of VideoX-Fun, where a page compares with it."""
 
@@ -105,7 +106,9 @@ def test_a_command_that_a_page_shows_can_be_given(shown: Command) -> None:
 def test_every_flag_that_a_page_names_exists(page: Path) -> None:
     """Ours, or one of another system that is told to have another name or no effect."""
     known = set().union(*map(known_flags, PROGRAMS.values()))
-    known |= set(RETIRED_TRAIN_FLAGS) | set(RETIRED_GENERATE_FLAGS) | set(RETIRED_EXTRACT_FLAGS)
+    known |= (
+        set(ACCEPTED_TRAIN_FLAGS) | set(RETIRED_TRAIN_FLAGS) | set(RETIRED_GENERATE_FLAGS) | set(RETIRED_EXTRACT_FLAGS)
+    )
     for code in re.findall(r"`([^`\n]+)`", page.read_text()):
         for flag in flags_in(code) if "benchmarks/" not in code else []:
             assert flag in known or OF_OTHER_PROGRAMS.fullmatch(flag), f"{page.name} names {flag} in `{code}`"

@@ -11,6 +11,7 @@ SOURCES = sorted((ROOT / "mm").rglob("*.py"))
 SCRIPTS = sorted(path for folder in ("tools", "scripts", "examples") for path in (ROOT / folder).rglob("*.py"))
 LEVELS = {
     "__init__": 0, "errors": 0, "rng": 0, "stopping": 0, "isolated": 0, "first_process": 0, "config": 0,
+    "dialects": 1,  # for commands alone, see below
     "device": 1, "supervise": 1,
     "ops": 2,
     "wan": 3, "diffusion": 3, "data": 3,
@@ -60,6 +61,15 @@ def test_imports_go_one_way(path: Path) -> None:
 
 
 @every_source
+def test_only_commands_know_a_dialect(path: Path) -> None:
+    """What flags and files of other systems are called is behind sections for everyone else."""
+    if room(path) in {"dialects", "cli"}:
+        return
+    for name in imports(path):
+        assert not name.startswith("mm.dialects"), f"{path} imports {name}"
+
+
+@every_source
 def test_room_is_known(path: Path) -> None:
     assert room(path) in LEVELS
 
@@ -68,7 +78,7 @@ def test_room_is_known(path: Path) -> None:
 def test_libraries_stay_in_their_rooms(path: Path) -> None:
     here = room(path)
     for name in imports(path):
-        if here == "config" or here == "errors":
+        if here in {"config", "dialects", "errors"}:
             assert name.split(".")[0] not in {"torch", "diffusers", "transformers", "megatron"}, name
         if name.startswith("torch.distributed") and here not in MAY_USE_TORCH_DISTRIBUTED:
             pytest.fail(f"{path} imports {name}")
@@ -103,7 +113,11 @@ def test_kinds_of_device_are_named_only_in_the_device_room(path: Path) -> None:
         return
     for node in ast.walk(ast.parse(path.read_text())):
         # the choices of the --device flag are data for mm.device; everything else must ask a Backend
-        if isinstance(node, ast.Constant) and node.value in {"cuda", "npu"} and room(path) != "config":
+        if (
+            isinstance(node, ast.Constant)
+            and node.value in {"cuda", "npu"}
+            and room(path) not in {"config", "dialects"}
+        ):
             pytest.fail(f'{path}:{node.lineno} names "{node.value}"')
         if isinstance(node, ast.Attribute) and ast.unparse(node) in {"torch.cuda", "torch.npu"}:
             pytest.fail(f"{path}:{node.lineno} uses {ast.unparse(node)}")

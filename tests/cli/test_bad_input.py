@@ -263,6 +263,7 @@ def test_one_line_an_id_a_remedy_and_nothing_half_written(
         "features/recipe.json",
         "out/.lock",
         "out/metrics.jsonl",
+        "out/run.yaml",
         "out/tensorboard/",
     )
     assert all(path.startswith(complete) for path in new), new

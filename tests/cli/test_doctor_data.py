@@ -13,12 +13,14 @@ from numbered_clips import write_numbered
 from mm.cli import doctor, doctor_data
 from mm.cli.entry import run
 from mm.config.base import load
-from mm.config.data import DataSource, data_sources, load_extract_data, load_train_data
-from mm.config.extract import load_extract_model
-from mm.config.train import PretrainModel
+from mm.config.data import DataSource, data_sources
 from mm.data.clips import load_clip
 from mm.data.dataset import open_features
 from mm.data.metadata import load_samples
+from mm.dialects.mindspeed.data_files import load_extract_data, load_train_data
+from mm.dialects.mindspeed.model_files import load_extract_model
+from mm.dialects.mindspeed.train_flags import PretrainModel
+from mm.dialects.mindspeed.training import features
 
 CLIP = {"num_frames": 9, "max_height": 32, "max_width": 48}
 NAMES = ["good", "empty", "fine", "missing", "short", "scratched", "well"]
@@ -213,7 +215,7 @@ def test_features(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     loaded["dataset_param"]["basic_parameters"] = {"data_path": str(clean), "data_folder": str(home / "features")}
     data.write_text(json.dumps(loaded))
     wan = load(PretrainModel, home / "configs" / "pretrain_model.json").predictor.wan()
-    dataset = open_features(load_train_data(data), wan)
+    dataset = open_features(features(load_train_data(data).dataset_param), wan)
     assert len(dataset) == 14 and all(dataset[index]["latents"].isfinite().all() for index in range(14))
 
 

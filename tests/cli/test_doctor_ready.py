@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from mm.cli import doctor
 from mm.cli import train as train_command
 from mm.config.base import load
-from mm.config.data import load_train_data
 from mm.config.diffusion import DiffusionConfig
 from mm.config.flags import as_words
-from mm.config.train import PretrainModel
 from mm.data.dataset import open_features
+from mm.dialects.mindspeed.data_files import load_train_data
+from mm.dialects.mindspeed.train_flags import PretrainModel
+from mm.dialects.mindspeed.training import features
 from mm.diffusion.flow import FlowMatching
 from mm.doctor.preflight import draws, same_draws
 from mm.errors import ConfigError, NumericsError
@@ -132,7 +133,9 @@ def test_the_script_asks_all_processes(demo: Path, tmp_path: Path) -> None:
 def test_a_rank_that_draws_otherwise_is_named(demo: Path) -> None:
     """Of four, with another seed on the third; and one that could not read."""
     data = load_train_data(demo / "configs" / "feature_data.json")
-    dataset = open_features(data, load(PretrainModel, demo / "configs" / "pretrain_model.json").predictor.wan())
+    dataset = open_features(
+        features(data.dataset_param), load(PretrainModel, demo / "configs" / "pretrain_model.json").predictor.wan()
+    )
     flow = FlowMatching(DiffusionConfig())
     usual, other = (draws(dataset, flow, seed, 8, shuffle=True) for seed in (1, 2))
     (alike,) = same_draws([usual] * 4)

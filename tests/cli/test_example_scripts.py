@@ -14,12 +14,13 @@ from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DMode
 from ranks import ANY_PORT
 
 from mm.config.base import load
-from mm.config.data import load_extract_data, load_train_data
-from mm.config.extract import check_extraction, extraction_task, load_extract_model, load_extract_tools
+from mm.config.extract import check_extraction, extraction_task
 from mm.config.flags import parse_flags
-from mm.config.generate import GenerateFlags
 from mm.config.model import WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B
-from mm.config.train import PretrainModel, TrainFlags
+from mm.dialects.mindspeed.data_files import load_extract_data, load_train_data
+from mm.dialects.mindspeed.generate import GenerateFlags
+from mm.dialects.mindspeed.model_files import load_extract_model, load_extract_tools
+from mm.dialects.mindspeed.train_flags import PretrainModel, TrainFlags
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "wan2.1"

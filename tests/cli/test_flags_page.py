@@ -12,8 +12,8 @@ import mm.cli
 from mm.cli.flags_page import PROGRAMS, flags_page
 from mm.config.flag_help import flag_groups
 from mm.config.flags import Flags, flag_name
-from mm.config.generate import GenerateFlags
-from mm.config.train import TrainFlags
+from mm.dialects.mindspeed.generate import GenerateFlags
+from mm.dialects.mindspeed.train_flags import TrainFlags
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "flags.md"

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from translated import translated
 
 from mm.config.base import parse
 from mm.config.flags import parse_flags
-from mm.config.layerzero import ZeroConfig, load_zero
+from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout, balanced_stages, even_stages, layout_of
-from mm.config.train import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
+from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
+from mm.dialects.mindspeed.zero_file import load_zero
 from mm.errors import ConfigError
 
 REQUIRED = "--mm-data d.json --mm-model m.json --train-iters 10 --lr 1e-4 --load weights"
@@ -41,7 +43,7 @@ def model(**predictor: Any) -> PretrainModel:
 
 
 def layout(words: str, world_size: int, zero: ZeroConfig | None = None, **predictor: Any) -> Layout:
-    return layout_of(flags(words), model(**predictor), zero, world_size)
+    return layout_of(translated(flags(words), model(**predictor), zero, world_size))
 
 
 TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"

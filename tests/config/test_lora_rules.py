@@ -1,12 +1,13 @@
 """LoRA's flags: what belongs together, which values there are, and what each refusal tells to do instead."""
 
 import pytest
+from translated import translated
 
 from mm.config.base import parse
 from mm.config.flags import parse_flags
 from mm.config.layerzero import ZeroConfig
-from mm.config.rules import check_training
-from mm.config.train import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
+from mm.config.rules.training import check_training
+from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
 from mm.errors import ConfigError
 
 SHAPE = {"hidden_size": 48, "ffn_dim": 64, "num_heads": 4, "num_layers": 4}
@@ -19,7 +20,7 @@ def problems(words: str) -> list[tuple[str, str, str]]:
     required = "--mm-data d.json --mm-model m.json --lr 1e-4 --train-iters 1"
     try:
         flags = parse_flags(TrainFlags, f"{required} {words}".split(), program="mm train", retired=RETIRED_TRAIN_FLAGS)
-        check_training(flags, MODEL, ZeroConfig(zero3_size=1) if flags.layerzero else None, 1)
+        check_training(translated(flags, MODEL, ZeroConfig(zero3_size=1) if flags.layerzero else None))
     except ConfigError as error:
         return [(problem.id, problem.message, problem.remedy) for problem in error.problems]
     return []
@@ -46,7 +47,6 @@ def test_whole_requests(words: str) -> None:
         (f"{WHOLE} --lora-dropout 0.1", "CFG-103", "0.1", "give 0"),
         (f"{WHOLE} --lora-base-dtype fp8 {ZERO}", "CFG-106", "fp8", "--tensor-model-parallel-size"),
         (f"{WHOLE} --init-from-scratch", "CFG-023", "LoRA", "Remove it"),
-        (f"{WHOLE} --lora-register-forward-hook patch_embedding", "CFG-008", "no effect", "without a hook"),
         (f"{WHOLE} --lora-base-dtype int4", "CFG-005", "int4", "that kind"),
     ],
 )

@@ -8,9 +8,9 @@ import pytest
 
 from mm.config.extract import RETIRED_EXTRACT_FLAGS, ExtractFlags
 from mm.config.flags import Flags, flag_name, parse_flags
-from mm.config.generate import GenerateFlags
 from mm.config.inference_retired import RETIRED_GENERATE_FLAGS
-from mm.config.train import RETIRED_TRAIN_FLAGS, TrainFlags
+from mm.dialects.mindspeed.generate import GenerateFlags
+from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, TrainFlags
 from mm.errors import ConfigError
 
 TRAIN = ["--mm-data", "d", "--mm-model", "m", "--train-iters", "1", "--lr", "1"]

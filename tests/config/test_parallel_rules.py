@@ -7,13 +7,14 @@ from itertools import chain
 from typing import Any
 
 import pytest
+from translated import translated
 
 from mm.config.base import parse
 from mm.config.flags import parse_flags
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import layout_of
-from mm.config.rules import check_training
-from mm.config.train import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
+from mm.config.rules.training import check_training
+from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
 from mm.errors import ConfigError, Problem
 
 REQUIRED = "--mm-data d.json --mm-model m.json --train-iters 10 --lr 1e-4 --load weights"
@@ -36,7 +37,7 @@ def model(predictor: dict[str, Any]) -> PretrainModel:
 
 def problems(words: str, world_size: int, predictor: dict[str, Any], zero: ZeroConfig | None) -> list[Problem]:
     try:
-        check_training(flags(words), model(predictor), zero, world_size)
+        check_training(translated(flags(words), model(predictor), zero, world_size))
     except ConfigError as error:
         return list(error.problems)
     return []
@@ -264,7 +265,7 @@ def test_random_requests_are_refused_by_an_id_or_make_a_whole_layout() -> None:
         words, world_size, predictor, zero = random_request(draw)
         if problems(words, world_size, predictor, zero):  # anything but a ConfigError fails the test here
             continue
-        got = layout_of(flags(words), model(predictor), zero, world_size)
+        got = layout_of(translated(flags(words), model(predictor), zero, world_size))
         accepted.append(got.name())
         assert got.dp_size * got.tp_size * got.pp_size * got.ulysses_size * got.ring_size == world_size
         order = [(pp_rank, vp_rank) for vp_rank in range(got.vp_size) for pp_rank in range(got.pp_size)]

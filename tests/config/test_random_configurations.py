@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import pytest
 from annotated_types import Ge, Gt, Lt
 
-from mm.config.train import RETIRED_TRAIN_FLAGS, TrainFlags
+from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, TrainFlags
 
 ROOT = Path(__file__).parents[2]
 CONFIGURATIONS, SEED = 200, 20

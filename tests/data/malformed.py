@@ -24,7 +24,7 @@ import torch
 from feature_samples import moving_square, write_clip, write_sound
 from numbered_clips import with_edits, with_matrix, write_numbered
 from safetensors.torch import save
-from test_feature_store import MODEL, RECIPE, feature, train_data, write_store
+from test_feature_store import MODEL, RECIPE, feature, feature_set, train_data, write_store
 from test_image_features import with_images
 
 from mm.cli import doctor, train
@@ -236,7 +236,7 @@ def feature_case(name: str, folder: Path) -> Call:
     if name == "mixed resolutions in a batch":
 
         def walk(_: Sequence[str]) -> None:
-            dataset = open_features(train_data(store), MODEL)
+            dataset = open_features(feature_set(store), MODEL)
             list(islice(feature_batches(dataset, BatchPlan(2, 2), text_len=512, seed=1), 1))
 
         return walk, []

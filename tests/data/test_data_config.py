@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from mm.config.data import data_sources, load_extract_data, load_train_data
-from mm.config.extract import load_extract_model, load_extract_tools
+from mm.config.data import data_sources
+from mm.dialects.mindspeed.data_files import load_extract_data, load_train_data
+from mm.dialects.mindspeed.model_files import load_extract_model, load_extract_tools
 from mm.errors import ConfigError
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "wan2.1" / "feature_extract"
@@ -69,7 +70,7 @@ def test_frame_rule_refuses_others(num_frames: int, tmp_path: Path) -> None:
 
 
 def test_fields_of_mindspeed_mm_without_effect_are_told_with_what_to_do_beside_other_problems(tmp_path: Path) -> None:
-    bad = edited(EXAMPLES / "data.json", tmp_path, train_pipeline={"video_only": []}, max_hxw=399360, cfg=0.1, nm=3)
+    bad = edited(EXAMPLES / "data.json", tmp_path, train_pipeline={"video_only": []}, max_hxw=100, cfg=0.1, nm=3)
     with pytest.raises(ConfigError) as caught:
         load_extract_data(bad)
     assert sorted(ids_of(caught.value)) == ["CFG-003", "CFG-008", "CFG-008", "CFG-008"]

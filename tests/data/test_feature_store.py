@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import mm.data.files
 from mm.config.data import TrainData
 from mm.config.model import WanConfig
+from mm.config.run.data import FeatureSet
 from mm.data.dataset import FeatureDataset, open_features
 from mm.data.features import (
     EMPTY_PROMPT_ID,
@@ -28,6 +29,7 @@ from mm.data.features import (
 )
 from mm.data.listing import FeatureRow, open_store, write_listing
 from mm.data.recipe import Recipe, folder_fingerprint, load_recipe, save_recipe
+from mm.dialects.mindspeed.training import features
 from mm.errors import DataError
 
 MODEL = WanConfig(text_dim=8, hidden_size=32, ffn_dim=64, num_heads=2, num_layers=1)
@@ -97,6 +99,10 @@ def train_data(folder: Path, **preprocess: Any) -> TrainData:
         }
     }
     return TrainData.model_validate_json(json.dumps(values))
+
+
+def feature_set(folder: Path, **preprocess: Any) -> FeatureSet:
+    return features(train_data(folder, **preprocess).dataset_param)
 
 
 def test_a_feature_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -312,10 +318,8 @@ def test_data_set_of_two_stores(tmp_path: Path) -> None:
     first, second = write_store(tmp_path / "1", 3), write_store(tmp_path / "2", 2)
     listing = tmp_path / "data.txt"
     listing.write_text(f"{first}\n{second},data.jsonl\n")
-    data = train_data(first)
-    basic = data.dataset_param.basic_parameters.model_copy(update={"data_path": str(listing), "data_folder": None})
-    param = data.dataset_param.model_copy(update={"basic_parameters": basic})
-    dataset = open_features(data.model_copy(update={"dataset_param": param}), MODEL)
+    both = feature_set(first).model_copy(update={"path": str(listing), "folder": None})
+    dataset = open_features(both, MODEL)
     names = ["videos/0.mp4", "videos/1.mp4", "videos/2.mp4", "1:videos/0.mp4", "1:videos/1.mp4"]
     assert [s.id for s in dataset.samples] == names
     assert all(s.num_tokens == 3 * 4 * 4 and s.latent_shape == (16, 3, 8, 8) for s in dataset.samples)
@@ -327,7 +331,7 @@ def test_data_set_of_two_stores(tmp_path: Path) -> None:
 def test_a_store_of_another_recipe_names_the_differences(tmp_path: Path) -> None:
     store = write_store(tmp_path / "s", 1)
     with pytest.raises(DataError) as caught:
-        open_features(train_data(store, num_frames=13, max_width=80), MODEL)
+        open_features(feature_set(store, num_frames=13, max_width=80), MODEL)
     message = caught.value.problems[0].message
     assert caught.value.id == "DATA-014"
     assert "num_frames is 9, expected 13" in message and "width is 64, expected 80" in message
@@ -339,11 +343,9 @@ def test_stores_of_different_encoders_do_not_mix(tmp_path: Path) -> None:
     second = write_store(tmp_path / "2", 1, recipe=RECIPE.model_copy(update={"vae": "other"}))
     listing = tmp_path / "data.txt"
     listing.write_text(f"{first}\n{second}\n")
-    data = train_data(first)
-    basic = data.dataset_param.basic_parameters.model_copy(update={"data_path": str(listing), "data_folder": None})
-    param = data.dataset_param.model_copy(update={"basic_parameters": basic})
+    both = feature_set(first).model_copy(update={"path": str(listing), "folder": None})
     with pytest.raises(DataError, match=r"DATA-014.*vae is other"):
-        open_features(data.model_copy(update={"dataset_param": param}), MODEL)
+        open_features(both, MODEL)
 
 
 def test_incomplete_stores(tmp_path: Path) -> None:
@@ -352,14 +354,14 @@ def test_incomplete_stores(tmp_path: Path) -> None:
     files[0].unlink()
     files[2].unlink()
     with pytest.raises(DataError) as caught:
-        open_features(train_data(store), MODEL)
+        open_features(feature_set(store), MODEL)
     assert [p.id for p in caught.value.problems] == ["DATA-011", "DATA-011"]
     (store / "data.jsonl").unlink()
     with pytest.raises(DataError, match=r"DATA-010.*no complete feature store"):
-        open_features(train_data(store), MODEL)
+        open_features(feature_set(store), MODEL)
     (store / "recipe.json").unlink()
     with pytest.raises(DataError, match="DATA-010"):
-        open_features(train_data(store), MODEL)
+        open_features(feature_set(store), MODEL)
 
 
 def test_listing_cannot_lead_out_of_the_store(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_feature_store import MODEL, ORIGIN, RECIPE, feature, metadata, tensors, train_data, write_store
+from test_feature_store import MODEL, ORIGIN, RECIPE, feature, feature_set, metadata, tensors, write_store
 
 from mm.config.model import WanConfig
 from mm.config.tasks.registry import TASKS as DECLARED
@@ -64,14 +64,14 @@ def image_store(folder: Path, task: str, num_samples: int = 4) -> Path:
 
 def refused(folder: Path, model: WanConfig, id: str) -> DataError:
     with pytest.raises(DataError) as caught:
-        open_features(train_data(folder), model)
+        open_features(feature_set(folder), model)
     assert [problem.id for problem in caught.value.problems] == [id]
     return caught.value
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_sample_comes_back_as_it_was(task: str, tmp_path: Path) -> None:
-    dataset = open_features(train_data(image_store(tmp_path / "s", task)), with_images(task))
+    dataset = open_features(feature_set(image_store(tmp_path / "s", task)), with_images(task))
     for index in range(4):
         item, written = dataset[index], image_feature(task, index)
         assert written.latents is not None and written.features.keys() == {"image_features", "condition"}
@@ -101,11 +101,9 @@ def test_two_tasks_mixed(tmp_path: Path) -> None:
     assert "row 1 is of the task flf2v" in str(refused(store, with_images("i2v"), "DATA-046"))
     listing = tmp_path / "data.txt"
     listing.write_text(f"{image_store(tmp_path / 'a', 'i2v')}\n{write_store(tmp_path / 'b', 1)}\n")
-    data = train_data(store)
-    basic = data.dataset_param.basic_parameters.model_copy(update={"data_path": str(listing), "data_folder": None})
-    param = data.dataset_param.model_copy(update={"basic_parameters": basic})
+    both = feature_set(store).model_copy(update={"path": str(listing), "folder": None})
     with pytest.raises(DataError, match=r"DATA-046.*/b are of the task t2v"):
-        open_features(data.model_copy(update={"dataset_param": param}), with_images("i2v"))
+        open_features(both, with_images("i2v"))
 
 
 def pictured(task: str = "i2v", **changes: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -145,7 +143,7 @@ def test_a_file_with_images_is_none_of_a_text_to_video_model(tmp_path: Path) -> 
 
 
 def batches(folder: Path, task: str, **options: Any) -> list[FeatureBatch]:
-    dataset = open_features(train_data(folder), with_images(task))
+    dataset = open_features(feature_set(folder), with_images(task))
     return list(islice(feature_batches(dataset, BatchPlan(2, 2), text_len=512, seed=5, **options), 6))
 
 

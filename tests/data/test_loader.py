@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_feature_store import MODEL, feature, train_data, write_store
+from test_feature_store import MODEL, feature, feature_set, write_store
 
 from mm.data.dataset import FeatureDataset, open_features
 from mm.data.loader import FeatureBatch, feature_batches
@@ -16,7 +16,7 @@ from mm.errors import ConfigError, DataError
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> FeatureDataset:
     store = write_store(tmp_path_factory.mktemp("store") / "s", 10)
-    return open_features(train_data(store), MODEL)
+    return open_features(feature_set(store), MODEL)
 
 
 def take(dataset: FeatureDataset, count: int, plan: BatchPlan | None = None, **options: Any) -> list[FeatureBatch]:
@@ -109,7 +109,7 @@ def test_all_captions_dropped(dataset: FeatureDataset) -> None:
 
 def test_shapes_that_cannot_share_a_micro_batch(tmp_path: Path) -> None:
     store = write_store(tmp_path / "s", 5, shapes=((16, 3, 8, 8), (16, 2, 8, 8)))
-    mixed = open_features(train_data(store), MODEL)
+    mixed = open_features(feature_set(store), MODEL)
     with pytest.raises(DataError) as caught:
         take(mixed, 1)
     assert caught.value.id == "DATA-015"
@@ -121,7 +121,7 @@ def test_shapes_that_cannot_share_a_micro_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_bad_sample_stops_with_its_own_error(num_workers: int, tmp_path: Path) -> None:
     store = write_store(tmp_path / "s", 4)
-    opened = open_features(train_data(store), MODEL)
+    opened = open_features(feature_set(store), MODEL)
     victim = store / "features" / sorted(p.name for p in (store / "features").glob("2_mp4*"))[0]
     victim.write_bytes(victim.read_bytes()[:-1])
     with pytest.raises(DataError) as caught:
@@ -134,13 +134,13 @@ def test_latents_that_are_not_as_listed(tmp_path: Path) -> None:
     text = (store / "data.jsonl").read_text()
     (store / "data.jsonl").write_text(text.replace("[16,3,8,8]", "[16,5,8,8]"))
     with pytest.raises(DataError, match="DATA-012"):
-        take(open_features(train_data(store), MODEL), 1, BatchPlan(1, 1))
+        take(open_features(feature_set(store), MODEL), 1, BatchPlan(1, 1))
 
 
 def test_dropout_without_an_empty_prompt(tmp_path: Path) -> None:
     store = write_store(tmp_path / "s", 1)
     (store / "features" / "empty_prompt.safetensors").unlink()
-    opened = open_features(train_data(store), MODEL)
+    opened = open_features(feature_set(store), MODEL)
     assert take(opened, 1, BatchPlan(1, 1))
     with pytest.raises(DataError, match="DATA-016"):
         feature_batches(opened, BatchPlan(1, 1), text_len=512, seed=1, caption_dropout=1e-9)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_feature_store import MODEL, train_data
+from test_feature_store import MODEL, feature_set
 from test_image_features import with_images
 
 from mm.cli import migrate as migrate_command
@@ -63,7 +63,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     words += ["--num-frames", 9, "--max-height", 64, "--max-width", 64]
     migrate_command.main([str(word) for word in words])
     assert "2 samples" in capsys.readouterr().out
-    assert len(open_features(train_data(tmp_path / "new"), MODEL)) == 2
+    assert len(open_features(feature_set(tmp_path / "new"), MODEL)) == 2
 
 
 @pytest.mark.parametrize("later", [True, False])
@@ -73,7 +73,7 @@ def test_what_was_extracted_is_trained_on(later: bool, tmp_path: Path) -> None:
         items = [{{"video": "latents", "prompt_ids": "prompt"}.get(k, k): v for k, v in item.items()} for item in items]
     source = write(tmp_path / "old", items, later)
     assert migrate(source, tmp_path / "new", MADE_WITH, show_progress=False) == 2
-    dataset = open_features(train_data(tmp_path / "new"), MODEL)
+    dataset = open_features(feature_set(tmp_path / "new"), MODEL)
     for index, (item, tokens) in enumerate(zip(items, (3, 7), strict=True)):
         found = dataset[index]
         assert torch.equal(found["latents"], item["video" if later else "latents"])
@@ -123,7 +123,7 @@ def test_features_with_images(task: str, tmp_path: Path) -> None:
     batched = {name: value[None] for name, value in pictures.items()}
     source = write(tmp_path / "old", [legacy(3, **pictures), legacy(7, **batched)])
     migrate(source, tmp_path / "new", MADE_WITH, show_progress=False)
-    dataset = open_features(train_data(tmp_path / "new"), with_images(task, img_dim=4, clip_token_len=257))
+    dataset = open_features(feature_set(tmp_path / "new"), with_images(task, img_dim=4, clip_token_len=257))
     for item in (dataset[0], dataset[1]):
         assert torch.equal(item["features"]["image_features"], pictures["i2v_clip_feature"])
         assert torch.equal(item["features"]["condition"], pictures["i2v_vae_feature"])
@@ -160,7 +160,7 @@ def test_cuts_of_one_video_are_samples_of_their_own(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in source.annotation.read_text().splitlines()]
     source.annotation.write_text("\n".join(json.dumps({**row, "path": rows[0]["path"]}) for row in rows))
     assert migrate(source, tmp_path / "new", MADE_WITH, show_progress=False) == 3
-    dataset = open_features(train_data(tmp_path / "new"), MODEL)
+    dataset = open_features(feature_set(tmp_path / "new"), MODEL)
     assert [len(dataset[index]["prompt"]) for index in range(3)] == [3, 7, 5]
     assert dataset.samples[0].id == rows[0]["path"] and len({sample.id for sample in dataset.samples}) == 3
     source.annotation.write_text("\n".join(json.dumps(rows[0]) for _ in range(2)))

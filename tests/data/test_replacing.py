@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from test_feature_store import MODEL, train_data, write_store
+from test_feature_store import MODEL, feature_set, write_store
 
 from mm.config.bad_samples import FAIL, OnBadSample, parse_on_bad_sample
 from mm.data.dataset import FeatureDataset, open_features
@@ -40,7 +40,7 @@ def damage(store: Path, *indices: int) -> set[int]:
 
 
 def opened(store: Path) -> FeatureDataset:
-    return open_features(train_data(store), MODEL)
+    return open_features(feature_set(store), MODEL)
 
 
 def take(store: Path, count: int, plan: BatchPlan, **options: Any) -> list[FeatureBatch]:

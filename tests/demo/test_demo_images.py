@@ -11,9 +11,9 @@ from transformers import CLIPVisionModel
 
 from mm.config.base import load
 from mm.config.tasks.registry import TASKS as DECLARED
-from mm.config.train import PretrainModel
 from mm.demo.clips import COLOURS, DIRECTIONS, DemoClip, all_clips
 from mm.demo.components import MODEL_NAMES
+from mm.dialects.mindspeed.train_flags import PretrainModel
 from mm.wan.folder import WeightFolder
 
 TASKS = ["i2v", "flf2v"]

@@ -27,13 +27,15 @@ from numbered_clips import write_numbered
 from ranks import ANY_PORT
 
 from mm.cli.extract import main
-from mm.config.data import data_sources, load_extract_data, load_train_data
-from mm.config.extract import load_extract_model, load_extract_tools
+from mm.config.data import data_sources
 from mm.config.model import WanConfig
 from mm.data.clips import load_clip
 from mm.data.dataset import open_features
 from mm.data.features import write_feature
 from mm.data.metadata import load_samples
+from mm.dialects.mindspeed.data_files import load_extract_data, load_train_data
+from mm.dialects.mindspeed.model_files import load_extract_model, load_extract_tools
+from mm.dialects.mindspeed.training import features
 from mm.errors import ConfigError, DataError
 from mm.extract.run import ExtractReport, extract
 
@@ -100,7 +102,7 @@ def opened(store: Path, tmp_path: Path, **preprocess: Any) -> Any:
     basic = {"data_path": str(tmp_path / "data.txt"), "data_storage_mode": "sorafeatured"}
     param = {"dataset_type": "t2v", "basic_parameters": basic, "preprocess_parameters": clip}
     (tmp_path / "feature_data.json").write_text(json.dumps({"dataset_param": param}))
-    return open_features(load_train_data(tmp_path / "feature_data.json"), MODEL)
+    return open_features(features(load_train_data(tmp_path / "feature_data.json").dataset_param), MODEL)
 
 
 def test_clips_that_decord_does_not_read_are_counted(

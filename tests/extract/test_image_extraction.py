@@ -11,7 +11,7 @@ from feature_samples import make_image_encoder, make_vae, write_data_set, write_
 from torch.nn import functional as F
 
 from mm.cli.extract import main
-from mm.config.data import data_sources, load_extract_data
+from mm.config.data import data_sources
 from mm.config.extract import ExtractAutoencoder, ImageProcessor
 from mm.config.model import WanConfig
 from mm.config.tasks.registry import TASKS as DECLARED
@@ -20,6 +20,7 @@ from mm.data.features import read_feature
 from mm.data.listing import FeatureRow
 from mm.data.metadata import load_samples
 from mm.data.recipe import load_recipe
+from mm.dialects.mindspeed.data_files import load_extract_data
 from mm.errors import ConfigError, DataError
 
 CPU = torch.device("cpu")

@@ -20,9 +20,10 @@ from mm.cli import generate as generate_command
 from mm.cli import train as train_command
 from mm.cli.entry import run as run_command
 from mm.config.base import load
-from mm.config.data import load_train_data
-from mm.config.train import PretrainModel
 from mm.data.dataset import open_features
+from mm.dialects.mindspeed.data_files import load_train_data
+from mm.dialects.mindspeed.train_flags import PretrainModel
+from mm.dialects.mindspeed.training import features
 from mm.generate.pipeline import pad_text
 from mm.rng import generator
 from mm.wan.model import WanModel
@@ -65,7 +66,7 @@ def mean_square_errors(demo: Path, weights: Path) -> dict[int, list[float]]:
     config = load(PretrainModel, demo / "configs/pretrain_model.json").predictor.wan()
     model = WanModel(config)
     load_into(model, open_weights(weights))
-    data = open_features(load_train_data(demo / "configs/feature_data.json"), config)
+    data = open_features(features(load_train_data(demo / "configs/feature_data.json").dataset_param), config)
     errors: dict[int, list[float]] = {timestep: [] for timestep in range(50, 1000, 100)}
     for index, sample in enumerate(data.samples):
         clean, text = data[index]["latents"].float().unsqueeze(0), pad_text([data[index]["prompt"]], config.text_len)

@@ -15,9 +15,9 @@ from training_runs import bits, metrics, run, words
 from mm.cli import extract as extract_command
 from mm.cli import train as train_command
 from mm.config.base import load
-from mm.config.train import PretrainModel
 from mm.data.sampler import sample_at
 from mm.demo.components import MODEL_NAMES
+from mm.dialects.mindspeed.train_flags import PretrainModel
 from mm.diffusion.flow import FlowMatching
 
 TASKS = ["i2v", "flf2v"]

@@ -7,15 +7,16 @@ from functools import cache
 from typing import Any
 
 import pytest
+from translated import translated
 
 from mm.config.base import parse
 from mm.config.flags import parse_flags
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import layout_of
 from mm.config.recompute import recompute_of
-from mm.config.request import Request
-from mm.config.rules import check_training
-from mm.config.train import PretrainModel, TrainFlags
+from mm.config.rules.training import check_training
+from mm.config.run.training import TrainingRun
+from mm.dialects.mindspeed.train_flags import PretrainModel, TrainFlags
 from mm.doctor.dry_run import DryRunJob, Report, dry_run
 from mm.errors import ConfigError
 from mm.lora.plan import plan_of
@@ -51,15 +52,16 @@ def command_line(words: str) -> TrainFlags:
 
 def request(
     words: str, world_size: int, zero3_size: int | None = None, shape: str = "tiny", **predictor: Any
-) -> Request:
+) -> TrainingRun:
     """A run that the rules accept."""
     model = parse(PretrainModel, {"predictor": {**SHAPES[shape], **predictor}, "diffusion": {}}, "m.json")
-    run = Request(command_line(words), model, ZeroConfig(zero3_size=zero3_size) if zero3_size else None, world_size)
-    check_training(run.flags, run.model, run.zero, run.world_size)
+    zero = ZeroConfig(zero3_size=zero3_size) if zero3_size else None
+    run = translated(command_line(words), model, zero, world_size)
+    check_training(run)
     return run
 
 
-def many_runs() -> Iterator[tuple[str, Request]]:
+def many_runs() -> Iterator[tuple[str, TrainingRun]]:
     choices = itertools.product(
         (1, 8),
         ("", "--bf16"),
@@ -105,18 +107,27 @@ def test_every_proposal_is_legal_new_and_as_it_is_written() -> None:
                 check_proposal(words, run, relief)
 
 
-def check_proposal(words: str, run: Request, relief: MemoryAdvice) -> None:
-    after = relief.request
-    check_training(after.flags, after.model, after.zero, after.world_size)
-    layout_of(after.flags, after.model, after.zero, after.world_size)
+def from_flags(run: TrainingRun) -> dict[str, Any]:
+    return {path: value for path, value in run.values().items() if not run.origins[path].file}
+
+
+def from_files(run: TrainingRun) -> dict[str, Any]:
+    return {path: value for path, value in run.values().items() if run.origins[path].file}
+
+
+def check_proposal(words: str, run: TrainingRun, relief: MemoryAdvice) -> None:
+    after = relief.after
+    check_training(after)
+    layout_of(after)
     given = relief.text.split(" and ")[0]
-    assert given.startswith("--") or after.zero != run.zero or after.model != run.model, relief.text
+    assert given.startswith("--") or from_files(after) != from_files(run), relief.text
     if given.startswith("--"):  # the run's own command with the words behind it
-        assert command_line(f"{words} {given}") == after.flags
+        written = translated(command_line(f"{words} {given}"), zero=after.parallel.layerzero)
+        assert from_flags(written) == from_flags(after)
         for name, value in itertools.pairwise(shlex.split(f"{given} --")):
             assert not name.startswith("--") or f" {name} {value} " not in f" {words} ", f"{given} is in use: {words}"
     assert (f"on {after.world_size} processes" in str(relief)) == (after.world_size != run.world_size)
-    batches = [r.flags.samples_of_step(r.world_size // r.replica) for r in (run, after)]
+    batches = [r.samples_of_step(r.world_size // r.replica) for r in (run, after)]
     assert (f"a global batch of {batches[1]}" in str(relief)) == (batches[0] != batches[1])
 
 
@@ -192,14 +203,14 @@ def test_where_the_rules_leave_less_than_three_less_is_said() -> None:
     assert all("2 processes" in text for text in texts)
 
 
-def step(run: Request) -> Report:
+def step(run: TrainingRun) -> Report:
     """What a rank of the run holds in a step, of tokens that outweigh the model or not."""
-    flags, layout = run.flags, layout_of(run.flags, run.model, run.zero, run.world_size)
-    latent = (3, 32, 32) if flags.micro_batch_size > 1 or run.world_size == 1 else (1, 2, 2)
+    layout, data = layout_of(run), run.data
+    latent = (3, 32, 32) if data.micro_batch_size > 1 or run.world_size == 1 else (1, 2, 2)
     job = DryRunJob(
-        run.model.predictor.wan(), layout, data_parallel_options(flags), run.zero, training_dtype(flags), latent,
-        flags.micro_batch_size, flags.micro_batches_of_step(layout.dp_size), recompute_of(flags, run.model),
-        None if (lora := plan_of(flags, run.model.predictor.wan())) is None else lora.extension(),
+        run.wan, layout, data_parallel_options(run), run.parallel.layerzero, training_dtype(run), latent,
+        data.micro_batch_size, run.micro_batches_of_step(layout.dp_size), recompute_of(run.memory),
+        None if (lora := plan_of(run.adapters, run.wan)) is None else lora.extension(),
     )  # fmt: skip
     return dry_run(job, rank=0)
 
@@ -224,5 +235,5 @@ def test_the_dry_run_of_every_proposal_needs_less_as_estimated(words: str, world
     found = reliefs(run, split)
     assert len(found) == 3
     for relief in found:
-        really_saved = before.peak_bytes - step(relief.request).peak_bytes
+        really_saved = before.peak_bytes - step(relief.after).peak_bytes
         assert really_saved == pytest.approx(relief.saved, rel=0.2), str(relief)

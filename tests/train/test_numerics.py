@@ -13,8 +13,8 @@ from training_runs import metrics, run, run_on, words
 
 from mm.cli import train as train_command
 from mm.config.base import load
-from mm.config.train import PretrainModel
 from mm.data.features import read_feature, read_header, write_feature
+from mm.dialects.mindspeed.train_flags import PretrainModel
 from mm.diffusion.flow import FlowMatching
 from mm.errors import ConfigError, NumericsError
 

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 from ranks import free_port
+from translated import translated
 
 from mm.config.base import parse
 from mm.config.flags import as_words, parse_flags
-from mm.config.request import Request
-from mm.config.rules import check_training
-from mm.config.train import PretrainModel, TrainFlags
+from mm.config.rules.training import check_training
+from mm.config.run.training import TrainingRun
 from mm.data.features import (
     EMPTY_PROMPT,
     EMPTY_PROMPT_ID,
@@ -35,6 +35,7 @@ from mm.data.listing import FeatureRow, write_listing
 from mm.data.recipe import Recipe, save_recipe
 from mm.device.backend import Backend, select
 from mm.device.out_of_memory import bytes_asked_for, is_out_of_memory
+from mm.dialects.mindspeed.train_flags import PretrainModel, TrainFlags
 from mm.errors import OutOfMemoryError
 from mm.train.out_of_memory import MemoryWatch
 
@@ -243,12 +244,12 @@ def wrong_shapes(device: Backend) -> None:
     torch.ones(2, 3, device=device.device) @ torch.ones(2, 3, device=device.device)
 
 
-def a_run() -> Request:
+def a_run() -> TrainingRun:
     words = "--mm-data d --mm-model m --lr 1 --train-iters 1 --init-from-scratch"
     shape = {"hidden_size": 32, "ffn_dim": 64, "num_heads": 2, "num_layers": 2}
     model = parse(PretrainModel, {"predictor": shape, "diffusion": {}}, "m")
-    run = Request(parse_flags(TrainFlags, words.split(), program="mm train"), model, None, 1)
-    check_training(run.flags, run.model, run.zero, run.world_size)
+    run = translated(parse_flags(TrainFlags, words.split(), program="mm train"), model)
+    check_training(run)
     return run
 
 

@@ -16,6 +16,7 @@ from mm.config.base import parse
 from mm.config.data import TrainData
 from mm.config.model import WanConfig
 from mm.data.dataset import FeatureDataset, open_features
+from mm.dialects.mindspeed.training import features as of_file
 from mm.errors import CheckpointError, ConfigError, EndedElsewhereError, MMError
 
 MADE_WITH: dict[str, Any] = {
@@ -146,7 +147,7 @@ def opened(demo: Path, data: Path | None = None) -> FeatureDataset:
     model = {**load(demo / "configs" / "pretrain_model.json")["predictor"]}
     shape = {name: value for name, value in model.items() if name in WanConfig.model_fields}
     values = load(data or demo / "configs" / "feature_data.json")
-    return open_features(parse(TrainData, values, "data"), parse(WanConfig, shape, "model"))
+    return open_features(of_file(parse(TrainData, values, "data").dataset_param), parse(WanConfig, shape, "model"))
 
 
 def test_features_that_have_moved_are_the_same(demo: Path, copy: Path, tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from mm.cli import extract as extract_command
 from mm.cli import generate as generate_command
 from mm.config.base import load
 from mm.config.flags import as_words
-from mm.config.train import PretrainModel
 from mm.data.features import read_header
 from mm.data.sampler import sample_at
+from mm.dialects.mindspeed.train_flags import PretrainModel
 from mm.diffusion.flow import FlowMatching
 from mm.errors import ConfigError, DataError
 from mm.wan.model import WanModel

@@ -54,10 +54,11 @@ class Checkpointing(Callback):
             background: writes beside the steps; None writes in the loop.
             lock: of the folder, on rank 0.
         """
-        if run.flags.save is None:
-            raise ValueError("a run without --save has no checkpoints")
-        self.every = Every(run.flags.save_interval, at_end=True, when_stopping=True)
-        self._run, self._root, self._steps = run, Path(run.flags.save), steps
+        asked = run.sections.checkpoint
+        if asked.save is None:
+            raise ValueError("a run without a folder has no checkpoints")
+        self.every = Every(asked.save_interval, at_end=True, when_stopping=True)
+        self._run, self._root, self._steps = run, Path(asked.save), steps
         self._optimizer, self._adapters, self._background, self._lock = optimizer, adapters, background, lock
         self._saved_step = 0
 
@@ -110,17 +111,18 @@ class Checkpointing(Callback):
                 self._background.finish()
 
     def _write(self, progress: Progress, parallel: ParallelModel) -> None:
-        run, flags, started = self._run, self._run.flags, time.monotonic()
-        if flags.ckpt_format == "torch":
+        run, started, asked = self._run, time.monotonic(), self._run.sections.checkpoint
+        seed = run.sections.training.seed
+        if asked.format == "torch":
             folder = save_weights(
                 self._root,
                 progress,
-                flags.seed,
+                seed,
                 self._steps,
                 parallel,
                 self._optimizer,
                 run.comm,
-                flags.keep_latest,
+                asked.keep_latest,
                 self._lock,
             )
             logger.info("checkpoint %s (weights) written in %.1f s", folder.name, time.monotonic() - started)
@@ -129,19 +131,26 @@ class Checkpointing(Callback):
             self._optimizer,
             progress,
             run.config,
-            flags.seed,
+            seed,
             run.comm,
             steps=self._steps,
-            with_optimizer=not flags.no_save_optim,
+            with_optimizer=asked.save_optimizer,
             adapters=self._adapters.record if self._adapters is not None else None,
         )
         if self._background is not None:
             with self._run.watch.during(SAVE_BEFORE), self._passing_over(None, when=True):
                 self._background.finish()
-            self._background.start(state.step, state.pieces, state.scalars, flags.keep_latest, state.derived)
+            self._background.start(state.step, state.pieces, state.scalars, asked.keep_latest, state.derived)
             return
         folder = save(
-            self._root, state.step, state.pieces, state.scalars, run.comm, flags.keep_latest, state.derived, self._lock
+            self._root,
+            state.step,
+            state.pieces,
+            state.scalars,
+            run.comm,
+            asked.keep_latest,
+            state.derived,
+            self._lock,
         )
         logger.info("checkpoint %s written in %.1f s", folder.name, time.monotonic() - started)
 
@@ -151,7 +160,7 @@ class Checkpointing(Callback):
         try:
             yield
         except CheckpointError as error:
-            if not when or self._run.flags.on_save_failure != "warn" or error.id not in _OF_THE_DISK:
+            if not when or self._run.sections.checkpoint.on_save_failure != "warn" or error.id not in _OF_THE_DISK:
                 raise
             if self._run.reports:
                 what = "the save in the background" if step is None else f"step {step}"
@@ -178,11 +187,12 @@ def open_checkpointing(run: Run, started: Started, lock: Lock | None, stack: Exi
     Raises:
         ConfigError: CFG-185 where a background save has too little host memory.
     """
-    if run.flags.save is None:
+    save_to = run.sections.checkpoint.save
+    if save_to is None:
         return None
     background = None
     if run.saving is not None:
         started.memory.pinned_host += require_memory_for_saving(run, started.optimizer)
-        saver = BackgroundSaver(Path(run.flags.save), run.saving, queues_of(run.backend).host_memory, lock)
+        saver = BackgroundSaver(Path(save_to), run.saving, queues_of(run.backend).host_memory, lock)
         background = stack.enter_context(saver)
     return Checkpointing(run, started.steps, started.optimizer, started.adapters, background, lock)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mm.checkpoint.comm import Comm
-from mm.config.rules_checks import validation_folder
+from mm.config.run.around import validation_folder
 from mm.train.callbacks.base import Callback, ModelCheck
 from mm.train.callbacks.checkpointing import Checkpointing, SaveOutcome
 from mm.train.callbacks.evaluation import Evaluation
@@ -27,14 +27,14 @@ def make_callbacks(
         run, started: the run. saves: its checkpoints, if it has any.
         others: what `make_checks` gave, and those from outside. losses: of the steps before, on the rank that reports.
     """
-    flags, callbacks = run.flags, list[Callback]()
+    asked, callbacks = run.sections.supervision, list[Callback]()
     if saves is not None:
         callbacks.append(SaveOutcome(saves))
     callbacks.append(Metrics(run, losses))
-    if flags.straggler_interval is not None and run.comm.world_size > 1:
-        callbacks.append(Stragglers(run.watch, run.mesh, run.backend, flags.straggler_interval))
-    if flags.check_replica_hash_interval is not None:
-        callbacks.append(ReplicaHash(flags.check_replica_hash_interval))
+    if asked.straggler_interval is not None and run.comm.world_size > 1:
+        callbacks.append(Stragglers(run.watch, run.mesh, run.backend, asked.straggler_interval))
+    if asked.replica_hash_interval is not None:
+        callbacks.append(ReplicaHash(asked.replica_hash_interval))
     if saves is not None:
         callbacks.append(saves)
     callbacks += others
@@ -50,17 +50,18 @@ def make_checks(run: Run) -> list[ModelCheck]:
     Raises:
         ConfigError, DataError: what `mm.train.callbacks.rendering.Rendering` raises.
     """
-    flags, checks = run.flags, list[ModelCheck]()
-    if run.held_out is not None and flags.eval_interval is not None:
-        folder = None if flags.save is None else Path(flags.save)
-        checks.append(Evaluation(run.held_out, run.comm, flags.eval_interval, folder))
-    if run.validation is not None and flags.validation_interval is not None and flags.save is not None:
+    evaluation, validation, save = run.sections.evaluation, run.sections.validation, run.sections.checkpoint.save
+    checks: list[ModelCheck] = []
+    if run.held_out is not None and evaluation is not None:
+        folder = None if save is None else Path(save)
+        checks.append(Evaluation(run.held_out, run.comm, evaluation.interval, folder))
+    if run.validation is not None and validation is not None and save is not None:
         # Only here: the encoders' libraries take a third of the time in which a training process starts.
         from mm.generate.render import Processes
         from mm.train.callbacks.rendering import Rendering
 
         processes = Processes(run.mesh, run.backend, run.comm)
-        checks.append(Rendering(run.validation, processes, flags.validation_interval, validation_folder(flags.save)))
+        checks.append(Rendering(run.validation, processes, validation.interval, validation_folder(save)))
     return checks
 
 

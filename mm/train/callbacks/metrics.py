@@ -27,7 +27,7 @@ class Metrics(Callback):
             run: the run. losses: of the steps before, for their mean.
         """
         self._run, self._recent = run, RunningMean(losses)
-        self._flow = FlowMatching(run.model.diffusion)
+        self._flow = FlowMatching(run.sections.objective)
 
     def after_step(self, done: StepDone) -> Sequence[Record]:
         """Measure a step."""
@@ -55,7 +55,7 @@ class Metrics(Callback):
 
     def _timesteps(self, done: StepDone) -> list[float]:
         """Of this replica's samples, which are keyed and so can be drawn again."""
-        seed = self._run.flags.seed
+        seed = self._run.sections.training.seed
         drawn = [self._flow.draw_timesteps(seed, batch["sample"], batch["draw"])[1] for batch in done.batches]
         values: list[float] = torch.cat(drawn).tolist()
         return values

@@ -13,14 +13,14 @@ from mm.train.sinks.tensorboard import TensorBoard
 
 def make_sinks(run: Run) -> list[Sink]:
     """The sinks that the configuration asks for, on the rank that reports, in the order in which they get a record."""
-    flags, sinks = run.flags, list[Sink]()
+    asked, save, sinks = run.sections.logging, run.sections.checkpoint.save, list[Sink]()
     if not run.reports:
         return sinks
-    if flags.save is not None:
-        sinks.append(JsonLines(Path(flags.save)))
-    if flags.tensorboard_dir is not None:
-        sinks.append(TensorBoard(Path(flags.tensorboard_dir)))
-    elif flags.save is not None:
-        sinks.append(TensorBoard(Path(flags.save) / "tensorboard"))
-    sinks.append(Console(flags.log_interval, progress_bar=not flags.no_progress_bar))
+    if save is not None:
+        sinks.append(JsonLines(Path(save)))
+    if asked.tensorboard is not None:
+        sinks.append(TensorBoard(Path(asked.tensorboard)))
+    elif save is not None:
+        sinks.append(TensorBoard(Path(save) / "tensorboard"))
+    sinks.append(Console(asked.interval, progress_bar=asked.progress_bar))
     return sinks

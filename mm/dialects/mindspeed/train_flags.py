@@ -9,13 +9,11 @@ from pydantic import Field
 
 from mm.config.base import Section
 from mm.config.diffusion import DiffusionConfig
-from mm.config.mesh import MeshFlags
 from mm.config.model import WanConfig
 from mm.config.optimizer import OptimizerName
+from mm.config.run.checkpoint import ResumeChange
 from mm.config.tasks.registry import TaskName
-
-ResumeChange = Literal["batch", "schedule", "optimizer", "objective", "data", "precision", "average"]
-"""Parts of what a step means, as --resume-changed names them."""
+from mm.dialects.mindspeed.mesh_flags import MeshFlags
 
 
 class PredictorConfig(WanConfig):
@@ -259,7 +257,6 @@ class TrainFlags(MeshFlags):
 
 
 _FROM_MODEL_JSON = "Remove it; the model's shape comes from pretrain_model.json."
-_ALWAYS = "Remove it; this is how it always works here."
 _OVERRIDE = "Remove it and give --resume-changed schedule, which goes on with the schedule of the flags."
 _USE_CHECKPOINT = (
     "Remove it and give the checkpoint's schedule; where the flags differ from it, a resume says its values."
@@ -280,27 +277,17 @@ RETIRED_TRAIN_FLAGS = {
     "--rotary-base": _FROM_MODEL_JSON,
     "--swiglu": _FROM_MODEL_JSON,
     "--normalization": _FROM_MODEL_JSON,
-    "--no-masked-softmax-fusion": _ALWAYS,
-    "--no-gradient-accumulation-fusion": _ALWAYS,
     "--attention-mask-type": "Remove it; attention in Wan is never causal.",
-    "--accumulate-allreduce-grads-in-fp32": _ALWAYS,
-    "--use-fused-rmsnorm": "Remove it; the device chooses its fastest kernel.",
     "--distributed-backend": "Remove it; the device chooses its backend (gloo, nccl, hccl).",
     "--mm-tool": "Remove it; tools.json belongs to feature extraction.",
-    "--no-save-rng": "Remove it; random numbers are keyed by seed and sample, so there is no state to leave out.",
     "--eval-iters": "Remove it; --eval-interval uses all samples of --eval-data.",
     "--num-layers-per-virtual-pipeline-stage": "Remove it; give --virtual-pipeline-model-parallel-size, and "
     "predictor.pipeline_num_layers in pretrain_model.json for stages of different sizes.",
-    "--megatron-cp-in-bnsd": "Remove it; the device chooses the layout of its attention kernel.",
-    "--use-fused-ring-attention-update": "Remove it; the device chooses its fastest kernel.",
     "--context-parallel-kv-cache-policy": "Remove it; what a ring keeps for its backward pass is no choice here.",
     "--lora-register-forward-hook": "Remove it; gradients reach every adapter without a hook.",
     "--optimizer-selection": "Remove it; --optimizer names the algorithm, which runs by the device's fastest kernel. "
     "What fused_ema_adamw adds is --ema-decay alone.",
     "--use-torch-fsdp2": "Remove it; give --layerzero and --layerzero-config, which shard through FSDP2.",
     "--use-data-balance": "Remove it; the order of samples is drawn from --seed alone.",
-    "--use-cpu-initialization": "Remove it; weights are read straight into place.",
-    "--untie-embeddings-and-output-weights": "Remove it; Wan ties no weights.",
-    "--log-throughput": "Remove it; every line of the log has it.",
     "--fsdp2-config-path": "Remove it; give --layerzero and --layerzero-config, which shard through FSDP2.",
 }

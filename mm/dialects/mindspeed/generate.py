@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,13 +12,17 @@ from pydantic import Field, field_validator
 from mm.config.base import load_json, parse, take_retired
 from mm.config.inference import InferenceModel
 from mm.config.inference_retired import RETIRED_INFERENCE_KEYS
-from mm.config.layerzero import ZeroConfig, load_zero
-from mm.config.layout import Layout, mesh_layout
-from mm.config.mesh import MeshFlags
 from mm.config.model import WanConfig
-from mm.config.request import MeshRequest
-from mm.config.rules_generate import GENERATION_RULES
-from mm.config.rules_mesh import MESH_RULES
+from mm.config.rules.generation import GENERATION_RULES
+from mm.config.rules.mesh import MESH_RULES
+from mm.config.run.generation import GenerationRun
+from mm.config.run.origins import Origins, Word
+from mm.config.run.parallel import MeshSection
+from mm.dialects.mindspeed.accepted import Note, said, settle
+from mm.dialects.mindspeed.contradictions import layerzero_has_its_file
+from mm.dialects.mindspeed.mesh_flags import MeshFlags
+from mm.dialects.mindspeed.words import MESH_FLAGS, mesh_words
+from mm.dialects.mindspeed.zero_file import load_zero
 from mm.errors import ConfigError, Problem, raise_all
 
 
@@ -88,52 +91,7 @@ class GenerateFlags(MeshFlags):
         return value
 
 
-@dataclass(frozen=True)
-class GenerateRequest(MeshRequest):
-    """What is asked of the processes of a generation.
-
-    Attributes:
-        flags, config: command line and inference_model.json with the flags put over it.
-        zero: zero_config.yaml, where layer-zero is asked for.
-        world_size: the processes that were started.
-    """
-
-    flags: GenerateFlags
-    config: InferenceModel
-    zero: ZeroConfig | None
-    world_size: int
-
-    @property
-    def mesh_flags(self) -> MeshFlags:
-        """All of them."""
-        return self.flags
-
-    @property
-    def shape(self) -> WanConfig:
-        """The transformer."""
-        return self.config.predictor
-
-    @property
-    def dtype(self) -> tuple[str, str]:
-        """Of the parameters, and how the user said so."""
-        dtype = self.config.predictor.dtype
-        return dtype, f"predictor.dtype in {self.flags.mm_model} is {dtype}"
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A checked configuration.
-
-    Attributes:
-        config: inference_model.json with the flags put over it. zero: layer-zero's, or None. layout: of the processes.
-    """
-
-    config: InferenceModel
-    zero: ZeroConfig | None
-    layout: Layout
-
-
-def load_generation(flags: GenerateFlags, world_size: int) -> Generation:
+def load_generation(flags: GenerateFlags, world_size: int) -> GenerationRun:
     """Read inference_model.json and zero_config.yaml, put the flags over the former, and check everything.
 
     Args:
@@ -141,24 +99,37 @@ def load_generation(flags: GenerateFlags, world_size: int) -> Generation:
         world_size: the processes that were started.
 
     Raises:
-        ConfigError: what `load_inference` and `mm.config.layerzero.load_zero` raise, and CFG-032 to CFG-037 and CFG-045
-            for what the processes cannot do.
+        ConfigError: what `load_inference` and `mm.dialects.mindspeed.zero_file.load_zero` raise, and CFG-032 to CFG-037
+            and CFG-045 for what the processes cannot do.
     """
-    config = load_inference(flags)
-    zero = load_zero(flags)
-    request = GenerateRequest(flags, config, zero, world_size)
-    raise_all(ConfigError, [problem for rule in MESH_RULES for problem in rule(request)])
-    return Generation(config, zero, mesh_layout(request))
+    notes: list[Note] = []
+    config, zero = load_inference(flags, notes), load_zero(flags)
+    values = {path.removeprefix("parallel."): flag.read(flags) for path, flag in MESH_FLAGS.items()}
+    words = mesh_words(flags.layerzero_config)
+    words |= {f"model.shape.{name}": Word(name, flags.mm_model, is_json=True) for name in WanConfig.model_fields}
+    words["model.precision"] = Word("predictor.dtype", flags.mm_model, is_json=True)
+    parallel = MeshSection(**values, layerzero=zero)
+    told = (said(flags.mm_model, notes),) if notes else ()
+    run = GenerationRun(config=config, parallel=parallel, origins=Origins(words), world_size=world_size, notes=told)
+    problems = list(layerzero_has_its_file(layerzero=flags.layerzero, config=flags.layerzero_config))
+    raise_all(ConfigError, [*(problem for rule in MESH_RULES for problem in rule(run)), *problems])
+    return run
 
 
-def load_inference(flags: GenerateFlags) -> InferenceModel:
+def load_inference(flags: GenerateFlags, notes: list[Note] | None = None) -> InferenceModel:
     """Read inference_model.json, put the flags over it and check the result.
+
+    Args:
+        flags: the command line.
+        notes: gets what the file says that is how it is done here anyway, and what goes by another name here.
 
     Raises:
         ConfigError: CFG-001 to CFG-005 from reading, CFG-008 for a key that means nothing here, CFG-122 for strengths
-            without adapters, and what `mm.config.rules_generate` has rules for.
+            without adapters, and what `mm.config.rules.generation` has rules for.
     """
-    values = load_json(Path(flags.mm_model))
+    values, settled = settle(load_json(Path(flags.mm_model)), "inference_model.json")
+    if notes is not None:
+        notes += settled
     problems = list(take_retired(values, RETIRED_INFERENCE_KEYS, flags.mm_model))
     if flags.lora_strength and len(flags.lora_strength) != len(flags.lora):
         found = f"--lora-strength has {len(flags.lora_strength)} numbers, and --lora {len(flags.lora)} files."

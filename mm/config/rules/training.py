@@ -1,0 +1,127 @@
+"""All rules of a training run, and those that belong to no part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from mm.config.bad_samples import parse_on_bad_sample
+from mm.config.optimizer import DEFAULTS
+from mm.config.rules.adapters import ADAPTER_RULES
+from mm.config.rules.around import AROUND_RULES
+from mm.config.rules.features import FEATURE_RULES
+from mm.config.rules.parallel import PARALLEL_RULES
+from mm.config.rules.recompute import RECOMPUTE_RULES
+from mm.config.rules.saving import SAVING_RULES
+from mm.config.run.training import TrainingRun
+from mm.errors import ConfigError, Problem, raise_all
+
+
+def check_training(run: TrainingRun) -> None:
+    """Check a training run before any device is touched.
+
+    Raises:
+        ConfigError: with every violated rule.
+    """
+    raise_all(ConfigError, [problem for rule in TRAINING_RULES for problem in rule(run)])
+
+
+def _words_agree(run: TrainingRun) -> Iterator[Problem]:
+    """What the dialect found."""
+    yield from run.problems
+
+
+def _weights_are_named(run: TrainingRun) -> Iterator[Problem]:
+    """CFG-023: nobody trains from random weights by accident."""
+    start, words = run.checkpoint, run.origins
+    load, scratch = words["checkpoint.load"].name, words["checkpoint.from_scratch"].with_value(True)
+    if run.adapters is not None:  # the base is theirs, and new adapters need no file
+        if start.from_scratch:
+            found = f"{scratch} is given with LoRA, whose base model is trained already."
+            yield Problem("CFG-023", found, "Remove it; new adapters start at no change of the base.")
+    elif start.load is None and not start.from_scratch:
+        yield Problem("CFG-023", f"{load} is missing.", f"Give it, or {scratch} to start from random weights.")
+    if start.load is not None and start.from_scratch:
+        yield Problem("CFG-023", f"{load} and {scratch} are both given.", "Give one of them.")
+    if start.weights_only and start.load is None:
+        fresh = words["checkpoint.weights_only"].with_value(True)
+        yield Problem("CFG-023", f"{fresh} needs the weights that it starts from.", f"Give {load}.")
+
+
+def _bad_samples_are_said(run: TrainingRun) -> Iterator[Problem]:
+    """CFG-110: what becomes of samples that cannot be read."""
+    try:
+        parse_on_bad_sample(run.data.on_bad_sample, run.origins["data.on_bad_sample"].name)
+    except ConfigError as error:
+        yield from error.problems
+
+
+def _schedule_fits(run: TrainingRun) -> Iterator[Problem]:
+    """CFG-025: a learning-rate schedule that can be followed."""
+    optimizer, words = run.optimizer, run.origins
+    decay = optimizer.decay_steps or run.training.steps
+    lr, least, first = (words[f"optimizer.{name}"] for name in ("lr", "min_lr", "warmup_init"))
+    warmup = words["optimizer.warmup_steps"]
+    if optimizer.warmup_steps and optimizer.warmup_steps >= decay:
+        longer = f"{words['optimizer.decay_steps'].name} or {words['training.steps'].name}"
+        yield Problem(
+            "CFG-025",
+            f"{warmup.with_value(optimizer.warmup_steps)} is not below the {decay} steps of the schedule.",
+            f"Shorten the warm-up, or lengthen {longer}.",
+        )
+    for word, value in ((least, optimizer.min_lr), (first, optimizer.warmup_init)):
+        if value > optimizer.lr:
+            found = f"{word.with_value(value)} is above {lr.with_value(optimizer.lr)}."
+            yield Problem("CFG-025", found, f"Lower {word.name}.")
+
+
+def _epsilon_is_used(run: TrainingRun) -> Iterator[Problem]:
+    """CFG-029: a number that the optimizer does not have."""
+    optimizer, words = run.optimizer, run.origins
+    if optimizer.eps is not None and DEFAULTS[optimizer.name].eps is None:
+        chosen = words["optimizer.name"].with_value(optimizer.name)
+        yield Problem("CFG-029", f"{words['optimizer.eps'].name} has no effect with {chosen}.", "Remove one of them.")
+
+
+def _overlap_needs_distributed_optimizer(run: TrainingRun) -> Iterator[Problem]:
+    """CFG-026: parameters are gathered only where they are sharded, and only behind the gradients."""
+    cut = run.parallel
+    sharded = cut.layerzero is not None or (cut.distributed_optimizer and cut.overlap_grad_reduce)
+    if cut.overlap_param_gather and not sharded:  # layer-zero always overlaps both
+        gather, optimizer, reduce = (
+            run.origins[f"parallel.{name}"].with_value(True)
+            for name in ("overlap_param_gather", "distributed_optimizer", "overlap_grad_reduce")
+        )
+        yield Problem("CFG-026", f"{gather} works only with {optimizer} and {reduce}.", "Add both, or remove it.")
+
+
+def _compiled_blocks_wait_for_nothing(run: TrainingRun) -> Iterator[Problem]:
+    """CFG-069: no message is waited for inside a compiled block."""
+    if run.memory.compile_blocks and run.parallel.overlap_param_gather and run.parallel.layerzero is None:
+        gather, compiled, reduce = (
+            run.origins[path].with_value(True)
+            for path in ("parallel.overlap_param_gather", "memory.compile_blocks", "parallel.overlap_grad_reduce")
+        )
+        yield Problem(
+            "CFG-069",
+            f"With {gather} every linear waits for its parameters, which {compiled} cannot contain.",
+            f"Remove one of them. {reduce} works with it, and so does {run.origins['parallel.layerzero'].name}, which "
+            "gathers blocks.",
+        )
+
+
+Rule = Callable[[TrainingRun], Iterator[Problem]]
+TRAINING_RULES: tuple[Rule, ...] = (
+    *PARALLEL_RULES,
+    _words_agree,
+    *FEATURE_RULES,
+    _weights_are_named,
+    *SAVING_RULES,
+    _bad_samples_are_said,
+    *AROUND_RULES,
+    _schedule_fits,
+    _epsilon_is_used,
+    _overlap_needs_distributed_optimizer,
+    _compiled_blocks_wait_for_nothing,
+    *RECOMPUTE_RULES,
+    *ADAPTER_RULES,
+)

@@ -1,0 +1,68 @@
+"""The section `data`: which features are trained on, and how they become batches."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from mm.config.base import Section
+from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE, TokenizerConfig
+
+
+class Clip(Section):
+    """The clip that one sample is.
+
+    Attributes:
+        num_frames: frames, 4k + 1. frame_interval: every how-manieth frame of the video is taken.
+        height, width: pixels.
+    """
+
+    num_frames: int = Field(ge=1)
+    frame_interval: int = Field(1, ge=1)
+    height: int = Field(ge=1)
+    width: int = Field(ge=1)
+
+    @property
+    def latent_size(self) -> tuple[int, int, int]:
+        """F, H, W of the latents."""
+        frames = (self.num_frames - 1) // TEMPORAL_STRIDE + 1
+        return frames, self.height // LATENT_PIXELS, self.width // LATENT_PIXELS
+
+
+class FeatureSet(Section):
+    """Features that extraction wrote.
+
+    Attributes:
+        path: a `.txt` list of their folders, or one listing (`.json`, `.jsonl`).
+        folder: folder that the listing's paths start from; only with a listing.
+        clip: what they must have been made of, checked against their recipe.
+        tokenizer: compared with the one that they were made with; None compares nothing.
+    """
+
+    path: str = Field(min_length=1)
+    folder: str | None = Field(None, min_length=1)
+    clip: Clip
+    tokenizer: TokenizerConfig | None = None
+
+
+class DataSection(Section):
+    """How training walks through the features.
+
+    Attributes:
+        features: which. caption_dropout: share of samples that are trained with the empty caption.
+        shuffle: a new order each epoch, drawn from the seed; otherwise the order of the listing.
+        micro_batch_size: samples in one forward of one replica.
+        global_batch_size: samples in one step of all replicas; None means one micro-batch for each of them.
+        workers: feature-reading processes for each rank. read_timeout: seconds to read a micro-batch.
+        on_bad_sample: `fail`, or `skip:max=0.1%` of the samples, each replaced by the next.
+        pin_memory: copy batches into page-locked memory, for faster transfers to an accelerator.
+    """
+
+    features: FeatureSet
+    caption_dropout: float = Field(0.0, ge=0, le=1)
+    shuffle: bool = True
+    micro_batch_size: int = Field(1, ge=1)
+    global_batch_size: int | None = Field(None, ge=1)
+    workers: int = Field(2, ge=0)
+    read_timeout: float = Field(600.0, gt=0)
+    on_bad_sample: str = "fail"
+    pin_memory: bool = False

@@ -1,0 +1,81 @@
+"""What a command that runs a model asks of its processes; the input of the rules about them."""
+
+from __future__ import annotations
+
+import abc
+
+from pydantic import ConfigDict, Field
+
+from mm.config.base import Section
+from mm.config.model import WanConfig
+from mm.config.run.origins import Origins
+from mm.config.run.parallel import MeshSection
+
+
+class MeshRun(Section):
+    """A run on processes.
+
+    Attributes:
+        origins: the user's word for each value. world_size: the processes that were started.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    origins: Origins = Field(Origins(), exclude=True, repr=False)
+    world_size: int = Field(1, ge=1, exclude=True)
+
+    @property
+    @abc.abstractmethod
+    def mesh(self) -> MeshSection:
+        """How it is cut."""
+
+    @property
+    @abc.abstractmethod
+    def wan(self) -> WanConfig:
+        """The transformer."""
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> str:
+        """Of the parameters: bf16, fp16 or fp32; its path is `model.precision`."""
+
+    @property
+    def tp(self) -> int:
+        """Tensor-parallel degree."""
+        return self.mesh.tensor_size
+
+    @property
+    def pp(self) -> int:
+        """Pipeline-parallel degree."""
+        return 1
+
+    @property
+    def cp(self) -> int:
+        """Context-parallel degree."""
+        return self.mesh.context_size
+
+    @property
+    def ulysses(self) -> int | None:
+        """Ranks that exchange heads for tokens; None where the section does not say a degree that divides CP."""
+        if self.mesh.context_algorithm == "ulysses":
+            return self.cp
+        if self.mesh.context_algorithm == "ring":
+            return 1
+        degree = self.mesh.ulysses_size
+        return degree if degree is not None and self.cp % degree == 0 else None
+
+    @property
+    def replica(self) -> int:
+        """Processes of one data-parallel replica."""
+        return self.tp * self.pp * self.cp
+
+    @property
+    def dp(self) -> int | None:
+        """Data-parallel replicas; None where the processes do not divide by TP x PP x CP."""
+        return None if self.world_size % self.replica else self.world_size // self.replica
+
+    @property
+    def heads(self) -> int:
+        """Heads of one tensor-parallel rank; all of them where they do not divide, which CFG-033 tells."""
+        heads = self.wan.num_heads
+        return heads // self.tp if heads % self.tp == 0 else heads
