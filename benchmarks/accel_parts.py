@@ -45,7 +45,7 @@ def engine_attention(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Pair:
 
 
 def torch_attention(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Pair:
-    """torch's attention with one of its backends, through operators."""
+    """torch's attention with one of its backends, through autograd."""
     inputs = [x.requires_grad_() for x in (q.detach(), k.detach(), v.detach())]
 
     def forward() -> tuple[Tensor, None]:
@@ -54,7 +54,7 @@ def torch_attention(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, grad: 
 
     def backward(kept: tuple[Tensor, None]) -> Any:
         with sdpa_kernel(backend):
-            return torch.operators.grad(kept[0], inputs, grad, retain_graph=True)
+            return torch.autograd.grad(kept[0], inputs, grad, retain_graph=True)
 
     return forward, backward
 
@@ -148,7 +148,7 @@ def operators(bench: Bench, width: int, grid: tuple[int, int, int]) -> list[Oper
     def differentiate(function: Callable[..., Tensor], *inputs: Tensor, grad: Tensor) -> Callable[[], Any]:
         def run() -> tuple[Tensor, ...]:
             leaves = [value.detach().float().requires_grad_() for value in inputs]
-            return torch.operators.grad(function(*leaves), leaves, grad.float())
+            return torch.autograd.grad(function(*leaves), leaves, grad.float())
 
         return run
 

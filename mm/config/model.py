@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,6 +17,11 @@ Precision = Literal["fp32", "bf16", "fp16"]
 _MOST = 2**20  # far beyond any model; what configurations of strangers say is built, on the meta device at least
 _MOST_BLOCKS = 1000
 _MOST_OF_A_PATCH = 64
+
+
+def task_named_in(values: Mapping[str, Any]) -> Task | None:
+    """The task of a model's unchecked fields; None where they name none that there is."""
+    return TASKS.get(values.get("model_type", DEFAULT.name))
 
 
 class WanConfig(Section):

@@ -95,6 +95,13 @@ class Job:
         except psutil.NoSuchProcess:
             return False
 
+    def catches(self, number: signal.Signals) -> bool:
+        """Whether what was started has a handler for a signal; Python leaves its default until the program sets one."""
+        (mask,) = [
+            line for line in Path(f"/proc/{self.pid}/status").read_text().splitlines() if line.startswith("SigCgt")
+        ]
+        return bool(int(mask.split()[1], 16) >> (number - 1) & 1)
+
     def family(self) -> dict[int, str]:
         """Process ids and command lines of all that live and come from the job."""
         found = {}

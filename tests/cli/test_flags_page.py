@@ -24,7 +24,11 @@ def test_the_page_is_what_the_flags_say() -> None:
 
 
 def test_every_command_that_reads_flags_is_on_the_page() -> None:
-    sources = [*Path(mm.cli.__path__[0]).glob("*.py"), *(ROOT / "mm" / "config").rglob("*.py")]
+    sources = [
+        *Path(mm.cli.__path__[0]).glob("*.py"),
+        *(ROOT / "mm" / "dialects").rglob("*.py"),
+        *(ROOT / "mm" / "config").rglob("*.py"),
+    ]
     classes = {name for file in sources for name in re.findall(r"^class (\w*Flags)\(", file.read_text(), re.MULTILINE)}
     assert classes - {"Flags", "MeshFlags"} == {flags.__name__ for flags in PROGRAMS.values()}
 

@@ -216,8 +216,6 @@ def test_nothing_that_depends_on_the_replicas_is_told_while_they_are_unknown() -
 @pytest.mark.parametrize(
     ("flag", "hint"),
     [
-        ("--megatron-cp-in-bnsd", "layout"),
-        ("--use-fused-ring-attention-update", "fastest"),
         ("--context-parallel-kv-cache-policy half", "choice"),
         ("--use-torch-fsdp2", "--layerzero"),
         ("--fsdp2-config-path f.yaml", "--layerzero"),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mm.config.tasks.registry import DEFAULT, TASKS
+from mm.config.model import task_named_in
 
 Kind = Literal["data.json", "feature_data.json", "pretrain_model.json", "model_wan.json", "tools.json",
                "inference_model.json"]  # fmt: skip
@@ -161,7 +161,7 @@ def _not_of_the_task(size: str) -> Accepts:
 
     def accepts(value: Any, whole: Any) -> bool:
         del value
-        task = TASKS.get(_at(whole, "predictor").get("model_type", DEFAULT.name))
+        task = task_named_in(_at(whole, "predictor"))
         return task is not None and size not in task.sizes
 
     return accepts

@@ -50,14 +50,8 @@ ACCEPTED_GENERATE_FLAGS: Accepted = {
     "--global-batch-size": (None, "--micro-batch-size says how many prompts run together"),
     "--bf16": (_SWITCH, "the precision is predictor.dtype"),
     "--use-fused-rmsnorm": (_SWITCH, "the device chooses its fastest kernel"),
-    **dict.fromkeys(
-        ("--lr", "--min-lr", "--train-iters", "--weight-decay", "--clip-grad", "--adam-beta1", "--adam-beta2"),
-        (None, _OF_TRAINING),
-    ),
-    **dict.fromkeys(
-        ("--no-load-optim", "--no-load-rng", "--no-save-optim", "--no-save-rng", "--no-gradient-accumulation-fusion"),
-        (_SWITCH, _OF_TRAINING),
-    ),
+    **dict.fromkeys(_NUMBERS, (None, _OF_TRAINING)),
+    **dict.fromkeys(_SWITCHES, (_SWITCH, _OF_TRAINING)),
 }
 
 
