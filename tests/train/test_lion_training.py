@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from ranks import run_ranks
 from training_runs import bits, metrics, run, words
 
 from mm.checkpoint.store import read_manifest, read_tensor
+from mm.cli import run as run_command
 from mm.cli import train as train_command
+from mm.config.run.file import load_training
 from mm.errors import CheckpointError, ConfigError
 
 STEPS = 4
@@ -148,3 +151,29 @@ def test_a_number_that_it_does_not_have(demo: Path, tmp_path: Path) -> None:
         run(demo, tmp_path, train_iters=1, adam_eps=1e-8, **FLAGS)
     with pytest.raises(ConfigError, match=r"CFG-005.*--optimizer"):
         run(demo, tmp_path, train_iters=1, optimizer="sgd")
+
+
+def test_its_file(demo: Path, tmp_path: Path) -> None:
+    """run.yaml names it with its own numbers, is gone on with, and is told of in its own words."""
+    run(demo, tmp_path, train_iters=1, **FLAGS)
+    file = tmp_path / "run.yaml"
+    written = load_training(file).optimizer
+    assert (written.name, written.beta1, written.beta2, written.eps) == ("lion", 0.9, 0.99, None)
+    values = yaml.safe_load(file.read_text())
+    values["training"]["steps"] = 2
+
+    def go_on(**changed: Any) -> str:
+        file.write_text(yaml.safe_dump({**values, "optimizer": {**values["optimizer"], **changed}}))
+        try:
+            run_command.main([str(file)])
+        except ConfigError as error:
+            (problem,) = error.problems
+            return str(problem)
+        return ""
+
+    found = go_on(eps=1e-8)
+    assert "CFG-029" in found and "optimizer.eps has no effect with optimizer.name lion" in found
+    found = go_on(name="adamw")
+    assert "CFG-160" in found and "optimizer.name was lion and is adamw" in found and "--" not in found
+    assert "checkpoint.resume_changed optimizer and checkpoint.load_optimizer false" in found
+    assert go_on() == "" and [row["step"] for row in metrics(tmp_path)] == [1, 2]
