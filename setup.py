@@ -42,10 +42,11 @@ setup(
     # fixes its version (torch 2.13.0 from PyPI: 3.7.1), and a CPU build brings none. The kernels also compile with 3.6,
     # whose interpreter stops at numpy 2.4.
     # accelerate, peft: diffusers needs them to load a transformer of its own from disk and a LoRA, which tests compare
-    # with
+    # with. lion-pytorch: the same update as ours, which tests compare with bit for bit
     extras_require={
         "test": [
             "accelerate>=1.10,<2",
+            "lion-pytorch==0.2.5",
             "peft>=0.17,<0.22",
             "pytest>=8",
             "pytest-timeout>=2.3",

@@ -25,7 +25,7 @@ from mm.lora.layer import Adapted
 from mm.lora.plan import LoRAPlan
 from mm.lora.targets import linears_of
 from mm.optim.make import make_optimizer
-from mm.optim.optimizer import AdamWSettings
+from mm.optim.settings import UpdateSettings
 from mm.parallel.apply import DataParallelOptions, apply
 from mm.parallel.placement import whole_shapes
 from mm.train.flops import forward_flops, train_flops
@@ -37,7 +37,7 @@ from mm.wan.patches import token_grid
 
 Latent = tuple[int, int, int]
 
-SETTINGS = AdamWSettings(
+SETTINGS = UpdateSettings(
     lr=1e-5, min_lr=0.0, lr_decay_style="constant", lr_warmup_init=0.0, warmup_samples=0, decay_samples=1_000_000,
     weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, clip_grad=1.0, fused=True,
 )  # fmt: skip

@@ -46,7 +46,8 @@ from mm.data.loader import FeatureBatch  # noqa: E402
 from mm.device.backend import select  # noqa: E402
 from mm.diffusion.flow import FlowMatching  # noqa: E402
 from mm.optim.make import make_optimizer  # noqa: E402
-from mm.optim.optimizer import AdamWSettings, Optimizer  # noqa: E402
+from mm.optim.optimizer import Optimizer  # noqa: E402
+from mm.optim.settings import UpdateSettings  # noqa: E402
 from mm.optim.step_statistics import StepStatistics  # noqa: E402
 from mm.parallel.apply import DataParallelOptions, ParallelModel, apply  # noqa: E402
 from mm.parallel.mesh import Mesh, build_mesh  # noqa: E402
@@ -56,13 +57,13 @@ from mm.supervise.limits import Limits  # noqa: E402
 from mm.supervise.mailbox import Mailbox  # noqa: E402
 from mm.supervise.messages import Messages  # noqa: E402
 from mm.supervise.watchdog import ANSWER_S, SAMPLE_S, Watchdog, where_is  # noqa: E402
+from mm.train.callbacks.stragglers import STEP_PHASES, Stragglers  # noqa: E402
 from mm.train.memory_breakdown import Phase  # noqa: E402
 from mm.train.numerics import WINDOW, NumericsGuard  # noqa: E402
 from mm.train.step import StepResult, compute_gradients, train_step  # noqa: E402
-from mm.train.stragglers import STEP_PHASES, Stragglers  # noqa: E402
 from mm.wan.initial import initial_value  # noqa: E402
 
-SETTINGS = AdamWSettings(
+SETTINGS = UpdateSettings(
     lr=1e-5, min_lr=0.0, lr_decay_style="constant", lr_warmup_init=0.0, warmup_samples=0, decay_samples=1_000_000,
     weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, clip_grad=1.0, fused=True,
 )  # fmt: skip
@@ -113,7 +114,7 @@ def step_alone(
 
 
 class Guards:
-    """What `mm.train.loop` has around its steps."""
+    """What `mm.train.closed_step` has around its steps."""
 
     def __init__(self, trained: Trained, store: dist.Store, mesh: Mesh) -> None:
         self._trained, self._mesh, self._store = trained, mesh, store

@@ -108,7 +108,7 @@ run_generation() { # flags...
 }
 
 TRAINING="
-    --lr-decay-style constant --adam-beta1 0.9 --adam-beta2 0.999 --adam-eps 1e-8 --weight-decay 1e-2 --clip-grad 1.0
+    --lr-decay-style constant --weight-decay 1e-2 --clip-grad 1.0
     --train-iters 5000 --log-interval 1 --save-interval 500 --use-distributed-optimizer --overlap-grad-reduce
 "
 

@@ -98,6 +98,7 @@ def _check(argv: Sequence[str]) -> None:
         ema_decay=sections.optimizer.ema_decay,
         async_save=sections.checkpoint.in_background,
         save_optimizer=sections.checkpoint.save_optimizer,
+        optimizer=sections.optimizer.name,
     )
     report = dry_run(job, flags.rank)
     notes = {"compile": _UNCOMPILED} if sections.memory.compile_blocks else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mm.cli.entry import run
 from mm.cli.training import train
@@ -11,14 +12,24 @@ from mm.dialects.mindspeed.accepted_flags import take_accepted
 from mm.dialects.mindspeed.train_flags import TrainFlags
 from mm.dialects.mindspeed.training import read_files, read_flags, translate
 
+if TYPE_CHECKING:  # torch comes later
+    from mm.train.callbacks.base import Callback
+    from mm.train.sinks.base import Sink
 
-def main(argv: Sequence[str]) -> None:
-    """Train; raises what `mm.cli.training.train` raises."""
+
+def main(argv: Sequence[str], callbacks: Sequence[Callback] = (), sinks: Sequence[Sink] = ()) -> None:
+    """Train; raises what `mm.cli.training.train` raises.
+
+    Args:
+        argv: the words after the command's name. callbacks, sinks: of a script around this command.
+    """
     flags, accepted = read_flags(TrainFlags, argv, "mm train"), take_accepted(argv)[1]
     train(
         lambda where: translate(flags, read_files(flags, accepted), where.world_size),
         saves=flags.save_on_signal,
         word="--save-on-signal",
+        callbacks=callbacks,
+        sinks=sinks,
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mm.config.layout import layout_of
 from mm.config.output import require_writable_folder
@@ -14,28 +15,45 @@ from mm.config.run.training import TrainingRun
 from mm.dialects.mindspeed.validation import load_validation
 from mm.stopping import StopRequest
 
+if TYPE_CHECKING:  # torch comes later
+    from mm.train.callbacks.base import Callback
+    from mm.train.sinks.base import Sink
+
 _KEPT = "Nothing was saved since the newest checkpoint ({} saves before it stops)."
 
 SAVING_MINUTES = 24 * 60
 """How long ranks wait for the slowest one's disk in a background save; a process that is gone ends it at once."""
 
 
-def train(read: Callable[[ProcessPlace], TrainingRun], *, saves: bool, word: str) -> None:
+def train(
+    read: Callable[[ProcessPlace], TrainingRun],
+    *,
+    saves: bool,
+    word: str,
+    callbacks: Sequence[Callback] = (),
+    sinks: Sequence[Sink] = (),
+) -> None:
     """Train.
 
     Args:
         read: reads the run for this process's place.
         saves: whether the run saves when a signal asks it to stop. word: the user's word for that.
+        callbacks, sinks: further ones, of a script around the command.
 
     Raises:
         MMError: what `read`, the rules and `mm.train.loop.train` raise, and `StopRequest` when the process is asked to
             end.
     """
     with StopRequest(saves=saves, kept=_KEPT.format(word)) as stop:
-        _train(read, stop)
+        _train(read, stop, callbacks, sinks)
 
 
-def _train(read: Callable[[ProcessPlace], TrainingRun], stop: StopRequest) -> None:
+def _train(
+    read: Callable[[ProcessPlace], TrainingRun],
+    stop: StopRequest,
+    callbacks: Sequence[Callback],
+    sinks: Sequence[Sink],
+) -> None:
     where = process_place()
     sections = read(where)
     check_training(sections)
@@ -104,7 +122,9 @@ def _train(read: Callable[[ProcessPlace], TrainingRun], stop: StopRequest) -> No
                 saving=saving,
                 held_out=held_out,
                 validation=validation,
-            )
+            ),
+            callbacks,
+            sinks,
         )
     logging.getLogger(__name__).info("done: step %d, %d samples", progress.step, progress.consumed_samples)
 

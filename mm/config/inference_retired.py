@@ -63,6 +63,7 @@ _TRAINING_FLAGS = [
     "--min-lr",
     "--train-iters",
     "--weight-decay",
+    "--optimizer",
     "--clip-grad",
     "--adam-beta1",
     "--adam-beta2",

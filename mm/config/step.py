@@ -11,7 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from pydantic import SerializerFunctionWrapHandler, model_serializer
+
 from mm.config.base import Section
+from mm.config.optimizer import OptimizerName
 from mm.config.run.checkpoint import ResumeChange
 from mm.config.run.origins import Origins
 from mm.config.run.training import TrainingRun
@@ -31,13 +34,23 @@ class ScheduleSettings(Section):
 
 
 class OptimizerSettings(Section):
-    """AdamW and clipping, with Megatron's names."""
+    """The optimizer and clipping, with Megatron's names and the optimizer's defaults filled in.
 
+    What checkpoints record of AdamW does not name it, as it did not when there was one.
+    """
+
+    optimizer: OptimizerName = "adamw"
     weight_decay: float
     adam_beta1: float
     adam_beta2: float
-    adam_eps: float
+    adam_eps: float | None = None
     clip_grad: float
+
+    @model_serializer(mode="wrap")
+    def _recorded(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = write(self)
+        left_out = {"optimizer": "adamw", "adam_eps": None}
+        return {name: value for name, value in values.items() if name not in left_out or value != left_out[name]}
 
 
 class DataSettings(Section):
@@ -85,6 +98,7 @@ SCHEDULE = {
     "lr_warmup_init": "warmup_init",
 }
 OPTIMIZER = {
+    "optimizer": "name",
     "weight_decay": "weight_decay",
     "adam_beta1": "beta1",
     "adam_beta2": "beta2",
@@ -98,8 +112,9 @@ def step_settings(
     run: TrainingRun, *, dp_size: int, features: DataSettings, held_out: DataSettings | None
 ) -> StepSettings:
     """The settings of a run on `dp_size` replicas."""
+    update = run.optimizer.filled()
     schedule, optimizer = (
-        {theirs: getattr(run.optimizer, ours) for theirs, ours in names.items()} for names in (SCHEDULE, OPTIMIZER)
+        {theirs: getattr(update, ours) for theirs, ours in names.items()} for names in (SCHEDULE, OPTIMIZER)
     )
     schedule["lr_decay_iters"] = run.optimizer.decay_steps or run.training.steps
     return StepSettings(
@@ -137,6 +152,8 @@ def changes(before: StepSettings, now: StepSettings, words: Origins) -> Iterator
     """Every value that differs between a checkpoint's settings and a run's, which `words` names."""
     yield from _of_values("batch", before, now, {"global_batch_size": "data.global_batch_size"}, words)
     schedule, optimizer = ({name: f"optimizer.{ours}" for name, ours in of.items()} for of in (SCHEDULE, OPTIMIZER))
+    if before.optimizer.optimizer != now.optimizer.optimizer:  # whose numbers then say nothing to each other
+        optimizer = {name: optimizer[name] for name in ("optimizer", "weight_decay", "clip_grad")}
     yield from _of_values("schedule", before.schedule, now.schedule, schedule, words)
     yield from _of_values("optimizer", before.optimizer, now.optimizer, optimizer, words)
     for key in {**before.objective, **now.objective}:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mm.train.metrics import METRICS_FILE, read_metrics
+from mm.train.records import METRICS_FILE, read_metrics
 
 FIELDS = ("consumed_samples", "timesteps", "lr", "sample_losses", "loss_hex", "grad_norm_hex", "skipped")
 """In the order in which one leads to the next: data and draws, the schedule, forward, the sum, backward."""

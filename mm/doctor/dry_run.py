@@ -21,6 +21,7 @@ from mm.config.diffusion import DiffusionConfig
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
 from mm.config.model import WanConfig
+from mm.config.optimizer import OptimizerName
 from mm.config.recompute import Recompute
 from mm.data.loader import FeatureBatch
 from mm.device.backend import select
@@ -31,7 +32,8 @@ from mm.doctor.fake_job import FakeTensors, fake_job
 from mm.doctor.memory_tracker import TrackMemory
 from mm.doctor.traffic import CallTotals, CountTraffic, Traffic, axes_of, totals
 from mm.optim.make import make_optimizer
-from mm.optim.optimizer import AdamWSettings, Optimizer
+from mm.optim.optimizer import Optimizer
+from mm.optim.settings import UpdateSettings
 from mm.optim.step_statistics import outcome_size
 from mm.parallel.apply import DataParallelOptions, ParallelModel, apply
 from mm.parallel.mesh import build_mesh
@@ -43,11 +45,11 @@ from mm.train.state import saved_bytes
 from mm.train.step import forward_micro_batch, num_tokens
 from mm.wan.patches import token_grid
 
-_SETTINGS = AdamWSettings(
+_SETTINGS = UpdateSettings(
     lr=1.0, min_lr=0.0, lr_decay_style="constant", lr_warmup_init=0.0, warmup_samples=0, decay_samples=1,
     weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, clip_grad=1.0, fused=True,
 )  # fmt: skip
-"""AdamW as on an accelerator, with clipping; its numbers change neither memory nor messages."""
+"""An update as on an accelerator, with clipping; its numbers change neither memory nor messages."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class DryRunJob:
         dtype: of the bulk of the parameters.
         extension: what is trained instead of the model's parameters. ema_decay: of the average of the weights, if any.
         latent: F, H, W of a sample's latents. micro_batch_size: samples in a forward.
-        micro_batches: of one replica in a step.
+        micro_batches: of one replica in a step. optimizer: its name.
         async_save: whether checkpoints are written in the background. save_optimizer: with the optimizer's state.
     """
 
@@ -76,6 +78,7 @@ class DryRunJob:
     ema_decay: float | None = None
     async_save: bool = False
     save_optimizer: bool = True
+    optimizer: OptimizerName = "adamw"
 
 
 @dataclass(frozen=True)
@@ -141,9 +144,9 @@ def dry_run(job: DryRunJob, rank: int) -> Report:
             )
             _label_model(tracked, parallel)
             tracked.kind = memory.OPTIMIZER
-            optimizer = make_optimizer(parallel, replace(_SETTINGS, ema_decay=job.ema_decay))
+            optimizer = make_optimizer(parallel, replace(_SETTINGS, optimizer=job.optimizer, ema_decay=job.ema_decay))
             for shard in optimizer.shards:
-                shard.moment("exp_avg")  # AdamW would make its state only at the end of the first step
+                shard.state()  # it would be made only at the end of the first step
             tracked.kind = memory.ACTIVATIONS
             passes: list[Traffic] = []
             runs = _micro_batches_to_run(job)

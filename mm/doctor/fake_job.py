@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import _utils as tensor_utils
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -38,6 +39,7 @@ def fake_job(rank: int, world_size: int) -> Iterator[None]:
             return real_offset(*args, **kwargs)
 
     real_objects, real_offset = dist.all_gather_object, tensor_utils._compute_local_shape_and_global_offset
+    _clear_sharding_prop_cache()  # what it knows is of the rank before: meshes of two ranks are equal to it
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         dist.all_gather_object = all_gather_object  # type: ignore[assignment]

@@ -26,7 +26,8 @@ from mm.data.loader import FeatureBatch
 from mm.device.backend import Backend
 from mm.diffusion.flow import FlowMatching
 from mm.optim.make import make_optimizer
-from mm.optim.optimizer import AdamWSettings, Optimizer
+from mm.optim.optimizer import Optimizer
+from mm.optim.settings import UpdateSettings
 from mm.optim.step_statistics import agree
 from mm.parallel.apply import DataParallelOptions, apply
 from mm.parallel.mesh import Mesh
@@ -37,13 +38,13 @@ from mm.wan.inputs import ModelInputs
 from mm.wan.model import WanModel
 from mm.wan.patches import token_grid
 
-SEED, STEPS, DECAY_SAMPLES = 5, 2, 8
-SETTINGS = AdamWSettings(
+SEED, STEPS, DECAY_SAMPLES, EPSILON = 5, 2, 8, 1e-2
+SETTINGS = UpdateSettings(
     lr=1e-2, min_lr=1e-3, lr_decay_style="linear", lr_warmup_init=0.0, warmup_samples=0,
     decay_samples=DECAY_SAMPLES, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, clip_grad=0.3,
     # AdamW divides a gradient by its own size. A small epsilon would turn the rounding of near-zero gradients into
     # steps as large as any, and the later steps would compare noise.
-    adam_eps=1e-2,
+    adam_eps=EPSILON,
 )  # fmt: skip
 
 SMALL = {"img_dim": 24, "clip_token_len": 5}
@@ -190,7 +191,7 @@ def run_on_one_device(
     decayed = [p for n, p in named.items() if p.dim() > 1 and not n.endswith(".bias")]
     others = [p for n, p in named.items() if p.dim() == 1 or n.endswith(".bias")]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=SETTINGS.lr, betas=(0.9, 0.95), eps=SETTINGS.adam_eps)
+    optimizer = torch.optim.AdamW(groups, lr=SETTINGS.lr, betas=(0.9, 0.95), eps=EPSILON)
     trace: Trace[Tensor] = Trace()
     for step in range(STEPS):
         done = min(step * count / DECAY_SAMPLES, 1.0)
@@ -236,13 +237,14 @@ def run_on_the_mesh(
     backend: Backend,
     read: Callable[[Optimizer, str], dict[str, Values]],
     compiled_for: int | None = None,
+    settings: UpdateSettings = SETTINGS,
 ) -> Trace[Values]:
     """The same on a layout; every rank calls it.
 
     Args:
         case: what is run. mesh: of its layout. backend: this process's device.
         read: takes gradients and weights out, as `own_pieces` does.
-        compiled_for: as for `mm.parallel.apply.apply`.
+        compiled_for: as for `mm.parallel.apply.apply`. settings: of the updates.
     """
     shape = StepShape(case.micro_batch_size, case.most_tokens, case.micro_batches, torch.float32)
     offloader = make_offloader(case.recompute, case.wan, mesh, backend, shape)
@@ -250,7 +252,7 @@ def run_on_the_mesh(
     parallel = apply(
         case.wan, mesh, backend, case.options, torch.float32, value_of, case.zero, runner, compiled_for
     )  # fmt: skip
-    optimizer = make_optimizer(parallel, replace(SETTINGS, fused=parallel.backend.kind != "cpu"))
+    optimizer = make_optimizer(parallel, replace(settings, fused=parallel.backend.kind != "cpu"))
     flow = FlowMatching(DiffusionConfig())
     trace: Trace[Values] = Trace()
     for step in range(STEPS):

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mm.demo.sheet import write_png
-from mm.train.metrics import (
+from mm.train.records import (
     EVALUATION_FILE,
     METRICS_FILE,
     StepEvaluation,

@@ -36,6 +36,7 @@ from mm.device.backend import Backend
 from mm.diffusion.flow import FlowMatching
 from mm.errors import MMError
 from mm.ops.elementwise.dispatch import TRITON_NEEDS, choice_of
+from mm.optim.algorithms.make import ALGORITHMS
 from mm.parallel.placement import whole_shapes
 
 Verdict = Literal["ok", "look", "no"]
@@ -217,8 +218,9 @@ def host(sections: TrainingRun, trained: int, pinned_bytes: int, save_bytes: int
 
 
 def _state_bytes(sections: TrainingRun, trained: int) -> int:
-    """Of a checkpoint: masters, moments, the average."""
-    return trained * _FP32 * (1 + 2 * sections.checkpoint.save_optimizer + (sections.optimizer.ema_decay is not None))
+    """Of a checkpoint: masters, the optimizer's state, the average."""
+    kept = ALGORITHMS[sections.optimizer.name].bytes_per_element if sections.checkpoint.save_optimizer else 0
+    return trained * (_FP32 * (1 + (sections.optimizer.ema_decay is not None)) + kept)
 
 
 def network(comm: Comm, seconds: float) -> list[Finding]:

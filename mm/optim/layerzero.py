@@ -1,4 +1,4 @@
-"""AdamW over layer-zero's shards: torch's own, on flat fp32 slices of what FSDP2 keeps on this rank."""
+"""Updates over layer-zero's shards: a torch optimizer on flat fp32 slices of what FSDP2 keeps on this rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.tensor import DTensor
 
-from mm.optim.optimizer import AdamWSettings, Optimizer, ParamShard, is_decayed
+from mm.optim.algorithms.make import ALGORITHMS
+from mm.optim.optimizer import Optimizer, ParamShard, is_decayed
+from mm.optim.settings import UpdateSettings
 from mm.parallel.apply import ParallelModel
 from mm.parallel.layerzero import local_rows
 
@@ -40,12 +42,12 @@ class _Slice:
 
 
 class LayerZeroOptimizer(Optimizer):
-    """AdamW on this rank's shards; with `use_distributed_optimizer` the groups that hold copies share the work.
+    """An optimizer of this rank's shards; with `use_distributed_optimizer` the groups that hold copies share the work.
 
-    Each group then updates its part of a shard and the parts are gathered, so that moments are kept once in the job.
+    Each group then updates its part of a shard and the parts are gathered, so that its state is kept once in the job.
     """
 
-    def __init__(self, parallel: ParallelModel, settings: AdamWSettings) -> None:
+    def __init__(self, parallel: ParallelModel, settings: UpdateSettings) -> None:
         if parallel.mesh.zero is None:
             raise ValueError("the layout has no layer-zero")
         self._across = parallel.mesh.zero["replicate"].get_group()
@@ -60,14 +62,9 @@ class LayerZeroOptimizer(Optimizer):
             }
             for decayed in (True, False)
         ]
-        self._inner = torch.optim.AdamW(
-            [group for group in groups if group["params"]] or groups[:1],  # a stage may have nothing to train
-            lr=settings.lr,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_eps,
-            foreach=False,
-            fused=settings.fused,
-        )
+        self._algorithm = ALGORITHMS[settings.optimizer]
+        used = [group for group in groups if group["params"]] or groups[:1]  # a stage may have nothing to train
+        self._inner = self._algorithm.make(used, settings)
         super().__init__(parallel, settings, [self._shard(name, parallel) for name in named])
 
     def _slice(self, parameter: nn.Parameter) -> _Slice:
@@ -87,7 +84,8 @@ class LayerZeroOptimizer(Optimizer):
         copies = self._across.rank() if part.sharded else mesh.dp_cp_rank  # 0 on the first of equal ones
         first = copies == 0 or (part.sharded and self._splits)
         owned = first and (placement.sharded or mesh.tp_rank == 0)
-        return ParamShard(name, placement, start, start + part.key.numel(), owned, part.key, self._inner, part.key)
+        stop = start + part.key.numel()
+        return ParamShard(name, placement, start, stop, owned, part.key, self._algorithm, self._inner, part.key)
 
     def _groups_holder(self) -> Any:
         return self._inner

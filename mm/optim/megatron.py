@@ -1,4 +1,4 @@
-"""AdamW over megatron-core's DDP buffers, with or without its distributed optimizer."""
+"""Updates over megatron-core's DDP buffers, with or without its distributed optimizer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from mm.optim.optimizer import AdamWSettings, Optimizer, ParamShard, counts_by_group
+from mm.optim.algorithms.base import Algorithm
+from mm.optim.algorithms.make import ALGORITHMS
+from mm.optim.optimizer import Optimizer, ParamShard
+from mm.optim.settings import UpdateSettings
 from mm.parallel.apply import ParallelModel
 
 
 class MegatronOptimizer(Optimizer):
-    """megatron-core's optimizers with our own gradient norm."""
+    """megatron-core's optimizers with our own gradient norm, and any algorithm inside them."""
 
-    def __init__(self, parallel: ParallelModel, settings: AdamWSettings) -> None:
+    def __init__(self, parallel: ParallelModel, settings: UpdateSettings) -> None:
+        algorithm = ALGORITHMS[settings.optimizer]
         with parallel.backend.megatron():
             self._inner = get_megatron_optimizer(
                 OptimizerConfig(
@@ -26,7 +30,7 @@ class MegatronOptimizer(Optimizer):
                     weight_decay=settings.weight_decay,
                     adam_beta1=settings.adam_beta1,
                     adam_beta2=settings.adam_beta2,
-                    adam_eps=settings.adam_eps,
+                    **({} if settings.adam_eps is None else {"adam_eps": settings.adam_eps}),
                     clip_grad=settings.clip_grad,
                     bf16=parallel.config.bf16,
                     params_dtype=parallel.config.params_dtype,
@@ -37,12 +41,15 @@ class MegatronOptimizer(Optimizer):
                 use_gloo_process_groups=False,
                 pg_collection=parallel.mesh.groups,
             )
-            for inner in self._torch_optimizers():
-                if not counts_by_group(inner):  # Apex's and TransformerEngine's are fused already
-                    for group in inner.param_groups:
-                        group.update(fused=settings.fused, foreach=False)
+            for optimizer in self._inner.chained_optimizers:
+                if optimizer.optimizer is not None:  # its distributed optimizer takes nothing else at first
+                    optimizer.optimizer = algorithm.take_over(optimizer.optimizer, settings)
             names = {parameter: name for name, parameter in parallel.named_parameters().items()}
-            shards = [s for optimizer in self._inner.chained_optimizers for s in _shards_of(optimizer, names, parallel)]
+            shards = [
+                shard
+                for optimizer in self._inner.chained_optimizers
+                for shard in _shards_of(optimizer, names, parallel, algorithm)
+            ]
             super().__init__(parallel, settings, shards)
 
     def _groups_holder(self) -> Any:
@@ -80,7 +87,9 @@ class MegatronOptimizer(Optimizer):
                     chunk.start_param_sync(force_sync=True)
 
 
-def _shards_of(optimizer: Any, names: dict[Any, str], parallel: ParallelModel) -> Iterator[ParamShard]:
+def _shards_of(
+    optimizer: Any, names: dict[Any, str], parallel: ParallelModel, algorithm: Algorithm
+) -> Iterator[ParamShard]:
     """The three optimizers of megatron-core keep their masters in three ways."""
     inner = optimizer.optimizer
     mesh = parallel.mesh
@@ -89,7 +98,7 @@ def _shards_of(optimizer: Any, names: dict[Any, str], parallel: ParallelModel) -
         name = names[parameter]
         placement = parallel.placements[name]
         owned = (placement.sharded or mesh.tp_rank == 0) and not (copied_by_data and mesh.dp_cp_rank > 0)
-        return ParamShard(name, placement, start, stop, owned, master.detach().view(-1), inner, master)
+        return ParamShard(name, placement, start, stop, owned, master.detach().view(-1), algorithm, inner, master)
 
     if isinstance(optimizer, DistributedOptimizer):
         pairs = (

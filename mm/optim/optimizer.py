@@ -1,4 +1,4 @@
-"""AdamW on a parallel model: gradients made whole, their norm, clipping, the update, and what each rank owns.
+"""An optimizer on a parallel model: gradients made whole, their norm, clipping, the update, and what each rank owns.
 
 Every element of every parameter is **owned** by exactly one rank of the job, whatever the layout: copies along the
 data-, context- or tensor-parallel axes answer for nothing. The gradient norm adds up owned elements and a checkpoint
@@ -24,42 +24,18 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from mm.device.copies import to_device
+from mm.optim.algorithms.base import Algorithm
+from mm.optim.algorithms.make import ALGORITHMS
 from mm.optim.ema import Average
+from mm.optim.settings import UpdateSettings
 from mm.parallel.apply import ParallelModel
 from mm.parallel.placement import Placement, Shape
 from mm.parallel.tensor import gradient_is_partial
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class AdamWSettings:
-    """AdamW, its schedule, with lengths in samples, and the average; the fields are the flags of the same names.
-
-    Attributes:
-        fused: update each parameter in one kernel. Else an accelerator computes step by step on lists of all
-            parameters, with a temporary of the whole shard, and the CPU on one parameter after the other. The CPU's
-            kernel is not asked for in training: its last bits depend on where a shard begins, and so on the layout.
-    """
-
-    lr: float
-    min_lr: float
-    lr_decay_style: str
-    lr_warmup_init: float
-    warmup_samples: int
-    decay_samples: int
-    weight_decay: float
-    adam_beta1: float
-    adam_beta2: float
-    adam_eps: float
-    clip_grad: float
-    ema_decay: float | None = None
-    fused: bool = False
-
 
 @dataclass(frozen=True)
 class ParamShard:
-    """The part of one parameter whose master weight and moments this rank keeps.
+    """The part of one parameter whose master weight and optimizer state this rank keeps.
 
     Attributes:
         name: native Wan name.
@@ -67,8 +43,8 @@ class ParamShard:
         start, stop: the kept range of that parameter, flattened.
         owned: whether this rank answers for the range; the same range on other ranks is a copy.
         master: fp32 master weight of the range, flat and without history.
-        inner: the torch optimizer that updates it, and `key`, the tensor under which it keeps the state; the
-            gradient is `key.grad`.
+        algorithm: what is kept of it. inner: the torch optimizer that updates it, and `key`, the tensor under which
+            it keeps the state; the gradient is `key.grad`.
     """
 
     name: str
@@ -77,6 +53,7 @@ class ParamShard:
     stop: int
     owned: bool
     master: Tensor
+    algorithm: Algorithm
     inner: torch.optim.Optimizer
     key: Tensor
 
@@ -87,27 +64,32 @@ class ParamShard:
             raise AssertionError(f"{self.name} has no gradient; was reduce_gradients called?")
         return self.key.grad.view(-1)
 
-    def moment(self, which: str) -> Tensor:
-        """`exp_avg` or `exp_avg_sq` of the range, flat; zeros when no step was made yet."""
-        state = self.inner.state[self.key]
-        if not state:  # the whole entry at once: torch's optimizers take a partial one for a complete one
-            state.update({moment: torch.zeros_like(self.key) for moment in MOMENTS})
-            if not counts_by_group(self.inner):
-                state["step"] = _count(0, self.key)
-        return state[which].view(-1)
+    def state(self) -> dict[str, Tensor]:
+        """What the optimizer keeps of the range, by name, each flat; zeros when no step was made yet."""
+        kept = self.inner.state[self.key]
+        if not kept:
+            kept.update(self.algorithm.new_state(self.inner, self.key))
+        return {one.name: kept[one.name].view(-1) for one in self.algorithm.state}
+
+    @property
+    def state_bytes(self) -> int:
+        """Of `state`, whether it is there yet or not."""
+        return self.key.numel() * self.algorithm.bytes_per_element
 
 
 class Optimizer(abc.ABC):
-    """AdamW over fp32 master weights on a parallel model, with its learning-rate schedule.
+    """Updates of fp32 master weights on a parallel model, with their learning-rate schedule.
 
     Attributes:
-        average: of the masters that this rank owns, or None without `AdamWSettings.ema_decay`. It is kept here because
+        algorithm: what does the arithmetic.
+        average: of the masters that this rank owns, or None without `UpdateSettings.ema_decay`. It is kept here because
             it follows every update, is sharded like the masters and counts as the optimizer's memory.
     """
 
-    def __init__(self, parallel: ParallelModel, settings: AdamWSettings, shards: Sequence[ParamShard]) -> None:
+    def __init__(self, parallel: ParallelModel, settings: UpdateSettings, shards: Sequence[ParamShard]) -> None:
         self._parallel = parallel
         self._settings = settings
+        self.algorithm = ALGORITHMS[settings.optimizer]
         order = {name: position for position, name in enumerate(parallel.trained)}
         self._position = order
         self._shards = sorted(shards, key=lambda shard: order[shard.name])
@@ -224,35 +206,20 @@ class Optimizer(abc.ABC):
         told = together.cpu()
         return told[: len(squares)], told[len(squares) :]
 
-    def adam_step(self) -> int:
-        """AdamW's own step count, which its bias correction needs; 0 before the first step, or with nothing kept."""
-        counts = {int(step) for step in self._inner_steps()}
+    def steps_made(self) -> int:
+        """The updates that the next one depends on the number of; 0 where it does not, or with nothing kept."""
+        counts = {int(step) for inner in self._torch_optimizers() for step in self.algorithm.steps_made(inner)}
         if len(counts) > 1:
-            raise AssertionError(f"parameters disagree about AdamW's step count: {sorted(counts)}")
+            raise AssertionError(f"parameters disagree about the optimizer's step count: {sorted(counts)}")
         return counts.pop() if counts else 0
 
-    def set_adam_step(self, count: int) -> None:
-        """Set AdamW's own step count on every parameter; the moments must be there already."""
+    def set_steps_made(self, count: int) -> None:
+        """Set that number on every parameter; the state must be there already."""
         for inner in self._torch_optimizers():
-            for group in inner.param_groups:
-                if counts_by_group(inner):
-                    group["step"] = count
-                    continue
-                for key in group["params"]:
-                    inner.state[key]["step"] = _count(count, key)
-
-    def _inner_steps(self) -> Iterator[float]:
-        for inner in self._torch_optimizers():
-            for group in inner.param_groups:
-                if counts_by_group(inner):
-                    yield group.get("step", 0)
-                    continue
-                steps = [inner.state[key]["step"] for key in group["params"] if "step" in inner.state.get(key, {})]
-                if steps:
-                    yield from torch.stack(steps).tolist()  # they are on the device: one read for all
+            self.algorithm.set_steps_made(inner, count)
 
 
-def learning_rates(settings: AdamWSettings, consumed_samples: Sequence[int]) -> list[float]:
+def learning_rates(settings: UpdateSettings, consumed_samples: Sequence[int]) -> list[float]:
     """The rates of steps that begin after so many samples each."""
     schedule = _schedule(settings, SimpleNamespace(param_groups=[{}]))
     rates = []
@@ -261,7 +228,7 @@ def learning_rates(settings: AdamWSettings, consumed_samples: Sequence[int]) -> 
     return rates
 
 
-def _schedule(settings: AdamWSettings, groups_holder: Any) -> OptimizerParamScheduler:
+def _schedule(settings: UpdateSettings, groups_holder: Any) -> OptimizerParamScheduler:
     """Megatron's schedule, in samples, over the parameter groups of `groups_holder`."""
     return OptimizerParamScheduler(
         groups_holder,
@@ -282,16 +249,6 @@ def norm_of(squares: Tensor) -> float:
     """The L2 norm of gradients of which `squares` holds each parameter's sum of squares."""
     # Added up in fp64 and in the order of the whole model, so that no layout of whole parameters changes a bit.
     return math.sqrt(float(squares.double().sum()))
-
-
-def _count(steps: int, key: Tensor) -> Tensor:
-    """AdamW's step count of a parameter, where its fused kernel reads it."""
-    return torch.tensor(float(steps), dtype=torch.float32, device=key.device)
-
-
-def counts_by_group(inner: torch.optim.Optimizer) -> bool:
-    """Apex's and TransformerEngine's fused Adam count steps once a group, torch's once a parameter."""
-    return not isinstance(inner, torch.optim.Adam)
 
 
 def is_decayed(name: str, parameter: nn.Parameter | Tensor) -> bool:

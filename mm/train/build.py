@@ -23,12 +23,13 @@ from mm.device.backend import free_host_bytes
 from mm.errors import ConfigError
 from mm.lora.plan import starting_values
 from mm.ops.attention.api import attention_name
+from mm.optim.algorithms.make import ALGORITHMS
 from mm.optim.make import make_optimizer
 from mm.optim.optimizer import Optimizer
 from mm.parallel.apply import ParallelModel, ValueOf, apply
 from mm.train.adapters import AdapterRun, load_adapters, open_base
 from mm.train.describe import start_table
-from mm.train.resuming import Resuming, adamw_settings
+from mm.train.resuming import Resuming, update_settings
 from mm.train.run import Run, data_parallel_options, training_dtype
 from mm.train.state import Progress, load_state, load_weights, saved_bytes
 from mm.wan.compile import graphs_needed, most_graphs, probe
@@ -126,8 +127,9 @@ def settings_of(run: Run) -> StepSettings:
 
 
 def build_optimizer(parallel: ParallelModel, steps: StepSettings) -> Optimizer:
-    """AdamW and its schedule."""
-    return make_optimizer(parallel, adamw_settings(steps, fused=parallel.backend.kind != "cpu"))
+    """The optimizer and its schedule."""
+    fused = parallel.backend.kind != "cpu" and ALGORITHMS[steps.optimizer.optimizer].fused
+    return make_optimizer(parallel, update_settings(steps, fused=fused))
 
 
 def require_memory_for_saving(run: Run, optimizer: Optimizer) -> int:

@@ -1,64 +1,37 @@
-"""The training run from start to end: model on the mesh, weights or checkpoint, steps, metrics, checkpoints."""
+"""The training run from start to end: model on the mesh, weights or checkpoint, closed steps, what happens around."""
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
-import torch
-
-from mm.activation.host_pool import make_offloader
-from mm.activation.recompute import block_runner
-from mm.checkpoint.background import BackgroundSaver
 from mm.checkpoint.lock import Lock
 from mm.checkpoint.store import writing
-from mm.config.bad_samples import parse_on_bad_sample
-from mm.config.recompute import recompute_of
-from mm.data.loader import FeatureBatch, feature_batches
-from mm.data.replacing import check_replaced, replaced_in_step
-from mm.data.sampler import BatchPlan
-from mm.device.queues import queues_of
-from mm.diffusion.flow import FlowMatching
-from mm.errors import StoppedError
-from mm.optim.optimizer import Optimizer
-from mm.optim.replica_hash import require_equal_replicas
-from mm.parallel.apply import ParallelModel
 from mm.supervise.limits import OPENING
-from mm.train.build import (
-    build_model,
-    build_optimizer,
-    check_sizes,
-    describe,
-    open_adapters,
-    require_memory_for_saving,
-    settings_of,
-    start_or_resume,
-    step_shape,
-    why_not_compiled,
-    write_run_file,
-)
-from mm.train.checkpointing import Checkpointing
-from mm.train.checks import Check, Checks
-from mm.train.flops import train_flops
-from mm.train.memory_breakdown import Phase
-from mm.train.metrics import MetricsLog, StepMetrics
-from mm.train.numerics import NumericsGuard
-from mm.train.out_of_memory import MemoryWatch
+from mm.train.build import check_sizes, settings_of, write_run_file
+from mm.train.callbacks.base import Callback
+from mm.train.callbacks.checkpointing import open_checkpointing
+from mm.train.callbacks.make import make_callbacks, make_checks, missing_checks
+from mm.train.closed_step import ClosedStep
+from mm.train.records import drop_repeated_steps
 from mm.train.run import Run
+from mm.train.sinks.base import Sink, Write, opened
+from mm.train.sinks.make import make_sinks
+from mm.train.start import Started, memory_watch, start
 from mm.train.state import Progress
-from mm.train.step import StepResult, train_step
-from mm.train.stragglers import Stragglers
 
 logger = logging.getLogger(__name__)
 
 
-def train(run: Run) -> Progress:
+def train(run: Run, callbacks: Sequence[Callback] = (), sinks: Sequence[Sink] = ()) -> Progress:
     """Train until all steps are taken, going on from the newest checkpoint in the run's folder if there is one.
+
+    Args:
+        run: what to train.
+        callbacks: further ones, called after those of the configuration and before a run leaves because of a signal.
+        sinks: further ones, of rank 0.
 
     Returns:
         Where the run ended.
@@ -72,230 +45,51 @@ def train(run: Run) -> Progress:
     """
     sections, save = run.sections, run.sections.checkpoint.save
     check_sizes(run)
-    steps = settings_of(run)
-    memory = MemoryWatch(sections, run.backend, run.comm.rank)
-    during = partial(_during, run, memory)
+    steps, memory = settings_of(run), memory_watch(run)
     with ExitStack() as stack:
-        with run.watch.during(OPENING):
-            lock = stack.enter_context(writing(Path(save), run.comm)) if save is not None else None
-        checks = Checks.prepare(sections, run.held_out, run.validation, run.mesh, run.backend, run.comm)
-        recompute = recompute_of(sections.memory)
-        offloader = make_offloader(
-            recompute, run.config, run.mesh, run.backend, step_shape(run), processes_of_node=run.processes_of_node
-        )
-        memory.pinned_host = 0 if offloader is None else offloader.memory.nbytes
-        not_compiled = why_not_compiled(run)
-        adapters = open_adapters(run)
-        run_blocks = block_runner(recompute, offloader, run.backend.model_code)
-        with during("building the model"):
-            memory.parallel = parallel = build_model(run, adapters, run_blocks, not_compiled is None)
-            memory.optimizer = optimizer = build_optimizer(parallel, steps)
-        describe(run, recompute, offloader, not_compiled)
-        with during("loading weights"):
-            progress = start_or_resume(run, adapters, optimizer, steps)
-        missed = checks.missed(progress.step) if progress.step > 0 else frozenset[Check]()
-        if progress.step >= sections.training.steps and not missed:
-            logger.info("step %d of %d is already done; nothing to train", progress.step, sections.training.steps)
-            return progress
+        lock = _open_folder(run, stack)
+        checks = make_checks(run)
+        started = start(run, steps, memory)
+        step, total = started.progress.step, sections.training.steps
+        missing = missing_checks([*checks, *callbacks], step, last=step == total, comm=run.comm)
+        if step >= total and not missing:
+            logger.info("step %d of %d is already done; nothing to train", step, total)
+            return started.progress
         write_run_file(run)
-        log = stack.enter_context(_metrics_log(run, progress))
-        with during("evaluation and validation"):
-            checks.run(missed, progress.step, parallel, log)
-        saves = None
-        if save is not None:
-            root, background = Path(save), _background_saver(run, optimizer, memory, lock, stack)
-            saves = Checkpointing(run, root, steps, parallel, optimizer, adapters, background, lock)
-        # closed here: readers that are left would outlive the error that ends the steps, and hold the process up
-        batches = stack.enter_context(closing(_batches(run, progress)))
-        return _steps(run, _Built(parallel, optimizer, log, during, checks, saves), batches, progress)
+        rows = drop_repeated_steps(Path(save), step + 1) if save is not None and run.reports else []
+        every_sink = [*make_sinks(run), *sinks] if run.reports else []
+        write = stack.enter_context(opened(every_sink, step + 1, total))
+        for check in missing:
+            with started.during(check.phase):
+                write(check.look(started.parallel, step))
+        saves = open_checkpointing(run, started, lock, stack)
+        losses = [float.fromhex(row.loss_hex) for row in rows]
+        around = make_callbacks(run, started, saves, [*checks, *callbacks], losses)
+        return _steps(run, started, around, write)
 
 
-@contextmanager
-def _during(run: Run, memory: MemoryWatch, phase: Phase) -> Iterator[None]:
-    """Enter this around a phase: who hangs in it is named, and who runs out of memory in it."""
-    with run.watch.during(phase), memory.during(phase):
-        yield
-
-
-def _metrics_log(run: Run, progress: Progress) -> MetricsLog:
-    sections, save, other = run.sections, run.sections.checkpoint.save, run.sections.logging.tensorboard
-    folder = Path(save) if save and run.reports else None
-    board = Path(other) if other else (folder / "tensorboard" if folder else None)
-    return MetricsLog(
-        folder,
-        board if run.reports else None,
-        first_step=progress.step + 1,
-        total_steps=sections.training.steps,
-        log_interval=sections.logging.interval,
-        progress_bar=run.reports and sections.logging.progress_bar,
-    )
-
-
-@dataclass(frozen=True)
-class _Built:
-    """What the steps of a run work with.
-
-    Attributes:
-        during: makes what to enter for each phase. saves: None without `--save`.
-    """
-
-    parallel: ParallelModel
-    optimizer: Optimizer
-    log: MetricsLog
-    during: Callable[[Phase], AbstractContextManager[None]]
-    checks: Checks
-    saves: Checkpointing | None
-
-
-def _steps(run: Run, built: _Built, batches: Iterator[FeatureBatch], progress: Progress) -> Progress:
-    sections = run.sections
-    flow = FlowMatching(sections.objective)
-    guard = NumericsGuard(run, built.parallel, built.optimizer, flow, progress.skipped_steps)
-    stragglers = Stragglers(run.watch, run.mesh, run.backend)
-    if run.stop is not None:
-        run.stop.begin_steps()
-    while progress.step < sections.training.steps:
-        started, step = time.monotonic(), progress.step + 1
-        run.watch.begin_step(step)
-        with built.during("waiting for data"):
-            mine = [next(batches) for _ in range(run.num_microbatches)]
-        replaced = progress.replaced_samples + _replaced(run, mine, progress)
-        result = train_step(
-            built.parallel,
-            built.optimizer,
-            flow,
-            mine,
-            samples=run.global_batch_size,
-            seed=sections.training.seed,
-            during=built.during,
-            on_nonfinite=partial(guard.refused, step, batches=mine),
-            asked_to_stop=partial(_is_asked_to_stop, run),
-        )
-        if result.updated:
-            guard.accepted(step, result.outcome, mine)
-        if built.saves is not None:
-            built.saves.look()
-        progress = Progress(step, progress.consumed_samples + run.global_batch_size, guard.skipped, replaced)
-        built.log.write(_measure(run, result, progress, flow, mine, time.monotonic() - started))
-        if run.comm.world_size > 1 and _is_due(sections.supervision.straggler_interval, step):
-            stragglers.compare(step)
-        if _is_due(sections.supervision.replica_hash_interval, step):
-            require_equal_replicas(built.parallel, step)
-        last, stopping = step == sections.training.steps, result.outcome.asked_to_stop
-        saved = False
-        if _is_due(sections.checkpoint.save_interval, step) or stopping or last:
-            saved = _save(built, progress, may_fail=not (stopping or last))
-        due = frozenset[Check]() if stopping and not last else built.checks.due(step)
-        with built.during("evaluation and validation"):
-            built.checks.run(due, step, built.parallel, built.log)
-        if due:  # they take minutes, in which a signal may have come to some
-            stopping = any(run.comm.all_gather_object(_is_asked_to_stop(run)))
-        if stopping and not last:  # a run that is at its end is done, not stopped
-            if not saved:
-                _save(built, progress, may_fail=False)
-            _stop(run, built, progress)
-    if built.saves is not None:
-        built.saves.finish()
+def _steps(run: Run, started: Started, callbacks: Sequence[Callback], write: Write) -> Progress:
+    progress = started.progress
+    # closed here: readers that are left would outlive the error that ends the steps, and hold the process up
+    with closing(ClosedStep(run, started.parallel, started.optimizer, progress, started.during)) as step:
+        if run.stop is not None:
+            run.stop.begin_steps()
+        while progress.step < run.sections.training.steps:
+            done = step.take(progress)
+            progress = done.progress
+            for callback in callbacks:
+                if callback.is_due(done) and (callback.collective or run.reports):
+                    with started.during(callback.phase):
+                        write(callback.after_step(done))
+        for callback in callbacks:
+            callback.finish()
     return progress
 
 
-def _is_due(interval: int | None, step: int) -> bool:
-    return interval is not None and step % interval == 0
-
-
-def _is_asked_to_stop(run: Run) -> bool:
-    return run.stop is not None and run.stop.received is not None
-
-
-def _save(built: _Built, progress: Progress, *, may_fail: bool) -> bool:
-    """Whether there is a checkpoint of this step now, or about to be one."""
-    if built.saves is None:
-        return False
-    with built.during("saving"):
-        return built.saves.save(progress, may_fail=may_fail)
-
-
-def _stop(run: Run, built: _Built, progress: Progress) -> None:
-    if built.saves is not None:
-        built.saves.finish()
-    by = None
-    if run.stop is not None:
-        by = run.stop.received
-        run.stop.saved()
-    raise StoppedError(
-        "RUN-001",
-        f"Stopped by {by or 'a signal to another process'} after step {progress.step}, which is saved.",
-        "Run the same command again; it goes on from there.",
-    )
-
-
-def _replaced(run: Run, batches: Sequence[FeatureBatch], progress: Progress) -> int:
-    """How many samples of the step were replaced in all replicas; an error where --on-bad-sample allows fewer."""
-    policy = parse_on_bad_sample(run.sections.data.on_bad_sample)
-    if not policy.skips:
-        return 0
-    samples = [sample for batch in batches for sample in batch["sample"]]
-    instead_of = [sample for batch in batches for sample in batch.get("replaced", [])]
-    replaced = replaced_in_step(run.mesh.dp_rank, samples, instead_of, run.comm.all_gather_object)
-    consumed = progress.consumed_samples + run.global_batch_size
-    check_replaced(progress.replaced_samples + replaced, consumed, len(run.dataset), policy)
-    return replaced
-
-
-def _batches(run: Run, progress: Progress) -> Generator[FeatureBatch]:
-    sections = run.sections
-    return feature_batches(
-        run.dataset,
-        BatchPlan(run.global_batch_size, sections.data.micro_batch_size, run.mesh.dp_rank, run.mesh.layout.dp_size),
-        text_len=run.config.text_len,
-        seed=sections.training.seed,
-        consumed_samples=progress.consumed_samples,
-        caption_dropout=sections.data.caption_dropout,
-        shuffle=sections.data.shuffle,
-        num_workers=sections.data.workers,
-        read_timeout=sections.data.read_timeout,
-        on_bad_sample=parse_on_bad_sample(sections.data.on_bad_sample),
-        pin_memory=sections.data.pin_memory and run.backend.kind != "cpu",
-        with_noise=run.mesh.pp_rank in (0, run.mesh.layout.pp_size - 1),  # stages between do not see it
-    )
-
-
-def _measure(
-    run: Run,
-    result: StepResult,
-    progress: Progress,
-    flow: FlowMatching,
-    batches: Sequence[FeatureBatch],
-    seconds: float,
-) -> StepMetrics:
-    replica_samples = run.global_batch_size // run.mesh.layout.dp_size
-    flops = replica_samples * train_flops(run.config, result.tokens // replica_samples, frozen=run.lora is not None)
-    devices_per_replica = run.comm.world_size // run.mesh.layout.dp_size
-    outcome = result.outcome
-    drawn = [flow.draw_timesteps(run.sections.training.seed, batch["sample"], batch["draw"])[1] for batch in batches]
-    return StepMetrics(
-        step=progress.step,
-        loss=outcome.loss,
-        loss_hex=outcome.loss.hex(),
-        grad_norm=outcome.grad_norm,
-        grad_norm_hex=outcome.grad_norm.hex(),
-        lr=result.lr,
-        consumed_samples=progress.consumed_samples,
-        tokens_per_s=result.tokens * run.mesh.layout.dp_size / seconds,
-        tflops=flops / devices_per_replica / seconds / 1e12,
-        peak_memory_gb=run.backend.peak_memory_bytes() / 1e9,
-        step_time_s=seconds,
-        skipped=not result.updated,
-        timesteps=tuple(round(t, 3) for t in torch.cat(drawn).tolist()),
-        sample_losses=tuple(outcome.losses[run.mesh.dp_rank].flatten().tolist()),
-    )
-
-
-def _background_saver(
-    run: Run, optimizer: Optimizer, memory: MemoryWatch, lock: Lock | None, stack: ExitStack
-) -> BackgroundSaver | None:
-    if run.sections.checkpoint.save is None or run.saving is None:
+def _open_folder(run: Run, stack: ExitStack) -> Lock | None:
+    """Take the lock of `--save`, on rank 0, for as long as the run goes on; a phase of its own."""
+    save = run.sections.checkpoint.save
+    if save is None:
         return None
-    memory.pinned_host += require_memory_for_saving(run, optimizer)
-    saver = BackgroundSaver(Path(run.sections.checkpoint.save), run.saving, queues_of(run.backend).host_memory, lock)
-    return stack.enter_context(saver)
+    with run.watch.during(OPENING):
+        return stack.enter_context(writing(Path(save), run.comm))

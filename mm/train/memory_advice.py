@@ -7,7 +7,7 @@ legal. What it saves is the measured split times closed ratios of bytes before a
 | --- | --- |
 | parameters | 4, in bf16 2, over TP x PP; layer-zero: 4 over TP x PP x zero3_size |
 | gradients | 4 over the same |
-| optimizer | 8, in bf16 12, over TP x PP, over DP x CP when distributed; layer-zero: 8 over the same as parameters |
+| optimizer | AdamW 8, Lion 4, in bf16 4 more, over TP x PP, over DP x CP when distributed; layer-zero: as parameters |
 | its average | 4 over the same as the optimizer, on those who own it |
 
 With LoRA the base has 2 or 4 bytes, 1 in 8 bits, over TP x PP (layer-zero: x zero3_size); gradients and optimizer are
@@ -29,6 +29,7 @@ from mm.config.layout import balanced_stages
 from mm.config.recompute import Recompute, recompute_of
 from mm.config.rules.training import TRAINING_RULES
 from mm.config.run.training import TrainingRun
+from mm.optim.algorithms.make import ALGORITHMS
 from mm.train.memory_breakdown import MemoryBreakdown
 
 _LARGEST_FACTOR = 8
@@ -234,19 +235,20 @@ def _model_bytes(run: TrainingRun) -> tuple[float, float, float]:
     cut, sharing = run.tp * run.pp, _replicas(run) * run.cp
     distributed = sharing if run.parallel.distributed_optimizer else 1
     zero, bf16 = run.parallel.layerzero, run.model.precision == "bf16"
-    averaged = 4 if run.optimizer.ema_decay is not None else 0
+    state = ALGORITHMS[run.optimizer.name].bytes_per_element
+    state += 4 if run.optimizer.ema_decay is not None else 0
     if run.adapters is not None:
         base = (1 if run.adapters.base_dtype else 2 if bf16 else 4) / cut
         if zero is not None:  # a block that runs and the next are gathered beside the shards
             base *= min(1.0, 1 / zero.zero3_size + 2 / max(run.blocks_of_stages))
         replicas = 1 if zero is not None else distributed
-        return base, 4 * _ADAPTERS / cut, (8 + averaged) * _ADAPTERS / (cut * replicas)
+        return base, 4 * _ADAPTERS / cut, state * _ADAPTERS / (cut * replicas)
     if zero is not None:
         shard = cut * zero.zero3_size
-        return 4 / shard, 4 / shard, (8 + averaged) / max(shard, cut * distributed)
+        return 4 / shard, 4 / shard, state / max(shard, cut * distributed)
     if bf16:
-        return 2 / cut, 4 / cut, (12 + averaged) / (cut * distributed)
-    return 4 / cut, 4 / cut, (8 + averaged) / (cut * distributed)
+        return 2 / cut, 4 / cut, (4 + state) / (cut * distributed)
+    return 4 / cut, 4 / cut, state / (cut * distributed)
 
 
 def _activation_bytes(run: TrainingRun) -> float:

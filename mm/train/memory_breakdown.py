@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from mm.optim.optimizer import MOMENTS, Optimizer
+from mm.optim.optimizer import Optimizer
 from mm.parallel.apply import ParallelModel
 from mm.parallel.placement import local
 
@@ -35,7 +35,7 @@ class MemoryBreakdown:
         gradients: what backward adds to. optimizer: fp32 masters, where the model has others, moments, and the average.
         activations: all that was held beyond these when most was: activations, messages, temporaries.
         program: what the process held before the model; 0 where the device holds nothing of it.
-        moments_to_come: what AdamW will make at the end of its first step.
+        moments_to_come: what the optimizer will make at the end of its first step.
         pinned_host: of the host's memory, beside the device's.
     """
 
@@ -94,9 +94,7 @@ def measure(
         # on the CPU memory that was never written to is not resident, so that the kinds may be more than the peak
         activations=max(0, peak - program - parameters - gradients - state),
         program=program,
-        moments_to_come=sum(
-            len(MOMENTS) * shard.key.nbytes for shard, values in zip(shards, states, strict=True) if not values
-        ),
+        moments_to_come=sum(shard.state_bytes for shard, values in zip(shards, states, strict=True) if not values),
         pinned_host=pinned_host,
     )
 

@@ -1,7 +1,7 @@
 """Checkpoints of a run in the MM format (`--ckpt-format torch`): weights and progress in MindSpeed-MM's files.
 
 Each pipeline rank's file holds its parameters in the model's own dtypes, under MM names; how far the run has come is in
-mm_record.json beside the first of them. Such a checkpoint has no optimizer: going on from it starts AdamW anew at
+mm_record.json beside the first of them. Such a checkpoint has no optimizer: going on from it starts that anew at
 rounded weights.
 """
 

@@ -10,24 +10,25 @@ from pathlib import Path
 from mm.config.run.training import TrainingRun
 from mm.config.step import Change, StepSettings, changes
 from mm.errors import Problem
-from mm.optim.optimizer import AdamWSettings, learning_rates
+from mm.optim.optimizer import learning_rates
+from mm.optim.settings import UpdateSettings
 
 logger = logging.getLogger(__name__)
 
 _DENSE = 1000  # steps to come whose rates are compared one by one, and as many spread over the others
 
 
-def adamw_settings(steps: StepSettings, *, fused: bool = False) -> AdamWSettings:
-    """AdamW, its schedule in samples and its average, as the settings of a run have them; `fused`: in one kernel."""
+def update_settings(steps: StepSettings, *, fused: bool = False) -> UpdateSettings:
+    """The optimizer, its schedule in samples and the average, as the settings of a run have them."""
     schedule, samples = steps.schedule, steps.global_batch_size
-    return AdamWSettings(
+    return UpdateSettings(
         lr=schedule.lr,
         min_lr=schedule.min_lr,
         lr_decay_style=schedule.lr_decay_style,
         lr_warmup_init=schedule.lr_warmup_init,
         warmup_samples=schedule.lr_warmup_iters * samples,
         decay_samples=schedule.lr_decay_iters * samples,
-        **steps.optimizer.model_dump(),
+        **dict(steps.optimizer),
         ema_decay=steps.ema_decay,
         fused=fused,
     )
@@ -91,7 +92,7 @@ class Resuming:
         stride = max(1, (left - _DENSE) // _DENSE)
         offsets = [*range(min(left, _DENSE)), *range(_DENSE, left, stride), left - 1]
         samples = [consumed + offset * steps.global_batch_size for offset in offsets]
-        return learning_rates(adamw_settings(steps), samples)
+        return learning_rates(update_settings(steps), samples)
 
     def _consequence(self, change: Change, before: StepSettings, step: int, consumed: int) -> str:
         if change.kind not in ("batch", "schedule"):
@@ -118,8 +119,11 @@ class Resuming:
             keep = f"Let {change.name} be {change.before} to go on as before"
         elif change.kind in ("objective", "data"):
             keep = f"Set {change.name} to {change.before} to go on as before"
+        anew = ""
+        if change.name == words["optimizer.name"].name:  # no state fits the other one
+            anew = f" and {words['checkpoint.load_optimizer'].with_value(False)}"
         changed = words["checkpoint.resume_changed"].name
-        return f"{keep}; to change it on purpose, add {changed} {change.kind}."
+        return f"{keep}; to change it on purpose, add {changed} {change.kind}{anew}."
 
     def _keep_batch(self, samples: int) -> str:
         """The values that keep a global batch on the replicas that there are."""

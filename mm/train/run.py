@@ -64,6 +64,11 @@ class Run:
         return self.sections.wan
 
     @property
+    def is_asked_to_stop(self) -> bool:
+        """Whether a signal has reached this process."""
+        return self.stop is not None and self.stop.received is not None
+
+    @property
     def reports(self) -> bool:
         """Whether this rank writes metrics and logs."""
         return self.comm.rank == 0

@@ -1,9 +1,9 @@
 """The state of a training run on disk: what a checkpoint holds, saving it, going on from it, starting from weights.
 
-A checkpoint holds the fp32 master weights (`model.<name>`), AdamW's moments (`optimizer.exp_avg.<name>`,
-`optimizer.exp_avg_sq.<name>`) and, where it is kept, the average (`ema.<name>`) of what is trained, all parameters or
-adapters alone, and, as JSON, how far the run has come. Random numbers are keyed by seed and sample (mm.rng), so the
-seed and the count of consumed samples are their whole state.
+A checkpoint holds the fp32 master weights (`model.<name>`), what the optimizer keeps (`optimizer.<its name>.<name>`),
+and, where it is kept, the average (`ema.<name>`) of what is trained, all parameters or adapters alone; and, as JSON,
+how far the run has come. Random numbers are keyed by seed and sample (mm.rng), so the seed and the count of consumed
+samples are their whole state.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ from mm.checkpoint.background import copy_bytes
 from mm.checkpoint.boxes import Box
 from mm.checkpoint.comm import Comm
 from mm.checkpoint.formats.mindspeed import config_of
-from mm.checkpoint.formats.training import ADAPTERS_KEY, AVERAGE_PREFIX, CONFIG_KEY, DECAY_KEY, STEPS_KEY
+from mm.checkpoint.formats.training import ADAPTERS_KEY, AVERAGE_PREFIX, CONFIG_KEY, DECAY_KEY, STATE_KEY, STEPS_KEY
 from mm.checkpoint.manifest import damaged
 from mm.checkpoint.record import kind_of, read_record
 from mm.checkpoint.store import Derived, Piece, load, pieces_of_flat_range, read_manifest
 from mm.checkpoint.weights import WeightSource, open_weights, require_exactly
 from mm.config.base import parse
 from mm.config.model import WanConfig
+from mm.config.optimizer import OptimizerName
 from mm.config.step import StepSettings
 from mm.errors import CheckpointError, ConfigError, Problem, raise_all
 from mm.lora.record import AdapterRecord, export, record_of
+from mm.optim.algorithms.base import Algorithm
+from mm.optim.algorithms.make import ALGORITHMS
 from mm.optim.ema import Average
-from mm.optim.optimizer import MOMENTS, Optimizer, ParamShard
+from mm.optim.optimizer import Optimizer, ParamShard
 from mm.parallel.placement import whole_shapes
 from mm.train.resuming import Resuming
 
@@ -87,8 +90,7 @@ def state_of(
         "skipped_steps": progress.skipped_steps,
         "replaced_samples": progress.replaced_samples,
         "seed": seed,
-        # ranks of a stage without adapters have no count of their own
-        "adam_step": max(comm.all_gather_object(optimizer.adam_step())) if with_optimizer else None,
+        **_optimizer_scalars(optimizer, comm, with_optimizer=with_optimizer),
         CONFIG_KEY: config.model_dump(mode="json"),
         STEPS_KEY: steps.model_dump(mode="json"),
     }
@@ -102,10 +104,44 @@ def state_of(
     return State(progress.step, _pieces(owned, with_optimizer, optimizer.average), scalars, derived)
 
 
+def _optimizer_scalars(optimizer: Optimizer, comm: Comm, *, with_optimizer: bool) -> dict[str, Any]:
+    """What says that the optimizer's state is there: its count of updates, or that it has none."""
+    key = optimizer.algorithm.step_key
+    if key is None:
+        return {STATE_KEY: with_optimizer}
+    # ranks of a stage without adapters have no count of their own
+    return {key: max(comm.all_gather_object(optimizer.steps_made())) if with_optimizer else None}
+
+
+def _require_state(path: Path, scalars: Mapping[str, Any], algorithm: Algorithm) -> None:
+    """CKPT-072 and CKPT-073: the state of this run's optimizer must be there."""
+    theirs = ALGORITHMS[_recorded_optimizer(scalars)]
+    if theirs.name != algorithm.name:
+        raise CheckpointError(
+            "CKPT-073",
+            f"{path} holds the state of {theirs.title}, and this run's --optimizer is {algorithm.name}.",
+            f"Give --optimizer {theirs.name}, or --no-load-optim to start {algorithm.title} anew from these weights.",
+        )
+    saved = scalars.get(STATE_KEY, False) if algorithm.step_key is None else scalars.get(algorithm.step_key) is not None
+    if not saved:
+        raise CheckpointError(
+            "CKPT-072",
+            f"{path} was saved without the optimizer (--no-save-optim or --ckpt-format torch).",
+            f"Give --no-load-optim to start {algorithm.title} anew from these weights.",
+        )
+
+
+def _recorded_optimizer(scalars: Mapping[str, Any]) -> OptimizerName:
+    """That of a checkpoint, whose settings are those of `mm.config.step`; earlier versions had one."""
+    recorded = scalars.get(STEPS_KEY)
+    return "adamw" if recorded is None else StepSettings.model_validate(recorded).optimizer.optimizer
+
+
 def saved_bytes(optimizer: Optimizer, *, with_optimizer: bool) -> int:
-    """Host memory for a copy of what this rank saves; its moments need not be there yet."""
+    """Host memory for a copy of what this rank saves; the optimizer's state need not be there yet."""
     masters = _pieces([shard for shard in optimizer.shards if shard.owned], False, None)
-    return copy_bytes(masters) * (1 + len(MOMENTS) * with_optimizer + (optimizer.average is not None))
+    kept = len(optimizer.algorithm.state) if with_optimizer else 0
+    return copy_bytes(masters) * (1 + kept + (optimizer.average is not None))
 
 
 def load_state(
@@ -125,21 +161,21 @@ def load_state(
 
     Args:
         path: what `mm.checkpoint.store.find_latest` returned.
-        optimizer: of the model that goes on; its masters, moments, step count and schedule are set.
+        optimizer: of the model that goes on; its masters, state, step count and schedule are set.
         config: the model's shape, which must be the checkpoint's.
         seed: this run's; unless `any_seed`, it must be the checkpoint's.
         comm: the ranks.
         resuming: what the steps of this run mean, and what of it may differ from the checkpoint's.
-        with_optimizer: take the moments too.
+        with_optimizer: take the optimizer's state too.
         with_average: take the average too; else it begins at the loaded weights, if this run has one.
         any_seed: go on with this run's seed although the checkpoint's differs.
         adapters: of a run that trains these alone.
 
     Raises:
-        CheckpointError: CKPT-071 for another seed, CKPT-072 where the moments are wanted and were not saved, CKPT-085
-            and CKPT-086 where one of run and checkpoint has an average and the other has not, CKPT-080 and CKPT-081
-            for adapters where all parameters are trained and the reverse, CKPT-082 and CKPT-083 for adapters of other
-            linears or another base, and what `mm.checkpoint.store.load` raises.
+        CheckpointError: CKPT-071 for another seed, CKPT-072 and CKPT-073 where the optimizer's state is wanted and was
+            not saved or is another one's, CKPT-085 and CKPT-086 where one of run and checkpoint has an average and the
+            other has not, CKPT-080 and CKPT-081 for adapters where all parameters are trained and the reverse, CKPT-082
+            and CKPT-083 for adapters of other linears or another base, and what `mm.checkpoint.store.load` raises.
         ConfigError: CFG-028 for another model, CFG-160 for every other change of what steps mean.
     """
     scalars, theirs, record = _described(path)
@@ -147,20 +183,16 @@ def load_state(
     fields = theirs.differing_fields(config) + ["text_len"] * (theirs.text_len != config.text_len)
     require_same_model(theirs, config, fields, str(path))
     _require_same_steps(path, scalars, seed, resuming, any_seed=any_seed)
-    if with_optimizer and scalars["adam_step"] is None:
-        raise CheckpointError(
-            "CKPT-072",
-            f"{path} was saved without the optimizer (--no-save-optim or --ckpt-format torch).",
-            "Give --no-load-optim to start AdamW anew from these weights.",
-        )
+    if with_optimizer:
+        _require_state(path, scalars, optimizer.algorithm)
     if with_average:
         _require_same_average(path, scalars.get(DECAY_KEY), optimizer.average)
     if kind_of(path) == "torch":
         load_weights(open_weights(path), optimizer, config)
     else:
         _load_tensors(path, optimizer, comm, with_optimizer=with_optimizer, with_average=with_average)
-        if with_optimizer:
-            optimizer.set_adam_step(scalars["adam_step"])
+        if with_optimizer and optimizer.algorithm.step_key is not None:
+            optimizer.set_steps_made(scalars[optimizer.algorithm.step_key])
         optimizer.masters_to_model()
     optimizer.set_progress(scalars["consumed_samples"])
     # checkpoints of earlier versions do not have the last two: nothing could be skipped or replaced then
@@ -174,7 +206,7 @@ def _described(path: Path) -> tuple[dict[str, Any], WanConfig, AdapterRecord | N
         record = read_record(path)
         scalars = record.model_dump(
             include={"step", "consumed_samples", "skipped_steps", "replaced_samples", "seed", STEPS_KEY}
-        ) | {"adam_step": None}
+        )
         config = config_of(path)
         if config is None:
             raise damaged(path, "it does not say the model's configuration")
@@ -295,7 +327,7 @@ def _pieces(shards: Sequence[ParamShard], with_optimizer: bool, average: Average
 def _pieces_of(shard: ParamShard, with_optimizer: bool, average: Average | None) -> Iterator[Piece]:
     values = {f"model.{shard.name}": shard.master}
     if with_optimizer:
-        values |= {f"optimizer.{moment}.{shard.name}": shard.moment(moment) for moment in MOMENTS}
+        values |= {f"optimizer.{kept}.{shard.name}": flat for kept, flat in shard.state().items()}
     if average is not None and shard.owned:
         values[f"{AVERAGE_PREFIX}{shard.name}"] = average.values[shard.name]
     for key, flat in values.items():

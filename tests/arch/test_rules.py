@@ -133,6 +133,12 @@ def test_sizes(path: Path) -> None:
             assert length <= 80, f"{path}:{node.lineno} {node.name} has {length} lines"
 
 
+def test_only_an_optimizer_s_own_file_spells_its_state() -> None:
+    """Everything else asks the declaration, so that one more optimizer is one more file."""
+    spelled = re.compile(r"exp_avg|adam_step")
+    assert {path.stem for path in SOURCES if spelled.search(path.read_text())} == {"adamw", "lion"}
+
+
 def test_scripts_only_import_commands() -> None:
     for path in SCRIPTS:
         if path.name.startswith("train_"):

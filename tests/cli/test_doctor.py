@@ -52,10 +52,13 @@ def test_one_process_holds_the_model_that_diffusers_builds(two_blocks: str) -> N
     with torch.device("meta"):
         model = WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=2)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    found = report("1.3b", "--latent-size", "3", "4", "4", NPUS_PER_NODE="1", PRECISION="fp32", MM_MODEL=two_blocks)
+    words, environment = ("--latent-size", "3", "4", "4"), {"NPUS_PER_NODE": "1", "PRECISION": "fp32"}
+    found = report("1.3b", *words, MM_MODEL=two_blocks, **environment)
     assert found["parameters"] == parameters
     assert found["parameter_bytes"] >= 4 * parameters
     assert found["optimizer_bytes"] == pytest.approx(8 * parameters, rel=1e-3)  # two moments; fp32 needs no masters
+    lion = report("1.3b", *words, "--optimizer", "lion", MM_MODEL=two_blocks, **environment)
+    assert lion["optimizer_bytes"] == pytest.approx(4 * parameters, rel=1e-3)
     assert found["peak_bytes"] == sum(found["peak"].values())
 
 

@@ -4,8 +4,10 @@ Here whole gradients and weights are put together on rank 0, where every element
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from mm.data.loader import FeatureBatch
 from mm.device.backend import Backend
 from mm.doctor import parity
 from mm.doctor.parity import Case, RelativeErrors, Trace, limits, merge
-from mm.optim.optimizer import Optimizer
+from mm.optim.optimizer import Optimizer, ParamShard
 from mm.parallel.apply import DataParallelOptions
 from mm.parallel.mesh import Mesh, build_mesh
 from mm.wan.patches import token_grid
@@ -106,9 +108,14 @@ def micro_batches(row: Row, samples: list[FeatureBatch], mesh: Mesh) -> list[Fea
 
 
 def gather(optimizer: Optimizer, what: str) -> dict[str, torch.Tensor]:
+    """Whole gradients or masters, on rank 0."""
+    return gather_of(optimizer, attrgetter(what))
+
+
+def gather_of(optimizer: Optimizer, value: Callable[[ParamShard], torch.Tensor]) -> dict[str, torch.Tensor]:
     """Whole tensors out of the owned ranges of all ranks, on rank 0. Every element must come exactly once."""
     mine = [
-        (s.name, s.placement, s.start, getattr(s, what).detach().clone())
+        (s.name, s.placement, s.start, value(s).detach().clone())
         for s in optimizer.shards
         if s.owned and s.start < s.stop
     ]

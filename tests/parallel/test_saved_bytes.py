@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from traffic_rows import Row, row
+from traffic_rows import WAN, Row, row
 
 from mm.checkpoint.background import PAGE, BackgroundSaver
 from mm.checkpoint.comm import SingleProcess
@@ -74,6 +74,14 @@ def test_a_node_without_that_memory_is_told_before_the_first_step(monkeypatch: p
         monkeypatch.setattr("mm.train.build.free_host_bytes", lambda: 4 * need - 1)
         with pytest.raises(ConfigError, match="CFG-185"):
             require_memory_for_saving(run, optimizer)  # type: ignore[arg-type]
+
+
+def test_no_rank_is_taken_for_the_one_that_was_looked_at_before() -> None:
+    """Shards of layer-zero differ between ranks, and torch keeps shapes by mesh, where two ranks have equal ones."""
+    wan = WAN.model_copy(update={"hidden_size": 192})  # shapes that no other test has asked for
+    case = replace(row(4, zero=4), wan=wan)
+    second, first = (predicted(case, rank) for rank in (1, 0))
+    assert first > second > 0  # the first has the only row of head.modulation
 
 
 @pytest.mark.parametrize(

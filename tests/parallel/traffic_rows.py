@@ -16,7 +16,7 @@ from mm.device.backend import select
 from mm.diffusion.flow import FlowMatching
 from mm.doctor.traffic import CountTraffic, Traffic, axes_of, totals
 from mm.optim.make import make_optimizer
-from mm.optim.optimizer import AdamWSettings
+from mm.optim.settings import UpdateSettings
 from mm.parallel.apply import DataParallelOptions, apply
 from mm.parallel.mesh import Mesh, build_mesh
 from mm.supervise.job import Job
@@ -28,7 +28,7 @@ from mm.wan.initial import initial_value
 WAN = WanConfig(text_dim=16, text_len=8, hidden_size=256, ffn_dim=512, num_heads=8, num_layers=2, freq_dim=32)
 EVEN, ODD = (2, 8, 8), (3, 6, 10)
 """Latent sizes of 32 tokens, which divide by 8, and of 45, which leave padding."""
-SETTINGS = AdamWSettings(
+SETTINGS = UpdateSettings(
     lr=1e-3, min_lr=0.0, lr_decay_style="constant", lr_warmup_init=0.0, warmup_samples=0, decay_samples=100,
     weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, clip_grad=1e-3,
 )  # fmt: skip

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_runs import WEIGHTS, bits, metrics, run, words
 
 import mm.generate.run
-import mm.train.validation
+import mm.train.callbacks.rendering
 from mm.checkpoint.weights import load_into, open_weights
 from mm.cli import generate as generate_command
 from mm.cli import train as train_command
@@ -49,7 +49,7 @@ def evaluations(save: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def frames_before_the_codec() -> Iterator[None]:
-    with keeping_frames(mm.train.validation, mm.generate.run):
+    with keeping_frames(mm.train.callbacks.rendering, mm.generate.run):
         yield
 
 
@@ -156,7 +156,7 @@ LAYOUTS: list[dict[str, Any]] = [
 
 
 def train_one_after_the_other(commands: list[list[str]]) -> None:
-    with keeping_frames(mm.train.validation):
+    with keeping_frames(mm.train.callbacks.rendering):
         for command in commands:
             train_command.main(command)
 

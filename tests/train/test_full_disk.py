@@ -12,7 +12,7 @@ from training_runs import bits, run
 
 from mm.checkpoint import fault
 from mm.errors import CheckpointError
-from mm.train.metrics import read_metrics
+from mm.train.records import read_metrics
 
 FOUR = {"train_iters": 4, "save_interval": 1}
 
@@ -74,7 +74,11 @@ def test_what_is_no_disk_is_not_passed_over(demo: Path, tmp_path: Path, monkeypa
 METRICS = """
 import logging, resource, sys
 from pathlib import Path
-from mm.train.metrics import MetricsLog, StepMetrics
+from mm.train.records import StepMetrics
+from mm.train.sinks.base import opened
+from mm.train.sinks.console import Console
+from mm.train.sinks.json_lines import JsonLines
+from mm.train.sinks.tensorboard import TensorBoard
 
 folder, hard = Path(sys.argv[1]), resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
@@ -85,13 +89,14 @@ def line(step):
 def largest_file(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
 
-with MetricsLog(folder, folder / "board", first_step=1, total_steps=8, log_interval=100, progress_bar=False) as log:
+sinks = [JsonLines(folder), TensorBoard(folder / "board"), Console(100, progress_bar=False)]
+with opened(sinks, first_step=1, total_steps=8) as write:
     for step in range(1, 9):
         if step == 3:  # half a line more
             largest_file((folder / "metrics.jsonl").stat().st_size + 100)
         if step == 6:
             largest_file(hard)
-        log.write(line(step))
+        write([line(step)])
 """
 
 

@@ -22,7 +22,8 @@ from mm.data.loader import FeatureBatch
 from mm.device.backend import select
 from mm.diffusion.flow import FlowMatching
 from mm.optim.make import make_optimizer
-from mm.optim.optimizer import AdamWSettings, Optimizer
+from mm.optim.optimizer import Optimizer
+from mm.optim.settings import UpdateSettings
 from mm.parallel.apply import DataParallelOptions, ParallelModel, apply
 from mm.parallel.mesh import build_mesh
 from mm.supervise.job import Job
@@ -30,7 +31,7 @@ from mm.train.step import train_step
 from mm.wan.initial import initial_value
 
 WAN = WanConfig(text_dim=16, text_len=8, hidden_size=48, ffn_dim=96, num_heads=2, num_layers=2, freq_dim=16)
-SETTINGS = AdamWSettings(
+SETTINGS = UpdateSettings(
     lr=1e-3, min_lr=0.0, lr_decay_style="constant", lr_warmup_init=0.0, warmup_samples=0, decay_samples=1000,
     weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, clip_grad=1.0, fused=True,
 )  # fmt: skip

@@ -8,7 +8,11 @@ from statistics import fmean
 import pytest
 from training_runs import metrics, run
 
-from mm.train.metrics import MetricsLog, StepMetrics, read_metrics
+from mm.train.records import StepMetrics, drop_repeated_steps, read_metrics
+from mm.train.running_mean import RunningMean
+from mm.train.sinks.base import opened
+from mm.train.sinks.console import Console
+from mm.train.sinks.json_lines import JsonLines
 
 STEPS = 130
 LOSSES = [math.nan if step in (7, 90) else 1 + math.sin(step) / (1 + step) for step in range(1, STEPS + 1)]
@@ -20,10 +24,10 @@ def row(step: int) -> StepMetrics:
 
 
 def write(folder: Path, steps: range) -> None:
-    log = MetricsLog(folder, None, first_step=steps[0], total_steps=STEPS, log_interval=1, progress_bar=False)
-    with log:
+    recent = RunningMean(float.fromhex(row.loss_hex) for row in drop_repeated_steps(folder, steps[0]))
+    with opened([JsonLines(folder), Console(1, progress_bar=False)], steps[0], STEPS) as log:
         for step in steps:
-            log.write(row(step))
+            log([row(step).with_mean(recent)])
 
 
 def expected(step: int) -> float:
@@ -47,9 +51,9 @@ def test_the_mean_is_of_the_last_hundred_and_a_resume_does_not_change_it(
 
 def test_a_first_loss_that_is_not_finite_has_no_mean(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    log = MetricsLog(tmp_path, None, first_step=1, total_steps=1, log_interval=1, progress_bar=False)
-    with log:
-        log.write(StepMetrics(1, math.nan, "nan", math.nan, "nan", 1e-3, 1, 1.0, 1.0, 1.0, 1.0, skipped=True))
+    metrics = StepMetrics(1, math.nan, "nan", math.nan, "nan", 1e-3, 1, 1.0, 1.0, 1.0, 1.0, skipped=True)
+    with opened([JsonLines(tmp_path), Console(1, progress_bar=False)], 1, 1) as log:
+        log([metrics.with_mean(RunningMean())])
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss_mean"] is None
     assert "loss nan | grad norm" in caplog.text
 

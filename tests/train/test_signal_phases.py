@@ -20,8 +20,7 @@ from mm.data import loader
 from mm.errors import EndedElsewhereError, StoppedError
 from mm.optim.optimizer import Optimizer
 from mm.parallel.stage import WanStage
-from mm.train import checkpointing, checks
-from mm.train.metrics import MetricsLog
+from mm.train.callbacks import checkpointing, evaluation
 
 PLACES: dict[str, tuple[Any, str, int]] = {
     "data wait": (loader, "read_sample", 5),
@@ -31,8 +30,8 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "optimizer": (Optimizer, "update", 3),
     "staging": (BackgroundSaver, "_copied", 1),
     "save": (checkpointing, "save", 1),
-    "evaluation": (checks, "evaluate", 1),
-    "exit": (MetricsLog, "__exit__", 1),
+    "evaluation": (evaluation, "evaluate", 1),
+    "exit": (checkpointing.Checkpointing, "finish", 1),
 }
 """Whose nth call the signal precedes; in backward it comes with the gradient of what the call returns."""
 

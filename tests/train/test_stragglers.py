@@ -22,7 +22,7 @@ from test_hangs import Job, no_process_is_left  # noqa: F401  (a fixture)
 
 from mm.device.backend import select
 from mm.supervise.stacks import where_is
-from mm.train.stragglers import STEP_PHASES, Looks, Stragglers, chance, find, slow_devices
+from mm.train.callbacks.stragglers import STEP_PHASES, Looks, Stragglers, chance, find, slow_devices
 
 
 def seen(*own: int, looks: int = 100) -> Looks:
@@ -91,7 +91,7 @@ class Probes:
         looks = {(phase, own): 50 for phase in STEP_PHASES for own in (True, False)}
         watch = SimpleNamespace(take_samples=lambda: Counter(looks))
         mesh = SimpleNamespace(gather=self._of_all, tp_rank=0, cp_rank=0, dp_rank=0, pp_rank=0)
-        monkeypatch.setattr("mm.train.stragglers.product_seconds", lambda backend: 0.0)
+        monkeypatch.setattr("mm.train.callbacks.stragglers.product_seconds", lambda backend: 0.0)
         self.compare = Stragglers(watch, mesh, select("cpu")).compare  # type: ignore[arg-type]
 
     def _of_all(self, values: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Reading the weights out of a training checkpoint.
 
-Its conventions: tensors `model.<native name>` (the fp32 master), `optimizer.exp_avg.<native name>`,
-`optimizer.exp_avg_sq.<native name>` and, of a run with --ema-decay, `ema.<native name>`; the scalars hold
+Its conventions: tensors `model.<native name>` (the fp32 master), `optimizer.<state>.<native name>` with the names that
+the optimizer declares (`mm.optim.algorithms`) and, of a run with --ema-decay, `ema.<native name>`; the scalars hold
 `step`, `consumed_samples` and `wan_config`.
 """
 
@@ -25,6 +25,8 @@ MODEL_PREFIX, AVERAGE_PREFIX = "model.", "ema."
 DECAY_KEY = "ema_decay"
 """Of the scalars: a checkpoint that has it holds the average of its weights."""
 CONFIG_KEY = "wan_config"
+STATE_KEY = "optimizer_state"
+"""Of the scalars: whether the state of an optimizer is there that does not count its updates."""
 STEPS_KEY = "steps"
 """Of the scalars: `mm.config.step.StepSettings` of the run; checkpoints of earlier versions do not have it."""
 ADAPTERS_KEY = "adapters"

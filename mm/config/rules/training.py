@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from mm.config.bad_samples import parse_on_bad_sample
+from mm.config.optimizer import DEFAULTS
 from mm.config.rules.adapters import ADAPTER_RULES
 from mm.config.rules.around import AROUND_RULES
 from mm.config.rules.features import FEATURE_RULES
@@ -73,6 +74,14 @@ def _schedule_fits(run: TrainingRun) -> Iterator[Problem]:
             yield Problem("CFG-025", found, f"Lower {word.name}.")
 
 
+def _epsilon_is_used(run: TrainingRun) -> Iterator[Problem]:
+    """CFG-029: a number that the optimizer does not have."""
+    optimizer, words = run.optimizer, run.origins
+    if optimizer.eps is not None and DEFAULTS[optimizer.name].eps is None:
+        chosen = words["optimizer.name"].with_value(optimizer.name)
+        yield Problem("CFG-029", f"{words['optimizer.eps'].name} has no effect with {chosen}.", "Remove one of them.")
+
+
 def _overlap_needs_distributed_optimizer(run: TrainingRun) -> Iterator[Problem]:
     """CFG-026: parameters are gathered only where they are sharded, and only behind the gradients."""
     cut = run.parallel
@@ -110,6 +119,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     _bad_samples_are_said,
     *AROUND_RULES,
     _schedule_fits,
+    _epsilon_is_used,
     _overlap_needs_distributed_optimizer,
     _compiled_blocks_wait_for_nothing,
     *RECOMPUTE_RULES,

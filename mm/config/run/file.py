@@ -27,7 +27,9 @@ def load_training(path: Path, world_size: int = 1) -> TrainingRun:
 
 def resolved(run: TrainingRun) -> TrainingRun:
     """The run with what its defaults leave to its processes and its other values filled in."""
-    filled: dict[str, Any] = {"optimizer.decay_steps": run.optimizer.decay_steps or run.training.steps}
+    own = run.optimizer.filled()
+    filled: dict[str, Any] = {f"optimizer.{name}": getattr(own, name) for name in ("beta1", "beta2", "eps")}
+    filled["optimizer.decay_steps"] = own.decay_steps or run.training.steps
     if run.dp is not None:
         filled["data.global_batch_size"] = run.samples_of_step(run.dp)
     return run.changed(filled)

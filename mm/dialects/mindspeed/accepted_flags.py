@@ -28,7 +28,10 @@ ACCEPTED_TRAIN_FLAGS: Accepted = {
     "--mm-tool": (None, "tools.json belongs to feature extraction"),
     "--eval-iters": (None, "an evaluation uses all samples of --eval-data"),
     "--lora-register-forward-hook": (None, "gradients reach every adapter"),
-    "--optimizer-selection": (frozenset({"fused_adamw", "fused_torch_adamw"}), "AdamW's fastest kernel is used"),
+    "--optimizer-selection": (
+        frozenset({"fused_adamw", "fused_torch_adamw"}),
+        "--optimizer names the algorithm, which runs by the device's fastest kernel",
+    ),
 }
 _OF_TRAINING = "it concerns training"
 _NUMBERS = ("--lr", "--min-lr", "--train-iters", "--weight-decay", "--clip-grad", "--adam-beta1", "--adam-beta2")

@@ -10,6 +10,7 @@ from pydantic import Field
 from mm.config.base import Section
 from mm.config.diffusion import DiffusionConfig
 from mm.config.model import WanConfig
+from mm.config.optimizer import OptimizerName
 from mm.config.run.checkpoint import ResumeChange
 from mm.config.tasks.registry import TaskName
 from mm.dialects.mindspeed.mesh_flags import MeshFlags
@@ -136,9 +137,12 @@ class TrainFlags(MeshFlags):
     lr_warmup_iters: int = Field(0, ge=0, description="steps of linear warm-up")
     lr_warmup_init: float = Field(0.0, ge=0, description="learning rate at the start of the warm-up")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay; none on biases and norms")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first-moment decay")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second-moment decay")
-    adam_eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    optimizer: OptimizerName = Field("adamw", description="adamw, or lion, whose rate is usually a tenth to a third")
+    adam_beta1: float | None = Field(None, ge=0, lt=1, description="first decay of averages; default: 0.9")
+    adam_beta2: float | None = Field(
+        None, ge=0, lt=1, description="second decay of averages; default: 0.999, for lion 0.99"
+    )
+    adam_eps: float | None = Field(None, gt=0, description="AdamW's epsilon; default: 1e-8")
     on_nonfinite: str = Field(
         "stop",
         pattern=r"^(stop|skip:[1-9][0-9]*)$",
@@ -163,7 +167,9 @@ class TrainFlags(MeshFlags):
     lora_base_dtype: Literal["int8", "fp8"] | None = Field(
         None, description="LoRA: keep the frozen weights of the blocks' linears in 8 bits; default: the run's precision"
     )
-    use_distributed_optimizer: bool = Field(False, description="shard master weights and moments over the replicas")
+    use_distributed_optimizer: bool = Field(
+        False, description="shard master weights and the optimizer over the replicas"
+    )
     overlap_grad_reduce: bool = Field(False, description="reduce gradients during backward")
     overlap_param_gather: bool = Field(False, description="gather parameters during forward")
 
@@ -279,8 +285,8 @@ RETIRED_TRAIN_FLAGS = {
     "predictor.pipeline_num_layers in pretrain_model.json for stages of different sizes.",
     "--context-parallel-kv-cache-policy": "Remove it; what a ring keeps for its backward pass is no choice here.",
     "--lora-register-forward-hook": "Remove it; gradients reach every adapter without a hook.",
-    "--optimizer-selection": "Remove it; AdamW is the one optimizer, by the device's fastest kernel. What "
-    "fused_ema_adamw adds is --ema-decay alone.",
+    "--optimizer-selection": "Remove it; --optimizer names the algorithm, which runs by the device's fastest kernel. "
+    "What fused_ema_adamw adds is --ema-decay alone.",
     "--use-torch-fsdp2": "Remove it; give --layerzero and --layerzero-config, which shard through FSDP2.",
     "--use-data-balance": "Remove it; the order of samples is drawn from --seed alone.",
     "--fsdp2-config-path": "Remove it; give --layerzero and --layerzero-config, which shard through FSDP2.",

@@ -93,6 +93,7 @@ TRAIN_FLAGS: dict[str, Flag] = {
     "optimizer.warmup_steps": Flag("lr_warmup_iters"),
     "optimizer.warmup_init": Flag("lr_warmup_init"),
     "optimizer.weight_decay": Flag("weight_decay"),
+    "optimizer.name": Flag("optimizer"),
     "optimizer.beta1": Flag("adam_beta1"),
     "optimizer.beta2": Flag("adam_beta2"),
     "optimizer.eps": Flag("adam_eps"),

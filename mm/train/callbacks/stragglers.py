@@ -24,7 +24,9 @@ import torch
 from mm.device.backend import Backend
 from mm.parallel.mesh import Mesh
 from mm.supervise.watchdog import Watchdog
+from mm.train.callbacks.base import Callback, Every, StepDone
 from mm.train.memory_breakdown import Phase
+from mm.train.records import Record
 
 logger = logging.getLogger(__name__)
 
@@ -73,14 +75,20 @@ class Straggler:
     phase: Phase
 
 
-class Stragglers:
-    """Compares the ranks of a run."""
+class Stragglers(Callback):
+    """Compares the ranks of a run (`--straggler-interval`)."""
 
-    def __init__(self, watch: Watchdog, mesh: Mesh, backend: Backend) -> None:
-        """Begin to count."""
+    def __init__(self, watch: Watchdog, mesh: Mesh, backend: Backend, interval: int = 1) -> None:
+        """Begin to count; compare every `interval` steps."""
+        self.every = Every(interval)
         self._watch, self._mesh, self._backend = watch, mesh, backend
         self._seen: Counter[tuple[str, bool]] = Counter()
         self._slow_before: set[int] = set()  # the ranks whose devices were slow in the comparison before
+
+    def after_step(self, done: StepDone) -> Sequence[Record]:
+        """Compare."""
+        self.compare(done.step)
+        return ()
 
     def compare(self, step: int) -> None:
         """Compare what was seen since the last comparison; every rank calls it, rank 0 tells."""

@@ -2,36 +2,59 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from mm.config.inference import InferenceModel
+from mm.data.video import probe, read_frames
 from mm.errors import DataError, raise_all
 from mm.generate.describe import describe_row
 from mm.generate.render import Processes, Renderer, batches_of_replica, usable_rows
 from mm.generate.video import clip_path, prepare_folder, write_clip
 from mm.parallel.apply import ParallelModel
 from mm.parallel.velocity import ParallelVelocity
+from mm.train.callbacks.base import Every, ModelCheck
+from mm.train.records import Record, RenderedClips
+
+logger = logging.getLogger(__name__)
 
 
-class Validation:
-    """Renders the rows of a configuration every few steps, below a folder of the run."""
+class Rendering(ModelCheck):
+    """Renders the rows of a configuration every `--validation-interval` steps, below a folder of the run."""
 
-    def __init__(self, config: InferenceModel, processes: Processes, folder: Path) -> None:
+    def __init__(self, config: InferenceModel, processes: Processes, interval: int, folder: Path) -> None:
         """Encode the texts and images once, and see that the VAE can be loaded; every rank does so.
 
         Args:
-            config: what to render. processes: where the training runs.
+            config: what to render. processes: where the training runs. interval: in steps.
             folder: gets `step_0000100/video_0000.mp4` and so on; all ranks see it.
 
         Raises:
             ConfigError, DataError: what `mm.generate.render` raises; also for a single row that cannot be used, as
                 nobody would look for it later.
         """
+        self.every = Every(interval, at_end=True)
         self._config, self._processes, self._folder = config, processes, folder
         self._rows, bad = usable_rows(config, processes)
         raise_all(DataError, [row.problem for row in bad])
         self._renderer = Renderer(config, processes, batches_of_replica(self._rows, processes, 1, together=True))
         self._renderer.load_video_encoder()
+
+    def look(self, parallel: ParallelModel, step: int) -> Sequence[Record]:
+        """Render; raises what `render` raises."""
+        paths = self.render(parallel, step)
+        if self._processes.comm.rank != 0:
+            return ()
+        clips = {path.stem: clip for path in paths if (clip := _read(path)) is not None}
+        return [RenderedClips(step, paths, clips, self._config.fps)]
+
+    def is_missing(self, step: int) -> bool:
+        """Whether a clip of a step is not there."""
+        return not all(path.exists() for path in self.paths(step))
 
     def render(self, parallel: ParallelModel, step: int) -> list[Path]:
         """Render and write all clips; every rank calls it.
@@ -57,3 +80,13 @@ class Validation:
     def paths(self, step: int) -> list[Path]:
         """The clips of a step, whether they are there or not."""
         return [clip_path(self._folder / f"step_{step:07d}", row.index) for row in self._rows]
+
+
+def _read(path: Path) -> Tensor | None:
+    """A clip that any rank wrote, uint8 [F, H, W, 3]; None, told, where this node does not see it."""
+    try:
+        info = probe(path)
+        return torch.cat(list(read_frames(path, info, range(info.num_frames)))).permute(0, 2, 3, 1).contiguous()
+    except DataError as error:
+        logger.warning("not shown in TensorBoard: %s", error)
+        return None

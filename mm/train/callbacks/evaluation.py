@@ -7,8 +7,8 @@ in hours. Here every sample is asked at the same ten, with the same noise, and n
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -21,6 +21,8 @@ from mm.diffusion.flow import FlowMatching
 from mm.parallel.apply import ParallelModel
 from mm.parallel.velocity import ParallelVelocity
 from mm.rng import generator
+from mm.train.callbacks.base import Every, ModelCheck
+from mm.train.records import EVALUATION_FILE, Record, StepEvaluation, read_evaluations
 from mm.wan.inputs import ModelInputs
 
 TIMESTEPS = tuple(range(50, 1000, 100))
@@ -29,27 +31,44 @@ TIMESTEPS = tuple(range(50, 1000, 100))
 _SEED = 0  # not the run's: losses of runs with different seeds are compared
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean squared error of the velocity, unweighted.
+class Evaluation(ModelCheck):
+    """The loss on `--eval-data` every `--eval-interval` steps and after the last."""
 
-    Attributes:
-        loss: mean over samples and timesteps. loss_at: mean over samples at each of `TIMESTEPS`.
-        num_samples: held out.
-    """
+    def __init__(self, dataset: FeatureDataset, comm: Comm, interval: int, folder: Path | None) -> None:
+        """Evaluate now and then.
 
-    loss: float
-    loss_at: dict[int, float]
-    num_samples: int
+        Args:
+            dataset: held-out features. comm: all ranks. interval: in steps.
+            folder: of the run, whose evaluation.jsonl says what was done; None where it has none.
+        """
+        self.every = Every(interval, at_end=True)
+        self._dataset, self._comm, self._folder = dataset, comm, folder
+
+    def look(self, parallel: ParallelModel, step: int) -> Sequence[Record]:
+        """Evaluate; raises what `evaluate` raises."""
+        loss_at, num_samples = evaluate(parallel, self._dataset, self._comm)
+        return [StepEvaluation(step, statistics.fmean(loss_at.values()), loss_at, num_samples)]
+
+    def is_missing(self, step: int) -> bool:
+        """Whether evaluation.jsonl has no line of a step.
+
+        Raises:
+            CheckpointError: CKPT-070 where it is damaged.
+        """
+        file = None if self._folder is None else self._folder / EVALUATION_FILE
+        return file is None or not file.exists() or all(row.step != step for row in read_evaluations(file))
 
 
-def evaluate(parallel: ParallelModel, dataset: FeatureDataset, comm: Comm) -> Evaluation:
+def evaluate(parallel: ParallelModel, dataset: FeatureDataset, comm: Comm) -> tuple[dict[int, float], int]:
     """The loss of a model on all samples of a data set, the same on every rank; samples are spread over the replicas.
 
     Args:
         parallel: the model, in training or not.
         dataset: held-out features.
         comm: all ranks, each of which calls this.
+
+    Returns:
+        Mean squared error of the velocity, unweighted, over samples at each of `TIMESTEPS`; and how many samples.
 
     Raises:
         DataError: what reading a sample raises.
@@ -60,8 +79,7 @@ def evaluate(parallel: ParallelModel, dataset: FeatureDataset, comm: Comm) -> Ev
     }
     everyone = {sample: values for part in comm.all_gather_object(losses) for sample, values in part.items()}
     columns = zip(*(everyone[sample] for sample in sorted(everyone)), strict=True)  # one order in every layout
-    loss_at = dict(zip(TIMESTEPS, map(statistics.fmean, columns), strict=True))
-    return Evaluation(statistics.fmean(loss_at.values()), loss_at, len(everyone))
+    return dict(zip(TIMESTEPS, map(statistics.fmean, columns), strict=True)), len(everyone)
 
 
 def _samples_of_replica(parallel: ParallelModel, dataset: FeatureDataset) -> Iterator[FeatureBatch]:

@@ -1,0 +1,1 @@
+"""Optimizers, one file each with what it keeps and how it updates; listed in `mm.optim.algorithms.make`."""

@@ -1,0 +1,61 @@
+"""Measures each step: loss, gradient norm, rate, throughput, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from mm.diffusion.flow import FlowMatching
+from mm.train.callbacks.base import Callback, Every, StepDone
+from mm.train.flops import train_flops
+from mm.train.records import Record, StepMetrics
+from mm.train.run import Run
+from mm.train.running_mean import RunningMean
+
+
+class Metrics(Callback):
+    """Makes the line of metrics.jsonl of every step."""
+
+    every = Every(1)
+    collective = False
+
+    def __init__(self, run: Run, losses: Iterable[float]) -> None:
+        """Begin to measure.
+
+        Args:
+            run: the run. losses: of the steps before, for their mean.
+        """
+        self._run, self._recent = run, RunningMean(losses)
+        self._flow = FlowMatching(run.sections.objective)
+
+    def after_step(self, done: StepDone) -> Sequence[Record]:
+        """Measure a step."""
+        run, result, outcome = self._run, done.result, done.result.outcome
+        dp_size = run.mesh.layout.dp_size
+        samples = run.global_batch_size // dp_size
+        flops = samples * train_flops(run.config, result.tokens // samples, frozen=run.lora is not None)
+        metrics = StepMetrics(
+            step=done.step,
+            loss=outcome.loss,
+            loss_hex=outcome.loss.hex(),
+            grad_norm=outcome.grad_norm,
+            grad_norm_hex=outcome.grad_norm.hex(),
+            lr=result.lr,
+            consumed_samples=done.progress.consumed_samples,
+            tokens_per_s=result.tokens * dp_size / done.seconds,
+            tflops=flops / (run.comm.world_size // dp_size) / done.seconds / 1e12,
+            peak_memory_gb=run.backend.peak_memory_bytes() / 1e9,
+            step_time_s=done.seconds,
+            skipped=not result.updated,
+            timesteps=tuple(round(timestep, 3) for timestep in self._timesteps(done)),
+            sample_losses=tuple(outcome.losses[run.mesh.dp_rank].flatten().tolist()),
+        )
+        return [metrics.with_mean(self._recent)]
+
+    def _timesteps(self, done: StepDone) -> list[float]:
+        """Of this replica's samples, which are keyed and so can be drawn again."""
+        seed = self._run.sections.training.seed
+        drawn = [self._flow.draw_timesteps(seed, batch["sample"], batch["draw"])[1] for batch in done.batches]
+        values: list[float] = torch.cat(drawn).tolist()
+        return values

@@ -1,0 +1,106 @@
+"""One step of a run with nothing around it: samples in, update out, numbers that are not finite dealt with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+
+from mm.config.bad_samples import parse_on_bad_sample
+from mm.data.loader import FeatureBatch, feature_batches
+from mm.data.replacing import check_replaced, replaced_in_step
+from mm.data.sampler import BatchPlan
+from mm.diffusion.flow import FlowMatching
+from mm.optim.optimizer import Optimizer
+from mm.parallel.apply import ParallelModel
+from mm.train.callbacks.base import StepDone
+from mm.train.memory_breakdown import Phase
+from mm.train.numerics import NumericsGuard
+from mm.train.run import Run
+from mm.train.state import Progress
+from mm.train.step import train_step
+
+During = Callable[[Phase | None], AbstractContextManager[None]]
+"""Makes what to enter for a phase."""
+
+
+class ClosedStep:
+    """Takes the steps of a run, one at a call."""
+
+    def __init__(
+        self, run: Run, parallel: ParallelModel, optimizer: Optimizer, progress: Progress, during: During
+    ) -> None:
+        """Begin to read samples.
+
+        Args:
+            run: the run. parallel, optimizer: what is trained. progress: where it stands. during: for its phases.
+        """
+        self._run, self._parallel, self._optimizer, self._during = run, parallel, optimizer, during
+        self._flow = FlowMatching(run.sections.objective)
+        self._guard = NumericsGuard(run, parallel, optimizer, self._flow, progress.skipped_steps)
+        self._batches = _batches(run, progress)
+
+    def take(self, before: Progress) -> StepDone:
+        """Take the step after `before`; every rank calls it.
+
+        Raises:
+            DataError, NumericsError: as documented where they arise.
+        """
+        run, started, step = self._run, time.monotonic(), before.step + 1
+        run.watch.begin_step(step)
+        with self._during("waiting for data"):
+            mine = [next(self._batches) for _ in range(run.num_microbatches)]
+        replaced = before.replaced_samples + _replaced(run, mine, before)
+        result = train_step(
+            self._parallel,
+            self._optimizer,
+            self._flow,
+            mine,
+            samples=run.global_batch_size,
+            seed=run.sections.training.seed,
+            during=self._during,
+            on_nonfinite=partial(self._guard.refused, step, batches=mine),
+            asked_to_stop=lambda: run.is_asked_to_stop,
+        )
+        if result.updated:
+            self._guard.accepted(step, result.outcome, mine)
+        consumed = before.consumed_samples + run.global_batch_size
+        progress = Progress(step, consumed, self._guard.skipped, replaced)
+        seconds, last = time.monotonic() - started, step == run.sections.training.steps
+        return StepDone(progress, self._parallel, result, mine, seconds, last)
+
+    def close(self) -> None:
+        """End the processes that read samples."""
+        self._batches.close()
+
+
+def _replaced(run: Run, batches: Sequence[FeatureBatch], progress: Progress) -> int:
+    """How many samples of the step were replaced in all replicas; an error where --on-bad-sample allows fewer."""
+    policy = parse_on_bad_sample(run.sections.data.on_bad_sample)
+    if not policy.skips:
+        return 0
+    samples = [sample for batch in batches for sample in batch["sample"]]
+    instead_of = [sample for batch in batches for sample in batch.get("replaced", [])]
+    replaced = replaced_in_step(run.mesh.dp_rank, samples, instead_of, run.comm.all_gather_object)
+    consumed = progress.consumed_samples + run.global_batch_size
+    check_replaced(progress.replaced_samples + replaced, consumed, len(run.dataset), policy)
+    return replaced
+
+
+def _batches(run: Run, progress: Progress) -> Generator[FeatureBatch]:
+    sections = run.sections
+    return feature_batches(
+        run.dataset,
+        BatchPlan(run.global_batch_size, sections.data.micro_batch_size, run.mesh.dp_rank, run.mesh.layout.dp_size),
+        text_len=run.config.text_len,
+        seed=sections.training.seed,
+        consumed_samples=progress.consumed_samples,
+        caption_dropout=sections.data.caption_dropout,
+        shuffle=sections.data.shuffle,
+        num_workers=sections.data.workers,
+        read_timeout=sections.data.read_timeout,
+        on_bad_sample=parse_on_bad_sample(sections.data.on_bad_sample),
+        pin_memory=sections.data.pin_memory and run.backend.kind != "cpu",
+        with_noise=run.mesh.pp_rank in (0, run.mesh.layout.pp_size - 1),  # stages between do not see it
+    )
