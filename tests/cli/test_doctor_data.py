@@ -232,3 +232,17 @@ def test_words_that_do_not_fit(folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert load_extract_model(model).task == "i2v"
     assert run(doctor.main, ["data", "--mm-data", str(videos), "--mm-model", str(model)]) == 64
     assert "error CFG-074: " in capsys.readouterr().err
+
+
+def test_columns_of_the_task_are_checked_where_it_is_known(folder: Path, tmp_path: Path) -> None:
+    rows = json.loads((folder / "data.json").read_text())
+    with_numbers = [row | ({"motion_bucket_id": 50} if number else {}) for number, row in enumerate(rows)]
+    (folder / "data.json").write_text(json.dumps(with_numbers))
+    videos, model = data_json(tmp_path, folder / "data.json", folder), tmp_path / "model.json"
+    part = {"from_pretrained": "x", "dtype": "fp32"}
+    _, without = check(videos, tmp_path / "plain", "--quick")
+    model.write_text(json.dumps({"task": "speedcontrol", "ae": part, "text_encoder": part}))
+    _, report = check(videos, tmp_path / "out", "--quick", "--mm-model", str(model))
+    found = {row["row"]: row["reason"] for row in report["bad_samples"]}
+    assert found.keys() == {row["row"] for row in without["bad_samples"]} | {1}
+    assert "lacks motion_bucket_id; the task takes a number from 0 to 100" in found[1]

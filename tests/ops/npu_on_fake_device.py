@@ -111,7 +111,7 @@ def model() -> dict[str, Any]:
     latents = torch.empty(B, config.in_dim, 1, 4, 4, device="npu")
     text = torch.empty(B, config.text_len, config.text_dim, device="npu")
     with Calls() as calls:
-        velocity = transformer(latents, torch.empty(B, device="npu"), text)
+        velocity = transformer.velocity(latents, torch.empty(B, device="npu"), text)
         velocity.backward(torch.empty_like(velocity))
     gradients = {
         str(parameter.grad.device.type) for parameter in transformer.parameters() if parameter.grad is not None

@@ -13,6 +13,7 @@ from mm.checkpoint.background import PAGE, BackgroundSaver
 from mm.checkpoint.comm import SingleProcess
 from mm.checkpoint.store import writing
 from mm.config.place import process_place
+from mm.config.run.origins import Origins
 from mm.config.step import StepSettings
 from mm.device.backend import select
 from mm.doctor import dry_run
@@ -63,7 +64,8 @@ def test_the_saver_asks_for_what_was_counted(
 
 def test_a_node_without_that_memory_is_told_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     case, backend = row(1), select("cpu")
-    run = SimpleNamespace(flags=SimpleNamespace(no_save_optim=False), processes_of_node=4)
+    sections = SimpleNamespace(checkpoint=SimpleNamespace(save_optimizer=True), origins=Origins())
+    run = SimpleNamespace(sections=sections, processes_of_node=4)
     with Job(process_place(), "gloo", backend.device, 2), build_mesh(case.layout, 2, "cpu") as mesh:
         optimizer = make_optimizer(apply(case.wan, mesh, backend, case.options, case.dtype, None), dry_run._SETTINGS)
         need = saved_bytes(optimizer, with_optimizer=True)

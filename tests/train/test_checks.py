@@ -74,7 +74,7 @@ def mean_square_errors(demo: Path, weights: Path) -> dict[int, list[float]]:
             noise = torch.randn(clean.shape, generator=generator(0, "evaluation_noise", sample.id, timestep))
             sigma = timestep / 1000
             with torch.no_grad():
-                velocity = model((1 - sigma) * clean + sigma * noise, torch.tensor([1000 * sigma]), text)
+                velocity = model.velocity((1 - sigma) * clean + sigma * noise, torch.tensor([1000 * sigma]), text)
             found.append(float((velocity - (noise - clean)).square().mean()))
     return errors
 
