@@ -86,7 +86,12 @@ def start() -> Iterator[Starter]:
 
 def rows() -> list[Any]:
     return [
-        pytest.param(stage, name, count, marks=[] if (name, count) == ("SIGTERM", 1) else [pytest.mark.nightly])
+        pytest.param(
+            stage,
+            name,
+            count,
+            marks=[] if (stage, name, count) == ("extraction", "SIGTERM", 1) else [pytest.mark.nightly],
+        )
         for stage in STAGES
         for name in ("SIGTERM", "SIGINT", "SIGHUP")
         for count in (1, 2)

@@ -9,6 +9,7 @@ import re
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 from mm.cli.entry import run
 from mm.cli.train import main
@@ -28,10 +29,10 @@ if __name__ == "__main__":
     megabytes, rank, *words = sys.argv[1:]
     train = loop.train
 
-    def limited_train(this_run: Run) -> Progress:
+    def limited_train(this_run: Run, *around: Any) -> Progress:
         if os.environ.get("RANK", "0") == rank:
             limit(int(megabytes) * 10**6)
-        return train(this_run)
+        return train(this_run, *around)
 
     loop.train = limited_train
     sys.exit(run(main, words))

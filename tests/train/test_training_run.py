@@ -14,7 +14,7 @@ from mm.cli import plot as plot_command
 from mm.config.model import WAN_1_3B, WanConfig
 from mm.diffusion.flow import FlowMatching
 from mm.errors import CheckpointError, ConfigError, DataError, NumericsError
-from mm.train import loop
+from mm.train import closed_step
 from mm.train.flops import forward_flops, train_flops
 from mm.wan.names import diffusers_to_native
 
@@ -57,9 +57,9 @@ def test_the_seed_decides_and_nothing_else(demo: Path, tmp_path: Path) -> None:
 
 def test_steps_take_the_noise_that_readers_drew(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.MonkeyPatch.context() as patch:  # a step draws for itself what it is not given
-        batches = loop.feature_batches
+        batches = closed_step.feature_batches
         patch.setattr(
-            loop, "feature_batches", lambda *args, **options: batches(*args, **{**options, "with_noise": False})
+            closed_step, "feature_batches", lambda *args, **options: batches(*args, **{**options, "with_noise": False})
         )
         expected = bits(run(demo, tmp_path / "a", train_iters=3))
     monkeypatch.setattr(FlowMatching, "draw_noise", None)
