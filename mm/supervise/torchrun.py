@@ -42,8 +42,6 @@ from mm.supervise.rendezvous import prepare_launch
 _NO_STEP = "while no step was running"
 _UNSAVED = "Nothing was saved since the newest checkpoint."
 _LOST = "error RUN-004"
-_OF_ANOTHER = (_LOST, "error CKPT-033")
-"""How what a process says of another one begins; where that one has words of its own, they are what is told."""
 _CRASHED = "A library has crashed: read the lines above and the kernel's log of this node."
 _SENT = "Somebody sent it that signal, or it came to a limit of the system (ulimit -a). The same command goes on."
 _REMEDIES: dict[int, str] = {
@@ -173,7 +171,7 @@ def _tell(error: ChildFailedError, handing_on: _HandingOn) -> int:
         say(reason)
         return reason.exit_code
     if told:
-        text, exit_code = next((words for words in told if not words[0].startswith(_OF_ANOTHER)), told[0])
+        text, exit_code = told[0]
         print(text, file=sys.stderr, flush=True)
         return exit_code
     return first.exitcode if first.exitcode >= 0 else 128 - first.exitcode  # another node has the reason, and prints it

@@ -52,6 +52,8 @@ TOLD_S, SILENT_S = 30.0, 120.0
 STOOD_S = 5.0
 """Longer it is between two looks only where this process itself stood still: Ctrl-Z, `scontrol suspend`, a frozen
 container."""
+_OF_ANOTHER_RANK = "CKPT-033"
+"""What `mm.checkpoint.comm` raises on the ranks beside one with a defect, which has more to say."""
 ANSWER_S, LEAVE_S = 5.0, 10.0
 """How long a process is waited for when the alarm is raised, and for it to end by itself after another has failed."""
 _LOST = (
@@ -181,10 +183,10 @@ class Watchdog:
         if not isinstance(error, Exception | SystemExit):
             return
         rank, lost = self._notices.rank, isinstance(error, RuntimeError) and any(s in str(error) for s in _LOST)
+        told_of = isinstance(error, MMError) and error.id == _OF_ANOTHER_RANK
+        if (lost or told_of) and (failure := self._wait_for_a_word()) is not None:
+            raise EndedElsewhereError(failure.exit_code) from None
         if lost:
-            failure = self._wait_for_a_word()
-            if failure is not None:
-                raise EndedElsewhereError(failure.exit_code) from None
             reason = str(error).splitlines()[0].partition(". This is ")[0]  # gloo goes on with advice of its own
             phase = self._broke_in or self._now.phase
             error = LostProcessError(
