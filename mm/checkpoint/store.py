@@ -77,6 +77,7 @@ def save(
     pieces: Iterable[Piece],
     scalars: dict[str, Any],
     comm: Comm | None = None,
+    *,
     keep_latest: int | None = None,
     derived: Derived | None = None,
     lock: Lock | None = None,
@@ -114,8 +115,8 @@ def save(
         lambda folder: _write_shard(folder, pieces, comm),
         lambda folder, reports: _complete(folder, step, reports, scalars, derived),
         comm,
-        keep_latest,
-        lock,
+        keep_latest=keep_latest,
+        lock=lock,
     )
 
 
