@@ -27,7 +27,7 @@ from mm.checkpoint.files import remove_folder, replace_text, sync_folder
 from mm.checkpoint.lock import DEFAULT_TIMES, Lock, Times, locked
 from mm.checkpoint.record import Kind, files_of, kind_of, record_folder
 from mm.checkpoint.safetensor_file import hash_file
-from mm.errors import CheckpointError
+from mm.errors import CheckpointError, ResumeError
 
 log = logging.getLogger(__name__)
 
@@ -201,13 +201,13 @@ def require_kind(root: Path, kind: Kind, comm: Comm | None = None) -> None:
     """Refuse to save in one format into a folder with checkpoints of the other.
 
     Raises:
-        CheckpointError: CKPT-050.
+        ResumeError: CKPT-050.
     """
 
     def check() -> None:
         found = {kind_of(c.path) for c in candidates(root)} - {None, kind}
         if found:
-            raise CheckpointError(
+            raise ResumeError(
                 "CKPT-050",
                 f"{root} holds checkpoints of --ckpt-format {found.pop()}, and this run saves {kind}.",
                 "Give --ckpt-format as before, or name that folder with --load and another one with --save.",

@@ -31,7 +31,7 @@ from mm.config.base import parse
 from mm.config.model import WanConfig
 from mm.config.optimizer import OptimizerName
 from mm.config.step import StepSettings
-from mm.errors import CheckpointError, ConfigError, Problem, raise_all
+from mm.errors import ConfigError, Problem, ResumeError, raise_all
 from mm.lora.record import AdapterRecord, export, record_of
 from mm.optim.algorithms.base import Algorithm
 from mm.optim.algorithms.make import ALGORITHMS
@@ -117,14 +117,14 @@ def _require_state(path: Path, scalars: Mapping[str, Any], algorithm: Algorithm)
     """CKPT-072 and CKPT-073: the state of this run's optimizer must be there."""
     theirs = ALGORITHMS[_recorded_optimizer(scalars)]
     if theirs.name != algorithm.name:
-        raise CheckpointError(
+        raise ResumeError(
             "CKPT-073",
             f"{path} holds the state of {theirs.title}, and this run's --optimizer is {algorithm.name}.",
             f"Give --optimizer {theirs.name}, or --no-load-optim to start {algorithm.title} anew from these weights.",
         )
     saved = scalars.get(STATE_KEY, False) if algorithm.step_key is None else scalars.get(algorithm.step_key) is not None
     if not saved:
-        raise CheckpointError(
+        raise ResumeError(
             "CKPT-072",
             f"{path} was saved without the optimizer (--no-save-optim or --ckpt-format torch).",
             f"Give --no-load-optim to start {algorithm.title} anew from these weights.",
@@ -172,10 +172,11 @@ def load_state(
         adapters: of a run that trains these alone.
 
     Raises:
-        CheckpointError: CKPT-071 for another seed, CKPT-072 and CKPT-073 where the optimizer's state is wanted and was
-            not saved or is another one's, CKPT-085 and CKPT-086 where one of run and checkpoint has an average and the
+        ResumeError: CKPT-071 for another seed, CKPT-072 and CKPT-073 where the optimizer's state is wanted and was not
+            saved or is another one's, CKPT-085 and CKPT-086 where one of run and checkpoint has an average and the
             other has not, CKPT-080 and CKPT-081 for adapters where all parameters are trained and the reverse, CKPT-082
-            and CKPT-083 for adapters of other linears or another base, and what `mm.checkpoint.store.load` raises.
+            and CKPT-083 for adapters of other linears or another base.
+        CheckpointError: what `mm.checkpoint.store.load` raises.
         ConfigError: CFG-028 for another model, CFG-160 for every other change of what steps mean.
     """
     scalars, theirs, record = _described(path)
@@ -230,7 +231,7 @@ def _require_same_steps(
         f"{path} was trained with --seed {scalars['seed']}, and --seed is {seed}.",
         f"Give --seed {scalars['seed']}, or --no-load-rng to go on with other random numbers on purpose.",
     )
-    raise_all(CheckpointError, [other_seed, *problems])
+    raise_all(ResumeError, [other_seed, *problems])
 
 
 def _load_tensors(path: Path, optimizer: Optimizer, comm: Comm, *, with_optimizer: bool, with_average: bool) -> None:
@@ -273,13 +274,13 @@ def _require_same_kind(path: Path, theirs: AdapterRecord | None, ours: AdapterRe
     if theirs is not None and ours is not None:
         ours.require_same(theirs, path)
     elif theirs is not None:
-        raise CheckpointError(
+        raise ResumeError(
             "CKPT-080",
             f"{path} holds adapters of a LoRA run, and this run trains all parameters.",
             f"Give LoRA's flags, with --load-base-model {theirs.base_path}; or other folders to --load and --save.",
         )
     elif ours is not None:
-        raise CheckpointError(
+        raise ResumeError(
             "CKPT-081",
             f"{path} holds a whole model, and this run trains adapters.",
             "Give it to --load-base-model if it is the base, and another folder to --save.",
@@ -288,13 +289,13 @@ def _require_same_kind(path: Path, theirs: AdapterRecord | None, ours: AdapterRe
 
 def _require_same_average(path: Path, theirs: float | None, ours: Average | None) -> None:
     if theirs is None and ours is not None:
-        raise CheckpointError(
+        raise ResumeError(
             "CKPT-085",
             f"{path} has no average of its weights, and --ema-decay is {ours.decay:g}.",
             "Give --no-load-ema to begin an average at its weights, or remove --ema-decay.",
         )
     if theirs is not None and ours is None:
-        raise CheckpointError(
+        raise ResumeError(
             "CKPT-086",
             f"{path} has an average of its weights (--ema-decay {theirs:g}), and this run keeps none.",
             f"Give --ema-decay {theirs:g}, or --no-load-ema to go on without the average.",
