@@ -60,6 +60,12 @@ def folder_name(step: int) -> str:
     return f"iter_{step:07d}"
 
 
+def step_of(folder: Path) -> int | None:
+    """The inverse of `folder_name`; None for a folder of another name."""
+    match = re.fullmatch(r"iter_(\d{7})", folder.name)
+    return None if match is None else int(match[1])
+
+
 def candidates(root: Path) -> list[Candidate]:
     """Checkpoint folders in `root`, newest first; a step's own folder comes before one that it replaces."""
     found = []
@@ -193,8 +199,8 @@ def retain(root: Path, step: int, keep_latest: int | None) -> None:
 
 
 def holds_checkpoints(path: Path) -> bool:
-    """Whether `path` is a training checkpoint of any format, or a folder of such."""
-    return kind_of(path) is not None or any(kind_of(c.path) is not None for c in candidates(path))
+    """Whether `path` is a folder of training checkpoints of any format."""
+    return any(kind_of(candidate.path) is not None for candidate in candidates(path))
 
 
 def require_kind(root: Path, kind: Kind, comm: Comm | None = None) -> None:

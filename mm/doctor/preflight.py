@@ -24,9 +24,11 @@ import torch
 
 from mm.checkpoint.comm import Comm
 from mm.checkpoint.directory import find_latest
-from mm.checkpoint.formats.training import is_training_checkpoint
+from mm.checkpoint.formats import training
+from mm.checkpoint.identify import identify
 from mm.checkpoint.lock import holder_of
-from mm.checkpoint.weights import open_weights, require_exactly
+from mm.checkpoint.mismatch import Expected
+from mm.checkpoint.weights import open_weights
 from mm.config.model import WanConfig
 from mm.config.run.training import TrainingRun
 from mm.config.units import GIB, format_bytes
@@ -132,11 +134,11 @@ def weights(sections: TrainingRun, config: WanConfig) -> list[Finding]:
     if path is None:
         seed, scratch = words["training.seed"].name, words["checkpoint.from_scratch"].with_value(True)
         return [Finding("weights", "ok", f"drawn from {seed} ({scratch})")]
-    if is_training_checkpoint(Path(path)):
-        latest = find_latest(Path(path), start.resume_policy)
-        return [Finding("weights", "ok", f"training checkpoint {latest}")]
-    source = open_weights(Path(path))
-    require_exactly(source, whole_shapes(config))
+    found = identify(path, policy=start.resume_policy)
+    if found.format == training.FORMAT:
+        return [Finding("weights", "ok", f"training checkpoint {found.path}")]
+    source = open_weights(found)
+    Expected(config, "pretrain_model.json", "CFG-028").require(source)
     return [Finding("weights", "ok", f"{path} ({source.label}): every tensor is there, none too many")]
 
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mm.checkpoint.formats.folder import PEFT_FILE
 from mm.checkpoint.formats.training import ADAPTERS_KEY, MODEL_PREFIX, weights_prefix
 from mm.checkpoint.manifest import Manifest, read_manifest
 from mm.checkpoint.store import read_tensor
 from mm.errors import CheckpointError, Problem, ResumeError, raise_all
 from mm.lora.adapter import Adapter
-from mm.lora.files import COMFYUI_FILE, PEFT_FILE, write_adapter
+from mm.lora.files import COMFYUI_FILE, write_adapter
 from mm.lora.layer import Adapted, adapter_shapes
 from mm.lora.low_bit import LowBit
 

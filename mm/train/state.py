@@ -20,13 +20,15 @@ from torch import Tensor
 
 from mm.checkpoint.background import copy_bytes
 from mm.checkpoint.boxes import Box
-from mm.checkpoint.comm import Comm
-from mm.checkpoint.formats.mindspeed import config_of
+from mm.checkpoint.comm import Comm, on_rank_zero
+from mm.checkpoint.formats import mindspeed
+from mm.checkpoint.formats.found import Found
 from mm.checkpoint.formats.training import ADAPTERS_KEY, AVERAGE_PREFIX, CONFIG_KEY, DECAY_KEY, STATE_KEY, STEPS_KEY
 from mm.checkpoint.manifest import damaged
-from mm.checkpoint.record import kind_of, read_record
+from mm.checkpoint.mismatch import Expected
+from mm.checkpoint.record import read_record
 from mm.checkpoint.store import Derived, Piece, load, pieces_of_flat_range, read_manifest
-from mm.checkpoint.weights import WeightSource, open_weights, require_exactly
+from mm.checkpoint.weights import open_weights
 from mm.config.base import parse
 from mm.config.model import WanConfig
 from mm.config.optimizer import OptimizerName
@@ -37,7 +39,6 @@ from mm.optim.algorithms.base import Algorithm
 from mm.optim.algorithms.make import ALGORITHMS
 from mm.optim.ema import Average
 from mm.optim.optimizer import Optimizer, ParamShard
-from mm.parallel.placement import whole_shapes
 from mm.train.resuming import Resuming
 
 logger = logging.getLogger(__name__)
@@ -145,9 +146,9 @@ def saved_bytes(optimizer: Optimizer, *, with_optimizer: bool) -> int:
 
 
 def load_state(
-    path: Path,
+    found: Found,
     optimizer: Optimizer,
-    config: WanConfig,
+    expected: Expected,
     seed: int,
     comm: Comm,
     *,
@@ -157,12 +158,12 @@ def load_state(
     any_seed: bool,
     adapters: AdapterRecord | None = None,
 ) -> Progress:
-    """Go on from the checkpoint folder `path`, which any layout may have written.
+    """Go on from a checkpoint, which any layout may have written.
 
     Args:
-        path: what `mm.checkpoint.store.find_latest` returned.
+        found: the checkpoint.
         optimizer: of the model that goes on; its masters, state, step count and schedule are set.
-        config: the model's shape, which must be the checkpoint's.
+        expected: the model, which must be the checkpoint's.
         seed: this run's; unless `any_seed`, it must be the checkpoint's.
         comm: the ranks.
         resuming: what the steps of this run mean, and what of it may differ from the checkpoint's.
@@ -179,17 +180,17 @@ def load_state(
         CheckpointError: what `mm.checkpoint.store.load` raises.
         ConfigError: CFG-028 for another model, CFG-160 for every other change of what steps mean.
     """
-    scalars, theirs, record = _described(path)
+    path = found.path
+    scalars, theirs, record = _described(found)
     _require_same_kind(path, record, adapters)
-    fields = theirs.differing_fields(config) + ["text_len"] * (theirs.text_len != config.text_len)
-    require_same_model(theirs, config, fields, str(path))
+    expected.require_config(path, theirs, text_len=True)
     _require_same_steps(path, scalars, seed, resuming, any_seed=any_seed)
     if with_optimizer:
         _require_state(path, scalars, optimizer.algorithm)
     if with_average:
         _require_same_average(path, scalars.get(DECAY_KEY), optimizer.average)
-    if kind_of(path) == "torch":
-        load_weights(open_weights(path), optimizer, config)
+    if found.format == mindspeed.FORMAT:
+        load_weights(found, optimizer, expected, comm)
     else:
         _load_tensors(path, optimizer, comm, with_optimizer=with_optimizer, with_average=with_average)
         if with_optimizer and optimizer.algorithm.step_key is not None:
@@ -201,14 +202,15 @@ def load_state(
     return Progress(scalars["step"], scalars["consumed_samples"], skipped, replaced)
 
 
-def _described(path: Path) -> tuple[dict[str, Any], WanConfig, AdapterRecord | None]:
+def _described(found: Found) -> tuple[dict[str, Any], WanConfig, AdapterRecord | None]:
     """Scalars, model and adapters of a checkpoint of either format; one in the MM format has no optimizer."""
-    if kind_of(path) == "torch":
+    path = found.path
+    if found.format == mindspeed.FORMAT:
         record = read_record(path)
         scalars = record.model_dump(
             include={"step", "consumed_samples", "skipped_steps", "replaced_samples", "seed", STEPS_KEY}
         )
-        config = config_of(path)
+        config = mindspeed.config_of(path)
         if config is None:
             raise damaged(path, "it does not say the model's configuration")
         return scalars, config, None
@@ -244,17 +246,16 @@ def _load_tensors(path: Path, optimizer: Optimizer, comm: Comm, *, with_optimize
         optimizer.average.restart()
 
 
-def load_weights(source: WeightSource, optimizer: Optimizer, config: WanConfig) -> None:
+def load_weights(found: Found, optimizer: Optimizer, expected: Expected, comm: Comm) -> None:
     """Start from weights of any known format: fill the fp32 masters, then round them into the model.
 
     Raises:
-        CheckpointError: CKPT-011 for missing or unexpected tensors or other shapes.
+        CheckpointError: CKPT-011 for missing or unexpected tensors or other shapes, and what `open_weights` raises.
         ConfigError: CFG-028 when the weights say that they belong to another model.
+        DataError: what `open_weights` raises.
     """
-    theirs = source.config()
-    if theirs is not None:
-        require_same_model(theirs, config, theirs.differing_fields(config), str(source.path))
-    require_exactly(source, whole_shapes(config))
+    source = open_weights(found)
+    on_rank_zero(comm, lambda: expected.require(source))
     fill_masters(optimizer, source.read)
     logger.info("loaded %s (%s): no tensor missing, none left over", source.path, source.label)
 
@@ -300,25 +301,6 @@ def _require_same_average(path: Path, theirs: float | None, ours: Average | None
             f"{path} has an average of its weights (--ema-decay {theirs:g}), and this run keeps none.",
             f"Give --ema-decay {theirs:g}, or --no-load-ema to go on without the average.",
         )
-
-
-def require_same_model(theirs: WanConfig, ours: WanConfig, fields: Sequence[str], place: str) -> None:
-    """Refuse the weights of another model.
-
-    Raises:
-        ConfigError: CFG-028 for each of `fields`, those in which they differ.
-    """
-    raise_all(
-        ConfigError,
-        [
-            Problem(
-                "CFG-028",
-                f"{place} has {name} {getattr(theirs, name)}, and pretrain_model.json has {getattr(ours, name)}.",
-                "Correct the predictor section, or name other weights.",
-            )
-            for name in fields
-        ],
-    )
 
 
 def _pieces(shards: Sequence[ParamShard], with_optimizer: bool, average: Average | None) -> list[Piece]:
