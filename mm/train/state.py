@@ -24,7 +24,7 @@ from mm.checkpoint.comm import Comm, on_rank_zero
 from mm.checkpoint.formats import mindspeed
 from mm.checkpoint.formats.found import Found
 from mm.checkpoint.formats.training import ADAPTERS_KEY, AVERAGE_PREFIX, CONFIG_KEY, DECAY_KEY, STATE_KEY, STEPS_KEY
-from mm.checkpoint.manifest import damaged
+from mm.checkpoint.manifest import Manifest, damaged
 from mm.checkpoint.mismatch import Expected
 from mm.checkpoint.record import read_record
 from mm.checkpoint.store import Derived, Piece, load, pieces_of_flat_range, read_manifest
@@ -180,19 +180,21 @@ def load_state(
         CheckpointError: what `mm.checkpoint.store.load` raises.
         ConfigError: CFG-028 for another model, CFG-160 for every other change of what steps mean.
     """
-    path = found.path
-    scalars, theirs, record = _described(found)
-    _require_same_kind(path, record, adapters)
-    expected.require_config(path, theirs, text_len=True)
+    path, described = found.path, _described(found)
+    scalars = described.scalars
+    _require_same_kind(path, described.adapters, adapters)
+    expected.require_config(path, described.config, text_len=True)
     _require_same_steps(path, scalars, seed, resuming, any_seed=any_seed)
     if with_optimizer:
         _require_state(path, scalars, optimizer.algorithm)
     if with_average:
         _require_same_average(path, scalars.get(DECAY_KEY), optimizer.average)
-    if found.format == mindspeed.FORMAT:
+    if described.manifest is None:
         load_weights(found, optimizer, expected, comm)
     else:
-        _load_tensors(path, optimizer, comm, with_optimizer=with_optimizer, with_average=with_average)
+        _load_tensors(
+            path, described.manifest, optimizer, comm, with_optimizer=with_optimizer, with_average=with_average
+        )
         if with_optimizer and optimizer.algorithm.step_key is not None:
             optimizer.set_steps_made(scalars[optimizer.algorithm.step_key])
         optimizer.masters_to_model()
@@ -202,21 +204,35 @@ def load_state(
     return Progress(scalars["step"], scalars["consumed_samples"], skipped, replaced)
 
 
-def _described(found: Found) -> tuple[dict[str, Any], WanConfig, AdapterRecord | None]:
-    """Scalars, model and adapters of a checkpoint of either format; one in the MM format has no optimizer."""
+@dataclass(frozen=True)
+class _Described:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        scalars: how far it is, and what its steps mean. config: the model. adapters: those that are in it alone.
+        manifest: of a sharded checkpoint; None in the MM format, which has no optimizer.
+    """
+
+    scalars: Mapping[str, Any]
+    config: WanConfig
+    adapters: AdapterRecord | None
+    manifest: Manifest | None
+
+
+def _described(found: Found) -> _Described:
     path = found.path
     if found.format == mindspeed.FORMAT:
         record = read_record(path)
         scalars = record.model_dump(
             include={"step", "consumed_samples", "skipped_steps", "replaced_samples", "seed", STEPS_KEY}
         )
-        config = mindspeed.config_of(path)
+        config = record.wan_config or mindspeed.config_of(path)
         if config is None:
             raise damaged(path, "it does not say the model's configuration")
-        return scalars, config, None
+        return _Described(scalars, config, None, None)
     manifest = read_manifest(path)
     config = parse(WanConfig, manifest.scalars[CONFIG_KEY], str(path))
-    return manifest.scalars, config, record_of(manifest, path)
+    return _Described(manifest.scalars, config, record_of(manifest, path), manifest)
 
 
 def _require_same_steps(
@@ -236,12 +252,14 @@ def _require_same_steps(
     raise_all(ResumeError, [other_seed, *problems])
 
 
-def _load_tensors(path: Path, optimizer: Optimizer, comm: Comm, *, with_optimizer: bool, with_average: bool) -> None:
+def _load_tensors(
+    path: Path, manifest: Manifest, optimizer: Optimizer, comm: Comm, *, with_optimizer: bool, with_average: bool
+) -> None:
     average = optimizer.average if with_average else None
     wanted = ("model.",) + ("optimizer.",) * with_optimizer + (AVERAGE_PREFIX,) * with_average
     # a kind that nobody asked for is left alone; otherwise nothing may be left over, of whatever kind
     complete = ("",) if with_optimizer and with_average else wanted
-    load(path, _pieces(optimizer.shards, with_optimizer, average), comm, complete=complete)
+    load(path, _pieces(optimizer.shards, with_optimizer, average), comm, complete=complete, manifest=manifest)
     if optimizer.average is not None and average is None:
         optimizer.average.restart()
 

@@ -5,7 +5,7 @@ A folder may also hold an adapter under the name that its tool looks for; asked 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -91,7 +91,7 @@ def recognise(path: Path, wanted: Wanted = "model") -> Found | None:
         return _found(path, {adapter: read_header(adapter)})
     found = _found(path, find_shards(path))
     if adapter is not None and adapter in found.headers and found.content == "adapters":  # copies for several tools
-        return replace(found, headers={adapter: found.headers[adapter]})
+        return _found(path, {adapter: found.headers[adapter]})
     return found
 
 
