@@ -40,6 +40,7 @@ from mm.checkpoint.safetensor_file import Entry
 from mm.checkpoint.weights import open_weights
 from mm.config.layout import Stages
 from mm.config.model import WanConfig
+from mm.config.run.origins import Word
 from mm.errors import CheckpointError
 from mm.wan.config_json import infer_config
 from mm.wan.folder import WeightFolder
@@ -290,7 +291,8 @@ def _agreed_config(source: WeightSource, original: WeightFolder) -> WanConfig:
     theirs, ours = original.config(), source.config()
     if ours is not None:
         remedy = "Give the folder that the training started from."
-        Expected(theirs, str(original.path), "CKPT-024", CheckpointError, remedy).require_config(source.path, ours)
+        expected = Expected(theirs, lambda name: Word(name, str(original.path)), "CKPT-024", CheckpointError, remedy)
+        expected.require_config(source.path, ours)
     return theirs
 
 

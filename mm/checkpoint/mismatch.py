@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mm.checkpoint.formats.source import WeightSource
 from mm.config.model import WanConfig
+from mm.config.run.origins import Word
 from mm.errors import CheckpointError, ConfigError, MMError, Problem, raise_all
 from mm.wan.model import whole_shapes
 
@@ -16,15 +17,15 @@ class Expected:
     """The model that weights must be of.
 
     Attributes:
-        config: its shape. where: what says so, a file.
+        config: its shape. word: the user's word for one of its fields.
         id, error, remedy: of the error about weights that say another one.
     """
 
     config: WanConfig
-    where: str
+    word: Callable[[str], Word]
     id: str
     error: type[MMError] = ConfigError
-    remedy: str = "Correct the predictor section, or name other weights."
+    remedy: str = "Correct it, or name other weights."
 
     def require_config(self, place: object, theirs: WanConfig, *, text_len: bool = False) -> None:
         """Compare a configuration alone.
@@ -40,7 +41,7 @@ class Expected:
         if text_len and theirs.text_len != self.config.text_len:
             fields = [*fields, "text_len"]
         problems = [
-            f"{place} has {name} {getattr(theirs, name)}, and {self.where} has {getattr(self.config, name)}."
+            f"{place} has {name} {getattr(theirs, name)}, and {self.word(name).full()} is {getattr(self.config, name)}."
             for name in fields
         ]
         raise_all(self.error, [Problem(self.id, message, self.remedy) for message in problems])

@@ -27,7 +27,6 @@ from mm.checkpoint.directory import find_latest
 from mm.checkpoint.formats import training
 from mm.checkpoint.identify import identify
 from mm.checkpoint.lock import holder_of
-from mm.checkpoint.mismatch import Expected
 from mm.checkpoint.weights import open_weights
 from mm.config.model import WanConfig
 from mm.config.run.training import TrainingRun
@@ -40,6 +39,7 @@ from mm.errors import MMError
 from mm.ops.elementwise.dispatch import TRITON_NEEDS, choice_of
 from mm.optim.algorithms.make import ALGORITHMS
 from mm.parallel.placement import whole_shapes
+from mm.train.run import expected_model
 
 Verdict = Literal["ok", "look", "no"]
 _FP32 = 4
@@ -125,7 +125,7 @@ def features(dataset: FeatureDataset, global_batch_size: int, *, one_size: bool)
     return [Finding("features", "ok", found)]
 
 
-def weights(sections: TrainingRun, config: WanConfig) -> list[Finding]:
+def weights(sections: TrainingRun) -> list[Finding]:
     """What the run starts from: names and shapes of all tensors, without reading them."""
     adapters, start, words = sections.adapters, sections.checkpoint, sections.origins
     path = adapters.base if adapters is not None else start.load
@@ -138,7 +138,7 @@ def weights(sections: TrainingRun, config: WanConfig) -> list[Finding]:
     if found.format == training.FORMAT:
         return [Finding("weights", "ok", f"training checkpoint {found.path}")]
     source = open_weights(found)
-    Expected(config, "pretrain_model.json", "CFG-028").require(source)
+    expected_model(sections).require(source)
     return [Finding("weights", "ok", f"{path} ({source.label}): every tensor is there, none too many")]
 
 

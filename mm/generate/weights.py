@@ -16,6 +16,7 @@ from mm.checkpoint.safetensor_file import bytes_of
 from mm.checkpoint.weights import WeightSource, open_weights
 from mm.config.inference import LoraSection
 from mm.config.model import WanConfig
+from mm.config.run.origins import Word
 from mm.lora.adapter import Adapter, merge_tensor, require_fit
 from mm.lora.convert import read_any
 from mm.lora.targets import every_linear
@@ -101,7 +102,8 @@ def open_generation_weights(
     """
     comm = comm or SingleProcess()
     source = open_weights(identify(path, comm))
-    on_rank_zero(comm, lambda: Expected(wan, "inference_model.json", "CFG-065").require(source))
+    expected = Expected(wan, lambda name: Word(name, "inference_model.json", f"predictor.{name}"), "CFG-065")
+    on_rank_zero(comm, lambda: expected.require(source))
     linears = every_linear(whole_shapes(wan))
     adapters = [(read_any(identify(section.path, comm, wanted="adapters")), section.strength) for section in lora]
     for adapter, _ in adapters:

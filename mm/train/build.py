@@ -13,7 +13,6 @@ from mm.checkpoint.comm import on_rank_zero
 from mm.checkpoint.directory import require_kind
 from mm.checkpoint.files import replace_text, writing_errors
 from mm.checkpoint.identify import Found, identify, latest_checkpoint
-from mm.checkpoint.mismatch import Expected
 from mm.config.recompute import Recompute
 from mm.config.run.file import resolved, whole_file
 from mm.config.run.origins import RUN_FILE
@@ -29,7 +28,7 @@ from mm.parallel.apply import ParallelModel, ValueOf, apply
 from mm.train.adapters import AdapterRun, load_adapters, open_base
 from mm.train.describe import start_table
 from mm.train.resuming import Resuming, update_settings
-from mm.train.run import Run, data_parallel_options, training_dtype
+from mm.train.run import Run, data_parallel_options, expected_model, training_dtype
 from mm.train.state import Progress, load_state, load_weights, saved_bytes
 from mm.wan.compile import graphs_needed, most_graphs, probe
 from mm.wan.initial import initial_value
@@ -86,7 +85,7 @@ def open_adapters(run: Run) -> AdapterRun | None:
     adapters = run.sections.adapters
     if run.lora is None or adapters is None:
         return None
-    return open_base(run.lora, Path(adapters.base), _expected(run), run.comm)
+    return open_base(run.lora, Path(adapters.base), expected_model(run.sections), run.comm)
 
 
 def build_model(run: Run, adapters: AdapterRun | None, run_blocks: BlockRunner, compiled: bool) -> ParallelModel:
@@ -210,7 +209,7 @@ def start_or_resume(run: Run, adapters: AdapterRun | None, optimizer: Optimizer,
     if adapters is not None:
         load_adapters(found, adapters, optimizer)
     else:
-        load_weights(found, optimizer, _expected(run), run.comm)
+        load_weights(found, optimizer, expected_model(run.sections), run.comm)
     return Progress()
 
 
@@ -219,7 +218,7 @@ def _resume(run: Run, found: Found, adapters: AdapterRun | None, optimizer: Opti
     progress = load_state(
         found,
         optimizer,
-        _expected(run),
+        expected_model(run.sections),
         run.sections.training.seed,
         run.comm,
         resuming=_resuming(run, steps),
@@ -230,11 +229,6 @@ def _resume(run: Run, found: Found, adapters: AdapterRun | None, optimizer: Opti
     )
     logger.info("going on from %s: step %d, %d samples", found.path, progress.step, progress.consumed_samples)
     return progress
-
-
-def _expected(run: Run) -> Expected:
-    """The model that weights to start from must be of."""
-    return Expected(run.config, "pretrain_model.json", "CFG-028")
 
 
 def write_run_file(run: Run) -> None:

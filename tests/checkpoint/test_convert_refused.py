@@ -29,7 +29,7 @@ def test_another_models_original_is_refused(original, tmp_path):
     with pytest.raises(CheckpointError) as caught:
         convert.convert_to_hf(tmp_path / "mm", tmp_path / "out", other)
     assert caught.value.id == "CKPT-024"
-    assert f"has num_heads 2, and {other} has 4." in str(caught.value)
+    assert f"has num_heads 2, and num_heads in {other} is 4." in str(caught.value)
     convert.convert_to_native(original, tmp_path / "native")
     with pytest.raises(CheckpointError) as caught:
         convert.convert_to_hf(tmp_path / "mm", tmp_path / "out", tmp_path / "native")

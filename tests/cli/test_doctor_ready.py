@@ -111,7 +111,9 @@ def test_weights_of_another_model_of_the_same_shapes(
     )
     _, reasons = look(demo, tmp_path / "run", capsys, load=other)
     assert [reason.split(":")[:2] for reason in reasons] == [["weights", " CFG-028"]]
-    assert f"{other} has num_heads {heads // 2}, and pretrain_model.json has {heads}." in reasons[0]
+    model = demo / "configs" / "pretrain_model.json"
+    said = f"{other} has num_heads {heads // 2}, and predictor.num_heads in {model} is {heads}."
+    assert said in reasons[0]
     with pytest.raises(ConfigError, match="CFG-028"):
         train_command.main([*words(demo, tmp_path / "run", load=other), "--no-progress-bar"])
 
