@@ -13,6 +13,7 @@ from mm.checkpoint.comm import Comm, SingleProcess, on_every_rank, on_rank_zero
 from mm.checkpoint.directory import Policy, Verify, find_latest, holds_checkpoints, require_whole
 from mm.checkpoint.formats.found import Found, Wanted, nothing
 from mm.checkpoint.formats.table import FORMATS
+from mm.checkpoint.manifest import damaged
 from mm.checkpoint.record import kind_of
 from mm.errors import DataError
 from mm.wan.shards import what_instead
@@ -39,8 +40,8 @@ def identify(
     Raises:
         CheckpointError: CKPT-012 and CKPT-013 for a training checkpoint that is damaged, CKPT-010, CKPT-018, CKPT-021,
             CKPT-041, CKPT-042 and CKPT-045 for other systems' checkpoints that are damaged or ambiguous.
-        DataError: DATA-020 for a path that this node has and another one has not, DATA-022 to DATA-025 for safetensors
-            that are damaged or ambiguous.
+        DataError: DATA-020 for a path that rank 0 has and another rank has not (of a run's checkpoints CKPT-012),
+            DATA-022 to DATA-025 for safetensors that are damaged or ambiguous.
     """
     path, comm = Path(path), comm or SingleProcess()
     is_checkpoint, of_run = on_rank_zero(comm, lambda: [kind_of(path) is not None, holds_checkpoints(path)])
@@ -73,14 +74,18 @@ def _described(folder: Path, asked: Path, comm: Comm, wanted: Wanted, *, of_run:
 
     found = Found.parse(on_rank_zero(comm, look))
     if comm.world_size > 1 and found.format != "absent":
-        on_every_rank(comm, lambda: _require_here(found.path))
+        on_every_rank(comm, lambda: _require_here(found))
     return found
 
 
-def _require_here(path: Path) -> None:
-    if not path.exists():
-        raise DataError(
-            "DATA-020",
-            f"Weights not found: {path} does not exist on {socket.gethostname()}, and rank 0 has it.",
-            "Copy it to every node, or name a folder that all of them share.",
-        )
+def _require_here(found: Found) -> None:
+    if found.path.exists():
+        return
+    host = socket.gethostname()
+    if found.of_run:
+        raise damaged(found.path, f"it does not exist on {host}, and rank 0 has it")
+    raise DataError(
+        "DATA-020",
+        f"Weights not found: {found.path} does not exist on {host}, and rank 0 has it.",
+        "Copy it to every node, or name a folder that all of them share.",
+    )

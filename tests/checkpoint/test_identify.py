@@ -24,7 +24,7 @@ from mm.checkpoint.manifest import FileRecord
 from mm.checkpoint.record import WeightsRecord, write_record
 from mm.checkpoint.safetensor_file import hash_file
 from mm.checkpoint.store import save, whole_piece
-from mm.errors import CheckpointError, DataError
+from mm.errors import CheckpointError, MMError
 from mm.lora.adapter import Adapter, Update
 from mm.lora.files import write_adapter
 from mm.lora.mindspeed import write_mm
@@ -207,15 +207,16 @@ def test_copies_of_an_adapter_for_several_tools_are_one(places):
 
 
 def on_two_nodes(home: str) -> list[str]:
-    """What a rank is told of the folder `weights`, which each sees from a place of its own."""
+    """What a rank is told of folders that each sees from a place of its own."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     comm, told = ProcessGroupComm(), []
     for owner in (0, 1):
         os.chdir(Path(home, "node" if comm.rank == owner else "another"))
-        try:
-            told.append(identify("weights", comm).format)
-        except DataError as error:
-            told.append(str(error))
+        for folder in ("weights", "run"):
+            try:
+                told.append(identify(folder, comm).format)
+            except MMError as error:
+                told.append(str(error))
     dist.destroy_process_group()
     return told
 
@@ -225,10 +226,12 @@ def test_a_folder_that_one_node_has_is_told_on_all(original, tmp_path):
     (tmp_path / "node").mkdir()
     (tmp_path / "another").mkdir()
     copy_of(original, tmp_path / "node" / "weights")
+    training_run(original, tmp_path / "node" / "run")
     first, second = run_ranks(2, on_two_nodes, str(tmp_path))
     assert first == second
     assert first[0].startswith("DATA-020: Weights not found: weights does not exist on ")
-    assert first[1] == "absent"
+    assert first[1].startswith("CKPT-012: The checkpoint run/iter_0000010 is not complete: it does not exist on ")
+    assert first[2:] == ["absent", "absent"]
 
 
 def test_a_run_s_newest_whole_checkpoint_is_meant_in_the_mm_format_too(places, tmp_path, caplog):
