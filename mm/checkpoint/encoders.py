@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from mm.checkpoint.files import new_folder, require_absent, require_free_space, write_new
-from mm.checkpoint.formats.pt_file import read_pt
+from mm.checkpoint.formats.found import Found
+from mm.checkpoint.formats.pt_file import SUFFIXES, read_pt
 from mm.checkpoint.formats.shard_files import write_shards
 from mm.checkpoint.formats.source import TensorKind
 from mm.checkpoint.mismatch import raise_on_mismatch
@@ -33,10 +34,11 @@ from mm.wan.names_clip import clip_pairs
 from mm.wan.names_t5 import t5_pairs
 from mm.wan.names_vae import vae_pairs
 from mm.wan.prefixes import common_prefix, unwrapped
-from mm.wan.shards import DIFFUSERS_FILE, find_shards
+from mm.wan.shards import DIFFUSERS_FILE
 
 log = logging.getLogger(__name__)
 
+FORMAT = "a file of torch.save"
 TRANSFORMERS_FILE = "model.safetensors"
 _WRAPPERS = ("state_dict", "module", "model_state")
 """The one key of an original file whose state dict is inside another dictionary."""
@@ -87,21 +89,56 @@ class EncoderSource:
         return self.encoder.pairs(self.num_layers)
 
 
-def open_encoder(path: Path) -> EncoderSource | None:
-    """The encoder at `path`, or None where there is none; a transformer's weights are none.
+class EncoderNames(NamedTuple):
+    """Which encoder some names are of, whether they are those of the original, and the number of its layers."""
+
+    encoder: Encoder
+    original: bool
+    num_layers: int
+
+
+def encoder_of(names: Iterable[str]) -> EncoderNames | None:
+    """The encoder that has tensors of these names, or None."""
+    listed = list(names)
+    prefix = common_prefix(listed)  # DiffSynth's `model.`, of the VAE
+    bare = [unwrapped(name.removeprefix(prefix)) for name in listed]
+    for encoder in ENCODERS:
+        for original, mark in ((True, encoder.mark), (False, encoder.hf_mark)):
+            layers = {int(match[1] or 0) for name in bare if (match := re.fullmatch(mark, name))}
+            if layers:
+                return EncoderNames(encoder, original, max(layers) + 1)
+    return None
+
+
+def recognise(path: Path) -> Found | None:
+    """A file that `torch.save` wrote: an encoder of the original release, or unknown, readable or not."""
+    if path.suffix not in SUFFIXES or not path.is_file():
+        return None
+    try:
+        encoder = encoder_of(_state(path))
+    except CheckpointError:  # `open_encoder` says so; whoever wants other weights has no use for such a file at all
+        encoder = None
+    if encoder is None:
+        return Found(path, FORMAT, path)
+    return Found(path, FORMAT, path, "encoder", encoder.encoder.name)
+
+
+def open_encoder(found: Found) -> EncoderSource | None:
+    """The encoder that was found, or None where it is something else, such as a transformer.
 
     Raises:
         CheckpointError: CKPT-021 for a `.pth` file that is damaged or needs code to be read.
-        DataError: DATA-022 to DATA-025 for safetensors that cannot be used.
     """
-    if path.is_file() and path.suffix in (".pth", ".pt", ".bin"):
-        state = _unwrapped(read_pt(path))
-        kinds = {name: TensorKind(tuple(v.shape), v.dtype) for name, v in state.items() if isinstance(v, Tensor)}
-        return _recognised(path, kinds, state.__getitem__)
-    if not any(path.glob("*.safetensors")) and path.suffix != ".safetensors":
+    path = found.path
+    if found.format == FORMAT:
+        state = _state(path)
+        return _source(
+            path, {name: TensorKind(tuple(v.shape), v.dtype) for name, v in state.items()}, state.__getitem__
+        )
+    if found.content != "encoder":
         return None
     stored: dict[str, tuple[Path, TensorKind]] = {}
-    for file, header in find_shards(path).items():
+    for file, header in found.headers.items():
         stored |= {
             name: (file, TensorKind(info.shape, DTYPES[info.dtype]))
             for name, info in header.items()
@@ -113,7 +150,7 @@ def open_encoder(path: Path) -> EncoderSource | None:
             value: Tensor = file.get_tensor(name)
         return value
 
-    return _recognised(path, {name: kind for name, (_, kind) in stored.items()}, read)
+    return _source(path, {name: kind for name, (_, kind) in stored.items()}, read)
 
 
 def encoder_to_hf(source: EncoderSource, target: Path, like: Path | None, max_shard_bytes: int) -> None:
@@ -234,23 +271,20 @@ def _require_names(source: EncoderSource, expected: Iterable[str]) -> None:
     raise_on_mismatch(f"{source.path} ({source.encoder.name})", missing, left_over, [])
 
 
-def _recognised(path: Path, kinds: dict[str, TensorKind], read: Callable[[str], Tensor]) -> EncoderSource | None:
-    """Which encoder has these names, with the parts left out that are no part of it."""
-    prefix = common_prefix(kinds)  # DiffSynth's `model.`, of the VAE
+def _source(path: Path, kinds: dict[str, TensorKind], read: Callable[[str], Tensor]) -> EncoderSource | None:
+    """The encoder that has these tensors, with the parts left out that are no part of it."""
+    which = encoder_of(kinds)
+    if which is None:
+        return None
+    prefix = common_prefix(kinds)
     names = {unwrapped(name.removeprefix(prefix)): name for name in kinds}
-    for encoder in ENCODERS:
-        for original, mark in ((True, encoder.mark), (False, encoder.hf_mark)):
-            layers = {int(match[1] or 0) for name in names if (match := re.fullmatch(mark, name))}
-            if not layers:
-                continue
-            used = {name: place for name, place in names.items() if not name.startswith(names_clip.UNUSED)}
-            if len(used) < len(names):
-                log.info("%s: %d tensors of the text tower are not part of Wan.", path, len(names) - len(used))
-            if not original:
-                used = _one_embedding({_hf_name(name): place for name, place in used.items()})
-            found = {name: kinds[place] for name, place in used.items()}
-            return EncoderSource(encoder, path, original, max(layers) + 1, found, partial(_read_as, read, used))
-    return None
+    used = {name: place for name, place in names.items() if not name.startswith(names_clip.UNUSED)}
+    if len(used) < len(names):
+        log.info("%s: %d tensors of the text tower are not part of Wan.", path, len(names) - len(used))
+    if not which.original:
+        used = _one_embedding({_hf_name(name): place for name, place in used.items()})
+    mine = {name: kinds[place] for name, place in used.items()}
+    return EncoderSource(which.encoder, path, which.original, which.num_layers, mine, partial(_read_as, read, used))
 
 
 def _read_as(read: Callable[[str], Tensor], places: Mapping[str, str], name: str) -> Tensor:
@@ -270,9 +304,12 @@ def _one_embedding(used: dict[str, str]) -> dict[str, str]:
     return used if tied is None else {names_t5.EMBEDDING: tied, **used}
 
 
-def _unwrapped(content: dict[str, Any]) -> dict[str, Any]:
+def _state(file: Path) -> dict[str, Tensor]:
+    """The tensors of an original file, mapped; CKPT-021 as `read_pt`."""
+    content = read_pt(file)
     inner = next(iter(content.values())) if len(content) == 1 and next(iter(content)) in _WRAPPERS else content
-    return inner if isinstance(inner, dict) else content
+    state = inner if isinstance(inner, dict) else content
+    return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _build_vae(values: Mapping[str, Any] | None) -> tuple[nn.Module, str]:

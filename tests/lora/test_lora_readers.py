@@ -13,8 +13,9 @@ from diffusers import UniPCMultistepScheduler, WanPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mm.checkpoint.formats.folder import PEFT_FILE
 from mm.lora.adapter import Adapter, Update
-from mm.lora.files import COMFYUI_FILE, PEFT_FILE, write_adapter
+from mm.lora.files import COMFYUI_FILE, write_adapter
 from mm.wan.names import diffusers_to_native
 
 State = dict[str, Tensor]

@@ -51,13 +51,13 @@ def test_steps_run_while_a_checkpoint_is_written(
     metrics = tmp_path / "run" / "metrics.jsonl"
     seen = []
 
-    def held_up(root: Path, step: int, *rest: Any) -> Path:
+    def held_up(root: Path, step: int, *rest: Any, **others: Any) -> Path:
         deadline = time.monotonic() + 30
         while step == 2 and len(metrics.read_text().splitlines()) < 3:
             assert time.monotonic() < deadline, "step 3 waits for the checkpoint of step 2"
             time.sleep(0.01)
         seen.append((step, len(metrics.read_text().splitlines())))
-        return save(root, step, *rest)
+        return save(root, step, *rest, **others)
 
     monkeypatch.setattr(background, "save", held_up)
     with caplog.at_level("INFO"):
