@@ -187,7 +187,7 @@ def say(error: MMError) -> None:
 
 
 def _launcher_lives() -> bool | None:
-    """Whether the launcher of this process is there; None for a process that has none."""
+    """Look whether the launcher of this process is there; None for a process that has none."""
     launcher = os.environ.get(LAUNCHER, "")
     if not launcher.isdecimal() or int(launcher) == os.getpid():
         return None

@@ -84,7 +84,7 @@ class CheckedData:
         return [checked.bad[number] for checked in self.lists for number in sorted(checked.bad)]
 
     def by_error(self) -> dict[str, int]:
-        """How many have which error."""
+        """Number of samples with each error id."""
         return dict(sorted(Counter(sample.error for sample in self.bad).items()))
 
 

@@ -53,7 +53,7 @@ def load_clip(sample: VideoSample, preprocess: RawPreprocess, seed: int) -> Clip
 
 
 def _clip_frames(sample: VideoSample, preprocess: RawPreprocess, seed: int) -> tuple[VideoInfo, range]:
-    """What the video holds and which of its frames are taken."""
+    """Facts of the video, and the indices of the frames that are taken."""
     info = probe(sample.file, preprocess.video_reader_type)
     check_annotation(sample, info)
     return info, choose_frames(sample, info.num_frames, preprocess, seed)

@@ -28,7 +28,7 @@ ENCODER_FIELDS = ("vae", "text_encoder", "tokenizer", "text_cleaning", "crop", "
 
 
 class SampleTensors(TypedDict):
-    """What a feature file gives training: latents [16, F, H, W], prompt [L, D], and the task's features by name."""
+    """Tensors that a feature file gives training: latents [16, F, H, W], prompt [L, D], the task's features by name."""
 
     latents: Tensor
     prompt: Tensor
@@ -121,7 +121,7 @@ class FeatureDataset(Dataset[FeatureItem]):
         return {**tensors, "prompt_mask": mask, "sample": index}
 
     def place(self, index: int) -> FeaturePlace:
-        """Where one sample is."""
+        """Place of one sample in its store."""
         sample = self.samples[index]
         store = self._stores[sample.store]
         row = store.rows[sample.row]
@@ -161,7 +161,7 @@ class FeatureDataset(Dataset[FeatureItem]):
         return digest.hexdigest()[:16]
 
     def shapes(self) -> Counter[tuple[int, int, int, int]]:
-        """How many samples have which latent shape."""
+        """Number of samples with each latent shape."""
         return Counter(sample.latent_shape for sample in self.samples)
 
 

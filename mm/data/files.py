@@ -140,7 +140,7 @@ def require_regular_file(file: Path, place: str) -> None:
 
 
 def is_text(text: str) -> bool:
-    """Whether a string can be written as UTF-8. JSON can spell half a surrogate pair, which no file name can hold."""
+    """Test that a string can be written as UTF-8. JSON can spell half a surrogate pair, which no file name can hold."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -248,7 +248,7 @@ def _line_rows(text: str, path: Path, error_id: str) -> Iterator[JsonRow]:
 
 
 def _skip_space(text: str, position: int) -> int:
-    """Where JSON goes on."""
+    """Position at which JSON goes on after white space."""
     found = _SPACE.match(text, position)
     return found.end() if found else position
 
@@ -261,7 +261,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(name: str) -> None:
-    """What is not JSON and some write all the same: NaN is an empty cell, Infinity is refused."""
+    """Read words that are not JSON and that some write all the same: NaN is an empty cell, Infinity is refused."""
     if name == "NaN":
         return
     raise ValueError(f"{name} is not a JSON number")

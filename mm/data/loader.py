@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Notes(TypedDict, total=False):
-    """What only some micro-batches have.
+    """Entries that only some micro-batches have.
 
     Attributes:
         replaced: where samples were, the ids of those that were to be in the micro-batch.
@@ -246,7 +246,7 @@ def _batches(
 
 
 def _bad_sample(outcome: Outcome) -> tuple[int, DataError] | None:
-    """Which sample of a micro-batch could not be read, and why."""
+    """Index of the sample of a micro-batch that could not be read, and its error."""
     if isinstance(outcome, Parcel) and "bad" in outcome.facts:
         return outcome.facts["bad"], as_error(outcome.facts["problems"])
     return None

@@ -251,7 +251,7 @@ def _taken_columns(values: Any, columns: Sequence[Column], place: str) -> tuple[
 
 
 def _other_names(values: Any, place: str) -> list[Problem]:
-    """What the columns of other tools are called here, where those of here are missing."""
+    """Problems of columns with other tools' names, where those of here are missing; the remedy is the name here."""
     given = values if isinstance(values, dict) else {}
     return [
         Problem("DATA-061", f'{place}: "{other}" is not read.', f'Call the column "{name}".')

@@ -45,7 +45,7 @@ WorkT = TypeVar("WorkT", contravariant=True)
 
 @dataclass(frozen=True)
 class Parcel:
-    """What a job gives: tensors by name, and facts that JSON can spell."""
+    """Result of a job: tensors by name, and facts that JSON can spell."""
 
     tensors: Mapping[str, Tensor]
     facts: Mapping[str, Any]
@@ -55,13 +55,13 @@ Outcome = Parcel | DataError
 
 
 class Work(Protocol[WorkT]):
-    """What readers do; it is sent to each of them once, when it starts."""
+    """Work of readers; it is sent to each of them once, when it starts."""
 
     def __call__(self, job: WorkT, /) -> Parcel:
         """Do one job; a `DataError` becomes its outcome, another exception ends the reader."""
 
     def describe(self, job: WorkT, /) -> str:
-        """What to call a job where its reader hangs or dies: its file."""
+        """Name of a job where its reader hangs or dies: its file."""
 
 
 def read_in_order(

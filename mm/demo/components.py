@@ -97,7 +97,7 @@ def write_model(folder: Path, task: Task = DEFAULT) -> None:
 
 
 def _add_modules(folder: Path, task: Task) -> None:
-    """What diffusers' transformer does not have of a task: its modules' parameters, and its name in config.json."""
+    """Add what diffusers' transformer lacks of a task: its modules' parameters, and its name in config.json."""
     if task.frames or not task.modules:
         return
     config, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"

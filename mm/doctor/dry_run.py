@@ -54,7 +54,7 @@ _SETTINGS = UpdateSettings(
 
 @dataclass(frozen=True)
 class DryRunJob:
-    """What is run.
+    """Run to rehearse, cut as it is.
 
     Attributes:
         wan, layout, options, zero: as for `mm.parallel.apply.apply`. recompute: as for `mm.activation.recompute`.
@@ -83,7 +83,7 @@ class DryRunJob:
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank holds and sends in a step after the first.
+    """Memory and messages of one rank in a step after the first.
 
     Attributes:
         rank: in the job. tp_rank, cp_rank, dp_rank, pp_rank: its coordinates.
@@ -251,7 +251,7 @@ def _label_model(tracked: TrackMemory, parallel: ParallelModel) -> None:
 
 
 def _of_all(passes: Sequence[Traffic], runs: Sequence[int], micro_batches: int) -> Traffic:
-    """What passes over all micro-batches send, from passes over a few.
+    """Traffic of passes over all micro-batches, from passes over a few.
 
     Only DDP sends something once for all micro-batches, its parameters and gradients.
     """

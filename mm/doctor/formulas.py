@@ -96,7 +96,7 @@ def boundary(tokens: float, context_tokens: int, width: int, itemsize: int) -> f
 
 
 def pipeline(layout: Layout, pp_rank: int, bytes_each: float, micro_batches: int) -> Traffic:
-    """What a stage sends in a step: forward to the next virtual stage, backward to the one before."""
+    """Traffic of a stage in a step: forward to the next virtual stage, backward to the one before."""
     last = layout.pp_size * layout.vp_size - 1
     places = [vp_rank * layout.pp_size + pp_rank for vp_rank in range(layout.vp_size)]
     messages = micro_batches * (sum(place < last for place in places) + sum(place > 0 for place in places))
@@ -122,7 +122,7 @@ def layer(
     itemsize: int,
     micro_batches: int,
 ) -> Traffic:
-    """What a rank sends in a step for one of its blocks, one sample a micro-batch, by axis and operation.
+    """Traffic of a rank in a step for one of its blocks, one sample a micro-batch, by axis and operation.
 
     Calls are those that a block adds; DDP and the optimizer put all blocks into the same calls.
 

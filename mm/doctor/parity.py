@@ -65,7 +65,7 @@ class GradientPiece:
 
 @dataclass
 class Trace(Generic[Values]):
-    """What a run shows after each step: loss, reported gradient norm, gradients by name; and the weights at the end."""
+    """Record of a run: after each step loss, reported gradient norm, gradients by name; and the weights at the end."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -87,7 +87,7 @@ class RelativeErrors:
 
 @dataclass(frozen=True)
 class Case:
-    """What is run.
+    """Run whose layout is compared with one device.
 
     Attributes:
         wan, layout, options, zero: as for `mm.parallel.apply.apply`. recompute: as for `mm.activation.recompute`.
@@ -222,7 +222,7 @@ def _loss(model: WanModel, flow: FlowMatching, sample: FeatureBatch, device: tor
 
 
 def own_pieces(optimizer: Optimizer, what: str) -> dict[str, list[GradientPiece]]:
-    """What this rank owns of every parameter's `gradient` or `master`."""
+    """Pieces of every parameter's `gradient` or `master` that this rank owns."""
     pieces: dict[str, list[GradientPiece]] = {}
     for shard in optimizer.shards:
         if shard.owned and shard.start < shard.stop:
@@ -280,7 +280,7 @@ def compare_pieces(mine: Trace[list[GradientPiece]], whole: Trace[Tensor], comm:
 
 
 def limits(layout: Layout) -> RelativeErrors:
-    """What rounding may make of a run of few blocks in fp32: sums of ring and tensor parallelism have another order.
+    """Limits of rounding in a run of few blocks in fp32: sums of ring and tensor parallelism have another order.
 
     Gradients and weights are measured against the largest element of the same parameter.
     """

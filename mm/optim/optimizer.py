@@ -65,7 +65,7 @@ class ParamShard:
         return self.key.grad.view(-1)
 
     def state(self) -> dict[str, Tensor]:
-        """What the optimizer keeps of the range, by name, each flat; zeros when no step was made yet."""
+        """State that the optimizer keeps of the range, by name, each flat; zeros when no step was made yet."""
         kept = self.inner.state[self.key]
         if not kept:
             kept.update(self.algorithm.new_state(self.inner, self.key))
@@ -252,5 +252,5 @@ def norm_of(squares: Tensor) -> float:
 
 
 def is_decayed(name: str, parameter: nn.Parameter | Tensor) -> bool:
-    """Whether weight decay applies: to matrices, not to biases and vectors (megatron-core's rule)."""
+    """Apply weight decay to matrices, not to biases and vectors (megatron-core's rule): true for the former."""
     return parameter.dim() > 1 and not name.endswith(".bias")

@@ -1,4 +1,4 @@
-"""Whether the ranks that hold the same weights hold the same bits.
+"""Comparison of replicas: ranks that hold the same weights must hold the same bits.
 
 Replicas start from equal weights and apply equal updates, so they never part; where they do, a device or a link has
 changed bits, and every step since has mixed the copies.

@@ -1,4 +1,4 @@
-"""How a run updates its weights: the optimizer, its numbers, the schedule, clipping, the average."""
+"""Settings of the update of weights: the optimizer, its numbers, the schedule, clipping, the average."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all ranks learn of a step in one message, before any weight changes: losses, gradients, wishes to stop.
+"""Statistics of a step, for all ranks in one message before any weight changes: losses, gradients, wishes to stop.
 
 The decisions that follow (update, skip, stop) are taken from these numbers alone, so that all ranks take the same.
 """
@@ -44,7 +44,7 @@ class StepStatistics:
 
     @property
     def is_finite(self) -> bool:
-        """Whether the gradients may be applied."""
+        """True where the gradients may be applied."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 

@@ -151,7 +151,7 @@ class _Axes:
 
 
 def _engine_groups(axes: _Axes) -> ProcessGroupCollection:
-    """What megatron-core's schedules, DDP and optimizers ask for. None is what they ask for and do not use here.
+    """Groups that megatron-core's schedules, DDP and optimizers ask for; None those that they do not use here.
 
     `dp` and `expt_dp` are only asked for their sizes, and nobody here is an expert.
     """

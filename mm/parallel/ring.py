@@ -107,7 +107,7 @@ class Exchange:
     works: list[dist.Work]
 
     def wait(self) -> Tensor:
-        """What was received. On an accelerator its stream waits, the process does not."""
+        """Received tensor. On an accelerator its stream waits, the process does not."""
         for work in self.works:
             work.wait()
         return self.received

@@ -44,7 +44,7 @@ def sharded_dim(name: str) -> int | None:
 
 
 def gradient_is_partial(name: str, sequence_parallel: bool) -> bool:
-    """Whether a rank's gradient of this parameter is only its part of a sum over the tensor-parallel ranks.
+    """Tell whether a rank's gradient of this parameter is only its part of a sum over the tensor-parallel ranks.
 
     With sequence parallelism every whole parameter works on this rank's tokens only. Without it whole parameters see
     everything, except the text and image embeddings, whose results go into each rank's own heads, and the whole half of
@@ -103,7 +103,7 @@ class TensorAxis:
 
 
 def _others_decide_what_is_saved() -> bool:
-    """Whether a checkpoint runs this code: it keeps nothing of the first run, and the whole tokens of the second."""
+    """Tell whether an activation checkpoint runs this code: it keeps nothing of the first run, all of the second."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 

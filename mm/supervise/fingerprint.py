@@ -35,7 +35,7 @@ NAMED = 3  # differences named for each part, and groups of ranks
 
 
 def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
-    """What must be equal on all ranks, as texts by name.
+    """Texts, by name, that must be equal on all ranks.
 
     Args:
         config: parts of the configuration by name, such as `flags` or `pretrain_model.json`: a mapping or list that

@@ -65,14 +65,14 @@ class Messages:
         return True
 
     def read(self, name: str) -> Any | None:
-        """What was told under a name, or None; does not wait."""
+        """Message under a name, or None; does not wait."""
         if not self._store.check([name]):
             return None
         found = self._opened(name, self._store.get(name))
         return None if found is _ABSENT else found
 
     def wait(self, name: str, timeout: datetime.timedelta) -> Any:
-        """What was told under a name, as soon as it is.
+        """Message under a name, as soon as there is one.
 
         Raises:
             DistStoreError: it was not within the time.

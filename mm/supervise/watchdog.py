@@ -70,7 +70,7 @@ _LOST = (
 
 @dataclass
 class Doing:
-    """What a process is doing.
+    """Activity of a process, as it or a neighbour tells it.
 
     Attributes:
         rank, host: of the process. step: that it is in, 0 before the first.
@@ -162,7 +162,7 @@ class Watchdog:
             self._sign()
 
     def take_samples(self) -> Counter[tuple[str, bool]]:
-        """What was seen since the last call."""
+        """Counts of what was seen since the last call: phase, and whether the process waited."""
         taken, self.samples = self.samples, Counter()
         return taken
 
@@ -271,7 +271,7 @@ class Watchdog:
             self._answer(alarm.limit_s)
 
     def _others_are_patient(self, now: float) -> bool:
-        """Whether another process has told that it waits by a limit of its own, and has time left."""
+        """Find another process that has told that it waits by a limit of its own, and has time left."""
         for rank, phases, seconds in self._notices.roll("patience"):
             self._patience.setdefault((rank, phases), now + seconds)
         return any(now < until for (rank, _), until in self._patience.items() if rank != self._notices.rank)
@@ -284,7 +284,7 @@ class Watchdog:
             self._patience[mine] = now + seconds
 
     def _neighbour_is_silent(self, now: float) -> bool:
-        """Whether the next rank has told nothing for long: in a phase without a limit nothing else shows its end."""
+        """Notice a next rank that has told nothing for long: in a phase without a limit nothing else shows its end."""
         if self._notices.world_size == 1:
             return False
         told = self._notices.read(f"seen {(self._notices.rank + 1) % self._notices.world_size}")

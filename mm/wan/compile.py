@@ -35,7 +35,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 def graphs_needed(num_sizes: int, pipeline: bool) -> int:
-    """How often the code of a block is compiled, at most.
+    """Number of times that the code of a block is compiled, at most.
 
     Args:
         num_sizes: different numbers of tokens that the samples have.
@@ -45,7 +45,7 @@ def graphs_needed(num_sizes: int, pipeline: bool) -> int:
 
 
 def most_graphs() -> int:
-    """How many graphs of one function torch keeps."""
+    """Number of graphs of one function that torch keeps."""
     return int(dynamo_config.accumulated_recompile_limit)
 
 

@@ -1,4 +1,4 @@
-"""What image-to-video models are told of the frames that are given: a mask and the latents of a video of those frames.
+"""Condition of image-to-video models on the frames that are given: a mask and the latents of a video of those frames.
 
 Shapes: B batch, C latent channels, F H W latent frames, height and width.
 Source: Wan technical report (arXiv 2503.20314) section 5.1 and the released code (wan/image2video.py).
@@ -35,7 +35,7 @@ def condition_latents(encoder: VideoEncoder, given: Mapping[int, Tensor], num_fr
 
 
 def known_frames_mask(num_frames: int, indices: Iterable[int]) -> Tensor:
-    """Which frames are given, [4, F] fp32: 1 known, 0 to generate.
+    """Mask of the frames that are given, [4, F] fp32: 1 known, 0 to generate.
 
     A latent frame stands for 4 frames, one a channel; the first one for the first frame alone, four times.
     """

@@ -33,7 +33,7 @@ _SCALES = (".scale_weight", ".weight_scale")
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor is: its file, its name in that file, its dtype in safetensors' spelling, its shape."""
+    """Tensor in a file: the path, its name there, its dtype in safetensors' spelling, its shape."""
 
     file: Path
     name: str

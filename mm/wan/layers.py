@@ -113,7 +113,7 @@ class Fp32Linear(nn.Linear):
 
 @dataclass(frozen=True)
 class ModuleFactories:
-    """What the model is built from. Every field has its single-device default.
+    """Factories of the model's modules. Every field has its single-device default.
 
     Attributes:
         column: linears whose output may be sharded over a tensor-parallel axis: q, k, v, k_img, v_img and ffn.0.

@@ -173,7 +173,7 @@ def _no_convention(names: list[str]) -> DataError:
 
 
 def _before_a_known_name(name: str) -> str:
-    """What has to be cut off a name until some convention knows it; empty when none ever does."""
+    """Prefix to be cut off a name until some convention knows it; empty when none ever does."""
     parts = name.split(".")
     for start in range(1, len(parts)):
         rest = ".".join(parts[start:])

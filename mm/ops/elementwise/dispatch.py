@@ -1,4 +1,4 @@
-"""Which implementation of the elementwise operators a tensor gets."""
+"""Choice of the elementwise operators' implementation for a tensor."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ class TritonOperators(PlainOperators):
         return dx, dweight.sum(dim=(0, 1)).to(weight.dtype)
 
     def _strips(self, x: Tensor) -> _Strips:
-        """How the rows of [B, T, D] are shared out among the programs."""
+        """Distribution of the rows of [B, T, D] among the programs."""
         batch, tokens, width = x.shape
         tile_rows = _tile_rows(width, _STRIP_TILE)
         rows = -(-tokens // max(1, self.programs // batch))
@@ -162,19 +162,19 @@ class _Strips:
 
 
 def _taken(x: Tensor, *others: Tensor) -> bool:
-    """Whether the kernels take a stream [B, T, D] and others of its number of elements."""
+    """Accept a stream [B, T, D] and others with as many elements, if the kernels can read all of them."""
     fits = x.dim() == 3 and 0 < x.shape[-1] <= _MAX_WIDTH and x.numel() > 0
     return fits and all(_readable(x, stream) and stream.numel() == x.numel() for stream in (x, *others))
 
 
 def _per_batch(x: Tensor, *parameters: Tensor) -> bool:
-    """Whether each has one row for every batch element, or one for all."""
+    """Require of each parameter one row for every batch element, or one for all."""
     shapes = (1, 1, x.shape[2]), (x.shape[0], 1, x.shape[2])
     return all(_readable(x, parameter) and parameter.shape in shapes for parameter in parameters)
 
 
 def _of_heads(x: Tensor, weight: Tensor, rotation: Rotation | None, head_dim: int) -> bool:
-    """Whether `x` has whole heads, one weight for each of its columns and the angles of its tokens."""
+    """Require of `x` whole heads, one weight for each of its columns and the angles of its tokens."""
     angles = () if rotation is None else rotation
     return (
         (_readable(x, weight) and weight.is_contiguous() and weight.shape == x.shape[2:])
@@ -184,7 +184,7 @@ def _of_heads(x: Tensor, weight: Tensor, rotation: Rotation | None, head_dim: in
 
 
 def _readable(x: Tensor, value: Tensor) -> bool:
-    """Whether a kernel on the device of `x` can read it; subclasses may keep their values elsewhere."""
+    """Require plain memory on the device of `x`, for a kernel to read; subclasses may keep their values elsewhere."""
     return type(value) in (Tensor, nn.Parameter) and value.device == x.device and value.dtype in _DTYPES
 
 

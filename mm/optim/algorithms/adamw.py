@@ -66,5 +66,5 @@ def _count(steps: int, key: Tensor) -> Tensor:
 
 
 def _counts_by_group(inner: torch.optim.Optimizer) -> bool:
-    """Whether steps are counted once a group, as Apex's and TransformerEngine's do, and not once a parameter."""
+    """Tell whether steps are counted once a group, as Apex's and TransformerEngine's are, and not once a parameter."""
     return not isinstance(inner, torch.optim.Adam)
