@@ -70,7 +70,7 @@ def pool_slots(plan: Recompute, wan: WanConfig, mesh: Mesh, micro_batches: int) 
 
 
 def slot_bytes(plan: Recompute, wan: WanConfig, mesh: Mesh, step: StepShape) -> int:
-    """Of the input of a group, and of what its blocks keep of attention."""
+    """Shapes of a group's input, and of what its blocks keep of attention."""
     batch, itemsize = step.micro_batch_size, step.dtype.itemsize
     layout = mesh.layout
     # Ulysses gathers the tokens of its ranks and leaves each of them its share of the heads.

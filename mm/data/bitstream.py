@@ -346,7 +346,7 @@ def _av1_units(packet: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _picture(num_shown: int, is_key: bool) -> Picture | None:
-    """Of a packet that shows so many pictures and may begin with a shown key frame."""
+    """Picture of a packet that shows so many pictures and may begin with a shown key frame."""
     if num_shown > 1:
         return None
     return _UNSHOWN if num_shown == 0 else _START if is_key else _SHOWN

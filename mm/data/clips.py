@@ -1,4 +1,4 @@
-"""From a listed video to the clip that is encoded: which frames, and what the annotation said of them."""
+"""Clips from listed videos, as they are encoded: the frames, and what the annotation said of them."""
 
 from __future__ import annotations
 

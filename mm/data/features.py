@@ -270,7 +270,7 @@ def _header_problems(header: Header, path: Path, model: WanConfig) -> list[Probl
 
 
 def _feature_problems(header: Header, path: Path, model: WanConfig) -> Iterator[Problem]:
-    """Of a sample whose latents are as the model takes them."""
+    """Problems of a sample whose latents are as the model takes them."""
     _, frames, height, width = header.tensors["latents"][1]
     if frames < model.task.fewest_latent_frames:
         message = f"{path}: the clip is one frame, and in {model.task.name} that is known: there is nothing to learn."

@@ -168,7 +168,7 @@ def _layerzero_passes(wan: WanConfig, layout: Layout, zero: ZeroConfig, itemsize
 def _gradients(
     wan: WanConfig, layout: Layout, options: DataParallelOptions, zero: ZeroConfig | None, itemsize: int
 ) -> Traffic:
-    """Once a step: gradients of replicas, of copies on tensor-parallel ranks, and the norm."""
+    """Messages that come once a step: gradients of replicas, of copies on tensor-parallel ranks, and the norm."""
     low, exact = block_elements(wan, layout)
     share = (layout.dp_cp_size - 1) / layout.dp_cp_size
     found: list[Traffic] = []

@@ -106,17 +106,17 @@ class Case:
 
     @property
     def samples(self) -> int:
-        """Of a step, in all replicas."""
+        """Number of samples of a step, in all replicas."""
         return self.micro_batch_size * self.micro_batches * self.layout.dp_size
 
     @property
     def most_tokens(self) -> int:
-        """Of the longest sample."""
+        """Number of tokens of the longest sample."""
         return max(math.prod(token_grid(size, self.wan.patch_size)) for size in self.sizes)
 
 
 def small_model(wan: WanConfig) -> WanConfig:
-    """As many heads and blocks as a model has, so that it takes the same layouts, and everything else small."""
+    """Small model with as many heads and blocks as another, so that it takes the same layouts."""
     width = 8 * wan.num_heads  # heads of width 8 have rotary pairs on all three axes
     small = {"text_dim": 16, "text_len": 8, "hidden_size": width, "ffn_dim": width, "freq_dim": 32}
     return wan.model_copy(update=small | {name: SMALL[name] for name in wan.task.sizes})
@@ -334,7 +334,7 @@ def _worst(mine: dict[str, list[GradientPiece]], whole: dict[str, Tensor], comm:
 
 
 def _difference(pieces: Sequence[GradientPiece], whole: Tensor) -> float:
-    """Of this rank's pieces of a parameter, relative to the whole parameter's largest element."""
+    """Error of this rank's pieces of a parameter, relative to the whole parameter's largest element."""
     largest = whole.abs().max().clamp_min(1e-8)
     error = 0.0
     for piece in pieces:

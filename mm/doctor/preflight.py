@@ -218,7 +218,7 @@ def host(sections: TrainingRun, trained: int, pinned_bytes: int, save_bytes: int
 
 
 def _state_bytes(sections: TrainingRun, trained: int) -> int:
-    """Of a checkpoint: masters, the optimizer's state, the average."""
+    """Bytes of a checkpoint: masters, the optimizer's state, the average."""
     kept = ALGORITHMS[sections.optimizer.name].bytes_per_element if sections.checkpoint.save_optimizer else 0
     return trained * (_FP32 * (1 + (sections.optimizer.ema_decay is not None)) + kept)
 
@@ -263,7 +263,7 @@ def same_draws(digests: Sequence[str | None]) -> list[Finding]:
 
 
 def elements(config: WanConfig) -> int:
-    """Of all parameters of a model."""
+    """Number of elements of all parameters of a model."""
     return sum(torch.Size(shape).numel() for shape in whole_shapes(config).values())
 
 

@@ -73,7 +73,7 @@ class ParamShard:
 
     @property
     def state_bytes(self) -> int:
-        """Of `state`, whether it is there yet or not."""
+        """Names in `state`, whether it is there yet or not."""
         return self.key.numel() * self.algorithm.bytes_per_element
 
 

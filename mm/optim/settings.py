@@ -36,5 +36,5 @@ class UpdateSettings:
 
     @property
     def betas(self) -> tuple[float, float]:
-        """Both."""
+        """Pair of beta1 and beta2."""
         return self.adam_beta1, self.adam_beta2

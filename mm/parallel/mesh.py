@@ -135,7 +135,7 @@ class _Axes:
         return self._made(name, rank_lists)
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Of a rank, by axis."""
+        """Coordinates of a rank, by axis."""
         found = {}
         for axis, size in reversed(self.sizes.items()):
             rank, found[axis] = divmod(rank, size)

@@ -198,7 +198,7 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _excerpts(a: str, b: str) -> tuple[str, ...]:
-    """Both values as they are, or of long ones the place where they begin to differ."""
+    """Text of both values as they are, or of long ones the place where they begin to differ."""
     if max(len(a), len(b)) <= 120:
         return a, b
     equal = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -327,7 +327,7 @@ class Watchdog:
         self._leave(EXIT_HANG)
 
     def _last_seen(self, rank: int) -> Doing:
-        """Of a process that does not answer, what it told last."""
+        """Activity of a process that does not answer, as it told last."""
         told = self._notices.read(f"seen {rank}") or {"rank": rank, "at": time.time()}
         told["since_s"] = told.get("since_s", 0.0) + time.time() - told.pop("at")
         return Doing(**{**told, "answers": False, "where": "does not answer"})

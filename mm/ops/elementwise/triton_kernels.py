@@ -147,7 +147,7 @@ def sum_of_squares(
     x, squares, tokens,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Of each row. Grid: (tiles, B)."""
+    """Sum of squares of each row. Grid: (tiles, B)."""
     row, _, is_token = _rows_of_tile(tl.program_id(0) * ROWS, tokens, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     inside = is_token & (column < WIDTH)
@@ -197,7 +197,7 @@ def rms_norm_rope_dot(
     grad, x, weight, cos, sin, rstd, dot, tokens,
     WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Of each row, the product of the normed values with their gradient. Grid: (tiles, B)."""
+    """Product of each row's normed values with their gradient. Grid: (tiles, B)."""
     row, token, is_token = _rows_of_tile(tl.program_id(0) * ROWS, tokens, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     inside = is_token & (column < WIDTH)

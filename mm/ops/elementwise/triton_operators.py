@@ -153,7 +153,7 @@ class _Strips:
 
     @property
     def number(self) -> int:
-        """For each batch element."""
+        """Number of tiles for each batch element."""
         return -(-self.x.shape[1] // self.rows)
 
     def sums(self) -> Tensor:
@@ -189,7 +189,7 @@ def _readable(x: Tensor, value: Tensor) -> bool:
 
 
 def _dense(parameter: Tensor) -> Tensor:
-    """With neighbouring columns next to each other; rows of a larger table stay where they are."""
+    """Bring neighbouring columns next to each other; rows of a larger table stay where they are."""
     return parameter if parameter.stride(-1) == 1 else parameter.contiguous()
 
 

@@ -78,5 +78,5 @@ class Algorithm(abc.ABC):
 
     @property
     def bytes_per_element(self) -> int:
-        """Of what it keeps, beside the master weight."""
+        """Bytes of what it keeps, beside the master weight."""
         return sum(one.dtype.itemsize for one in self.state)
