@@ -46,9 +46,19 @@ from mm.train.step import forward_micro_batch, num_tokens
 from mm.wan.patches import token_grid
 
 _SETTINGS = UpdateSettings(
-    lr=1.0, min_lr=0.0, lr_decay_style="constant", lr_warmup_init=0.0, warmup_samples=0, decay_samples=1,
-    weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, clip_grad=1.0, fused=True,
-)  # fmt: skip
+    lr=1.0,
+    min_lr=0.0,
+    lr_decay_style="constant",
+    lr_warmup_init=0.0,
+    warmup_samples=0,
+    decay_samples=1,
+    weight_decay=0.1,
+    adam_beta1=0.9,
+    adam_beta2=0.95,
+    adam_eps=1e-8,
+    clip_grad=1.0,
+    fused=True,
+)
 """An update as on an accelerator, with clipping; its numbers change neither memory nor messages."""
 
 

@@ -40,12 +40,20 @@ from mm.wan.patches import token_grid
 
 SEED, STEPS, DECAY_SAMPLES, EPSILON = 5, 2, 8, 1e-2
 SETTINGS = UpdateSettings(
-    lr=1e-2, min_lr=1e-3, lr_decay_style="linear", lr_warmup_init=0.0, warmup_samples=0,
-    decay_samples=DECAY_SAMPLES, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, clip_grad=0.3,
+    lr=1e-2,
+    min_lr=1e-3,
+    lr_decay_style="linear",
+    lr_warmup_init=0.0,
+    warmup_samples=0,
+    decay_samples=DECAY_SAMPLES,
+    weight_decay=0.1,
+    adam_beta1=0.9,
+    adam_beta2=0.95,
+    clip_grad=0.3,
     # AdamW divides a gradient by its own size. A small epsilon would turn the rounding of near-zero gradients into
     # steps as large as any, and the later steps would compare noise.
     adam_eps=EPSILON,
-)  # fmt: skip
+)
 
 SMALL = {"img_dim": 24, "clip_token_len": 5}
 """Of the sizes that models of some tasks alone have."""
@@ -249,9 +257,7 @@ def run_on_the_mesh(
     shape = StepShape(case.micro_batch_size, case.most_tokens, case.micro_batches, torch.float32)
     offloader = make_offloader(case.recompute, case.wan, mesh, backend, shape)
     runner = block_runner(case.recompute, offloader, backend.model_code)
-    parallel = apply(
-        case.wan, mesh, backend, case.options, torch.float32, value_of, case.zero, runner, compiled_for
-    )  # fmt: skip
+    parallel = apply(case.wan, mesh, backend, case.options, torch.float32, value_of, case.zero, runner, compiled_for)
     optimizer = make_optimizer(parallel, replace(settings, fused=parallel.backend.kind != "cpu"))
     flow = FlowMatching(DiffusionConfig())
     trace: Trace[Values] = Trace()

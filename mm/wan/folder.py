@@ -90,8 +90,8 @@ class WeightFolder:
         scales = _taken_scales(stored, source)
         unused = frozenset(name for name in stored if name.endswith(_UNUSED))
         if unused:
-            logger.info("%s: %d tensors are not part of the model and are not read%s",
-                        path, len(unused), _first_ten(sorted(unused)))  # fmt: skip
+            listed = _first_ten(sorted(unused))
+            logger.info("%s: %d tensors are not part of the model and are not read%s", path, len(unused), listed)
         if scales:
             logger.info("%s: %d weights are multiplied by their scales, in fp32", path, len(scales))
         return cls(path, tuple(headers), source, prefix, stored, unused, scales)
