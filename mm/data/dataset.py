@@ -11,7 +11,6 @@ from math import prod
 from pathlib import Path
 from typing import TypedDict
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -36,9 +35,8 @@ class SampleTensors(TypedDict):
 
 
 class FeatureItem(SampleTensors):
-    """One sample: its tensors, prompt_mask [text_len] uint8, its index in the data set."""
+    """One sample: its tensors, and its index in the data set."""
 
-    prompt_mask: Tensor
     sample: int
 
 
@@ -116,9 +114,7 @@ class FeatureDataset(Dataset[FeatureItem]):
 
     def __getitem__(self, index: int) -> FeatureItem:
         """Read one sample; raises what `read_sample` raises."""
-        tensors = read_sample(self.place(index), self.model)
-        mask = (torch.arange(self.model.text_len) < len(tensors["prompt"])).to(torch.uint8)
-        return {**tensors, "prompt_mask": mask, "sample": index}
+        return {**read_sample(self.place(index), self.model), "sample": index}
 
     def place(self, index: int) -> FeaturePlace:
         """Place of one sample in its store."""

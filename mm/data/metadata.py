@@ -24,7 +24,7 @@ from mm.config.data import DataSource
 from mm.config.tasks.registry import ALL_COLUMNS
 from mm.config.tasks.task import Column
 from mm.data.features import text_hash
-from mm.data.files import path_below, raise_limited, read_rows, require_regular_file
+from mm.data.files import path_below, read_rows, require_regular_file
 from mm.errors import ConfigError, DataError, Problem
 from mm.rng import generator
 
@@ -173,19 +173,6 @@ class CheckedRow:
     place: str
     sample: VideoSample | None
     problems: tuple[Problem, ...]
-
-
-def load_samples(sources: Sequence[DataSource]) -> list[VideoSample]:
-    """Read and check the annotations of all data sets, in order.
-
-    Raises:
-        DataError: DATA-060 for an annotation file that cannot be read, DATA-061 for a row of the wrong form, DATA-062
-            for a missing or unusable caption, DATA-063 for an unsafe path, DATA-001 for a missing video, DATA-064 for
-            a video listed twice with the same cut and captions; all rows' problems at once (DATA-060 stops earlier).
-    """
-    rows = check_rows(sources)
-    raise_limited([problem for row in rows for problem in row.problems])
-    return [row.sample for row in rows if row.sample is not None]
 
 
 def check_rows(sources: Sequence[DataSource], columns: Sequence[Column] = ()) -> list[CheckedRow]:

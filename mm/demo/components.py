@@ -49,7 +49,6 @@ from mm.wan.initial import initial_value
 from mm.wan.model import WanModel
 
 MODEL_NAMES = {task.name: f"Wan2.1-{task.title}-Tiny-Diffusers" for task in TASKS.values()}
-MODEL_NAME = MODEL_NAMES[DEFAULT.name]
 SEED = 0
 TEXT_DIM = 64
 IMAGE_DIM = 32

@@ -182,10 +182,6 @@ class Optimizer(abc.ABC):
         self.drop_gradients()
         self._scheduler.step(increment=samples)
 
-    def gradient_norm(self) -> float:
-        """Global L2 norm of the reduced gradients, the same on every rank."""
-        return norm_of(self.gradient_squares(torch.empty(0))[0])
-
     def gradient_squares(self, beside: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of squares of each parameter's whole gradient, and whatever else the ranks add up: one message, one wait.
 

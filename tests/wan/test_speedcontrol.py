@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from published_names import key_shape_md5
 from safetensors.torch import load_file, save_file
 
 from mm.checkpoint.formats import hf, mindspeed, native
@@ -17,7 +18,6 @@ from mm.config.tasks.registry import TASKS
 from mm.errors import ConfigError
 from mm.wan.folder import WeightFolder
 from mm.wan.model import WanModel
-from mm.wan.names import key_shape_md5
 from mm.wan.precision import keep_fp32
 
 SPEEDCONTROL = TASKS["speedcontrol"]
