@@ -42,6 +42,7 @@ def make_offloader(
     mesh: Mesh,
     backend: Backend,
     step: StepShape,
+    *,
     processes_of_node: int | None = None,
     timeline: list[TransferEvent] | None = None,
 ) -> Offloader | None:

@@ -149,9 +149,8 @@ def dry_run(job: DryRunJob, rank: int) -> Report:
             if offloader is not None:
                 tracked.label([offloader.memory], memory.HOST)
             run_blocks = block_runner(job.recompute, offloader, backend.model_code)
-            parallel = apply(
-                job.wan, mesh, backend, job.options, job.dtype, None, job.zero, run_blocks, extension=job.extension
-            )
+            model = job.wan, mesh, backend, job.options, job.dtype, None
+            parallel = apply(*model, zero=job.zero, run_blocks=run_blocks, extension=job.extension)
             _label_model(tracked, parallel)
             tracked.kind = memory.OPTIMIZER
             optimizer = make_optimizer(parallel, replace(_SETTINGS, optimizer=job.optimizer, ema_decay=job.ema_decay))

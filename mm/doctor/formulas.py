@@ -61,6 +61,7 @@ def tensor(
     width: int,
     tp_size: int,
     sequence_parallel: bool,
+    *,
     itemsize: int,
     image_tokens: int = 0,
 ) -> Traffic:
@@ -140,7 +141,7 @@ def layer(
     if layout.tp_size > 1:
         chunk = tokens / layout.cp_size
         axis = wan.hidden_size, layout.tp_size, layout.sequence_parallel
-        parts.append(tensor(chunk, wan.text_len, *axis, itemsize, wan.image_tokens))
+        parts.append(tensor(chunk, wan.text_len, *axis, itemsize=itemsize, image_tokens=wan.image_tokens))
     if zero is not None:
         parts.append(_layerzero_passes(wan, layout, zero, itemsize))
     every_pass = [

@@ -257,7 +257,8 @@ def run_on_the_mesh(
     shape = StepShape(case.micro_batch_size, case.most_tokens, case.micro_batches, torch.float32)
     offloader = make_offloader(case.recompute, case.wan, mesh, backend, shape)
     runner = block_runner(case.recompute, offloader, backend.model_code)
-    parallel = apply(case.wan, mesh, backend, case.options, torch.float32, value_of, case.zero, runner, compiled_for)
+    model = case.wan, mesh, backend, case.options, torch.float32, value_of
+    parallel = apply(*model, zero=case.zero, run_blocks=runner, compiled_for=compiled_for)
     optimizer = make_optimizer(parallel, replace(settings, fused=parallel.backend.kind != "cpu"))
     flow = FlowMatching(DiffusionConfig())
     trace: Trace[Values] = Trace()

@@ -96,6 +96,7 @@ def apply(
     options: DataParallelOptions,
     dtype: torch.dtype,
     value_of: ValueOf | None,
+    *,
     zero: ZeroConfig | None = None,
     run_blocks: BlockRunner = run_in_order,
     compiled_for: int | None = None,

@@ -105,10 +105,10 @@ def build_model(run: Run, adapters: AdapterRun | None, run_blocks: BlockRunner, 
         data_parallel_options(run.sections),
         training_dtype(run.sections),
         value_of,
-        run.sections.parallel.layerzero,
-        run_blocks,
-        len(_token_counts(run)) if compiled else None,
-        adapters.plan.extension() if adapters is not None else None,
+        zero=run.sections.parallel.layerzero,
+        run_blocks=run_blocks,
+        compiled_for=len(_token_counts(run)) if compiled else None,
+        extension=adapters.plan.extension() if adapters is not None else None,
     )
 
 
@@ -171,7 +171,7 @@ def describe(run: Run, recompute: Recompute | None, offloader: Offloader | None,
         run.sections,
         run.mesh.layout,
         run.dataset,
-        run.global_batch_size,
+        global_batch_size=run.global_batch_size,
         device=f"{run.backend.name()} ({run.backend.collective})",
         attention=attention_name(
             run.backend.device, training_dtype(run.sections), run.config.head_dim, max(_token_counts(run))

@@ -23,6 +23,7 @@ def start_table(
     sections: TrainingRun,
     layout: Layout,
     dataset: FeatureDataset,
+    *,
     global_batch_size: int,
     device: str,
     attention: str,

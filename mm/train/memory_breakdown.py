@@ -58,6 +58,7 @@ class MemoryBreakdown:
 def measure(
     phase: Phase,
     asked: int,
+    *,
     peak: int,
     program: int,
     parallel: ParallelModel | None,

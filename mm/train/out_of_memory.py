@@ -58,7 +58,15 @@ class MemoryWatch:
     def _explained(self, phase: Phase, error: BaseException) -> OutOfMemoryError:
         """The failed step's tensors are still alive here, kept by the traceback: nothing large may be made."""
         asked, peak = bytes_asked_for(error), self._backend.peak_memory_bytes()
-        split = measure(phase, asked or 0, peak, self._program, self.parallel, self.optimizer, self.pinned_host)
+        split = measure(
+            phase,
+            asked or 0,
+            peak=peak,
+            program=self._program,
+            parallel=self.parallel,
+            optimizer=self.optimizer,
+            pinned_host=self.pinned_host,
+        )
         size = "of unknown size" if asked is None else f"of {in_gib(asked, 3)} GiB"
         told = [
             f"Rank {self._rank} ran out of memory in the phase: {phase}; an allocation {size} {_place(error)} failed.",

@@ -93,9 +93,9 @@ def gradients_of_replicated_parameters_not_added_up(patch: pytest.MonkeyPatch) -
 def gradients_not_added_up_over_context_ranks(patch: pytest.MonkeyPatch) -> None:
     apply = parity.apply
 
-    def on_wrong_groups(wan: Any, mesh: Any, *rest: Any) -> Any:
+    def on_wrong_groups(wan: Any, mesh: Any, *rest: Any, **named: Any) -> Any:
         patch.setattr(mesh.groups, "dp_cp", mesh.groups.tp)  # of this rank alone, as there is one replica
-        return apply(wan, mesh, *rest)
+        return apply(wan, mesh, *rest, **named)
 
     patch.setattr(parity, "apply", on_wrong_groups)
 
