@@ -1,10 +1,11 @@
 """Compiles the blocks of a stage with torch.compile, each by itself.
 
-What a compiler can fuse is traced: the lean operators, whole linears, GELU. Attention (`Keep` has effects in Python)
-and everything that talks to other ranks stay outside the graphs, which call them: a block becomes seven graphs with
-eager calls between them, with tensor parallelism five. A compiled function saves for backward through the same hooks as
-any other, so recomputation and offload need to know nothing of it. Sums are added in another order than eagerly, so the
-last bits of a compiled run are its own; the second run of a recomputed block is the same code again, and changes none.
+What a compiler can fuse is traced: elementwise operators, whole linears, GELU. Attention (an `ActivationPolicy` has
+effects in Python) and everything that talks to other ranks stay outside the graphs, which call them: a block becomes
+seven graphs with eager calls between them, with tensor parallelism five. A compiled function saves for backward
+through the same hooks as any other, so recomputation and offload need to know nothing of it. Sums are added in another
+order than eagerly, so the last bits of a compiled run are its own; the second run of a recomputed block is the same
+code again, and changes none.
 
 All blocks share their graphs, and each number of tokens has its own. Graphs for any number would be fewer, but a
 recomputed block must meet the graph of its first run again: a number that two graphs would take, one made for it and
