@@ -74,6 +74,10 @@ class DataError(MMError):
     exit_code = EXIT_DATA
 
 
+class DataWriteError(DataError):
+    """A feature, list or clip that cannot be written."""
+
+
 class CheckpointError(MMError):
     """A checkpoint that cannot be read, written or matched with the model."""
 
@@ -100,6 +104,12 @@ class OutOfMemoryError(MMError):
 
 class NumericsError(MMError):
     """A loss or gradient that is not finite."""
+
+    exit_code = EXIT_NUMERICS
+
+
+class DifferenceError(MMError):
+    """Two runs, or a layout and one device, that compute other numbers than each other."""
 
     exit_code = EXIT_NUMERICS
 

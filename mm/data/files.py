@@ -15,7 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 from mm.config.units import format_bytes
-from mm.errors import DataError, Problem, raise_all
+from mm.errors import DataError, DataWriteError, Problem, raise_all
 
 MAX_PROBLEMS_SHOWN = 100
 TEMPORARY_PREFIX = ".tmp-"
@@ -186,7 +186,7 @@ def make_folder(folder: Path, name: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError("DATA-018", f"{folder} cannot be made: {error}.", f"Correct {name}.") from None
+        raise DataWriteError("DATA-018", f"{folder} cannot be made: {error}.", f"Correct {name}.") from None
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -196,15 +196,15 @@ def remove_temporaries(folder: Path) -> None:
             os.unlink(entry.path)
 
 
-def _write_error(path: Path, num_bytes: int, error: OSError) -> DataError:
+def _write_error(path: Path, num_bytes: int, error: OSError) -> DataWriteError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(path.parent).free
-        return DataError(
+        return DataWriteError(
             "DATA-019",
             f"{path} needs {format_bytes(num_bytes)} and the disk or quota is full ({format_bytes(free)} free).",
             "Free some space and start again; what is complete is kept.",
         )
-    return DataError("DATA-018", f"{path} cannot be written: {error}.", "Check the path and its permissions.")
+    return DataWriteError("DATA-018", f"{path} cannot be written: {error}.", "Check the path and its permissions.")
 
 
 def _sync_folder(folder: Path) -> None:

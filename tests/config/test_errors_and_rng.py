@@ -3,7 +3,17 @@ import pickle
 import pytest
 import torch
 
-from mm.errors import CheckpointError, ConfigError, DataError, NumericsError, Problem, format_error, raise_all
+from mm.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DataWriteError,
+    DifferenceError,
+    NumericsError,
+    Problem,
+    format_error,
+    raise_all,
+)
 from mm.rng import generator, key
 
 
@@ -13,8 +23,9 @@ def test_an_error_says_id_message_and_remedy_on_one_line() -> None:
 
 
 def test_exit_codes() -> None:
-    codes = {kind: kind("X-1", "m", "r").exit_code for kind in (ConfigError, DataError, CheckpointError, NumericsError)}
-    assert codes == {ConfigError: 64, DataError: 65, CheckpointError: 74, NumericsError: 17}
+    expected = {ConfigError: 64, DataError: 65, DataWriteError: 65, CheckpointError: 74, NumericsError: 17}
+    expected[DifferenceError] = 17
+    assert {kind: kind("X-1", "m", "r").exit_code for kind in expected} == expected
 
 
 def test_all_problems_travel_together_and_across_processes() -> None:
