@@ -186,7 +186,7 @@ def _attention(place: Place, tokens: int, heads: int) -> Found:
     from accel_bench import normal, relative
 
     from mm.ops.attention.api import attention_backward, attention_name, attention_with_lse
-    from mm.parallel.ring import merge
+    from mm.parallel.ring import merge_attention
 
     backend = _backend(place)
     device, dtype = backend.device, torch.bfloat16
@@ -200,7 +200,7 @@ def _attention(place: Place, tokens: int, heads: int) -> Found:
     merged, merged_lse = torch.zeros_like(q, dtype=torch.float32), torch.full_like(lse, float("-inf"))
     dq, parts = torch.zeros_like(q, dtype=torch.float32), []
     for keys, values in zip(k.chunk(CHUNKS, 1), v.chunk(CHUNKS, 1), strict=True):
-        merged, merged_lse = merge(merged, merged_lse, *attention_with_lse(q, keys, values))
+        merged, merged_lse = merge_attention(merged, merged_lse, *attention_with_lse(q, keys, values))
         step = attention_backward(grad, q, keys, values, out, lse)
         dq += step[0]
         parts.append(step[1:])

@@ -96,7 +96,7 @@ def _train(
         deterministic(sections.training.deterministic),
         Job(where, backend.collective, backend.device, timeout, configuration) as job,
         Watchdog(
-            Mailbox(job.notices(ANSWER_S), where.rank, where.world_size, job.remember),
+            Mailbox(job.messages(ANSWER_S), where.rank, where.world_size, job.remember),
             watch_limits(sections),
             save / "hang" if save is not None else None,
             sampling=sections.supervision.straggler_interval is not None,

@@ -13,7 +13,7 @@ from mm.data.files import raise_limited
 from mm.data.metadata import VideoSample
 from mm.data.transforms import resize_and_crop
 from mm.data.video import VideoInfo, probe, read_frames
-from mm.data.workers import Parcel, read_in_order, room
+from mm.data.workers import Parcel, bytes_to_share, read_in_order
 from mm.errors import DataError, Problem
 from mm.rng import generator
 
@@ -88,7 +88,7 @@ def read_clips(
         samples,
         num_workers=num_workers,
         time_limit=time_limit,
-        buffer_bytes=room(shape),
+        buffer_bytes=bytes_to_share(shape),
     )
     for _, outcome in outcomes:
         yield outcome if isinstance(outcome, DataError) else Clip(outcome.tensors["pixels"], **outcome.facts)

@@ -18,7 +18,7 @@ from mm.config.model import WanConfig
 from mm.data.dataset import FeatureDataset, FeaturePlace, SampleTensors, read_empty_prompt, read_sample
 from mm.data.replacing import Replaced, check_replaced, may_be_replaced
 from mm.data.sampler import BatchPlan, MicroBatchSampler, next_in_epoch
-from mm.data.workers import Outcome, Parcel, as_error, as_facts, read_in_order, room
+from mm.data.workers import Outcome, Parcel, as_error, as_facts, bytes_to_share, read_in_order
 from mm.errors import DataError
 from mm.rng import generator, training_noise
 
@@ -260,7 +260,7 @@ def _most_bytes(dataset: FeatureDataset, micro_batch_size: int, text_len: int, *
     if with_noise:
         shapes = [*shapes, largest]
     shapes = [*shapes, *model.feature_shapes(largest[1:]).values()]
-    return room(*((micro_batch_size, *shape) for shape in shapes))
+    return bytes_to_share(*((micro_batch_size, *shape) for shape in shapes))
 
 
 def _require_one_shape(dataset: FeatureDataset, micro_batch_size: int) -> None:

@@ -34,7 +34,7 @@ from mm.doctor.traffic import CallTotals, CountTraffic, Traffic, axes_of, totals
 from mm.optim.make import make_optimizer
 from mm.optim.optimizer import Optimizer
 from mm.optim.settings import UpdateSettings
-from mm.optim.step_statistics import outcome_size
+from mm.optim.step_statistics import message_size
 from mm.parallel.apply import DataParallelOptions, ParallelModel, apply
 from mm.parallel.mesh import build_mesh
 from mm.parallel.placement import local
@@ -226,7 +226,7 @@ def _update(parallel: ParallelModel, job: DryRunJob, optimizer: Optimizer, track
     """`mm.train.step.train_step` after backward."""
     tracked.label((parameter.grad for parameter in parallel.named_parameters().values()), memory.GRADIENTS)
     optimizer.reduce_gradients()
-    optimizer.gradient_squares(torch.zeros(outcome_size(job.micro_batches * job.micro_batch_size)))
+    optimizer.gradient_squares(torch.zeros(message_size(job.micro_batches * job.micro_batch_size)))
     optimizer.apply_gradients(norm=2.0)  # above clip_grad, so that gradients are clipped
     if optimizer.average is not None:
         optimizer.average.update()

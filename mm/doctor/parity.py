@@ -28,7 +28,7 @@ from mm.diffusion.flow import FlowMatching
 from mm.optim.make import make_optimizer
 from mm.optim.optimizer import Optimizer
 from mm.optim.settings import UpdateSettings
-from mm.optim.step_statistics import agree
+from mm.optim.step_statistics import gather_statistics
 from mm.parallel.apply import DataParallelOptions, apply
 from mm.parallel.mesh import Mesh
 from mm.parallel.placement import Placement
@@ -170,7 +170,7 @@ def global_batch(wan: WanConfig, sizes: Sequence[Size], count: int, step: int) -
     return samples
 
 
-def merge(samples: Sequence[FeatureBatch]) -> FeatureBatch:
+def collate(samples: Sequence[FeatureBatch]) -> FeatureBatch:
     """Samples of one size as one micro-batch."""
     return FeatureBatch(
         latents=torch.cat([s["latents"] for s in samples]),
@@ -265,14 +265,14 @@ def run_on_the_mesh(
     for step in range(STEPS):
         mine = global_batch(case.wan, case.sizes, case.samples, step)[mesh.dp_rank :: case.layout.dp_size]
         size = case.micro_batch_size
-        batches = [merge(mine[start : start + size]) for start in range(0, len(mine), size)]
+        batches = [collate(mine[start : start + size]) for start in range(0, len(mine), size)]
         losses = compute_gradients(parallel, flow, batches, SEED)
         optimizer.reduce_gradients()
         trace.gradients.append(read(optimizer, "gradient"))
-        outcome = agree(parallel, optimizer, losses)
-        trace.losses.append(outcome.loss)
-        trace.norms.append(outcome.grad_norm)
-        optimizer.update(outcome.grad_norm, case.samples)
+        statistics = gather_statistics(parallel, optimizer, losses)
+        trace.losses.append(statistics.loss)
+        trace.norms.append(statistics.grad_norm)
+        optimizer.update(statistics.grad_norm, case.samples)
     trace.weights = read(optimizer, "master")
     return trace
 

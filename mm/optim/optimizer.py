@@ -182,14 +182,14 @@ class Optimizer(abc.ABC):
         self.drop_gradients()
         self._scheduler.step(increment=samples)
 
-    def gradient_squares(self, beside: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient_squares(self, extra: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of squares of each parameter's whole gradient, and whatever else the ranks add up: one message, one wait.
 
         Args:
-            beside: [n] fp32, as long on every rank, on the device.
+            extra: [n] fp32, as long on every rank, on the device.
 
         Returns:
-            [P] in the order of the whole model, and the sums of `beside` over all ranks, [n]; fp32, on the CPU.
+            [P] in the order of the whole model, and the sums of `extra` over all ranks, [n]; fp32, on the CPU.
         """
         squares = torch.zeros(len(self._position), device=self._parallel.backend.device)
         owned = [shard for shard in self._shards if shard.owned and shard.start < shard.stop]
@@ -197,7 +197,7 @@ class Optimizer(abc.ABC):
             norms = torch._foreach_norm([shard.gradient for shard in owned])
             places = to_device(torch.tensor([self._position[shard.name] for shard in owned]), squares.device)
             squares.index_add_(0, places, torch.stack(norms).float().square())
-        together = torch.cat([squares, beside.to(squares.device)])
+        together = torch.cat([squares, extra.to(squares.device)])
         dist.all_reduce(together)
         told = together.cpu()
         return told[: len(squares)], told[len(squares) :]

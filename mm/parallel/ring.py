@@ -181,7 +181,7 @@ def _around_the_ring(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, ring: Rin
     for visit, kv in _visits(torch.stack((k, v)), ring):
         keys, values = kv[:, :, _real(ring.chunk(visit), q.shape[1], num_tokens)]
         if lse.numel() and keys.numel():
-            out, lse = merge(out, lse, *attention.attention_with_lse(q[:, real], keys, values))
+            out, lse = merge_attention(out, lse, *attention.attention_with_lse(q[:, real], keys, values))
     if out.shape == q.shape:
         return out.to(q.dtype), lse
     padded = torch.zeros_like(q)
@@ -210,13 +210,13 @@ def _real(chunk: int, chunk_size: int, num_tokens: int) -> slice:
 
 
 def _nothing_attended(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp over no keys at all, in the accumulation dtype: what `merge` starts from."""
+    """Output and log-sum-exp over no keys at all, in the accumulation dtype: what `merge_attention` starts from."""
     batch, num_queries, heads, _ = q.shape
     dtype = attention.accumulation_dtype(q.dtype)
     return torch.zeros_like(q, dtype=dtype), q.new_full((batch, heads, num_queries), float("-inf"), dtype=dtype)
 
 
-def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
+def merge_attention(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over two sets of keys from the attention over each.
 
     Args:

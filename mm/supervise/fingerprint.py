@@ -100,9 +100,9 @@ def _compare_with_rank_0(
     text = json.dumps(mine)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     if rank == 0:
-        messages.tell("text", text)
-        messages.tell("host", socket.gethostname())
-        messages.tell("digest", digest)
+        messages.write("text", text)
+        messages.write("host", socket.gethostname())
+        messages.write("digest", digest)
         return
     of_rank_0 = _wait(messages, "digest", world_size, timeout)
     if of_rank_0 in (None, digest):

@@ -76,13 +76,13 @@ class Mailbox:
         with self._lock, _answering():
             return self._messages.claim(name, value)
 
-    def tell(self, name: str, value: Any) -> None:
+    def write(self, name: str, value: Any) -> None:
         """Tell `value` under a name that only this process uses, over what it told before; raises as `claim`."""
         if self._messages is None:
             self._mine[name] = value
             return
         with self._lock, _answering():
-            self._messages.tell(name, value)
+            self._messages.write(name, value)
 
     def read(self, name: str) -> Any | None:
         """Message under a name, or None; raises as `claim`."""

@@ -49,7 +49,7 @@ class Messages:
         self._refused: dict[str, bytes] = {}
         self.forged = 0
 
-    def tell(self, name: str, value: Any) -> None:
+    def write(self, name: str, value: Any) -> None:
         """Put a value (JSON) under a name that only this process uses, over what it told before."""
         self._store.set(name, self._sealed(name, next(self._sent), value))
 

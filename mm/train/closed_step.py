@@ -64,7 +64,7 @@ class ClosedStep:
             asked_to_stop=lambda: run.is_asked_to_stop,
         )
         if result.updated:
-            self._guard.accepted(step, result.outcome, mine)
+            self._guard.accepted(step, result.statistics, mine)
         consumed = before.consumed_samples + run.global_batch_size
         progress = Progress(step, consumed, self._guard.skipped, replaced)
         seconds, last = time.monotonic() - started, step == run.sections.training.steps

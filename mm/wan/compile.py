@@ -75,7 +75,7 @@ def _keep_outside(block: WanBlock, tensor_parallel: bool) -> None:
         block.ffn.columns = disable(block.ffn.columns)
 
 
-def probe(device: torch.device, dtype: torch.dtype) -> str | None:
+def try_compiling(device: torch.device, dtype: torch.dtype) -> str | None:
     """Compile a small block, run it forward and backward, and compare it with the eager one.
 
     Args:

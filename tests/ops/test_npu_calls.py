@@ -24,7 +24,7 @@ from mm.ops.attention import npu as npu_attention
 from mm.ops.attention.api import plain_attention_backward, plain_attention_with_lse
 from mm.ops.elementwise import npu, reference
 from mm.ops.elementwise.operators import HeadNorm
-from mm.parallel.ring import merge
+from mm.parallel.ring import merge_attention
 from mm.wan.rope import rope_tables
 
 B, T, S, HEADS, HEAD_DIM, EPS = 2, 12, 7, 3, 16, 1e-6
@@ -102,7 +102,7 @@ def test_attention_of_blocks_of_keys(place: tuple[str, torch.dtype]) -> None:
     out, lse = npu_attention.attention_with_lse(q, k[:, cuts[0]], v[:, cuts[0]])
     out = out.to(lse.dtype)
     for cut in cuts[1:]:
-        out, lse = merge(out, lse, *npu_attention.attention_with_lse(q, k[:, cut], v[:, cut]))
+        out, lse = merge_attention(out, lse, *npu_attention.attention_with_lse(q, k[:, cut], v[:, cut]))
     blocks = [npu_attention.attention_backward(grad, q, k[:, cut], v[:, cut], out.to(q.dtype), lse) for cut in cuts]
     dq = sum(block[0].double() for block in blocks)
     dk, dv = (torch.cat([block[i] for block in blocks], dim=1) for i in (1, 2))

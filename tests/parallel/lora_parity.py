@@ -28,7 +28,7 @@ from mm.lora.low_bit import LowBit, quantise
 from mm.lora.plan import LoRAPlan
 from mm.lora.targets import linears_of, target_linears
 from mm.optim.make import make_optimizer
-from mm.optim.step_statistics import agree
+from mm.optim.step_statistics import gather_statistics
 from mm.parallel.apply import apply
 from mm.parallel.mesh import Mesh, build_mesh
 from mm.parallel.placement import whole_shapes
@@ -184,10 +184,10 @@ def parallel_run(lora: LoRARow, mesh: Mesh, backend: Backend) -> WholeTrace:
         losses = compute_gradients(parallel, flow, mine, SEED)
         optimizer.reduce_gradients()
         trace.gradients.append(gather(optimizer, "gradient"))
-        outcome = agree(parallel, optimizer, losses)
-        trace.losses.append(outcome.loss)
-        trace.norms.append(outcome.grad_norm)
-        optimizer.update(outcome.grad_norm, GLOBAL_BATCH)
+        statistics = gather_statistics(parallel, optimizer, losses)
+        trace.losses.append(statistics.loss)
+        trace.norms.append(statistics.grad_norm)
+        optimizer.update(statistics.grad_norm, GLOBAL_BATCH)
     trace.weights = gather(optimizer, "master")
     for name, parameter in parallel.all_parameters().items():
         if name in frozen:

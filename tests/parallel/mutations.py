@@ -310,13 +310,13 @@ def rotary_tables_rounded(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("N9", "ring2", caught_by="gradient")
 def ring_accumulates_in_short(patch: pytest.MonkeyPatch) -> None:
-    merge = ring.merge
+    merge = ring.merge_attention
 
     def wrong(*args: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = merge(*args)
         return rounded(out), lse
 
-    patch.setattr(ring, "merge", wrong)
+    patch.setattr(ring, "merge_attention", wrong)
 
 
 @mutation("N9", "tp2sp", caught_by="loss gradient norm")

@@ -49,9 +49,9 @@ def bad_step(row: Row, backend: Backend, on_nonfinite: Callable[[StepStatistics]
         batches = micro_batches(row, global_batch(row.samples, 0), mesh)
         found: list[StepStatistics] = []
 
-        def decide(outcome: StepStatistics) -> None:
-            found.append(outcome)
-            on_nonfinite(outcome)
+        def decide(statistics: StepStatistics) -> None:
+            found.append(statistics)
+            on_nonfinite(statistics)
 
         try:
             result = train_step(parallel, optimizer, flow, batches, samples=4, seed=SEED, on_nonfinite=decide)
@@ -77,7 +77,7 @@ def bad_step(row: Row, backend: Backend, on_nonfinite: Callable[[StepStatistics]
 def work() -> list[list[tuple[bool, str, bool]]]:
     backend = select("cpu")
     with Job(process_place(), backend.collective, backend.device, 1):
-        return [[bad_step(row, backend, decide) for row in ROWS] for decide in (stop_at, lambda outcome: None)]
+        return [[bad_step(row, backend, decide) for row in ROWS] for decide in (stop_at, lambda statistics: None)]
 
 
 def test_every_rank_decides_alike_and_no_weight_changes() -> None:

@@ -65,7 +65,7 @@ class StepDone:
     @property
     def stopping(self) -> bool:
         """Whether a signal has reached any process; the same on every rank."""
-        return self.result.outcome.asked_to_stop
+        return self.result.statistics.asked_to_stop
 
 
 class Callback(abc.ABC):
