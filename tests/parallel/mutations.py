@@ -17,6 +17,7 @@ from mm.config.layout import Layout
 from mm.diffusion.flow import FlowMatching
 from mm.doctor import parity
 from mm.ops.elementwise import autograd, reference
+from mm.ops.elementwise.operators import identity
 from mm.optim import layerzero as layerzero_optimizer
 from mm.optim import optimizer
 from mm.optim.optimizer import Optimizer
@@ -78,7 +79,7 @@ def gradient_of_qk_norm_statistics_not_added_up(patch: pytest.MonkeyPatch) -> No
     backward = autograd._RMSNormRope.backward
 
     def wrong(ctx: Any, grad: Tensor) -> Any:
-        ctx.sum_over_ranks = autograd.identity
+        ctx.norm = ctx.norm._replace(sum_over_ranks=identity)
         return backward(ctx, grad)
 
     patch.setattr(autograd._RMSNormRope, "backward", staticmethod(wrong))
