@@ -1,4 +1,4 @@
-"""What the steps of a training run mean: the values that decide what is computed, whatever the layout.
+"""Meaning of a training run's steps: the values that decide what is computed, whatever the layout.
 
 Checkpoints record them, so that a run that goes on with others says so. Who computes what, how often something is
 saved or told and how many processes read are not among them: they change no step.

@@ -76,7 +76,7 @@ class ClosedStep:
 
 
 def _replaced(run: Run, batches: Sequence[FeatureBatch], progress: Progress) -> int:
-    """How many samples of the step were replaced in all replicas; an error where --on-bad-sample allows fewer."""
+    """Number of samples of the step that were replaced in all replicas; an error where --on-bad-sample allows fewer."""
     policy = parse_on_bad_sample(run.sections.data.on_bad_sample)
     if not policy.skips:
         return 0

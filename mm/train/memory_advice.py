@@ -1,4 +1,4 @@
-"""What would make a run that is out of memory need less: chosen from what it does not use and what is largest.
+"""Advice to a run that is out of memory: chosen from what it does not use and what is largest.
 
 Every candidate is a whole run with some values changed, and the rules of `mm.config.rules` decide whether it is
 legal. What it saves is the measured split times closed ratios of bytes before and after:
@@ -69,7 +69,7 @@ class MemoryAdvice:
 
 @dataclass(frozen=True)
 class _Change:
-    """What a candidate changes: values by path, and the processes."""
+    """Change that a candidate makes: values by path, and the processes."""
 
     values: Mapping[str, Any]
     world_size: int = 0
@@ -226,7 +226,7 @@ def _changed(run: TrainingRun, change: _Change) -> TrainingRun:
 
 
 def _text(before: TrainingRun, after: TrainingRun, change: _Change) -> str:
-    """What a user types and writes: "`--bf16` and `"dtype": "bf16"` in pretrain_model.json"."""
+    """Words that a user types and writes: "`--bf16` and `"dtype": "bf16"` in pretrain_model.json"."""
     old, new = before.values(), after.values()
     if before.parallel.layerzero is None and after.parallel.layerzero is not None:  # a file of defaults
         old |= before.changed({"parallel.layerzero": {}}).values() | {"parallel.layerzero": None}
@@ -236,7 +236,7 @@ def _text(before: TrainingRun, after: TrainingRun, change: _Change) -> str:
 
 
 def _model_bytes(run: TrainingRun) -> tuple[float, float, float]:
-    """Of parameters, gradients and optimizer state an element of the whole model, on one rank."""
+    """Bytes of parameters, gradients and optimizer state an element of the whole model, on one rank."""
     cut, sharing = run.tp * run.pp, _replicas(run) * run.cp
     distributed = sharing if run.parallel.distributed_optimizer else 1
     zero, bf16 = run.parallel.layerzero, run.model.precision == "bf16"
@@ -257,7 +257,7 @@ def _model_bytes(run: TrainingRun) -> tuple[float, float, float]:
 
 
 def _activation_bytes(run: TrainingRun) -> float:
-    """Of one rank, for each token of a sample and unit of width.
+    """Bytes of one rank, for each token of a sample and unit of width.
 
     The unit inside is a block's input. A block keeps 17.5 of them and both sides of the feed-forward's activation:
     the bytes of tests/wan/test_kept_bytes.py for both published shapes. A recomputed one keeps its input, and what it

@@ -1,4 +1,4 @@
-"""What a run does about numbers that are not finite, and what it tells about losses out of the ordinary.
+"""Guard against numbers that are not finite, and reports of losses out of the ordinary.
 
 All ranks decide from the same `StepStatistics`, before the optimizer touches a weight. A step that is not finite is
 computed once more with every module watched: the run then names the first module that made a bad number, and says
@@ -163,7 +163,7 @@ class NumericsGuard:
         return of_replicas(parallel.mesh.layout, parts, losses.shape), modules
 
     def _holds_largest(self, statistics: StepStatistics) -> bool:
-        """Whether this rank is the first one of the replica with the largest loss."""
+        """True on the first rank of the replica with the largest loss."""
         mesh = self._parallel.mesh
         largest = int(statistics.losses.flatten(1).amax(dim=1).argmax())
         return mesh.dp_rank == largest and mesh.tp_rank == mesh.cp_rank == mesh.pp_rank == 0

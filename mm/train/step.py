@@ -29,7 +29,7 @@ PatchSize = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did.
+    """Result of one step.
 
     Attributes:
         statistics: losses and gradients. updated: whether they were applied.
@@ -43,7 +43,7 @@ class StepResult:
 
 
 def stop_at(statistics: StepStatistics) -> None:
-    """What to do about numbers that are not finite where no guard decides (`mm.train.numerics`).
+    """Stop at numbers that are not finite where no guard decides (`mm.train.numerics`).
 
     Raises:
         NumericsError: NUM-001 for a loss, NUM-002 for a gradient.

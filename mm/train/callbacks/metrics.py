@@ -54,7 +54,7 @@ class Metrics(Callback):
         return [metrics.with_mean(self._recent)]
 
     def _timesteps(self, done: StepDone) -> list[float]:
-        """Of this replica's samples, which are keyed and so can be drawn again."""
+        """Timesteps of this replica's samples, which are keyed and so can be drawn again."""
         seed = self._run.sections.training.seed
         drawn = [self._flow.draw_timesteps(seed, batch["sample"], batch["draw"])[1] for batch in done.batches]
         values: list[float] = torch.cat(drawn).tolist()

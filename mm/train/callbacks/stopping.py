@@ -47,7 +47,7 @@ class Stopping(Callback):
         )
 
     def _is_asked(self, done: StepDone) -> bool:
-        """Whether any process is, by now; the same on every rank."""
+        """Ask whether any process is to stop, by now; the same on every rank."""
         if not any(check.is_due(done) for check in self._checks):
             return done.stopping
         return any(self._started.run.comm.all_gather_object(self._started.run.is_asked_to_stop))
