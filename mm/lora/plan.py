@@ -1,4 +1,4 @@
-"""Plan of a run's adapters: the linears that get one, the base model's precision, and the values they all start with."""
+"""Plan of a run's adapters: the linears that get one, the base model's precision, and the values all start with."""
 
 from __future__ import annotations
 
