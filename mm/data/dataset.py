@@ -19,7 +19,7 @@ from mm.config.model import WanConfig
 from mm.config.run.data import FeatureSet
 from mm.data.features import EMPTY_PROMPT_ID, LISTING, OTHER_TASK, read_feature
 from mm.data.files import path_below
-from mm.data.listing import FeatureStore, open_store
+from mm.data.listing import FeatureStore, open_feature_store
 from mm.data.recipe import Recipe, check_recipe, expected_in_training, load_recipe
 from mm.errors import DataError
 
@@ -170,7 +170,9 @@ def open_features(features: FeatureSet, model: WanConfig) -> FeatureDataset:
             than its store.
     """
     sources = checked_sources(features, model)
-    stores = [open_store(source.folder, source.annotation, recipe.key, recipe.task) for source, recipe in sources]
+    stores = [
+        open_feature_store(source.folder, source.annotation, recipe.key, recipe.task) for source, recipe in sources
+    ]
     return FeatureDataset(stores, model)
 
 

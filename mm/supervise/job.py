@@ -61,7 +61,7 @@ class Job:
                 "nodes; mm.cli.launch does so for a job of one node (docs/cluster.md).",
                 SECRET,
             )
-        self._store = open_store(where, timeout)
+        self._store = open_job_store(where, timeout)
         self._memory = Messages(self._store.base, self._secret, "all starts")
         self._refuse_vain_restart()
         store = self._store.of_start()
@@ -152,7 +152,7 @@ class JobStore(NamedTuple):
         return PrefixStore(self.prefix, self.base)
 
 
-def open_store(where: ProcessPlace, timeout: datetime.timedelta) -> JobStore:
+def open_job_store(where: ProcessPlace, timeout: datetime.timedelta) -> JobStore:
     """The key-value store of the job.
 
     As torch's `env://` does, but without waiting for the other processes, which nothing would name. torchrun already

@@ -88,7 +88,7 @@ def advise(run: TrainingRun, breakdown: MemoryBreakdown, count: int = 3) -> list
     return sorted(found, key=lambda advice: advice.score, reverse=True)[:count]
 
 
-def saved_bytes(before: TrainingRun, after: TrainingRun, breakdown: MemoryBreakdown) -> float:
+def freed_bytes(before: TrainingRun, after: TrainingRun, breakdown: MemoryBreakdown) -> float:
     """Bytes that a rank needs less, estimated; of what failed to be allocated and of moments to come too."""
     old, new = ((*_model_bytes(r), _activation_bytes(r)) for r in (before, after))
     return sum(size * (1 - less / more) for size, less, more in zip(_needed(breakdown, old), new, old, strict=True))
@@ -115,7 +115,7 @@ def _first_that_helps(run: TrainingRun, breakdown: MemoryBreakdown, family: Iter
         if any(problem for rule in TRAINING_RULES for problem in rule(candidate)):
             continue
         old, new = ((*_model_bytes(r), _activation_bytes(r)) for r in (run, candidate))
-        saved = saved_bytes(run, candidate, breakdown)
+        saved = freed_bytes(run, candidate, breakdown)
         if saved >= 0 and any(less < more for less, more in zip(new, old, strict=True)):
             return MemoryAdvice(candidate, run, _text(run, candidate, change), saved)
     return None

@@ -27,7 +27,7 @@ from mm.data.features import (
     video_fingerprint,
     write_feature,
 )
-from mm.data.listing import FeatureRow, open_store, write_listing
+from mm.data.listing import FeatureRow, open_feature_store, write_listing
 from mm.data.recipe import Recipe, folder_fingerprint, load_recipe, save_recipe
 from mm.dialects.mindspeed.training import features
 from mm.errors import DataError
@@ -370,18 +370,18 @@ def test_listing_cannot_lead_out_of_the_store(tmp_path: Path) -> None:
     for file in ("../x.safetensors", "features/../../x.safetensors", "/etc/x.safetensors", "features/a/b.safetensors"):
         (store / "data.jsonl").write_text(json.dumps({**row, "file": file}))
         with pytest.raises(DataError, match="DATA-010"):
-            open_store(store, store / "data.jsonl", RECIPE.key)
+            open_feature_store(store, store / "data.jsonl", RECIPE.key)
 
 
 @pytest.mark.parametrize("linked", ["file", "folder", "store"])
 def test_links_of_a_store_are_followed(linked: str, tmp_path: Path) -> None:
     """Features on another disk, or in a hub's cache: what is read is what lies there."""
     store = write_store(tmp_path / "s", 2)
-    wanted = FeatureDataset([open_store(store, store / "data.jsonl", RECIPE.key)], MODEL)[0]["latents"].clone()
+    wanted = FeatureDataset([open_feature_store(store, store / "data.jsonl", RECIPE.key)], MODEL)[0]["latents"].clone()
     row = json.loads((store / "data.jsonl").read_text().splitlines()[0])
     moved = {"file": store / row["file"], "folder": store / "features", "store": store}[linked]
     (tmp_path / "disk").mkdir()
     moved.rename(tmp_path / "disk" / "blob")
     moved.symlink_to(tmp_path / "disk" / "blob")
-    dataset = FeatureDataset([open_store(store, store / "data.jsonl", RECIPE.key)], MODEL)
+    dataset = FeatureDataset([open_feature_store(store, store / "data.jsonl", RECIPE.key)], MODEL)
     assert torch.equal(dataset[0]["latents"], wanted)
