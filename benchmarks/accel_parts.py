@@ -1,4 +1,4 @@
-"""Parts of a step on an accelerator: attention by backend, the lean operators' bandwidth, copies to host memory."""
+"""Parts of a step on an accelerator: attention by backend, elementwise operators' bandwidth, copies to the host."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mm.ops.attention.api import (
 )
 from mm.ops.elementwise import reference
 from mm.ops.elementwise.dispatch import operators_of
-from mm.ops.elementwise.operators import identity
+from mm.ops.elementwise.operators import HeadNorm
 from mm.wan.rope import rope_tables
 
 TOKENS, GRID = 32760, (21, 30, 52)  # of 480x832, 81 frames
@@ -143,7 +143,8 @@ def operators(bench: Bench, width: int, grid: tuple[int, int, int]) -> list[Oper
     rotation = rope_tables(grid, HEAD_DIM, device)
     fused, eps, head_grad = operators_of(x), 1e-6, grad.unflatten(-1, (-1, HEAD_DIM))
     _, mean, rstd = fused.layer_norm(x, scale, shift, eps)
-    _, root = fused.rms_norm_rope(x, norm, rotation, HEAD_DIM, eps, width, identity)
+    of_heads = HeadNorm(HEAD_DIM, eps, width)
+    _, root = fused.rms_norm_rope(x, norm, rotation, of_heads)
 
     def differentiate(function: Callable[..., Tensor], *inputs: Tensor, grad: Tensor) -> Callable[[], Any]:
         def run() -> tuple[Tensor, ...]:
@@ -168,10 +169,10 @@ def operators(bench: Bench, width: int, grid: tuple[int, int, int]) -> list[Oper
                  lambda: (reference.gated_residual(x.float(), y.float(), gate),), 3),
         Operator("gated_residual, backward", lambda: fused.gated_residual_backward(grad, y, gate),
                  differentiate(partial(reference.gated_residual, x.float()), y, gate, grad=grad), 3),
-        Operator("rms_norm_rope", lambda: fused.rms_norm_rope(x, norm, rotation, HEAD_DIM, eps, width, identity),
+        Operator("rms_norm_rope", lambda: fused.rms_norm_rope(x, norm, rotation, of_heads),
                  lambda: (norm_rope(x.float(), norm.float()),), 2),
         Operator("rms_norm_rope, backward",
-                 lambda: fused.rms_norm_rope_backward(head_grad, x, norm, rotation, root, width, identity),
+                 lambda: fused.rms_norm_rope_backward(head_grad, x, norm, rotation, root, of_heads),
                  differentiate(norm_rope, x, norm, grad=head_grad), 3),
     ]  # fmt: skip
 
@@ -190,10 +191,10 @@ def copy_rate(bench: Bench, num_bytes: int) -> float:
 
 
 def d2(bench: Bench) -> Result:
-    """The lean operators' bandwidth: bytes that must be moved over the time, beside a copy on the device."""
+    """The elementwise operators' bandwidth: bytes that must be moved over the time, beside a copy on the device."""
     grid = TINY_GRID if bench.tiny else GRID
     tokens, calls = math.prod(grid), 1 if bench.tiny else 20
-    result = bench.result("d2: bandwidth of the lean operators", {"s": tokens, "dtype": "bf16"})
+    result = bench.result("d2: bandwidth of the elementwise operators", {"s": tokens, "dtype": "bf16"})
     copied = copy_rate(bench, 2**16 if bench.tiny else 2**30)
     for width in (HEAD_DIM,) if bench.tiny else (WAN_1_3B.hidden_size, WAN_14B.hidden_size):
         for operator in operators(bench, width, grid):

@@ -28,7 +28,7 @@ from mm.optim.make import make_optimizer
 from mm.optim.settings import UpdateSettings
 from mm.parallel.apply import DataParallelOptions, apply
 from mm.parallel.placement import whole_shapes
-from mm.train.flops import forward_flops, train_flops
+from mm.train.flops import train_flops
 from mm.train.step import train_step
 from mm.wan.inputs import ModelInputs
 from mm.wan.layers import BlockRunner, ModuleFactories
@@ -206,7 +206,7 @@ def diffusers_step(bench: Bench, work: Work) -> Callable[[], object]:
 def columns(bench: Bench, work: Work, mode: Mode, timing: Timing) -> dict[str, Any]:
     """The figures of a timed step."""
     wan, tokens = work.wan, work.tokens
-    forward, attention = forward_flops(wan, tokens), 4 * tokens**2 * wan.hidden_size * wan.num_layers
+    forward, attention = train_flops(wan, tokens) // 3, 4 * tokens**2 * wan.hidden_size * wan.num_layers
     again = (mode.other_runs - 1) * (forward - attention) + (mode.attention_runs - 1) * attention
     model = train_flops(wan, tokens, frozen=work.lora_r is not None)
     rates = {"MFU": model / timing.median / 1e12, "HFU": (model + again) / timing.median / 1e12}

@@ -3,7 +3,7 @@
 a1 a2 a3  a training step of Wan2.1 1.3B at 480x832x81: full recomputation, attention kept, nothing recomputed
 b1 b2     a training step of a LoRA (r 64) of 14B at 480x832x81: full recomputation, attention kept
 c1        a training step of eight blocks of 14B, by mode
-d1 d2 d3  attention by implementation; bandwidth of the lean operators; copies to and from host memory
+d1 d2 d3  attention by implementation; bandwidth of the elementwise operators; copies to and from host memory
 e1        diffusers doing a1's work
 
 Each takes at most about three minutes. Results are compared with fp32 references on fresh random numbers before

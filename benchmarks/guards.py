@@ -143,10 +143,10 @@ class Guards:
         with self.watch.during("waiting for data"):
             batches = trained.batches()
         result = step_alone(trained, batches, self.watch.during, lambda: stop.received is not None)
-        self.numerics.accepted(step, result.outcome, batches)
+        self.numerics.accepted(step, result.statistics, batches)
         if compare_ranks:
             self.stragglers.compare(step)
-        self._last = step, result.outcome, batches
+        self._last = step, result.statistics, batches
 
     def marks(self) -> None:
         """What the loop does around a step so that the watch knows where it is."""

@@ -55,12 +55,12 @@ def triton_launch(place: Place) -> Found:
     from accel_bench import normal, relative
 
     from mm.ops.elementwise.dispatch import operators_of
-    from mm.ops.elementwise.operators import PlainOperators
+    from mm.ops.elementwise.operators import Operators
 
     x, y = (normal((1, 64, 128), key, backend.device) for key in "xy")
     gate = normal((1, 1, 128), "gate", backend.device)
     started, chosen = time.monotonic(), operators_of(x)
-    error = relative(chosen.gated_residual(x, y, gate), PlainOperators().gated_residual(x, y, gate))
+    error = relative(chosen.gated_residual(x, y, gate), Operators().gated_residual(x, y, gate))
     name, seconds = type(chosen).__name__, time.monotonic() - started
     require(name == "TritonOperators", f"the operators are {name}: Triton does not work here; see its log")
     require(error < 1e-5, f"a kernel differs from torch by {error:.1e}")
@@ -94,7 +94,7 @@ def attention_720p(place: Place) -> Found:
 
 
 def elementwise(place: Place) -> Found:
-    """The lean operators at 14B's width on all tokens of 720p, in both directions, against plain fp32."""
+    """The elementwise operators at 14B's width on all tokens of 720p, in both directions, against plain fp32."""
     from accel_parts import HEAD_DIM, TINY_GRID, operators
 
     with _bench(place) as bench:
@@ -186,7 +186,7 @@ def _attention(place: Place, tokens: int, heads: int) -> Found:
     from accel_bench import normal, relative
 
     from mm.ops.attention.api import attention_backward, attention_name, attention_with_lse
-    from mm.parallel.ring import merge
+    from mm.parallel.ring import merge_attention
 
     backend = _backend(place)
     device, dtype = backend.device, torch.bfloat16
@@ -200,7 +200,7 @@ def _attention(place: Place, tokens: int, heads: int) -> Found:
     merged, merged_lse = torch.zeros_like(q, dtype=torch.float32), torch.full_like(lse, float("-inf"))
     dq, parts = torch.zeros_like(q, dtype=torch.float32), []
     for keys, values in zip(k.chunk(CHUNKS, 1), v.chunk(CHUNKS, 1), strict=True):
-        merged, merged_lse = merge(merged, merged_lse, *attention_with_lse(q, keys, values))
+        merged, merged_lse = merge_attention(merged, merged_lse, *attention_with_lse(q, keys, values))
         step = attention_backward(grad, q, keys, values, out, lse)
         dq += step[0]
         parts.append(step[1:])

@@ -35,7 +35,7 @@ from mm.config.model import WanConfig  # noqa: E402
 from mm.wan.block import WanBlock  # noqa: E402
 from mm.wan.compile import compile_blocks, graphs_needed  # noqa: E402
 from mm.wan.model import WanModel  # noqa: E402
-from mm.wan.names import diffusers_to_native  # noqa: E402
+from mm.wan.names import translate  # noqa: E402
 
 WAN = WanConfig(text_dim=256, hidden_size=256, ffn_dim=1024, num_heads=4, num_layers=4)
 SHAPES = [((4, 32, 32), 64), ((6, 32, 42), 512)]  # latent F, H, W, and text tokens: 1024 and 2016 video tokens
@@ -109,9 +109,10 @@ def contestants(latent: tuple[int, int, int], text_tokens: int) -> dict[str, Ste
     expected = steps[THEIRS]()
     for name, model in models.items():
         error = relative_error(steps[name](), expected)
-        gradients = {n if isinstance(model, WanModel) else diffusers_to_native(n): p.grad
-                     for n, p in model.named_parameters()}  # fmt: skip
-        worst = max(relative_error(gradients[diffusers_to_native(n)], p.grad) for n, p in reference.named_parameters())
+        convention = "native" if isinstance(model, WanModel) else "diffusers"
+        gradients = {translate(n, convention, "native"): p.grad for n, p in model.named_parameters()}
+        native = {translate(n, "diffusers", "native"): p.grad for n, p in reference.named_parameters()}
+        worst = max(relative_error(gradients[n], gradient) for n, gradient in native.items())
         if max(error, worst) > BOUND:
             raise SystemExit(f"{name}: output differs by {error:.1e}, a gradient by {worst:.1e}; nothing is timed")
     with RecordKernels() as kernels:

@@ -74,6 +74,10 @@ class DataError(MMError):
     exit_code = EXIT_DATA
 
 
+class DataWriteError(DataError):
+    """A feature, list or clip that cannot be written."""
+
+
 class CheckpointError(MMError):
     """A checkpoint that cannot be read, written or matched with the model."""
 
@@ -106,6 +110,12 @@ class OutOfMemoryError(MMError):
 
 class NumericsError(MMError):
     """A loss or gradient that is not finite."""
+
+    exit_code = EXIT_NUMERICS
+
+
+class DifferenceError(MMError):
+    """Two runs, or a layout and one device, that compute other numbers than each other."""
 
     exit_code = EXIT_NUMERICS
 
@@ -193,7 +203,7 @@ def say(error: MMError) -> None:
 
 
 def _launcher_lives() -> bool | None:
-    """Whether the launcher of this process is there; None for a process that has none."""
+    """Look whether the launcher of this process is there; None for a process that has none."""
     launcher = os.environ.get(LAUNCHER, "")
     if not launcher.isdecimal() or int(launcher) == os.getpid():
         return None

@@ -1,4 +1,4 @@
-"""Being the first process of a container."""
+"""Duties of the first process of a container."""
 
 from __future__ import annotations
 

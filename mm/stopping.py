@@ -240,7 +240,7 @@ class Launcher:
         return cls(int(told)) if told.isdecimal() else None
 
     def is_gone(self) -> bool:
-        """Whether it has ended."""
+        """True once it has ended."""
         if self._is_parent:  # it may be dead without having been waited for, and its number still taken
             return os.getppid() != self._id
         try:

@@ -1,4 +1,4 @@
-"""How much host memory an offloading run needs, and the offloader that has it.
+"""Size of the host memory that an offloading run needs, and the offloader that owns it.
 
 Sizes follow from the plan, the layout and the largest sample, so the pool is made once, before the first step.
 Shapes: B batch, t tokens of this rank, T tokens that attention sees, D model width, N heads of attention, K head width.
@@ -22,7 +22,7 @@ from mm.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class StepShape:
-    """What is known of a step before it runs.
+    """Shapes and counts of a step, known before it runs.
 
     Attributes:
         micro_batch_size: samples of a forward. num_tokens: of the largest sample.
@@ -42,6 +42,7 @@ def make_offloader(
     mesh: Mesh,
     backend: Backend,
     step: StepShape,
+    *,
     processes_of_node: int | None = None,
     timeline: list[TransferEvent] | None = None,
 ) -> Offloader | None:
@@ -70,7 +71,7 @@ def pool_slots(plan: Recompute, wan: WanConfig, mesh: Mesh, micro_batches: int) 
 
 
 def slot_bytes(plan: Recompute, wan: WanConfig, mesh: Mesh, step: StepShape) -> int:
-    """Of the input of a group, and of what its blocks keep of attention."""
+    """Shapes of a group's input, and of what its blocks keep of attention."""
     batch, itemsize = step.micro_batch_size, step.dtype.itemsize
     layout = mesh.layout
     # Ulysses gathers the tokens of its ranks and leaves each of them its share of the heads.

@@ -1,4 +1,4 @@
-"""What recomputed blocks keep waits for backward in host memory.
+"""Offload: tensors that recomputed blocks keep wait for backward in host memory.
 
 A pass is one forward of a stage on one micro-batch, and its backward. In forward every layer but the last gets a slot
 of a fixed pool of page-locked host memory; its tensors are copied there while the device computes on, and are let go
@@ -158,7 +158,7 @@ class OffloadPass:
 
 @dataclass
 class _Layer:
-    """What a layer keeps, and where it is.
+    """Tensors that a layer keeps, with their places on device and host.
 
     Attributes:
         leaves: whether it goes to host memory.

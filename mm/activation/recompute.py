@@ -29,7 +29,7 @@ from mm.wan.layers import BlockRunner, run_in_order
 from mm.wan.rope import Positions
 
 NAMES: dict[Kept, frozenset[str]] = {"O": frozenset({"O"}), "q,k,v,O": frozenset({"q,k,v", "O"})}
-"""What to keep, as the names that attention asks for (`mm.ops.attention.api.Keep`)."""
+"""What to keep, as the names that attention asks for (`mm.ops.attention.api.ActivationPolicy`)."""
 
 
 def block_runner(
@@ -124,7 +124,7 @@ def _storage_of(x: Tensor) -> int:
 
 
 class _Kept:
-    """A `Keep` that computes and keeps in the first run of a group, and hands out in the second.
+    """An `ActivationPolicy` that computes and keeps in the first run of a group, and hands out in the second.
 
     Args:
         names: what it keeps. put, take: keep a tensor, and give it back for what `put` returned.

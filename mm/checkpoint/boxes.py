@@ -80,7 +80,7 @@ def intersect(first: Box, second: Box) -> Box | None:
 
 
 def covers_exactly_once(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
-    """Whether every element of the tensor lies in exactly one box.
+    """Check that every element of the tensor lies in exactly one box.
 
     Disjoint boxes inside the tensor cover it exactly when their volumes add up to its own. Disjointness is checked by a
     sweep along the dim with the most distinct offsets, so that shards along any one dim cost n log n.

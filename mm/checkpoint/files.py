@@ -204,7 +204,7 @@ def _leftovers(folder: Path, name: str) -> Iterator[Path]:
 
 
 def _same_content(new: Path, old: Path) -> bool:
-    """Whether a file or folder holds what another one does, byte for byte."""
+    """Compare a file or folder with another one, byte for byte."""
     if new.is_dir():
         names = sorted(entry.name for entry in new.iterdir())
         return (

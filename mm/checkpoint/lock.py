@@ -41,7 +41,7 @@ _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.E
 
 @dataclass(frozen=True)
 class Times:
-    """How a lock is kept and judged.
+    """Times by which a lock is kept and judged.
 
     Attributes:
         beat_s: seconds between heartbeats. stale_s: seconds without one after which a lock is taken over.
@@ -161,7 +161,7 @@ def locked(folder: Path, times: Times = DEFAULT_TIMES) -> Iterator[Lock]:
 
 
 def holder_of(folder: Path) -> str | None:
-    """Who holds the lock of a folder, as far as can be told at once; None where it is free or its owner is dead."""
+    """Holder of a folder's lock, as far as can be told at once; None where it is free or its owner is dead."""
     path = folder / LOCK_NAME
     try:
         with _opened(path, DEFAULT_TIMES) as (file, free):
@@ -216,7 +216,7 @@ def _opened(path: Path, times: Times) -> Iterator[tuple[int, bool | None]]:
 
 
 def _try_flock(file: int) -> bool | None:
-    """Whether this process has the kernel's lock of a file now; None where the file system has no such locks."""
+    """Ask the kernel for the lock of a file: whether it is this process's; None for file systems without such locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -229,7 +229,7 @@ def _try_flock(file: int) -> bool | None:
 
 
 def _is_dead(holder: dict[str, Any], free: bool | None) -> bool:
-    """Whether an owner is known to be dead without watching it."""
+    """Tell an owner that is known to be dead without watching it."""
     if "id" in holder:
         return free is True and holder.get("flock") is True and holder.get("boot") == _boot_id() is not None
     # A lock of an earlier version: no heartbeat, no flock. As that version did, its process is looked for on its host.
@@ -254,7 +254,7 @@ def _stands_still(path: Path, holder: dict[str, Any], times: Times) -> bool:
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:
-    """Whether the process of an earlier version's lock lives; its start time tells it from a later one's number."""
+    """Look for the process of an earlier version's lock; its start time tells it from a later one of its number."""
     pid = holder.get("pid")
     if not isinstance(pid, int) or pid < 1:
         return False
@@ -268,7 +268,7 @@ def _is_alive(holder: dict[str, Any]) -> bool:
 
 
 def _start_time(pid: int) -> str | None:
-    """When a process started, in clock ticks since the boot that is named too; None if it is dead or cannot be told."""
+    """Start of a process, in clock ticks since the boot that is named too; None if it is dead or cannot be told."""
     try:
         # proc(5): field 3 is the state, field 22 the start; they follow the command's name, which ends at the last ")".
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -28,7 +28,7 @@ class FileRecord(Section):
 
 
 class PieceRecord(Section):
-    """Where one box of a tensor is: the shard file, the tensor's name in it, and the box."""
+    """Place of one box of a tensor: the shard file, the tensor's name in it, and the box."""
 
     file: ShardName
     name: str

@@ -85,7 +85,7 @@ def write_record(path: Path, record: WeightsRecord) -> None:
 
 
 def record_folder(path: Path) -> Path:
-    """Where in the checkpoint folder `path` the record is: `path` itself where earlier versions wrote it, or nobody."""
+    """Folder of the record in the checkpoint folder `path`: `path` itself if earlier versions wrote it, or nobody."""
     found = next((path / rank for rank in FIRST_RANKS if (path / rank / RECORD_NAME).exists()), path)
     return path if (path / RECORD_NAME).exists() else found
 

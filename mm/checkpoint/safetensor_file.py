@@ -67,7 +67,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: the size in bytes and the SHA-256 of the whole file."""
+    """Facts of what was written: the size in bytes and the SHA-256 of the whole file."""
 
     num_bytes: int
     sha256: str

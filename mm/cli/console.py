@@ -77,7 +77,7 @@ class Console(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """As the stream's."""
+        """Encoding of the stream."""
         return self._stream.encoding
 
     @property
@@ -90,11 +90,11 @@ class Console(io.TextIOBase):
         return self._file
 
     def isatty(self) -> bool:
-        """Whether a person looks at it."""
+        """True where a person looks at it."""
         return self._stream.isatty()
 
     def writable(self) -> bool:
-        """It is."""
+        """True, always."""
         return True
 
     def write(self, text: str) -> int:
@@ -181,7 +181,7 @@ def unbreakable_output() -> Iterator[list[Console]]:
 
 
 def _is_own(stream: TextIO, original: TextIO | None) -> TypeGuard[TextIO]:
-    """Whether a stream is the one that Python made, and open."""
+    """Recognise the stream that Python made, if it is open."""
     try:
         return stream is original and stream.fileno() >= 0
     except (OSError, ValueError, AttributeError):

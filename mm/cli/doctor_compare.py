@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mm.errors import ConfigError, NumericsError
+from mm.errors import ConfigError, DifferenceError
 
 
 def main(argv: Sequence[str]) -> None:
@@ -13,7 +13,7 @@ def main(argv: Sequence[str]) -> None:
 
     Raises:
         ConfigError: CFG-006 unless two paths are given.
-        NumericsError: NUM-004 (exit code 17) where they differ, or have no step in common.
+        DifferenceError: NUM-004 (exit code 17) where they differ, or have no step in common.
     """
     if len(argv) != 2 or any(word.startswith("-") for word in argv):
         usage = "mm doctor compare takes two runs: folders or metrics.jsonl files"
@@ -23,14 +23,14 @@ def main(argv: Sequence[str]) -> None:
     first, second = map(Path, argv)
     equal, difference = first_difference(first, second)
     if difference is not None:
-        raise NumericsError(
+        raise DifferenceError(
             "NUM-004",
             f"{first} and {second} are equal for {equal} steps and differ at step {difference.step} in "
             f"{difference.field}: {_shown(difference.first)} and {_shown(difference.second)}.",
             f"Look there: {difference.meaning}.",
         )
     if equal == 0:
-        raise NumericsError("NUM-004", f"{first} and {second} have no step in common.", "Compare runs that overlap.")
+        raise DifferenceError("NUM-004", f"{first} and {second} have no step in common.", "Compare runs that overlap.")
     print(f"equal, bit for bit, in all {equal} steps that both have")
 
 

@@ -15,7 +15,7 @@ from mm.config.rules.training import check_training
 from mm.config.run.training import TrainingRun
 from mm.dialects.mindspeed.train_flags import TrainFlags
 from mm.dialects.mindspeed.training import read_files, read_flags, translate
-from mm.errors import NumericsError
+from mm.errors import DifferenceError
 
 if TYPE_CHECKING:
     from mm.doctor.parity import Case, RelativeErrors
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
 
     Raises:
         ConfigError: what `mm train` raises before it starts.
-        NumericsError: NUM-005 where the layout differs from one device by more than rounding.
+        DifferenceError: NUM-005 where the layout differs from one device by more than rounding.
     """
     flags, where = read_flags(ParityFlags, argv, "mm doctor parity"), process_place()
     sections = translate(flags, read_files(flags), where.world_size)
@@ -125,7 +125,7 @@ def _require_equal(layout: Layout, errors: RelativeErrors, limits: RelativeError
         if not found <= limit
     ]
     if over:
-        raise NumericsError(
+        raise DifferenceError(
             "NUM-005",
             f"The layout {layout.name()} differs from one device: {'; '.join(over)}.",
             "Do not train on it. Take axes away (TP, CP, PP, layer-zero, overlap) until it agrees, and report it.",

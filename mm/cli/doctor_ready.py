@@ -93,7 +93,7 @@ def check(
 
 
 def _draws(sections: TrainingRun, samples: int) -> str | None:
-    """What this process draws for the first step; None without features, of which the check of features tells."""
+    """Draws of this process for the first step; None without features, of which the check of features tells."""
     from mm.data.dataset import open_features
     from mm.diffusion.flow import FlowMatching
     from mm.doctor import preflight
@@ -139,7 +139,7 @@ def _dry_run(words: Sequence[str], layout: Layout, rank: int) -> dict[str, Any]:
 
 
 def _merged(findings: Sequence[Finding]) -> list[Finding]:
-    """Without what several nodes found alike."""
+    """Leave out what several nodes found alike."""
     return list(dict.fromkeys(findings))
 
 

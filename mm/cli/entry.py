@@ -1,4 +1,4 @@
-"""How every command starts and ends: logging, one line for each error, exit codes."""
+"""Start and end of every command: logging, one line for each error, exit codes."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _saves(argv: Sequence[str]) -> bool:
-    """Whether what is started saves when a signal asks it to stop."""
+    """Tell whether what is started saves when a signal asks it to stop."""
     if "mm.cli.run" in argv:
         from mm.cli.run import saves_on_signal  # the flags of other commands need no file
 

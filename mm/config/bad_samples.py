@@ -13,7 +13,7 @@ _SKIP = re.compile(r"skip:max=(\d{1,3}(?:\.\d{1,9})?)%")
 
 @dataclass(frozen=True, slots=True)
 class OnBadSample:
-    """What becomes of samples that cannot be read.
+    """Policy for samples that cannot be read.
 
     Attributes:
         max_share: the part of all samples that may be left out, below 1; 0 stops at the first.
@@ -23,11 +23,11 @@ class OnBadSample:
 
     @property
     def skips(self) -> bool:
-        """Whether any may be left out."""
+        """True where any may be left out."""
         return self.max_share > 0
 
     def allowed(self, num_samples: int) -> int:
-        """How many of `num_samples` may be left out: the share of them, rounded down."""
+        """Number of samples out of `num_samples` that may be left out: the share of them, rounded down."""
         return int(self.max_share * num_samples)
 
     def __str__(self) -> str:

@@ -74,7 +74,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _value(annotation: Any) -> tuple[bool, str]:
-    """Whether a flag takes several values, and what it takes."""
+    """Tell whether a flag takes several values, and what it takes."""
     kind = _without_none(annotation)
     if get_origin(kind) in (list, tuple):
         return True, _value(get_args(kind)[0])[1]

@@ -1,4 +1,4 @@
-"""How layer-zero shards parameters, with the names that FSDP and MindSpeed-MM have for it."""
+"""Sharding of parameters by layer-zero, with the names that FSDP and MindSpeed-MM have for it."""
 
 from __future__ import annotations
 

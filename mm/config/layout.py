@@ -1,4 +1,4 @@
-"""How a run is cut over its processes: the degree of every axis, and which blocks each pipeline stage holds.
+"""Layout of a run over its processes: the degree of every axis, and the blocks that each pipeline stage holds.
 
 `layout_of` reads it from a checked run; everything behind the configuration takes a `Layout` and no sections.
 """
@@ -78,7 +78,7 @@ class Layout:
 
     @property
     def double_ring(self) -> bool:
-        """Whether the ring is one of windows, each a ring of its own."""
+        """True for a ring of windows, each a ring of its own."""
         return 1 < self.window_size < self.ring_size
 
     @property

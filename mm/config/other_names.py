@@ -1,4 +1,4 @@
-"""What flags of Megatron, MindSpeed and trainers with `accelerate` are called here.
+"""Names here of flags of Megatron, MindSpeed and trainers with `accelerate`.
 
 A word of another system is looked up before any guess by its letters, which would name a flag that merely looks alike.
 """

@@ -1,4 +1,4 @@
-"""Where torchrun put this process; read without torch, so that rules about the world run before any import."""
+"""Place where torchrun put this process; read without torch, so that rules about the world run before any import."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mm.errors import ConfigError
 
 @dataclass(frozen=True)
 class ProcessPlace:
-    """Where torchrun put this process: its rank in the job, the job's size, its index on its node, the node's size."""
+    """Place of a process by torchrun: its rank in the job, the job's size, its index on its node, the node's size."""
 
     rank: int
     world_size: int

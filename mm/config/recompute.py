@@ -1,4 +1,4 @@
-"""Which blocks are computed again in backward instead of keeping what they made, and what they keep nevertheless.
+"""Recomputation: the blocks computed again in backward instead of keeping what they made, and what they keep anyway.
 
 Counts are of the blocks of one virtual pipeline stage, as in Megatron: every stage recomputes as many.
 """
@@ -51,7 +51,7 @@ class Recompute:
 
 
 def recompute_of(memory: MemorySection) -> Recompute | None:
-    """What a checked section asks for; None keeps everything."""
+    """Plan that a checked section asks for; None keeps everything."""
     if memory.recompute is None:
         return None
     kept, offload = memory.keep or "O", memory.offload

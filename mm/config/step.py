@@ -1,4 +1,4 @@
-"""What the steps of a training run mean: the values that decide what is computed, whatever the layout.
+"""Meaning of a training run's steps: the values that decide what is computed, whatever the layout.
 
 Checkpoints record them, so that a run that goes on with others says so. Who computes what, how often something is
 saved or told and how many processes read are not among them: they change no step.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import SerializerFunctionWrapHandler, model_serializer
 
@@ -18,8 +18,6 @@ from mm.config.optimizer import OptimizerName
 from mm.config.run.checkpoint import ResumeChange
 from mm.config.run.origins import Origins
 from mm.config.run.training import TrainingRun
-
-CHANGES: tuple[ResumeChange, ...] = get_args(ResumeChange)
 
 
 class ScheduleSettings(Section):

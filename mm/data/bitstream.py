@@ -34,7 +34,7 @@ PictureReader = Callable[[bytes], Picture | None]
 
 
 def picture_reader(codec: str, extradata: bytes) -> PictureReader | None:
-    """What reads the packets of a stream; None where nothing is known of its codec or of its parameters.
+    """Reader of a stream's packets; None where nothing is known of its codec or of its parameters.
 
     Args:
         codec: FFmpeg's name of it, such as h264.
@@ -252,7 +252,7 @@ def _skip_scaling_list(bits: _Bits, size: int) -> None:
 
 
 def _shows_every_picture(unit: bytes) -> bool:
-    """Whether output_flag_present_flag of an HEVC picture parameter set is 0 (7.3.2.3.1)."""
+    """Accept an HEVC picture parameter set with output_flag_present_flag 0 (7.3.2.3.1): no picture is hidden."""
     bits = _Bits(unit)
     bits.read(16)
     bits.golomb()
@@ -346,7 +346,7 @@ def _av1_units(packet: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _picture(num_shown: int, is_key: bool) -> Picture | None:
-    """Of a packet that shows so many pictures and may begin with a shown key frame."""
+    """Picture of a packet that shows so many pictures and may begin with a shown key frame."""
     if num_shown > 1:
         return None
     return _UNSHOWN if num_shown == 0 else _START if is_key else _SHOWN

@@ -84,7 +84,7 @@ class CheckedData:
         return [checked.bad[number] for checked in self.lists for number in sorted(checked.bad)]
 
     def by_error(self) -> dict[str, int]:
-        """How many have which error."""
+        """Number of samples with each error id."""
         return dict(sorted(Counter(sample.error for sample in self.bad).items()))
 
 
@@ -112,7 +112,7 @@ def check_videos(
     """
     listed = Listed(columns)
     lists = [CheckedList(source, split_rows(source.annotation, "DATA-060")) for source in sources]
-    jobs: list[_Job[VideoSample]] = []
+    jobs: list[_RowToRead[VideoSample]] = []
     for data_set, checked in enumerate(lists):
         for number, row in enumerate(checked.rows.rows, start=1):
             if row.problem is not None:
@@ -123,7 +123,7 @@ def check_videos(
             if found.sample is not None and not problems:
                 problems += _problems_of(check_announced_length, found.sample, preprocess)
             if found.sample is not None and not problems:
-                jobs.append(_Job(data_set, number, found.sample.id, str(found.sample.file), found.sample))
+                jobs.append(_RowToRead(data_set, number, found.sample.id, str(found.sample.file), found.sample))
             else:
                 names: _Names = (found.sample.id, str(found.sample.file)) if found.sample is not None else (None, None)
                 checked.add(data_set, number, names, problems)
@@ -150,7 +150,7 @@ def check_features(
         first, recipe = sources[0]
         FeatureDataset([FeatureStore(first.folder, [], recipe.key)], model).empty_prompt()
     lists = [CheckedList(source, split_rows(source.annotation, "DATA-010")) for source, _ in sources]
-    jobs: list[_Job[FeaturePlace]] = []
+    jobs: list[_RowToRead[FeaturePlace]] = []
     for data_set, (checked, (source, recipe)) in enumerate(zip(lists, sources, strict=True)):
         checker = RowChecker(source.folder, source.annotation, recipe.task)
         for number, row in enumerate(checked.rows.rows, start=1):
@@ -165,13 +165,13 @@ def check_features(
                 checked.add(data_set, number, names, problems)
                 continue
             place = FeaturePlace(source.folder, listed.file, listed.sample, recipe.key, listed.latent_shape)
-            jobs.append(_Job(data_set, number, listed.sample, str(source.folder / listed.file), place))
+            jobs.append(_RowToRead(data_set, number, listed.sample, str(source.folder / listed.file), place))
     _read_all(_CheckFeature(model), jobs, lists, num_workers, time_limit, done)
     return CheckedData(lists)
 
 
 @dataclass(frozen=True, slots=True)
-class _Job(Generic[JobT]):
+class _RowToRead(Generic[JobT]):
     """A row whose file is to be read."""
 
     data_set: int
@@ -183,7 +183,7 @@ class _Job(Generic[JobT]):
 
 def _read_all(
     work: Work[JobT],
-    jobs: Sequence[_Job[JobT]],
+    jobs: Sequence[_RowToRead[JobT]],
     lists: Sequence[CheckedList],
     num_workers: int,
     time_limit: float,

@@ -1,4 +1,4 @@
-"""From a listed video to the clip that is encoded: which frames, and what the annotation said of them."""
+"""Clips from listed videos, as they are encoded: the frames, and what the annotation said of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mm.data.files import raise_limited
 from mm.data.metadata import VideoSample
 from mm.data.transforms import resize_and_crop
 from mm.data.video import VideoInfo, probe, read_frames
-from mm.data.workers import Parcel, read_in_order, room
+from mm.data.workers import Parcel, bytes_to_share, read_in_order
 from mm.errors import DataError, Problem
 from mm.rng import generator
 
@@ -65,7 +65,7 @@ def clip_of_frames(frames: Tensor, sample: VideoSample, preprocess: RawPreproces
 
 
 def _clip_frames(sample: VideoSample, preprocess: RawPreprocess, seed: int) -> tuple[VideoInfo, range]:
-    """What the video holds and which of its frames are taken."""
+    """Facts of the video, and the indices of the frames that are taken."""
     info = probe(sample.file, preprocess.video_reader_type)
     check_annotation(sample, info)
     return info, choose_frames(sample, info.num_frames, preprocess, seed)
@@ -100,7 +100,7 @@ def read_clips(
         samples,
         num_workers=num_workers,
         time_limit=time_limit,
-        buffer_bytes=room(shape),
+        buffer_bytes=bytes_to_share(shape),
     )
     for _, outcome in outcomes:
         yield outcome if isinstance(outcome, DataError) else Clip(outcome.tensors["pixels"], **outcome.facts)

@@ -11,7 +11,6 @@ from math import prod
 from pathlib import Path
 from typing import TypedDict
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -20,7 +19,7 @@ from mm.config.model import WanConfig
 from mm.config.run.data import FeatureSet
 from mm.data.features import EMPTY_PROMPT_ID, LISTING, OTHER_TASK, read_feature
 from mm.data.files import path_below
-from mm.data.listing import FeatureStore, open_store
+from mm.data.listing import FeatureStore, open_feature_store
 from mm.data.recipe import Recipe, check_recipe, expected_in_training, load_recipe
 from mm.errors import DataError
 
@@ -28,7 +27,7 @@ ENCODER_FIELDS = ("vae", "text_encoder", "tokenizer", "text_cleaning", "crop", "
 
 
 class SampleTensors(TypedDict):
-    """What a feature file gives training: latents [16, F, H, W], prompt [L, D], and the task's features by name."""
+    """Tensors that a feature file gives training: latents [16, F, H, W], prompt [L, D], the task's features by name."""
 
     latents: Tensor
     prompt: Tensor
@@ -36,9 +35,8 @@ class SampleTensors(TypedDict):
 
 
 class FeatureItem(SampleTensors):
-    """One sample: its tensors, prompt_mask [text_len] uint8, its index in the data set."""
+    """One sample: its tensors, and its index in the data set."""
 
-    prompt_mask: Tensor
     sample: int
 
 
@@ -116,12 +114,10 @@ class FeatureDataset(Dataset[FeatureItem]):
 
     def __getitem__(self, index: int) -> FeatureItem:
         """Read one sample; raises what `read_sample` raises."""
-        tensors = read_sample(self.place(index), self.model)
-        mask = (torch.arange(self.model.text_len) < len(tensors["prompt"])).to(torch.uint8)
-        return {**tensors, "prompt_mask": mask, "sample": index}
+        return {**read_sample(self.place(index), self.model), "sample": index}
 
     def place(self, index: int) -> FeaturePlace:
-        """Where one sample is."""
+        """Place of one sample in its store."""
         sample = self.samples[index]
         store = self._stores[sample.store]
         row = store.rows[sample.row]
@@ -161,7 +157,7 @@ class FeatureDataset(Dataset[FeatureItem]):
         return digest.hexdigest()[:16]
 
     def shapes(self) -> Counter[tuple[int, int, int, int]]:
-        """How many samples have which latent shape."""
+        """Number of samples with each latent shape."""
         return Counter(sample.latent_shape for sample in self.samples)
 
 
@@ -174,7 +170,9 @@ def open_features(features: FeatureSet, model: WanConfig) -> FeatureDataset:
             than its store.
     """
     sources = checked_sources(features, model)
-    stores = [open_store(source.folder, source.annotation, recipe.key, recipe.task) for source, recipe in sources]
+    stores = [
+        open_feature_store(source.folder, source.annotation, recipe.key, recipe.task) for source, recipe in sources
+    ]
     return FeatureDataset(stores, model)
 
 

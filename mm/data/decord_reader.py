@@ -33,7 +33,7 @@ def require_decord() -> None:
 
 
 def decord_agrees(file: Path, order: Order, pixel_format: str, first: Pixels) -> bool:
-    """Whether decord finds the same frames in an MP4 file of H.264.
+    """Test that decord finds the same frames in an MP4 file of H.264.
 
     Args:
         file: the video; every packet of it is shown, upright.

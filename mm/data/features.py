@@ -57,7 +57,7 @@ _ALL_FEATURES = set[str]().union(*map(_features_of, TASKS.values()))
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What one feature file was made from.
+    """Source of one feature file.
 
     Attributes:
         sample: the sample's id. recipe: key of the recipe.
@@ -90,7 +90,7 @@ class Feature:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a feature file says of itself: tensor names with (dtype, shape), its origin, the clip's first frame."""
+    """Header of a feature file: tensor names with (dtype, shape), its origin, the clip's first frame."""
 
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     origin: Origin
@@ -183,7 +183,7 @@ def read_header(path: Path) -> Header:
 
 
 def is_complete(path: Path, origin: Origin) -> bool:
-    """Whether a feature file is there, whole, and made from `origin`."""
+    """Test that a feature file is there, whole, and made from `origin`."""
     if not path.exists():
         return False
     try:
@@ -270,7 +270,7 @@ def _header_problems(header: Header, path: Path, model: WanConfig) -> list[Probl
 
 
 def _feature_problems(header: Header, path: Path, model: WanConfig) -> Iterator[Problem]:
-    """Of a sample whose latents are as the model takes them."""
+    """Problems of a sample whose latents are as the model takes them."""
     _, frames, height, width = header.tensors["latents"][1]
     if frames < model.task.fewest_latent_frames:
         message = f"{path}: the clip is one frame, and in {model.task.name} that is known: there is nothing to learn."

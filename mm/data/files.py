@@ -15,7 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 from mm.config.units import format_bytes
-from mm.errors import DataError, Problem, raise_all
+from mm.errors import DataError, DataWriteError, Problem, raise_all
 
 MAX_PROBLEMS_SHOWN = 100
 TEMPORARY_PREFIX = ".tmp-"
@@ -140,7 +140,7 @@ def require_regular_file(file: Path, place: str) -> None:
 
 
 def is_text(text: str) -> bool:
-    """Whether a string can be written as UTF-8. JSON can spell half a surrogate pair, which no file name can hold."""
+    """Test that a string can be written as UTF-8. JSON can spell half a surrogate pair, which no file name can hold."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -186,7 +186,7 @@ def make_folder(folder: Path, name: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError("DATA-018", f"{folder} cannot be made: {error}.", f"Correct {name}.") from None
+        raise DataWriteError("DATA-018", f"{folder} cannot be made: {error}.", f"Correct {name}.") from None
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -196,15 +196,15 @@ def remove_temporaries(folder: Path) -> None:
             os.unlink(entry.path)
 
 
-def _write_error(path: Path, num_bytes: int, error: OSError) -> DataError:
+def _write_error(path: Path, num_bytes: int, error: OSError) -> DataWriteError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(path.parent).free
-        return DataError(
+        return DataWriteError(
             "DATA-019",
             f"{path} needs {format_bytes(num_bytes)} and the disk or quota is full ({format_bytes(free)} free).",
             "Free some space and start again; what is complete is kept.",
         )
-    return DataError("DATA-018", f"{path} cannot be written: {error}.", "Check the path and its permissions.")
+    return DataWriteError("DATA-018", f"{path} cannot be written: {error}.", "Check the path and its permissions.")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -248,7 +248,7 @@ def _line_rows(text: str, path: Path, error_id: str) -> Iterator[JsonRow]:
 
 
 def _skip_space(text: str, position: int) -> int:
-    """Where JSON goes on."""
+    """Position at which JSON goes on after white space."""
     found = _SPACE.match(text, position)
     return found.end() if found else position
 
@@ -261,7 +261,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(name: str) -> None:
-    """What is not JSON and some write all the same: NaN is an empty cell, Infinity is refused."""
+    """Read words that are not JSON and that some write all the same: NaN is an empty cell, Infinity is refused."""
     if name == "NaN":
         return
     raise ValueError(f"{name} is not a JSON number")

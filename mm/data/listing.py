@@ -59,7 +59,7 @@ class FeatureStore:
         return self.folder / FEATURES / EMPTY_PROMPT
 
 
-def open_store(folder: Path, listing: Path, recipe_key: str, task: str = DEFAULT.name) -> FeatureStore:
+def open_feature_store(folder: Path, listing: Path, recipe_key: str, task: str = DEFAULT.name) -> FeatureStore:
     """Read the rows of a store and check that every file they name is there.
 
     Args:
@@ -86,7 +86,7 @@ def open_store(folder: Path, listing: Path, recipe_key: str, task: str = DEFAULT
 
 
 class RowChecker:
-    """Checks the rows of one listing, in order; its arguments are those of `open_store`."""
+    """Checks the rows of one listing, in order; its arguments are those of `open_feature_store`."""
 
     def __init__(self, folder: Path, listing: Path, task: str) -> None:
         self._folder, self._listing, self._task = folder, listing, task
@@ -95,7 +95,7 @@ class RowChecker:
         self._seen: set[str] = set()
 
     def check(self, values: Any, number: int) -> tuple[FeatureRow | None, list[Problem]]:
-        """The row with its problems, those that `open_store` raises; None where it has the wrong form."""
+        """The row with its problems, those that `open_feature_store` raises; None where it has the wrong form."""
         place = f"{self._listing} row {number}"
         try:
             row = parse(FeatureRow, values, place)

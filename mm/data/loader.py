@@ -18,7 +18,7 @@ from mm.config.model import WanConfig
 from mm.data.dataset import FeatureDataset, FeaturePlace, SampleTensors, read_empty_prompt, read_sample
 from mm.data.replacing import Replaced, check_replaced, may_be_replaced
 from mm.data.sampler import BatchPlan, MicroBatchSampler, next_in_epoch
-from mm.data.workers import Outcome, Parcel, as_error, as_facts, read_in_order, room
+from mm.data.workers import Outcome, Parcel, as_error, as_facts, bytes_to_share, read_in_order
 from mm.errors import DataError
 from mm.rng import generator, training_noise
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Notes(TypedDict, total=False):
-    """What only some micro-batches have.
+    """Entries that only some micro-batches have.
 
     Attributes:
         replaced: where samples were, the ids of those that were to be in the micro-batch.
@@ -246,21 +246,21 @@ def _batches(
 
 
 def _bad_sample(outcome: Outcome) -> tuple[int, DataError] | None:
-    """Which sample of a micro-batch could not be read, and why."""
+    """Index of the sample of a micro-batch that could not be read, and its error."""
     if isinstance(outcome, Parcel) and "bad" in outcome.facts:
         return outcome.facts["bad"], as_error(outcome.facts["problems"])
     return None
 
 
 def _most_bytes(dataset: FeatureDataset, micro_batch_size: int, text_len: int, *, with_noise: bool) -> int:
-    """Of the tensors of a micro-batch of the largest samples."""
+    """Size in bytes of the tensors of a micro-batch of the largest samples."""
     model = dataset.model
     largest = max((sample.latent_shape for sample in dataset.samples), key=lambda shape: torch.Size(shape).numel())
     shapes: Sequence[tuple[int, ...]] = [largest, (text_len, model.text_dim)]
     if with_noise:
         shapes = [*shapes, largest]
     shapes = [*shapes, *model.feature_shapes(largest[1:]).values()]
-    return room(*((micro_batch_size, *shape) for shape in shapes))
+    return bytes_to_share(*((micro_batch_size, *shape) for shape in shapes))
 
 
 def _require_one_shape(dataset: FeatureDataset, micro_batch_size: int) -> None:

@@ -24,7 +24,7 @@ from mm.config.data import DataSource
 from mm.config.tasks.registry import ALL_COLUMNS
 from mm.config.tasks.task import Column
 from mm.data.features import text_hash
-from mm.data.files import path_below, raise_limited, read_rows, require_regular_file
+from mm.data.files import path_below, read_rows, require_regular_file
 from mm.errors import ConfigError, DataError, Problem
 from mm.rng import generator
 
@@ -175,19 +175,6 @@ class CheckedRow:
     problems: tuple[Problem, ...]
 
 
-def load_samples(sources: Sequence[DataSource]) -> list[VideoSample]:
-    """Read and check the annotations of all data sets, in order.
-
-    Raises:
-        DataError: DATA-060 for an annotation file that cannot be read, DATA-061 for a row of the wrong form, DATA-062
-            for a missing or unusable caption, DATA-063 for an unsafe path, DATA-001 for a missing video, DATA-064 for
-            a video listed twice with the same cut and captions; all rows' problems at once (DATA-060 stops earlier).
-    """
-    rows = check_rows(sources)
-    raise_limited([problem for row in rows for problem in row.problems])
-    return [row.sample for row in rows if row.sample is not None]
-
-
 def check_rows(sources: Sequence[DataSource], columns: Sequence[Column] = ()) -> list[CheckedRow]:
     """Check every row of all data sets, in order, and keep what is wrong beside each.
 
@@ -251,7 +238,7 @@ def _taken_columns(values: Any, columns: Sequence[Column], place: str) -> tuple[
 
 
 def _other_names(values: Any, place: str) -> list[Problem]:
-    """What the columns of other tools are called here, where those of here are missing."""
+    """Problems of columns with other tools' names, where those of here are missing; the remedy is the name here."""
     given = values if isinstance(values, dict) else {}
     return [
         Problem("DATA-061", f'{place}: "{other}" is not read.', f'Call the column "{name}".')

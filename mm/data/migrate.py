@@ -181,7 +181,7 @@ def _axes() -> dict[str, int]:
 
 
 def _task(feature: Feature, file: Path) -> str:
-    """What a feature is for, by the frames that its mask calls known."""
+    """Task of a feature, by the frames that its mask calls known."""
     found = [name for name, spec in _FEATURES.items() if spec.name in feature.features]
     masked = [name for name in found if _FEATURES[name].source is Source.KNOWN_FRAMES]
     if not masked:

@@ -1,4 +1,4 @@
-"""How a stored picture is turned to be shown: the display matrix of ISO/IEC 14496-12, 8.3.2."""
+"""Turn of a stored picture to be shown: the display matrix of ISO/IEC 14496-12, 8.3.2."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def order_of(packets: Sequence[Packet], time_base: Fraction, delay: int) -> Orde
 
 
 def _depth(times: Sequence[int]) -> int:
-    """How many packets at most come before one that is shown earlier."""
+    """Largest number of packets that come before one that is shown earlier."""
     depth = 0
     seen: list[int] = []
     for time in times:

@@ -1,4 +1,4 @@
-"""What a folder of features was made with, so that features of other weights, sizes or rules are an error.
+"""Recipe of a folder of features, so that features of other weights, sizes or rules are an error.
 
 A recipe is saved as recipe.json in the store; its key stands in every feature file.
 """

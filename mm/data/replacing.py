@@ -28,7 +28,7 @@ class Replaced:
 
 
 def may_be_replaced(error: DataError) -> bool:
-    """Whether an error is about the content of a feature file, which every rank sees alike."""
+    """Recognise an error about the content of a feature file, which every rank sees alike."""
     return all(problem.id in FAULTS_OF_A_FEATURE_FILE for problem in error.problems)
 
 
@@ -61,7 +61,7 @@ def check_replaced(num_replaced: int, consumed_samples: int, num_samples: int, p
 def replaced_in_step(
     dp_rank: int, samples: Sequence[str], replaced: Sequence[str], gather: Callable[[object], list[Any]]
 ) -> int:
-    """How many samples of a step were replaced in all replicas, having seen that ranks of a replica read the same.
+    """Number of samples of a step replaced in all replicas, after a check that ranks of a replica read the same.
 
     Args:
         dp_rank: this rank's replica.

@@ -1,4 +1,4 @@
-"""Which sample comes when: a function of the seed and the position alone.
+"""Order of samples: a function of the seed and the position alone.
 
 Training walks along positions 0, 1, 2, ... without end. Epoch e is the positions e * n .. (e + 1) * n - 1 in an order
 of its own. Global batch g takes the next `global_batch_size` positions after those consumed before; how it is dealt to
@@ -38,7 +38,7 @@ def next_in_epoch(index: int, epoch: int, num_samples: int, seed: int, shuffle: 
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """How global batches are dealt out.
+    """Distribution of global batches over replicas and micro-batches.
 
     Attributes:
         global_batch_size: samples of one optimizer step over all replicas.

@@ -39,7 +39,7 @@ _REPLACE = "Replace the file; it is damaged or cut off."
 
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
-    """What a video file holds.
+    """Facts of a video file.
 
     Attributes:
         num_frames: frames that a decode from the start shows.
@@ -138,7 +138,7 @@ def _chosen(file: Path, info: VideoInfo, indices: Sequence[int]) -> Iterator[Pix
 
 @dataclass(frozen=True, slots=True)
 class _Headers:
-    """What a container says of its video, before anything is decoded.
+    """Facts that a container tells of its video, before anything is decoded.
 
     Attributes:
         order: of the packets, if it is certain.

@@ -45,7 +45,7 @@ WorkT = TypeVar("WorkT", contravariant=True)
 
 @dataclass(frozen=True)
 class Parcel:
-    """What a job gives: tensors by name, and facts that JSON can spell."""
+    """Result of a job: tensors by name, and facts that JSON can spell."""
 
     tensors: Mapping[str, Tensor]
     facts: Mapping[str, Any]
@@ -55,13 +55,13 @@ Outcome = Parcel | DataError
 
 
 class Work(Protocol[WorkT]):
-    """What readers do; it is sent to each of them once, when it starts."""
+    """Work of readers; it is sent to each of them once, when it starts."""
 
     def __call__(self, job: WorkT, /) -> Parcel:
         """Do one job; a `DataError` becomes its outcome, another exception ends the reader."""
 
     def describe(self, job: WorkT, /) -> str:
-        """What to call a job where its reader hangs or dies: its file."""
+        """Name of a job where its reader hangs or dies: its file."""
 
 
 def read_in_order(
@@ -80,7 +80,7 @@ def read_in_order(
         jobs: small, since they are sent; perhaps without end.
         num_workers: reading processes; 0 reads in this one, where nothing can end a read that hangs.
         time_limit: seconds for one job.
-        buffer_bytes: the most that the tensors of one job take; see `room`.
+        buffer_bytes: the most that the tensors of one job take; see `bytes_to_share`.
         again: given a job and its outcome, another job to do in its place, or None to accept the outcome.
 
     Yields:
@@ -117,7 +117,7 @@ def read_in_order(
             reader.close()
 
 
-def room(*shapes: tuple[int, ...]) -> int:
+def bytes_to_share(*shapes: tuple[int, ...]) -> int:
     """Bytes to share for tensors of these shapes, whatever floating-point type of up to 32 bits they have."""
     return sum(4 * torch.Size(shape).numel() + _ALIGNMENT for shape in shapes)
 

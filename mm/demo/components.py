@@ -49,7 +49,6 @@ from mm.wan.initial import initial_value
 from mm.wan.model import WanModel
 
 MODEL_NAMES = {task.name: f"Wan2.1-{task.title}-Tiny-Diffusers" for task in TASKS.values()}
-MODEL_NAME = MODEL_NAMES[DEFAULT.name]
 SEED = 0
 TEXT_DIM = 64
 IMAGE_DIM = 32
@@ -97,7 +96,7 @@ def write_model(folder: Path, task: Task = DEFAULT) -> None:
 
 
 def _add_modules(folder: Path, task: Task) -> None:
-    """What diffusers' transformer does not have of a task: its modules' parameters, and its name in config.json."""
+    """Add what diffusers' transformer lacks of a task: its modules' parameters, and its name in config.json."""
     if task.frames or not task.modules:
         return
     config, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"

@@ -1,4 +1,4 @@
-"""What a generated clip shows, measured on its pixels: the colour of the shape and the direction it moves in.
+"""Measures of a generated clip on its pixels: the colour of the shape and the direction it moves in.
 
 A clip is given a colour or a direction only when its pixels leave no doubt; a blank, noisy or static clip is given
 none, so that it can never count as obeying its caption.
@@ -30,7 +30,7 @@ STEADINESS = 0.9  # least squared correlation of position with time
 
 
 class Measurement(NamedTuple):
-    """What a clip shows; None where its pixels do not decide."""
+    """Colour and direction that a clip shows; None where its pixels do not decide."""
 
     colour: str | None
     direction: str | None
@@ -47,12 +47,12 @@ class MeasuredClip:
 
     @property
     def colour_hit(self) -> bool:
-        """Whether the shape has the colour of the caption."""
+        """True where the shape has the colour of the caption."""
         return self.seen.colour == self.asked.colour
 
     @property
     def direction_hit(self) -> bool:
-        """Whether the shape moves in the direction of the caption."""
+        """True where the shape moves in the direction of the caption."""
         return self.seen.direction == self.asked.direction
 
 
@@ -91,7 +91,7 @@ def read_caption(caption: str) -> Measurement:
 
 
 def score(folder: Path, captions: Sequence[str]) -> tuple[int, int, list[MeasuredClip]]:
-    """How many clips obey their captions: colour hits, direction hits and one row a clip.
+    """Count clips that obey their captions: colour hits, direction hits and one row a clip.
 
     The folder's mp4 files, sorted by name, belong to `captions` in order.
 
@@ -114,7 +114,7 @@ def score(folder: Path, captions: Sequence[str]) -> tuple[int, int, list[Measure
 
 
 def _is_one_shape(mask: npt.NDArray[np.bool_]) -> bool:
-    """Whether the pixels of a [H, W] mask are neither too few nor too many and lie together."""
+    """Accept a [H, W] mask with neither too few nor too many pixels, which lie together."""
     area = int(mask.sum())
     if not SHAPE_AREA[0] * mask.size <= area <= SHAPE_AREA[1] * mask.size:
         return False

@@ -80,11 +80,11 @@ class Backend:
         return int(total), int(free)
 
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """Whether an exception says that this device has no room for an allocation."""
+        """Recognise an exception that says that this device has no room for an allocation."""
         return is_out_of_memory(error, on_host=self.kind == "cpu")
 
     def name(self) -> str:
-        """What to call the device in reports."""
+        """Name of the device in reports."""
         if self.kind == "cpu":
             return "CPU"
         return str(getattr(torch, self.kind).get_device_name(self.device))

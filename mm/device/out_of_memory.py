@@ -1,4 +1,4 @@
-"""Which exceptions say that memory ran out, and how much was asked for: every kind of device has its own words."""
+"""Exceptions that say that memory ran out, and the bytes asked for: every kind of device has its own words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ASKED = re.compile(rf"[Tt]ried to allocate (\d+(?:\.\d+)?) ({'|'.join(_UNITS)})
 
 
 def is_out_of_memory(error: BaseException, *, on_host: bool) -> bool:
-    """Whether an exception says that the device has no room for an allocation.
+    """Recognise an exception that says that the device has no room for an allocation.
 
     Args:
         error: any exception.

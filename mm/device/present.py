@@ -57,7 +57,7 @@ def refuse_silent_cpu(processes: int, variables: Mapping[str, str], root: Path =
 
 
 def is_hidden(kind: Accelerator, variables: Mapping[str, str]) -> bool:
-    """Whether the user hid all devices of a kind from the process."""
+    """Tell whether the user hid all devices of a kind from the process."""
     value = variables.get(VISIBLE[kind])
     return value is not None and (not value.strip() or value.strip().startswith("-"))
 

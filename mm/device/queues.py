@@ -18,13 +18,13 @@ Queue = Literal["compute", "to host", "to device"]
 
 
 class Queues(Protocol):
-    """What copies beside the computation need of a device."""
+    """Operations that copies beside the computation need of a device."""
 
     def record(self, queue: Queue) -> Any:
         """An event: everything that the queue has been given until now."""
 
     def wait(self, queue: Queue, event: Any) -> None:
-        """What the queue is given from now on begins after the event."""
+        """Hold back all work that the queue is given from now on until the event."""
 
     def copy(self, queue: Queue, target: Tensor, source: Tensor) -> None:
         """Give a queue the copy of a tensor into another one; both live until an event behind it has happened."""

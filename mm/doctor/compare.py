@@ -22,7 +22,7 @@ _MEANING = {
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two runs part: the step, the field, both values, and what that points to."""
+    """Point where two runs part: the step, the field, both values, and what that points to."""
 
     step: int
     field: str

@@ -34,7 +34,7 @@ from mm.doctor.traffic import CallTotals, CountTraffic, Traffic, axes_of, totals
 from mm.optim.make import make_optimizer
 from mm.optim.optimizer import Optimizer
 from mm.optim.settings import UpdateSettings
-from mm.optim.step_statistics import outcome_size
+from mm.optim.step_statistics import message_size
 from mm.parallel.apply import DataParallelOptions, ParallelModel, apply
 from mm.parallel.mesh import build_mesh
 from mm.parallel.placement import local
@@ -46,15 +46,25 @@ from mm.train.step import forward_micro_batch, num_tokens
 from mm.wan.patches import token_grid
 
 _SETTINGS = UpdateSettings(
-    lr=1.0, min_lr=0.0, lr_decay_style="constant", lr_warmup_init=0.0, warmup_samples=0, decay_samples=1,
-    weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, clip_grad=1.0, fused=True,
-)  # fmt: skip
+    lr=1.0,
+    min_lr=0.0,
+    lr_decay_style="constant",
+    lr_warmup_init=0.0,
+    warmup_samples=0,
+    decay_samples=1,
+    weight_decay=0.1,
+    adam_beta1=0.9,
+    adam_beta2=0.95,
+    adam_eps=1e-8,
+    clip_grad=1.0,
+    fused=True,
+)
 """An update as on an accelerator, with clipping; its numbers change neither memory nor messages."""
 
 
 @dataclass(frozen=True)
 class DryRunJob:
-    """What is run.
+    """Run to rehearse, cut as it is.
 
     Attributes:
         wan, layout, options, zero: as for `mm.parallel.apply.apply`. recompute: as for `mm.activation.recompute`.
@@ -83,7 +93,7 @@ class DryRunJob:
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank holds and sends in a step after the first.
+    """Memory and messages of one rank in a step after the first.
 
     Attributes:
         rank: in the job. tp_rank, cp_rank, dp_rank, pp_rank: its coordinates.
@@ -139,9 +149,8 @@ def dry_run(job: DryRunJob, rank: int) -> Report:
             if offloader is not None:
                 tracked.label([offloader.memory], memory.HOST)
             run_blocks = block_runner(job.recompute, offloader, backend.model_code)
-            parallel = apply(
-                job.wan, mesh, backend, job.options, job.dtype, None, job.zero, run_blocks, extension=job.extension
-            )
+            model = job.wan, mesh, backend, job.options, job.dtype, None
+            parallel = apply(*model, zero=job.zero, run_blocks=run_blocks, extension=job.extension)
             _label_model(tracked, parallel)
             tracked.kind = memory.OPTIMIZER
             optimizer = make_optimizer(parallel, replace(_SETTINGS, optimizer=job.optimizer, ema_decay=job.ema_decay))
@@ -217,7 +226,7 @@ def _update(parallel: ParallelModel, job: DryRunJob, optimizer: Optimizer, track
     """`mm.train.step.train_step` after backward."""
     tracked.label((parameter.grad for parameter in parallel.named_parameters().values()), memory.GRADIENTS)
     optimizer.reduce_gradients()
-    optimizer.gradient_squares(torch.zeros(outcome_size(job.micro_batches * job.micro_batch_size)))
+    optimizer.gradient_squares(torch.zeros(message_size(job.micro_batches * job.micro_batch_size)))
     optimizer.apply_gradients(norm=2.0)  # above clip_grad, so that gradients are clipped
     if optimizer.average is not None:
         optimizer.average.update()
@@ -251,7 +260,7 @@ def _label_model(tracked: TrackMemory, parallel: ParallelModel) -> None:
 
 
 def _of_all(passes: Sequence[Traffic], runs: Sequence[int], micro_batches: int) -> Traffic:
-    """What passes over all micro-batches send, from passes over a few.
+    """Traffic of passes over all micro-batches, from passes over a few.
 
     Only DDP sends something once for all micro-batches, its parameters and gradients.
     """

@@ -70,7 +70,7 @@ class FakeTensors(FakeTensorMode):
 
 
 def _stays_on_meta(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operator makes a meta tensor, or works on some."""
+    """Recognise an operator that makes a meta tensor, or works on some."""
     device = kwargs.get("device")
     if device is not None:
         return torch.device(device).type == "meta"

@@ -61,6 +61,7 @@ def tensor(
     width: int,
     tp_size: int,
     sequence_parallel: bool,
+    *,
     itemsize: int,
     image_tokens: int = 0,
 ) -> Traffic:
@@ -96,7 +97,7 @@ def boundary(tokens: float, context_tokens: int, width: int, itemsize: int) -> f
 
 
 def pipeline(layout: Layout, pp_rank: int, bytes_each: float, micro_batches: int) -> Traffic:
-    """What a stage sends in a step: forward to the next virtual stage, backward to the one before."""
+    """Traffic of a stage in a step: forward to the next virtual stage, backward to the one before."""
     last = layout.pp_size * layout.vp_size - 1
     places = [vp_rank * layout.pp_size + pp_rank for vp_rank in range(layout.vp_size)]
     messages = micro_batches * (sum(place < last for place in places) + sum(place > 0 for place in places))
@@ -122,7 +123,7 @@ def layer(
     itemsize: int,
     micro_batches: int,
 ) -> Traffic:
-    """What a rank sends in a step for one of its blocks, one sample a micro-batch, by axis and operation.
+    """Traffic of a rank in a step for one of its blocks, one sample a micro-batch, by axis and operation.
 
     Calls are those that a block adds; DDP and the optimizer put all blocks into the same calls.
 
@@ -140,7 +141,7 @@ def layer(
     if layout.tp_size > 1:
         chunk = tokens / layout.cp_size
         axis = wan.hidden_size, layout.tp_size, layout.sequence_parallel
-        parts.append(tensor(chunk, wan.text_len, *axis, itemsize, wan.image_tokens))
+        parts.append(tensor(chunk, wan.text_len, *axis, itemsize=itemsize, image_tokens=wan.image_tokens))
     if zero is not None:
         parts.append(_layerzero_passes(wan, layout, zero, itemsize))
     every_pass = [
@@ -168,7 +169,7 @@ def _layerzero_passes(wan: WanConfig, layout: Layout, zero: ZeroConfig, itemsize
 def _gradients(
     wan: WanConfig, layout: Layout, options: DataParallelOptions, zero: ZeroConfig | None, itemsize: int
 ) -> Traffic:
-    """Once a step: gradients of replicas, of copies on tensor-parallel ranks, and the norm."""
+    """Messages that come once a step: gradients of replicas, of copies on tensor-parallel ranks, and the norm."""
     low, exact = block_elements(wan, layout)
     share = (layout.dp_cp_size - 1) / layout.dp_cp_size
     found: list[Traffic] = []

@@ -28,7 +28,7 @@ from mm.diffusion.flow import FlowMatching
 from mm.optim.make import make_optimizer
 from mm.optim.optimizer import Optimizer
 from mm.optim.settings import UpdateSettings
-from mm.optim.step_statistics import agree
+from mm.optim.step_statistics import gather_statistics
 from mm.parallel.apply import DataParallelOptions, apply
 from mm.parallel.mesh import Mesh
 from mm.parallel.placement import Placement
@@ -40,12 +40,20 @@ from mm.wan.patches import token_grid
 
 SEED, STEPS, DECAY_SAMPLES, EPSILON = 5, 2, 8, 1e-2
 SETTINGS = UpdateSettings(
-    lr=1e-2, min_lr=1e-3, lr_decay_style="linear", lr_warmup_init=0.0, warmup_samples=0,
-    decay_samples=DECAY_SAMPLES, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, clip_grad=0.3,
+    lr=1e-2,
+    min_lr=1e-3,
+    lr_decay_style="linear",
+    lr_warmup_init=0.0,
+    warmup_samples=0,
+    decay_samples=DECAY_SAMPLES,
+    weight_decay=0.1,
+    adam_beta1=0.9,
+    adam_beta2=0.95,
+    clip_grad=0.3,
     # AdamW divides a gradient by its own size. A small epsilon would turn the rounding of near-zero gradients into
     # steps as large as any, and the later steps would compare noise.
     adam_eps=EPSILON,
-)  # fmt: skip
+)
 
 SMALL = {"img_dim": 24, "clip_token_len": 5}
 """Of the sizes that models of some tasks alone have."""
@@ -65,7 +73,7 @@ class GradientPiece:
 
 @dataclass
 class Trace(Generic[Values]):
-    """What a run shows after each step: loss, reported gradient norm, gradients by name; and the weights at the end."""
+    """Record of a run: after each step loss, reported gradient norm, gradients by name; and the weights at the end."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -87,7 +95,7 @@ class RelativeErrors:
 
 @dataclass(frozen=True)
 class Case:
-    """What is run.
+    """Run whose layout is compared with one device.
 
     Attributes:
         wan, layout, options, zero: as for `mm.parallel.apply.apply`. recompute: as for `mm.activation.recompute`.
@@ -106,17 +114,17 @@ class Case:
 
     @property
     def samples(self) -> int:
-        """Of a step, in all replicas."""
+        """Number of samples of a step, in all replicas."""
         return self.micro_batch_size * self.micro_batches * self.layout.dp_size
 
     @property
     def most_tokens(self) -> int:
-        """Of the longest sample."""
+        """Number of tokens of the longest sample."""
         return max(math.prod(token_grid(size, self.wan.patch_size)) for size in self.sizes)
 
 
 def small_model(wan: WanConfig) -> WanConfig:
-    """As many heads and blocks as a model has, so that it takes the same layouts, and everything else small."""
+    """Small model with as many heads and blocks as another, so that it takes the same layouts."""
     width = 8 * wan.num_heads  # heads of width 8 have rotary pairs on all three axes
     small = {"text_dim": 16, "text_len": 8, "hidden_size": width, "ffn_dim": width, "freq_dim": 32}
     return wan.model_copy(update=small | {name: SMALL[name] for name in wan.task.sizes})
@@ -162,7 +170,7 @@ def global_batch(wan: WanConfig, sizes: Sequence[Size], count: int, step: int) -
     return samples
 
 
-def merge(samples: Sequence[FeatureBatch]) -> FeatureBatch:
+def collate(samples: Sequence[FeatureBatch]) -> FeatureBatch:
     """Samples of one size as one micro-batch."""
     return FeatureBatch(
         latents=torch.cat([s["latents"] for s in samples]),
@@ -222,7 +230,7 @@ def _loss(model: WanModel, flow: FlowMatching, sample: FeatureBatch, device: tor
 
 
 def own_pieces(optimizer: Optimizer, what: str) -> dict[str, list[GradientPiece]]:
-    """What this rank owns of every parameter's `gradient` or `master`."""
+    """Pieces of every parameter's `gradient` or `master` that this rank owns."""
     pieces: dict[str, list[GradientPiece]] = {}
     for shard in optimizer.shards:
         if shard.owned and shard.start < shard.stop:
@@ -249,23 +257,22 @@ def run_on_the_mesh(
     shape = StepShape(case.micro_batch_size, case.most_tokens, case.micro_batches, torch.float32)
     offloader = make_offloader(case.recompute, case.wan, mesh, backend, shape)
     runner = block_runner(case.recompute, offloader, backend.model_code)
-    parallel = apply(
-        case.wan, mesh, backend, case.options, torch.float32, value_of, case.zero, runner, compiled_for
-    )  # fmt: skip
+    model = case.wan, mesh, backend, case.options, torch.float32, value_of
+    parallel = apply(*model, zero=case.zero, run_blocks=runner, compiled_for=compiled_for)
     optimizer = make_optimizer(parallel, replace(settings, fused=parallel.backend.kind != "cpu"))
     flow = FlowMatching(DiffusionConfig())
     trace: Trace[Values] = Trace()
     for step in range(STEPS):
         mine = global_batch(case.wan, case.sizes, case.samples, step)[mesh.dp_rank :: case.layout.dp_size]
         size = case.micro_batch_size
-        batches = [merge(mine[start : start + size]) for start in range(0, len(mine), size)]
+        batches = [collate(mine[start : start + size]) for start in range(0, len(mine), size)]
         losses = compute_gradients(parallel, flow, batches, SEED)
         optimizer.reduce_gradients()
         trace.gradients.append(read(optimizer, "gradient"))
-        outcome = agree(parallel, optimizer, losses)
-        trace.losses.append(outcome.loss)
-        trace.norms.append(outcome.grad_norm)
-        optimizer.update(outcome.grad_norm, case.samples)
+        statistics = gather_statistics(parallel, optimizer, losses)
+        trace.losses.append(statistics.loss)
+        trace.norms.append(statistics.grad_norm)
+        optimizer.update(statistics.grad_norm, case.samples)
     trace.weights = read(optimizer, "master")
     return trace
 
@@ -280,7 +287,7 @@ def compare_pieces(mine: Trace[list[GradientPiece]], whole: Trace[Tensor], comm:
 
 
 def limits(layout: Layout) -> RelativeErrors:
-    """What rounding may make of a run of few blocks in fp32: sums of ring and tensor parallelism have another order.
+    """Limits of rounding in a run of few blocks in fp32: sums of ring and tensor parallelism have another order.
 
     Gradients and weights are measured against the largest element of the same parameter.
     """
@@ -334,7 +341,7 @@ def _worst(mine: dict[str, list[GradientPiece]], whole: dict[str, Tensor], comm:
 
 
 def _difference(pieces: Sequence[GradientPiece], whole: Tensor) -> float:
-    """Of this rank's pieces of a parameter, relative to the whole parameter's largest element."""
+    """Error of this rank's pieces of a parameter, relative to the whole parameter's largest element."""
     largest = whole.abs().max().clamp_min(1e-8)
     error = 0.0
     for piece in pieces:

@@ -137,9 +137,7 @@ def _draw_evaluations(axis: Axes, evaluations: Sequence[StepEvaluation]) -> None
     """Losses on held-out features by timestep. They are not weighted, so they have a panel of their own."""
     first, last = evaluations[0], evaluations[-1]
     for evaluation, colour in [(first, _EARLY), (last, _LATE)] if last.step != first.step else [(last, _LATE)]:
-        axis.plot(
-            list(evaluation.loss_at), list(evaluation.loss_at.values()), ".-", color=colour,
-            label=f"step {evaluation.step}",
-        )  # fmt: skip
+        points = list(evaluation.loss_at), list(evaluation.loss_at.values())
+        axis.plot(*points, ".-", color=colour, label=f"step {evaluation.step}")
     axis.set_ylabel("held-out loss")
     axis.legend(loc="upper center", fontsize="small")  # where losses are low

@@ -1,4 +1,4 @@
-"""What can be known of a training run before it starts: each check is a function that says what it found.
+"""Checks of a training run before it starts: each is a function that says what it found.
 
 Nothing here changes anything on disk. A check that raises an error of the program has found what the run would raise.
 """
@@ -47,7 +47,7 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found.
+    """Finding of a check.
 
     Attributes:
         check: its name. verdict: `no` where the run will fail, `look` where it may surprise.
@@ -77,7 +77,7 @@ def versions(backend: Backend) -> list[Finding]:
 
 
 def operators(backend: Backend) -> list[Finding]:
-    """Whether the device's own elementwise operators work; on CUDA a kernel is compiled and started."""
+    """Try the device's own elementwise operators; on CUDA a kernel is compiled and started."""
     choice = choice_of(backend.device)
     if choice.instead is None:
         return [Finding("operators", "ok", f"elementwise operators are {choice.name}")]
@@ -126,7 +126,7 @@ def features(dataset: FeatureDataset, global_batch_size: int, *, one_size: bool)
 
 
 def weights(sections: TrainingRun) -> list[Finding]:
-    """What the run starts from: names and shapes of all tensors, without reading them."""
+    """Look at the weights that the run starts from: names and shapes of all tensors, without reading them."""
     adapters, start, words = sections.adapters, sections.checkpoint, sections.origins
     path = adapters.base if adapters is not None else start.load
     if start.save is not None and find_latest(Path(start.save), start.resume_policy) is not None:
@@ -143,7 +143,7 @@ def weights(sections: TrainingRun) -> list[Finding]:
 
 
 def save_folder(sections: TrainingRun) -> list[Finding]:
-    """Where the run goes on, and whether it may write there."""
+    """Look for the folder in which the run goes on, and whether it may write there."""
     kept, words = sections.checkpoint, sections.origins
     save, interval = words["checkpoint.save"].name, words["checkpoint.save_interval"].name
     if kept.save is None:
@@ -220,13 +220,13 @@ def host(sections: TrainingRun, trained: int, pinned_bytes: int, save_bytes: int
 
 
 def _state_bytes(sections: TrainingRun, trained: int) -> int:
-    """Of a checkpoint: masters, the optimizer's state, the average."""
+    """Bytes of a checkpoint: masters, the optimizer's state, the average."""
     kept = ALGORITHMS[sections.optimizer.name].bytes_per_element if sections.checkpoint.save_optimizer else 0
     return trained * (_FP32 * (1 + (sections.optimizer.ema_decay is not None)) + kept)
 
 
 def network(comm: Comm, seconds: float) -> list[Finding]:
-    """That all processes have joined and spoken, and on how many nodes."""
+    """Wait until all processes have joined and spoken; count the nodes."""
     hosts = comm.all_gather_object(socket.gethostname())
     found = f"{comm.world_size} processes on {len(set(hosts))} nodes joined and compared themselves in {seconds:.1f} s"
     return [Finding("network", "ok", found)]
@@ -247,7 +247,7 @@ def draws(dataset: FeatureDataset, flow: FlowMatching, seed: int, samples: int, 
 
 
 def same_draws(digests: Sequence[str | None]) -> list[Finding]:
-    """Whether all ranks draw alike. Replicas then differ, as each takes samples of its own from the one order.
+    """Compare the draws of all ranks, which must be alike; replicas then take other samples of the one order.
 
     Args:
         digests: of `draws`, by rank; None where a rank could not open the features.
@@ -265,7 +265,7 @@ def same_draws(digests: Sequence[str | None]) -> list[Finding]:
 
 
 def elements(config: WanConfig) -> int:
-    """Of all parameters of a model."""
+    """Number of elements of all parameters of a model."""
     return sum(torch.Size(shape).numel() for shape in whole_shapes(config).values())
 
 

@@ -1,4 +1,4 @@
-"""What a rank sends, counted at the collectives.
+"""Traffic of a rank, counted at the collectives.
 
 Every message of torch.distributed passes torch's dispatcher as an operator of the namespace `c10d`, whoever sends it:
 our own context and tensor parallelism, megatron-core's schedules and DDP, FSDP2; in forward, backward and optimizer;
@@ -168,5 +168,5 @@ def _bytes(buffer: Any) -> int:
 
 
 def is_collective(func: Any) -> bool:
-    """Whether an operator that a dispatch mode sees is one of torch.distributed's."""
+    """Tell an operator of torch.distributed's, as a dispatch mode sees it, from others."""
     return isinstance(func, torch._ops.OpOverload) and func.namespace == "c10d"

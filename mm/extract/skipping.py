@@ -41,7 +41,7 @@ class BadClip:
 
     @classmethod
     def of(cls, sample: str, file: Path, problem: Problem) -> BadClip:
-        """From the error that reading it gave."""
+        """Make one from the error that reading it gave."""
         return cls(sample, str(file), problem.id, problem.message, problem.remedy)
 
     def problem(self) -> Problem:
@@ -50,7 +50,7 @@ class BadClip:
 
 
 def may_be_skipped(error: DataError) -> bool:
-    """Whether an error is about one video, and not about the disk, the weights or what is installed."""
+    """Recognise an error about one video, and not about the disk, the weights or what is installed."""
     return all(problem.id in FAULTS_OF_A_VIDEO for problem in error.problems)
 
 
@@ -108,7 +108,7 @@ def forget_records(store: Path) -> None:
 
 
 def recorded(store: Path, sample: str) -> BadClip | None:
-    """What some process recorded of a sample."""
+    """Record that some process made of a sample."""
     path = _record(store, sample)
     return BadClip(**json.loads(path.read_text())) if path.exists() else None
 
@@ -122,7 +122,7 @@ def write_skipped(store: Path, clips: Sequence[BadClip]) -> None:
 
 
 def num_skipped(store: Path) -> int:
-    """How many clips a finished store leaves out."""
+    """Number of clips that a finished store leaves out."""
     path = store / SKIPPED
     return len(path.read_bytes().splitlines()) if path.exists() else 0
 

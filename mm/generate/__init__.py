@@ -1,1 +1,1 @@
-"""From prompts to video files with a trained transformer."""
+"""Generation: prompts to video files with a trained transformer."""

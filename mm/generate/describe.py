@@ -1,4 +1,4 @@
-"""What made a clip, as JSON: enough to make it again, without times, so that the same run writes the same files."""
+"""Description of a clip, as JSON: enough to make it again, and no times, so that the same run writes the same files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mm.generate.weights import GenerationWeights
 
 
 def describe_run(generation: GenerationRun, weights: GenerationWeights, device: str) -> dict[str, Any]:
-    """What all clips of a run share.
+    """Description that all clips of a run share.
 
     Args:
         generation: the configuration.
@@ -57,7 +57,7 @@ def describe_run(generation: GenerationRun, weights: GenerationWeights, device: 
 
 
 def describe_row(row: GenerationRow, config: InferenceModel) -> dict[str, Any]:
-    """What one clip has for itself."""
+    """Description of one clip alone."""
     about: dict[str, Any] = {"prompt": row.prompt, "prompt_index": row.index}
     if row.images:
         about["images"] = [{"path": str(path), "fingerprint": hash_file(path)[:16]} for path in row.images]

@@ -1,4 +1,4 @@
-"""What is generated, row by row: prompts from a text file, and what belongs to them from others.
+"""Rows to generate: prompts from a text file, and what belongs to them from others.
 
 A row that cannot be used does not keep the others from being generated: it is reported, and the run ends with an error
 when the others are done.

@@ -22,7 +22,7 @@ BT709 = 1  # its number in ITU-T H.273, for primaries and for the transfer funct
 
 
 def clip_path(folder: Path, index: int) -> Path:
-    """Where the clip of the prompt with this index goes."""
+    """Path of the clip of the prompt with this index."""
     return folder / f"video_{index:04d}.mp4"
 
 

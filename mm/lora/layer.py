@@ -29,7 +29,7 @@ from mm.rng import generator
 
 
 class Adapted(NamedTuple):
-    """How one linear is adapted: r, the width between A and B, and alpha, which over r scales the update."""
+    """Adaptation of one linear: r, the width between A and B, and alpha, which over r scales the update."""
 
     rank: int
     alpha: float
@@ -140,7 +140,7 @@ def adapter_shapes(linears: Mapping[str, Sizes], adapted: Mapping[str, Adapted])
 
 
 def is_adapter(name: str) -> bool:
-    """Whether the parameter of this native name is half of an adapter."""
+    """Tell whether the parameter of this native name is half of an adapter."""
     return name.endswith((".lora_A", ".lora_B"))
 
 

@@ -1,4 +1,4 @@
-"""Which linears of a run get adapters, how its base model is kept, and the values that all of it starts with."""
+"""Plan of a run's adapters: the linears that get one, the base model's precision, and the values all start with."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class LoRAPlan:
         return sum(map(math.prod, self.shapes.values()))
 
     def extension(self) -> TrainableExtension:
-        """What `mm.parallel.apply.apply` adds to a model."""
+        """Extension that `mm.parallel.apply.apply` adds to a model."""
         scales = {f"{name}.{_SCALE}": (rows,) for name, (rows, _) in self.linears.items()} if self.base_dtype else {}
         return TrainableExtension(self._prepare, {**scales, **self.shapes}, self.shapes)
 

@@ -1,4 +1,4 @@
-"""From the words of `--lora-target-modules` to the linears of a Wan model.
+"""Linears of a Wan model that the words of `--lora-target-modules` name.
 
 A word names linears by the end of their name, cut at dots: `q` is `self_attn.q` and `cross_attn.q` of every block. It
 may be spelled in any of the three conventions (`mm.wan.names`): `q`, `proj_q` and `to_q` are the same.

@@ -65,7 +65,7 @@ class ParamShard:
         return self.key.grad.view(-1)
 
     def state(self) -> dict[str, Tensor]:
-        """What the optimizer keeps of the range, by name, each flat; zeros when no step was made yet."""
+        """State that the optimizer keeps of the range, by name, each flat; zeros when no step was made yet."""
         kept = self.inner.state[self.key]
         if not kept:
             kept.update(self.algorithm.new_state(self.inner, self.key))
@@ -73,7 +73,7 @@ class ParamShard:
 
     @property
     def state_bytes(self) -> int:
-        """Of `state`, whether it is there yet or not."""
+        """Names in `state`, whether it is there yet or not."""
         return self.key.numel() * self.algorithm.bytes_per_element
 
 
@@ -182,18 +182,14 @@ class Optimizer(abc.ABC):
         self.drop_gradients()
         self._scheduler.step(increment=samples)
 
-    def gradient_norm(self) -> float:
-        """Global L2 norm of the reduced gradients, the same on every rank."""
-        return norm_of(self.gradient_squares(torch.empty(0))[0])
-
-    def gradient_squares(self, beside: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient_squares(self, extra: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of squares of each parameter's whole gradient, and whatever else the ranks add up: one message, one wait.
 
         Args:
-            beside: [n] fp32, as long on every rank, on the device.
+            extra: [n] fp32, as long on every rank, on the device.
 
         Returns:
-            [P] in the order of the whole model, and the sums of `beside` over all ranks, [n]; fp32, on the CPU.
+            [P] in the order of the whole model, and the sums of `extra` over all ranks, [n]; fp32, on the CPU.
         """
         squares = torch.zeros(len(self._position), device=self._parallel.backend.device)
         owned = [shard for shard in self._shards if shard.owned and shard.start < shard.stop]
@@ -201,7 +197,7 @@ class Optimizer(abc.ABC):
             norms = torch._foreach_norm([shard.gradient for shard in owned])
             places = to_device(torch.tensor([self._position[shard.name] for shard in owned]), squares.device)
             squares.index_add_(0, places, torch.stack(norms).float().square())
-        together = torch.cat([squares, beside.to(squares.device)])
+        together = torch.cat([squares, extra.to(squares.device)])
         dist.all_reduce(together)
         told = together.cpu()
         return told[: len(squares)], told[len(squares) :]
@@ -252,5 +248,5 @@ def norm_of(squares: Tensor) -> float:
 
 
 def is_decayed(name: str, parameter: nn.Parameter | Tensor) -> bool:
-    """Whether weight decay applies: to matrices, not to biases and vectors (megatron-core's rule)."""
+    """Apply weight decay to matrices, not to biases and vectors (megatron-core's rule): true for the former."""
     return parameter.dim() > 1 and not name.endswith(".bias")

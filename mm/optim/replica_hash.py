@@ -1,4 +1,4 @@
-"""Whether the ranks that hold the same weights hold the same bits.
+"""Comparison of replicas: ranks that hold the same weights must hold the same bits.
 
 Replicas start from equal weights and apply equal updates, so they never part; where they do, a device or a link has
 changed bits, and every step since has mixed the copies.
@@ -44,7 +44,7 @@ def require_equal_replicas(parallel: ParallelModel, step: int) -> None:
 
 @torch.no_grad()
 def weights_hash(parallel: ParallelModel) -> Tensor:
-    """Of the bits of all parameters that this rank holds, in the model's order; int64 scalar on the device.
+    """Hash of the bits of all parameters that this rank holds, in the model's order; int64 scalar on the device.
 
     A sum, in integers that wrap around, of every element's bits times an odd number that depends on its place: any
     single change shows, and the order of summation does not matter.

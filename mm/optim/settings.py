@@ -1,4 +1,4 @@
-"""How a run updates its weights: the optimizer, its numbers, the schedule, clipping, the average."""
+"""Settings of the update of weights: the optimizer, its numbers, the schedule, clipping, the average."""
 
 from __future__ import annotations
 
@@ -36,5 +36,5 @@ class UpdateSettings:
 
     @property
     def betas(self) -> tuple[float, float]:
-        """Both."""
+        """Pair of beta1 and beta2."""
         return self.adam_beta1, self.adam_beta2

@@ -1,4 +1,4 @@
-"""What all ranks learn of a step in one message, before any weight changes: losses, gradients, wishes to stop.
+"""Statistics of a step, for all ranks in one message before any weight changes: losses, gradients, wishes to stop.
 
 The decisions that follow (update, skip, stop) are taken from these numbers alone, so that all ranks take the same.
 """
@@ -44,11 +44,13 @@ class StepStatistics:
 
     @property
     def is_finite(self) -> bool:
-        """Whether the gradients may be applied."""
+        """True where the gradients may be applied."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def agree(parallel: ParallelModel, optimizer: Optimizer, losses: Tensor, asked_to_stop: bool = False) -> StepStatistics:
+def gather_statistics(
+    parallel: ParallelModel, optimizer: Optimizer, losses: Tensor, asked_to_stop: bool = False
+) -> StepStatistics:
     """Tell all ranks of this one's part of a step; every rank calls it, after `Optimizer.reduce_gradients`.
 
     Args:
@@ -57,11 +59,11 @@ def agree(parallel: ParallelModel, optimizer: Optimizer, losses: Tensor, asked_t
         asked_to_stop: whether this process was.
     """
     rank, size = dist.get_rank(), losses.numel()
-    beside = torch.zeros(outcome_size(size), device=losses.device)
-    beside[rank * size : (rank + 1) * size] = losses.flatten()
-    beside[-1] = float(asked_to_stop)
-    squares, beside = optimizer.gradient_squares(beside)
-    return StepStatistics(of_replicas(parallel.mesh.layout, beside[:-1], losses.shape), squares, bool(beside[-1] > 0))
+    extra = torch.zeros(message_size(size), device=losses.device)
+    extra[rank * size : (rank + 1) * size] = losses.flatten()
+    extra[-1] = float(asked_to_stop)
+    squares, extra = optimizer.gradient_squares(extra)
+    return StepStatistics(of_replicas(parallel.mesh.layout, extra[:-1], losses.shape), squares, bool(extra[-1] > 0))
 
 
 def of_replicas(layout: Layout, parts: Tensor, shape: Sequence[int]) -> Tensor:
@@ -70,6 +72,6 @@ def of_replicas(layout: Layout, parts: Tensor, shape: Sequence[int]) -> Tensor:
     return parts.double().view(layout.pp_size, layout.dp_size, -1, *shape).sum(dim=2).sum(dim=0)
 
 
-def outcome_size(losses: int) -> int:
+def message_size(losses: int) -> int:
     """Numbers in the message beside the gradients' squares, for so many losses of a replica."""
     return dist.get_world_size() * losses + 1

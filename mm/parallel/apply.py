@@ -38,7 +38,7 @@ ValueOf = Callable[[str, Shape], Tensor]
 
 @dataclass(frozen=True)
 class DataParallelOptions:
-    """How gradients and optimizer state spread over the replicas; the fields are the flags of the same names."""
+    """Distribution of gradients and optimizer state over the replicas; the fields are the flags of the same names."""
 
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
@@ -77,7 +77,7 @@ class ParallelModel:
 
     @property
     def last(self) -> bool:
-        """Whether this rank computes the loss."""
+        """True on ranks of the last stage, which compute the loss."""
         return self.stages[-1].last
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -96,6 +96,7 @@ def apply(
     options: DataParallelOptions,
     dtype: torch.dtype,
     value_of: ValueOf | None,
+    *,
     zero: ZeroConfig | None = None,
     run_blocks: BlockRunner = run_in_order,
     compiled_for: int | None = None,
@@ -174,7 +175,7 @@ def apply_frozen(
 
 
 def model_parts(mesh: Mesh, run_blocks: BlockRunner) -> ModuleFactories:
-    """What the model is built from on this rank."""
+    """Factories of this rank's modules: linears and norms of its share, attention over its groups."""
     attention = context_attention(mesh.context)
     if mesh.layout.tp_size == 1:
         return ModuleFactories(self_attention=attention, run_blocks=run_blocks)
@@ -190,7 +191,7 @@ def model_parts(mesh: Mesh, run_blocks: BlockRunner) -> ModuleFactories:
 
 
 def _placements(shapes: Mapping[str, Shape], mesh: Mesh) -> dict[str, Placement]:
-    """Where every parameter's part of this tensor-parallel rank lies, by native name, given the whole shapes."""
+    """Placement of this tensor-parallel rank's part of every parameter, by native name, given the whole shapes."""
     return {name: place(name, shape, mesh.tp_rank, mesh.layout.tp_size) for name, shape in shapes.items()}
 
 

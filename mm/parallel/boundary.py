@@ -1,4 +1,4 @@
-"""What crosses a pipeline boundary: one tensor with the hidden state and the embedded conditions.
+"""Message across a pipeline boundary: one tensor with the hidden state and the embedded conditions.
 
 The conditions travel with the hidden state because only the first stage has the embedders. Rebuilding them on every
 stage would need their weights there: 1.6 % of the 14B model a stage, and the sum of their gradients over the stages.
@@ -27,7 +27,7 @@ TIME_ROWS = 7
 
 @dataclass(frozen=True)
 class BoundaryShape:
-    """How the parts of one micro-batch lie in the tensor that crosses.
+    """Layout of one micro-batch's parts in the tensor that crosses.
 
     Attributes:
         batch: B. tokens: t, with padding. context_tokens: I + L. width: D. dtype: of the hidden state.
@@ -90,7 +90,7 @@ class _Split(torch.autograd.Function):
 
 
 def send_side(shape: BoundaryShape, hidden: Tensor, conditions: Conditions) -> Tensor:
-    """What a stage hands to the next one: [R, 1, D]. Its gradient comes back in the same form."""
+    """Tensor that a stage hands to the next one, [R, 1, D]. Its gradient comes back in the same form."""
     out: Tensor = _Join.apply(shape, hidden, conditions.context, conditions.time_modulation, conditions.time)
     return out
 

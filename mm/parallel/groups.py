@@ -71,6 +71,6 @@ def ranks_along(sizes: Mapping[str, int], axes: Collection[str]) -> list[list[in
 
 
 def _splits() -> bool:
-    """Whether groups must come from the job's communicator: NCCL's, which is tied to this process's device."""
+    """Tell whether groups must be split from the job's communicator: NCCL's, which is tied to this process's device."""
     job = dist.distributed_c10d._get_default_group()
     return job.bound_device_id is not None and bool(job._get_backend(job.bound_device_id).supports_splitting)

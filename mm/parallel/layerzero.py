@@ -65,13 +65,13 @@ def shard_stage(
 
 
 def is_replicated(name: str, zero: ZeroConfig) -> bool:
-    """Whether the parameter of this native name is whole on every rank although layer-zero shards the others."""
+    """Tell whether the parameter of this native name is whole on every rank although layer-zero shards the others."""
     top = name.split(".")[0]
     return top in (zero.ignored_modules or ()) or (keep_fp32(name) and not keep_fp32(top))
 
 
 def local_rows(parameter: nn.Parameter | Tensor) -> tuple[Tensor, int]:
-    """What this rank keeps of a parameter, and the index of its first row; a parameter that is not sharded is whole."""
+    """Rows of a parameter that this rank keeps, and the first one's index; a parameter that is not sharded is whole."""
     if not isinstance(parameter, DTensor):
         return parameter.data, 0
     _, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)

@@ -135,7 +135,7 @@ class _Axes:
         return self._made(name, rank_lists)
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Of a rank, by axis."""
+        """Coordinates of a rank, by axis."""
         found = {}
         for axis, size in reversed(self.sizes.items()):
             rank, found[axis] = divmod(rank, size)
@@ -151,7 +151,7 @@ class _Axes:
 
 
 def _engine_groups(axes: _Axes) -> ProcessGroupCollection:
-    """What megatron-core's schedules, DDP and optimizers ask for. None is what they ask for and do not use here.
+    """Groups that megatron-core's schedules, DDP and optimizers ask for; None those that they do not use here.
 
     `dp` and `expt_dp` are only asked for their sizes, and nobody here is an expert.
     """

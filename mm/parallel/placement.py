@@ -1,4 +1,4 @@
-"""Where a rank's parameter lies in the whole one."""
+"""Place of a rank's parameter in the whole one."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -107,7 +107,7 @@ class Exchange:
     works: list[dist.Work]
 
     def wait(self) -> Tensor:
-        """What was received. On an accelerator its stream waits, the process does not."""
+        """Received tensor. On an accelerator its stream waits, the process does not."""
         for work in self.works:
             work.wait()
         return self.received
@@ -128,30 +128,35 @@ def ring_attention(
     Returns:
         [B, c, N, K] in the dtype of `q`; zeros at the padding, and gradients of zero there.
     """
-    out: Tensor = _RingAttention.apply(q, k, v, num_tokens, ring, keep)
+    out: Tensor = _RingAttention.apply(q, k, v, _Sequence(num_tokens, ring), keep)
     return out
+
+
+class _Sequence(NamedTuple):
+    """A sequence that is spread over a ring: its real tokens, and this rank's place."""
+
+    num_tokens: int
+    ring: Ring
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, num_tokens: int, ring: Ring, keep: ActivationPolicy
-    ) -> Tensor:
-        out, lse = keep("O", lambda: _around_the_ring(q, k, v, num_tokens, ring))
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, whole: _Sequence, keep: ActivationPolicy) -> Tensor:
+        out, lse = keep("O", lambda: _around_the_ring(q, k, v, *whole))
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.num_tokens, ctx.ring = num_tokens, ring
+        ctx.whole = whole
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        ring, chunk_size, real = ctx.ring, q.shape[1], slice(0, lse.shape[-1])
+        (num_tokens, ring), chunk_size, real = ctx.whole, q.shape[1], slice(0, lse.shape[-1])
         dq = torch.zeros_like(q, dtype=lse.dtype)
         own = torch.zeros((2, *k.shape), dtype=lse.dtype, device=k.device)  # dk and dv of this rank's chunk
         arriving: Exchange | None = None
         for visit, kv in _visits(torch.stack((k, v)), ring):
-            here = _real(ring.chunk(visit), chunk_size, ctx.num_tokens)
+            here = _real(ring.chunk(visit), chunk_size, num_tokens)
             keys, values = kv[:, :, here]
             grads = None
             if lse.numel() and keys.numel():
@@ -166,7 +171,7 @@ class _RingAttention(torch.autograd.Function):
                 arriving = ring.post(dkv, visit, visit + 1)
         if arriving is not None:
             own += arriving.wait()
-        return dq.to(q.dtype), own[0].to(k.dtype), own[1].to(v.dtype), None, None, None
+        return dq.to(q.dtype), own[0].to(k.dtype), own[1].to(v.dtype), None, None
 
 
 def _around_the_ring(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, ring: Ring) -> tuple[Tensor, Tensor]:
@@ -176,7 +181,7 @@ def _around_the_ring(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, ring: Rin
     for visit, kv in _visits(torch.stack((k, v)), ring):
         keys, values = kv[:, :, _real(ring.chunk(visit), q.shape[1], num_tokens)]
         if lse.numel() and keys.numel():
-            out, lse = merge(out, lse, *attention.attention_with_lse(q[:, real], keys, values))
+            out, lse = merge_attention(out, lse, *attention.attention_with_lse(q[:, real], keys, values))
     if out.shape == q.shape:
         return out.to(q.dtype), lse
     padded = torch.zeros_like(q)
@@ -205,13 +210,13 @@ def _real(chunk: int, chunk_size: int, num_tokens: int) -> slice:
 
 
 def _nothing_attended(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp over no keys at all, in the accumulation dtype: what `merge` starts from."""
+    """Output and log-sum-exp over no keys at all, in the accumulation dtype: what `merge_attention` starts from."""
     batch, num_queries, heads, _ = q.shape
     dtype = attention.accumulation_dtype(q.dtype)
     return torch.zeros_like(q, dtype=dtype), q.new_full((batch, heads, num_queries), float("-inf"), dtype=dtype)
 
 
-def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
+def merge_attention(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over two sets of keys from the attention over each.
 
     Args:

@@ -23,16 +23,13 @@ from torch import Tensor, nn
 
 from mm.wan.layers import QKNorm
 
+_COLUMN_LINEARS = ("q", "k", "v", "k_img", "v_img", "0")  # 0 and 2 are those of ffn
+_ROW_LINEARS = ("o", "2")
 SHARDED_DIM = {
-    "q.weight": 0, "q.bias": 0, "k.weight": 0, "k.bias": 0, "v.weight": 0, "v.bias": 0,
-    "k_img.weight": 0, "k_img.bias": 0, "v_img.weight": 0, "v_img.bias": 0,
-    "norm_q.weight": 0, "norm_k.weight": 0, "norm_k_img.weight": 0, "o.weight": 1,
-    "0.weight": 0, "0.bias": 0, "2.weight": 1,
-    "q.lora_B": 0, "k.lora_B": 0, "v.lora_B": 0, "k_img.lora_B": 0, "v_img.lora_B": 0,
-    "0.lora_B": 0, "o.lora_A": 1, "2.lora_A": 1,
-    "q.weight_scale": 0, "k.weight_scale": 0, "v.weight_scale": 0, "k_img.weight_scale": 0, "v_img.weight_scale": 0,
-    "0.weight_scale": 0,
-}  # fmt: skip
+    **{f"{linear}.{part}": 0 for linear in _COLUMN_LINEARS for part in ("weight", "bias", "weight_scale", "lora_B")},
+    **{f"{linear}.{part}": 1 for linear in _ROW_LINEARS for part in ("weight", "lora_A")},
+    **{f"{norm}.weight": 0 for norm in ("norm_q", "norm_k", "norm_k_img")},
+}
 """Dim along which a block's parameter is cut, by the end of its name; parameters that are not here are whole."""
 
 
@@ -44,7 +41,7 @@ def sharded_dim(name: str) -> int | None:
 
 
 def gradient_is_partial(name: str, sequence_parallel: bool) -> bool:
-    """Whether a rank's gradient of this parameter is only its part of a sum over the tensor-parallel ranks.
+    """Tell whether a rank's gradient of this parameter is only its part of a sum over the tensor-parallel ranks.
 
     With sequence parallelism every whole parameter works on this rank's tokens only. Without it whole parameters see
     everything, except the text and image embeddings, whose results go into each rank's own heads, and the whole half of
@@ -103,7 +100,7 @@ class TensorAxis:
 
 
 def _others_decide_what_is_saved() -> bool:
-    """Whether a checkpoint runs this code: it keeps nothing of the first run, and the whole tokens of the second."""
+    """Tell whether an activation checkpoint runs this code: it keeps nothing of the first run, all of the second."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 

@@ -1,4 +1,4 @@
-"""Which tokens of a sample a rank holds.
+"""Division of a sample's tokens over ranks.
 
 The tokens of a sample, in row-major order of their grid, are cut into equal contiguous chunks: first over the
 context-parallel ranks, then, with sequence parallelism, each of those chunks over the tensor-parallel ranks. A count
@@ -33,7 +33,7 @@ class TokenShare:
         return -(-num_tokens // (self.cp_size * self.sp_size))
 
     def real(self, num_tokens: int) -> int:
-        """How many of this rank's tokens are no padding; they come first."""
+        """Number of this rank's tokens that are no padding; they come first."""
         width = self.width(num_tokens)
         start = (self.cp_rank * self.sp_size + self.sp_rank) * width
         return min(max(num_tokens - start, 0), width)

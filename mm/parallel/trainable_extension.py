@@ -11,7 +11,7 @@ from mm.wan.model import WanModel
 
 @dataclass(frozen=True)
 class TrainableExtension:
-    """What `mm.parallel.apply` adds to every stage before it gets memory.
+    """Modules that `mm.parallel.apply` adds to every stage before it gets memory.
 
     Attributes:
         prepare: freezes a stage of the model and adds what belongs to its blocks, in place. The stage lies on the meta

@@ -35,7 +35,7 @@ NAMED = 3  # differences named for each part, and groups of ranks
 
 
 def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
-    """What must be equal on all ranks, as texts by name.
+    """Texts, by name, that must be equal on all ranks.
 
     Args:
         config: parts of the configuration by name, such as `flags` or `pretrain_model.json`: a mapping or list that
@@ -100,9 +100,9 @@ def _compare_with_rank_0(
     text = json.dumps(mine)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     if rank == 0:
-        messages.tell("text", text)
-        messages.tell("host", socket.gethostname())
-        messages.tell("digest", digest)
+        messages.write("text", text)
+        messages.write("host", socket.gethostname())
+        messages.write("digest", digest)
         return
     of_rank_0 = _wait(messages, "digest", world_size, timeout)
     if of_rank_0 in (None, digest):
@@ -198,7 +198,7 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _excerpts(a: str, b: str) -> tuple[str, ...]:
-    """Both values as they are, or of long ones the place where they begin to differ."""
+    """Text of both values as they are, or of long ones the place where they begin to differ."""
     if max(len(a), len(b)) <= 120:
         return a, b
     equal = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

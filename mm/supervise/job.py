@@ -65,7 +65,7 @@ class Job:
                 "nodes; mm.cli.launch does so for a job of one node (docs/cluster.md).",
                 SECRET,
             )
-        self._store = open_store(where, timeout)
+        self._store = open_job_store(where, timeout)
         self._memory = Messages(self._store.base, self._secret, "all starts")
         self._refuse_vain_restart()
         store = self._store.of_start()
@@ -92,7 +92,7 @@ class Job:
         """A further group of all processes for messages between their hosts (gloo), apart from those of training."""
         return dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
 
-    def notices(self, timeout_s: float) -> Messages | None:
+    def messages(self, timeout_s: float) -> Messages | None:
         """Messages over a client of the store that no long wait holds; None in a job of one process.
 
         Args:
@@ -104,7 +104,7 @@ class Job:
         client = dist.TCPStore(  # type: ignore[attr-defined]
             address, port, is_master=False, timeout=datetime.timedelta(seconds=timeout_s), wait_for_workers=False
         )
-        return self._messages(PrefixStore(self._store.prefix, client), "notices")
+        return self._messages(PrefixStore(self._store.prefix, client), "mailbox")
 
     def _messages(self, store: Store, name: str) -> Messages:
         """Signed messages under a name in the store of this start."""
@@ -113,7 +113,7 @@ class Job:
     def remember(self, exit_code: int, text: str) -> None:
         """Leave word for the processes that a launcher may start in place of these (torchrun's `--max-restarts`)."""
         with contextlib.suppress(dist.DistError):
-            self._memory.tell(_ENDED, asdict(Failure(0, exit_code, text)))
+            self._memory.write(_ENDED, asdict(Failure(0, exit_code, text)))
 
     def _refuse_vain_restart(self) -> None:
         """A launcher starts again whatever ended; where another start cannot help, end with the same error.
@@ -156,7 +156,7 @@ class JobStore(NamedTuple):
         return PrefixStore(self.prefix, self.base)
 
 
-def open_store(where: ProcessPlace, timeout: datetime.timedelta) -> JobStore:
+def open_job_store(where: ProcessPlace, timeout: datetime.timedelta) -> JobStore:
     """The key-value store of the job.
 
     As torch's `env://` does, but without waiting for the other processes, which nothing would name. torchrun already

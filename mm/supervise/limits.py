@@ -1,4 +1,4 @@
-"""How long a process may stay in one phase before the watch takes it for a hang."""
+"""Time limits of phases, after which the watch takes a process for a hang."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OPENING, SAVE_BEFORE, LAST_SAVE = "waiting for the folder's lock", "waiting for 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a process may stay in one phase, in seconds.
+    """Time that a process may stay in one phase, in seconds.
 
     Attributes:
         fixed: `--hang-timeout`; None chooses by phase.

@@ -1,4 +1,4 @@
-"""What the processes of a job tell each other outside of collectives, through the launcher's key-value store.
+"""Mailbox of a job's processes outside of collectives, in the launcher's key-value store.
 
 Two things are told: that the run has failed, by the first process to fail, so that its message is the one that is
 printed; and that a process makes no progress (`mm.supervise.watchdog`). Reading never waits: a key is there or not.
@@ -76,23 +76,23 @@ class Mailbox:
         with self._lock, _answering():
             return self._messages.claim(name, value)
 
-    def tell(self, name: str, value: Any) -> None:
+    def write(self, name: str, value: Any) -> None:
         """Tell `value` under a name that only this process uses, over what it told before; raises as `claim`."""
         if self._messages is None:
             self._mine[name] = value
             return
         with self._lock, _answering():
-            self._messages.tell(name, value)
+            self._messages.write(name, value)
 
     def read(self, name: str) -> Any | None:
-        """What was told, or None; raises as `claim`."""
+        """Message under a name, or None; raises as `claim`."""
         if self._messages is None:
             return self._mine.get(name)
         with self._lock, _answering():
             return self._messages.read(name)
 
     def record(self, kind: type[RecordT], name: str) -> RecordT | None:
-        """What was told, as `as_record` reads it; raises as `claim`."""
+        """Message under a name, as `as_record` reads it; raises as `claim`."""
         return as_record(kind, self.read(name))
 
     def append(self, name: str, value: Any) -> None:
@@ -102,7 +102,7 @@ class Mailbox:
                 self._messages.append(name, value)
 
     def roll(self, name: str) -> list[Any]:
-        """What the processes of the job have added under a name; raises as `claim`."""
+        """Messages that the processes of the job have added under a name; raises as `claim`."""
         if self._messages is None:
             return []
         with self._lock, _answering():

@@ -49,7 +49,7 @@ class Messages:
         self._refused: dict[str, bytes] = {}
         self.forged = 0
 
-    def tell(self, name: str, value: Any) -> None:
+    def write(self, name: str, value: Any) -> None:
         """Put a value (JSON) under a name that only this process uses, over what it told before."""
         self._store.set(name, self._sealed(name, next(self._sent), value))
 
@@ -65,14 +65,14 @@ class Messages:
         return True
 
     def read(self, name: str) -> Any | None:
-        """What was told under a name, or None; does not wait."""
+        """Message under a name, or None; does not wait."""
         if not self._store.check([name]):
             return None
         found = self._opened(name, self._store.get(name))
         return None if found is _ABSENT else found
 
     def wait(self, name: str, timeout: datetime.timedelta) -> Any:
-        """What was told under a name, as soon as it is.
+        """Message under a name, as soon as there is one.
 
         Raises:
             DistStoreError: it was not within the time.

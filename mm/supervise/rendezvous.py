@@ -1,4 +1,4 @@
-"""Where the processes of a job meet: torch's key-value store at MASTER_ADDR:MASTER_PORT, closed as far as it can be.
+"""Meeting place of a job's processes: torch's key-value store at MASTER_ADDR:MASTER_PORT, closed as far as it can be.
 
 torch's store answers whoever connects, and by itself listens on every address of the node. A job of one node needs one
 address: here its socket is bound to that alone, and the processes' own connections stay on the loopback interface. The
@@ -30,7 +30,7 @@ _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def on_one_node(where: ProcessPlace) -> bool:
-    """Whether all processes of the job are on this node, as torchrun says."""
+    """Tell a job with all its processes on this node, as torchrun says, from one of several nodes."""
     return where.local_world_size == where.world_size
 
 

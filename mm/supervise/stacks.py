@@ -1,4 +1,4 @@
-"""What a thread is doing, read from its stack: whether it waits for other ranks, and where.
+"""Activity of a thread, read from its stack: whether it waits for other ranks, and where.
 
 Stacks are read as text from `faulthandler`, which walks them in one call that nothing interrupts. The frames of
 `sys._current_frames()` are not safe to walk while their thread goes on: on CPython 3.11.7 such looks at a thread that
@@ -32,7 +32,7 @@ class StackFrame(NamedTuple):
 
 
 def where_is(thread: int) -> tuple[bool, str]:
-    """Whether a thread waits for other ranks, and the call it is in with the line of this package that made it.
+    """Tell whether a thread waits for other ranks, and the call it is in with the line of this package that made it.
 
     The backward pass may run in a thread that Python does not know by name; then that one is looked at.
     """
@@ -82,7 +82,7 @@ def _in_package(file: str) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def _is_wait(file: str, line: int) -> bool:
-    """Whether a line of source waits for others. The file's other lines are not kept: all of torch's are megabytes."""
+    """Tell whether a line of source waits for others. Other lines of the file are not kept: torch's are megabytes."""
     kept = file in linecache.cache
     text = linecache.getline(file, line)
     if not kept:

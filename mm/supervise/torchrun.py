@@ -120,7 +120,7 @@ class _Agent(LocalElasticAgent):
 
 
 class _HandingOn:
-    """What the launcher does with signals: every process of the node gets them, copies left out."""
+    """Signals of the launcher, handed on to every process of the node, copies left out."""
 
     def __init__(self, saves: bool) -> None:
         self.saves = saves
@@ -129,7 +129,7 @@ class _HandingOn:
         self._deadline = float("inf")
 
     def has_begun(self) -> bool:
-        """Whether the job was asked to stop."""
+        """True once the job was asked to stop."""
         return self.first is not None
 
     def on_signal(self, number: signal.Signals) -> None:
@@ -178,7 +178,7 @@ def _tell(error: ChildFailedError, handing_on: _HandingOn) -> int:
 
 
 def _time_of(failure: ProcessFailure) -> float:
-    """When the process left its words, or was found dead; torchrun keeps whole seconds."""
+    """Time at which the process left its words, or was found dead; torchrun keeps whole seconds."""
     try:
         return Path(failure.error_file).stat().st_mtime
     except OSError:
@@ -220,7 +220,7 @@ def _no_meeting(arguments: argparse.Namespace, error: DistError) -> ConfigError:
 
 
 def _words(failure: ProcessFailure) -> tuple[str, int] | None:
-    """What the process left in its error file: its message and the exit code that it was about to leave with.
+    """Message that the process left in its error file, and the exit code that it was about to leave with.
 
     torchrun may have ended it meanwhile, because another process was faster; its own exit code says only that then.
     """

@@ -70,7 +70,7 @@ _LOST = (
 
 @dataclass
 class Doing:
-    """What a process is doing.
+    """Activity of a process, as it or a neighbour tells it.
 
     Attributes:
         rank, host: of the process. step: that it is in, 0 before the first.
@@ -107,7 +107,7 @@ class Watchdog:
 
     def __init__(
         self,
-        notices: Mailbox,
+        mailbox: Mailbox,
         limits: Limits,
         folder: Path | None,
         leave: Callable[[int], None] = os._exit,
@@ -116,18 +116,18 @@ class Watchdog:
         """Watch the thread that calls this.
 
         Args:
-            notices: to and from the other processes.
+            mailbox: to and from the other processes.
             limits: of the phases.
             folder: where stacks go; None prints them.
             leave: ends the process.
             sampling: look at the stack all the time, for `samples`; else only when the alarm is raised.
         """
-        self._notices, self._limits, self._folder, self._leave = notices, limits, folder, leave
+        self._mailbox, self._limits, self._folder, self._leave = mailbox, limits, folder, leave
         self._sampling = sampling
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._watched = threading.get_ident()
         self._over = threading.Event()
-        self._now = Doing(notices.rank, socket.gethostname())
+        self._now = Doing(mailbox.rank, socket.gethostname())
         self._since = time.monotonic()
         self._broke_in = ""
         self._last_s: dict[str, float] = {}
@@ -162,7 +162,7 @@ class Watchdog:
             self._sign()
 
     def take_samples(self) -> Counter[tuple[str, bool]]:
-        """What was seen since the last call."""
+        """Counts of what was seen since the last call: phase, and whether the process waited."""
         taken, self.samples = self.samples, Counter()
         return taken
 
@@ -182,7 +182,7 @@ class Watchdog:
         self._over.set()
         if not isinstance(error, Exception | SystemExit):
             return
-        rank, lost = self._notices.rank, isinstance(error, RuntimeError) and any(s in str(error) for s in _LOST)
+        rank, lost = self._mailbox.rank, isinstance(error, RuntimeError) and any(s in str(error) for s in _LOST)
         told_of = isinstance(error, MMError) and error.id == _OF_ANOTHER_RANK
         if (lost or told_of) and (failure := self._wait_for_a_word()) is not None:
             raise EndedElsewhereError(failure.exit_code) from None
@@ -200,9 +200,9 @@ class Watchdog:
             code, text = error.exit_code, format_error(error)
         elif isinstance(error, SystemExit):
             code, text = int(error.code or 0), "it was asked to stop"
-        if not self._notices.publish(Failure(rank, code, text)):
+        if not self._mailbox.publish(Failure(rank, code, text)):
             with contextlib.suppress(StoreLostError):
-                failure = self._notices.failure()
+                failure = self._mailbox.failure()
                 code = code if failure is None else failure.exit_code
             raise EndedElsewhereError(code) from None
         if lost:
@@ -213,7 +213,7 @@ class Watchdog:
         until = time.monotonic() + LEAVE_S / 2
         while time.monotonic() < until:
             with contextlib.suppress(StoreLostError):
-                failure = self._notices.failure()
+                failure = self._mailbox.failure()
                 if failure is not None:
                     return failure
             time.sleep(0.1)
@@ -230,7 +230,7 @@ class Watchdog:
         try:
             self._watch()
         except Exception:  # a thread's end goes unnoticed otherwise
-            logger.exception("the watch over rank %d has ended; hangs are not named any more", self._notices.rank)
+            logger.exception("the watch over rank %d has ended; hangs are not named any more", self._mailbox.rank)
 
     def _watch(self) -> None:
         looked = told = 0.0
@@ -247,8 +247,8 @@ class Watchdog:
                 continue
             looked = now
             try:
-                if self._notices.world_size > 1 and now - told > min(TOLD_S, self._limit() / 4):
-                    self._notices.tell(f"seen {self._notices.rank}", {**asdict(self._now), "at": time.time()})
+                if self._mailbox.world_size > 1 and now - told > min(TOLD_S, self._limit() / 4):
+                    self._mailbox.write(f"seen {self._mailbox.rank}", {**asdict(self._now), "at": time.time()})
                     told = now
                 self._tell_patience(now)
                 self._look(now)
@@ -257,37 +257,37 @@ class Watchdog:
                     self._alone(str(error))
 
     def _look(self, now: float) -> None:
-        failure = self._notices.failure()
-        if failure is not None and failure.rank != self._notices.rank:
+        failure = self._mailbox.failure()
+        if failure is not None and failure.rank != self._mailbox.rank:
             if not self._over.wait(LEAVE_S):  # the collective it waits in will not end
                 self._leave(failure.exit_code)
             return
         limit, waited = self._limit(), now - self._since
         stands = waited > limit or (limit == float("inf") and self._neighbour_is_silent(now))
         if stands and not self._others_are_patient(now) and not self._over.is_set():
-            self._notices.claim("alarm", asdict(Alarm(self._notices.rank, min(limit, waited))))
-        alarm = self._notices.record(Alarm, "alarm")
+            self._mailbox.claim("alarm", asdict(Alarm(self._mailbox.rank, min(limit, waited))))
+        alarm = self._mailbox.record(Alarm, "alarm")
         if alarm is not None:
             self._answer(alarm.limit_s)
 
     def _others_are_patient(self, now: float) -> bool:
-        """Whether another process has told that it waits by a limit of its own, and has time left."""
-        for rank, phases, seconds in self._notices.roll("patience"):
+        """Find another process that has told that it waits by a limit of its own, and has time left."""
+        for rank, phases, seconds in self._mailbox.roll("patience"):
             self._patience.setdefault((rank, phases), now + seconds)
-        return any(now < until for (rank, _), until in self._patience.items() if rank != self._notices.rank)
+        return any(now < until for (rank, _), until in self._patience.items() if rank != self._mailbox.rank)
 
     def _tell_patience(self, now: float) -> None:
         """Tell those that wait for this process, whose alarm would come before its own limit says what it waits for."""
-        mine, seconds = (self._notices.rank, self._now.phases), self._limits.patience.get(self._now.phase, 0.0)
+        mine, seconds = (self._mailbox.rank, self._now.phases), self._limits.patience.get(self._now.phase, 0.0)
         if now - self._since > min(TOLD_S, seconds / 8) and 0 < seconds < float("inf") and mine not in self._patience:
-            self._notices.append("patience", [*mine, seconds])
+            self._mailbox.append("patience", [*mine, seconds])
             self._patience[mine] = now + seconds
 
     def _neighbour_is_silent(self, now: float) -> bool:
-        """Whether the next rank has told nothing for long: in a phase without a limit nothing else shows its end."""
-        if self._notices.world_size == 1:
+        """Notice a next rank that has told nothing for long: in a phase without a limit nothing else shows its end."""
+        if self._mailbox.world_size == 1:
             return False
-        told = self._notices.read(f"seen {(self._notices.rank + 1) % self._notices.world_size}")
+        told = self._mailbox.read(f"seen {(self._mailbox.rank + 1) % self._mailbox.world_size}")
         if told != self._neighbour[0] or self._neighbour[1] > now:
             self._neighbour = told, now
         return now - self._neighbour[1] > SILENT_S
@@ -296,19 +296,19 @@ class Watchdog:
         """Say what this process is doing; the first rank that answers prints what all said."""
         self._write_stacks()
         me = self._doing()
-        self._notices.tell(f"doing {me.rank}", asdict(me))
-        until, ranks = time.monotonic() + ANSWER_S, range(self._notices.world_size)
+        self._mailbox.write(f"doing {me.rank}", asdict(me))
+        until, ranks = time.monotonic() + ANSWER_S, range(self._mailbox.world_size)
         said: dict[int, Doing] = {}
         while len(said) < len(ranks) and time.monotonic() < until:
             for rank in ranks:
-                told = None if rank in said else self._notices.record(Doing, f"doing {rank}")
+                told = None if rank in said else self._mailbox.record(Doing, f"doing {rank}")
                 if told is not None:
                     said[rank] = told
             time.sleep(0.1)
         if min(said) == me.rank:
             everyone = [said.get(rank) or self._last_seen(rank) for rank in ranks]
             error = hang(everyone, limit_s, self._folder)
-            if self._notices.publish(Failure(me.rank, EXIT_HANG, format_error(error))):
+            if self._mailbox.publish(Failure(me.rank, EXIT_HANG, format_error(error))):
                 tell_and_flush(table(everyone), error)
         else:
             time.sleep(2)  # a launcher ends all processes when the first is gone: let it print
@@ -319,7 +319,7 @@ class Watchdog:
         self._write_stacks()
         error = HangError(
             "RUN-003",
-            f"Rank {self._notices.rank} has made no progress for {time.monotonic() - self._since:.0f} s, and the job's "
+            f"Rank {self._mailbox.rank} has made no progress for {time.monotonic() - self._since:.0f} s, and the job's "
             f"store does not answer ({reason}).",
             "Look at the node of MASTER_ADDR, which keeps the store, and at its network.",
         )
@@ -327,8 +327,8 @@ class Watchdog:
         self._leave(EXIT_HANG)
 
     def _last_seen(self, rank: int) -> Doing:
-        """Of a process that does not answer, what it told last."""
-        told = self._notices.read(f"seen {rank}") or {"rank": rank, "at": time.time()}
+        """Activity of a process that does not answer, as it told last."""
+        told = self._mailbox.read(f"seen {rank}") or {"rank": rank, "at": time.time()}
         told["since_s"] = told.get("since_s", 0.0) + time.time() - told.pop("at")
         return Doing(**{**told, "answers": False, "where": "does not answer"})
 
@@ -343,7 +343,7 @@ class Watchdog:
                 faulthandler.dump_traceback(all_threads=True)
                 return
             self._folder.mkdir(parents=True, exist_ok=True)
-            with (self._folder / f"rank-{self._notices.rank}.txt").open("w") as file:
+            with (self._folder / f"rank-{self._mailbox.rank}.txt").open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
 
 

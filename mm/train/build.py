@@ -30,7 +30,7 @@ from mm.train.describe import start_table
 from mm.train.resuming import Resuming, update_settings
 from mm.train.run import Run, data_parallel_options, expected_model, training_dtype
 from mm.train.state import Progress, load_state, load_weights, saved_bytes
-from mm.wan.compile import graphs_needed, most_graphs, probe
+from mm.wan.compile import graphs_needed, most_graphs, try_compiling
 from mm.wan.initial import initial_value
 from mm.wan.layers import BlockRunner
 
@@ -73,7 +73,7 @@ def why_not_compiled(run: Run) -> str | None:
     """None where blocks are compiled; else why not, empty where it was not asked for. The same on every rank."""
     if not run.sections.memory.compile_blocks:
         return ""
-    failures = run.comm.all_gather_object(probe(run.backend.device, training_dtype(run.sections)))
+    failures = run.comm.all_gather_object(try_compiling(run.backend.device, training_dtype(run.sections)))
     rank, reason = next(((rank, failure) for rank, failure in enumerate(failures) if failure is not None), (0, None))
     if reason is not None and run.reports:
         logger.warning("blocks run uncompiled: compiling one does not work on rank %d: %s", rank, reason)
@@ -103,10 +103,10 @@ def build_model(run: Run, adapters: AdapterRun | None, run_blocks: BlockRunner, 
         data_parallel_options(run.sections),
         training_dtype(run.sections),
         value_of,
-        run.sections.parallel.layerzero,
-        run_blocks,
-        len(_token_counts(run)) if compiled else None,
-        adapters.plan.extension() if adapters is not None else None,
+        zero=run.sections.parallel.layerzero,
+        run_blocks=run_blocks,
+        compiled_for=len(_token_counts(run)) if compiled else None,
+        extension=adapters.plan.extension() if adapters is not None else None,
     )
 
 
@@ -169,7 +169,7 @@ def describe(run: Run, recompute: Recompute | None, offloader: Offloader | None,
         run.sections,
         run.mesh.layout,
         run.dataset,
-        run.global_batch_size,
+        global_batch_size=run.global_batch_size,
         device=f"{run.backend.name()} ({run.backend.collective})",
         attention=attention_name(
             run.backend.device, training_dtype(run.sections), run.config.head_dim, max(_token_counts(run))

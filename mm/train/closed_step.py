@@ -64,7 +64,7 @@ class ClosedStep:
             asked_to_stop=lambda: run.is_asked_to_stop,
         )
         if result.updated:
-            self._guard.accepted(step, result.outcome, mine)
+            self._guard.accepted(step, result.statistics, mine)
         consumed = before.consumed_samples + run.global_batch_size
         progress = Progress(step, consumed, self._guard.skipped, replaced)
         seconds, last = time.monotonic() - started, step == run.sections.training.steps
@@ -76,7 +76,7 @@ class ClosedStep:
 
 
 def _replaced(run: Run, batches: Sequence[FeatureBatch], progress: Progress) -> int:
-    """How many samples of the step were replaced in all replicas; an error where --on-bad-sample allows fewer."""
+    """Number of samples of the step that were replaced in all replicas; an error where --on-bad-sample allows fewer."""
     policy = parse_on_bad_sample(run.sections.data.on_bad_sample)
     if not policy.skips:
         return 0

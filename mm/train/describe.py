@@ -23,6 +23,7 @@ def start_table(
     sections: TrainingRun,
     layout: Layout,
     dataset: FeatureDataset,
+    *,
     global_batch_size: int,
     device: str,
     attention: str,
@@ -89,7 +90,7 @@ def _precision(sections: TrainingRun) -> str:
 
 
 def layer_collectives(layout: Layout, zero: ZeroConfig | None) -> Iterator[str]:
-    """What one block's forward says to other ranks; its backward says the same the other way round, or more."""
+    """Collectives of one block's forward; its backward has the same the other way round, or more."""
     if layout.tp_size > 1:
         pair = "3 all-gathers, 3 reduce-scatters" if layout.sequence_parallel else "3 all-reduces"
         yield f"TP {layout.tp_size}: {pair} of the hidden state, 4 all-reduces of 4 bytes a token (q, k norms)"
@@ -110,7 +111,7 @@ def _degrees(layout: Layout) -> str:
 
 
 def _groups_of_rank_0(layout: Layout) -> str:
-    """Where the neighbours of the first rank are, which tells what crosses nodes."""
+    """Groups of the first rank's neighbours, which tell what crosses nodes."""
     strides = {
         "TP": (layout.tp_size, 1),
         "Ulysses": (layout.ulysses_size, layout.tp_size),

@@ -5,26 +5,22 @@ from __future__ import annotations
 from mm.config.model import WanConfig
 
 
-def forward_flops(config: WanConfig, tokens: int) -> int:
-    """Operations of one forward of one sample, a multiply-add counted as two.
+def train_flops(config: WanConfig, tokens: int, *, frozen: bool = False) -> int:
+    """Model FLOPs of forward and backward of one sample, without any recomputation: three forwards.
 
-    For each block, with s video tokens, C text and image tokens, width D and feed-forward width f: linear layers on
-    video tokens s(12 D^2 + 4 D f) (self attention q,k,v,o 8 D^2, cross attention q,o 4 D^2, feed-forward 4 D f), cross
-    attention's k,v of text and images 4 D^2 C, self attention 4 s^2 D, cross attention 4 s C D. Embedders, head and
-    elementwise work are left out; on the published models they are below 0.1%.
+    A multiply-add counts as two. In a forward, for each block, with s video tokens, C text and image tokens, width D
+    and feed-forward width f: linear layers on video tokens s(12 D^2 + 4 D f) (self attention q,k,v,o 8 D^2, cross
+    attention q,o 4 D^2, feed-forward 4 D f), cross attention's k,v of text and images 4 D^2 C, self attention 4 s^2 D,
+    cross attention 4 s C D. Embedders, head and elementwise work are left out; on the published models they are below
+    0.1%.
+
+    With frozen weights linears have no gradient of the weights: they count two forwards, attention three. Adapters are
+    left out: of rank r they add about r (D + f) / (D f) of a linear.
 
     Args:
         config: the model's shape.
         tokens: s, tokens of one sample after patching.
-    """
-    return _linear_flops(config, tokens) + _attention_flops(config, tokens)
-
-
-def train_flops(config: WanConfig, tokens: int, *, frozen: bool = False) -> int:
-    """Model FLOPs of forward and backward of one sample, without any recomputation: three forwards.
-
-    With frozen weights linears have no gradient of the weights: they count two forwards, attention three. Adapters are
-    left out: of rank r they add about r (D + f) / (D f) of a linear.
+        frozen: whether only adapters are trained.
     """
     passes = 2 if frozen else 3
     return passes * _linear_flops(config, tokens) + 3 * _attention_flops(config, tokens)

@@ -68,7 +68,7 @@ def train_in_job(
         job = stack.enter_context(Job(where, backend.collective, backend.device, timeout, configuration))
         watch = stack.enter_context(
             Watchdog(
-                Mailbox(job.notices(ANSWER_S), where.rank, where.world_size, job.remember),
+                Mailbox(job.messages(ANSWER_S), where.rank, where.world_size, job.remember),
                 watch_limits(sections),
                 save / "hang" if save is not None else None,
                 sampling=sections.supervision.straggler_interval is not None,

@@ -62,9 +62,9 @@ def train(run: Run, callbacks: Sequence[Callback] = (), sinks: Sequence[Sink] = 
         for check in missing:
             with started.during(check.phase):
                 write(check.look(started.parallel, step))
-        saves = open_checkpointing(run, started, lock, stack)
+        checkpointing = open_checkpointing(run, started, lock, stack)
         losses = [float.fromhex(row.loss_hex) for row in rows]
-        around = make_callbacks(run, started, saves, [*checks, *callbacks], losses)
+        around = make_callbacks(run, started, checkpointing, [*checks, *callbacks], losses)
         return _steps(run, started, around, write)
 
 

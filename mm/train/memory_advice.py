@@ -1,4 +1,4 @@
-"""What would make a run that is out of memory need less: chosen from what it does not use and what is largest.
+"""Advice to a run that is out of memory: chosen from what it does not use and what is largest.
 
 Every candidate is a whole run with some values changed, and the rules of `mm.config.rules` decide whether it is
 legal. What it saves is the measured split times closed ratios of bytes before and after:
@@ -69,48 +69,53 @@ class MemoryAdvice:
 
 @dataclass(frozen=True)
 class _Change:
-    """What a candidate changes: values by path, and the processes."""
+    """Change that a candidate makes: values by path, and the processes."""
 
     values: Mapping[str, Any]
     world_size: int = 0
 
 
-def reliefs(run: TrainingRun, split: MemoryBreakdown, count: int = 3) -> list[MemoryAdvice]:
+def advise(run: TrainingRun, breakdown: MemoryBreakdown, count: int = 3) -> list[MemoryAdvice]:
     """The changes that lower this rank's memory most for each device, best first.
 
     Fewer than `count` come back only where the rules leave fewer: with one head, one block and everything else in use.
 
     Args:
         run: the run, which the rules have accepted.
-        split: what the rank held. count: how many changes to name.
+        breakdown: what the rank held. count: how many changes to name.
     """
-    found = [relief for family in _families(run) if (relief := _first_that_helps(run, split, family))]
-    return sorted(found, key=lambda relief: relief.score, reverse=True)[:count]
+    found = [advice for family in _families(run) if (advice := _first_that_helps(run, breakdown, family))]
+    return sorted(found, key=lambda advice: advice.score, reverse=True)[:count]
 
 
-def saved_bytes(before: TrainingRun, after: TrainingRun, split: MemoryBreakdown) -> float:
+def freed_bytes(before: TrainingRun, after: TrainingRun, breakdown: MemoryBreakdown) -> float:
     """Bytes that a rank needs less, estimated; of what failed to be allocated and of moments to come too."""
     old, new = ((*_model_bytes(r), _activation_bytes(r)) for r in (before, after))
-    return sum(size * (1 - less / more) for size, less, more in zip(_needed(split, old), new, old, strict=True))
+    return sum(size * (1 - less / more) for size, less, more in zip(_needed(breakdown, old), new, old, strict=True))
 
 
-def _needed(split: MemoryBreakdown, ratios: tuple[float, ...]) -> tuple[float, ...]:
+def _needed(breakdown: MemoryBreakdown, ratios: tuple[float, ...]) -> tuple[float, ...]:
     """Bytes of parameters, gradients, optimizer and activations, with the allocation that failed."""
-    if split.phase == "building the model":  # nobody knows what is what yet: as much of each as a whole model has
-        model = split.held - split.program + split.asked
+    if breakdown.phase == "building the model":  # nobody knows what is what yet: as much of each as a whole model has
+        model = breakdown.held - breakdown.program + breakdown.asked
         return (*(model * ratio / sum(ratios[:3]) for ratio in ratios[:3]), 0.0)
-    in_step = split.phase == "forward and backward"
-    optimizer = split.optimizer + max(split.moments_to_come, 0 if in_step else split.asked)
-    return split.parameters, split.gradients, optimizer, split.activations + (split.asked if in_step else 0)
+    in_step = breakdown.phase == "forward and backward"
+    optimizer = breakdown.optimizer + max(breakdown.moments_to_come, 0 if in_step else breakdown.asked)
+    return (
+        breakdown.parameters,
+        breakdown.gradients,
+        optimizer,
+        breakdown.activations + (breakdown.asked if in_step else 0),
+    )
 
 
-def _first_that_helps(run: TrainingRun, split: MemoryBreakdown, family: Iterator[_Change]) -> MemoryAdvice | None:
+def _first_that_helps(run: TrainingRun, breakdown: MemoryBreakdown, family: Iterator[_Change]) -> MemoryAdvice | None:
     for change in family:
         candidate = _changed(run, change)
         if any(problem for rule in TRAINING_RULES for problem in rule(candidate)):
             continue
         old, new = ((*_model_bytes(r), _activation_bytes(r)) for r in (run, candidate))
-        saved = saved_bytes(run, candidate, split)
+        saved = freed_bytes(run, candidate, breakdown)
         if saved >= 0 and any(less < more for less, more in zip(new, old, strict=True)):
             return MemoryAdvice(candidate, run, _text(run, candidate, change), saved)
     return None
@@ -221,7 +226,7 @@ def _changed(run: TrainingRun, change: _Change) -> TrainingRun:
 
 
 def _text(before: TrainingRun, after: TrainingRun, change: _Change) -> str:
-    """What a user types and writes: "`--bf16` and `"dtype": "bf16"` in pretrain_model.json"."""
+    """Words that a user types and writes: "`--bf16` and `"dtype": "bf16"` in pretrain_model.json"."""
     old, new = before.values(), after.values()
     if before.parallel.layerzero is None and after.parallel.layerzero is not None:  # a file of defaults
         old |= before.changed({"parallel.layerzero": {}}).values() | {"parallel.layerzero": None}
@@ -231,7 +236,7 @@ def _text(before: TrainingRun, after: TrainingRun, change: _Change) -> str:
 
 
 def _model_bytes(run: TrainingRun) -> tuple[float, float, float]:
-    """Of parameters, gradients and optimizer state an element of the whole model, on one rank."""
+    """Bytes of parameters, gradients and optimizer state an element of the whole model, on one rank."""
     cut, sharing = run.tp * run.pp, _replicas(run) * run.cp
     distributed = sharing if run.parallel.distributed_optimizer else 1
     zero, bf16 = run.parallel.layerzero, run.model.precision == "bf16"
@@ -252,7 +257,7 @@ def _model_bytes(run: TrainingRun) -> tuple[float, float, float]:
 
 
 def _activation_bytes(run: TrainingRun) -> float:
-    """Of one rank, for each token of a sample and unit of width.
+    """Bytes of one rank, for each token of a sample and unit of width.
 
     The unit inside is a block's input. A block keeps 17.5 of them and both sides of the feed-forward's activation:
     the bytes of tests/wan/test_kept_bytes.py for both published shapes. A recomputed one keeps its input, and what it

@@ -1,4 +1,4 @@
-"""What a rank's memory holds, by kind: parameters, gradients, optimizer state, and the rest."""
+"""Breakdown of a rank's memory by kind: parameters, gradients, optimizer state, and the rest."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ class MemoryBreakdown:
 def measure(
     phase: Phase,
     asked: int,
+    *,
     peak: int,
     program: int,
     parallel: ParallelModel | None,
@@ -100,7 +101,7 @@ def measure(
 
 
 def _bytes(tensors: Iterable[object], counted: set[int]) -> int:
-    """Of the storages behind the tensors that are not `counted` yet; buffers have many views."""
+    """Bytes of the storages behind the tensors that are not `counted` yet; buffers have many views."""
     total = 0
     for tensor in tensors:
         if isinstance(tensor, Tensor):

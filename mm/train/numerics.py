@@ -1,4 +1,4 @@
-"""What a run does about numbers that are not finite, and what it tells about losses out of the ordinary.
+"""Guard against numbers that are not finite, and reports of losses out of the ordinary.
 
 All ranks decide from the same `StepStatistics`, before the optimizer touches a weight. A step that is not finite is
 computed once more with every module watched: the run then names the first module that made a bad number, and says
@@ -11,10 +11,10 @@ import contextlib
 import json
 import logging
 import math
-import statistics
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -57,14 +57,14 @@ class NumericsGuard:
         self._in_a_row = 0
         self.skipped = skipped
 
-    def accepted(self, step: int, outcome: StepStatistics, batches: Sequence[FeatureBatch]) -> None:
+    def accepted(self, step: int, statistics: StepStatistics, batches: Sequence[FeatureBatch]) -> None:
         """Take note of a finite step, and say so where its loss is far above those before."""
         self._in_a_row = 0
-        loss = outcome.loss
+        loss = statistics.loss
         if len(self._losses) >= LEAST:
-            middle = statistics.median(self._losses)
-            deviation = statistics.median(abs(value - middle) for value in self._losses)
-            if deviation > 0 and loss > middle + _FAR * deviation and self._holds_largest(outcome):
+            middle = median(self._losses)
+            deviation = median(abs(value - middle) for value in self._losses)
+            if deviation > 0 and loss > middle + _FAR * deviation and self._holds_largest(statistics):
                 logger.warning(
                     "step %d | loss spike: %.4f, %.0f deviations above the median %.4f of %d steps; the worst is %s",
                     step,
@@ -72,11 +72,11 @@ class NumericsGuard:
                     (loss - middle) / deviation,
                     middle,
                     len(self._losses),
-                    self._told(batches, outcome.losses[self._parallel.mesh.dp_rank], worst_only=True),
+                    self._told(batches, statistics.losses[self._parallel.mesh.dp_rank], worst_only=True),
                 )
         self._losses.append(loss)
 
-    def refused(self, step: int, outcome: StepStatistics, batches: Sequence[FeatureBatch]) -> None:
+    def refused(self, step: int, statistics: StepStatistics, batches: Sequence[FeatureBatch]) -> None:
         """Look into a step that is not finite, write the anomaly's files, and go on or stop; every rank calls it.
 
         Raises:
@@ -84,13 +84,13 @@ class NumericsGuard:
                 be skipped.
         """
         losses, modules = self._again(batches)
-        same = torch.equal(losses.nan_to_num(), outcome.losses.nan_to_num())
+        same = torch.equal(losses.nan_to_num(), statistics.losses.nan_to_num())
         bad_parameters = [
-            name for name, finite in zip(self._names, outcome.squares.isfinite().tolist(), strict=True) if not finite
+            name for name, finite in zip(self._names, statistics.squares.isfinite().tolist(), strict=True) if not finite
         ]
         mesh = self._parallel.mesh
-        mine = outcome.losses[mesh.dp_rank]
-        bad_losses = not bool(outcome.losses.isfinite().all())
+        mine = statistics.losses[mesh.dp_rank]
+        bad_losses = not bool(statistics.losses.isfinite().all())
         involved = mesh.tp_rank == mesh.cp_rank == 0 and (not bad_losses or not bool(mine.isfinite().all()))
         report: dict[str, Any] = {}
         if involved:
@@ -100,12 +100,12 @@ class NumericsGuard:
                 "replica": mesh.dp_rank,
                 "pipeline_stage": mesh.pp_rank,
                 "dtype": str(self._parallel.dtype).removeprefix("torch."),
-                "loss": _number(outcome.loss),
-                "grad_norm": _number(outcome.grad_norm),
+                "loss": _number(statistics.loss),
+                "grad_norm": _number(statistics.grad_norm),
                 "micro_batches": self._described(batches, mine),
                 "first_module_not_finite": modules[0] if modules else None,
                 "parameters_not_finite": bad_parameters,
-                "gradient_norms": self._norms(outcome.squares),
+                "gradient_norms": self._norms(statistics.squares),
                 "computed_again": "the same" if same else "other losses",
                 "losses_before": list(self._losses)[-_MOST_NAMES:],
             }
@@ -113,14 +113,14 @@ class NumericsGuard:
         short = {"rank": self._run.comm.rank, "file": file, "module": modules[0] if modules else None}
         short["samples"] = self._told(batches, mine) if involved and bad_losses else None
         everyone = [found for found in self._run.comm.all_gather_object(short) if found["file"] or found["samples"]]
-        self._go_on_or_stop(step, outcome, everyone, bad_parameters, same=same)
+        self._go_on_or_stop(step, statistics, everyone, bad_parameters, same=same)
 
     def _go_on_or_stop(
-        self, step: int, outcome: StepStatistics, reports: list[Any], bad_parameters: list[str], *, same: bool
+        self, step: int, statistics: StepStatistics, reports: list[Any], bad_parameters: list[str], *, same: bool
     ) -> None:
-        bad_loss = not math.isfinite(outcome.loss)
-        what = f"loss of step {step} is {outcome.loss}" if bad_loss else f"gradient norm of step {step} is"
-        what += "" if bad_loss else f" {outcome.grad_norm}"
+        bad_loss = not math.isfinite(statistics.loss)
+        what = f"loss of step {step} is {statistics.loss}" if bad_loss else f"gradient norm of step {step} is"
+        what += "" if bad_loss else f" {statistics.grad_norm}"
         told = [f"The {what}; no weight was changed."]
         samples = list(dict.fromkeys(report["samples"] for report in reports if report["samples"]))
         if samples:
@@ -162,10 +162,10 @@ class NumericsGuard:
         parts = parallel.mesh.gather(losses.flatten()).flatten()
         return of_replicas(parallel.mesh.layout, parts, losses.shape), modules
 
-    def _holds_largest(self, outcome: StepStatistics) -> bool:
-        """Whether this rank is the first one of the replica with the largest loss."""
+    def _holds_largest(self, statistics: StepStatistics) -> bool:
+        """True on the first rank of the replica with the largest loss."""
         mesh = self._parallel.mesh
-        largest = int(outcome.losses.flatten(1).amax(dim=1).argmax())
+        largest = int(statistics.losses.flatten(1).amax(dim=1).argmax())
         return mesh.dp_rank == largest and mesh.tp_rank == mesh.cp_rank == mesh.pp_rank == 0
 
     def _described(self, batches: Sequence[FeatureBatch], losses: Tensor) -> list[dict[str, Any]]:

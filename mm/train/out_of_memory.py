@@ -14,7 +14,7 @@ from mm.device.out_of_memory import bytes_asked_for
 from mm.errors import OutOfMemoryError
 from mm.optim.optimizer import Optimizer
 from mm.parallel.apply import ParallelModel
-from mm.train.memory_advice import reliefs
+from mm.train.memory_advice import advise
 from mm.train.memory_breakdown import MemoryBreakdown, Phase, measure
 
 _PACKAGE = Path(__file__).parents[1]
@@ -58,36 +58,44 @@ class MemoryWatch:
     def _explained(self, phase: Phase, error: BaseException) -> OutOfMemoryError:
         """The failed step's tensors are still alive here, kept by the traceback: nothing large may be made."""
         asked, peak = bytes_asked_for(error), self._backend.peak_memory_bytes()
-        split = measure(phase, asked or 0, peak, self._program, self.parallel, self.optimizer, self.pinned_host)
+        breakdown = measure(
+            phase,
+            asked or 0,
+            peak=peak,
+            program=self._program,
+            parallel=self.parallel,
+            optimizer=self.optimizer,
+            pinned_host=self.pinned_host,
+        )
         size = "of unknown size" if asked is None else f"of {in_gib(asked, 3)} GiB"
         told = [
             f"Rank {self._rank} ran out of memory in the phase: {phase}; an allocation {size} {_place(error)} failed.",
-            _held(split, built=self.parallel is not None),
+            _held(breakdown, built=self.parallel is not None),
         ]
         device = self._backend.total_and_free_bytes()
         if device is not None:
             told.append(f"The device has {in_gib(device[0], 3)} GiB, of which {in_gib(device[1], 3)} GiB are free.")
-        found = enumerate(reliefs(self._sections, split), start=1)
-        advice = "; ".join(f"({number}) {relief}" for number, relief in found)
+        found = enumerate(advise(self._sections, breakdown), start=1)
+        advice = "; ".join(f"({number}) {change}" for number, change in found)
         return OutOfMemoryError("MEM-001", " ".join(told), f"Try one of these, best first: {advice}.")
 
 
-def _held(split: MemoryBreakdown, *, built: bool) -> str:
+def _held(breakdown: MemoryBreakdown, *, built: bool) -> str:
     kinds = {
-        "parameters" if built else "the unfinished model": split.parameters,
-        "gradients": split.gradients,
-        "optimizer state": split.optimizer,
-        "activations and temporaries": split.activations,
-        "the program before the model": split.program,
+        "parameters" if built else "the unfinished model": breakdown.parameters,
+        "gradients": breakdown.gradients,
+        "optimizer state": breakdown.optimizer,
+        "activations and temporaries": breakdown.activations,
+        "the program before the model": breakdown.program,
     }
     told = {kind: round(1000 * size / GIB) for kind, size in kinds.items() if size}
     # the sum of what is told, not of the bytes: a reader adds it up
     text = f"It held {sum(told.values()) / 1000:.3f} GiB: "
     text += ", ".join(f"{kind} {size / 1000:.3f}" for kind, size in told.items()) + "."
-    if split.moments_to_come:
-        text += f" Moments of {in_gib(split.moments_to_come, 3)} GiB are still to come."
-    if split.pinned_host:
-        text += f" On the host {in_gib(split.pinned_host, 3)} GiB are pinned."
+    if breakdown.moments_to_come:
+        text += f" Moments of {in_gib(breakdown.moments_to_come, 3)} GiB are still to come."
+    if breakdown.pinned_host:
+        text += f" On the host {in_gib(breakdown.pinned_host, 3)} GiB are pinned."
     return text
 
 

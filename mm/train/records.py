@@ -29,7 +29,7 @@ RowT = TypeVar("RowT")
 
 @dataclass(frozen=True)
 class Record(abc.ABC):
-    """Something measured after a step; any sink takes any record.
+    """Measurement after a step; any sink takes any record.
 
     Attributes:
         step: from 1.
@@ -46,12 +46,12 @@ class Record(abc.ABC):
         return json.dumps(asdict(self))
 
     def numbers(self) -> Mapping[str, float]:
-        """What changes from record to record, by name, for curves."""
+        """Numbers that change from record to record, by name, for curves."""
         return {}
 
     @abc.abstractmethod
     def line(self) -> str | None:
-        """What people read; None where it would be too much."""
+        """Line for people; None where it would be too much."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class StepMetrics(Record):
         """None: a step a second is too much, and what is left of the run is known to who asks `line_of`."""
 
     def line_of(self, total_steps: int, eta_s: float) -> str:
-        """What people read of one step in a run of `total_steps` that has `eta_s` seconds left."""
+        """Line for people about one step in a run of `total_steps` that has `eta_s` seconds left."""
         mean = "" if self.loss_mean is None else f" (mean of {self.mean_of}: {self.loss_mean:.4f})"
         return (
             f"step {self.step}/{total_steps} | loss {self.loss:.4f}{mean} | grad norm {self.grad_norm:.3f} | "
@@ -197,7 +197,7 @@ class RenderedClips(Record):
     fps: int
 
     def line(self) -> str:
-        """How many there are, and where."""
+        """Line for people: how many there are, and where."""
         return f"step {self.step} | {len(self.paths)} clips in {self.paths[0].parent}"
 
 

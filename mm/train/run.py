@@ -1,4 +1,4 @@
-"""What one training run is made of: its configuration, its data, and where it runs."""
+"""Parts of one training run: its configuration, its data, and where it runs."""
 
 from __future__ import annotations
 
@@ -66,17 +66,17 @@ class Run:
 
     @property
     def is_asked_to_stop(self) -> bool:
-        """Whether a signal has reached this process."""
+        """True once a signal has reached this process."""
         return self.stop is not None and self.stop.received is not None
 
     @property
     def reports(self) -> bool:
-        """Whether this rank writes metrics and logs."""
+        """True on the rank that writes metrics and logs."""
         return self.comm.rank == 0
 
 
 def data_parallel_options(sections: TrainingRun) -> DataParallelOptions:
-    """How gradients and parameters are kept in step over the replicas."""
+    """Options of data parallelism, from the sections."""
     cut = sections.parallel
     return DataParallelOptions(cut.distributed_optimizer, cut.overlap_grad_reduce, cut.overlap_param_gather)
 
@@ -87,7 +87,7 @@ def expected_model(sections: TrainingRun) -> Expected:
 
 
 def watch_limits(sections: TrainingRun) -> Limits:
-    """How long the watch lets a phase take; where what a phase waits for has a limit of its own, longer than that."""
+    """Limits of the watch; where what a phase waits for has a limit of its own, longer than that."""
     ceiling = 0.9 * 60 * sections.supervision.timeout_minutes
     patience = {OPENING: 2 * DEFAULT_TIMES.stale_s, SAVE_BEFORE: ceiling, LAST_SAVE: float("inf")}
     hang_timeout, data = sections.supervision.hang_timeout, sections.data
@@ -97,5 +97,5 @@ def watch_limits(sections: TrainingRun) -> Limits:
 
 
 def training_dtype(sections: TrainingRun) -> torch.dtype:
-    """Of the bulk of the parameters and of activations."""
+    """Dtype of the bulk of the parameters and of activations."""
     return torch.bfloat16 if sections.model.precision == "bf16" else torch.float32

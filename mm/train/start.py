@@ -1,4 +1,4 @@
-"""What the steps of a run begin with: the model and its optimizer on the mesh, at the weights that they start from."""
+"""Start of a run: the model and its optimizer on the mesh, at the weights that they start from."""
 
 from __future__ import annotations
 

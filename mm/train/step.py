@@ -16,7 +16,7 @@ from mm.device.copies import to_device
 from mm.diffusion.flow import FlowMatching
 from mm.errors import NumericsError
 from mm.optim.optimizer import Optimizer
-from mm.optim.step_statistics import StepStatistics, agree
+from mm.optim.step_statistics import StepStatistics, gather_statistics
 from mm.parallel.apply import ParallelModel
 from mm.parallel.schedule import LossFunction, forward_backward
 from mm.parallel.stage import WanStage
@@ -29,29 +29,29 @@ PatchSize = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did.
+    """Result of one step.
 
     Attributes:
-        outcome: losses and gradients. updated: whether they were applied.
+        statistics: losses and gradients. updated: whether they were applied.
         lr: the rate that was used. tokens: video tokens of this replica's samples, after patching.
     """
 
-    outcome: StepStatistics
+    statistics: StepStatistics
     updated: bool
     lr: float
     tokens: int
 
 
-def stop_at(outcome: StepStatistics) -> None:
-    """What to do about numbers that are not finite where no guard decides (`mm.train.numerics`).
+def stop_at(statistics: StepStatistics) -> None:
+    """Stop at numbers that are not finite where no guard decides (`mm.train.numerics`).
 
     Raises:
         NumericsError: NUM-001 for a loss, NUM-002 for a gradient.
     """
     remedy = "Look at the samples of this step; lower --lr, or resume from the checkpoint before."
-    if not math.isfinite(outcome.loss):
-        raise NumericsError("NUM-001", f"The loss is {outcome.loss}; no weight was changed.", remedy)
-    raise NumericsError("NUM-002", f"The gradient norm is {outcome.grad_norm}; no weight was changed.", remedy)
+    if not math.isfinite(statistics.loss):
+        raise NumericsError("NUM-001", f"The loss is {statistics.loss}; no weight was changed.", remedy)
+    raise NumericsError("NUM-002", f"The gradient norm is {statistics.grad_norm}; no weight was changed.", remedy)
 
 
 def train_step(
@@ -88,16 +88,16 @@ def train_step(
     lr = optimizer.learning_rate
     with during("reducing gradients"):
         optimizer.reduce_gradients()
-        outcome = agree(parallel, optimizer, losses, asked_to_stop())
-    if outcome.is_finite:
+        statistics = gather_statistics(parallel, optimizer, losses, asked_to_stop())
+    if statistics.is_finite:
         with during("the optimizer's update"):
-            optimizer.update(outcome.grad_norm, samples)
+            optimizer.update(statistics.grad_norm, samples)
     else:
-        on_nonfinite(outcome)
+        on_nonfinite(statistics)
         optimizer.skip(samples)
     patch_size = parallel.wan.patch_size
     tokens = sum(len(batch["sample"]) * num_tokens(batch["latents"].shape, patch_size) for batch in batches)
-    return StepResult(outcome, outcome.is_finite, lr, tokens)
+    return StepResult(statistics, statistics.is_finite, lr, tokens)
 
 
 def compute_gradients(

@@ -1,4 +1,4 @@
-"""How tools name the tensors of a LoRA file of Wan.
+"""Names that tools give to the tensors of a LoRA file of Wan.
 
 A key is the name of a module, which half of its update it is, and `.weight`:
 

@@ -1,10 +1,11 @@
 """Compiles the blocks of a stage with torch.compile, each by itself.
 
-What a compiler can fuse is traced: the lean operators, whole linears, GELU. Attention (`Keep` has effects in Python)
-and everything that talks to other ranks stay outside the graphs, which call them: a block becomes seven graphs with
-eager calls between them, with tensor parallelism five. A compiled function saves for backward through the same hooks as
-any other, so recomputation and offload need to know nothing of it. Sums are added in another order than eagerly, so the
-last bits of a compiled run are its own; the second run of a recomputed block is the same code again, and changes none.
+What a compiler can fuse is traced: elementwise operators, whole linears, GELU. Attention (an `ActivationPolicy` has
+effects in Python) and everything that talks to other ranks stay outside the graphs, which call them: a block becomes
+seven graphs with eager calls between them, with tensor parallelism five. A compiled function saves for backward
+through the same hooks as any other, so recomputation and offload need to know nothing of it. Sums are added in another
+order than eagerly, so the last bits of a compiled run are its own; the second run of a recomputed block is the same
+code again, and changes none.
 
 All blocks share their graphs, and each number of tokens has its own. Graphs for any number would be fewer, but a
 recomputed block must meet the graph of its first run again: a number that two graphs would take, one made for it and
@@ -34,7 +35,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 def graphs_needed(num_sizes: int, pipeline: bool) -> int:
-    """How often the code of a block is compiled, at most.
+    """Number of times that the code of a block is compiled, at most.
 
     Args:
         num_sizes: different numbers of tokens that the samples have.
@@ -44,7 +45,7 @@ def graphs_needed(num_sizes: int, pipeline: bool) -> int:
 
 
 def most_graphs() -> int:
-    """How many graphs of one function torch keeps."""
+    """Number of graphs of one function that torch keeps."""
     from torch._dynamo import config as dynamo_config  # a second of importing, for runs that compile alone
 
     return int(dynamo_config.accumulated_recompile_limit)
@@ -75,7 +76,7 @@ def _keep_outside(block: WanBlock, tensor_parallel: bool) -> None:
         block.ffn.columns = disable(block.ffn.columns)
 
 
-def probe(device: torch.device, dtype: torch.dtype) -> str | None:
+def try_compiling(device: torch.device, dtype: torch.dtype) -> str | None:
     """Compile a small block, run it forward and backward, and compare it with the eager one.
 
     Args:

@@ -1,4 +1,4 @@
-"""What image-to-video models are told of the frames that are given: a mask and the latents of a video of those frames.
+"""Condition of image-to-video models on the frames that are given: a mask and the latents of a video of those frames.
 
 Shapes: B batch, C latent channels, F H W latent frames, height and width.
 Source: Wan technical report (arXiv 2503.20314) section 5.1 and the released code (wan/image2video.py).
@@ -14,12 +14,12 @@ from torch import Tensor
 from mm.wan.encoders import TEMPORAL_STRIDE, VideoEncoder
 
 
-def condition_latents(encoder: VideoEncoder, given: Mapping[int, Tensor], num_frames: int) -> Tensor:
+def condition_latents(encoder: VideoEncoder, known: Mapping[int, Tensor], num_frames: int) -> Tensor:
     """The feature `mm.config.tasks.task.Source.KNOWN_FRAMES` of clips with given frames.
 
     Args:
         encoder: the VAE of the latents.
-        given: [B, 3, height, width] in [-1, 1] by their index in the clips, the first (0) and perhaps the last (-1).
+        known: [B, 3, height, width] in [-1, 1] by their index in the clips, the first (0) and perhaps the last (-1).
         num_frames: of the clips, 4k + 1.
 
     Returns:
@@ -28,14 +28,14 @@ def condition_latents(encoder: VideoEncoder, given: Mapping[int, Tensor], num_fr
     Raises:
         DataError: DATA-044, see `VideoEncoder.encode`.
     """
-    latents = encoder.encode(_video_of(given, num_frames))
-    mask = known_frames_mask(num_frames, given).to(latents)
+    latents = encoder.encode(_video_of(known, num_frames))
+    mask = known_frames_mask(num_frames, known).to(latents)
     spread = mask.view(1, *mask.shape, 1, 1).expand(len(latents), -1, -1, *latents.shape[3:])
     return torch.cat((spread, latents), dim=1)
 
 
 def known_frames_mask(num_frames: int, indices: Iterable[int]) -> Tensor:
-    """Which frames are given, [4, F] fp32: 1 known, 0 to generate.
+    """Mask of the frames that are given, [4, F] fp32: 1 known, 0 to generate.
 
     A latent frame stands for 4 frames, one a channel; the first one for the first frame alone, four times.
     """
@@ -45,10 +45,10 @@ def known_frames_mask(num_frames: int, indices: Iterable[int]) -> Tensor:
     return torch.cat((known[:1].expand(TEMPORAL_STRIDE - 1), known)).view(-1, TEMPORAL_STRIDE).t()
 
 
-def _video_of(given: Mapping[int, Tensor], num_frames: int) -> Tensor:
+def _video_of(known: Mapping[int, Tensor], num_frames: int) -> Tensor:
     """[B, 3, num_frames, height, width]: the given frames, and mid-grey (0) where there is none."""
-    first = next(iter(given.values()))
+    first = next(iter(known.values()))
     video = first.new_zeros(*first.shape[:2], num_frames, *first.shape[2:])
-    for index, frames in given.items():
+    for index, frames in known.items():
         video[:, :, index] = frames
     return video

@@ -164,7 +164,7 @@ def _with_images(width: int, positions: int | None) -> dict[str, Any]:
 
 
 def _tokens_agree(positions: Any) -> bool:
-    """Whether learned positions can be those of whole images."""
+    """Accept learned positions that can be those of whole images."""
     images = next(len(task.frames) for task in TASKS.values() if task.positions)
     return type(positions) is int and positions > 0 and positions % images == 0
 
@@ -251,7 +251,7 @@ def _translated(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _image_keys_agree(raw: Mapping[str, Any]) -> bool:
-    """Whether diffusers' keys are those of one task: all null, or widths, with or without learned positions."""
+    """Accept diffusers' keys that are those of one task: all null, or widths, with or without learned positions."""
     image, added, positions = (raw.get(key) for key in _IMAGE_KEYS)
     if image is None or added is None:
         return image is added is positions is None

@@ -167,7 +167,7 @@ class TextEncoder:
 
 
 def _cut(ids: list[int], max_length: int) -> list[int]:
-    """At most that many tokens, the closing one among them."""
+    """Shorten to at most that many tokens, the closing one among them."""
     return ids if len(ids) <= max_length else [*ids[: max_length - 1], ids[-1]]
 
 

@@ -33,7 +33,7 @@ _SCALES = (".scale_weight", ".weight_scale")
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor is: its file, its name in that file, its dtype in safetensors' spelling, its shape."""
+    """Tensor in a file: the path, its name there, its dtype in safetensors' spelling, its shape."""
 
     file: Path
     name: str
@@ -93,8 +93,8 @@ class WeightFolder:
         scales = _taken_scales(stored, source)
         unused = frozenset(name for name in stored if name.endswith(_UNUSED))
         if unused:
-            logger.info("%s: %d tensors are not part of the model and are not read%s",
-                        path, len(unused), _first_ten(sorted(unused)))  # fmt: skip
+            listed = _first_ten(sorted(unused))
+            logger.info("%s: %d tensors are not part of the model and are not read%s", path, len(unused), listed)
         if scales:
             logger.info("%s: %d weights are multiplied by their scales, in fp32", path, len(scales))
         return cls(path, tuple(headers), source, prefix, stored, unused, scales)

@@ -42,12 +42,12 @@ class ImageEncoder:
 
     @property
     def width(self) -> int:
-        """Of a token's features, img_dim of the transformer."""
+        """Width of a token's features, img_dim of the transformer."""
         return int(self.model.config.hidden_size)
 
     @property
     def num_tokens(self) -> int:
-        """Of one image, clip_token_len of the transformer: one a patch and the class token."""
+        """Number of one image's tokens, clip_token_len of the transformer: one a patch and the class token."""
         return int((self.model.config.image_size // self.model.config.patch_size) ** 2 + 1)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What the transformer takes, as one type: latents, timesteps, text and the features that the model's task declares.
+"""Inputs of the transformer, as one type: latents, timesteps, text and the features that the model's task declares.
 
 Shapes: B batch, C latent channels, F H W latent frames, height and width, L text tokens.
 """

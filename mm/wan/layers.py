@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mm.ops.attention.api import ActivationPolicy, attention, keep_inputs, keep_nothing
 from mm.ops.elementwise import autograd as ops
-from mm.ops.elementwise.operators import SumOverRanks, identity
+from mm.ops.elementwise.operators import HeadNorm, SumOverRanks, identity
 from mm.wan.rope import Positions
 
 LinearFactory = Callable[[int, int], nn.Module]
@@ -91,7 +91,8 @@ class QKNorm(nn.Module):
     def forward(self, x: Tensor, positions: Positions | None = None) -> Tensor:
         """[B, T, N*K] to [B, T, N, K] in the dtype of `x`; without positions nothing is rotated."""
         rotation = None if positions is None else (positions.cos, positions.sin)
-        return ops.rms_norm_rope(x, self.weight, rotation, self.head_dim, self.eps, self.width, self.sum_over_ranks)
+        norm = HeadNorm(self.head_dim, self.eps, self.width, self.sum_over_ranks)
+        return ops.rms_norm_rope(x, self.weight, rotation, norm)
 
 
 class Fp32LayerNorm(nn.LayerNorm):
@@ -113,7 +114,7 @@ class Fp32Linear(nn.Linear):
 
 @dataclass(frozen=True)
 class ModuleFactories:
-    """What the model is built from. Every field has its single-device default.
+    """Factories of the model's modules. Every field has its single-device default.
 
     Attributes:
         column: linears whose output may be sharded over a tensor-parallel axis: q, k, v, k_img, v_img and ffn.0.

@@ -38,7 +38,7 @@ ModelT = TypeVar("ModelT", bound="WanModel")
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the blocks and the head need besides the hidden state and the positions.
+    """Inputs of the blocks and the head besides the hidden state and the positions.
 
     Attributes:
         time: [B, D] fp32, the embedded timestep, for the head.

@@ -1,4 +1,4 @@
-"""How one tensor of the original Wan's encoders stands for tensors of the diffusers and transformers layouts."""
+"""Pairs of names: one tensor of the original Wan's encoders, and the tensors of diffusers or transformers in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameter names of a Wan transformer in the three conventions, as one table, and the key/shape fingerprint.
+"""Parameter names of a Wan transformer in the three conventions, as one table.
 
 `native` is the original Wan (also VideoX-Fun, DiffSynth, ComfyUI) and the convention inside this project; `diffusers`
 is the Hugging Face folder layout; `mm` is MindSpeed-MM. Sources: the published weights of each.
@@ -6,9 +6,8 @@ is the Hugging Face folder layout; `mm` is MindSpeed-MM. Sources: the published 
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from mm.errors import DataError
@@ -94,22 +93,12 @@ class _Table(NamedTuple):
 
 def native_to_diffusers(name: str) -> str:
     """`blocks.0.self_attn.q.weight` to `blocks.0.attn1.to_q.weight`. Raises DataError DATA-029 for an unknown name."""
-    return _translated(name, "native", "diffusers")
-
-
-def diffusers_to_native(name: str) -> str:
-    """`blocks.0.attn1.to_q.weight` to `blocks.0.self_attn.q.weight`. Raises DataError DATA-029 for an unknown name."""
-    return _translated(name, "diffusers", "native")
+    return _from_native(name, "diffusers")
 
 
 def native_to_mm(name: str) -> str:
     """`blocks.0.self_attn.q.weight` to `blocks.0.self_attn.proj_q.weight`. Raises DATA-029 for an unknown name."""
-    return _translated(name, "native", "mm")
-
-
-def mm_to_native(name: str) -> str:
-    """`blocks.0.self_attn.proj_q.weight` to `blocks.0.self_attn.q.weight`. Raises DATA-029 for an unknown name."""
-    return _translated(name, "mm", "native")
+    return _from_native(name, "mm")
 
 
 def translate(name: str, source: Convention, target: Convention) -> str | None:
@@ -139,19 +128,10 @@ def convention(names: Iterable[str]) -> Convention:
     return best
 
 
-def key_shape_md5(shapes: Mapping[str, Sequence[int]]) -> str:
-    """Fingerprint of a weight layout: md5 of the sorted entries `name` and `name:d0_d1_...`, joined by commas.
-
-    Source: DiffSynth-Studio's model detection, which publishes these md5s for every Wan model.
-    """
-    entries = [e for name, shape in shapes.items() for e in (name, f"{name}:{'_'.join(map(str, shape))}")]
-    return hashlib.md5(",".join(sorted(entries)).encode(), usedforsecurity=False).hexdigest()
-
-
-def _translated(name: str, source: Convention, target: Convention) -> str:
-    result = translate(name, source, target)
+def _from_native(name: str, target: Convention) -> str:
+    result = translate(name, "native", target)
     if result is None:
-        raise _unknown([name], f"the {source} convention")
+        raise _unknown([name], "the native convention")
     return result
 
 
@@ -173,7 +153,7 @@ def _no_convention(names: list[str]) -> DataError:
 
 
 def _before_a_known_name(name: str) -> str:
-    """What has to be cut off a name until some convention knows it; empty when none ever does."""
+    """Prefix to be cut off a name until some convention knows it; empty when none ever does."""
     parts = name.split(".")
     for start in range(1, len(parts)):
         rest = ".".join(parts[start:])

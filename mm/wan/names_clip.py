@@ -18,6 +18,15 @@ UNUSED = ("textual.", "log_scale")
 """What names of the original that are no part of the image encoder begin with."""
 
 
+_OF_A_LAYER = {
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "attn.proj": "self_attn.out_proj",
+    "mlp.0": "mlp.fc1",
+    "mlp.2": "mlp.fc2",
+}
+
+
 def clip_pairs(num_layers: int) -> list[Pair]:
     """All tensors of an encoder of so many layers, twelve each (sixteen in transformers) and eight."""
     embeddings = f"{PREFIX}embeddings"
@@ -34,11 +43,7 @@ def clip_pairs(num_layers: int) -> list[Pair]:
         for kind in ("weight", "bias"):
             names = tuple(f"{hf}.self_attn.{name}_proj.{kind}" for name in "qkv")
             pairs.append(Pair(f"{native}.attn.to_qkv.{kind}", names, _thirds, torch.cat))
-        for ours, theirs in (
-            ("norm1", "layer_norm1"), ("norm2", "layer_norm2"), ("attn.proj", "self_attn.out_proj"),
-            ("mlp.0", "mlp.fc1"), ("mlp.2", "mlp.fc2"),
-        ):  # fmt: skip
-            pairs += same(f"{native}.{ours}", f"{hf}.{theirs}")
+        pairs += [pair for ours, theirs in _OF_A_LAYER.items() for pair in same(f"{native}.{ours}", f"{hf}.{theirs}")]
     return pairs
 
 

@@ -1,4 +1,4 @@
-"""Which parameters stay in fp32 when the model trains or runs in bf16 or fp16, and what is computed in which dtype.
+"""Precision of each piece in bf16 and fp16 runs: the parameters that stay in fp32, and the dtype of each computation.
 
 | piece | parameters | computed in |
 | --- | --- | --- |
@@ -25,7 +25,7 @@ _IMAGE_NORMS = ("img_emb.proj.0.", "img_emb.proj.4.")
 
 
 def keep_fp32(name: str) -> bool:
-    """Whether the parameter of this native name stays fp32 whatever the model's dtype is."""
+    """Tell whether the parameter of this native name stays fp32 whatever the model's dtype is."""
     parts = name.split(".")
     in_norm = "norm3" in parts or name.startswith(_IMAGE_NORMS)
     return parts[0] in _FP32_MODULES or parts[-1] == "modulation" or in_norm

@@ -1,4 +1,4 @@
-"""What tools and wrappers put before the names of weights, and between their parts.
+"""Prefixes and infixes that tools and wrappers put into the names of weights.
 
 `model.diffusion_model.`, `pipe.dit.` and the like say which part of a program a model is; `ema.` that it is the average
 of a training. torch's wrappers add a part of their own: `module` of data parallelism, `_orig_mod` of torch.compile,
@@ -36,7 +36,7 @@ PREFIXES = (*HOLDERS, *(f"{wrapper}." for wrapper in WRAPPERS))
 
 
 def common_prefix(names: Iterable[str]) -> str:
-    """What every name begins with, made of `PREFIXES` in any order; often an empty text."""
+    """Beginning that all names share, made of `PREFIXES` in any order; often an empty text."""
     rest, prefix = list(names), ""
     while rest and (found := next((p for p in PREFIXES if all(name.startswith(p) for name in rest)), "")):
         prefix += found

@@ -21,7 +21,7 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Positions:
-    """Where the tokens at hand are.
+    """Positions of the tokens at hand, as angles.
 
     Attributes:
         cos, sin: [T, K/2] fp32, the rotary tables of the tokens at hand.

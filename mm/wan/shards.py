@@ -34,7 +34,7 @@ _COPY_AGAIN = "Copy or download the file again."
 
 
 class TensorInfo(NamedTuple):
-    """What a header says of one tensor; `dtype` in safetensors' spelling, for example BF16."""
+    """Entry of a header for one tensor; `dtype` in safetensors' spelling, for example BF16."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -76,7 +76,7 @@ def find_shards(path: Path) -> dict[Path, Header]:
 
 
 def is_shard(path: Path) -> bool:
-    """Whether a file's name says that it is one of several that belong together."""
+    """Recognise by its name a file that is one of several that belong together."""
     return _SHARD.fullmatch(path.name) is not None
 
 
@@ -117,7 +117,7 @@ def read_header(path: Path) -> Header:
 
 
 def _checked_end(entries: Iterable[tuple[Any, ...]]) -> int:
-    """Where the last tensor ends; ValueError when the tensors do not follow each other or have impossible sizes."""
+    """End of the last tensor; ValueError when the tensors do not follow each other or have impossible sizes."""
     position = 0
     for begin, end, name, dtype, shape in entries:
         if dtype not in _BITS:
@@ -133,7 +133,7 @@ def _checked_end(entries: Iterable[tuple[Any, ...]]) -> int:
 
 
 def _require_all_shards(files: Sequence[Path]) -> None:
-    """Where no index says what belongs together, names such as x-00001-of-00003.safetensors do."""
+    """Count shards by names such as x-00001-of-00003.safetensors, where no index says what belongs together."""
     sets: dict[tuple[str, int], set[int]] = {}
     for file in files:
         if match := _SHARD.fullmatch(file.name):

@@ -16,7 +16,7 @@ from mm.config.extract import TilingParam
 
 
 def origins(length: int, size: int, stride: int) -> list[int]:
-    """Where tiles of `size` begin on an axis: every `stride`, up to the first that reaches the end."""
+    """Starts of tiles of `size` on an axis: every `stride`, up to the first that reaches the end."""
     return [0, *range(stride, max(length - size, 0) + stride, stride)]
 
 

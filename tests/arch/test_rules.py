@@ -162,9 +162,9 @@ def test_every_error_id_is_documented() -> None:
     """An id that the source raises has a line in docs/errors.md, and no documented id is dead."""
     pattern = re.compile(r'"((?:CFG|DATA|CKPT|NUM|MEM|RUN)-\d{3})"')
     raised = {found for path in SOURCES for found in pattern.findall(path.read_text())}
-    documented = set(
-        re.findall(r"\| `((?:CFG|DATA|CKPT|NUM|MEM|RUN)-\d{3})` \|", (ROOT / "docs" / "errors.md").read_text())
-    )
+    lines = re.findall(r"\| `((?:CFG|DATA|CKPT|NUM|MEM|RUN)-\d{3})` \|", (ROOT / "docs" / "errors.md").read_text())
+    documented = set(lines)
+    assert len(lines) == len(documented), "an id with two meanings"
     assert sorted(raised - documented) == [], "raised, not documented"
     assert sorted(documented - raised) == [], "documented, not raised"
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from published_names import key_shape_md5
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection, UMT5Config, UMT5EncoderModel
 
@@ -13,7 +14,6 @@ from mm.checkpoint.encoders import CLIP, T5, VAE
 from mm.cli.convert import main
 from mm.cli.entry import run
 from mm.errors import CheckpointError
-from mm.wan.names import key_shape_md5
 from mm.wan.names_clip import clip_pairs
 from mm.wan.names_t5 import t5_pairs
 from mm.wan.names_vae import vae_pairs

@@ -7,6 +7,7 @@ from typing import Any
 
 import av
 import pytest
+from annotated import load_samples
 from feature_samples import write_clip, write_data_set
 from numbered_clips import write_numbered
 
@@ -16,7 +17,6 @@ from mm.config.base import load
 from mm.config.data import DataSource, data_sources
 from mm.data.clips import load_clip
 from mm.data.dataset import open_features
-from mm.data.metadata import load_samples
 from mm.dialects.mindspeed.data_files import load_extract_data, load_train_data
 from mm.dialects.mindspeed.model_files import load_extract_model
 from mm.dialects.mindspeed.train_flags import PretrainModel

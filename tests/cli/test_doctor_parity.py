@@ -15,7 +15,7 @@ from torch import Tensor
 from mm.cli import doctor
 from mm.config.flags import as_words
 from mm.diffusion.flow import FlowMatching
-from mm.errors import NumericsError
+from mm.errors import DifferenceError
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "wan2.1"
 WEIGHTS = "weights/Wan2.1-T2V-Tiny-Diffusers/transformer"
@@ -51,7 +51,7 @@ def printed_with_a_loss_twice_as_large(argv: list[str]) -> str:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FlowMatching, "loss", twice)
-        with pytest.raises(NumericsError) as caught:
+        with pytest.raises(DifferenceError) as caught:
             printed(argv)
     return str(caught.value)
 

@@ -24,7 +24,7 @@ from mm.dialects.mindspeed.train_flags import PretrainModel
 from mm.dialects.mindspeed.training import features
 from mm.diffusion.flow import FlowMatching
 from mm.doctor.preflight import draws, same_draws
-from mm.errors import ConfigError, NumericsError
+from mm.errors import ConfigError, DifferenceError
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "wan2.1"
 WEIGHTS = "weights/Wan2.1-T2V-Tiny-Diffusers/transformer"
@@ -188,7 +188,7 @@ def test_equal_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_where_runs_part(runs: Path, other: str, equal: int, step: int, field: str) -> None:
     """Clipping changes no number of the first step that is written, and the weights of the second."""
-    with pytest.raises(NumericsError) as caught:
+    with pytest.raises(DifferenceError) as caught:
         doctor.main(["compare", str(runs / "a"), str(runs / other)])
     assert caught.value.id == "NUM-004"
     assert f"equal for {equal} steps and differ at step {step} in {field}: " in str(caught.value)

@@ -7,6 +7,8 @@ from mm.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    DataWriteError,
+    DifferenceError,
     NumericsError,
     Problem,
     ResumeError,
@@ -22,9 +24,9 @@ def test_an_error_says_id_message_and_remedy_on_one_line() -> None:
 
 
 def test_exit_codes() -> None:
-    kinds = (ConfigError, DataError, CheckpointError, ResumeError, NumericsError)
-    codes = {kind: kind("X-1", "m", "r").exit_code for kind in kinds}
-    assert codes == {ConfigError: 64, DataError: 65, CheckpointError: 74, ResumeError: 64, NumericsError: 17}
+    expected = {ConfigError: 64, DataError: 65, DataWriteError: 65, CheckpointError: 74, ResumeError: 64}
+    expected |= {NumericsError: 17, DifferenceError: 17}
+    assert {kind: kind("X-1", "m", "r").exit_code for kind in expected} == expected
 
 
 def test_all_problems_travel_together_and_across_processes() -> None:

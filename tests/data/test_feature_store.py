@@ -27,7 +27,7 @@ from mm.data.features import (
     video_fingerprint,
     write_feature,
 )
-from mm.data.listing import FeatureRow, open_store, write_listing
+from mm.data.listing import FeatureRow, open_feature_store, write_listing
 from mm.data.recipe import Recipe, folder_fingerprint, load_recipe, save_recipe
 from mm.dialects.mindspeed.training import features
 from mm.errors import DataError
@@ -325,7 +325,7 @@ def test_data_set_of_two_stores(tmp_path: Path) -> None:
     assert all(s.num_tokens == 3 * 4 * 4 and s.latent_shape == (16, 3, 8, 8) for s in dataset.samples)
     item = dataset[4]
     assert torch.equal(item["latents"], feature(1, 2).latents) and item["sample"] == 4
-    assert item["prompt"].shape == (2, 8) and item["prompt_mask"].tolist() == [1, 1] + [0] * 510
+    assert item["prompt"].shape == (2, 8)
 
 
 def test_a_store_of_another_recipe_names_the_differences(tmp_path: Path) -> None:
@@ -370,18 +370,18 @@ def test_listing_cannot_lead_out_of_the_store(tmp_path: Path) -> None:
     for file in ("../x.safetensors", "features/../../x.safetensors", "/etc/x.safetensors", "features/a/b.safetensors"):
         (store / "data.jsonl").write_text(json.dumps({**row, "file": file}))
         with pytest.raises(DataError, match="DATA-010"):
-            open_store(store, store / "data.jsonl", RECIPE.key)
+            open_feature_store(store, store / "data.jsonl", RECIPE.key)
 
 
 @pytest.mark.parametrize("linked", ["file", "folder", "store"])
 def test_links_of_a_store_are_followed(linked: str, tmp_path: Path) -> None:
     """Features on another disk, or in a hub's cache: what is read is what lies there."""
     store = write_store(tmp_path / "s", 2)
-    wanted = FeatureDataset([open_store(store, store / "data.jsonl", RECIPE.key)], MODEL)[0]["latents"].clone()
+    wanted = FeatureDataset([open_feature_store(store, store / "data.jsonl", RECIPE.key)], MODEL)[0]["latents"].clone()
     row = json.loads((store / "data.jsonl").read_text().splitlines()[0])
     moved = {"file": store / row["file"], "folder": store / "features", "store": store}[linked]
     (tmp_path / "disk").mkdir()
     moved.rename(tmp_path / "disk" / "blob")
     moved.symlink_to(tmp_path / "disk" / "blob")
-    dataset = FeatureDataset([open_store(store, store / "data.jsonl", RECIPE.key)], MODEL)
+    dataset = FeatureDataset([open_feature_store(store, store / "data.jsonl", RECIPE.key)], MODEL)
     assert torch.equal(dataset[0]["latents"], wanted)

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from annotated import load_samples
 from feature_samples import write_clip
 
 from mm.config.data import DataSource
 from mm.config.tasks.task import Column
 from mm.data.features import feature_name
-from mm.data.metadata import MAX_CAPTION_CHARACTERS, check_rows, load_samples
+from mm.data.metadata import MAX_CAPTION_CHARACTERS, check_rows
 from mm.errors import DataError
 
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from mm.data.workers import Outcome, Parcel, as_error, as_facts, read_in_order, room
+from mm.data.workers import Outcome, Parcel, as_error, as_facts, bytes_to_share, read_in_order
 from mm.errors import DataError, Problem
 
 SHAPE = (3, 4, 5)
@@ -53,7 +53,7 @@ def read(folder: Path, jobs: Any, num_workers: int = 2, time_limit: float = 60.0
         jobs,
         num_workers=num_workers,
         time_limit=time_limit,
-        buffer_bytes=room(SHAPE, (7,)),
+        buffer_bytes=bytes_to_share(SHAPE, (7,)),
         again=again,
     )
 

@@ -18,7 +18,7 @@ from mm.config.base import load
 from mm.config.inference import InferenceModel
 from mm.demo import write
 from mm.demo.clips import all_captions, all_clips
-from mm.demo.components import MODEL_NAME, load_vae
+from mm.demo.components import MODEL_NAMES, load_vae
 from mm.demo.measure import measure_clip, score
 from mm.demo.video import read_video
 from mm.errors import ConfigError
@@ -56,7 +56,7 @@ def test_a_folder_that_no_list_can_name_is_refused(tmp_path: Path, name: str):
 @pytest.fixture(scope="module")
 def pipeline(demo: Path) -> WanPipeline:
     """The whole folder by its model_index.json; diffusers wants accelerate to read this one class, so read it here."""
-    folder = demo / "weights" / MODEL_NAME
+    folder = demo / "weights" / MODEL_NAMES["t2v"]
     transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder / "transformer"))
     transformer.load_state_dict(load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors"))
     return WanPipeline.from_pretrained(folder, transformer=transformer, local_files_only=True)
@@ -114,7 +114,9 @@ def test_captions_have_clearly_different_embeddings_of_unit_size(pipeline: WanPi
 
 
 def test_tokenizer_knows_the_captions_and_takes_any_text(demo: Path):
-    tokenizer = AutoTokenizer.from_pretrained(demo / "weights" / MODEL_NAME / "tokenizer", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        demo / "weights" / MODEL_NAMES["t2v"] / "tokenizer", local_files_only=True
+    )
     assert (tokenizer.pad_token_id, tokenizer.eos_token, tokenizer.unk_token_id) == (0, "</s>", 2)
     words = tokenizer.convert_ids_to_tokens(tokenizer("a red circle moving left").input_ids)
     assert words == ["▁a", "▁red", "▁circle", "▁moving", "▁left", "</s>"]

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from annotated import load_samples
 from feature_samples import (
     make_text_encoder,
     make_tokenizer,
@@ -32,7 +33,6 @@ from mm.config.model import WanConfig
 from mm.data.clips import load_clip
 from mm.data.dataset import open_features
 from mm.data.features import write_feature
-from mm.data.metadata import load_samples
 from mm.dialects.mindspeed.data_files import load_extract_data, load_train_data
 from mm.dialects.mindspeed.model_files import load_extract_model, load_extract_tools
 from mm.dialects.mindspeed.training import features

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from annotated import load_samples
 from diffusers import WanImageToVideoPipeline
 from feature_samples import make_image_encoder, make_vae, write_data_set, write_encoders, write_extraction_files
 from torch.nn import functional as F
@@ -18,7 +19,6 @@ from mm.config.tasks.registry import TASKS as DECLARED
 from mm.data.clips import load_clip
 from mm.data.features import read_feature
 from mm.data.listing import FeatureRow
-from mm.data.metadata import load_samples
 from mm.data.recipe import load_recipe
 from mm.dialects.mindspeed.data_files import load_extract_data
 from mm.errors import ConfigError, DataError

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 from diffusers import WanTransformer3DModel
+from published_names import diffusers_to_native
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mm.config.model import WanConfig
-from mm.wan.names import diffusers_to_native
 
 CONFIG = WanConfig(text_dim=16, text_len=6, hidden_size=24, ffn_dim=40, num_heads=2, num_layers=2, freq_dim=16)
 WIDTH, WIDE = CONFIG.hidden_size, CONFIG.ffn_dim

@@ -10,13 +10,13 @@ import lora_example as example
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
+from published_names import diffusers_to_native
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mm.checkpoint.formats.folder import PEFT_FILE
 from mm.lora.adapter import Adapter, Update
 from mm.lora.files import COMFYUI_FILE, write_adapter
-from mm.wan.names import diffusers_to_native
 
 State = dict[str, Tensor]
 LINEARS = [f"blocks.{block}.{name}" for block in range(example.CONFIG.num_layers) for name in example.LINEARS]

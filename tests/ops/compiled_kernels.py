@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mm.ops.elementwise import triton_operators
-from mm.ops.elementwise.operators import identity
+from mm.ops.elementwise.operators import HeadNorm, identity
 
 TOKENS, HEAD_DIM, EPS = 2, 128, 1e-6
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
@@ -80,8 +80,9 @@ def compile_operators(width: int) -> None:
     operators.gated_residual_backward(x, x, row)
     for sum_over_ranks in (identity, torch.clone):
         weight, heads = x[0, 0].clone(), x.unflatten(-1, (-1, HEAD_DIM))
-        operators.rms_norm_rope(x, weight, (angles, angles), HEAD_DIM, EPS, width, sum_over_ranks)
-        operators.rms_norm_rope_backward(heads, x, weight, (angles, angles), statistic, width, sum_over_ranks)
+        norm = HeadNorm(HEAD_DIM, EPS, width, sum_over_ranks)
+        operators.rms_norm_rope(x, weight, (angles, angles), norm)
+        operators.rms_norm_rope_backward(heads, x, weight, (angles, angles), statistic, norm)
 
 
 if __name__ == "__main__":

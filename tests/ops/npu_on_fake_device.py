@@ -76,9 +76,10 @@ def attention(dtype: torch.dtype) -> Any:
     return describe(out, lse, *attention_backward(out, q, k, k, out, lse))
 
 
-def lean(name: str) -> Any:
+def elementwise(name: str) -> Any:
     """An operator of `mm.ops.elementwise.autograd` with its gradients."""
     from mm.ops.elementwise import autograd as module
+    from mm.ops.elementwise.operators import HeadNorm
 
     def leaf(*shape: int, dtype: torch.dtype) -> Any:
         return torch.empty(*shape, dtype=dtype, device="npu", requires_grad=True)
@@ -88,7 +89,7 @@ def lean(name: str) -> Any:
     scale, shift = (leaf(B, 1, width, dtype=torch.float32) for _ in range(2))
     table = torch.empty(T, HEAD_DIM // 2, device="npu")
     arguments: dict[str, tuple[Any, ...]] = {
-        "rms_norm_rope": (x, vector, (table, table), HEAD_DIM, 1e-6, width),
+        "rms_norm_rope": (x, vector, (table, table), HeadNorm(HEAD_DIM, 1e-6, width)),
         "layer_norm": (x, scale, shift, 1e-6),
         "gated_residual": (x, leaf(B, T, width, dtype=torch.bfloat16), scale),
     }
@@ -136,7 +137,7 @@ CASES = {
     "attention bf16": lambda: attention(torch.bfloat16),
     "attention fp16": lambda: attention(torch.float16),
     "attention fp32": lambda: attention(torch.float32),
-    "rms_norm_rope": lambda: lean("rms_norm_rope"),
-    "layer_norm": lambda: lean("layer_norm"),
-    "gated_residual": lambda: lean("gated_residual"),
+    "rms_norm_rope": lambda: elementwise("rms_norm_rope"),
+    "layer_norm": lambda: elementwise("layer_norm"),
+    "gated_residual": lambda: elementwise("gated_residual"),
 }

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mm.ops.elementwise import autograd, reference
+from mm.ops.elementwise.operators import HeadNorm
 from mm.wan.rope import rope_tables
 
 B, T, HEADS, HEAD_DIM, EPS = 2, 12, 3, 16, 1e-6
@@ -28,8 +29,8 @@ def plain_norm_rope(x: Tensor, weight: Tensor, rotation: Any) -> Tensor:
     return heads if rotation is None else reference.apply_rope(heads, *rotation)
 
 
-def lean_norm_rope(x: Tensor, weight: Tensor, rotation: Any) -> Tensor:
-    return autograd.rms_norm_rope(x, weight, rotation, HEAD_DIM, EPS, WIDTH)
+def own_norm_rope(x: Tensor, weight: Tensor, rotation: Any) -> Tensor:
+    return autograd.rms_norm_rope(x, weight, rotation, HeadNorm(HEAD_DIM, EPS, WIDTH))
 
 
 def arguments(name: str, dtype: torch.dtype, wide: torch.dtype) -> tuple[list[Tensor], list[Any]]:
@@ -51,8 +52,8 @@ PAIRS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "modulate": (autograd.layer_norm, plain_layer_norm),
     "norm": (autograd.layer_norm, plain_layer_norm),
     "gate": (autograd.gated_residual, reference.gated_residual),
-    "rope": (lean_norm_rope, plain_norm_rope),
-    "no rope": (lean_norm_rope, plain_norm_rope),
+    "rope": (own_norm_rope, plain_norm_rope),
+    "no rope": (own_norm_rope, plain_norm_rope),
 }
 
 

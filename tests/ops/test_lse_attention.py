@@ -18,7 +18,7 @@ from mm.ops.attention.api import (
     plain_attention_with_lse,
 )
 from mm.ops.attention.fused import CPU, CUDNN, EFFICIENT, FLASH, Kernel, kernel_of
-from mm.parallel.ring import merge
+from mm.parallel.ring import merge_attention
 
 PATHS = {
     "dispatched": (attention_with_lse, attention_backward),
@@ -89,7 +89,7 @@ def test_blocks_of_keys_make_up_the_whole(dtype: torch.dtype, path: str, device:
     out, lse = forward(q, k[:, cuts[0]], v[:, cuts[0]])
     out = out.to(lse.dtype)
     for cut in cuts[1:]:
-        out, lse = merge(out, lse, *forward(q, k[:, cut], v[:, cut]))
+        out, lse = merge_attention(out, lse, *forward(q, k[:, cut], v[:, cut]))
     assert error(out, expected[0]) < BOUNDS[dtype]
     blocks = [backward(grad_out, q, k[:, cut], v[:, cut], out.to(dtype), lse) for cut in cuts]
     dq = sum(block[0].double() for block in blocks)
@@ -110,7 +110,7 @@ def test_backward_of_long_blocks_takes_any_log_sum_exp(dtype: torch.dtype, sourc
         out, lse = attention_with_lse(q, k[:, cuts[0]], v[:, cuts[0]])
         out = out.to(lse.dtype)
         for cut in cuts[1:]:
-            out, lse = merge(out, lse, *attention_with_lse(q, k[:, cut], v[:, cut]))
+            out, lse = merge_attention(out, lse, *attention_with_lse(q, k[:, cut], v[:, cut]))
     elif source == "plain":
         out, lse = plain_attention_with_lse(q, k, v)
     else:

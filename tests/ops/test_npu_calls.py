@@ -23,12 +23,13 @@ from torch_npu_wheel import UnreachableError, Wheel, defined, download
 from mm.ops.attention import npu as npu_attention
 from mm.ops.attention.api import plain_attention_backward, plain_attention_with_lse
 from mm.ops.elementwise import npu, reference
-from mm.ops.elementwise.operators import identity
-from mm.parallel.ring import merge
+from mm.ops.elementwise.operators import HeadNorm
+from mm.parallel.ring import merge_attention
 from mm.wan.rope import rope_tables
 
 B, T, S, HEADS, HEAD_DIM, EPS = 2, 12, 7, 3, 16, 1e-6
 WIDTH = HEADS * HEAD_DIM
+NORM = HeadNorm(HEAD_DIM, EPS, WIDTH)
 HAS_NPU = importlib.util.find_spec("torch_npu") is not None
 NEEDS_NPU = pytest.mark.skipif(not HAS_NPU, reason="no torch_npu here")
 PLACES = [
@@ -101,7 +102,7 @@ def test_attention_of_blocks_of_keys(place: tuple[str, torch.dtype]) -> None:
     out, lse = npu_attention.attention_with_lse(q, k[:, cuts[0]], v[:, cuts[0]])
     out = out.to(lse.dtype)
     for cut in cuts[1:]:
-        out, lse = merge(out, lse, *npu_attention.attention_with_lse(q, k[:, cut], v[:, cut]))
+        out, lse = merge_attention(out, lse, *npu_attention.attention_with_lse(q, k[:, cut], v[:, cut]))
     blocks = [npu_attention.attention_backward(grad, q, k[:, cut], v[:, cut], out.to(q.dtype), lse) for cut in cuts]
     dq = sum(block[0].double() for block in blocks)
     dk, dv = (torch.cat([block[i] for block in blocks], dim=1) for i in (1, 2))
@@ -131,9 +132,9 @@ def norm_reference(x: Tensor, weight: Tensor, rotation: Any, grad: Tensor) -> li
 def test_norm_and_rotation(place: tuple[str, torch.dtype], rotated: bool) -> None:
     (x, weight, grad), tables = norm_inputs(place)
     rotation = tables if rotated else None
-    out, rstd = npu.NpuOperators().rms_norm_rope(x, weight, rotation, HEAD_DIM, EPS, WIDTH, identity)
+    out, rstd = npu.NpuOperators().rms_norm_rope(x, weight, rotation, NORM)
     assert rstd.shape == (B, T, 1)
-    found = npu.NpuOperators().rms_norm_rope_backward(grad, x, weight, rotation, rstd, WIDTH, identity)
+    found = npu.NpuOperators().rms_norm_rope_backward(grad, x, weight, rotation, rstd, NORM)
     assert [value.dtype for value in (out, *found)] == [place[1]] * 3
     exact_rotation = exact(*tables) if rotated else None
     assert_close((out, *found), norm_reference(*exact(x, weight), exact_rotation, *exact(grad)), place)
@@ -164,10 +165,10 @@ def test_norm_of_a_width_that_ranks_share(place: tuple[str, torch.dtype]) -> Non
 
     def run(rank: int) -> list[Tensor]:
         mine = slice(rank * WIDTH, (rank + 1) * WIDTH)
-        inputs, total = (x[..., mine], weight[mine], tables), ranks.sum_of(rank)
-        out, rstd = npu.NpuOperators().rms_norm_rope(*inputs, HEAD_DIM, EPS, 2 * WIDTH, total)
+        inputs, norm = (x[..., mine], weight[mine], tables), HeadNorm(HEAD_DIM, EPS, 2 * WIDTH, ranks.sum_of(rank))
+        out, rstd = npu.NpuOperators().rms_norm_rope(*inputs, norm)
         share = grad[:, :, rank * HEADS : (rank + 1) * HEADS]
-        return [out, *npu.NpuOperators().rms_norm_rope_backward(share, *inputs, rstd, 2 * WIDTH, total)]
+        return [out, *npu.NpuOperators().rms_norm_rope_backward(share, *inputs, rstd, norm)]
 
     with ThreadPoolExecutor(2) as threads:
         first, second = threads.map(run, (0, 1))
@@ -181,7 +182,7 @@ def test_many_heads_and_samples(place: tuple[str, torch.dtype]) -> None:
     x = random(samples, 1, WIDTH, seed=1, place=place)
     weight = torch.ones(WIDTH).to(*place)
     cos, sin = (table[5:6].to(x.device) for table in rope_tables((1, 3, 4), HEAD_DIM))
-    out, _ = npu.NpuOperators().rms_norm_rope(x, weight, (cos, sin), HEAD_DIM, EPS, WIDTH, identity)
+    out, _ = npu.NpuOperators().rms_norm_rope(x, weight, (cos, sin), NORM)
     heads = reference.rms_norm(*exact(x, weight), EPS).unflatten(-1, (-1, HEAD_DIM))
     assert_close((out,), (reference.apply_rope(heads, *exact(cos, sin)),), place)
 
@@ -189,8 +190,8 @@ def test_many_heads_and_samples(place: tuple[str, torch.dtype]) -> None:
 @pytest.mark.usefixtures("operators")
 def test_bf16_is_rounded_once() -> None:
     (x, weight, grad), tables = norm_inputs(("cpu", torch.bfloat16))
-    out, rstd = npu.NpuOperators().rms_norm_rope(x, weight, tables, HEAD_DIM, EPS, WIDTH, identity)
-    dx, _ = npu.NpuOperators().rms_norm_rope_backward(grad, x, weight, tables, rstd, WIDTH, identity)
+    out, rstd = npu.NpuOperators().rms_norm_rope(x, weight, tables, NORM)
+    dx, _ = npu.NpuOperators().rms_norm_rope_backward(grad, x, weight, tables, rstd, NORM)
     assert rstd.dtype == torch.float32
     expected = norm_reference(*exact(x, weight), exact(*tables), *exact(grad))
     for a, b in zip((out, dx), expected[:2], strict=True):
@@ -219,8 +220,8 @@ def test_results_have_the_shapes_that_the_wheel_says() -> None:
         out, lse = npu_attention.attention_with_lse(q, k, v)
         npu_attention.attention_backward(grad, q, k, v, out, lse)
         (x, weight, grad), tables = norm_inputs(("cpu", torch.bfloat16))
-        _, rstd = npu.NpuOperators().rms_norm_rope(x, weight, tables, HEAD_DIM, EPS, WIDTH, identity)
-        npu.NpuOperators().rms_norm_rope_backward(grad, x, weight, tables, rstd, WIDTH, identity)
+        _, rstd = npu.NpuOperators().rms_norm_rope(x, weight, tables, NORM)
+        npu.NpuOperators().rms_norm_rope_backward(grad, x, weight, tables, rstd, NORM)
     assert {func._schema.name.removeprefix("npu::") for func, *_ in recorded.calls} == set(OPERATORS)
     assert (lse.shape, lse.dtype) == ((B, HEADS, T), torch.float32)
     for func, args, kwargs, result in recorded.calls:

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mm.ops.elementwise import reference
 from mm.ops.elementwise.dispatch import operators_of, with_triton
-from mm.ops.elementwise.operators import PlainOperators, identity
+from mm.ops.elementwise.operators import HeadNorm, Operators
 
 pytest.importorskip("triton", reason="triton is not installed")
 from mm.ops.elementwise.triton_operators import TritonOperators
@@ -101,12 +101,10 @@ def plain_norm(case: Case, rotate: bool) -> Callable[[Tensor, Tensor], Tensor]:
 
 def rms_norm(case: Case, rotate: bool) -> tuple[Values, Values]:
     rotation = case.rotation if rotate else None
-    arguments = case.head_dim, EPS, case.width, identity
-    out, rstd = OPERATORS.rms_norm_rope(case.x, case.norm_weight, rotation, *arguments)
+    norm = HeadNorm(case.head_dim, EPS, case.width)
+    out, rstd = OPERATORS.rms_norm_rope(case.x, case.norm_weight, rotation, norm)
     grad = case.grad.unflatten(-1, out.shape[2:])
-    dx, dweight = OPERATORS.rms_norm_rope_backward(
-        grad, case.x, case.norm_weight, rotation, rstd, case.width, identity
-    )  # fmt: skip
+    dx, dweight = OPERATORS.rms_norm_rope_backward(grad, case.x, case.norm_weight, rotation, rstd, norm)
     found = {"out": out, "rstd": rstd, "grad x": dx, "grad norm_weight": dweight}
     expected = differentiated(case, ["x", "norm_weight"], plain_norm(case, rotate))
     expected["rstd"] = (case.x.double().square().mean(dim=-1, keepdim=True) + EPS).rsqrt()
@@ -181,18 +179,16 @@ def test_two_ranks_with_half_of_the_heads_each(rotate: bool) -> None:
         return [call(halves[0], lambda sums: sums + given[1]), second]
 
     def forward(half: slice, sum_over_ranks: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        return OPERATORS.rms_norm_rope(
-            case.x[..., half], case.norm_weight[half], rotation, case.head_dim, EPS, case.width, sum_over_ranks
-        )
+        norm = HeadNorm(case.head_dim, EPS, case.width, sum_over_ranks)
+        return OPERATORS.rms_norm_rope(case.x[..., half], case.norm_weight[half], rotation, norm)
 
     (first, rstd), (second, same_rstd) = both(forward)
     assert torch.equal(rstd, same_rstd)
 
     def backward(half: slice, sum_over_ranks: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         heads = case.grad[..., half].unflatten(-1, (-1, case.head_dim))
-        return OPERATORS.rms_norm_rope_backward(
-            heads, case.x[..., half], case.norm_weight[half], rotation, rstd, case.width, sum_over_ranks
-        )
+        norm = HeadNorm(case.head_dim, EPS, case.width, sum_over_ranks)
+        return OPERATORS.rms_norm_rope_backward(heads, case.x[..., half], case.norm_weight[half], rotation, rstd, norm)
 
     gradients = [torch.cat(parts, dim=-1) for parts in zip(*both(backward), strict=True)]
     found = {"out": torch.cat([first, second], dim=2), "grad x": gradients[0], "grad norm_weight": gradients[1]}
@@ -219,11 +215,12 @@ def test_the_plain_operators_take_the_rest(shape: tuple[int, int, int, int]) -> 
     dtype = torch.float64 if shape[1] == 2 else torch.float32
     x, grad, weight, norm_weight = (v.to(dtype) for v in (case.x, case.grad, case.weight, case.norm_weight))
 
-    def results(operators: PlainOperators) -> list[Tensor]:
+    def results(operators: Operators) -> list[Tensor]:
         out, mean, rstd = operators.layer_norm(x, weight, weight, EPS)
-        heads = operators.rms_norm_rope(x, norm_weight, case.rotation, case.head_dim, EPS, case.width, identity)
+        norm = HeadNorm(case.head_dim, EPS, case.width)
+        heads = operators.rms_norm_rope(x, norm_weight, case.rotation, norm)
         gradients = operators.rms_norm_rope_backward(
-            grad.view_as(heads[0]), x, norm_weight, case.rotation, heads[1], case.width, identity
+            grad.view_as(heads[0]), x, norm_weight, case.rotation, heads[1], norm
         )
         return [
             *(out, mean, rstd, *operators.layer_norm_backward(grad, x, weight, mean, rstd)),
@@ -231,14 +228,14 @@ def test_the_plain_operators_take_the_rest(shape: tuple[int, int, int, int]) -> 
             *(*heads, *gradients),
         ]
 
-    for found, expected in zip(results(OPERATORS), results(PlainOperators()), strict=True):
+    for found, expected in zip(results(OPERATORS), results(Operators()), strict=True):
         assert torch.equal(found, expected)
 
 
 def test_the_device_of_a_tensor_decides() -> None:
-    assert type(operators_of(torch.zeros(1))) is PlainOperators
+    assert type(operators_of(torch.zeros(1))) is Operators
     with FakeTensorMode():  # a fake tensor on a device that is not here
-        assert type(operators_of(torch.empty(1, device="cuda"))) is PlainOperators
+        assert type(operators_of(torch.empty(1, device="cuda"))) is Operators
     if DEVICE == "cuda":
         assert isinstance(operators_of(torch.zeros(1, device=DEVICE)), TritonOperators)
 
@@ -257,7 +254,7 @@ def test_torchs_functions_take_the_place_of_a_triton_that_cannot_start() -> None
         "print(type(choice.operators).__name__, '|', choice.name, '|', choice.instead)"
     )
     operators, name, instead = in_another_process("-c", code).strip().split(" | ")
-    assert (operators, name) == ("PlainOperators", "torch's")
+    assert (operators, name) == ("Operators", "torch's")
     assert instead.startswith("a Triton kernel does not start (RuntimeError: ")
 
 

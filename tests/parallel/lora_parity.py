@@ -14,6 +14,7 @@ import torch.distributed as dist
 from diffusers import WanTransformer3DModel
 from parity import GLOBAL_BATCH, Row, WholeTrace, compare, gather, global_batch, micro_batches
 from peft import LoraConfig, inject_adapter_in_model
+from published_names import diffusers_to_native
 from torch import Tensor
 
 from mm.activation.host_pool import StepShape, make_offloader
@@ -27,14 +28,14 @@ from mm.lora.low_bit import LowBit, quantise
 from mm.lora.plan import LoRAPlan
 from mm.lora.targets import linears_of, target_linears
 from mm.optim.make import make_optimizer
-from mm.optim.step_statistics import agree
+from mm.optim.step_statistics import gather_statistics
 from mm.parallel.apply import apply
 from mm.parallel.mesh import Mesh, build_mesh
 from mm.parallel.placement import whole_shapes
 from mm.train.step import compute_gradients
 from mm.wan.inputs import ModelInputs
 from mm.wan.model import WanModel
-from mm.wan.names import diffusers_to_native, native_to_diffusers
+from mm.wan.names import native_to_diffusers
 
 RANK, ALPHA = 4, 6.0
 ALL = ("q", "k", "v", "o", "ffn.0", "ffn.2")
@@ -170,8 +171,9 @@ def parallel_run(lora: LoRARow, mesh: Mesh, backend: Backend) -> WholeTrace:
     )  # fmt: skip
     parallel = apply(
         row.wan, mesh, backend, row.options, torch.float32,
-        lambda name, shape: start(name, shape, lora.base_dtype), row.zero,
-        block_runner(row.recompute, offloader, backend.model_code), 2 if row.compiled else None, lora.plan.extension(),
+        lambda name, shape: start(name, shape, lora.base_dtype), zero=row.zero,
+        run_blocks=block_runner(row.recompute, offloader, backend.model_code),
+        compiled_for=2 if row.compiled else None, extension=lora.plan.extension(),
     )  # fmt: skip
     frozen = {name: _bytes(p) for name, p in parallel.all_parameters().items() if not p.requires_grad}
     optimizer = make_optimizer(parallel, SETTINGS)
@@ -182,10 +184,10 @@ def parallel_run(lora: LoRARow, mesh: Mesh, backend: Backend) -> WholeTrace:
         losses = compute_gradients(parallel, flow, mine, SEED)
         optimizer.reduce_gradients()
         trace.gradients.append(gather(optimizer, "gradient"))
-        outcome = agree(parallel, optimizer, losses)
-        trace.losses.append(outcome.loss)
-        trace.norms.append(outcome.grad_norm)
-        optimizer.update(outcome.grad_norm, GLOBAL_BATCH)
+        statistics = gather_statistics(parallel, optimizer, losses)
+        trace.losses.append(statistics.loss)
+        trace.norms.append(statistics.grad_norm)
+        optimizer.update(statistics.grad_norm, GLOBAL_BATCH)
     trace.weights = gather(optimizer, "master")
     for name, parameter in parallel.all_parameters().items():
         if name in frozen:

@@ -17,6 +17,7 @@ from mm.config.layout import Layout
 from mm.diffusion.flow import FlowMatching
 from mm.doctor import parity
 from mm.ops.elementwise import autograd, reference
+from mm.ops.elementwise.operators import identity
 from mm.optim import layerzero as layerzero_optimizer
 from mm.optim import optimizer
 from mm.optim.optimizer import Optimizer
@@ -78,7 +79,7 @@ def gradient_of_qk_norm_statistics_not_added_up(patch: pytest.MonkeyPatch) -> No
     backward = autograd._RMSNormRope.backward
 
     def wrong(ctx: Any, grad: Tensor) -> Any:
-        ctx.sum_over_ranks = autograd.identity
+        ctx.norm = ctx.norm._replace(sum_over_ranks=identity)
         return backward(ctx, grad)
 
     patch.setattr(autograd._RMSNormRope, "backward", staticmethod(wrong))
@@ -93,9 +94,9 @@ def gradients_of_replicated_parameters_not_added_up(patch: pytest.MonkeyPatch) -
 def gradients_not_added_up_over_context_ranks(patch: pytest.MonkeyPatch) -> None:
     apply = parity.apply
 
-    def on_wrong_groups(wan: Any, mesh: Any, *rest: Any) -> Any:
+    def on_wrong_groups(wan: Any, mesh: Any, *rest: Any, **named: Any) -> Any:
         patch.setattr(mesh.groups, "dp_cp", mesh.groups.tp)  # of this rank alone, as there is one replica
-        return apply(wan, mesh, *rest)
+        return apply(wan, mesh, *rest, **named)
 
     patch.setattr(parity, "apply", on_wrong_groups)
 
@@ -310,13 +311,13 @@ def rotary_tables_rounded(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("N9", "ring2", caught_by="gradient")
 def ring_accumulates_in_short(patch: pytest.MonkeyPatch) -> None:
-    merge = ring.merge
+    merge = ring.merge_attention
 
     def wrong(*args: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = merge(*args)
         return rounded(out), lse
 
-    patch.setattr(ring, "merge", wrong)
+    patch.setattr(ring, "merge_attention", wrong)
 
 
 @mutation("N9", "tp2sp", caught_by="loss gradient norm")

@@ -21,7 +21,7 @@ from mm.config.tasks.registry import TASKS
 from mm.data.loader import FeatureBatch
 from mm.device.backend import Backend
 from mm.doctor import parity
-from mm.doctor.parity import Case, RelativeErrors, Trace, limits, merge
+from mm.doctor.parity import Case, RelativeErrors, Trace, collate, limits
 from mm.optim.optimizer import Optimizer, ParamShard
 from mm.parallel.apply import DataParallelOptions
 from mm.parallel.mesh import Mesh, build_mesh
@@ -104,7 +104,7 @@ def parallel_run(row: Row, mesh: Mesh, backend: Backend) -> WholeTrace:
 
 def micro_batches(row: Row, samples: list[FeatureBatch], mesh: Mesh) -> list[FeatureBatch]:
     mine, size = samples[mesh.dp_rank :: row.layout.dp_size], row.micro_batch_size
-    return [merge(mine[start : start + size]) for start in range(0, len(mine), size)]
+    return [collate(mine[start : start + size]) for start in range(0, len(mine), size)]
 
 
 def gather(optimizer: Optimizer, what: str) -> dict[str, torch.Tensor]:

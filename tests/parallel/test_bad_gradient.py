@@ -41,7 +41,7 @@ class FiniteLossWithoutSlope(FlowMatching):
 def bad_step(row: Row, backend: Backend, on_nonfinite: Callable[[StepStatistics], None]) -> tuple[bool, str, bool]:
     """Whether the loss was finite, what came of the step, whether any weight changed."""
     with build_mesh(row.layout, 1, "cpu") as mesh:
-        parallel = apply(row.wan, mesh, backend, row.options, torch.float32, value_of, row.zero)
+        parallel = apply(row.wan, mesh, backend, row.options, torch.float32, value_of, zero=row.zero)
         optimizer = make_optimizer(parallel, SETTINGS)
         before = [shard.master.clone() for shard in optimizer.shards]
         last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
@@ -49,9 +49,9 @@ def bad_step(row: Row, backend: Backend, on_nonfinite: Callable[[StepStatistics]
         batches = micro_batches(row, global_batch(row.samples, 0), mesh)
         found: list[StepStatistics] = []
 
-        def decide(outcome: StepStatistics) -> None:
-            found.append(outcome)
-            on_nonfinite(outcome)
+        def decide(statistics: StepStatistics) -> None:
+            found.append(statistics)
+            on_nonfinite(statistics)
 
         try:
             result = train_step(parallel, optimizer, flow, batches, samples=4, seed=SEED, on_nonfinite=decide)
@@ -65,7 +65,7 @@ def bad_step(row: Row, backend: Backend, on_nonfinite: Callable[[StepStatistics]
             result = train_step(parallel, optimizer, FlowMatching(DiffusionConfig()), batches, samples=4, seed=SEED)
             assert result.updated
             assert result.lr == rate < SETTINGS.lr
-            fresh = apply(row.wan, mesh, backend, row.options, torch.float32, value_of, row.zero)
+            fresh = apply(row.wan, mesh, backend, row.options, torch.float32, value_of, zero=row.zero)
             straight = make_optimizer(fresh, SETTINGS)
             straight.set_progress(4)
             train_step(fresh, straight, FlowMatching(DiffusionConfig()), batches, samples=4, seed=SEED)
@@ -77,7 +77,7 @@ def bad_step(row: Row, backend: Backend, on_nonfinite: Callable[[StepStatistics]
 def work() -> list[list[tuple[bool, str, bool]]]:
     backend = select("cpu")
     with Job(process_place(), backend.collective, backend.device, 1):
-        return [[bad_step(row, backend, decide) for row in ROWS] for decide in (stop_at, lambda outcome: None)]
+        return [[bad_step(row, backend, decide) for row in ROWS] for decide in (stop_at, lambda statistics: None)]
 
 
 def test_every_rank_decides_alike_and_no_weight_changes() -> None:

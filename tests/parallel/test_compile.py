@@ -134,12 +134,12 @@ def train_here(arguments: list[str], cache: str, empty_cache: str) -> str | None
     os.environ |= {"TORCHINDUCTOR_CACHE_DIR": empty_cache if without else cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     said = []
 
-    def probe(*args: Any) -> str | None:
-        said.append(compiling.probe(*args))
+    def try_compiling(*args: Any) -> str | None:
+        said.append(compiling.try_compiling(*args))
         return said[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "probe", probe)
+        patch.setattr(build, "try_compiling", try_compiling)
         if without:
             patch.setattr(inductor_config.cpp, "cxx", (None, "/bin/false"))
         train_command.main(arguments)

@@ -7,13 +7,13 @@ import contextlib
 import datetime
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from context_layouts import BATCH, CHUNK, DRY, HEADS, LAYOUTS, WIDTH, WORLD, Layout, formulas
 from ranks import run_ranks
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,48 +25,12 @@ from mm.config.place import process_place
 from mm.ops.attention.api import attention_backward, attention_with_lse
 from mm.parallel.context import ContextGroups, build_context_groups, context_attention
 from mm.parallel.groups import GroupMaker
-from mm.parallel.ring import merge
+from mm.parallel.ring import merge_attention
 from mm.supervise.job import Job
 
-WORLD, BATCH, CHUNK, HEADS, WIDTH = 8, 2, 3, 12, 5
 MINUTE = datetime.timedelta(minutes=1)
-
-
-@dataclass(frozen=True)
-class Layout:
-    cp: int
-    ulysses: int = 1
-    window: int = 1
-    overlap: bool = False
-
-    @property
-    def ring(self) -> int:
-        return self.cp // self.ulysses
-
-    def groups(self) -> list[range]:
-        """As many groups as the world has room for, where they fill it; else one."""
-        return [range(first, first + self.cp) for first in range(0, WORLD, self.cp)][: WORLD // self.cp]
-
-
-LAYOUTS = {
-    **{f"ring-{cp}": Layout(cp) for cp in range(2, 9)},
-    **{f"ring-{cp}-overlap": Layout(cp, overlap=True) for cp in (2, 3, 8)},
-    **{f"ulysses-{cp}": Layout(cp, ulysses=cp) for cp in (2, 3, 4, 6)},
-    "usp-2x2": Layout(4, ulysses=2),
-    "usp-3x2": Layout(6, ulysses=3),
-    "usp-2x4": Layout(8, ulysses=2),
-    "usp-4x2-overlap": Layout(8, ulysses=4, overlap=True),
-    "double-ring-2x2": Layout(4, window=2),
-    "double-ring-one-window": Layout(4, window=4),
-    "double-ring-3x2": Layout(6, window=3, overlap=True),
-    "double-ring-2x4": Layout(8, window=2),
-    "double-ring-4x2": Layout(8, window=4),
-    "double-ring-4x2-overlap": Layout(8, window=4, overlap=True),
-    "usp-2-in-double-ring-2x2": Layout(8, ulysses=2, window=2),
-}
 RECOMPUTED = ("ring-4", "ulysses-4", "usp-2x4")
 IN_BF16 = ("ring-8", "double-ring-4x2", "usp-2x4")
-DRY = Layout(16, ulysses=4, window=2, overlap=True)
 
 
 class Recorder(TorchDispatchMode):
@@ -257,21 +221,6 @@ def test_equals_plain_attention(name: str, ranks: list[dict[str, Any]]) -> None:
             assert padding_is_zero
 
 
-def formulas(layout: Layout) -> tuple[list[float], list[dict[str, int]]]:
-    """Bytes that a rank sends in forward and backward, with values in bf16 and travelling gradients in fp32, and calls.
-
-    s d m / P for each all-to-all of a tensor with 2 bytes, and (R - 1) hops of a chunk for each of k, v, dk, dv.
-    """
-    tokens, width, ulysses, ring = layout.cp * CHUNK, HEADS * WIDTH, layout.ulysses, layout.ring
-    all_to_all = BATCH * 8 * tokens * width / layout.cp * (ulysses - 1) / ulysses
-    hops = BATCH * 4 * tokens * (width / ulysses) * (ring - 1) / ring
-    calls = []
-    for exchanges in (ring - 1, 2 * (ring - 1)):
-        expected = {"alltoall_base_": 2 * (ulysses > 1), "send": exchanges, "recv_": exchanges}
-        calls.append({name: count for name, count in expected.items() if count})
-    return [all_to_all + hops, all_to_all + 3 * hops], calls
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_traffic_is_what_the_formulas_say(name: str, ranks: list[dict[str, Any]]) -> None:
     for result in of(name, ranks):
@@ -361,7 +310,7 @@ def test_accumulation_in_bf16_would_be_noticed() -> None:
     blocks = [slice(first, first + 32) for first in range(0, 8 * 32, 32)]
     out, lse = torch.zeros_like(q), torch.full((1, HEADS, 8 * 32), float("-inf"))
     for block in blocks:
-        merged, lse = merge(out.float(), lse, *attention_with_lse(q, k[:, block], v[:, block]))
+        merged, lse = merge_attention(out.float(), lse, *attention_with_lse(q, k[:, block], v[:, block]))
         out = merged.bfloat16()
     assert float((out - expected).norm() / expected.norm()) > BF16_OUT
     exact_out, lse = attention_with_lse(q, k, v)

@@ -79,7 +79,8 @@ def steps(row: Row, mesh: Mesh) -> Traffic:
         offloader = make_offloader(row.recompute, row.wan, mesh, select("cpu"), shape)
         parallel = apply(
             row.wan, mesh, select("cpu"), row.options, row.dtype,
-            lambda name, shape: initial_value(name, shape, 1), row.zero, block_runner(row.recompute, offloader),
+            lambda name, shape: initial_value(name, shape, 1), zero=row.zero,
+            run_blocks=block_runner(row.recompute, offloader),
         )  # fmt: skip
         optimizer = make_optimizer(parallel, SETTINGS)
         for index in range(4):

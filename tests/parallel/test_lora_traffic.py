@@ -50,7 +50,9 @@ def sent_by_a_rank() -> dict[str, dict[tuple[str, str], Any]]:
             layout = Layout(2, zero3_size=zero.zero3_size if zero else None)
             with build_mesh(layout, 1, "cpu") as mesh, CountTraffic(axes_of(mesh)) as traffic:
                 values = starting_values(PLAN, Base(), 0)  # type: ignore[arg-type]
-                parallel = apply(WAN, mesh, backend, options, torch.float32, values, zero, extension=PLAN.extension())
+                parallel = apply(
+                    WAN, mesh, backend, options, torch.float32, values, zero=zero, extension=PLAN.extension()
+                )
                 optimizer = make_optimizer(parallel, SETTINGS)
                 batches = global_batch(Row(layout).samples, 0)[mesh.dp_rank :: 2]
                 for _ in range(2):

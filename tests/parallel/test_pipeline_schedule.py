@@ -148,7 +148,7 @@ def count_waits(row: Row, backend: Backend, **changed: Any) -> int:
         return [*others, (torch.cuda, "synchronize", lambda *args: calls.append("megatron-core's"))]
 
     with build_mesh(row.layout, 2, "cpu") as mesh, pytest.MonkeyPatch.context() as patch:
-        parallel = apply(row.wan, mesh, backend, row.options, torch.float32, value_of, row.zero)
+        parallel = apply(row.wan, mesh, backend, row.options, torch.float32, value_of, zero=row.zero)
         optimizer = make_optimizer(parallel, SETTINGS)
         for name, value in changed.items():
             setattr(parallel.config, name, value)

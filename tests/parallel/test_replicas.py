@@ -26,7 +26,7 @@ def compare(row: Row, flipped: int) -> str:
     """Flip the lowest bit of one weight on one rank, and say what comparing finds before and after."""
     with build_mesh(row.layout, 1, "cpu") as mesh:
         backend = select("cpu")
-        parallel = apply(row.wan, mesh, backend, row.options, torch.float32, value_of, row.zero)
+        parallel = apply(row.wan, mesh, backend, row.options, torch.float32, value_of, zero=row.zero)
         require_equal_replicas(parallel, 1)
         if torch.distributed.get_rank() == flipped:
             parameter = list(parallel.all_parameters().values())[7]

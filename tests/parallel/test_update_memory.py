@@ -15,7 +15,7 @@ from mm.doctor import memory_tracker as memory
 from mm.doctor.fake_job import FakeTensors, fake_job
 from mm.doctor.memory_tracker import TrackMemory
 from mm.optim.make import make_optimizer
-from mm.optim.optimizer import is_decayed
+from mm.optim.optimizer import is_decayed, norm_of
 from mm.parallel.apply import DataParallelOptions, apply
 from mm.parallel.mesh import build_mesh
 from mm.supervise.job import Job
@@ -50,7 +50,7 @@ def test_the_update_makes_no_temporaries(kept: Kept, dtype: torch.dtype) -> None
         TrackMemory(memory.OPTIMIZER) as tracked,
     ):
         zero = ZeroConfig(zero3_size=4) if kept.zero else None
-        parallel = apply(WAN, mesh, backend, kept.options, dtype, None, zero)
+        parallel = apply(WAN, mesh, backend, kept.options, dtype, None, zero=zero)
         optimizer = make_optimizer(parallel, replace(SETTINGS, fused=True))
         for shard in optimizer.shards:
             shard.state()
@@ -81,7 +81,7 @@ def test_the_fused_update_is_adamw(kept: Kept) -> None:
             optimizer.reduce_gradients()
             for shard in optimizer.shards:
                 shard.gradient.copy_(1e-3 * torch.randn(len(shard.gradient), generator=draw))
-            norm = optimizer.gradient_norm()
+            norm = norm_of(optimizer.gradient_squares(torch.empty(0))[0])
             gradients = [shard.gradient.double() * min(1.0, 0.5 / (norm + 1e-6)) for shard in optimizer.shards]
             optimizer.update(norm, samples=1)
             for weight, decay, m, v, gradient in zip(weights, decayed, first, second, gradients, strict=True):

@@ -76,7 +76,7 @@ def largest_errors() -> list[tuple[str, float]]:
                     parallel = apply_frozen(*where, torch.float32, value_of, row.zero)
                 else:
                     runner = block_runner(row.recompute)
-                    parallel = apply(*where, row.options, torch.float32, value_of, row.zero, runner)
+                    parallel = apply(*where, row.options, torch.float32, value_of, zero=row.zero, run_blocks=runner)
                 velocity = ParallelVelocity(parallel)
                 first, again = velocity(inputs(row)), velocity(inputs(row))
             expected = on_one_device(row)

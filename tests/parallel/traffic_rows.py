@@ -121,7 +121,13 @@ def real_steps(row: Row, mesh: Mesh, steps: int) -> Traffic:
     backend = select("cpu")
     with CountTraffic(axes_of(mesh)) as traffic:
         parallel = apply(
-            row.wan, mesh, backend, row.options, row.dtype, lambda name, shape: initial_value(name, shape, 1), row.zero
+            row.wan,
+            mesh,
+            backend,
+            row.options,
+            row.dtype,
+            lambda name, shape: initial_value(name, shape, 1),
+            zero=row.zero,
         )
         optimizer = make_optimizer(parallel, SETTINGS)
         flow = FlowMatching(DiffusionConfig())

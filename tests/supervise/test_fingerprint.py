@@ -20,7 +20,7 @@ import mm
 from mm.config.place import ProcessPlace, process_place
 from mm.errors import ConfigError
 from mm.supervise.fingerprint import agree, differences, file_digests, fingerprint
-from mm.supervise.job import Job, open_store
+from mm.supervise.job import Job, open_job_store
 from mm.supervise.messages import Messages
 
 FLAGS = {"lr": 1e-4, "seed": 1234, "save": "/shared/run", "layers": [4, 4]}
@@ -203,16 +203,16 @@ def test_a_store_that_cannot_be_reached_is_an_error_of_one_line(monkeypatch: pyt
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
     with pytest.raises(ConfigError, match=rf"^CFG-091: Rank 1 cannot reach the job's store at 127.0.0.1:{port}: .*\n?"):
-        open_store(ProcessPlace(1, 2, 1), SECONDS)
+        open_job_store(ProcessPlace(1, 2, 1), SECONDS)
     with socket.socket() as other:
         other.bind(("0.0.0.0", port))
         other.listen()
         with pytest.raises(ConfigError, match=r"^CFG-091: Rank 0 .*address already in use"):
-            open_store(ProcessPlace(0, 2, 0), SECONDS)
+            open_job_store(ProcessPlace(0, 2, 0), SECONDS)
     for wrong in ("", "abc", "70000"):
         monkeypatch.setenv("MASTER_PORT", wrong)
         with pytest.raises(ConfigError, match=r"^CFG-031"):
-            open_store(ProcessPlace(0, 2, 0), SECONDS)
+            open_job_store(ProcessPlace(0, 2, 0), SECONDS)
 
 
 def test_a_job_of_one_process_needs_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +229,7 @@ def test_a_job_of_one_process_needs_no_port(monkeypatch: pytest.MonkeyPatch) -> 
 def four_ranks() -> dict[str, str]:
     """Every case on one rank of one start: starting processes is what costs."""
     where = process_place()
-    store = open_store(where, 60 * SECONDS).of_start()
+    store = open_job_store(where, 60 * SECONDS).of_start()
 
     def said(case: str, mine: Mapping[str, str], seconds: float = 60) -> str:
         return outcome(dist.PrefixStore(case, store), where.rank, where.world_size, mine, seconds)
@@ -260,7 +260,7 @@ def four_ranks() -> dict[str, str]:
         store.set("port of rank 0", str(free_port()))
     os.environ.update(MASTER_PORT=store.get("port of rank 0").decode(), TORCHELASTIC_USE_AGENT_STORE="False")
     found["job on a store of rank 0"] = join(lr=4)
-    of_rank_0 = open_store(where, 60 * SECONDS).of_start()
+    of_rank_0 = open_job_store(where, 60 * SECONDS).of_start()
     if where.rank:
         found["lost"] = outcome(of_rank_0, where.rank, where.world_size, parts(), 60)
     else:

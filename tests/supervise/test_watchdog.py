@@ -31,7 +31,7 @@ def hang_with_a_late_rank(late: int, folder: str) -> dict[str, Any]:
     where, left = process_place(), []
     sys.stderr = (Path(folder) / f"stderr-{where.rank}").open("w")
     with Job(where, "gloo", torch.device("cpu"), 1) as job:
-        notices = Mailbox(job.notices(5), where.rank, where.world_size)
+        notices = Mailbox(job.messages(5), where.rank, where.world_size)
         watch = Watchdog(notices, Limits(LIMIT, 60), Path(folder), leave=lambda code: left.append(code))
         began = time.monotonic()
         with watch:
@@ -75,7 +75,7 @@ def wait_for_a_reader(ends: str, folder: str) -> dict[str, Any]:
     sys.stderr = (Path(folder) / f"stderr-{where.rank}").open("w")
     began = time.monotonic()
     with Job(where, "gloo", torch.device("cpu"), 1) as job:
-        notices = Mailbox(job.notices(5), where.rank, where.world_size)
+        notices = Mailbox(job.messages(5), where.rank, where.world_size)
         limits = Limits(LIMIT, 60, {"waiting for data": 4 * LIMIT})
         watch = Watchdog(notices, limits, Path(folder), leave=lambda code: left.append(code))
         try:
@@ -121,7 +121,7 @@ def wait_without_a_limit() -> list[int]:
     watch_module.SILENT_S, watch_module.TOLD_S = 3.0, 1.0
     sys.stderr = io.StringIO()
     with Job(where, "gloo", torch.device("cpu"), 1) as job:
-        notices = Mailbox(job.notices(5), where.rank, where.world_size)
+        notices = Mailbox(job.messages(5), where.rank, where.world_size)
         if where.rank == 0:
             limits = Limits(LIMIT, 60, {"saving": math.inf})
             with Watchdog(notices, limits, None, leave=left.append) as watch, watch.during("saving"):
@@ -136,7 +136,7 @@ def wait_for_a_handle() -> bool:
     """Whether a rank is seen waiting: rank 0 waits for a message whose handle it holds, rank 1 sleeps."""
     where = process_place()
     with Job(where, "gloo", torch.device("cpu"), 1) as job:
-        watch = Watchdog(Mailbox(job.notices(5), where.rank, 2), Limits(60, 60), None)
+        watch = Watchdog(Mailbox(job.messages(5), where.rank, 2), Limits(60, 60), None)
         with watch, watch.during("forward and backward"):
             if where.rank == 0:
                 handle = dist.irecv(torch.zeros(1), 1)

@@ -22,7 +22,7 @@ from mm.data.loader import FeatureBatch
 from mm.diffusion.flow import FlowMatching
 from mm.doctor.fake_job import fake_job
 from mm.optim.optimizer import Optimizer
-from mm.optim.step_statistics import outcome_size
+from mm.optim.step_statistics import message_size
 from mm.parallel.stage import WanStage
 from mm.parallel.tokens import TokenShare
 from mm.train.step import forward_micro_batch
@@ -141,7 +141,7 @@ def tell_all_ranks() -> dict[str, Any]:
     parallel = SimpleNamespace(backend=SimpleNamespace(device=torch.device(DEVICE)))
     optimizer: Any = SimpleNamespace(_position={"a": 0, "b": 1, "c": 2}, _shards=shards, _parallel=parallel)
     with Copies() as copies:
-        Optimizer.gradient_squares(optimizer, torch.empty(outcome_size(2), device=DEVICE))
+        Optimizer.gradient_squares(optimizer, torch.empty(message_size(2), device=DEVICE))
     return {"asynchronous": copies.asynchronous, "blocking": copies.blocking, "reads": copies.reads}
 
 

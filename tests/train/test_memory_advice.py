@@ -20,7 +20,7 @@ from mm.dialects.mindspeed.train_flags import PretrainModel, TrainFlags
 from mm.doctor.dry_run import DryRunJob, Report, dry_run
 from mm.errors import ConfigError
 from mm.lora.plan import plan_of
-from mm.train.memory_advice import MemoryAdvice, reliefs
+from mm.train.memory_advice import MemoryAdvice, advise
 from mm.train.memory_breakdown import MemoryBreakdown
 from mm.train.run import data_parallel_options, training_dtype
 
@@ -99,12 +99,12 @@ def test_every_proposal_is_legal_new_and_as_it_is_written() -> None:
     assert len(runs) > 50
     for words, run in runs:
         for split in SPLITS:
-            found = reliefs(run, split)
+            found = advise(run, split)
             assert len(found) == 3, (words, run.world_size, split)
-            assert len({relief.text for relief in found}) == 3
-            assert sorted(found, key=lambda relief: -relief.score) == found
-            for relief in found:
-                check_proposal(words, run, relief)
+            assert len({advice.text for advice in found}) == 3
+            assert sorted(found, key=lambda advice: -advice.score) == found
+            for advice in found:
+                check_proposal(words, run, advice)
 
 
 def from_flags(run: TrainingRun) -> dict[str, Any]:
@@ -115,20 +115,20 @@ def from_files(run: TrainingRun) -> dict[str, Any]:
     return {path: value for path, value in run.values().items() if run.origins[path].file}
 
 
-def check_proposal(words: str, run: TrainingRun, relief: MemoryAdvice) -> None:
-    after = relief.after
+def check_proposal(words: str, run: TrainingRun, advice: MemoryAdvice) -> None:
+    after = advice.after
     check_training(after)
     layout_of(after)
-    given = relief.text.split(" and ")[0]
-    assert given.startswith("--") or from_files(after) != from_files(run), relief.text
+    given = advice.text.split(" and ")[0]
+    assert given.startswith("--") or from_files(after) != from_files(run), advice.text
     if given.startswith("--"):  # the run's own command with the words behind it
         written = translated(command_line(f"{words} {given}"), zero=after.parallel.layerzero)
         assert from_flags(written) == from_flags(after)
         for name, value in itertools.pairwise(shlex.split(f"{given} --")):
             assert not name.startswith("--") or f" {name} {value} " not in f" {words} ", f"{given} is in use: {words}"
-    assert (f"on {after.world_size} processes" in str(relief)) == (after.world_size != run.world_size)
+    assert (f"on {after.world_size} processes" in str(advice)) == (after.world_size != run.world_size)
     batches = [r.samples_of_step(r.world_size // r.replica) for r in (run, after)]
-    assert (f"a global batch of {batches[1]}" in str(relief)) == (batches[0] != batches[1])
+    assert (f"a global batch of {batches[1]}" in str(advice)) == (batches[0] != batches[1])
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def check_proposal(words: str, run: TrainingRun, relief: MemoryAdvice) -> None:
 )
 def test_large_activations(words: str, world_size: int, predictor: dict[str, Any], expected: list[str]) -> None:
     split = MemoryBreakdown("forward and backward", 2 * 10**9, 3 * 10**9, 6 * 10**9, 16 * 10**9, 100 * 10**9)
-    found = [str(relief) for relief in reliefs(request(words, world_size, shape="1.3B", **predictor), split)]
+    found = [str(advice) for advice in advise(request(words, world_size, shape="1.3B", **predictor), split)]
     assert found[: len(expected)] == expected
 
 
@@ -170,25 +170,25 @@ def test_large_activations(words: str, world_size: int, predictor: dict[str, Any
 )
 def test_a_large_model_is_sharded(words: str, zero3_size: int | None, first: str) -> None:
     split = MemoryBreakdown("building the model", 10**9, parameters=60 * 10**9)
-    assert str(reliefs(request(words, 8, zero3_size, "14B"), split)[0]) == first
+    assert str(advise(request(words, 8, zero3_size, "14B"), split)[0]) == first
 
 
 def test_a_frozen_base_is_kept_in_fewer_bits_or_sharded() -> None:
     """14B with adapters: gradients and moments are small, the base is what can shrink."""
     split = MemoryBreakdown("forward and backward", 10**9, 28 * 10**9, 10**8, 2 * 10**8, 10**9)
     words = f"--bf16 {LORA} {RECOMPUTE} uniform"
-    texts = [str(relief) for relief in reliefs(request(words, 8, shape="14B"), split)]
+    texts = [str(advice) for advice in advise(request(words, 8, shape="14B"), split)]
     assert texts[0] == "--layerzero --layerzero-config zero_config.yaml and zero3_size: 8 in zero_config.yaml"
-    texts = [str(relief) for relief in reliefs(request(words, 1, shape="14B"), split)]
+    texts = [str(advice) for advice in advise(request(words, 1, shape="14B"), split)]
     assert texts[0] == "--lora-base-dtype int8"
-    texts = [str(relief) for relief in reliefs(request(f"{words} --lora-base-dtype fp8", 1, shape="14B"), split)]
+    texts = [str(advice) for advice in advise(request(f"{words} --lora-base-dtype fp8", 1, shape="14B"), split)]
     assert not any("layerzero" in text or "lora" in text for text in texts)
 
 
 def test_degrees_follow_the_rules() -> None:
     """5 heads take no CP of 2 by Ulysses, and no TP of 2; 5 blocks need stages that are listed."""
     shape = {"hidden_size": 120, "num_heads": 5, "ffn_dim": 200, "num_layers": 5}
-    texts = [str(relief) for relief in reliefs(request("--bf16", 1, **shape), STEP, count=9)]
+    texts = [str(advice) for advice in advise(request("--bf16", 1, **shape), STEP, count=9)]
     assert any(text.startswith("--tensor-model-parallel-size 5 ") for text in texts)
     assert any(text.startswith("--context-parallel-size 2 --context-parallel-algo megatron_cp_algo ") for text in texts)
     assert any('--pipeline-model-parallel-size 2 and "pipeline_num_layers": [3, 2] in m.json' in t for t in texts)
@@ -198,7 +198,7 @@ def test_where_the_rules_leave_less_than_three_less_is_said() -> None:
     run = request(
         f"--bf16 --use-distributed-optimizer {LAYERZERO}", 1, 1, hidden_size=10, num_heads=1, ffn_dim=15, num_layers=1
     )
-    texts = [str(relief) for relief in reliefs(run, STEP)]
+    texts = [str(advice) for advice in advise(run, STEP)]
     assert len(texts) == 2
     assert all("2 processes" in text for text in texts)
 
@@ -232,8 +232,8 @@ def test_the_dry_run_of_every_proposal_needs_less_as_estimated(words: str, world
     known = [kinds.pop(kind) for kind in ("parameters", "gradients", "optimizer")]
     split = MemoryBreakdown("forward and backward", 0, *known, activations=sum(kinds.values()))
     assert split.held == before.peak_bytes
-    found = reliefs(run, split)
+    found = advise(run, split)
     assert len(found) == 3
-    for relief in found:
-        really_saved = before.peak_bytes - step(relief.after).peak_bytes
-        assert really_saved == pytest.approx(relief.saved, rel=0.2), str(relief)
+    for advice in found:
+        really_saved = before.peak_bytes - step(advice.after).peak_bytes
+        assert really_saved == pytest.approx(advice.saved, rel=0.2), str(advice)

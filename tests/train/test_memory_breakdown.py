@@ -50,12 +50,13 @@ def splits_of_a_rank() -> list[tuple[MemoryBreakdown, MemoryBreakdown]]:
             layout = Layout(world_size=2, stages=even_stages(2, 1), zero3_size=zero.zero3_size if zero else None)
             with build_mesh(layout, 1, "cpu") as mesh:
                 options = DataParallelOptions(use_distributed_optimizer=distributed)
-                parallel = apply(WAN, mesh, backend, options, dtype, None, zero)
+                parallel = apply(WAN, mesh, backend, options, dtype, None, zero=zero)
                 optimizer = make_optimizer(parallel, replace(SETTINGS, optimizer=name, ema_decay=decay))
-                before = measure("forward and backward", 0, 10**9, 10**8, parallel, optimizer)
+                whole = {"peak": 10**9, "program": 10**8, "parallel": parallel, "optimizer": optimizer}
+                before = measure("forward and backward", 0, **whole)
                 for shard in optimizer.shards:
                     shard.state()
-                found.append((before, measure("forward and backward", 0, 10**9, 10**8, parallel, optimizer)))
+                found.append((before, measure("forward and backward", 0, **whole)))
     return found
 
 

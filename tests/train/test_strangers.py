@@ -57,9 +57,9 @@ def test_forged_messages_are_ignored_and_counted(forged: str, caplog: pytest.Log
 
 def test_messages_hold_under_their_name_in_their_start_only(tmp_path: Path) -> None:
     store, one, other = both()
-    one.tell("seen 0", "early")
+    one.write("seen 0", "early")
     early = store.get("seen 0").decode()
-    one.tell("seen 0", "late")
+    one.write("seen 0", "late")
     assert other.read("seen 0") == "late"
     store.set("seen 0", early)  # put back
     assert other.read("seen 0") == "late" and other.forged == 1
@@ -84,7 +84,7 @@ def test_no_failure_says_success() -> None:
         assert failure is None or failure.exit_code == EXIT_INTERNAL
     for told in ([], "text", 3, {"rank": 0}, {"unknown": 1}):
         _, _, other = both(secret=None)
-        other.tell("failure", told)
+        other.write("failure", told)
         assert Mailbox(other, 1, 2).failure() is None
 
 

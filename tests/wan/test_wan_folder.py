@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from published_names import diffusers_to_native
 from safetensors.torch import load_file, save_file
 
 from mm.config.model import WAN_1_3B, WanConfig
@@ -13,7 +14,7 @@ from mm.errors import DataError
 from mm.wan.config_json import read_config, wan_config_to_diffusers
 from mm.wan.folder import WeightFolder
 from mm.wan.model import WanModel
-from mm.wan.names import diffusers_to_native, native_to_mm
+from mm.wan.names import native_to_mm
 
 CONFIG = WanConfig(text_dim=32, hidden_size=64, ffn_dim=96, num_heads=2, num_layers=2, freq_dim=32)
 INDEX = "diffusion_pytorch_model.safetensors.index.json"

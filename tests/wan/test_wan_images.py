@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from published_names import diffusers_to_native
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
@@ -20,7 +21,7 @@ from mm.wan.folder import WeightFolder
 from mm.wan.initial import initial_value
 from mm.wan.layers import ModuleFactories
 from mm.wan.model import WanModel
-from mm.wan.names import diffusers_to_native, native_to_mm
+from mm.wan.names import native_to_mm
 
 TINY = {
     "in_dim": 36, "text_dim": 24, "hidden_size": 64, "ffn_dim": 96, "num_heads": 4, "num_layers": 2, "freq_dim": 32,

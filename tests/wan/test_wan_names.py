@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
+from published_names import diffusers_to_native, key_shape_md5, mindspeed_to_native
 
 from mm.config.model import WAN_1_3B, WAN_14B, WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B
 from mm.errors import DataError
@@ -28,14 +29,14 @@ def elements(shapes):
 def test_1_3b_has_the_published_layout():
     shapes = meta_shapes(WAN_1_3B)
     assert (len(shapes), elements(shapes)) == (825, 1_418_996_800)
-    assert names.key_shape_md5(shapes) == "9269f8db9040a9d860eaca435be61814"
+    assert key_shape_md5(shapes) == "9269f8db9040a9d860eaca435be61814"
 
 
 def test_14b_has_the_published_layout_in_native_and_diffusers_names(shapes_14b):
     assert (len(shapes_14b), elements(shapes_14b)) == (1095, 14_288_491_584)
-    assert names.key_shape_md5(shapes_14b) == "aafcfd9672c3a2456dc46e1cb6e52c70"
+    assert key_shape_md5(shapes_14b) == "aafcfd9672c3a2456dc46e1cb6e52c70"
     in_diffusers = {names.native_to_diffusers(name): shape for name, shape in shapes_14b.items()}
-    assert names.key_shape_md5(in_diffusers) == "cb104773c6c2cb6df4f9529ad5c60d0b"
+    assert key_shape_md5(in_diffusers) == "cb104773c6c2cb6df4f9529ad5c60d0b"
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_14b_has_the_published_layout_in_native_and_diffusers_names(shapes_14b):
 def test_models_of_images_have_the_published_layouts(config, tensors, parameters, md5):
     shapes = meta_shapes(config)
     assert (len(shapes), elements(shapes)) == (tensors, parameters)
-    assert names.key_shape_md5(shapes) == md5
+    assert key_shape_md5(shapes) == md5
 
 
 def i2v_native_shapes(shapes_14b, emb_pos: bool):
@@ -70,8 +71,8 @@ def i2v_native_shapes(shapes_14b, emb_pos: bool):
 
 def test_image_rows_are_those_of_the_published_i2v_and_flf2v_layouts(shapes_14b):
     i2v, flf2v = (i2v_native_shapes(shapes_14b, emb_pos) for emb_pos in (False, True))
-    assert names.key_shape_md5(i2v) == "6bfcfb3b342cb286ce886889d519a77e"
-    assert names.key_shape_md5(flf2v) == "3ef3b1f8e1dab83d5b71fd7b617f859f"
+    assert key_shape_md5(i2v) == "6bfcfb3b342cb286ce886889d519a77e"
+    assert key_shape_md5(flf2v) == "3ef3b1f8e1dab83d5b71fd7b617f859f"
     with torch.device("meta"):
         theirs = WanTransformer3DModel(
             in_channels=36, image_dim=1280, added_kv_proj_dim=5120, pos_embed_seq_len=514
@@ -105,7 +106,7 @@ def test_vace_rows_are_those_of_the_published_layouts_and_of_diffusers(size):
     config, layers, tensors, md5 = VACE[size]
     shapes = vace_native_shapes(config, layers)
     assert len(shapes) == tensors
-    assert names.key_shape_md5(shapes) == md5
+    assert key_shape_md5(shapes) == md5
     with torch.device("meta"):
         theirs = WanVACETransformer3DModel(
             num_attention_heads=config.num_heads, ffn_dim=config.ffn_dim, num_layers=config.num_layers,
@@ -114,7 +115,7 @@ def test_vace_rows_are_those_of_the_published_layouts_and_of_diffusers(size):
     assert {names.native_to_diffusers(n): s for n, s in shapes.items()} == {
         n: tuple(v.shape) for n, v in theirs.items()
     }
-    assert all(names.mm_to_native(names.native_to_mm(name)) == name for name in shapes)
+    assert all(mindspeed_to_native(names.native_to_mm(name)) == name for name in shapes)
     assert len({names.native_to_mm(name) for name in shapes}) == len(shapes)
 
 
@@ -129,15 +130,15 @@ def test_control_models_have_the_names_of_models_of_images(base, tensors, parame
     """Fun-Control: 48 input channels instead of 36, and no tensor of another name."""
     shapes = meta_shapes(base) | {"patch_embedding.weight": (base.hidden_size, 48, 1, 2, 2)}
     assert (len(shapes), elements(shapes)) == (tensors, parameters)
-    assert names.key_shape_md5(shapes) == md5
-    assert {names.diffusers_to_native(names.native_to_diffusers(name)) for name in shapes} == shapes.keys()
+    assert key_shape_md5(shapes) == md5
+    assert {diffusers_to_native(names.native_to_diffusers(name)) for name in shapes} == shapes.keys()
 
 
 def test_tables_are_one_to_one_both_ways(shapes_14b):
     native = set(i2v_native_shapes(shapes_14b, emb_pos=True))
     for there, back in (
-        (names.native_to_diffusers, names.diffusers_to_native),
-        (names.native_to_mm, names.mm_to_native),
+        (names.native_to_diffusers, diffusers_to_native),
+        (names.native_to_mm, mindspeed_to_native),
     ):
         other = [there(name) for name in native]
         assert len(set(other)) == len(native)
@@ -159,7 +160,7 @@ def test_tables_are_one_to_one_both_ways(shapes_14b):
 )
 def test_mindspeed_mm_names(native, mm):
     assert names.native_to_mm(native) == mm
-    assert names.mm_to_native(mm) == native
+    assert mindspeed_to_native(mm) == native
 
 
 @pytest.mark.parametrize(

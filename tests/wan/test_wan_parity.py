@@ -3,11 +3,11 @@
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from published_names import diffusers_to_native
 
 from mm.config.model import WanConfig
 from mm.wan.inputs import ModelInputs
 from mm.wan.model import WanModel
-from mm.wan.names import diffusers_to_native
 from mm.wan.patches import patchify, unpatchify
 from mm.wan.rope import grid_positions
 

@@ -1,4 +1,4 @@
-"""How MindSpeed-MM cuts a model into pipeline stages: which blocks are where, and what they are called there.
+"""Split of a model into pipeline stages by MindSpeed-MM: the blocks of each, and their names there.
 
 A split is [VP][PP] numbers of blocks, as in `pipeline_num_layers`: chunk v of pipeline rank p is the virtual stage
 v * PP + p of the model. Inside a chunk blocks are counted from 0. The first chunk has everything in front of the blocks

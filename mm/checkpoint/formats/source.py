@@ -1,4 +1,4 @@
-"""What every format offers for reading: the tensors of one transformer under native names, one at a time."""
+"""Source of weights, as every format offers it: tensors of one transformer under native names, one at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class WeightSource(Protocol):
 
     @property
     def path(self) -> Path:
-        """Where the weights are."""
+        """Place of the weights."""
 
     @property
     def label(self) -> str:

@@ -45,7 +45,7 @@ def _named(run: TrainingRun, path: str) -> str:
     return word.with_value(False) if path == "checkpoint.save_optimizer" else word.name
 
 
-def _mm_format_holds_weights(run: TrainingRun) -> Iterator[Problem]:
+def _mindspeed_format_holds_weights(run: TrainingRun) -> Iterator[Problem]:
     """CFG-115: what a run in the MM format would lose or could not write."""
     kept, words = run.checkpoint, run.origins
     if kept.format != "torch":
@@ -78,4 +78,7 @@ def _mm_format_holds_weights(run: TrainingRun) -> Iterator[Problem]:
             yield Problem("CFG-115", f"{torch} with {name}, which {why}.", f"Remove one of them, {default}")
 
 
-SAVING_RULES: tuple[Callable[[TrainingRun], Iterator[Problem]], ...] = (_saving_is_meant, _mm_format_holds_weights)
+SAVING_RULES: tuple[Callable[[TrainingRun], Iterator[Problem]], ...] = (
+    _saving_is_meant,
+    _mindspeed_format_holds_weights,
+)

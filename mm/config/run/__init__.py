@@ -1,1 +1,1 @@
-"""What a run is, in sections that no command line knows: the inner configuration that everything else reads."""
+"""Sections of a run, which no command line knows: the inner configuration that everything else reads."""

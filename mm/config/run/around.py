@@ -12,7 +12,7 @@ from mm.config.run.data import FeatureSet
 
 
 class TrainingSection(Section):
-    """How long is trained, with which chance, on what.
+    """Length of the training, its chance, and its device.
 
     Attributes:
         steps: of the whole training, those before a resume included.
@@ -49,12 +49,12 @@ class ValidationSection(Section):
 
 
 def validation_folder(save: str) -> Path:
-    """Where the clips of a run go."""
+    """Folder of a run's clips."""
     return Path(save) / "validation"
 
 
 class SupervisionSection(Section):
-    """What watches over the processes.
+    """Supervision of the processes.
 
     Attributes:
         timeout_minutes: how long a collective may wait.
@@ -70,7 +70,7 @@ class SupervisionSection(Section):
 
 
 class LoggingSection(Section):
-    """What is told: steps between console lines, a TensorBoard folder other than SAVE/tensorboard, a bar."""
+    """Logging: steps between console lines, a TensorBoard folder other than SAVE/tensorboard, a bar."""
 
     interval: int = Field(1, ge=1)
     tensorboard: str | None = None

@@ -30,7 +30,7 @@ class AdapterSection(Section):
 
 
 class CheckpointSection(Section):
-    """Where a run starts, and what it writes.
+    """Weights that a run starts from, and checkpoints that it writes.
 
     Attributes:
         load: weights to start from in any known format, or a folder of training checkpoints; with adapters: theirs.

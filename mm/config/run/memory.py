@@ -10,7 +10,7 @@ from mm.config.base import Section
 
 
 class MemorySection(Section):
-    """What blocks keep for backward.
+    """Memory that blocks keep for backward.
 
     Attributes:
         recompute: full: compute blocks again in backward instead of keeping what they made; selective: all blocks,

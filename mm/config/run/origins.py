@@ -1,4 +1,4 @@
-"""Where each value of a run came from, and the words that its user has for it.
+"""Origins of a run's values, and the words that its user has for them.
 
 Sections are addressed by dotted paths, `optimizer.lr`. A dialect says for each path which of its words stands for it;
 rules and reports look a path up here and so speak of what the user wrote.
@@ -57,14 +57,14 @@ class Word:
         return f"{self.key or self.name} of {self.file_word}" if self.file_word else self.key or self.name
 
     def assigned(self, value: Any) -> str:
-        """What is written to give it a value: `--lr 0.1`, `--bf16`, `"dtype": "bf16"`, `optimizer.lr: 0.1`."""
+        """Text that gives it a value: `--lr 0.1`, `--bf16`, `"dtype": "bf16"`, `optimizer.lr: 0.1`."""
         spelled = self.spelled(value)
         if not self.file:
             return self.name if spelled is True else f"{self.name} {_as_words(spelled)}"
         return f'"{self.name}": {json.dumps(spelled)}' if self.is_json else f"{self.name}: {_as_yaml(spelled)}"
 
     def with_value(self, value: Any) -> str:
-        """What stands in a sentence: `--lr 0.1`, `--no-save-optim`, `optimizer.lr 0.1`."""
+        """Words for a sentence: `--lr 0.1`, `--no-save-optim`, `optimizer.lr 0.1`."""
         spelled = self.spelled(value)
         if not self.file and isinstance(spelled, bool):
             return self.name
@@ -101,7 +101,7 @@ class Origins:
         return first.file_word if first is not None else path
 
     def assigned(self, values: Mapping[str, Any]) -> str:
-        """What is written to give values to several paths: flags on one line, then each key with its file.
+        """Text that gives values to several paths: flags on one line, then each key with its file.
 
         `--bf16 --global-batch-size 8 and "dtype": "bf16" in m.json`
         """
@@ -138,5 +138,5 @@ def _as_words(value: Any) -> str:
 
 
 def _as_yaml(value: Any) -> str:
-    """As a person writes a value: bare words, numbers, lists; true, false and null."""
+    """Spelling of a value as a person writes it: bare words, numbers, lists; true, false and null."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -13,7 +13,7 @@ ContextAlgorithm = Literal["ulysses", "ring", "hybrid"]
 
 
 class MeshSection(Section):
-    """What training and generation share. What the degrees leave of the processes is data parallel.
+    """Degrees that training and generation share. What they leave of the processes is data parallel.
 
     Attributes:
         tensor_size, context_size: degrees.

@@ -1,1 +1,1 @@
-"""What each task is made of: one declaration a file, and the registry."""
+"""Tasks: one declaration a file, and the registry."""

@@ -1,4 +1,4 @@
-"""What tasks share that are about given frames of a clip.
+"""Parts shared by tasks that are about given frames of a clip.
 
 Source: Wan technical report (arXiv 2503.20314) section 5.1 and the released weights.
 """

@@ -19,7 +19,7 @@ SPEEDCONTROL = Task(
             entry=Entry.TIME_MODULATION,
             shape=lambda sizes: (),
             module="motion_controller",
-            error="CFG-190",
+            error="CFG-194",
             remedy=f"Give {MOTION.expected} for each latent.",
         ),
     ),

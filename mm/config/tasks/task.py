@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 
 
 class Entry(Enum):
-    """Where a feature enters the model."""
+    """Place where a feature enters the model."""
 
     CHANNELS = "channels behind those of the noisy latents"
     CONTEXT = "tokens in front of the text's, which cross attention tells apart"
@@ -23,7 +23,7 @@ class Entry(Enum):
 
 
 class Source(Enum):
-    """What makes a feature."""
+    """Maker of a feature."""
 
     IMAGE_ENCODER = "the image encoder, of the frames that are given"
     KNOWN_FRAMES = "the VAE, of a video that is grey between the frames that are given; a mask of them in front"
@@ -60,13 +60,13 @@ class Column:
         return f"a number from {self.lowest:g} to {self.highest:g}"
 
     def holds(self, value: object) -> bool:
-        """Whether a value may stand in it."""
+        """Tell whether a value may stand in it."""
         return type(value) in (int, float) and self.lowest <= value <= self.highest  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What shapes of features are made of.
+    """Sizes that shapes of features are made of.
 
     Attributes:
         channels: of latents. latent: F, H, W of a sample's latents.

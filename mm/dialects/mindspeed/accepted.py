@@ -1,4 +1,4 @@
-"""What MindSpeed-MM's own files may say: values that mean what is done here anyway, and other names.
+"""Words accepted from MindSpeed-MM's own files: values that mean what is done here anyway, and other names.
 
 A key is taken out where its value changes nothing, another spelling is replaced, and both are noted, so that a log says
 once what became of them. A value that would change something stays, and is refused where the file is checked.
@@ -14,15 +14,16 @@ from typing import Any, Literal
 
 from mm.config.model import task_named_in
 
-Kind = Literal["data.json", "feature_data.json", "pretrain_model.json", "model_wan.json", "tools.json",
-               "inference_model.json"]  # fmt: skip
+Kind = Literal[
+    "data.json", "feature_data.json", "pretrain_model.json", "model_wan.json", "tools.json", "inference_model.json"
+]
 Accepts = Callable[[Any, Any], bool]
 """(value, whole file) -> whether it means what is done here anyway."""
 
 
 @dataclass(frozen=True)
 class Note:
-    """What became of one key.
+    """Note of what became of one key.
 
     Attributes:
         key: dotted. value: as the file had it. why: `read as fp32`, or why it changes nothing.
@@ -141,7 +142,7 @@ def _without_interval(value: Any, whole: Any) -> bool:
 
 
 def _in_a_feature_file(value: Any, whole: Any) -> bool:
-    """With `dataset_type` feature, which is MindSpeed-MM's own name, nothing reads a tokenizer there either."""
+    """Accept with `dataset_type` feature, which is MindSpeed-MM's own name: nothing reads a tokenizer there either."""
     del value
     return _at(whole, "dataset_param").get("dataset_type") == "feature"
 
@@ -194,6 +195,7 @@ _MOVED: Mapping[Kind, Mapping[str, str]] = {
 }
 
 _NOT_READ = (_any, "training reads features, which are made already")
+_OF_READING = ("video_reader_type", "min_num_frames", "min_hxw", "hw_aspect_thr", "train_pipeline")
 _ORDER = "the order is drawn from --seed alone"
 _CLIPS: Mapping[str, tuple[Accepts, str]] = {
     "dataset_param.use_feature_data": (_is(True), "features are what is read"),
@@ -245,8 +247,7 @@ _ACCEPTED: Mapping[Kind, Mapping[str, tuple[Accepts, str]]] = {
         "dataset_param.tokenizer_config": (_in_a_feature_file, "captions are embedded already"),
         "dataset_param.use_text_processer": _NOT_READ,
         "dataset_param.enable_text_preprocessing": _NOT_READ,
-        **{_P + name: _NOT_READ for name in ("video_reader_type", "min_num_frames", "min_hxw", "hw_aspect_thr",
-                                             "train_pipeline")},
+        **{_P + name: _NOT_READ for name in _OF_READING},
     },
     "pretrain_model.json": {
         **_MODEL,
@@ -292,4 +293,4 @@ _ACCEPTED: Mapping[Kind, Mapping[str, tuple[Accepts, str]]] = {
         "diffusion.trained_betas": (_is(None), "flow matching has no betas"),
         "diffusion.rescale_betas_zero_snr": (_is(False), "flow matching has no betas"),
     },
-}  # fmt: skip
+}

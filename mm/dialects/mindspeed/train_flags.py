@@ -237,7 +237,7 @@ class TrainFlags(MeshFlags):
 
     @property
     def lora(self) -> bool:
-        """Whether adapters are trained, by any of LoRA's flags; the rules ask for the others."""
+        """True where adapters are trained, by any of LoRA's flags; the rules ask for the others."""
         given = (self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_base_dtype)
         return bool(self.lora_target_modules) or any(value is not None for value in given)
 

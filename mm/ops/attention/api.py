@@ -166,7 +166,7 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
 
 
 def attention_name(device: torch.device, dtype: torch.dtype, head_dim: int, num_tokens: int) -> str:
-    """What attention among so many tokens runs on, for people."""
+    """Name, for people, of the implementation that attention among so many tokens gets."""
     if device.type == "npu" and dtype in LOW_PRECISION:
         return "npu_fusion_attention"
     kernel = _kernel(device, dtype, head_dim, num_tokens)

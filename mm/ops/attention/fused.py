@@ -94,10 +94,10 @@ def _cudnn_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Torch looks a plan of cuDNN up by the layouts of q, k and v, and would read these two in that of an earlier call.
     grad_out, out = _in_layout_of(q, grad_out), _in_layout_of(q, out)
+    lengths, seeds = (q.shape[2], k.shape[2]), (_unread(q), _unread(q))
     dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        grad_out, q, k, v, out, lse.contiguous().unsqueeze(-1), _unread(q), _unread(q), None, None, None,
-        q.shape[2], k.shape[2], 0.0, False,
-    )  # fmt: skip
+        grad_out, q, k, v, out, lse.contiguous().unsqueeze(-1), *seeds, None, None, None, *lengths, 0.0, False
+    )
     return dq, dk, dv
 
 
@@ -113,10 +113,11 @@ def _flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     width = q.shape[-1]
     grad_out, q, k, v, out = (_pad_width(x) for x in (grad_out, q, k, v, out))
+    tensors = grad_out, q, k, v, out, lse.contiguous()
+    lengths, seeds = (q.shape[2], k.shape[2]), (_unread(q), _unread(q))
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        grad_out, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, False,
-        _unread(q), _unread(q), scale=width**-0.5,
-    )  # fmt: skip
+        *tensors, None, None, *lengths, 0.0, False, *seeds, scale=width**-0.5
+    )
     return dq.narrow(-1, 0, width), dk.narrow(-1, 0, width), dv.narrow(-1, 0, width)
 
 

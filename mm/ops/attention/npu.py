@@ -43,8 +43,8 @@ def attention_backward(
     """
     grad_out, q, k, v, out = (x.contiguous() for x in (grad_out, q, k, v, out))
     maximum = lse.unsqueeze(-1).repeat(1, 1, 1, _LANES)
+    kept = {"softmax_max": maximum, "softmax_sum": torch.ones_like(maximum), "attention_in": out}
     dq, dk, dv, *_ = torch.ops.npu.npu_fusion_attention_grad(
-        q, k, v, grad_out, q.shape[2], _LAYOUT,
-        softmax_max=maximum, softmax_sum=torch.ones_like(maximum), attention_in=out, scale_value=q.shape[-1] ** -0.5,
-    )  # fmt: skip
+        q, k, v, grad_out, q.shape[2], _LAYOUT, **kept, scale_value=q.shape[-1] ** -0.5
+    )
     return dq, dk, dv

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mm.ops.elementwise.dispatch import operators_of
-from mm.ops.elementwise.operators import Rotation, SumOverRanks, identity
+from mm.ops.elementwise.operators import HeadNorm, Rotation
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -48,29 +48,20 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return out
 
 
-def rms_norm_rope(
-    x: Tensor,
-    weight: Tensor,
-    rotation: Rotation | None,
-    head_dim: int,
-    eps: float,
-    width: int,
-    sum_over_ranks: SumOverRanks = identity,
-) -> Tensor:
+def rms_norm_rope(x: Tensor, weight: Tensor, rotation: Rotation | None, norm: HeadNorm) -> Tensor:
     """RMSNorm over all heads, then the rotation of each head's pairs by the angles of its token.
 
     Args:
         x: [B, T, N*K], this rank's heads.
         weight: [N*K].
         rotation: cosine and sine of every pair's angle; None leaves heads as they are.
-        head_dim: K. eps: added to the mean square.
-        width: of all heads, those of other ranks included. sum_over_ranks: adds up over the ranks that have them.
+        norm: the width and what else the norm needs.
 
     Returns:
         [B, T, N, K] in the dtype of `x`. Kept for backward: x, weight, rotation, and 4 bytes a token.
     """
     cos, sin = rotation or (None, None)
-    out: Tensor = _RMSNormRope.apply(x, weight, cos, sin, head_dim, eps, width, sum_over_ranks)
+    out: Tensor = _RMSNormRope.apply(x, weight, cos, sin, norm)
     return out
 
 
@@ -101,21 +92,11 @@ class _GatedResidual(torch.autograd.Function):
 
 class _RMSNormRope(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        head_dim: int,
-        eps: float,
-        width: int,
-        sum_over_ranks: SumOverRanks,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, norm: HeadNorm) -> Tensor:
         rotation = None if cos is None or sin is None else (cos, sin)
-        out, rstd = operators_of(x).rms_norm_rope(x, weight, rotation, head_dim, eps, width, sum_over_ranks)
+        out, rstd = operators_of(x).rms_norm_rope(x, weight, rotation, norm)
         ctx.save_for_backward(x, weight, cos, sin, rstd)
-        ctx.width, ctx.sum_over_ranks = width, sum_over_ranks
+        ctx.norm = norm
         return out
 
     @staticmethod
@@ -123,6 +104,5 @@ class _RMSNormRope(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, cos, sin, rstd = ctx.saved_tensors
         rotation = None if cos is None else (cos, sin)
-        operators = operators_of(grad)
-        dx, dweight = operators.rms_norm_rope_backward(grad, x, weight, rotation, rstd, ctx.width, ctx.sum_over_ranks)
-        return dx, dweight, None, None, None, None, None, None
+        dx, dweight = operators_of(grad).rms_norm_rope_backward(grad, x, weight, rotation, rstd, ctx.norm)
+        return dx, dweight, None, None, None

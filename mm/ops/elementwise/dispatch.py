@@ -1,4 +1,4 @@
-"""Which implementation of the elementwise operators a tensor gets."""
+"""Choice of the elementwise operators' implementation for a tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from mm.ops.elementwise.fusable import FusableOperators
 from mm.ops.elementwise.npu import NpuOperators
-from mm.ops.elementwise.operators import Operators, PlainOperators
+from mm.ops.elementwise.operators import Operators
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def operators_of(x: Tensor) -> Operators:
     return choice_of(x.device).operators
 
 
-_PLAIN, _FUSABLE, _NPU = PlainOperators(), FusableOperators(), NpuOperators()
+_PLAIN, _FUSABLE, _NPU = Operators(), FusableOperators(), NpuOperators()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The arithmetic of the lean operators in terms that a compiler fuses into one loop.
+"""The arithmetic of the elementwise operators in terms that a compiler fuses into one loop.
 
 Plain torch is fastest eagerly with complex products for the rotation and matrix products for sums of products. Inside
 a compiled graph each of these is a call that nothing fuses with; products and sums of their own are.
@@ -10,47 +10,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mm.ops.elementwise.operators import PlainOperators, Rotation, SumOverRanks
+from mm.ops.elementwise.operators import HeadNorm, Operators, Rotation
 from mm.ops.elementwise.reference import widen
 
 
-class FusableOperators(PlainOperators):
-    """`Operators` for code that torch.compile traces; the layer norm is the plain one, which it takes apart itself."""
+class FusableOperators(Operators):
+    """Operators for code that torch.compile traces; the layer norm is the plain one, which it takes apart itself."""
 
     def gated_residual_backward(self, grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Operators.gated_residual_backward`."""
+        """`Operators.gated_residual_backward`."""
         wide = widen(grad)
         dgate = (wide * widen(y)).sum(dim=1, keepdim=True).sum_to_size(gate.shape)
         return (wide * gate).to(y.dtype), dgate
 
     def rms_norm_rope(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        rotation: Rotation | None,
-        head_dim: int,
-        eps: float,
-        width: int,
-        sum_over_ranks: SumOverRanks,
+        self, x: Tensor, weight: Tensor, rotation: Rotation | None, norm: HeadNorm
     ) -> tuple[Tensor, Tensor]:
-        """As `Operators.rms_norm_rope`."""
+        """`Operators.rms_norm_rope`."""
         wide = widen(x)
-        squares = sum_over_ranks(wide.square().sum(dim=-1, keepdim=True))
-        rstd = torch.rsqrt(squares / width + eps)
-        heads = (wide * rstd * widen(weight)).unflatten(-1, (-1, head_dim))
+        squares = norm.sum_over_ranks(wide.square().sum(dim=-1, keepdim=True))
+        rstd = torch.rsqrt(squares / norm.width + norm.eps)
+        heads = (wide * rstd * widen(weight)).unflatten(-1, (-1, norm.head_dim))
         return (heads if rotation is None else _rotate(heads, *rotation)).to(x.dtype), rstd
 
     def rms_norm_rope_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        rotation: Rotation | None,
-        rstd: Tensor,
-        width: int,
-        sum_over_ranks: SumOverRanks,
+        self, grad: Tensor, x: Tensor, weight: Tensor, rotation: Rotation | None, rstd: Tensor, norm: HeadNorm
     ) -> tuple[Tensor, Tensor]:
-        """As `Operators.rms_norm_rope_backward`."""
+        """`Operators.rms_norm_rope_backward`."""
         wide, grad = widen(x), widen(grad)
         if rotation is not None:
             grad = _rotate(grad, rotation[0], -rotation[1])
@@ -58,8 +44,8 @@ class FusableOperators(PlainOperators):
         normed = wide * rstd
         dweight = (grad * normed).sum(dim=(0, 1)).to(weight.dtype)
         grad = grad * widen(weight)
-        dot = sum_over_ranks((grad * normed).sum(dim=-1, keepdim=True))
-        dx = rstd * (grad - normed * dot / width)
+        dot = norm.sum_over_ranks((grad * normed).sum(dim=-1, keepdim=True))
+        dx = rstd * (grad - normed * dot / norm.width)
         return dx.to(x.dtype), dweight
 
 

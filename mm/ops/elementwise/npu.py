@@ -10,54 +10,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mm.ops.elementwise.operators import PlainOperators, Rotation, SumOverRanks, identity
+from mm.ops.elementwise.operators import HeadNorm, Operators, Rotation, identity
 from mm.ops.elementwise.reference import widen
 
 
-class NpuOperators(PlainOperators):
-    """`Operators` with fused RMSNorm and rotation; LayerNorm and gates are torch's, which torch_npu implements.
+class NpuOperators(Operators):
+    """Operators with fused RMSNorm and rotation; LayerNorm and gates are torch's, which torch_npu implements.
 
     The fused operators round their result to the dtype of their input, and the rotation its tables too. They get fp32,
     so that what is rounded to the stream's dtype is rounded once, at the end, as on other devices.
     """
 
     def rms_norm_rope(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        rotation: Rotation | None,
-        head_dim: int,
-        eps: float,
-        width: int,
-        sum_over_ranks: SumOverRanks,
+        self, x: Tensor, weight: Tensor, rotation: Rotation | None, norm: HeadNorm
     ) -> tuple[Tensor, Tensor]:
-        """As `Operators.rms_norm_rope`."""
+        """`Operators.rms_norm_rope`."""
         wide = widen(x)
-        if sum_over_ranks is identity:
-            normed, rstd = torch.ops.npu.npu_rms_norm(wide, widen(weight), eps)
-            heads = normed.unflatten(-1, (-1, head_dim))
+        if norm.sum_over_ranks is identity:
+            normed, rstd = torch.ops.npu.npu_rms_norm(wide, widen(weight), norm.eps)
+            heads = normed.unflatten(-1, (-1, norm.head_dim))
         else:  # the fused operator cannot stop between the sum of squares and its use
-            heads, rstd = super().rms_norm_rope(wide, weight, None, head_dim, eps, width, sum_over_ranks)
+            heads, rstd = super().rms_norm_rope(wide, weight, None, norm)
         return (heads if rotation is None else _rotate(heads, *rotation)).to(x.dtype), rstd
 
     def rms_norm_rope_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        rotation: Rotation | None,
-        rstd: Tensor,
-        width: int,
-        sum_over_ranks: SumOverRanks,
+        self, grad: Tensor, x: Tensor, weight: Tensor, rotation: Rotation | None, rstd: Tensor, norm: HeadNorm
     ) -> tuple[Tensor, Tensor]:
-        """As `Operators.rms_norm_rope_backward`."""
+        """`Operators.rms_norm_rope_backward`."""
         wide, grad = widen(x), widen(grad)
         if rotation is not None:
             grad = _rotate(grad, rotation[0], -rotation[1])
-        if sum_over_ranks is identity:
+        if norm.sum_over_ranks is identity:
             dx, dweight = torch.ops.npu.npu_rms_norm_backward(grad.flatten(2), wide, widen(weight), rstd)
         else:
-            dx, dweight = super().rms_norm_rope_backward(grad, wide, weight, None, rstd, width, sum_over_ranks)
+            dx, dweight = super().rms_norm_rope_backward(grad, wide, weight, None, rstd, norm)
         return dx.to(x.dtype), dweight.to(weight.dtype)
 
 

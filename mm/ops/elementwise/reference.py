@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def widen(x: Tensor) -> Tensor:
-    """To the dtype in which norms, rotations and gates are computed: fp32, or fp64 for fp64."""
+    """Convert to the dtype in which norms, rotations and gates are computed: fp32, or fp64 for fp64."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -54,9 +54,20 @@ def _rotation(cos, sin, token, is_token, WIDTH: tl.constexpr, HEAD_DIM: tl.const
 
 @triton.jit
 def layer_norm(
-    x, weight, bias, out, mean, rstd, tokens, weight_stride, bias_stride, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    bias,
+    out,
+    mean,
+    rstd,
+    tokens,
+    weight_stride,
+    bias_stride,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> None:
     """LayerNorm(x) * weight + bias. Grid: (tiles, B)."""
     row, _, is_token = _rows_of_tile(tl.program_id(0) * ROWS, tokens, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
@@ -76,9 +87,22 @@ def layer_norm(
 
 @triton.jit
 def layer_norm_backward(
-    grad, x, weight, mean, rstd, grad_x, grad_weight, grad_bias, tokens, strip, weight_stride,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    grad,
+    x,
+    weight,
+    mean,
+    rstd,
+    grad_x,
+    grad_weight,
+    grad_bias,
+    tokens,
+    strip,
+    weight_stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
     """Gradients of x, and of weight and bias summed over each strip, [B, strips, WIDTH]. Grid: (strips, B)."""
     column = tl.arange(0, BLOCK)[None, :]
     scale = _parameter(weight, tl.program_id(1).to(tl.int64) * weight_stride, WIDTH, BLOCK)
@@ -107,9 +131,8 @@ def layer_norm_backward(
 
 @triton.jit
 def gated_residual(
-    x, y, gate, out, tokens, gate_stride,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    x, y, gate, out, tokens, gate_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+) -> None:
     """x + y * gate. Grid: (tiles, B)."""
     row, _, is_token = _rows_of_tile(tl.program_id(0) * ROWS, tokens, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
@@ -123,9 +146,19 @@ def gated_residual(
 
 @triton.jit
 def gated_residual_backward(
-    grad, y, gate, grad_y, grad_gate, tokens, strip, gate_stride,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    grad,
+    y,
+    gate,
+    grad_y,
+    grad_gate,
+    tokens,
+    strip,
+    gate_stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
     """Gradients of y, and of gate summed over each strip, [B, strips, WIDTH]. Grid: (strips, B)."""
     column = tl.arange(0, BLOCK)[None, :]
     factor = _parameter(gate, tl.program_id(1).to(tl.int64) * gate_stride, WIDTH, BLOCK)
@@ -143,11 +176,8 @@ def gated_residual_backward(
 
 
 @triton.jit
-def sum_of_squares(
-    x, squares, tokens,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Of each row. Grid: (tiles, B)."""
+def sum_of_squares(x, squares, tokens, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr) -> None:
+    """Sum of squares of each row. Grid: (tiles, B)."""
     row, _, is_token = _rows_of_tile(tl.program_id(0) * ROWS, tokens, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     inside = is_token & (column < WIDTH)
@@ -157,10 +187,22 @@ def sum_of_squares(
 
 @triton.jit
 def rms_norm_rope(
-    x, weight, cos, sin, out, rstd, tokens, mean_width, eps,
-    WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, ROTATE: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    cos,
+    sin,
+    out,
+    rstd,
+    tokens,
+    mean_width,
+    eps,
+    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTATE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> None:
     """x * rstd * weight, rotated if ROTATE. WHOLE: rstd is computed and written, else it is read. Grid: (tiles, B)."""
     row, token, is_token = _rows_of_tile(tl.program_id(0) * ROWS, tokens, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
@@ -181,9 +223,19 @@ def rms_norm_rope(
 
 @triton.jit
 def _turned_back(
-    grad, cos, sin, offset, token, is_token, inside,
-    WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    grad,
+    cos,
+    sin,
+    offset,
+    token,
+    is_token,
+    inside,
+    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """The gradient of what was rotated, [ROWS, BLOCK]: the transpose of a rotation turns the other way."""
     upstream = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
     if ROTATE:
@@ -194,17 +246,26 @@ def _turned_back(
 
 @triton.jit
 def rms_norm_rope_dot(
-    grad, x, weight, cos, sin, rstd, dot, tokens,
-    WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Of each row, the product of the normed values with their gradient. Grid: (tiles, B)."""
+    grad,
+    x,
+    weight,
+    cos,
+    sin,
+    rstd,
+    dot,
+    tokens,
+    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> None:
+    """Product of each row's normed values with their gradient. Grid: (tiles, B)."""
     row, token, is_token = _rows_of_tile(tl.program_id(0) * ROWS, tokens, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     inside = is_token & (column < WIDTH)
     offset = row * WIDTH + column
-    upstream = _turned_back(
-        grad, cos, sin, offset, token, is_token, inside, WIDTH, HEAD_DIM, ROTATE, BLOCK, ROWS
-    )  # fmt: skip
+    upstream = _turned_back(grad, cos, sin, offset, token, is_token, inside, WIDTH, HEAD_DIM, ROTATE, BLOCK, ROWS)
     scale = _parameter(weight, 0, WIDTH, BLOCK)
     values = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
     normed = values * tl.load(rstd + row, mask=is_token, other=0.0)
@@ -213,10 +274,26 @@ def rms_norm_rope_dot(
 
 @triton.jit
 def rms_norm_rope_backward(
-    grad, x, weight, cos, sin, rstd, dot, grad_x, grad_weight, tokens, strip, mean_width,
-    WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, ROTATE: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    grad,
+    x,
+    weight,
+    cos,
+    sin,
+    rstd,
+    dot,
+    grad_x,
+    grad_weight,
+    tokens,
+    strip,
+    mean_width,
+    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTATE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
     """Gradients of x, and of weight summed over each strip, [B, strips, WIDTH]. Grid: (strips, B).
 
     WHOLE: what `rms_norm_rope_dot` computes is computed here, else it is read.
@@ -230,9 +307,7 @@ def rms_norm_rope_backward(
         row, token, is_token = _rows_of_tile(first, tokens, ROWS)
         inside = is_token & (column < WIDTH)
         offset = row * WIDTH + column
-        upstream = _turned_back(
-            grad, cos, sin, offset, token, is_token, inside, WIDTH, HEAD_DIM, ROTATE, BLOCK, ROWS
-        )  # fmt: skip
+        upstream = _turned_back(grad, cos, sin, offset, token, is_token, inside, WIDTH, HEAD_DIM, ROTATE, BLOCK, ROWS)
         row_rstd = tl.load(rstd + row, mask=is_token, other=0.0)
         normed = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32) * row_rstd
         weight_sum += upstream * normed

@@ -1,6 +1,6 @@
-"""`Operators` for CUDA: one Triton kernel each, which reads every big tensor once and writes it once.
+"""Operators for CUDA: one Triton kernel each, which reads every big tensor once and writes it once.
 
-What no kernel takes (fp64, rows wider than registers, nothing at all) goes to `PlainOperators`. Importing this file
+What no kernel takes (fp64, rows wider than registers, nothing at all) goes to `Operators`. Importing this file
 imports triton; `dispatch` does so only for a tensor that needs it. Shapes as in `mm.ops.elementwise.operators`.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.ops.elementwise import triton_kernels as kernels
-from mm.ops.elementwise.operators import PlainOperators, Rotation, SumOverRanks, identity
+from mm.ops.elementwise.operators import HeadNorm, Operators, Rotation, identity
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_WIDTH = 8192  # the widest row that registers hold twice (values and gradients) with its sums
@@ -25,8 +25,8 @@ _PREFETCH_BYTES = 64 * 1024  # of shared memory; every device with bf16 has a th
 
 
 @dataclass(frozen=True)
-class TritonOperators(PlainOperators):
-    """`Operators` in Triton kernels.
+class TritonOperators(Operators):
+    """Operators in Triton kernels.
 
     Attributes:
         programs: among how many programs the rows are shared out where gradients are summed over rows. A few times
@@ -36,7 +36,7 @@ class TritonOperators(PlainOperators):
     programs: int
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Operators.layer_norm`."""
+        """`Operators.layer_norm`."""
         if not (_taken(x) and _per_batch(x, weight, bias)):
             return super().layer_norm(x, weight, bias, eps)
         x, weight, bias = x.contiguous(), _dense(weight), _dense(bias)
@@ -48,7 +48,7 @@ class TritonOperators(PlainOperators):
     def layer_norm_backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Operators.layer_norm_backward`."""
+        """`Operators.layer_norm_backward`."""
         if not (_taken(x, grad) and _per_batch(x, weight)):
             return super().layer_norm_backward(grad, x, weight, mean, rstd)
         grad, x, weight = grad.contiguous(), x.contiguous(), _dense(weight)
@@ -59,7 +59,7 @@ class TritonOperators(PlainOperators):
         return dx, _add_up(dweight, weight), _add_up(dbias, weight)
 
     def gated_residual(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-        """As `Operators.gated_residual`."""
+        """`Operators.gated_residual`."""
         if not (_taken(x, y) and _per_batch(x, gate)):
             return super().gated_residual(x, y, gate)
         x, y, gate = x.contiguous(), y.contiguous(), _dense(gate)
@@ -68,7 +68,7 @@ class TritonOperators(PlainOperators):
         return out
 
     def gated_residual_backward(self, grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Operators.gated_residual_backward`."""
+        """`Operators.gated_residual_backward`."""
         if not (_taken(y, grad) and _per_batch(y, gate)):
             return super().gated_residual_backward(grad, y, gate)
         grad, y, gate = grad.contiguous(), y.contiguous(), _dense(gate)
@@ -81,62 +81,56 @@ class TritonOperators(PlainOperators):
         return dy, _add_up(dgate, gate)
 
     def rms_norm_rope(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        rotation: Rotation | None,
-        head_dim: int,
-        eps: float,
-        width: int,
-        sum_over_ranks: SumOverRanks,
+        self, x: Tensor, weight: Tensor, rotation: Rotation | None, norm: HeadNorm
     ) -> tuple[Tensor, Tensor]:
-        """As `Operators.rms_norm_rope`; one kernel, or two where the squares are added up over ranks in between."""
-        if not (_taken(x) and _of_heads(x, weight, rotation, head_dim)):
-            return super().rms_norm_rope(x, weight, rotation, head_dim, eps, width, sum_over_ranks)
-        x, tokens, whole = x.contiguous(), x.shape[1], sum_over_ranks is identity
+        """`Operators.rms_norm_rope`; one kernel, or two where the squares are added up over ranks in between."""
+        if not (_taken(x) and _of_heads(x, weight, rotation, norm.head_dim)):
+            return super().rms_norm_rope(x, weight, rotation, norm)
+        x, tokens, whole = x.contiguous(), x.shape[1], norm.sum_over_ranks is identity
         rstd = _statistic(x)
         if not whole:
             _start_tiles(kernels.sum_of_squares, x, x, rstd, tokens)
-            rstd = torch.rsqrt(sum_over_ranks(rstd) / width + eps)
+            rstd = torch.rsqrt(norm.sum_over_ranks(rstd) / norm.width + norm.eps)
         out = torch.empty_like(x)
         cos, sin = rotation or (None, None)
-        heads = {"HEAD_DIM": head_dim, "ROTATE": rotation is not None, "WHOLE": whole}
-        _start_tiles(kernels.rms_norm_rope, x, x, weight, cos, sin, out, rstd, tokens, width, eps, **heads)
-        return out.unflatten(-1, (-1, head_dim)), rstd
+        heads = {"HEAD_DIM": norm.head_dim, "ROTATE": rotation is not None, "WHOLE": whole}
+        _start_tiles(kernels.rms_norm_rope, x, x, weight, cos, sin, out, rstd, tokens, norm.width, norm.eps, **heads)
+        return out.unflatten(-1, (-1, norm.head_dim)), rstd
 
     def rms_norm_rope_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        rotation: Rotation | None,
-        rstd: Tensor,
-        width: int,
-        sum_over_ranks: SumOverRanks,
+        self, grad: Tensor, x: Tensor, weight: Tensor, rotation: Rotation | None, rstd: Tensor, norm: HeadNorm
     ) -> tuple[Tensor, Tensor]:
-        """As `Operators.rms_norm_rope_backward`; one kernel, or two where dots are added up over ranks in between."""
+        """`Operators.rms_norm_rope_backward`; one kernel, or two where dots are added up over ranks in between."""
         if not (_taken(x, grad) and _of_heads(x, weight, rotation, grad.shape[-1])):
-            return super().rms_norm_rope_backward(grad, x, weight, rotation, rstd, width, sum_over_ranks)
-        grad, x, tokens, whole = grad.contiguous(), x.contiguous(), x.shape[1], sum_over_ranks is identity
+            return super().rms_norm_rope_backward(grad, x, weight, rotation, rstd, norm)
+        grad, x, tokens, whole = grad.contiguous(), x.contiguous(), x.shape[1], norm.sum_over_ranks is identity
         inputs = grad, x, weight, *(rotation or (None, None)), rstd
         heads = {"HEAD_DIM": grad.shape[-1], "ROTATE": rotation is not None}
         dot = None
         if not whole:
             dot = _statistic(x)
             _start_tiles(kernels.rms_norm_rope_dot, x, *inputs, dot, tokens, **heads)
-            dot = sum_over_ranks(dot)
+            dot = norm.sum_over_ranks(dot)
         strips = self._strips(x)
         dx, dweight = torch.empty_like(x), strips.sums()
         tensors = *inputs, dot, dx, dweight
         # a row of cosines and sines is as long as one of fp32 values
         streams = 2 if rotation is None else 2 + 4 // x.element_size()
         _start_strips(
-            kernels.rms_norm_rope_backward, strips, streams, *tensors, tokens, strips.rows, width, WHOLE=whole, **heads
+            kernels.rms_norm_rope_backward,
+            strips,
+            streams,
+            *tensors,
+            tokens,
+            strips.rows,
+            norm.width,
+            WHOLE=whole,
+            **heads,
         )
         return dx, dweight.sum(dim=(0, 1)).to(weight.dtype)
 
     def _strips(self, x: Tensor) -> _Strips:
-        """How the rows of [B, T, D] are shared out among the programs."""
+        """Distribution of the rows of [B, T, D] among the programs."""
         batch, tokens, width = x.shape
         tile_rows = _tile_rows(width, _STRIP_TILE)
         rows = -(-tokens // max(1, self.programs // batch))
@@ -153,7 +147,7 @@ class _Strips:
 
     @property
     def number(self) -> int:
-        """For each batch element."""
+        """Number of tiles for each batch element."""
         return -(-self.x.shape[1] // self.rows)
 
     def sums(self) -> Tensor:
@@ -162,19 +156,19 @@ class _Strips:
 
 
 def _taken(x: Tensor, *others: Tensor) -> bool:
-    """Whether the kernels take a stream [B, T, D] and others of its number of elements."""
+    """Accept a stream [B, T, D] and others with as many elements, if the kernels can read all of them."""
     fits = x.dim() == 3 and 0 < x.shape[-1] <= _MAX_WIDTH and x.numel() > 0
     return fits and all(_readable(x, stream) and stream.numel() == x.numel() for stream in (x, *others))
 
 
 def _per_batch(x: Tensor, *parameters: Tensor) -> bool:
-    """Whether each has one row for every batch element, or one for all."""
+    """Require of each parameter one row for every batch element, or one for all."""
     shapes = (1, 1, x.shape[2]), (x.shape[0], 1, x.shape[2])
     return all(_readable(x, parameter) and parameter.shape in shapes for parameter in parameters)
 
 
 def _of_heads(x: Tensor, weight: Tensor, rotation: Rotation | None, head_dim: int) -> bool:
-    """Whether `x` has whole heads, one weight for each of its columns and the angles of its tokens."""
+    """Require of `x` whole heads, one weight for each of its columns and the angles of its tokens."""
     angles = () if rotation is None else rotation
     return (
         (_readable(x, weight) and weight.is_contiguous() and weight.shape == x.shape[2:])
@@ -184,12 +178,12 @@ def _of_heads(x: Tensor, weight: Tensor, rotation: Rotation | None, head_dim: in
 
 
 def _readable(x: Tensor, value: Tensor) -> bool:
-    """Whether a kernel on the device of `x` can read it; subclasses may keep their values elsewhere."""
+    """Require plain memory on the device of `x`, for a kernel to read; subclasses may keep their values elsewhere."""
     return type(value) in (Tensor, nn.Parameter) and value.device == x.device and value.dtype in _DTYPES
 
 
 def _dense(parameter: Tensor) -> Tensor:
-    """With neighbouring columns next to each other; rows of a larger table stay where they are."""
+    """Bring neighbouring columns next to each other; rows of a larger table stay where they are."""
     return parameter if parameter.stride(-1) == 1 else parameter.contiguous()
 
 

@@ -41,7 +41,7 @@ class AdamW(Algorithm):
         return state if _counts_by_group(inner) else {**state, "step": _count(0, key)}
 
     def steps_made(self, inner: torch.optim.Optimizer) -> Iterator[float]:
-        """Of every parameter that had an update."""
+        """Counts of every parameter that had an update."""
         for group in inner.param_groups:
             if _counts_by_group(inner):
                 yield group.get("step", 0)
@@ -66,5 +66,5 @@ def _count(steps: int, key: Tensor) -> Tensor:
 
 
 def _counts_by_group(inner: torch.optim.Optimizer) -> bool:
-    """Whether steps are counted once a group, as Apex's and TransformerEngine's do, and not once a parameter."""
+    """Tell whether steps are counted once a group, as Apex's and TransformerEngine's are, and not once a parameter."""
     return not isinstance(inner, torch.optim.Adam)

@@ -1,4 +1,4 @@
-"""What an optimizer declares: what it keeps of each parameter, and how its arithmetic is made.
+"""Declaration of an optimizer: the state that it keeps of each parameter, and the arithmetic of its updates.
 
 Everything else follows from the declaration, on every layout: what a rank keeps, checkpoints and their memory, the dry
 run, the advice when memory runs out, the checks before a run. No other file knows the name of a moment.
@@ -70,7 +70,7 @@ class Algorithm(abc.ABC):
         return {one.name: torch.zeros_like(key, dtype=one.dtype) for one in self.state}
 
     def steps_made(self, inner: torch.optim.Optimizer) -> Iterable[float]:
-        """How many updates parameters have had, where it counts them."""
+        """Numbers of updates that parameters have had, where it counts them."""
         return ()
 
     def set_steps_made(self, inner: torch.optim.Optimizer, count: int) -> None:  # noqa: B027  not all count
@@ -78,5 +78,5 @@ class Algorithm(abc.ABC):
 
     @property
     def bytes_per_element(self) -> int:
-        """Of what it keeps, beside the master weight."""
+        """Bytes of what it keeps, beside the master weight."""
         return sum(one.dtype.itemsize for one in self.state)

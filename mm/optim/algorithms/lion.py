@@ -44,7 +44,7 @@ class _Lion(torch.optim.Optimizer):
 
 
 def _update(weight: Tensor, gradient: Tensor, average: Tensor, group: dict[str, Any]) -> None:
-    """In place: weight -= lr (decay weight + sign(beta1 m + (1 - beta1) g)), then m = beta2 m + (1 - beta2) g."""
+    """Weight -= lr (decay weight + sign(beta1 m + (1 - beta1) g)), then m = beta2 m + (1 - beta2) g, in place."""
     beta1, beta2 = group["betas"]
     weight.mul_(1 - group["lr"] * group["weight_decay"])
     direction = average.mul(beta1).add_(gradient, alpha=1 - beta1).sign_()

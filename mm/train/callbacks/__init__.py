@@ -1,1 +1,1 @@
-"""What happens around a step: one file each, listed in `mm.train.callbacks.make`."""
+"""Callbacks around a step: one file each, listed in `mm.train.callbacks.make`."""

@@ -1,4 +1,4 @@
-"""Things that happen around the steps of a run, and never inside one.
+"""Callbacks, which act around the steps of a run, and never inside one.
 
 A step is closed: data, forward, backward, update (`mm.train.closed_step`). A callback sees the step when it is done,
 says how often it wants to be called and whether all ranks must call it, and hands back what it has measured. It may end
@@ -21,7 +21,7 @@ from mm.train.step import StepResult
 
 @dataclass(frozen=True)
 class Every:
-    """How often a callback is called.
+    """Steps after which a callback is called.
 
     Attributes:
         steps: after each step whose number divides by it; None for none of these.
@@ -33,7 +33,7 @@ class Every:
     when_stopping: bool = False
 
     def is_due(self, step: int, *, last: bool, stopping: bool = False) -> bool:
-        """Whether to call after a step, from 1."""
+        """Tell whether to call after a step, from 1."""
         interval = self.steps is not None and step % self.steps == 0
         return interval or (self.at_end and last) or (self.when_stopping and stopping)
 
@@ -59,17 +59,17 @@ class StepDone:
 
     @property
     def step(self) -> int:
-        """Its number, from 1."""
+        """Number of the step, from 1."""
         return self.progress.step
 
     @property
     def stopping(self) -> bool:
-        """Whether a signal has reached any process; the same on every rank."""
-        return self.result.outcome.asked_to_stop
+        """True once a signal has reached any process; the same on every rank."""
+        return self.result.statistics.asked_to_stop
 
 
 class Callback(abc.ABC):
-    """Something that happens after steps.
+    """Action after steps.
 
     Attributes:
         every: how often.
@@ -82,7 +82,7 @@ class Callback(abc.ABC):
     phase: Phase | None = None
 
     def is_due(self, done: StepDone) -> bool:
-        """Whether to call it after a step; the same on every rank."""
+        """Tell whether to call it after a step; the same on every rank."""
         return self.every.is_due(done.step, last=done.last, stopping=done.stopping)
 
     @abc.abstractmethod
@@ -108,10 +108,10 @@ class ModelCheck(Callback):
 
     @abc.abstractmethod
     def is_missing(self, step: int) -> bool:
-        """Whether what `look` leaves of a step is not there; asked on rank 0 alone."""
+        """Notice that what `look` leaves of a step is not there; asked on rank 0 alone."""
 
     def is_due(self, done: StepDone) -> bool:
-        """Not where the run is about to leave; one that is at its end is done, not stopped."""
+        """Leave it out where the run is about to stop; one that is at its end is done, not stopped."""
         return super().is_due(done) and (done.last or not done.stopping)
 
     def after_step(self, done: StepDone) -> Sequence[Record]:

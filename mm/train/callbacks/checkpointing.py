@@ -172,12 +172,12 @@ class SaveOutcome(Callback):
 
     every = Every(1)
 
-    def __init__(self, saves: Checkpointing) -> None:
-        self._saves = saves
+    def __init__(self, checkpointing: Checkpointing) -> None:
+        self._checkpointing = checkpointing
 
     def after_step(self, done: StepDone) -> Sequence[Record]:
         """`Checkpointing.look`, with its errors."""
-        self._saves.look()
+        self._checkpointing.look()
         return ()
 
 

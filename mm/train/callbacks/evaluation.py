@@ -50,7 +50,7 @@ class Evaluation(ModelCheck):
         return [StepEvaluation(step, statistics.fmean(loss_at.values()), loss_at, num_samples)]
 
     def is_missing(self, step: int) -> bool:
-        """Whether evaluation.jsonl has no line of a step.
+        """Notice that evaluation.jsonl has no line of a step.
 
         Raises:
             CheckpointError: CKPT-070 where it is damaged.
@@ -83,7 +83,7 @@ def evaluate(parallel: ParallelModel, dataset: FeatureDataset, comm: Comm) -> tu
 
 
 def _samples_of_replica(parallel: ParallelModel, dataset: FeatureDataset) -> Iterator[FeatureBatch]:
-    """As many samples on every replica, as gathering weights takes all of them; what is left over comes twice."""
+    """Equally many samples on every replica, as gathering weights takes all of them; what is left over comes twice."""
     dp_size = parallel.mesh.layout.dp_size
     plan = BatchPlan(dp_size, 1, parallel.mesh.dp_rank, dp_size)
     batches = feature_batches(dataset, plan, text_len=parallel.wan.text_len, seed=_SEED, shuffle=False)

@@ -19,28 +19,28 @@ from mm.train.start import Started
 
 
 def make_callbacks(
-    run: Run, started: Started, saves: Checkpointing | None, others: Sequence[Callback], losses: Iterable[float]
+    run: Run, started: Started, checkpointing: Checkpointing | None, others: Sequence[Callback], losses: Iterable[float]
 ) -> list[Callback]:
     """The callbacks that the configuration asks for, with others.
 
     Args:
-        run, started: the run. saves: its checkpoints, if it has any.
+        run, started: the run. checkpointing: its checkpoints, if it has any.
         others: what `make_checks` gave, and those from outside. losses: of the steps before, on the rank that reports.
     """
     asked, callbacks = run.sections.supervision, list[Callback]()
-    if saves is not None:
-        callbacks.append(SaveOutcome(saves))
+    if checkpointing is not None:
+        callbacks.append(SaveOutcome(checkpointing))
     callbacks.append(Metrics(run, losses))
     if asked.straggler_interval is not None and run.comm.world_size > 1:
         callbacks.append(Stragglers(run.watch, run.mesh, run.backend, asked.straggler_interval))
     if asked.replica_hash_interval is not None:
         callbacks.append(ReplicaHash(asked.replica_hash_interval))
-    if saves is not None:
-        callbacks.append(saves)
+    if checkpointing is not None:
+        callbacks.append(checkpointing)
     callbacks += others
-    if saves is not None and run.stop is not None:
+    if checkpointing is not None and run.stop is not None:
         checks = [callback for callback in callbacks if isinstance(callback, ModelCheck)]
-        callbacks.append(Stopping(run.stop, started, saves, checks))
+        callbacks.append(Stopping(run.stop, started, checkpointing, checks))
     return callbacks
 
 

@@ -31,16 +31,16 @@ class Metrics(Callback):
 
     def after_step(self, done: StepDone) -> Sequence[Record]:
         """Measure a step."""
-        run, result, outcome = self._run, done.result, done.result.outcome
+        run, result, statistics = self._run, done.result, done.result.statistics
         dp_size = run.mesh.layout.dp_size
         samples = run.global_batch_size // dp_size
         flops = samples * train_flops(run.config, result.tokens // samples, frozen=run.lora is not None)
         metrics = StepMetrics(
             step=done.step,
-            loss=outcome.loss,
-            loss_hex=outcome.loss.hex(),
-            grad_norm=outcome.grad_norm,
-            grad_norm_hex=outcome.grad_norm.hex(),
+            loss=statistics.loss,
+            loss_hex=statistics.loss.hex(),
+            grad_norm=statistics.grad_norm,
+            grad_norm_hex=statistics.grad_norm.hex(),
             lr=result.lr,
             consumed_samples=done.progress.consumed_samples,
             tokens_per_s=result.tokens * dp_size / done.seconds,
@@ -49,12 +49,12 @@ class Metrics(Callback):
             step_time_s=done.seconds,
             skipped=not result.updated,
             timesteps=tuple(round(timestep, 3) for timestep in self._timesteps(done)),
-            sample_losses=tuple(outcome.losses[run.mesh.dp_rank].flatten().tolist()),
+            sample_losses=tuple(statistics.losses[run.mesh.dp_rank].flatten().tolist()),
         )
         return [metrics.with_mean(self._recent)]
 
     def _timesteps(self, done: StepDone) -> list[float]:
-        """Of this replica's samples, which are keyed and so can be drawn again."""
+        """Timesteps of this replica's samples, which are keyed and so can be drawn again."""
         seed = self._run.sections.training.seed
         drawn = [self._flow.draw_timesteps(seed, batch["sample"], batch["draw"])[1] for batch in done.batches]
         values: list[float] = torch.cat(drawn).tolist()

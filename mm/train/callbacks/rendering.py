@@ -53,7 +53,7 @@ class Rendering(ModelCheck):
         return [RenderedClips(step, paths, clips, self._config.fps)]
 
     def is_missing(self, step: int) -> bool:
-        """Whether a clip of a step is not there."""
+        """Notice that a clip of a step is not there."""
         return not all(path.exists() for path in self.paths(step))
 
     def render(self, parallel: ParallelModel, step: int) -> list[Path]:

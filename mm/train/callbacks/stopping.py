@@ -17,14 +17,16 @@ class Stopping(Callback):
 
     every = Every(1)
 
-    def __init__(self, stop: StopRequest, started: Started, saves: Checkpointing, checks: Sequence[ModelCheck]) -> None:
+    def __init__(
+        self, stop: StopRequest, started: Started, checkpointing: Checkpointing, checks: Sequence[ModelCheck]
+    ) -> None:
         """Leave on request.
 
         Args:
-            stop: of this process. started: the run. saves: has the step on disk before.
+            stop: of this process. started: the run. checkpointing: has the step on disk before.
             checks: take minutes, in which a signal may come to some of the processes.
         """
-        self._stop, self._started, self._saves, self._checks = stop, started, saves, checks
+        self._stop, self._started, self._checkpointing, self._checks = stop, started, checkpointing, checks
 
     def after_step(self, done: StepDone) -> Sequence[Record]:
         """Leave if asked to; a run that is at its end is done, not stopped.
@@ -35,7 +37,7 @@ class Stopping(Callback):
         """
         if done.last or not self._is_asked(done):
             return ()
-        self._saves.leave(done, self._started)
+        self._checkpointing.leave(done, self._started)
         by = self._stop.received
         self._stop.saved()
         raise StoppedError(
@@ -45,7 +47,7 @@ class Stopping(Callback):
         )
 
     def _is_asked(self, done: StepDone) -> bool:
-        """Whether any process is, by now; the same on every rank."""
+        """Ask whether any process is to stop, by now; the same on every rank."""
         if not any(check.is_due(done) for check in self._checks):
             return done.stopping
         return any(self._started.run.comm.all_gather_object(self._started.run.is_asked_to_stop))

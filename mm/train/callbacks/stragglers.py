@@ -30,8 +30,12 @@ from mm.train.records import Record
 
 logger = logging.getLogger(__name__)
 
-STEP_PHASES: tuple[Phase, ...] = ("waiting for data", "forward and backward", "reducing gradients",
-                                  "the optimizer's update")  # fmt: skip
+STEP_PHASES: tuple[Phase, ...] = (
+    "waiting for data",
+    "forward and backward",
+    "reducing gradients",
+    "the optimizer's update",
+)
 LEAST_LOOKS = 100
 """Of each rank, before ranks are compared."""
 FALSE_ALARMS = 0.01
@@ -46,7 +50,7 @@ SLOW_DEVICE = 1.1
 
 @dataclass(frozen=True)
 class Looks:
-    """What a rank was seen doing.
+    """Looks at a rank, counted by what it was seen doing.
 
     Attributes:
         own: looks in which it worked on its own, in each of `STEP_PHASES`. all: looks in these phases.
@@ -57,7 +61,7 @@ class Looks:
 
     @property
     def share(self) -> float:
-        """Of its time that it works on its own."""
+        """Share of its time that it works on its own."""
         return sum(self.own) / self.all
 
 
@@ -107,7 +111,7 @@ class Stragglers(Callback):
             _tell_ranks(step, find(rows))
 
     def _of_all(self, values: Sequence[float]) -> list[list[float]]:
-        """What every rank passes, by rank."""
+        """Values that every rank passes, by rank."""
         row = torch.tensor(values, dtype=torch.float32, device=self._backend.device)
         gathered: list[list[float]] = self._mesh.gather(row).tolist()
         return gathered
@@ -143,7 +147,7 @@ def _tell_ranks(step: int, found: Sequence[Straggler]) -> None:
 
 
 def product_seconds(backend: Backend) -> float:
-    """What the device takes for some matrix products, a few milliseconds; the median of five tries."""
+    """Time of the device for some matrix products, a few milliseconds; the median of five tries."""
     size, products, dtype = (256, 16, torch.float32) if backend.kind == "cpu" else (2048, 64, torch.bfloat16)
     factor = torch.ones(size, size, dtype=dtype, device=backend.device)
     product, tries = torch.empty_like(factor), []

@@ -1,1 +1,1 @@
-"""Where what is measured goes: one file each, listed in `mm.train.sinks.make`."""
+"""Sinks of what is measured: one file each, listed in `mm.train.sinks.make`."""

@@ -1,4 +1,4 @@
-"""Where records go, apart from what is measured: a sink takes every record and shows what it can show of it."""
+"""Sinks of records, apart from what is measured: a sink takes every record and shows what it can show of it."""
 
 from __future__ import annotations
 
