@@ -89,5 +89,5 @@ class Encoders:
 
 
 def name_of(encoder: object, kind: str) -> str:
-    """What messages call an encoder: its folder, or its kind."""
+    """Name of an encoder in messages: its folder, or its kind."""
     return str(encoder) if isinstance(encoder, (str, Path)) else f"The {kind}"

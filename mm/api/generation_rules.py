@@ -1,4 +1,4 @@
-"""What can be wrong with the arguments of `generate_videos`, all at once."""
+"""Rules about the arguments of `generate_videos`, all at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mm.generate.sampling import ClipPlan
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be generated, as it was given.
+    """Arguments of a generation, as they were given.
 
     Attributes:
         prompts, images, videos: one for each video. columns: the same of each task's number, by name.

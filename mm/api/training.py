@@ -25,7 +25,7 @@ from mm.train.state import Progress
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training leaves.
+    """Result of a training.
 
     Attributes:
         progress: steps taken and samples seen, those before a resume included.
@@ -106,7 +106,7 @@ def _changed(run: TrainingRun, changes: Mapping[str, Any], world_size: int) -> T
 
 
 def _is_known(path: str) -> bool:
-    """Whether sections have a value of that path."""
+    """Tell whether sections have a value of that path."""
     *parents, name = path.split(".")
     place: type[BaseModel] | None = TrainingSections
     for parent in parents:
