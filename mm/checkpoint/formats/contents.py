@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mm.checkpoint.encoders import encoder_of
+from mm.checkpoint.encoder_kinds import encoder_of
 from mm.checkpoint.formats.found import Content
 from mm.errors import DataError
 from mm.wan.adapter_keys import other_kinds, sort_keys
