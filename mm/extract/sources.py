@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mm.config.extract import ExtractAutoencoder
+from mm.config.run.encoders import EncodersSection
 from mm.config.tasks.frames import CLIP_TOKEN_LEN
 from mm.config.tasks.task import InputFeature, Source, Task
 from mm.data.clips import Clip
@@ -32,10 +32,10 @@ class Encoders:
     """What features are made with.
 
     Attributes:
-        ae: the `ae` section. video: the clips' VAE. task: whose features. device: where encoders run.
+        named: their section. video: the clips' VAE. task: whose features. device: where encoders run.
     """
 
-    ae: ExtractAutoencoder
+    named: EncodersSection
     video: VideoEncoder
     task: Task
     device: torch.device
@@ -53,9 +53,9 @@ def feature_makers(encoders: Encoders) -> dict[str, FeatureMaker]:
 def _image_features(encoders: Encoders, feature: InputFeature) -> FeatureMaker:
     """Tokens of the given frames, one frame's after the other's."""
     del feature
-    assert encoders.ae.i2v_processor is not None  # noqa: S101  check_extraction refuses such a task without it
-    folder = Path(encoders.ae.i2v_processor.image_encoder)
-    clip_encoder = ImageEncoder.from_pretrained(folder, encoders.ae.dtype, encoders.device)
+    assert encoders.named.image is not None  # noqa: S101  check_extraction refuses such a task without it
+    folder = Path(encoders.named.image.from_pretrained)
+    clip_encoder = ImageEncoder.from_pretrained(folder, encoders.named.image_precision, encoders.device)
     if clip_encoder.num_tokens != CLIP_TOKEN_LEN:
         message = f"{folder} makes {clip_encoder.num_tokens} tokens of an image, Wan2.1 takes {CLIP_TOKEN_LEN}."
         raise DataError("DATA-045", message, "Use the image_encoder of a Wan2.1 I2V or FLF2V model.")
@@ -71,7 +71,7 @@ def _image_features(encoders: Encoders, feature: InputFeature) -> FeatureMaker:
 def _known_frames(encoders: Encoders, feature: InputFeature) -> FeatureMaker:
     """The mask of the given frames and the latents of a video of them."""
     del feature
-    vae = VideoEncoder(encoders.video.vae, encoders.ae.condition_tiling())
+    vae = VideoEncoder(encoders.video.vae, encoders.named.vae.tiles_of_conditions())
     indices = [frame.index for frame in encoders.task.frames]
 
     def make(clip: Clip, sample: VideoSample) -> Tensor:

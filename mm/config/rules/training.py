@@ -13,6 +13,7 @@ from mm.config.rules.parallel import PARALLEL_RULES
 from mm.config.rules.recompute import RECOMPUTE_RULES
 from mm.config.rules.saving import SAVING_RULES
 from mm.config.run.training import TrainingRun
+from mm.config.unread import broken
 from mm.errors import ConfigError, Problem, raise_all
 
 
@@ -20,14 +21,9 @@ def check_training(run: TrainingRun) -> None:
     """Check a training run before any device is touched.
 
     Raises:
-        ConfigError: with every violated rule.
+        ConfigError: with what could not be read, what contradicts itself, and every violated rule.
     """
-    raise_all(ConfigError, [problem for rule in TRAINING_RULES for problem in rule(run)])
-
-
-def _words_agree(run: TrainingRun) -> Iterator[Problem]:
-    """What the dialect found."""
-    yield from run.problems
+    raise_all(ConfigError, [*run.problems, *broken(TRAINING_RULES, run)])
 
 
 def _weights_are_named(run: TrainingRun) -> Iterator[Problem]:
@@ -112,7 +108,6 @@ def _compiled_blocks_wait_for_nothing(run: TrainingRun) -> Iterator[Problem]:
 Rule = Callable[[TrainingRun], Iterator[Problem]]
 TRAINING_RULES: tuple[Rule, ...] = (
     *PARALLEL_RULES,
-    _words_agree,
     *FEATURE_RULES,
     _weights_are_named,
     *SAVING_RULES,
