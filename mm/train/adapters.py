@@ -11,6 +11,7 @@ from mm.checkpoint.formats.training import is_training_checkpoint
 from mm.checkpoint.identity import identity
 from mm.checkpoint.weights import WeightSource, open_weights, require_exactly
 from mm.config.model import WanConfig
+from mm.config.run.origins import Origins
 from mm.errors import DataError
 from mm.lora.adapter import Adapter, require_fit
 from mm.lora.files import read_adapter
@@ -55,28 +56,28 @@ def open_base(plan: LoRAPlan, path: Path, config: WanConfig, comm: Comm) -> Adap
     return AdapterRun(plan, base, record)
 
 
-def load_adapters(path: Path, run: AdapterRun, optimizer: Optimizer) -> None:
+def load_adapters(path: Path, run: AdapterRun, optimizer: Optimizer, words: Origins) -> None:
     """Start at step 0 from adapters: those of a LoRA run's checkpoint, or of a file of any family.
 
     Args:
         path: a file or folder as for `mm.lora.files.read_adapter`, or a checkpoint.
         run: whose r, alpha and linears the adapters must have; they may be of another base.
-        optimizer: its masters are filled.
+        optimizer: its masters are filled. words: the user's, of this run.
 
     Raises:
         DataError: DATA-094 when r, alpha or the linears are not the run's, DATA-095 when there are no adapters at the
             path, and what `read_adapter` and `require_fit` raise.
         CheckpointError: CKPT-012 for a damaged checkpoint, CKPT-081 for one of a whole model.
     """
-    adapter = adapter_of(path) if is_training_checkpoint(path) else _read_adapter(path)
+    adapter = adapter_of(path) if is_training_checkpoint(path) else _read_adapter(path, words)
     require_fit(adapter, every_linear(run.base.shapes()))  # the next line says which of them can be trained
-    _require_plan(path, adapter, run.plan)
+    _require_plan(path, adapter, run.plan, words)
     parameters = adapter.parameters()
     fill_masters(optimizer, lambda name: parameters[name].float())
     logger.info("loaded the adapters in %s", path)
 
 
-def _read_adapter(path: Path) -> Adapter:
+def _read_adapter(path: Path, words: Origins) -> Adapter:
     try:
         return read_adapter(path)
     except DataError as error:
@@ -84,12 +85,13 @@ def _read_adapter(path: Path) -> Adapter:
             raise
         raise DataError(
             "DATA-095",
-            f"--load {path} holds neither checkpoints of a LoRA run nor an adapter: {error.problems[0].message}",
-            "Name an adapter file, or a folder of either. The base model belongs to --load-base-model.",
+            f"{words['checkpoint.load'].with_value(str(path))} holds neither checkpoints of a LoRA run nor an adapter: "
+            f"{error.problems[0].message}",
+            f"Name an adapter file, or a folder of either. The base model belongs to {words['adapters.base'].name}.",
         ) from None
 
 
-def _require_plan(path: Path, adapter: Adapter, plan: LoRAPlan) -> None:
+def _require_plan(path: Path, adapter: Adapter, plan: LoRAPlan, words: Origins) -> None:
     theirs = adapter.adapted()
     missing = [name for name in plan.adapted if name not in theirs]
     left_over = [name for name in theirs if name not in plan.adapted]
@@ -105,8 +107,9 @@ def _require_plan(path: Path, adapter: Adapter, plan: LoRAPlan) -> None:
         if names
     )
     if told:
+        rank, alpha, targets = (words[f"adapters.{name}"].name for name in ("rank", "alpha", "targets"))
         raise DataError(
             "DATA-094",
-            f"The adapters in {path} are not those of --lora-r, --lora-alpha and --lora-target-modules: {told}.",
+            f"The adapters in {path} are not those of {rank}, {alpha} and {targets}: {told}.",
             "Give the values that the file has, or start without it.",
         )

@@ -196,7 +196,7 @@ def start_or_resume(run: Run, adapters: AdapterRun | None, optimizer: Optimizer,
     # A folder of weights may have numbered folders too, as MindSpeed-MM's have; those of training are described.
     load = start.load if start.load is not None and holds_checkpoints(Path(start.load)) else None
     if start.save is not None:
-        require_kind(Path(start.save), start.format, run.comm)
+        require_kind(Path(start.save), start.format, run.sections.origins, run.comm)
     for folder in (start.save, None if start.weights_only else load):
         latest = _latest(run, Path(folder)) if folder is not None else None
         if latest is None:
@@ -218,7 +218,7 @@ def start_or_resume(run: Run, adapters: AdapterRun | None, optimizer: Optimizer,
     if start.load is not None:
         path = _checked(run, Path(start.load))
         if adapters is not None:
-            load_adapters(path, adapters, optimizer)
+            load_adapters(path, adapters, optimizer, run.sections.origins)
         else:
             load_weights(open_weights(path), optimizer, run.config)
     return Progress()
