@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mm.cli.entry import run
 from mm.cli.extraction import extract_features
-from mm.cli.run_file import flag_beside_a_file
+from mm.cli.run_file import flag_beside_a_file, kind_in
 from mm.cli.training import train
 from mm.config.place import process_place
 from mm.config.run.extraction import ExtractionRun
@@ -47,7 +47,8 @@ def main(argv: Sequence[str]) -> None:
 
 def run_file_of(argv: Sequence[str]) -> Path:
     """The file that a command line names; raises what `main` raises for it."""
-    problems = [flag_beside_a_file(word.partition("=")[0]) for word in argv if word.startswith("--")]
+    kind = next((kind_in(Path(word)) for word in argv if word.endswith((".yaml", ".yml"))), "training")
+    problems = [flag_beside_a_file(word.partition("=")[0], kind) for word in argv if word.startswith("--")]
     if not problems and len(argv) != 1:
         found = f"mm run takes one file, and {len(argv)} are given."
         problems.append(Problem("CFG-006", found, "Name one run.yaml: mm run run.yaml."))

@@ -27,6 +27,12 @@ LatentPixels = Annotated[int, Field(ge=1)]
 VAE_STRIDE = (4, 8, 8)
 
 
+def latent_size(size: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(F, H, W) of the latents of a clip of so many frames, rows and columns."""
+    frames, height, width = size
+    return (frames - 1) // VAE_STRIDE[0] + 1, height // VAE_STRIDE[1], width // VAE_STRIDE[2]
+
+
 class TilingParam(Section):
     """Encode large frames in overlapping tiles, blended linearly where they overlap. Saves memory, costs time.
 
@@ -223,8 +229,3 @@ class InferenceModel(Section):
     def negative_text(self) -> str:
         """The negative prompt, given or of the release; an empty one is a prompt, too."""
         return self.row_task.negative + NEGATIVE_PROMPT if self.negative_prompt is None else self.negative_prompt
-
-    def latent_size(self) -> tuple[int, int, int]:
-        """(F, H, W) of the latents of one clip."""
-        frames, height, width = self.pipeline_config.input_size
-        return (frames - 1) // VAE_STRIDE[0] + 1, height // VAE_STRIDE[1], width // VAE_STRIDE[2]

@@ -53,6 +53,18 @@ def load_clip(sample: VideoSample, preprocess: SourceClip, seed: int) -> Clip:
     return Clip(frames.transpose(0, 1), indices[0], info.read_by)
 
 
+def clip_of_frames(frames: Tensor, sample: VideoSample, preprocess: SourceClip, seed: int) -> Clip:
+    """The clip of a video that is in memory, uint8 [F, H, W, 3]; chosen, resized and cropped as `load_clip` does.
+
+    Raises:
+        DataError: DATA-004 when it is too short.
+    """
+    indices = choose_frames(sample, len(frames), preprocess, seed)
+    chosen = frames[indices.start : indices.stop : indices.step].permute(0, 3, 1, 2)
+    pixels = resize_and_crop(chosen, preprocess.height, preprocess.width)
+    return Clip(pixels.transpose(0, 1), indices.start, "memory")
+
+
 def _clip_frames(sample: VideoSample, preprocess: SourceClip, seed: int) -> tuple[VideoInfo, range]:
     """What the video holds and which of its frames are taken."""
     info = probe(sample.file, preprocess.reader)

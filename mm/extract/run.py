@@ -28,7 +28,6 @@ from mm.data.features import (
     EMPTY_PROMPT_ID,
     FEATURES,
     LISTING,
-    Feature,
     Origin,
     is_complete,
     text_hash,
@@ -37,10 +36,12 @@ from mm.data.features import (
 from mm.data.metadata import check_rows
 from mm.data.recipe import extraction_recipe
 from mm.errors import DataError
+from mm.extract.encode import ClipEncoder
 from mm.extract.skipping import SKIPPED, BadClip, Skipping, may_be_skipped, num_skipped
-from mm.extract.sources import Encoders, feature_makers
+from mm.extract.sources import VisualEncoders
 from mm.extract.store import ExtractionTask, Unreadable, check_plan, check_store, commit, plan, prepare
 from mm.wan.encoders import TextEncoder, VideoEncoder
+from mm.wan.image_encoder import ImageEncoder
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def extract(
     empty_file = store / FEATURES / EMPTY_PROMPT
     empty_is_missing = rank == 0 and not is_complete(empty_file, empty)
     if todo or empty_is_missing:
-        encoders = _Encoders(run.encoders, run.task, device)
+        encoders = _open_encoders(run.encoders, run.task, device)
         if empty_is_missing:
             write_feature(empty_file, encoders.text_only(""), empty, recipe.max_text_tokens)
         clips = read_clips(
@@ -139,35 +140,33 @@ def extract(
     return report
 
 
-class _Encoders:
-    """All encoders of one extraction."""
+def _open_encoders(named: EncodersSection, task: Task, device: torch.device) -> ClipEncoder:
+    """Load all encoders of an extraction.
 
-    def __init__(self, named: EncodersSection, task: Task, device: torch.device) -> None:
-        self._video = VideoEncoder.from_pretrained(
-            Path(named.vae.from_pretrained), named.vae.precision, device, named.vae.tiles_of_clips()
-        )
-        self._text = TextEncoder.from_pretrained(
-            Path(named.text.from_pretrained),
-            Path(named.tokenizer.from_pretrained),
-            named.text.precision,
-            device,
-            named.tokenizer.model_max_length,
-        )
-        self._makers = feature_makers(Encoders(named, self._video, task, device))
-
-    def text_only(self, caption: str) -> Feature:
-        return Feature(None, self._text.encode([caption])[0])
-
-    def encode(self, clip: Clip, task: ExtractionTask) -> Feature:
-        latents = self._video.encode(clip.pixels.unsqueeze(0))[0]
-        features = {name: make(clip, task.sample) for name, make in self._makers.items()}
-        return Feature(latents, self._text.encode([task.caption])[0], clip.start, features)
+    Raises:
+        DataError: DATA-040 to DATA-042 for one that cannot be loaded, DATA-045 for one of another model.
+    """
+    vae = named.vae
+    video = VideoEncoder.from_pretrained(Path(vae.from_pretrained), vae.precision, device, vae.tiles_of_clips())
+    text = TextEncoder.from_pretrained(
+        Path(named.text.from_pretrained),
+        Path(named.tokenizer.from_pretrained),
+        named.text.precision,
+        device,
+        named.tokenizer.model_max_length,
+    )
+    conditions = VideoEncoder(video.vae, vae.tiles_of_conditions())
+    if named.image is None:
+        return ClipEncoder(text, VisualEncoders(task, video, conditions))
+    folder = named.image.from_pretrained
+    image = ImageEncoder.from_pretrained(Path(folder), named.image_precision, device)
+    return ClipEncoder(text, VisualEncoders(task, video, conditions, image, folder))
 
 
 def _encode_all(
     todo: Sequence[ExtractionTask],
     clips: Iterable[Clip | DataError],
-    encoders: _Encoders,
+    encoders: ClipEncoder,
     skipping: Skipping,
     text_len: int,
     bar: Any,
@@ -176,7 +175,7 @@ def _encode_all(
     readers: Counter[str] = Counter()
     for task, clip in zip(todo, clips, strict=True):
         if not isinstance(clip, DataError):
-            write_feature(task.file, encoders.encode(clip, task), task.origin, text_len)
+            write_feature(task.file, encoders.encode(clip, task.caption, task.sample.columns), task.origin, text_len)
             readers[clip.read_by] += 1
         elif may_be_skipped(clip):
             skipping.add(BadClip.of(task.sample.id, task.sample.file, clip.problems[0]))

@@ -107,6 +107,13 @@ def open_generation_weights(
             for name in differing
         ],
     )
+    return with_adapters(source, lora, wan, dtype, fingerprinted)
+
+
+def with_adapters(
+    source: WeightSource, lora: Iterable[LoraSection], wan: WanConfig, dtype: torch.dtype, fingerprinted: bool
+) -> GenerationWeights:
+    """`open_generation_weights` of weights that are open and say that they are of the model `wan`; raises as that."""
     shapes = whole_shapes(wan)
     require_exactly(source, shapes)
     adapters = [(read_any(Path(section.path)), section.strength) for section in lora]

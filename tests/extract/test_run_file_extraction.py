@@ -154,7 +154,7 @@ def test_the_doctor_reads_the_videos_of_a_file(file: Path, capsys: pytest.Captur
     doctor_data([str(file), "--quick"])
     assert capsys.readouterr().out.startswith("2 samples, all of them can be used")
     (told,) = refused(doctor_data, [str(file), "--seed", "4"])
-    assert told.startswith("CFG-007") and "--seed" in told
+    assert told.startswith("CFG-190") and "Write extraction.seed into the file" in told
 
 
 def test_the_example_is_of_the_embedded_default(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

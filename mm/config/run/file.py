@@ -21,6 +21,11 @@ KINDS: dict[str, type[Run]] = {"training": TrainingRun, "extraction": Extraction
 """Kinds of run, each by the section that it alone has."""
 
 
+def kind_of(values: Any) -> str:
+    """The kind of run, a key of `KINDS`, that a file's values describe; a training where nothing says another."""
+    return next((name for name in KINDS if isinstance(values, dict) and name in values), "training")
+
+
 def load_run(path: Path, world_size: int = 1) -> Run:
     """Read run.yaml of any kind, with all that is wrong in it; not yet checked by the rules.
 
@@ -28,7 +33,7 @@ def load_run(path: Path, world_size: int = 1) -> Run:
         ConfigError: what `mm.config.yaml_file.load_yaml` raises.
     """
     values = load_yaml(path)
-    kind = next((kind for name, kind in KINDS.items() if isinstance(values, dict) and name in values), TrainingRun)
+    kind = KINDS[kind_of(values)]
     sections, problems = parse_parts(kind.sections, values, str(path))
     if isinstance(sections, Unread):  # a list, or one word
         sections = partly(kind.sections)

@@ -39,19 +39,9 @@ from mm.dialects.mindspeed.extract_files import (
 )
 from mm.dialects.mindspeed.files import read_extract_data, read_extract_model, read_extract_tools
 from mm.dialects.mindspeed.reading import Reading
-from mm.dialects.mindspeed.words import Flag
+from mm.dialects.mindspeed.words import EXTRACT_FLAGS
 from mm.errors import Problem
 
-EXTRACT_FLAGS: dict[str, Flag] = {
-    "extraction.seed": Flag("seed"),
-    "extraction.device": Flag("device"),
-    "data.workers": Flag("num_workers"),
-    "data.read_timeout": Flag("decode_timeout"),
-    "data.on_bad_sample": Flag("on_bad_sample"),
-    "output.overwrite": Flag("overwrite"),
-    "supervision.timeout_minutes": Flag("distributed_timeout_minutes"),
-}
-"""Flags that each stand for one value."""
 _CLIP = {
     "num_frames": "num_frames",
     "frame_interval": "frame_interval",

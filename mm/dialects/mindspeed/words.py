@@ -144,6 +144,16 @@ EVALUATION_FLAGS: dict[str, Flag] = {
     "validation.images": Flag("validation_images"),
     "validation.config": Flag("validation_config"),
 }
+EXTRACT_FLAGS: dict[str, Flag] = {
+    "extraction.seed": Flag("seed"),
+    "extraction.device": Flag("device"),
+    "data.workers": Flag("num_workers"),
+    "data.read_timeout": Flag("decode_timeout"),
+    "data.on_bad_sample": Flag("on_bad_sample"),
+    "output.overwrite": Flag("overwrite"),
+    "supervision.timeout_minutes": Flag("distributed_timeout_minutes"),
+}
+"""Flags of extraction that each stand for one value."""
 _SECTIONS = {
     "adapters": Word("--lora-r"),
     "evaluation": Word("--eval-interval"),
@@ -153,9 +163,19 @@ _SECTIONS = {
 _CLIP = {"num_frames": "num_frames", "frame_interval": "frame_interval", "height": "max_height", "width": "max_width"}
 
 
-def path_of(flag: str) -> str | None:
-    """The path of the value that a flag, with its dashes, stands for; None for what is no flag or has no one value."""
-    tables = {**TRAIN_FLAGS, **ADAPTER_FLAGS, **EVALUATION_FLAGS}
+_OF_KINDS = {
+    "training": {**TRAIN_FLAGS, **ADAPTER_FLAGS, **EVALUATION_FLAGS},
+    "extraction": EXTRACT_FLAGS,
+}
+
+
+def path_of(flag: str, kind: str = "training") -> str | None:
+    """The path of the value that a flag, with its dashes, stands for; None for what is no flag or has no one value.
+
+    Args:
+        flag: it. kind: of run whose flag it is, by the section that it alone has.
+    """
+    tables = _OF_KINDS.get(kind, {})
     return next((path for path, known in tables.items() if flag_name(known.field) == flag), None)
 
 
