@@ -14,7 +14,8 @@ from mm.config.base import validation_problems
 from mm.config.place import process_place
 from mm.config.rules.training import check_training, require_places
 from mm.config.run.file import load_training
-from mm.config.run.training import TrainingRun, TrainingSections, section_of
+from mm.config.run.training import TrainingRun, TrainingSections
+from mm.config.unread import section_of
 from mm.errors import ConfigError, Problem, raise_all
 from mm.train.callbacks.base import Callback
 from mm.train.job import train_in_job

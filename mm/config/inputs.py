@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from mm.config.extract import ExtractModel
 from mm.config.inference import InferenceModel
+from mm.config.run.encoders import EncodersSection
 from mm.errors import Problem
 
 
@@ -24,12 +24,12 @@ def missing_parts(config: InferenceModel) -> list[Problem]:
     return [*problems, *_missing(folders, config.tokenizer.from_pretrained)]
 
 
-def missing_encoders(model: ExtractModel, tokenizer: str) -> list[Problem]:
-    """What is not there of the encoders of an extraction: DATA-040 or DATA-043."""
-    folders = [model.ae.from_pretrained, model.text_encoder.from_pretrained]
-    if model.ae.i2v_processor is not None:
-        folders.append(model.ae.i2v_processor.image_encoder)
-    return _missing(folders, tokenizer)
+def missing_encoders(encoders: EncodersSection) -> list[Problem]:
+    """What is not there of a run's encoders: DATA-040 or DATA-043."""
+    folders = [encoders.vae.from_pretrained, encoders.text.from_pretrained]
+    if encoders.image is not None:
+        folders.append(encoders.image.from_pretrained)
+    return _missing(folders, encoders.tokenizer.from_pretrained)
 
 
 def _missing(folders: list[str], tokenizer: str) -> list[Problem]:

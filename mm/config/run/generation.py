@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pydantic import Field
-
 from mm.config.inference import InferenceModel
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout, mesh_layout
@@ -17,12 +15,10 @@ class GenerationRun(MeshRun):
 
     Attributes:
         config: encoders, transformer, sampler, prompts. parallel: how it is cut.
-        notes: what the user's files say that is how it is done here anyway, as lines for the log.
     """
 
     config: InferenceModel
     parallel: MeshSection = MeshSection()
-    notes: tuple[str, ...] = Field((), exclude=True, repr=False)
 
     @property
     def mesh(self) -> MeshSection:
