@@ -333,6 +333,15 @@ def test_training_is_that_of_the_command(demo: Path, tmp_path: Path) -> None:
     assert again.steps == () and again.progress.step == 3
 
 
+def test_training_without_a_folder(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(demo, tmp_path / "of", train_iters=2)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    found = mm.train_model(tmp_path / "of" / "run.yaml", {"checkpoint.save": None})
+    assert [step.loss_hex for step in found.steps] == [row["loss_hex"] for row in expected]
+    assert found.checkpoint is None and list(Path().iterdir()) == []
+
+
 def test_training_that_cannot_be(demo: Path, tmp_path: Path) -> None:
     run(demo, tmp_path / "of", train_iters=1)
     file, untouched = tmp_path / "of" / "run.yaml", {"checkpoint.save": str(tmp_path / "new")}
