@@ -54,7 +54,7 @@ def folder_of(demo: Path, task: str) -> Path:
 
 
 def encoders(demo: Path, task: str = "t2v") -> mm.Encoders:
-    return mm.Encoders.of(folder_of(demo, task), dtype="fp32")
+    return mm.Encoders.of(folder_of(demo, task), text_dtype="fp32")
 
 
 def rows_of(demo: Path, task: str, count: int) -> list[dict[str, Any]]:
@@ -278,6 +278,17 @@ def test_encoders_that_are_loaded_serve_again(demo: Path) -> None:
         for given in (ready, ready, encoders(demo))
     )
     assert torch.equal(one[0], two[0]) and torch.equal(one[0], of_folders[0])
+
+
+def test_a_folder_is_a_model_with_its_encoders(demo: Path) -> None:
+    folder = folder_of(demo, "t2v")
+    model = mm.load_model(folder / "transformer", device="cpu")
+    assert model.get_parameter("blocks.0.ffn.0.weight").dtype == torch.bfloat16
+    one, other = (
+        mm.generate_videos(*words, size=SIZE, steps=1, negative_prompt="")
+        for words in ((folder, "a red circle"), (model, ["a red circle"], mm.Encoders.of(folder)))
+    )
+    assert torch.equal(one[0], other[0])
 
 
 def refused(*words: Any, **more: Any) -> list[str]:
