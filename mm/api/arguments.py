@@ -29,7 +29,7 @@ def as_pixels(value: Pixels, what: str, ndim: int) -> Tensor:
     Raises:
         ConfigError: CFG-200 for another type or shape than uint8 [(F,) H, W, 3].
     """
-    tensor = torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
+    tensor = torch.from_numpy(np.require(value, requirements=["C", "W"])) if isinstance(value, np.ndarray) else value
     if tensor.dtype != torch.uint8 or tensor.ndim != ndim or tensor.shape[-1] != 3 or not tensor.numel():
         expected = "[F, H, W, 3]" if ndim == 4 else "[H, W, 3]"
         found = f"{what} is {tensor.dtype} of shape {list(tensor.shape)}"

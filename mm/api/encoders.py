@@ -25,7 +25,7 @@ class Encoders:
         vae: the video VAE, a folder in the diffusers layout.
         text_encoder: UMT5, a folder in the transformers layout. tokenizer: its folder, where that is not loaded.
         image_encoder: CLIP's visual half, for tasks with given frames.
-        dtype: of the encoders that are loaded from folders. vae_dtype: of the VAE; None takes `dtype`.
+        text_dtype, visual_dtype: of the text encoder, and of the VAE and the image encoder, where a folder is loaded.
         tiling: the VAE works in overlapping tiles, which saves memory and costs time.
     """
 
@@ -33,13 +33,18 @@ class Encoders:
     text_encoder: Folder | TextEncoder
     tokenizer: Folder | None = None
     image_encoder: Folder | ImageEncoder | None = None
-    dtype: Precision = "bf16"
-    vae_dtype: Precision | None = None
+    text_dtype: Precision = "bf16"
+    visual_dtype: Precision = "fp32"
     tiling: bool = False
 
     @classmethod
     def of(
-        cls, folder: Folder, *, dtype: Precision = "bf16", vae_dtype: Precision | None = None, tiling: bool = False
+        cls,
+        folder: Folder,
+        *,
+        text_dtype: Precision = "bf16",
+        visual_dtype: Precision = "fp32",
+        tiling: bool = False,
     ) -> Encoders:
         """Those of a model's folder in the diffusers layout: `vae`, `text_encoder`, `tokenizer`, `image_encoder`."""
         home = Path(folder)
@@ -49,8 +54,8 @@ class Encoders:
             home / "text_encoder",
             home / "tokenizer",
             image if image.is_dir() else None,
-            dtype,
-            vae_dtype,
+            text_dtype,
+            visual_dtype,
             tiling,
         )
 
@@ -59,7 +64,7 @@ class Encoders:
         if isinstance(self.vae, VideoEncoder):
             return self.vae
         tiles = Tiles() if self.tiling else None
-        return VideoEncoder.from_pretrained(Path(self.vae), self.vae_dtype or self.dtype, device, tiles)
+        return VideoEncoder.from_pretrained(Path(self.vae), self.visual_dtype, device, tiles)
 
     def load_text_encoder(self, device: torch.device, max_tokens: int = MAX_TEXT_TOKENS) -> TextEncoder:
         """The text encoder, which cuts texts at so many tokens; DATA-040 to DATA-043 where it cannot be loaded.
@@ -72,7 +77,7 @@ class Encoders:
         if self.tokenizer is None:
             raise ConfigError("CFG-200", f"{self.text_encoder} has no tokenizer.", "Give tokenizer= beside it.")
         folders = Path(self.text_encoder), Path(self.tokenizer)
-        return TextEncoder.from_pretrained(*folders, self.dtype, device, max_tokens)
+        return TextEncoder.from_pretrained(*folders, self.text_dtype, device, max_tokens)
 
     def load_image_encoder(self, device: torch.device) -> ImageEncoder:
         """The image encoder; DATA-040 to DATA-042 where it cannot be loaded.
@@ -85,7 +90,7 @@ class Encoders:
         if self.image_encoder is None:
             message = "The task has frames that are given, and there is no image encoder."
             raise ConfigError("CFG-200", message, "Give image_encoder=, the folder of that name of an I2V model.")
-        return ImageEncoder.from_pretrained(Path(self.image_encoder), self.dtype, device)
+        return ImageEncoder.from_pretrained(Path(self.image_encoder), self.visual_dtype, device)
 
 
 def name_of(encoder: object, kind: str) -> str:

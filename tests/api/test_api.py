@@ -54,7 +54,7 @@ def folder_of(demo: Path, task: str) -> Path:
 
 
 def encoders(demo: Path, task: str = "t2v") -> mm.Encoders:
-    return mm.Encoders.of(folder_of(demo, task), dtype="fp32")
+    return mm.Encoders.of(folder_of(demo, task), text_dtype="fp32")
 
 
 def rows_of(demo: Path, task: str, count: int) -> list[dict[str, Any]]:
@@ -280,6 +280,17 @@ def test_encoders_that_are_loaded_serve_again(demo: Path) -> None:
     assert torch.equal(one[0], two[0]) and torch.equal(one[0], of_folders[0])
 
 
+def test_a_folder_is_a_model_with_its_encoders(demo: Path) -> None:
+    folder = folder_of(demo, "t2v")
+    model = mm.load_model(folder / "transformer", device="cpu")
+    assert model.get_parameter("blocks.0.ffn.0.weight").dtype == torch.bfloat16
+    one, other = (
+        mm.generate_videos(*words, size=SIZE, steps=1, negative_prompt="")
+        for words in ((folder, "a red circle"), (model, ["a red circle"], mm.Encoders.of(folder)))
+    )
+    assert torch.equal(one[0], other[0])
+
+
 def refused(*words: Any, **more: Any) -> list[str]:
     with pytest.raises(MMError) as caught:
         mm.generate_videos(*words, **more)
@@ -331,6 +342,15 @@ def test_training_is_that_of_the_command(demo: Path, tmp_path: Path) -> None:
     assert torch.equal(ours, theirs)
     again = mm.train_model(file, {"checkpoint.save": str(tmp_path / "one")})
     assert again.steps == () and again.progress.step == 3
+
+
+def test_training_without_a_folder(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(demo, tmp_path / "of", train_iters=2)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    found = mm.train_model(tmp_path / "of" / "run.yaml", {"checkpoint.save": None})
+    assert [step.loss_hex for step in found.steps] == [row["loss_hex"] for row in expected]
+    assert found.checkpoint is None and list(Path().iterdir()) == []
 
 
 def test_training_that_cannot_be(demo: Path, tmp_path: Path) -> None:
