@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import statistics
 import sys
 import tempfile
@@ -52,6 +53,7 @@ def write(path: Path, codec: str, height: int, num_frames: int, options: dict[st
     width = height * 16 // 9 // 16 * 16
     random_numbers = np.random.default_rng(0)
     texture = random_numbers.integers(0, 255, (height // 8, width // 4, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -62,6 +64,7 @@ def write(path: Path, codec: str, height: int, num_frames: int, options: dict[st
             )
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels))))
         container.mux(stream.encode())
+    os.sched_setscheduler(0, policy, parameters)  # libsvtav1 makes the thread that opens it a real-time one
 
 
 def reader(module: ModuleType, name: str | None) -> Read:

@@ -4,8 +4,10 @@ A number stands in binary, least bit first, as a row of light and dark squares a
 so that inter prediction has work to do.
 """
 
+import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -33,6 +35,20 @@ def number_of(frame: np.ndarray) -> int:
     return sum(1 << bit for bit, light in enumerate(squares) if light > 128)
 
 
+@contextmanager
+def scheduling_kept() -> Iterator[None]:
+    """Give this thread the scheduling policy back that it had.
+
+    libsvtav1, where it may (as root), makes the thread that opens it a real-time one, for which every other process of
+    the machine must wait; what that thread starts later inherits it.
+    """
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
 def write_numbered(
     file: Path,
     num_frames: int = 60,
@@ -47,7 +63,10 @@ def write_numbered(
     pixel_aspect: Fraction | None = None,
 ) -> Path:
     """Encode frames 0, 1, ... at 25 a second, or at `times` in units of 1/25 s."""
-    with av.open(str(file), "w", format=container_format, options=container_options or {}) as container:
+    with (
+        scheduling_kept(),
+        av.open(str(file), "w", format=container_format, options=container_options or {}) as container,
+    ):
         stream = container.add_stream(codec, rate=25, options=options or {})
         (stream.height, stream.width), stream.pix_fmt = size, pixel_format
         if pixel_aspect is not None:

@@ -18,7 +18,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch._dynamo import config as dynamo_config
 
 from mm.config.model import WanConfig
 from mm.wan.block import WanBlock
@@ -47,6 +46,8 @@ def graphs_needed(num_sizes: int, pipeline: bool) -> int:
 
 def most_graphs() -> int:
     """Number of graphs of one function that torch keeps."""
+    from torch._dynamo import config as dynamo_config  # a second of importing, for runs that compile alone
+
     return int(dynamo_config.accumulated_recompile_limit)
 
 

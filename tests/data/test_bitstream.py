@@ -1,5 +1,6 @@
 """Headers of coded pictures, beside what FFmpeg decodes of the same packets."""
 
+import os
 from pathlib import Path
 
 import av
@@ -87,10 +88,12 @@ def test_vp8_packets_that_show_nothing(tmp_path: Path) -> None:
 def test_packets_that_show_one_picture_and_hide_another(tmp_path: Path) -> None:
     vp9 = {"g": "20", "auto-alt-ref": "1", "lag-in-frames": "16", "cpu-used": "5", "b": "60k"}
     av1 = {"g": "20", "preset": "10"}
+    policy = os.sched_getscheduler(0)
     for codec, options in (("libvpx-vp9", vp9), ("libsvtav1", av1)):
         found, keys = pictures(write_numbered(tmp_path / "a.mkv", codec=codec, options=options))
         assert [picture is not None and picture.is_start for picture in found] == keys
         assert all(picture is not None and picture.is_shown for picture in found) and len(found) == 60
+        assert os.sched_getscheduler(0) == policy  # which the AV1 encoder changes for all that comes later
 
 
 def test_a_packet_that_is_cut_off_is_not_understood(tmp_path: Path) -> None:
