@@ -84,6 +84,12 @@ class CheckpointError(MMError):
     exit_code = EXIT_CHECKPOINT
 
 
+class ResumeError(CheckpointError):
+    """A whole checkpoint that this run's configuration does not fit: starting the same command again cannot help."""
+
+    exit_code = EXIT_CONFIG
+
+
 class OutputError(MMError):
     """A report that could not be printed in full."""
 

@@ -111,7 +111,10 @@ class BackgroundSaver:
 
         def write() -> None:
             try:
-                save(self._root, step, copies, scalars, self._comm, keep_latest, derived, self._lock)
+                save(
+                    self._root, step, copies, scalars, self._comm,
+                    keep_latest=keep_latest, derived=derived, lock=self._lock,
+                )  # fmt: skip
                 self.times.append(SaveTimes(step, called, copied, time.monotonic()))
             except BaseException as error:  # raised in the loop, by `check` or `finish`
                 self._failure = error

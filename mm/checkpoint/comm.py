@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from mm.checkpoint.files import writing_errors
-from mm.errors import CheckpointError, ConfigError, DataError, MMError, Problem, raise_all
+from mm.errors import CheckpointError, ConfigError, DataError, MMError, Problem, ResumeError, raise_all
 
 
 class Comm(Protocol):
@@ -152,5 +152,5 @@ def _raise_reported(report: dict[str, Any], rank: int) -> None:
         raise CheckpointError(
             "CKPT-033", f"Rank {rank} failed with {report['text']}.", "See the traceback in that rank's output."
         )
-    types = {kind.__name__: kind for kind in (ConfigError, DataError, CheckpointError)}
+    types = {kind.__name__: kind for kind in (ConfigError, DataError, CheckpointError, ResumeError)}
     raise_all(types.get(report["type"], CheckpointError), [Problem(*problem) for problem in report["problems"]])

@@ -33,15 +33,18 @@ from mm.checkpoint.formats import mindspeed as mm_format
 from mm.checkpoint.formats.layer_zero import LayerZeroWeights
 from mm.checkpoint.formats.mindspeed_split import require_blocks
 from mm.checkpoint.formats.source import WeightSource
-from mm.checkpoint.formats.training import TrainingWeights, is_training_checkpoint, no_average
+from mm.checkpoint.formats.training import TrainingWeights, no_average
+from mm.checkpoint.identify import Found, identify
+from mm.checkpoint.mismatch import Expected, require_exactly
 from mm.checkpoint.safetensor_file import Entry
-from mm.checkpoint.weights import open_weights, require_exactly
+from mm.checkpoint.weights import open_weights
 from mm.config.layout import Stages
 from mm.config.model import WanConfig
+from mm.config.run.origins import Word
 from mm.errors import CheckpointError
 from mm.wan.config_json import infer_config
 from mm.wan.folder import WeightFolder
-from mm.wan.model import WanModel
+from mm.wan.model import whole_shapes
 
 log = logging.getLogger(__name__)
 
@@ -155,11 +158,12 @@ def convert_to_hf(
     added = target.is_dir() and source_path.is_dir() and target.samefile(source_path)
     if not added:
         require_absent(target)
-    encoder = _encoder(source_path, averaged)
+    found = identify(source_path)
+    encoder = _encoder(found, averaged)
     if encoder is not None:
         encoder_to_hf(encoder, target, like, max_shard_bytes)
         return
-    source = open_weights(source_path, averaged=averaged)
+    source = open_weights(found, averaged=averaged)
     if added and not source.path.samefile(target):
         rivals = [file.name for file in target.glob("*.safetensors*")]
         require_addable(target, rivals, last=hf.CONFIG_NAME)
@@ -169,10 +173,10 @@ def convert_to_hf(
     write_as_hf(source, target, like, max_shard_bytes)
 
 
-def _encoder(path: Path, averaged: bool) -> EncoderSource | None:
-    encoder = None if is_training_checkpoint(path) or mm_format.is_mm_folder(path) else open_encoder(path)
+def _encoder(found: Found, averaged: bool) -> EncoderSource | None:
+    encoder = open_encoder(found)
     if encoder is not None and averaged:
-        raise no_average(path, f"is {encoder.encoder.name}")
+        raise no_average(found.asked, f"is {encoder.encoder.name}")
     return encoder
 
 
@@ -216,11 +220,12 @@ def convert_to_native(source_path: Path, target: Path, *, averaged: bool = False
         DataError: from `open_weights`.
     """
     require_absent(target)
-    encoder = _encoder(source_path, averaged)
+    found = identify(source_path)
+    encoder = _encoder(found, averaged)
     if encoder is not None:
         encoder_to_native(encoder, target)
         return
-    write_as_native(open_weights(source_path, averaged=averaged), target)
+    write_as_native(open_weights(found, averaged=averaged), target)
 
 
 def write_as_native(source: WeightSource, target: Path) -> None:
@@ -283,23 +288,17 @@ def _known_config(source: WeightSource) -> WanConfig:
 
 def _agreed_config(source: WeightSource, original: WeightFolder) -> WanConfig:
     """The configuration of `original`; the source's own must be the same where it has one."""
-    theirs = original.config()
-    ours = source.config()
-    names = ours.differing_fields(theirs) if ours is not None else []
-    if names:
-        values = "; ".join(f"{name} {getattr(ours, name)} instead of {getattr(theirs, name)}" for name in names)
-        raise CheckpointError(
-            "CKPT-024",
-            f"{source.path} is of another model than {original.path}: {values}.",
-            "Give the folder that the training started from.",
-        )
+    theirs, ours = original.config(), source.config()
+    if ours is not None:
+        remedy = "Give the folder that the training started from."
+        expected = Expected(theirs, lambda name: Word(name, str(original.path)), "CKPT-024", CheckpointError, remedy)
+        expected.require_config(source.path, ours)
     return theirs
 
 
 def _checked(source: WeightSource, config: WanConfig) -> Shapes:
     """The model's tensors in its own order; the source must hold exactly these."""
-    with torch.device("meta"):
-        shapes = {name: tuple(value.shape) for name, value in WanModel(config).named_parameters()}
+    shapes = whole_shapes(config)
     require_exactly(source, shapes)
     return shapes
 

@@ -27,7 +27,7 @@ from mm.checkpoint.files import remove_folder, replace_text, sync_folder
 from mm.checkpoint.lock import DEFAULT_TIMES, Lock, Times, locked
 from mm.checkpoint.record import Kind, files_of, kind_of, record_folder
 from mm.checkpoint.safetensor_file import hash_file
-from mm.errors import CheckpointError
+from mm.errors import CheckpointError, ResumeError
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,12 @@ def folder_name(step: int) -> str:
     if not 0 <= step < 10**7:
         raise ValueError(f"step {step} does not fit into seven digits")
     return f"iter_{step:07d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The inverse of `folder_name`; None for a folder of another name."""
+    match = re.fullmatch(r"iter_(\d{7})", folder.name)
+    return None if match is None else int(match[1])
 
 
 def candidates(root: Path) -> list[Candidate]:
@@ -193,21 +199,21 @@ def retain(root: Path, step: int, keep_latest: int | None) -> None:
 
 
 def holds_checkpoints(path: Path) -> bool:
-    """Whether `path` is a training checkpoint of any format, or a folder of such."""
-    return kind_of(path) is not None or any(kind_of(c.path) is not None for c in candidates(path))
+    """Whether `path` is a folder of training checkpoints of any format."""
+    return any(kind_of(candidate.path) is not None for candidate in candidates(path))
 
 
 def require_kind(root: Path, kind: Kind, comm: Comm | None = None) -> None:
     """Refuse to save in one format into a folder with checkpoints of the other.
 
     Raises:
-        CheckpointError: CKPT-050.
+        ResumeError: CKPT-050.
     """
 
     def check() -> None:
         found = {kind_of(c.path) for c in candidates(root)} - {None, kind}
         if found:
-            raise CheckpointError(
+            raise ResumeError(
                 "CKPT-050",
                 f"{root} holds checkpoints of --ckpt-format {found.pop()}, and this run saves {kind}.",
                 "Give --ckpt-format as before, or name that folder with --load and another one with --save.",

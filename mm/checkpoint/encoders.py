@@ -8,19 +8,19 @@ sizes are known without the config.json of another folder.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
+from mm.checkpoint.encoder_kinds import CLIP, Encoder, encoder_of
 from mm.checkpoint.files import new_folder, require_absent, require_free_space, write_new
-from mm.checkpoint.formats.pt_file import read_pt
+from mm.checkpoint.formats.found import Found
+from mm.checkpoint.formats.pt_file import SUFFIXES, read_pt
 from mm.checkpoint.formats.shard_files import write_shards
 from mm.checkpoint.formats.source import TensorKind
 from mm.checkpoint.mismatch import raise_on_mismatch
@@ -29,39 +29,13 @@ from mm.config.base import load_json
 from mm.errors import CheckpointError
 from mm.wan import names_clip, names_t5
 from mm.wan.name_pairs import Pair
-from mm.wan.names_clip import clip_pairs
-from mm.wan.names_t5 import t5_pairs
-from mm.wan.names_vae import vae_pairs
 from mm.wan.prefixes import common_prefix, unwrapped
-from mm.wan.shards import DIFFUSERS_FILE, find_shards
 
 log = logging.getLogger(__name__)
 
-TRANSFORMERS_FILE = "model.safetensors"
+FORMAT = "a file of torch.save"
 _WRAPPERS = ("state_dict", "module", "model_state")
 """The one key of an original file whose state dict is inside another dictionary."""
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """What is known of one of the encoders.
-
-    Attributes:
-        name: for messages. file: of its weights in the original release, without a suffix.
-        hf_file: of its weights in a folder.
-        mark, hf_mark: names that it alone has, in the original and elsewhere; the group counts layers.
-        pairs: its tensors, by the number of layers.
-        build: a model on the meta device and the text of its config.json, from a config.json's content or, for None, of
-            the published size.
-    """
-
-    name: str
-    file: str
-    hf_file: str
-    mark: str
-    hf_mark: str
-    pairs: Callable[[int], list[Pair]]
-    build: Callable[[Mapping[str, Any] | None], tuple[nn.Module, str]]
 
 
 @dataclass(frozen=True)
@@ -87,21 +61,35 @@ class EncoderSource:
         return self.encoder.pairs(self.num_layers)
 
 
-def open_encoder(path: Path) -> EncoderSource | None:
-    """The encoder at `path`, or None where there is none; a transformer's weights are none.
+def recognise(path: Path) -> Found | None:
+    """A file that `torch.save` wrote: an encoder of the original release, or unknown, readable or not."""
+    if path.suffix not in SUFFIXES or not path.is_file():
+        return None
+    try:
+        encoder = encoder_of(_state(path))
+    except CheckpointError:  # `open_encoder` says so; whoever wants other weights has no use for such a file at all
+        encoder = None
+    if encoder is None:
+        return Found(path, FORMAT, path)
+    return Found(path, FORMAT, path, "encoder", encoder.encoder.name)
+
+
+def open_encoder(found: Found) -> EncoderSource | None:
+    """The encoder that was found, or None where it is something else, such as a transformer.
 
     Raises:
         CheckpointError: CKPT-021 for a `.pth` file that is damaged or needs code to be read.
-        DataError: DATA-022 to DATA-025 for safetensors that cannot be used.
     """
-    if path.is_file() and path.suffix in (".pth", ".pt", ".bin"):
-        state = _unwrapped(read_pt(path))
-        kinds = {name: TensorKind(tuple(v.shape), v.dtype) for name, v in state.items() if isinstance(v, Tensor)}
-        return _recognised(path, kinds, state.__getitem__)
-    if not any(path.glob("*.safetensors")) and path.suffix != ".safetensors":
+    path = found.path
+    if found.format == FORMAT:
+        state = _state(path)
+        return _source(
+            path, {name: TensorKind(tuple(v.shape), v.dtype) for name, v in state.items()}, state.__getitem__
+        )
+    if found.content != "encoder":
         return None
     stored: dict[str, tuple[Path, TensorKind]] = {}
-    for file, header in find_shards(path).items():
+    for file, header in found.headers.items():
         stored |= {
             name: (file, TensorKind(info.shape, DTYPES[info.dtype]))
             for name, info in header.items()
@@ -113,7 +101,7 @@ def open_encoder(path: Path) -> EncoderSource | None:
             value: Tensor = file.get_tensor(name)
         return value
 
-    return _recognised(path, {name: kind for name, (_, kind) in stored.items()}, read)
+    return _source(path, {name: kind for name, (_, kind) in stored.items()}, read)
 
 
 def encoder_to_hf(source: EncoderSource, target: Path, like: Path | None, max_shard_bytes: int) -> None:
@@ -234,23 +222,20 @@ def _require_names(source: EncoderSource, expected: Iterable[str]) -> None:
     raise_on_mismatch(f"{source.path} ({source.encoder.name})", missing, left_over, [])
 
 
-def _recognised(path: Path, kinds: dict[str, TensorKind], read: Callable[[str], Tensor]) -> EncoderSource | None:
-    """Which encoder has these names, with the parts left out that are no part of it."""
-    prefix = common_prefix(kinds)  # DiffSynth's `model.`, of the VAE
+def _source(path: Path, kinds: dict[str, TensorKind], read: Callable[[str], Tensor]) -> EncoderSource | None:
+    """The encoder that has these tensors, with the parts left out that are no part of it."""
+    which = encoder_of(kinds)
+    if which is None:
+        return None
+    prefix = common_prefix(kinds)
     names = {unwrapped(name.removeprefix(prefix)): name for name in kinds}
-    for encoder in ENCODERS:
-        for original, mark in ((True, encoder.mark), (False, encoder.hf_mark)):
-            layers = {int(match[1] or 0) for name in names if (match := re.fullmatch(mark, name))}
-            if not layers:
-                continue
-            used = {name: place for name, place in names.items() if not name.startswith(names_clip.UNUSED)}
-            if len(used) < len(names):
-                log.info("%s: %d tensors of the text tower are not part of Wan.", path, len(names) - len(used))
-            if not original:
-                used = _one_embedding({_hf_name(name): place for name, place in used.items()})
-            found = {name: kinds[place] for name, place in used.items()}
-            return EncoderSource(encoder, path, original, max(layers) + 1, found, partial(_read_as, read, used))
-    return None
+    used = {name: place for name, place in names.items() if not name.startswith(names_clip.UNUSED)}
+    if len(used) < len(names):
+        log.info("%s: %d tensors of the text tower are not part of Wan.", path, len(names) - len(used))
+    if not which.original:
+        used = _one_embedding({_hf_name(name): place for name, place in used.items()})
+    mine = {name: kinds[place] for name, place in used.items()}
+    return EncoderSource(which.encoder, path, which.original, which.num_layers, mine, partial(_read_as, read, used))
 
 
 def _read_as(read: Callable[[str], Tensor], places: Mapping[str, str], name: str) -> Tensor:
@@ -270,71 +255,9 @@ def _one_embedding(used: dict[str, str]) -> dict[str, str]:
     return used if tied is None else {names_t5.EMBEDDING: tied, **used}
 
 
-def _unwrapped(content: dict[str, Any]) -> dict[str, Any]:
+def _state(file: Path) -> dict[str, Tensor]:
+    """The tensors of an original file, mapped; CKPT-021 as `read_pt`."""
+    content = read_pt(file)
     inner = next(iter(content.values())) if len(content) == 1 and next(iter(content)) in _WRAPPERS else content
-    return inner if isinstance(inner, dict) else content
-
-
-def _build_vae(values: Mapping[str, Any] | None) -> tuple[nn.Module, str]:
-    from diffusers import AutoencoderKLWan  # only where an encoder is converted: it takes seconds to import
-
-    model = AutoencoderKLWan() if values is None else AutoencoderKLWan.from_config(dict(values))
-    return model, model.to_json_string()
-
-
-def _build_t5(values: Mapping[str, Any] | None) -> tuple[nn.Module, str]:
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    config = UMT5Config(**_T5) if values is None else UMT5Config.from_dict(dict(values))
-    config.architectures = ["UMT5EncoderModel"]
-    return UMT5EncoderModel(config), config.to_json_string(use_diff=False)
-
-
-def _build_clip(values: Mapping[str, Any] | None) -> tuple[nn.Module, str]:
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    config = CLIPVisionConfig(**_CLIP) if values is None else CLIPVisionConfig.from_dict(dict(values))
-    config.architectures = ["CLIPVisionModelWithProjection"]
-    return CLIPVisionModelWithProjection(config), config.to_json_string(use_diff=False)
-
-
-_T5: dict[str, Any] = {
-    "vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
-    "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "feed_forward_proj": "gated-gelu",
-    "tie_word_embeddings": False,
-}  # fmt: skip
-"""UMT5-XXL (google/umt5-xxl), with the vocabulary of Wan's file."""
-_CLIP: dict[str, Any] = {
-    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
-    "patch_size": 14, "image_size": 224, "projection_dim": 1024, "hidden_act": "gelu",
-}  # fmt: skip
-"""The visual half of laion/CLIP-ViT-H-14-laion2B-s32B-b79K."""
-
-VAE = Encoder(
-    "the video VAE",
-    "Wan2.1_VAE",
-    DIFFUSERS_FILE,
-    r"decoder\.upsamples\.(0)\.residual\.0\.gamma",
-    r"decoder\.up_blocks\.(0)\.resnets\.0\.norm1\.gamma",
-    lambda _: vae_pairs(),
-    _build_vae,
-)
-T5 = Encoder(
-    "the text encoder UMT5",
-    "models_t5_umt5-xxl-enc-bf16",
-    TRANSFORMERS_FILE,
-    r"blocks\.(\d+)\.ffn\.gate\.0\.weight",
-    r"encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.q\.weight",
-    t5_pairs,
-    _build_t5,
-)
-CLIP = Encoder(
-    "the image encoder CLIP",
-    "models_clip_open-clip-xlm-roberta-large-vit-huge-14",
-    TRANSFORMERS_FILE,
-    r"visual\.transformer\.(\d+)\.attn\.to_qkv\.weight",
-    r"(?:vision_model\.)?encoder\.layers\.(\d+)\.self_attn\.q_proj\.weight",
-    clip_pairs,
-    _build_clip,
-)
-ENCODERS = (VAE, T5, CLIP)
+    state = inner if isinstance(inner, dict) else content
+    return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}

@@ -77,6 +77,7 @@ def save(
     pieces: Iterable[Piece],
     scalars: dict[str, Any],
     comm: Comm | None = None,
+    *,
     keep_latest: int | None = None,
     derived: Derived | None = None,
     lock: Lock | None = None,
@@ -114,8 +115,8 @@ def save(
         lambda folder: _write_shard(folder, pieces, comm),
         lambda folder, reports: _complete(folder, step, reports, scalars, derived),
         comm,
-        keep_latest,
-        lock,
+        keep_latest=keep_latest,
+        lock=lock,
     )
 
 
@@ -125,6 +126,7 @@ def load(
     comm: Comm | None = None,
     *,
     complete: Sequence[str] = ("",),
+    manifest: Manifest | None = None,
 ) -> None:
     """Fill the tensors of `wanted` from the checkpoint folder `path`; only what intersects them is read.
 
@@ -134,6 +136,7 @@ def load(
         comm: the ranks that load together.
         complete: every tensor of the checkpoint whose key begins with one of these must be wanted by some rank; by
             default all of them. `("model.",)` loads weights alone.
+        manifest: that of `path` where it has been read.
 
     Raises:
         CheckpointError: CKPT-011 for keys, shapes or dtypes that differ, CKPT-012 for a damaged checkpoint; the same
@@ -141,7 +144,7 @@ def load(
     """
     comm = comm or SingleProcess()
     wanted = list(wanted)
-    manifest = read_manifest(path)
+    manifest = manifest or read_manifest(path)
     reports = on_every_rank(comm, lambda: _differences(manifest, wanted))
     keys = {key for report in reports for key in report["keys"]}
     unexpected = sorted(key for key in manifest.tensors if key not in keys and key.startswith(tuple(complete)))

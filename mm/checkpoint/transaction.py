@@ -30,6 +30,7 @@ def write_checkpoint(
     write: Callable[[Path], Any],
     complete: Callable[[Path, Sequence[Any]], None],
     comm: Comm,
+    *,
     keep_latest: int | None,
     lock: Lock | None = None,
 ) -> Path:

@@ -62,7 +62,7 @@ def check(
     reports: list[dict[str, Any]] = []
     if where.rank == 0:
         findings += preflight.attempt("memory", lambda: _memory(words, layout, backend, reports))
-        findings += preflight.attempt("weights", lambda: preflight.weights(sections, config))
+        findings += preflight.attempt("weights", lambda: preflight.weights(sections))
         findings += preflight.attempt("checkpoints", lambda: preflight.save_folder(sections))
         findings += preflight.attempt("disk", lambda: preflight.disk(sections, trained))
     one_size = layout.pp_size > 1 and not sections.parallel.variable_sizes

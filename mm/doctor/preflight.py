@@ -24,9 +24,10 @@ import torch
 
 from mm.checkpoint.comm import Comm
 from mm.checkpoint.directory import find_latest
-from mm.checkpoint.formats.training import is_training_checkpoint
+from mm.checkpoint.formats import training
+from mm.checkpoint.identify import identify
 from mm.checkpoint.lock import holder_of
-from mm.checkpoint.weights import open_weights, require_exactly
+from mm.checkpoint.weights import open_weights
 from mm.config.model import WanConfig
 from mm.config.run.training import TrainingRun
 from mm.config.units import GIB, format_bytes
@@ -38,6 +39,7 @@ from mm.errors import MMError
 from mm.ops.elementwise.dispatch import TRITON_NEEDS, choice_of
 from mm.optim.algorithms.make import ALGORITHMS
 from mm.parallel.placement import whole_shapes
+from mm.train.run import expected_model
 
 Verdict = Literal["ok", "look", "no"]
 _FP32 = 4
@@ -123,7 +125,7 @@ def features(dataset: FeatureDataset, global_batch_size: int, *, one_size: bool)
     return [Finding("features", "ok", found)]
 
 
-def weights(sections: TrainingRun, config: WanConfig) -> list[Finding]:
+def weights(sections: TrainingRun) -> list[Finding]:
     """Look at the weights that the run starts from: names and shapes of all tensors, without reading them."""
     adapters, start, words = sections.adapters, sections.checkpoint, sections.origins
     path = adapters.base if adapters is not None else start.load
@@ -132,11 +134,11 @@ def weights(sections: TrainingRun, config: WanConfig) -> list[Finding]:
     if path is None:
         seed, scratch = words["training.seed"].name, words["checkpoint.from_scratch"].with_value(True)
         return [Finding("weights", "ok", f"drawn from {seed} ({scratch})")]
-    if is_training_checkpoint(Path(path)):
-        latest = find_latest(Path(path), start.resume_policy)
-        return [Finding("weights", "ok", f"training checkpoint {latest}")]
-    source = open_weights(Path(path))
-    require_exactly(source, whole_shapes(config))
+    found = identify(path, policy=start.resume_policy)
+    if found.format == training.FORMAT:
+        return [Finding("weights", "ok", f"training checkpoint {found.path}")]
+    source = open_weights(found)
+    expected_model(sections).require(source)
     return [Finding("weights", "ok", f"{path} ({source.label}): every tensor is there, none too many")]
 
 

@@ -59,7 +59,7 @@ def generate_clips(
     wan, dtype = config.predictor.wan(), DTYPES[config.predictor.dtype]
     # only whoever writes clips tells what made them
     weights = open_generation_weights(
-        config.predictor.from_pretrained or "", config.lora, wan, dtype, fingerprinted=processes.writes
+        config.predictor.from_pretrained or "", config.lora, wan, dtype, processes.writes, processes.comm
     )
     finished: dict[int, str] = {}
     if not overwrite:

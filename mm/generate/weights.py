@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from mm.checkpoint.comm import Comm, SingleProcess, on_rank_zero
 from mm.checkpoint.finite import require_finite, rounded
+from mm.checkpoint.identify import identify
+from mm.checkpoint.mismatch import Expected
 from mm.checkpoint.safetensor_file import bytes_of
-from mm.checkpoint.weights import WeightSource, open_weights, require_exactly
+from mm.checkpoint.weights import WeightSource, open_weights
 from mm.config.inference import LoraSection
 from mm.config.model import WanConfig
-from mm.errors import ConfigError, Problem, raise_all
+from mm.config.run.origins import Word
 from mm.lora.adapter import Adapter, merge_tensor, require_fit
 from mm.lora.convert import read_any
 from mm.lora.targets import every_linear
@@ -76,9 +78,14 @@ class GenerationWeights:
 
 
 def open_generation_weights(
-    path: str, lora: Iterable[LoraSection], wan: WanConfig, dtype: torch.dtype, fingerprinted: bool = True
+    path: str,
+    lora: Iterable[LoraSection],
+    wan: WanConfig,
+    dtype: torch.dtype,
+    fingerprinted: bool = True,
+    comm: Comm | None = None,
 ) -> GenerationWeights:
-    """Open weights and adapters and check that they fit the model and each other; no tensor is read.
+    """Open weights and adapters and check that they fit the model and each other; no weight of the model is read.
 
     Args:
         path: as for `mm.checkpoint.weights.open_weights`.
@@ -86,32 +93,21 @@ def open_generation_weights(
         wan: the transformer's shape.
         dtype: of the bulk of the parameters.
         fingerprinted: read every value for `GenerationWeights.fingerprint` too, about a second a GB.
+        comm: the ranks; every one calls it.
 
     Raises:
         ConfigError: CFG-065 when the weights say that they belong to another model.
         CheckpointError, DataError: what opening raises, CKPT-011 for tensors of another model, DATA-093 for adapters of
             another.
     """
-    source = open_weights(path)
-    theirs = source.config()
-    differing = [] if theirs is None else theirs.differing_fields(wan)
-    raise_all(
-        ConfigError,
-        [
-            Problem(
-                "CFG-065",
-                f"{source.path} has {name} {getattr(theirs, name)}, "
-                f"and predictor.{name} in inference_model.json is {getattr(wan, name)}.",
-                "Correct the predictor section, or name other weights.",
-            )
-            for name in differing
-        ],
-    )
-    shapes = whole_shapes(wan)
-    require_exactly(source, shapes)
-    adapters = [(read_any(Path(section.path)), section.strength) for section in lora]
+    comm = comm or SingleProcess()
+    source = open_weights(identify(path, comm))
+    expected = Expected(wan, lambda name: Word(name, "inference_model.json", f"predictor.{name}"), "CFG-065")
+    on_rank_zero(comm, lambda: expected.require(source))
+    linears = every_linear(whole_shapes(wan))
+    adapters = [(read_any(identify(section.path, comm, wanted="adapters")), section.strength) for section in lora]
     for adapter, _ in adapters:
-        require_fit(adapter, every_linear(shapes))
+        require_fit(adapter, linears)
     return GenerationWeights(source, adapters, dtype, fingerprinted)
 
 

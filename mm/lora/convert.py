@@ -9,15 +9,14 @@ from typing import Literal
 
 from torch import Tensor
 
-from mm.checkpoint.directory import find_latest
-from mm.checkpoint.formats.mindspeed import is_mm_folder
+from mm.checkpoint.formats import mindspeed as mm_format
+from mm.checkpoint.formats import training
 from mm.checkpoint.formats.source import TensorKind, WeightSource
-from mm.checkpoint.formats.training import is_training_checkpoint, no_average
+from mm.checkpoint.formats.training import no_average
+from mm.checkpoint.identify import Found, identify
 from mm.checkpoint.identity import identity
-from mm.checkpoint.manifest import MANIFEST_NAME
 from mm.checkpoint.weights import open_weights
 from mm.config.model import WanConfig
-from mm.errors import CheckpointError
 from mm.lora.adapter import Adapter, merge_tensor, require_fit
 from mm.lora.files import read_adapter, write_adapter
 from mm.lora.mindspeed import read_mm, write_mm
@@ -27,25 +26,24 @@ from mm.lora.targets import every_linear
 log = logging.getLogger(__name__)
 
 
-def read_any(path: Path, *, averaged: bool = False) -> Adapter:
+def read_any(at: Path | Found, *, averaged: bool = False) -> Adapter:
     """The adapter of a LoRA run's checkpoints (the latest), of an MM folder of adapters, or of a file of any family.
 
     Args:
-        path: see above. averaged: the average of a run with --ema-decay, in the place of what it trained.
+        at: what `identify` found where adapters are wanted, or a path for it.
+        averaged: the average of a run with --ema-decay, in the place of what it trained.
 
     Raises:
         CheckpointError: CKPT-012, CKPT-013, CKPT-049 and CKPT-081 for checkpoints that cannot be used, and what
             `read_mm` raises.
         DataError: DATA-022 and DATA-090 to DATA-092 for a file that cannot be used.
     """
-    if not is_training_checkpoint(path):
-        if averaged:
-            raise no_average(path, "is no training checkpoint")
-        return read_mm(path) if path.is_dir() and is_mm_folder(path) else read_adapter(path)
-    latest = path if (path / MANIFEST_NAME).exists() else find_latest(path)
-    if latest is None:
-        raise CheckpointError("CKPT-013", f"{path} holds no complete checkpoint.", "Use another folder.")
-    return adapter_of(latest, averaged=averaged)
+    found = at if isinstance(at, Found) else identify(at, wanted="adapters")
+    if found.format == training.FORMAT:
+        return adapter_of(found.path, averaged=averaged)
+    if averaged:
+        raise no_average(found.asked, "is no training checkpoint")
+    return read_mm(found) if found.format == mm_format.FORMAT else read_adapter(found)
 
 
 def write_file(source: Path, target: Path, family: Literal["peft", "comfyui"], *, averaged: bool = False) -> None:

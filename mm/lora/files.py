@@ -1,4 +1,4 @@
-"""Reading and writing adapter files. Safetensors only; what a file is, its keys tell (`mm.lora.families`)."""
+"""Reading and writing adapter files. Safetensors only; what a file is, its keys tell (`mm.wan.adapter_keys`)."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mm.checkpoint.files import sync_folder, temporary_name
+from mm.checkpoint.formats.folder import PEFT_FILE, PEFT_MODEL_FILE, recognise
+from mm.checkpoint.formats.found import Found, nothing
 from mm.checkpoint.safetensor_file import entry_of, write_safetensors
 from mm.errors import CheckpointError, DataError
 from mm.lora.adapter import Adapter, Update, contradiction
-from mm.lora.families import Keys, Part, other_kinds, sort_keys
 from mm.lora.peft_config import PEFT_HEADER, PEFT_PREFIX, PeftConfig, peft_header
+from mm.wan.adapter_keys import Keys, Part, other_kinds, sort_keys
 from mm.wan.names import native_to_diffusers
-from mm.wan.shards import Header, find_shards, is_shard, read_header
+from mm.wan.shards import Header, is_shard, no_weights, what_instead
 
 logger = logging.getLogger(__name__)
 
-PEFT_FILE = "pytorch_lora_weights.safetensors"
-"""The name under which diffusers looks for a LoRA in a folder."""
 COMFYUI_FILE = "lora_comfyui.safetensors"
 """The name of an adapter in ComfyUI's names beside a checkpoint; diffusers looks for another one."""
-PEFT_MODEL_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
-"""The names under which PEFT writes an adapter and its configuration."""
+PEFT_CONFIG_FILE = "adapter_config.json"
+"""The name under which PEFT writes an adapter's configuration."""
 COMFYUI_PREFIX = "diffusion_model."
 
 Parts = dict[Part, Tensor]
@@ -66,11 +66,12 @@ def write_adapter(path: Path, adapter: Adapter, family: Literal["peft", "comfyui
         raise CheckpointError("CKPT-031", f"{path} cannot be written: {error.strerror or error}.", remedy) from error
 
 
-def read_adapter(path: Path) -> Adapter:
+def read_adapter(at: Path | Found) -> Adapter:
     """Read an adapter file of any family.
 
     Args:
-        path: the file, or a folder that holds one: under diffusers' or PEFT's name for it, alone, or in shards.
+        at: the file, or a folder that holds one: under diffusers' or PEFT's name for it, alone, or in shards; or what
+            was found there.
 
     Raises:
         DataError: DATA-020 when there is none, DATA-022 for a missing or damaged file, DATA-023 to DATA-025 for shards,
@@ -78,7 +79,8 @@ def read_adapter(path: Path) -> Adapter:
             DATA-092 for matrices, r or alpha that contradict each other, DATA-130 for values that are not finite,
             DATA-131 for a folder with several files.
     """
-    files = _files(path)
+    found = at if isinstance(at, Found) else recognise(at, "adapters") or nothing(at, what_instead(at))
+    path, files = found.asked, _files(found)
     places = {key: file for file, header in files.items() for key in header}
     keys = sort_keys(list(places))
     if keys is None:
@@ -99,18 +101,15 @@ def read_adapter(path: Path) -> Adapter:
     return Adapter(updates, texts)
 
 
-def _files(path: Path) -> dict[Path, Header]:
-    """The checked headers of the files that make up the adapter at `path`."""
-    if not path.is_dir():
-        return find_shards(path)
-    named = next((path / name for name in (PEFT_FILE, PEFT_MODEL_FILE) if (path / name).exists()), None)
-    if named is not None:
-        return {named: read_header(named)}
-    files = find_shards(path)
+def _files(found: Found) -> Mapping[Path, Header]:
+    """The headers of the files that make up an adapter."""
+    files = found.headers
+    if not files:
+        raise no_weights(found.asked, found.format)
     if len(files) > 1 and not all(is_shard(file) for file in files):
         raise DataError(
             "DATA-131",
-            f"{path} holds {len(files)} safetensors files, none of them called {PEFT_FILE} or {PEFT_MODEL_FILE}: "
+            f"{found.path} holds {len(files)} safetensors files, none of them called {PEFT_FILE} or {PEFT_MODEL_FILE}: "
             f"{', '.join(file.name for file in list(files)[:10])}.",
             "Name one of the files.",
         )

@@ -8,19 +8,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mm.checkpoint.formats.folder import FolderWeights
 from mm.checkpoint.formats.mindspeed import MindSpeedWeights
 from mm.checkpoint.formats.source import WeightSource
 from mm.checkpoint.formats.training import DECAY_KEY, TrainingWeights
+from mm.checkpoint.identify import Found, identify
+from mm.checkpoint.mismatch import require_exactly
 from mm.checkpoint.safetensor_file import DTYPE_NAMES
-from mm.checkpoint.weights import open_weights, require_exactly
+from mm.checkpoint.weights import open_weights
 from mm.config.model import WAN_1_3B, WAN_14B, WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B, WanConfig
 from mm.errors import CheckpointError, DataError, MMError
 from mm.lora.convert import read_any
 from mm.wan.config_json import infer_config
-from mm.wan.model import WanModel
+from mm.wan.model import whole_shapes
 
 PUBLISHED = {
     "Wan2.1 T2V 1.3B": WAN_1_3B,
@@ -29,8 +29,6 @@ PUBLISHED = {
     "Wan2.1 I2V 14B": WAN_I2V_14B,
     "Wan2.1 FLF2V 14B": WAN_FLF2V_14B,
 }
-_ADAPTERS = ("CKPT-084", "DATA-029")
-"""Errors of `open_weights` after which a path may still hold an adapter."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +67,12 @@ def inspect(path: Path) -> tuple[Inspection, MMError | None]:
         What was found, and the error that using it for a model would give, or None.
     """
     try:
-        source = open_weights(path)
+        found = identify(path)
+        if found.content == "adapters":
+            return _adapter(found)
+        source = open_weights(found)
     except (CheckpointError, DataError) as error:
-        return _adapter(path, error) if error.id in _ADAPTERS else (_unusable(path, error), error)
+        return _unusable(path, error), error
     config, problem = _config(source)
     kinds = source.kinds()
     dtypes: Counter[str] = Counter()
@@ -79,20 +80,20 @@ def inspect(path: Path) -> tuple[Inspection, MMError | None]:
     for kind in kinds.values():
         dtypes[DTYPE_NAMES.get(kind.dtype, str(kind.dtype))] += math.prod(kind.shape)
         num_bytes += math.prod(kind.shape) * kind.dtype.itemsize
-    found = Inspection(
+    about = Inspection(
         path=str(source.path),
         format=_format(source),
         model="unknown" if config is None else _model(config),
-        step=source.manifest.step if isinstance(source, TrainingWeights) else _step(source.path),
+        step=found.step,
         ema_decay=source.manifest.scalars.get(DECAY_KEY) if isinstance(source, TrainingWeights) else None,
         num_tensors=len(kinds),
         num_parameters=sum(dtypes.values()),
         num_bytes=num_bytes,
         dtypes=dict(dtypes.most_common()),
-        files=_files(source),
+        files=_files(source, found),
         problems=[] if problem is None else [str(line) for line in problem.problems],
     )
-    return found, problem
+    return about, problem
 
 
 def _config(source: WeightSource) -> tuple[WanConfig | None, MMError | None]:
@@ -101,10 +102,8 @@ def _config(source: WeightSource) -> tuple[WanConfig | None, MMError | None]:
         config = source.config() or infer_config(source.shapes(), source.path)
     except (CheckpointError, DataError) as error:
         return None, error
-    with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in WanModel(config).named_parameters()}
     try:
-        require_exactly(source, expected)
+        require_exactly(source, whole_shapes(config))
     except CheckpointError as error:
         return config, error
     return config, None
@@ -123,28 +122,19 @@ def _format(source: WeightSource) -> str:
     return source.label
 
 
-def _files(source: WeightSource) -> list[str]:
+def _files(source: WeightSource, found: Found) -> list[str]:
     if isinstance(source, TrainingWeights):
         return sorted(source.manifest.files)
     if isinstance(source, FolderWeights):
         return [shard.name for shard in source.folder.shards]
     if isinstance(source, MindSpeedWeights):
         return sorted({str(place.file.relative_to(source.path)) for place in source.places.values()})
-    return sorted((f.name for f in source.path.glob("model_*.pt")), key=lambda name: (len(name), name))
+    return list(found.files)
 
 
-def _step(folder: Path) -> int | None:
-    digits = folder.name.removeprefix("iter_")
-    return int(digits) if folder.name.startswith("iter_") and digits.isdigit() else None
-
-
-def _adapter(path: Path, no_model: MMError) -> tuple[Inspection, MMError | None]:
-    """What an adapter is, and what is wrong with it; where there is none, why it is no model either."""
-    try:
-        adapter = read_any(path)
-    except (CheckpointError, DataError) as error:
-        problem = no_model if error.id == "DATA-090" else error
-        return _unusable(path, problem), problem
+def _adapter(found: Found) -> tuple[Inspection, None]:
+    """What an adapter is; raises what `read_any` raises."""
+    adapter = read_any(found)
     dtypes = Counter[str]()
     num_bytes = 0
     for value in adapter.parameters().values():
@@ -152,8 +142,8 @@ def _adapter(path: Path, no_model: MMError) -> tuple[Inspection, MMError | None]
         num_bytes += value.numel() * value.element_size()
     ranks = sorted({update.rank for update in adapter.updates.values()})
     alphas = sorted({update.alpha for update in adapter.updates.values()})
-    found = Inspection(
-        path=str(path),
+    about = Inspection(
+        path=str(found.asked),
         format="a LoRA adapter",
         model=f"{len(adapter.updates)} linears, r {', '.join(map(str, ranks))}, alpha "
         f"{', '.join(f'{alpha:g}' for alpha in alphas)}",
@@ -162,7 +152,7 @@ def _adapter(path: Path, no_model: MMError) -> tuple[Inspection, MMError | None]
         num_bytes=num_bytes,
         dtypes=dict(dtypes.most_common()),
     )
-    return found, None
+    return about, None
 
 
 def _unusable(path: Path, error: MMError) -> Inspection:

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from mm.checkpoint.directory import TRACKER_NAME
 from mm.checkpoint.files import new_folder, write_new
+from mm.checkpoint.formats.found import Found
 from mm.checkpoint.formats.mindspeed import (
     RELEASE,
     OpenFile,
-    named_by_tracker,
-    stage_files,
     virtual_stages,
     write_stage,
 )
@@ -68,20 +67,19 @@ def write_mm(target: Path, adapter: Adapter) -> None:
         write_new(folder / TRACKER_NAME, RELEASE)
 
 
-def read_mm(path: Path) -> Adapter:
-    """The adapter in an MM folder, or in a `release`/`iter_*` folder below one.
+def read_mm(found: Found) -> Adapter:
+    """The adapter in an MM folder, as `mm.checkpoint.formats.mindspeed.recognise` found it.
 
     Raises:
-        CheckpointError: CKPT-010, CKPT-018, CKPT-021, CKPT-041 to CKPT-043 as `mm.checkpoint.formats.mindspeed`.
+        CheckpointError: CKPT-021, CKPT-041 to CKPT-043 as `mm.checkpoint.formats.mindspeed.MindSpeedWeights.open`.
         DataError: DATA-090 for a whole model, DATA-091 for keys that are left over or lack
             their other half, DATA-092 and DATA-130 as `Update.of`.
     """
-    folder = named_by_tracker(path) if (path / TRACKER_NAME).exists() else path
-    files = stage_files(folder)
+    folder, files = found.path, [found.path / name for name in found.files]
     stages = virtual_stages(files, folder)
     if not any(_KEY.fullmatch(key) for stage in stages for key in stage):
-        found = f"{folder} is no LoRA checkpoint: it holds no key *.lora_A.default.weight."
-        raise DataError("DATA-090", found, "Use another one.")
+        told = f"{folder} is no LoRA checkpoint: it holds no key *.lora_A.default.weight."
+        raise DataError("DATA-090", told, "Use another one.")
     arguments = read_pt(files[0]).get("args")
     _require_all_ranks(folder, len(files), arguments)
     opened = OpenFile()

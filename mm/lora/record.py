@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mm.checkpoint.formats.folder import PEFT_FILE
 from mm.checkpoint.formats.training import ADAPTERS_KEY, MODEL_PREFIX, weights_prefix
 from mm.checkpoint.manifest import Manifest, read_manifest
 from mm.checkpoint.store import read_tensor
-from mm.errors import CheckpointError, Problem, raise_all
+from mm.errors import CheckpointError, Problem, ResumeError, raise_all
 from mm.lora.adapter import Adapter
-from mm.lora.files import COMFYUI_FILE, PEFT_FILE, write_adapter
+from mm.lora.files import COMFYUI_FILE, write_adapter
 from mm.lora.layer import Adapted, adapter_shapes
 from mm.lora.low_bit import LowBit
 
@@ -76,7 +77,7 @@ class AdapterRecord:
             theirs: the checkpoint's. where: the checkpoint.
 
         Raises:
-            CheckpointError: CKPT-082 for another r, alpha or other linears, CKPT-083 for another base; both at once.
+            ResumeError: CKPT-082 for another r, alpha or other linears, CKPT-083 for another base; both at once.
         """
         problems = []
         differing = [
@@ -103,7 +104,7 @@ class AdapterRecord:
                     "give --load with --finetune and a new --save.",
                 )
             )
-        raise_all(CheckpointError, problems)
+        raise_all(ResumeError, problems)
 
 
 def record_of(manifest: Manifest, where: Path) -> AdapterRecord | None:
@@ -116,13 +117,13 @@ def adapter_of(folder: Path, *, averaged: bool = False) -> Adapter:
     """The adapter in a checkpoint folder, or its average, with the base model in its texts.
 
     Raises:
-        CheckpointError: CKPT-012 for a damaged checkpoint, CKPT-049 for one without an average, CKPT-081 for one of a
-            whole model.
+        CheckpointError: CKPT-012 for a damaged checkpoint, CKPT-049 for one without an average.
+        ResumeError: CKPT-081 for one of a whole model.
     """
     manifest = read_manifest(folder)
     record = record_of(manifest, folder)
     if record is None:
-        raise CheckpointError("CKPT-081", f"{folder} is of a whole model, not of adapters.", "Use a LoRA run's.")
+        raise ResumeError("CKPT-081", f"{folder} is of a whole model, not of adapters.", "Use a LoRA run's.")
     return _assembled(folder, manifest, record, weights_prefix(folder, manifest, averaged=averaged))
 
 

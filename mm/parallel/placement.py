@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.tensor import DTensor
 
-from mm.config.model import WanConfig
 from mm.parallel.tensor import sharded_dim
-from mm.wan.model import WanModel
+from mm.wan.model import whole_shapes
+
+__all__ = ["Placement", "Shape", "local", "place", "whole_shapes"]
 
 Shape = tuple[int, ...]
 
@@ -42,12 +43,6 @@ def place(name: str, global_shape: Shape, tp_rank: int, tp_size: int) -> Placeme
     shape[dim] //= tp_size
     offsets[dim] = tp_rank * shape[dim]
     return Placement(global_shape, tuple(shape), tuple(offsets), True)
-
-
-def whole_shapes(config: WanConfig) -> dict[str, Shape]:
-    """Shapes of all parameters of a model by native name, in the model's order."""
-    with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in WanModel(config).named_parameters()}
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mm.checkpoint.comm import Comm, on_rank_zero
-from mm.checkpoint.formats.training import is_training_checkpoint
+from mm.checkpoint.formats import training
+from mm.checkpoint.identify import Found, identify
 from mm.checkpoint.identity import identity
-from mm.checkpoint.weights import WeightSource, open_weights, require_exactly
-from mm.config.model import WanConfig
+from mm.checkpoint.mismatch import Expected
+from mm.checkpoint.weights import WeightSource, open_weights
 from mm.errors import DataError
 from mm.lora.adapter import Adapter, require_fit
 from mm.lora.files import read_adapter
@@ -18,8 +19,7 @@ from mm.lora.plan import LoRAPlan
 from mm.lora.record import AdapterRecord, adapter_of
 from mm.lora.targets import every_linear
 from mm.optim.optimizer import Optimizer
-from mm.parallel.placement import whole_shapes
-from mm.train.state import fill_masters, require_same_model
+from mm.train.state import fill_masters
 
 logger = logging.getLogger(__name__)
 
@@ -37,29 +37,31 @@ class AdapterRun:
     record: AdapterRecord
 
 
-def open_base(plan: LoRAPlan, path: Path, config: WanConfig, comm: Comm) -> AdapterRun:
+def open_base(plan: LoRAPlan, path: Path, expected: Expected, comm: Comm) -> AdapterRun:
     """Open the base model; every rank calls it. No tensor is loaded.
 
     Raises:
-        CheckpointError: CKPT-011 for missing or unexpected tensors or other shapes, and what `open_weights` raises.
+        CheckpointError: CKPT-011 for missing or unexpected tensors or other shapes, and what `identify` and
+            `open_weights` raise.
         ConfigError: CFG-028 when the weights say that they belong to another model.
     """
-    base = open_weights(path)
-    theirs = base.config()
-    if theirs is not None:
-        require_same_model(theirs, config, theirs.differing_fields(config), str(path))
-    require_exactly(base, whole_shapes(config))
-    digits = on_rank_zero(comm, lambda: identity(base))
+    base = open_weights(identify(path, comm))
+
+    def checked() -> str:
+        expected.require(base)
+        return identity(base)
+
+    digits = on_rank_zero(comm, checked)
     record = AdapterRecord(plan.adapted, str(path), digits, plan.base_dtype)
     logger.info("base model %s (%s), identity %s", base.path, base.label, digits)
     return AdapterRun(plan, base, record)
 
 
-def load_adapters(path: Path, run: AdapterRun, optimizer: Optimizer) -> None:
+def load_adapters(found: Found, run: AdapterRun, optimizer: Optimizer) -> None:
     """Start at step 0 from adapters: those of a LoRA run's checkpoint, or of a file of any family.
 
     Args:
-        path: a file or folder as for `mm.lora.files.read_adapter`, or a checkpoint.
+        found: a file or folder as for `mm.lora.files.read_adapter`, or a checkpoint.
         run: whose r, alpha and linears the adapters must have; they may be of another base.
         optimizer: its masters are filled.
 
@@ -68,23 +70,23 @@ def load_adapters(path: Path, run: AdapterRun, optimizer: Optimizer) -> None:
             path, and what `read_adapter` and `require_fit` raise.
         CheckpointError: CKPT-012 for a damaged checkpoint, CKPT-081 for one of a whole model.
     """
-    adapter = adapter_of(path) if is_training_checkpoint(path) else _read_adapter(path)
+    adapter = adapter_of(found.path) if found.format == training.FORMAT else _read_adapter(found)
     require_fit(adapter, every_linear(run.base.shapes()))  # the next line says which of them can be trained
-    _require_plan(path, adapter, run.plan)
+    _require_plan(found.path, adapter, run.plan)
     parameters = adapter.parameters()
     fill_masters(optimizer, lambda name: parameters[name].float())
-    logger.info("loaded the adapters in %s", path)
+    logger.info("loaded the adapters in %s", found.path)
 
 
-def _read_adapter(path: Path) -> Adapter:
+def _read_adapter(found: Found) -> Adapter:
     try:
-        return read_adapter(path)
+        return read_adapter(found)
     except DataError as error:
         if error.id not in ("DATA-020", "DATA-090"):
             raise
         raise DataError(
             "DATA-095",
-            f"--load {path} holds neither checkpoints of a LoRA run nor an adapter: {error.problems[0].message}",
+            f"--load {found.path} holds neither checkpoints of a LoRA run nor an adapter: {error.problems[0].message}",
             "Name an adapter file, or a folder of either. The base model belongs to --load-base-model.",
         ) from None
 

@@ -10,11 +10,9 @@ from typing import Any
 from mm.activation.host_pool import StepShape
 from mm.activation.offload import Offloader
 from mm.checkpoint.comm import on_rank_zero
-from mm.checkpoint.directory import holds_checkpoints, require_kind, require_whole
+from mm.checkpoint.directory import require_kind
 from mm.checkpoint.files import replace_text, writing_errors
-from mm.checkpoint.record import kind_of
-from mm.checkpoint.store import find_latest
-from mm.checkpoint.weights import open_weights
+from mm.checkpoint.identify import Found, identify, latest_checkpoint
 from mm.config.recompute import Recompute
 from mm.config.run.file import resolved, whole_file
 from mm.config.run.origins import RUN_FILE
@@ -30,7 +28,7 @@ from mm.parallel.apply import ParallelModel, ValueOf, apply
 from mm.train.adapters import AdapterRun, load_adapters, open_base
 from mm.train.describe import start_table
 from mm.train.resuming import Resuming, update_settings
-from mm.train.run import Run, data_parallel_options, training_dtype
+from mm.train.run import Run, data_parallel_options, expected_model, training_dtype
 from mm.train.state import Progress, load_state, load_weights, saved_bytes
 from mm.wan.compile import graphs_needed, most_graphs, try_compiling
 from mm.wan.initial import initial_value
@@ -87,7 +85,7 @@ def open_adapters(run: Run) -> AdapterRun | None:
     adapters = run.sections.adapters
     if run.lora is None or adapters is None:
         return None
-    return open_base(run.lora, Path(adapters.base), run.config, run.comm)
+    return open_base(run.lora, Path(adapters.base), expected_model(run.sections), run.comm)
 
 
 def build_model(run: Run, adapters: AdapterRun | None, run_blocks: BlockRunner, compiled: bool) -> ParallelModel:
@@ -192,36 +190,45 @@ def start_or_resume(run: Run, adapters: AdapterRun | None, optimizer: Optimizer,
         ConfigError: CFG-160 where that would change what steps mean, and what `load_state` and `load_weights` raise.
     """
     start = run.sections.checkpoint
-    record = adapters.record if adapters is not None else None
-    # A folder of weights may have numbered folders too, as MindSpeed-MM's have; those of training are described.
-    load = start.load if start.load is not None and holds_checkpoints(Path(start.load)) else None
     if start.save is not None:
         require_kind(Path(start.save), start.format, run.comm)
-    for folder in (start.save, None if start.weights_only else load):
-        latest = _latest(run, Path(folder)) if folder is not None else None
-        if latest is None:
-            continue
-        progress = load_state(
-            latest,
-            optimizer,
-            run.config,
-            run.sections.training.seed,
-            run.comm,
-            resuming=_resuming(run, steps),
-            with_optimizer=start.load_optimizer,
-            with_average=start.load_average,
-            any_seed=not start.same_seed,
-            adapters=record,
-        )
-        logger.info("going on from %s: step %d, %d samples", latest, progress.step, progress.consumed_samples)
-        return progress
-    if start.load is not None:
-        path = _checked(run, Path(start.load))
-        if adapters is not None:
-            load_adapters(path, adapters, optimizer)
-        else:
-            load_weights(open_weights(path), optimizer, run.config)
+        latest = latest_checkpoint(Path(start.save), run.comm, start.resume_policy, start.verify)
+        if latest is not None:
+            return _resume(run, latest, adapters, optimizer, steps)
+    if start.load is None:
+        return Progress()
+    found = identify(
+        start.load,
+        run.comm,
+        wanted="model" if adapters is None else "adapters",
+        policy=start.resume_policy,
+        verify=start.verify,
+    )
+    if found.of_run and not start.weights_only:
+        return _resume(run, found, adapters, optimizer, steps)
+    if adapters is not None:
+        load_adapters(found, adapters, optimizer)
+    else:
+        load_weights(found, optimizer, expected_model(run.sections), run.comm)
     return Progress()
+
+
+def _resume(run: Run, found: Found, adapters: AdapterRun | None, optimizer: Optimizer, steps: StepSettings) -> Progress:
+    start = run.sections.checkpoint
+    progress = load_state(
+        found,
+        optimizer,
+        expected_model(run.sections),
+        run.sections.training.seed,
+        run.comm,
+        resuming=_resuming(run, steps),
+        with_optimizer=start.load_optimizer,
+        with_average=start.load_average,
+        any_seed=not start.same_seed,
+        adapters=adapters.record if adapters is not None else None,
+    )
+    logger.info("going on from %s: step %d, %d samples", found.path, progress.step, progress.consumed_samples)
+    return progress
 
 
 def write_run_file(run: Run) -> None:
@@ -249,20 +256,3 @@ def _resuming(run: Run, steps: StepSettings) -> Resuming:
         run.mesh.layout.dp_size,
         reports=run.reports,
     )
-
-
-def _latest(run: Run, folder: Path) -> Path | None:
-    """The checkpoint to take of a run's folder, or None where there is none."""
-    return find_latest(
-        folder, run.sections.checkpoint.resume_policy, verify=run.sections.checkpoint.verify, comm=run.comm
-    )
-
-
-def _checked(run: Run, path: Path) -> Path:
-    """What to start from: of a run's folder its latest checkpoint, checked as one that is gone on from."""
-    if not holds_checkpoints(path):
-        return path
-    if kind_of(path) is not None:
-        require_whole(path, run.sections.checkpoint.verify, run.comm)
-        return path
-    return _latest(run, path) or path

@@ -35,11 +35,12 @@ from mm.wan.names import native_to_mm
 def save_weights(
     root: Path,
     progress: Progress,
-    seed: int,
-    steps: StepSettings,
     parallel: ParallelModel,
     optimizer: Optimizer,
     comm: Comm,
+    *,
+    seed: int,
+    steps: StepSettings,
     keep_latest: int | None,
     lock: Lock | None,
 ) -> Path:
@@ -47,8 +48,9 @@ def save_weights(
 
     Args:
         root, comm, keep_latest, lock: as for `mm.checkpoint.store.save`.
-        progress: how far the run has come. seed: of the run. steps: what its steps mean.
+        progress: how far the run has come.
         parallel: the model, without tensor parallelism and layer-zero. optimizer: its masters are rounded into it.
+        seed: of the run. steps: what its steps mean.
 
     Raises:
         CheckpointError: CKPT-016 for a weight that is not finite, CKPT-032, and what `write_checkpoint` raises.
@@ -81,8 +83,8 @@ def save_weights(
         lambda folder: _write(folder, parallel, _state(parallel, progress.step)) if writes else None,
         complete,
         comm,
-        keep_latest,
-        lock,
+        keep_latest=keep_latest,
+        lock=lock,
     )
 
 

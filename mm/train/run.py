@@ -8,6 +8,7 @@ import torch
 
 from mm.checkpoint.comm import Comm
 from mm.checkpoint.lock import DEFAULT_TIMES
+from mm.checkpoint.mismatch import Expected
 from mm.config.inference import InferenceModel
 from mm.config.model import WanConfig
 from mm.config.run.training import TrainingRun
@@ -78,6 +79,11 @@ def data_parallel_options(sections: TrainingRun) -> DataParallelOptions:
     """Options of data parallelism, from the sections."""
     cut = sections.parallel
     return DataParallelOptions(cut.distributed_optimizer, cut.overlap_grad_reduce, cut.overlap_param_gather)
+
+
+def expected_model(sections: TrainingRun) -> Expected:
+    """The model that weights to start from must be of; others are CFG-028."""
+    return Expected(sections.wan, lambda name: sections.origins[f"model.shape.{name}"], "CFG-028")
 
 
 def watch_limits(sections: TrainingRun) -> Limits:

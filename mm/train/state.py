@@ -20,24 +20,25 @@ from torch import Tensor
 
 from mm.checkpoint.background import copy_bytes
 from mm.checkpoint.boxes import Box
-from mm.checkpoint.comm import Comm
-from mm.checkpoint.formats.mindspeed import config_of
+from mm.checkpoint.comm import Comm, on_rank_zero
+from mm.checkpoint.formats import mindspeed
+from mm.checkpoint.formats.found import Found
 from mm.checkpoint.formats.training import ADAPTERS_KEY, AVERAGE_PREFIX, CONFIG_KEY, DECAY_KEY, STATE_KEY, STEPS_KEY
-from mm.checkpoint.manifest import damaged
-from mm.checkpoint.record import kind_of, read_record
+from mm.checkpoint.manifest import Manifest, damaged
+from mm.checkpoint.mismatch import Expected
+from mm.checkpoint.record import read_record
 from mm.checkpoint.store import Derived, Piece, load, pieces_of_flat_range, read_manifest
-from mm.checkpoint.weights import WeightSource, open_weights, require_exactly
+from mm.checkpoint.weights import open_weights
 from mm.config.base import parse
 from mm.config.model import WanConfig
 from mm.config.optimizer import OptimizerName
 from mm.config.step import StepSettings
-from mm.errors import CheckpointError, ConfigError, Problem, raise_all
+from mm.errors import ConfigError, Problem, ResumeError, raise_all
 from mm.lora.record import AdapterRecord, export, record_of
 from mm.optim.algorithms.base import Algorithm
 from mm.optim.algorithms.make import ALGORITHMS
 from mm.optim.ema import Average
 from mm.optim.optimizer import Optimizer, ParamShard
-from mm.parallel.placement import whole_shapes
 from mm.train.resuming import Resuming
 
 logger = logging.getLogger(__name__)
@@ -117,14 +118,14 @@ def _require_state(path: Path, scalars: Mapping[str, Any], algorithm: Algorithm)
     """CKPT-072 and CKPT-073: the state of this run's optimizer must be there."""
     theirs = ALGORITHMS[_recorded_optimizer(scalars)]
     if theirs.name != algorithm.name:
-        raise CheckpointError(
+        raise ResumeError(
             "CKPT-073",
             f"{path} holds the state of {theirs.title}, and this run's --optimizer is {algorithm.name}.",
             f"Give --optimizer {theirs.name}, or --no-load-optim to start {algorithm.title} anew from these weights.",
         )
     saved = scalars.get(STATE_KEY, False) if algorithm.step_key is None else scalars.get(algorithm.step_key) is not None
     if not saved:
-        raise CheckpointError(
+        raise ResumeError(
             "CKPT-072",
             f"{path} was saved without the optimizer (--no-save-optim or --ckpt-format torch).",
             f"Give --no-load-optim to start {algorithm.title} anew from these weights.",
@@ -145,9 +146,9 @@ def saved_bytes(optimizer: Optimizer, *, with_optimizer: bool) -> int:
 
 
 def load_state(
-    path: Path,
+    found: Found,
     optimizer: Optimizer,
-    config: WanConfig,
+    expected: Expected,
     seed: int,
     comm: Comm,
     *,
@@ -157,12 +158,12 @@ def load_state(
     any_seed: bool,
     adapters: AdapterRecord | None = None,
 ) -> Progress:
-    """Go on from the checkpoint folder `path`, which any layout may have written.
+    """Go on from a checkpoint, which any layout may have written.
 
     Args:
-        path: what `mm.checkpoint.store.find_latest` returned.
+        found: the checkpoint.
         optimizer: of the model that goes on; its masters, state, step count and schedule are set.
-        config: the model's shape, which must be the checkpoint's.
+        expected: the model, which must be the checkpoint's.
         seed: this run's; unless `any_seed`, it must be the checkpoint's.
         comm: the ranks.
         resuming: what the steps of this run mean, and what of it may differ from the checkpoint's.
@@ -172,25 +173,28 @@ def load_state(
         adapters: of a run that trains these alone.
 
     Raises:
-        CheckpointError: CKPT-071 for another seed, CKPT-072 and CKPT-073 where the optimizer's state is wanted and was
-            not saved or is another one's, CKPT-085 and CKPT-086 where one of run and checkpoint has an average and the
+        ResumeError: CKPT-071 for another seed, CKPT-072 and CKPT-073 where the optimizer's state is wanted and was not
+            saved or is another one's, CKPT-085 and CKPT-086 where one of run and checkpoint has an average and the
             other has not, CKPT-080 and CKPT-081 for adapters where all parameters are trained and the reverse, CKPT-082
-            and CKPT-083 for adapters of other linears or another base, and what `mm.checkpoint.store.load` raises.
+            and CKPT-083 for adapters of other linears or another base.
+        CheckpointError: what `mm.checkpoint.store.load` raises.
         ConfigError: CFG-028 for another model, CFG-160 for every other change of what steps mean.
     """
-    scalars, theirs, record = _described(path)
-    _require_same_kind(path, record, adapters)
-    fields = theirs.differing_fields(config) + ["text_len"] * (theirs.text_len != config.text_len)
-    require_same_model(theirs, config, fields, str(path))
+    path, described = found.path, _described(found)
+    scalars = described.scalars
+    _require_same_kind(path, described.adapters, adapters)
+    expected.require_config(path, described.config, text_len=True)
     _require_same_steps(path, scalars, seed, resuming, any_seed=any_seed)
     if with_optimizer:
         _require_state(path, scalars, optimizer.algorithm)
     if with_average:
         _require_same_average(path, scalars.get(DECAY_KEY), optimizer.average)
-    if kind_of(path) == "torch":
-        load_weights(open_weights(path), optimizer, config)
+    if described.manifest is None:
+        load_weights(found, optimizer, expected, comm)
     else:
-        _load_tensors(path, optimizer, comm, with_optimizer=with_optimizer, with_average=with_average)
+        _load_tensors(
+            path, described.manifest, optimizer, comm, with_optimizer=with_optimizer, with_average=with_average
+        )
         if with_optimizer and optimizer.algorithm.step_key is not None:
             optimizer.set_steps_made(scalars[optimizer.algorithm.step_key])
         optimizer.masters_to_model()
@@ -200,20 +204,35 @@ def load_state(
     return Progress(scalars["step"], scalars["consumed_samples"], skipped, replaced)
 
 
-def _described(path: Path) -> tuple[dict[str, Any], WanConfig, AdapterRecord | None]:
-    """Scalars, model and adapters of a checkpoint of either format; one in the MM format has no optimizer."""
-    if kind_of(path) == "torch":
+@dataclass(frozen=True)
+class _Described:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        scalars: how far it is, and what its steps mean. config: the model. adapters: those that are in it alone.
+        manifest: of a sharded checkpoint; None in the MM format, which has no optimizer.
+    """
+
+    scalars: Mapping[str, Any]
+    config: WanConfig
+    adapters: AdapterRecord | None
+    manifest: Manifest | None
+
+
+def _described(found: Found) -> _Described:
+    path = found.path
+    if found.format == mindspeed.FORMAT:
         record = read_record(path)
         scalars = record.model_dump(
             include={"step", "consumed_samples", "skipped_steps", "replaced_samples", "seed", STEPS_KEY}
         )
-        config = config_of(path)
+        config = record.wan_config or mindspeed.config_of(path)
         if config is None:
             raise damaged(path, "it does not say the model's configuration")
-        return scalars, config, None
+        return _Described(scalars, config, None, None)
     manifest = read_manifest(path)
     config = parse(WanConfig, manifest.scalars[CONFIG_KEY], str(path))
-    return manifest.scalars, config, record_of(manifest, path)
+    return _Described(manifest.scalars, config, record_of(manifest, path), manifest)
 
 
 def _require_same_steps(
@@ -230,30 +249,31 @@ def _require_same_steps(
         f"{path} was trained with --seed {scalars['seed']}, and --seed is {seed}.",
         f"Give --seed {scalars['seed']}, or --no-load-rng to go on with other random numbers on purpose.",
     )
-    raise_all(CheckpointError, [other_seed, *problems])
+    raise_all(ResumeError, [other_seed, *problems])
 
 
-def _load_tensors(path: Path, optimizer: Optimizer, comm: Comm, *, with_optimizer: bool, with_average: bool) -> None:
+def _load_tensors(
+    path: Path, manifest: Manifest, optimizer: Optimizer, comm: Comm, *, with_optimizer: bool, with_average: bool
+) -> None:
     average = optimizer.average if with_average else None
     wanted = ("model.",) + ("optimizer.",) * with_optimizer + (AVERAGE_PREFIX,) * with_average
     # a kind that nobody asked for is left alone; otherwise nothing may be left over, of whatever kind
     complete = ("",) if with_optimizer and with_average else wanted
-    load(path, _pieces(optimizer.shards, with_optimizer, average), comm, complete=complete)
+    load(path, _pieces(optimizer.shards, with_optimizer, average), comm, complete=complete, manifest=manifest)
     if optimizer.average is not None and average is None:
         optimizer.average.restart()
 
 
-def load_weights(source: WeightSource, optimizer: Optimizer, config: WanConfig) -> None:
+def load_weights(found: Found, optimizer: Optimizer, expected: Expected, comm: Comm) -> None:
     """Start from weights of any known format: fill the fp32 masters, then round them into the model.
 
     Raises:
-        CheckpointError: CKPT-011 for missing or unexpected tensors or other shapes.
+        CheckpointError: CKPT-011 for missing or unexpected tensors or other shapes, and what `open_weights` raises.
         ConfigError: CFG-028 when the weights say that they belong to another model.
+        DataError: what `open_weights` raises.
     """
-    theirs = source.config()
-    if theirs is not None:
-        require_same_model(theirs, config, theirs.differing_fields(config), str(source.path))
-    require_exactly(source, whole_shapes(config))
+    source = open_weights(found)
+    on_rank_zero(comm, lambda: expected.require(source))
     fill_masters(optimizer, source.read)
     logger.info("loaded %s (%s): no tensor missing, none left over", source.path, source.label)
 
@@ -273,13 +293,13 @@ def _require_same_kind(path: Path, theirs: AdapterRecord | None, ours: AdapterRe
     if theirs is not None and ours is not None:
         ours.require_same(theirs, path)
     elif theirs is not None:
-        raise CheckpointError(
+        raise ResumeError(
             "CKPT-080",
             f"{path} holds adapters of a LoRA run, and this run trains all parameters.",
             f"Give LoRA's flags, with --load-base-model {theirs.base_path}; or other folders to --load and --save.",
         )
     elif ours is not None:
-        raise CheckpointError(
+        raise ResumeError(
             "CKPT-081",
             f"{path} holds a whole model, and this run trains adapters.",
             "Give it to --load-base-model if it is the base, and another folder to --save.",
@@ -288,36 +308,17 @@ def _require_same_kind(path: Path, theirs: AdapterRecord | None, ours: AdapterRe
 
 def _require_same_average(path: Path, theirs: float | None, ours: Average | None) -> None:
     if theirs is None and ours is not None:
-        raise CheckpointError(
+        raise ResumeError(
             "CKPT-085",
             f"{path} has no average of its weights, and --ema-decay is {ours.decay:g}.",
             "Give --no-load-ema to begin an average at its weights, or remove --ema-decay.",
         )
     if theirs is not None and ours is None:
-        raise CheckpointError(
+        raise ResumeError(
             "CKPT-086",
             f"{path} has an average of its weights (--ema-decay {theirs:g}), and this run keeps none.",
             f"Give --ema-decay {theirs:g}, or --no-load-ema to go on without the average.",
         )
-
-
-def require_same_model(theirs: WanConfig, ours: WanConfig, fields: Sequence[str], place: str) -> None:
-    """Refuse the weights of another model.
-
-    Raises:
-        ConfigError: CFG-028 for each of `fields`, those in which they differ.
-    """
-    raise_all(
-        ConfigError,
-        [
-            Problem(
-                "CFG-028",
-                f"{place} has {name} {getattr(theirs, name)}, and pretrain_model.json has {getattr(ours, name)}.",
-                "Correct the predictor section, or name other weights.",
-            )
-            for name in fields
-        ],
-    )
 
 
 def _pieces(shards: Sequence[ParamShard], with_optimizer: bool, average: Average | None) -> list[Piece]:

@@ -20,7 +20,7 @@ from mm.errors import DataError
 from mm.wan.config_json import infer_config, read_config
 from mm.wan.names import Convention, convention, translate
 from mm.wan.prefixes import common_prefix, unwrapped
-from mm.wan.shards import find_shards
+from mm.wan.shards import Header, find_shards
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +73,11 @@ class WeightFolder:
                 DATA-030 when a tensor occurs twice; DATA-031 when one is not floating point, or has a scale of a shape
                 that is not understood.
         """
-        path = Path(path)
-        headers = find_shards(path)
+        return cls.of(Path(path), find_shards(Path(path)))
+
+    @classmethod
+    def of(cls, path: Path, headers: Mapping[Path, Header]) -> WeightFolder:
+        """`open` with the headers of `find_shards` at hand: no file is opened."""
         names = [name for header in headers.values() for name in header]
         prefix = common_prefix(names)
         source = convention(unwrapped(name.removeprefix(prefix)) for name in names)

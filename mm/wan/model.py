@@ -206,3 +206,9 @@ class WanModel(nn.Module):
         """Fill all parameters with `mm.wan.initial.initial_value`; they must be whole, not sharded."""
         for name, parameter in self.named_parameters():
             parameter.copy_(initial_value(name, parameter.shape, seed))
+
+
+def whole_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parameters of a model by native name, in the model's order."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in WanModel(config).named_parameters()}

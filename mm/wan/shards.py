@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mm.config.base import load_json
 from mm.errors import ConfigError, DataError
@@ -41,6 +41,8 @@ class TensorInfo(NamedTuple):
 
 
 Header = Mapping[str, TensorInfo]
+NothingThere = Literal["absent", "file", "pipeline", "folder"]
+"""Why a path has no safetensors: it does not exist, is another file, the folder of a whole pipeline, or another one."""
 
 
 def find_shards(path: Path) -> dict[Path, Header]:
@@ -68,7 +70,7 @@ def find_shards(path: Path) -> dict[Path, Header]:
         _report_unused(set(files) - {path / DIFFUSERS_FILE})
         files = [path / DIFFUSERS_FILE]
     if not files:
-        raise _nothing_there(path)
+        raise no_weights(path, what_instead(path))
     _require_all_shards(files)
     return {file: read_header(file) for file in files}
 
@@ -195,12 +197,22 @@ def _report_unused(files: set[Path]) -> None:
         logger.warning("%s is not part of the weights of this folder and is not read", file)
 
 
-def _nothing_there(path: Path) -> DataError:
+def what_instead(path: Path) -> NothingThere:
+    """What a path is where `find_shards` finds nothing."""
     if not path.exists():
-        return DataError("DATA-020", f"Weights not found: {path} does not exist.", "Check the path.")
+        return "absent"
     if path.is_file():
+        return "file"
+    return "pipeline" if (path / "transformer").is_dir() else "folder"
+
+
+def no_weights(path: Path, why: str) -> DataError:
+    """The error DATA-020 about a path; `why` is a `NothingThere`, or what else is there."""
+    if why == "absent":
+        return DataError("DATA-020", f"Weights not found: {path} does not exist.", "Check the path.")
+    if why == "file":
         return DataError("DATA-020", f"{path} is not a .safetensors file.", "Give a safetensors file or its folder.")
-    if (path / "transformer").is_dir():
+    if why == "pipeline":
         return DataError(
             "DATA-020",
             f"{path} holds no safetensors file itself; it is the folder of a whole pipeline.",

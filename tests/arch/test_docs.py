@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mm import errors
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 ID = re.compile(r"`((?:CFG|DATA|CKPT|NUM|MEM|RUN)-\d{3})`")
@@ -30,6 +32,31 @@ def test_every_id_of_the_table_has_a_heading_and_a_meaning() -> None:
     assert named
     assert named <= set(headings)
     assert all(f"| `{found}` |" in errors for found in headings)
+
+
+def raised_with() -> dict[str, set[int]]:
+    """Exit codes of the errors that the source raises by name, by id."""
+    found: dict[str, set[int]] = {}
+    for path in (ROOT / "mm").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or not node.args:
+                continue
+            kind, first = getattr(errors, node.func.id, None), node.args[0]
+            if isinstance(kind, type) and issubclass(kind, errors.MMError) and isinstance(first, ast.Constant):
+                found.setdefault(first.value, set()).add(kind.exit_code)
+    return found
+
+
+def test_exit_codes_are_those_of_the_page() -> None:
+    """An id stands under a heading with its exit code, or has one of its own at the begin of its row."""
+    documented: dict[str, int] = {}
+    for part in (DOCS / "errors.md").read_text().split("\n## ")[1:]:
+        if code := re.match(r"[^\n]* \((\d+)\)\n", part):
+            rows = re.findall(r"^\| `(\S+)` \| (?:\((\d+)\))?", part, re.MULTILINE)
+            documented |= {id: int(own or code[1]) for id, own in rows}
+    raised = raised_with()
+    assert len(raised) > 100
+    assert {id: codes for id, codes in raised.items() if id in documented and codes != {documented[id]}} == {}
 
 
 @pytest.mark.parametrize("page", PAGES_OF_PROOF)

@@ -33,9 +33,9 @@ def test_values_are_those_of_the_moment(tmp_path, monkeypatch):
     """The loop changes everything while the thread is held up; the checkpoint has what was there before."""
     go_on = threading.Event()
 
-    def held_up(*arguments):
+    def held_up(*arguments, **others):
         assert go_on.wait(20)
-        return save(*arguments)
+        return save(*arguments, **others)
 
     monkeypatch.setattr(background, "save", held_up)
     pieces = pieces_for(1)
@@ -166,7 +166,7 @@ def save_as_rank(root: str, rank: int, world_size: int, port: int, setting: str,
 
 def save_in(folder: Path, comm, pieces: list[Piece], in_background: bool) -> None:
     if not in_background:
-        save(folder, 2, pieces, {}, comm, 1)
+        save(folder, 2, pieces, {}, comm, keep_latest=1)
         return
     with BackgroundSaver(folder, comm) as saves:
         saves.start(2, pieces, {}, 1)

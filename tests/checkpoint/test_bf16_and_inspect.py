@@ -11,18 +11,17 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from test_convert import (  # noqa: F401  (a fixture)
+from conversions import (
     CONFIG,
     REPO,
     as_native,
     assert_same_bits,
     flags,
     names,
-    original,
     tensors_of,
     training_run,
 )
+from safetensors.torch import load_file, save_file
 
 from mm.checkpoint import convert
 from mm.checkpoint.store import save, whole_piece
@@ -34,7 +33,7 @@ INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
 
 @pytest.mark.parametrize("max_bytes", [10**9, 9000])
-def test_a_training_checkpoint_in_bf16(original, tmp_path, max_bytes):  # noqa: F811
+def test_a_training_checkpoint_in_bf16(original, tmp_path, max_bytes):
     state = training_run(original, tmp_path / "run")
     convert.zero_to_bf16(tmp_path / "run", tmp_path / "out", max_bytes)
     expected = {name: value.to(torch.bfloat16) for name, value in state.items()}
@@ -52,7 +51,7 @@ def test_a_training_checkpoint_in_bf16(original, tmp_path, max_bytes):  # noqa: 
     assert_same_bits(as_native(tmp_path / "out"), expected)
 
 
-def test_a_weight_beyond_bf16_is_refused(original, tmp_path):  # noqa: F811
+def test_a_weight_beyond_bf16_is_refused(original, tmp_path):
     source = open_weights(original)
     values = {name: source.read(name).float() for name in source.shapes()}
     values["blocks.1.ffn.0.weight"][2, 3] = 3.4e38  # finite in fp32, and an infinity in bf16
@@ -63,7 +62,7 @@ def test_a_weight_beyond_bf16_is_refused(original, tmp_path):  # noqa: F811
     assert names(tmp_path) == ["run"]
 
 
-def test_the_guides_command(original, tmp_path):  # noqa: F811
+def test_the_guides_command(original, tmp_path):
     training_run(original, tmp_path / "run")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     line = [sys.executable, str(REPO / "scripts" / "zero_to_bf16.py")]
@@ -90,7 +89,7 @@ def test_checkpoints_of_deepspeed_are_refused_with_what_to_do(tmp_path, inside):
     assert names(tmp_path) == ["checkpoint-500"]
 
 
-def test_weights_beside_deepspeeds_files_are_used_or_named(original, tmp_path):  # noqa: F811
+def test_weights_beside_deepspeeds_files_are_used_or_named(original, tmp_path):
     folder = tmp_path / "checkpoint-500"
     (folder / "pytorch_model").mkdir(parents=True)
     (folder / "pytorch_model" / "mp_rank_00_model_states.pt").write_bytes(b"x")
@@ -105,7 +104,7 @@ def test_weights_beside_deepspeeds_files_are_used_or_named(original, tmp_path): 
     assert_same_bits({n: open_weights(folder).read(n) for n in open_weights(folder).shapes()}, as_native(original))
 
 
-def test_other_formats_are_not_taken_for_training(original, tmp_path):  # noqa: F811
+def test_other_formats_are_not_taken_for_training(original, tmp_path):
     with pytest.raises(CheckpointError) as caught:
         convert.zero_to_bf16(original, tmp_path / "out")
     assert caught.value.id == "CKPT-048"
@@ -136,7 +135,7 @@ def looked_at(path, code=0):
     return json.loads(printed.getvalue())
 
 
-def test_every_format_is_described(original, tmp_path, capsys):  # noqa: F811
+def test_every_format_is_described(original, tmp_path, capsys):
     state = training_run(original, tmp_path / "run")
     convert.convert_to_mm(original, tmp_path / "mm", ((1, 1),))
     convert.convert_to_native(original, tmp_path / "native")
@@ -171,7 +170,7 @@ def test_every_format_is_described(original, tmp_path, capsys):  # noqa: F811
     assert f"{parameters:,}" in printed
 
 
-def test_what_is_wrong_is_said_and_is_the_exit_code(original, tmp_path, capsys):  # noqa: F811
+def test_what_is_wrong_is_said_and_is_the_exit_code(original, tmp_path, capsys):
     convert.convert_to_mm(original, tmp_path / "mm", ((1, 1),))
     file = tmp_path / "mm" / "release" / "mp_rank_00_001" / "model_optim_rng.pt"
     content = torch.load(file, weights_only=True)
@@ -216,7 +215,7 @@ def test_a_published_model_is_called_by_its_name(tmp_path):
     assert found["problems"] == []
 
 
-def test_flags_of_inspect(original, tmp_path, capsys):  # noqa: F811
+def test_flags_of_inspect(original, tmp_path, capsys):
     words = ["--mode", "inspect", "--source_path", original]
     assert flags(*words, "--target_path", tmp_path / "x") == 64
     assert "CFG-073" in capsys.readouterr().err

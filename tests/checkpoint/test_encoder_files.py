@@ -10,7 +10,7 @@ from published_names import key_shape_md5
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection, UMT5Config, UMT5EncoderModel
 
-from mm.checkpoint.encoders import CLIP, T5, VAE
+from mm.checkpoint.encoder_kinds import CLIP, T5, VAE
 from mm.cli.convert import main
 from mm.cli.entry import run
 from mm.errors import CheckpointError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_convert import REPO, assert_same_bits
+from conversions import REPO, assert_same_bits
 from test_mm_pipeline import NUM_LAYERS, original, pipeline, whole  # noqa: F401  (fixtures)
 from test_store import assert_holds, names, pieces_for
 from test_store_ranks import as_ranks

@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from test_convert import as_native, assert_same_bits, bits, names, original, tensors_of  # noqa: F401  (a fixture)
+from conversions import as_native, assert_same_bits, names, tensors_of
 
 from mm.checkpoint import convert
 from mm.checkpoint.weights import open_weights
@@ -31,7 +31,7 @@ def shard_info(monkeypatch):
 
 
 @pytest.fixture
-def state(original, tmp_path):  # noqa: F811
+def state(original, tmp_path):
     """The whole model in MM names."""
     convert.convert_to_mm(original, tmp_path / "expected")
     return torch.load(tmp_path / "expected" / "release" / "mp_rank_00" / "model_optim_rng.pt", weights_only=True)[
@@ -76,7 +76,7 @@ def save(root, state, shard_info, world=3, step=500, prefix="predictor.", **extr
 
 
 @pytest.mark.parametrize("world", [1, 3, 12])
-def test_a_save_becomes_the_whole_model(original, state, shard_info, tmp_path, world):  # noqa: F811
+def test_a_save_becomes_the_whole_model(original, state, shard_info, tmp_path, world):
     save(tmp_path / "run", state, shard_info, world)
     convert.layerzero_to_mm(tmp_path / "run", tmp_path / "mm")
     content = torch.load(tmp_path / "mm" / "release" / "mp_rank_00" / "model_optim_rng.pt", weights_only=True)

@@ -11,9 +11,9 @@ import sys
 
 import pytest
 import torch
+from conversions import REPO, as_native, assert_same_bits, bits, names, tensors_of
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
-from test_convert import REPO, as_native, assert_same_bits, bits, names, tensors_of
 
 from mm.checkpoint import convert
 from mm.checkpoint.weights import load_into, open_weights

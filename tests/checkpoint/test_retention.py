@@ -38,7 +38,7 @@ def save_mm(root, step, value, keep_latest=None):
         )
         write_record(folder, record)
 
-    return write_checkpoint(root, step, 100, write, complete, SingleProcess(), keep_latest)
+    return write_checkpoint(root, step, 100, write, complete, SingleProcess(), keep_latest=keep_latest)
 
 
 def save_store(root, step, value, keep_latest=None):

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conversions import CONFIG, names, training_run
 from safetensors.torch import save_file
-from test_convert import CONFIG, names, original, training_run  # noqa: F401  (a fixture)
 
 from mm.checkpoint import convert
 from mm.checkpoint.weights import open_weights
@@ -164,7 +164,7 @@ def test_an_index_names_files_of_its_folder_alone(place, tmp_path, escape):
 
 
 @pytest.mark.parametrize("escape", ESCAPES)
-def test_a_manifest_names_shards_of_its_folder_alone(original, tmp_path, escape):  # noqa: F811
+def test_a_manifest_names_shards_of_its_folder_alone(original, tmp_path, escape):
     training_run(original, tmp_path / "run")
     folder = tmp_path / "run" / "iter_0000010"
     (shard,) = folder.glob("shard-*")
@@ -187,6 +187,6 @@ def test_a_tracker_names_a_step_alone(tmp_path, text):
     assert caught.value.id == "CKPT-010"
 
 
-def test_the_model_of_these_tests_is_one(original):  # noqa: F811
+def test_the_model_of_these_tests_is_one(original):
     """What the damages were made of is sound."""
     assert open_weights(original).config() == CONFIG

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from test_convert import CONFIG, as_native, assert_same_bits, copy_of, original, training_run  # noqa: F401  (a fixture)
+from conversions import CONFIG, as_native, assert_same_bits, copy_of, training_run
 
 from mm.checkpoint import convert
 from mm.checkpoint.store import save, whole_piece
@@ -16,7 +16,7 @@ from mm.wan.model import WanModel
 
 
 @pytest.fixture
-def formats(original, tmp_path):  # noqa: F811
+def formats(original, tmp_path):
     """The same model in every format, and the label each must be given."""
     convert.convert_to_mm(original, tmp_path / "mm")
     convert.convert_to_native(original, tmp_path / "native")
@@ -32,7 +32,7 @@ def formats(original, tmp_path):  # noqa: F811
     }
 
 
-def test_every_format_is_recognised_and_gives_the_same_model(formats, original):  # noqa: F811
+def test_every_format_is_recognised_and_gives_the_same_model(formats, original):
     expected = {name: tensor.float() for name, tensor in as_native(original).items()}
     for path, label in formats.items():
         source = open_weights(str(path))
@@ -47,7 +47,7 @@ def test_every_format_is_recognised_and_gives_the_same_model(formats, original):
         assert source.shapes() == {name: kind.shape for name, kind in source.kinds().items()}
 
 
-def test_a_model_of_another_shape_is_refused_and_unchanged(original):  # noqa: F811
+def test_a_model_of_another_shape_is_refused_and_unchanged(original):
     model = WanModel(CONFIG.model_copy(update={"num_layers": 3, "ffn_dim": 32}))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with pytest.raises(CheckpointError) as caught:
@@ -62,7 +62,7 @@ def test_a_model_of_another_shape_is_refused_and_unchanged(original):  # noqa: F
         load_into(model, open_weights(original))
 
 
-def test_training_wins_over_converted_over_source_in_one_folder(original, tmp_path):  # noqa: F811
+def test_training_wins_over_converted_over_source_in_one_folder(original, tmp_path):
     folder = copy_of(original, tmp_path / "one")
     assert open_weights(folder).label == "diffusers weights"
     convert.convert_to_mm(folder, folder)
@@ -140,7 +140,7 @@ def test_other_contents_of_an_mm_file_are_refused(tmp_path, content):
     assert str(file) in str(caught.value)
 
 
-def test_a_training_save_of_mindspeed_is_read(original, tmp_path):  # noqa: F811
+def test_a_training_save_of_mindspeed_is_read(original, tmp_path):
     """With the parsed arguments and the entries without tensors that Megatron adds."""
     convert.convert_to_mm(original, tmp_path / "mm")
     state = torch.load(tmp_path / "mm" / "release" / "mp_rank_00" / "model_optim_rng.pt", weights_only=True)["model"]

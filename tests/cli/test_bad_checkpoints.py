@@ -147,6 +147,19 @@ def finetune(place: Workplace) -> list[str]:
             str(place.home / "other_lora.safetensors")]  # fmt: skip
 
 
+def lora_resume(place: Workplace) -> list[str]:
+    return [*finetune(place)[:-2], "--train-iters", "3", "--save", str(place.out)]
+
+
+def without_the_optimizer(place: Workplace) -> None:
+    """As a run with --no-save-optim leaves its checkpoints."""
+    for file in place.out.glob("iter_*/manifest.json"):
+        manifest = json.loads(file.read_text())
+        assert manifest["scalars"]["adam_step"] is not None
+        manifest["scalars"]["adam_step"] = None
+        file.write_text(json.dumps(manifest))
+
+
 TRANSFORMER = f"{MODEL}/transformer"
 LAST = "stages/release/mp_rank_00_001"
 SECOND = "sharded/diffusion_pytorch_model-00002-of-00002.safetensors"
@@ -189,6 +202,13 @@ CASES: dict[str, tuple[Words, Callable[[Workplace], None], str, int]] = {
                                       write(f"out/{TRACKER}", "77"), "CKPT-013", 74),
     "tracker empty, strict": (train("--train-iters", "3", "--resume-policy", "strict", **RESUME),
                               write(f"out/{TRACKER}", ""), "CKPT-013", 74),
+    "another seed, resume": (train("--train-iters", "3", "--seed", "1", **RESUME), nothing, "CKPT-071", 64),
+    "no optimizer, resume": (train("--train-iters", "3", **RESUME), without_the_optimizer, "CKPT-072", 64),
+    "an average that is not there, resume": (train("--train-iters", "3", "--ema-decay", "0.9", **RESUME), nothing,
+                                             "CKPT-085", 64),
+    "a LoRA on a whole model's checkpoint": (lora_resume, nothing, "CKPT-081", 64),
+    "another --ckpt-format": (train("--ckpt-format", "torch", "--no-save-optim", "--no-load-optim", **RESUME), nothing,
+                              "CKPT-050", 64),
     "a file where the folder should be": (train(save="other_lora.safetensors/run"), nothing, "CFG-131", 64),
     "a file where the target should be": (convert("convert_to_mm", TRANSFORMER, target="other_lora.safetensors/new"),
                                           nothing, "CFG-131", 64),

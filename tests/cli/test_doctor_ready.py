@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,25 @@ def test_all_reasons_at_once(demo: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert not report["ready"]
     assert [reason.split(":")[0] for reason in reasons] == ["weights", "checkpoints"]
     assert "head.head.bias" in reasons[0]
+
+
+def test_weights_of_another_model_of_the_same_shapes(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No shape tells the number of heads; their configuration does, and the run would be refused."""
+    other = Path(shutil.copytree(demo / WEIGHTS, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    heads, size = config["num_attention_heads"], config["attention_head_dim"]
+    (other / "config.json").write_text(
+        json.dumps({**config, "num_attention_heads": heads // 2, "attention_head_dim": size * 2})
+    )
+    _, reasons = look(demo, tmp_path / "run", capsys, load=other)
+    assert [reason.split(":")[:2] for reason in reasons] == [["weights", " CFG-028"]]
+    model = demo / "configs" / "pretrain_model.json"
+    said = f"{other} has num_heads {heads // 2}, and predictor.num_heads in {model} is {heads}."
+    assert said in reasons[0]
+    with pytest.raises(ConfigError, match="CFG-028"):
+        train_command.main([*words(demo, tmp_path / "run", load=other), "--no-progress-bar"])
 
 
 @pytest.mark.nightly

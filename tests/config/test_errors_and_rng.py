@@ -11,6 +11,7 @@ from mm.errors import (
     DifferenceError,
     NumericsError,
     Problem,
+    ResumeError,
     format_error,
     raise_all,
 )
@@ -23,8 +24,8 @@ def test_an_error_says_id_message_and_remedy_on_one_line() -> None:
 
 
 def test_exit_codes() -> None:
-    expected = {ConfigError: 64, DataError: 65, DataWriteError: 65, CheckpointError: 74, NumericsError: 17}
-    expected[DifferenceError] = 17
+    expected = {ConfigError: 64, ResumeError: 64, DataError: 65, DataWriteError: 65, CheckpointError: 74}
+    expected |= {NumericsError: 17, DifferenceError: 17}
     assert {kind: kind("X-1", "m", "r").exit_code for kind in expected} == expected
 
 

@@ -14,10 +14,11 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from mm.checkpoint.formats.folder import PEFT_FILE
 from mm.checkpoint.weights import open_weights
 from mm.errors import CheckpointError, DataError, MMError
 from mm.lora.adapter import Adapter, Update, merge, require_fit
-from mm.lora.files import PEFT_FILE, read_adapter, write_adapter
+from mm.lora.files import read_adapter, write_adapter
 from mm.lora.layer import Adapted
 from mm.wan.model import WanModel
 

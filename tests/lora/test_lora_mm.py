@@ -14,7 +14,7 @@ from mm.cli.entry import run
 from mm.errors import CheckpointError, DataError
 from mm.lora.adapter import Adapter, Update
 from mm.lora.convert import read_any
-from mm.lora.mindspeed import read_mm, write_mm
+from mm.lora.mindspeed import write_mm
 
 MM_NAMES = {  # the published key map
     "self_attn.q": "self_attn.proj_q", "self_attn.k": "self_attn.proj_k", "self_attn.v": "self_attn.proj_v",
@@ -45,7 +45,7 @@ def test_the_file_is_what_mindspeed_mm_loads(tmp_path):
     assert content["model"].keys() == their_state().keys()
     assert all(torch.equal(content["model"][name], value) for name, value in their_state().items())
     assert [path.name for path in (tmp_path / "mm" / "release").iterdir()] == ["mp_rank_00"]
-    again = read_mm(tmp_path / "mm")
+    again = read_any(tmp_path / "mm")
     assert again.adapted() == ours().adapted()  # r and alpha of every linear
     assert again.texts == {"base_model": "x"}
     assert all(torch.equal(again.parameters()[name], value) for name, value in ours().parameters().items())
@@ -79,7 +79,7 @@ def test_modes_lead_there_and_back(tmp_path):
     first, second = (torch.load(file, weights_only=True)["model"] for file in files)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert read_mm(tmp_path / "mm2").adapted() == ours().adapted()
+    assert read_any(tmp_path / "mm2").adapted() == ours().adapted()
     words = ["--mode", "lora_to_hf", "--source_path", str(tmp_path / "mm2"), "--target_path"]
     assert run(main, [*words, str(tmp_path / "b.safetensors")]) == 0
     assert len(load_file(tmp_path / "b.safetensors")) == len(first)
@@ -133,21 +133,21 @@ def test_what_is_no_plain_lora_is_refused(tmp_path, bad):
     change(state)
     training_save(tmp_path, state)
     with pytest.raises(DataError) as caught:
-        read_mm(tmp_path)
+        read_any(tmp_path)
     assert caught.value.id == identifier
 
 
 def test_alpha_is_found_where_earlier_versions_wrote_it(tmp_path):
     write_mm(tmp_path / "mm", ours())
     (tmp_path / "mm" / "mm_lora.json").rename(tmp_path / "mm" / "release" / "mm_lora.json")
-    assert read_mm(tmp_path / "mm").adapted() == ours().adapted()
+    assert read_any(tmp_path / "mm").adapted() == ours().adapted()
 
 
 def test_alpha_of_a_release_is_not_that_of_a_later_training_save(tmp_path):
     write_mm(tmp_path / "mm", ours())
     training_save(tmp_path / "mm", their_state(), args=argparse.Namespace(lora_alpha=16))
-    assert {how.alpha for how in read_mm(tmp_path / "mm").adapted().values()} == {16.0}
-    assert read_mm(tmp_path / "mm" / "release").adapted() == ours().adapted()
+    assert {how.alpha for how in read_any(tmp_path / "mm").adapted().values()} == {16.0}
+    assert read_any(tmp_path / "mm" / "release").adapted() == ours().adapted()
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_a_damaged_record_is_refused(tmp_path, text):
     write_mm(tmp_path / "mm", ours())
     (tmp_path / "mm" / "mm_lora.json").write_text(text)
     with pytest.raises((CheckpointError, DataError)) as caught:
-        read_mm(tmp_path / "mm")
+        read_any(tmp_path / "mm")
     assert caught.value.id == ("DATA-092" if "{}, " in text else "CKPT-021")
 
 

@@ -14,8 +14,9 @@ from published_names import diffusers_to_native
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mm.checkpoint.formats.folder import PEFT_FILE
 from mm.lora.adapter import Adapter, Update
-from mm.lora.files import COMFYUI_FILE, PEFT_FILE, write_adapter
+from mm.lora.files import COMFYUI_FILE, write_adapter
 
 State = dict[str, Tensor]
 LINEARS = [f"blocks.{block}.{name}" for block in range(example.CONFIG.num_layers) for name in example.LINEARS]

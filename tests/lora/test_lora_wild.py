@@ -20,11 +20,11 @@ from mm.errors import DataError
 from mm.generate.weights import open_generation_weights
 from mm.lora.adapter import Adapter, Update
 from mm.lora.convert import read_any
-from mm.lora.families import sort_keys
 from mm.lora.files import read_adapter, write_adapter
 from mm.lora.layer import Adapted
 from mm.lora.mindspeed import write_mm
 from mm.lora.targets import every_linear
+from mm.wan.adapter_keys import sort_keys
 from mm.wan.model import WanModel
 from mm.wan.names import native_to_diffusers
 

@@ -51,13 +51,13 @@ def test_steps_run_while_a_checkpoint_is_written(
     metrics = tmp_path / "run" / "metrics.jsonl"
     seen = []
 
-    def held_up(root: Path, step: int, *rest: Any) -> Path:
+    def held_up(root: Path, step: int, *rest: Any, **others: Any) -> Path:
         deadline = time.monotonic() + 30
         while step == 2 and len(metrics.read_text().splitlines()) < 3:
             assert time.monotonic() < deadline, "step 3 waits for the checkpoint of step 2"
             time.sleep(0.01)
         seen.append((step, len(metrics.read_text().splitlines())))
-        return save(root, step, *rest)
+        return save(root, step, *rest, **others)
 
     monkeypatch.setattr(background, "save", held_up)
     with caplog.at_level("INFO"):
@@ -97,6 +97,7 @@ def test_a_last_save_that_is_slower_than_every_limit_is_waited_for(
 ) -> None:
     """The watch ends a run after 2 s without progress; the disk needs several times that."""
     save, limit = tmp_path / "run", 2
+    told = save / "metrics.jsonl"
     flags = {"train_iters": 100_000 if stops else 2, "async_save": True, "hang_timeout": limit, "micro_batch_size": 2}
     program = [str(Path(__file__).with_name("slow_disk.py")), "1.5", *words(demo, save, **flags, save_on_signal=stops)]
     launcher = ["-m", "mm.cli.launch", "--nproc-per-node", str(processes)] if processes > 1 else []
@@ -105,7 +106,7 @@ def test_a_last_save_that_is_slower_than_every_limit_is_waited_for(
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as job:
         try:
             until = time.monotonic() + 90
-            while stops and len((save / "metrics.jsonl").read_text().splitlines() if save.exists() else "") < 2:
+            while stops and len(told.read_text().splitlines() if told.exists() else "") < 2:
                 assert job.poll() is None and time.monotonic() < until
                 time.sleep(0.1)
             if stops:

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from test_numerics import with_bad_sample
 from training_runs import WEIGHTS, bits, run, words
 
+from mm.checkpoint.formats.folder import PEFT_FILE
 from mm.checkpoint.store import read_manifest, read_tensor
 from mm.checkpoint.weights import open_weights
 from mm.cli import convert as convert_command
 from mm.cli import doctor as doctor_command
 from mm.cli import train as train_command
 from mm.errors import CheckpointError, ConfigError, MMError
-from mm.lora.files import PEFT_FILE
 
 DECAY, STEPS = 0.8, 4
 FLAGS = {"ema_decay": DECAY, "save_interval": 1, "train_iters": STEPS}

@@ -14,6 +14,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from training_runs import WEIGHTS, bits, metrics, run, words
 
+from mm.checkpoint.formats.folder import PEFT_FILE
 from mm.checkpoint.identity import identity
 from mm.checkpoint.store import read_manifest
 from mm.checkpoint.weights import open_weights
@@ -21,7 +22,7 @@ from mm.cli import convert as convert_command
 from mm.cli import train as train_command
 from mm.errors import MMError
 from mm.lora.adapter import Adapter, Update
-from mm.lora.files import COMFYUI_FILE, PEFT_FILE, read_adapter, write_adapter
+from mm.lora.files import COMFYUI_FILE, read_adapter, write_adapter
 from mm.lora.inspection import inspect
 from mm.lora.record import AdapterRecord
 from mm.wan.model import WanModel

@@ -1,4 +1,7 @@
-"""Reading a folder (or one file) of safetensors in diffusers, native or MindSpeed-MM names."""
+"""Reading a folder (or one file) of safetensors in diffusers, native or MindSpeed-MM names.
+
+A folder may also hold an adapter under the name that its tool looks for; asked for an adapter, that file is meant.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mm.checkpoint.formats.contents import content_of
+from mm.checkpoint.formats.found import Found, Wanted
 from mm.checkpoint.formats.source import TensorKind
 from mm.checkpoint.safetensor_file import DTYPES
 from mm.config.model import WanConfig
 from mm.wan.folder import WeightFolder
+from mm.wan.shards import Header, find_shards, read_header
+
+FORMAT = "safetensors"
+PEFT_FILE = "pytorch_lora_weights.safetensors"
+"""The name under which diffusers looks for a LoRA in a folder."""
+PEFT_MODEL_FILE = "adapter_model.safetensors"
+"""The name under which PEFT writes an adapter."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +31,15 @@ class FolderWeights:
     """`WeightSource` over a checked `WeightFolder`."""
 
     folder: WeightFolder
+
+    @classmethod
+    def open(cls, found: Found) -> FolderWeights:
+        """Open what `recognise` found; no file is.
+
+        Raises:
+            DataError: DATA-029 to DATA-031 as `WeightFolder.open`.
+        """
+        return cls(WeightFolder.of(found.path, found.headers))
 
     @property
     def path(self) -> Path:
@@ -49,3 +70,31 @@ class FolderWeights:
     def config(self) -> WanConfig:
         """From config.json, else inferred from the shapes with a warning; raises what `WeightFolder.config` raises."""
         return self.folder.config()
+
+
+def recognise(path: Path, wanted: Wanted = "model") -> Found | None:
+    """One safetensors file, or those of a folder; their headers are read and checked.
+
+    Args:
+        path: the file or folder.
+        wanted: which of the two is meant in a folder that has both a model and an adapter under its tool's name.
+
+    Raises:
+        DataError: DATA-022 for a damaged file, DATA-023 to DATA-025 for shards and their index.
+    """
+    if path.suffix == ".safetensors" and path.is_file():
+        return _found(path, find_shards(path))
+    if not any(path.glob("*.safetensors*")):
+        return None
+    adapter = next((path / name for name in (PEFT_FILE, PEFT_MODEL_FILE) if (path / name).exists()), None)
+    if adapter is not None and wanted == "adapters":
+        return _found(path, {adapter: read_header(adapter)})
+    found = _found(path, find_shards(path))
+    if adapter is not None and adapter in found.headers and found.content == "adapters":  # copies for several tools
+        return _found(path, {adapter: found.headers[adapter]})
+    return found
+
+
+def _found(path: Path, headers: dict[Path, Header]) -> Found:
+    content, names = content_of([name for header in headers.values() for name in header])
+    return Found(path, FORMAT, path, content, names, headers=headers)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm.checkpoint.directory import TRACKER_NAME
+from mm.checkpoint.directory import TRACKER_NAME, step_of
+from mm.checkpoint.formats.found import Found
 from mm.checkpoint.formats.mindspeed import named_by_tracker
 from mm.checkpoint.formats.pt_file import read_pt, unreadable
 from mm.checkpoint.formats.source import TensorKind
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 FILES = "model_[0-9]*.pt"
 PREFIX = "predictor."
-_STEP = re.compile(r"iter_(\d{7})")
+FORMAT = "a layer-zero save of MindSpeed"
 
 
 class _ShardInfo:
@@ -57,21 +57,18 @@ class LayerZeroWeights:
     path: Path
     shards: Mapping[str, tuple[Tensor, ...]]
     whole: Mapping[str, TensorKind]
-    label: str = "a layer-zero save of MindSpeed"
+    label: str = FORMAT
 
     @classmethod
-    def open(cls, path: Path) -> LayerZeroWeights:
-        """Open `path`, the folder of the files or the one above, of which the latest save is taken.
+    def open(cls, found: Found) -> LayerZeroWeights:
+        """Open what `recognise` found.
 
         Raises:
             CheckpointError: CKPT-018 for tensor or pipeline parallelism, CKPT-021 for a file that is damaged or needs
-                code to be read, CKPT-042 beside a Megatron checkpoint, CKPT-045 for files that are missing or do not
-                belong together.
+                code to be read, CKPT-045 for files that do not belong together.
         """
-        folder = _find(path)
-        if folder is None:
-            raise CheckpointError("CKPT-010", f"{path} holds no model_<rank>.pt.", "Check the path.")
-        files = _files(folder)
+        folder = found.path
+        files = [folder / name for name in found.files]
         contents = [read_pt(file, _ALLOWED) for file in files]
         for rank, (file, content) in enumerate(zip(files, contents, strict=True)):
             _check(file, content, rank)
@@ -109,9 +106,18 @@ class LayerZeroWeights:
         return None
 
 
-def is_layer_zero(path: Path) -> bool:
-    """Whether `path` is such a save, or the folder above one. Raises CKPT-010 as `named_by_tracker`."""
-    return _find(path) is not None
+def recognise(path: Path) -> Found | None:
+    """Such a save, or the latest of those in a folder.
+
+    Raises:
+        CheckpointError: CKPT-010 as `named_by_tracker`, CKPT-042 beside a Megatron checkpoint, CKPT-045 for files that
+            are missing.
+    """
+    folder = _find(path)
+    if folder is None:
+        return None
+    files = tuple(file.name for file in _files(folder))
+    return Found(path, FORMAT, folder, "model", step=step_of(folder), files=files)
 
 
 def _find(path: Path) -> Path | None:
@@ -121,7 +127,7 @@ def _find(path: Path) -> Path | None:
     if (path / TRACKER_NAME).is_file():
         named = named_by_tracker(path)
         return named if any(named.glob(FILES)) else None
-    saves = {file.parent for file in path.glob(f"iter_*/{FILES}") if _STEP.fullmatch(file.parent.name)}
+    saves = {file.parent for file in path.glob(f"iter_*/{FILES}") if step_of(file.parent) is not None}
     return max(saves, default=None)
 
 

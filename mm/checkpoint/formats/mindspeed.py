@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from mm.checkpoint.directory import TRACKER_NAME, folder_name
+from mm.checkpoint.directory import TRACKER_NAME, folder_name, step_of
+from mm.checkpoint.formats.found import Content, Found
 from mm.checkpoint.formats.mindspeed_split import joined_names, split_names
 from mm.checkpoint.formats.pt_file import read_pt, unreadable, write_pt
 from mm.checkpoint.formats.source import TensorKind, WeightSource
@@ -36,6 +37,7 @@ from mm.errors import CheckpointError, ConfigError
 from mm.wan.names import native_to_mm, translate
 from mm.wan.prefixes import common_prefix, unwrapped
 
+FORMAT = "MM weights"
 RELEASE = "release"
 FILE_NAME = "model_optim_rng.pt"
 CONFIG_NAME = "mm_config.json"
@@ -80,23 +82,21 @@ class MindSpeedWeights:
     places: Mapping[str, RankFile]
     num_ranks: int
     num_chunks: int
-    label: str = "MM weights"
+    label: str = FORMAT
     _open: OpenFile = field(default_factory=OpenFile, repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: Path) -> MindSpeedWeights:
-        """Open `path`, the folder with the tracker or the `release`/`iter_*` folder below it.
+    def open(cls, found: Found) -> MindSpeedWeights:
+        """Open what `recognise` found.
 
         Raises:
-            CheckpointError: CKPT-010 when the tracker names nothing, CKPT-018 for tensor parallelism, CKPT-021 for a
-                file that is damaged or needs code to be read, CKPT-041 to CKPT-043 for pipeline stages that are
-                missing or do not belong together, CKPT-084 for adapters.
+            CheckpointError: CKPT-021 for a file that is damaged or needs code to be read, CKPT-041 to CKPT-043 for
+                pipeline stages that are missing or do not belong together, CKPT-084 for adapters.
         """
-        folder = named_by_tracker(path) if (path / TRACKER_NAME).exists() else path
-        files = stage_files(folder)
+        folder, files = found.path, [found.path / name for name in found.files]
         stages = virtual_stages(files, folder)
         chunks = [list(places) for places in stages]
-        if any(".lora_" in name for names in chunks for name in names):
+        if _of_adapters(stages):
             raise CheckpointError(
                 "CKPT-084",
                 f"{folder} holds adapters of a LoRA run, not a model.",
@@ -142,9 +142,26 @@ def config_of(folder: Path) -> WanConfig | None:
         raise unreadable(file, error.problems[0].message) from None
 
 
-def is_mm_folder(path: Path) -> bool:
-    """Whether `path` is a folder with Megatron's tracker, or a `release`/`iter_*` folder below one."""
-    return (path / TRACKER_NAME).is_file() or any(path.glob("mp_rank_*"))
+def recognise(path: Path) -> Found | None:
+    """A folder with Megatron's tracker, or a `release`/`iter_*` folder below one.
+
+    Raises:
+        CheckpointError: CKPT-010 when the tracker names nothing, CKPT-018 for tensor parallelism, CKPT-021 for a first
+            file that is damaged or needs code to be read, CKPT-041 and CKPT-042 for pipeline stages that are missing or
+            of several checkpoints.
+    """
+    named = (path / TRACKER_NAME).is_file()
+    if not named and not any(path.glob("mp_rank_*")):
+        return None
+    folder = named_by_tracker(path) if named else path
+    files = stage_files(folder)
+    content: Content = "adapters" if _of_adapters(_chunks(files[0])) else "model"
+    names = tuple(str(file.relative_to(folder)) for file in files)
+    return Found(path, FORMAT, folder, content, step=step_of(folder), files=names)
+
+
+def _of_adapters(stages: Iterable[Iterable[str]]) -> bool:
+    return any(".lora_" in name for names in stages for name in names)
 
 
 def write_release(folder: Path, source: WeightSource, names: Iterable[str], stages: Stages) -> None:

@@ -18,6 +18,8 @@ import torch
 from mm.checkpoint.finite import require_finite
 from mm.errors import CheckpointError
 
+SUFFIXES = (".pth", ".pt", ".bin")
+"""Of such files, by custom."""
 Allowed = tuple[Callable[..., Any], str]
 """A class of ours, and the name in a file that it stands for."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mm.checkpoint.directory import candidates, find_latest
+from mm.checkpoint.formats.found import Content, Found
 from mm.checkpoint.formats.source import TensorKind
 from mm.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from mm.checkpoint.safetensor_file import DTYPES
@@ -21,6 +21,7 @@ from mm.config.base import parse
 from mm.config.model import WanConfig
 from mm.errors import CheckpointError, ConfigError
 
+FORMAT = "a training checkpoint"
 MODEL_PREFIX, AVERAGE_PREFIX = "model.", "ema."
 DECAY_KEY = "ema_decay"
 """Of the scalars: a checkpoint that has it holds the average of its weights."""
@@ -43,36 +44,33 @@ class TrainingWeights:
 
     path: Path
     manifest: Manifest
-    label: str = "a training checkpoint"
+    label: str = FORMAT
     prefix: str = MODEL_PREFIX
 
     @classmethod
-    def open(cls, path: Path, *, averaged: bool = False) -> TrainingWeights:
-        """Open `path`, a checkpoint or the folder of a run's checkpoints, of which the latest is taken.
+    def open(cls, found: Found, *, averaged: bool = False) -> TrainingWeights:
+        """Open what `recognise` found.
 
         Args:
-            path: see above. averaged: read the average of the weights in their place.
+            found: of this format. averaged: read the average of the weights in their place.
 
         Raises:
-            CheckpointError: CKPT-012 or CKPT-013 when it is damaged, CKPT-019 when it holds no model weights, CKPT-049
-                when it holds no average, CKPT-084 when it holds adapters alone.
+            CheckpointError: CKPT-012 when it is damaged, CKPT-019 when it holds no model weights, CKPT-049 when it
+                holds no average, CKPT-084 when it holds adapters alone.
         """
-        latest = path if (path / MANIFEST_NAME).exists() else find_latest(path)
-        if latest is None:
-            raise CheckpointError("CKPT-019", f"{path} holds no training checkpoint.", "Check the path.")
-        manifest = read_manifest(latest)
+        path, manifest = found.path, read_manifest(found.path)
         if manifest.scalars.get(ADAPTERS_KEY) is not None:
             raise CheckpointError(
                 "CKPT-084",
-                f"{latest} holds adapters of a LoRA run, not a model.",
+                f"{path} holds adapters of a LoRA run, not a model.",
                 "Merge them into their base model first: mm convert --mode merge_lora. To train them further, "
                 "give LoRA's flags, and the base model to --load-base-model.",
             )
         if not any(key.startswith(MODEL_PREFIX) for key in manifest.tensors):
             raise CheckpointError(
-                "CKPT-019", f"{latest} holds no tensors model.*.", "Use a checkpoint that a training run saved."
+                "CKPT-019", f"{path} holds no tensors model.*.", "Use a checkpoint that a training run saved."
             )
-        return cls(latest, manifest, prefix=weights_prefix(latest, manifest, averaged=averaged))
+        return cls(path, manifest, prefix=weights_prefix(path, manifest, averaged=averaged))
 
     def kinds(self) -> dict[str, TensorKind]:
         """From the manifest."""
@@ -126,6 +124,16 @@ def no_average(path: Path, what: str) -> CheckpointError:
     )
 
 
-def is_training_checkpoint(path: Path) -> bool:
-    """Whether `path` is a committed training checkpoint or a folder of such."""
-    return (path / MANIFEST_NAME).exists() or any((c.path / MANIFEST_NAME).exists() for c in candidates(path))
+def recognise(path: Path) -> Found | None:
+    """What a committed training checkpoint holds.
+
+    Raises:
+        CheckpointError: CKPT-012 when it is damaged.
+    """
+    if not (path / MANIFEST_NAME).exists():
+        return None
+    manifest = read_manifest(path)
+    content: Content = "model" if any(key.startswith(MODEL_PREFIX) for key in manifest.tensors) else "unknown"
+    if manifest.scalars.get(ADAPTERS_KEY) is not None:
+        content = "adapters"
+    return Found(path, FORMAT, path, content, step=manifest.step)

@@ -117,13 +117,13 @@ class Checkpointing(Callback):
             folder = save_weights(
                 self._root,
                 progress,
-                seed,
-                self._steps,
                 parallel,
                 self._optimizer,
                 run.comm,
-                asked.keep_latest,
-                self._lock,
+                seed=seed,
+                steps=self._steps,
+                keep_latest=asked.keep_latest,
+                lock=self._lock,
             )
             logger.info("checkpoint %s (weights) written in %.1f s", folder.name, time.monotonic() - started)
             return
@@ -148,9 +148,9 @@ class Checkpointing(Callback):
             state.pieces,
             state.scalars,
             run.comm,
-            asked.keep_latest,
-            state.derived,
-            self._lock,
+            keep_latest=asked.keep_latest,
+            derived=state.derived,
+            lock=self._lock,
         )
         logger.info("checkpoint %s written in %.1f s", folder.name, time.monotonic() - started)
 
