@@ -15,7 +15,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["mm", "mm.*"]),
-    package_data={"mm.demo": ["assets/*"]},
+    package_data={"mm": ["py.typed"], "mm.demo": ["assets/*"]},
     entry_points={"console_scripts": ["mm = mm.cli.main:process"]},
     install_requires=[
         "torch>=2.13.0,<2.14",

@@ -25,6 +25,12 @@ put something before it (`Task.negative`)."""
 VAE_STRIDE = (4, 8, 8)
 
 
+def latent_size(size: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(F, H, W) of the latents of a clip of so many frames, rows and columns."""
+    frames, height, width = size
+    return (frames - 1) // VAE_STRIDE[0] + 1, height // VAE_STRIDE[1], width // VAE_STRIDE[2]
+
+
 class VaeSection(AutoencoderConfig):
     """The `ae` section: the VAE's folder, the precision and, to save memory, the tiles it decodes in."""
 
@@ -162,8 +168,3 @@ class InferenceModel(Section):
     def negative_text(self) -> str:
         """The negative prompt, given or of the release; an empty one is a prompt, too."""
         return self.row_task.negative + NEGATIVE_PROMPT if self.negative_prompt is None else self.negative_prompt
-
-    def latent_size(self) -> tuple[int, int, int]:
-        """(F, H, W) of the latents of one clip."""
-        frames, height, width = self.pipeline_config.input_size
-        return (frames - 1) // VAE_STRIDE[0] + 1, height // VAE_STRIDE[1], width // VAE_STRIDE[2]

@@ -52,6 +52,18 @@ def load_clip(sample: VideoSample, preprocess: RawPreprocess, seed: int) -> Clip
     return Clip(frames.transpose(0, 1), indices[0], info.read_by)
 
 
+def clip_of_frames(frames: Tensor, sample: VideoSample, preprocess: RawPreprocess, seed: int) -> Clip:
+    """The clip of a video that is in memory, uint8 [F, H, W, 3]; chosen, resized and cropped as `load_clip` does.
+
+    Raises:
+        DataError: DATA-004 when it is too short.
+    """
+    indices = choose_frames(sample, len(frames), preprocess, seed)
+    chosen = frames[indices.start : indices.stop : indices.step].permute(0, 3, 1, 2)
+    pixels = resize_and_crop(chosen, preprocess.max_height, preprocess.max_width)
+    return Clip(pixels.transpose(0, 1), indices.start, "memory")
+
+
 def _clip_frames(sample: VideoSample, preprocess: RawPreprocess, seed: int) -> tuple[VideoInfo, range]:
     """Facts of the video, and the indices of the frames that are taken."""
     info = probe(sample.file, preprocess.video_reader_type)

@@ -21,13 +21,13 @@ from mm.config.bad_samples import FAIL, OnBadSample
 from mm.config.data import NOT_WITH_DECORD, ExtractData, data_sources
 from mm.config.extract import ExtractModel, ExtractTools, extraction_task
 from mm.config.tasks.registry import TASKS
+from mm.config.tasks.task import Task
 from mm.data.clips import Clip, read_clips
 from mm.data.features import (
     EMPTY_PROMPT,
     EMPTY_PROMPT_ID,
     FEATURES,
     LISTING,
-    Feature,
     Origin,
     is_complete,
     text_hash,
@@ -36,10 +36,12 @@ from mm.data.features import (
 from mm.data.metadata import check_rows
 from mm.data.recipe import extraction_recipe
 from mm.errors import DataError
+from mm.extract.encode import ClipEncoder
 from mm.extract.skipping import SKIPPED, BadClip, Skipping, may_be_skipped, num_skipped
-from mm.extract.sources import Encoders, feature_makers
+from mm.extract.sources import VisualEncoders
 from mm.extract.store import ExtractionTask, Unreadable, check_plan, check_store, commit, plan, prepare
 from mm.wan.encoders import TextEncoder, VideoEncoder
+from mm.wan.image_encoder import ImageEncoder
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +122,7 @@ def extract(
     empty_file = store / FEATURES / EMPTY_PROMPT
     empty_is_missing = rank == 0 and not is_complete(empty_file, empty)
     if todo or empty_is_missing:
-        encoders = _Encoders(data, model, task, device)
+        encoders = _open_encoders(data, model, TASKS[task], device)
         if empty_is_missing:
             write_feature(empty_file, encoders.text_only(""), empty, recipe.max_text_tokens)
         clips = read_clips(
@@ -145,36 +147,34 @@ def extract(
     return report
 
 
-class _Encoders:
-    """All encoders of one extraction."""
+def _open_encoders(data: ExtractData, model: ExtractModel, task: Task, device: torch.device) -> ClipEncoder:
+    """Load all encoders of an extraction.
 
-    def __init__(self, data: ExtractData, model: ExtractModel, task: str, device: torch.device) -> None:
-        tokenizer = data.dataset_param.tokenizer_config
-        self._video = VideoEncoder.from_pretrained(
-            Path(model.ae.from_pretrained), model.ae.dtype, device, model.ae.tiling()
-        )
-        self._text = TextEncoder.from_pretrained(
-            Path(model.text_encoder.from_pretrained),
-            Path(tokenizer.from_pretrained),
-            model.text_encoder.dtype,
-            device,
-            tokenizer.model_max_length,
-        )
-        self._makers = feature_makers(Encoders(model.ae, self._video, TASKS[task], device))
-
-    def text_only(self, caption: str) -> Feature:
-        return Feature(None, self._text.encode([caption])[0])
-
-    def encode(self, clip: Clip, task: ExtractionTask) -> Feature:
-        latents = self._video.encode(clip.pixels.unsqueeze(0))[0]
-        features = {name: make(clip, task.sample) for name, make in self._makers.items()}
-        return Feature(latents, self._text.encode([task.caption])[0], clip.start, features)
+    Raises:
+        DataError: DATA-040 to DATA-042 for one that cannot be loaded, DATA-045 for one of another model.
+    """
+    tokenizer = data.dataset_param.tokenizer_config
+    video = VideoEncoder.from_pretrained(Path(model.ae.from_pretrained), model.ae.dtype, device, model.ae.tiling())
+    text = TextEncoder.from_pretrained(
+        Path(model.text_encoder.from_pretrained),
+        Path(tokenizer.from_pretrained),
+        model.text_encoder.dtype,
+        device,
+        tokenizer.model_max_length,
+    )
+    conditions = VideoEncoder(video.vae, model.ae.condition_tiling())
+    section = model.ae.i2v_processor
+    if section is None:
+        return ClipEncoder(text, VisualEncoders(task, video, conditions))
+    folder = section.image_encoder
+    image = ImageEncoder.from_pretrained(Path(folder), model.ae.dtype, device)
+    return ClipEncoder(text, VisualEncoders(task, video, conditions, image, folder))
 
 
 def _encode_all(
     todo: Sequence[ExtractionTask],
     clips: Iterable[Clip | DataError],
-    encoders: _Encoders,
+    encoders: ClipEncoder,
     skipping: Skipping,
     text_len: int,
     bar: Any,
@@ -183,7 +183,7 @@ def _encode_all(
     readers: Counter[str] = Counter()
     for task, clip in zip(todo, clips, strict=True):
         if not isinstance(clip, DataError):
-            write_feature(task.file, encoders.encode(clip, task), task.origin, text_len)
+            write_feature(task.file, encoders.encode(clip, task.caption, task.sample.columns), task.origin, text_len)
             readers[clip.read_by] += 1
         elif may_be_skipped(clip):
             skipping.add(BadClip.of(task.sample.id, task.sample.file, clip.problems[0]))

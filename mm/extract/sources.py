@@ -6,93 +6,91 @@ agree.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mm.config.extract import ExtractAutoencoder
 from mm.config.tasks.frames import CLIP_TOKEN_LEN
 from mm.config.tasks.task import InputFeature, Source, Task
 from mm.data.clips import Clip
-from mm.data.metadata import VideoSample
 from mm.errors import DataError
 from mm.wan.condition import condition_latents
 from mm.wan.encoders import VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
 
-FeatureMaker = Callable[[Clip, VideoSample], Tensor]
-"""A clip, and what is listed of it, to its feature, [*shape]."""
+FeatureMaker = Callable[[Clip, Mapping[str, float]], Tensor]
+"""A clip, and what stands in the task's columns, to its feature, [*shape]."""
 
 
 @dataclass(frozen=True)
-class Encoders:
-    """What features are made with.
+class VisualEncoders:
+    """What features of clips are made with, loaded.
 
     Attributes:
-        ae: the `ae` section. video: the clips' VAE. task: whose features. device: where encoders run.
+        task: whose features. video: the clips' VAE.
+        conditions: the same VAE for known frames, which may be encoded in other tiles.
+        image: the image encoder, where the task has a feature of it. image_name: what to call it.
     """
 
-    ae: ExtractAutoencoder
-    video: VideoEncoder
     task: Task
-    device: torch.device
+    video: VideoEncoder
+    conditions: VideoEncoder
+    image: ImageEncoder | None = None
+    image_name: str = "The image encoder"
 
 
-def feature_makers(encoders: Encoders) -> dict[str, FeatureMaker]:
+def feature_makers(encoders: VisualEncoders) -> dict[str, FeatureMaker]:
     """The makers of all features of the task, by the features' names.
 
     Raises:
-        DataError: DATA-040 to DATA-042 for an encoder that cannot be loaded, DATA-045 for one of another model.
+        DataError: DATA-045 for an image encoder of another model.
     """
     return {feature.name: _MAKERS[feature.source](encoders, feature) for feature in encoders.task.features}
 
 
-def _image_features(encoders: Encoders, feature: InputFeature) -> FeatureMaker:
+def _image_features(encoders: VisualEncoders, feature: InputFeature) -> FeatureMaker:
     """Tokens of the given frames, one frame's after the other's."""
     del feature
-    assert encoders.ae.i2v_processor is not None  # noqa: S101  check_extraction refuses such a task without it
-    folder = Path(encoders.ae.i2v_processor.image_encoder)
-    clip_encoder = ImageEncoder.from_pretrained(folder, encoders.ae.dtype, encoders.device)
-    if clip_encoder.num_tokens != CLIP_TOKEN_LEN:
-        message = f"{folder} makes {clip_encoder.num_tokens} tokens of an image, Wan2.1 takes {CLIP_TOKEN_LEN}."
+    image = encoders.image
+    assert image is not None  # noqa: S101  whoever reads a configuration refuses such a task without it
+    if image.num_tokens != CLIP_TOKEN_LEN:
+        message = f"{encoders.image_name} makes {image.num_tokens} tokens of an image, Wan2.1 takes {CLIP_TOKEN_LEN}."
         raise DataError("DATA-045", message, "Use the image_encoder of a Wan2.1 I2V or FLF2V model.")
     indices = [frame.index for frame in encoders.task.frames]
 
-    def make(clip: Clip, sample: VideoSample) -> Tensor:
-        del sample
-        return clip_encoder.encode(torch.cat([clip.pixels[None, :, index] for index in indices])).flatten(0, 1)
+    def make(clip: Clip, columns: Mapping[str, float]) -> Tensor:
+        del columns
+        return image.encode(torch.cat([clip.pixels[None, :, index] for index in indices])).flatten(0, 1)
 
     return make
 
 
-def _known_frames(encoders: Encoders, feature: InputFeature) -> FeatureMaker:
+def _known_frames(encoders: VisualEncoders, feature: InputFeature) -> FeatureMaker:
     """The mask of the given frames and the latents of a video of them."""
     del feature
-    vae = VideoEncoder(encoders.video.vae, encoders.ae.condition_tiling())
-    indices = [frame.index for frame in encoders.task.frames]
+    vae, indices = encoders.conditions, [frame.index for frame in encoders.task.frames]
 
-    def make(clip: Clip, sample: VideoSample) -> Tensor:
-        del sample
+    def make(clip: Clip, columns: Mapping[str, float]) -> Tensor:
+        del columns
         return condition_latents(vae, {index: clip.pixels[None, :, index] for index in indices}, clip.num_frames)[0]
 
     return make
 
 
-def _column(encoders: Encoders, feature: InputFeature) -> FeatureMaker:
+def _column(encoders: VisualEncoders, feature: InputFeature) -> FeatureMaker:
     """The number, fp32, without axes."""
     del encoders
 
-    def make(clip: Clip, sample: VideoSample) -> Tensor:
+    def make(clip: Clip, columns: Mapping[str, float]) -> Tensor:
         del clip
-        return torch.tensor(sample.columns[feature.name])
+        return torch.tensor(columns[feature.name])
 
     return make
 
 
-_MAKERS: dict[Source, Callable[[Encoders, InputFeature], FeatureMaker]] = {
+_MAKERS: dict[Source, Callable[[VisualEncoders, InputFeature], FeatureMaker]] = {
     Source.IMAGE_ENCODER: _image_features,
     Source.KNOWN_FRAMES: _known_frames,
     Source.COLUMN: _column,

@@ -40,15 +40,24 @@ def load_image(path: Path, height: int, width: int) -> Tensor:
                 raise DataError("DATA-086", f"{path} is PostScript, which is a program and is not run.", _REPLACE)
             if max(image.size) > MAX_SIDE:
                 raise DataError("DATA-086", f"{path} has {image.size} pixels, more than {MAX_SIDE} a side.", _REPLACE)
-            upright = _rgb(ImageOps.exif_transpose(image), _white(image), path)
+            return image_frame(image, str(path), height, width)
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise DataError("DATA-086", f"{path} is no image that can be read ({lines[0]}).", _REPLACE) from None
-    frame = torch.from_numpy(upright.copy()).permute(2, 0, 1)
-    return resize_and_crop(frame.unsqueeze(0), height, width)[0]
 
 
-def _rgb(image: Image.Image, white: tuple[int, bool] | None, path: Path) -> NDArray[np.uint8]:
+def image_frame(image: Image.Image, name: str, height: int, width: int) -> Tensor:
+    """An open image as `load_image` gives its file; `name` is what to call it. Raises DATA-110 as that does."""
+    upright = _rgb(ImageOps.exif_transpose(image), _white(image), name)
+    return pixels_frame(torch.from_numpy(upright.copy()), height, width)
+
+
+def pixels_frame(pixels: Tensor, height: int, width: int) -> Tensor:
+    """An image's pixels, uint8 [H, W, 3], as `load_image` gives its file."""
+    return resize_and_crop(pixels.permute(2, 0, 1).unsqueeze(0), height, width)[0]
+
+
+def _rgb(image: Image.Image, white: tuple[int, bool] | None, path: str) -> NDArray[np.uint8]:
     """Pixels [H, W, 3]. Pillow's own conversion cuts everything above 255 off where a grey level has more bits."""
     if not image.mode.startswith(("I", "F")):
         shown = image.convert("RGBA") if image.mode == "P" else image  # else Pillow warns of a palette's transparency
@@ -68,7 +77,7 @@ def _white(image: Image.Image) -> tuple[int, bool] | None:
     return (65535, False) if image.mode == "I" and image.format in ("PNG", "PPM") else None  # Pillow scales to that
 
 
-def _range_of(values: NDArray[np.float64], mode: str, path: Path) -> int:
+def _range_of(values: NDArray[np.float64], mode: str, path: str) -> int:
     """What white is in an image of plain numbers: the least of 1 (of fractions alone), 255 and 65535 that holds all.
 
     Fractions that end a little above 1 are refused: as levels of 255 they would be black.

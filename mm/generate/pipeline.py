@@ -1,4 +1,4 @@
-"""From noise to frames: initial latents, denoising with classifier-free guidance, and decoded frames.
+"""Arithmetic of generation: initial latents, denoising with classifier-free guidance, pixels as frames.
 
 Shapes: B clips, C latent channels, F H W latent frames, height and width, L text tokens.
 """
@@ -60,6 +60,7 @@ def denoise(
     negative: Tensor | None,
     sampler: Sampler,
     guidance_scale: float,
+    *,
     features: Mapping[str, Tensor] | None = None,
     batched_guidance: bool = False,
     on_step: Callable[[], object] = lambda: None,

@@ -1,7 +1,8 @@
 """Clips from the rows of a configuration with any transformer on the mesh: what generation and validation share.
 
-Rows are spread over the data-parallel replicas. The ranks of a replica work on the same rows: each encodes what it
-needs, all run the transformer together, and the first of them decodes.
+How a clip is made is said in `mm.generate.sampling`; here are files, batches and ranks. Rows are spread over the
+data-parallel replicas. The ranks of a replica work on the same rows: each encodes what it needs, all run the
+transformer together, and the first of them decodes.
 """
 
 from __future__ import annotations
@@ -9,22 +10,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mm.checkpoint.comm import Comm
 from mm.config.inference import InferenceModel
+from mm.config.tasks.task import Source
 from mm.device.backend import Backend
-from mm.diffusion.samplers import Sampler, make_sampler
 from mm.errors import DataError, Problem, raise_all
-from mm.generate.inputs import check_given, encode_text, require_equal, video_latents
-from mm.generate.pipeline import Velocity, denoise, initial_latents, noisy_latents, pad_text, to_frames
+from mm.generate.fit import require_image_encoder_fits, require_text_fits, require_vae_fits
+from mm.generate.inputs import check_given, load_given, load_given_video
+from mm.generate.pipeline import Velocity
 from mm.generate.rows import BadRow, GenerationRow, read_rows
-from mm.generate.sources import encode_early, row_features
+from mm.generate.sampling import ClipConditions, ClipPlan, SamplerSettings, decode, encode_prompts, sample
+from mm.generate.sources import EarlyFeatures
 from mm.parallel.mesh import Mesh
-from mm.wan.encoders import VideoEncoder
+from mm.wan.encoders import TextEncoder, VideoEncoder
+from mm.wan.image_encoder import ImageEncoder
 
 log = logging.getLogger(__name__)
 
@@ -121,19 +127,15 @@ class Renderer:
             DataError: DATA-040 to DATA-043 for encoders that cannot be loaded.
         """
         self._config, self._processes, self._batches = config, processes, batches
+        self._plan = clip_plan(config, processes.backend.device)
         rows = list({row.index: row for batch in batches for row in batch.rows}.values())
-        device = processes.backend.device
-        self._text, self._negative = encode_text(config, rows, device)
-        if self._text:
-            name = f"The width of {config.text_encoder.from_pretrained}"
-            width = next(iter(self._text.values())).shape[-1]
-            require_equal([(name, width, "text_dim", config.predictor.text_dim)])
-        self._early = encode_early(config, rows, device)
+        self._text, self._negative = _encode_text(config, rows, processes.backend.device)
+        self._early = _encode_early(config, rows, processes.backend.device)
 
     @property
     def num_steps(self) -> int:
         """Steps of all this replica's rows together."""
-        return len(self._sampler().timesteps) * sum(len(batch.rows) for batch in self._batches if batch.counts)
+        return self._plan.settings.num_evaluated * sum(len(batch.rows) for batch in self._batches if batch.counts)
 
     def load_video_encoder(self) -> VideoEncoder:
         """The VAE, on the device.
@@ -146,8 +148,7 @@ class Renderer:
         video = VideoEncoder.from_pretrained(
             Path(ae.from_pretrained), ae.dtype, self._processes.backend.device, ae.tiling()
         )
-        channels, name = len(video.vae.config.latents_mean), f"The number of channels of {ae.from_pretrained}"
-        require_equal([(name, channels, "out_dim", self._config.predictor.out_dim)])
+        require_vae_fits(ae.from_pretrained, video, self._plan.wan)
         return video
 
     def clips(
@@ -165,52 +166,64 @@ class Renderer:
             DataError: DATA-055 for a VAE of another stride, DATA-056 when the transformer's output is not finite.
         """
         for batch in self._batches:
-            latents = self._sample(model, video, batch, on_step)
+            count = len(batch.rows) if batch.counts else 0
+            conditions = [self._conditions(row) for row in batch.rows]
+            latents = sample(model, video, self._plan, conditions, self._negative, on_step=partial(on_step, count))
             if batch.counts and self._processes.writes:
-                frames = to_frames(video.decode(latents))
-                self._require_size(frames)
+                frames = decode(video, latents, self._plan.size, self._config.ae.from_pretrained)
                 yield from zip(batch.rows, frames, strict=True)
 
-    def _sampler(self) -> Sampler:
-        diffusion = self._config.diffusion
-        return make_sampler(
-            diffusion.solver,
-            diffusion.num_inference_steps,
-            diffusion.flow_shift,
-            device=self._processes.backend.device,
-            solver_order=diffusion.solver_order,
-            solver_type=diffusion.solver_type,
-            strength=self._config.pipeline_config.strength or 1.0,
-        )
+    def _conditions(self, row: GenerationRow) -> ClipConditions:
+        """What a row's clip is made of; its files are read again, so that they need not stay in memory."""
+        given, video = load_given(self._config, row), load_given_video(self._config, row)
+        return ClipConditions(row.index, self._text[row.index], self._early[row.index], given, video)
 
-    def _sample(self, model: Velocity, video: VideoEncoder, batch: Batch, on_step: Callable[[int], object]) -> Tensor:
-        """Latents [B, C, F, H, W] of the clips of some rows."""
-        config, rows, device = self._config, batch.rows, self._processes.backend.device
-        predictor, sampler = config.predictor, self._sampler()
-        shape = (predictor.noise_channels, *config.latent_size())
-        latents = initial_latents(config.seed, [row.index for row in rows], shape).to(device)
-        if config.video is not None:
-            latents = noisy_latents(video_latents(config, video, rows), latents, sampler.first_sigma)
-        negative = None if self._negative is None else [self._negative] * len(rows)
-        return denoise(
-            model,
-            latents,
-            pad_text([self._text[row.index] for row in rows], predictor.text_len).to(device),
-            None if negative is None else pad_text(negative, predictor.text_len).to(device),
-            sampler,
-            config.diffusion.guidance_scale,
-            row_features(config, self._early, video, rows, device),
-            config.diffusion.batched_guidance,
-            on_step=lambda: on_step(len(rows) if batch.counts else 0),
-        )
 
-    def _require_size(self, frames: Tensor) -> None:
-        """The VAE's stride is the one that the latents' size was computed with."""
-        expected = self._config.pipeline_config.input_size
-        if tuple(frames.shape[1:4]) != expected:
-            raise DataError(
-                "DATA-055",
-                f"{self._config.ae.from_pretrained} made clips of {tuple(frames.shape[1:4])} where (frames, height, "
-                f"width) {expected} were expected.",
-                "Use the VAE of a Wan2.1 model (stride 4x8x8).",
-            )
+def clip_plan(config: InferenceModel, device: torch.device) -> ClipPlan:
+    """What all clips of a configuration share."""
+    diffusion = config.diffusion
+    settings = SamplerSettings(
+        solver=diffusion.solver,
+        num_steps=diffusion.num_inference_steps,
+        shift=diffusion.flow_shift,
+        guidance_scale=diffusion.guidance_scale,
+        batched_guidance=diffusion.batched_guidance,
+        solver_order=diffusion.solver_order,
+        solver_type=diffusion.solver_type,
+        strength=config.pipeline_config.strength or 1.0,
+    )
+    size, frames = config.pipeline_config.input_size, config.row_task.frames
+    return ClipPlan(config.predictor, device, frames, size, config.seed, settings)
+
+
+def _encode_text(
+    config: InferenceModel, rows: Sequence[GenerationRow], device: torch.device
+) -> tuple[dict[int, Tensor], Tensor | None]:
+    """Text features of each row's prompt by its index, and, where guidance uses it, of the negative prompt.
+
+    The encoder is dropped afterwards and leaves the device to the transformer.
+    """
+    encoder = TextEncoder.from_pretrained(
+        Path(config.text_encoder.from_pretrained),
+        Path(config.tokenizer.from_pretrained),
+        config.text_encoder.dtype,
+        device,
+        config.tokenizer.model_max_length,
+    )
+    prompts = [row.prompt for row in rows]
+    texts, negative = encode_prompts(encoder, prompts, config.negative_text if config.diffusion.guided else None)
+    if texts:
+        require_text_fits(config.text_encoder.from_pretrained, texts[0], config.predictor)
+    return dict(zip((row.index for row in rows), texts, strict=True)), negative
+
+
+def _encode_early(
+    config: InferenceModel, rows: Sequence[GenerationRow], device: torch.device
+) -> dict[int, dict[str, Tensor]]:
+    """The features of each row that need no VAE, by its index; the image encoder is dropped afterwards."""
+    task, section, encoder = config.predictor.task, config.image_encoder, None
+    if task.made_by(Source.IMAGE_ENCODER) and section is not None:
+        encoder = ImageEncoder.from_pretrained(Path(section.from_pretrained), section.dtype, device)
+        require_image_encoder_fits(section.from_pretrained, encoder, config.predictor)
+    early = EarlyFeatures(task, encoder)
+    return {row.index: early.of(load_given(config, row)) for row in rows}

@@ -1,111 +1,102 @@
-"""What makes the features of a row that the model's task declares, one function for each `mm.config.tasks.task.Source`.
+"""What makes the features of a clip that the model's task declares, one function for each of its sources.
 
-Encoders that nothing else needs run before the transformer is there, one after the other, and leave the device to it;
-what the VAE makes waits for it.
+Encoders that nothing else needs run before the transformer is there and leave the device to it; what the VAE makes
+waits for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from mm.config.inference import InferenceModel
-from mm.config.tasks.task import InputFeature, Source
-from mm.generate.inputs import require_equal
-from mm.generate.media_inputs import load_image
-from mm.generate.rows import GenerationRow
+from mm.config.tasks.task import Frame, InputFeature, Source, Task
 from mm.wan.condition import condition_latents
 from mm.wan.encoders import VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
 
-Early = Mapping[str, Mapping[int, Tensor]]
-"""Features [*shape] of rows, by the feature's name and the row's index, on the CPU."""
+
+@dataclass(frozen=True)
+class Given:
+    """What a clip is made from beside its prompt, as values.
+
+    Attributes:
+        images: the given frames, [3, height, width] in [-1, 1] each. columns: the task's numbers, by name.
+    """
+
+    images: tuple[Tensor, ...] = ()
+    columns: Mapping[str, float] = field(default_factory=dict)
 
 
-def encode_early(config: InferenceModel, rows: Sequence[GenerationRow], device: torch.device) -> Early:
-    """The features that need no VAE.
+@dataclass(frozen=True)
+class EarlyFeatures:
+    """Makes the features that need no VAE.
+
+    Attributes:
+        task: the model's. image_encoder: where the task has a feature of it.
+    """
+
+    task: Task
+    image_encoder: ImageEncoder | None
+
+    def of(self, given: Given) -> dict[str, Tensor]:
+        """Those of one clip, [*shape] by name, on the CPU."""
+        found = {}
+        for feature in self.task.features:
+            if feature.source in _EARLY:
+                found[feature.name] = _EARLY[feature.source](self, feature, given)
+        return found
+
+
+def late_features(
+    task: Task, video: VideoEncoder, given: Sequence[Given], frames: Sequence[Frame], num_frames: int
+) -> dict[str, Tensor]:
+    """The features that the VAE makes, of some clips, [B, *shape] by name, on the VAE's device.
+
+    Args:
+        task: the model's. video: the VAE. given: of each clip.
+        frames: which frames of the clips the images are. num_frames: of the clips, in pixels.
 
     Raises:
-        ConfigError: CFG-066 for an encoder of another model.
-        DataError: DATA-040 to DATA-042 for one that cannot be loaded, and what `load_image` raises.
+        DataError: DATA-044 for a VAE that is not Wan's.
     """
     return {
-        feature.name: _EARLY[feature.source](config, feature, rows, device)
-        for feature in config.predictor.task.features
-        if feature.source in _EARLY
+        feature.name: _WITH_VAE[feature.source](video, given, frames, num_frames)
+        for feature in task.features
+        if feature.source in _WITH_VAE
     }
 
 
-def row_features(
-    config: InferenceModel, early: Early, video: VideoEncoder, rows: Sequence[GenerationRow], device: torch.device
-) -> dict[str, Tensor]:
-    """All features of some rows, [B, *shape] by name, on the device.
-
-    Raises:
-        DataError: what `load_image` raises, DATA-044 for a VAE that is not Wan's.
-    """
-    found = {}
-    for feature in config.predictor.task.features:
-        if feature.source in _EARLY:
-            found[feature.name] = torch.stack([early[feature.name][row.index] for row in rows]).to(device)
-        else:
-            found[feature.name] = _WITH_VAE[feature.source](config, video, rows)
-    return found
-
-
-def _image_features(
-    config: InferenceModel, feature: InputFeature, rows: Sequence[GenerationRow], device: torch.device
-) -> Mapping[int, Tensor]:
+def _image_features(early: EarlyFeatures, feature: InputFeature, given: Given) -> Tensor:
     """[I, img_dim], one image at a time.
 
     A model that was made for one image sees the first one alone; the last one reaches it through its latents.
     """
     del feature
-    section, predictor = config.image_encoder, config.predictor
-    assert section is not None  # noqa: S101  the rules refuse such a task without it
-    folder = section.from_pretrained
-    encoder = ImageEncoder.from_pretrained(Path(folder), section.dtype, device)
-    require_equal(
-        [
-            (f"The width of {folder}", encoder.width, "img_dim", predictor.img_dim),
-            (f"The number of tokens of {folder}", encoder.num_tokens, "clip_token_len", predictor.clip_token_len),
-        ]
-    )
-    _, height, width = config.pipeline_config.input_size
-    seen = len(predictor.task.frames)
-    return {
-        row.index: torch.cat(
-            [encoder.encode(load_image(path, height, width).unsqueeze(0))[0] for path in row.images[:seen]]
-        ).cpu()
-        for row in rows
-    }
+    encoder = early.image_encoder
+    assert encoder is not None  # noqa: S101  whoever reads a configuration refuses such a task without it
+    seen = given.images[: len(early.task.frames)]
+    return torch.cat([encoder.encode(image.unsqueeze(0))[0] for image in seen]).cpu()
 
 
-def _column(
-    config: InferenceModel, feature: InputFeature, rows: Sequence[GenerationRow], device: torch.device
-) -> Mapping[int, Tensor]:
+def _column(early: EarlyFeatures, feature: InputFeature, given: Given) -> Tensor:
     """The number, fp32, without axes."""
-    del config, device
-    return {row.index: torch.tensor(row.columns[feature.name]) for row in rows}
+    del early
+    return torch.tensor(given.columns[feature.name])
 
 
-def _known_frames(config: InferenceModel, video: VideoEncoder, rows: Sequence[GenerationRow]) -> Tensor:
-    """Mask and latents of the given frames of each row, [B, 4 + C, F, H, W]."""
-    num_frames, height, width = config.pipeline_config.input_size
-    images = [[load_image(path, height, width) for path in row.images] for row in rows]
-    indices = [frame.index for frame in config.row_task.frames]
-    given = {index: torch.stack([of_row[which] for of_row in images]) for which, index in enumerate(indices)}
-    return condition_latents(video, given, num_frames)
+def _known_frames(video: VideoEncoder, given: Sequence[Given], frames: Sequence[Frame], num_frames: int) -> Tensor:
+    """Mask and latents of the given frames of each clip, [B, 4 + C, F, H, W]."""
+    by_index = {frame.index: torch.stack([of.images[which] for of in given]) for which, frame in enumerate(frames)}
+    return condition_latents(video, by_index, num_frames)
 
 
-EarlyMaker = Callable[[InferenceModel, InputFeature, Sequence[GenerationRow], torch.device], Mapping[int, Tensor]]
-_EARLY: dict[Source, EarlyMaker] = {
+_EARLY: dict[Source, Callable[[EarlyFeatures, InputFeature, Given], Tensor]] = {
     Source.IMAGE_ENCODER: _image_features,
     Source.COLUMN: _column,
 }
-_WITH_VAE: dict[Source, Callable[[InferenceModel, VideoEncoder, Sequence[GenerationRow]], Tensor]] = {
+_WITH_VAE: dict[Source, Callable[[VideoEncoder, Sequence[Given], Sequence[Frame], int], Tensor]] = {
     Source.KNOWN_FRAMES: _known_frames,
 }

@@ -104,6 +104,19 @@ def open_generation_weights(
     source = open_weights(identify(path, comm))
     expected = Expected(wan, lambda name: Word(name, "inference_model.json", f"predictor.{name}"), "CFG-065")
     on_rank_zero(comm, lambda: expected.require(source))
+    return with_adapters(source, lora, wan, dtype, fingerprinted, comm)
+
+
+def with_adapters(
+    source: WeightSource,
+    lora: Iterable[LoraSection],
+    wan: WanConfig,
+    dtype: torch.dtype,
+    fingerprinted: bool,
+    comm: Comm | None = None,
+) -> GenerationWeights:
+    """`open_generation_weights` of weights that are open and of the model `wan`; raises as that."""
+    comm = comm or SingleProcess()
     linears = every_linear(whole_shapes(wan))
     adapters = [(read_any(identify(section.path, comm, wanted="adapters")), section.strength) for section in lora]
     for adapter, _ in adapters:

@@ -48,8 +48,12 @@ class Job:
             configuration: what must be equal on all ranks besides the code, by name (`mm.supervise.fingerprint`).
 
         Raises:
-            ConfigError: CFG-031, CFG-090, CFG-091, CFG-150, CFG-151, before any process group exists.
+            ConfigError: CFG-031, CFG-090, CFG-091, CFG-150, CFG-151, before any process group exists; CFG-202 where one
+                does.
         """
+        if dist.is_initialized():
+            found = "This process is in a process group of torch.distributed already."
+            raise ConfigError("CFG-202", found, "Call torch.distributed.destroy_process_group() first.")
         self.rank = where.rank
         self.world_size = where.world_size
         self.local_rank = where.local_rank

@@ -119,7 +119,7 @@ def test_latents_after_images(num_images: int, solver: Any, scheduler: Callable[
 
     def run(images: dict[str, Tensor], batched: bool = False) -> Tensor:
         sampler = make_sampler(solver, STEPS, SHIFT)
-        return denoise(model, noise, prompt, negative, sampler, GUIDANCE, images, batched)
+        return denoise(model, noise, prompt, negative, sampler, GUIDANCE, features=images, batched_guidance=batched)
 
     assert relative_error(run(images), expected) < 1e-4
     assert relative_error(run(images, batched=True), expected) < 1e-4

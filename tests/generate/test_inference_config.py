@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mm.config.flags import parse_flags
+from mm.config.inference import latent_size
 from mm.config.inference_retired import RETIRED_GENERATE_FLAGS
 from mm.config.model import WAN_1_3B, WAN_14B, WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B
 from mm.dialects.mindspeed.generate import GenerateFlags, load_inference
@@ -54,7 +55,7 @@ def test_shipped_files(script, shape, size):
     assert config.predictor.wan() == shape
     assert config.task == script.split("/")[1]
     assert config.pipeline_config.input_size == size
-    assert config.latent_size() == ((size[0] + 3) // 4, size[1] // 8, size[2] // 8)
+    assert latent_size(size) == ((size[0] + 3) // 4, size[1] // 8, size[2] // 8)
     assert (config.diffusion.solver, config.diffusion.num_inference_steps, config.fps) == ("unipc", 50, 16)
     shift, guidance = {"flf2v": (16.0, 5.5)}.get(config.task, (5.0 if size[1] == 720 else 3.0, 5.0))
     assert (config.diffusion.flow_shift, config.diffusion.guidance_scale) == (shift, guidance)
@@ -75,7 +76,7 @@ def test_flags_win_over_the_file(tmp_path):
     flags = parse_flags(GenerateFlags, words, program="generate")
     config = load(tmp_path, values, **flags.model_dump(exclude={"mm_model"}))
     assert (config.prompt, config.negative_text, config.save_path) == ("p.txt", "", "out")
-    assert (config.seed, config.fps, config.latent_size()) == (7, 8, (3, 8, 12))
+    assert (config.seed, config.fps, latent_size(config.pipeline_config.input_size)) == (7, 8, (3, 8, 12))
     diffusion = config.diffusion
     assert (diffusion.solver, diffusion.num_inference_steps) == ("euler", 3)
     assert (diffusion.flow_shift, diffusion.guidance_scale) == (8.0, 1.0)
@@ -87,7 +88,7 @@ def test_flags_can_supply_what_the_file_lacks(tmp_path):
     del values["prompt"], values["save_path"], values["pipeline_config"]
     assert [problem.id for problem in refused(tmp_path, values)] == ["CFG-004"] * 3
     config = load(tmp_path, values, prompt="p", save_path="s", input_size=[5, 32, 32])
-    assert config.latent_size() == (2, 4, 4)
+    assert latent_size(config.pipeline_config.input_size) == (2, 4, 4)
 
 
 def test_weights_from_the_file_or_the_flag(tmp_path):

@@ -112,21 +112,26 @@ def _frames_have_a_middle(config: InferenceModel, source: str) -> Iterator[Probl
 def _impossible_size(config: InferenceModel, source: str) -> Iterator[Problem]:
     """CFG-060, CFG-061: a size that the VAE and the patches can make."""
     del source
-    frames, height, width = config.pipeline_config.input_size
-    stride, patch = VAE_STRIDE, config.predictor.patch_size
+    yield from size_problems(config.pipeline_config.input_size, config.predictor.patch_size, "input_size")
+
+
+def size_problems(size: tuple[int, int, int], patch_size: tuple[int, int, int], name_of_size: str) -> Iterator[Problem]:
+    """CFG-060 and CFG-061 for a clip's frames, height and width that the VAE and the patches cannot make."""
+    frames, height, width = size
+    stride, patch = VAE_STRIDE, patch_size
     if frames < 1 or (frames - 1) % stride[0]:
         below = max(1, (frames - 1) // stride[0] * stride[0] + 1)
         yield Problem(
             "CFG-060",
-            f"input_size asks for {frames} frames; the VAE makes 4k + 1.",
+            f"{name_of_size} asks for {frames} frames; the VAE makes 4k + 1.",
             f"Use {below} or {below + stride[0]}.",
         )
-    for name, size, multiple in (("height", height, stride[1] * patch[1]), ("width", width, stride[2] * patch[2])):
-        if size < multiple or size % multiple:
-            below = max(multiple, size // multiple * multiple)
+    for name, pixels, multiple in (("height", height, stride[1] * patch[1]), ("width", width, stride[2] * patch[2])):
+        if pixels < multiple or pixels % multiple:
+            below = max(multiple, pixels // multiple * multiple)
             yield Problem(
                 "CFG-061",
-                f"input_size asks for a {name} of {size} pixels, which is no positive multiple of {multiple}.",
+                f"{name_of_size} asks for a {name} of {pixels} pixels, which is no positive multiple of {multiple}.",
                 f"Use {below} or {below + multiple}.",
             )
 

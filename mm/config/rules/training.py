@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from mm.config.bad_samples import parse_on_bad_sample
 from mm.config.optimizer import DEFAULTS
+from mm.config.output import require_writable_folder
 from mm.config.rules.adapters import ADAPTER_RULES
 from mm.config.rules.around import AROUND_RULES
 from mm.config.rules.features import FEATURE_RULES
@@ -23,6 +24,14 @@ def check_training(run: TrainingRun) -> None:
         ConfigError: with every violated rule.
     """
     raise_all(ConfigError, [problem for rule in TRAINING_RULES for problem in rule(run)])
+
+
+def require_places(run: TrainingRun) -> None:
+    """Refuse folders that a run could not write to; CFG-131."""
+    places = {"checkpoint.save": run.checkpoint.save, "logging.tensorboard": run.logging.tensorboard}
+    for path, folder in places.items():
+        if folder is not None:
+            require_writable_folder(folder, run.origins[path].name)
 
 
 def _words_agree(run: TrainingRun) -> Iterator[Problem]:

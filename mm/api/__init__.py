@@ -1,0 +1,25 @@
+"""What Python users import, from here or from `mm`: functions that take strings, images, tensors and sections.
+
+They return values, write nothing that they are not told to, and need no process group for one process. The commands are
+thin over the same rooms.
+"""
+
+from mm.api.encoders import Encoders
+from mm.api.features import VideoRow, extract_features
+from mm.api.generation import generate_videos
+from mm.api.model import load_model
+from mm.api.training import TrainingResult, train_model
+from mm.api.weights import Converted, convert_weights, inspect_weights
+
+__all__ = [
+    "Converted",
+    "Encoders",
+    "TrainingResult",
+    "VideoRow",
+    "convert_weights",
+    "extract_features",
+    "generate_videos",
+    "inspect_weights",
+    "load_model",
+    "train_model",
+]

@@ -1,0 +1,116 @@
+"""Features of clips and captions, as training takes them, without a store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mm.api.arguments import VideoInput, as_pixels, column_problems
+from mm.api.encoders import Encoders, name_of
+from mm.config.data import MAX_TEXT_TOKENS, TEMPORAL_STRIDE, RawPreprocess
+from mm.config.model import WAN_1_3B
+from mm.config.rules.generation import size_problems
+from mm.config.tasks.registry import DEFAULT, TASKS, TaskName
+from mm.config.tasks.task import Source, Task
+from mm.data.clips import Clip, clip_of_frames, load_clip
+from mm.data.features import Feature
+from mm.data.metadata import Annotation, VideoSample
+from mm.device.backend import DeviceKind, select
+from mm.errors import ConfigError, Problem, raise_all
+from mm.extract.encode import ClipEncoder
+from mm.extract.sources import VisualEncoders
+
+
+@dataclass(frozen=True)
+class VideoRow:
+    """A video with its caption.
+
+    Attributes:
+        video: a file, or frames uint8 [F, H, W, 3]. caption: any text; the empty one is a caption, too.
+        columns: the task's numbers, by name.
+    """
+
+    video: VideoInput
+    caption: str
+    columns: Mapping[str, float] = field(default_factory=dict)
+
+
+def extract_features(
+    rows: Sequence[VideoRow | tuple[VideoInput, str]],
+    encoders: Encoders | str | Path,
+    *,
+    task: TaskName = DEFAULT.name,
+    size: tuple[int, int, int] = (81, 480, 832),
+    frame_interval: int = 1,
+    min_num_frames: int | None = None,
+    max_text_tokens: int = MAX_TEXT_TOKENS,
+    seed: int = 1234,
+    device: DeviceKind | None = None,
+) -> list[Feature]:
+    """Encode videos and captions as `mm extract` does, one after the other, and write nothing.
+
+    Args:
+        rows: videos with their captions.
+        encoders: the encoders, or a model's folder in the diffusers layout (`Encoders.of`).
+        task: what the features are for.
+        size: frames (4k + 1), height and width of the clips; videos are resized to cover it and cropped at the centre.
+        frame_interval: every how-manieth frame is taken.
+        min_num_frames: the fewest frames to accept of a short video; None refuses one that is shorter than `size`.
+        max_text_tokens: tokens after which a caption is cut.
+        seed: with a file's path as given, or a row's number where it is in memory, it decides where in a longer video
+            the clip begins.
+        device: kind of device; None takes the best there is.
+
+    Returns:
+        For each row `latents` [C, F, H, W], `prompt` [L, text_dim], `start_frame`, and in `features` what the task
+        declares, by name, on the encoders' device and in their precision.
+
+    Raises:
+        ConfigError: CFG-060 and CFG-061 for the size, CFG-075 for a clip that is no longer than what is given of it,
+            CFG-120 for columns, CFG-200 for other arguments; all rows' at once.
+        DataError: DATA-004 for a video that is too short, what `mm.data.clips.load_clip` raises, DATA-040 to DATA-045
+            for encoders.
+    """
+    declared = TASKS[task]
+    if not isinstance(encoders, Encoders):
+        encoders = Encoders.of(encoders)
+    given = [row if isinstance(row, VideoRow) else VideoRow(*row) for row in rows]
+    problems = list(size_problems(size, WAN_1_3B.patch_size, "size"))
+    for index, row in enumerate(given):
+        problems += column_problems(declared, row.columns, f"Row {index}")
+    problems += _nothing_to_learn(declared, min(size[0], min_num_frames or size[0]))
+    raise_all(ConfigError, problems)
+    preprocess = RawPreprocess(
+        num_frames=size[0],
+        max_height=size[1],
+        max_width=size[2],
+        frame_interval=frame_interval,
+        min_num_frames=min_num_frames,
+    )
+    place = select(device).device
+    video, text = encoders.load_vae(place), encoders.load_text_encoder(place, max_text_tokens)
+    visual = VisualEncoders(declared, video, video)
+    if declared.made_by(Source.IMAGE_ENCODER):
+        name = name_of(encoders.image_encoder, "image encoder")
+        visual = VisualEncoders(declared, video, video, encoders.load_image_encoder(place), name)
+    encoder, found = ClipEncoder(text, visual), []
+    for index, row in enumerate(given):
+        found.append(encoder.encode(_clip(row, index, preprocess, seed), row.caption, row.columns))
+    return found
+
+
+def _clip(row: VideoRow, index: int, preprocess: RawPreprocess, seed: int) -> Clip:
+    in_file = isinstance(row.video, (str, Path))
+    name = str(row.video) if in_file else f"row {index}"
+    sample = VideoSample(name, Path(name), (row.caption,), Annotation(path=name, cap=row.caption), row.columns)
+    if isinstance(row.video, (str, Path)):
+        return load_clip(sample, preprocess, seed)
+    return clip_of_frames(as_pixels(row.video, f"The video of row {index}", 4), sample, preprocess, seed)
+
+
+def _nothing_to_learn(task: Task, num_frames: int) -> Iterator[Problem]:
+    """CFG-075, as for `mm extract`."""
+    if task.frames and num_frames <= TEMPORAL_STRIDE:
+        message = f"A clip of {num_frames} frames is its own first frame, and {task.name} has nothing to learn."
+        yield Problem("CFG-075", message, f"Ask for at least {TEMPORAL_STRIDE + 1} frames in size and min_num_frames.")

@@ -1,0 +1,36 @@
+"""A clip and its caption to features: what a store gets of a sample, made from values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mm.data.clips import Clip
+from mm.data.features import Feature
+from mm.extract.sources import VisualEncoders, feature_makers
+from mm.wan.encoders import TextEncoder
+
+
+class ClipEncoder:
+    """The encoders of a task, together."""
+
+    def __init__(self, text: TextEncoder, visual: VisualEncoders) -> None:
+        """Take loaded encoders.
+
+        Args:
+            text: of captions. visual: of the clip and of what the task declares.
+
+        Raises:
+            DataError: DATA-045 for an image encoder of another model.
+        """
+        self._text, self._video = text, visual.video
+        self._makers = feature_makers(visual)
+
+    def text_only(self, caption: str) -> Feature:
+        """A caption without a clip."""
+        return Feature(None, self._text.encode([caption])[0])
+
+    def encode(self, clip: Clip, caption: str, columns: Mapping[str, float]) -> Feature:
+        """Features of a clip with its caption and what stands in the task's columns; DATA-044 for another VAE."""
+        latents = self._video.encode(clip.pixels.unsqueeze(0))[0]
+        features = {name: make(clip, columns) for name, make in self._makers.items()}
+        return Feature(latents, self._text.encode([caption])[0], clip.start, features)

@@ -1,0 +1,180 @@
+"""Clips from values: features of prompts, images and videos in, frames out. Knows no files, rows or ranks.
+
+Shapes: B clips, C latent channels, F H W latent frames, height and width, L text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mm.config.inference import latent_size
+from mm.config.model import WanConfig
+from mm.config.tasks.task import Frame
+from mm.diffusion.samplers import Sampler, Solver, make_sampler
+from mm.errors import DataError
+from mm.generate.pipeline import Velocity, denoise, initial_latents, noisy_latents, pad_text, to_frames
+from mm.generate.sources import Given, late_features
+from mm.wan.encoders import TextEncoder, VideoEncoder
+
+PixelSize = tuple[int, int, int]
+"""Frames (4k + 1), height and width of a clip in pixels."""
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How the velocity is integrated.
+
+    Attributes:
+        solver, num_steps, shift, solver_order, solver_type, strength: as for `mm.diffusion.samplers.make_sampler`.
+        guidance_scale: of classifier-free guidance; exactly 1 leaves the negative prompt out.
+        batched_guidance: both prompts in one pass of twice the batch, instead of two passes.
+    """
+
+    solver: Solver
+    num_steps: int
+    shift: float
+    guidance_scale: float
+    batched_guidance: bool = False
+    solver_order: int = 2
+    solver_type: Literal["bh1", "bh2"] = "bh2"
+    strength: float = 1.0
+
+    def sampler(self, device: torch.device) -> Sampler:
+        """A new one, for one batch of latents on a device."""
+        return make_sampler(
+            self.solver,
+            self.num_steps,
+            self.shift,
+            device=device,
+            solver_order=self.solver_order,
+            solver_type=self.solver_type,
+            strength=self.strength,
+        )
+
+    @property
+    def num_evaluated(self) -> int:
+        """Steps that are taken of a clip: fewer than `num_steps` where it is made from a video."""
+        return len(self.sampler(torch.device("cpu")).timesteps)
+
+
+@dataclass(frozen=True)
+class ClipPlan:
+    """What all clips of a generation share.
+
+    Attributes:
+        wan: the transformer's shape. device: where it lies.
+        frames: the frames that are given of each clip, as its task declares them.
+        size: of the clips. seed: with a clip's index it decides the noise.
+        settings: of the sampler.
+    """
+
+    wan: WanConfig
+    device: torch.device
+    frames: tuple[Frame, ...]
+    size: PixelSize
+    seed: int
+    settings: SamplerSettings
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(C, F, H, W) of a clip's noise."""
+        return self.wan.noise_channels, *latent_size(self.size)
+
+
+@dataclass(frozen=True)
+class ClipConditions:
+    """What one clip is made of, on the CPU.
+
+    Attributes:
+        index: keys its noise.
+        text: [L, text_dim] of its prompt, L at most `text_len`.
+        early: the features that need no VAE, [*shape] by name (`mm.generate.sources.EarlyFeatures`).
+        given: images and numbers. video: what it is made from, [3, frames, height, width] in [-1, 1], or None.
+    """
+
+    index: int
+    text: Tensor
+    early: Mapping[str, Tensor]
+    given: Given
+    video: Tensor | None = None
+
+
+def encode_prompts(
+    encoder: TextEncoder, prompts: Sequence[str], negative: str | None
+) -> tuple[list[Tensor], Tensor | None]:
+    """Text features [L, text_dim] of each prompt, and of the negative one where there is one, on the CPU.
+
+    One text at a time, so that features do not depend on their neighbours.
+    """
+    without = None if negative is None else encoder.encode([negative])[0].cpu()
+    return [encoder.encode([prompt])[0].cpu() for prompt in prompts], without
+
+
+def sample(
+    model: Velocity,
+    video: VideoEncoder,
+    plan: ClipPlan,
+    clips: Sequence[ClipConditions],
+    negative: Tensor | None,
+    *,
+    on_step: Callable[[], object] = lambda: None,
+) -> Tensor:
+    """Latents of some clips that go through the transformer together.
+
+    Args:
+        model: the transformer. video: the VAE, for images and videos that are given.
+        plan: what the clips share. clips: B of them.
+        negative: [L, text_dim] of the negative prompt; may be None when the guidance scale is 1.
+        on_step: called after every step; what it returns is ignored.
+
+    Returns:
+        [B, C, F, H, W] fp32, normalised.
+
+    Raises:
+        DataError: DATA-044 for a VAE that is not Wan's, DATA-056 when the latents are no longer finite numbers.
+    """
+    settings, text_len, device = plan.settings, plan.wan.text_len, plan.device
+    sampler = settings.sampler(device)
+    latents = initial_latents(plan.seed, [clip.index for clip in clips], plan.latent_shape).to(device)
+    videos = [clip.video for clip in clips if clip.video is not None]
+    if videos:
+        latents = noisy_latents(video.encode(torch.stack(videos)), latents, sampler.first_sigma)
+    features = {
+        name: torch.stack([clip.early[name] for clip in clips]).to(device) for name in (clips[0].early if clips else ())
+    }
+    features |= late_features(plan.wan.task, video, [clip.given for clip in clips], plan.frames, plan.size[0])
+    return denoise(
+        model,
+        latents,
+        pad_text([clip.text for clip in clips], text_len).to(device),
+        None if negative is None else pad_text([negative] * len(clips), text_len).to(device),
+        sampler,
+        settings.guidance_scale,
+        features=features,
+        batched_guidance=settings.batched_guidance,
+        on_step=on_step,
+    )
+
+
+def decode(video: VideoEncoder, latents: Tensor, size: PixelSize, name: str) -> Tensor:
+    """Frames of latents [B, C, F, H, W], uint8 [B, frames, height, width, 3] on the CPU.
+
+    Args:
+        video: the VAE. latents: from `sample`. size: of the clips. name: what to call the VAE.
+
+    Raises:
+        DataError: DATA-055 for a VAE of another stride than Wan's.
+    """
+    frames = to_frames(video.decode(latents))
+    if tuple(frames.shape[1:4]) != size:
+        raise DataError(
+            "DATA-055",
+            f"{name} made clips of {tuple(frames.shape[1:4])} where (frames, height, width) {size} were expected.",
+            "Use the VAE of a Wan2.1 model (stride 4x8x8).",
+        )
+    return frames
