@@ -61,6 +61,7 @@ def load_model(
     require_exactly(source, whole_shapes(config))
     pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
     sections = [LoraSection(path=str(one), strength=strength) for one, strength in pairs]
+    require_exactly(source, whole_shapes(config))
     weights = with_adapters(source, sections, config, DTYPES[dtype], fingerprinted=False)
     place = select(device).device
     with torch.device("meta"):
