@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from mm.checkpoint.finite import require_finite, rounded
 from mm.checkpoint.safetensor_file import bytes_of
 from mm.checkpoint.weights import WeightSource, open_weights, require_exactly
-from mm.config.inference import LoraSection
 from mm.config.model import WanConfig
+from mm.config.run.generation import AdapterFile
 from mm.errors import ConfigError, Problem, raise_all
 from mm.lora.adapter import Adapter, merge_tensor, require_fit
 from mm.lora.convert import read_any
@@ -76,7 +76,7 @@ class GenerationWeights:
 
 
 def open_generation_weights(
-    path: str, lora: Iterable[LoraSection], wan: WanConfig, dtype: torch.dtype, fingerprinted: bool = True
+    path: str, lora: Iterable[AdapterFile], wan: WanConfig, dtype: torch.dtype, fingerprinted: bool = True
 ) -> GenerationWeights:
     """Open weights and adapters and check that they fit the model and each other; no tensor is read.
 
@@ -111,7 +111,7 @@ def open_generation_weights(
 
 
 def with_adapters(
-    source: WeightSource, lora: Iterable[LoraSection], wan: WanConfig, dtype: torch.dtype, fingerprinted: bool
+    source: WeightSource, lora: Iterable[AdapterFile], wan: WanConfig, dtype: torch.dtype, fingerprinted: bool
 ) -> GenerationWeights:
     """`open_generation_weights` of weights that are open and say that they are of the model `wan`; raises as that."""
     shapes = whole_shapes(wan)

@@ -14,8 +14,8 @@ from test_lora_files import difference, inputs, merged_from
 
 from mm.cli.convert import main
 from mm.cli.entry import run
-from mm.config.inference import LoraSection
 from mm.config.model import WAN_1_3B, WAN_FLF2V_14B, WAN_I2V_14B, WanConfig
+from mm.config.run.generation import AdapterFile
 from mm.errors import DataError
 from mm.generate.weights import open_generation_weights
 from mm.lora.adapter import Adapter, Update
@@ -214,7 +214,7 @@ def test_a_videox_fun_file_of_all_linears_is_merged_and_generated_with(tmp_path:
     expected = example.merged(state, updates)
     for name, value in merged_from(file, base_file).items():
         assert (value.double() - expected[name]).abs().max() <= 1e-6, name
-    section = LoraSection(path=str(file), strength=1.0)
+    section = AdapterFile(path=str(file), strength=1.0)
     weights = open_generation_weights(str(base_file), [section], example.CONFIG, torch.float32)
     value = weights.value_of("head.head.weight", tuple(state["head.head.weight"].shape))
     assert (value.double() - expected["head.head.weight"]).abs().max() <= 1e-6
@@ -242,7 +242,7 @@ def test_an_adapter_that_is_not_finite_is_never_used(tmp_path: Path, base_file: 
     for mode in (merging, *(["--mode", mode] for mode in ("lora_to_hf", "lora_to_comfyui", "lora_to_mm"))):
         assert run(main, [*words, *mode]) == 65
     assert sorted(tmp_path.rglob("*")) == before
-    section = LoraSection(path=str(source), strength=1.0)
+    section = AdapterFile(path=str(source), strength=1.0)
     with pytest.raises(DataError, match="DATA-130"):
         open_generation_weights(str(base_file), [section], example.CONFIG, torch.float32)
 
@@ -287,7 +287,7 @@ def test_a_sum_that_does_not_fit_the_base_is_refused(tmp_path: Path, dtype, size
 
 def test_generation_refuses_what_its_dtype_cannot_hold(tmp_path: Path, base_file: Path):
     file = linear_file(tmp_path / "x.safetensors", torch.ones(1, 24), torch.full((24, 1), 7e4), 1.0)
-    section = LoraSection(path=str(file), strength=1.0)
+    section = AdapterFile(path=str(file), strength=1.0)
     shape = (24, 24)
     with pytest.raises(Exception, match=f"CKPT-120: {Q}.weight reaches 7.*float16 ends at 65504"):
         open_generation_weights(str(base_file), [section], example.CONFIG, torch.float16).value_of(f"{Q}.weight", shape)
