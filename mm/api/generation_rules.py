@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mm.api.arguments import ImageInput, VideoInput, column_problems
-from mm.config.inference import VAE_STRIDE
 from mm.config.rules.generation import size_problems
+from mm.config.run.generation import VAE_STRIDE
 from mm.config.tasks.task import Task
 from mm.errors import Problem
 from mm.generate.sampling import ClipPlan

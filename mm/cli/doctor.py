@@ -93,7 +93,7 @@ def _check(argv: Sequence[str]) -> None:
     from mm.lora.plan import plan_of
     from mm.train.run import data_parallel_options, training_dtype
 
-    lora = plan_of(sections.adapters, sections.wan)
+    lora = plan_of(sections.adapters, sections.wan, sections.origins["adapters.targets"].name)
     job = DryRunJob(
         wan=sections.wan,
         layout=layout,

@@ -55,7 +55,7 @@ def check(
 
     logging.getLogger().setLevel(logging.WARNING)
     config, backend = sections.wan, select(sections.training.device, where.local_rank, where.world_size)
-    lora = plan_of(sections.adapters, config)
+    lora = plan_of(sections.adapters, config, sections.origins["adapters.targets"].name)
     trained = preflight.elements(config) if lora is None else lora.parameters
     findings = [] if where.rank else preflight.versions(backend)
     findings += preflight.operators(backend) if where.local_rank == 0 else []  # once a node: its compiler

@@ -16,7 +16,7 @@ from mm.cli.zero_to_bf16 import ZeroFlags
 from mm.config.flag_help import FlagText, flag_groups
 from mm.config.flags import Flags, flag_name
 from mm.dialects.mindspeed.extract_files import ExtractFlags
-from mm.dialects.mindspeed.generate import GenerateFlags
+from mm.dialects.mindspeed.generate_flags import GenerateFlags
 from mm.dialects.mindspeed.train_flags import TrainFlags
 
 PROGRAMS: dict[str, type[Flags]] = {

@@ -16,7 +16,7 @@ COMMANDS = {
     "extract": "turn videos and captions into features",
     "migrate": "take over features that MindSpeed-MM extracted; migrate config OLD NEW: one of its files",
     "train": "train on features",
-    "run": "train or extract features as a run.yaml says",
+    "run": "train, extract features or generate as a run.yaml says",
     "translate": "print the run.yaml that a command line means",
     "doctor": "say whether a run will work, what it costs; doctor data, parity, compare: features, a layout, two runs",
     "convert": "convert weights between the HF, native and MM formats",

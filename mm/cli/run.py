@@ -1,4 +1,4 @@
-"""`mm run FILE`: a training or an extraction that run.yaml describes."""
+"""`mm run FILE`: a training, an extraction or a generation that run.yaml describes."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from pathlib import Path
 
 from mm.cli.entry import run
 from mm.cli.extraction import extract_features
+from mm.cli.generation import generate
 from mm.cli.run_file import flag_beside_a_file, kind_in
 from mm.cli.training import train
 from mm.config.place import process_place
 from mm.config.run.extraction import ExtractionRun
 from mm.config.run.file import load_run, of_kind
+from mm.config.run.generation import GenerationRun
 from mm.config.run.training import TrainingRun
 from mm.errors import ConfigError, Problem, raise_all
 
 _HELP = """usage: mm run FILE
 
-Train or extract features as run.yaml says: a file with the section `training` is a training, one with `extraction` an
-extraction. `mm translate -- mm train FLAGS` and `mm translate -- mm extract FLAGS` write one. A training keeps its own
-beside its checkpoints, and `mm run SAVE/run.yaml` goes on with it. examples/run.yaml and examples/run_extraction.yaml
-show the keys."""
+Train, extract features or generate as run.yaml says: a file with the section `training` is a training, one with
+`extraction` an extraction, one with `generation` a generation. `mm translate -- mm train FLAGS` writes one, and so it
+does for `mm extract` and `mm generate`. A training keeps its own beside its checkpoints, and `mm run SAVE/run.yaml`
+goes on with it. examples/run.yaml, run_extraction.yaml and run_generation.yaml show the keys."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,7 +31,8 @@ def main(argv: Sequence[str]) -> None:
 
     Raises:
         ConfigError: CFG-006 without a file or with several, CFG-190 for flags beside it.
-        MMError: what `mm.cli.training.train` and `mm.cli.extraction.extract_features` raise.
+        MMError: what `mm.cli.training.train`, `mm.cli.extraction.extract_features` and `mm.cli.generation.generate`
+            raise.
     """
     if any(word in ("-h", "--help") for word in argv):
         print(_HELP)
@@ -39,6 +42,10 @@ def main(argv: Sequence[str]) -> None:
     if isinstance(described, ExtractionRun):
         where = process_place()
         extract_features(described.on(where.world_size), where)
+        return
+    if isinstance(described, GenerationRun):
+        where = process_place()
+        generate(described.on(where.world_size), where)
         return
     training = of_kind(described, TrainingRun)
     word = f"checkpoint.save_on_signal in {file}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from mm.config.flags import Flags, flag_name
 from mm.config.run.file import kind_of
 from mm.config.yaml_file import load_yaml
-from mm.dialects.mindspeed.words import path_of
+from mm.dialects.mindspeed.paths import path_of
 from mm.errors import ConfigError, Problem, raise_all
 
 

@@ -13,6 +13,7 @@ from mm.config.rules.every import check
 from mm.config.run.base import Run
 from mm.config.run.file import short_file
 from mm.dialects.mindspeed.extraction import read_extraction
+from mm.dialects.mindspeed.generate import read_generation
 from mm.dialects.mindspeed.training import read_training
 from mm.dialects.signatures import dialects_in
 from mm.errors import ConfigError, Problem
@@ -28,13 +29,16 @@ PROGRAMS: dict[str, Reader] = {
     "get_sora_feature.py": read_extraction,
     "get_wan_feature.py": read_extraction,
     "mm.cli.extract": read_extraction,
+    "mm generate": read_generation,
+    "inference_sora.py": read_generation,
+    "mm.cli.generate": read_generation,
 }
 """What a command starts, and what reads the words that follow it."""
 _HELP = """usage: mm translate -- COMMAND...
 
-Print the run.yaml that a command line means, each value with the word that says it. The command is `mm train FLAGS` or
-`mm extract FLAGS`, or what a script of MindSpeed-MM starts: `torchrun ... pretrain_sora.py FLAGS`. Rules are asked with
-the processes that the launcher has started, or one."""
+Print the run.yaml that a command line means, each value with the word that says it. The command is `mm train FLAGS`,
+`mm extract FLAGS` or `mm generate FLAGS`, or what a script of MindSpeed-MM starts: `torchrun ... pretrain_sora.py
+FLAGS`. Rules are asked with the processes that the launcher has started, or one."""
 
 
 def main(argv: Sequence[str]) -> None:

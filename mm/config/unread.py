@@ -87,6 +87,17 @@ def built(section: type[SectionT], values: Mapping[str, Any]) -> SectionT:
     return section(**values)
 
 
+def whole(section: SectionT, names: Iterable[str]) -> SectionT:
+    """A section of which these fields were read.
+
+    Raises:
+        UnreadError: where one was not.
+    """
+    if any(isinstance(getattr(section, name), Unread) for name in names):
+        raise UnreadError
+    return section
+
+
 def broken(rules: Iterable[Callable[[RunT], Iterator[Problem]]], run: RunT) -> Iterator[Problem]:
     """What the rules say that need nothing unread."""
     for rule in rules:

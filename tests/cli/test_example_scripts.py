@@ -19,7 +19,7 @@ from mm.config.model import WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B
 from mm.config.rules.extraction import check_extraction
 from mm.dialects.mindspeed.extraction import read_extraction
 from mm.dialects.mindspeed.files import load_train_data
-from mm.dialects.mindspeed.generate import GenerateFlags
+from mm.dialects.mindspeed.generate_flags import GenerateFlags
 from mm.dialects.mindspeed.train_flags import PretrainModel, TrainFlags
 
 ROOT = Path(__file__).parents[2]

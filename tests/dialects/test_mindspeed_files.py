@@ -23,7 +23,8 @@ from mm.dialects.mindspeed.files import (
     load_pretrain_model,
     load_train_data,
 )
-from mm.dialects.mindspeed.generate import GenerateFlags, load_inference
+from mm.dialects.mindspeed.generate import load_generation
+from mm.dialects.mindspeed.generate_flags import GenerateFlags
 from mm.dialects.mindspeed.training import read_training
 from mm.errors import ConfigError
 
@@ -144,12 +145,12 @@ def test_their_generation_starts(tmp_path: Path, size: str, task: str) -> None:
     assert len(notes) == 17
     path = write(tmp_path, "i.json", theirs.inference(size, task))
     flags = parse_flags(GenerateFlags, [str(path) if word == "X" else word for word in words], program="mm generate")
-    found: list[Note] = []
-    config = load_inference(flags, found)
-    assert (config.task, config.ae.dtype, config.predictor.from_pretrained) == (task, "fp32", "weights")
+    run = load_generation(flags)
+    assert (run.task, run.encoders.vae.precision, run.model.weights) == (task, "fp32", "weights")
     if task == "v2v":
-        assert (config.pipeline_config.strength, config.pipeline_config.start_frame) == (0.7, 0)
-    assert any(str(note) == "ae.dtype float32 (read as fp32)" for note in found)
+        assert (run.inputs.strength, run.inputs.start_frame) == (0.7, 0)
+    (note,) = run.notes
+    assert note.count("ae.dtype float32 (read as fp32)") == 1
 
 
 DIFFERENT: list[tuple[str, str, Any]] = [
@@ -239,9 +240,7 @@ def test_a_migrated_generation(tmp_path: Path, capsys: pytest.CaptureFixture[str
     old, new = write(tmp_path, "inference_model.json", values), tmp_path / "new.json"
     migrate.main(["config", str(old), str(new)])
     assert "frame_interval 2: Remove it; clips are made of consecutive frames" in capsys.readouterr().out
-    notes: list[Note] = []
-    load_inference(GenerateFlags(mm_model=str(new), load="w"), notes)
-    assert notes == []
+    assert load_generation(GenerateFlags(mm_model=str(new), load="w")).notes == ()
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ from pydantic import BaseModel
 
 from mm.config.run.base import Run, RunT, written
 from mm.config.run.extraction import ExtractionRun
+from mm.config.run.generation import GenerationRun
 from mm.config.run.origins import Origins
 from mm.config.run.training import TrainingRun
 from mm.config.unread import Unread, parse_parts, partly, section_of
 from mm.config.yaml_file import load_yaml
 from mm.errors import ConfigError, raise_all
 
-KINDS: dict[str, type[Run]] = {"training": TrainingRun, "extraction": ExtractionRun}
+KINDS: dict[str, type[Run]] = {"training": TrainingRun, "extraction": ExtractionRun, "generation": GenerationRun}
 """Kinds of run, each by the section that it alone has."""
 
 

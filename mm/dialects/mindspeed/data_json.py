@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from mm.config.base import Section
-from mm.config.inference import TokenizerConfig
+from mm.dialects.mindspeed.encoder_json import TokenizerConfig
 
 
 class BasicParameters(Section):

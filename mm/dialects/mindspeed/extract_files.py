@@ -8,8 +8,8 @@ from pydantic import Field
 
 from mm.config.base import Section
 from mm.config.flags import Flags
-from mm.config.inference import AutoencoderConfig, TextEncoderConfig
 from mm.config.tasks.registry import TaskName
+from mm.dialects.mindspeed.encoder_json import AutoencoderConfig, TextEncoderConfig
 
 
 class ImageProcessor(Section):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from mm.config.inference import TokenizerConfig
 from mm.config.run.encoders import (
     EncodersSection,
     ImageEncoderSection,
@@ -30,6 +29,7 @@ from mm.config.tasks.registry import DEFAULT
 from mm.config.unread import UNREAD, broken, built, if_read, read_or
 from mm.dialects.mindspeed.accepted_flags import ACCEPTED_EXTRACT_FLAGS
 from mm.dialects.mindspeed.data_json import ExtractData
+from mm.dialects.mindspeed.encoder_json import TokenizerConfig
 from mm.dialects.mindspeed.extract_files import (
     RETIRED_EXTRACT_FLAGS,
     ExtractAutoencoder,

@@ -14,7 +14,7 @@ from mm.config.run.checkpoint import AdapterSection
 from mm.config.run.data import Clip, FeatureSet
 from mm.config.run.encoders import TokenizerSection
 from mm.config.run.training import TrainingRun, TrainingSections
-from mm.config.unread import Unread, UnreadError, built, if_read, read_or
+from mm.config.unread import built, if_read, read_or, whole
 from mm.dialects.mindspeed.accepted_flags import ACCEPTED_TRAIN_FLAGS
 from mm.dialects.mindspeed.as_done_here import training_as_done_here
 from mm.dialects.mindspeed.contradictions import contradictions
@@ -22,7 +22,7 @@ from mm.dialects.mindspeed.data_json import FeatureDatasetParam, TrainData
 from mm.dialects.mindspeed.extraction import tokenizer
 from mm.dialects.mindspeed.files import read_pretrain_model, read_train_data
 from mm.dialects.mindspeed.reading import Reading
-from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, PredictorConfig, PretrainModel, TrainFlags
+from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
 from mm.dialects.mindspeed.words import TRAIN_FLAGS, training_origins
 from mm.dialects.mindspeed.zero_file import load_zero
 from mm.errors import Problem
@@ -100,7 +100,7 @@ def translate(flags: TrainFlags, files: TrainFiles, world_size: int = 1) -> Trai
     }
     values["checkpoint"]["resume_changed"] = if_read(lambda: tuple(flags.resume_changed))
     values["memory"]["offload"] = model.predictor.attention_async_offload
-    values["model"]["shape"] = if_read(lambda: _shape(model.predictor))
+    values["model"]["shape"] = if_read(lambda: whole(model.predictor, WanConfig.model_fields).wan())
     kinds: dict[str, Any] = {name: field.annotation for name, field in TrainingSections.model_fields.items()}
     sections = built(
         TrainingSections,
@@ -148,14 +148,6 @@ def features(param: FeatureDatasetParam) -> FeatureSet:
 
 def _tokenizer(param: FeatureDatasetParam) -> TokenizerSection | None:
     return None if param.tokenizer_config is None else tokenizer(param.tokenizer_config)
-
-
-def _shape(predictor: PredictorConfig) -> WanConfig:
-    """The model's shape; one of which a part is unread cannot be looked at."""
-    values = [getattr(predictor, name) for name in WanConfig.model_fields]
-    if any(isinstance(value, Unread) for value in values):
-        raise UnreadError
-    return predictor.wan()
 
 
 def _stages(model: PretrainModel) -> list[list[int]] | None:

@@ -163,22 +163,6 @@ _SECTIONS = {
 _CLIP = {"num_frames": "num_frames", "frame_interval": "frame_interval", "height": "max_height", "width": "max_width"}
 
 
-_OF_KINDS = {
-    "training": {**TRAIN_FLAGS, **ADAPTER_FLAGS, **EVALUATION_FLAGS},
-    "extraction": EXTRACT_FLAGS,
-}
-
-
-def path_of(flag: str, kind: str = "training") -> str | None:
-    """The path of the value that a flag, with its dashes, stands for; None for what is no flag or has no one value.
-
-    Args:
-        flag: it. kind: of run whose flag it is, by the section that it alone has.
-    """
-    tables = _OF_KINDS.get(kind, {})
-    return next((path for path, known in tables.items() if flag_name(known.field) == flag), None)
-
-
 def training_origins(flags: TrainFlags, *, says_dtype: bool = False) -> Origins:
     """The words of a command line and of the files that it names.
 

@@ -2,94 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from mm.config.base import Section
-from mm.config.data import MAX_TEXT_TOKENS
 from mm.config.model import Precision, WanConfig
-from mm.config.run.encoders import Tiles
-from mm.config.tasks.registry import TASKS
-from mm.config.tasks.task import Task
-
-NEGATIVE_PROMPT = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
-    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
-    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
-)
-"""Of the Wan2.1 release, which its models are meant to be used with: wan/configs/shared_config.py for text alone. Tasks
-put something before it (`Task.negative`)."""
-
-LatentPixels = Annotated[int, Field(ge=1)]
-
-# Pixels that one latent stands for: frames after the first, rows, columns. Fixed by the Wan2.1 VAE.
-VAE_STRIDE = (4, 8, 8)
-
-
-def latent_size(size: tuple[int, int, int]) -> tuple[int, int, int]:
-    """(F, H, W) of the latents of a clip of so many frames, rows and columns."""
-    frames, height, width = size
-    return (frames - 1) // VAE_STRIDE[0] + 1, height // VAE_STRIDE[1], width // VAE_STRIDE[2]
-
-
-class TilingParam(Section):
-    """Encode large frames in overlapping tiles, blended linearly where they overlap. Saves memory, costs time.
-
-    Attributes:
-        tile_size: height and width of a tile in latent pixels (8 image pixels each).
-        tile_stride: distance between the origins of neighbouring tiles, in latent pixels.
-    """
-
-    tile_size: tuple[LatentPixels, LatentPixels] = (34, 34)
-    tile_stride: tuple[LatentPixels, LatentPixels] = (18, 16)
-
-
-class AutoencoderConfig(Section):
-    """The video VAE.
-
-    Attributes:
-        from_pretrained: its folder in the diffusers layout. dtype: precision of weights and latents.
-        norm_latents, norm_mode: latents are shifted and scaled by the VAE's own per-channel mean and deviation.
-        do_sample: false means the posterior's mode, so that the same video gives the same latents.
-    """
-
-    model_id: Literal["wan_video_vae"] = "wan_video_vae"
-    from_pretrained: str = Field(min_length=1)
-    dtype: Precision
-    enable_tiling: bool = False
-    tiling_param: TilingParam | None = None
-    norm_latents: Literal[True] = True
-    norm_mode: Literal["channel_specified_shift_scale"] = "channel_specified_shift_scale"
-    do_sample: Literal[False] = False
-
-    def tiling(self) -> Tiles | None:
-        """The tiles to work in, or None for whole frames."""
-        param = self.tiling_param or TilingParam()
-        return Tiles(size=param.tile_size, stride=param.tile_stride) if self.enable_tiling else None
-
-
-class TextEncoderConfig(Section):
-    """The UMT5 text encoder: its folder in the transformers layout and its precision."""
-
-    model_id: Literal["UMT5"] = "UMT5"
-    hub_backend: Literal["hf"] = "hf"
-    from_pretrained: str = Field(min_length=1)
-    dtype: Precision
-
-
-class TokenizerConfig(Section):
-    """The tokenizer. In training it is optional and only compared with the one the features were made with.
-
-    Attributes:
-        from_pretrained: folder of the tokenizer.
-        model_max_length: tokens after which a caption is cut.
-    """
-
-    hub_backend: Literal["hf"] = "hf"
-    autotokenizer_name: Literal["AutoTokenizer"] = "AutoTokenizer"
-    from_pretrained: str = Field(min_length=1)
-    model_max_length: int = Field(MAX_TEXT_TOKENS, ge=1, le=MAX_TEXT_TOKENS)
+from mm.dialects.mindspeed.encoder_json import AutoencoderConfig, TextEncoderConfig, TokenizerConfig
 
 
 class VaeSection(AutoencoderConfig):
@@ -143,7 +62,7 @@ class InferenceDiffusion(Section):
         flow_shift: of the noise levels; 3 for 480p and 5 for 720p are usual.
         guidance_scale: of classifier-free guidance; exactly 1 leaves the negative prompt out.
         batched_guidance: both prompts in one pass of twice the batch instead of two passes.
-        solver_order, solver_type: of UniPC alone.
+        solver_order, solver_type: of UniPC alone; 2 and bh2 where they are not said.
     """
 
     model_id: Literal["UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"] = "UniPCMultistepScheduler"
@@ -151,18 +70,13 @@ class InferenceDiffusion(Section):
     flow_shift: float = Field(gt=0)
     guidance_scale: float = Field(5.0, ge=0)
     batched_guidance: bool = False
-    solver_order: Literal[1, 2, 3] = 2
-    solver_type: Literal["bh1", "bh2"] = "bh2"
+    solver_order: Literal[1, 2, 3] | None = None
+    solver_type: Literal["bh1", "bh2"] | None = None
 
     @property
     def solver(self) -> Literal["unipc", "euler"]:
         """The sampler's short name."""
         return "unipc" if self.model_id == "UniPCMultistepScheduler" else "euler"
-
-    @property
-    def guided(self) -> bool:
-        """Whether the negative prompt takes part."""
-        return self.guidance_scale != 1
 
 
 class PipelineSection(Section):
@@ -212,20 +126,3 @@ class InferenceModel(Section):
     predictor: InferencePredictor
     lora: tuple[LoraSection, ...] = ()
     diffusion: InferenceDiffusion
-
-    @property
-    def row_task(self) -> Task:
-        """The task whose roles a row gives: the model's, or, where the last frame is given too, that of both frames."""
-        task = self.predictor.task
-        return TASKS[task.with_last_frame] if task.with_last_frame and self.pipeline_config.dual_image else task
-
-    @property
-    def task(self) -> str:
-        """What is done, in one word: the name of the task, or what it is called from given videos."""
-        from_video = None if self.video is None else self.predictor.task.with_video
-        return from_video or self.row_task.name
-
-    @property
-    def negative_text(self) -> str:
-        """The negative prompt, given or of the release; an empty one is a prompt, too."""
-        return self.row_task.negative + NEGATIVE_PROMPT if self.negative_prompt is None else self.negative_prompt
