@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_into` did: tensors and elements loaded, and how many tensors changed their dtype on the way."""
+    """Report of `load_into`: tensors and elements loaded, and how many tensors changed their dtype on the way."""
 
     num_tensors: int
     numel: int

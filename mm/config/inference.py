@@ -100,7 +100,7 @@ class InferenceDiffusion(Section):
 
     @property
     def guided(self) -> bool:
-        """Whether the negative prompt takes part."""
+        """True where the negative prompt takes part."""
         return self.guidance_scale != 1
 
 
@@ -160,7 +160,7 @@ class InferenceModel(Section):
 
     @property
     def task(self) -> str:
-        """What is done, in one word: the name of the task, or what it is called from given videos."""
+        """Task in one word: its name, or what it is called from given videos."""
         from_video = None if self.video is None else self.predictor.task.with_video
         return from_video or self.row_task.name
 

@@ -74,7 +74,7 @@ class MergedWeights:
 
     @property
     def path(self) -> Path:
-        """Where the base is."""
+        """Path of the base."""
         return self.base.path
 
     @property
@@ -95,7 +95,7 @@ class MergedWeights:
         return merge_tensor(name, self.base.read(name), self.adapter, self.strength)
 
     def config(self) -> WanConfig | None:
-        """That of the base."""
+        """Configuration of the base."""
         return self.base.config()
 
 
@@ -111,10 +111,11 @@ def merged(base_path: Path, adapter_path: Path, strength: float = 1.0, *, averag
     kinds = base.kinds()
     coarse = [name for name in adapter.updates if kinds[f"{name}.weight"].dtype.itemsize == 1]
     if coarse:
-        log.warning(
+        message = (
             "%s has %d of the adapter's linears in 8 bits, %s, and so will the result, in which small updates may be "
-            "rounded away; a base in bfloat16 keeps them.", base_path, len(coarse), kinds[f"{coarse[0]}.weight"].dtype,
-        )  # fmt: skip
+            "rounded away; a base in bfloat16 keeps them."
+        )
+        log.warning(message, base_path, len(coarse), kinds[f"{coarse[0]}.weight"].dtype)
     theirs = adapter.texts.get(BASE_IDENTITY)
     ours = identity(base) if theirs else None
     if theirs != ours:

@@ -198,7 +198,7 @@ def _report_unused(files: set[Path]) -> None:
 
 
 def what_instead(path: Path) -> NothingThere:
-    """What a path is where `find_shards` finds nothing."""
+    """Say what a path is where `find_shards` finds nothing."""
     if not path.exists():
         return "absent"
     if path.is_file():

@@ -14,7 +14,7 @@ NEITHER_NOUN_NOR_VERB = {
     *("as", "at", "by", "for", "from", "in", "of", "on", "to", "with", "without", "it", "its", "if", "once", "not"),
 }
 MOST_POSITIONAL = 6
-WAITING = ("checkpoint", "cli", "config", "dialects", "extract", "generate", "lora", "train")
+WAITING = ()
 """Rooms whose words are still to be read."""
 
 

@@ -47,7 +47,7 @@ _RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 
 
 class RankFile(NamedTuple):
-    """Where a tensor is: the file, the chunk and the name in it, and what it is."""
+    """Place of a tensor: the file, the chunk and the name in it, and what it is."""
 
     file: Path
     chunk: str
@@ -108,11 +108,11 @@ class MindSpeedWeights:
         return cls(folder, places, len(files), len(stages) // len(files))
 
     def kinds(self) -> dict[str, TensorKind]:
-        """From the mapped tensors."""
+        """Kinds of the mapped tensors."""
         return {name: place.kind for name, place in self.places.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """From the mapped tensors."""
+        """Shapes of the mapped tensors."""
         return {name: place.kind.shape for name, place in self.places.items()}
 
     def read(self, name: str) -> Tensor:
@@ -120,7 +120,7 @@ class MindSpeedWeights:
         return self._open.tensor(self.places[name])
 
     def config(self) -> WanConfig | None:
-        """As `config_of`."""
+        """Result of `config_of`."""
         return config_of(self.path)
 
 
@@ -258,7 +258,7 @@ def stage_files(folder: Path) -> list[Path]:
 
 
 def virtual_stages(files: Sequence[Path], folder: Path) -> list[dict[str, RankFile]]:
-    """What every virtual stage holds by its names there, in the model's order: chunk v of rank p is v * PP + p.
+    """Tensors of every virtual stage by their names there, in the model's order: chunk v of rank p is v * PP + p.
 
     Raises:
         CheckpointError: CKPT-021 for a file that cannot be used, CKPT-042 for ranks with different numbers of chunks.
