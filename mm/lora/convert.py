@@ -9,8 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from mm.checkpoint.formats import mindspeed as mm_format
-from mm.checkpoint.formats import training
+from mm.checkpoint.formats import mindspeed, training
 from mm.checkpoint.formats.source import TensorKind, WeightSource
 from mm.checkpoint.formats.training import no_average
 from mm.checkpoint.identify import Found, identify
@@ -19,7 +18,7 @@ from mm.checkpoint.weights import open_weights
 from mm.config.model import WanConfig
 from mm.lora.adapter import Adapter, merge_tensor, require_fit
 from mm.lora.files import read_adapter, write_adapter
-from mm.lora.mindspeed import read_mm, write_mm
+from mm.lora.mindspeed import read_mindspeed, write_mindspeed
 from mm.lora.record import BASE_IDENTITY, adapter_of
 from mm.lora.targets import every_linear
 
@@ -35,7 +34,7 @@ def read_any(at: Path | Found, *, averaged: bool = False) -> Adapter:
 
     Raises:
         CheckpointError: CKPT-012, CKPT-013, CKPT-049 and CKPT-081 for checkpoints that cannot be used, and what
-            `read_mm` raises.
+            `read_mindspeed` raises.
         DataError: DATA-022 and DATA-090 to DATA-092 for a file that cannot be used.
     """
     found = at if isinstance(at, Found) else identify(at, wanted="adapters")
@@ -43,7 +42,7 @@ def read_any(at: Path | Found, *, averaged: bool = False) -> Adapter:
         return adapter_of(found.path, averaged=averaged)
     if averaged:
         raise no_average(found.asked, "is no training checkpoint")
-    return read_mm(found) if found.format == mm_format.FORMAT else read_adapter(found)
+    return read_mindspeed(found) if found.format == mindspeed.FORMAT else read_adapter(found)
 
 
 def write_file(source: Path, target: Path, family: Literal["peft", "comfyui"], *, averaged: bool = False) -> None:
@@ -54,9 +53,9 @@ def write_file(source: Path, target: Path, family: Literal["peft", "comfyui"], *
 
 
 def lora_to_mm(source: Path, target: Path, *, averaged: bool = False) -> None:
-    """Write an adapter of any format as an MM `release`; raises what `read_any` and `write_mm` raise."""
+    """Write an adapter of any format as an MM `release`; raises what `read_any` and `write_mindspeed` raise."""
     adapter = read_any(source, averaged=averaged)
-    write_mm(target, adapter)
+    write_mindspeed(target, adapter)
     log.info("Wrote %d linears to %s (MM names).", len(adapter.updates), target)
 
 

@@ -11,7 +11,7 @@ whatever is there for one. What is ours is beside the tracker, or of a training 
 (`mm.checkpoint.record`). Earlier versions wrote mm_config.json beside the ranks' folders, where it is read as well.
 
 A file holds {"model": flat state dict in MM names, "checkpoint_version": 3.0}; with virtual stages it has model0,
-model1, ... in the place of model. `mm_split` says what is in which.
+model1, ... in the place of model. `mindspeed_split` says what is in which.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mm.config.base import load
 from mm.config.layout import Stages
 from mm.config.model import WanConfig
 from mm.errors import CheckpointError, ConfigError
-from mm.wan.names import native_to_mm, translate
+from mm.wan.names import native_to_mindspeed, translate
 from mm.wan.prefixes import common_prefix, unwrapped
 
 FORMAT = "MM weights"
@@ -172,7 +172,7 @@ def write_release(folder: Path, source: WeightSource, names: Iterable[str], stag
         source: the weights, which keep their dtypes. names: of the model's parameters, native.
         stages: [VP][PP] blocks of each stage, all blocks of the model.
     """
-    native = {native_to_mm(name): name for name in names}
+    native = {native_to_mindspeed(name): name for name in names}
     chunks = split_names(native, stages)
     num_ranks = len(stages[0])
     for rank in range(num_ranks):
