@@ -3,10 +3,10 @@
 from typing import Any
 
 from mm.config.base import parse
-from mm.config.data import TrainData
 from mm.config.flags import parse_flags
 from mm.config.layerzero import ZeroConfig
 from mm.config.run.training import TrainingRun
+from mm.dialects.mindspeed.data_json import TrainData
 from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
 from mm.dialects.mindspeed.training import TrainFiles, translate
 

@@ -1,4 +1,4 @@
-"""What Python users import, from here or from `mm`: functions that take strings, images, tensors and sections.
+"""Functions and types that Python users import, from here or from `mm`.
 
 They return values, write nothing that they are not told to, and need no process group for one process. The commands are
 thin over the same rooms.

@@ -1,4 +1,4 @@
-"""What callers give, as the types that the rooms below take; and what is wrong with it, all at once."""
+"""Arguments of callers as the types that the rooms below take, and their mistakes, all at once."""
 
 from __future__ import annotations
 

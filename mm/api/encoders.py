@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from mm.config.data import MAX_TEXT_TOKENS
-from mm.config.extract import TilingParam
 from mm.config.model import Precision
+from mm.config.run.encoders import Tiles
 from mm.errors import ConfigError
 from mm.wan.encoders import TextEncoder, VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
@@ -63,7 +63,7 @@ class Encoders:
         """The VAE; DATA-040 to DATA-042 where it cannot be loaded."""
         if isinstance(self.vae, VideoEncoder):
             return self.vae
-        tiles = TilingParam() if self.tiling else None
+        tiles = Tiles() if self.tiling else None
         return VideoEncoder.from_pretrained(Path(self.vae), self.visual_dtype, device, tiles)
 
     def load_text_encoder(self, device: torch.device, max_tokens: int = MAX_TEXT_TOKENS) -> TextEncoder:
@@ -94,5 +94,5 @@ class Encoders:
 
 
 def name_of(encoder: object, kind: str) -> str:
-    """What messages call an encoder: its folder, or its kind."""
+    """Name of an encoder in messages: its folder, or its kind."""
     return str(encoder) if isinstance(encoder, (str, Path)) else f"The {kind}"

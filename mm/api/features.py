@@ -8,9 +8,10 @@ from pathlib import Path
 
 from mm.api.arguments import VideoInput, as_pixels, column_problems
 from mm.api.encoders import Encoders, name_of
-from mm.config.data import MAX_TEXT_TOKENS, TEMPORAL_STRIDE, RawPreprocess
+from mm.config.data import MAX_TEXT_TOKENS, TEMPORAL_STRIDE
 from mm.config.model import WAN_1_3B
 from mm.config.rules.generation import size_problems
+from mm.config.run.extraction import SourceClip
 from mm.config.tasks.registry import DEFAULT, TASKS, TaskName
 from mm.config.tasks.task import Source, Task
 from mm.data.clips import Clip, clip_of_frames, load_clip
@@ -81,10 +82,10 @@ def extract_features(
         problems += column_problems(declared, row.columns, f"Row {index}")
     problems += _nothing_to_learn(declared, min(size[0], min_num_frames or size[0]))
     raise_all(ConfigError, problems)
-    preprocess = RawPreprocess(
+    preprocess = SourceClip(
         num_frames=size[0],
-        max_height=size[1],
-        max_width=size[2],
+        height=size[1],
+        width=size[2],
         frame_interval=frame_interval,
         min_num_frames=min_num_frames,
     )
@@ -100,7 +101,7 @@ def extract_features(
     return found
 
 
-def _clip(row: VideoRow, index: int, preprocess: RawPreprocess, seed: int) -> Clip:
+def _clip(row: VideoRow, index: int, preprocess: SourceClip, seed: int) -> Clip:
     in_file = isinstance(row.video, (str, Path))
     name = str(row.video) if in_file else f"row {index}"
     sample = VideoSample(name, Path(name), (row.caption,), Annotation(path=name, cap=row.caption), row.columns)

@@ -11,7 +11,7 @@ from mm.api.arguments import ImageInput, VideoInput, image_of, video_of
 from mm.api.encoders import Encoders, name_of
 from mm.api.generation_rules import Asked, generation_problems
 from mm.api.model import load_model
-from mm.config.inference import NEGATIVE_PROMPT
+from mm.config.run.generation import NEGATIVE_PROMPT
 from mm.config.tasks.registry import TASKS
 from mm.config.tasks.task import Source, Task
 from mm.diffusion.samplers import Solver

@@ -1,4 +1,4 @@
-"""What can be wrong with the arguments of `generate_videos`, all at once."""
+"""Rules about the arguments of `generate_videos`, all at once."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mm.api.arguments import ImageInput, VideoInput, column_problems
-from mm.config.inference import VAE_STRIDE
 from mm.config.rules.generation import size_problems
+from mm.config.run.generation import VAE_STRIDE
 from mm.config.tasks.task import Task
 from mm.errors import Problem
 from mm.generate.sampling import ClipPlan
@@ -15,7 +15,7 @@ from mm.generate.sampling import ClipPlan
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be generated, as it was given.
+    """Arguments of a generation, as they were given.
 
     Attributes:
         prompts, images, videos: one for each video. columns: the same of each task's number, by name.

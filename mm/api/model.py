@@ -9,8 +9,8 @@ import torch
 
 from mm.checkpoint.mismatch import require_exactly
 from mm.checkpoint.weights import open_weights
-from mm.config.inference import LoraSection
 from mm.config.model import Precision, WanConfig
+from mm.config.run.generation import AdapterFile
 from mm.config.tasks.registry import TaskName
 from mm.device.backend import DeviceKind, select
 from mm.errors import ConfigError
@@ -58,9 +58,9 @@ def load_model(
         raise ConfigError("CFG-201", found, "Name other weights, or leave task out.")
     if text_len is not None:
         config = WanConfig.model_validate({**config.model_dump(), "text_len": text_len})
-    pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
-    sections = [LoraSection(path=str(one), strength=strength) for one, strength in pairs]
     require_exactly(source, whole_shapes(config))
+    pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
+    sections = [AdapterFile(path=str(one), strength=strength) for one, strength in pairs]
     weights = with_adapters(source, sections, config, DTYPES[dtype], fingerprinted=False)
     place = select(device).device
     with torch.device("meta"):

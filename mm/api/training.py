@@ -14,7 +14,8 @@ from mm.config.base import validation_problems
 from mm.config.place import process_place
 from mm.config.rules.training import check_training, require_places
 from mm.config.run.file import load_training
-from mm.config.run.training import TrainingRun, TrainingSections, section_of
+from mm.config.run.training import TrainingRun, TrainingSections
+from mm.config.unread import section_of
 from mm.errors import ConfigError, Problem, raise_all
 from mm.train.callbacks.base import Callback
 from mm.train.job import train_in_job
@@ -25,7 +26,7 @@ from mm.train.state import Progress
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training leaves.
+    """Result of a training.
 
     Attributes:
         progress: steps taken and samples seen, those before a resume included.
@@ -106,7 +107,7 @@ def _changed(run: TrainingRun, changes: Mapping[str, Any], world_size: int) -> T
 
 
 def _is_known(path: str) -> bool:
-    """Whether sections have a value of that path."""
+    """Tell whether sections have a value of that path."""
     *parents, name = path.split(".")
     place: type[BaseModel] | None = TrainingSections
     for parent in parents:

@@ -21,7 +21,7 @@ native names); of an adapter: `peft`, `comfyui`, `mm-lora`."""
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion wrote: the folder or file, and the files, relative to it where it is a folder."""
+    """Result of a conversion: the folder or file, and the files, relative to it where it is a folder."""
 
     path: Path
     files: tuple[str, ...]
@@ -92,7 +92,7 @@ def convert_weights(
 
 
 def inspect_weights(path: str | Path) -> Inspection:
-    """What is at a path, without changing anything; of tensors only the headers are read.
+    """Look at what is at a path, without changing anything; of tensors only the headers are read.
 
     What cannot be used for a model is no error here: its `problems` say why.
     """

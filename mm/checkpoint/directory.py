@@ -27,6 +27,7 @@ from mm.checkpoint.files import remove_folder, replace_text, sync_folder
 from mm.checkpoint.lock import DEFAULT_TIMES, Lock, Times, locked
 from mm.checkpoint.record import Kind, files_of, kind_of, record_folder
 from mm.checkpoint.safetensor_file import hash_file
+from mm.config.run.origins import Origins
 from mm.errors import CheckpointError, ResumeError
 
 log = logging.getLogger(__name__)
@@ -203,7 +204,7 @@ def holds_checkpoints(path: Path) -> bool:
     return any(kind_of(candidate.path) is not None for candidate in candidates(path))
 
 
-def require_kind(root: Path, kind: Kind, comm: Comm | None = None) -> None:
+def require_kind(root: Path, kind: Kind, words: Origins, comm: Comm | None = None) -> None:
     """Refuse to save in one format into a folder with checkpoints of the other.
 
     Raises:
@@ -213,10 +214,11 @@ def require_kind(root: Path, kind: Kind, comm: Comm | None = None) -> None:
     def check() -> None:
         found = {kind_of(c.path) for c in candidates(root)} - {None, kind}
         if found:
+            word, load, save = (words[f"checkpoint.{name}"] for name in ("format", "load", "save"))
             raise ResumeError(
                 "CKPT-050",
-                f"{root} holds checkpoints of --ckpt-format {found.pop()}, and this run saves {kind}.",
-                "Give --ckpt-format as before, or name that folder with --load and another one with --save.",
+                f"{root} holds checkpoints of {word.with_value(found.pop())}, and this run saves {kind}.",
+                f"Give {word.name} as before, or name that folder with {load.name} and another one with {save.name}.",
             )
 
     on_rank_zero(comm or SingleProcess(), check)

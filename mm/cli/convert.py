@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from mm.checkpoint.formats.mindspeed_split import parse_split
 from mm.cli.entry import run
-from mm.config.base import closest
+from mm.config.base import hint
 from mm.config.flags import Flags, parse_flags, words_of_process
 from mm.config.output import require_writable_file, require_writable_folder
 from mm.errors import ConfigError, Problem, raise_all
@@ -174,7 +174,7 @@ def _inspect(path: Path, as_json: bool) -> None:
 def _problems(flags: ConvertFlags) -> list[Problem]:
     mode = flags.mode
     if mode not in MODES:
-        message = f'--mode "{mode}" does not exist.{closest(mode, list(MODES))}'
+        message = f'--mode "{mode}" does not exist.{hint(mode, list(MODES))}'
         return [Problem("CFG-071", message, f"Use one of {', '.join(MODES)}.")]
     problems = []
     for name, modes in _USED_BY.items():

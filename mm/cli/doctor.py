@@ -13,15 +13,21 @@ from tabulate import tabulate
 
 from mm.cli import doctor_compare, doctor_data, doctor_parity, doctor_ready
 from mm.cli.entry import run
+from mm.cli.run_file import run_file
+from mm.config.flags import Flags, parse_flags
 from mm.config.layout import Layout, layout_of
 from mm.config.model import WanConfig
 from mm.config.place import process_place
 from mm.config.recompute import recompute_of
 from mm.config.rules.training import check_training
+from mm.config.run.file import load_run, of_kind
+from mm.config.run.training import TrainingRun
 from mm.config.units import format_bytes, in_gib
+from mm.config.unread import if_read, read_or
+from mm.dialects.mindspeed.reading import Reading
 from mm.dialects.mindspeed.train_flags import TrainFlags
 from mm.dialects.mindspeed.training import read_files, read_flags, translate
-from mm.errors import ConfigError, Problem, raise_all
+from mm.errors import Problem
 from mm.stopping import StopRequest
 
 if TYPE_CHECKING:
@@ -30,12 +36,8 @@ if TYPE_CHECKING:
 _UNCOMPILED = "all is shown for uncompiled blocks: fake tensors run no compiled code"
 
 
-class DoctorFlags(TrainFlags):
-    """Say whether a training run will work, or with --dry-run what it costs. Takes every flag of mm train.
-
-    `mm doctor data` reads a whole data set, `mm doctor parity` compares the layout with one device, `mm doctor compare
-    A B` finds where two runs part.
-    """
+class DoctorOptions(Flags):
+    """What is asked about a training run."""
 
     groups: ClassVar[Mapping[str, str]] = {"dry_run": "dry run"}
 
@@ -50,6 +52,14 @@ class DoctorFlags(TrainFlags):
         [], description="F H W of a sample's latents; default: the largest clip of feature_data.json"
     )
     json_output: bool = Field(False, description="print one JSON object, in bytes")
+
+
+class DoctorFlags(DoctorOptions, TrainFlags):
+    """Say whether a training run will work, or with --dry-run what it costs. Takes every flag of mm train.
+
+    `mm doctor run.yaml` looks at the run of a file, with the flags of the dry run alone. `mm doctor data` reads a whole
+    data set, `mm doctor parity` compares the layout with one device, `mm doctor compare A B` finds where two runs part.
+    """
 
 
 def main(argv: Sequence[str]) -> None:
@@ -68,11 +78,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _check(argv: Sequence[str]) -> None:
-    flags = read_flags(DoctorFlags, argv, "mm doctor")
     where = process_place()
-    sections = translate(flags, read_files(flags), flags.world_size or where.world_size)
-    raise_all(ConfigError, _problems(flags, sections.wan, sections.world_size))
-    check_training(sections)
+    run, flags = _asked(argv)
+    sections = run.on(read_or(flags.world_size, None) or where.world_size)
+    own = read_or(if_read(lambda: _problems(flags, sections.wan, sections.world_size)), [])
+    check_training(sections.model_copy(update={"problems": (*own, *sections.problems)}))
     layout = layout_of(sections)
     if not flags.dry_run:
         doctor_ready.check(sections, layout, where, argv, as_json=flags.json_output)
@@ -83,7 +93,7 @@ def _check(argv: Sequence[str]) -> None:
     from mm.lora.plan import plan_of
     from mm.train.run import data_parallel_options, training_dtype
 
-    lora = plan_of(sections.adapters, sections.wan)
+    lora = plan_of(sections.adapters, sections.wan, sections.origins["adapters.targets"].name)
     job = DryRunJob(
         wan=sections.wan,
         layout=layout,
@@ -105,7 +115,18 @@ def _check(argv: Sequence[str]) -> None:
     print(_as_json(layout, report, notes) if flags.json_output else _as_text(layout, report, notes))
 
 
-def _problems(flags: DoctorFlags, wan: WanConfig, world_size: int) -> list[Problem]:
+def _asked(argv: Sequence[str]) -> tuple[TrainingRun, DoctorOptions]:
+    """The run that a command line, or a file on it, describes, and what is asked about it."""
+    given = run_file(argv, DoctorOptions)
+    if given is not None:
+        file, words = given
+        return of_kind(load_run(file), TrainingRun), parse_flags(DoctorOptions, words, program=f"mm doctor {file}")
+    reading = Reading()
+    flags = read_flags(DoctorFlags, argv, "mm doctor", reading)
+    return translate(flags, read_files(flags, reading)), flags
+
+
+def _problems(flags: DoctorOptions, wan: WanConfig, world_size: int) -> list[Problem]:
     """CFG-047: what the doctor alone is asked for."""
     problems = []
     if flags.rank >= world_size:

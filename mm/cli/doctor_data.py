@@ -13,34 +13,64 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 from tqdm import tqdm
 
-from mm.cli.entry import run
+from mm.cli.entry import run as run_command
+from mm.cli.run_file import run_file
 from mm.config.base import load_json
 from mm.config.data import NOT_WITH_DECORD, data_sources
-from mm.config.extract import check_extraction, extraction_task
 from mm.config.flags import Flags, parse_flags
 from mm.config.output import require_writable_folder
-from mm.config.tasks.registry import TASKS
-from mm.config.tasks.task import Column
-from mm.dialects.mindspeed.data_files import load_extract_data, load_train_data
-from mm.dialects.mindspeed.model_files import load_extract_model, load_pretrain_model
-from mm.dialects.mindspeed.training import features
+from mm.config.rules.extraction import check_extraction
+from mm.config.rules.features import FEATURE_RULES
+from mm.config.run.base import Run
+from mm.config.run.extraction import ExtractionRun
+from mm.config.run.file import load_run, of_kind
+from mm.config.run.training import TrainingRun
+from mm.config.unread import UNREAD, broken, if_read, partly, read_or
+from mm.dialects.mindspeed.extract_files import ExtractFlags
+from mm.dialects.mindspeed.extraction import ExtractFiles
+from mm.dialects.mindspeed.extraction import translate as translate_extraction
+from mm.dialects.mindspeed.files import (
+    load_extract_data,
+    load_train_data,
+    read_extract_data,
+    read_extract_model,
+    read_pretrain_model,
+    read_train_data,
+)
+from mm.dialects.mindspeed.reading import Reading
+from mm.dialects.mindspeed.train_flags import TrainFlags
+from mm.dialects.mindspeed.training import TrainFiles
+from mm.dialects.mindspeed.training import translate as translate_training
 from mm.errors import ConfigError, DataError, Problem, raise_all
 
 if TYPE_CHECKING:
     from mm.data.check import CheckedData, CheckedList
 
 
-class DoctorDataFlags(Flags):
-    """Read every sample of a data set as extraction or training would, and say which cannot be used."""
+class DoctorDataOptions(Flags):
+    """What is asked of any data set."""
+
+    output: str | None = Field(None, description="folder for report.json and for the lists without the bad rows")
+    quick: bool = Field(False, description="videos: count frames and decode the first ones only")
+    num_workers: int = Field(2, ge=1, description="processes that read")
+    decode_timeout: float = Field(120.0, gt=0, description="seconds for one sample")
+
+
+class DataFiles(Flags):
+    """The files that say which data set; run.yaml stands in their place."""
 
     mm_data: str = Field(description="data.json of extraction, or feature_data.json of training")
     mm_model: str | None = Field(
         None, description="model_wan.json, to check the clip for its task; for features pretrain_model.json (required)"
     )
-    output: str | None = Field(None, description="folder for report.json and for the lists without the bad rows")
-    quick: bool = Field(False, description="videos: count frames and decode the first ones only")
-    num_workers: int = Field(2, ge=1, description="processes that read")
-    decode_timeout: float = Field(120.0, gt=0, description="seconds for one sample")
+
+
+class DoctorDataFlags(DoctorDataOptions, DataFiles):
+    """Read every sample of a data set as extraction or training would, and say which cannot be used.
+
+    `mm doctor data run.yaml [flags]` reads those of a run.
+    """
+
     seed: int = Field(1234, ge=0, description="videos: extraction's seed, which decides where clips start")
 
 
@@ -51,14 +81,17 @@ def main(argv: Sequence[str]) -> None:
         ConfigError: for flags and files, all problems at once; CFG-111 and CFG-112 for flags that do not fit the data.
         DataError: DATA-076 when a sample is bad; for lists, stores or an output folder that cannot be used at all.
     """
-    flags = parse_flags(DoctorDataFlags, argv, program="mm doctor data")
+    asked, flags, data = _asked(argv)
     if flags.output:
         require_writable_folder(flags.output, "--output")
     began = time.monotonic()
-    kind = "features" if _says_features(flags.mm_data) else "videos"
-    checked = _check_features(flags) if kind == "features" else _check_videos(flags)
+    if isinstance(asked, ExtractionRun):
+        kind, checked = "videos", _check_videos(asked, flags)
+    else:
+        kind, checked = "features", _check_features(of_kind(asked, TrainingRun), flags)
     seconds = time.monotonic() - began
-    clean = _write(Path(flags.output), checked, flags, kind, seconds) if flags.output else []
+    about = {"data": data, "kind": kind, "quick": flags.quick}
+    clean = _write(Path(flags.output), checked, about, seconds) if flags.output else []
     if checked.not_with_decord:
         print(f"{checked.not_with_decord} of {checked.num_samples} videos: {NOT_WITH_DECORD}")
     if not checked.bad:
@@ -74,6 +107,17 @@ def main(argv: Sequence[str]) -> None:
 
     remedy = "Give --output for a full report and a list without them."
     raise_limited([Problem("DATA-076", message, remedy), *(Problem(b.error, b.reason, remedy) for b in checked.bad)])
+
+
+def _asked(argv: Sequence[str]) -> tuple[Run, DoctorDataOptions, str]:
+    """The run whose data are read, the command's own flags, and the file that says the data."""
+    given = run_file(argv, DoctorDataOptions)
+    if given is not None:
+        file, words = given
+        return load_run(file), parse_flags(DoctorDataOptions, words, program=f"mm doctor data {file}"), str(file)
+    flags = parse_flags(DoctorDataFlags, argv, program="mm doctor data")
+    run: Run = _features_of(flags) if _says_features(flags.mm_data) else _videos_of(flags)
+    return run, flags, flags.mm_data
 
 
 def _says_features(path: str) -> bool:
@@ -96,22 +140,18 @@ def _says_features(path: str) -> bool:
             raise error from None
 
 
-def _check_videos(flags: DoctorDataFlags) -> CheckedData:
-    data = load_extract_data(Path(flags.mm_data))
-    columns: Sequence[Column] = ()
-    if flags.mm_model is not None:
-        model = load_extract_model(Path(flags.mm_model))
-        check_extraction(data, model, None)
-        columns = TASKS[extraction_task(model, None)].columns
-    sources = data_sources(data.dataset_param.basic_parameters)
+def _check_videos(run: ExtractionRun, flags: DoctorDataOptions) -> CheckedData:
+    check_extraction(run)
+    sources = data_sources(run.data.path, run.data.folder)
+    columns = read_or(if_read(lambda: run.task.columns), ())
 
     from mm.data.check import check_videos
 
     with _Bar() as bar:
         return check_videos(
             sources,
-            data.dataset_param.preprocess_parameters,
-            flags.seed,
+            run.data.clip,
+            run.extraction.seed,
             columns=columns,
             quick=flags.quick,
             num_workers=flags.num_workers,
@@ -120,29 +160,45 @@ def _check_videos(flags: DoctorDataFlags) -> CheckedData:
         )
 
 
-def _check_features(flags: DoctorDataFlags) -> CheckedData:
-    param = load_train_data(Path(flags.mm_data)).dataset_param
-    problems = []
-    if flags.mm_model is None:
-        found = f"{flags.mm_data} is about features, and --mm-model is missing."
-        problems.append(Problem("CFG-111", found, "Give pretrain_model.json, the model that is to take them."))
+def _check_features(run: TrainingRun, flags: DoctorDataOptions) -> CheckedData:
+    problems = [*run.problems, *broken(FEATURE_RULES, run)]
     if flags.quick:
         found = "--quick has no effect on features."
         problems.append(Problem("CFG-112", found, "Remove it; every feature file is read."))
     raise_all(ConfigError, problems)
-    model = load_pretrain_model(Path(str(flags.mm_model))).predictor.wan()
 
     from mm.data.check import check_features
 
     with _Bar() as bar:
         return check_features(
-            features(param),
-            model,
-            caption_dropout=param.preprocess_parameters.cfg,
+            run.data.features,
+            run.wan,
+            caption_dropout=run.data.caption_dropout,
             num_workers=flags.num_workers,
             time_limit=flags.decode_timeout,
             done=bar.done,
         )
+
+
+def _videos_of(flags: DoctorDataFlags) -> ExtractionRun:
+    """An extraction of which the videos are known, and the encoders where --mm-model says them."""
+    reading = Reading()
+    model = UNREAD if flags.mm_model is None else read_extract_model(flags.mm_model, reading)
+    files = ExtractFiles(read_extract_data(flags.mm_data, reading), model, None)
+    words = partly(ExtractFlags, mm_data=flags.mm_data, mm_model=flags.mm_model or UNREAD, seed=flags.seed)
+    return translate_extraction(words, files, reading)
+
+
+def _features_of(flags: DoctorDataFlags) -> TrainingRun:
+    """A training of which the features and the model are known."""
+    reading = Reading()
+    data = read_train_data(flags.mm_data, reading)
+    if flags.mm_model is None:
+        found = f"{flags.mm_data} is about features, and --mm-model is missing."
+        reading.problems.append(Problem("CFG-111", found, "Give pretrain_model.json, the model that is to take them."))
+    model = UNREAD if flags.mm_model is None else read_pretrain_model(flags.mm_model, reading)
+    words = partly(TrainFlags, mm_data=flags.mm_data, mm_model=flags.mm_model or UNREAD)
+    return translate_training(words, TrainFiles(model, data, problems=tuple(reading.problems)))
 
 
 class _Bar:
@@ -162,7 +218,7 @@ class _Bar:
         self._bar.update()
 
 
-def _write(folder: Path, checked: CheckedData, flags: DoctorDataFlags, kind: str, seconds: float) -> list[Path]:
+def _write(folder: Path, checked: CheckedData, about: dict[str, Any], seconds: float) -> list[Path]:
     """Write the lists, then the report; returns the lists, in the data sets' order, those that are not empty."""
     from mm.data.files import make_folder, write_atomically
 
@@ -176,9 +232,7 @@ def _write(folder: Path, checked: CheckedData, flags: DoctorDataFlags, kind: str
         write_atomically(path, [content], len(content))
         clean.append(path)
     report: dict[str, Any] = {
-        "data": flags.mm_data,
-        "kind": kind,
-        "quick": flags.quick,
+        **about,
         "samples": checked.num_samples,
         "bad": len(checked.bad),
         "by_error": checked.by_error(),
@@ -199,4 +253,4 @@ def _clean_name(checked: CheckedList, number: int | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from mm.cli.run_file import run_file
+from mm.config.flags import Flags, parse_flags
 from mm.config.layout import Layout, layout_of
 from mm.config.place import process_place
 from mm.config.recompute import recompute_of
 from mm.config.rules.training import check_training
+from mm.config.run.file import load_run, of_kind
 from mm.config.run.training import TrainingRun
+from mm.dialects.mindspeed.reading import Reading
 from mm.dialects.mindspeed.train_flags import TrainFlags
 from mm.dialects.mindspeed.training import read_files, read_flags, translate
 from mm.errors import DifferenceError
@@ -25,7 +29,7 @@ class ParityFlags(TrainFlags):
     """Train a small model for two steps on this job's layout and on one device, and compare. Takes mm train's flags.
 
     The model has the heads and blocks of --mm-model, so that it is cut in the same places; its widths, samples and text
-    are small, its weights and samples random, and everything is fp32.
+    are small, its weights and samples random, and everything is fp32. `mm doctor parity run.yaml` takes a file's run.
     """
 
 
@@ -36,8 +40,8 @@ def main(argv: Sequence[str]) -> None:
         ConfigError: what `mm train` raises before it starts.
         DifferenceError: NUM-005 where the layout differs from one device by more than rounding.
     """
-    flags, where = read_flags(ParityFlags, argv, "mm doctor parity"), process_place()
-    sections = translate(flags, read_files(flags), where.world_size)
+    where = process_place()
+    sections = _read(argv).on(where.world_size)
     check_training(sections)
     layout = layout_of(sections)
 
@@ -63,6 +67,18 @@ def main(argv: Sequence[str]) -> None:
     if where.rank == 0:
         print(_table(sections, case, backend.name(), errors, limits))
     _require_equal(layout, errors, limits)
+
+
+def _read(argv: Sequence[str]) -> TrainingRun:
+    """The run that a command line, or a file on it, describes."""
+    given = run_file(argv, Flags)
+    if given is not None:
+        file, words = given
+        parse_flags(Flags, words, program=f"mm doctor parity {file}")
+        return of_kind(load_run(file), TrainingRun)
+    reading = Reading()
+    flags = read_flags(ParityFlags, argv, "mm doctor parity", reading)
+    return translate(flags, read_files(flags, reading))
 
 
 def _case(sections: TrainingRun, layout: Layout) -> Case:

@@ -55,13 +55,13 @@ def check(
 
     logging.getLogger().setLevel(logging.WARNING)
     config, backend = sections.wan, select(sections.training.device, where.local_rank, where.world_size)
-    lora = plan_of(sections.adapters, config)
+    lora = plan_of(sections.adapters, config, sections.origins["adapters.targets"].name)
     trained = preflight.elements(config) if lora is None else lora.parameters
     findings = [] if where.rank else preflight.versions(backend)
     findings += preflight.operators(backend) if where.local_rank == 0 else []  # once a node: its compiler
     reports: list[dict[str, Any]] = []
     if where.rank == 0:
-        findings += preflight.attempt("memory", lambda: _memory(words, layout, backend, reports))
+        findings += preflight.attempt("memory", lambda: _memory(sections, words, layout, backend, reports))
         findings += preflight.attempt("weights", lambda: preflight.weights(sections))
         findings += preflight.attempt("checkpoints", lambda: preflight.save_folder(sections))
         findings += preflight.attempt("disk", lambda: preflight.disk(sections, trained))
@@ -70,7 +70,9 @@ def check(
     if where.local_rank == 0:  # once a node: its disks, its memory
         findings += preflight.attempt(
             "features",
-            lambda: preflight.features(open_features(sections.data.features, config), batch, one_size=one_size),
+            lambda: preflight.features(
+                open_features(sections.data.features, config), batch, sections.origins, one_size=one_size
+            ),
         )
     with ExitStack() as stack:
         comm: Comm = SingleProcess()
@@ -106,14 +108,16 @@ def _draws(sections: TrainingRun, samples: int) -> str | None:
     return preflight.draws(dataset, flow, seed, samples, shuffle=sections.data.shuffle)
 
 
-def _memory(words: Sequence[str], layout: Layout, backend: Any, reports: list[dict[str, Any]]) -> list[Finding]:
+def _memory(
+    sections: TrainingRun, words: Sequence[str], layout: Layout, backend: Any, reports: list[dict[str, Any]]
+) -> list[Finding]:
     """The dry run of the first rank, and of the last where a pipeline makes it another one."""
     from mm.doctor import preflight
 
     reports += [
         _dry_run(words, layout, rank) for rank in sorted({0, layout.world_size - 1 if layout.pp_size > 1 else 0})
     ]
-    return preflight.memory([report["peak_bytes"] for report in reports], backend)
+    return preflight.memory([report["peak_bytes"] for report in reports], backend, sections.origins)
 
 
 def _dry_run(words: Sequence[str], layout: Layout, rank: int) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from mm.cli.migrate import MigrateFlags
 from mm.cli.plot import PlotFlags
 from mm.cli.score import ScoreFlags
 from mm.cli.zero_to_bf16 import ZeroFlags
-from mm.config.extract import ExtractFlags
 from mm.config.flag_help import FlagText, flag_groups
 from mm.config.flags import Flags, flag_name
-from mm.dialects.mindspeed.generate import GenerateFlags
+from mm.dialects.mindspeed.extract_files import ExtractFlags
+from mm.dialects.mindspeed.generate_flags import GenerateFlags
 from mm.dialects.mindspeed.train_flags import TrainFlags
 
 PROGRAMS: dict[str, type[Flags]] = {

@@ -10,9 +10,10 @@ from pydantic import Field
 
 from mm.cli import migrate_config
 from mm.cli.entry import run
-from mm.config.data import DataSource, Preprocess
+from mm.config.data import DataSource
 from mm.config.flags import Flags, parse_flags
 from mm.config.output import require_writable_folder
+from mm.config.run.data import Clip
 
 
 class MigrateFlags(Flags):
@@ -38,10 +39,10 @@ def main(argv: Sequence[str]) -> None:
     require_writable_folder(flags.target, "--target")
     from mm.data.migrate import migrate  # after the flags are known to be good: torch takes a second to import
 
-    made_with = Preprocess(
+    made_with = Clip(
         num_frames=flags.num_frames,
-        max_height=flags.max_height,
-        max_width=flags.max_width,
+        height=flags.max_height,
+        width=flags.max_width,
         frame_interval=flags.frame_interval,
     )
     count = migrate(DataSource(flags.source, flags.source / "data.jsonl"), flags.target, made_with)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mm.cli.entry import run
 from mm.cli.training import train
-from mm.dialects.mindspeed.accepted_flags import take_accepted
+from mm.dialects.mindspeed.reading import Reading
 from mm.dialects.mindspeed.train_flags import TrainFlags
 from mm.dialects.mindspeed.training import read_files, read_flags, translate
 
@@ -23,10 +23,11 @@ def main(argv: Sequence[str], callbacks: Sequence[Callback] = (), sinks: Sequenc
     Args:
         argv: the words after the command's name. callbacks, sinks: of a script around this command.
     """
-    flags, accepted = read_flags(TrainFlags, argv, "mm train"), take_accepted(argv)[1]
+    reading = Reading()
+    flags = read_flags(TrainFlags, argv, "mm train", reading)
     train(
-        lambda where: translate(flags, read_files(flags, accepted), where.world_size),
-        saves=flags.save_on_signal,
+        lambda where: translate(flags, read_files(flags, reading), where.world_size),
+        saves=flags.save_on_signal is True,
         word="--save-on-signal",
         callbacks=callbacks,
         sinks=sinks,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mm.config.place import ProcessPlace, process_place
 from mm.config.rules.training import check_training, require_places
 from mm.config.run.training import TrainingRun
-from mm.dialects.mindspeed.validation import load_validation
+from mm.dialects.mindspeed.validation import read_validation
 from mm.stopping import StopRequest
 
 if TYPE_CHECKING:  # torch comes later
@@ -50,9 +50,9 @@ def _train(
 ) -> None:
     where = process_place()
     sections = read(where)
-    check_training(sections)
+    validation, problems = read_validation(sections)
+    check_training(sections.model_copy(update={"problems": (*sections.problems, *problems)}))
     require_places(sections)
-    validation = load_validation(sections)
 
     # Only now torch: a configuration mistake is told in a fraction of a second, before any device is touched.
     from mm.train.job import train_in_job

@@ -3,66 +3,79 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mm.cli.entry import run
+from mm.config.flags import without_flags
 from mm.config.place import process_place
-from mm.config.rules.training import check_training
+from mm.config.rules.every import check
+from mm.config.run.base import Run
 from mm.config.run.file import short_file
+from mm.dialects.mindspeed.extraction import read_extraction
+from mm.dialects.mindspeed.generate import read_generation
 from mm.dialects.mindspeed.training import read_training
 from mm.dialects.signatures import dialects_in
-from mm.errors import ConfigError, Problem, raise_all
+from mm.errors import ConfigError, Problem
 
-PROGRAMS = ("mm train", "pretrain_sora.py", "mm.cli.train")
-"""What a command starts, and whose words follow it."""
+Reader = Callable[[Sequence[str], int], Run]
+"""(words, processes) -> the run."""
+
+PROGRAMS: dict[str, Reader] = {
+    "mm train": read_training,
+    "pretrain_sora.py": read_training,
+    "mm.cli.train": read_training,
+    "mm extract": read_extraction,
+    "get_sora_feature.py": read_extraction,
+    "get_wan_feature.py": read_extraction,
+    "mm.cli.extract": read_extraction,
+    "mm generate": read_generation,
+    "inference_sora.py": read_generation,
+    "mm.cli.generate": read_generation,
+}
+"""What a command starts, and what reads the words that follow it."""
 _HELP = """usage: mm translate -- COMMAND...
 
-Print the run.yaml that a command line of training means, each value with the word that says it. The command is
-`mm train FLAGS`, or what a script of MindSpeed-MM starts: `torchrun ... pretrain_sora.py FLAGS`. Rules are asked with
-the processes that the launcher has started, or one."""
+Print the run.yaml that a command line means, each value with the word that says it. The command is `mm train FLAGS`,
+`mm extract FLAGS` or `mm generate FLAGS`, or what a script of MindSpeed-MM starts: `torchrun ... pretrain_sora.py
+FLAGS`. Rules are asked with the processes that the launcher has started, or one."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Print run.yaml.
 
     Raises:
-        ConfigError: CFG-191 for no command or one that is not known; CFG-190 for words of two systems; what
-            `mm train` raises before it starts; all at once.
+        ConfigError: CFG-191 for no command or one that is not known; CFG-190 for words of two systems; what the command
+            raises before it starts; all at once.
     """
     if argv and argv[0] in ("-h", "--help"):
         print(_HELP)
         return
-    words = words_of_training(argv[1:] if argv[:1] == ["--"] else argv)
+    read, words = words_of_command(argv[1:] if argv[:1] == ["--"] else argv)
     mixed, foreign = _mixed(words)
-    try:
-        sections = read_training(_without(words, foreign), process_place().world_size)
-    except ConfigError as error:
-        raise_all(ConfigError, [*mixed, *error.problems])
-        raise
-    raise_all(ConfigError, mixed)
-    check_training(sections)
-    print(short_file(sections), end="")
+    described = read(without_flags(words, foreign), process_place().world_size)
+    check(described.model_copy(update={"problems": (*mixed, *described.problems)}))
+    print(short_file(described), end="")
 
 
-def words_of_training(command: Sequence[str]) -> list[str]:
-    """The flags of a command, behind the name of what it starts.
+def words_of_command(command: Sequence[str]) -> tuple[Reader, list[str]]:
+    """What reads the flags of a command, and these flags, behind the name of what it starts.
 
     Raises:
         ConfigError: CFG-191 when it starts nothing that is known.
     """
     for position, word in enumerate(command):
         two = " ".join(command[position : position + 2])
-        if two == "mm train":
-            return list(command[position + 2 :])
+        if two in PROGRAMS:
+            return PROGRAMS[two], list(command[position + 2 :])
         if Path(word).name in PROGRAMS:
-            return list(command[position + 1 :])
+            return PROGRAMS[Path(word).name], list(command[position + 1 :])
         if word.startswith("--mm-"):
-            return list(command)
-    found = f"No command of training is in {' '.join(command)!r}." if command else "No command is given."
-    known = " or ".join(PROGRAMS[:2])
-    remedy = f"Give the command itself behind --, with {known}; of a script, the one that it starts (bash -x shows it)."
-    raise ConfigError("CFG-191", found, remedy)
+            return read_training, list(command)
+    found = f"No command that is known is in {' '.join(command)!r}." if command else "No command is given."
+    known = ", ".join(name for name in PROGRAMS if not name.startswith("mm."))
+    remedy = f"Give the command itself behind --, with one of {known}; of a script, the one that it starts (bash -x "
+    raise ConfigError("CFG-191", found, remedy + "shows it).")
 
 
 def _mixed(words: Sequence[str]) -> tuple[list[Problem], set[str]]:
@@ -74,17 +87,6 @@ def _mixed(words: Sequence[str]) -> tuple[list[Problem], set[str]]:
     told = " and ".join(f"{system} ({', '.join(own)})" for system, own in found.items())
     problem = Problem("CFG-190", f"The command mixes words of {told}.", "Write it in the words of one of them.")
     return [problem], {name for own in others.values() for name in own}
-
-
-def _without(words: Sequence[str], flags: set[str]) -> list[str]:
-    """A command line without some flags and their values."""
-    kept, dropping = [], False
-    for word in words:
-        if word.startswith("--"):
-            dropping = word.partition("=")[0] in flags
-        if not dropping:
-            kept.append(word)
-    return kept
 
 
 if __name__ == "__main__":

@@ -95,17 +95,21 @@ def take_retired(values: Any, retired: Mapping[str, str], source: str) -> Iterat
 
 
 def closest(word: str, known: list[str]) -> str:
+    """The known word that is a slip of the pen away, or an empty text where there is none."""
+    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.8)), "")
+
+
+def hint(word: str, known: list[str]) -> str:
     """A hint such as ` Did you mean "num_frames"?`, or an empty text when nothing known is a slip of the pen away."""
-    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
-    return f' Did you mean "{matches[0]}"?' if matches else ""
+    meant = closest(word, known)
+    return f' Did you mean "{meant}"?' if meant else ""
 
 
 def _problem(section: type[BaseModel], item: Mapping[str, Any], source: str) -> Problem:
     location = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        known = _fields_at(section, tuple(item["loc"])[:-1])
-        hint = closest(str(item["loc"][-1]), known)
-        return Problem("CFG-003", f'{source} has the unknown key "{location}".{hint}', "Correct or remove the key.")
+        meant = hint(str(item["loc"][-1]), fields_at(section, tuple(item["loc"])[:-1]))
+        return Problem("CFG-003", f'{source} has the unknown key "{location}".{meant}', "Correct or remove the key.")
     if item["type"] == "missing":
         return Problem("CFG-004", f'{source} lacks the key "{location}".', "Add it.")
     where = f'{source}: "{location}" is {_short(item["input"])}' if location else source
@@ -113,7 +117,7 @@ def _problem(section: type[BaseModel], item: Mapping[str, Any], source: str) -> 
     return Problem("CFG-005", f"{where}; {message[:1].lower()}{message[1:]}.", "Give it a value of that kind.")
 
 
-def _fields_at(section: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+def fields_at(section: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """Names known at a place inside nested sections."""
     current: Any = section
     for part in location:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 from pydantic import ConfigDict, ValidationError
 
-from mm.config.base import Section, closest, validation_problems
+from mm.config.base import Section, closest, hint, validation_problems
 from mm.config.flag_help import REQUIRED, flag_groups
 from mm.config.other_names import name_here
+from mm.config.unread import UNREAD, Place, Unread, readable
 from mm.errors import ConfigError, Problem, raise_all
 
 
@@ -65,20 +66,74 @@ def parse_flags(
         ConfigError: CFG-006 for words that are no flag, CFG-007 for an unknown flag, CFG-008 for a retired one,
             CFG-004 and CFG-005 for a missing or wrong value; all at once.
     """
-    parser = _build_parser(flags, program)
-    words = _respell(argv, spelling or {})
-    namespace, rest = parser.parse_known_args(words)
-    values = vars(namespace)
-    problems = _unknown(rest, list(flags.model_fields), retired or {})
+    result, problems = parse_flag_parts(flags, argv, program=program, retired=retired, spelling=spelling)
+    raise_all(ConfigError, problems)
+    return result
+
+
+def parse_flag_parts(
+    flags: type[FlagsT],
+    argv: Sequence[str],
+    *,
+    program: str,
+    retired: Mapping[str, str] | None = None,
+    spelling: Mapping[str, str] | None = None,
+) -> tuple[FlagsT, list[Problem]]:
+    """Read `argv` as `parse_flags` does, and keep what can be read.
+
+    Returns:
+        The flags, with `mm.config.unread.UNREAD` for those that are missing, wrong, or meant by a mistyped one; and
+        what is wrong.
+    """
+    values, rest, problems = _values(_build_parser(flags, program), flags.model_fields, _respell(argv, spelling or {}))
+    unread = {name for name, value in values.items() if isinstance(value, Unread)}
+    values = {name: value for name, value in values.items() if name not in unread}
+    unsure: set[Place] = {(name,) for name in unread}
+    problems += _unknown(rest, list(flags.model_fields), retired or {})
+    unsure |= {(name,) for name in _meant(rest, list(flags.model_fields), retired or {}) if name not in values}
     for name, value in values.items():
         if name not in flags.may_be_empty and (value == "" or (isinstance(value, list) and "" in value)):
             problems.append(Problem("CFG-005", f"{flag_name(name)} is empty.", "Give it a value, or leave it out."))
+            unsure.add((name,))
     try:
-        result = flags.model_validate(values)
+        checked = flags.model_validate(values)
+        return (readable(flags, values, unsure) if unsure else checked), problems
     except ValidationError as error:
-        problems += [_as_flag(problem, flags) for problem in validation_problems(flags, error, "command line")]
-    raise_all(ConfigError, problems)
-    return result
+        places = [tuple(item["loc"][:1]) for item in error.errors(include_url=False)]
+        told = zip(places, validation_problems(flags, error, "command line"), strict=True)
+        problems += [_as_flag(problem, flags) for place, problem in told if not unread.intersection(place)]
+        return readable(flags, values, unsure.union(places)), problems
+
+
+def _values(
+    parser: argparse.ArgumentParser, fields: Iterable[str], words: Sequence[str]
+) -> tuple[dict[str, Any], list[str], list[Problem]]:
+    """Values by field, words that no flag takes, and the flags that cannot be read at all, which are unread."""
+    unread: dict[str, Any] = {}
+    problems: list[Problem] = []
+    while True:
+        try:
+            namespace, rest = parser.parse_known_args(list(words))
+            return vars(namespace) | unread, rest, problems
+        except ConfigError as error:
+            problems += error.problems
+            found = re.search(r"argument (--[\w-]+):", str(error))
+            field = found[1].removeprefix("--").replace("-", "_") if found is not None else ""
+            if found is None or field in unread:
+                return dict.fromkeys(fields, UNREAD), [], problems
+            unread[field] = UNREAD
+            words = without_flags(words, {found[1]})
+
+
+def without_flags(words: Sequence[str], flags: Set[str]) -> list[str]:
+    """A command line without some flags and their values."""
+    kept, dropping = [], False
+    for word in words:
+        if word.startswith("--"):
+            dropping = word.partition("=")[0] in flags
+        if not dropping:
+            kept.append(word)
+    return kept
 
 
 def wants_help(argv: Sequence[str]) -> bool:
@@ -143,9 +198,16 @@ def _unknown(rest: Sequence[str], fields: list[str], retired: Mapping[str, str])
             message = f"{name} is not a flag; the one for that here is {here}."
             problems.append(Problem("CFG-007", message, f"Give {here}; --help says what it takes."))
         else:
-            hint = closest(name, known)
-            problems.append(Problem("CFG-007", f"{name} is not a flag.{hint}", "Correct or remove it; see --help."))
+            found = f"{name} is not a flag.{hint(name, known)}"
+            problems.append(Problem("CFG-007", found, "Correct or remove it; see --help."))
     return problems
+
+
+def _meant(rest: Sequence[str], fields: Sequence[str], retired: Mapping[str, str]) -> set[str]:
+    """The fields that mistyped flags, and flags by another system's name, stand for."""
+    known = {flag_name(field): field for field in fields}
+    names = {word.split("=")[0] for word in rest if word.startswith("--")} - retired.keys()
+    return {known[here] for name in names if (here := name_here(name, known) or closest(name, list(known)))}
 
 
 def _as_flag(problem: Problem, flags: type[Flags]) -> Problem:

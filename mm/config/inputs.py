@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import os
 
-from mm.config.extract import ExtractModel
-from mm.config.inference import InferenceModel
+from mm.config.run.encoders import EncodersSection
+from mm.config.run.generation import GenerationRun
 from mm.errors import Problem
 
 
-def missing_parts(config: InferenceModel) -> list[Problem]:
+def missing_parts(run: GenerationRun) -> list[Problem]:
     """What is not there of a generation's model: DATA-020, DATA-022, DATA-040 or DATA-043, as loading it would say."""
-    transformer = config.predictor.from_pretrained or ""
+    transformer = run.model.weights or ""
     problems = []
     if not os.path.exists(transformer):
         problems.append(Problem("DATA-020", f"Weights not found: {transformer} does not exist.", "Check the path."))
-    for section in config.lora:
-        if not os.path.exists(section.path):
-            problems.append(Problem("DATA-022", f"The LoRA {section.path} does not exist.", "Check --lora."))
-    folders = [config.ae.from_pretrained, config.text_encoder.from_pretrained]
-    if config.image_encoder is not None:
-        folders.append(config.image_encoder.from_pretrained)
-    return [*problems, *_missing(folders, config.tokenizer.from_pretrained)]
+    for adapter in run.model.adapters:
+        if not os.path.exists(adapter.path):
+            word = run.origins["model.adapters"].name
+            problems.append(Problem("DATA-022", f"The LoRA {adapter.path} does not exist.", f"Check {word}."))
+    return [*problems, *missing_encoders(run.encoders)]
 
 
-def missing_encoders(model: ExtractModel, tokenizer: str) -> list[Problem]:
-    """What is not there of the encoders of an extraction: DATA-040 or DATA-043."""
-    folders = [model.ae.from_pretrained, model.text_encoder.from_pretrained]
-    if model.ae.i2v_processor is not None:
-        folders.append(model.ae.i2v_processor.image_encoder)
-    return _missing(folders, tokenizer)
+def missing_encoders(encoders: EncodersSection) -> list[Problem]:
+    """What is not there of a run's encoders: DATA-040 or DATA-043."""
+    folders = [encoders.vae.from_pretrained, encoders.text.from_pretrained]
+    if encoders.image is not None:
+        folders.append(encoders.image.from_pretrained)
+    return _missing(folders, encoders.tokenizer.from_pretrained)
 
 
 def _missing(folders: list[str], tokenizer: str) -> list[Problem]:

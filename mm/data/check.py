@@ -8,9 +8,10 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from mm.config.data import DataSource, RawPreprocess
+from mm.config.data import DataSource
 from mm.config.model import WanConfig
 from mm.config.run.data import FeatureSet
+from mm.config.run.extraction import SourceClip
 from mm.config.tasks.task import Column
 from mm.data.clips import CheckClip, check_announced_length
 from mm.data.dataset import FeatureDataset, FeaturePlace, checked_sources, read_sample
@@ -90,7 +91,7 @@ class CheckedData:
 
 def check_videos(
     sources: Sequence[DataSource],
-    preprocess: RawPreprocess,
+    preprocess: SourceClip,
     seed: int,
     *,
     columns: Sequence[Column] = (),
@@ -128,7 +129,7 @@ def check_videos(
                 names: _Names = (found.sample.id, str(found.sample.file)) if found.sample is not None else (None, None)
                 checked.add(data_set, number, names, problems)
     readers = _read_all(CheckClip(preprocess, seed, quick), jobs, lists, num_workers, time_limit, done)
-    return CheckedData(lists, readers["pyav"] if preprocess.video_reader_type == "decord" else 0)
+    return CheckedData(lists, readers["pyav"] if preprocess.reader == "decord" else 0)
 
 
 def check_features(

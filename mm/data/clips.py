@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mm.config.data import TEMPORAL_STRIDE, RawPreprocess
+from mm.config.data import TEMPORAL_STRIDE
+from mm.config.run.extraction import SourceClip
 from mm.data.files import raise_limited
 from mm.data.metadata import VideoSample
 from mm.data.transforms import resize_and_crop
@@ -38,7 +39,7 @@ class Clip:
         return self.pixels.shape[1]
 
 
-def load_clip(sample: VideoSample, preprocess: RawPreprocess, seed: int) -> Clip:
+def load_clip(sample: VideoSample, preprocess: SourceClip, seed: int) -> Clip:
     """Read, resize and crop the clip of one sample.
 
     Raises:
@@ -46,13 +47,13 @@ def load_clip(sample: VideoSample, preprocess: RawPreprocess, seed: int) -> Clip
             annotation says.
     """
     info, indices = _clip_frames(sample, preprocess, seed)
-    chunks = read_frames(sample.file, info, indices, preprocess.video_reader_type)
-    size = preprocess.max_height, preprocess.max_width
+    chunks = read_frames(sample.file, info, indices, preprocess.reader)
+    size = preprocess.height, preprocess.width
     frames = torch.cat([resize_and_crop(chunk, *size, info.pixel_aspect) for chunk in chunks])
     return Clip(frames.transpose(0, 1), indices[0], info.read_by)
 
 
-def clip_of_frames(frames: Tensor, sample: VideoSample, preprocess: RawPreprocess, seed: int) -> Clip:
+def clip_of_frames(frames: Tensor, sample: VideoSample, preprocess: SourceClip, seed: int) -> Clip:
     """The clip of a video that is in memory, uint8 [F, H, W, 3]; chosen, resized and cropped as `load_clip` does.
 
     Raises:
@@ -60,13 +61,13 @@ def clip_of_frames(frames: Tensor, sample: VideoSample, preprocess: RawPreproces
     """
     indices = choose_frames(sample, len(frames), preprocess, seed)
     chosen = frames[indices.start : indices.stop : indices.step].permute(0, 3, 1, 2)
-    pixels = resize_and_crop(chosen, preprocess.max_height, preprocess.max_width)
+    pixels = resize_and_crop(chosen, preprocess.height, preprocess.width)
     return Clip(pixels.transpose(0, 1), indices.start, "memory")
 
 
-def _clip_frames(sample: VideoSample, preprocess: RawPreprocess, seed: int) -> tuple[VideoInfo, range]:
+def _clip_frames(sample: VideoSample, preprocess: SourceClip, seed: int) -> tuple[VideoInfo, range]:
     """Facts of the video, and the indices of the frames that are taken."""
-    info = probe(sample.file, preprocess.video_reader_type)
+    info = probe(sample.file, preprocess.reader)
     check_annotation(sample, info)
     return info, choose_frames(sample, info.num_frames, preprocess, seed)
 
@@ -75,7 +76,7 @@ def _clip_frames(sample: VideoSample, preprocess: RawPreprocess, seed: int) -> t
 class _ReadClip:
     """`load_clip` in a process of its own."""
 
-    preprocess: RawPreprocess
+    preprocess: SourceClip
     seed: int
 
     def __call__(self, sample: VideoSample, /) -> Parcel:
@@ -87,14 +88,14 @@ class _ReadClip:
 
 
 def read_clips(
-    samples: Sequence[VideoSample], preprocess: RawPreprocess, seed: int, *, num_workers: int, time_limit: float
+    samples: Sequence[VideoSample], preprocess: SourceClip, seed: int, *, num_workers: int, time_limit: float
 ) -> Generator[Clip | DataError]:
     """The clips of samples, in order, read ahead by `num_workers` processes.
 
     A sample whose clip cannot be read gives the error that `load_clip` raises, DATA-070 when it takes longer than
     `time_limit` seconds, or DATA-071 when its reader died twice.
     """
-    shape = 3, preprocess.num_frames, preprocess.max_height, preprocess.max_width
+    shape = 3, preprocess.num_frames, preprocess.height, preprocess.width
     outcomes = read_in_order(
         _ReadClip(preprocess, seed),
         samples,
@@ -110,7 +111,7 @@ def read_clips(
 class CheckClip:
     """Reads what `load_clip` would and keeps nothing; `quick` stops before any frame of the clip is decoded."""
 
-    preprocess: RawPreprocess
+    preprocess: SourceClip
     seed: int
     quick: bool
 
@@ -127,7 +128,7 @@ class CheckClip:
         return str(sample.file)
 
 
-def choose_frames(sample: VideoSample, num_available: int, preprocess: RawPreprocess, seed: int) -> range:
+def choose_frames(sample: VideoSample, num_available: int, preprocess: SourceClip, seed: int) -> range:
     """The frames of a sample's clip: contiguous up to `frame_interval`, from a start drawn from the seed.
 
     A video that is long enough gives `num_frames`. A shorter one is refused, or, where `min_num_frames` allows it,
@@ -162,7 +163,7 @@ def choose_frames(sample: VideoSample, num_available: int, preprocess: RawPrepro
     return range(start, start + (length - 1) * interval + 1, interval)
 
 
-def check_announced_length(sample: VideoSample, preprocess: RawPreprocess) -> None:
+def check_announced_length(sample: VideoSample, preprocess: SourceClip) -> None:
     """Refuse a video that is too short by its own annotation, before hours of work lead to it.
 
     Raises:

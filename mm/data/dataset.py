@@ -14,7 +14,7 @@ from typing import TypedDict
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mm.config.data import BasicParameters, DataSource, data_sources
+from mm.config.data import DataSource, data_sources
 from mm.config.model import WanConfig
 from mm.config.run.data import FeatureSet
 from mm.data.features import EMPTY_PROMPT_ID, LISTING, OTHER_TASK, read_feature
@@ -177,7 +177,7 @@ def open_features(features: FeatureSet, model: WanConfig) -> FeatureDataset:
 
 
 def _sources(features: FeatureSet) -> list[DataSource]:
-    return data_sources(BasicParameters(data_path=features.path, data_folder=features.folder), LISTING)
+    return data_sources(features.path, features.folder, LISTING)
 
 
 def checked_sources(features: FeatureSet, model: WanConfig) -> list[tuple[DataSource, Recipe]]:

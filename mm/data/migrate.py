@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mm.config.data import MAX_TEXT_TOKENS, TEMPORAL_STRIDE, DataSource, Preprocess
+from mm.config.data import MAX_TEXT_TOKENS, TEMPORAL_STRIDE, DataSource
+from mm.config.run.data import Clip
 from mm.config.tasks.frames import MASK_CHANNELS
 from mm.config.tasks.registry import DEFAULT, TASKS
 from mm.config.tasks.task import Frame, InputFeature, Sizes, Source, Task
@@ -43,7 +44,7 @@ _FEATURES: dict[str, InputFeature] = {
 _REMEDY = "Leave the sample out of data.jsonl, or extract it again from its video."
 
 
-def migrate(source: DataSource, target: Path, made_with: Preprocess, *, show_progress: bool = True) -> int:
+def migrate(source: DataSource, target: Path, made_with: Clip, *, show_progress: bool = True) -> int:
     """Convert a folder of MindSpeed-MM features to a feature store.
 
     Args:
@@ -112,7 +113,7 @@ def _entries(source: DataSource) -> list[tuple[str, str, Path]]:
     return list(entries.values())
 
 
-def _read(file: Path, made_with: Preprocess) -> Feature:
+def _read(file: Path, made_with: Clip) -> Feature:
     try:
         values: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch raises for a refused or damaged file has no common base
@@ -126,8 +127,8 @@ def _read(file: Path, made_with: Preprocess) -> Feature:
         message = f"{file}: prompt_mask does not mark the first tokens of the prompt."
         raise DataError("DATA-066", message, _REMEDY)
     frames, height, width = _video_size(latents)
-    if (height, width) != (made_with.max_height, made_with.max_width) or frames > made_with.num_frames:
-        expected = f"{made_with.num_frames}x{made_with.max_height}x{made_with.max_width}"
+    if (height, width) != (made_with.height, made_with.width) or frames > made_with.num_frames:
+        expected = f"{made_with.num_frames}x{made_with.height}x{made_with.width}"
         message = f"{file} is {frames}x{height}x{width}, expected at most {expected}."
         raise DataError("DATA-067", message, "Correct preprocess_parameters, or leave the sample out of data.jsonl.")
     features = {name: value for name, value in tensors.items() if name not in _OF_EVERY_TASK}
@@ -211,7 +212,7 @@ def _video_size(latents: Tensor) -> tuple[int, int, int]:
     return (frames - 1) * TEMPORAL_STRIDE + 1, height * PIXELS_PER_LATENT, width * PIXELS_PER_LATENT
 
 
-def _recipe(feature: Feature, made_with: Preprocess, task: str) -> Recipe:
+def _recipe(feature: Feature, made_with: Clip, task: str) -> Recipe:
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     latents_dtype = feature.latents.dtype if feature.latents is not None else None
     return Recipe(
@@ -219,8 +220,8 @@ def _recipe(feature: Feature, made_with: Preprocess, task: str) -> Recipe:
         vae=UNKNOWN,
         text_encoder=UNKNOWN,
         tokenizer=UNKNOWN,
-        height=made_with.max_height,
-        width=made_with.max_width,
+        height=made_with.height,
+        width=made_with.width,
         num_frames=made_with.num_frames,
         min_num_frames=1,
         frame_interval=made_with.frame_interval,

@@ -14,9 +14,8 @@ from typing import Any
 from pydantic import Field
 
 from mm.config.base import Section, load
-from mm.config.data import ExtractData
-from mm.config.extract import ExtractModel
 from mm.config.run.data import FeatureSet
+from mm.config.run.extraction import ExtractionRun
 from mm.config.tasks.registry import ALL_RECIPE_FIELDS, DEFAULT, TASKS, TaskName
 from mm.data.files import write_atomically
 from mm.errors import ConfigError, DataError
@@ -75,35 +74,34 @@ class Recipe(Section):
         return hashlib.sha256(self.model_dump_json(exclude=set(unused)).encode()).hexdigest()[:16]
 
 
-def extraction_recipe(data: ExtractData, model: ExtractModel, task: str, seed: int) -> Recipe:
+def extraction_recipe(run: ExtractionRun) -> Recipe:
     """The recipe of one feature extraction.
 
     Raises:
         DataError: DATA-040 when a folder of weights is missing or has no file that says what it is.
     """
-    param, clip = data.dataset_param, data.dataset_param.preprocess_parameters
-    tiling = model.ae.tiling()
-    processor = model.ae.i2v_processor
-    condition_tiling = model.ae.condition_tiling() if processor else None
+    encoders, clip = run.encoders, run.data.clip
+    tiles, image = encoders.vae.tiles_of_clips(), encoders.image
+    condition_tiles = encoders.vae.tiles_of_conditions() if image else None
     return Recipe(
-        task=task,
-        vae=folder_fingerprint(Path(model.ae.from_pretrained)),
-        text_encoder=folder_fingerprint(Path(model.text_encoder.from_pretrained)),
-        tokenizer=folder_fingerprint(Path(param.tokenizer_config.from_pretrained)),
-        height=clip.max_height,
-        width=clip.max_width,
+        task=run.task.name,
+        vae=folder_fingerprint(Path(encoders.vae.from_pretrained)),
+        text_encoder=folder_fingerprint(Path(encoders.text.from_pretrained)),
+        tokenizer=folder_fingerprint(Path(encoders.tokenizer.from_pretrained)),
+        height=clip.height,
+        width=clip.width,
         num_frames=clip.num_frames,
         min_num_frames=clip.min_num_frames,
         frame_interval=clip.frame_interval,
-        vae_dtype=model.ae.dtype,
-        text_dtype=model.text_encoder.dtype,
-        tile_size=tiling.tile_size if tiling else None,
-        tile_stride=tiling.tile_stride if tiling else None,
-        max_text_tokens=param.tokenizer_config.model_max_length,
-        seed=seed,
-        image_encoder=folder_fingerprint(Path(processor.image_encoder)) if processor else None,
-        condition_tile_size=condition_tiling.tile_size if condition_tiling else None,
-        condition_tile_stride=condition_tiling.tile_stride if condition_tiling else None,
+        vae_dtype=encoders.vae.precision,
+        text_dtype=encoders.text.precision,
+        tile_size=tiles.size if tiles else None,
+        tile_stride=tiles.stride if tiles else None,
+        max_text_tokens=encoders.tokenizer.model_max_length,
+        seed=run.extraction.seed,
+        image_encoder=folder_fingerprint(Path(image.from_pretrained)) if image else None,
+        condition_tile_size=condition_tiles.size if condition_tiles else None,
+        condition_tile_stride=condition_tiles.stride if condition_tiles else None,
     )
 
 

@@ -29,6 +29,7 @@ from mm.checkpoint.identify import identify
 from mm.checkpoint.lock import holder_of
 from mm.checkpoint.weights import open_weights
 from mm.config.model import WanConfig
+from mm.config.run.origins import Origins
 from mm.config.run.training import TrainingRun
 from mm.config.units import GIB, format_bytes
 from mm.data.dataset import FeatureDataset
@@ -84,12 +85,13 @@ def operators(backend: Backend) -> list[Finding]:
     return [Finding("operators", "look", f"elementwise operators are {choice.name}: {choice.instead}", TRITON_NEEDS)]
 
 
-def memory(peak_bytes: Sequence[int], backend: Backend) -> list[Finding]:
+def memory(peak_bytes: Sequence[int], backend: Backend, words: Origins) -> list[Finding]:
     """The dry run's prediction for each rank that it looked at against the device.
 
     Args:
         peak_bytes: of each.
         backend: the device; on the CPU the host's memory counts, which the node's processes share.
+        words: the user's, of the run.
     """
     device = backend.total_and_free_bytes()
     total, free = device if device is not None else (psutil.virtual_memory().total, psutil.virtual_memory().available)
@@ -97,19 +99,20 @@ def memory(peak_bytes: Sequence[int], backend: Backend) -> list[Finding]:
     found = f"{format_bytes(most)} predicted on the fullest rank looked at, "
     found += f"{format_bytes(free)} of {format_bytes(total)} free"
     remedy = (
-        "DRY_RUN=1 before the script shows the split. Recompute more, shard more (--use-distributed-optimizer, "
-        "layer-zero, TP, PP), cut the tokens (CP), or lower --micro-batch-size."
+        "DRY_RUN=1 before the script, or mm doctor --dry-run, shows the split. Recompute more, shard more "
+        f"({words['parallel.distributed_optimizer'].with_value(True)}, layer-zero, TP, PP), cut the tokens (CP), or "
+        f"lower {words['data.micro_batch_size'].name}."
     )
     if most > free:
         return [Finding("memory", "no", found, remedy)]
     return [Finding("memory", "look" if most > 0.9 * free else "ok", found, remedy if most > 0.9 * free else "")]
 
 
-def features(dataset: FeatureDataset, global_batch_size: int, *, one_size: bool) -> list[Finding]:
+def features(dataset: FeatureDataset, global_batch_size: int, words: Origins, *, one_size: bool) -> list[Finding]:
     """The stores of feature_data.json: sizes, and the first and the last sample read as training reads them.
 
     Args:
-        dataset: the features. global_batch_size: samples of a step.
+        dataset: the features. global_batch_size: samples of a step. words: the user's, of the run.
         one_size: the pipeline takes samples of one size only.
     """
     sizes = dataset.shapes()
@@ -118,7 +121,8 @@ def features(dataset: FeatureDataset, global_batch_size: int, *, one_size: bool)
     shown = ", ".join(f"{count} of {'x'.join(map(str, shape[1:]))}" for shape, count in sizes.most_common(3))
     found = f"{len(dataset)} samples ({shown}{', ...' if len(sizes) > 3 else ''}); the first and the last can be read"
     if one_size and len(sizes) > 1:
-        return [Finding("features", "no", found, "Add --variable-seq-lengths, or train on features of one size.")]
+        varying = words["parallel.variable_sizes"].with_value(True)
+        return [Finding("features", "no", found, f"Add {varying}, or train on features of one size.")]
     if len(dataset) < global_batch_size:
         remedy = f"A step takes {global_batch_size}, so that samples repeat within it: add samples, or lower it."
         return [Finding("features", "look", found, remedy)]

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mm.config.bad_samples import FAIL, OnBadSample
-from mm.config.data import NOT_WITH_DECORD, ExtractData, data_sources
-from mm.config.extract import ExtractModel, ExtractTools, extraction_task
-from mm.config.tasks.registry import TASKS
+from mm.config.bad_samples import parse_on_bad_sample
+from mm.config.data import NOT_WITH_DECORD, data_sources
+from mm.config.run.encoders import EncodersSection
+from mm.config.run.extraction import ExtractionRun
 from mm.config.tasks.task import Task
 from mm.data.clips import Clip, read_clips
 from mm.data.features import (
@@ -67,16 +67,9 @@ def _alone() -> None:
 
 
 def extract(
-    data: ExtractData,
-    model: ExtractModel,
-    tools: ExtractTools,
+    run: ExtractionRun,
     *,
-    seed: int,
     device: torch.device,
-    overwrite: bool = False,
-    num_workers: int = 2,
-    decode_timeout: float = 120.0,
-    on_bad_sample: OnBadSample = FAIL,
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = _alone,
@@ -84,34 +77,30 @@ def extract(
     """Run one process's part of the extraction.
 
     Args:
-        data: which clips. model: the encoders. tools: where to write.
-        seed: decides starts of clips and choices between captions.
+        run: which clips, the encoders, where to write. What `mm.config.rules.extraction.check_extraction` refuses must
+            not come here.
         device: where the encoders run.
-        overwrite: replace features of another recipe instead of refusing.
-        num_workers: processes that read clips ahead. decode_timeout: seconds for one clip.
-        on_bad_sample: whether clips that cannot be read are left out; see `mm.extract.skipping`.
         rank, world_size: this process and how many there are; they take every `world_size`-th sample.
         barrier: returns when all processes have called it.
 
     Raises:
-        ConfigError: CFG-054 for the list of data sets. What `mm.config.extract.check_extraction` refuses must not
-            come here.
+        ConfigError: CFG-054 for the list of data sets.
         DataError: for annotations (all problems at once, before any work), a video, the weights, a store made with
             another recipe (DATA-014), or more bad videos than may be left out (DATA-073). The store keeps what is
             complete and has no data.jsonl.
     """
-    task = extraction_task(model, tools)
-    rows = check_rows(data_sources(data.dataset_param.basic_parameters), TASKS[task].columns)
-    preprocess = data.dataset_param.preprocess_parameters
+    preprocess, seed, words = run.data.clip, run.extraction.seed, run.origins
+    on_bad_sample = parse_on_bad_sample(run.data.on_bad_sample, words["data.on_bad_sample"].name)
+    rows = check_rows(data_sources(run.data.path, run.data.folder), run.task.columns)
     check_plan(rows, preprocess, on_bad_sample)
-    recipe = extraction_recipe(data, model, task, seed)
-    store = Path(tools.sorafeature.save_path)
-    check_store(store, recipe, overwrite)
+    recipe = extraction_recipe(run)
+    store = Path(run.output.path)
+    check_store(store, recipe, run.output.overwrite, words)
     mine = [plan(row, store, preprocess, recipe, seed) for row in rows[rank::world_size]]
     empty = Origin(EMPTY_PROMPT_ID, recipe.key, text_hash(""), "")
     everything = [plan(row, store, preprocess, recipe, seed) for row in rows] if rank == 0 else []
     if rank == 0:
-        prepare(store, recipe, everything, empty)
+        prepare(store, recipe, everything, empty, words)
     barrier()
     skipping = Skipping(on_bad_sample, len(rows), store)
     for item in mine:
@@ -122,18 +111,22 @@ def extract(
     empty_file = store / FEATURES / EMPTY_PROMPT
     empty_is_missing = rank == 0 and not is_complete(empty_file, empty)
     if todo or empty_is_missing:
-        encoders = _open_encoders(data, model, TASKS[task], device)
+        encoders = _open_encoders(run.encoders, run.task, device)
         if empty_is_missing:
             write_feature(empty_file, encoders.text_only(""), empty, recipe.max_text_tokens)
         clips = read_clips(
-            [item.sample for item in todo], preprocess, seed, num_workers=num_workers, time_limit=decode_timeout
+            [item.sample for item in todo],
+            preprocess,
+            seed,
+            num_workers=run.data.workers,
+            time_limit=run.data.read_timeout,
         )
         bar = tqdm(
             total=len(mine), initial=len(mine) - len(todo), desc="features", unit="sample", disable=rank > 0 or None
         )
         with bar, closing(clips):
             readers = _encode_all(todo, clips, encoders, skipping, recipe.max_text_tokens, bar)
-        if preprocess.video_reader_type == "decord" and readers["pyav"]:
+        if preprocess.reader == "decord" and readers["pyav"]:
             log.warning("%d of %d clips: %s", readers["pyav"], readers.total(), NOT_WITH_DECORD)
     barrier()
     if rank == 0:
@@ -147,27 +140,26 @@ def extract(
     return report
 
 
-def _open_encoders(data: ExtractData, model: ExtractModel, task: Task, device: torch.device) -> ClipEncoder:
+def _open_encoders(named: EncodersSection, task: Task, device: torch.device) -> ClipEncoder:
     """Load all encoders of an extraction.
 
     Raises:
         DataError: DATA-040 to DATA-042 for one that cannot be loaded, DATA-045 for one of another model.
     """
-    tokenizer = data.dataset_param.tokenizer_config
-    video = VideoEncoder.from_pretrained(Path(model.ae.from_pretrained), model.ae.dtype, device, model.ae.tiling())
+    vae = named.vae
+    video = VideoEncoder.from_pretrained(Path(vae.from_pretrained), vae.precision, device, vae.tiles_of_clips())
     text = TextEncoder.from_pretrained(
-        Path(model.text_encoder.from_pretrained),
-        Path(tokenizer.from_pretrained),
-        model.text_encoder.dtype,
+        Path(named.text.from_pretrained),
+        Path(named.tokenizer.from_pretrained),
+        named.text.precision,
         device,
-        tokenizer.model_max_length,
+        named.tokenizer.model_max_length,
     )
-    conditions = VideoEncoder(video.vae, model.ae.condition_tiling())
-    section = model.ae.i2v_processor
-    if section is None:
+    conditions = VideoEncoder(video.vae, vae.tiles_of_conditions())
+    if named.image is None:
         return ClipEncoder(text, VisualEncoders(task, video, conditions))
-    folder = section.image_encoder
-    image = ImageEncoder.from_pretrained(Path(folder), model.ae.dtype, device)
+    folder = named.image.from_pretrained
+    image = ImageEncoder.from_pretrained(Path(folder), named.image_precision, device)
     return ClipEncoder(text, VisualEncoders(task, video, conditions, image, folder))
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mm.config.bad_samples import OnBadSample
-from mm.config.data import TEMPORAL_STRIDE, RawPreprocess
+from mm.config.data import TEMPORAL_STRIDE
+from mm.config.run.extraction import SourceClip
+from mm.config.run.origins import Origins
 from mm.data.clips import check_announced_length
 from mm.data.features import (
     EMPTY_PROMPT,
@@ -66,7 +68,7 @@ class Unreadable:
         return self.clip.sample
 
 
-def check_plan(rows: Sequence[CheckedRow], preprocess: RawPreprocess, policy: OnBadSample) -> None:
+def check_plan(rows: Sequence[CheckedRow], preprocess: SourceClip, policy: OnBadSample) -> None:
     """Refuse rows that are wrong, and where bad samples stop the work also those whose video is known to be bad.
 
     Raises:
@@ -81,7 +83,7 @@ def check_plan(rows: Sequence[CheckedRow], preprocess: RawPreprocess, policy: On
 
 
 def plan(
-    row: CheckedRow, store: Path, preprocess: RawPreprocess, recipe: Recipe, seed: int
+    row: CheckedRow, store: Path, preprocess: SourceClip, recipe: Recipe, seed: int
 ) -> ExtractionTask | Unreadable:
     """What is to be done for one row that `check_plan` let pass."""
     sample = row.sample
@@ -101,17 +103,20 @@ def plan(
     return Unreadable(BadClip.of(sample.id, sample.file, problems[0]))
 
 
-def check_store(store: Path, recipe: Recipe, overwrite: bool) -> None:
+def check_store(store: Path, recipe: Recipe, overwrite: bool, words: Origins) -> None:
     """Refuse a store of another recipe. Every process looks, so that all stop with the same error."""
     if (store / RECIPE_FILE).exists() and not overwrite:
-        remedy = "Give another save_path, the values and weights it was made with, or --overwrite to make it anew."
+        place, anew = words["output.path"].name, words["output.overwrite"].with_value(True)
+        remedy = f"Give another {place}, the values and weights it was made with, or {anew} to make it anew."
         check_recipe(store, load_recipe(store), recipe.model_dump(), remedy)
 
 
-def prepare(store: Path, recipe: Recipe, items: Sequence[ExtractionTask | Unreadable], empty: Origin) -> None:
+def prepare(
+    store: Path, recipe: Recipe, items: Sequence[ExtractionTask | Unreadable], empty: Origin, words: Origins
+) -> None:
     """Make the store ready to write to: its folder, its recipe, no leftovers, and no list unless it still holds."""
     features = store / FEATURES
-    make_folder(features, "save_path in tools.json")
+    make_folder(features, words["output.path"].place())
     for folder in (store, features):
         remove_temporaries(folder)
     listing = store / LISTING
@@ -151,7 +156,7 @@ def commit(
     forget_records(store)
 
 
-def _too_short(row: CheckedRow, preprocess: RawPreprocess) -> tuple[Problem, ...]:
+def _too_short(row: CheckedRow, preprocess: SourceClip) -> tuple[Problem, ...]:
     try:
         if row.sample is not None:
             check_announced_length(row.sample, preprocess)

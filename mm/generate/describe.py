@@ -10,7 +10,7 @@ import torch
 
 import mm
 from mm.checkpoint.safetensor_file import hash_file
-from mm.config.inference import InferenceModel
+from mm.config.run.encoders import EncodersSection
 from mm.config.run.generation import GenerationRun
 from mm.data.recipe import folder_fingerprint
 from mm.generate.rows import GenerationRow
@@ -25,30 +25,33 @@ def describe_run(generation: GenerationRun, weights: GenerationWeights, device: 
         weights: of the transformer; its fingerprint is right when all of them have been read.
         device: kind of device.
     """
-    config = generation.config
-    diffusion = config.diffusion
-    sampler: dict[str, Any] = {"sample_solver": diffusion.solver}
-    if diffusion.solver == "unipc":
-        sampler |= {"solver_order": diffusion.solver_order, "solver_type": diffusion.solver_type}
+    sampling = generation.sampling
+    sampler: dict[str, Any] = {"sample_solver": sampling.solver}
+    if sampling.solver == "unipc":
+        sampler |= {"solver_order": sampling.solver_order or 2, "solver_type": sampling.solver_type or "bh2"}
     libraries = {name: importlib.metadata.version(name) for name in ("diffusers", "transformers", "av")}
-    transformer = {"path": str(weights.source.path), "format": weights.source.label, "dtype": config.predictor.dtype}
+    transformer = {
+        "path": str(weights.source.path),
+        "format": weights.source.label,
+        "dtype": generation.model.precision,
+    }
     return {
-        "task": config.task,
-        "negative_prompt": config.negative_text if diffusion.guided else None,
-        "seed": config.seed,
-        "input_size": list(config.pipeline_config.input_size),
-        "fps": config.fps,
+        "task": generation.task,
+        "negative_prompt": generation.negative_text if sampling.guided else None,
+        "seed": generation.generation.seed,
+        "input_size": list(generation.output.size),
+        "fps": generation.output.fps,
         **sampler,
-        "num_inference_steps": diffusion.num_inference_steps,
-        "flow_shift": diffusion.flow_shift,
-        "guidance_scale": diffusion.guidance_scale,
-        "batched_guidance": diffusion.batched_guidance,
+        "num_inference_steps": sampling.steps,
+        "flow_shift": sampling.shift,
+        "guidance_scale": sampling.guidance_scale,
+        "batched_guidance": sampling.batched_guidance,
         "transformer": transformer | {"fingerprint": weights.fingerprint()},
         "lora": [
             section.model_dump() | {"fingerprint": digits}
-            for section, digits in zip(config.lora, weights.adapter_fingerprints(), strict=True)
+            for section, digits in zip(generation.model.adapters, weights.adapter_fingerprints(), strict=True)
         ],
-        **_encoders(config),
+        **_encoders(generation.encoders),
         "layout": generation.layout.name(),
         "device": device,
         # torch by its own word, which names the build (2.13.0+cu130); the package's version does not
@@ -56,7 +59,7 @@ def describe_run(generation: GenerationRun, weights: GenerationWeights, device: 
     }
 
 
-def describe_row(row: GenerationRow, config: InferenceModel) -> dict[str, Any]:
+def describe_row(row: GenerationRow, run: GenerationRun) -> dict[str, Any]:
     """Description of one clip alone."""
     about: dict[str, Any] = {"prompt": row.prompt, "prompt_index": row.index}
     if row.images:
@@ -64,16 +67,40 @@ def describe_row(row: GenerationRow, config: InferenceModel) -> dict[str, Any]:
     if row.columns:
         about["columns"] = dict(row.columns)
     if row.video is not None:
-        section = config.pipeline_config
         about["video"] = {"path": str(row.video), "fingerprint": hash_file(row.video)[:16]}
-        about |= {"strength": section.strength, "start_frame": section.start_frame or 0}
+        about |= {"strength": run.inputs.strength, "start_frame": run.inputs.start_frame or 0}
     return about
 
 
-def _encoders(config: InferenceModel) -> dict[str, Any]:
-    """Folders, precisions and contents of the parts around the transformer."""
-    parts = {"ae", "text_encoder", "tokenizer"} | ({"image_encoder"} if config.image_encoder is not None else set())
+def _encoders(named: EncodersSection) -> dict[str, Any]:
+    """Folders, precisions and contents of the parts around the transformer.
+
+    Keys and constants are those that clips of earlier versions have beside them: a clip is kept where they are equal.
+    """
+    hub, tiles = {"hub_backend": "hf"}, named.vae.tiles
+    parts: dict[str, dict[str, Any]] = {
+        "ae": {
+            "model_id": "wan_video_vae",
+            "from_pretrained": named.vae.from_pretrained,
+            "dtype": named.vae.precision,
+            "enable_tiling": named.vae.tiling,
+            "tiling_param": None if tiles is None else {"tile_size": tiles.size, "tile_stride": tiles.stride},
+            "norm_latents": True,
+            "norm_mode": "channel_specified_shift_scale",
+            "do_sample": False,
+        },
+        "tokenizer": {**hub, "autotokenizer_name": "AutoTokenizer", **named.tokenizer.model_dump()},
+        "text_encoder": {
+            "model_id": "UMT5",
+            **hub,
+            "from_pretrained": named.text.from_pretrained,
+            "dtype": named.text.precision,
+        },
+    }
+    if named.image is not None:
+        folder = {"from_pretrained": named.image.from_pretrained, "dtype": named.image_precision}
+        parts["image_encoder"] = {"model_id": "CLIPVisionModel", **hub, **folder}
     return {
         name: {**values, "fingerprint": folder_fingerprint(Path(values["from_pretrained"]))}
-        for name, values in config.model_dump(mode="json", include=parts).items()
+        for name, values in parts.items()
     }

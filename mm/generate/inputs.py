@@ -4,30 +4,30 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mm.config.inference import InferenceModel
+from mm.config.run.generation import GenerationRun
 from mm.generate.media_inputs import load_image, load_video
 from mm.generate.rows import GenerationRow
 from mm.generate.sources import Given
 
 
-def load_given(config: InferenceModel, row: GenerationRow) -> Given:
+def load_given(run: GenerationRun, row: GenerationRow) -> Given:
     """A row's images and numbers; raises what `load_image` raises."""
-    _, height, width = config.pipeline_config.input_size
+    height, width = run.output.height, run.output.width
     return Given(tuple(load_image(path, height, width) for path in row.images), row.columns)
 
 
-def load_given_video(config: InferenceModel, row: GenerationRow) -> Tensor | None:
+def load_given_video(run: GenerationRun, row: GenerationRow) -> Tensor | None:
     """The frames of a row's video, [3, F, H, W] pixels in [-1, 1], if it has one; raises what `load_video` raises."""
     if row.video is None:
         return None
-    return load_video(row.video, config.pipeline_config.start_frame or 0, *config.pipeline_config.input_size)
+    return load_video(row.video, run.inputs.start_frame or 0, *run.output.size)
 
 
-def check_given(config: InferenceModel, row: GenerationRow) -> None:
+def check_given(run: GenerationRun, row: GenerationRow) -> None:
     """Read all that a row names, so that hours of work do not end at a damaged file.
 
     Raises:
         DataError: what `load_image` and `load_video` raise.
     """
-    load_given(config, row)
-    load_given_video(config, row)
+    load_given(run, row)
+    load_given_video(run, row)

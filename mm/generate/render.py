@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mm.checkpoint.comm import Comm
-from mm.config.inference import InferenceModel
+from mm.config.run.generation import GenerationRun
 from mm.config.tasks.task import Source
 from mm.device.backend import Backend
 from mm.errors import DataError, Problem, raise_all
@@ -49,18 +49,18 @@ class Processes:
         return self.mesh.tp_rank == 0 and self.mesh.cp_rank == 0
 
 
-def usable_rows(config: InferenceModel, processes: Processes) -> tuple[list[GenerationRow], list[BadRow]]:
+def usable_rows(run: GenerationRun, processes: Processes) -> tuple[list[GenerationRow], list[BadRow]]:
     """All rows that clips can be made of, the same on every rank, and those that cannot, which are logged.
 
     Raises:
         DataError: what `mm.generate.rows.read_rows` raises; those that cannot, when no other is left.
     """
-    rows, bad = read_rows(config)
+    rows, bad = read_rows(run)
     mesh = processes.mesh
     found = list(map(_report, bad))
     for row in rows[mesh.dp_rank :: mesh.layout.dp_size]:
         try:
-            check_given(config, row)
+            check_given(run, row)
         except DataError as error:
             found += [[row.index, p.id, f"Row {row.index}: {p.message}", p.remedy] for p in error.problems]
     together = {(report[0], report[1]): report for part in processes.comm.all_gather_object(found) for report in part}
@@ -116,21 +116,21 @@ def batches_of_replica(
 class Renderer:
     """One rank's part of rendering some rows; making it encodes their texts and images."""
 
-    def __init__(self, config: InferenceModel, processes: Processes, batches: Sequence[Batch]) -> None:
+    def __init__(self, run: GenerationRun, processes: Processes, batches: Sequence[Batch]) -> None:
         """Encode what does not change, one encoder on the device after the other.
 
         Args:
-            config: what to render. processes: where. batches: this replica's, from `batches_of_replica`.
+            run: what to render. processes: where. batches: this replica's, from `batches_of_replica`.
 
         Raises:
             ConfigError: CFG-066 for a text or image encoder of another model.
             DataError: DATA-040 to DATA-043 for encoders that cannot be loaded.
         """
-        self._config, self._processes, self._batches = config, processes, batches
-        self._plan = clip_plan(config, processes.backend.device)
+        self._run, self._processes, self._batches = run, processes, batches
+        self._plan = clip_plan(run, processes.backend.device)
         rows = list({row.index: row for batch in batches for row in batch.rows}.values())
-        self._text, self._negative = _encode_text(config, rows, processes.backend.device)
-        self._early = _encode_early(config, rows, processes.backend.device)
+        self._text, self._negative = _encode_text(run, rows, processes.backend.device)
+        self._early = _encode_early(run, rows, processes.backend.device)
 
     @property
     def num_steps(self) -> int:
@@ -144,11 +144,11 @@ class Renderer:
             ConfigError: CFG-066 for one of another model.
             DataError: DATA-040 to DATA-042 when it cannot be loaded.
         """
-        ae = self._config.ae
+        vae = self._run.encoders.vae
         video = VideoEncoder.from_pretrained(
-            Path(ae.from_pretrained), ae.dtype, self._processes.backend.device, ae.tiling()
+            Path(vae.from_pretrained), vae.precision, self._processes.backend.device, vae.tiles_of_clips()
         )
-        require_vae_fits(ae.from_pretrained, video, self._plan.wan)
+        require_vae_fits(vae.from_pretrained, video, self._plan.wan)
         return video
 
     def clips(
@@ -170,60 +170,60 @@ class Renderer:
             conditions = [self._conditions(row) for row in batch.rows]
             latents = sample(model, video, self._plan, conditions, self._negative, on_step=partial(on_step, count))
             if batch.counts and self._processes.writes:
-                frames = decode(video, latents, self._plan.size, self._config.ae.from_pretrained)
+                frames = decode(video, latents, self._plan.size, self._run.encoders.vae.from_pretrained)
                 yield from zip(batch.rows, frames, strict=True)
 
     def _conditions(self, row: GenerationRow) -> ClipConditions:
         """What a row's clip is made of; its files are read again, so that they need not stay in memory."""
-        given, video = load_given(self._config, row), load_given_video(self._config, row)
+        given, video = load_given(self._run, row), load_given_video(self._run, row)
         return ClipConditions(row.index, self._text[row.index], self._early[row.index], given, video)
 
 
-def clip_plan(config: InferenceModel, device: torch.device) -> ClipPlan:
-    """What all clips of a configuration share."""
-    diffusion = config.diffusion
+def clip_plan(run: GenerationRun, device: torch.device) -> ClipPlan:
+    """What all clips of a generation share."""
+    sampling = run.sampling
     settings = SamplerSettings(
-        solver=diffusion.solver,
-        num_steps=diffusion.num_inference_steps,
-        shift=diffusion.flow_shift,
-        guidance_scale=diffusion.guidance_scale,
-        batched_guidance=diffusion.batched_guidance,
-        solver_order=diffusion.solver_order,
-        solver_type=diffusion.solver_type,
-        strength=config.pipeline_config.strength or 1.0,
+        solver=sampling.solver,
+        num_steps=sampling.steps,
+        shift=sampling.shift,
+        guidance_scale=sampling.guidance_scale,
+        batched_guidance=sampling.batched_guidance,
+        solver_order=sampling.solver_order or 2,
+        solver_type=sampling.solver_type or "bh2",
+        strength=run.inputs.strength or 1.0,
     )
-    size, frames = config.pipeline_config.input_size, config.row_task.frames
-    return ClipPlan(config.predictor, device, frames, size, config.seed, settings)
+    return ClipPlan(run.wan, device, run.row_task.frames, run.output.size, run.generation.seed, settings)
 
 
 def _encode_text(
-    config: InferenceModel, rows: Sequence[GenerationRow], device: torch.device
+    run: GenerationRun, rows: Sequence[GenerationRow], device: torch.device
 ) -> tuple[dict[int, Tensor], Tensor | None]:
     """Text features of each row's prompt by its index, and, where guidance uses it, of the negative prompt.
 
     The encoder is dropped afterwards and leaves the device to the transformer.
     """
+    named = run.encoders
     encoder = TextEncoder.from_pretrained(
-        Path(config.text_encoder.from_pretrained),
-        Path(config.tokenizer.from_pretrained),
-        config.text_encoder.dtype,
+        Path(named.text.from_pretrained),
+        Path(named.tokenizer.from_pretrained),
+        named.text.precision,
         device,
-        config.tokenizer.model_max_length,
+        named.tokenizer.model_max_length,
     )
     prompts = [row.prompt for row in rows]
-    texts, negative = encode_prompts(encoder, prompts, config.negative_text if config.diffusion.guided else None)
+    texts, negative = encode_prompts(encoder, prompts, run.negative_text if run.sampling.guided else None)
     if texts:
-        require_text_fits(config.text_encoder.from_pretrained, texts[0], config.predictor)
+        require_text_fits(named.text.from_pretrained, texts[0], run.wan)
     return dict(zip((row.index for row in rows), texts, strict=True)), negative
 
 
 def _encode_early(
-    config: InferenceModel, rows: Sequence[GenerationRow], device: torch.device
+    run: GenerationRun, rows: Sequence[GenerationRow], device: torch.device
 ) -> dict[int, dict[str, Tensor]]:
     """The features of each row that need no VAE, by its index; the image encoder is dropped afterwards."""
-    task, section, encoder = config.predictor.task, config.image_encoder, None
+    task, section, encoder = run.wan.task, run.encoders.image, None
     if task.made_by(Source.IMAGE_ENCODER) and section is not None:
-        encoder = ImageEncoder.from_pretrained(Path(section.from_pretrained), section.dtype, device)
-        require_image_encoder_fits(section.from_pretrained, encoder, config.predictor)
+        encoder = ImageEncoder.from_pretrained(Path(section.from_pretrained), run.encoders.image_precision, device)
+        require_image_encoder_fits(section.from_pretrained, encoder, run.wan)
     early = EarlyFeatures(task, encoder)
-    return {row.index: early.of(load_given(config, row)) for row in rows}
+    return {row.index: early.of(load_given(run, row)) for row in rows}

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mm.config.inference import InferenceModel
 from mm.config.inputs import missing_parts
 from mm.config.path_line import LineError, read_paths
+from mm.config.run.generation import GenerationRun
 from mm.errors import DataError, Problem, raise_all
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class BadRow:
     problem: Problem
 
 
-def read_rows(config: InferenceModel) -> tuple[list[GenerationRow], list[BadRow]]:
+def read_rows(run: GenerationRun) -> tuple[list[GenerationRow], list[BadRow]]:
     """The rows of the configured files, those that can be used and those that cannot.
 
     Prompts that go with images, videos or numbers are matched line by line; a line that is blank in all files is left
@@ -58,35 +58,35 @@ def read_rows(config: InferenceModel) -> tuple[list[GenerationRow], list[BadRow]
         DataError: DATA-053 when a file cannot be read as UTF-8 text, DATA-054 when it holds nothing, DATA-084 when
             there are not as many images or videos as prompts.
     """
-    lists = _lists(config)
+    lists = _lists(run)
     if not lists:
-        return [GenerationRow(index, prompt) for index, prompt in enumerate(read_prompts(Path(config.prompt)))], []
-    good, bad = _matched(config, lists)
-    log.info("%s: %d rows with %s", config.prompt, len(good) + len(bad), ", ".join(lists.values()))
+        return [GenerationRow(index, prompt) for index, prompt in enumerate(read_prompts(Path(run.inputs.prompts)))], []
+    good, bad = _matched(run, lists)
+    log.info("%s: %d rows with %s", run.inputs.prompts, len(good) + len(bad), ", ".join(lists.values()))
     return good, bad
 
 
-def _lists(config: InferenceModel) -> dict[str, str]:
+def _lists(run: GenerationRun) -> dict[str, str]:
     """The files that go with the prompts, by what is in their lines: an image, a video, a column's number."""
-    media = {"video": config.video, "image": config.image}
-    return {kind: file for kind, file in media.items() if file is not None} | config.columns
+    media = {"video": run.inputs.videos, "image": run.inputs.images}
+    return {kind: file for kind, file in media.items() if file is not None} | run.inputs.columns
 
 
-def _matched(config: InferenceModel, lists: Mapping[str, str]) -> tuple[list[GenerationRow], list[BadRow]]:
+def _matched(run: GenerationRun, lists: Mapping[str, str]) -> tuple[list[GenerationRow], list[BadRow]]:
     """`read_rows` where other files go with the prompts."""
-    prompts = _read_lines(Path(config.prompt), "prompt")
+    prompts = _read_lines(Path(run.inputs.prompts), "prompt")
     lines = {kind: _read_lines(Path(file), kind) for kind, file in lists.items()}
     for kind, others in lines.items():
         if len(prompts) != len(others):
             raise DataError(
                 "DATA-084",
-                f"{config.prompt} has {len(prompts)} lines, and {lists[kind]} {len(others)}.",
+                f"{run.inputs.prompts} has {len(prompts)} lines, and {lists[kind]} {len(others)}.",
                 f"Write one {kind} for each prompt, in the same order.",
             )
     together = [row for row in zip(prompts, *lines.values(), strict=True) if any(row)]
     good, bad = [], []
     for index, (prompt, *others) in enumerate(together):
-        row = _row(index, prompt, dict(zip(lines, others, strict=True)), config)
+        row = _row(index, prompt, dict(zip(lines, others, strict=True)), run)
         if isinstance(row, GenerationRow):
             good.append(row)
         else:
@@ -94,7 +94,7 @@ def _matched(config: InferenceModel, lists: Mapping[str, str]) -> tuple[list[Gen
     return good, bad
 
 
-def require_inputs(config: InferenceModel) -> None:
+def require_inputs(run: GenerationRun) -> None:
     """Refuse a generation of which nothing can come, because files are not there; nothing is loaded.
 
     Rows of which only some lack their images are no reason: the others are generated.
@@ -103,13 +103,13 @@ def require_inputs(config: InferenceModel) -> None:
         DataError: what `read_rows` and `mm.config.inputs.missing_parts` say, DATA-001 when every row's images or video
             are missing; all at once.
     """
-    problems = missing_parts(config)
-    lists = _lists(config)
+    problems = missing_parts(run)
+    lists = _lists(run)
     try:
         if not lists:
-            _read_lines(Path(config.prompt), "prompt")
+            _read_lines(Path(run.inputs.prompts), "prompt")
         else:
-            good, bad = _matched(config, lists)
+            good, bad = _matched(run, lists)
             missing = [problem for row in good for problem in _missing_files(row)[:1]]
             if len(missing) == len(good):  # none is left, also where none had a file to miss
                 problems += [*(row.problem for row in bad), *missing]
@@ -141,35 +141,35 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _row(index: int, prompt: str, others: Mapping[str, str], config: InferenceModel) -> GenerationRow | BadRow:
+def _row(index: int, prompt: str, others: Mapping[str, str], run: GenerationRun) -> GenerationRow | BadRow:
     """A row, or why it is none (DATA-085)."""
     if not prompt:
         return _bad(index, "no prompt", "Write one, or remove both lines.")
-    given = _media(index, others, config)
+    given = _media(index, others, run)
     if isinstance(given, BadRow):
         return given
     columns: dict[str, float] = {}
-    for column in config.row_task.columns:
+    for column in run.row_task.columns:
         text = others[column.name]
         value = float(text) if _NUMBER.fullmatch(text) else None
         if value is None or not column.holds(value):
             found = f'"{text}"' if text else "nothing"
             return _bad(index, f"{found} where {column.name} should be", f"Write {column.expected}.")
         columns[column.name] = value
-    if config.video is not None:
+    if run.inputs.videos is not None:
         return GenerationRow(index, prompt, video=given[0], columns=columns)
     return GenerationRow(index, prompt, images=given, columns=columns)
 
 
-def _media(index: int, others: Mapping[str, str], config: InferenceModel) -> tuple[Path, ...] | BadRow:
+def _media(index: int, others: Mapping[str, str], run: GenerationRun) -> tuple[Path, ...] | BadRow:
     """The given video, or the given frames; nothing where the task has none."""
-    frames = config.row_task.frames
+    frames = run.row_task.frames
     wanted, what = len(frames), "one image" if len(frames) == 1 else "two images"
-    if config.video is not None:
+    if run.inputs.videos is not None:
         wanted, what = 1, "one video"
     if not wanted:
         return ()
-    text = others["image" if config.video is None else "video"]
+    text = others["image" if run.inputs.videos is None else "video"]
     if not text:
         return _bad(index, f"nothing where {what} should be", "Write the path, or remove both lines.")
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from mm.checkpoint.mismatch import Expected
 from mm.config.run.generation import GenerationRun
 from mm.errors import DataError, raise_all
 from mm.generate.describe import describe_row, describe_run
@@ -25,21 +26,14 @@ log = logging.getLogger(__name__)
 def generate_clips(
     generation: GenerationRun,
     processes: Processes,
-    *,
-    micro_batch_size: int = 1,
-    overwrite: bool = False,
-    show_progress: bool = True,
 ) -> list[Path]:
     """Generate one clip for each row and write it as soon as it is done.
 
     Clips that an earlier start of the same command has finished are kept.
 
     Args:
-        generation: checked by `mm.dialects.mindspeed.generate.load_generation`.
+        generation: accepted by `mm.config.rules.generation.check_generation`.
         processes: where it runs; every rank of the job calls this.
-        micro_batch_size: rows in one forward.
-        overwrite: replace clips that exist, whatever made them.
-        show_progress: draw a progress bar over this replica's rows times steps, on rank 0.
 
     Returns:
         The clips' paths that this rank wrote, in the order of the rows.
@@ -52,19 +46,24 @@ def generate_clips(
             cannot be used.
         CheckpointError: CKPT-010 to CKPT-021 for weights that cannot be used.
     """
-    config, backend = generation.config, processes.backend
-    rows, bad = usable_rows(config, processes)
-    folder = Path(config.save_path)
+    backend = processes.backend
+    rows, bad = usable_rows(generation, processes)
+    folder = Path(generation.output.path)
     prepare_folder(folder)
-    wan, dtype = config.predictor.wan(), DTYPES[config.predictor.dtype]
+    wan, dtype = generation.wan, DTYPES[generation.model.precision]
     # only whoever writes clips tells what made them
     weights = open_generation_weights(
-        config.predictor.from_pretrained or "", config.lora, wan, dtype, processes.writes, processes.comm
+        generation.model.weights or "",
+        generation.model.adapters,
+        Expected(wan, lambda name: generation.origins[f"model.shape.{name}"], "CFG-065"),
+        dtype,
+        processes.writes,
+        processes.comm,
     )
     finished: dict[int, str] = {}
-    if not overwrite:
+    if not generation.output.overwrite:
         about = cache(lambda: describe_run(generation, weights, backend.kind))  # reads the encoders' folders
-        finished = finished_clips(folder, rows, lambda row: {**describe_row(row, config), **about()})
+        finished = finished_clips(folder, rows, lambda row: {**describe_row(row, generation), **about()})
     # nobody writes before everybody has looked; a folder on one node alone is seen by its ranks only
     for part in processes.comm.all_gather_object([list(clip) for clip in finished.items()]):
         finished |= dict(part)
@@ -73,9 +72,9 @@ def generate_clips(
             "%d of %d clips are in %s already, of this very command; they are kept", len(finished), len(rows), folder
         )
     batches = batches_of_replica(
-        rows, processes, micro_batch_size, together=generation.zero is not None, finished=finished
+        rows, processes, generation.batch.size, together=generation.zero is not None, finished=finished
     )
-    renderer = Renderer(config, processes, batches)
+    renderer = Renderer(generation, processes, batches)
     video = renderer.load_video_encoder()
     parallel = apply_frozen(wan, processes.mesh, backend, dtype, weights.value_of, generation.zero)
     if finished:
@@ -83,13 +82,13 @@ def generate_clips(
         require_same_weights(folder, finished, [fingerprint for fingerprint in read if fingerprint is not None])
     description = describe_run(generation, weights, backend.kind)
     paths = []
-    shown = show_progress and processes.comm.rank == 0
+    shown = generation.logging.progress_bar and processes.comm.rank == 0
     with tqdm(total=renderer.num_steps, desc="generating", unit="step", disable=not shown or None) as bar:
         for row, frames in renderer.clips(ParallelVelocity(parallel), video, bar.update):
             if row.index in finished:
                 continue
             path = clip_path(folder, row.index)
-            write_clip(path, frames, config.fps, {**describe_row(row, config), **description})
+            write_clip(path, frames, generation.output.fps, {**describe_row(row, generation), **description})
             paths.append(path)
     processes.comm.barrier()
     log.info("%d clips are in %s", len(rows), folder)

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mm.config.inference import latent_size
 from mm.config.model import WanConfig
+from mm.config.run.generation import latent_size
 from mm.config.tasks.task import Frame
 from mm.diffusion.samplers import Sampler, Solver, make_sampler
 from mm.errors import DataError

@@ -14,9 +14,8 @@ from mm.checkpoint.identify import identify
 from mm.checkpoint.mismatch import Expected
 from mm.checkpoint.safetensor_file import bytes_of
 from mm.checkpoint.weights import WeightSource, open_weights
-from mm.config.inference import LoraSection
 from mm.config.model import WanConfig
-from mm.config.run.origins import Word
+from mm.config.run.generation import AdapterFile
 from mm.lora.adapter import Adapter, merge_tensor, require_fit
 from mm.lora.convert import read_any
 from mm.lora.targets import every_linear
@@ -79,8 +78,8 @@ class GenerationWeights:
 
 def open_generation_weights(
     path: str,
-    lora: Iterable[LoraSection],
-    wan: WanConfig,
+    adapters: Iterable[AdapterFile],
+    expected: Expected,
     dtype: torch.dtype,
     fingerprinted: bool = True,
     comm: Comm | None = None,
@@ -89,8 +88,8 @@ def open_generation_weights(
 
     Args:
         path: as for `mm.checkpoint.weights.open_weights`.
-        lora: adapter files, or folders of LoRA runs, and the factors on them.
-        wan: the transformer's shape.
+        adapters: files, or folders of LoRA runs, and the factors on them.
+        expected: the transformer that they must be of.
         dtype: of the bulk of the parameters.
         fingerprinted: read every value for `GenerationWeights.fingerprint` too, about a second a GB.
         comm: the ranks; every one calls it.
@@ -102,26 +101,29 @@ def open_generation_weights(
     """
     comm = comm or SingleProcess()
     source = open_weights(identify(path, comm))
-    expected = Expected(wan, lambda name: Word(name, "inference_model.json", f"predictor.{name}"), "CFG-065")
     on_rank_zero(comm, lambda: expected.require(source))
-    return with_adapters(source, lora, wan, dtype, fingerprinted, comm)
+    return with_adapters(source, adapters, expected.config, dtype, fingerprinted, comm)
 
 
 def with_adapters(
     source: WeightSource,
-    lora: Iterable[LoraSection],
+    adapters: Iterable[AdapterFile],
     wan: WanConfig,
     dtype: torch.dtype,
     fingerprinted: bool,
     comm: Comm | None = None,
 ) -> GenerationWeights:
-    """`open_generation_weights` of weights that are open and of the model `wan`; raises as that."""
+    """`open_generation_weights` of weights that are open and known to be of the model `wan`.
+
+    Raises:
+        CheckpointError, DataError: what opening adapters raises, DATA-093 for adapters of another model.
+    """
     comm = comm or SingleProcess()
     linears = every_linear(whole_shapes(wan))
-    adapters = [(read_any(identify(section.path, comm, wanted="adapters")), section.strength) for section in lora]
-    for adapter, _ in adapters:
+    read = [(read_any(identify(section.path, comm, wanted="adapters")), section.strength) for section in adapters]
+    for adapter, _ in read:
         require_fit(adapter, linears)
-    return GenerationWeights(source, adapters, dtype, fingerprinted)
+    return GenerationWeights(source, read, dtype, fingerprinted)
 
 
 def _digest(name: str, value: Tensor) -> str:

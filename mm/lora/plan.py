@@ -20,7 +20,7 @@ from mm.lora.layer import (
     keep_in_low_bits,
 )
 from mm.lora.low_bit import LowBit, quantise
-from mm.lora.targets import Sizes, linears_of, target_linears
+from mm.lora.targets import FLAG, Sizes, linears_of, target_linears
 from mm.parallel.placement import Shape, whole_shapes
 from mm.parallel.trainable_extension import TrainableExtension
 from mm.wan.model import WanModel
@@ -62,8 +62,11 @@ class LoRAPlan:
         add_adapters(model, self.adapted)
 
 
-def plan_of(adapters: AdapterSection | None, wan: WanConfig) -> LoRAPlan | None:
+def plan_of(adapters: AdapterSection | None, wan: WanConfig, word: str = FLAG) -> LoRAPlan | None:
     """The plan of a checked section; None where all parameters are trained.
+
+    Args:
+        adapters: the section. wan: the model. word: the user's, for the targets.
 
     Raises:
         ConfigError: CFG-100 and CFG-101 for target words.
@@ -71,7 +74,7 @@ def plan_of(adapters: AdapterSection | None, wan: WanConfig) -> LoRAPlan | None:
     if adapters is None:
         return None
     linears = linears_of(whole_shapes(wan))
-    names = target_linears(adapters.targets, linears)
+    names = target_linears(adapters.targets, linears, word)
     return LoRAPlan(linears, dict.fromkeys(names, Adapted(adapters.rank, adapters.alpha)), adapters.base_dtype)
 
 

@@ -11,6 +11,7 @@ from mm.checkpoint.formats.folder import PEFT_FILE
 from mm.checkpoint.formats.training import ADAPTERS_KEY, MODEL_PREFIX, weights_prefix
 from mm.checkpoint.manifest import Manifest, read_manifest
 from mm.checkpoint.store import read_tensor
+from mm.config.run.origins import Origins
 from mm.errors import CheckpointError, Problem, ResumeError, raise_all
 from mm.lora.adapter import Adapter
 from mm.lora.files import COMFYUI_FILE, write_adapter
@@ -70,16 +71,22 @@ class AdapterRecord:
         """For the header of a file of another format."""
         return {"base_model": self.base_path, BASE_IDENTITY: self.base_identity}
 
-    def require_same(self, theirs: AdapterRecord, where: Path) -> None:
+    def require_same(self, theirs: AdapterRecord, where: Path, words: Origins) -> None:
         """Refuse to go on from the adapters of a checkpoint in another way than it was trained.
 
         Args:
-            theirs: the checkpoint's. where: the checkpoint.
+            theirs: the checkpoint's. where: the checkpoint. words: the user's, of this run.
 
         Raises:
             ResumeError: CKPT-082 for another r, alpha or other linears, CKPT-083 for another base; both at once.
         """
         problems = []
+        load, save = words["checkpoint.load"].name, words["checkpoint.save"].name
+        fresh = words["checkpoint.weights_only"].with_value(True)
+
+        def named(value: str) -> str:
+            return words[f"adapters.{value}"].name
+
         differing = [
             f"{name} is {_how(theirs.adapted.get(name))} there, {_how(self.adapted.get(name))} here"
             for name in {**theirs.adapted, **self.adapted}
@@ -91,8 +98,8 @@ class AdapterRecord:
                 Problem(
                     "CKPT-082",
                     f"{where} has other adapters: {'; '.join(differing[:_SHOWN])}{more}.",
-                    "Give the --lora-r, --lora-alpha and --lora-target-modules that it was trained with, or save into "
-                    "a new folder.",
+                    f"Give the {named('rank')}, {named('alpha')} and {named('targets')} that it was trained with, or "
+                    "save into a new folder.",
                 )
             )
         if (theirs.base_identity, theirs.base_dtype) != (self.base_identity, self.base_dtype):
@@ -100,8 +107,8 @@ class AdapterRecord:
                 Problem(
                     "CKPT-083",
                     f"{where} was trained on the base model {theirs.base}, and the base of this run is {self.base}.",
-                    "Give that --load-base-model and --lora-base-dtype. To begin with its adapters on another base, "
-                    "give --load with --finetune and a new --save.",
+                    f"Give that {named('base')} and {named('base_dtype')}. To begin with its adapters on another base, "
+                    f"give {load} with {fresh} and a new {save}.",
                 )
             )
         raise_all(ResumeError, problems)

@@ -44,12 +44,11 @@ def every_linear(shapes: Mapping[str, Sequence[int]]) -> dict[str, Sizes]:
     }
 
 
-def target_linears(words: Sequence[str], linears: Mapping[str, Sizes]) -> list[str]:
+def target_linears(words: Sequence[str], linears: Mapping[str, Sizes], flag: str = FLAG) -> list[str]:
     """The linears that the words name, each once, in the order of `linears`.
 
     Args:
-        words: of `--lora-target-modules`.
-        linears: from `linears_of` the whole model.
+        words: the targets. linears: from `linears_of` the whole model. flag: what the user calls the targets.
 
     Raises:
         ConfigError: CFG-100 for a word that names no linear, CFG-101 for one that names different linears in different
@@ -59,14 +58,14 @@ def target_linears(words: Sequence[str], linears: Mapping[str, Sizes]) -> list[s
     found: set[str] = set()
     problems: list[Problem] = []
     if not words:
-        problems.append(Problem("CFG-100", f"{FLAG} names nothing.", f"Give it words such as {_examples(spelled)}."))
+        problems.append(Problem("CFG-100", f"{flag} names nothing.", f"Give it words such as {_examples(spelled)}."))
     for word in words:
         meanings = {convention: _ending_in(word, names) for convention, names in spelled.items()}
         distinct = {frozenset(meaning) for meaning in meanings.values() if meaning}
         if not distinct:
-            problems.append(_matches_nothing(word, spelled))
+            problems.append(_matches_nothing(f"{flag} {word!r}", word, spelled))
         elif len(distinct) > 1:
-            problems.append(_ambiguous(word, meanings))
+            problems.append(_ambiguous(f"{flag} {word!r}", meanings))
         else:
             found |= distinct.pop()
     raise_all(ConfigError, problems)
@@ -98,17 +97,17 @@ def _examples(spelled: Mapping[Convention, Mapping[str, str]]) -> str:
     return ", ".join(native)
 
 
-def _matches_nothing(word: str, spelled: Mapping[Convention, Mapping[str, str]]) -> Problem:
+def _matches_nothing(said: str, word: str, spelled: Mapping[Convention, Mapping[str, str]]) -> Problem:
     known = list(dict.fromkeys(ending for names in spelled.values() for ending in _endings(names)))
     close = difflib.get_close_matches(word, known, n=3)
     remedy = f"Did you mean {' or '.join(close)}?" if close else f"The linears of a block are {_examples(spelled)}."
-    return Problem("CFG-100", f"{FLAG} {word!r} names no linear of the model's blocks.", remedy)
+    return Problem("CFG-100", f"{said} names no linear of the model's blocks.", remedy)
 
 
-def _ambiguous(word: str, meanings: Mapping[Convention, Sequence[str]]) -> Problem:
+def _ambiguous(said: str, meanings: Mapping[Convention, Sequence[str]]) -> Problem:
     shown = "; ".join(f"{convention}: {', '.join(names[:2])}, ..." for convention, names in meanings.items() if names)
     return Problem(
         "CFG-101",
-        f"{FLAG} {word!r} names different linears in different conventions ({shown}).",
+        f"{said} names different linears in different conventions ({shown}).",
         "Give more of the name, for example ffn.0 or to_out.0.",
     )

@@ -12,6 +12,7 @@ from mm.checkpoint.identify import Found, identify
 from mm.checkpoint.identity import identity
 from mm.checkpoint.mismatch import Expected
 from mm.checkpoint.weights import WeightSource, open_weights
+from mm.config.run.origins import Origins
 from mm.errors import DataError
 from mm.lora.adapter import Adapter, require_fit
 from mm.lora.files import read_adapter
@@ -57,28 +58,28 @@ def open_base(plan: LoRAPlan, path: Path, expected: Expected, comm: Comm) -> Ada
     return AdapterRun(plan, base, record)
 
 
-def load_adapters(found: Found, run: AdapterRun, optimizer: Optimizer) -> None:
+def load_adapters(found: Found, run: AdapterRun, optimizer: Optimizer, words: Origins) -> None:
     """Start at step 0 from adapters: those of a LoRA run's checkpoint, or of a file of any family.
 
     Args:
         found: a file or folder as for `mm.lora.files.read_adapter`, or a checkpoint.
         run: whose r, alpha and linears the adapters must have; they may be of another base.
-        optimizer: its masters are filled.
+        optimizer: its masters are filled. words: the user's, of this run.
 
     Raises:
         DataError: DATA-094 when r, alpha or the linears are not the run's, DATA-095 when there are no adapters at the
             path, and what `read_adapter` and `require_fit` raise.
         CheckpointError: CKPT-012 for a damaged checkpoint, CKPT-081 for one of a whole model.
     """
-    adapter = adapter_of(found.path) if found.format == training.FORMAT else _read_adapter(found)
+    adapter = adapter_of(found.path) if found.format == training.FORMAT else _read_adapter(found, words)
     require_fit(adapter, every_linear(run.base.shapes()))  # the next line says which of them can be trained
-    _require_plan(found.path, adapter, run.plan)
+    _require_plan(found.path, adapter, run.plan, words)
     parameters = adapter.parameters()
     fill_masters(optimizer, lambda name: parameters[name].float())
     logger.info("loaded the adapters in %s", found.path)
 
 
-def _read_adapter(found: Found) -> Adapter:
+def _read_adapter(found: Found, words: Origins) -> Adapter:
     try:
         return read_adapter(found)
     except DataError as error:
@@ -86,12 +87,13 @@ def _read_adapter(found: Found) -> Adapter:
             raise
         raise DataError(
             "DATA-095",
-            f"--load {found.path} holds neither checkpoints of a LoRA run nor an adapter: {error.problems[0].message}",
-            "Name an adapter file, or a folder of either. The base model belongs to --load-base-model.",
+            f"{words['checkpoint.load'].with_value(str(found.path))} holds neither checkpoints of a LoRA run nor an "
+            f"adapter: {error.problems[0].message}",
+            f"Name an adapter file, or a folder of either. The base model belongs to {words['adapters.base'].name}.",
         ) from None
 
 
-def _require_plan(path: Path, adapter: Adapter, plan: LoRAPlan) -> None:
+def _require_plan(path: Path, adapter: Adapter, plan: LoRAPlan, words: Origins) -> None:
     theirs = adapter.adapted()
     missing = [name for name in plan.adapted if name not in theirs]
     left_over = [name for name in theirs if name not in plan.adapted]
@@ -107,8 +109,9 @@ def _require_plan(path: Path, adapter: Adapter, plan: LoRAPlan) -> None:
         if names
     )
     if told:
+        rank, alpha, targets = (words[f"adapters.{name}"].name for name in ("rank", "alpha", "targets"))
         raise DataError(
             "DATA-094",
-            f"The adapters in {path} are not those of --lora-r, --lora-alpha and --lora-target-modules: {told}.",
+            f"The adapters in {path} are not those of {rank}, {alpha} and {targets}: {told}.",
             "Give the values that the file has, or start without it.",
         )

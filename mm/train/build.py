@@ -191,7 +191,7 @@ def start_or_resume(run: Run, adapters: AdapterRun | None, optimizer: Optimizer,
     """
     start = run.sections.checkpoint
     if start.save is not None:
-        require_kind(Path(start.save), start.format, run.comm)
+        require_kind(Path(start.save), start.format, run.sections.origins, run.comm)
         latest = latest_checkpoint(Path(start.save), run.comm, start.resume_policy, start.verify)
         if latest is not None:
             return _resume(run, latest, adapters, optimizer, steps)
@@ -207,7 +207,7 @@ def start_or_resume(run: Run, adapters: AdapterRun | None, optimizer: Optimizer,
     if found.of_run and not start.weights_only:
         return _resume(run, found, adapters, optimizer, steps)
     if adapters is not None:
-        load_adapters(found, adapters, optimizer)
+        load_adapters(found, adapters, optimizer, run.sections.origins)
     else:
         load_weights(found, optimizer, expected_model(run.sections), run.comm)
     return Progress()

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mm.checkpoint.comm import Comm, ProcessGroupComm, SingleProcess
-from mm.config.inference import InferenceModel
 from mm.config.layout import layout_of
 from mm.config.place import ProcessPlace
+from mm.config.run.generation import GenerationRun
 from mm.config.run.training import TrainingRun
 from mm.data.dataset import open_features
 from mm.device.backend import Backend, deterministic, select
@@ -36,7 +36,7 @@ def train_in_job(
     sections: TrainingRun,
     where: ProcessPlace,
     *,
-    validation: InferenceModel | None = None,
+    validation: GenerationRun | None = None,
     stop: StopRequest | None = None,
     callbacks: Sequence[Callback] = (),
     sinks: Sequence[Sink] = (),
@@ -55,7 +55,7 @@ def train_in_job(
     """
     for note in sections.notes:
         logging.getLogger(__name__).info("%s", note)
-    lora = plan_of(sections.adapters, sections.wan)
+    lora = plan_of(sections.adapters, sections.wan, sections.origins["adapters.targets"].name)
     dataset = open_features(sections.data.features, sections.wan)
     evaluation = sections.evaluation
     held_out = open_features(evaluation.features, sections.wan) if evaluation is not None else None
@@ -93,7 +93,7 @@ def train_in_job(
         return train(run, callbacks, sinks)
 
 
-def _configuration(sections: TrainingRun, backend: Backend, validation: InferenceModel | None) -> dict[str, Any]:
+def _configuration(sections: TrainingRun, backend: Backend, validation: GenerationRun | None) -> dict[str, Any]:
     """What must be equal on all ranks, by the user's words."""
     return {
         "elementwise operators": choice_of(backend.device).name,

@@ -138,10 +138,12 @@ class NumericsGuard:
         message = " ".join(told)
         if self._in_a_row >= self._most:
             row = f" It is number {self._in_a_row + 1} in a row." if self._in_a_row else ""
+            words = self._run.sections.origins
+            rate, leave_out = words["optimizer.lr"].name, words["optimizer.on_nonfinite"].with_value("skip:K")
             raise NumericsError(
                 "NUM-001" if bad_loss else "NUM-002",
                 message + row,
-                "Look at these samples and modules; lower --lr, or let --on-nonfinite skip:K leave out K such steps.",
+                f"Look at these samples and modules; lower {rate}, or let {leave_out} leave out K such steps.",
             )
         self._in_a_row += 1
         self.skipped += 1

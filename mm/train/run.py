@@ -9,8 +9,8 @@ import torch
 from mm.checkpoint.comm import Comm
 from mm.checkpoint.lock import DEFAULT_TIMES
 from mm.checkpoint.mismatch import Expected
-from mm.config.inference import InferenceModel
 from mm.config.model import WanConfig
+from mm.config.run.generation import GenerationRun
 from mm.config.run.training import TrainingRun
 from mm.data.dataset import FeatureDataset
 from mm.device.backend import Backend
@@ -47,7 +47,7 @@ class Run:
     lora: LoRAPlan | None = None
     saving: Comm | None = None
     held_out: FeatureDataset | None = None
-    validation: InferenceModel | None = None
+    validation: GenerationRun | None = None
 
     @property
     def global_batch_size(self) -> int:

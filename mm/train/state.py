@@ -32,6 +32,7 @@ from mm.checkpoint.weights import open_weights
 from mm.config.base import parse
 from mm.config.model import WanConfig
 from mm.config.optimizer import OptimizerName
+from mm.config.run.origins import Origins
 from mm.config.step import StepSettings
 from mm.errors import ConfigError, Problem, ResumeError, raise_all
 from mm.lora.record import AdapterRecord, export, record_of
@@ -114,21 +115,23 @@ def _optimizer_scalars(optimizer: Optimizer, comm: Comm, *, with_optimizer: bool
     return {key: max(comm.all_gather_object(optimizer.steps_made())) if with_optimizer else None}
 
 
-def _require_state(path: Path, scalars: Mapping[str, Any], algorithm: Algorithm) -> None:
+def _require_state(path: Path, scalars: Mapping[str, Any], algorithm: Algorithm, words: Origins) -> None:
     """CKPT-072 and CKPT-073: the state of this run's optimizer must be there."""
     theirs = ALGORITHMS[_recorded_optimizer(scalars)]
+    chosen, anew = words["optimizer.name"], words["checkpoint.load_optimizer"].with_value(False)
     if theirs.name != algorithm.name:
         raise ResumeError(
             "CKPT-073",
-            f"{path} holds the state of {theirs.title}, and this run's --optimizer is {algorithm.name}.",
-            f"Give --optimizer {theirs.name}, or --no-load-optim to start {algorithm.title} anew from these weights.",
+            f"{path} holds the state of {theirs.title}, and this run's {chosen.name} is {algorithm.name}.",
+            f"Give {chosen.with_value(theirs.name)}, or {anew} to start {algorithm.title} anew from these weights.",
         )
     saved = scalars.get(STATE_KEY, False) if algorithm.step_key is None else scalars.get(algorithm.step_key) is not None
     if not saved:
         raise ResumeError(
             "CKPT-072",
-            f"{path} was saved without the optimizer (--no-save-optim or --ckpt-format torch).",
-            f"Give --no-load-optim to start {algorithm.title} anew from these weights.",
+            f"{path} was saved without the optimizer ({words['checkpoint.save_optimizer'].with_value(False)} or "
+            f"{words['checkpoint.format'].with_value('torch')}).",
+            f"Give {anew} to start {algorithm.title} anew from these weights.",
         )
 
 
@@ -180,15 +183,15 @@ def load_state(
         CheckpointError: what `mm.checkpoint.store.load` raises.
         ConfigError: CFG-028 for another model, CFG-160 for every other change of what steps mean.
     """
-    path, described = found.path, _described(found)
+    path, described, words = found.path, _described(found), resuming.sections.origins
     scalars = described.scalars
-    _require_same_kind(path, described.adapters, adapters)
+    _require_same_kind(path, described.adapters, adapters, words)
     expected.require_config(path, described.config, text_len=True)
     _require_same_steps(path, scalars, seed, resuming, any_seed=any_seed)
     if with_optimizer:
-        _require_state(path, scalars, optimizer.algorithm)
+        _require_state(path, scalars, optimizer.algorithm, words)
     if with_average:
-        _require_same_average(path, scalars.get(DECAY_KEY), optimizer.average)
+        _require_same_average(path, scalars.get(DECAY_KEY), optimizer.average, words)
     if described.manifest is None:
         load_weights(found, optimizer, expected, comm)
     else:
@@ -244,10 +247,12 @@ def _require_same_steps(
     if scalars["seed"] == seed or any_seed:
         raise_all(ConfigError, problems)
         return
+    word, other = (resuming.sections.origins[of] for of in ("training.seed", "checkpoint.same_seed"))
     other_seed = Problem(
         "CKPT-071",
-        f"{path} was trained with --seed {scalars['seed']}, and --seed is {seed}.",
-        f"Give --seed {scalars['seed']}, or --no-load-rng to go on with other random numbers on purpose.",
+        f"{path} was trained with {word.with_value(scalars['seed'])}, and {word.name} is {seed}.",
+        f"Give {word.with_value(scalars['seed'])}, or {other.with_value(False)} to go on with other random numbers on "
+        "purpose.",
     )
     raise_all(ResumeError, [other_seed, *problems])
 
@@ -289,35 +294,38 @@ def fill_masters(optimizer: Optimizer, read: Callable[[str], Tensor]) -> None:
         optimizer.average.restart()
 
 
-def _require_same_kind(path: Path, theirs: AdapterRecord | None, ours: AdapterRecord | None) -> None:
+def _require_same_kind(path: Path, theirs: AdapterRecord | None, ours: AdapterRecord | None, words: Origins) -> None:
+    base, save = words["adapters.base"], words["checkpoint.save"].name
     if theirs is not None and ours is not None:
-        ours.require_same(theirs, path)
+        ours.require_same(theirs, path, words)
     elif theirs is not None:
         raise ResumeError(
             "CKPT-080",
             f"{path} holds adapters of a LoRA run, and this run trains all parameters.",
-            f"Give LoRA's flags, with --load-base-model {theirs.base_path}; or other folders to --load and --save.",
+            f"Train adapters, with {base.with_value(theirs.base_path)}; or give other folders to "
+            f"{words['checkpoint.load'].name} and {save}.",
         )
     elif ours is not None:
         raise ResumeError(
             "CKPT-081",
             f"{path} holds a whole model, and this run trains adapters.",
-            "Give it to --load-base-model if it is the base, and another folder to --save.",
+            f"Give it to {base.name} if it is the base, and another folder to {save}.",
         )
 
 
-def _require_same_average(path: Path, theirs: float | None, ours: Average | None) -> None:
+def _require_same_average(path: Path, theirs: float | None, ours: Average | None, words: Origins) -> None:
+    decay, without = words["optimizer.ema_decay"], words["checkpoint.load_average"].with_value(False)
     if theirs is None and ours is not None:
         raise ResumeError(
             "CKPT-085",
-            f"{path} has no average of its weights, and --ema-decay is {ours.decay:g}.",
-            "Give --no-load-ema to begin an average at its weights, or remove --ema-decay.",
+            f"{path} has no average of its weights, and {decay.name} is {ours.decay:g}.",
+            f"Give {without} to begin an average at its weights, or remove {decay.name}.",
         )
     if theirs is not None and ours is None:
         raise ResumeError(
             "CKPT-086",
-            f"{path} has an average of its weights (--ema-decay {theirs:g}), and this run keeps none.",
-            f"Give --ema-decay {theirs:g}, or --no-load-ema to go on without the average.",
+            f"{path} has an average of its weights ({decay.with_value(theirs)}), and this run keeps none.",
+            f"Give {decay.with_value(theirs)}, or {without} to go on without the average.",
         )
 
 

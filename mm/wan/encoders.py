@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import UMT5EncoderModel
 
-from mm.config.extract import TilingParam
 from mm.config.model import Precision
+from mm.config.run.encoders import Tiles
 from mm.device.precision import true_fp32
 from mm.errors import DataError
 from mm.wan.component import load_strictly
@@ -40,7 +40,7 @@ class VideoEncoder:
     VAE's own configuration, so the same video always gives the same latents (Wan2.1 report, arXiv 2503.20314).
     """
 
-    def __init__(self, vae: AutoencoderKLWan, tiling: TilingParam | None = None) -> None:
+    def __init__(self, vae: AutoencoderKLWan, tiling: Tiles | None = None) -> None:
         """Take a loaded VAE.
 
         Args:
@@ -55,7 +55,7 @@ class VideoEncoder:
 
     @classmethod
     def from_pretrained(
-        cls, folder: Path, dtype: Precision, device: torch.device, tiling: TilingParam | None = None
+        cls, folder: Path, dtype: Precision, device: torch.device, tiling: Tiles | None = None
     ) -> VideoEncoder:
         """Load the VAE of a folder in the diffusers layout.
 

@@ -198,7 +198,7 @@ def _report_unused(files: set[Path]) -> None:
 
 
 def what_instead(path: Path) -> NothingThere:
-    """Say what a path is where `find_shards` finds nothing."""
+    """Description of a path where `find_shards` finds nothing."""
     if not path.exists():
         return "absent"
     if path.is_file():

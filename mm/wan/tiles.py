@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from mm.config.extract import TilingParam
+from mm.config.run.encoders import Tiles
 
 
 def origins(length: int, size: int, stride: int) -> list[int]:
@@ -21,7 +21,7 @@ def origins(length: int, size: int, stride: int) -> list[int]:
 
 
 def in_tiles(
-    vae: AutoencoderKLWan, apply: Callable[[Tensor], Tensor], x: Tensor, tiling: TilingParam, units: tuple[int, int]
+    vae: AutoencoderKLWan, apply: Callable[[Tensor], Tensor], x: Tensor, tiling: Tiles, units: tuple[int, int]
 ) -> Tensor:
     """Apply a half of the VAE to tiles, and blend them linearly where they overlap.
 
@@ -35,7 +35,7 @@ def in_tiles(
     Returns:
         [B, C', F', H', W'].
     """
-    (height, width), (down, right) = tiling.tile_size, tiling.tile_stride
+    (height, width), (down, right) = tiling.size, tiling.stride
     before, after = units
     tops = origins(x.shape[-2] // before, height, down)
     lefts = origins(x.shape[-1] // before, width, right)

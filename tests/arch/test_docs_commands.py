@@ -11,11 +11,11 @@ from mm.cli.convert import ConvertFlags
 from mm.cli.doctor import DoctorFlags
 from mm.cli.flags_page import PROGRAMS as COMMANDS_WITH_FLAGS
 from mm.cli.zero_to_bf16 import ZeroFlags
-from mm.config.extract import RETIRED_EXTRACT_FLAGS, ExtractFlags
 from mm.config.flags import Flags, flag_name
-from mm.config.inference_retired import RETIRED_GENERATE_FLAGS
 from mm.dialects.mindspeed.accepted_flags import ACCEPTED_TRAIN_FLAGS
-from mm.dialects.mindspeed.generate import GenerateFlags
+from mm.dialects.mindspeed.extract_files import RETIRED_EXTRACT_FLAGS, ExtractFlags
+from mm.dialects.mindspeed.generate_flags import GenerateFlags
+from mm.dialects.mindspeed.inference_retired import RETIRED_GENERATE_FLAGS
 from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, TrainFlags
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_rules import ROOT, SCRIPTS, SOURCES, ids
+from test_rules import ROOT, SCRIPTS, SOURCES, each
 
 CHECKED = [*SOURCES, *SCRIPTS, *sorted((ROOT / "benchmarks").rglob("*.py"))]
 LOADERS = {"from_pretrained", "from_single_file", "load_config"}
@@ -81,7 +81,7 @@ def _wrong_call(node: ast.Call, safe_yaml: set[str], path: str) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("path", CHECKED, ids=ids(CHECKED))
+@each(CHECKED)
 def test_no_call_runs_foreign_code(path: Path) -> None:
     assert list(complaints(path.read_text(), path.relative_to(ROOT).as_posix())) == []
 

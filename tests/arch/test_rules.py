@@ -4,6 +4,8 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,10 +35,16 @@ def room(path: Path) -> str:
     return parts[0].removesuffix(".py")
 
 
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@cache
 def imports(path: Path) -> list[str]:
     """Every module name that a file imports, inside functions too, `from a import b` as both a and a.b."""
     names = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -45,14 +53,26 @@ def imports(path: Path) -> list[str]:
     return names
 
 
-def ids(paths: list[Path]) -> list[str]:
-    return [str(path.relative_to(ROOT)) for path in paths]
+def each(paths: list[Path]) -> Callable[[Callable[[Path], None]], Callable[[], None]]:
+    """One test that a check holds for every file, and tells each that fails; a test for each would be thousands."""
+
+    def of(check: Callable[[Path], None]) -> Callable[[], None]:
+        def test() -> None:
+            failed = []
+            for path in paths:
+                try:
+                    check(path)
+                except (AssertionError, pytest.fail.Exception) as error:
+                    failed.append(f"{path.relative_to(ROOT)}: {error}")
+            assert failed == [], "\n".join(failed)
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return test
+
+    return of
 
 
-every_source = pytest.mark.parametrize("path", SOURCES, ids=ids(SOURCES))
-
-
-@every_source
+@each(SOURCES)
 def test_imports_go_one_way(path: Path) -> None:
     here = room(path)
     if here == "__init__":
@@ -65,7 +85,7 @@ def test_imports_go_one_way(path: Path) -> None:
         assert siblings_at_the_bottom or LEVELS[parts[1]] < LEVELS[here], f"{path.name} ({here}) imports {name}"
 
 
-@every_source
+@each(SOURCES)
 def test_only_commands_know_a_dialect(path: Path) -> None:
     """What flags and files of other systems are called is behind sections for everyone else."""
     if room(path) in {"dialects", "cli"}:
@@ -74,12 +94,12 @@ def test_only_commands_know_a_dialect(path: Path) -> None:
         assert not name.startswith("mm.dialects"), f"{path} imports {name}"
 
 
-@every_source
+@each(SOURCES)
 def test_room_is_known(path: Path) -> None:
     assert room(path) in LEVELS
 
 
-@every_source
+@each(SOURCES)
 def test_libraries_stay_in_their_rooms(path: Path) -> None:
     here = room(path)
     for name in imports(path):
@@ -92,10 +112,10 @@ def test_libraries_stay_in_their_rooms(path: Path) -> None:
         assert name.split(".")[0] not in {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}, name
 
 
-@every_source
+@each(SOURCES)
 def test_banned_constructs(path: Path) -> None:
     here = room(path)
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         assert not isinstance(node, ast.Global), f"{path}:{getattr(node, 'lineno', 0)} global"
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             spelled = f"{node.value.id}.{node.attr}"
@@ -112,11 +132,11 @@ def test_banned_constructs(path: Path) -> None:
                 assert "generator" in keywords, f"{path}:{node.lineno} draws without a keyed generator"
 
 
-@every_source
+@each(SOURCES)
 def test_kinds_of_device_are_named_only_in_the_device_room(path: Path) -> None:
     if room(path) in {"device", "ops"}:
         return
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         # the choices of the --device flag are data for mm.device; everything else must ask a Backend
         if (
             isinstance(node, ast.Constant)
@@ -128,11 +148,11 @@ def test_kinds_of_device_are_named_only_in_the_device_room(path: Path) -> None:
             pytest.fail(f"{path}:{node.lineno} uses {ast.unparse(node)}")
 
 
-@every_source
+@each(SOURCES)
 def test_sizes(path: Path) -> None:
     text = path.read_text()
     assert text.count("\n") <= 400, "split the file by concept"
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(path):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             assert length <= 80, f"{path}:{node.lineno} {node.name} has {length} lines"

@@ -17,8 +17,8 @@ from mm.config.base import load
 from mm.config.data import DataSource, data_sources
 from mm.data.clips import load_clip
 from mm.data.dataset import open_features
-from mm.dialects.mindspeed.data_files import load_extract_data, load_train_data
-from mm.dialects.mindspeed.model_files import load_extract_model
+from mm.dialects.mindspeed.extraction import source
+from mm.dialects.mindspeed.files import load_extract_data, load_extract_model, load_train_data
 from mm.dialects.mindspeed.train_flags import PretrainModel
 from mm.dialects.mindspeed.training import features
 
@@ -76,7 +76,7 @@ def test_every_bad_sample_is_reported_and_the_others_are_kept(
     errors = capsys.readouterr().err
     assert "error DATA-076: 4 of 7 samples cannot be used: 1 DATA-001, 2 DATA-002, 1 DATA-004" in errors
     assert "samples:" not in errors  # the bar, which only a terminal gets
-    preprocess = load_extract_data(tmp_path / "mm_data.json").dataset_param.preprocess_parameters
+    preprocess = source(load_extract_data(tmp_path / "mm_data.json")).clip
     kept = load_samples([DataSource(folder, clean)])
     assert [sample.id for sample in kept] == ["good.mp4", "fine.mp4", "well.mp4"]
     assert all(load_clip(sample, preprocess, 1234).num_frames == 9 for sample in kept), "extraction takes all of them"
@@ -225,7 +225,8 @@ def test_words_that_do_not_fit(folder: Path, tmp_path: Path, capsys: pytest.Capt
     told = capsys.readouterr().err
     assert "error CFG-111: " in told and "error CFG-112: " in told
     videos = data_json(tmp_path, folder / "data.json", folder)
-    assert data_sources(load_extract_data(videos).dataset_param.basic_parameters)
+    listed = source(load_extract_data(videos))
+    assert data_sources(listed.path, listed.folder)
     model = tmp_path / "model.json"
     part = {"from_pretrained": "x", "dtype": "fp32"}
     model.write_text(json.dumps({"task": "i2v", "ae": part, "text_encoder": part}))

@@ -15,18 +15,20 @@ from safetensors.torch import load_file, save_file
 
 from mm.cli import doctor
 from mm.cli import train as train_command
+from mm.cli import translate as translate_command
 from mm.config.base import load
 from mm.config.diffusion import DiffusionConfig
 from mm.config.flags import as_words
 from mm.data.dataset import open_features
-from mm.dialects.mindspeed.data_files import load_train_data
+from mm.dialects.mindspeed.files import load_train_data
 from mm.dialects.mindspeed.train_flags import PretrainModel
 from mm.dialects.mindspeed.training import features
 from mm.diffusion.flow import FlowMatching
 from mm.doctor.preflight import draws, same_draws
 from mm.errors import ConfigError, DifferenceError
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "wan2.1"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples" / "wan2.1"
 WEIGHTS = "weights/Wan2.1-T2V-Tiny-Diffusers/transformer"
 
 
@@ -200,3 +202,29 @@ def test_compare_takes_two_runs(runs: Path) -> None:
     )
     assert done.returncode == 64
     assert "error CFG-006: mm doctor compare takes two runs" in done.stderr
+
+
+def test_a_run_as_a_file_is_looked_at_like_its_flags(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = words(demo, tmp_path / "run")
+    translate_command.main(["--", "mm", "train", *command])
+    file = tmp_path / "run.yaml"
+    file.write_text(capsys.readouterr().out)
+
+    def dry_run(*asked: str) -> Any:
+        done = subprocess.run(
+            [sys.executable, "-m", "mm.cli.doctor", *asked, "--dry-run", "--json-output"],
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    assert dry_run(str(file)) == dry_run(*command)
+    doctor.main([str(file), "--json-output"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["ready"] and {row["check"] for row in found["findings"]} >= {"memory", "weights", "features"}
+    with pytest.raises(ConfigError, match=r"CFG-190.*Write optimizer.lr into the file"):
+        doctor.main([str(file), "--dry-run", "--lr", "1"])
+    with pytest.raises(ConfigError, match=r"CFG-007.*--ranks"):
+        doctor.main([str(file), "--dry-run", "--ranks", "1"])

@@ -14,12 +14,12 @@ from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DMode
 from ranks import ANY_PORT
 
 from mm.config.base import load
-from mm.config.extract import check_extraction, extraction_task
-from mm.config.flags import parse_flags
+from mm.config.flags import as_words, parse_flags
 from mm.config.model import WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B
-from mm.dialects.mindspeed.data_files import load_extract_data, load_train_data
-from mm.dialects.mindspeed.generate import GenerateFlags
-from mm.dialects.mindspeed.model_files import load_extract_model, load_extract_tools
+from mm.config.rules.extraction import check_extraction
+from mm.dialects.mindspeed.extraction import read_extraction
+from mm.dialects.mindspeed.files import load_train_data
+from mm.dialects.mindspeed.generate_flags import GenerateFlags
 from mm.dialects.mindspeed.train_flags import PretrainModel, TrainFlags
 
 ROOT = Path(__file__).parents[2]
@@ -202,17 +202,16 @@ def test_scripts_of_images_from_videos_to_a_checkpoint(demo: Path, tmp_path: Pat
 def test_shipped_files_of_images_fit_together(task: str) -> None:
     """Released models, the files of extraction and those of training agree on task, size and folders."""
     files = EXAMPLES / "feature_extract" / task
-    data = load_extract_data(files / "data.json").dataset_param
-    model, tools = load_extract_model(files / "model_wan.json"), load_extract_tools(files / "tools.json")
-    check_extraction(load_extract_data(files / "data.json"), model, tools)
-    assert extraction_task(model, tools) == task
+    named = {"mm_data": "data.json", "mm_model": "model_wan.json", "mm_tool": "tools.json"}
+    run = read_extraction(as_words({flag: files / name for flag, name in named.items()}))
+    check_extraction(run)
+    assert run.task.name == task
     trained = EXAMPLES / "14b" / task
     features = load_train_data(trained / "feature_data.json").dataset_param.preprocess_parameters
-    clip = data.preprocess_parameters
-    for name in ("num_frames", "frame_interval", "max_height", "max_width"):
-        assert getattr(features, name) == getattr(clip, name)
-    assert (clip.max_height, clip.max_width) == (720, 1280)
-    assert (trained / "data.txt").read_text().strip() == tools.sorafeature.save_path
+    clip = run.data.clip
+    assert (features.num_frames, features.frame_interval) == (clip.num_frames, clip.frame_interval)
+    assert (features.max_height, features.max_width) == (clip.height, clip.width) == (720, 1280)
+    assert (trained / "data.txt").read_text().strip() == run.output.path
     predictor = load(PretrainModel, trained / "pretrain_model.json").predictor.wan()
     assert predictor == {"i2v": WAN_I2V_14B, "flf2v": WAN_FLF2V_14B}[task]
 

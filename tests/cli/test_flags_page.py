@@ -11,7 +11,7 @@ import pytest
 from mm.cli.flags_page import PROGRAMS, flags_page
 from mm.config.flag_help import flag_groups
 from mm.config.flags import Flags, flag_name
-from mm.dialects.mindspeed.generate import GenerateFlags
+from mm.dialects.mindspeed.generate_flags import GenerateFlags
 from mm.dialects.mindspeed.train_flags import TrainFlags
 
 ROOT = Path(__file__).parents[2]

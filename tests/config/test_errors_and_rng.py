@@ -24,7 +24,7 @@ def test_an_error_says_id_message_and_remedy_on_one_line() -> None:
 
 
 def test_exit_codes() -> None:
-    expected = {ConfigError: 64, ResumeError: 64, DataError: 65, DataWriteError: 65, CheckpointError: 74}
+    expected = {ConfigError: 64, DataError: 65, DataWriteError: 65, CheckpointError: 74, ResumeError: 64}
     expected |= {NumericsError: 17, DifferenceError: 17}
     assert {kind: kind("X-1", "m", "r").exit_code for kind in expected} == expected
 

@@ -39,8 +39,8 @@ def test_whole_requests(words: str) -> None:
     [
         ("--lora-r 4", "CFG-104", "--lora-alpha and --lora-target-modules and --load-base-model", "--lora-r 16"),
         (WHOLE.replace("--lora-alpha 8", ""), "CFG-104", "needs --lora-alpha as well", "--lora-alpha 16"),
-        ("--lora-dropout 0 --load base", "CFG-104", "--lora-r", "belongs to --load-base-model"),
-        (WHOLE.replace("-base-model", ""), "CFG-104", "needs --load-base-model", "--load is for adapters"),
+        ("--lora-dropout 0", "CFG-104", "--lora-r", "none of LoRA's flags"),
+        (WHOLE.replace("--load-base-model base", ""), "CFG-104", "needs --load-base-model", "--load-base-model"),
         ("--load-base-model base --load base", "CFG-105", "no effect", "--load"),
         (WHOLE.replace("--lora-r 4", "--lora-r 0"), "CFG-102", "--lora-r is 0", "16"),
         (WHOLE.replace("--lora-alpha 8", "--lora-alpha -1"), "CFG-102", "--lora-alpha is -1", "--lora-r"),

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mm.config.extract import RETIRED_EXTRACT_FLAGS, ExtractFlags
 from mm.config.flags import Flags, flag_name, parse_flags
-from mm.config.inference_retired import RETIRED_GENERATE_FLAGS
-from mm.dialects.mindspeed.generate import GenerateFlags
+from mm.dialects.mindspeed.extract_files import RETIRED_EXTRACT_FLAGS, ExtractFlags
+from mm.dialects.mindspeed.generate_flags import GenerateFlags
+from mm.dialects.mindspeed.inference_retired import RETIRED_GENERATE_FLAGS
 from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, TrainFlags
 from mm.errors import ConfigError
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mm.config.data import FeatureParameters, RawParameters, data_source_line, data_sources
+from mm.config.data import data_source_line, data_sources
 from mm.config.path_line import LineError, read_paths, write_paths
 from mm.demo.configs import write_configs
 from mm.errors import ConfigError
@@ -41,10 +41,10 @@ def test_a_written_line_is_read_back(tmp_path: Path, name: str, exists: bool) ->
         folder.mkdir()
     for part in name.split(","):
         (tmp_path / part).mkdir(exist_ok=True)
-    raw = RawParameters(data_path=listed(tmp_path, "# a comment", "", data_source_line(folder, "data.json")))
+    raw = listed(tmp_path, "# a comment", "", data_source_line(folder, "data.json"))
     assert [(s.folder, s.annotation) for s in data_sources(raw)] == [(folder, folder / "data.json")]
-    features = FeatureParameters(data_path=listed(tmp_path, data_source_line(folder)))
-    assert [s.folder for s in data_sources(features, "data.jsonl")] == [folder]
+    features = listed(tmp_path, data_source_line(folder))
+    assert [s.folder for s in data_sources(features, None, "data.jsonl")] == [folder]
     pair = [str(folder / "first.png"), str(folder / "last.png")]
     assert read_paths(write_paths(pair, ", "), (2,), lambda _: False) == tuple(pair)
 
@@ -55,10 +55,10 @@ def test_the_lists_of_the_embedded_default_are_read_back(tmp_path: Path, name: s
     home.mkdir()
     write_configs(home / "configs", home)
     for task, features in (("", "features"), ("i2v", "features_i2v"), ("flf2v", "features_flf2v")):
-        raw = RawParameters(data_path=str(home / "configs" / task / "data.txt"))
+        raw = str(home / "configs" / task / "data.txt")
         assert [s.annotation for s in data_sources(raw)] == [home / "dataset" / "data.json"]
-        made = FeatureParameters(data_path=str(home / "configs" / task / "feature_data.txt"))
-        assert [s.annotation for s in data_sources(made, "data.jsonl")] == [home / features / "data.jsonl"]
+        made = str(home / "configs" / task / "feature_data.txt")
+        assert [s.annotation for s in data_sources(made, None, "data.jsonl")] == [home / features / "data.jsonl"]
 
 
 @pytest.mark.parametrize("path", ["two\nlines", "a\rb", "\udcff"])
@@ -72,7 +72,7 @@ def test_quotes_are_those_of_csv(tmp_path: Path) -> None:
     folders = ['a, "b"', "plain", " x "]
     with (tmp_path / "list.txt").open("w", newline="") as file:
         csv.writer(file, quoting=csv.QUOTE_NONNUMERIC).writerows([folder, "d.json"] for folder in folders)
-    sources = data_sources(RawParameters(data_path=str(tmp_path / "list.txt")))
+    sources = data_sources(str(tmp_path / "list.txt"))
     assert [str(source.folder) for source in sources] == folders
 
 
@@ -80,21 +80,21 @@ def test_a_line_without_quotes_is_what_it_names(tmp_path: Path) -> None:
     folder = tmp_path / "run 1, final"
     folder.mkdir()
     (folder / "data.json").touch()
-    raw = RawParameters(data_path=listed(tmp_path, f"{folder},data.json", f"{folder},{folder}/data.json"))
+    raw = listed(tmp_path, f"{folder},data.json", f"{folder},{folder}/data.json")
     assert [(s.folder, s.annotation) for s in data_sources(raw)] == [(folder, folder / "data.json")] * 2
-    features = FeatureParameters(data_path=listed(tmp_path, str(folder)))
-    assert [s.annotation for s in data_sources(features, "data.jsonl")] == [folder / "data.jsonl"]
+    features = listed(tmp_path, str(folder))
+    assert [s.annotation for s in data_sources(features, None, "data.jsonl")] == [folder / "data.jsonl"]
     (tmp_path / "run 1").mkdir()  # this alone makes no second reading: the annotation would be "final"
-    assert [s.folder for s in data_sources(features, "data.jsonl")] == [folder]
+    assert [s.folder for s in data_sources(features, None, "data.jsonl")] == [folder]
 
 
 def test_a_line_of_two_meanings_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a,b").mkdir()
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b").touch()
-    features = FeatureParameters(data_path=listed(tmp_path, f"{tmp_path}/a,b"))
+    features = listed(tmp_path, f"{tmp_path}/a,b")
     with pytest.raises(ConfigError, match=r"CFG-054.*line 1.*several ways.*double quotes"):
-        data_sources(features, "data.jsonl")
+        data_sources(features, None, "data.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from feature_samples import write_clip
 from PIL import Image
 
-from mm.config.data import RawPreprocess
+from mm.config.run.extraction import SourceClip
 from mm.data.clips import choose_frames, load_clip
 from mm.data.metadata import Annotation, Resolution, VideoSample
 from mm.data.transforms import resize_and_crop
@@ -19,8 +19,8 @@ def sample(file: Path, **annotation: Any) -> VideoSample:
     return VideoSample(file.name, file, ("x",), Annotation(path=file.name, cap="x", **annotation))
 
 
-def rules(num_frames: int, **changes: Any) -> RawPreprocess:
-    return RawPreprocess(num_frames=num_frames, max_height=32, max_width=48, **changes)
+def rules(num_frames: int, **changes: Any) -> SourceClip:
+    return SourceClip(num_frames=num_frames, height=32, width=48, **changes)
 
 
 ANY = sample(Path("a.mp4"))

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mm.data.files
-from mm.config.data import TrainData
 from mm.config.model import WanConfig
 from mm.config.run.data import FeatureSet
 from mm.data.dataset import FeatureDataset, open_features
@@ -29,6 +28,7 @@ from mm.data.features import (
 )
 from mm.data.listing import FeatureRow, open_feature_store, write_listing
 from mm.data.recipe import Recipe, folder_fingerprint, load_recipe, save_recipe
+from mm.dialects.mindspeed.data_json import TrainData
 from mm.dialects.mindspeed.training import features
 from mm.errors import DataError
 

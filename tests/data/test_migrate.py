@@ -9,12 +9,13 @@ from test_feature_store import MODEL, feature_set
 from test_image_features import with_images
 
 from mm.cli import migrate as migrate_command
-from mm.config.data import DataSource, Preprocess
+from mm.config.data import DataSource
+from mm.config.run.data import Clip
 from mm.data.dataset import open_features
 from mm.data.migrate import migrate
 from mm.errors import DataError
 
-MADE_WITH = Preprocess(num_frames=9, max_height=64, max_width=64)
+MADE_WITH = Clip(num_frames=9, height=64, width=64)
 
 
 def legacy(tokens: int = 3, **changes: Any) -> dict[str, Any]:

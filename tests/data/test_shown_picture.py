@@ -11,7 +11,7 @@ import torch
 from numbered_clips import draw, plain_decode, with_matrix, write_numbered
 from PIL import Image, ImageOps
 
-from mm.config.data import RawPreprocess
+from mm.config.run.extraction import SourceClip
 from mm.data.clips import load_clip
 from mm.data.metadata import Annotation, Resolution, VideoSample
 from mm.data.transforms import resize_and_crop
@@ -102,7 +102,7 @@ def test_pixels_that_are_not_square(aspect: Fraction, tmp_path: Path) -> None:
     assert (info.height, info.width, info.pixel_aspect) == (HEIGHT, WIDTH, aspect)
     assert info.shown_size == (HEIGHT, round(WIDTH * aspect))
     sample = VideoSample("a", file, ("x",), Annotation(path="a.mp4", cap="x"))
-    clip = load_clip(sample, RawPreprocess(num_frames=9, max_height=32, max_width=48), seed=0).pixels
+    clip = load_clip(sample, SourceClip(num_frames=9, height=32, width=48), seed=0).pixels
     scale = max(32 / HEIGHT, 48 / (WIDTH * aspect))
     height, width = round(HEIGHT * scale), round(float(WIDTH * aspect * scale))
     image = Image.fromarray(plain_decode(file)[4]).resize((width, height), Image.Resampling.BILINEAR)
@@ -125,7 +125,7 @@ def test_annotated_size_is_the_stored_or_the_shown_one(size: tuple[int, int], ag
     file = write_numbered(tmp_path / "a.mp4", 9, pixel_aspect=Fraction(4, 3))
     resolution = Resolution(height=size[0], width=size[1])
     sample = VideoSample("a", file, ("x",), Annotation(path="a.mp4", cap="x", resolution=resolution))
-    rule = RawPreprocess(num_frames=9, max_height=32, max_width=48)
+    rule = SourceClip(num_frames=9, height=32, width=48)
     if agrees:
         assert load_clip(sample, rule, seed=0).num_frames == 9
     else:

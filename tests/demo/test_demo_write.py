@@ -14,13 +14,13 @@ from transformers import AutoTokenizer
 
 from mm.cli import doctor_data
 from mm.cli.demo import main
-from mm.config.base import load
-from mm.config.inference import InferenceModel
 from mm.demo import write
 from mm.demo.clips import all_captions, all_clips
 from mm.demo.components import MODEL_NAMES, load_vae
 from mm.demo.measure import measure_clip, score
 from mm.demo.video import read_video
+from mm.dialects.mindspeed.generate import load_generation
+from mm.dialects.mindspeed.generate_flags import GenerateFlags
 from mm.errors import ConfigError
 from mm.generate.rows import read_rows
 
@@ -41,7 +41,7 @@ def test_every_stage_takes_a_folder_of_any_name(tmp_path: Path, capsys: pytest.C
     doctor_data.main(["--mm-data", str(data), "--mm-model", str(model), "--num-workers", "1"])
     assert "16 samples, all of them can be used" in capsys.readouterr().out
     for task, images in (("i2v", 1), ("flf2v", 2), ("speedcontrol", 0)):
-        rows, bad = read_rows(load(InferenceModel, configs / task / "inference_model.json"))
+        rows, bad = read_rows(load_generation(GenerateFlags(mm_model=str(configs / task / "inference_model.json"))))
         assert len(rows) == 16 and not bad
         assert all(len(row.images) == images and all(path.is_file() for path in row.images) for row in rows)
 

@@ -18,9 +18,36 @@ CLIP = {
     "force_resolution": False, "video_processor_type": "OpensoraplanVideoProcessor",
 }  # fmt: skip
 PIPELINE = {
-    "video_and_first_frame": [{"trans_type": "ToTensorVideo"}, {"trans_type": "ResizeVideo", "param": {}}],
-    "video_only": [{"trans_type": "CenterCropResizeVideo"}],
-}
+    "video_and_first_frame": [
+        {"trans_type": "ResizeVideo", "param": {
+            "transform_size": {"max_height": 480, "max_width": 832}, "mode": "shortside",
+            "interpolation_mode": "bilinear", "antialias": True,
+        }},
+        {"trans_type": "ToTensorVideo"},
+    ],
+    "video_only": [
+        {"trans_type": "CenterCropResizeVideo", "param": {"transform_size": {"max_height": 480, "max_width": 832}}},
+        {"trans_type": "norm_fun", "param": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "inplace": True}},
+    ],
+}  # fmt: skip
+OF_FRAMES = {
+    "first_frame_clip": [
+        {"trans_type": "Resize", "param": {"transform_size": [224, 224], "interpolation_mode": "bicubic",
+                                           "antialias": False}},
+        {"trans_type": "norm_fun", "param": {"mean": [0.48145466, 0.4578275, 0.40821073],
+                                             "std": [0.26862954, 0.26130258, 0.27577711]}},
+    ],
+    "first_frame_vae": [
+        {"trans_type": "ResizeVideo", "param": {"transform_size": {"max_height": 480, "max_width": 832}}},
+        {"trans_type": "norm_fun", "param": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}},
+    ],
+}  # fmt: skip
+DUMMIES = (
+    "--num-layers 1 --hidden-size 3072 --num-attention-heads 48 --seq-length 24 --max-position-embeddings 24 "
+    "--tokenizer-type NullTokenizer --vocab-size 0 --position-embedding-type rope --rotary-base 500000 --swiglu "
+    "--no-masked-softmax-fusion --normalization RMSNorm --use-fused-rmsnorm "
+)
+"""What early versions' scripts give Megatron."""
 
 
 def tokenizer(length: int) -> dict[str, Any]:
@@ -30,11 +57,13 @@ def tokenizer(length: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def extract_data() -> dict[str, Any]:
+def extract_data(task: str = "t2v") -> dict[str, Any]:
+    transforms = PIPELINE | (OF_FRAMES if task == "i2v" else {})
+    shapes = {"min_hxw": 99840, "hw_aspect_thr": 5.0, "train_pipeline": transforms}
     param = {
         "dataset_type": "t2v",
         "basic_parameters": {"data_path": "data.txt", "data_storage_mode": "combine"},
-        "preprocess_parameters": CLIP,
+        "preprocess_parameters": {**CLIP, **shapes},
         "use_text_processer": True,
         "enable_text_preprocessing": True,
         "text_preprocess_methods": {"method": "whitespace_clean"},
@@ -120,6 +149,13 @@ ignored_modules:
   - ae
   - text_encoder
 """
+
+
+def extract_words(*, early: bool = False) -> str:
+    """The words of feature_extraction.sh."""
+    sizes = "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --context-parallel-size 1 "
+    words = sizes + "--micro-batch-size 1 --global-batch-size 8 --num-workers 8 --lr 1e-5 --min-lr 1e-5 --bf16 "
+    return words + "--train-iters 5000 --distributed-backend nccl " + (DUMMIES if early else "")
 
 
 def extract_model(task: str) -> dict[str, Any]:

@@ -11,12 +11,20 @@ import pytest
 
 from mm.cli import migrate
 from mm.config.flags import parse_flags
+from mm.config.rules.extraction import check_extraction
 from mm.config.rules.training import check_training
 from mm.dialects.mindspeed.accepted import Note, settle
 from mm.dialects.mindspeed.accepted_flags import ACCEPTED_GENERATE_FLAGS, take_accepted
-from mm.dialects.mindspeed.data_files import load_extract_data, load_train_data
-from mm.dialects.mindspeed.generate import GenerateFlags, load_inference
-from mm.dialects.mindspeed.model_files import load_extract_model, load_extract_tools, load_pretrain_model
+from mm.dialects.mindspeed.extraction import read_extraction
+from mm.dialects.mindspeed.files import (
+    load_extract_data,
+    load_extract_model,
+    load_extract_tools,
+    load_pretrain_model,
+    load_train_data,
+)
+from mm.dialects.mindspeed.generate import load_generation
+from mm.dialects.mindspeed.generate_flags import GenerateFlags
 from mm.dialects.mindspeed.training import read_training
 from mm.errors import ConfigError
 
@@ -33,8 +41,6 @@ def told(folder: Path, size: str, task: str, more: str = "", *, lora: bool = Fal
     data = write(folder, "d.json", files.get("data", theirs.feature_data(task)))
     zero = write(folder, "zero.yaml", theirs.ZERO)
     words = theirs.train_words(size, task, lora=lora).replace("zero.yaml", str(zero))
-    if more.startswith("without "):
-        words, more = words.replace(more.removeprefix("without "), ""), ""
     try:
         check_training(read_training(shlex.split(f"--mm-model {model} --mm-data {data} {words} {more}"), 8))
     except ConfigError as error:
@@ -43,24 +49,68 @@ def told(folder: Path, size: str, task: str, more: str = "", *, lora: bool = Fal
 
 
 @pytest.mark.parametrize(
-    ("size", "task", "lora", "ids", "mended"),
+    ("size", "task", "lora", "noted"),
     [
-        ("1.3b", "t2v", False, [], ""),
-        # without tensor parallelism it does nothing there, with a warning
-        ("1.3b", "i2v", False, ["CFG-037"], "without --sequence-parallel"),
-        # their format of layer-zero's checkpoints is another one
-        ("14b", "t2v", False, ["CFG-115"], "--ckpt-format torch_dist"),
-        ("14b", "i2v", False, ["CFG-115"], "--ckpt-format torch_dist"),
-        # --load is of adapters here, and the base has a flag of its own
-        ("1.3b", "t2v", True, ["CFG-104", "CFG-115"], "--load-base-model base --ckpt-format torch_dist"),
-        ("14b", "i2v", True, ["CFG-104", "CFG-115"], "--load-base-model base --ckpt-format torch_dist"),
+        ("1.3b", "t2v", False, []),
+        ("1.3b", "i2v", False, ["--sequence-parallel (without tensor parallelism there is nothing to cut)"]),
+        ("14b", "t2v", False, ["--ckpt-format torch (checkpoints of layer-zero are torch_dist"]),
+        ("14b", "i2v", False, ["--ckpt-format torch (checkpoints of layer-zero are torch_dist"]),
+        ("1.3b", "t2v", True, ["--load base (read as the base model", "--ckpt-format torch (checkpoints of adapters"]),
+        ("14b", "t2v", True, ["--load base (read as the base model", "--ckpt-format torch (checkpoints of adapters"]),
+        ("14b", "i2v", True, ["--load base (read as the base model", "--ckpt-format torch (checkpoints of adapters"]),
     ],
 )
-def test_a_script_starts_after_one_round(
-    tmp_path: Path, size: str, task: str, lora: bool, ids: list[str], mended: str
+def test_a_script_starts_and_tells_once_what_it_takes(
+    tmp_path: Path, size: str, task: str, lora: bool, noted: list[str]
 ) -> None:
-    assert [text[:7] for text in told(tmp_path, size, task, lora=lora)] == ids
-    assert told(tmp_path, size, task, mended, lora=lora) == []
+    for more in ("", theirs.DUMMIES):
+        assert told(tmp_path, size, task, more, lora=lora) == []
+    words = shlex.split(theirs.train_words(size, task, lora=lora).replace("zero.yaml", str(tmp_path / "zero.yaml")))
+    run = read_training(["--mm-model", str(tmp_path / "m.json"), "--mm-data", str(tmp_path / "d.json"), *words], 8)
+    (flags,) = (note for note in run.notes if note.startswith("flags: "))
+    assert all(flags.count(note) == 1 for note in noted), flags
+    assert (run.adapters is not None) == lora and (lora or run.checkpoint.load == "weights")
+    if lora:
+        assert run.adapters is not None and (run.adapters.base, run.checkpoint.load) == ("base", None)
+        assert run.word("adapters.base") == "--load"
+    assert run.checkpoint.format == ("torch_dist" if lora or size == "14b" else "torch")
+    assert not run.parallel.sequence_parallel
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_their_extraction_starts(tmp_path: Path, task: str, early: bool) -> None:
+    data = write(tmp_path, "data.json", theirs.extract_data(task))
+    model, tools = (
+        write(tmp_path, "model_wan.json", theirs.extract_model(task)),
+        write(tmp_path, "tools.json", theirs.extract_tools()),
+    )
+    words = f"--mm-data {data} --mm-model {model} --mm-tool {tools} {theirs.extract_words(early=early)}"
+    run = read_extraction(shlex.split(words))
+    check_extraction(run)
+    assert (run.task.name, run.data.clip.reader, run.data.workers) == (task, "decord", 8)
+    assert run.encoders.vae.tiles is not None and run.encoders.vae.tiles.size == (34, 34)
+    assert run.encoders.vae.tiles_of_conditions() == (None if task == "i2v" else run.encoders.vae.tiles)
+    assert [note.partition(":")[0] for note in run.notes] == ["flags", str(data), str(model), str(tools)]
+    for key in ("train_pipeline", "hw_aspect_thr", "min_hxw"):
+        assert sum(note.count(f"preprocess_parameters.{key} ") for note in run.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "step"),
+    [
+        ("video_only", {"trans_type": "RandomHorizontalFlipVideo"}),
+        ("video_only", {"trans_type": "CenterCropResizeVideo", "param": {"transform_size": [256, 256]}}),
+        ("video_only", {"trans_type": "norm_fun", "param": {"mean": [0.4, 0.5, 0.5]}}),
+        ("video_and_first_frame", {"trans_type": "ResizeVideo", "param": {"interpolation_mode": "nearest"}}),
+        ("image_only", {"trans_type": "ResizeVideo"}),
+    ],
+)
+def test_other_transforms_are_refused(tmp_path: Path, stage: str, step: dict[str, Any]) -> None:
+    values = copy.deepcopy(theirs.extract_data())
+    values["dataset_param"]["preprocess_parameters"]["train_pipeline"].setdefault(stage, []).append(step)
+    with pytest.raises(ConfigError, match=r"CFG-008: .*train_pipeline.* has no effect here"):
+        load_extract_data(write(tmp_path, "d.json", values))
 
 
 @pytest.mark.parametrize(("size", "task"), [("1.3b", "t2v"), ("1.3b", "i2v"), ("14b", "t2v"), ("14b", "i2v")])
@@ -95,12 +145,12 @@ def test_their_generation_starts(tmp_path: Path, size: str, task: str) -> None:
     assert len(notes) == 17
     path = write(tmp_path, "i.json", theirs.inference(size, task))
     flags = parse_flags(GenerateFlags, [str(path) if word == "X" else word for word in words], program="mm generate")
-    found: list[Note] = []
-    config = load_inference(flags, found)
-    assert (config.task, config.ae.dtype, config.predictor.from_pretrained) == (task, "fp32", "weights")
+    run = load_generation(flags)
+    assert (run.task, run.encoders.vae.precision, run.model.weights) == (task, "fp32", "weights")
     if task == "v2v":
-        assert (config.pipeline_config.strength, config.pipeline_config.start_frame) == (0.7, 0)
-    assert any(str(note) == "ae.dtype float32 (read as fp32)" for note in found)
+        assert (run.inputs.strength, run.inputs.start_frame) == (0.7, 0)
+    (note,) = run.notes
+    assert note.count("ae.dtype float32 (read as fp32)") == 1
 
 
 DIFFERENT: list[tuple[str, str, Any]] = [
@@ -128,7 +178,7 @@ def test_flags_and_both_files_are_refused_in_one_round(tmp_path: Path) -> None:
     model["predictor"] |= {"qk_norm_type": "layernorm", "FPDT": True}
     data = copy.deepcopy(data)
     data["dataset_param"]["use_feature_data"] = False
-    more = "--num-layers 1 --attention-mask-type causal --optimizer-selection fused_ema_adamw"
+    more = "--num-layers 2 --attention-mask-type causal --optimizer-selection fused_ema_adamw"
     found = told(tmp_path, "14b", "t2v", more, model=model, data=data)
     for part in (
         "--num-layers",
@@ -146,9 +196,9 @@ def test_what_is_taken_is_told_once(tmp_path: Path) -> None:
     data = write(tmp_path, "d.json", theirs.feature_data("t2v"))
     words = shlex.split(f"--mm-model {model} --mm-data {data} {theirs.train_words('1.3b', 't2v')}")
     notes = read_training(words, 8).notes
-    assert [note.partition(":")[0] for note in notes] == [str(model), str(data)]
-    assert "predictor.img_dim 1280 (models of this task take no images)" in notes[0]
-    assert "speed_factor 1.0" in notes[1] and "dataset_param.dataset_type feature (read as t2v)" in notes[1]
+    assert [note.partition(":")[0] for note in notes] == ["flags", str(model), str(data)]
+    assert "predictor.img_dim 1280 (models of this task take no images)" in notes[1]
+    assert "speed_factor 1.0" in notes[2] and "dataset_param.dataset_type feature (read as t2v)" in notes[2]
     _, flags = take_accepted(words)
     assert {note.key for note in flags} == {
         "--no-gradient-accumulation-fusion", "--no-save-rng", "--attention-mask-type", "--distributed-backend",
@@ -190,9 +240,7 @@ def test_a_migrated_generation(tmp_path: Path, capsys: pytest.CaptureFixture[str
     old, new = write(tmp_path, "inference_model.json", values), tmp_path / "new.json"
     migrate.main(["config", str(old), str(new)])
     assert "frame_interval 2: Remove it; clips are made of consecutive frames" in capsys.readouterr().out
-    notes: list[Note] = []
-    load_inference(GenerateFlags(mm_model=str(new), load="w"), notes)
-    assert notes == []
+    assert load_generation(GenerateFlags(mm_model=str(new), load="w")).notes == ()
 
 
 @pytest.mark.parametrize(

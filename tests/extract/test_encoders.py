@@ -11,7 +11,7 @@ from diffusers import WanPipeline
 from feature_samples import make_text_encoder, make_tokenizer, make_vae, write_encoders
 from safetensors.torch import load_file, save_file
 
-from mm.config.extract import TilingParam
+from mm.config.run.encoders import Tiles
 from mm.errors import DataError
 from mm.wan.encoders import TextEncoder, VideoEncoder, clean_text
 from mm.wan.tokenizer import open_tokenizer
@@ -109,7 +109,7 @@ def test_encode_then_decode_undo_the_same_normalisation(weights: Path) -> None:
 
 
 def test_tiles_are_those_of_diffusers(weights: Path) -> None:
-    tiling = TilingParam(tile_size=(4, 5), tile_stride=(3, 4))
+    tiling = Tiles(size=(4, 5), stride=(3, 4))
     tiled = VideoEncoder.from_pretrained(weights / "vae", "fp32", CPU, tiling)
     vae = make_vae()
     vae.enable_tiling(32, 40, 24, 32)  # pixels: minimum height and width, stride of height and width

@@ -29,12 +29,14 @@ from ranks import ANY_PORT
 
 from mm.cli.extract import main
 from mm.config.data import data_sources
+from mm.config.flags import as_words
 from mm.config.model import WanConfig
+from mm.config.rules.extraction import check_extraction
 from mm.data.clips import load_clip
 from mm.data.dataset import open_features
 from mm.data.features import write_feature
-from mm.dialects.mindspeed.data_files import load_extract_data, load_train_data
-from mm.dialects.mindspeed.model_files import load_extract_model, load_extract_tools
+from mm.dialects.mindspeed.extraction import read_extraction
+from mm.dialects.mindspeed.files import load_train_data
 from mm.dialects.mindspeed.training import features
 from mm.errors import ConfigError, DataError
 from mm.extract.run import ExtractReport, extract
@@ -63,16 +65,11 @@ def files(tmp_path: Path, weights: Path) -> dict[str, Path]:
 
 
 def run(files: dict[str, Path], rank: int = 0, world_size: int = 1, **options: Any) -> ExtractReport:
-    return extract(
-        load_extract_data(files["mm_data"]),
-        load_extract_model(files["mm_model"]),
-        load_extract_tools(files["mm_tool"]),
-        seed=options.pop("seed", 3),
-        device=torch.device("cpu"),
-        rank=rank,
-        world_size=world_size,
-        **options,
-    )
+    barrier = {"barrier": options.pop("barrier")} if "barrier" in options else {}
+    flags = as_words({"seed": 3, **options})
+    described = read_extraction([*words(files), *flags])
+    check_extraction(described)
+    return extract(described, device=torch.device("cpu"), rank=rank, world_size=world_size, **barrier)
 
 
 def words(files: dict[str, Path]) -> list[str]:
@@ -120,15 +117,15 @@ def test_features_are_what_the_encoders_give_for_each_clip(files: dict[str, Path
     """Recomputed here with diffusers and transformers alone."""
     assert run(files) == ExtractReport(listed=5, encoded=5, reused=0)
     dataset = opened(tmp_path / "store", tmp_path)
-    data = load_extract_data(files["mm_data"]).dataset_param
-    samples = load_samples(data_sources(data.basic_parameters))
+    data = read_extraction(words(files)).data
+    samples = load_samples(data_sources(data.path, data.folder))
     vae, tokenizer = make_vae(), make_tokenizer()
     text_encoder = make_text_encoder(len(tokenizer))
     mean = torch.tensor(vae.config.latents_mean).view(1, 16, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, 16, 1, 1, 1)
     assert [s.id for s in dataset.samples] == [row["path"] for row in ROWS]
     for index, (sample, row) in enumerate(zip(samples, listed(tmp_path / "store"), strict=True)):
-        clip = load_clip(sample, data.preprocess_parameters, seed=3)
+        clip = load_clip(sample, data.clip, seed=3)
         ids = tokenizer(row["cap"], return_tensors="pt").input_ids
         with torch.no_grad():
             latents = (vae.encode(clip.pixels[None]).latent_dist.mode() - mean) / std
@@ -446,7 +443,7 @@ def test_the_command_reports_all_files_at_once(files: dict[str, Path]) -> None:
     edit(files["mm_tool"], "sorafeature", "save_pth", value="x")
     with pytest.raises(ConfigError) as caught:
         main(words(files))
-    assert [p.id for p in caught.value.problems] == ["CFG-050", "CFG-005", "CFG-003"]
+    assert [p.id for p in caught.value.problems] == ["CFG-005", "CFG-003", "CFG-050"]
 
 
 def test_encoders_that_give_nan_are_not_written(files: dict[str, Path], tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 from mm.cli.extract import main
 from mm.config.data import data_sources
-from mm.config.extract import ExtractAutoencoder, ImageProcessor
 from mm.config.model import WanConfig
 from mm.config.tasks.registry import TASKS as DECLARED
 from mm.data.clips import load_clip
 from mm.data.features import read_feature
 from mm.data.listing import FeatureRow
 from mm.data.recipe import load_recipe
-from mm.dialects.mindspeed.data_files import load_extract_data
+from mm.dialects.mindspeed.extraction import read_extraction, source
+from mm.dialects.mindspeed.files import load_extract_data
 from mm.errors import ConfigError, DataError
 
 CPU = torch.device("cpu")
@@ -86,15 +86,15 @@ def edit(path: Path, *keys: str, value: Any) -> None:
 def test_features_are_those_of_diffusers_for_the_frames_of_the_clip(task: str, place: Place) -> None:
     """The clip is loaded as for any task; its frames go through diffusers' own preparation."""
     place.run(task)
-    data = load_extract_data(place.home / "mm_data.json").dataset_param
-    samples = load_samples(data_sources(data.basic_parameters))
+    data = source(load_extract_data(place.home / "mm_data.json"))
+    samples = load_samples(data_sources(data.path, data.folder))
     vae, image_encoder = make_vae(), make_image_encoder()
     pipeline = WanImageToVideoPipeline(None, None, vae, None, image_encoder=image_encoder)
     assert [row.task for row in place.rows()] == [task, task] and load_recipe(place.store).task == task
     for sample, row in zip(samples, place.rows(), strict=True):
         found = read_feature(place.store / row.file, model(task))
         assert found.latents is not None and found.features.keys() == {"image_features", "condition"}
-        pixels = load_clip(sample, data.preprocess_parameters, seed=3).pixels[None]
+        pixels = load_clip(sample, data.clip, seed=3).pixels[None]
         first, last = pixels[:, :, 0], pixels[:, :, -1]
         both = task == "flf2v"
         _, condition = pipeline.prepare_latents(
@@ -173,7 +173,7 @@ def test_a_store_of_another_task_or_image_encoder(place: Place, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("file", "keys", "value", "id", "said"),
     [
-        ("mm_tool", ("task",), "flf2v", "CFG-070", "flf2v in tools.json and i2v in model_wan.json"),
+        ("mm_tool", ("task",), "flf2v", "CFG-070", '"task" is flf2v in '),
         ("mm_tool", ("task",), "t2i", "CFG-005", "task"),
         ("mm_model", ("ae", "i2v_processor"), None, "CFG-074", "no ae.i2v_processor"),
         ("mm_model", ("ae", "i2v_processor", "processor_id"), "other", "CFG-005", "processor_id"),
@@ -235,7 +235,9 @@ def test_the_vae_and_the_image_encoder_work_in_one_precision(place: Place) -> No
     ("clip", "frames", "expected"),
     [(False, "auto", False), (True, "auto", True), (True, False, False), (False, True, True)],
 )
-def test_what_auto_means(clip: bool, frames: bool | str, expected: bool) -> None:
-    processor = ImageProcessor(image_encoder="i", i2v_vae_encode_tiling=frames)
-    ae = ExtractAutoencoder(from_pretrained="v", dtype="fp32", enable_tiling=clip, i2v_processor=processor)
-    assert (ae.condition_tiling() is not None) == expected
+def test_what_auto_means(clip: bool, frames: bool | str, expected: bool, place: Place) -> None:
+    files = place.files("i2v")
+    edit(files["mm_model"], "ae", "enable_tiling", value=clip)
+    edit(files["mm_model"], "ae", "i2v_processor", "i2v_vae_encode_tiling", value=frames)
+    run = read_extraction([word for name, path in files.items() for word in (f"--{name.replace('_', '-')}", str(path))])
+    assert (run.encoders.vae.tiles_of_conditions() is not None) == expected

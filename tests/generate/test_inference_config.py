@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from mm.config.flags import parse_flags
-from mm.config.inference import latent_size
-from mm.config.inference_retired import RETIRED_GENERATE_FLAGS
 from mm.config.model import WAN_1_3B, WAN_14B, WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B
-from mm.dialects.mindspeed.generate import GenerateFlags, load_inference
+from mm.config.run.generation import latent_size
+from mm.dialects.mindspeed.generate import load_generation
+from mm.dialects.mindspeed.generate_flags import GenerateFlags
+from mm.dialects.mindspeed.inference_retired import RETIRED_GENERATE_FLAGS
 from mm.errors import ConfigError
 
 EXAMPLES = Path(__file__).parents[2] / "examples/wan2.1"
@@ -24,7 +25,7 @@ def shipped(size="1.3b"):
 def load(tmp_path, values, **flags):
     path = tmp_path / "inference_model.json"
     path.write_text(json.dumps(values))
-    return load_inference(GenerateFlags(mm_model=str(path), **{"load": "weights", **flags}))
+    return load_generation(GenerateFlags(mm_model=str(path), **{"load": "weights", **flags}))
 
 
 def refused(tmp_path, values, **flags):
@@ -51,18 +52,18 @@ NEGATIVE_LENGTH, NEGATIVE_SHA256 = 137, "ce96e0324e4b54ce"
 )
 def test_shipped_files(script, shape, size):
     flags = GenerateFlags(mm_model=str(EXAMPLES / script / "inference_model.json"), load="weights")
-    config = load_inference(flags)
-    assert config.predictor.wan() == shape
+    config = load_generation(flags)
+    assert config.wan == shape
     assert config.task == script.split("/")[1]
-    assert config.pipeline_config.input_size == size
+    assert config.output.size == size
     assert latent_size(size) == ((size[0] + 3) // 4, size[1] // 8, size[2] // 8)
-    assert (config.diffusion.solver, config.diffusion.num_inference_steps, config.fps) == ("unipc", 50, 16)
+    assert (config.sampling.solver, config.sampling.steps, config.output.fps) == ("unipc", 50, 16)
     shift, guidance = {"flf2v": (16.0, 5.5)}.get(config.task, (5.0 if size[1] == 720 else 3.0, 5.0))
-    assert (config.diffusion.flow_shift, config.diffusion.guidance_scale) == (shift, guidance)
+    assert (config.sampling.shift, config.sampling.guidance_scale) == (shift, guidance)
     before, common = config.negative_text[:-NEGATIVE_LENGTH], config.negative_text[-NEGATIVE_LENGTH:]
     assert before == {"i2v": "镜头晃动，", "flf2v": "镜头切换，镜头晃动，"}.get(config.task, "")
     assert hashlib.sha256(common.encode()).hexdigest().startswith(NEGATIVE_SHA256)
-    for listed in (config.prompt, config.image, config.video):
+    for listed in (config.inputs.prompts, config.inputs.images, config.inputs.videos):
         assert listed is None or (EXAMPLES.parents[1] / listed).is_file()
 
 
@@ -75,12 +76,12 @@ def test_flags_win_over_the_file(tmp_path):
     del values["diffusion"]["solver_order"], values["diffusion"]["solver_type"]
     flags = parse_flags(GenerateFlags, words, program="generate")
     config = load(tmp_path, values, **flags.model_dump(exclude={"mm_model"}))
-    assert (config.prompt, config.negative_text, config.save_path) == ("p.txt", "", "out")
-    assert (config.seed, config.fps, latent_size(config.pipeline_config.input_size)) == (7, 8, (3, 8, 12))
-    diffusion = config.diffusion
-    assert (diffusion.solver, diffusion.num_inference_steps) == ("euler", 3)
-    assert (diffusion.flow_shift, diffusion.guidance_scale) == (8.0, 1.0)
-    assert config.predictor.from_pretrained == "w"
+    assert (config.inputs.prompts, config.negative_text, config.output.path) == ("p.txt", "", "out")
+    assert (config.generation.seed, config.output.fps, latent_size(config.output.size)) == (7, 8, (3, 8, 12))
+    sampling = config.sampling
+    assert (sampling.solver, sampling.steps) == ("euler", 3)
+    assert (sampling.shift, sampling.guidance_scale) == (8.0, 1.0)
+    assert config.model.weights == "w"
 
 
 def test_flags_can_supply_what_the_file_lacks(tmp_path):
@@ -88,15 +89,15 @@ def test_flags_can_supply_what_the_file_lacks(tmp_path):
     del values["prompt"], values["save_path"], values["pipeline_config"]
     assert [problem.id for problem in refused(tmp_path, values)] == ["CFG-004"] * 3
     config = load(tmp_path, values, prompt="p", save_path="s", input_size=[5, 32, 32])
-    assert latent_size(config.pipeline_config.input_size) == (2, 4, 4)
+    assert latent_size(config.output.size) == (2, 4, 4)
 
 
 def test_weights_from_the_file_or_the_flag(tmp_path):
     values = shipped()
     assert [problem.id for problem in refused(tmp_path, values, load=None)] == ["CFG-062"]
     values["predictor"]["from_pretrained"] = "here"
-    assert load(tmp_path, values, load=None).predictor.from_pretrained == "here"
-    assert load(tmp_path, values, load="there").predictor.from_pretrained == "there"
+    assert load(tmp_path, values, load=None).model.weights == "here"
+    assert load(tmp_path, values, load="there").model.weights == "there"
 
 
 @pytest.mark.parametrize(

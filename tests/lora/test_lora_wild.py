@@ -12,10 +12,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_lora_files import difference, inputs, merged_from
 
+from mm.checkpoint.mismatch import Expected
 from mm.cli.convert import main
 from mm.cli.entry import run
-from mm.config.inference import LoraSection
 from mm.config.model import WAN_1_3B, WAN_FLF2V_14B, WAN_I2V_14B, WanConfig
+from mm.config.run.generation import AdapterFile
+from mm.config.run.origins import Word
 from mm.errors import DataError
 from mm.generate.weights import open_generation_weights
 from mm.lora.adapter import Adapter, Update
@@ -31,6 +33,7 @@ from mm.wan.names import native_to_diffusers
 EIGHT_BITS = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
 DTYPES = [*EIGHT_BITS, torch.float16, torch.bfloat16, torch.float32, torch.float64]
 Q = "blocks.0.self_attn.q"
+MODEL = Expected(example.CONFIG, Word, "CFG-065")
 ORIGINAL = {  # the official config.json of the example's model
     "_class_name": "WanModel", "model_type": "t2v", "dim": 24, "ffn_dim": 40, "num_heads": 2, "num_layers": 2,
     "freq_dim": 16, "text_dim": 16, "text_len": 6, "in_dim": 16, "out_dim": 16, "patch_size": [1, 2, 2],
@@ -214,8 +217,8 @@ def test_a_videox_fun_file_of_all_linears_is_merged_and_generated_with(tmp_path:
     expected = example.merged(state, updates)
     for name, value in merged_from(file, base_file).items():
         assert (value.double() - expected[name]).abs().max() <= 1e-6, name
-    section = LoraSection(path=str(file), strength=1.0)
-    weights = open_generation_weights(str(base_file), [section], example.CONFIG, torch.float32)
+    section = AdapterFile(path=str(file), strength=1.0)
+    weights = open_generation_weights(str(base_file), [section], MODEL, torch.float32)
     value = weights.value_of("head.head.weight", tuple(state["head.head.weight"].shape))
     assert (value.double() - expected["head.head.weight"]).abs().max() <= 1e-6
 
@@ -242,9 +245,9 @@ def test_an_adapter_that_is_not_finite_is_never_used(tmp_path: Path, base_file: 
     for mode in (merging, *(["--mode", mode] for mode in ("lora_to_hf", "lora_to_comfyui", "lora_to_mm"))):
         assert run(main, [*words, *mode]) == 65
     assert sorted(tmp_path.rglob("*")) == before
-    section = LoraSection(path=str(source), strength=1.0)
+    section = AdapterFile(path=str(source), strength=1.0)
     with pytest.raises(DataError, match="DATA-130"):
-        open_generation_weights(str(base_file), [section], example.CONFIG, torch.float32)
+        open_generation_weights(str(base_file), [section], MODEL, torch.float32)
 
 
 def test_nothing_that_is_not_finite_is_written_whoever_made_it(tmp_path: Path):
@@ -287,11 +290,11 @@ def test_a_sum_that_does_not_fit_the_base_is_refused(tmp_path: Path, dtype, size
 
 def test_generation_refuses_what_its_dtype_cannot_hold(tmp_path: Path, base_file: Path):
     file = linear_file(tmp_path / "x.safetensors", torch.ones(1, 24), torch.full((24, 1), 7e4), 1.0)
-    section = LoraSection(path=str(file), strength=1.0)
+    section = AdapterFile(path=str(file), strength=1.0)
     shape = (24, 24)
     with pytest.raises(Exception, match=f"CKPT-120: {Q}.weight reaches 7.*float16 ends at 65504"):
-        open_generation_weights(str(base_file), [section], example.CONFIG, torch.float16).value_of(f"{Q}.weight", shape)
-    open_generation_weights(str(base_file), [section], example.CONFIG, torch.bfloat16).value_of(f"{Q}.weight", shape)
+        open_generation_weights(str(base_file), [section], MODEL, torch.float16).value_of(f"{Q}.weight", shape)
+    open_generation_weights(str(base_file), [section], MODEL, torch.bfloat16).value_of(f"{Q}.weight", shape)
 
 
 def test_folders_are_read_where_one_file_is_meant(tmp_path: Path, caplog: pytest.LogCaptureFixture):

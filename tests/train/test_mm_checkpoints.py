@@ -26,7 +26,6 @@ GO_ON = {**TORCH, "no_load_optim": True}
 BATCH = {"micro_batch_size": 1, "global_batch_size": 4}
 PIPELINE = "pipeline_model_parallel_size"
 OVERLAPPED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
-LORA = {"lora_r": 4, "lora_alpha": 4.0, "lora_target_modules": ["q"], "load_base_model": "x", "load": None}
 ROWS: dict[str, dict[str, Any]] = {
     "dp2": {"bf16": True, **OVERLAPPED},
     "cp2": {"context_parallel_size": 2},
@@ -198,18 +197,12 @@ def test_what_is_missing_is_asked_for(demo: Path, single: Path, tmp_path: Path) 
     [
         ({"no_save_optim": False}, "--no-save-optim is absent"),
         ({"tensor_model_parallel_size": 2}, "--tensor-model-parallel-size, which"),
-        ({"layerzero": True, "layerzero_config": "zero.yaml"}, "--layerzero, which"),
         ({"ema_decay": 0.9}, "--ema-decay, which"),
         ({"async_save": True}, "--async-save, which"),
-        (LORA, "LoRA, which"),
     ],
-    ids=["optimizer", "tp", "layerzero", "ema", "async", "lora"],
+    ids=["optimizer", "tp", "ema", "async"],
 )
-def test_what_it_cannot_hold(
-    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], told: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "zero.yaml").write_text("zero3_size: 1\n")
+def test_what_it_cannot_hold(demo: Path, tmp_path: Path, more: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=f"CFG-115.*{told}.*torch_dist"):
         run(demo, tmp_path / "run", train_iters=1, **{**TORCH, **more})
     assert not (tmp_path / "run").exists()

@@ -13,9 +13,9 @@ from training_runs import WEIGHTS, bits, run, words
 
 from mm.cli import train as train_command
 from mm.config.base import parse
-from mm.config.data import TrainData
 from mm.config.model import WanConfig
 from mm.data.dataset import FeatureDataset, open_features
+from mm.dialects.mindspeed.data_json import TrainData
 from mm.dialects.mindspeed.training import features as of_file
 from mm.errors import CheckpointError, ConfigError, EndedElsewhereError, MMError
 

@@ -3,6 +3,7 @@
 import os
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,7 +13,7 @@ from training_runs import WEIGHTS, bits, metrics, run, words
 from mm.cli import run as run_command
 from mm.cli import translate as translate_command
 from mm.config.run.file import load_training
-from mm.errors import CheckpointError, ConfigError
+from mm.errors import CheckpointError, ConfigError, MMError
 
 ROOT = Path(__file__).parents[2]
 HYBRID = {
@@ -90,6 +91,47 @@ def test_what_a_resumed_file_changes_is_told_in_its_words(demo: Path, tmp_path: 
     assert "--" not in problem.message + problem.remedy
     assert "checkpoint.resume_changed optimizer" in problem.remedy
     assert yaml.safe_load(file.read_text()) == values  # a refused run leaves it alone
+
+
+@pytest.fixture(scope="module")
+def one_step(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that may be gone on with, and is only refused here."""
+    home = tmp_path_factory.mktemp("one_step")
+    run(demo, home / "run", train_iters=1)
+    return home / "run"
+
+
+ADAPTERS = {"rank": 2, "alpha": 2.0, "targets": ["q"]}
+LION = {"name": "lion", "beta1": None, "beta2": None, "eps": None}
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "id", "told"),
+    [
+        ("optimizer", LION, "CKPT-073", "give optimizer.name adamw, or checkpoint.load_optimizer false"),
+        ("training", {"seed": 9}, "CKPT-071", "with training.seed 1234, and training.seed is 9"),
+        ("optimizer", {"ema_decay": 0.9}, "CKPT-085", "and optimizer.ema_decay is 0.9"),
+        ("checkpoint", {"format": "torch", "save_optimizer": False}, "CKPT-050", "of checkpoint.format torch_dist"),
+        ("adapters", ADAPTERS, "CKPT-081", "give it to adapters.base if"),
+    ],
+)
+def test_what_a_checkpoint_lacks_is_told_in_the_file_s_words(
+    demo: Path, one_step: Path, tmp_path: Path, section: str, change: dict[str, Any], id: str, told: str
+) -> None:
+    values = yaml.safe_load((one_step / "run.yaml").read_text())
+    values["training"]["steps"] = 2
+    values["checkpoint"] |= {"resume_changed": ["optimizer", "average", "schedule"], "load": None, "from_scratch": True}
+    values[section] = (values[section] or {}) | change
+    if section == "adapters":
+        values["adapters"]["base"], values["checkpoint"]["from_scratch"] = str(demo / WEIGHTS), False
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(MMError) as caught:
+        run_command.main([str(file)])
+    (problem,) = caught.value.problems
+    said = f"{problem.message} {problem.remedy}".replace("Give ", "give ")
+    assert problem.id == id and told in said, said
+    assert "--" not in said, said
 
 
 def test_the_example_runs_on_the_embedded_default(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mm.config.extract import TilingParam
+from mm.config.run.encoders import Tiles
 from mm.demo.components import load_vae
 from mm.wan.encoders import VideoEncoder
 from mm.wan.tiles import origins
@@ -74,7 +74,7 @@ def test_edges_are_no_worse_than_the_inside(
 ) -> None:
     latents = torch.randn(12, 16, 1, *frame, generator=torch.Generator().manual_seed(0))
     whole = VideoEncoder(vae).decode(latents)
-    tiled = VideoEncoder(vae, TilingParam(tile_size=size, tile_stride=stride)).decode(latents)
+    tiled = VideoEncoder(vae, Tiles(size=size, stride=stride)).decode(latents)
     assert tiled.shape == whole.shape
     edges, inside = edges_and_inside(tiled, whole)
     assert edges[0] <= inside[0] and edges[1] <= inside[1]
@@ -85,14 +85,14 @@ def test_edges_are_no_worse_than_the_inside(
 def test_the_last_tile_reaches_the_edge_with_all_it_sees(vae: Any) -> None:
     """Behind the blend a tiled frame is that tile decoded by itself, up to the last row and column."""
     latents = torch.randn(1, 16, 2, 8, 10, generator=torch.Generator().manual_seed(1))
-    tiled = VideoEncoder(vae, TilingParam(tile_size=(6, 6), tile_stride=(2, 4))).decode(latents)
+    tiled = VideoEncoder(vae, Tiles(size=(6, 6), stride=(2, 4))).decode(latents)
     corner = VideoEncoder(vae).decode(latents[..., 2:, 4:])
     assert torch.equal(tiled[..., -16:, -32:], corner[..., -16:, -32:])
 
 
 @pytest.mark.parametrize("frame", [(6, 8), (4, 8), (6, 3)])
 def test_a_frame_that_fits_into_a_tile_is_whole(vae: Any, frame: tuple[int, int]) -> None:
-    whole, tiled = VideoEncoder(vae), VideoEncoder(vae, TilingParam(tile_size=(6, 8), tile_stride=(2, 3)))
+    whole, tiled = VideoEncoder(vae), VideoEncoder(vae, Tiles(size=(6, 8), stride=(2, 3)))
     latents = torch.randn(1, 16, 2, *frame, generator=torch.Generator().manual_seed(2))
     assert torch.equal(tiled.decode(latents), whole.decode(latents))
     pixels = torch.rand(1, 3, 5, 8 * frame[0], 8 * frame[1], generator=torch.Generator().manual_seed(3)) * 2 - 1
@@ -102,7 +102,7 @@ def test_a_frame_that_fits_into_a_tile_is_whole(vae: Any, frame: tuple[int, int]
 def test_encoding_ends_without_a_strip_too(vae: Any) -> None:
     pixels = torch.rand(2, 3, 5, 8 * 8, 14 * 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     whole = VideoEncoder(vae).encode(pixels)
-    tiled = VideoEncoder(vae, TilingParam(tile_size=(10, 8), tile_stride=(5, 4))).encode(pixels)
+    tiled = VideoEncoder(vae, Tiles(size=(10, 8), stride=(5, 4))).encode(pixels)
     error = (tiled - whole).abs().mean((0, 1, 2))
     assert error[-1].mean() <= error[1:-1].mean(1).max()
     assert error[:, -1].mean() <= error[:, 1:-1].mean(0).max()

@@ -14,6 +14,7 @@ from mm.config.rules.parallel import PARALLEL_RULES
 from mm.config.rules.recompute import RECOMPUTE_RULES
 from mm.config.rules.saving import SAVING_RULES
 from mm.config.run.training import TrainingRun
+from mm.config.unread import broken
 from mm.errors import ConfigError, Problem, raise_all
 
 
@@ -21,9 +22,9 @@ def check_training(run: TrainingRun) -> None:
     """Check a training run before any device is touched.
 
     Raises:
-        ConfigError: with every violated rule.
+        ConfigError: with what could not be read, what contradicts itself, and every violated rule.
     """
-    raise_all(ConfigError, [problem for rule in TRAINING_RULES for problem in rule(run)])
+    raise_all(ConfigError, [*run.problems, *broken(TRAINING_RULES, run)])
 
 
 def require_places(run: TrainingRun) -> None:
@@ -32,11 +33,6 @@ def require_places(run: TrainingRun) -> None:
     for path, folder in places.items():
         if folder is not None:
             require_writable_folder(folder, run.origins[path].name)
-
-
-def _words_agree(run: TrainingRun) -> Iterator[Problem]:
-    """What the dialect found."""
-    yield from run.problems
 
 
 def _weights_are_named(run: TrainingRun) -> Iterator[Problem]:
@@ -121,7 +117,6 @@ def _compiled_blocks_wait_for_nothing(run: TrainingRun) -> Iterator[Problem]:
 Rule = Callable[[TrainingRun], Iterator[Problem]]
 TRAINING_RULES: tuple[Rule, ...] = (
     *PARALLEL_RULES,
-    _words_agree,
     *FEATURE_RULES,
     _weights_are_named,
     *SAVING_RULES,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pydantic import Field
 
 from mm.config.base import Section
-from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE, TokenizerConfig
+from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
+from mm.config.run.encoders import TokenizerSection
 
 
 class Clip(Section):
@@ -41,7 +42,7 @@ class FeatureSet(Section):
     path: str = Field(min_length=1)
     folder: str | None = Field(None, min_length=1)
     clip: Clip
-    tokenizer: TokenizerConfig | None = None
+    tokenizer: TokenizerSection | None = None
 
 
 class DataSection(Section):

@@ -1,4 +1,4 @@
-"""run.yaml: the sections of a training run as a file."""
+"""run.yaml: the sections of a run as a file."""
 
 from __future__ import annotations
 
@@ -9,20 +9,63 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
-from mm.config.base import parse
+from mm.config.run.base import Run, RunT, written
+from mm.config.run.extraction import ExtractionRun
+from mm.config.run.generation import GenerationRun
 from mm.config.run.origins import Origins
-from mm.config.run.training import TrainingRun, TrainingSections, section_of, training_run, written
+from mm.config.run.training import TrainingRun
+from mm.config.unread import Unread, parse_parts, partly, section_of
 from mm.config.yaml_file import load_yaml
+from mm.errors import ConfigError, raise_all
+
+KINDS: dict[str, type[Run]] = {"training": TrainingRun, "extraction": ExtractionRun, "generation": GenerationRun}
+"""Kinds of run, each by the section that it alone has."""
+
+
+def kind_of(values: Any) -> str:
+    """The kind of run, a key of `KINDS`, that a file's values describe; a training where nothing says another."""
+    return next((name for name in KINDS if isinstance(values, dict) and name in values), "training")
+
+
+def load_run(path: Path, world_size: int = 1) -> Run:
+    """Read run.yaml of any kind, with all that is wrong in it; not yet checked by the rules.
+
+    Raises:
+        ConfigError: what `mm.config.yaml_file.load_yaml` raises.
+    """
+    values = load_yaml(path)
+    kind = KINDS[kind_of(values)]
+    sections, problems = parse_parts(kind.sections, values, str(path))
+    if isinstance(sections, Unread):  # a list, or one word
+        sections = partly(kind.sections)
+    return kind.described(sections, Origins(file=str(path)), world_size, tuple(problems))
 
 
 def load_training(path: Path, world_size: int = 1) -> TrainingRun:
-    """Read run.yaml, not yet checked by the rules.
+    """Read run.yaml of a training; not yet checked by the rules.
 
     Raises:
-        ConfigError: what `mm.config.yaml_file.load_yaml` and `mm.config.base.parse` raise.
+        ConfigError: what `load_run` raises, what is wrong in it, and CFG-194 for a run of another kind.
     """
-    sections = parse(TrainingSections, load_yaml(path), str(path))
-    return training_run(sections, Origins(file=str(path)), world_size)
+    run = load_run(path, world_size)
+    raise_all(ConfigError, run.problems)
+    return of_kind(run, TrainingRun)
+
+
+def of_kind(run: Run, kind: type[RunT]) -> RunT:
+    """A run, which must be of one kind.
+
+    Raises:
+        ConfigError: CFG-194 for one of another.
+    """
+    if isinstance(run, kind):
+        return run
+    found, expected = (next(name for name, known in KINDS.items() if known is one) for one in (type(run), kind))
+    raise ConfigError(
+        "CFG-194",
+        f"{run.origins.file} describes a run of {found}, and one of {expected} is asked for.",
+        "Name such a file.",
+    )
 
 
 def resolved(run: TrainingRun) -> TrainingRun:
@@ -35,15 +78,16 @@ def resolved(run: TrainingRun) -> TrainingRun:
     return run.changed(filled)
 
 
-def whole_file(run: TrainingRun) -> str:
+def whole_file(run: Run) -> str:
     """run.yaml with every value, so that another version's defaults change nothing."""
-    head = f"# A training run on {run.world_size} processes. `mm run` with this file goes on with it.\n"
-    return head + "\n".join(_lines(TrainingSections, written(run))) + "\n"
+    name = next(name for name, kind in KINDS.items() if kind is type(run))
+    head = f"# A run of {name} on {run.world_size} processes. `mm run` with this file goes on with it.\n"
+    return head + "\n".join(_lines(run.sections, written(run))) + "\n"
 
 
-def short_file(run: TrainingRun) -> str:
+def short_file(run: Run) -> str:
     """run.yaml with the values that are no defaults, each with the user's word for it behind it."""
-    return "\n".join(_lines(TrainingSections, written(run), run.origins)) + "\n"
+    return "\n".join(_lines(run.sections, written(run), run.origins)) + "\n"
 
 
 def _lines(

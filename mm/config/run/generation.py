@@ -1,28 +1,178 @@
-"""A generation: what is generated, and how the model is cut over the processes."""
+"""A generation: what is generated with which model, and how that is cut over the processes."""
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 from pydantic import Field
 
-from mm.config.inference import InferenceModel
+from mm.config.base import Section
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout, mesh_layout
-from mm.config.model import WanConfig
+from mm.config.model import Precision, WanConfig
+from mm.config.run.encoders import EncodersSection
 from mm.config.run.mesh import MeshRun
 from mm.config.run.parallel import MeshSection
+from mm.config.tasks.registry import TASKS
+from mm.config.tasks.task import Task
+
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+"""Of the Wan2.1 release, which its models are meant to be used with: wan/configs/shared_config.py for text alone. Tasks
+put something before it (`Task.negative`)."""
+
+# Pixels that one latent stands for: frames after the first, rows, columns. Fixed by the Wan2.1 VAE.
+VAE_STRIDE = (4, 8, 8)
 
 
-class GenerationRun(MeshRun):
-    """A generation.
+def latent_size(size: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(F, H, W) of the latents of a clip of so many frames, rows and columns."""
+    frames, height, width = size
+    return (frames - 1) // VAE_STRIDE[0] + 1, height // VAE_STRIDE[1], width // VAE_STRIDE[2]
+
+
+class GenerationSection(Section):
+    """With which chance, on what.
 
     Attributes:
-        config: encoders, transformer, sampler, prompts. parallel: how it is cut.
-        notes: what the user's files say that is how it is done here anyway, as lines for the log.
+        seed: with the prompt's index it decides the initial noise. device: None takes the best there is.
     """
 
-    config: InferenceModel
+    seed: int = Field(42, ge=0)
+    device: Literal["cpu", "cuda", "npu"] | None = None
+
+
+class AdapterFile(Section):
+    """One adapter: its file (`docs/lora.md`) and the factor on its update."""
+
+    path: str = Field(min_length=1)
+    strength: float = 1.0
+
+
+class TransformerSection(Section):
+    """The transformer.
+
+    Attributes:
+        shape: sizes, and the task that its weights are for. precision: of parameters and activations.
+        weights: in any known format. adapters: added to them, in this order.
+    """
+
+    shape: WanConfig
+    precision: Precision
+    weights: str | None = Field(None, min_length=1)
+    adapters: tuple[AdapterFile, ...] = ()
+
+
+class SamplingSection(Section):
+    """How the velocity is integrated.
+
+    Attributes:
+        solver: the sampler. steps: evaluations of the model for each prompt; twice as many with guidance.
+        shift: of the noise levels; 3 for 480p and 5 for 720p are usual.
+        guidance_scale: of classifier-free guidance; exactly 1 leaves the negative prompt out.
+        batched_guidance: both prompts in one pass of twice the batch instead of two passes.
+        solver_order, solver_type: of UniPC alone; None takes 2 and bh2.
+    """
+
+    solver: Literal["unipc", "euler"] = "unipc"
+    steps: int = Field(50, ge=1)
+    shift: float = Field(gt=0)
+    guidance_scale: float = Field(5.0, ge=0)
+    batched_guidance: bool = False
+    solver_order: Literal[1, 2, 3] | None = None
+    solver_type: Literal["bh1", "bh2"] | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether the negative prompt takes part."""
+        return self.guidance_scale != 1
+
+
+class InputsSection(Section):
+    """What clips are made of, line by line.
+
+    Attributes:
+        prompts: a text file, one prompt a line.
+        images: a text file, one image a line for each prompt, or two with a comma between (first, last).
+        videos: a text file, one video a line for each prompt; the clips are made from these.
+        columns: text files, one number a line for each prompt, by the names of the columns that the task declares.
+        negative_prompt: what guidance leads away from; None is the Wan2.1 release's for the task.
+        last_frame: a model that sees the first frame alone is given the last one too.
+        strength: with videos, the share of the steps that are taken, above 0 (the given clip) to 1 (a new one).
+        start_frame: with videos, the first frame that is taken of them.
+    """
+
+    prompts: str = Field(min_length=1)
+    images: str | None = Field(None, min_length=1)
+    videos: str | None = Field(None, min_length=1)
+    columns: dict[str, str] = Field(default_factory=dict)
+    negative_prompt: str | None = None
+    last_frame: bool = False
+    strength: float | None = None
+    start_frame: int | None = Field(None, ge=0)
+
+
+class ClipsSection(Section):
+    """The clips.
+
+    Attributes:
+        path: their folder. overwrite: replace clips that exist, whatever made them; otherwise they are an error.
+        num_frames: 4k + 1. height, width: pixels. fps: frames a second.
+    """
+
+    path: str = Field(min_length=1)
+    overwrite: bool = False
+    num_frames: int
+    height: int
+    width: int
+    fps: int = Field(16, ge=1, le=240)
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Frames, height and width."""
+        return self.num_frames, self.height, self.width
+
+
+class BatchSection(Section):
+    """Prompts in one forward."""
+
+    size: int = Field(1, ge=1)
+
+
+class CollectiveSection(Section):
+    """How long a collective may wait."""
+
+    timeout_minutes: int = Field(30, ge=1)
+
+
+class ProgressSection(Section):
+    """Whether a bar is drawn."""
+
+    progress_bar: bool = True
+
+
+class GenerationSections(Section):
+    """All that describes a generation, and all that its run.yaml holds."""
+
+    generation: GenerationSection
+    model: TransformerSection
+    encoders: EncodersSection
+    inputs: InputsSection
+    sampling: SamplingSection
+    output: ClipsSection
+    batch: BatchSection = BatchSection()
     parallel: MeshSection = MeshSection()
-    notes: tuple[str, ...] = Field((), exclude=True, repr=False)
+    supervision: CollectiveSection = CollectiveSection()
+    logging: ProgressSection = ProgressSection()
+
+
+class GenerationRun(GenerationSections, MeshRun):
+    """A generation."""
+
+    sections: ClassVar = GenerationSections
 
     @property
     def mesh(self) -> MeshSection:
@@ -32,12 +182,12 @@ class GenerationRun(MeshRun):
     @property
     def wan(self) -> WanConfig:
         """The transformer."""
-        return self.config.predictor
+        return self.model.shape
 
     @property
     def dtype(self) -> str:
         """Of the parameters."""
-        return self.config.predictor.dtype
+        return self.model.precision
 
     @property
     def zero(self) -> ZeroConfig | None:
@@ -48,3 +198,21 @@ class GenerationRun(MeshRun):
     def layout(self) -> Layout:
         """Of the processes, once the rules have accepted them."""
         return mesh_layout(self)
+
+    @property
+    def row_task(self) -> Task:
+        """The task whose roles a row gives: the model's, or, where the last frame is given too, that of both frames."""
+        task = self.wan.task
+        return TASKS[task.with_last_frame] if task.with_last_frame and self.inputs.last_frame else task
+
+    @property
+    def task(self) -> str:
+        """What is done, in one word: the name of the task, or what it is called from given videos."""
+        from_video = None if self.inputs.videos is None else self.wan.task.with_video
+        return from_video or self.row_task.name
+
+    @property
+    def negative_text(self) -> str:
+        """The negative prompt, given or of the release; an empty one is a prompt, too."""
+        given = self.inputs.negative_prompt
+        return self.row_task.negative + NEGATIVE_PROMPT if given is None else given

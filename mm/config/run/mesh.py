@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import abc
 
-from pydantic import ConfigDict, Field
-
-from mm.config.base import Section
 from mm.config.model import WanConfig
-from mm.config.run.origins import Origins
+from mm.config.run.base import Run
 from mm.config.run.parallel import MeshSection
 
 
-class MeshRun(Section):
-    """A run on processes.
-
-    Attributes:
-        origins: the user's word for each value. world_size: the processes that were started.
-    """
-
-    model_config = ConfigDict(arbitrary_types_allowed=True)
-
-    origins: Origins = Field(Origins(), exclude=True, repr=False)
-    world_size: int = Field(1, ge=1, exclude=True)
+class MeshRun(Run):
+    """A run of a model on processes."""
 
     @property
     @abc.abstractmethod

@@ -95,6 +95,10 @@ class Origins:
     def __getitem__(self, path: str) -> Word:
         return self.words.get(path) or Word(path, self.file)
 
+    def all_of(self, path: str) -> list[str]:
+        """Every word that says a value: `["--load", "predictor.from_pretrained in i.json"]`."""
+        return [word.full() for word in (self[path], *self.also.get(path, ()))]
+
     def whole(self, path: str) -> str:
         """The word for a section that has a file of its own, `--mm-data`; else the section's path."""
         first = next((word for name, word in self.words.items() if name.startswith(f"{path}.")), None)

@@ -19,7 +19,7 @@ SPEEDCONTROL = Task(
             entry=Entry.TIME_MODULATION,
             shape=lambda sizes: (),
             module="motion_controller",
-            error="CFG-194",
+            error="CFG-195",
             remedy=f"Give {MOTION.expected} for each latent.",
         ),
     ),

@@ -168,11 +168,59 @@ def _not_of_the_task(size: str) -> Accepts:
     return accepts
 
 
+def _is_the_one_way(value: Any, whole: Any) -> bool:
+    """Transforms that make of a clip what is made of it here, or whose work is done here for frames that are given."""
+    clip = _at(whole, "dataset_param.preprocess_parameters")
+    sizes = {clip.get("max_height"), clip.get("max_width"), _OF_CLIP}
+    return isinstance(value, dict) and all(
+        stage in _TRANSFORMS
+        and isinstance(steps, list)
+        and all(_is_known(step, _TRANSFORMS[stage], sizes) for step in steps)
+        for stage, steps in value.items()
+    )
+
+
+def _is_known(step: Any, known: frozenset[str], sizes: set[Any]) -> bool:
+    if not isinstance(step, dict) or not step.keys() <= {"trans_type", "param"}:
+        return False
+    plain = str(step.get("trans_type")).lower().replace("_", "")
+    return plain in known and all(_is_shipped(leaf, sizes) for leaf in _leaves(step.get("param", {})))
+
+
+def _is_shipped(leaf: Any, sizes: set[Any]) -> bool:
+    """A value of a transform as MindSpeed-MM ships it: sizes of the clip, scales, ways to interpolate, switches."""
+    if isinstance(leaf, bool) or leaf is None:
+        return True
+    return leaf in sizes or leaf in _SCALES or (isinstance(leaf, str) and leaf.lower().replace("_", "") in _MODES)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(inner)
+    else:
+        yield value
+
+
 def _at(values: Any, dotted: str) -> dict[str, Any]:
     found = value_at(values, dotted)
     return found if isinstance(found, dict) else {}
 
 
+_OF_CLIP = 224  # pixels that CLIP sees
+_SCALES = {0.5, 0.48145466, 0.4578275, 0.40821073, 0.26862954, 0.26130258, 0.27577711}  # to [-1, 1], and CLIP's own
+_MODES = {"bilinear", "bicubic", "shortside", "auto"}
+_RESIZED = frozenset(
+    {"resizevideo", "resize", "totensorvideo", "totensor", "normalize", "normalise", "normfun", "aenorm"}
+)
+_TRANSFORMS: Mapping[str, frozenset[str]] = {
+    "video_and_first_frame": frozenset({"resizevideo", "totensorvideo"}),
+    "video_only": frozenset({"centercropresizevideo", "totensorvideo", "normalize", "normalise", "normfun", "aenorm"}),
+    "first_frame": _RESIZED,
+    "first_frame_clip": _RESIZED,
+    "first_frame_vae": _RESIZED,
+}
+"""Transforms of each stage of `train_pipeline`, without case and underscores."""
 _LISTS = {"lora"}  # of sections, in which a list of one is a list
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "torch.float32": "fp32", "torch.bfloat16": "bf16"}
 _READERS = {"DecordVideo": "decord", "decoder": "auto", "TorchvisionVideo": "auto", "AvVideo": "pyav"}
@@ -236,6 +284,12 @@ _SAMPLER = "flow matching is sampled so"
 _ACCEPTED: Mapping[Kind, Mapping[str, tuple[Accepts, str]]] = {
     "data.json": {
         **_CLIPS,
+        _P + "min_hxw": (_any, "no clip is left out for its size"),
+        _P + "hw_aspect_thr": (_any, "no clip is left out for its shape"),
+        _P + "train_pipeline": (
+            _is_the_one_way,
+            "clips are resized to cover, cropped and scaled to [-1, 1]; frames that are given are the clip's",
+        ),
         "dataset_param.cfg": (_is(0), "captions are dropped in training"),
         _P + "cfg": (_is(0), "captions are dropped in training"),
         "dataloader_param": (_any, "each process takes its share of the samples"),

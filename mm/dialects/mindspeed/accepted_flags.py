@@ -12,8 +12,24 @@ Accepted = Mapping[str, tuple[frozenset[str] | None, str]]
 _SWITCH: frozenset[str] = frozenset()
 _NEVER_CAUSAL = (frozenset({"general"}), "attention in Wan is never causal")
 _BACKEND = (frozenset({"nccl", "hccl", "gloo"}), "the device chooses its backend")
-ACCEPTED_TRAIN_FLAGS: Accepted = {
+_DUMMY = "Megatron asks for it; the model is that of the file"
+_DUMMIES: Accepted = {
+    "--num-layers": (frozenset({"1"}), _DUMMY),
+    "--hidden-size": (frozenset({"3072"}), _DUMMY),
+    "--num-attention-heads": (frozenset({"48"}), _DUMMY),
+    "--seq-length": (frozenset({"24"}), _DUMMY),
+    "--max-position-embeddings": (frozenset({"24"}), _DUMMY),
+    "--tokenizer-type": (frozenset({"NullTokenizer"}), _DUMMY),
+    "--vocab-size": (frozenset({"0"}), _DUMMY),
+    "--position-embedding-type": (frozenset({"rope"}), _DUMMY),
+    "--rotary-base": (frozenset({"500000"}), _DUMMY),
+    "--swiglu": (_SWITCH, _DUMMY),
+    "--normalization": (frozenset({"RMSNorm"}), _DUMMY),
     "--no-masked-softmax-fusion": (_SWITCH, "attention has one kernel"),
+}
+"""What the scripts of early versions give, with the values that these have: of the model's own file nothing follows."""
+ACCEPTED_TRAIN_FLAGS: Accepted = {
+    **_DUMMIES,
     "--no-gradient-accumulation-fusion": (_SWITCH, "gradients are added up in fp32"),
     "--accumulate-allreduce-grads-in-fp32": (_SWITCH, "gradients are added up in fp32"),
     "--use-fused-rmsnorm": (_SWITCH, "the device chooses its fastest kernel"),
@@ -34,7 +50,16 @@ ACCEPTED_TRAIN_FLAGS: Accepted = {
     ),
 }
 _OF_TRAINING = "it concerns training"
-_NUMBERS = ("--lr", "--min-lr", "--train-iters", "--weight-decay", "--clip-grad", "--adam-beta1", "--adam-beta2")
+_NUMBERS = (
+    "--lr",
+    "--min-lr",
+    "--train-iters",
+    "--weight-decay",
+    "--clip-grad",
+    "--adam-beta1",
+    "--adam-beta2",
+    "--adam-eps",
+)
 _SWITCHES = (
     "--no-load-optim",
     "--no-load-rng",
@@ -43,6 +68,7 @@ _SWITCHES = (
     "--no-gradient-accumulation-fusion",
 )
 ACCEPTED_GENERATE_FLAGS: Accepted = {
+    **_DUMMIES,
     "--attention-mask-type": _NEVER_CAUSAL,
     "--distributed-backend": _BACKEND,
     "--pipeline-model-parallel-size": (frozenset({"1"}), "generation has no pipeline"),
@@ -52,6 +78,25 @@ ACCEPTED_GENERATE_FLAGS: Accepted = {
     "--use-fused-rmsnorm": (_SWITCH, "the device chooses its fastest kernel"),
     **dict.fromkeys(_NUMBERS, (None, _OF_TRAINING)),
     **dict.fromkeys(_SWITCHES, (_SWITCH, _OF_TRAINING)),
+}
+
+
+_ALONE = "each process encodes one sample at a time"
+_UNCUT = (frozenset({"1"}), _ALONE)
+ACCEPTED_EXTRACT_FLAGS: Accepted = {
+    **_DUMMIES,
+    **dict.fromkeys(_NUMBERS, (None, _OF_TRAINING)),
+    **dict.fromkeys(_SWITCHES, (_SWITCH, _OF_TRAINING)),
+    "--attention-mask-type": _NEVER_CAUSAL,
+    "--distributed-backend": _BACKEND,
+    "--micro-batch-size": (None, _ALONE),
+    "--global-batch-size": (None, _ALONE),
+    "--bf16": (_SWITCH, "the precision is that of the encoders' file"),
+    "--use-fused-rmsnorm": (_SWITCH, "the device chooses its fastest kernel"),
+    "--tensor-model-parallel-size": _UNCUT,
+    "--pipeline-model-parallel-size": _UNCUT,
+    "--virtual-pipeline-model-parallel-size": _UNCUT,
+    "--context-parallel-size": _UNCUT,
 }
 
 

@@ -4,8 +4,10 @@ together. The rules tell it with everything else."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from mm.config.flags import flag_name
+from mm.config.unread import broken
 from mm.dialects.mindspeed.train_flags import PretrainModel, TrainFlags
 from mm.errors import Problem
 
@@ -13,9 +15,8 @@ _LORA = "--lora-r 16 --lora-alpha 16 --lora-target-modules q k v o --load-base-m
 
 
 def contradictions(flags: TrainFlags, model: PretrainModel) -> Iterator[Problem]:
-    """Every one of them."""
-    for find in _ALL:
-        yield from find(flags, model)
+    """Every one that can be seen of what could be read."""
+    yield from broken([partial(find, flags) for find in _ALL], model)
 
 
 def _task_agrees(flags: TrainFlags, model: PretrainModel) -> Iterator[Problem]:
@@ -85,10 +86,8 @@ def _flags_of_adapters_belong_together(flags: TrainFlags, model: PretrainModel) 
     }
     missing = [name for name, given in needed.items() if not given]
     if missing:
-        remedy = f"Give all of {_LORA}, or none of LoRA's flags."
-        if "--load-base-model" in missing and flags.load is not None:
-            remedy += " The base model belongs to --load-base-model; --load is for adapters to start from."
-        yield Problem("CFG-104", f"LoRA needs {' and '.join(missing)} as well.", remedy)
+        found = f"LoRA needs {' and '.join(missing)} as well."
+        yield Problem("CFG-104", found, f"Give all of {_LORA}, or none of LoRA's flags.")
 
 
 def _adapters_are_in_range(flags: TrainFlags, model: PretrainModel) -> Iterator[Problem]:

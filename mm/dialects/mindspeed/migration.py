@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mm.config.base import Section, parse, take_retired
-from mm.config.data import ExtractData, TrainData
-from mm.config.extract import ExtractModel, ExtractTools
-from mm.config.inference import InferenceModel
-from mm.config.inference_retired import RETIRED_INFERENCE_KEYS
 from mm.dialects.mindspeed.accepted import Kind, Note, settle, value_at
+from mm.dialects.mindspeed.data_json import ExtractData, TrainData
+from mm.dialects.mindspeed.extract_files import ExtractModel, ExtractTools
+from mm.dialects.mindspeed.inference_json import InferenceModel
+from mm.dialects.mindspeed.inference_retired import RETIRED_INFERENCE_KEYS
 from mm.dialects.mindspeed.retired_data import RETIRED, RETIRED_IN_EXTRACTION, RETIRED_IN_TRAINING
 from mm.dialects.mindspeed.train_flags import PretrainModel
 from mm.errors import ConfigError

@@ -275,7 +275,6 @@ RETIRED_TRAIN_FLAGS = {
     "--vocab-size": "Remove it; captions are embedded during feature extraction.",
     "--position-embedding-type": _FROM_MODEL_JSON,
     "--rotary-base": _FROM_MODEL_JSON,
-    "--swiglu": _FROM_MODEL_JSON,
     "--normalization": _FROM_MODEL_JSON,
     "--attention-mask-type": "Remove it; attention in Wan is never causal.",
     "--distributed-backend": "Remove it; the device chooses its backend (gloo, nccl, hccl).",

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
-from pathlib import Path
 from typing import Any, TypeVar
 
-from mm.config.data import FeatureDatasetParam, TrainData
-from mm.config.flags import parse_flags
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import stage_rows
+from mm.config.model import WanConfig
 from mm.config.run.around import EvaluationSection, ValidationSection
 from mm.config.run.checkpoint import AdapterSection
 from mm.config.run.data import Clip, FeatureSet
-from mm.config.run.model import ModelSection
-from mm.config.run.training import TrainingRun, TrainingSections, training_run
-from mm.dialects.mindspeed.accepted import Note, said
-from mm.dialects.mindspeed.accepted_flags import take_accepted
+from mm.config.run.encoders import TokenizerSection
+from mm.config.run.training import TrainingRun, TrainingSections
+from mm.config.unread import built, if_read, read_or, whole
+from mm.dialects.mindspeed.accepted_flags import ACCEPTED_TRAIN_FLAGS
+from mm.dialects.mindspeed.as_done_here import training_as_done_here
 from mm.dialects.mindspeed.contradictions import contradictions
-from mm.dialects.mindspeed.data_files import load_train_data
-from mm.dialects.mindspeed.model_files import load_pretrain_model
+from mm.dialects.mindspeed.data_json import FeatureDatasetParam, TrainData
+from mm.dialects.mindspeed.extraction import tokenizer
+from mm.dialects.mindspeed.files import read_pretrain_model, read_train_data
+from mm.dialects.mindspeed.reading import Reading
 from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
 from mm.dialects.mindspeed.words import TRAIN_FLAGS, training_origins
 from mm.dialects.mindspeed.zero_file import load_zero
-from mm.errors import ConfigError, Problem, raise_all
+from mm.errors import Problem
 
 FlagsT = TypeVar("FlagsT", bound=TrainFlags)
-ReadT = TypeVar("ReadT")
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,7 @@ class TrainFiles:
     Attributes:
         model: pretrain_model.json. data: feature_data.json.
         zero: zero_config.yaml, where layer-zero is asked for. held_out: the file of `--eval-data`, or None.
+        problems: what is wrong in them, and in the command line.
         notes: lines for the log, of what they say that is how it is done here anyway.
     """
 
@@ -46,91 +45,77 @@ class TrainFiles:
     data: TrainData
     zero: ZeroConfig | None = None
     held_out: TrainData | None = None
+    problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
 
 
 def read_training(argv: Sequence[str], world_size: int) -> TrainingRun:
-    """The run that the words after `mm train` ask for, not yet checked by the rules.
-
-    Raises:
-        ConfigError: for words, keys and values that cannot be read.
+    """The run that the words after `mm train` ask for, with all that is wrong in them and in their files; not yet
+    checked by the rules.
     """
-    flags = read_flags(TrainFlags, argv, "mm train")
-    return translate(flags, read_files(flags), world_size)
+    reading = Reading()
+    flags = read_flags(TrainFlags, argv, "mm train", reading)
+    return translate(flags, read_files(flags, reading), world_size)
 
 
-def read_flags(kind: type[FlagsT], argv: Sequence[str], program: str) -> FlagsT:
-    """Read the words of a command that takes training's flags.
-
-    Raises:
-        ConfigError: what `mm.config.flags.parse_flags` raises; in the same round what is wrong in the files that the
-            words name.
-    """
-    words, _ = take_accepted(argv)
-    try:
-        return parse_flags(kind, words, program=program, retired=RETIRED_TRAIN_FLAGS)
-    except ConfigError as error:
-        raise_all(ConfigError, [*error.problems, *_problems_of_files(words)])
-        raise
+def read_flags(kind: type[FlagsT], argv: Sequence[str], program: str, reading: Reading) -> FlagsT:
+    """The words of a command that takes training's flags, of which what cannot be read is `UNREAD`."""
+    given = reading.flags(kind, argv, program, accepted=ACCEPTED_TRAIN_FLAGS, retired=RETIRED_TRAIN_FLAGS)
+    flags, notes = training_as_done_here(given)
+    reading.notes["flags"] += notes
+    return flags
 
 
-def _problems_of_files(words: Sequence[str]) -> list[Problem]:
-    """What is wrong in the files that exist of a command line that cannot be read."""
-    readers: dict[str, Callable[[Path], Any]] = {"--mm-model": load_pretrain_model, "--mm-data": load_train_data}
-    problems: list[Problem] = []
-    for flag, value in pairwise(words):
-        path = Path(value)
-        if flag in readers and path.is_file():
-            _attempt(partial(readers[flag], path), problems)
-    return problems
-
-
-def read_files(flags: TrainFlags, accepted: Sequence[Note] = ()) -> TrainFiles:
-    """Read the files that a command line names.
+def read_files(flags: TrainFlags, reading: Reading) -> TrainFiles:
+    """The files that a command line names, of which what cannot be read is `UNREAD`.
 
     Args:
-        flags: the command line. accepted: what `take_accepted` took out of it.
-
-    Raises:
-        ConfigError: what is wrong in any of them, all at once.
+        flags: the command line. reading: what is wrong in it; gets what is wrong in the files.
     """
-    problems: list[Problem] = []
-    notes: dict[str, list[Note]] = {flags.mm_model: [], flags.mm_data: []}
-    model = _attempt(lambda: load_pretrain_model(Path(flags.mm_model), notes[flags.mm_model]), problems)
-    data = _attempt(lambda: load_train_data(Path(flags.mm_data), notes[flags.mm_data]), problems)
-    zero = _attempt(lambda: load_zero(flags), problems)
-    held_out = None
-    if flags.eval_data is not None and flags.eval_interval is not None:  # else the rules tell
-        held_out = _attempt(lambda: load_train_data(Path(str(flags.eval_data))), problems)
-    raise_all(ConfigError, problems)
-    assert model is not None and data is not None  # noqa: S101  a file that is not read is a problem
-    told = tuple(said(file, found) for file, found in {"flags": accepted, **notes}.items() if found)
-    return TrainFiles(model, data, zero, held_out, told)
+    model = read_pretrain_model(flags.mm_model, reading)
+    data = read_train_data(flags.mm_data, reading)
+    zero = reading.attempt(lambda: load_zero(flags))
+    told = reading.told()
+    held_out = reading.attempt(lambda: _held_out(flags, reading))
+    return TrainFiles(model, data, zero, held_out, tuple(reading.problems), told)
+
+
+def _held_out(flags: TrainFlags, reading: Reading) -> TrainData | None:
+    if flags.eval_data is None or flags.eval_interval is None:  # one without the other is a contradiction
+        return None
+    return read_train_data(flags.eval_data, reading)
 
 
 def translate(flags: TrainFlags, files: TrainFiles, world_size: int = 1) -> TrainingRun:
-    """The run that a command line and its files describe on so many processes; what contradicts itself is noted."""
-    model, zero = files.model, files.zero
+    """The run that a command line and its files describe on so many processes, with what is wrong in them."""
+    model = files.model
     values: dict[str, dict[str, Any]] = {}
     for path, flag in TRAIN_FLAGS.items():
         section, name = path.split(".")
         values.setdefault(section, {})[name] = flag.read(flags)
     values["data"] |= _data(files.data)
-    values["parallel"] |= {"stages": _stages(model), "layerzero": _zero(flags, zero)}
-    values["checkpoint"]["resume_changed"] = tuple(flags.resume_changed)
+    values["parallel"] |= {
+        "stages": if_read(lambda: _stages(model)),
+        "layerzero": if_read(lambda: _zero(flags, files.zero)),
+    }
+    values["checkpoint"]["resume_changed"] = if_read(lambda: tuple(flags.resume_changed))
     values["memory"]["offload"] = model.predictor.attention_async_offload
-    kinds = {name: field.annotation for name, field in TrainingSections.model_fields.items()}
-    built = {name: kinds[name](**given) for name, given in values.items() if name != "model"}  # type: ignore[misc]
-    sections = TrainingSections(
-        model=ModelSection(shape=model.predictor.wan(), precision=values["model"]["precision"]),
-        objective=model.diffusion,
-        adapters=_adapters(flags),
-        evaluation=_evaluation(flags, files.held_out),
-        validation=_validation(flags),
-        **built,
+    values["model"]["shape"] = if_read(lambda: whole(model.predictor, WanConfig.model_fields).wan())
+    kinds: dict[str, Any] = {name: field.annotation for name, field in TrainingSections.model_fields.items()}
+    sections = built(
+        TrainingSections,
+        {
+            "objective": model.diffusion,
+            "adapters": if_read(lambda: _adapters(flags)),
+            "evaluation": if_read(lambda: _evaluation(flags, files.held_out)),
+            "validation": if_read(lambda: _validation(flags)),
+            **{name: built(kinds[name], given) for name, given in values.items()},
+        },
     )
-    origins = training_origins(flags, says_dtype=model.predictor.dtype is not None)
-    return training_run(sections, origins, world_size, list(contradictions(flags, model)), files.notes)
+    says_dtype = if_read(lambda: model.predictor.dtype is not None)
+    origins = training_origins(flags, says_dtype=read_or(says_dtype, False))
+    problems = (*files.problems, *contradictions(flags, model))
+    return TrainingRun.described(sections, origins, world_size, problems, files.notes)
 
 
 def _data(data: TrainData) -> Mapping[str, Any]:
@@ -146,17 +131,23 @@ def _data(data: TrainData) -> Mapping[str, Any]:
 def features(param: FeatureDatasetParam) -> FeatureSet:
     """The features that `dataset_param` names."""
     basic, clip = param.basic_parameters, param.preprocess_parameters
-    return FeatureSet(
-        path=basic.data_path,
-        folder=basic.data_folder,
-        clip=Clip(
-            num_frames=clip.num_frames,
-            frame_interval=clip.frame_interval,
-            height=clip.max_height,
-            width=clip.max_width,
-        ),
-        tokenizer=param.tokenizer_config,
-    )
+    taken = {
+        "num_frames": clip.num_frames,
+        "frame_interval": clip.frame_interval,
+        "height": clip.max_height,
+        "width": clip.max_width,
+    }
+    values = {
+        "path": basic.data_path,
+        "folder": basic.data_folder,
+        "clip": built(Clip, taken),
+        "tokenizer": if_read(lambda: _tokenizer(param)),
+    }
+    return built(FeatureSet, values)
+
+
+def _tokenizer(param: FeatureDatasetParam) -> TokenizerSection | None:
+    return None if param.tokenizer_config is None else tokenizer(param.tokenizer_config)
 
 
 def _stages(model: PretrainModel) -> list[list[int]] | None:
@@ -174,31 +165,25 @@ def _adapters(flags: TrainFlags) -> AdapterSection | None:
     if not flags.lora:
         return None
     rank, alpha = flags.lora_r or 1, flags.lora_alpha or 1.0
-    return AdapterSection(
-        rank=max(1, rank),
-        alpha=alpha if alpha > 0 else 1.0,
-        targets=flags.lora_target_modules or ["q"],
-        base=flags.load_base_model or "missing",
-        base_dtype=flags.lora_base_dtype,
-    )
+    values = {
+        "rank": max(1, rank),
+        "alpha": alpha if alpha > 0 else 1.0,
+        "targets": flags.lora_target_modules or ["q"],
+        "base": flags.load_base_model or "missing",
+        "base_dtype": flags.lora_base_dtype,
+    }
+    return built(AdapterSection, values)
 
 
 def _evaluation(flags: TrainFlags, held_out: TrainData | None) -> EvaluationSection | None:
     if flags.eval_interval is None or held_out is None:
         return None
-    return EvaluationSection(interval=flags.eval_interval, features=features(held_out.dataset_param))
+    return built(EvaluationSection, {"interval": flags.eval_interval, "features": features(held_out.dataset_param)})
 
 
 def _validation(flags: TrainFlags) -> ValidationSection | None:
     interval, prompts, config = flags.validation_interval, flags.validation_prompts, flags.validation_config
     if interval is None or prompts is None or config is None:
         return None  # CFG-124 tells of some without the others
-    return ValidationSection(interval=interval, prompts=prompts, images=flags.validation_images, config=config)
-
-
-def _attempt(read: Callable[[], ReadT], problems: list[Problem]) -> ReadT | None:
-    try:
-        return read()
-    except ConfigError as error:
-        problems += error.problems
-        return None
+    values = {"interval": interval, "prompts": prompts, "images": flags.validation_images, "config": config}
+    return built(ValidationSection, values)

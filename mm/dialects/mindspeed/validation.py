@@ -2,45 +2,57 @@
 
 from __future__ import annotations
 
-from mm.config.inference import InferenceModel
+from collections.abc import Iterator
+
+from mm.config.rules.generation import GENERATION_RULES
 from mm.config.run.around import validation_folder
+from mm.config.run.generation import GenerationRun
 from mm.config.run.training import TrainingRun
-from mm.dialects.mindspeed.generate import GenerateFlags, load_inference
-from mm.errors import ConfigError, Problem, raise_all
+from mm.config.unread import broken, if_read, read_or
+from mm.dialects.mindspeed.generate import translate
+from mm.dialects.mindspeed.generate_flags import GenerateFlags
+from mm.dialects.mindspeed.reading import Reading
+from mm.errors import Problem
 
 
-def load_validation(run: TrainingRun) -> InferenceModel | None:
-    """Read the file, which must describe the model in training; None without validation.
+def read_validation(run: TrainingRun) -> tuple[GenerationRun | None, list[Problem]]:
+    """What clips of a model in training are rendered by, and what is wrong with that; nothing without validation.
 
-    Raises:
-        ConfigError: what `mm.dialects.mindspeed.generate.load_inference` raises; CFG-125 where the file tells another
-            model.
+    Args:
+        run: the training, not yet checked. The file must describe its model (CFG-125).
     """
+    flags = read_or(if_read(lambda: _flags(run)), None)
+    if flags is None:
+        return None, []
+    rendering = translate(flags, Reading())
+    problems = [*rendering.problems, *broken(GENERATION_RULES, rendering)]
+    return rendering, problems or list(broken([_is_the_model], (run, rendering)))
+
+
+def _flags(run: TrainingRun) -> GenerateFlags | None:
     asked, save = run.validation, run.checkpoint.save
     if asked is None or save is None:
         return None
-    config = load_inference(
-        GenerateFlags(
-            mm_model=asked.config,
-            load="(the model in training)",
-            prompt=asked.prompts,
-            image=asked.images,
-            save_path=str(validation_folder(save)),
-        )
+    return GenerateFlags(
+        mm_model=asked.config,
+        load="(the model in training)",
+        prompt=asked.prompts,
+        image=asked.images,
+        save_path=str(validation_folder(save)),
     )
+
+
+def _is_the_model(both: tuple[TrainingRun, GenerationRun]) -> Iterator[Problem]:
+    run, rendering = both
     file = run.origins["model.shape.num_layers"].file
-    ours, theirs = run.wan, config.predictor.wan()
+    ours, theirs = run.wan, rendering.wan
     fields = theirs.differing_fields(ours) + ["text_len"] * (theirs.text_len != ours.text_len)
     others = {f"predictor.{name} {getattr(theirs, name)}": f"{file} has {getattr(ours, name)}" for name in fields}
-    if config.predictor.dtype != run.dtype:
-        others[f"predictor.dtype {config.predictor.dtype}"] = f"the model is trained in {run.dtype}"
-    if config.lora:
+    if rendering.dtype != run.dtype:
+        others[f"predictor.dtype {rendering.dtype}"] = f"the model is trained in {run.dtype}"
+    if rendering.model.adapters:
         others["lora"] = "the model is rendered as it is trained"
-    raise_all(
-        ConfigError,
-        [
-            Problem("CFG-125", f"{asked.config} has {has}, and {instead}.", "Make them agree.")
-            for has, instead in others.items()
-        ],
-    )
-    return config
+    asked = run.validation
+    for has, instead in others.items():
+        name = asked.config if asked is not None else ""
+        yield Problem("CFG-125", f"{name} has {has}, and {instead}.", "Make them agree.")

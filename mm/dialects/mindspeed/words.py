@@ -16,6 +16,7 @@ from mm.config.flags import Flags, flag_name
 from mm.config.layerzero import ZeroConfig
 from mm.config.model import WanConfig
 from mm.config.run.origins import Origins, Word
+from mm.config.unread import Unread, read_or
 from mm.dialects.mindspeed.train_flags import TrainFlags
 
 ZERO_FILE = "zero_config.yaml"
@@ -38,8 +39,8 @@ class Flag:
     def read(self, flags: Flags) -> Any:
         """The section's value."""
         given = getattr(flags, self.field)
-        if given is None:
-            return self.absent
+        if given is None or isinstance(given, Unread):
+            return self.absent if given is None else given
         return next((value for value, spelled in self.values.items() if spelled == given), given)
 
     def spelled(self, value: Any) -> Any:
@@ -143,6 +144,16 @@ EVALUATION_FLAGS: dict[str, Flag] = {
     "validation.images": Flag("validation_images"),
     "validation.config": Flag("validation_config"),
 }
+EXTRACT_FLAGS: dict[str, Flag] = {
+    "extraction.seed": Flag("seed"),
+    "extraction.device": Flag("device"),
+    "data.workers": Flag("num_workers"),
+    "data.read_timeout": Flag("decode_timeout"),
+    "data.on_bad_sample": Flag("on_bad_sample"),
+    "output.overwrite": Flag("overwrite"),
+    "supervision.timeout_minutes": Flag("distributed_timeout_minutes"),
+}
+"""Flags of extraction that each stand for one value."""
 _SECTIONS = {
     "adapters": Word("--lora-r"),
     "evaluation": Word("--eval-interval"),
@@ -152,25 +163,22 @@ _SECTIONS = {
 _CLIP = {"num_frames": "num_frames", "frame_interval": "frame_interval", "height": "max_height", "width": "max_width"}
 
 
-def path_of(flag: str) -> str | None:
-    """The path of the value that a flag, with its dashes, stands for; None for what is no flag or has no one value."""
-    tables = {**TRAIN_FLAGS, **ADAPTER_FLAGS, **EVALUATION_FLAGS}
-    return next((path for path, known in tables.items() if flag_name(known.field) == flag), None)
-
-
 def training_origins(flags: TrainFlags, *, says_dtype: bool = False) -> Origins:
     """The words of a command line and of the files that it names.
 
     Args:
         flags: the command line. says_dtype: pretrain_model.json says the precision as well.
     """
-    model, zero = flags.mm_model, flags.layerzero_config or ZERO_FILE
+    model, zero = read_or(flags.mm_model, "pretrain_model.json"), read_or(flags.layerzero_config, None) or ZERO_FILE
     tables = {**TRAIN_FLAGS, **ADAPTER_FLAGS, **EVALUATION_FLAGS}
     words = {path: flag.word() for path, flag in MESH_FLAGS.items()} | {"parallel.layerzero": Word("--layerzero")}
     words |= {path: flag.word() for path, flag in tables.items()} | _SECTIONS
+    if "load_base_model" not in flags.model_fields_set and read_or(flags.load_base_model, None) is not None:
+        words["adapters.base"] = Word("--load")  # see mm.dialects.mindspeed.as_done_here
     words |= _keys_of_model(model)
-    words |= _keys_of_data("data.features", flags.mm_data, "--mm-data")
-    words |= _keys_of_data("evaluation.features", flags.eval_data or "held-out features", "--eval-data")
+    words |= _keys_of_data("data.features", read_or(flags.mm_data, "feature_data.json"), "--mm-data")
+    held_out = read_or(flags.eval_data, None) or "held-out features"
+    words |= _keys_of_data("evaluation.features", held_out, "--eval-data")
     words |= {f"parallel.layerzero.{name}": Word(name, zero) for name in ZeroConfig.model_fields}
     also: dict[str, tuple[Word, ...]] = {
         "parallel.layerzero": (Word("--layerzero-config", spelled=lambda _: ZERO_FILE),)
@@ -207,7 +215,7 @@ def _keys_of_data(path: str, file: str, file_word: str) -> dict[str, Word]:
     words = {f"{path}.clip.{ours}": key(theirs, clip) for ours, theirs in _CLIP.items()}
     words |= {f"{path}.path": key("data_path", basic), f"{path}.folder": key("data_folder", basic)}
     words[f"{path}.tokenizer"] = key("tokenizer_config", "dataset_param")
-    for name in ("hub_backend", "autotokenizer_name", "from_pretrained", "model_max_length"):
+    for name in ("from_pretrained", "model_max_length"):
         words[f"{path}.tokenizer.{name}"] = key(name, "dataset_param.tokenizer_config")
     if path == "data.features":
         words["data.caption_dropout"] = Word("cfg", file, "cfg", file_word, is_json=True)

@@ -156,7 +156,7 @@ class Checkpointing(Callback):
 
     @contextmanager
     def _passing_over(self, step: int | None, *, when: bool) -> Iterator[None]:
-        """Tell a disk's refusal and go on, where `--on-save-failure warn` and `when` say so."""
+        """Tell a disk's refusal and go on, where the run and `when` say so."""
         try:
             yield
         except CheckpointError as error:
@@ -164,7 +164,8 @@ class Checkpointing(Callback):
                 raise
             if self._run.reports:
                 what = "the save in the background" if step is None else f"step {step}"
-                logger.error("%s is not saved, the run goes on (--on-save-failure warn): %s", what, error)
+                asked = self._run.sections.origins["checkpoint.on_save_failure"].with_value("warn")
+                logger.error("%s is not saved, the run goes on (%s): %s", what, asked, error)
 
 
 class SaveOutcome(Callback):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mm.config.inference import InferenceModel
+from mm.config.run.generation import GenerationRun
 from mm.data.video import probe, read_frames
 from mm.errors import DataError, raise_all
 from mm.generate.describe import describe_row
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 class Rendering(ModelCheck):
     """Renders the rows of a configuration every `--validation-interval` steps, below a folder of the run."""
 
-    def __init__(self, config: InferenceModel, processes: Processes, interval: int, folder: Path) -> None:
+    def __init__(self, config: GenerationRun, processes: Processes, interval: int, folder: Path) -> None:
         """Encode the texts and images once, and see that the VAE can be loaded; every rank does so.
 
         Args:
@@ -50,7 +50,7 @@ class Rendering(ModelCheck):
         if self._processes.comm.rank != 0:
             return ()
         clips = {path.stem: clip for path in paths if (clip := _read(path)) is not None}
-        return [RenderedClips(step, paths, clips, self._config.fps)]
+        return [RenderedClips(step, paths, clips, self._config.output.fps)]
 
     def is_missing(self, step: int) -> bool:
         """Notice that a clip of a step is not there."""
@@ -72,8 +72,8 @@ class Rendering(ModelCheck):
         prepare_folder(folder)  # clips of a step that is run again are replaced
         video = self._renderer.load_video_encoder()
         for row, frames in self._renderer.clips(ParallelVelocity(parallel), video, lambda rows: None):
-            about = {**describe_row(row, self._config), "step": step, "seed": self._config.seed}
-            write_clip(clip_path(folder, row.index), frames, self._config.fps, about)
+            about = {**describe_row(row, self._config), "step": step, "seed": self._config.generation.seed}
+            write_clip(clip_path(folder, row.index), frames, self._config.output.fps, about)
         self._processes.comm.barrier()
         return paths
 

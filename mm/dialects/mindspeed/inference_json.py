@@ -7,28 +7,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from mm.config.base import Section
-from mm.config.data import TokenizerConfig
-from mm.config.extract import AutoencoderConfig, TextEncoderConfig
 from mm.config.model import Precision, WanConfig
-from mm.config.tasks.registry import TASKS
-from mm.config.tasks.task import Task
-
-NEGATIVE_PROMPT = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
-    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
-    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
-)
-"""Of the Wan2.1 release, which its models are meant to be used with: wan/configs/shared_config.py for text alone. Tasks
-put something before it (`Task.negative`)."""
-
-# Pixels that one latent stands for: frames after the first, rows, columns. Fixed by the Wan2.1 VAE.
-VAE_STRIDE = (4, 8, 8)
-
-
-def latent_size(size: tuple[int, int, int]) -> tuple[int, int, int]:
-    """(F, H, W) of the latents of a clip of so many frames, rows and columns."""
-    frames, height, width = size
-    return (frames - 1) // VAE_STRIDE[0] + 1, height // VAE_STRIDE[1], width // VAE_STRIDE[2]
+from mm.dialects.mindspeed.encoder_json import AutoencoderConfig, TextEncoderConfig, TokenizerConfig
 
 
 class VaeSection(AutoencoderConfig):
@@ -82,7 +62,7 @@ class InferenceDiffusion(Section):
         flow_shift: of the noise levels; 3 for 480p and 5 for 720p are usual.
         guidance_scale: of classifier-free guidance; exactly 1 leaves the negative prompt out.
         batched_guidance: both prompts in one pass of twice the batch instead of two passes.
-        solver_order, solver_type: of UniPC alone.
+        solver_order, solver_type: of UniPC alone; 2 and bh2 where they are not said.
     """
 
     model_id: Literal["UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"] = "UniPCMultistepScheduler"
@@ -90,18 +70,13 @@ class InferenceDiffusion(Section):
     flow_shift: float = Field(gt=0)
     guidance_scale: float = Field(5.0, ge=0)
     batched_guidance: bool = False
-    solver_order: Literal[1, 2, 3] = 2
-    solver_type: Literal["bh1", "bh2"] = "bh2"
+    solver_order: Literal[1, 2, 3] | None = None
+    solver_type: Literal["bh1", "bh2"] | None = None
 
     @property
     def solver(self) -> Literal["unipc", "euler"]:
         """The sampler's short name."""
         return "unipc" if self.model_id == "UniPCMultistepScheduler" else "euler"
-
-    @property
-    def guided(self) -> bool:
-        """True where the negative prompt takes part."""
-        return self.guidance_scale != 1
 
 
 class PipelineSection(Section):
@@ -151,20 +126,3 @@ class InferenceModel(Section):
     predictor: InferencePredictor
     lora: tuple[LoraSection, ...] = ()
     diffusion: InferenceDiffusion
-
-    @property
-    def row_task(self) -> Task:
-        """The task whose roles a row gives: the model's, or, where the last frame is given too, that of both frames."""
-        task = self.predictor.task
-        return TASKS[task.with_last_frame] if task.with_last_frame and self.pipeline_config.dual_image else task
-
-    @property
-    def task(self) -> str:
-        """Task in one word: its name, or what it is called from given videos."""
-        from_video = None if self.video is None else self.predictor.task.with_video
-        return from_video or self.row_task.name
-
-    @property
-    def negative_text(self) -> str:
-        """The negative prompt, given or of the release; an empty one is a prompt, too."""
-        return self.row_task.negative + NEGATIVE_PROMPT if self.negative_prompt is None else self.negative_prompt

@@ -1,0 +1,102 @@
+"""All rules of an extraction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from mm.config.bad_samples import parse_on_bad_sample
+from mm.config.data import TEMPORAL_STRIDE
+from mm.config.rules.encoders import tile_problems
+from mm.config.rules.sources import clip_problems, list_problems
+from mm.config.run.extraction import ExtractionRun
+from mm.config.tasks.registry import DEFAULT, TASKS, named
+from mm.config.unread import broken
+from mm.errors import ConfigError, Problem, raise_all
+
+
+def check_extraction(run: ExtractionRun) -> None:
+    """Check an extraction before any device is touched.
+
+    Raises:
+        ConfigError: with what could not be read and every violated rule.
+    """
+    raise_all(ConfigError, [*run.problems, *broken(EXTRACTION_RULES, run)])
+
+
+def _clips_can_be(run: ExtractionRun) -> Iterator[Problem]:
+    """CFG-050 and CFG-051."""
+    yield from clip_problems(run.data.clip, run.origins, "data.clip")
+
+
+def _short_videos_give_a_clip(run: ExtractionRun) -> Iterator[Problem]:
+    """CFG-052: a short video's clip is no longer than a long one's."""
+    clip, least, most = run.data.clip, *(run.origins[f"data.clip.{name}"] for name in ("min_num_frames", "num_frames"))
+    if clip.min_num_frames is not None and clip.min_num_frames > clip.num_frames:
+        yield Problem(
+            "CFG-052",
+            f"{least.file}: {least.name} is {clip.min_num_frames}, more than {most.name} {clip.num_frames}.",
+            f"Use at most {most.name}, or remove it to refuse every shorter video.",
+        )
+
+
+def _videos_are_listed(run: ExtractionRun) -> Iterator[Problem]:
+    """CFG-053."""
+    yield from list_problems(run.data.path, run.data.folder, run.origins, "data")
+
+
+def _tiles_cover_the_frame(run: ExtractionRun) -> Iterator[Problem]:
+    """CFG-055."""
+    yield from tile_problems(run.encoders.vae, run.origins)
+
+
+def _images_have_their_encoder(run: ExtractionRun) -> Iterator[Problem]:
+    """CFG-074: tasks with given frames have an image encoder, and only they."""
+    words, task, given = run.origins, run.task, run.encoders.image is not None
+    image, said = words["encoders.image"], words["extraction.task"]
+    if task.frames and not given:
+        folder = words["encoders.image.from_pretrained"]
+        yield Problem(
+            "CFG-074",
+            f"The task is {task.name}, and {image.file} has no {image.name}.",
+            f"Add {folder.key or folder.name}, the folder image_encoder of an I2V or FLF2V model; or set {said.name} "
+            f"to {DEFAULT.name}.",
+        )
+    if given and not task.frames:
+        others = named(other for other in TASKS.values() if other.frames)
+        yield Problem(
+            "CFG-074",
+            f"{image.place()} has no effect with the task {task.name}.",
+            f"Remove it, or set {said.name} to {others} wherever it is said.",
+        )
+
+
+def _frames_have_others_behind_them(run: ExtractionRun) -> Iterator[Problem]:
+    """CFG-075: a clip of one frame is its own first frame."""
+    clip, words = run.data.clip, run.origins
+    for name, frames in (("num_frames", clip.num_frames), ("min_num_frames", clip.min_num_frames)):
+        if run.task.frames and frames is not None and frames <= TEMPORAL_STRIDE:
+            yield Problem(
+                "CFG-075",
+                f"{words[f'data.clip.{name}'].name} is {frames}: a clip of one frame is its own first frame, and "
+                f"{run.task.name} has nothing to learn.",
+                f"Use at least {TEMPORAL_STRIDE + 1}.",
+            )
+
+
+def _bad_samples_are_said(run: ExtractionRun) -> Iterator[Problem]:
+    """CFG-110: what becomes of clips that cannot be read."""
+    try:
+        parse_on_bad_sample(run.data.on_bad_sample, run.origins["data.on_bad_sample"].name)
+    except ConfigError as error:
+        yield from error.problems
+
+
+EXTRACTION_RULES: tuple[Callable[[ExtractionRun], Iterator[Problem]], ...] = (
+    _clips_can_be,
+    _short_videos_give_a_clip,
+    _videos_are_listed,
+    _tiles_cover_the_frame,
+    _bad_samples_are_said,
+    _images_have_their_encoder,
+    _frames_have_others_behind_them,
+)

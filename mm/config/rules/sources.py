@@ -1,0 +1,72 @@
+"""Rules about lists of data sets and the clips that are taken of them: the same for videos and for features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mm.config.data import SIZE_MULTIPLE, TEMPORAL_STRIDE
+from mm.config.run.data import Clip
+from mm.config.run.origins import Origins
+from mm.errors import Problem
+
+
+def clip_problems(clip: Clip, words: Origins, path: str) -> Iterator[Problem]:
+    """CFG-050 and CFG-051: a clip that the VAE can encode.
+
+    Args:
+        clip: the section. words: of the run. path: of the clip in it.
+    """
+    yield from _frame_problems(clip, words, path)
+    yield from _size_problems(clip, words, path)
+
+
+def _frame_problems(clip: Clip, words: Origins, path: str) -> Iterator[Problem]:
+    frames = words[f"{path}.num_frames"]
+    if (clip.num_frames - 1) % TEMPORAL_STRIDE:
+        below = (clip.num_frames - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1
+        yield Problem(
+            "CFG-050",
+            f"{frames.file}: {frames.name} is {clip.num_frames}; the VAE takes 4k + 1 frames.",
+            f"Use {below} or {below + TEMPORAL_STRIDE}.",
+        )
+
+
+def _size_problems(clip: Clip, words: Origins, path: str) -> Iterator[Problem]:
+    for name, size in (("height", clip.height), ("width", clip.width)):
+        word = words[f"{path}.{name}"]
+        if size % SIZE_MULTIPLE:
+            below = size // SIZE_MULTIPLE * SIZE_MULTIPLE
+            near = f"{below} or {below + SIZE_MULTIPLE}" if below else f"{SIZE_MULTIPLE}"
+            found = f"{word.file}: {word.name} is {size}, not a multiple of {SIZE_MULTIPLE}."
+            yield Problem("CFG-051", found, f"Use {near}.")
+
+
+def list_problems(named: str, folder: str | None, words: Origins, path: str) -> Iterator[Problem]:
+    """CFG-053: where the data are is said in one way.
+
+    Args:
+        named: the list of data sets, or the annotation file. folder: what an annotation's paths start from.
+        words: of the run. path: of the section that has both, as `path` and `folder`.
+    """
+    data_path, data_folder = words[f"{path}.path"], words[f"{path}.folder"]
+    source, suffix = data_path.file, Path(named).suffix
+    if suffix not in (".txt", ".json", ".jsonl"):
+        yield Problem(
+            "CFG-053",
+            f"{source}: {data_path.name} is {named}, which ends in none of .txt, .json, .jsonl.",
+            "Name a list of data sets (.txt) or one annotation file (.json, .jsonl; of a table pandas writes one with "
+            'to_json("data.jsonl", orient="records", lines=True)).',
+        )
+    elif suffix == ".txt" and folder is not None:
+        yield Problem(
+            "CFG-053",
+            f"{source}: {data_folder.name} has no effect with the list of data sets {named}.",
+            "Remove it; each line of the list names its own folder.",
+        )
+    elif suffix != ".txt" and folder is None:
+        yield Problem(
+            "CFG-053",
+            f"{source}: {data_path.name} {named} is one annotation file, and {data_folder.name} is missing.",
+            f"Add {data_folder.name}, the folder that the paths in the annotation start from.",
+        )

@@ -1,0 +1,95 @@
+"""An extraction: which clips of which videos become features, by which encoders, and where these go."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from mm.config.base import Section
+from mm.config.run.base import Run
+from mm.config.run.data import Clip
+from mm.config.run.encoders import EncodersSection
+from mm.config.tasks.registry import DEFAULT, TASKS, TaskName
+from mm.config.tasks.task import Task
+
+
+class ExtractionSection(Section):
+    """What the features are for, with which chance, on what.
+
+    Attributes:
+        task: of the models that are to be trained.
+        seed: of a clip's start in a longer video, and of the choice between captions.
+        device: kind of device; None takes the best there is.
+    """
+
+    task: TaskName = DEFAULT.name
+    seed: int = Field(1234, ge=0)
+    device: Literal["cpu", "cuda", "npu"] | None = None
+
+
+class SourceClip(Clip):
+    """The clip that is taken of a video. A longer video gives one contiguous clip at a start drawn from the seed.
+
+    Attributes:
+        min_num_frames: the fewest frames to accept from a short video, which is then cut to the largest 4k + 1;
+            None: a video shorter than `num_frames` is an error.
+        reader: `auto` and `pyav` read with PyAV; `decord` reads with decord those videos of which a check proves that
+            it gives the same frames, and the others with PyAV, which is told.
+    """
+
+    min_num_frames: int | None = Field(None, ge=1)
+    reader: Literal["auto", "decord", "pyav"] = "auto"
+
+
+class SourceSection(Section):
+    """The videos and captions.
+
+    Attributes:
+        path: a `.txt` list of data sets, or one annotation file (`.json`, `.jsonl`).
+        folder: folder that the annotation's paths start from; only with an annotation file.
+        clip: what is taken of each.
+        workers: videos that each process reads ahead, in processes of their own. read_timeout: seconds for one clip.
+        on_bad_sample: `fail`, or `skip:max=0.1%` of all clips, which are left out.
+    """
+
+    path: str = Field(min_length=1)
+    folder: str | None = Field(None, min_length=1)
+    clip: SourceClip
+    workers: int = Field(2, ge=1)
+    read_timeout: float = Field(120.0, gt=0)
+    on_bad_sample: str = "fail"
+
+
+class StoreSection(Section):
+    """Where features go: the folder, and whether features that were made otherwise are replaced."""
+
+    path: str = Field(min_length=1)
+    overwrite: bool = False
+
+
+class WaitingSection(Section):
+    """How long a process waits for slower ones."""
+
+    timeout_minutes: int = Field(1440, ge=1)
+
+
+class ExtractionSections(Section):
+    """All that describes an extraction, and all that its run.yaml holds."""
+
+    extraction: ExtractionSection
+    data: SourceSection
+    encoders: EncodersSection
+    output: StoreSection
+    supervision: WaitingSection = WaitingSection()
+
+
+class ExtractionRun(ExtractionSections, Run):
+    """An extraction."""
+
+    sections: ClassVar = ExtractionSections
+
+    @property
+    def task(self) -> Task:
+        """What the features are for."""
+        return TASKS[self.extraction.task]

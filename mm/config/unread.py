@@ -1,0 +1,190 @@
+"""What can be known of a configuration of which some cannot be read.
+
+A typing mistake in a flag and a value that a rule refuses in a file are told in one round: what was read stands in its
+place, and `UNREAD` where something was not. Whoever looks at that gets an `UnreadError`, so that a rule which needs it
+says nothing, instead of something about a default that nobody asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import reduce
+from typing import Annotated, Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from mm.config.base import closest, fields_at, validation_problems
+from mm.errors import Problem
+
+Place = tuple[int | str, ...]
+"""Where a value is: names of keys and numbers of list items, from outside to inside."""
+
+
+class UnreadError(Exception):
+    """A value was asked for that could not be read, and of which the user is told already."""
+
+
+class Unread:
+    """Stands for a value that could not be read. Its parts cannot be read either; a use of it raises."""
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise UnreadError
+
+    def __getattr__(self, name: str) -> Unread:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *_: object) -> Unread:  # noqa: D102  as its parts
+        return self
+
+    __bool__ = __len__ = __iter__ = __contains__ = __getitem__ = _refuse
+    __str__ = __format__ = __fspath__ = __int__ = __float__ = __index__ = __hash__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __rmod__ = _refuse
+    __floordiv__ = __rfloordiv__ = __truediv__ = __rtruediv__ = _refuse
+
+    def __repr__(self) -> str:
+        return "UNREAD"
+
+
+UNREAD: Any = Unread()
+RunT = TypeVar("RunT")
+ValueT = TypeVar("ValueT")
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+def read_or(value: ValueT, other: ValueT) -> ValueT:
+    """The value, or another where it could not be read."""
+    return other if isinstance(value, Unread) else value
+
+
+def if_read(make: Callable[[], ValueT]) -> ValueT:
+    """What is made of values, or `UNREAD` where one of those that it needs could not be read."""
+    try:
+        return make()
+    except UnreadError:
+        unread: ValueT = UNREAD
+        return unread
+
+
+def partly(section: type[SectionT], **known: Any) -> SectionT:
+    """A section of which only some values are known."""
+    return section.model_construct(**{name: known.get(name, UNREAD) for name in section.model_fields})
+
+
+def built(section: type[SectionT], values: Mapping[str, Any]) -> SectionT:
+    """A section of values that were each read and checked, or could not be read.
+
+    Raises:
+        pydantic.ValidationError: for values that the section does not take.
+    """
+    if any(isinstance(value, Unread) for value in values.values()):
+        return section.model_construct(**values)
+    return section(**values)
+
+
+def whole(section: SectionT, names: Iterable[str]) -> SectionT:
+    """A section of which these fields were read.
+
+    Raises:
+        UnreadError: where one was not.
+    """
+    if any(isinstance(getattr(section, name), Unread) for name in names):
+        raise UnreadError
+    return section
+
+
+def broken(rules: Iterable[Callable[[RunT], Iterator[Problem]]], run: RunT) -> Iterator[Problem]:
+    """What the rules say that need nothing unread."""
+    for rule in rules:
+        try:
+            yield from rule(run)
+        except UnreadError:
+            continue
+
+
+def parse_parts(section: type[SectionT], values: Any, source: str) -> tuple[SectionT, list[Problem]]:
+    """Check values as `mm.config.base.parse` does, and keep what can be read.
+
+    Args:
+        section: the section's type. values: parsed JSON. source: what to call it in messages.
+
+    Returns:
+        The section, with `UNREAD` in the place of what is wrong or missing, or of a key that a slip of the pen hides;
+        and what is wrong.
+    """
+    try:
+        return section.model_validate_json(json.dumps(values)), []
+    except ValidationError as error:
+        problems = validation_problems(section, error, source)
+        unsure, known = set(_unsure(section, error, values)), _without_unknown(error, values)
+        seen = [(item["loc"], item["type"]) for item in error.errors(include_url=False)]
+    try:
+        result = section.model_validate_json(json.dumps(known))
+        if not unsure:
+            return result, problems
+    except ValidationError as error:  # what unknown keys kept from being looked at
+        items = error.errors(include_url=False)
+        told = zip(items, validation_problems(section, error, source), strict=True)
+        problems += [problem for item, problem in told if (item["loc"], item["type"]) not in seen]
+        unsure |= {item["loc"] for item in items}
+    return readable(section, known, unsure), problems
+
+
+def readable(section: type[SectionT], values: Any, unsure: set[Place]) -> SectionT:
+    """A section of the values that can be read; those at `unsure` places are `UNREAD`."""
+    if () in unsure or not isinstance(values, dict):
+        nothing: SectionT = UNREAD
+        return nothing
+    fields: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        own = {place[1:] for place in unsure if place[0] == name}
+        inner, value = section_of(section, name), values.get(name)
+        if own and inner is not None and isinstance(value, dict) and () not in own:
+            fields[name] = readable(inner, value, own)
+        elif own:
+            fields[name] = UNREAD
+        elif name in values:
+            fields[name] = _checked(section, field, value)
+    return section.model_construct(_fields_set=set(fields), **fields)
+
+
+def section_of(section: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The section that a field holds, or None where it holds a value."""
+    annotation = section.model_fields[name].annotation
+    options = (annotation, *getattr(annotation, "__args__", ()))
+    return next((one for one in options if isinstance(one, type) and issubclass(one, BaseModel)), None)
+
+
+def _unsure(section: type[BaseModel], error: ValidationError, values: Any) -> Iterator[Place]:
+    for item in error.errors(include_url=False):
+        place: Place = item["loc"]
+        if item["type"] != "extra_forbidden":
+            yield place
+            continue
+        beside = reduce(lambda inner, part: inner[part], place[:-1], values)
+        meant = closest(str(place[-1]), fields_at(section, place[:-1]))
+        if meant and meant not in beside:
+            yield (*place[:-1], meant)
+
+
+def _without_unknown(error: ValidationError, values: Any) -> Any:
+    """The values without keys that the section does not have."""
+    known = copy.deepcopy(values)
+    for item in error.errors(include_url=False):
+        if item["type"] == "extra_forbidden":
+            *parents, name = item["loc"]
+            del reduce(lambda inner, part: inner[part], parents, known)[name]
+    return known
+
+
+def _checked(section: type[BaseModel], field: FieldInfo, value: Any) -> Any:
+    """A value that its field has accepted, as the field holds it."""
+    kind: Any = field.annotation
+    for bound in field.metadata:
+        kind = Annotated[kind, bound]
+    return TypeAdapter(kind).validate_json(json.dumps(value), strict=section.model_config.get("strict"))

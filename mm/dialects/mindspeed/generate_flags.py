@@ -1,0 +1,76 @@
+"""Flags of the generation command."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from mm.dialects.mindspeed.mesh_flags import MeshFlags
+
+
+class GenerateFlags(MeshFlags):
+    """Generate one clip for each prompt of a file. A flag that is given wins over the same value in the json file."""
+
+    may_be_empty = frozenset({"negative_prompt"})
+    groups: ClassVar[Mapping[str, str]] = {
+        "load": "files",
+        "prompt": "what is asked for",
+        "lora": "LoRA",
+        "negative_prompt": "what is asked for",
+        "save_path": "clips",
+        "seed": "sampling",
+        "input_size": "clips",
+        "sample_solver": "sampling",
+        "micro_batch_size": "batches",
+        "no_progress_bar": "logging",
+    }
+
+    mm_model: str = Field(description="inference_model.json")
+    load: str | None = Field(None, description="transformer weights; default: predictor.from_pretrained of the json")
+    prompt: str | None = Field(None, description="text file, one prompt a line; default: from the json")
+    image: str | None = Field(
+        None, description="text file, one image a line, or first and last with a comma between; default: from the json"
+    )
+    video: str | None = Field(None, description="text file, one video a line; default: from the json")
+    columns: list[str] = Field(
+        [], description="NAME=FILE: numbers that the task takes, one a line for each prompt; default: from the json"
+    )
+    strength: float | None = Field(
+        None, description="share of the steps taken from a given video, above 0 to 1; default: from the json"
+    )
+    lora: list[str] = Field([], description="adapter files to add to the weights; default: from the json")
+    lora_strength: list[float] = Field([], description="factor on each adapter of --lora; default: 1")
+    negative_prompt: str | None = Field(
+        None, description="default: from the json, else that of the Wan2.1 release for the task"
+    )
+    save_path: str | None = Field(None, description="folder for the clips; default: from the json")
+    overwrite: bool = Field(False, description="replace clips that exist; otherwise they are an error")
+    seed: int | None = Field(None, ge=0, description="seed of the initial noise; default: from the json")
+    input_size: list[int] = Field([], description="frames, height and width in pixels; default: from the json")
+    fps: int | None = Field(None, description="frames a second of the clips; default: from the json")
+    sample_solver: Literal["unipc", "euler"] | None = Field(None, description="sampler; default: from the json")
+    num_inference_steps: int | None = Field(None, ge=1, description="sampler steps; default: from the json")
+    flow_shift: float | None = Field(None, gt=0, description="shift of the noise levels; default: from the json")
+    guidance_scale: float | None = Field(
+        None, ge=0, description="1 leaves the negative prompt out; default: from the json"
+    )
+    batched_guidance: bool = Field(False, description="both prompts of guidance in one pass of twice the batch")
+    micro_batch_size: int = Field(1, ge=1, description="prompts in one forward")
+    no_progress_bar: bool = Field(False, description="log lines only")
+
+    @field_validator("columns")
+    @classmethod
+    def _names_and_files(cls, value: list[str]) -> list[str]:
+        if not all(re.fullmatch(r"\w+=.+", word) for word in value):
+            raise ValueError("it takes words such as NAME=FILE")
+        return value
+
+    @field_validator("input_size")
+    @classmethod
+    def _three_numbers(cls, value: list[int]) -> list[int]:
+        if len(value) not in (0, 3):
+            raise ValueError("it takes three numbers: frames, height and width")
+        return value
