@@ -49,7 +49,7 @@ def plain_memory(num_bytes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class SaveTimes:
-    """When one save did what, in seconds of `time.monotonic`.
+    """Times of one save, in seconds of `time.monotonic`.
 
     Attributes:
         step: that was saved.
@@ -111,10 +111,8 @@ class BackgroundSaver:
 
         def write() -> None:
             try:
-                save(
-                    self._root, step, copies, scalars, self._comm,
-                    keep_latest=keep_latest, derived=derived, lock=self._lock,
-                )  # fmt: skip
+                parts = self._root, step, copies, scalars, self._comm
+                save(*parts, keep_latest=keep_latest, derived=derived, lock=self._lock)
                 self.times.append(SaveTimes(step, called, copied, time.monotonic()))
             except BaseException as error:  # raised in the loop, by `check` or `finish`
                 self._failure = error

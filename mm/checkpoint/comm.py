@@ -1,4 +1,4 @@
-"""What saving and loading need of other ranks: gather, broadcast, barrier. Objects travel as JSON, never pickled."""
+"""Messages of saving and loading: gather, broadcast, barrier. Objects travel as JSON, never pickled."""
 
 from __future__ import annotations
 

@@ -28,8 +28,7 @@ from mm.checkpoint.files import (
     write_new,
 )
 from mm.checkpoint.finite import rounded
-from mm.checkpoint.formats import hf, native
-from mm.checkpoint.formats import mindspeed as mm_format
+from mm.checkpoint.formats import hf, mindspeed, native
 from mm.checkpoint.formats.layer_zero import LayerZeroWeights
 from mm.checkpoint.formats.mindspeed_split import require_blocks
 from mm.checkpoint.formats.source import WeightSource
@@ -83,7 +82,7 @@ def resplit(source_path: Path, target: Path, stages: Stages) -> None:
     """
     _require_place_for_release(target)
     source = open_weights(source_path)
-    if not isinstance(source, mm_format.MindSpeedWeights):
+    if not isinstance(source, mindspeed.MindSpeedWeights):
         raise CheckpointError(
             "CKPT-044",
             f"{source.path} holds {source.label}, not a checkpoint in the MM format.",
@@ -111,7 +110,7 @@ def layerzero_to_mm(source_path: Path, target: Path, stages: Stages | None = Non
 
 
 def _require_place_for_release(target: Path) -> None:
-    require_addable(target, (mm_format.RELEASE, mm_format.CONFIG_NAME), last=TRACKER_NAME)
+    require_addable(target, (mindspeed.RELEASE, mindspeed.CONFIG_NAME), last=TRACKER_NAME)
 
 
 def _write_release(source: WeightSource, target: Path, config: WanConfig | None, stages: Stages | None) -> None:
@@ -121,12 +120,12 @@ def _write_release(source: WeightSource, target: Path, config: WanConfig | None,
     stages = stages or ((known.num_layers,),)
     require_blocks(stages, known.num_layers)
     _require_space(target, _entries(source, shapes))
-    beside = {} if config is None else {mm_format.CONFIG_NAME: config.model_dump_json(indent=2) + "\n"}
-    beside[TRACKER_NAME] = mm_format.RELEASE
+    beside = {} if config is None else {mindspeed.CONFIG_NAME: config.model_dump_json(indent=2) + "\n"}
+    beside[TRACKER_NAME] = mindspeed.RELEASE
     added = target.exists() and any(target.iterdir())
     with added_files(target, last=TRACKER_NAME) if added else new_folder(target) as folder:
-        (folder / mm_format.RELEASE).mkdir()
-        mm_format.write_release(folder / mm_format.RELEASE, source, shapes, stages)
+        (folder / mindspeed.RELEASE).mkdir()
+        mindspeed.write_release(folder / mindspeed.RELEASE, source, shapes, stages)
         for name, text in beside.items():
             write_new(folder / name, text)
     log.info("Wrote %d tensors to %s, pipeline stages of %s blocks.", len(shapes), target, stages)

@@ -50,7 +50,7 @@ class Candidate:
 
     @property
     def announced(self) -> bool:
-        """Whether the tracker has once named it."""
+        """True once the tracker has named it."""
         return (record_folder(self.path) / MARKER_NAME).exists()
 
 
@@ -200,7 +200,7 @@ def retain(root: Path, step: int, keep_latest: int | None) -> None:
 
 
 def holds_checkpoints(path: Path) -> bool:
-    """Whether `path` is a folder of training checkpoints of any format."""
+    """Recognise a folder of training checkpoints of any format."""
     return any(kind_of(candidate.path) is not None for candidate in candidates(path))
 
 
@@ -265,7 +265,7 @@ def _tracker_text(root: Path) -> str | None:
 
 
 def _problem(path: Path, verify: Verify, comm: Comm) -> str | None:
-    """Why a checkpoint cannot be used, on every rank, or None."""
+    """Reason why a checkpoint cannot be used, on every rank, or None."""
     problem: str | None = on_rank_zero(comm, lambda: _size_problem(path))
     if problem is None and verify == "full":
         problem = next(filter(None, on_every_rank(comm, lambda: _hash_problem(path, comm))), None)

@@ -21,7 +21,7 @@ TRANSFORMERS_FILE = "model.safetensors"
 
 @dataclass(frozen=True)
 class Encoder:
-    """What is known of one of the encoders.
+    """Facts about one of the encoders.
 
     Attributes:
         name: for messages. file: of its weights in the original release, without a suffix.
@@ -42,7 +42,7 @@ class Encoder:
 
 
 class EncoderNames(NamedTuple):
-    """Which encoder some names are of, whether they are those of the original, and the number of its layers."""
+    """Encoder that some names are of, whether they are those of the original, and the number of its layers."""
 
     encoder: Encoder
     original: bool
@@ -86,15 +86,28 @@ def _build_clip(values: Mapping[str, Any] | None) -> tuple[nn.Module, str]:
 
 
 _T5: dict[str, Any] = {
-    "vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
-    "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "feed_forward_proj": "gated-gelu",
+    "vocab_size": 256384,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "feed_forward_proj": "gated-gelu",
     "tie_word_embeddings": False,
-}  # fmt: skip
+}
 """UMT5-XXL (google/umt5-xxl), with the vocabulary of Wan's file."""
 _CLIP: dict[str, Any] = {
-    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
-    "patch_size": 14, "image_size": 224, "projection_dim": 1024, "hidden_act": "gelu",
-}  # fmt: skip
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "image_size": 224,
+    "projection_dim": 1024,
+    "hidden_act": "gelu",
+}
 """The visual half of laion/CLIP-ViT-H-14-laion2B-s32B-b79K."""
 
 VAE = Encoder(

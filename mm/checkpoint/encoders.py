@@ -122,8 +122,11 @@ def encoder_to_hf(source: EncoderSource, target: Path, like: Path | None, max_sh
     expected, config = _configuration(source.encoder, like)
     entries = _hf_entries(source)
     found = {entry.name: tuple(entry.shape) for entry in entries}
-    different = [f"{name} is {list(found[name])} there, {list(expected[name])} in the configuration"
-                 for name in found if name in expected and found[name] != expected[name]]  # fmt: skip
+    different = [
+        f"{name} is {list(shape)} there, {list(expected[name])} in the configuration"
+        for name, shape in found.items()
+        if name in expected and shape != expected[name]
+    ]
     if like is None and different:
         raise CheckpointError(
             "CKPT-023",
@@ -243,7 +246,7 @@ def _read_as(read: Callable[[str], Tensor], places: Mapping[str, str], name: str
 
 
 def _hf_name(name: str) -> str:
-    """As files have it: newer transformers leaves a prefix out of a model without a head; tied names are one."""
+    """Spelling of files: newer transformers leaves a prefix out of a model without a head; tied names are one."""
     if name.startswith(("embeddings.", "pre_layrnorm.", "post_layernorm.", "encoder.layers.")):
         return names_clip.PREFIX + name
     return name

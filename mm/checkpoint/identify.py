@@ -29,7 +29,7 @@ def identify(
     policy: Policy = "newest",
     verify: Verify = "size",
 ) -> Found:
-    """What is at `path`. Every rank calls it, rank 0 looks, and all get its answer or its error.
+    """Look at `path` and say what is there. Every rank calls it, rank 0 looks, and all get its answer or its error.
 
     Args:
         path: a file or folder, which need not exist.
@@ -65,7 +65,7 @@ def latest_checkpoint(root: Path, comm: Comm, policy: Policy, verify: Verify) ->
 
 
 def _described(folder: Path, asked: Path, comm: Comm, wanted: Wanted, *, of_run: bool) -> Found:
-    """What is in `folder`, which is `asked` or in it; it must be there for every rank."""
+    """Look at `folder`, which is `asked` or in it; it must be there for every rank."""
 
     def look() -> dict[str, Any]:
         recognised = (row.recognise(folder, wanted) for row in FORMATS)

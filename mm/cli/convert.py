@@ -122,7 +122,7 @@ def parse_size(text: str) -> int:
 
 
 def _actions(flags: ConvertFlags, target: Path) -> dict[str, Callable[[], None]]:
-    """What each mode does with flags that are known to be good."""
+    """Actions of each mode, with flags that are known to be good."""
     stages = None if flags.pp_vpp_layers is None else parse_split(flags.pp_vpp_layers)
     size = None if flags.max_shard_size is None else parse_size(flags.max_shard_size)
     from mm.checkpoint import convert  # only now: torch takes a second to import

@@ -37,7 +37,7 @@ _UNCOMPILED = "all is shown for uncompiled blocks: fake tensors run no compiled 
 
 
 class DoctorOptions(Flags):
-    """What is asked about a training run."""
+    """Questions about a training run."""
 
     groups: ClassVar[Mapping[str, str]] = {"dry_run": "dry run"}
 

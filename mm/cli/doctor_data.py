@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 class DoctorDataOptions(Flags):
-    """What is asked of any data set."""
+    """Questions about a data set."""
 
     output: str | None = Field(None, description="folder for report.json and for the lists without the bad rows")
     quick: bool = Field(False, description="videos: count frames and decode the first ones only")
@@ -121,7 +121,7 @@ def _asked(argv: Sequence[str]) -> tuple[Run, DoctorDataOptions, str]:
 
 
 def _says_features(path: str) -> bool:
-    """Whether a data file is training's. Where it does not say so itself, it is what it can be read as."""
+    """Tell whether a data file is training's. Where it does not say so itself, it is what it can be read as."""
     values = load_json(Path(path))
     try:
         mode = values["dataset_param"]["basic_parameters"].get("data_storage_mode")

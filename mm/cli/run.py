@@ -64,7 +64,7 @@ def run_file_of(argv: Sequence[str]) -> Path:
 
 
 def saves_on_signal(file: Path) -> bool:
-    """Whether a run saves when a signal asks it to stop; a file that cannot be read is told of later."""
+    """Tell whether a run saves when a signal asks it to stop; a file that cannot be read is told of later."""
     try:
         described = load_run(file)
     except ConfigError:

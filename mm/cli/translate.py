@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def words_of_command(command: Sequence[str]) -> tuple[Reader, list[str]]:
-    """What reads the flags of a command, and these flags, behind the name of what it starts.
+    """Reader of a command's flags, and these flags, behind the name of what it starts.
 
     Raises:
         ConfigError: CFG-191 when it starts nothing that is known.

@@ -1,4 +1,4 @@
-"""What every configuration section shares: closed, typed, immutable, and checked all at once.
+"""Base of every configuration section: closed, typed, immutable, and checked all at once.
 
 A file is read with `load_json`, checked with `parse`; both collect `Problem`s so that a user sees everything that is
 wrong in one run. Unknown keys are errors with the closest known key as a hint.

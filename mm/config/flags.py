@@ -136,11 +136,6 @@ def without_flags(words: Sequence[str], flags: Set[str]) -> list[str]:
     return kept
 
 
-def wants_help(argv: Sequence[str]) -> bool:
-    """Whether the command line asks for help, which argparse then prints before leaving with 0."""
-    return any(word in ("-h", "--help") for word in argv)
-
-
 def flag_name(field: str) -> str:
     """`micro_batch_size` -> `--micro-batch-size`."""
     return "--" + field.replace("_", "-")

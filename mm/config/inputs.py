@@ -1,4 +1,4 @@
-"""Whether what a command is to read is there at all, asked before torch is imported and anything is loaded."""
+"""Check that what a command is to read is there at all, before torch is imported and anything is loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mm.errors import Problem
 
 
 def missing_parts(run: GenerationRun) -> list[Problem]:
-    """What is not there of a generation's model: DATA-020, DATA-022, DATA-040 or DATA-043, as loading it would say."""
+    """Missing parts of a generation's model: DATA-020, DATA-022, DATA-040 or DATA-043, as loading it would say."""
     transformer = run.model.weights or ""
     problems = []
     if not os.path.exists(transformer):
@@ -23,7 +23,7 @@ def missing_parts(run: GenerationRun) -> list[Problem]:
 
 
 def missing_encoders(encoders: EncodersSection) -> list[Problem]:
-    """What is not there of a run's encoders: DATA-040 or DATA-043."""
+    """Missing encoders of a run: DATA-040 or DATA-043."""
     folders = [encoders.vae.from_pretrained, encoders.text.from_pretrained]
     if encoders.image is not None:
         folders.append(encoders.image.from_pretrained)

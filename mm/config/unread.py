@@ -1,4 +1,4 @@
-"""What can be known of a configuration of which some cannot be read.
+"""Checks of a configuration of which some cannot be read.
 
 A typing mistake in a flag and a value that a rule refuses in a file are told in one round: what was read stands in its
 place, and `UNREAD` where something was not. Whoever looks at that gets an `UnreadError`, so that a rule which needs it
@@ -63,7 +63,7 @@ def read_or(value: ValueT, other: ValueT) -> ValueT:
 
 
 def if_read(make: Callable[[], ValueT]) -> ValueT:
-    """What is made of values, or `UNREAD` where one of those that it needs could not be read."""
+    """Result of `make`, or `UNREAD` where a value that it needs could not be read."""
     try:
         return make()
     except UnreadError:
@@ -99,7 +99,7 @@ def whole(section: SectionT, names: Iterable[str]) -> SectionT:
 
 
 def broken(rules: Iterable[Callable[[RunT], Iterator[Problem]]], run: RunT) -> Iterator[Problem]:
-    """What the rules say that need nothing unread."""
+    """Problems by the rules that need nothing unread."""
     for rule in rules:
         try:
             yield from rule(run)

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ExtractReport:
-    """What one process did.
+    """Report of one process.
 
     Attributes:
         listed: samples of all processes, now in data.jsonl.

@@ -1,4 +1,4 @@
-"""What makes the features of a clip that its task declares, one function for each `mm.config.tasks.task.Source`.
+"""Sources of the features of a clip that its task declares, one function for each `mm.config.tasks.task.Source`.
 
 Frames that are given are frames of the very clip that is encoded, so that what a model is shown and what it is to make
 agree.
@@ -26,7 +26,7 @@ FeatureMaker = Callable[[Clip, Mapping[str, float]], Tensor]
 
 @dataclass(frozen=True)
 class VisualEncoders:
-    """What features of clips are made with, loaded.
+    """Encoders that features of clips are made with, loaded.
 
     Attributes:
         task: whose features. video: the clips' VAE.

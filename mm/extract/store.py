@@ -1,4 +1,4 @@
-"""What an extraction plans, and the store that it prepares and, when every sample is on disk, commits."""
+"""Plan of an extraction, and the store that it prepares and, when every sample is on disk, commits."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def check_plan(rows: Sequence[CheckedRow], preprocess: SourceClip, policy: OnBad
     """Refuse rows that are wrong, and where bad samples stop the work also those whose video is known to be bad.
 
     Raises:
-        DataError: what `mm.data.metadata.load_samples` raises, DATA-004 for videos that are too short by their own
+        DataError: DATA-001 and DATA-061 to DATA-064 for rows, DATA-004 for videos that are too short by their own
             annotation; all at once.
     """
     skippable = FAULTS_OF_A_VIDEO if policy.skips else frozenset()
@@ -85,7 +85,7 @@ def check_plan(rows: Sequence[CheckedRow], preprocess: SourceClip, policy: OnBad
 def plan(
     row: CheckedRow, store: Path, preprocess: SourceClip, recipe: Recipe, seed: int
 ) -> ExtractionTask | Unreadable:
-    """What is to be done for one row that `check_plan` let pass."""
+    """Task for one row that `check_plan` let pass."""
     sample = row.sample
     if sample is None:
         raise ValueError("a row without a sample was let pass")
@@ -123,10 +123,8 @@ def prepare(
     if listing.exists():
         listed, wanted = _listed(listing), [f"{FEATURES}/{feature_name(item.id)}" for item in items]
         if left_out := set(listed) - set(wanted):
-            log.warning(
-                "%s is made anew without %d of its %d samples, which are no longer annotated",
-                listing, len(left_out), len(listed),
-            )  # fmt: skip
+            message = "%s is made anew without %d of its %d samples, which are no longer annotated"
+            log.warning(message, listing, len(left_out), len(listed))
         if listed != wanted or _incomplete(store, items, empty):
             listing.unlink()
     forget(store)

@@ -1,4 +1,4 @@
-"""Whether encoders belong to a transformer: each gives what it was trained with."""
+"""Check that encoders belong to a transformer: each gives what it was trained with."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def _white(image: Image.Image) -> tuple[int, bool] | None:
 
 
 def _range_of(values: NDArray[np.float64], mode: str, path: str) -> int:
-    """What white is in an image of plain numbers: the least of 1 (of fractions alone), 255 and 65535 that holds all.
+    """White in an image of plain numbers: the least of 1 (of fractions alone), 255 and 65535 that holds all.
 
     Fractions that end a little above 1 are refused: as levels of 255 they would be black.
     """

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Processes:
-    """Where a generation runs: this rank's place and device, and the ranks for messages."""
+    """Processes of a generation: this rank's place and device, and the ranks for messages."""
 
     mesh: Mesh
     backend: Backend
@@ -45,7 +45,7 @@ class Processes:
 
     @property
     def writes(self) -> bool:
-        """Whether this rank decodes and writes the clips of its replica."""
+        """True on the rank that decodes and writes the clips of its replica."""
         return self.mesh.tp_rank == 0 and self.mesh.cp_rank == 0
 
 
@@ -174,13 +174,13 @@ class Renderer:
                 yield from zip(batch.rows, frames, strict=True)
 
     def _conditions(self, row: GenerationRow) -> ClipConditions:
-        """What a row's clip is made of; its files are read again, so that they need not stay in memory."""
+        """Conditions of a row's clip; its files are read again, so that they need not stay in memory."""
         given, video = load_given(self._run, row), load_given_video(self._run, row)
         return ClipConditions(row.index, self._text[row.index], self._early[row.index], given, video)
 
 
 def clip_plan(run: GenerationRun, device: torch.device) -> ClipPlan:
-    """What all clips of a generation share."""
+    """Plan that all clips of a generation share."""
     sampling = run.sampling
     settings = SamplerSettings(
         solver=sampling.solver,

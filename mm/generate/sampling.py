@@ -27,7 +27,7 @@ PixelSize = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How the velocity is integrated.
+    """Settings of the velocity's integration.
 
     Attributes:
         solver, num_steps, shift, solver_order, solver_type, strength: as for `mm.diffusion.samplers.make_sampler`.
@@ -64,7 +64,7 @@ class SamplerSettings:
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """What all clips of a generation share.
+    """Plan that all clips of a generation share.
 
     Attributes:
         wan: the transformer's shape. device: where it lies.
@@ -88,7 +88,7 @@ class ClipPlan:
 
 @dataclass(frozen=True)
 class ClipConditions:
-    """What one clip is made of, on the CPU.
+    """Conditions that one clip is made of, on the CPU.
 
     Attributes:
         index: keys its noise.

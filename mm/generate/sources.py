@@ -1,4 +1,4 @@
-"""What makes the features of a clip that the model's task declares, one function for each of its sources.
+"""Sources of a clip's features that the model's task declares, one function for each.
 
 Encoders that nothing else needs run before the transformer is there and leave the device to it; what the VAE makes
 waits for it.
@@ -20,7 +20,7 @@ from mm.wan.image_encoder import ImageEncoder
 
 @dataclass(frozen=True)
 class Given:
-    """What a clip is made from beside its prompt, as values.
+    """Inputs of a clip beside its prompt, as values.
 
     Attributes:
         images: the given frames, [3, height, width] in [-1, 1] each. columns: the task's numbers, by name.

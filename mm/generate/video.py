@@ -14,7 +14,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
 from mm.data.containers import name_for_ffmpeg
-from mm.errors import DataError
+from mm.errors import DataWriteError
 
 # Visually lossless for H.264; a clip is looked at, not measured, and stays small enough to send around.
 CONSTANT_RATE_FACTOR = "16"
@@ -40,7 +40,7 @@ def prepare_folder(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise DataError(
+        raise DataWriteError(
             "DATA-051",
             f"Clips cannot be written to {folder}: {error.strerror or error}.",
             "Check --save-path (save_path in inference_model.json), its permissions and the free space.",
@@ -72,7 +72,7 @@ def write_clip(path: Path, frames: Tensor, fps: int, description: Mapping[str, A
         for target, partial in partials.items():
             os.replace(partial, target)
     except (OSError, av.FFmpegError) as error:
-        raise DataError(
+        raise DataWriteError(
             "DATA-052",
             f"{path} cannot be written: {error.strerror or error}.",
             "Check the free space and the permissions of --save-path, then run the same command again; it goes on.",

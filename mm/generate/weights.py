@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mm.checkpoint.comm import Comm, SingleProcess, on_rank_zero
 from mm.checkpoint.finite import require_finite, rounded
@@ -124,11 +124,6 @@ def with_adapters(
     for adapter, _ in read:
         require_fit(adapter, linears)
     return GenerationWeights(source, read, dtype, fingerprinted)
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """What `GenerationWeights.fingerprint` gives for a whole model with these parameters."""
-    return _joined({name: _digest(name, parameter) for name, parameter in model.named_parameters()})
 
 
 def _digest(name: str, value: Tensor) -> str:

@@ -9,8 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from mm.checkpoint.formats import mindspeed as mm_format
-from mm.checkpoint.formats import training
+from mm.checkpoint.formats import mindspeed, training
 from mm.checkpoint.formats.source import TensorKind, WeightSource
 from mm.checkpoint.formats.training import no_average
 from mm.checkpoint.identify import Found, identify
@@ -19,7 +18,7 @@ from mm.checkpoint.weights import open_weights
 from mm.config.model import WanConfig
 from mm.lora.adapter import Adapter, merge_tensor, require_fit
 from mm.lora.files import read_adapter, write_adapter
-from mm.lora.mindspeed import read_mm, write_mm
+from mm.lora.mindspeed import read_mindspeed, write_mindspeed
 from mm.lora.record import BASE_IDENTITY, adapter_of
 from mm.lora.targets import every_linear
 
@@ -35,7 +34,7 @@ def read_any(at: Path | Found, *, averaged: bool = False) -> Adapter:
 
     Raises:
         CheckpointError: CKPT-012, CKPT-013, CKPT-049 and CKPT-081 for checkpoints that cannot be used, and what
-            `read_mm` raises.
+            `read_mindspeed` raises.
         DataError: DATA-022 and DATA-090 to DATA-092 for a file that cannot be used.
     """
     found = at if isinstance(at, Found) else identify(at, wanted="adapters")
@@ -43,7 +42,7 @@ def read_any(at: Path | Found, *, averaged: bool = False) -> Adapter:
         return adapter_of(found.path, averaged=averaged)
     if averaged:
         raise no_average(found.asked, "is no training checkpoint")
-    return read_mm(found) if found.format == mm_format.FORMAT else read_adapter(found)
+    return read_mindspeed(found) if found.format == mindspeed.FORMAT else read_adapter(found)
 
 
 def write_file(source: Path, target: Path, family: Literal["peft", "comfyui"], *, averaged: bool = False) -> None:
@@ -54,9 +53,9 @@ def write_file(source: Path, target: Path, family: Literal["peft", "comfyui"], *
 
 
 def lora_to_mm(source: Path, target: Path, *, averaged: bool = False) -> None:
-    """Write an adapter of any format as an MM `release`; raises what `read_any` and `write_mm` raise."""
+    """Write an adapter of any format as an MM `release`; raises what `read_any` and `write_mindspeed` raise."""
     adapter = read_any(source, averaged=averaged)
-    write_mm(target, adapter)
+    write_mindspeed(target, adapter)
     log.info("Wrote %d linears to %s (MM names).", len(adapter.updates), target)
 
 
@@ -74,7 +73,7 @@ class MergedWeights:
 
     @property
     def path(self) -> Path:
-        """Where the base is."""
+        """Path of the base."""
         return self.base.path
 
     @property
@@ -95,7 +94,7 @@ class MergedWeights:
         return merge_tensor(name, self.base.read(name), self.adapter, self.strength)
 
     def config(self) -> WanConfig | None:
-        """That of the base."""
+        """Configuration of the base."""
         return self.base.config()
 
 
@@ -111,10 +110,11 @@ def merged(base_path: Path, adapter_path: Path, strength: float = 1.0, *, averag
     kinds = base.kinds()
     coarse = [name for name in adapter.updates if kinds[f"{name}.weight"].dtype.itemsize == 1]
     if coarse:
-        log.warning(
+        message = (
             "%s has %d of the adapter's linears in 8 bits, %s, and so will the result, in which small updates may be "
-            "rounded away; a base in bfloat16 keeps them.", base_path, len(coarse), kinds[f"{coarse[0]}.weight"].dtype,
-        )  # fmt: skip
+            "rounded away; a base in bfloat16 keeps them."
+        )
+        log.warning(message, base_path, len(coarse), kinds[f"{coarse[0]}.weight"].dtype)
     theirs = adapter.texts.get(BASE_IDENTITY)
     ours = identity(base) if theirs else None
     if theirs != ours:

@@ -89,14 +89,11 @@ def read_adapter(at: Path | Found) -> Adapter:
     modules = _grouped(path, keys, tensors)
     config = _peft_config(next(iter(files)), texts.pop(PEFT_HEADER, None))
     texts.pop("format", None)
-    updates = {name: _update(f"{path}: {name}", name_there, parts, config)
-               for name, (name_there, parts) in modules.items()}  # fmt: skip
+    updates = {name: _update(f"{path}: {name}", *found, config) for name, found in modules.items()}
     silent = sum("alpha" not in parts for _, parts in modules.values()) if config is None else 0
     if silent:
-        logger.warning(
-            "%s has no alpha for %d of %d linears; it is taken to be r there, a scale of 1.",
-            path, silent, len(modules),
-        )  # fmt: skip
+        message = "%s has no alpha for %d of %d linears; it is taken to be r there, a scale of 1."
+        logger.warning(message, path, silent, len(modules))
     logger.info("Read %s: %d linears, %s.", path, len(updates), keys.spelling)
     return Adapter(updates, texts)
 
@@ -164,7 +161,7 @@ def _contents(files: Mapping[Path, Header]) -> tuple[dict[str, str], dict[str, T
 
 
 def _peft_config(file: Path, header: str | None) -> PeftConfig | None:
-    """What PEFT says of r and alpha, in the header or in the file that it writes beside its own."""
+    """Configuration by PEFT of r and alpha, in the header or in the file that it writes beside its own."""
     if header is not None:
         return PeftConfig.parse(header, f"The {PEFT_HEADER} in the header of {file}")
     beside = file.parent / PEFT_CONFIG_FILE

@@ -1,4 +1,4 @@
-"""What is at a path: the format of weights or an adapter, the model, its tensors, and what is wrong with them."""
+"""Inspection of a path: the format of weights or an adapter, the model, its tensors, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found.
+    """Findings about a path.
 
     Attributes:
         path: what was opened, which may be below what was asked for. format: in words.
@@ -56,7 +56,7 @@ class Inspection:
     problems: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """For a file or a program."""
+        """Values for a file or a program."""
         return asdict(self)
 
 
@@ -133,7 +133,7 @@ def _files(source: WeightSource, found: Found) -> list[str]:
 
 
 def _adapter(found: Found) -> tuple[Inspection, None]:
-    """What an adapter is; raises what `read_any` raises."""
+    """Inspection of an adapter; raises what `read_any` raises."""
     adapter = read_any(found)
     dtypes = Counter[str]()
     num_bytes = 0

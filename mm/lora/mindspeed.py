@@ -30,7 +30,7 @@ from mm.checkpoint.formats.pt_file import read_pt, unreadable
 from mm.config.base import load_json
 from mm.errors import CheckpointError, ConfigError, DataError
 from mm.lora.adapter import Adapter, Update, contradiction
-from mm.wan.names import native_to_mm, translate
+from mm.wan.names import native_to_mindspeed, translate
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ RECORD_NAME = "mm_lora.json"
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(?:\.default)?\.weight")
 
 
-def write_mm(target: Path, adapter: Adapter) -> None:
+def write_mindspeed(target: Path, adapter: Adapter) -> None:
     """Write an adapter as a `release` with its tracker and mm_lora.json.
 
     Args:
@@ -48,7 +48,7 @@ def write_mm(target: Path, adapter: Adapter) -> None:
     Raises:
         CheckpointError: CKPT-020 when the target exists, CKPT-031 when it cannot be written.
     """
-    modules = {name: native_to_mm(f"{name}.weight").removesuffix(".weight") for name in adapter.updates}
+    modules = {name: native_to_mindspeed(f"{name}.weight").removesuffix(".weight") for name in adapter.updates}
     state = {
         f"{modules[name]}.lora_{half}.default.weight": value.detach().cpu().contiguous()
         for name, update in adapter.updates.items()
@@ -67,7 +67,7 @@ def write_mm(target: Path, adapter: Adapter) -> None:
         write_new(folder / TRACKER_NAME, RELEASE)
 
 
-def read_mm(found: Found) -> Adapter:
+def read_mindspeed(found: Found) -> Adapter:
     """The adapter in an MM folder, as `mm.checkpoint.formats.mindspeed.recognise` found it.
 
     Raises:
@@ -140,7 +140,7 @@ def _recorded(folder: Path, arguments: Any) -> tuple[Mapping[str, float] | float
 def _alpha_of(folder: Path, name: str, alphas: Mapping[str, float] | float | None) -> float | None:
     if not isinstance(alphas, Mapping):
         return alphas
-    module = native_to_mm(f"{name}.weight").removesuffix(".weight")
+    module = native_to_mindspeed(f"{name}.weight").removesuffix(".weight")
     if module not in alphas:
         raise contradiction(f"{folder}: {RECORD_NAME} has no alpha for {module}")
     return alphas[module]

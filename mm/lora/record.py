@@ -1,4 +1,4 @@
-"""What a training checkpoint of adapters says about itself, and the adapter that is in it."""
+"""Record that a training checkpoint of adapters keeps about itself, and the adapter that is in it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class AdapterRecord:
     base_dtype: LowBit | None
 
     def as_json(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Values for the manifest."""
         return {
             "adapted": {name: list(how) for name, how in self.adapted.items()},
             "base": {"path": self.base_path, "identity": self.base_identity, "dtype": self.base_dtype},
@@ -68,7 +68,7 @@ class AdapterRecord:
         return f"{self.base_path} (identity {self.base_identity}{kept})"
 
     def texts(self) -> dict[str, str]:
-        """For the header of a file of another format."""
+        """Texts for the header of a file of another format."""
         return {"base_model": self.base_path, BASE_IDENTITY: self.base_identity}
 
     def require_same(self, theirs: AdapterRecord, where: Path, words: Origins) -> None:

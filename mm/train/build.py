@@ -1,4 +1,4 @@
-"""What the steps of a run work with, built from its configuration: model on the mesh, optimizer, starting weights."""
+"""Building of a run's parts from its configuration: model on the mesh, optimizer, starting weights."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def build_model(run: Run, adapters: AdapterRun | None, run_blocks: BlockRunner, 
 
 
 def settings_of(run: Run) -> StepSettings:
-    """What the steps of a run mean, the same on all ranks; every rank calls it. Rank 0 speaks for the data sets."""
+    """Meaning of a run's steps, the same on all ranks; every rank calls it. Rank 0 speaks for the data sets."""
 
     def identified() -> list[Any]:
         return [None if dataset is None else [len(dataset), dataset.identity()] for dataset in data_sets]

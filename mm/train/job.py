@@ -94,7 +94,7 @@ def train_in_job(
 
 
 def _configuration(sections: TrainingRun, backend: Backend, validation: GenerationRun | None) -> dict[str, Any]:
-    """What must be equal on all ranks, by the user's words."""
+    """Configuration that must be equal on all ranks, by the user's words."""
     return {
         "elementwise operators": choice_of(backend.device).name,
         **sections.origins.grouped(sections.values()),

@@ -29,7 +29,7 @@ from mm.optim.optimizer import Optimizer
 from mm.parallel.apply import ParallelModel
 from mm.parallel.placement import whole_shapes
 from mm.train.state import Progress
-from mm.wan.names import native_to_mm
+from mm.wan.names import native_to_mindspeed
 
 
 def save_weights(
@@ -91,7 +91,7 @@ def save_weights(
 def _state(parallel: ParallelModel, step: int) -> dict[str, Any]:
     """The content of this pipeline rank's file."""
     layout, parameters = parallel.mesh.layout, parallel.all_parameters()
-    native = {native_to_mm(name): name for name in whole_shapes(parallel.wan)}
+    native = {native_to_mindspeed(name): name for name in whole_shapes(parallel.wan)}
     chunks = split_names(native, layout.stages)
     state: dict[str, Any] = {}
     for index in range(layout.vp_size):

@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come.
+    """Progress of a run.
 
     Attributes:
         step: steps taken. consumed_samples: samples seen.
@@ -63,7 +63,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint of this rank is made of, as `mm.checkpoint.store.save` takes it."""
+    """Parts of a checkpoint on this rank, as `mm.checkpoint.store.save` takes them."""
 
     step: int
     pieces: list[Piece]
@@ -107,7 +107,7 @@ def state_of(
 
 
 def _optimizer_scalars(optimizer: Optimizer, comm: Comm, *, with_optimizer: bool) -> dict[str, Any]:
-    """What says that the optimizer's state is there: its count of updates, or that it has none."""
+    """Scalars that say that the optimizer's state is there: its count of updates, or that it has none."""
     key = optimizer.algorithm.step_key
     if key is None:
         return {STATE_KEY: with_optimizer}
@@ -136,7 +136,7 @@ def _require_state(path: Path, scalars: Mapping[str, Any], algorithm: Algorithm,
 
 
 def _recorded_optimizer(scalars: Mapping[str, Any]) -> OptimizerName:
-    """That of a checkpoint, whose settings are those of `mm.config.step`; earlier versions had one."""
+    """Optimizer of a checkpoint, whose settings are those of `mm.config.step`; earlier versions had one."""
     recorded = scalars.get(STEPS_KEY)
     return "adamw" if recorded is None else StepSettings.model_validate(recorded).optimizer.optimizer
 
@@ -209,7 +209,7 @@ def load_state(
 
 @dataclass(frozen=True)
 class _Described:
-    """What a checkpoint says of itself.
+    """Facts that a checkpoint tells of itself.
 
     Attributes:
         scalars: how far it is, and what its steps mean. config: the model. adapters: those that are in it alone.

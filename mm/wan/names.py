@@ -96,7 +96,7 @@ def native_to_diffusers(name: str) -> str:
     return _from_native(name, "diffusers")
 
 
-def native_to_mm(name: str) -> str:
+def native_to_mindspeed(name: str) -> str:
     """`blocks.0.self_attn.q.weight` to `blocks.0.self_attn.proj_q.weight`. Raises DATA-029 for an unknown name."""
     return _from_native(name, "mm")
 

@@ -8,7 +8,6 @@ ROOT = Path(__file__).parents[2]
 FILES = [path for folder in ("mm", "tools", "scripts", "examples") for path in (ROOT / folder).rglob("*.py")]
 TREES = {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text()) for path in FILES}
 FOR_OTHERS = (
-    *("mm.checkpoint.weights.", "mm.config.flags.wants_help", "mm.generate.weights.weights_fingerprint"),  # to be moved
     "mm.api",  # what users import
     "mm.config.flags.as_words",  # command lines built in Python
     "mm.doctor.formulas",  # what counted traffic is compared with, in tests and benchmarks/traffic.py

@@ -14,14 +14,11 @@ NEITHER_NOUN_NOR_VERB = {
     *("as", "at", "by", "for", "from", "in", "of", "on", "to", "with", "without", "it", "its", "if", "once", "not"),
 }
 MOST_POSITIONAL = 6
-WAITING = ("checkpoint", "cli", "config", "dialects", "extract", "generate", "lora", "train")
-"""Rooms whose words are still to be read."""
 
 
 @cache
 def trees() -> dict[str, ast.Module]:
-    paths = {str(path.relative_to(ROOT)): path for path in SOURCES}
-    return {name: ast.parse(path.read_text()) for name, path in paths.items() if name.split("/")[1] not in WAITING}
+    return {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in SOURCES}
 
 
 def public(node: ast.AST) -> Iterator[Definition]:

@@ -205,9 +205,9 @@ def test_a_published_model_is_called_by_its_name(tmp_path):
         shapes = {name: value.shape for name, value in WanModel(WAN_1_3B).named_parameters()}
     folder = tmp_path / "mm" / "iter_0000700" / "mp_rank_00"
     folder.mkdir(parents=True)
-    from mm.wan.names import native_to_mm
+    from mm.wan.names import native_to_mindspeed
 
-    state = {native_to_mm(name): torch.zeros(1).expand(shape) for name, shape in shapes.items()}
+    state = {native_to_mindspeed(name): torch.zeros(1).expand(shape) for name, shape in shapes.items()}
     torch.save({"model": state}, folder / "model_optim_rng.pt")
     found = looked_at(folder.parent)
     assert (found["model"], found["step"]) == ("Wan2.1 T2V 1.3B", 700)

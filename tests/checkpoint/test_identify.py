@@ -27,8 +27,8 @@ from mm.checkpoint.store import save, whole_piece
 from mm.errors import CheckpointError, MMError
 from mm.lora.adapter import Adapter, Update
 from mm.lora.files import write_adapter
-from mm.lora.mindspeed import write_mm
-from mm.wan.names import native_to_mm
+from mm.lora.mindspeed import write_mindspeed
+from mm.wan.names import native_to_mindspeed
 
 FILE = "diffusion_pytorch_model.safetensors"
 PT = "mp_rank_00/model_optim_rng.pt"
@@ -76,7 +76,7 @@ def of_training(root, original):
 def of_mindspeed(root):
     convert.convert_to_mm(root / "native", root / "mm")
     convert.convert_to_mm(root / "native", root / "stages", ((1, 1),))
-    write_mm(root / "mm adapters", ADAPTER)
+    write_mindspeed(root / "mm adapters", ADAPTER)
     for name in ("theirs", "torch run"):
         folder = root / name / "iter_0005000"
         shutil.copytree(root / "mm" / "release", folder)
@@ -85,7 +85,8 @@ def of_mindspeed(root):
     record = FileRecord(num_bytes=file.stat().st_size, sha256=hash_file(file))
     progress = {"step": 5000, "consumed_samples": 1, "skipped_steps": 0, "replaced_samples": 0, "seed": 1}
     write_record(folder, WeightsRecord(**progress, versions={}, files={PT: record}))
-    state = {f"predictor.{native_to_mm(name)}": value for name, value in load_file(root / "native" / FILE).items()}
+    native = load_file(root / "native" / FILE)
+    state = {f"predictor.{native_to_mindspeed(name)}": value for name, value in native.items()}
     for step in (400, 700):
         saved = root / "zero" / f"iter_{step:07d}"
         saved.mkdir(parents=True)

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from conversions import REPO, assert_same_bits
+from loaded import load_into
 from test_mm_pipeline import NUM_LAYERS, original, pipeline, whole  # noqa: F401  (fixtures)
 from test_store import assert_holds, names, pieces_for
 from test_store_ranks import as_ranks
 
 from mm.checkpoint.store import find_latest, save, whole_piece
-from mm.checkpoint.weights import load_into, open_weights
+from mm.checkpoint.weights import open_weights
 from mm.config.model import WanConfig
 from mm.errors import CheckpointError
 from mm.wan.model import WanModel

@@ -13,10 +13,11 @@ import pytest
 import torch
 from conversions import REPO, as_native, assert_same_bits, bits, names, tensors_of
 from diffusers import WanTransformer3DModel
+from loaded import load_into
 from safetensors.torch import load_file, save_file
 
 from mm.checkpoint import convert
-from mm.checkpoint.weights import load_into, open_weights
+from mm.checkpoint.weights import open_weights
 from mm.cli.convert import main
 from mm.cli.entry import run
 from mm.errors import CheckpointError

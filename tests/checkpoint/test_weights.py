@@ -7,10 +7,11 @@ import pickle
 import pytest
 import torch
 from conversions import CONFIG, as_native, assert_same_bits, copy_of, training_run
+from loaded import load_into
 
 from mm.checkpoint import convert
 from mm.checkpoint.store import save, whole_piece
-from mm.checkpoint.weights import load_into, open_weights
+from mm.checkpoint.weights import open_weights
 from mm.errors import CheckpointError, DataError
 from mm.wan.model import WanModel
 
@@ -39,11 +40,8 @@ def test_every_format_is_recognised_and_gives_the_same_model(formats, original):
         assert source.label == label
         assert source.config() == CONFIG
         model = WanModel(CONFIG)
-        report = load_into(model, source)
+        load_into(model, source)
         assert_same_bits({name: p.detach() for name, p in model.named_parameters()}, expected)
-        assert report.num_tensors == len(expected)
-        assert report.numel == sum(tensor.numel() for tensor in expected.values())
-        assert (report.num_cast > 0) == (label != "a training checkpoint")
         assert source.shapes() == {name: kind.shape for name, kind in source.kinds().items()}
 
 
@@ -56,10 +54,6 @@ def test_a_model_of_another_shape_is_refused_and_unchanged(original):
     assert "blocks.2." in str(caught.value)
     assert "blocks.0.ffn.0.weight is [24, 16] there, [32, 16] here" in str(caught.value)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
-    with torch.device("meta"):
-        model = WanModel(CONFIG)
-    with pytest.raises(ValueError, match="meta"):
-        load_into(model, open_weights(original))
 
 
 def test_training_wins_over_converted_over_source_in_one_folder(original, tmp_path):

@@ -14,7 +14,7 @@ from mm.cli.entry import run
 from mm.errors import CheckpointError, DataError
 from mm.lora.adapter import Adapter, Update
 from mm.lora.convert import read_any
-from mm.lora.mindspeed import write_mm
+from mm.lora.mindspeed import write_mindspeed
 
 MM_NAMES = {  # the published key map
     "self_attn.q": "self_attn.proj_q", "self_attn.k": "self_attn.proj_k", "self_attn.v": "self_attn.proj_v",
@@ -38,7 +38,7 @@ def their_state():
 
 
 def test_the_file_is_what_mindspeed_mm_loads(tmp_path):
-    write_mm(tmp_path / "mm", ours())
+    write_mindspeed(tmp_path / "mm", ours())
     assert (tmp_path / "mm" / "latest_checkpointed_iteration.txt").read_bytes() == b"release"
     content = torch.load(tmp_path / "mm" / "release" / "mp_rank_00" / "model_optim_rng.pt", weights_only=True)
     assert content["checkpoint_version"] == 3.0
@@ -71,7 +71,7 @@ def test_a_training_save_is_read_with_the_alpha_of_its_arguments(tmp_path, caplo
 
 def test_modes_lead_there_and_back(tmp_path):
     words = ["--mode", "lora_to_comfyui", "--source_path", str(tmp_path / "mm"), "--target_path"]
-    write_mm(tmp_path / "mm", ours())
+    write_mindspeed(tmp_path / "mm", ours())
     assert run(main, [*words, str(tmp_path / "a.safetensors")]) == 0
     back = ["--mode", "lora_to_mm", "--source_path", str(tmp_path / "a.safetensors"), "--target_path"]
     assert run(main, [*back, str(tmp_path / "mm2")]) == 0
@@ -87,7 +87,7 @@ def test_modes_lead_there_and_back(tmp_path):
 
 
 def test_adapters_are_no_model_and_a_model_is_no_adapter(tmp_path):
-    write_mm(tmp_path / "mm", ours())
+    write_mindspeed(tmp_path / "mm", ours())
     with pytest.raises(CheckpointError) as caught:
         open_weights(tmp_path / "mm")
     assert caught.value.id == "CKPT-084"
@@ -98,7 +98,7 @@ def test_adapters_are_no_model_and_a_model_is_no_adapter(tmp_path):
 
 
 def test_inspect_tells_an_adapter(tmp_path, capsys):
-    write_mm(tmp_path / "mm", ours())
+    write_mindspeed(tmp_path / "mm", ours())
     save_file({f"diffusion_model.{k}": v for k, v in plain_comfyui().items()}, tmp_path / "x.safetensors")
     for path in (tmp_path / "mm", tmp_path / "x.safetensors"):
         assert run(main, ["--mode", "inspect", "--source_path", str(path), "--json_output"]) == 0
@@ -138,13 +138,13 @@ def test_what_is_no_plain_lora_is_refused(tmp_path, bad):
 
 
 def test_alpha_is_found_where_earlier_versions_wrote_it(tmp_path):
-    write_mm(tmp_path / "mm", ours())
+    write_mindspeed(tmp_path / "mm", ours())
     (tmp_path / "mm" / "mm_lora.json").rename(tmp_path / "mm" / "release" / "mm_lora.json")
     assert read_any(tmp_path / "mm").adapted() == ours().adapted()
 
 
 def test_alpha_of_a_release_is_not_that_of_a_later_training_save(tmp_path):
-    write_mm(tmp_path / "mm", ours())
+    write_mindspeed(tmp_path / "mm", ours())
     training_save(tmp_path / "mm", their_state(), args=argparse.Namespace(lora_alpha=16))
     assert {how.alpha for how in read_any(tmp_path / "mm").adapted().values()} == {16.0}
     assert read_any(tmp_path / "mm" / "release").adapted() == ours().adapted()
@@ -154,7 +154,7 @@ def test_alpha_of_a_release_is_not_that_of_a_later_training_save(tmp_path):
     "text", ["", "{}", '{"folder": "release", "alpha": {}, "texts": {}}', '{"alpha": 1, "texts": {}}']
 )
 def test_a_damaged_record_is_refused(tmp_path, text):
-    write_mm(tmp_path / "mm", ours())
+    write_mindspeed(tmp_path / "mm", ours())
     (tmp_path / "mm" / "mm_lora.json").write_text(text)
     with pytest.raises((CheckpointError, DataError)) as caught:
         read_any(tmp_path / "mm")

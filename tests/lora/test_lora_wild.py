@@ -24,7 +24,7 @@ from mm.lora.adapter import Adapter, Update
 from mm.lora.convert import read_any
 from mm.lora.files import read_adapter, write_adapter
 from mm.lora.layer import Adapted
-from mm.lora.mindspeed import write_mm
+from mm.lora.mindspeed import write_mindspeed
 from mm.lora.targets import every_linear
 from mm.wan.adapter_keys import sort_keys
 from mm.wan.model import WanModel
@@ -255,7 +255,7 @@ def test_nothing_that_is_not_finite_is_written_whoever_made_it(tmp_path: Path):
     for name, write in (
         ("peft.safetensors", lambda path: write_adapter(path, adapter, "peft")),
         ("comfyui.safetensors", lambda path: write_adapter(path, adapter, "comfyui")),
-        ("mm", lambda path: write_mm(path, adapter)),
+        ("mm", lambda path: write_mindspeed(path, adapter)),
     ):
         with pytest.raises(Exception, match=r"CKPT-016.*48 values that are not finite"):
             write(tmp_path / name)

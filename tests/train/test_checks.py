@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from kept_frames import keeping_frames, largest_difference
+from loaded import load_into
 from ranks import run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import WEIGHTS, bits, metrics, run, words
 
 import mm.generate.run
 import mm.train.callbacks.rendering
-from mm.checkpoint.weights import load_into, open_weights
+from mm.checkpoint.weights import open_weights
 from mm.cli import generate as generate_command
 from mm.cli import train as train_command
 from mm.cli.entry import run as run_command

@@ -7,13 +7,13 @@ from training_runs import WEIGHTS, run
 
 from mm.checkpoint import convert
 from mm.checkpoint.weights import open_weights
-from mm.wan.names import native_to_mm
+from mm.wan.names import native_to_mindspeed
 
 
 def layer_zero_save(source: Path, folder: Path) -> None:
     """Two ranks' files of a module that cuts nothing: both have the whole of every parameter."""
     weights = open_weights(source)
-    state = {f"predictor.{native_to_mm(name)}": weights.read(name).clone() for name in weights.shapes()}
+    state = {f"predictor.{native_to_mindspeed(name)}": weights.read(name).clone() for name in weights.shapes()}
     folder.mkdir(parents=True)
     for rank in range(2):
         content = {"model": state, "shard_state_dict": {}, "parallel_state": {"global_rank": rank}}

@@ -14,7 +14,7 @@ from mm.errors import DataError
 from mm.wan.config_json import read_config, wan_config_to_diffusers
 from mm.wan.folder import WeightFolder
 from mm.wan.model import WanModel
-from mm.wan.names import native_to_mm
+from mm.wan.names import native_to_mindspeed
 
 CONFIG = WanConfig(text_dim=32, hidden_size=64, ffn_dim=96, num_heads=2, num_layers=2, freq_dim=32)
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -141,7 +141,7 @@ def test_native_shards_without_index_and_with_original_config(native, tmp_path):
 
 
 def test_mindspeed_mm_names_with_predictor_config(native, tmp_path):
-    save_file({native_to_mm(name): value for name, value in native.items()}, tmp_path / "model.safetensors")
+    save_file({native_to_mindspeed(name): value for name, value in native.items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(CONFIG.model_dump_json())
     source = WeightFolder.open(tmp_path)
     assert (source.convention, source.config()) == ("mm", CONFIG)

@@ -21,7 +21,7 @@ from mm.wan.folder import WeightFolder
 from mm.wan.initial import initial_value
 from mm.wan.layers import ModuleFactories
 from mm.wan.model import WanModel
-from mm.wan.names import native_to_mm
+from mm.wan.names import native_to_mindspeed
 
 TINY = {
     "in_dim": 36, "text_dim": 24, "hidden_size": 64, "ffn_dim": 96, "num_heads": 4, "num_layers": 2, "freq_dim": 32,
@@ -185,7 +185,7 @@ def test_folders_of_the_original_wan_are_read_and_written(config, tmp_path):
 
 def test_folders_in_mindspeed_mm_names_are_read(tmp_path):
     reference = reference_for(FLF2V)
-    renamed = {native_to_mm(diffusers_to_native(name)): value for name, value in reference.state_dict().items()}
+    renamed = {native_to_mindspeed(diffusers_to_native(name)): value for name, value in reference.state_dict().items()}
     save_file(renamed, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(FLF2V.model_dump_json())
     source = WeightFolder.open(tmp_path)

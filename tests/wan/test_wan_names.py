@@ -115,8 +115,8 @@ def test_vace_rows_are_those_of_the_published_layouts_and_of_diffusers(size):
     assert {names.native_to_diffusers(n): s for n, s in shapes.items()} == {
         n: tuple(v.shape) for n, v in theirs.items()
     }
-    assert all(mindspeed_to_native(names.native_to_mm(name)) == name for name in shapes)
-    assert len({names.native_to_mm(name) for name in shapes}) == len(shapes)
+    assert all(mindspeed_to_native(names.native_to_mindspeed(name)) == name for name in shapes)
+    assert len({names.native_to_mindspeed(name) for name in shapes}) == len(shapes)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_tables_are_one_to_one_both_ways(shapes_14b):
     native = set(i2v_native_shapes(shapes_14b, emb_pos=True))
     for there, back in (
         (names.native_to_diffusers, diffusers_to_native),
-        (names.native_to_mm, mindspeed_to_native),
+        (names.native_to_mindspeed, mindspeed_to_native),
     ):
         other = [there(name) for name in native]
         assert len(set(other)) == len(native)
@@ -159,7 +159,7 @@ def test_tables_are_one_to_one_both_ways(shapes_14b):
     ],
 )
 def test_mindspeed_mm_names(native, mm):
-    assert names.native_to_mm(native) == mm
+    assert names.native_to_mindspeed(native) == mm
     assert mindspeed_to_native(mm) == native
 
 
@@ -188,8 +188,8 @@ def test_convention_is_told_by_content(shapes_14b):
     native = list(shapes_14b)
     assert names.convention(native) == "native"
     assert names.convention(map(names.native_to_diffusers, native)) == "diffusers"
-    assert names.convention(map(names.native_to_mm, native)) == "mm"
-    assert names.convention([*map(names.native_to_mm, native), "ema.decay"]) == "mm"
+    assert names.convention(map(names.native_to_mindspeed, native)) == "mm"
+    assert names.convention([*map(names.native_to_mindspeed, native), "ema.decay"]) == "mm"
     with pytest.raises(DataError, match=r"down_blocks\.0\.weight") as caught:
         names.convention(["down_blocks.0.weight"])
     assert caught.value.id == "DATA-029"

@@ -4,16 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from loaded import load_into
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mm.checkpoint import convert
-from mm.checkpoint.weights import load_into, open_weights
+from mm.checkpoint.weights import open_weights
 from mm.config.model import WanConfig
 from mm.errors import DataError, MMError
 from mm.wan.component import load_strictly
 from mm.wan.model import WanModel
-from mm.wan.names import native_to_diffusers, native_to_mm
+from mm.wan.names import native_to_diffusers, native_to_mindspeed
 
 CONFIG = WanConfig(text_dim=32, hidden_size=256, ffn_dim=96, num_heads=2, num_layers=2, freq_dim=32)
 EIGHT_BITS = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
@@ -42,7 +43,7 @@ def test_prefixes_and_wrappers_are_read(tmp_path: Path, native: dict[str, Tensor
     spell = {
         "native": str,
         "diffusers": native_to_diffusers,
-        "mm": native_to_mm,
+        "mm": native_to_mindspeed,
         "wrapped inside": lambda name: name.replace(".self_attn.", "._fsdp_wrapped_module.self_attn._orig_mod."),
     }
     save_file({prefix + spell[names](name): value for name, value in native.items()}, tmp_path / "x.safetensors")
@@ -54,7 +55,7 @@ def test_prefixes_and_wrappers_are_read(tmp_path: Path, native: dict[str, Tensor
 def test_prefixes_are_read_in_the_mm_format_too(tmp_path: Path, native: dict[str, Tensor], prefix: str):
     file = tmp_path / "mm" / "release" / "mp_rank_00" / "model_optim_rng.pt"
     file.parent.mkdir(parents=True)
-    state = {prefix + native_to_mm(name): value for name, value in native.items()}
+    state = {prefix + native_to_mindspeed(name): value for name, value in native.items()}
     torch.save({"model": state, "checkpoint_version": 3.0}, file)
     (tmp_path / "mm" / "latest_checkpointed_iteration.txt").write_text("release")
     found = loaded(tmp_path / "mm")

@@ -1,4 +1,4 @@
-"""Whose tensors a file holds, as far as their names tell: a transformer's, an adapter's, an encoder's."""
+"""Content of a file, as far as its tensors' names tell: a transformer's, an adapter's, an encoder's."""
 
 from __future__ import annotations
 

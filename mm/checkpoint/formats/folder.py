@@ -52,7 +52,7 @@ class FolderWeights:
         return f"{self.folder.convention} weights"
 
     def kinds(self) -> dict[str, TensorKind]:
-        """From the headers; what is multiplied by a scale is fp32."""
+        """Kinds by the headers; what is multiplied by a scale is fp32."""
         stored, scales = self.folder.stored, self.folder.scales
         return {
             name: TensorKind(shape, torch.float32 if name in scales else DTYPES[stored[name].dtype])
@@ -60,7 +60,7 @@ class FolderWeights:
         }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """From the headers."""
+        """Shapes by the headers."""
         return self.folder.shapes()
 
     def read(self, name: str) -> Tensor:
@@ -68,7 +68,7 @@ class FolderWeights:
         return self.folder.tensor(name)
 
     def config(self) -> WanConfig:
-        """From config.json, else inferred from the shapes with a warning; raises what `WeightFolder.config` raises."""
+        """Configuration by config.json, else by the shapes with a warning; raises what `WeightFolder.config` raises."""
         return self.folder.config()
 
 

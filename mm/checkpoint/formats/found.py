@@ -1,4 +1,4 @@
-"""What is at a path, as `mm.checkpoint.identify` answers it; readers are given this and look at nothing again."""
+"""Answer of `mm.checkpoint.identify` about a path; readers are given this and look at nothing again."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Found:
     headers: Mapping[Path, Header] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """For the other ranks."""
+        """Values for the other ranks."""
         return {
             "asked": str(self.asked),
             "format": self.format,

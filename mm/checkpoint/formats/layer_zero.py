@@ -89,11 +89,11 @@ class LayerZeroWeights:
         return cls(folder, shards, whole)
 
     def kinds(self) -> dict[str, TensorKind]:
-        """Of whole parameters."""
+        """Kinds of whole parameters."""
         return dict(self.whole)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of whole parameters."""
+        """Shapes of whole parameters."""
         return {name: kind.shape for name, kind in self.whole.items()}
 
     def read(self, name: str) -> Tensor:
@@ -102,7 +102,7 @@ class LayerZeroWeights:
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(self.whole[name].shape)
 
     def config(self) -> WanConfig | None:
-        """Not part of the files."""
+        """None: no configuration is part of the files."""
         return None
 
 

@@ -11,7 +11,7 @@ whatever is there for one. What is ours is beside the tracker, or of a training 
 (`mm.checkpoint.record`). Earlier versions wrote mm_config.json beside the ranks' folders, where it is read as well.
 
 A file holds {"model": flat state dict in MM names, "checkpoint_version": 3.0}; with virtual stages it has model0,
-model1, ... in the place of model. `mm_split` says what is in which.
+model1, ... in the place of model. `mindspeed_split` says what is in which.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mm.config.base import load
 from mm.config.layout import Stages
 from mm.config.model import WanConfig
 from mm.errors import CheckpointError, ConfigError
-from mm.wan.names import native_to_mm, translate
+from mm.wan.names import native_to_mindspeed, translate
 from mm.wan.prefixes import common_prefix, unwrapped
 
 FORMAT = "MM weights"
@@ -47,7 +47,7 @@ _RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 
 
 class RankFile(NamedTuple):
-    """Where a tensor is: the file, the chunk and the name in it, and what it is."""
+    """Place of a tensor: the file, the chunk and the name in it, and what it is."""
 
     file: Path
     chunk: str
@@ -108,11 +108,11 @@ class MindSpeedWeights:
         return cls(folder, places, len(files), len(stages) // len(files))
 
     def kinds(self) -> dict[str, TensorKind]:
-        """From the mapped tensors."""
+        """Kinds of the mapped tensors."""
         return {name: place.kind for name, place in self.places.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """From the mapped tensors."""
+        """Shapes of the mapped tensors."""
         return {name: place.kind.shape for name, place in self.places.items()}
 
     def read(self, name: str) -> Tensor:
@@ -120,7 +120,7 @@ class MindSpeedWeights:
         return self._open.tensor(self.places[name])
 
     def config(self) -> WanConfig | None:
-        """As `config_of`."""
+        """Result of `config_of`."""
         return config_of(self.path)
 
 
@@ -172,7 +172,7 @@ def write_release(folder: Path, source: WeightSource, names: Iterable[str], stag
         source: the weights, which keep their dtypes. names: of the model's parameters, native.
         stages: [VP][PP] blocks of each stage, all blocks of the model.
     """
-    native = {native_to_mm(name): name for name in names}
+    native = {native_to_mindspeed(name): name for name in names}
     chunks = split_names(native, stages)
     num_ranks = len(stages[0])
     for rank in range(num_ranks):
@@ -258,7 +258,7 @@ def stage_files(folder: Path) -> list[Path]:
 
 
 def virtual_stages(files: Sequence[Path], folder: Path) -> list[dict[str, RankFile]]:
-    """What every virtual stage holds by its names there, in the model's order: chunk v of rank p is v * PP + p.
+    """Tensors of every virtual stage by their names there, in the model's order: chunk v of rank p is v * PP + p.
 
     Raises:
         CheckpointError: CKPT-021 for a file that cannot be used, CKPT-042 for ranks with different numbers of chunks.

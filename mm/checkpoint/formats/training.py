@@ -73,7 +73,7 @@ class TrainingWeights:
         return cls(path, manifest, prefix=weights_prefix(path, manifest, averaged=averaged))
 
     def kinds(self) -> dict[str, TensorKind]:
-        """From the manifest."""
+        """Kinds by the manifest."""
         return {
             key.removeprefix(self.prefix): TensorKind(record.shape, DTYPES[record.dtype])
             for key, record in self.manifest.tensors.items()
@@ -81,7 +81,7 @@ class TrainingWeights:
         }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """From the manifest."""
+        """Shapes by the manifest."""
         return {name: kind.shape for name, kind in self.kinds().items()}
 
     def read(self, name: str) -> Tensor:
@@ -89,7 +89,7 @@ class TrainingWeights:
         return read_tensor(self.path, self.manifest, self.prefix + name)
 
     def config(self) -> WanConfig | None:
-        """From the scalars.
+        """Configuration by the scalars.
 
         Raises:
             CheckpointError: CKPT-012 when they hold something else under that name.
@@ -105,7 +105,7 @@ class TrainingWeights:
 
 
 def weights_prefix(path: Path, manifest: Manifest, *, averaged: bool) -> str:
-    """Of the tensors of a checkpoint's weights, or of their average.
+    """Prefix of the tensors of a checkpoint's weights, or of their average.
 
     Raises:
         CheckpointError: CKPT-049 where it has none.
@@ -125,7 +125,7 @@ def no_average(path: Path, what: str) -> CheckpointError:
 
 
 def recognise(path: Path) -> Found | None:
-    """What a committed training checkpoint holds.
+    """Facts that a committed training checkpoint holds.
 
     Raises:
         CheckpointError: CKPT-012 when it is damaged.

@@ -29,7 +29,7 @@ def _held_out_features_can_be(run: TrainingRun) -> Iterator[Problem]:
 
 
 def feature_problems(features: FeatureSet, words: Origins, path: str) -> Iterator[Problem]:
-    """What is wrong with one set.
+    """Problems of one set.
 
     Args:
         features: the set. words: of the run. path: of the set in it.

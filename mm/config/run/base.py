@@ -36,7 +36,7 @@ class Run(Section):
     notes: tuple[str, ...] = Field((), exclude=True, repr=False)
 
     def word(self, path: str) -> str:
-        """What the user wrote a value with, or would: `--lr`, `predictor.num_heads in m.json`."""
+        """Word that the user wrote a value with, or would: `--lr`, `predictor.num_heads in m.json`."""
         return self.origins[path].full()
 
     def values(self) -> dict[str, Any]:

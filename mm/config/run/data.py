@@ -46,7 +46,7 @@ class FeatureSet(Section):
 
 
 class DataSection(Section):
-    """How training walks through the features.
+    """Walk of training through the features.
 
     Attributes:
         features: which. caption_dropout: share of samples that are trained with the empty caption.

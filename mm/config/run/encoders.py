@@ -86,6 +86,6 @@ class EncodersSection(Section):
 
     @property
     def image_precision(self) -> Precision:
-        """Of the image encoder."""
+        """Precision of the image encoder."""
         own = self.image.precision if self.image is not None else None
         return own or self.vae.precision

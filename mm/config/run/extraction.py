@@ -15,7 +15,7 @@ from mm.config.tasks.task import Task
 
 
 class ExtractionSection(Section):
-    """What the features are for, with which chance, on what.
+    """Extraction: the task of the features, the chance, and the device.
 
     Attributes:
         task: of the models that are to be trained.
@@ -62,14 +62,14 @@ class SourceSection(Section):
 
 
 class StoreSection(Section):
-    """Where features go: the folder, and whether features that were made otherwise are replaced."""
+    """Store of features: the folder, and whether features that were made otherwise are replaced."""
 
     path: str = Field(min_length=1)
     overwrite: bool = False
 
 
 class WaitingSection(Section):
-    """How long a process waits for slower ones."""
+    """Time that a process waits for slower ones."""
 
     timeout_minutes: int = Field(1440, ge=1)
 
@@ -91,5 +91,5 @@ class ExtractionRun(ExtractionSections, Run):
 
     @property
     def task(self) -> Task:
-        """What the features are for."""
+        """Task that the features are for."""
         return TASKS[self.extraction.task]

@@ -115,7 +115,7 @@ def _plain_default(value: Any) -> Any:
 
 
 def _has_no_choice(annotation: Any) -> bool:
-    """Whether a field has one value that may be said out loud."""
+    """Recognise a field with one value that may be said out loud."""
     return annotation is type(None) or (get_origin(annotation) is Literal and len(get_args(annotation)) == 1)
 
 

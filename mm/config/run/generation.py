@@ -35,7 +35,7 @@ def latent_size(size: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 class GenerationSection(Section):
-    """With which chance, on what.
+    """Generation: the chance, and the device.
 
     Attributes:
         seed: with the prompt's index it decides the initial noise. device: None takes the best there is.
@@ -67,7 +67,7 @@ class TransformerSection(Section):
 
 
 class SamplingSection(Section):
-    """How the velocity is integrated.
+    """Sampling: the integration of the velocity.
 
     Attributes:
         solver: the sampler. steps: evaluations of the model for each prompt; twice as many with guidance.
@@ -87,12 +87,12 @@ class SamplingSection(Section):
 
     @property
     def guided(self) -> bool:
-        """Whether the negative prompt takes part."""
+        """True where the negative prompt takes part."""
         return self.guidance_scale != 1
 
 
 class InputsSection(Section):
-    """What clips are made of, line by line.
+    """Inputs of clips, line by line.
 
     Attributes:
         prompts: a text file, one prompt a line.
@@ -143,13 +143,13 @@ class BatchSection(Section):
 
 
 class CollectiveSection(Section):
-    """How long a collective may wait."""
+    """Time that a collective may wait."""
 
     timeout_minutes: int = Field(30, ge=1)
 
 
 class ProgressSection(Section):
-    """Whether a bar is drawn."""
+    """Progress: a bar, or none."""
 
     progress_bar: bool = True
 
@@ -176,7 +176,7 @@ class GenerationRun(GenerationSections, MeshRun):
 
     @property
     def mesh(self) -> MeshSection:
-        """How it is cut."""
+        """Section of the mesh."""
         return self.parallel
 
     @property
@@ -186,7 +186,7 @@ class GenerationRun(GenerationSections, MeshRun):
 
     @property
     def dtype(self) -> str:
-        """Of the parameters."""
+        """Dtype of the parameters."""
         return self.model.precision
 
     @property
@@ -196,7 +196,7 @@ class GenerationRun(GenerationSections, MeshRun):
 
     @property
     def layout(self) -> Layout:
-        """Of the processes, once the rules have accepted them."""
+        """Layout of the processes, once the rules have accepted them."""
         return mesh_layout(self)
 
     @property
@@ -207,7 +207,7 @@ class GenerationRun(GenerationSections, MeshRun):
 
     @property
     def task(self) -> str:
-        """What is done, in one word: the name of the task, or what it is called from given videos."""
+        """Task in one word: its name, or what it is called from given videos."""
         from_video = None if self.inputs.videos is None else self.wan.task.with_video
         return from_video or self.row_task.name
 

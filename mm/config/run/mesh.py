@@ -1,4 +1,4 @@
-"""What a command that runs a model asks of its processes; the input of the rules about them."""
+"""Demands on its processes by a command that runs a model; the input of the rules about them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class MeshRun(Run):
     @property
     @abc.abstractmethod
     def mesh(self) -> MeshSection:
-        """How it is cut."""
+        """Section of the mesh."""
 
     @property
     @abc.abstractmethod
@@ -25,7 +25,7 @@ class MeshRun(Run):
     @property
     @abc.abstractmethod
     def dtype(self) -> str:
-        """Of the parameters: bf16, fp16 or fp32; its path is `model.precision`."""
+        """Dtype of the parameters: bf16, fp16 or fp32; its path is `model.precision`."""
 
     @property
     def tp(self) -> int:

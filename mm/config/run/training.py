@@ -48,7 +48,7 @@ class TrainingRun(TrainingSections, MeshRun):
 
     @property
     def mesh(self) -> ParallelSection:
-        """How it is cut."""
+        """Section of the mesh."""
         return self.parallel
 
     @property
@@ -58,7 +58,7 @@ class TrainingRun(TrainingSections, MeshRun):
 
     @property
     def dtype(self) -> str:
-        """Of the parameters."""
+        """Dtype of the parameters."""
         return self.model.precision
 
     @property

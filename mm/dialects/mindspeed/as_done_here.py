@@ -25,7 +25,7 @@ def training_as_done_here(flags: TrainFlagsT) -> tuple[TrainFlagsT, list[Note]]:
 
 
 def mesh_as_done_here(flags: MeshFlagsT) -> tuple[MeshFlagsT, list[Note]]:
-    """As `training_as_done_here`, for the flags that training and generation share."""
+    """Result of `training_as_done_here` for the flags that training and generation share."""
     return _read(flags, (_sequence_parallel,))
 
 

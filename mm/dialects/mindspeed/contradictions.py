@@ -1,5 +1,7 @@
-"""What a command line of MindSpeed-MM's says that no section can hold: one value twice, or half of what belongs
-together. The rules tell it with everything else."""
+"""Contradictions of a command line of MindSpeed-MM: a value said twice, or half of what belongs together.
+
+No section can hold them; the rules tell them with everything else.
+"""
 
 from __future__ import annotations
 

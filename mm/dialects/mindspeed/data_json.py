@@ -1,4 +1,4 @@
-"""What the two data files say: `data.json` of feature extraction and `feature_data.json` of training.
+"""Sections of the two data files: `data.json` of feature extraction and `feature_data.json` of training.
 
 A field exists only where it has an effect, or where the one thing done here may be said out loud; the fields of
 MindSpeed-MM that are left out are errors that say what to do instead.
@@ -15,7 +15,7 @@ from mm.dialects.mindspeed.encoder_json import TokenizerConfig
 
 
 class BasicParameters(Section):
-    """Where the data are.
+    """Place of the data.
 
     Attributes:
         data_path: a `.txt` list of data sets, or one annotation file (`.json`, `.jsonl`).
@@ -98,7 +98,7 @@ class FeatureDatasetParam(Section):
 
 
 class DataloaderParam(Section):
-    """How training walks through the features.
+    """Walk of training through the features.
 
     Attributes:
         shuffle: a new order each epoch, drawn from the seed; otherwise the order of data.jsonl.

@@ -44,7 +44,7 @@ class ExtractModel(Section):
 
 
 class SoraFeature(Section):
-    """Where features go: `save_path`, one safetensors file a sample."""
+    """Target of features: `save_path`, one safetensors file a sample."""
 
     save_path: str = Field(min_length=1)
     extract_video_feature: Literal[True] = True

@@ -55,7 +55,7 @@ _CLIP = {
 
 @dataclass(frozen=True)
 class ExtractFiles:
-    """What the files of a command line hold.
+    """Contents of the files of a command line.
 
     Attributes:
         data: data.json. model: model_wan.json. tools: tools.json; None where it is not asked for.
@@ -135,7 +135,7 @@ def encoders(model: ExtractModel, data: ExtractData) -> EncodersSection:
 
 
 def tokenizer(config: TokenizerConfig) -> TokenizerSection:
-    """What `tokenizer_config` names."""
+    """Section of the tokenizer that `tokenizer_config` names."""
     names = ("from_pretrained", "model_max_length")
     return built(TokenizerSection, {name: getattr(config, name) for name in names})
 

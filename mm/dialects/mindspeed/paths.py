@@ -1,4 +1,4 @@
-"""Where in a run.yaml stands what a flag of MindSpeed-MM's says."""
+"""Paths in a run.yaml of what a flag of MindSpeed-MM's says."""
 
 from __future__ import annotations
 

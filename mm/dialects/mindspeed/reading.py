@@ -20,7 +20,7 @@ ReadT = TypeVar("ReadT")
 
 
 class Reading:
-    """What one command's words and files gave beside their values.
+    """Notes and problems that one command's words and files gave beside their values.
 
     Attributes:
         problems: what is wrong.
@@ -32,7 +32,7 @@ class Reading:
         self.notes: dict[str, list[Note]] = {}
 
     def attempt(self, read: Callable[[], ReadT]) -> ReadT:
-        """What a function reads, or `UNREAD`, where its problems are kept or what it needs was not read."""
+        """Result of a reading function, or `UNREAD`, where its problems are kept or what it needs was not read."""
         try:
             return read()
         except ConfigError as error:

@@ -32,7 +32,7 @@ FlagsT = TypeVar("FlagsT", bound=TrainFlags)
 
 @dataclass(frozen=True)
 class TrainFiles:
-    """What the files of a command line hold.
+    """Contents of the files of a command line.
 
     Attributes:
         model: pretrain_model.json. data: feature_data.json.

@@ -16,7 +16,7 @@ from mm.errors import Problem
 
 
 def read_validation(run: TrainingRun) -> tuple[GenerationRun | None, list[Problem]]:
-    """What clips of a model in training are rendered by, and what is wrong with that; nothing without validation.
+    """Generation by which clips of a model in training are rendered, and its problems; nothing without validation.
 
     Args:
         run: the training, not yet checked. The file must describe its model (CFG-125).

@@ -48,7 +48,7 @@ class Flag:
         return self.values.get(value, value) if self.values else value
 
     def word(self) -> Word:
-        """Its name."""
+        """Name of the flag."""
         return Word(flag_name(self.field), spelled=self.spelled)
 
 
