@@ -26,7 +26,7 @@ from mm.config.run.extraction import (
 )
 from mm.config.run.origins import Origins, Word
 from mm.config.tasks.registry import DEFAULT
-from mm.config.unread import UNREAD, broken, built, if_read, read_or
+from mm.config.unread import UNREAD, UnreadError, broken, built, if_read, read_or
 from mm.dialects.mindspeed.accepted_flags import ACCEPTED_EXTRACT_FLAGS
 from mm.dialects.mindspeed.data_json import ExtractData
 from mm.dialects.mindspeed.encoder_json import TokenizerConfig
@@ -94,7 +94,7 @@ def translate(flags: ExtractFlags, files: ExtractFiles, reading: Reading, world_
     for path, flag in EXTRACT_FLAGS.items():
         section, name = path.split(".")
         given.setdefault(section, {})[name] = flag.read(flags)
-    task = if_read(lambda: model.task or (tools.task if tools is not None else None) or DEFAULT.name)
+    task = if_read(lambda: _task(model, tools))
     place = tools.sorafeature.save_path if tools is not None else UNREAD
     sections = ExtractionSections(
         extraction=built(ExtractionSection, {**given["extraction"], "task": task}),
@@ -153,6 +153,14 @@ def _condition_tiling(ae: ExtractAutoencoder) -> bool | None:
 def _image_encoder(ae: ExtractAutoencoder) -> ImageEncoderSection | None:
     given = ae.i2v_processor
     return None if given is None else built(ImageEncoderSection, {"from_pretrained": given.image_encoder})
+
+
+def _task(model: ExtractModel, tools: ExtractTools | None) -> str:
+    """What the features are for; text to video where neither file says it, and unread where they disagree."""
+    said = {task for task in (model.task, tools.task if tools is not None else None) if task is not None}
+    if len(said) > 1:
+        raise UnreadError
+    return said.pop() if said else DEFAULT.name
 
 
 def _tasks_agree(flags: ExtractFlags, files: ExtractFiles) -> Iterator[Problem]:

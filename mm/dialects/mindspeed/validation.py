@@ -8,7 +8,7 @@ from mm.config.rules.generation import GENERATION_RULES
 from mm.config.run.around import validation_folder
 from mm.config.run.generation import GenerationRun
 from mm.config.run.training import TrainingRun
-from mm.config.unread import broken, if_read, read_or
+from mm.config.unread import broken, built, if_read, read_or
 from mm.dialects.mindspeed.generate import translate
 from mm.dialects.mindspeed.generate_flags import GenerateFlags
 from mm.dialects.mindspeed.reading import Reading
@@ -33,13 +33,14 @@ def _flags(run: TrainingRun) -> GenerateFlags | None:
     asked, save = run.validation, run.checkpoint.save
     if asked is None or save is None:
         return None
-    return GenerateFlags(
-        mm_model=asked.config,
-        load="(the model in training)",
-        prompt=asked.prompts,
-        image=asked.images,
-        save_path=str(validation_folder(save)),
-    )
+    words = {
+        "mm_model": asked.config,
+        "load": "(the model in training)",
+        "prompt": asked.prompts,
+        "image": asked.images,
+        "save_path": str(validation_folder(save)),
+    }
+    return built(GenerateFlags, words)
 
 
 def _is_the_model(both: tuple[TrainingRun, GenerationRun]) -> Iterator[Problem]:
