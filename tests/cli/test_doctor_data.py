@@ -9,6 +9,7 @@ import av
 import pytest
 from annotated import load_samples
 from feature_samples import write_clip, write_data_set
+from mindspeed_alone import load_extract_model
 from numbered_clips import write_numbered
 
 from mm.cli import doctor, doctor_data
@@ -18,7 +19,7 @@ from mm.config.data import DataSource, data_sources
 from mm.data.clips import load_clip
 from mm.data.dataset import open_features
 from mm.dialects.mindspeed.extraction import source
-from mm.dialects.mindspeed.files import load_extract_data, load_extract_model, load_train_data
+from mm.dialects.mindspeed.files import load_extract_data, load_train_data
 from mm.dialects.mindspeed.train_flags import PretrainModel
 from mm.dialects.mindspeed.training import features
 

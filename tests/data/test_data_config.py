@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+from mindspeed_alone import load_extract_model, load_extract_tools
 
 from mm.config.data import data_sources
 from mm.config.flags import as_words
@@ -9,7 +10,7 @@ from mm.config.rules.extraction import check_extraction
 from mm.config.rules.training import check_training
 from mm.config.run.extraction import ExtractionRun
 from mm.dialects.mindspeed.extraction import read_extraction
-from mm.dialects.mindspeed.files import load_extract_data, load_extract_model, load_extract_tools, load_train_data
+from mm.dialects.mindspeed.files import load_extract_data, load_train_data
 from mm.dialects.mindspeed.training import read_training
 from mm.errors import ConfigError
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import extract
 from diffusers import WanPipeline, WanTransformer3DModel
+from mindspeed_alone import load_generation
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -19,7 +20,6 @@ from mm.demo.clips import all_captions, all_clips
 from mm.demo.components import MODEL_NAMES, load_vae
 from mm.demo.measure import measure_clip, score
 from mm.demo.video import read_video
-from mm.dialects.mindspeed.generate import load_generation
 from mm.dialects.mindspeed.generate_flags import GenerateFlags
 from mm.errors import ConfigError
 from mm.generate.rows import read_rows

@@ -8,6 +8,7 @@ from typing import Any
 
 import mindspeed_files as theirs
 import pytest
+from mindspeed_alone import load_extract_model, load_extract_tools, load_generation, load_pretrain_model
 
 from mm.cli import migrate
 from mm.config.flags import parse_flags
@@ -16,14 +17,7 @@ from mm.config.rules.training import check_training
 from mm.dialects.mindspeed.accepted import Note, settle
 from mm.dialects.mindspeed.accepted_flags import ACCEPTED_GENERATE_FLAGS, take_accepted
 from mm.dialects.mindspeed.extraction import read_extraction
-from mm.dialects.mindspeed.files import (
-    load_extract_data,
-    load_extract_model,
-    load_extract_tools,
-    load_pretrain_model,
-    load_train_data,
-)
-from mm.dialects.mindspeed.generate import load_generation
+from mm.dialects.mindspeed.files import load_extract_data, load_train_data
 from mm.dialects.mindspeed.generate_flags import GenerateFlags
 from mm.dialects.mindspeed.training import read_training
 from mm.errors import ConfigError

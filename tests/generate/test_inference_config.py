@@ -6,11 +6,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+from mindspeed_alone import load_generation
 
 from mm.config.flags import parse_flags
 from mm.config.model import WAN_1_3B, WAN_14B, WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B
 from mm.config.run.generation import latent_size
-from mm.dialects.mindspeed.generate import load_generation
 from mm.dialects.mindspeed.generate_flags import GenerateFlags
 from mm.dialects.mindspeed.inference_retired import RETIRED_GENERATE_FLAGS
 from mm.errors import ConfigError

@@ -156,10 +156,10 @@ def test_a_stranger_ends_no_job(job: tuple[subprocess.Popen[str], Path, int]) ->
             with pytest.raises(OSError), socket.create_connection((address, port), timeout=2):
                 pass  # the store of the job is not there
     stranger = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=10 * SECONDS, wait_for_workers=False)  # type: ignore[attr-defined]
-    notices = PrefixStore("start 0.1/notices", stranger)
+    mailbox = PrefixStore("start 0.1/mailbox", stranger)
     for forged in FORGED[:3]:
         for name in ("failure", "alarm", "seen 0", "doing 0", "doing 1"):
-            notices.set(name, forged)
+            mailbox.set(name, forged)
         stranger.set("how the start before ended", forged)
         time.sleep(1.5)  # the watch looks once a second
     time.sleep(LEAVE_S)  # after which it would leave a job that has failed

@@ -56,18 +56,3 @@ def load_extract_data(path: Path, notes: list[Note] | None = None) -> ExtractDat
 def load_train_data(path: Path, notes: list[Note] | None = None) -> TrainData:
     """feature_data.json of training; takes and raises what `load_extract_data` does."""
     return alone(lambda reading: read_train_data(str(path), reading), notes)
-
-
-def load_pretrain_model(path: Path, notes: list[Note] | None = None) -> PretrainModel:
-    """pretrain_model.json; takes and raises what `load_extract_data` does."""
-    return alone(lambda reading: read_pretrain_model(str(path), reading), notes)
-
-
-def load_extract_model(path: Path, notes: list[Note] | None = None) -> ExtractModel:
-    """model_wan.json; takes and raises what `load_extract_data` does."""
-    return alone(lambda reading: read_extract_model(str(path), reading), notes)
-
-
-def load_extract_tools(path: Path, notes: list[Note] | None = None) -> ExtractTools:
-    """tools.json; takes and raises what `load_extract_data` does."""
-    return alone(lambda reading: read_extract_tools(str(path), reading), notes)

@@ -9,7 +9,6 @@ from typing import Any
 
 from mm.config.base import load_json, take_retired
 from mm.config.model import WanConfig
-from mm.config.rules.generation import check_generation
 from mm.config.run.encoders import (
     EncodersSection,
     ImageEncoderSection,
@@ -44,21 +43,6 @@ def read_generation(argv: Sequence[str], world_size: int = 1) -> GenerationRun:
     flags, notes = mesh_as_done_here(given)
     reading.notes["flags"] += notes
     return translate(flags, reading, world_size)
-
-
-def load_generation(flags: GenerateFlags, world_size: int = 1) -> GenerationRun:
-    """Read the files of a command line, put the flags over them, and check everything.
-
-    Args:
-        flags: the command line. world_size: the processes that were started.
-
-    Raises:
-        ConfigError: what reading gives (CFG-001 to CFG-008), CFG-045 and CFG-122 for flags that contradict each other,
-            and what `mm.config.rules.generation` has rules for; all at once.
-    """
-    run = translate(flags, Reading(), world_size)
-    check_generation(run)
-    return run
 
 
 def translate(flags: GenerateFlags, reading: Reading, world_size: int = 1) -> GenerationRun:
