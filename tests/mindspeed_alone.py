@@ -9,8 +9,8 @@ from mm.dialects.mindspeed.extract_files import ExtractModel, ExtractTools
 from mm.dialects.mindspeed.files import read_extract_model, read_extract_tools, read_pretrain_model
 from mm.dialects.mindspeed.generate import translate
 from mm.dialects.mindspeed.generate_flags import GenerateFlags
+from mm.dialects.mindspeed.pretrain_json import PretrainModel
 from mm.dialects.mindspeed.reading import Reading, alone
-from mm.dialects.mindspeed.train_flags import PretrainModel
 
 
 def load_pretrain_model(path: Path, notes: list[Note] | None = None) -> PretrainModel:

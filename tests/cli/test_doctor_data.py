@@ -20,7 +20,7 @@ from mm.data.clips import load_clip
 from mm.data.dataset import open_features
 from mm.dialects.mindspeed.extraction import source
 from mm.dialects.mindspeed.files import load_extract_data, load_train_data
-from mm.dialects.mindspeed.train_flags import PretrainModel
+from mm.dialects.mindspeed.pretrain_json import PretrainModel
 from mm.dialects.mindspeed.training import features
 
 CLIP = {"num_frames": 9, "max_height": 32, "max_width": 48}

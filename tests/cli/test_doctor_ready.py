@@ -21,7 +21,7 @@ from mm.config.diffusion import DiffusionConfig
 from mm.config.flags import as_words
 from mm.data.dataset import open_features
 from mm.dialects.mindspeed.files import load_train_data
-from mm.dialects.mindspeed.train_flags import PretrainModel
+from mm.dialects.mindspeed.pretrain_json import PretrainModel
 from mm.dialects.mindspeed.training import features
 from mm.diffusion.flow import FlowMatching
 from mm.doctor.preflight import draws, same_draws

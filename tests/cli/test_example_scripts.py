@@ -20,7 +20,8 @@ from mm.config.rules.extraction import check_extraction
 from mm.dialects.mindspeed.extraction import read_extraction
 from mm.dialects.mindspeed.files import load_train_data
 from mm.dialects.mindspeed.generate_flags import GenerateFlags
-from mm.dialects.mindspeed.train_flags import PretrainModel, TrainFlags
+from mm.dialects.mindspeed.pretrain_json import PretrainModel
+from mm.dialects.mindspeed.train_flags import TrainFlags
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "wan2.1"

@@ -12,7 +12,8 @@ from translated import translated
 from mm.config.base import Section, load, parse
 from mm.config.flags import parse_flags
 from mm.config.rules.training import check_training
-from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
+from mm.dialects.mindspeed.pretrain_json import PretrainModel
+from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, TrainFlags
 from mm.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,8 @@ from mm.config.base import parse
 from mm.config.flags import parse_flags
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout, balanced_stages, even_stages, layout_of
-from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, PretrainModel, TrainFlags
+from mm.dialects.mindspeed.pretrain_json import PretrainModel
+from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, TrainFlags
 from mm.dialects.mindspeed.zero_file import load_zero
 from mm.errors import ConfigError
 

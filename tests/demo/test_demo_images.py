@@ -13,7 +13,7 @@ from mm.config.base import load
 from mm.config.tasks.registry import TASKS as DECLARED
 from mm.demo.clips import COLOURS, DIRECTIONS, DemoClip, all_clips
 from mm.demo.components import MODEL_NAMES
-from mm.dialects.mindspeed.train_flags import PretrainModel
+from mm.dialects.mindspeed.pretrain_json import PretrainModel
 from mm.wan.folder import WeightFolder
 
 TASKS = ["i2v", "flf2v"]

@@ -10,7 +10,7 @@ from translated import data_file, model_file, translated
 from mm.config.layerzero import ZeroConfig
 from mm.config.run.file import load_training, resolved, short_file, whole_file
 from mm.dialects.mindspeed.train_flags import TrainFlags
-from mm.dialects.mindspeed.words import ADAPTER_FLAGS, EVALUATION_FLAGS, TRAIN_FLAGS
+from mm.dialects.mindspeed.words import ALL_TRAIN_FLAGS
 
 NEEDED = "--lr 1e-4 --train-iters 10 --load weights"
 FILES = {"mm_data", "mm_model", "eval_data", "layerzero", "layerzero_config"}
@@ -34,7 +34,7 @@ def everything(world_size: int = 32) -> Any:
 
 
 def test_every_flag_stands_for_one_value() -> None:
-    fields = [flag.field for flag in (*TRAIN_FLAGS.values(), *ADAPTER_FLAGS.values(), *EVALUATION_FLAGS.values())]
+    fields = [flag.field for flag in ALL_TRAIN_FLAGS.values()]
     assert len(fields) == len(set(fields))
     assert set(fields) | FILES | NO_CHOICE == set(TrainFlags.model_fields)
 

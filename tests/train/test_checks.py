@@ -23,7 +23,7 @@ from mm.cli.entry import run as run_command
 from mm.config.base import load
 from mm.data.dataset import open_features
 from mm.dialects.mindspeed.files import load_train_data
-from mm.dialects.mindspeed.train_flags import PretrainModel
+from mm.dialects.mindspeed.pretrain_json import PretrainModel
 from mm.dialects.mindspeed.training import features
 from mm.generate.pipeline import pad_text
 from mm.rng import generator

@@ -17,7 +17,7 @@ from mm.cli import train as train_command
 from mm.config.base import load
 from mm.data.sampler import sample_at
 from mm.demo.components import MODEL_NAMES
-from mm.dialects.mindspeed.train_flags import PretrainModel
+from mm.dialects.mindspeed.pretrain_json import PretrainModel
 from mm.diffusion.flow import FlowMatching
 
 TASKS = ["i2v", "flf2v"]

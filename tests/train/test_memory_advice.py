@@ -16,7 +16,8 @@ from mm.config.layout import layout_of
 from mm.config.recompute import recompute_of
 from mm.config.rules.training import check_training
 from mm.config.run.training import TrainingRun
-from mm.dialects.mindspeed.train_flags import PretrainModel, TrainFlags
+from mm.dialects.mindspeed.pretrain_json import PretrainModel
+from mm.dialects.mindspeed.train_flags import TrainFlags
 from mm.doctor.dry_run import DryRunJob, Report, dry_run
 from mm.errors import ConfigError
 from mm.lora.plan import plan_of

@@ -14,7 +14,7 @@ from training_runs import metrics, run, run_on, words
 from mm.cli import train as train_command
 from mm.config.base import load
 from mm.data.features import read_feature, read_header, write_feature
-from mm.dialects.mindspeed.train_flags import PretrainModel
+from mm.dialects.mindspeed.pretrain_json import PretrainModel
 from mm.diffusion.flow import FlowMatching
 from mm.errors import ConfigError, NumericsError
 

@@ -35,7 +35,8 @@ from mm.data.listing import FeatureRow, write_listing
 from mm.data.recipe import Recipe, save_recipe
 from mm.device.backend import Backend, select
 from mm.device.out_of_memory import bytes_asked_for, is_out_of_memory
-from mm.dialects.mindspeed.train_flags import PretrainModel, TrainFlags
+from mm.dialects.mindspeed.pretrain_json import PretrainModel
+from mm.dialects.mindspeed.train_flags import TrainFlags
 from mm.errors import OutOfMemoryError
 from mm.train.out_of_memory import MemoryWatch
 

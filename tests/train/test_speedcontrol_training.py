@@ -21,7 +21,7 @@ from mm.config.base import load
 from mm.config.flags import as_words
 from mm.data.features import read_header
 from mm.data.sampler import sample_at
-from mm.dialects.mindspeed.train_flags import PretrainModel
+from mm.dialects.mindspeed.pretrain_json import PretrainModel
 from mm.diffusion.flow import FlowMatching
 from mm.errors import ConfigError, DataError
 from mm.wan.model import WanModel

@@ -10,7 +10,8 @@ from functools import partial
 
 from mm.config.flags import flag_name
 from mm.config.unread import broken
-from mm.dialects.mindspeed.train_flags import PretrainModel, TrainFlags
+from mm.dialects.mindspeed.pretrain_json import PretrainModel
+from mm.dialects.mindspeed.train_flags import TrainFlags
 from mm.errors import Problem
 
 _LORA = "--lora-r 16 --lora-alpha 16 --lora-target-modules q k v o --load-base-model TRANSFORMER"

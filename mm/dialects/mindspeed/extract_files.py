@@ -10,6 +10,7 @@ from mm.config.base import Section
 from mm.config.flags import Flags
 from mm.config.tasks.registry import TaskName
 from mm.dialects.mindspeed.encoder_json import AutoencoderConfig, TextEncoderConfig
+from mm.dialects.mindspeed.flag_paths import sets
 
 
 class ImageProcessor(Section):
@@ -65,13 +66,28 @@ class ExtractFlags(Flags):
     mm_data: str = Field(description="data.json: which videos, and what clip to take of each")
     mm_model: str = Field(description="model_wan.json: the encoders")
     mm_tool: str = Field(description="tools.json: the folder to write to")
-    seed: int = Field(1234, ge=0, description="seed of the clip's start in a longer video and of the caption in a list")
-    num_workers: int = Field(2, ge=1, description="videos that each process reads ahead, in processes of their own")
-    decode_timeout: float = Field(120.0, gt=0, description="seconds to read one clip; a decoder that hangs is ended")
-    on_bad_sample: str = Field("fail", description="a clip that cannot be read: fail, or skip:max=0.1% of all clips")
-    overwrite: bool = Field(False, description="replace features that were made with another recipe")
-    device: Literal["cpu", "cuda", "npu"] | None = Field(None, description="kind of device; default: the best there is")
-    distributed_timeout_minutes: int = Field(1440, ge=1, description="how long a process waits for slower ones")
+    seed: int = sets(
+        "extraction.seed",
+        1234,
+        ge=0,
+        description="seed of the clip's start in a longer video and of the caption in a list",
+    )
+    num_workers: int = sets(
+        "data.workers", 2, ge=1, description="videos that each process reads ahead, in processes of their own"
+    )
+    decode_timeout: float = sets(
+        "data.read_timeout", 120.0, gt=0, description="seconds to read one clip; a decoder that hangs is ended"
+    )
+    on_bad_sample: str = sets(
+        "data.on_bad_sample", "fail", description="a clip that cannot be read: fail, or skip:max=0.1% of all clips"
+    )
+    overwrite: bool = sets("output.overwrite", False, description="replace features that were made with another recipe")
+    device: Literal["cpu", "cuda", "npu"] | None = sets(
+        "extraction.device", None, description="kind of device; default: the best there is"
+    )
+    distributed_timeout_minutes: int = sets(
+        "supervision.timeout_minutes", 1440, ge=1, description="how long a process waits for slower ones"
+    )
 
 
 RETIRED_EXTRACT_FLAGS = dict.fromkeys(

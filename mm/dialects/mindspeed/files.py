@@ -10,9 +10,9 @@ from pathlib import Path
 from mm.dialects.mindspeed.accepted import Note
 from mm.dialects.mindspeed.data_json import ExtractData, TrainData
 from mm.dialects.mindspeed.extract_files import ExtractModel, ExtractTools
+from mm.dialects.mindspeed.pretrain_json import PretrainModel
 from mm.dialects.mindspeed.reading import Reading, alone
 from mm.dialects.mindspeed.retired_data import RETIRED, RETIRED_IN_EXTRACTION, RETIRED_IN_TRAINING
-from mm.dialects.mindspeed.train_flags import PretrainModel
 
 
 def read_extract_data(path: str, reading: Reading) -> ExtractData:

@@ -12,8 +12,8 @@ from mm.dialects.mindspeed.data_json import ExtractData, TrainData
 from mm.dialects.mindspeed.extract_files import ExtractModel, ExtractTools
 from mm.dialects.mindspeed.inference_json import InferenceModel
 from mm.dialects.mindspeed.inference_retired import RETIRED_INFERENCE_KEYS
+from mm.dialects.mindspeed.pretrain_json import PretrainModel
 from mm.dialects.mindspeed.retired_data import RETIRED, RETIRED_IN_EXTRACTION, RETIRED_IN_TRAINING
-from mm.dialects.mindspeed.train_flags import PretrainModel
 from mm.errors import ConfigError
 
 _SECTIONS: Mapping[Kind, type[Section]] = {

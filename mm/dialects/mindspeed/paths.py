@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from mm.config.flags import flag_name
 from mm.dialects.mindspeed.generate_words import GENERATION_WORDS
-from mm.dialects.mindspeed.words import ADAPTER_FLAGS, EVALUATION_FLAGS, EXTRACT_FLAGS, MESH_FLAGS, TRAIN_FLAGS
+from mm.dialects.mindspeed.words import ALL_TRAIN_FLAGS, EXTRACT_FLAGS, MESH_FLAGS
 
 _FIELDS: Mapping[str, Mapping[str, str | None]] = {
-    "training": {path: flag.field for path, flag in {**TRAIN_FLAGS, **ADAPTER_FLAGS, **EVALUATION_FLAGS}.items()},
+    "training": {path: flag.field for path, flag in ALL_TRAIN_FLAGS.items()},
     "extraction": {path: flag.field for path, flag in EXTRACT_FLAGS.items()},
     "generation": {
         **{path: flag.field for path, flag in MESH_FLAGS.items()},
