@@ -14,6 +14,8 @@ from mm.config.tasks.registry import DEFAULT, TASKS, TaskName, named
 from mm.config.tasks.task import Shape, Sizes, Task
 
 Precision = Literal["fp32", "bf16", "fp16"]
+TASK_FIELD = "model_type"
+"""Field of a model's shape that names its task."""
 _MOST = 2**20  # far beyond any model; what configurations of strangers say is built, on the meta device at least
 _MOST_BLOCKS = 1000
 _MOST_OF_A_PATCH = 64
@@ -21,7 +23,7 @@ _MOST_OF_A_PATCH = 64
 
 def task_named_in(values: Mapping[str, Any]) -> Task | None:
     """The task of a model's unchecked fields; None where they name none that there is."""
-    return TASKS.get(values.get("model_type", DEFAULT.name))
+    return TASKS.get(values.get(TASK_FIELD, DEFAULT.name))
 
 
 class WanConfig(Section):
