@@ -15,7 +15,6 @@ from mm.config.tasks.task import Shape, Sizes, Task
 
 Precision = Literal["fp32", "bf16", "fp16"]
 TASK_FIELD = "model_type"
-"""Field of a model's shape that names its task."""
 _MOST = 2**20  # far beyond any model; what configurations of strangers say is built, on the meta device at least
 _MOST_BLOCKS = 1000
 _MOST_OF_A_PATCH = 64
@@ -155,7 +154,7 @@ WAN_14B = WanConfig(hidden_size=5120, ffn_dim=13824, num_heads=40, num_layers=40
 
 def of_task(text_to_video: WanConfig, task: Task) -> WanConfig:
     """A model of the size of one of text to video and of another task, with the task's released sizes."""
-    shape = {**text_to_video.model_dump(), "model_type": task.name, **task.sizes}
+    shape = {**text_to_video.model_dump(), TASK_FIELD: task.name, **task.sizes}
     sizes = Sizes(text_to_video.out_dim, (1, 1, 1), task.sizes.get("img_dim", 0), task.sizes.get("clip_token_len", 0))
     return WanConfig.model_validate(shape | {"in_dim": text_to_video.out_dim + task.channels(sizes)})
 

@@ -156,7 +156,7 @@ def _image_encoder(ae: ExtractAutoencoder) -> ImageEncoderSection | None:
 
 
 def _task(model: ExtractModel, tools: ExtractTools | None) -> str:
-    """Task of the features; text to video where neither file says it, and unread where they disagree."""
+    """Task that the features are for; text to video where neither file says it, and unread where they disagree."""
     said = {task for task in (model.task, tools.task if tools is not None else None) if task is not None}
     if len(said) > 1:
         raise UnreadError
