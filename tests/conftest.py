@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from extracted import extract
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -74,13 +75,3 @@ def demo_of_images(demo: Path) -> Path:
     for task in ("i2v", "flf2v"):
         extract(demo / "configs" / task)
     return demo
-
-
-def extract(configs: Path) -> None:
-    """Feature extraction with the files in `configs`."""
-    from mm.cli import extract as extract_command
-
-    extract_command.main(
-        ["--mm-data", str(configs / "data.json"), "--mm-model", str(configs / "model_wan.json"),
-         "--mm-tool", str(configs / "tools.json")]
-    )  # fmt: skip

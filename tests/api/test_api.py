@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import extract
 from diffusers import WanTransformer3DModel
+from extracted import extract
 from kept_frames import keeping_frames
 from PIL import Image
 from safetensors.torch import load_file

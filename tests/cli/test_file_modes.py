@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import extract
+from extracted import extract
 
 from mm.cli import convert, doctor_data, generate, plot, score, train
 from mm.cli import demo as demo_command

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import extract
 from diffusers import WanPipeline, WanTransformer3DModel
+from extracted import extract
 from mindspeed_alone import load_generation
 from safetensors.torch import load_file
 from transformers import AutoTokenizer

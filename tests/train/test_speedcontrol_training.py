@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import extract
+from extracted import extract
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from training_runs import run
