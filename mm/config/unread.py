@@ -11,7 +11,8 @@ import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import reduce
-from typing import Annotated, Any, NoReturn, TypeVar
+from types import UnionType
+from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -156,7 +157,7 @@ def readable(section: type[SectionT], values: Any, unsure: set[Place]) -> Sectio
 def section_of(section: type[BaseModel], name: str) -> type[BaseModel] | None:
     """The section that a field holds, or None where it holds a value."""
     annotation = section.model_fields[name].annotation
-    options = (annotation, *getattr(annotation, "__args__", ()))
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     return next((one for one in options if isinstance(one, type) and issubclass(one, BaseModel)), None)
 
 

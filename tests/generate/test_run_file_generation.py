@@ -102,6 +102,29 @@ def test_every_value_is_printed_with_its_word(file: Path) -> None:
     assert load_run(file).values() == run.values()
 
 
+def test_adapters_and_columns_are_read_back(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    more = [
+        "--lora",
+        "a.safetensors",
+        "b",
+        "--lora-strength",
+        "0.5",
+        "1",
+        "--layerzero",
+        "--layerzero-config",
+        "z.yaml",
+    ]
+    Path("z.yaml").write_text("zero3_size: 1\n")
+    translate_command.main(["--", "torchrun", "inference_sora.py", *command, *more])
+    Path("run.yaml").write_text(capsys.readouterr().out)
+    run = load_run(Path("run.yaml"))
+    values = run.values()
+    assert values["model.adapters"] == [{"path": "a.safetensors", "strength": 0.5}, {"path": "b", "strength": 1.0}]
+    assert values["parallel.layerzero.zero3_size"] == 1
+    Path("run.yaml").write_text(whole_file(run))
+    assert load_run(Path("run.yaml")).values() == values
+
+
 @pytest.mark.parametrize(
     ("keys", "value", "id", "told"),
     [
