@@ -24,6 +24,10 @@ def task_named_in(values: Mapping[str, Any]) -> Task | None:
     return TASKS.get(values.get("model_type", DEFAULT.name))
 
 
+TASK_FIELD = "model_type"
+"""The field of a shape that says the task."""
+
+
 class WanConfig(Section):
     """Shape of one Wan2.1 transformer. Defaults are what all published Wan2.1 models share.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+from mm.config.model import TASK_FIELD
 from mm.config.rules.encoders import tile_problems
 from mm.config.rules.mesh import MESH_RULES
 from mm.config.run.generation import VAE_STRIDE, GenerationRun
@@ -80,7 +81,7 @@ def _inputs_fit_the_model(run: GenerationRun) -> Iterator[Problem]:
     needed = columns.keys() | ({"inputs.images", "encoders.image"} if task.frames else set())
     useless = {f"inputs.columns.{name}" for name in inputs.columns} - columns.keys()
     useless |= (set() if task.frames else of_images) | (set() if task.with_video else {"inputs.videos"})
-    source = words["model.shape.model_type"]
+    source = words[f"model.shape.{TASK_FIELD}"]
     said = f"{source.file}: {source.key or source.name} is {task.name}"
     missing = [path for path in given if path in needed and not given[path]]
     if missing:
