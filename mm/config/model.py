@@ -25,6 +25,10 @@ def task_named_in(values: Mapping[str, Any]) -> Task | None:
     return TASKS.get(values.get(TASK_FIELD, DEFAULT.name))
 
 
+TASK_FIELD = "model_type"
+"""The field of a shape that says the task."""
+
+
 class WanConfig(Section):
     """Shape of one Wan2.1 transformer. Defaults are what all published Wan2.1 models share.
 

@@ -63,6 +63,17 @@ def read_or(value: ValueT, other: ValueT) -> ValueT:
     return other if isinstance(value, Unread) else value
 
 
+def is_given(value: object) -> bool:
+    """Whether a value is there that may be left out.
+
+    Raises:
+        UnreadError: where that could not be read.
+    """
+    if isinstance(value, Unread):
+        raise UnreadError
+    return value is not None
+
+
 def if_read(make: Callable[[], ValueT]) -> ValueT:
     """Result of `make`, or `UNREAD` where a value that it needs could not be read."""
     try:

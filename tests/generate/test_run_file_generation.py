@@ -144,7 +144,7 @@ def test_adapters_and_columns_are_read_back(command: list[str], capsys: pytest.C
         ("encoders vae tiling", False, "CFG-055", "encoders.vae.tiles has no effect"),
         ("inputs promts", "x", "CFG-003", 'unknown key "inputs.promts". Did you mean "prompts"?'),
         ("parallel", {"sequence_parallel": True}, "CFG-037", "parallel.sequence_parallel true has no effect"),
-        ("parallel", {"tensor_size": 2}, "CFG-032", "parallel.tensor_size"),
+        ("parallel", {"tensor_size": 2}, "CFG-032", "1 processes do not divide"),
     ],
 )
 def test_rules_speak_of_the_file(file: Path, keys: str, value: Any, id: str, told: str) -> None:

@@ -10,7 +10,7 @@ from mm.config.rules.encoders import tile_problems
 from mm.config.rules.mesh import MESH_RULES
 from mm.config.run.generation import VAE_STRIDE, GenerationRun
 from mm.config.tasks.registry import TASKS, named
-from mm.config.unread import broken
+from mm.config.unread import broken, is_given
 from mm.errors import ConfigError, Problem, raise_all
 
 
@@ -103,7 +103,7 @@ def _videos_have_a_strength(run: GenerationRun) -> Iterator[Problem]:
     videos, strength = words["inputs.videos"], words["inputs.strength"]
     if inputs.videos is None:
         for name in ("strength", "start_frame"):
-            if getattr(inputs, name) is not None:
+            if is_given(getattr(inputs, name)):
                 found = f"{words[f'inputs.{name}'].place()} has no effect without {videos.name}."
                 yield Problem("CFG-121", found, f"Remove it, or give {videos.name}.")
     elif inputs.strength is None:
