@@ -21,12 +21,13 @@ from wans_grids import UniPCOnWansGrid
 
 import mm.generate.run
 from mm.checkpoint.store import save, whole_piece, writing
+from mm.checkpoint.weights import open_weights
 from mm.cli.entry import run
 from mm.cli.generate import main
 from mm.demo.components import write_model
 from mm.errors import DataError
 from mm.generate.pipeline import initial_latents
-from mm.generate.weights import open_generation_weights
+from mm.generate.weights import with_adapters
 from mm.lora.adapter import Adapter, Update
 from mm.lora.files import write_adapter
 from mm.wan.model import WanModel
@@ -173,7 +174,7 @@ def test_description_overwriting_and_repetition(workplace, weights, capfd):
     assert (description["flow_shift"], description["guidance_scale"]) == (SHIFT, GUIDANCE)
     assert description["negative_prompt"] == NEGATIVE
     model = WanModel.from_pretrained(weights / "transformer")
-    alone = open_generation_weights(str(weights / "transformer"), (), model.config, torch.float32)
+    alone = with_adapters(open_weights(weights / "transformer"), (), model.config, torch.float32, fingerprinted=True)
     for name, parameter in model.named_parameters():
         alone.value_of(name, tuple(parameter.shape))
     assert description["transformer"]["fingerprint"] == alone.fingerprint()
