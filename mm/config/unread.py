@@ -64,7 +64,7 @@ def read_or(value: ValueT, other: ValueT) -> ValueT:
 
 
 def is_given(value: object) -> bool:
-    """Whether a value is there that may be left out.
+    """Tell whether a value is there that may be left out.
 
     Raises:
         UnreadError: where that could not be read.
