@@ -14,7 +14,7 @@ from mm.config.run.checkpoint import AdapterSection
 from mm.config.run.data import Clip, FeatureSet
 from mm.config.run.encoders import TokenizerSection
 from mm.config.run.training import TrainingRun, TrainingSections
-from mm.config.unread import built, if_read, read_or, whole
+from mm.config.unread import UNREAD, built, if_read, read_or, whole
 from mm.dialects.mindspeed.accepted_flags import ACCEPTED_TRAIN_FLAGS
 from mm.dialects.mindspeed.as_done_here import training_as_done_here
 from mm.dialects.mindspeed.contradictions import contradictions
@@ -101,6 +101,8 @@ def translate(flags: TrainFlags, files: TrainFiles, world_size: int = 1) -> Trai
     }
     values["checkpoint"]["resume_changed"] = if_read(lambda: tuple(flags.resume_changed))
     values["memory"]["offload"] = model.predictor.attention_async_offload
+    if if_read(lambda: _precision_is_said_twice(flags, model)) is True:
+        values["model"]["precision"] = UNREAD
     values["model"]["shape"] = if_read(lambda: whole(model.predictor, WanConfig.model_fields).wan())
     kinds: dict[str, Any] = {name: field.annotation for name, field in TrainingSections.model_fields.items()}
     sections = built(
@@ -117,6 +119,12 @@ def translate(flags: TrainFlags, files: TrainFiles, world_size: int = 1) -> Trai
     origins = training_origins(flags, says_dtype=read_or(says_dtype, False))
     problems = (*files.problems, *contradictions(flags, model))
     return TrainingRun.described(sections, origins, world_size, problems, files.notes)
+
+
+def _precision_is_said_twice(flags: TrainFlags, model: PretrainModel) -> bool:
+    """Whether the flag and the file disagree (CFG-022), so that neither is known to be meant."""
+    dtype = model.predictor.dtype
+    return dtype is not None and (dtype == "bf16") != flags.bf16
 
 
 def _data(data: TrainData) -> Mapping[str, Any]:
