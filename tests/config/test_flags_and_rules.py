@@ -69,7 +69,7 @@ def test_bad_flags(words: list[str], expected: str, hint: str) -> None:
 
 def test_all_bad_flags_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        flags("--lr", "-1", "--sede", "3", "--swiglu", "--adam-beta1", "1.5", without="--mm-data")
+        flags("--lr", "-1", "--sede", "3", "--use-torch-fsdp2", "--adam-beta1", "1.5", without="--mm-data")
     assert sorted(ids(caught.value)) == ["CFG-004", "CFG-005", "CFG-005", "CFG-007", "CFG-008"]
 
 

@@ -80,6 +80,13 @@ def test_their_extraction_starts(tmp_path: Path, task: str, early: bool) -> None
         write(tmp_path, "tools.json", theirs.extract_tools()),
     )
     words = f"--mm-data {data} --mm-model {model} --mm-tool {tools} {theirs.extract_words(early=early)}"
+    if task == "i2v":  # a clip of one frame is its own first frame: refused, with what to write, in the one round
+        with pytest.raises(ConfigError) as caught:
+            check_extraction(read_extraction(shlex.split(words)))
+        assert [(problem.id, problem.remedy) for problem in caught.value.problems] == [("CFG-075", "Use at least 5.")]
+        values = theirs.extract_data(task)
+        values["dataset_param"]["preprocess_parameters"]["min_num_frames"] = 5
+        write(tmp_path, "data.json", values)
     run = read_extraction(shlex.split(words))
     check_extraction(run)
     assert (run.task.name, run.data.clip.reader, run.data.workers) == (task, "decord", 8)
