@@ -122,7 +122,7 @@ def translate(flags: TrainFlags, files: TrainFiles, world_size: int = 1) -> Trai
 
 
 def _precision_is_said_twice(flags: TrainFlags, model: PretrainModel) -> bool:
-    """Whether the flag and the file disagree (CFG-022), so that neither is known to be meant."""
+    """Tell whether flag and file disagree (CFG-022), so that neither is known to be meant."""
     dtype = model.predictor.dtype
     return dtype is not None and (dtype == "bf16") != flags.bf16
 
