@@ -35,7 +35,8 @@ def load_model(
     Its parameters need no gradient; `model.requires_grad_()` changes that.
 
     Args:
-        path: a Hugging Face or native folder or file, an MM folder, or a training run's checkpoints.
+        path: a Hugging Face or native folder or file, the folder of a whole diffusers model, an MM folder, or a training
+            run's checkpoints.
         dtype: of the parameters, except those that stay fp32 (`mm.wan.precision`).
         device: kind of device; None takes the best there is.
         task: what the weights must be for; None takes what they say.
@@ -51,7 +52,8 @@ def load_model(
         CheckpointError, DataError: what `mm.checkpoint.weights.open_weights` raises, CKPT-011 for tensors of another
             model, DATA-090 to DATA-093 for adapters.
     """
-    source = open_weights(path, averaged=averaged)
+    inside = Path(path) / "transformer"
+    source = open_weights(inside if inside.is_dir() else path, averaged=averaged)
     config = source.config() or infer_config(source.shapes(), source.path)
     if task is not None and config.task.name != task:
         found = f"{source.path} holds weights of {config.task.name}, and task is {task}."

@@ -180,6 +180,13 @@ class Watchdog:
             LostProcessError: RUN-004 when another process has gone without a word.
         """
         self._over.set()
+        try:
+            self._end_of(error)
+        finally:
+            # A thread that is in the store's code when the interpreter goes away ends the process by SIGABRT.
+            self._thread.join(2 * ANSWER_S)
+
+    def _end_of(self, error: BaseException | None) -> None:
         if not isinstance(error, Exception | SystemExit):
             return
         rank, lost = self._mailbox.rank, isinstance(error, RuntimeError) and any(s in str(error) for s in _LOST)

@@ -52,8 +52,8 @@ def test_the_shipped_files_say_what_the_guide_says() -> None:
     clip = data.preprocess_parameters
     assert (clip.num_frames, clip.max_height, clip.max_width) == (81, 480, 832)
     assert data.basic_parameters.data_path == "./examples/wan2.1/feature_extract/data.txt"
-    model = load_extract_model(EXAMPLES / "model_wan.json")
-    tiles = model.ae.tiling()
+    run = checked(EXAMPLES / "data.json")
+    tiles = run.encoders.vae.tiles
     assert tiles is not None and (tiles.size, tiles.stride) == ((34, 34), (18, 16))
     assert load_extract_tools(EXAMPLES / "tools.json").sorafeature.save_path
     sources = data_sources(str(EXAMPLES / "data.txt"))
@@ -82,7 +82,7 @@ def test_frame_rule_refuses_others(num_frames: int, tmp_path: Path) -> None:
 
 
 def test_fields_of_mindspeed_mm_without_effect_are_told_with_what_to_do_beside_other_problems(tmp_path: Path) -> None:
-    bad = edited(EXAMPLES / "data.json", tmp_path, train_pipeline={"video_only": []}, max_hxw=100, cfg=0.1, nm=3)
+    bad = edited(EXAMPLES / "data.json", tmp_path, speed_factor=2.0, max_hxw=100, cfg=0.1, nm=3)
     with pytest.raises(ConfigError) as caught:
         load_extract_data(bad)
     assert sorted(ids_of(caught.value)) == ["CFG-003", "CFG-008", "CFG-008", "CFG-008"]

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,30 @@ from mm.supervise.mailbox import Mailbox
 from mm.supervise.watchdog import Doing, Watchdog, by_suspicion, hang, table
 
 LIMIT = 2.0
+
+
+class SlowMailbox(Mailbox):
+    """A mailbox whose store answers late."""
+
+    asked = False
+
+    def failure(self) -> Any:
+        self.asked = True
+        time.sleep(1)
+        return super().failure()
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_no_thread_of_the_watch_outlives_it(error: type[Exception] | None) -> None:
+    """One that waits for the store when the interpreter ends would end the process by SIGABRT."""
+    ended = contextlib.nullcontext() if error is None else pytest.raises(error)
+    mailbox = SlowMailbox(None, 0, 1)
+    with ended, Watchdog(mailbox, Limits(None, 60), None):
+        while not mailbox.asked:
+            time.sleep(0.01)
+        if error is not None:
+            raise error
+    assert [thread.name for thread in threading.enumerate() if thread.name == "watch"] == []
 
 
 def hang_with_a_late_rank(late: int, folder: str) -> dict[str, Any]:
