@@ -35,8 +35,8 @@ def load_model(
     Its parameters need no gradient; `model.requires_grad_()` changes that.
 
     Args:
-        path: a Hugging Face or native folder or file, the folder of a whole diffusers model, an MM folder, or a training
-            run's checkpoints.
+        path: a Hugging Face or native folder or file, the folder of a whole diffusers model, an MM folder, or a run's
+            checkpoints.
         dtype: of the parameters, except those that stay fp32 (`mm.wan.precision`).
         device: kind of device; None takes the best there is.
         task: what the weights must be for; None takes what they say.
