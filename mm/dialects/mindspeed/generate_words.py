@@ -7,6 +7,7 @@ from typing import Any
 from mm.config.flags import flag_name
 from mm.config.model import WanConfig
 from mm.config.run.origins import Origins, Word
+from mm.config.tasks.registry import ALL_COLUMNS
 from mm.config.unread import Unread, read_or
 from mm.dialects.mindspeed.accepted import value_at
 from mm.dialects.mindspeed.generate_flags import GenerateFlags
@@ -74,7 +75,7 @@ def generation_origins(flags: GenerateFlags, values: Any) -> Origins:
     }
     words["logging.progress_bar"] = Word("--no-progress-bar", spelled=lambda shown: not shown)
     columns = read_or(flags.columns, []) or list((held.get("columns") or {}) if isinstance(held, dict) else {})
-    for name in {word.partition("=")[0] for word in columns}:
+    for name in ALL_COLUMNS | {word.partition("=")[0] for word in columns}:
         words[f"inputs.columns.{name}"] = Word(f"columns.{name}", file, is_json=True)
     weights = Word("predictor.from_pretrained", file, is_json=True)
     return Origins(words, also={"model.weights": (weights,)})
