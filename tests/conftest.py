@@ -1,7 +1,6 @@
 """Shared by all tests. Its presence also puts tests/ on sys.path, so that tests import `ranks` and their helpers."""
 
 import json
-import multiprocessing.forkserver
 import os
 import signal
 from pathlib import Path
@@ -12,6 +11,7 @@ from extracted import extract
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # reads the number of threads when it is imported
+from ranks import start_server
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for a hub is wrong, and must fail at once
 if not torch.cuda.is_available():
@@ -35,8 +35,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         and session.config.getoption("numprocesses", None)
     ):
         return  # pytest-xdist's own process runs no tests
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["mm.train.loop", "mm.extract.run"])
-    multiprocessing.forkserver.ensure_running()
+    start_server()
 
 
 @pytest.fixture(scope="session")

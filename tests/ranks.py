@@ -2,9 +2,11 @@
 
 import faulthandler
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from queue import Empty
@@ -12,6 +14,15 @@ from typing import Any
 
 ANY_PORT = "0"
 """MASTER_PORT of a job of one node under `mm.cli.launch`, which takes a free one and holds it from then on."""
+
+
+def start_server() -> None:
+    """Start the server that ranks and readers are forked from, unless it runs.
+
+    It imports once what both need, for seconds of computing; without that every rank would do so for itself.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["mm.train.loop", "mm.extract.run"])
+    multiprocessing.forkserver.ensure_running()
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
@@ -29,9 +40,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     """
     import torch.distributed as dist
 
-    # Importing torch and megatron-core costs seconds a process; a server imports them once and forks the ranks.
+    start_server()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mm.train.loop"])
     results = context.Queue()
     # As under torchrun, the launcher runs the store: no port can be taken between choosing and using it.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -78,7 +88,9 @@ def _rank(
     import torch
 
     torch.set_num_threads(1)
+    has_imported = "mm.train.loop" in sys.modules
     try:
+        assert has_imported, "this rank's fork server has not imported what ranks need, see start_server"
         results.put((rank, function(*args), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))

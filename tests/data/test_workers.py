@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import count, islice
@@ -149,13 +150,30 @@ def test_signals_that_are_sent_to_everybody_are_the_parents_affair(tmp_path: Pat
     assert done.stdout == "done\n", done.stderr
 
 
+def end_server(server: psutil.Process) -> None:
+    server.kill()
+    wait_for(lambda: server.status() == psutil.STATUS_ZOMBIE)
+
+
+@pytest.fixture
+def own_server() -> Iterator[None]:
+    """What comes later has the tests' server again, which has imported what ranks need."""
+    from ranks import start_server  # processes of these tests import this file, and have no such module
+
+    yield
+    for server in psutil.Process().children():
+        if "forkserver" in " ".join(server.cmdline()):
+            end_server(server)
+    start_server()
+
+
+@pytest.mark.usefixtures("own_server")
 def test_a_server_that_is_gone_is_started_again(tmp_path: Path) -> None:
     with closing(read(tmp_path, (("read", number) for number in range(4)), 1)) as outcomes:
         _, first = next(outcomes)
         server = psutil.Process(first.facts["process"]).parent()
         assert server is not None and server.pid != os.getpid()
-        server.kill()
-        wait_for(lambda: server.status() == psutil.STATUS_ZOMBIE)
+        end_server(server)
         assert [outcome.facts["process"] for _, outcome in outcomes] == [first.facts["process"]] * 3
     assert numbers(read(tmp_path, [("read", 4)])) == [4]
 
