@@ -68,11 +68,12 @@ def step_for_real(row: Row) -> tuple[Traffic, int]:
         build_mesh(row.layout, 2, "cpu") as mesh,
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
-        sent = steps(row, mesh)
-    return sent, most_allocated(profiler.profiler.kineto_results.experimental_event_tree())
+        sent, kept = steps(row, mesh)
+    return sent, most_allocated(profiler.profiler.kineto_results.experimental_event_tree(), kept)
 
 
-def steps(row: Row, mesh: Mesh) -> Traffic:
+def steps(row: Row, mesh: Mesh) -> tuple[Traffic, dict[str, set[int]]]:
+    """The traffic of the last step, and by step the addresses of what was kept from the one before."""
     flow = FlowMatching(DiffusionConfig())
     with CountTraffic(axes_of(mesh)) as traffic:
         shape = StepShape(1, row.tokens, row.micro_batches, row.dtype)
@@ -83,18 +84,28 @@ def steps(row: Row, mesh: Mesh) -> Traffic:
             run_blocks=block_runner(row.recompute, offloader),
         )  # fmt: skip
         optimizer = make_optimizer(parallel, SETTINGS)
+        kept = {}
         for index in range(4):
             first = len(traffic.calls)
+            kept[f"step {index}"] = tensors_alive()
             with record_function(f"step {index}"):
                 train_step(parallel, optimizer, flow, batches(row), samples=row.micro_batches, seed=0)
-        return totals(traffic.calls[first:])
+        return totals(traffic.calls[first:]), kept
 
 
-def most_allocated(roots: list[Any]) -> int:
+def tensors_alive() -> set[int]:
+    """The addresses of all storages on the host that Python reaches."""
+    tensors = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]
+    tensors += [value.grad for value in tensors if value.is_leaf and value.grad is not None]
+    return {value.untyped_storage().data_ptr() for value in tensors if value.device.type == "cpu"}
+
+
+def most_allocated(roots: list[Any], kept: dict[str, set[int]]) -> int:
     """The peak of a step after the first, without what gloo allocates inside a collective and NCCL does not.
 
     gloo clones what it reduces and lays out flat what it gathers, in the calling thread below the collective's event
-    and in threads of its own. These let go of messages late, at times that differ: of the steps the lowest peak counts.
+    and in threads of its own. These let go of messages late, at times that differ, and unseen by the profiler: what is
+    not in `kept` at the begin of a step is gone by then, and of the steps the lowest peak counts.
     """
     changes, ranges = [], {}
     stack = [(root, False) for root in roots]
@@ -111,12 +122,16 @@ def most_allocated(roots: list[Any]) -> int:
         stack += [(child, in_collective) for child in event.children]
     total, peaks = 0, Counter()
     held: dict[int, int] = {}
+    begins = sorted((start, step) for step, (start, _) in ranges.items())
     for time, pointer, size, foreign in sorted(changes, key=lambda change: change[0]):
+        while begins and begins[0][0] <= time:
+            step = begins.pop(0)[1]
+            held = {address: bytes_ for address, bytes_ in held.items() if address in kept[step]}
+            total = sum(held.values())
+        total -= held.pop(pointer, 0)  # also where memory is given out again whose release was not seen
         if size > 0 and not foreign:
             held[pointer] = size
             total += size
-        elif size < 0:
-            total -= held.pop(pointer, 0)
         for step, (start, end) in ranges.items():
             if start <= time <= end:
                 peaks[step] = max(peaks[step], total)
