@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from traffic_rows import SETTINGS, Row, batches, row, with_images
 
@@ -97,7 +98,8 @@ def tensors_alive() -> set[int]:
     """The addresses of all storages on the host that Python reaches."""
     tensors = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]
     tensors += [value.grad for value in tensors if value.is_leaf and value.grad is not None]
-    return {value.untyped_storage().data_ptr() for value in tensors if value.device.type == "cpu"}
+    local = [value.to_local() if isinstance(value, DTensor) else value for value in tensors]
+    return {value.untyped_storage().data_ptr() for value in local if value.device.type == "cpu"}
 
 
 def most_allocated(roots: list[Any], kept: dict[str, set[int]]) -> int:
