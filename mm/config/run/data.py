@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from mm.config.base import Section
@@ -45,12 +47,43 @@ class FeatureSet(Section):
     tokenizer: TokenizerSection | None = None
 
 
+class SourceShare(Section):
+    """Share of one feature store in training.
+
+    Attributes:
+        folder: the store, as the list of features names it.
+        repeats: passes over its samples in an epoch of all.
+        weight: factor on its share by size; 2 gives twice as many of its samples.
+        begin_step, end_step: steps before the first and after the last that may take its samples.
+    """
+
+    folder: str = Field(min_length=1)
+    repeats: int = Field(1, ge=1)
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    begin_step: int = Field(0, ge=0)
+    end_step: int | None = Field(None, ge=1)
+
+
+class Mixture(Section):
+    """Shares of feature stores in training. Stores that no share names have one of the defaults.
+
+    Attributes:
+        shares: none takes all stores as one source.
+        small_buckets: what becomes of samples of a shape of which a store has fewer than a micro-batch takes: an
+            `error`; `drop` leaves them out; `repeat` puts some into one micro-batch more than once.
+    """
+
+    shares: tuple[SourceShare, ...] = ()
+    small_buckets: Literal["error", "drop", "repeat"] = "error"
+
+
 class DataSection(Section):
     """Walk of training through the features.
 
     Attributes:
         features: which. caption_dropout: share of samples that are trained with the empty caption.
         shuffle: a new order each epoch, drawn from the seed; otherwise the order of the listing.
+        mixture: shares of the stores.
         micro_batch_size: samples in one forward of one replica.
         global_batch_size: samples in one step of all replicas; None means one micro-batch for each of them.
         workers: feature-reading processes for each rank. read_timeout: seconds to read a micro-batch.
@@ -61,6 +94,7 @@ class DataSection(Section):
     features: FeatureSet
     caption_dropout: float = Field(0.0, ge=0, le=1)
     shuffle: bool = True
+    mixture: Mixture = Mixture()
     micro_batch_size: int = Field(1, ge=1)
     global_batch_size: int | None = Field(None, ge=1)
     workers: int = Field(2, ge=0)
