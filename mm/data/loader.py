@@ -136,7 +136,7 @@ class _Draws:
         self._replaced_in_epoch: Counter[int] = Counter()
 
     def draw(self, index: int, epoch: int, instead_of: Replaced | None = None, first_index: int = -1) -> _Draw:
-        name = self._dataset.samples[index].id
+        name = self._dataset.name(index)
         dropped = False
         if self._caption_dropout > 0:
             chance = torch.rand((), generator=generator(self._seed, "caption_dropout", name, epoch))
@@ -255,7 +255,7 @@ def _bad_sample(outcome: Outcome) -> tuple[int, DataError] | None:
 def _most_bytes(dataset: FeatureDataset, micro_batch_size: int, text_len: int, *, with_noise: bool) -> int:
     """Size in bytes of the tensors of a micro-batch of the largest samples."""
     model = dataset.model
-    largest = max((sample.latent_shape for sample in dataset.samples), key=lambda shape: torch.Size(shape).numel())
+    largest = max(dataset.shapes(), key=lambda shape: torch.Size(shape).numel())
     shapes: Sequence[tuple[int, ...]] = [largest, (text_len, model.text_dim)]
     if with_noise:
         shapes = [*shapes, largest]

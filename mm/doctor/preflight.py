@@ -244,9 +244,9 @@ def draws(dataset: FeatureDataset, flow: FlowMatching, seed: int, samples: int, 
         samples: of the step, in all replicas. shuffle: whether their order is drawn.
     """
     order = [sample_at(position, len(dataset), seed, shuffle) for position in range(samples)]
-    names, epochs = [dataset.samples[index].id for index, _ in order], [epoch for _, epoch in order]
+    names, epochs = [dataset.name(index) for index, _ in order], [epoch for _, epoch in order]
     _, timesteps, _ = flow.draw_timesteps(seed, names, epochs)
-    noise = flow.draw_noise(seed, names[:1], epochs[:1], dataset.samples[order[0][0]].latent_shape)
+    noise = flow.draw_noise(seed, names[:1], epochs[:1], dataset.latent_shape(order[0][0]))
     return hashlib.sha256(repr(names).encode() + timesteps.numpy().tobytes() + noise.numpy().tobytes()).hexdigest()[:16]
 
 

@@ -103,7 +103,7 @@ def test_what_was_replaced_is_told(store: Path, caplog: pytest.LogCaptureFixture
 def test_the_tensors_are_those_of_the_replacement(store: Path) -> None:
     damage(store, 2)
     dataset = opened(store)
-    names = {sample.id: index for index, sample in enumerate(dataset.samples)}
+    names = {dataset.name(index): index for index in range(len(dataset))}
     for batch in take(store, 12, BatchPlan(1, 1)):
         assert torch.equal(batch["latents"][0], dataset[names[batch["sample"][0]]]["latents"])
 
