@@ -38,17 +38,19 @@ def cost_of_model(model: WanConfig) -> SequenceCost:
     return SequenceCost(float(alpha), float(layers * 4 * width))
 
 
-def deal(costs: Sequence[float], num_replicas: int) -> list[list[int]]:
-    """Deal micro-batches to replicas, equally many to each, so that the sums of their costs are close.
+def deal(costs: Sequence[float], num_replicas: int, num_stages: int = 1) -> list[list[int]]:
+    """Deal micro-batches to replicas, equally many to each, so that all take about as long.
 
     The dearest go first, each to the replica with the least so far among those with room (Graham 1969, "Bounds on
     Multiprocessing Timing Anomalies"). Where all cost the same, replica r gets those at r, r + replicas and so on.
+    In a pipeline a micro-batch is in one stage at a time, so that the others idle before and after the dearest one: it
+    counts once for each stage. There a replica's cheapest come first and last, where the pipeline fills and empties.
 
     Args:
-        costs: of the micro-batches of a step. num_replicas: divides their number.
+        costs: of the micro-batches of a step. num_replicas: divides their number. num_stages: of the pipeline.
 
     Returns:
-        For each replica the numbers of its micro-batches, in their order.
+        For each replica the numbers of its micro-batches, in the order that it takes them in.
     """
     room = len(costs) // num_replicas
     dealt: list[list[int]] = [[] for _ in range(num_replicas)]
@@ -57,5 +59,8 @@ def deal(costs: Sequence[float], num_replicas: int) -> list[list[int]]:
         cost, count, replica = heapq.heappop(replicas)
         dealt[replica].append(number)
         if count + 1 < room:
-            heapq.heappush(replicas, (cost + costs[number], count + 1, replica))
-    return [sorted(numbers) for numbers in dealt]
+            cost += costs[number] * (num_stages if count == 0 else 1)
+            heapq.heappush(replicas, (cost, count + 1, replica))
+    if num_stages == 1 or len(set(costs)) == 1:
+        return [sorted(numbers) for numbers in dealt]
+    return [numbers[::-1][::2] + numbers[::-1][1::2][::-1] for numbers in dealt]

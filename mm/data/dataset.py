@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import TypedDict
@@ -19,7 +20,7 @@ from mm.config.model import WanConfig
 from mm.config.run.data import FeatureSet
 from mm.data.features import EMPTY_PROMPT_ID, LISTING, OTHER_TASK, read_feature
 from mm.data.files import path_below
-from mm.data.listing import FeatureStore, open_feature_store
+from mm.data.listing import FeatureStore, LatentShape, open_feature_store
 from mm.data.recipe import Recipe, check_recipe, expected_in_training, load_recipe
 from mm.errors import DataError
 
@@ -41,23 +42,6 @@ class FeatureItem(SampleTensors):
 
 
 @dataclass(frozen=True, slots=True)
-class FeatureSample:
-    """One sample as listed.
-
-    Attributes:
-        id: stable name, the key of its random numbers; samples of the stores after the first begin with `N:`.
-        latent_shape: (C, F, H, W). num_tokens: transformer tokens.
-        store, row: where it is.
-    """
-
-    id: str
-    latent_shape: tuple[int, int, int, int]
-    num_tokens: int
-    store: int
-    row: int
-
-
-@dataclass(frozen=True, slots=True)
 class FeaturePlace:
     """All that is needed to read one sample, small enough to be sent to another process.
 
@@ -71,7 +55,7 @@ class FeaturePlace:
     file: str
     sample: str
     recipe_key: str
-    latent_shape: tuple[int, int, int, int]
+    latent_shape: LatentShape
 
 
 def read_sample(place: FeaturePlace, model: WanConfig) -> SampleTensors:
@@ -96,32 +80,85 @@ def read_empty_prompt(file: Path, recipe_key: str, model: WanConfig) -> Tensor:
 
 
 class FeatureDataset(Dataset[FeatureItem]):
-    """All samples of some stores, in the order of their listings. Reading checks each sample against the model."""
+    """All samples of some stores, in the order of their listings, told by their index 0, 1, ....
+
+    Reading checks each sample against the model. Samples of one latent shape form a bucket.
+    """
 
     def __init__(self, stores: Sequence[FeatureStore], model: WanConfig) -> None:
         self._stores = stores
         self.model = model
-        self.samples: list[FeatureSample] = []
-        for store_index, store in enumerate(stores):
-            prefix = f"{store_index}:" if store_index else ""
-            for row_index, row in enumerate(store.rows):
-                num_tokens = prod(row.latent_shape[1:]) // prod(model.patch_size)
-                sample = FeatureSample(prefix + row.sample, row.latent_shape, num_tokens, store_index, row_index)
-                self.samples.append(sample)
+        self._first = list(accumulate((len(store) for store in stores), initial=0))  # index of each store's first
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return self._first[-1]
 
     def __getitem__(self, index: int) -> FeatureItem:
         """Read one sample; raises what `read_sample` raises."""
         return {**read_sample(self.place(index), self.model), "sample": index}
 
+    def name(self, index: int) -> str:
+        """Stable name of a sample, the key of its random numbers; of the stores after the first it begins with `N:`."""
+        store, row = self._find(index)
+        return (f"{store}:" if store else "") + self._stores[store].name(row)
+
+    def latent_shape(self, index: int) -> LatentShape:
+        """Shape (C, F, H, W) of a sample's latents."""
+        store, row = self._find(index)
+        return self._stores[store].latent_shape(row)
+
+    def num_tokens(self, index: int) -> int:
+        """Transformer tokens of a sample."""
+        return self.tokens_of(self.latent_shape(index))
+
+    def tokens_of(self, shape: LatentShape) -> int:
+        """Transformer tokens of latents of a shape (C, F, H, W)."""
+        return prod(shape[1:]) // prod(self.model.patch_size)
+
+    def token_counts(self) -> set[int]:
+        """The numbers of transformer tokens that samples have."""
+        return {self.tokens_of(shape) for shape in self.shapes()}
+
     def place(self, index: int) -> FeaturePlace:
         """Place of one sample in its store."""
-        sample = self.samples[index]
-        store = self._stores[sample.store]
-        row = store.rows[sample.row]
-        return FeaturePlace(store.folder, row.file, row.sample, store.recipe_key, sample.latent_shape)
+        number, row = self._find(index)
+        store = self._stores[number]
+        shape = store.latent_shape(row)
+        return FeaturePlace(store.folder, store.file_of(row), store.name(row), store.recipe_key, shape)
+
+    def shapes(self) -> Counter[LatentShape]:
+        """Number of samples with each latent shape, in the order of the shapes' first samples."""
+        return sum((store.shapes() for store in self._stores), Counter[LatentShape]())
+
+    def buckets(self) -> dict[LatentShape, int]:
+        """Number of samples with each latent shape, in the order of the shapes."""
+        return dict(sorted(self.shapes().items()))
+
+    def parts(self) -> Iterator[tuple[Path, int, FeatureDataset]]:
+        """Each store's folder, the index of its first sample here, and a data set of it alone."""
+        for first, store in zip(self._first, self._stores, strict=False):
+            yield store.folder, first, FeatureDataset([store], self.model)
+
+    def in_bucket(self, shape: LatentShape, k: int) -> int:
+        """Index of the k-th sample of a latent shape, in the order of the data set; k counts from 0.
+
+        Raises:
+            IndexError: there are not so many.
+        """
+        rest = k
+        for first, store in zip(self._first, self._stores, strict=False):
+            held = store.shapes()[shape]
+            if 0 <= rest < held:
+                return first + store.in_bucket(shape, rest)
+            rest -= held
+        raise IndexError(f"there is no sample {k} of latents {list(shape)}")
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """A sample's store and its row there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"there is no sample {index} among {len(self)}")
+        store = bisect_right(self._first, index) - 1
+        return store, index - self._first[store]
 
     def empty_prompt_file(self) -> tuple[Path, str]:
         """The file of the empty caption's embedding, and the recipe it must be of.
@@ -151,14 +188,8 @@ class FeatureDataset(Dataset[FeatureItem]):
         digest = hashlib.sha256()
         for store in self._stores:
             digest.update(f"{store.recipe_key}\n".encode())
-            for row in store.rows:
-                content = (row.sample, row.cap, row.start_frame_idx, row.latent_shape, row.text_tokens, row.video)
-                digest.update(f"{json.dumps(content)}\n".encode())
+            store.add_identity(digest)
         return digest.hexdigest()[:16]
-
-    def shapes(self) -> Counter[tuple[int, int, int, int]]:
-        """Number of samples with each latent shape."""
-        return Counter(sample.latent_shape for sample in self.samples)
 
 
 def open_features(features: FeatureSet, model: WanConfig) -> FeatureDataset:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import Field
 
 from mm.config.base import Section, parse
 from mm.config.tasks.registry import DEFAULT, TaskName
 from mm.data.features import EMPTY_PROMPT, EXTRACT_AGAIN, FEATURES, LISTING
-from mm.data.files import path_below, raise_limited, read_rows, write_atomically
+from mm.data.files import raise_limited, read_rows, write_atomically
 from mm.errors import ConfigError, DataError, Problem
+
+LatentShape = tuple[int, int, int, int]  # C, F, H, W
+
+
+class Digest(Protocol):
+    """A hash that is being fed, as hashlib's."""
+
+    def update(self, data: bytes, /) -> None:
+        """Take more bytes."""
 
 
 class FeatureRow(Section):
@@ -35,23 +45,51 @@ class FeatureRow(Section):
     start_frame_idx: int = Field(ge=0)
     sample_num_frames: int = Field(ge=1)
     sample_size: str
-    latent_shape: tuple[int, int, int, int]
+    latent_shape: LatentShape
     text_tokens: int = Field(ge=1)
     task: TaskName = DEFAULT.name
     video: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
 class FeatureStore:
-    """A complete store: its folder, its rows, the key of its recipe."""
+    """A complete store of one file a sample: its folder, the key of its recipe, and its rows, counted from 0."""
 
-    folder: Path
-    rows: Sequence[FeatureRow]
-    recipe_key: str
+    def __init__(self, folder: Path, rows: Sequence[FeatureRow], recipe_key: str) -> None:
+        self.folder = folder
+        self.recipe_key = recipe_key
+        self._rows = rows
+        self._buckets: dict[LatentShape, list[int]] = {}
+        for number, row in enumerate(rows):
+            self._buckets.setdefault(row.latent_shape, []).append(number)
 
-    def file(self, row: FeatureRow) -> Path:
-        """The feature file of a row."""
-        return path_below(self.folder, row.file, f"{self.folder / LISTING}")
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def name(self, row: int) -> str:
+        """The sample's id."""
+        return self._rows[row].sample
+
+    def latent_shape(self, row: int) -> LatentShape:
+        """Shape (C, F, H, W) of the sample's latents."""
+        return self._rows[row].latent_shape
+
+    def file_of(self, row: int) -> str:
+        """The sample's file, below the folder."""
+        return self._rows[row].file
+
+    def shapes(self) -> Counter[LatentShape]:
+        """Number of samples with each latent shape, in the order of the shapes' first samples."""
+        return Counter({shape: len(rows) for shape, rows in self._buckets.items()})
+
+    def in_bucket(self, shape: LatentShape, k: int) -> int:
+        """Row of the k-th sample of a shape."""
+        return self._buckets[shape][k]
+
+    def add_identity(self, digest: Digest) -> None:
+        """Feed the names, clips, captions and videos of all samples to a digest."""
+        for row in self._rows:
+            content = (row.sample, row.cap, row.start_frame_idx, row.latent_shape, row.text_tokens, row.video)
+            digest.update(f"{json.dumps(content)}\n".encode())
 
     @property
     def empty_prompt(self) -> Path:

@@ -261,7 +261,7 @@ def _bad_sample(outcome: Outcome) -> tuple[int, DataError] | None:
 def _most_bytes(dataset: FeatureDataset, micro_batch_size: int, text_len: int, *, with_noise: bool) -> int:
     """Size in bytes of the tensors of a micro-batch of the largest samples."""
     model = dataset.model
-    largest = max((sample.latent_shape for sample in dataset.samples), key=lambda shape: torch.Size(shape).numel())
+    largest = max(dataset.shapes(), key=lambda shape: torch.Size(shape).numel())
     shapes: Sequence[tuple[int, ...]] = [largest, (text_len, model.text_dim)]
     if with_noise:
         shapes = [*shapes, largest]

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple
 
 from mm.data.bijection import KeyedBijection
 from mm.rng import key
@@ -28,7 +27,8 @@ from mm.rng import key
 _BLOCK = 4096
 
 
-class PlannedSample(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PlannedSample:
     """A sample at its place in the plan.
 
     Attributes:

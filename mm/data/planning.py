@@ -60,7 +60,7 @@ def sampling_plan(
 
 
 def describe_plan(mixture: Mixture, micro_batch_size: int, num_shapes: int) -> str:
-    """What decides the order beside the data set, the seed and shuffling, in words that are compared on resume."""
+    """Words for what decides the order beside the data set, the seed and shuffling, which are compared on resume."""
     words = [_ORDER]
     if num_shapes > 1 and micro_batch_size > 1:
         words.append(f"groups of {micro_batch_size} samples of a shape, small ones: {mixture.small_buckets}")

@@ -23,12 +23,14 @@ class BatchPlan:
         global_batch_size: samples of one optimizer step over all replicas.
         micro_batch_size: samples of one forward of one replica.
         dp_rank, dp_size: this replica and how many there are.
+        num_stages: pipeline stages of a replica, for the balance.
     """
 
     global_batch_size: int
     micro_batch_size: int
     dp_rank: int = 0
     dp_size: int = 1
+    num_stages: int = 1
 
     def __post_init__(self) -> None:
         step = self.micro_batch_size * self.dp_size
@@ -83,4 +85,4 @@ class MicroBatchSampler:
                 continue
             groups = [self._plan.group(slot) for slot in slots]
             costs = [sum(self._cost(sample.index) for sample in group) for group in groups]
-            yield from (groups[number] for number in deal(costs, batches.dp_size)[batches.dp_rank])
+            yield from (groups[number] for number in deal(costs, batches.dp_size, batches.num_stages)[batches.dp_rank])

@@ -163,7 +163,7 @@ def step_shape(run: Run) -> StepShape:
 
 
 def _token_counts(run: Run) -> set[int]:
-    return {sample.num_tokens for sample in run.dataset.samples}
+    return run.dataset.token_counts()
 
 
 def describe(run: Run, recompute: Recompute | None, offloader: Offloader | None, not_compiled: str | None) -> None:

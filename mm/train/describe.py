@@ -61,7 +61,7 @@ def start_table(
         "batch": f"{global_batch_size} = {sections.data.micro_batch_size} a forward x {accumulated} accumulated "
         f"x {layout.dp_size} replicas",
         "features": f"{len(dataset)} samples, latents {latents}",
-        "tokens": _tokens(layout, sorted({sample.num_tokens for sample in dataset.samples})),
+        "tokens": _tokens(layout, sorted(dataset.token_counts())),
         "heads": _heads(layout, wan.num_heads),
         "a layer": "; ".join(layer_collectives(layout, zero)) or "no communication",
         "gradients": _gradients(sections.parallel, layout),

@@ -163,7 +163,7 @@ def test_cuts_of_one_video_are_samples_of_their_own(tmp_path: Path) -> None:
     assert migrate(source, tmp_path / "new", MADE_WITH, show_progress=False) == 3
     dataset = open_features(feature_set(tmp_path / "new"), MODEL)
     assert [len(dataset[index]["prompt"]) for index in range(3)] == [3, 7, 5]
-    assert dataset.samples[0].id == rows[0]["path"] and len({sample.id for sample in dataset.samples}) == 3
+    assert dataset.name(0) == rows[0]["path"] and len({dataset.name(index) for index in range(3)}) == len(dataset) == 3
     source.annotation.write_text("\n".join(json.dumps(rows[0]) for _ in range(2)))
     with pytest.raises(DataError, match="DATA-064"):
         migrate(source, tmp_path / "again", MADE_WITH, show_progress=False)

@@ -155,8 +155,9 @@ def test_a_step_sees_the_same_samples_in_every_layout(dp_size: int, micro_batch_
         for rank in range(dp_size)
     ]
     for step in range(4):
-        seen = [tuple(group) for replica in found for group in replica[step * per_step : (step + 1) * per_step]]
-        assert sorted(seen) == sorted(tuple(plan.group(slot)) for slot in range(12 + 6 * step, 18 + 6 * step))
+        seen = [group for replica in found for group in replica[step * per_step : (step + 1) * per_step]]
+        expected = [plan.group(slot) for slot in range(12 + 6 * step, 18 + 6 * step)]
+        assert sorted(map(repr, seen)) == sorted(map(repr, expected))
 
 
 def test_equal_costs_are_dealt_in_turn() -> None:
@@ -167,6 +168,14 @@ def test_dear_micro_batches_go_to_different_replicas() -> None:
     """The best of all ways: 9 + 1, 8 + 2 and 7 + 3, of equally many."""
     dealt = deal([1.0, 2.0, 3.0, 9.0, 8.0, 7.0], 3)
     assert sorted(dealt) == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_in_a_pipeline_the_dearest_counts_for_every_stage_and_the_cheapest_are_at_the_ends() -> None:
+    costs = [10.0, 6.0, 5.0, 4.0, 3.0, 2.0]
+    assert deal(costs, 2) == [[0, 3, 5], [1, 2, 4]]  # 16 and 14
+    assert deal([1.0, 5.0, 2.0, 4.0, 3.0], 1, num_stages=2) == [[0, 4, 1, 3, 2]]  # 1 3 5 4 2
+    assert deal([2.0] * 6, 2, num_stages=4) == [[0, 2, 4], [1, 3, 5]]
+    assert deal(costs, 2, num_stages=3) == [[5, 0, 4], [3, 1, 2]]  # 30 + 5 and 18 + 9
 
 
 def test_costs_are_the_operations_of_the_blocks() -> None:

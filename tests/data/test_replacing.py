@@ -10,13 +10,14 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from orders import epoch_order
 from test_feature_store import MODEL, feature_set, write_store
 
 from mm.config.bad_samples import FAIL, OnBadSample, parse_on_bad_sample
 from mm.data.dataset import FeatureDataset, open_features
 from mm.data.loader import FeatureBatch, feature_batches
 from mm.data.replacing import check_replaced, check_same_samples, replaced_in_step
-from mm.data.sampler import BatchPlan, epoch_order
+from mm.data.sampler import BatchPlan
 from mm.errors import ConfigError, DataError
 
 SAMPLES, SEED, GLOBAL_BATCH = 12, 5, 6
@@ -103,7 +104,7 @@ def test_what_was_replaced_is_told(store: Path, caplog: pytest.LogCaptureFixture
 def test_the_tensors_are_those_of_the_replacement(store: Path) -> None:
     damage(store, 2)
     dataset = opened(store)
-    names = {sample.id: index for index, sample in enumerate(dataset.samples)}
+    names = {dataset.name(index): index for index in range(len(dataset))}
     for batch in take(store, 12, BatchPlan(1, 1)):
         assert torch.equal(batch["latents"][0], dataset[names[batch["sample"][0]]]["latents"])
 

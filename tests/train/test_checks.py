@@ -69,10 +69,10 @@ def mean_square_errors(demo: Path, weights: Path) -> dict[int, list[float]]:
     load_into(model, open_weights(weights))
     data = open_features(features(load_train_data(demo / "configs/feature_data.json").dataset_param), config)
     errors: dict[int, list[float]] = {timestep: [] for timestep in range(50, 1000, 100)}
-    for index, sample in enumerate(data.samples):
+    for index in range(len(data)):
         clean, text = data[index]["latents"].float().unsqueeze(0), pad_text([data[index]["prompt"]], config.text_len)
         for timestep, found in errors.items():
-            noise = torch.randn(clean.shape, generator=generator(0, "evaluation_noise", sample.id, timestep))
+            noise = torch.randn(clean.shape, generator=generator(0, "evaluation_noise", data.name(index), timestep))
             sigma = timestep / 1000
             with torch.no_grad():
                 velocity = model.velocity((1 - sigma) * clean + sigma * noise, torch.tensor([1000 * sigma]), text)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from orders import sample_at
 from ranks import run_ranks
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -15,7 +16,6 @@ from training_runs import bits, metrics, run, words
 from mm.cli import extract as extract_command
 from mm.cli import train as train_command
 from mm.config.base import load
-from mm.data.sampler import sample_at
 from mm.demo.components import MODEL_NAMES
 from mm.dialects.mindspeed.pretrain_json import PretrainModel
 from mm.diffusion.flow import FlowMatching
