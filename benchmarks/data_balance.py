@@ -3,8 +3,8 @@
     python benchmarks/data_balance.py [--replicas 64] [--micro-batches 16] [--steps 200] [--stages 4]
 
 Samples are drawn as of a public video set: 20 % images, else clips of 17 to 129 frames (4k + 1, uniform), at 240p,
-368p, 480p or 720p (uniform). The cost is the cost model's of Wan2.1 1.3B or 14B (`mm.data.balance.cost_of_model`). A
-step takes as long as its dearest replica; with a pipeline of equally long stages every pass of every stage under 1F1B is
+368p, 480p or 720p (uniform). The cost is the cost model of Wan2.1 1.3B or 14B (`mm.data.balance.cost_of_model`). A step
+takes as long as its dearest replica; with a pipeline of equally long stages every pass of every stage under 1F1B is
 simulated, waiting included. Throughput is predicted from costs, not measured.
 """
 
