@@ -16,7 +16,7 @@ from tqdm import tqdm
 from mm.cli.entry import run as run_command
 from mm.cli.run_file import run_file
 from mm.config.base import load_json
-from mm.config.data import NOT_WITH_DECORD, data_sources
+from mm.config.data import NOT_WITH_DECORD
 from mm.config.flags import Flags, parse_flags
 from mm.config.output import require_writable_folder
 from mm.config.rules.extraction import check_extraction
@@ -142,17 +142,19 @@ def _says_features(path: str) -> bool:
 
 def _check_videos(run: ExtractionRun, flags: DoctorDataOptions) -> CheckedData:
     check_extraction(run)
-    sources = data_sources(run.data.path, run.data.folder)
-    columns = read_or(if_read(lambda: run.task.columns), ())
+    task = read_or(if_read(lambda: run.task), None)
 
     from mm.data.check import check_videos
+    from mm.data.sources.checking import annotated_sources
+
+    sources = annotated_sources(run.data)
 
     with _Bar() as bar:
         return check_videos(
             sources,
             run.data.clip,
             run.extraction.seed,
-            columns=columns,
+            task=task,
             quick=flags.quick,
             num_workers=flags.num_workers,
             time_limit=flags.decode_timeout,
@@ -225,10 +227,11 @@ def _write(folder: Path, checked: CheckedData, about: dict[str, Any], seconds: f
     make_folder(folder, "--output")
     clean = []
     for number, one in enumerate(checked.lists):
-        if not one.good_rows():
+        text = one.clean()
+        if text is None:
             continue
         path = folder / _clean_name(one, number if len(checked.lists) > 1 else None)
-        content = one.rows.text_of(one.good_rows()).encode()
+        content = text.encode()
         write_atomically(path, [content], len(content))
         clean.append(path)
     report: dict[str, Any] = {
