@@ -71,10 +71,12 @@ class CheckedData:
     Attributes:
         lists: the data sets.
         not_with_decord: videos for which decord is asked and which PyAV reads.
+        good: the samples of videos and images that can be used.
     """
 
     lists: Sequence[CheckedList]
     not_with_decord: int = 0
+    good: Sequence[VideoSample] = ()
 
     @property
     def num_samples(self) -> int:
@@ -128,7 +130,8 @@ def check_videos(
                 names: _Names = (row.sample.id, str(row.sample.file)) if row.sample is not None else (None, None)
                 checked.add(data_set, row.number, names, problems)
     readers = _read_all(CheckClip(preprocess, seed, quick), jobs, lists, num_workers, time_limit, done)
-    return CheckedData(lists, readers["pyav"] if preprocess.reader == "decord" else 0)
+    good = [job.what for job in jobs if job.number not in lists[job.data_set].bad]
+    return CheckedData(lists, readers["pyav"] if preprocess.reader == "decord" else 0, good)
 
 
 def check_features(
