@@ -43,7 +43,9 @@ setup(
     # whose interpreter stops at numpy 2.4.
     # accelerate, peft: diffusers needs them to load a transformer of its own from disk and a LoRA, which tests compare
     # with. lion-pytorch: the same update as ours, which tests compare with bit for bit
+    # pyarrow: captions of SimpleTuner data sets in Parquet tables
     extras_require={
+        "parquet": ["pyarrow>=15"],
         "test": [
             "accelerate>=1.10,<2",
             "lion-pytorch==0.2.5",
@@ -54,6 +56,6 @@ setup(
             "ruff==0.17.5",
             "mypy==2.4.1",
             "triton>=3.7,<3.10; platform_machine == 'x86_64' and sys_platform == 'linux'",
-        ]
+        ],
     },
 )

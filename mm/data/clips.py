@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,12 +12,15 @@ from torch import Tensor
 from mm.config.data import TEMPORAL_STRIDE
 from mm.config.run.extraction import SourceClip
 from mm.data.files import raise_limited
+from mm.data.image import probe_image, read_image
 from mm.data.metadata import VideoSample
 from mm.data.transforms import resize_and_crop
 from mm.data.video import VideoInfo, probe, read_frames
 from mm.data.workers import Parcel, bytes_to_share, read_in_order
 from mm.errors import DataError, Problem
 from mm.rng import generator
+
+_PILLOW = "pillow"
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Clip:
     Attributes:
         pixels: float32 [3, F, H, W] in [-1, 1].
         start: number of its first frame in the video.
-        read_by: the library that read it, decord or pyav.
+        read_by: the library that read it, decord, pyav or pillow.
     """
 
     pixels: Tensor
@@ -40,12 +44,17 @@ class Clip:
 
 
 def load_clip(sample: VideoSample, preprocess: SourceClip, seed: int) -> Clip:
-    """Read, resize and crop the clip of one sample.
+    """Read, resize and crop the clip of one sample; an image gives a clip of one frame.
 
     Raises:
-        DataError: what `mm.data.video` raises, DATA-004 when the video is too short, DATA-005 when it is not what its
-            annotation says.
+        DataError: what `mm.data.video` and `mm.data.image` raise, DATA-004 when the video is too short, DATA-005 when
+            it is not what its annotation says.
     """
+    if sample.kind == "image":
+        pixels = read_image(sample.file)
+        _check_image(sample, *pixels.shape[:2])
+        frame = resize_and_crop(pixels.permute(2, 0, 1).unsqueeze(0), preprocess.height, preprocess.width)
+        return Clip(frame.transpose(0, 1), 0, _PILLOW)
     info, indices = _clip_frames(sample, preprocess, seed)
     chunks = read_frames(sample.file, info, indices, preprocess.reader)
     size = preprocess.height, preprocess.width
@@ -117,8 +126,11 @@ class CheckClip:
 
     def __call__(self, sample: VideoSample, /) -> Parcel:
         """Tells which library reads the clip; raises what `load_clip` raises."""
-        if self.quick:
-            read_by: str = _clip_frames(sample, self.preprocess, self.seed)[0].read_by
+        if self.quick and sample.kind == "image":
+            _check_image(sample, *probe_image(sample.file))
+            read_by = _PILLOW
+        elif self.quick:
+            read_by = _clip_frames(sample, self.preprocess, self.seed)[0].read_by
         else:
             read_by = load_clip(sample, self.preprocess, self.seed).read_by
         return Parcel({}, {"read_by": read_by})
@@ -169,7 +181,7 @@ def check_announced_length(sample: VideoSample, preprocess: SourceClip) -> None:
     Raises:
         DataError: DATA-004.
     """
-    if sample.annotation.num_frames is not None and sample.annotation.cut is None:
+    if sample.kind == "video" and sample.annotation.num_frames is not None and sample.annotation.cut is None:
         choose_frames(sample, sample.annotation.num_frames, preprocess, seed=0)
 
 
@@ -182,21 +194,36 @@ def check_annotation(sample: VideoSample, info: VideoInfo) -> None:
     Raises:
         DataError: DATA-005, all differences at once.
     """
+    shown = _Size(*info.shown_size)
+    _compare(sample, info.num_frames, _Size(info.height, info.width), shown)
+
+
+def _check_image(sample: VideoSample, height: int, width: int) -> None:
+    """`check_annotation` of an image."""
+    size = _Size(height, width)
+    _compare(sample, 1, size, size)
+
+
+class _Size(NamedTuple):
+    height: int
+    width: int
+
+
+def _compare(sample: VideoSample, num_frames: int, stored: _Size, shown: _Size) -> None:
     said = sample.annotation
     problems = []
-    if said.num_frames is not None and said.cut is None and said.num_frames != info.num_frames:
-        problems.append(_differs(sample, f"num_frames {said.num_frames}", f"{info.num_frames} frames"))
-    stored, shown = (info.height, info.width), info.shown_size
+    if said.num_frames is not None and said.cut is None and said.num_frames != num_frames:
+        problems.append(_differs(sample, f"num_frames {said.num_frames}", f"{num_frames} frames"))
     if said.resolution is not None and (said.resolution.height, said.resolution.width) not in (stored, shown):
         claimed = f"height {said.resolution.height}, width {said.resolution.width}"
-        as_shown = "" if stored == shown else f", shown as {shown[0]} x {shown[1]}"
-        problems.append(_differs(sample, claimed, f"height {info.height}, width {info.width}{as_shown}"))
+        as_shown = "" if stored == shown else f", shown as {shown.height} x {shown.width}"
+        problems.append(_differs(sample, claimed, f"height {stored.height}, width {stored.width}{as_shown}"))
     raise_limited(problems)
 
 
 def _differs(sample: VideoSample, claimed: str, found: str) -> Problem:
-    message = f"{sample.file}: the annotation says {claimed}, the video has {found}."
-    return Problem("DATA-005", message, "Correct the annotation, or replace the video if it is the wrong one.")
+    message = f"{sample.file}: the annotation says {claimed}, the {sample.kind} has {found}."
+    return Problem("DATA-005", message, f"Correct the annotation, or replace the {sample.kind} if it is the wrong one.")
 
 
 def _cut(sample: VideoSample, num_available: int) -> tuple[int, int]:

@@ -25,8 +25,9 @@ from mm.data.features import (
 )
 from mm.data.files import make_folder, raise_limited, read_rows, remove_temporaries
 from mm.data.listing import FeatureRow, write_listing
-from mm.data.metadata import CheckedRow, VideoSample
+from mm.data.metadata import VideoSample
 from mm.data.recipe import RECIPE_FILE, Recipe, check_recipe, load_recipe, save_recipe
+from mm.data.sources.checking import CheckedRow
 from mm.errors import DataError, Problem
 from mm.extract.skipping import (
     FAULTS_OF_A_VIDEO,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from mm.config.bad_samples import parse_on_bad_sample
-from mm.config.data import TEMPORAL_STRIDE
+from mm.config.data import TEMPORAL_STRIDE, default_folder
 from mm.config.rules.encoders import tile_problems
-from mm.config.rules.sources import clip_problems, list_problems
+from mm.config.rules.sources import TABLES, clip_problems, list_problems
 from mm.config.run.extraction import ExtractionRun
 from mm.config.tasks.registry import DEFAULT, TASKS, named
 from mm.config.unread import broken
@@ -41,7 +41,17 @@ def _short_videos_give_a_clip(run: ExtractionRun) -> Iterator[Problem]:
 
 def _videos_are_listed(run: ExtractionRun) -> Iterator[Problem]:
     """CFG-053."""
-    yield from list_problems(run.data.path, run.data.folder, run.origins, "data")
+    data = run.data
+    needs_folder = default_folder(data.path, data.format) is None
+    yield from list_problems(data.path, data.folder, run.origins, "data", endings=TABLES, needs_folder=needs_folder)
+
+
+def _columns_of_files_are_of_a_table(run: ExtractionRun) -> Iterator[Problem]:
+    """CFG-170: one format alone lets columns be named."""
+    keys, said = run.origins["data.file_keys"], run.origins["data.format"]
+    if run.data.file_keys and run.data.format != "diffsynth":
+        found = f"{keys.file}: {keys.name} has no effect where {said.name} is not diffsynth."
+        yield Problem("CFG-170", found, f"Set {said.name} to diffsynth, or remove it.")
 
 
 def _tiles_cover_the_frame(run: ExtractionRun) -> Iterator[Problem]:
@@ -95,6 +105,7 @@ EXTRACTION_RULES: tuple[Callable[[ExtractionRun], Iterator[Problem]], ...] = (
     _clips_can_be,
     _short_videos_give_a_clip,
     _videos_are_listed,
+    _columns_of_files_are_of_a_table,
     _tiles_cover_the_frame,
     _bad_samples_are_said,
     _images_have_their_encoder,

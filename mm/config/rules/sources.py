@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mm.config.data import SIZE_MULTIPLE, TEMPORAL_STRIDE
@@ -42,21 +42,31 @@ def _size_problems(clip: Clip, words: Origins, path: str) -> Iterator[Problem]:
             yield Problem("CFG-051", found, f"Use {near}.")
 
 
-def list_problems(named: str, folder: str | None, words: Origins, path: str) -> Iterator[Problem]:
+LISTINGS = (".json", ".jsonl")
+"""Endings of files that list features."""
+TABLES = (*LISTINGS, ".csv")
+"""Endings of files that list videos and images."""
+
+
+def list_problems(
+    named: str, folder: str | None, words: Origins, path: str, *, endings: Sequence[str], needs_folder: bool = True
+) -> Iterator[Problem]:
     """CFG-053: where the data are is said in one way.
 
     Args:
         named: the list of data sets, or the annotation file. folder: what an annotation's paths start from.
         words: of the run. path: of the section that has both, as `path` and `folder`.
+        endings: that annotation files may have.
+        needs_folder: nothing else tells where an annotation's paths start from.
     """
     data_path, data_folder = words[f"{path}.path"], words[f"{path}.folder"]
     source, suffix = data_path.file, Path(named).suffix
-    if suffix not in (".txt", ".json", ".jsonl"):
+    if suffix not in (".txt", *endings):
         yield Problem(
             "CFG-053",
-            f"{source}: {data_path.name} is {named}, which ends in none of .txt, .json, .jsonl.",
-            "Name a list of data sets (.txt) or one annotation file (.json, .jsonl; of a table pandas writes one with "
-            'to_json("data.jsonl", orient="records", lines=True)).',
+            f"{source}: {data_path.name} is {named}, which ends in none of .txt, {', '.join(endings)}.",
+            f"Name a list of data sets (.txt) or one annotation file ({', '.join(endings)}; of another table pandas "
+            'writes one with to_json("data.jsonl", orient="records", lines=True)).',
         )
     elif suffix == ".txt" and folder is not None:
         yield Problem(
@@ -64,7 +74,7 @@ def list_problems(named: str, folder: str | None, words: Origins, path: str) -> 
             f"{source}: {data_folder.name} has no effect with the list of data sets {named}.",
             "Remove it; each line of the list names its own folder.",
         )
-    elif suffix != ".txt" and folder is None:
+    elif suffix != ".txt" and folder is None and needs_folder:
         yield Problem(
             "CFG-053",
             f"{source}: {data_path.name} {named} is one annotation file, and {data_folder.name} is missing.",

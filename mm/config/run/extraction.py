@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from mm.config.base import Section
+from mm.config.data import SourceFormat
 from mm.config.run.base import Run
 from mm.config.run.data import Clip
 from mm.config.run.encoders import EncodersSection
@@ -46,8 +47,10 @@ class SourceSection(Section):
     """The videos and captions.
 
     Attributes:
-        path: a `.txt` list of data sets, or one annotation file (`.json`, `.jsonl`).
+        path: a `.txt` list of data sets, or one annotation file (`.json`, `.jsonl`, `.csv`).
         folder: folder that the annotation's paths start from; only with an annotation file.
+        format: dialect of the annotations; None where the columns of each file tell.
+        file_keys: further columns of a `diffsynth` table whose cells are paths.
         clip: what is taken of each.
         workers: videos that each process reads ahead, in processes of their own. read_timeout: seconds for one clip.
         on_bad_sample: `fail`, or `skip:max=0.1%` of all clips, which are left out.
@@ -55,6 +58,8 @@ class SourceSection(Section):
 
     path: str = Field(min_length=1)
     folder: str | None = Field(None, min_length=1)
+    format: SourceFormat | None = None
+    file_keys: tuple[str, ...] = ()
     clip: SourceClip
     workers: int = Field(2, ge=1)
     read_timeout: float = Field(120.0, gt=0)
