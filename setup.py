@@ -36,6 +36,7 @@ setup(
         "psutil>=6",
         "matplotlib>=3.9",
         "pillow>=10",
+        "pyarrow>=23",
         "tensorboard>=2.17",
     ],
     # triton: its interpreter runs the CUDA kernels on the CPU. A range, because a CUDA build of torch brings triton and
@@ -43,9 +44,7 @@ setup(
     # whose interpreter stops at numpy 2.4.
     # accelerate, peft: diffusers needs them to load a transformer of its own from disk and a LoRA, which tests compare
     # with. lion-pytorch: the same update as ours, which tests compare with bit for bit
-    # pyarrow: captions of SimpleTuner data sets in Parquet tables
     extras_require={
-        "parquet": ["pyarrow>=15"],
         "test": [
             "accelerate>=1.10,<2",
             "lion-pytorch==0.2.5",

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from annotated import load_samples
+from pyarrow import parquet
 
 from mm.config.data import DataSource
 from mm.config.tasks.speedcontrol import SPEEDCONTROL
@@ -206,23 +208,9 @@ PARQUET = {"path": "captions.parquet", "filename_column": "file", "caption_colum
 
 
 def test_captions_of_a_parquet_table(home: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     columns = {"file": ["b", "a_red"], "text": ["of b", None], "other": ["x", "of a"]}
     parquet.write_table(pyarrow.table(columns), home / "captions.parquet")
     entry = FILMS | {"caption_strategy": "parquet", "parquet": PARQUET | {"fallback_caption_column": "other"}}
     assert [sample.captions for sample in read(home, entry)] == [("of b",), ("of a",)]
     (problem,) = problems(home, FILMS | {"caption_strategy": "parquet", "parquet": PARQUET})
     assert problem.startswith("DATA-062") and "a_red.mp4 is not in the table of captions" in problem
-
-
-def test_a_parquet_table_without_pyarrow(home: Path) -> None:
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        (home / "captions.parquet").write_bytes(b"PAR1")
-        (problem,) = problems(home, FILMS | {"caption_strategy": "parquet", "parquet": PARQUET})
-        assert problem.startswith("DATA-174") and "pip install 'mm-wan[parquet]'" in problem
-    else:
-        pytest.skip("pyarrow is installed")

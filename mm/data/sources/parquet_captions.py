@@ -1,9 +1,12 @@
-"""Captions from a Parquet table; the one thing for which pyarrow is needed."""
+"""Captions from a Parquet table."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pyarrow import ArrowException
+from pyarrow.parquet import ParquetFile
 
 from mm.data.files import path_below, require_regular_file
 from mm.errors import DataError, Problem, raise_all
@@ -21,19 +24,13 @@ def parquet_captions(folder: Path, fields: ParquetFields | None, place: str) -> 
         folder: that the table's path starts from. fields: the entry's. place: how to call the entry.
 
     Raises:
-        DataError: DATA-174 where pyarrow is not installed, DATA-060 for a table that cannot be read or lacks a column,
+        DataError: DATA-060 for a table that cannot be read or lacks a column,
             DATA-001 and DATA-063 for its path.
     """
     if fields is None:
         raise ValueError("an entry without its table was let pass")
     path = path_below(folder, fields.path, place)
     require_regular_file(path, place)
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        found = f"{place}: captions in {path} need pyarrow, which is not installed."
-        raise DataError("DATA-174", found, "Install it (pip install 'mm-wan[parquet]'), or use textfile.") from None
     wanted = [fields.filename_column, fields.caption_column]
     wanted += [fields.fallback_caption_column] if fields.fallback_caption_column is not None else []
     captions: dict[str, str] = {}
