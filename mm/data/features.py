@@ -80,21 +80,24 @@ class Feature:
         prompt: [L, D], the caption's embedding at its true length.
         start_frame: first frame of the clip in its video.
         features: what the task declares, by name.
+        taken: what a shape rule chose (`mm.data.clips.Clip.taken`), where there is one.
     """
 
     latents: Tensor | None
     prompt: Tensor
     start_frame: int = 0
     features: Mapping[str, Tensor] = field(default_factory=dict)
+    taken: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Header of a feature file: tensor names with (dtype, shape), its origin, the clip's first frame."""
+    """Header of a feature file: tensor names with (dtype, shape), its origin, first frame and `Feature.taken`."""
 
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     origin: Origin
     start_frame: int
+    taken: Mapping[str, Any] | None = None
 
 
 def feature_name(sample: str) -> str:
@@ -146,8 +149,10 @@ def write_feature(path: Path, feature: Feature, origin: Origin, text_len: int) -
         found["latents"] = feature.latents
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
     _require_finite(tensors, path, "The encoder gave it; check the weights, or try dtype fp32 in model_wan.json.")
-    about = json.dumps({**asdict(origin), "start_frame": feature.start_frame})
-    content = save(tensors, {"made_from": about})  # one entry: the library writes several in no fixed order
+    about: dict[str, Any] = {**asdict(origin), "start_frame": feature.start_frame}
+    if feature.taken is not None:
+        about["taken"] = feature.taken
+    content = save(tensors, {"made_from": json.dumps(about)})  # one entry: the library writes several in no fixed order
     write_atomically(path, [content], len(content))
 
 
@@ -175,7 +180,7 @@ def read_header(path: Path) -> Header:
         if any(size < 0 for _, shape in tensors.values() for size in shape):
             raise ValueError("a tensor has a negative size")
         origin = Origin(about["sample"], about["recipe"], about["caption"], about["video"])
-        return Header(tensors, origin, int(about["start_frame"]))
+        return Header(tensors, origin, int(about["start_frame"]), about.get("taken"))
     except OSError as error:
         raise _unreadable(path, error) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

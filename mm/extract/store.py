@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mm.config.bad_samples import OnBadSample
-from mm.config.data import TEMPORAL_STRIDE
+from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
 from mm.config.run.extraction import SourceClip
 from mm.config.run.origins import Origins
 from mm.data.clips import check_announced_length
@@ -194,9 +194,10 @@ def _row(task: ExtractionTask, recipe: Recipe) -> FeatureRow:
         cap=task.caption,
         start_frame_idx=header.start_frame,
         sample_num_frames=num_frames,
-        sample_size=f"{num_frames}x{recipe.height}x{recipe.width}",
+        sample_size=f"{num_frames}x{shape[2] * LATENT_PIXELS}x{shape[3] * LATENT_PIXELS}",
         latent_shape=(shape[0], shape[1], shape[2], shape[3]),
         text_tokens=header.tensors["prompt"][1][0],
         task=recipe.task,
         video=header.origin.video,
+        taken=None if header.taken is None else dict(header.taken),
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from mm.config.bad_samples import parse_on_bad_sample
 from mm.config.data import TEMPORAL_STRIDE, default_folder
 from mm.config.rules.encoders import tile_problems
+from mm.config.rules.shapes import fewest_of_rule, frame_problems
 from mm.config.rules.sources import TABLES, clip_problems, list_problems
 from mm.config.run.extraction import ExtractionRun
 from mm.config.tasks.registry import DEFAULT, TASKS, named
@@ -24,8 +25,13 @@ def check_extraction(run: ExtractionRun) -> None:
 
 
 def _clips_can_be(run: ExtractionRun) -> Iterator[Problem]:
-    """CFG-050 and CFG-051."""
+    """CFG-050, CFG-051, CFG-210 and CFG-211."""
     yield from clip_problems(run.data.clip, run.origins, "data.clip")
+
+
+def _frames_can_be_taken(run: ExtractionRun) -> Iterator[Problem]:
+    """CFG-212."""
+    yield from frame_problems(run.data.clip, run.origins, "data.clip")
 
 
 def _short_videos_give_a_clip(run: ExtractionRun) -> Iterator[Problem]:
@@ -91,6 +97,13 @@ def _frames_have_others_behind_them(run: ExtractionRun) -> Iterator[Problem]:
                 f"{run.task.name} has nothing to learn.",
                 f"Use at least {TEMPORAL_STRIDE + 1}.",
             )
+    if run.task.frames and fewest_of_rule(clip) <= TEMPORAL_STRIDE < clip.num_frames:
+        yield Problem(
+            "CFG-075",
+            f"{words['data.clip.shape'].name} gives some clips one frame, which is their own first: {run.task.name} "
+            "has nothing to learn from them.",
+            "Lower max_side, or raise num_frames or token_side.",
+        )
 
 
 def _bad_samples_are_said(run: ExtractionRun) -> Iterator[Problem]:
@@ -104,6 +117,7 @@ def _bad_samples_are_said(run: ExtractionRun) -> Iterator[Problem]:
 EXTRACTION_RULES: tuple[Callable[[ExtractionRun], Iterator[Problem]], ...] = (
     _clips_can_be,
     _short_videos_give_a_clip,
+    _frames_can_be_taken,
     _videos_are_listed,
     _columns_of_files_are_of_a_table,
     _tiles_cover_the_frame,

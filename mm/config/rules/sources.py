@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mm.config.data import SIZE_MULTIPLE, TEMPORAL_STRIDE
+from mm.config.rules.shapes import shape_problems
 from mm.config.run.data import Clip
 from mm.config.run.origins import Origins
 from mm.errors import Problem
 
 
 def clip_problems(clip: Clip, words: Origins, path: str) -> Iterator[Problem]:
-    """CFG-050 and CFG-051: a clip that the VAE can encode.
+    """CFG-050 and CFG-051: a clip that the VAE can encode; CFG-004, CFG-210 and CFG-211: a size that is said once.
 
     Args:
         clip: the section. words: of the run. path: of the clip in it.
@@ -33,9 +34,19 @@ def _frame_problems(clip: Clip, words: Origins, path: str) -> Iterator[Problem]:
 
 
 def _size_problems(clip: Clip, words: Origins, path: str) -> Iterator[Problem]:
+    rule = words[f"{path}.shape"]
+    if clip.shape is not None:
+        yield from shape_problems(clip.shape, words, f"{path}.shape")
     for name, size in (("height", clip.height), ("width", clip.width)):
         word = words[f"{path}.{name}"]
-        if size % SIZE_MULTIPLE:
+        if size is None:
+            if clip.shape is None:
+                found = f'{word.file} lacks the key "{word.full().removesuffix(f" in {word.file}")}".'
+                yield Problem("CFG-004", found, f"Add it, or {rule.name} with a rule for samples of several sizes.")
+        elif clip.shape is not None:
+            found = f"{word.file}: {word.name} has no effect beside {rule.name}, which gives each sample its size."
+            yield Problem("CFG-210", found, f"Remove it, or {rule.name}.")
+        elif size % SIZE_MULTIPLE:
             below = size // SIZE_MULTIPLE * SIZE_MULTIPLE
             near = f"{below} or {below + SIZE_MULTIPLE}" if below else f"{SIZE_MULTIPLE}"
             found = f"{word.file}: {word.name} is {size}, not a multiple of {SIZE_MULTIPLE}."

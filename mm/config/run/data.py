@@ -9,6 +9,7 @@ from pydantic import Field
 from mm.config.base import Section
 from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
 from mm.config.run.encoders import TokenizerSection
+from mm.config.run.shapes import ShapeRule
 
 
 class Clip(Section):
@@ -16,19 +17,30 @@ class Clip(Section):
 
     Attributes:
         num_frames: frames, 4k + 1. frame_interval: every how-manieth frame of the video is taken.
-        height, width: pixels.
+        height, width: pixels, one size for all samples.
+        shape: a rule for the size of each sample, in place of `height` and `width`; `num_frames` are then the most.
     """
 
     num_frames: int = Field(ge=1)
     frame_interval: int = Field(1, ge=1)
-    height: int = Field(ge=1)
-    width: int = Field(ge=1)
+    height: int | None = Field(None, ge=1)
+    width: int | None = Field(None, ge=1)
+    shape: ShapeRule | None = Field(None, discriminator="rule")
 
     @property
-    def latent_size(self) -> tuple[int, int, int]:
-        """F, H, W of the latents."""
-        frames = (self.num_frames - 1) // TEMPORAL_STRIDE + 1
-        return frames, self.height // LATENT_PIXELS, self.width // LATENT_PIXELS
+    def fixed_size(self) -> tuple[int, int]:
+        """Height and width, where there is no rule."""
+        if self.height is None or self.width is None:
+            raise ValueError("the clip has no fixed size")
+        return self.height, self.width
+
+    @property
+    def latent_size(self) -> tuple[int, int, int] | None:
+        """F, H, W of the latents; None where they have several sizes."""
+        if self.shape is not None:
+            return None
+        height, width = self.fixed_size
+        return (self.num_frames - 1) // TEMPORAL_STRIDE + 1, height // LATENT_PIXELS, width // LATENT_PIXELS
 
 
 class FeatureSet(Section):
@@ -37,13 +49,13 @@ class FeatureSet(Section):
     Attributes:
         path: a `.txt` list of their folders, or one listing (`.json`, `.jsonl`).
         folder: folder that the listing's paths start from; only with a listing.
-        clip: what they must have been made of, checked against their recipe.
+        clip: what they must have been made of, checked against their recipe; None takes them as they are.
         tokenizer: compared with the one that they were made with; None compares nothing.
     """
 
     path: str = Field(min_length=1)
     folder: str | None = Field(None, min_length=1)
-    clip: Clip
+    clip: Clip | None = None
     tokenizer: TokenizerSection | None = None
 
 

@@ -11,6 +11,7 @@ from mm.config.data import SourceFormat
 from mm.config.run.base import Run
 from mm.config.run.data import Clip
 from mm.config.run.encoders import EncodersSection
+from mm.config.run.shapes import FrameRule
 from mm.config.tasks.registry import DEFAULT, TASKS, TaskName
 from mm.config.tasks.task import Task
 
@@ -35,11 +36,13 @@ class SourceClip(Clip):
     Attributes:
         min_num_frames: the fewest frames to accept from a short video, which is then cut to the largest 4k + 1;
             None: a video shorter than `num_frames` is an error.
+        frames: which frames a video gives, beyond how many.
         reader: `auto` and `pyav` read with PyAV; `decord` reads with decord those videos of which a check proves that
             it gives the same frames, and the others with PyAV, which is told.
     """
 
     min_num_frames: int | None = Field(None, ge=1)
+    frames: FrameRule = FrameRule()
     reader: Literal["auto", "decord", "pyav"] = "auto"
 
 
