@@ -16,6 +16,7 @@ from torch import Tensor
 from mm.config.layout import Layout
 from mm.diffusion.flow import FlowMatching
 from mm.doctor import parity
+from mm.ops.attention.segments import Segment
 from mm.ops.elementwise import autograd, reference
 from mm.ops.elementwise.operators import identity
 from mm.optim import layerzero as layerzero_optimizer
@@ -23,8 +24,9 @@ from mm.optim import optimizer
 from mm.optim.optimizer import Optimizer
 from mm.parallel import context, ring, stage, tensor, ulysses
 from mm.parallel.boundary import BoundaryShape
-from mm.parallel.tokens import TokenShare
+from mm.parallel.tokens import Run, TokenShare
 from mm.train import step
+from mm.wan import model
 from mm.wan.model import Conditions, WanModel
 from mm.wan.rope import RotaryTables
 
@@ -244,7 +246,8 @@ def exchanges_agree_on_a_wrong_order_of_ranks(patch: pytest.MonkeyPatch) -> None
 
 @mutation("N7", "ulysses2-even", caught_by="loss gradient norm")
 def input_and_target_agree_on_tokens_that_are_not_where_their_positions_are(patch: pytest.MonkeyPatch) -> None:
-    def every_second(self: TokenShare, x: Tensor, dim: int) -> Tensor:
+    def every_second(self: TokenShare, samples: list[Tensor], dim: int) -> Tensor:
+        (x,) = samples
         return x.unflatten(dim, (-1, self.cp_size)).select(dim + 1, self.cp_rank)
 
     patch.setattr(TokenShare, "take", every_second)
@@ -253,7 +256,7 @@ def input_and_target_agree_on_tokens_that_are_not_where_their_positions_are(patc
 @mutation("N7", "ulysses2", caught_by="loss gradient norm")
 def input_and_target_agree_on_a_wrong_order_inside_a_patch(patch: pytest.MonkeyPatch) -> None:
     patchify = step.patchify
-    for module in (step, stage):
+    for module in (step, model):
         patch.setattr(module, "patchify", lambda latents, size: patchify(latents, size).flip(-1))
 
 
@@ -262,17 +265,17 @@ def input_and_target_agree_on_a_wrong_order_inside_a_patch(patch: pytest.MonkeyP
 
 @mutation("N8", "ulysses2", "tp2sp", caught_by="loss gradient norm")
 def attention_sees_padding(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(context, "_whole_sequence", lambda q, k, v, num_tokens, keep: reference.attention(q, k, v))
+    patch.setattr(context, "_whole_sequence", lambda q, k, v, segments, keep: reference.attention(q, k, v))
 
 
 @mutation("N8", "ring2", "usp2x2", caught_by="loss gradient norm")
 def ring_sees_padding(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ring, "_real", lambda chunk, chunk_size, num_tokens: slice(0, chunk_size))
+    patch.setattr(Segment, "real", lambda self, chunk=0: self.places)
 
 
 @mutation("N8", "ulysses2", "ring2", "tp2sp", caught_by="loss gradient norm")
 def loss_counts_padding(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(TokenShare, "real", TokenShare.width)
+    patch.setattr(Run, "real", property(lambda self: self.places))
 
 
 # N9: something that is fp32 passes through a shorter type.
@@ -315,7 +318,7 @@ def ring_accumulates_in_short(patch: pytest.MonkeyPatch) -> None:
 
     def wrong(*args: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = merge(*args)
-        return rounded(out), lse
+        return out.copy_(rounded(out)), lse
 
     patch.setattr(ring, "merge_attention", wrong)
 

@@ -50,7 +50,7 @@ def run_mutations(world_size: int) -> dict[str, Findings]:
     comparison.STEPS = 1
     backend, findings = select("cpu"), {}
     with Job(process_place(), backend.collective, backend.device, 2) as job:
-        references: dict[tuple[str, int], WholeTrace] = {}
+        references: dict[tuple[str, int, int], WholeTrace] = {}
         for name, row in ROWS.items():
             if row.layout.world_size != world_size:
                 continue
@@ -61,9 +61,9 @@ def run_mutations(world_size: int) -> dict[str, Findings]:
                             case.break_it(patch)
                         trace = parallel_run(row, mesh, backend)
                     if job.rank == 0:
-                        reference = row.samples, row.wan.num_layers
+                        reference = row.samples, row.wan.num_layers, row.case.samples
                         if reference not in references:
-                            references[reference] = plain_run(row.samples, row.wan)
+                            references[reference] = plain_run(row)
                         findings[case.id if case else name] = judge(row, trace, references[reference])
     return findings
 
