@@ -194,7 +194,7 @@ class WanModel(nn.Module):
         return [patchify(sample.with_channels(self.config), self.config.patch_size) for sample in inputs.samples]
 
     def packed_tokens(self, inputs: Inputs, counts: Sequence[int], queries: Sequence[int]) -> PackedTokens | None:
-        """The samples' shares of the tokens at hand (`PackedTokens.of_counts`); None of inputs with one sample a row."""
+        """Shares of the samples in the tokens at hand (`PackedTokens.of_counts`); None of a batch."""
         if len(inputs.samples) == 1:
             return None
         text_lengths = [sample.text.shape[1] for sample in inputs.samples]

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from mm.ops.attention import npu, varlen
 from mm.ops.attention.api import ActivationPolicy, attention_backward, attention_with_lse, keep_nothing
 from mm.ops.attention.fused import LOW_PRECISION
-from mm.ops.attention.segments import Pair, Pairs, consecutive, take_rows
+from mm.ops.attention.segments import Pair, Pairs, consecutive, part, take_rows
 
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, keep: ActivationPolicy = keep_nothing) -> Tensor:
@@ -79,14 +79,15 @@ def forward_of_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs) -> Iterator[
     """
     if not _in_one_call(q, pairs):
         for pair in pairs.each:
-            yield pair, *attention_with_lse(q[:, pair.queries], k[:, pair.keys], v[:, pair.keys])
+            keys, values = (part(x, pair.keys) for x in (k, v))
+            yield pair, *attention_with_lse(part(q, pair.queries), keys, values)
         return
     lengths = pairs.lengths(q.device)
     kernel = npu.varlen_attention_with_lse if q.device.type == "npu" else varlen.attention_with_lse
     of_queries, keys, values = _gathered(pairs, (q,), (k, v))
     out, lse = kernel(of_queries, keys, values, lengths)
     for pair, rows in zip(pairs.each, consecutive(lengths.query_counts), strict=True):
-        yield pair, out[None, rows], lse[None, :, rows]
+        yield pair, part(out.unsqueeze(0), rows), part(lse.unsqueeze(0), rows, dim=2)
 
 
 def backward_of_pairs(
@@ -95,20 +96,18 @@ def backward_of_pairs(
     """Each pair with the gradients of its queries, keys and values; arguments as of `attention_backward`."""
     if not _in_one_call(q, pairs):
         for pair in pairs.each:
-            rows, keys, values = pair.queries, k[:, pair.keys], v[:, pair.keys]
-            yield (
-                pair,
-                attention_backward(grad_out[:, rows], q[:, rows], keys, values, out[:, rows], lse[..., rows]),
-            )
+            of_grad, of_q, of_out = (part(x, pair.queries) for x in (grad_out, q, out))
+            keys, values = (part(x, pair.keys) for x in (k, v))
+            yield pair, attention_backward(of_grad, of_q, keys, values, of_out, part(lse, pair.queries, dim=2))
         return
     lengths = pairs.lengths(q.device)
     kernel = npu.varlen_attention_backward if q.device.type == "npu" else varlen.attention_backward
     grad_out, q, out, k, v = _gathered(pairs, (grad_out, q, out), (k, v))
-    lse = torch.cat([lse[0, :, pair.queries] for pair in pairs.each], dim=1)
-    dq, dk, dv = kernel(grad_out, q, k, v, out, lse, lengths)
+    lse = torch.cat([part(lse, pair.queries, dim=2) for pair in pairs.each], dim=2).squeeze(0)
+    dq, dk, dv = (grad.unsqueeze(0) for grad in kernel(grad_out, q, k, v, out, lse, lengths))
     rows_of_pairs = zip(pairs.each, consecutive(lengths.query_counts), consecutive(lengths.key_counts), strict=True)
     for pair, rows, keys_at in rows_of_pairs:
-        yield pair, (dq[None, rows], dk[None, keys_at], dv[None, keys_at])
+        yield pair, (part(dq, rows), part(dk, keys_at), part(dv, keys_at))
 
 
 def _in_one_call(q: Tensor, pairs: Pairs) -> bool:
@@ -121,4 +120,5 @@ def _in_one_call(q: Tensor, pairs: Pairs) -> bool:
 def _gathered(pairs: Pairs, of_queries: tuple[Tensor, ...], of_keys: tuple[Tensor, ...]) -> list[Tensor]:
     """Rows of the pairs one after the other, [T', N, K] each."""
     queries, keys = ([pair[side] for pair in pairs.each] for side in (0, 1))
-    return [take_rows(x, queries)[0] for x in of_queries] + [take_rows(x, keys)[0] for x in of_keys]
+    rows = [take_rows(x, queries) for x in of_queries] + [take_rows(x, keys) for x in of_keys]
+    return [x.squeeze(0) for x in rows]

@@ -133,11 +133,16 @@ def consecutive(counts: Sequence[int]) -> list[slice]:
     return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
 
+def part(x: Tensor, rows: slice, dim: int = 1) -> Tensor:
+    """A view of consecutive rows. (Indexing would ask for the device of a fake tensor, which may not be here.)"""
+    return x.narrow(dim, rows.start, _count(rows))
+
+
 def take_rows(x: Tensor, rows: Sequence[slice]) -> Tensor:
     """The rows of [B, T, ...] one after the other; a view where they lie so."""
     if all(a.stop == b.start for a, b in pairwise(rows)):
-        return x[:, rows[0].start : rows[-1].stop]
-    return torch.cat([x[:, part] for part in rows], dim=1)
+        return part(x, slice(rows[0].start, rows[-1].stop))
+    return torch.cat([part(x, own) for own in rows], dim=1)
 
 
 def put_rows(x: Tensor, like: Tensor, rows: Sequence[slice]) -> Tensor:
@@ -145,8 +150,8 @@ def put_rows(x: Tensor, like: Tensor, rows: Sequence[slice]) -> Tensor:
     if x.shape == like.shape:
         return x.to(like.dtype)
     padded = torch.zeros_like(like)
-    for part, own in zip(rows, x.split([_count(part) for part in rows], dim=1), strict=True):
-        padded[:, part] = own
+    for own, values in zip(rows, x.split([_count(own) for own in rows], dim=1), strict=True):
+        part(padded, own).copy_(values)
     return padded
 
 
