@@ -49,9 +49,14 @@ class Metrics(Callback):
             step_time_s=done.seconds,
             skipped=not result.updated,
             timesteps=tuple(round(timestep, 3) for timestep in self._timesteps(done)),
-            sample_losses=tuple(statistics.losses[run.mesh.dp_rank].flatten().tolist()),
+            sample_losses=tuple(self._losses(done)),
         )
         return [metrics.with_mean(self._recent)]
+
+    def _losses(self, done: StepDone) -> list[float]:
+        """Losses of this replica's samples, in the order of the timesteps."""
+        rows = zip(done.batches, done.result.statistics.losses[self._run.mesh.dp_rank], strict=True)
+        return [loss for batch, row in rows for loss in row[: len(batch["sample"])].tolist()]
 
     def _timesteps(self, done: StepDone) -> list[float]:
         """Timesteps of this replica's samples, which are keyed and so can be drawn again."""
