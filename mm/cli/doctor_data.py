@@ -109,7 +109,8 @@ def main(argv: Sequence[str]) -> None:
     by_error = ", ".join(f"{count} {error}" for error, count in checked.by_error().items())
     message = f"{len(checked.bad)} of {checked.num_samples} samples cannot be used: {by_error} ({seconds:.1f} s)."
     if flags.output:
-        others = f" and use {', '.join(map(str, clean))}, which list the others" if clean else "; no sample is left"
+        left = "" if len(checked.bad) < checked.num_samples else "; no sample is left"
+        others = f" and use {', '.join(map(str, clean))}, which list the others" if clean else left
         raise DataError("DATA-076", message, f"See {Path(flags.output) / 'report.json'}{others}.")
 
     from mm.data.files import raise_limited

@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from mm.config.run.extraction import SourceClip
 from mm.data.clips import CheckClip, load_clip
@@ -85,6 +85,15 @@ def test_transparency_is_left_out(tmp_path: Path) -> None:
     for name in ("x.png", "y.webp"):
         file = save(tmp_path / name, Image.fromarray(np.dstack([PIXELS, alpha])), lossless=True, exact=True)
         assert np.array_equal(read_image(file).numpy(), PIXELS)
+
+
+def test_a_colour_profile_is_not_applied(tmp_path: Path) -> None:
+    """As FFmpeg, which is asked here, leaves it."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    file = save(tmp_path / "x.png", icc_profile=profile)
+    with av.open(str(file)) as container:
+        decoded = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    assert np.array_equal(read_image(file).numpy(), decoded) and np.array_equal(decoded, PIXELS)
 
 
 @pytest.mark.parametrize("name", ["x.gif", "x.png", "x.webp", "x.tif"])

@@ -136,6 +136,14 @@ def test_conditioning_goes_by_the_path(home: Path) -> None:
     assert set(read(home, FILMS | {"conditioning_data": ["depth"]}, masks)[0].roles) == {"mask"}
 
 
+def test_two_entries_of_one_folder(home: Path) -> None:
+    """As they are written to train on it at two sizes."""
+    samples = read(home, FILMS, FILMS | {"id": "large", "resolution": 1024})
+    assert [sample.id for sample in samples] == [
+        "films:b.mp4", "films:sub/a_red.mp4", "large:b.mp4", "large:sub/a_red.mp4",
+    ]  # fmt: skip
+
+
 def test_a_link_that_leads_back_ends(home: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     (home / "films/sub/loop").symlink_to(home / "films")

@@ -189,6 +189,8 @@ def test_what_is_recognised_is_said(folder: Path, caplog: pytest.LogCaptureFixtu
     caplog.set_level("INFO")
     read(folder, DIFFSYNTH)
     assert f"{folder / 'metadata.json'} is read as diffsynth, which its first row tells" in caplog.messages
+    (left_out,) = (message for message in caplog.messages if "no task takes files" in message)
+    assert left_out.endswith("of the roles control, mask, reference; they are left out")
 
 
 GOOD = {"file_path": "videos/a.mp4", "text": "x", "type": "video"}

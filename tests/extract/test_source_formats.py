@@ -134,6 +134,18 @@ def test_the_doctor_writes_a_csv_without_the_bad_rows(
     assert (home / "report" / "videox.clean.csv").read_bytes() == good
 
 
+def test_the_doctor_has_no_list_of_a_folder(
+    home: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(home)
+    (home / "set" / IMAGE).write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        doctor_data([str(run_file(home, weights, **FORMATS["SimpleTuner"])), "--output", "report"])
+    report = json.loads((home / "report" / "report.json").read_text())
+    assert report["clean"] == [] and [row["sample"] for row in report["bad_samples"]] == ["p:two.png"]
+    assert str(caught.value).endswith("Fix: See report/report.json.")
+
+
 def test_a_bad_image_may_be_left_out(home: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
     (home / "set" / IMAGE).write_bytes((home / "set" / IMAGE).read_bytes()[:500])

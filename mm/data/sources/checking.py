@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from mm.data.sources.base import SourceRow, Taken
 from mm.data.sources.registry import dialect_of
 from mm.data.tables import TableRow
 from mm.errors import DataError, Problem
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,16 @@ def check_source(source: DataSource, number: int, listed: Listed, task: Task | N
         task: as in `check_rows`.
     """
     columns: tuple[Column, ...] = task.columns if task is not None else ()
+    told = set[str]()
     for row in dialect_of(source).read(source, columns):
+        roles = set() if row.taken is None else row.taken.roles.keys() - told
+        if roles:
+            log.info(
+                "%s: no task takes files of the roles %s; they are left out",
+                source.annotation,
+                ", ".join(sorted(roles)),
+            )
+            told |= roles
         yield _check(row, number, listed, task)
 
 
@@ -126,7 +138,8 @@ class Listed:
     def add(self, taken: Taken, name: str, place: str) -> str:
         """The id of a row's sample.
 
-        A file is known by the path that is written; where a link leads does not matter.
+        A file is known by the path that is written; where a link leads does not matter. Sources that have names of
+        their own may list it again, each with its own settings.
 
         Args:
             taken: what the row says. name: the id of a file that is listed once. place: how to call the row.
@@ -138,7 +151,8 @@ class Listed:
         if taken.folder not in self._folders:
             self._folders[taken.folder] = os.path.realpath(taken.folder)
         captions = json.dumps(row.captions)
-        what = _key(os.path.join(self._folders[taken.folder], os.path.normpath(row.path)), row.cut_name, captions)
+        file = os.path.join(self._folders[taken.folder], os.path.normpath(row.path))
+        what = _key(file, row.cut_name, captions, taken.settings.id)
         names = (name, f"{name}//{row.cut_name}", f"{name}//{row.cut_name}//{text_hash(captions)}")
         free = [name for name in names if _key(name) not in self._ids]
         if what in self._rows or not free:

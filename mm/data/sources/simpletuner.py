@@ -75,9 +75,7 @@ def _tell(entries: Sequence[Entry], source: DataSource) -> None:
         message = "%s: the entries %s name stores of SimpleTuner's; features of captions and images have one store here"
         log.info(message, source.annotation, ", ".join(stores))
     samples = ", ".join(entry.id for entry in entries if entry.dataset_type in SAMPLES)
-    message = (
-        "%s: size and length of clips are those of data.clip; what the entries %s say of them is kept beside samples"
-    )
+    message = "%s: every file is encoded once, at the size and length of data.clip, whatever the entries %s ask for"
     log.info(message, source.annotation, samples)
 
 
