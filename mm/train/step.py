@@ -37,13 +37,13 @@ class StepResult:
 
     Attributes:
         statistics: losses and gradients. updated: whether they were applied.
-        lr: the rate that was used. tokens: video tokens of this replica's samples, after patching.
+        lr: the rate that was used. tokens: video tokens of each of this replica's samples, after patching.
     """
 
     statistics: StepStatistics
     updated: bool
     lr: float
-    tokens: int
+    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def train_step(
         on_nonfinite(statistics)
         optimizer.skip(samples)
     lengths = [lengths_of(batch, parallel.wan.patch_size) for batch in batches]
-    tokens = sum(each.batch * sum(each.tokens) for each in lengths)
+    tokens = tuple(count for each in lengths for _ in range(each.batch) for count in each.tokens)
     return StepResult(statistics, statistics.is_finite, lr, tokens)
 
 

@@ -16,7 +16,6 @@ HAS_CUDA = torch.cuda.is_available()
 LAYOUTS = {
     "one after the other": Pairs.of_rows(consecutive([5, 1, 6]), consecutive([2, 4, 1])),
     "with rows of none between": Pairs((Pair(slice(1, 4), slice(0, 2)), Pair(slice(6, 11), slice(3, 7)))),
-    "several see the same keys": Pairs(tuple(Pair(q, slice(1, 6)) for q in consecutive([4, 4, 4]))),
     "one": Pairs((Pair(slice(0, 12), slice(0, 7)),)),
 }
 

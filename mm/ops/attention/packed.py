@@ -48,13 +48,12 @@ class _SegmentAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         q, k, v, out, lse = ctx.saved_tensors
-        # Keys that several pairs share get the sum of their gradients, which is kept as exactly as a ring's.
-        dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
+        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
         for pair, (of_q, of_k, of_v) in backward_of_pairs(grad_out, q, k, v, out, lse, ctx.pairs):
-            dq[:, pair.queries] += of_q
-            dk[:, pair.keys] += of_k
-            dv[:, pair.keys] += of_v
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+            dq[:, pair.queries] = of_q
+            dk[:, pair.keys] = of_k
+            dv[:, pair.keys] = of_v
+        return dq, dk, dv, None, None
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs that share no query; several may share keys.
+    """Pairs that share no row of queries and none of keys.
 
     Attributes:
         each: the pairs, in the order of their queries.
