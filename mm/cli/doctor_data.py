@@ -100,7 +100,9 @@ def main(argv: Sequence[str]) -> None:
     by_error = ", ".join(f"{count} {error}" for error, count in checked.by_error().items())
     message = f"{len(checked.bad)} of {checked.num_samples} samples cannot be used: {by_error} ({seconds:.1f} s)."
     if flags.output:
-        others = f" and use {', '.join(map(str, clean))}, which list the others" if clean else "; no sample is left"
+        left = len(checked.bad) < checked.num_samples
+        others = f" and use {', '.join(map(str, clean))}, which list the others" if clean else ""
+        others = others if left else "; no sample is left"
         raise DataError("DATA-076", message, f"See {Path(flags.output) / 'report.json'}{others}.")
 
     from mm.data.files import raise_limited
@@ -225,7 +227,7 @@ def _write(folder: Path, checked: CheckedData, about: dict[str, Any], seconds: f
     make_folder(folder, "--output")
     clean = []
     for number, one in enumerate(checked.lists):
-        if not one.good_rows():
+        if one.rows is None or not one.good_rows():
             continue
         path = folder / _clean_name(one, number if len(checked.lists) > 1 else None)
         content = one.rows.text_of(one.good_rows()).encode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -18,6 +18,9 @@ from mm.data.dataset import FeatureDataset, FeaturePlace, checked_sources, read_
 from mm.data.files import JsonRow, RowList, split_rows
 from mm.data.listing import FeatureStore, RowChecker
 from mm.data.metadata import Listed, VideoSample, check_row
+from mm.data.recipe import Recipe
+from mm.data.store.catalog import is_sharded
+from mm.data.store.opened import open_shards
 from mm.data.workers import Parcel, Work, read_in_order
 from mm.errors import DataError, Problem
 
@@ -46,11 +49,18 @@ class BadSample:
 
 @dataclass(frozen=True)
 class CheckedList:
-    """One data set: its rows, and which of them are bad."""
+    """One data set: its number of samples, which of them are bad, and the rows that list them; a store of shards has no
+    rows."""
 
     source: DataSource
-    rows: RowList
+    num_samples: int
+    rows: RowList | None
     bad: dict[int, BadSample] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, source: DataSource, rows: RowList) -> CheckedList:
+        """A data set that rows list."""
+        return cls(source, len(rows.rows), rows)
 
     def add(self, data_set: int, number: int, names: _Names, problems: Sequence[Problem]) -> None:
         """Note a bad row; `names` are the sample's id and its file."""
@@ -59,6 +69,8 @@ class CheckedList:
 
     def good_rows(self) -> list[JsonRow]:
         """The rows that can be used, in order."""
+        if self.rows is None:
+            return []
         return [row for number, row in enumerate(self.rows.rows, start=1) if number not in self.bad]
 
 
@@ -77,7 +89,7 @@ class CheckedData:
     @property
     def num_samples(self) -> int:
         """Rows of all data sets."""
-        return sum(len(checked.rows.rows) for checked in self.lists)
+        return sum(checked.num_samples for checked in self.lists)
 
     @property
     def bad(self) -> list[BadSample]:
@@ -112,10 +124,11 @@ def check_videos(
         DataError: DATA-060 for an annotation file of which no row can be told.
     """
     listed = Listed(columns)
-    lists = [CheckedList(source, split_rows(source.annotation, "DATA-060")) for source in sources]
+    listings = [split_rows(source.annotation, "DATA-060") for source in sources]
+    lists = [CheckedList.of(source, rows) for source, rows in zip(sources, listings, strict=True)]
     jobs: list[_RowToRead[VideoSample]] = []
-    for data_set, checked in enumerate(lists):
-        for number, row in enumerate(checked.rows.rows, start=1):
+    for data_set, (checked, rows) in enumerate(zip(lists, listings, strict=True)):
+        for number, row in enumerate(rows.rows, start=1):
             if row.problem is not None:
                 checked.add(data_set, number, (None, None), [row.problem])
                 continue
@@ -149,26 +162,50 @@ def check_features(
     sources = checked_sources(features, model)
     if caption_dropout > 0:
         first, recipe = sources[0]
-        FeatureDataset([FeatureStore(first.folder, [], recipe.key)], model).empty_prompt()
-    lists = [CheckedList(source, split_rows(source.annotation, "DATA-010")) for source, _ in sources]
+        sharded = is_sharded(first.folder)
+        store = open_shards(first.folder, recipe.key) if sharded else FeatureStore(first.folder, [], recipe.key)
+        FeatureDataset([store], model).empty_prompt()
+    lists: list[CheckedList] = []
     jobs: list[_RowToRead[FeaturePlace]] = []
-    for data_set, (checked, (source, recipe)) in enumerate(zip(lists, sources, strict=True)):
-        checker = RowChecker(source.folder, source.annotation, recipe.task)
-        for number, row in enumerate(checked.rows.rows, start=1):
-            if row.problem is not None:
-                checked.add(data_set, number, (None, None), [row.problem])
-                continue
-            listed, problems = checker.check(row.value, number)
-            if listed is None or problems:
-                names: _Names = (
-                    (listed.sample, str(source.folder / listed.file)) if listed is not None else (None, None)
-                )
-                checked.add(data_set, number, names, problems)
-                continue
-            place = FeaturePlace(source.folder, listed.file, listed.sample, recipe.key, listed.latent_shape)
-            jobs.append(_RowToRead(data_set, number, listed.sample, str(source.folder / listed.file), place))
+    for data_set, (source, recipe) in enumerate(sources):
+        if is_sharded(source.folder):
+            dataset = FeatureDataset([open_shards(source.folder, recipe.key)], model)
+            lists.append(CheckedList(source, len(dataset), None))
+            jobs += _shard_jobs(lists[-1], data_set, dataset)
+        else:
+            rows = split_rows(source.annotation, "DATA-010")
+            lists.append(CheckedList.of(source, rows))
+            jobs += _row_jobs(lists[-1], data_set, rows, recipe)
     _read_all(_CheckFeature(model), jobs, lists, num_workers, time_limit, done)
     return CheckedData(lists)
+
+
+def _row_jobs(checked: CheckedList, data_set: int, rows: RowList, recipe: Recipe) -> Iterator[_RowToRead[FeaturePlace]]:
+    """The files of a store to read; rows that are wrong in themselves are noted."""
+    folder = checked.source.folder
+    checker = RowChecker(folder, checked.source.annotation, recipe.task)
+    for number, row in enumerate(rows.rows, start=1):
+        if row.problem is not None:
+            checked.add(data_set, number, (None, None), [row.problem])
+            continue
+        listed, problems = checker.check(row.value, number)
+        if listed is None or problems:
+            names: _Names = (listed.sample, str(folder / listed.file)) if listed is not None else (None, None)
+            checked.add(data_set, number, names, problems)
+            continue
+        place = FeaturePlace(folder, listed.file, listed.sample, recipe.key, listed.latent_shape)
+        yield _RowToRead(data_set, number, listed.sample, str(folder / listed.file), place)
+
+
+def _shard_jobs(checked: CheckedList, data_set: int, dataset: FeatureDataset) -> Iterator[_RowToRead[FeaturePlace]]:
+    """The samples of a store of shards to read; those of a shard that cannot be opened are noted."""
+    for index in range(len(dataset)):
+        try:
+            place = dataset.place(index)
+        except DataError as error:
+            checked.add(data_set, index + 1, (None, None), error.problems)
+            continue
+        yield _RowToRead(data_set, index + 1, place.sample, str(place.folder / place.file), place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +229,7 @@ def _read_all(
 ) -> Counter[str]:
     """Note what is bad; returns how many files each library read, where that is told."""
     readers: Counter[str] = Counter()
-    total = sum(len(checked.rows.rows) for checked in lists)
+    total = sum(checked.num_samples for checked in lists)
     for _ in range(total - len(jobs)):
         done(total)
     outcomes = read_in_order(
