@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 
 from mm.cli.convert import ConvertFlags
+from mm.cli.data import RepairFlags, StatusFlags
 from mm.cli.demo import DemoFlags
 from mm.cli.doctor import DoctorFlags
 from mm.cli.doctor_data import DoctorDataFlags
 from mm.cli.doctor_parity import ParityFlags
 from mm.cli.migrate import MigrateFlags
+from mm.cli.migrate_shards import MigrateShardsFlags
 from mm.cli.plot import PlotFlags
 from mm.cli.score import ScoreFlags
 from mm.cli.zero_to_bf16 import ZeroFlags
@@ -28,6 +30,9 @@ PROGRAMS: dict[str, type[Flags]] = {
     "mm doctor data": DoctorDataFlags,
     "mm doctor parity": ParityFlags,
     "mm migrate": MigrateFlags,
+    "mm migrate shards": MigrateShardsFlags,
+    "mm data status": StatusFlags,
+    "mm data repair": RepairFlags,
     "mm plot": PlotFlags,
     "mm demo": DemoFlags,
     "mm score": ScoreFlags,

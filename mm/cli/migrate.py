@@ -1,4 +1,4 @@
-"""`mm migrate`: features that MindSpeed-MM extracted, as a feature store; `mm migrate config`: one of its files."""
+"""`mm migrate`: features that MindSpeed-MM extracted, as a feature store; `config`: one file, `shards`: a store."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from mm.cli import migrate_config
+from mm.cli import migrate_config, migrate_shards
 from mm.cli.entry import run
 from mm.config.data import DataSource
 from mm.config.flags import Flags, parse_flags
@@ -19,7 +19,8 @@ from mm.config.run.data import Clip
 class MigrateFlags(Flags):
     """Turn a folder of MindSpeed-MM's .pt features into a feature store. The .pt files stay as they are.
 
-    `mm migrate config OLD NEW` rewrites one of its JSON files and lists what was dropped and why.
+    `mm migrate config OLD NEW` rewrites one of its JSON files and lists what was dropped and why; `mm migrate shards`
+    writes a store of one file a sample as a store of shards.
     """
 
     source: Path = Field(description="folder that holds data.jsonl and features/*.pt")
@@ -31,9 +32,12 @@ class MigrateFlags(Flags):
 
 
 def main(argv: Sequence[str]) -> None:
-    """Migrate features, or with `config` first a file; raises what `mm.data.migrate.migrate` raises."""
+    """Migrate features; with `config` first a file, with `shards` a store; raises what `migrate` raises."""
     if argv and argv[0] == "config":
         migrate_config.main(argv[1:])
+        return
+    if argv and argv[0] == "shards":
+        migrate_shards.main(argv[1:])
         return
     flags = parse_flags(MigrateFlags, argv, program="mm migrate")
     require_writable_folder(flags.target, "--target")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -17,7 +17,10 @@ from mm.data.clips import CheckClip, check_announced_length
 from mm.data.dataset import FeatureDataset, FeaturePlace, checked_sources, read_sample
 from mm.data.listing import FeatureStore, RowChecker
 from mm.data.metadata import VideoSample
+from mm.data.recipe import Recipe
 from mm.data.sources.checking import Listed, check_source
+from mm.data.store.catalog import is_sharded
+from mm.data.store.opened import open_shards
 from mm.data.tables import TableRow, open_table
 from mm.data.workers import Parcel, Work, read_in_order
 from mm.errors import DataError, Problem
@@ -151,27 +154,49 @@ def check_features(
     sources = checked_sources(features, model)
     if caption_dropout > 0:
         first, recipe = sources[0]
-        FeatureDataset([FeatureStore(first.folder, [], recipe.key)], model).empty_prompt()
+        sharded = is_sharded(first.folder)
+        store = open_shards(first.folder, recipe.key) if sharded else FeatureStore(first.folder, [], recipe.key)
+        FeatureDataset([store], model).empty_prompt()
     lists = [CheckedList(source) for source, _ in sources]
     jobs: list[_RowToRead[FeaturePlace]] = []
     for data_set, (checked, (source, recipe)) in enumerate(zip(lists, sources, strict=True)):
-        checker = RowChecker(source.folder, source.annotation, recipe.task)
-        for number, row in enumerate(open_table(source.annotation, "DATA-010"), start=1):
-            checked.rows.append(row)
-            if row.problem is not None:
-                checked.add(data_set, number, (None, None), [row.problem])
-                continue
-            listed, problems = checker.check(row.value, number)
-            if listed is None or problems:
-                names: _Names = (
-                    (listed.sample, str(source.folder / listed.file)) if listed is not None else (None, None)
-                )
-                checked.add(data_set, number, names, problems)
-                continue
-            place = FeaturePlace(source.folder, listed.file, listed.sample, recipe.key, listed.latent_shape)
-            jobs.append(_RowToRead(data_set, number, listed.sample, str(source.folder / listed.file), place))
+        if is_sharded(source.folder):
+            dataset = FeatureDataset([open_shards(source.folder, recipe.key)], model)
+            checked.rows.extend([None] * len(dataset))
+            jobs += _shard_jobs(checked, data_set, dataset)
+        else:
+            jobs += _row_jobs(checked, data_set, recipe)
     _read_all(_CheckFeature(model), jobs, lists, num_workers, time_limit, done)
     return CheckedData(lists)
+
+
+def _row_jobs(checked: CheckedList, data_set: int, recipe: Recipe) -> Iterator[_RowToRead[FeaturePlace]]:
+    """The files of a store to read; rows that are wrong in themselves are noted."""
+    folder = checked.source.folder
+    checker = RowChecker(folder, checked.source.annotation, recipe.task)
+    for number, row in enumerate(open_table(checked.source.annotation, "DATA-010"), start=1):
+        checked.rows.append(row)
+        if row.problem is not None:
+            checked.add(data_set, number, (None, None), [row.problem])
+            continue
+        listed, problems = checker.check(row.value, number)
+        if listed is None or problems:
+            names: _Names = (listed.sample, str(folder / listed.file)) if listed is not None else (None, None)
+            checked.add(data_set, number, names, problems)
+            continue
+        place = FeaturePlace(folder, listed.file, listed.sample, recipe.key, listed.latent_shape)
+        yield _RowToRead(data_set, number, listed.sample, str(folder / listed.file), place)
+
+
+def _shard_jobs(checked: CheckedList, data_set: int, dataset: FeatureDataset) -> Iterator[_RowToRead[FeaturePlace]]:
+    """The samples of a store of shards to read; those of a shard that cannot be opened are noted."""
+    for index in range(len(dataset)):
+        try:
+            place = dataset.place(index)
+        except DataError as error:
+            checked.add(data_set, index + 1, (None, None), error.problems)
+            continue
+        yield _RowToRead(data_set, index + 1, place.sample, str(place.folder / place.file), place)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,9 @@ from mm.data.features import EMPTY_PROMPT_ID, LISTING, OTHER_TASK, read_feature
 from mm.data.files import path_below
 from mm.data.listing import FeatureStore, LatentShape, open_feature_store
 from mm.data.recipe import Recipe, check_recipe, expected_in_training, load_recipe
+from mm.data.store.blobs import Blob, read_prompt_blob, read_sample_blobs
+from mm.data.store.catalog import is_sharded
+from mm.data.store.opened import ShardStore, open_shards
 from mm.errors import DataError
 
 ENCODER_FIELDS = ("vae", "text_encoder", "tokenizer", "text_cleaning", "crop", "image_encoder")
@@ -47,6 +50,7 @@ class FeaturePlace:
 
     Attributes:
         folder, file: the store and the file below it.
+        blobs: of a store of shards, where the sample and its caption's embedding are in such files.
         sample, recipe_key: what the file must say of itself.
         latent_shape: as listed.
     """
@@ -56,26 +60,34 @@ class FeaturePlace:
     sample: str
     recipe_key: str
     latent_shape: LatentShape
+    blobs: tuple[Blob, Blob] | None = None
 
 
 def read_sample(place: FeaturePlace, model: WanConfig) -> SampleTensors:
     """Read one sample.
 
     Raises:
-        DataError: what `mm.data.features.read_feature` raises, DATA-012 when the latents are not as listed.
+        DataError: what `mm.data.features.read_feature` or, of shards, `mm.data.store.blobs.read_sample_blobs` raises,
+            DATA-012 when the latents are not as listed.
     """
-    listing = place.folder / LISTING
-    file = path_below(place.folder, place.file, str(listing))
-    feature = read_feature(file, model, (place.sample, place.recipe_key))
+    origin = place.sample, place.recipe_key
+    if place.blobs is not None:
+        file: Path | Blob = place.blobs[0]
+        feature = read_sample_blobs(*place.blobs, model, origin)
+    else:
+        file = path_below(place.folder, place.file, str(place.folder / LISTING))
+        feature = read_feature(file, model, origin)
     if feature.latents is None or tuple(feature.latents.shape) != place.latent_shape:
         found = None if feature.latents is None else list(feature.latents.shape)
-        message = f"{file}: latents are {found}, {listing} lists {list(place.latent_shape)}."
+        message = f"{file}: latents are {found}, {place.folder} lists {list(place.latent_shape)}."
         raise DataError("DATA-012", message, "Run feature extraction again.")
     return {"latents": feature.latents, "prompt": feature.prompt, "features": dict(feature.features)}
 
 
-def read_empty_prompt(file: Path, recipe_key: str, model: WanConfig) -> Tensor:
-    """The empty caption's embedding, [L, D]; raises what `mm.data.features.read_feature` raises."""
+def read_empty_prompt(file: Path | Blob, recipe_key: str, model: WanConfig) -> Tensor:
+    """The empty caption's embedding, [L, D]; raises what `read_sample` raises."""
+    if isinstance(file, Blob):
+        return read_prompt_blob(file, model, recipe_key)
     return read_feature(file, model, (EMPTY_PROMPT_ID, recipe_key)).prompt
 
 
@@ -85,7 +97,7 @@ class FeatureDataset(Dataset[FeatureItem]):
     Reading checks each sample against the model. Samples of one latent shape form a bucket.
     """
 
-    def __init__(self, stores: Sequence[FeatureStore], model: WanConfig) -> None:
+    def __init__(self, stores: Sequence[FeatureStore | ShardStore], model: WanConfig) -> None:
         self._stores = stores
         self.model = model
         self._first = list(accumulate((len(store) for store in stores), initial=0))  # index of each store's first
@@ -124,7 +136,8 @@ class FeatureDataset(Dataset[FeatureItem]):
         number, row = self._find(index)
         store = self._stores[number]
         shape = store.latent_shape(row)
-        return FeaturePlace(store.folder, store.file_of(row), store.name(row), store.recipe_key, shape)
+        name, blobs = store.name(row), store.blobs_of(row)
+        return FeaturePlace(store.folder, store.file_of(row), name, store.recipe_key, shape, blobs)
 
     def shapes(self) -> Counter[LatentShape]:
         """Number of samples with each latent shape, in the order of the shapes' first samples."""
@@ -160,17 +173,19 @@ class FeatureDataset(Dataset[FeatureItem]):
         store = bisect_right(self._first, index) - 1
         return store, index - self._first[store]
 
-    def empty_prompt_file(self) -> tuple[Path, str]:
-        """The file of the empty caption's embedding, and the recipe it must be of.
+    def empty_prompt_file(self) -> tuple[Path | Blob, str]:
+        """Place of the empty caption's embedding, and the recipe it must be of.
 
         Raises:
-            DataError: DATA-016 when the first store has none.
+            DataError: DATA-016 when the first store has none, and what opening its first shard raises.
         """
         store = self._stores[0]
-        if not store.empty_prompt.exists():
-            message = f"{store.empty_prompt} does not exist, and captions are to be dropped (cfg above 0)."
+        place = store.empty_prompt()
+        if place is None or (isinstance(place, Path) and not place.exists()):
+            found = f"{store.folder} holds no empty caption" if place is None else f"{place} does not exist"
+            message = f"{found}, and captions are to be dropped (cfg above 0)."
             raise DataError("DATA-016", message, "Run feature extraction again, or set cfg to 0.")
-        return store.empty_prompt, store.recipe_key
+        return place, store.recipe_key
 
     def empty_prompt(self) -> Tensor:
         """The empty caption's embedding, [L, D].
@@ -198,13 +213,15 @@ def open_features(features: FeatureSet, model: WanConfig) -> FeatureDataset:
     Raises:
         ConfigError, DataError: what `checked_sources` raises.
         DataError: DATA-010, DATA-011 or DATA-064 for a store that is incomplete, DATA-046 for a sample of another task
-            than its store.
+            than its store; of shards what `mm.data.store.opened.open_shards` raises.
     """
-    sources = checked_sources(features, model)
-    stores = [
-        open_feature_store(source.folder, source.annotation, recipe.key, recipe.task) for source, recipe in sources
-    ]
-    return FeatureDataset(stores, model)
+    return FeatureDataset([_opened(*found) for found in checked_sources(features, model)], model)
+
+
+def _opened(source: DataSource, recipe: Recipe) -> FeatureStore | ShardStore:
+    if is_sharded(source.folder):
+        return open_shards(source.folder, recipe.key)
+    return open_feature_store(source.folder, source.annotation, recipe.key, recipe.task)
 
 
 def _sources(features: FeatureSet) -> list[DataSource]:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -142,18 +142,58 @@ def write_feature(path: Path, feature: Feature, origin: Origin, text_len: int) -
     Raises:
         DataError: DATA-018 or DATA-019 when it cannot be written, DATA-013 when a value is not finite.
     """
-    mask = torch.zeros(text_len, dtype=torch.uint8)
-    mask[: len(feature.prompt)] = 1
-    found = {"prompt": feature.prompt, "prompt_mask": mask, **feature.features}
+    found = {**prompt_tensors(feature.prompt, text_len), **feature.features}
     if feature.latents is not None:
         found["latents"] = feature.latents
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
-    _require_finite(tensors, path, "The encoder gave it; check the weights, or try dtype fp32 in model_wan.json.")
+    content = serialised(found, origin, feature, str(path))
+    write_atomically(path, [content], len(content))
+
+
+def serialised(tensors: Mapping[str, Tensor], origin: Origin, feature: Feature, place: str) -> bytes:
+    """Content of a feature file, or of a blob of a shard.
+
+    Args:
+        tensors: by name. origin: what they are made from. feature: whose clip its header describes.
+        place: where it goes, for the message.
+
+    Raises:
+        DataError: DATA-013 when a value is not finite.
+    """
+    given = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    require_finite(given, place, "The encoder gave it; check the weights, or try dtype fp32 in model_wan.json.")
     about: dict[str, Any] = {**asdict(origin), "start_frame": feature.start_frame}
     if feature.taken is not None:
         about["taken"] = feature.taken
-    content = save(tensors, {"made_from": json.dumps(about)})  # one entry: the library writes several in no fixed order
-    write_atomically(path, [content], len(content))
+    return save(given, {"made_from": json.dumps(about)})  # one entry: the library writes several in no fixed order
+
+
+def prompt_tensors(prompt: Tensor, text_len: int) -> dict[str, Tensor]:
+    """A caption's embedding [L, D] and the mask [text_len] that is written beside it."""
+    mask = torch.zeros(text_len, dtype=torch.uint8)
+    mask[: len(prompt)] = 1
+    return {"prompt": prompt, "prompt_mask": mask}
+
+
+def parse_header(stream: BinaryIO, size: int) -> Header:
+    """Header of a feature's content, `size` bytes that begin where the stream stands.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, RecursionError: it is no such content, or has another size than
+            its header promises.
+    """
+    length = int.from_bytes(stream.read(8), "little")
+    if not 0 < length <= min(_MAX_HEADER_BYTES, size - 8):
+        raise ValueError(f"its header claims {length} bytes, it has {size}")
+    entries: dict[str, Any] = json.loads(stream.read(length))
+    about = json.loads(entries.pop("__metadata__")["made_from"])
+    end = max(int(entry["data_offsets"][1]) for entry in entries.values())
+    if size != 8 + length + end:
+        raise ValueError(f"it has {size} bytes, its header promises {8 + length + end}")
+    tensors = {name: (str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in entries.items()}
+    if any(size < 0 for _, shape in tensors.values() for size in shape):
+        raise ValueError("a tensor has a negative size")
+    origin = Origin(about["sample"], about["recipe"], about["caption"], about["video"])
+    return Header(tensors, origin, int(about["start_frame"]), about.get("taken"))
 
 
 def read_header(path: Path) -> Header:
@@ -168,19 +208,7 @@ def read_header(path: Path) -> Header:
             raise ValueError("it is no regular file")
         size = status.st_size
         with open(path, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 0 < length <= min(_MAX_HEADER_BYTES, size - 8):
-                raise ValueError(f"its header claims {length} bytes, the file has {size}")
-            entries: dict[str, Any] = json.loads(stream.read(length))
-        about = json.loads(entries.pop("__metadata__")["made_from"])
-        end = max(int(entry["data_offsets"][1]) for entry in entries.values())
-        if size != 8 + length + end:
-            raise ValueError(f"it has {size} bytes, its header promises {8 + length + end}")
-        tensors = {name: (str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in entries.items()}
-        if any(size < 0 for _, shape in tensors.values() for size in shape):
-            raise ValueError("a tensor has a negative size")
-        origin = Origin(about["sample"], about["recipe"], about["caption"], about["video"])
-        return Header(tensors, origin, int(about["start_frame"]), about.get("taken"))
+            return parse_header(stream, size)
     except OSError as error:
         raise _unreadable(path, error) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -217,28 +245,49 @@ def read_feature(path: Path, model: WanConfig, origin: tuple[str, str] | None = 
         found = f'sample "{header.origin.sample}" of recipe {header.origin.recipe}'
         message = f'{path} holds {found}, expected sample "{origin[0]}" of recipe {origin[1]}.'
         raise DataError("DATA-016", message, EXTRACT_AGAIN)
-    raise_limited(_header_problems(header, path, model))
+    check_header(header, str(path), model, EXTRACT_AGAIN)
     try:
         tensors = load(path.read_bytes())
     except OSError as error:
         raise _unreadable(path, error) from None
     except (SafetensorError, KeyError) as error:
         raise DataError("DATA-011", f"{path} cannot be read ({error}).", EXTRACT_AGAIN) from None
-    _require_finite(tensors, path, EXTRACT_AGAIN)
+    return checked_feature(header, tensors, str(path), EXTRACT_AGAIN)
+
+
+def check_header(header: Header, place: str, model: WanConfig, remedy: str) -> None:
+    """Check a sample's header before its data are read.
+
+    Args:
+        header: it. place: where the sample is. model: that is to take it. remedy: what to do with one that is wrong.
+
+    Raises:
+        DataError: DATA-012, DATA-017, DATA-046 to DATA-048, as `read_feature`.
+    """
+    raise_limited(_header_problems(header, place, model, remedy))
+
+
+def checked_feature(header: Header, tensors: Mapping[str, Tensor], place: str, remedy: str) -> Feature:
+    """A sample whose tensors are as its header says and whose header is in order.
+
+    Raises:
+        DataError: DATA-013 for NaN or Infinity, DATA-012 for a mask that does not fit the prompt.
+    """
+    require_finite(tensors, place, remedy)
     length = len(tensors["prompt"])
     if not bool((tensors["prompt_mask"] == (torch.arange(len(tensors["prompt_mask"])) < length)).all()):
-        message = f"{path}: prompt has {length} tokens, and prompt_mask marks others."
-        raise DataError("DATA-012", message, EXTRACT_AGAIN)
+        message = f"{place}: prompt has {length} tokens, and prompt_mask marks others."
+        raise DataError("DATA-012", message, remedy)
     features = {name: value for name, value in tensors.items() if name not in _OF_EVERY_TASK}
-    return Feature(tensors.get("latents"), tensors["prompt"], header.start_frame, features)
+    return Feature(tensors.get("latents"), tensors["prompt"], header.start_frame, features, header.taken)
 
 
-def _header_problems(header: Header, path: Path, model: WanConfig) -> list[Problem]:
+def _header_problems(header: Header, place: str, model: WanConfig, again: str) -> list[Problem]:
     """Check names, dtypes and shapes before any data is read."""
     problems: list[Problem] = []
 
-    def wrong(text: str, id: str = "DATA-012", remedy: str = EXTRACT_AGAIN) -> None:
-        problems.append(Problem(id, f"{path}: {text}.", remedy))
+    def wrong(text: str, id: str = "DATA-012", remedy: str = again) -> None:
+        problems.append(Problem(id, f"{place}: {text}.", remedy))
 
     wanted = {"prompt", "prompt_mask"}
     if header.origin.sample != EMPTY_PROMPT_ID:
@@ -270,21 +319,21 @@ def _header_problems(header: Header, path: Path, model: WanConfig) -> list[Probl
         elif any(size % patch for size, patch in zip(shape[1:], model.patch_size, strict=True)):
             wrong(f"latents are {list(shape)}, which patches of {list(model.patch_size)} do not divide")
         else:
-            problems += _feature_problems(header, path, model)
+            problems += _feature_problems(header, place, model)
     return problems
 
 
-def _feature_problems(header: Header, path: Path, model: WanConfig) -> Iterator[Problem]:
+def _feature_problems(header: Header, place: str, model: WanConfig) -> Iterator[Problem]:
     """Problems of a sample whose latents are as the model takes them."""
     _, frames, height, width = header.tensors["latents"][1]
     if frames < model.task.fewest_latent_frames:
-        message = f"{path}: the clip is one frame, and in {model.task.name} that is known: there is nothing to learn."
+        message = f"{place}: the clip is one frame, and in {model.task.name} that is known: there is nothing to learn."
         yield Problem("DATA-047", message, "Leave the sample out; clips need at least 5 frames.")
     remedy = "Extract again with the encoders that belong to the model, or correct pretrain_model.json."
     for name, shape in model.feature_shapes((frames, height, width)).items():
         if header.tensors[name][1] != shape:
             found = list(header.tensors[name][1])
-            yield Problem("DATA-048", f"{path}: {name} is {found}, the model takes {list(shape)}.", remedy)
+            yield Problem("DATA-048", f"{place}: {name} is {found}, the model takes {list(shape)}.", remedy)
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:
@@ -294,7 +343,8 @@ def _unreadable(path: Path, error: OSError) -> DataError:
     return DataError("DATA-072", f"{path} cannot be read ({error}).", "Check its permissions and the disk it is on.")
 
 
-def _require_finite(tensors: dict[str, Tensor], path: Path, remedy: str) -> None:
+def require_finite(tensors: Mapping[str, Tensor], place: str, remedy: str) -> None:
+    """Refuse values that are NaN or infinite; raises DATA-013."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise DataError("DATA-013", f"{path}: {name} has values that are NaN or infinite.", remedy)
+            raise DataError("DATA-013", f"{place}: {name} has values that are NaN or infinite.", remedy)

@@ -117,9 +117,9 @@ def write_atomically(path: Path, parts: Iterable[bytes], num_bytes: int) -> None
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
-        raise _write_error(path, num_bytes, error) from error
+        raise write_error(path, num_bytes, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -142,11 +142,16 @@ def make_folder(folder: Path, name: str) -> None:
 def remove_temporaries(folder: Path) -> None:
     """Delete what killed processes left behind. Only while nobody writes into `folder`."""
     for entry in os.scandir(folder):
-        if entry.name.startswith(TEMPORARY_PREFIX):
+        if not entry.name.startswith(TEMPORARY_PREFIX):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
             os.unlink(entry.path)
 
 
-def _write_error(path: Path, num_bytes: int, error: OSError) -> DataWriteError:
+def write_error(path: Path, num_bytes: int, error: OSError) -> DataWriteError:
+    """DATA-019 for a full disk or quota, DATA-018 for other failures to write `num_bytes` to a file."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(path.parent).free
         return DataWriteError(
@@ -157,7 +162,8 @@ def _write_error(path: Path, num_bytes: int, error: OSError) -> DataWriteError:
     return DataWriteError("DATA-018", f"{path} cannot be written: {error}.", "Check the path and its permissions.")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Force to disk which files a folder has."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -63,25 +63,25 @@ class FeatureStore:
     def __init__(self, folder: Path, rows: Sequence[FeatureRow], recipe_key: str) -> None:
         self.folder = folder
         self.recipe_key = recipe_key
-        self._rows = rows
+        self.rows = rows
         self._buckets: dict[LatentShape, list[int]] = {}
         for number, row in enumerate(rows):
             self._buckets.setdefault(row.latent_shape, []).append(number)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def name(self, row: int) -> str:
         """The sample's id."""
-        return self._rows[row].sample
+        return self.rows[row].sample
 
     def latent_shape(self, row: int) -> LatentShape:
         """Shape (C, F, H, W) of the sample's latents."""
-        return self._rows[row].latent_shape
+        return self.rows[row].latent_shape
 
     def file_of(self, row: int) -> str:
         """The sample's file, below the folder."""
-        return self._rows[row].file
+        return self.rows[row].file
 
     def shapes(self) -> Counter[LatentShape]:
         """Number of samples with each latent shape, in the order of the shapes' first samples."""
@@ -93,11 +93,13 @@ class FeatureStore:
 
     def add_identity(self, digest: Digest) -> None:
         """Feed the names, clips, captions and videos of all samples to a digest."""
-        for row in self._rows:
+        for row in self.rows:
             content = (row.sample, row.cap, row.start_frame_idx, row.latent_shape, row.text_tokens, row.video)
             digest.update(f"{json.dumps(content)}\n".encode())
 
-    @property
+    def blobs_of(self, row: int) -> None:
+        """Nothing: a sample is a whole file."""
+
     def empty_prompt(self) -> Path:
         """The file of the empty caption's embedding."""
         return self.folder / FEATURES / EMPTY_PROMPT

@@ -22,6 +22,7 @@ from mm.data.plan import PlannedSample, SamplingPlan
 from mm.data.planning import sampling_plan
 from mm.data.replacing import Replaced, check_replaced, may_be_replaced
 from mm.data.sampler import BatchPlan, MicroBatchSampler
+from mm.data.store.blobs import Blob
 from mm.data.workers import Outcome, Parcel, as_error, as_facts, bytes_to_share, read_in_order
 from mm.errors import DataError
 from mm.rng import generator, training_noise
@@ -189,7 +190,7 @@ class _ReadBatch:
 
     model: WanConfig
     text_len: int
-    empty: tuple[Path, str] | None
+    empty: tuple[Path | Blob, str] | None
     noise_seed: int | None
 
     def __call__(self, batch: list[_Draw], /) -> Parcel:
@@ -214,7 +215,7 @@ class _ReadBatch:
             )
         return Parcel(stacked, {})
 
-    def _drop_caption(self, sample: SampleTensors, empty: tuple[Path, str]) -> None:
+    def _drop_caption(self, sample: SampleTensors, empty: tuple[Path | Blob, str]) -> None:
         sample["prompt"] = read_empty_prompt(*empty, self.model)
         for feature in self.model.task.features:
             if feature.dropped_with_caption:

@@ -16,7 +16,9 @@ from typing import Any
 from mm.config.bad_samples import OnBadSample
 from mm.errors import DataError, Problem
 
-FAULTS_OF_A_FEATURE_FILE = frozenset({"DATA-011", "DATA-012", "DATA-013", "DATA-016", "DATA-017", "DATA-048"})
+FAULTS_OF_A_FEATURE_FILE = frozenset(
+    {"DATA-011", "DATA-012", "DATA-013", "DATA-016", "DATA-017", "DATA-048", "DATA-152", "DATA-153"}
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,7 @@ def test_training_compares_the_rule(demo: Path, tmp_path: Path, extraction: dict
     with pytest.raises(MMError, match="DATA-015"):
         go(values, tmp_path / "train.yaml")
     extraction["data"]["clip"]["shape"] = {**RULE, "rounding": 1}
-    with pytest.raises(DataError, match="DATA-014: The features in .* shape is"):
+    with pytest.raises(DataError, match=r"DATA-014: The features in .* shape is"):
         go(extraction, tmp_path / "extract.yaml")
 
 

@@ -1,0 +1,127 @@
+"""Blobs: the contents of samples and captions in a shard's body, each a safetensors content that says what it is of."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from mm.config.model import WanConfig
+from mm.data.features import EMPTY_PROMPT_ID, Feature, Header, check_header, checked_feature, parse_header
+from mm.data.store.table import digest_of
+from mm.errors import DataError
+
+PROMPT_ID = "prompt"  # what a caption's blob says in place of a sample
+REMEDY = "Run mm data repair on the store, then what wrote it (mm migrate shards), which makes its shard again."
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """Place of a blob: its file, first byte, number of bytes, and the digest that they must have."""
+
+    file: Path
+    offset: int
+    length: int
+    digest: bytes
+
+    def __str__(self) -> str:
+        return f"{self.file} at byte {self.offset}"
+
+
+def read_sample_blobs(sample: Blob, prompt: Blob, model: WanConfig, origin: tuple[str, str]) -> Feature:
+    """Read one sample and its caption's embedding, and check them against the model.
+
+    Args:
+        sample, prompt: their places. model: the transformer that is to take them.
+        origin: (sample id, recipe key) that they must have.
+
+    Raises:
+        DataError: what `read_blob` raises, DATA-016 for a blob of something else or another caption, and what
+            `mm.data.features.read_feature` raises for tensors.
+    """
+    name = f'{sample} (sample "{origin[0]}")'
+    header, tensors = _read(sample, name)
+    _check_origin(header, name, origin)
+    about_prompt, of_prompt = _read(prompt, f"{prompt} (a caption)")
+    found, expected = about_prompt.origin, header.origin
+    if found.sample not in (PROMPT_ID, EMPTY_PROMPT_ID) or (found.recipe, found.caption) != (
+        origin[1],
+        expected.caption,
+    ):
+        message = (
+            f"{prompt} holds caption {found.caption} of recipe {found.recipe}, expected {expected.caption} of {name}."
+        )
+        raise DataError("DATA-016", message, REMEDY)
+    both = Header({**header.tensors, **about_prompt.tensors}, header.origin, header.start_frame)
+    check_header(both, name, model, REMEDY)
+    return checked_feature(both, {**tensors, **of_prompt}, name, REMEDY)
+
+
+def read_prompt_blob(blob: Blob, model: WanConfig, recipe_key: str) -> Tensor:
+    """Read a caption's embedding [L, D] that no sample is read with: that of the empty caption.
+
+    Raises:
+        DataError: as `read_sample_blobs`.
+    """
+    name = f"{blob} (the empty caption)"
+    header, tensors = _read(blob, name)
+    _check_origin(header, name, (EMPTY_PROMPT_ID, recipe_key))
+    check_header(header, name, model, REMEDY)
+    return checked_feature(header, tensors, name, REMEDY).prompt
+
+
+def read_blob(blob: Blob, name: str) -> bytes:
+    """Content of a blob, compared with its digest.
+
+    Args:
+        blob: its place. name: what to call it in messages.
+
+    Raises:
+        DataError: DATA-072 when the body cannot be read, DATA-152 when it ends before the blob does or is not there,
+            DATA-153 for bytes that are not those that were written.
+    """
+    try:
+        with open(blob.file, "rb", buffering=0) as stream:
+            stream.seek(blob.offset)
+            content = _exactly(stream, blob.length)
+    except FileNotFoundError:
+        raise DataError("DATA-152", f"{blob.file} does not exist.", REMEDY) from None
+    except OSError as error:
+        remedy = "Check its permissions and the disk it is on."
+        raise DataError("DATA-072", f"{name} cannot be read ({error}).", remedy) from None
+    if len(content) < blob.length:
+        message = f"{name}: the file ends after {len(content)} of its {blob.length} bytes."
+        raise DataError("DATA-152", message, REMEDY)
+    found = digest_of(content)
+    if found != blob.digest:
+        message = f"{name} is damaged: its bytes have the digest {found.hex()}, expected {blob.digest.hex()}."
+        raise DataError("DATA-153", message, REMEDY)
+    return content
+
+
+def _exactly(stream: io.FileIO, length: int) -> bytes:
+    """So many bytes, or as many as there are; one read may give fewer."""
+    parts = []
+    while length and (part := stream.read(length)):
+        parts.append(part)
+        length -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _read(blob: Blob, name: str) -> tuple[Header, dict[str, Tensor]]:
+    content = read_blob(blob, name)
+    try:
+        return parse_header(io.BytesIO(content), len(content)), load(content)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError("DATA-153", f"{name} is no complete feature ({error}).", REMEDY) from None
+
+
+def _check_origin(header: Header, name: str, origin: tuple[str, str]) -> None:
+    if (header.origin.sample, header.origin.recipe) != origin:
+        found = f'sample "{header.origin.sample}" of recipe {header.origin.recipe}'
+        message = f'{name} holds {found}, expected sample "{origin[0]}" of recipe {origin[1]}.'
+        raise DataError("DATA-016", message, REMEDY)

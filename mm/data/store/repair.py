@@ -1,0 +1,148 @@
+"""Care of a store of shards: what is there, which shards are damaged, and room for them to be made again."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mm.data.files import TEMPORARY_PREFIX
+from mm.data.recipe import load_recipe
+from mm.data.store.blobs import read_blob
+from mm.data.store.catalog import MANIFEST, Catalog, is_sharded, open_catalog
+from mm.data.store.shard import INDEX, KIND, SHARDS, LatentShape, ShardFacts, open_shard, shard_folder
+from mm.data.store.table import read_table_header
+from mm.errors import DataError, Problem
+
+_NUMBER = re.compile(r"[0-9]{8}")
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStatus:
+    """State of a store.
+
+    Attributes:
+        finished: it can be trained on.
+        shards, samples: that are there; of a finished store, that it has.
+        missing: shards that a finished store lacks.
+        unfinished: shards being written, or left by a process that was killed.
+        shapes: samples of each latent shape.
+        body_bytes: features of all shards.
+    """
+
+    finished: bool
+    shards: int
+    samples: int
+    missing: Sequence[int]
+    unfinished: int
+    shapes: Counter[LatentShape]
+    body_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedShard:
+    """A shard that is missing or damaged, and what is wrong with it."""
+
+    number: int
+    problems: Sequence[Problem]
+
+
+def store_status(store: Path) -> StoreStatus:
+    """Contents of a store, from the headers of its shards.
+
+    Raises:
+        DataError: DATA-010 for a folder that is no store, DATA-150 for a shard without a readable index, and what
+            `mm.data.store.catalog.open_catalog` raises of a finished store.
+    """
+    recipe = load_recipe(store)
+    present = _present(store)
+    known = open_catalog(store, recipe.key).manifest.shards if is_sharded(store) else None
+    shapes: Counter[LatentShape] = Counter()
+    samples = body_bytes = 0
+    for number in present:
+        about = read_table_header(shard_folder(store, number) / INDEX, KIND, "Run mm data repair on the store.").about
+        samples += about["samples"]
+        body_bytes += about["body_bytes"]
+        for channels, frames, height, width, count in about["shapes"]:
+            shapes[channels, frames, height, width] += count
+    missing = sorted(set(range(known or 0)) - set(present))
+    unfinished = len(list((store / SHARDS).glob(f"{TEMPORARY_PREFIX}*")))
+    return StoreStatus(known is not None, len(present), samples, missing, unfinished, shapes, body_bytes)
+
+
+def damaged_shards(store: Path, done: Callable[[int, int], None]) -> list[DamagedShard]:
+    """Read every byte of every shard and compare it with its digest.
+
+    Args:
+        store: its folder. done: told after each shard how many were read, and of how many.
+
+    Raises:
+        DataError: DATA-010 for a folder that is no store; DATA-072 when a file cannot be read, which is no damage.
+    """
+    recipe = load_recipe(store)
+    try:
+        catalog = open_catalog(store, recipe.key) if is_sharded(store) else None
+    except DataError:
+        catalog = None  # each shard says of itself what it must be
+    present = _present(store)
+    numbers = range(catalog.manifest.shards) if catalog is not None else present
+    found = []
+    for count, number in enumerate(numbers, start=1):
+        problems = list(_problems(store, number, catalog, recipe.key, max([*present, *numbers[-1:]]) + 1))
+        if any(problem.id == "DATA-072" for problem in problems):
+            raise DataError(*_parts(next(problem for problem in problems if problem.id == "DATA-072")))
+        if problems:
+            found.append(DamagedShard(number, problems))
+        done(count, len(numbers))
+    return found
+
+
+def drop_shards(store: Path, damaged: Sequence[DamagedShard]) -> None:
+    """Remove damaged shards, and first of all what says that the store is finished."""
+    (store / MANIFEST).unlink(missing_ok=True)
+    for shard in damaged:
+        shutil.rmtree(shard_folder(store, shard.number), ignore_errors=True)
+
+
+def catalog_is_whole(store: Path) -> bool:
+    """Test that a store is finished and that its manifest and catalog are in order."""
+    try:
+        return is_sharded(store) and bool(open_catalog(store, load_recipe(store).key))
+    except DataError:
+        return False
+
+
+def _problems(store: Path, number: int, catalog: Catalog | None, recipe_key: str, num_shards: int) -> Iterator[Problem]:
+    folder = shard_folder(store, number)
+    if not folder.exists():
+        yield Problem("DATA-154", f"{folder} is missing.", "Make it again.")
+        return
+    try:
+        if catalog is not None:
+            digest, samples, body_bytes = catalog.facts(number)
+        else:
+            header = read_table_header(folder / INDEX, KIND, "Make the shard again.")
+            digest, samples = header.digest, int(header.about.get("samples", -1))
+            body_bytes = int(header.about.get("body_bytes", -1))
+        shard = open_shard(store, ShardFacts(number, digest, samples, body_bytes, recipe_key, num_shards))
+    except DataError as error:
+        yield from error.problems
+        return
+    for blob in shard.blobs():
+        try:
+            read_blob(blob, str(blob))
+        except DataError as error:
+            yield from error.problems
+
+
+def _present(store: Path) -> list[int]:
+    folder = store / SHARDS
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if _NUMBER.fullmatch(name))
+
+
+def _parts(problem: Problem) -> tuple[str, str, str]:
+    return problem.id, problem.message, problem.remedy
