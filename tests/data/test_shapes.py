@@ -1,5 +1,6 @@
 """Shape rules against tables that the peers' own code gave, their guides, and closed forms."""
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -13,6 +14,7 @@ from mm.config.run.extraction import SourceClip
 from mm.config.run.shapes import TokenLength
 from mm.data.clips import choose_frames
 from mm.data.metadata import Annotation, VideoSample
+from mm.data.recipe import Recipe, save_recipe
 from mm.data.shapes.choose import choose_shape, fewest_frames, most_pixels
 from mm.data.shapes.ratio_buckets import BUCKETS, RANDOM_RATIO_WEIGHTS, RANDOM_RATIOS, closest_ratio
 from mm.data.shapes.shape import Shape
@@ -289,3 +291,21 @@ def test_the_fixed_size_is_that_of_before() -> None:
     clip = SourceClip(num_frames=9, height=32, width=48)
     assert shape(clip, 100, 100) == Shape(9, 32, 48, (48, 48), (8, 0))
     assert most_pixels(clip) == 9 * 32 * 48 and fewest_frames(clip) == 9
+
+
+def test_a_recipe_of_one_size_is_that_of_before(tmp_path: Path) -> None:
+    """Its key, of text written out here, and its file; a rule changes both."""
+    values = {
+        "format_version": 2, "task": "t2v", "vae": "v", "text_encoder": "t", "tokenizer": "k", "height": 480,
+        "width": 832, "num_frames": 81, "min_num_frames": None, "frame_interval": 1, "crop": "cover-bilinear-antialias-centre",
+        "vae_dtype": "fp32", "text_dtype": "bf16", "tile_size": None, "tile_stride": None,
+        "text_cleaning": "ftfy-html2-whitespace", "max_text_tokens": 512, "seed": 1,
+    }  # fmt: skip
+    recipe = Recipe(**values)
+    assert recipe.key == hashlib.sha256(json.dumps(values, separators=(",", ":")).encode()).hexdigest()[:16]
+    save_recipe(tmp_path, recipe)
+    assert "shape" not in (tmp_path / "recipe.json").read_text()
+    ruled = Recipe(**{**values, "height": None, "width": None}, shape={"rule": "max_pixels", "max_pixels": 4096})
+    assert ruled.key != recipe.key
+    save_recipe(tmp_path, ruled)
+    assert json.loads((tmp_path / "recipe.json").read_text())["shape"]["max_pixels"] == 4096

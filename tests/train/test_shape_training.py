@@ -12,6 +12,7 @@ from feature_samples import write_clip
 from safetensors.torch import load_file
 from training_runs import WEIGHTS, metrics
 
+from mm.cli import doctor as doctor_command
 from mm.cli import run as run_command
 from mm.data.video import probe, read_frames
 from mm.errors import ConfigError, DataError, MMError
@@ -106,6 +107,16 @@ def test_training_compares_the_rule(demo: Path, tmp_path: Path, extraction: dict
     extraction["data"]["clip"]["shape"] = {**RULE, "rounding": 1}
     with pytest.raises(DataError, match=r"DATA-014: The features in .* shape is"):
         go(extraction, tmp_path / "extract.yaml")
+
+
+def test_a_dry_run_asks_for_one_size(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "train.yaml"
+    for clip in ({}, {"clip": {"num_frames": 13, "shape": RULE}}):
+        file.write_text(yaml.safe_dump(training(demo, tmp_path, **clip)))
+        with pytest.raises(ConfigError, match=f"CFG-047: data.features.clip in {file} says no size"):
+            doctor_command.main([str(file), "--dry-run"])
+    doctor_command.main([str(file), "--dry-run", "--latent-size", "4", "6", "10"])
+    assert "60 a sample" in capsys.readouterr().out  # 4 x 3 x 5 tokens
 
 
 def test_samples_that_a_rule_leaves_out_are_told_or_skipped(tmp_path: Path, extraction: dict[str, Any]) -> None:
