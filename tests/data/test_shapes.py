@@ -298,10 +298,12 @@ def test_a_recipe_of_one_size_is_that_of_before(tmp_path: Path) -> None:
     values = {
         "format_version": 2, "task": "t2v", "vae": "v", "text_encoder": "t", "tokenizer": "k", "height": 480,
         "width": 832, "num_frames": 81, "min_num_frames": None, "frame_interval": 1,
-        "crop": "cover-bilinear-antialias-centre", "vae_dtype": "fp32", "text_dtype": "bf16", "tile_size": None, "tile_stride": None,
+        "crop": "cover-bilinear-antialias-centre",
+        "vae_dtype": "fp32", "text_dtype": "bf16", "tile_size": None, "tile_stride": None,
         "text_cleaning": "ftfy-html2-whitespace", "max_text_tokens": 512, "seed": 1,
     }  # fmt: skip
     recipe = Recipe(**values)
+    assert recipe.key == "954f6ea577ccf02b", "of a store of before there were rules"
     assert recipe.key == hashlib.sha256(json.dumps(values, separators=(",", ":")).encode()).hexdigest()[:16]
     save_recipe(tmp_path, recipe)
     assert "shape" not in (tmp_path / "recipe.json").read_text()
