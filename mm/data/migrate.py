@@ -26,6 +26,7 @@ from mm.data.features import FEATURES, LISTING, PRECISIONS, Feature, Origin, fea
 from mm.data.files import is_text, make_folder, path_below, raise_limited, read_rows
 from mm.data.listing import FeatureRow, write_listing
 from mm.data.recipe import UNKNOWN, Recipe, save_recipe
+from mm.data.store.catalog import holds_shards
 from mm.errors import DataError, Problem
 
 PIXELS_PER_LATENT = 8
@@ -59,10 +60,10 @@ def migrate(source: DataSource, target: Path, made_with: Clip, *, show_progress:
     Raises:
         DataError: DATA-049 when the files are of different tasks, DATA-060 or DATA-061 for the list, DATA-063 for
             unsafe paths, DATA-065 for a file that is unreadable or would run code, DATA-066 for one that is no feature
-            of Wan2.1, DATA-067 when its size is not `made_with`, DATA-068 when the target holds a finished store,
-            DATA-018 and DATA-019 when writing fails.
+            of Wan2.1, DATA-067 when its size is not `made_with`, DATA-068 when the target holds a finished store or
+            shards, DATA-018 and DATA-019 when writing fails.
     """
-    if (target / LISTING).exists():
+    if (target / LISTING).exists() or holds_shards(target):
         raise DataError("DATA-068", f"{target} holds a finished feature store.", "Name another folder.")
     entries = _entries(source)
     make_folder(target / FEATURES, "--target")

@@ -28,6 +28,7 @@ from mm.data.listing import FeatureRow, write_listing
 from mm.data.metadata import VideoSample
 from mm.data.recipe import RECIPE_FILE, Recipe, check_recipe, load_recipe, save_recipe
 from mm.data.sources.checking import CheckedRow
+from mm.data.store.catalog import holds_shards
 from mm.errors import DataError, Problem
 from mm.extract.skipping import (
     FAULTS_OF_A_VIDEO,
@@ -105,9 +106,13 @@ def plan(
 
 
 def check_store(store: Path, recipe: Recipe, overwrite: bool, words: Origins) -> None:
-    """Refuse a store of another recipe. Every process looks, so that all stop with the same error."""
+    """Refuse a store of another recipe or of shards. Every process looks, so that all stop with the same error."""
+    place = words["output.path"].name
+    if holds_shards(store):
+        message = f"{store} is a store of shards, and extraction writes files."
+        raise DataError("DATA-068", message, f"Give another {place}; mm migrate shards takes it over when it is done.")
     if (store / RECIPE_FILE).exists() and not overwrite:
-        place, anew = words["output.path"].name, words["output.overwrite"].with_value(True)
+        anew = words["output.overwrite"].with_value(True)
         remedy = f"Give another {place}, the values and weights it was made with, or {anew} to make it anew."
         check_recipe(store, load_recipe(store), recipe.model_dump(), remedy)
 

@@ -258,7 +258,7 @@ def test_recipe_key_depends_on_every_field(tmp_path: Path) -> None:
         "format_version": 3, "vae": "w", "text_encoder": "w", "tokenizer": "w", "height": 80, "width": 80,
         "num_frames": 13, "min_num_frames": 1, "frame_interval": 2, "crop": "none", "vae_dtype": "bf16",
         "text_dtype": "bf16", "tile_size": (34, 34), "tile_stride": None, "text_cleaning": "none",
-        "max_text_tokens": 256, "seed": 2, "shape": {"rule": "max_pixels"}, "frames": {"fps": 16.0},
+        "max_text_tokens": 256, "seed": 2, "shape": {"rule": "max_pixels"}, "frames": {"fps": 8.0},
     }  # fmt: skip
     images = {"image_encoder": "w", "condition_tile_size": (34, 34), "condition_tile_stride": (18, 16)}
     assert set(changed) | set(images) | {"task"} == set(Recipe.model_fields)
@@ -321,8 +321,11 @@ def test_data_set_of_two_stores(tmp_path: Path) -> None:
     both = feature_set(first).model_copy(update={"path": str(listing), "folder": None})
     dataset = open_features(both, MODEL)
     names = ["videos/0.mp4", "videos/1.mp4", "videos/2.mp4", "1:videos/0.mp4", "1:videos/1.mp4"]
-    assert [s.id for s in dataset.samples] == names
-    assert all(s.num_tokens == 3 * 4 * 4 and s.latent_shape == (16, 3, 8, 8) for s in dataset.samples)
+    assert [dataset.name(index) for index in range(len(dataset))] == names
+    assert {dataset.num_tokens(index) for index in range(5)} == dataset.token_counts() == {3 * 4 * 4}
+    assert {dataset.latent_shape(index) for index in range(5)} == {(16, 3, 8, 8)}
+    with pytest.raises(IndexError):
+        dataset.name(5)
     item = dataset[4]
     assert torch.equal(item["latents"], feature(1, 2).latents) and item["sample"] == 4
     assert item["prompt"].shape == (2, 8)
@@ -385,3 +388,25 @@ def test_links_of_a_store_are_followed(linked: str, tmp_path: Path) -> None:
     moved.symlink_to(tmp_path / "disk" / "blob")
     dataset = FeatureDataset([open_feature_store(store, store / "data.jsonl", RECIPE.key)], MODEL)
     assert torch.equal(dataset[0]["latents"], wanted)
+
+
+def test_buckets_of_two_stores(tmp_path: Path) -> None:
+    shapes = ((16, 3, 8, 8), (16, 1, 8, 8), (16, 3, 8, 8))
+    first = write_store(tmp_path / "1", 5, shapes)  # 0 2 3 and 1 4
+    second = write_store(tmp_path / "2", 3, ((16, 2, 4, 8), (16, 1, 8, 8)))  # 5 7 and 6
+    listing = tmp_path / "data.txt"
+    listing.write_text(f"{first}\n{second},data.jsonl\n")
+    dataset = open_features(feature_set(first).model_copy(update={"path": str(listing), "folder": None}), MODEL)
+    wanted = {(16, 1, 8, 8): [1, 4, 6], (16, 2, 4, 8): [5, 7], (16, 3, 8, 8): [0, 2, 3]}
+    assert list(dataset.buckets().items()) == [(shape, len(samples)) for shape, samples in wanted.items()]
+    for shape, samples in wanted.items():
+        assert [dataset.in_bucket(shape, k) for k in range(len(samples))] == samples
+        assert {dataset.latent_shape(index) for index in samples} == {shape}
+    for shape, k in (((16, 3, 8, 8), 3), ((16, 3, 8, 8), -1), ((16, 9, 8, 8), 0)):
+        with pytest.raises(IndexError):
+            dataset.in_bucket(shape, k)
+    assert dataset.shapes() == dataset.buckets() and list(dataset.shapes()) == [
+        (16, 3, 8, 8),
+        (16, 1, 8, 8),
+        (16, 2, 4, 8),
+    ]

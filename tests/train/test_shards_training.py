@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from training_runs import bits, run
 
-from mm.cli import data, doctor_data, migrate
+from mm.cli import data, doctor_data, extract, migrate
 from mm.config.flags import as_words
 from mm.errors import ConfigError, DataError
 
@@ -128,6 +128,25 @@ def test_doctor_reads_every_sample_of_shards(
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["by_error"]["DATA-152"] == lost and report["by_error"]["DATA-153"] == 1
     assert report["samples"] == 16 and report["clean"] == []
+
+
+def test_extraction_leaves_shards_alone(demo: Path, store: Path, tmp_path: Path) -> None:
+    before = content(store)
+    tools = json.loads((demo / "configs" / "tools.json").read_text())
+    tools["sorafeature"]["save_path"] = str(store)
+    (tmp_path / "tools.json").write_text(json.dumps(tools))
+    configs = demo / "configs"
+    words = {
+        "mm_data": configs / "data.json",
+        "mm_model": configs / "model_wan.json",
+        "mm_tool": tmp_path / "tools.json",
+    }
+    for more in ({}, {"overwrite": True}):
+        with pytest.raises(DataError, match=f"DATA-068: {store} is a store of shards"):
+            extract.main(as_words({**words, **more, "device": "cpu"}))
+    with pytest.raises(DataError, match="DATA-068"):
+        migrate.main(as_words({"source": demo, "target": store, "num_frames": 9, "max_height": 64, "max_width": 64}))
+    assert content(store) == before
 
 
 def test_words_that_are_no_job() -> None:

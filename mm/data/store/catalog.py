@@ -94,6 +94,11 @@ def is_sharded(store: Path) -> bool:
     return (store / MANIFEST).exists()
 
 
+def holds_shards(folder: Path) -> bool:
+    """Tell whether a folder has shards, of a store that is finished or not."""
+    return is_sharded(folder) or (folder / SHARDS).is_dir()
+
+
 def open_catalog(store: Path, recipe_key: str) -> Catalog:
     """Read the manifest and map the catalog.
 
