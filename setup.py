@@ -36,6 +36,7 @@ setup(
         "psutil>=6",
         "matplotlib>=3.9",
         "pillow>=10",
+        "pyarrow>=23",
         "tensorboard>=2.17",
     ],
     # triton: its interpreter runs the CUDA kernels on the CPU. A range, because a CUDA build of torch brings triton and
@@ -54,6 +55,6 @@ setup(
             "ruff==0.17.5",
             "mypy==2.4.1",
             "triton>=3.7,<3.10; platform_machine == 'x86_64' and sys_platform == 'linux'",
-        ]
+        ],
     },
 )

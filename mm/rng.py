@@ -20,6 +20,7 @@ Stream = Literal[
     "caption_dropout",
     "sample_order",
     "frame_choice",
+    "shape_choice",
     "caption_choice",
     "initial_noise",
     "evaluation_noise",

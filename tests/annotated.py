@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+from mm.config.data import DataSource
 from mm.data.files import raise_limited
-from mm.data.metadata import DataSource, VideoSample, check_rows
+from mm.data.metadata import VideoSample
+from mm.data.sources.checking import check_rows
 
 
 def load_samples(sources: Sequence[DataSource]) -> list[VideoSample]:

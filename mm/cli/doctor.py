@@ -27,7 +27,7 @@ from mm.config.unread import if_read, read_or
 from mm.dialects.mindspeed.reading import Reading
 from mm.dialects.mindspeed.train_flags import TrainFlags
 from mm.dialects.mindspeed.training import read_files, read_flags, translate
-from mm.errors import Problem
+from mm.errors import ConfigError, Problem
 from mm.stopping import StopRequest
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _check(argv: Sequence[str]) -> None:
     if not flags.dry_run:
         doctor_ready.check(sections, layout, where, argv, as_json=flags.json_output)
         return
-    frames, height, width = flags.latent_size or sections.data.features.clip.latent_size
+    frames, height, width = flags.latent_size or _largest_clip(sections)
 
     from mm.doctor.dry_run import DryRunJob, dry_run
     from mm.lora.plan import plan_of
@@ -124,6 +124,16 @@ def _asked(argv: Sequence[str]) -> tuple[TrainingRun, DoctorOptions]:
     reading = Reading()
     flags = read_flags(DoctorFlags, argv, "mm doctor", reading)
     return translate(flags, read_files(flags, reading)), flags
+
+
+def _largest_clip(sections: TrainingRun) -> tuple[int, int, int]:
+    """Latents of the clip that the features have; CFG-047 where the run does not say one size for all."""
+    clip = sections.data.features.clip
+    size = None if clip is None else clip.latent_size
+    if size is None:
+        found = f"{sections.word('data.features.clip')} says no size that all samples have."
+        raise ConfigError("CFG-047", found, "Give the latents of one as --latent-size F H W, such as 21 60 104.")
+    return size
 
 
 def _problems(flags: DoctorOptions, wan: WanConfig, world_size: int) -> list[Problem]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from mm.cli.entry import run as run_command
 from mm.cli.run_file import run_file
 from mm.config.base import load_json
-from mm.config.data import NOT_WITH_DECORD, data_sources
+from mm.config.data import NOT_WITH_DECORD
 from mm.config.flags import Flags, parse_flags
 from mm.config.output import require_writable_folder
 from mm.config.rules.extraction import check_extraction
@@ -52,6 +52,9 @@ class DoctorDataOptions(Flags):
 
     output: str | None = Field(None, description="folder for report.json and for the lists without the bad rows")
     quick: bool = Field(False, description="videos: count frames and decode the first ones only")
+    probed: str | None = Field(
+        None, description="videos: file that keeps sizes and numbers of frames; report.json then counts them"
+    )
     num_workers: int = Field(2, ge=1, description="processes that read")
     decode_timeout: float = Field(120.0, gt=0, description="seconds for one sample")
 
@@ -78,19 +81,25 @@ def main(argv: Sequence[str]) -> None:
     """Check all samples and print one line.
 
     Raises:
-        ConfigError: for flags and files, all problems at once; CFG-111 and CFG-112 for flags that do not fit the data.
+        ConfigError: for flags and files, all problems at once; CFG-111 and CFG-112 for flags that do not fit the data
+            or each other.
         DataError: DATA-076 when a sample is bad; for lists, stores or an output folder that cannot be used at all.
     """
     asked, flags, data = _asked(argv)
     if flags.output:
         require_writable_folder(flags.output, "--output")
+    elif flags.probed is not None:
+        message = "--probed has no effect without --output, which gets the counts."
+        raise ConfigError("CFG-112", message, "Give --output, or remove it.")
     began = time.monotonic()
+    sizes: list[dict[str, int | str]] | None = None
     if isinstance(asked, ExtractionRun):
         kind, checked = "videos", _check_videos(asked, flags)
+        sizes = _sizes(asked, checked, flags)
     else:
         kind, checked = "features", _check_features(of_kind(asked, TrainingRun), flags)
     seconds = time.monotonic() - began
-    about = {"data": data, "kind": kind, "quick": flags.quick}
+    about = {"data": data, "kind": kind, "quick": flags.quick} | ({} if sizes is None else {"sizes": sizes})
     clean = _write(Path(flags.output), checked, about, seconds) if flags.output else []
     if checked.not_with_decord:
         print(f"{checked.not_with_decord} of {checked.num_samples} videos: {NOT_WITH_DECORD}")
@@ -100,9 +109,8 @@ def main(argv: Sequence[str]) -> None:
     by_error = ", ".join(f"{count} {error}" for error, count in checked.by_error().items())
     message = f"{len(checked.bad)} of {checked.num_samples} samples cannot be used: {by_error} ({seconds:.1f} s)."
     if flags.output:
-        left = len(checked.bad) < checked.num_samples
-        others = f" and use {', '.join(map(str, clean))}, which list the others" if clean else ""
-        others = others if left else "; no sample is left"
+        left = "" if len(checked.bad) < checked.num_samples else "; no sample is left"
+        others = f" and use {', '.join(map(str, clean))}, which list the others" if clean else left
         raise DataError("DATA-076", message, f"See {Path(flags.output) / 'report.json'}{others}.")
 
     from mm.data.files import raise_limited
@@ -144,17 +152,19 @@ def _says_features(path: str) -> bool:
 
 def _check_videos(run: ExtractionRun, flags: DoctorDataOptions) -> CheckedData:
     check_extraction(run)
-    sources = data_sources(run.data.path, run.data.folder)
-    columns = read_or(if_read(lambda: run.task.columns), ())
+    task = read_or(if_read(lambda: run.task), None)
 
     from mm.data.check import check_videos
+    from mm.data.sources.checking import annotated_sources
+
+    sources = annotated_sources(run.data)
 
     with _Bar() as bar:
         return check_videos(
             sources,
             run.data.clip,
             run.extraction.seed,
-            columns=columns,
+            task=task,
             quick=flags.quick,
             num_workers=flags.num_workers,
             time_limit=flags.decode_timeout,
@@ -162,11 +172,32 @@ def _check_videos(run: ExtractionRun, flags: DoctorDataOptions) -> CheckedData:
         )
 
 
+def _sizes(run: ExtractionRun, checked: CheckedData, flags: DoctorDataOptions) -> list[dict[str, int | str]] | None:
+    """Counts of kinds, lengths and sizes among the samples that can be used, where they are asked for."""
+    if flags.probed is None:
+        return None
+
+    from mm.data.probe_cache import ProbeCache
+    from mm.data.probing import count_sizes, probe_samples
+
+    with ProbeCache(Path(flags.probed)) as cache:
+        return count_sizes(
+            probe_samples(
+                checked.good,
+                cache,
+                reader=run.data.clip.reader,
+                num_workers=flags.num_workers,
+                time_limit=flags.decode_timeout,
+            )
+        )
+
+
 def _check_features(run: TrainingRun, flags: DoctorDataOptions) -> CheckedData:
     problems = [*run.problems, *broken(FEATURE_RULES, run)]
-    if flags.quick:
-        found = "--quick has no effect on features."
-        problems.append(Problem("CFG-112", found, "Remove it; every feature file is read."))
+    for flag, is_given in (("--quick", flags.quick), ("--probed", flags.probed is not None)):
+        if is_given:
+            found = f"{flag} has no effect on features."
+            problems.append(Problem("CFG-112", found, "Remove it; every feature file is read."))
     raise_all(ConfigError, problems)
 
     from mm.data.check import check_features
@@ -227,10 +258,11 @@ def _write(folder: Path, checked: CheckedData, about: dict[str, Any], seconds: f
     make_folder(folder, "--output")
     clean = []
     for number, one in enumerate(checked.lists):
-        if one.rows is None or not one.good_rows():
+        text = one.clean()
+        if text is None:
             continue
         path = folder / _clean_name(one, number if len(checked.lists) > 1 else None)
-        content = one.rows.text_of(one.good_rows()).encode()
+        content = text.encode()
         write_atomically(path, [content], len(content))
         clean.append(path)
     report: dict[str, Any] = {

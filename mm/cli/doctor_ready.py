@@ -97,15 +97,19 @@ def check(
 def _draws(sections: TrainingRun, samples: int) -> str | None:
     """Draws of this process for the first step; None without features, of which the check of features tells."""
     from mm.data.dataset import open_features
+    from mm.data.planning import sampling_plan
+    from mm.data.sampler import BatchPlan
     from mm.diffusion.flow import FlowMatching
     from mm.doctor import preflight
 
+    data, seed = sections.data, sections.training.seed
+    batches = BatchPlan(samples, data.micro_batch_size)
     try:
-        dataset = open_features(sections.data.features, sections.wan)
+        dataset = open_features(data.features, sections.wan)
+        plan = sampling_plan(dataset, batches, data.mixture, seed, shuffle=data.shuffle)
     except MMError:
         return None
-    flow, seed = FlowMatching(sections.objective), sections.training.seed
-    return preflight.draws(dataset, flow, seed, samples, shuffle=sections.data.shuffle)
+    return preflight.draws(dataset, plan, FlowMatching(sections.objective), seed, batches.groups_of_step)
 
 
 def _memory(

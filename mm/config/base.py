@@ -10,7 +10,7 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -106,7 +106,14 @@ def hint(word: str, known: list[str]) -> str:
 
 
 def _problem(section: type[BaseModel], item: Mapping[str, Any], source: str) -> Problem:
-    location = ".".join(str(part) for part in item["loc"])
+    location = ".".join(str(part) for part in plain_place(section, item["loc"]))
+    if item["type"] == "union_tag_not_found":
+        return Problem("CFG-004", f'{source} lacks the key "{location}.{_tag_key(item)}".', "Add it.")
+    if item["type"] == "union_tag_invalid":
+        found = f'{source}: "{location}.{_tag_key(item)}" is {_short(item["ctx"]["tag"])}'
+        return Problem(
+            "CFG-005", f"{found}; expected is one of {item['ctx']['expected_tags']}.", "Give it one of these."
+        )
     if item["type"] == "extra_forbidden":
         meant = hint(str(item["loc"][-1]), fields_at(section, tuple(item["loc"])[:-1]))
         return Problem("CFG-003", f'{source} has the unknown key "{location}".{meant}', "Correct or remove the key.")
@@ -118,15 +125,44 @@ def _problem(section: type[BaseModel], item: Mapping[str, Any], source: str) -> 
 
 
 def fields_at(section: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """Names known at a place inside nested sections."""
-    current: Any = section
+    """Names known at a place inside nested sections, as pydantic tells it."""
+    return list(_walk(section, location)[1].model_fields)
+
+
+def plain_place(section: type[BaseModel], location: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A place as pydantic tells it, without the words by which it tells sections of one field from each other."""
+    return _walk(section, location)[0]
+
+
+def sections_in(section: type[BaseModel], name: str) -> list[type[BaseModel]]:
+    """The sections that a field may hold; where they are several, a key of theirs (`tag_of`) tells which."""
+    annotation = section.model_fields[name].annotation
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return [one for one in candidates if isinstance(one, type) and issubclass(one, BaseModel)]
+
+
+def has_tag(section: type[BaseModel], key: str, tag: object) -> bool:
+    """Tell whether a section of several is the one that a word in its key names."""
+    return key in section.model_fields and tag in get_args(section.model_fields[key].annotation)
+
+
+def _walk(section: type[BaseModel], location: tuple[Any, ...]) -> tuple[tuple[Any, ...], type[BaseModel]]:
+    """The place inside nested sections, and the section there."""
+    place: list[Any] = []
+    current, options, key = section, list[type[BaseModel]](), ""
     for part in location:
-        field = current.model_fields.get(part) if isinstance(part, str) and hasattr(current, "model_fields") else None
-        if field is None:
+        if len(options) > 1 and (chosen := next((one for one in options if has_tag(one, key, part)), None)):
+            current, options = chosen, []
             continue
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), current)
-    return list(current.model_fields)
+        place.append(part)
+        if isinstance(part, str) and part in current.model_fields:
+            options, key = sections_in(current, part), str(current.model_fields[part].discriminator or "")
+            current = options[0] if options else current
+    return tuple(place), current
+
+
+def _tag_key(item: Mapping[str, Any]) -> str:
+    return str(item["ctx"]["discriminator"]).strip("'")
 
 
 def _short(value: Any) -> str:

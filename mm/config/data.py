@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from mm.config.path_line import LineError, read_paths, write_paths
 from mm.errors import ConfigError, Problem, raise_all
@@ -15,13 +16,32 @@ SIZE_MULTIPLE = 2 * LATENT_PIXELS  # 2 latent pixels per token
 NOT_WITH_DECORD = "read with PyAV and not with decord, since nothing proves that decord gives the same frames"
 MAX_TEXT_TOKENS = 512  # tokens of text that Wan2.1 was trained with
 
+SourceFormat = Literal["mindspeed", "videox-fun", "diffsynth", "simpletuner", "hf-folder"]
+"""Dialects of metadata, one file each in `mm/data/sources/`."""
+
 
 @dataclass(frozen=True)
 class DataSource:
-    """One data set: the folder its paths start from and the file that lists its samples."""
+    """One data set.
+
+    Attributes:
+        folder: that its paths start from. annotation: the file that lists its samples.
+        format: of that file; None where what stands in it tells.
+        file_keys: columns whose cells are paths, beside those that the format knows.
+    """
 
     folder: Path
     annotation: Path
+    format: SourceFormat | None = None
+    file_keys: tuple[str, ...] = ()
+
+
+def default_folder(path: str, format: SourceFormat | None) -> str | None:
+    """The folder that a table's paths start from where none is said; None where one must be said.
+
+    Tables of Hugging Face's folders lie beside the files; SimpleTuner's file names a folder in each of its entries.
+    """
+    return {"hf-folder": str(Path(path).parent), "simpletuner": "."}.get(format or "")
 
 
 def data_sources(path: str, folder: str | None = None, default_annotation: str | None = None) -> list[DataSource]:

@@ -12,12 +12,12 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import reduce
 from types import UnionType
-from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, NoReturn, TypeGuard, TypeVar, Union, get_origin
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from mm.config.base import closest, fields_at, validation_problems
+from mm.config.base import closest, fields_at, has_tag, plain_place, sections_in, validation_problems
 from mm.errors import Problem
 
 Place = tuple[int | str, ...]
@@ -63,7 +63,7 @@ def read_or(value: ValueT, other: ValueT) -> ValueT:
     return other if isinstance(value, Unread) else value
 
 
-def is_given(value: object) -> bool:
+def is_given(value: ValueT | None) -> TypeGuard[ValueT]:
     """Tell whether a value is there that may be left out.
 
     Raises:
@@ -133,7 +133,7 @@ def parse_parts(section: type[SectionT], values: Any, source: str) -> tuple[Sect
         return section.model_validate_json(json.dumps(values)), []
     except ValidationError as error:
         problems = validation_problems(section, error, source)
-        unsure, known = set(_unsure(section, error, values)), _without_unknown(error, values)
+        unsure, known = set(_unsure(section, error, values)), _without_unknown(section, error, values)
         seen = [(item["loc"], item["type"]) for item in error.errors(include_url=False)]
     try:
         result = section.model_validate_json(json.dumps(known))
@@ -143,7 +143,7 @@ def parse_parts(section: type[SectionT], values: Any, source: str) -> tuple[Sect
         items = error.errors(include_url=False)
         told = zip(items, validation_problems(section, error, source), strict=True)
         problems += [problem for item, problem in told if (item["loc"], item["type"]) not in seen]
-        unsure |= {item["loc"] for item in items}
+        unsure |= {plain_place(section, item["loc"]) for item in items}
     return readable(section, known, unsure), problems
 
 
@@ -155,7 +155,8 @@ def readable(section: type[SectionT], values: Any, unsure: set[Place]) -> Sectio
     fields: dict[str, Any] = {}
     for name, field in section.model_fields.items():
         own = {place[1:] for place in unsure if place[0] == name}
-        inner, value = section_of(section, name), values.get(name)
+        value = values.get(name)
+        inner = section_of(section, name, value)
         if own and inner is not None and isinstance(value, dict) and () not in own:
             fields[name] = readable(inner, value, own)
         elif own:
@@ -165,31 +166,39 @@ def readable(section: type[SectionT], values: Any, unsure: set[Place]) -> Sectio
     return section.model_construct(_fields_set=set(fields), **fields)
 
 
-def section_of(section: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """The section that a field holds, or None where it holds a value."""
-    annotation = section.model_fields[name].annotation
-    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    return next((one for one in options if isinstance(one, type) and issubclass(one, BaseModel)), None)
+def section_of(section: type[BaseModel], name: str, value: Any = None) -> type[BaseModel] | None:
+    """The section that a field holds, or None where it holds a value.
+
+    Args:
+        section, name: the field. value: what it holds, which tells the section of a field that may hold several.
+    """
+    field = section.model_fields[name]
+    options = sections_in(section, name) if get_origin(field.annotation) in (None, Union, UnionType) else []
+    if field.discriminator is None:
+        return options[0] if options else None
+    key = str(field.discriminator)
+    tag = value.get(key) if isinstance(value, Mapping) else None
+    return next((one for one in options if has_tag(one, key, tag)), None)
 
 
 def _unsure(section: type[BaseModel], error: ValidationError, values: Any) -> Iterator[Place]:
     for item in error.errors(include_url=False):
-        place: Place = item["loc"]
+        place: Place = plain_place(section, item["loc"])
         if item["type"] != "extra_forbidden":
             yield place
             continue
         beside = reduce(lambda inner, part: inner[part], place[:-1], values)
-        meant = closest(str(place[-1]), fields_at(section, place[:-1]))
+        meant = closest(str(place[-1]), fields_at(section, item["loc"][:-1]))
         if meant and meant not in beside:
             yield (*place[:-1], meant)
 
 
-def _without_unknown(error: ValidationError, values: Any) -> Any:
+def _without_unknown(section: type[BaseModel], error: ValidationError, values: Any) -> Any:
     """The values without keys that the section does not have."""
     known = copy.deepcopy(values)
     for item in error.errors(include_url=False):
         if item["type"] == "extra_forbidden":
-            *parents, name = item["loc"]
+            *parents, name = plain_place(section, item["loc"])
             del reduce(lambda inner, part: inner[part], parents, known)[name]
     return known
 
@@ -199,4 +208,6 @@ def _checked(section: type[BaseModel], field: FieldInfo, value: Any) -> Any:
     kind: Any = field.annotation
     for bound in field.metadata:
         kind = Annotated[kind, bound]
+    if field.discriminator is not None:
+        kind = Annotated[kind, Field(discriminator=field.discriminator)]
     return TypeAdapter(kind).validate_json(json.dumps(value), strict=section.model_config.get("strict"))

@@ -12,15 +12,16 @@ from mm.config.data import DataSource
 from mm.config.model import WanConfig
 from mm.config.run.data import FeatureSet
 from mm.config.run.extraction import SourceClip
-from mm.config.tasks.task import Column
+from mm.config.tasks.task import Task
 from mm.data.clips import CheckClip, check_announced_length
 from mm.data.dataset import FeatureDataset, FeaturePlace, checked_sources, read_sample
-from mm.data.files import JsonRow, RowList, split_rows
 from mm.data.listing import FeatureStore, RowChecker
-from mm.data.metadata import Listed, VideoSample, check_row
+from mm.data.metadata import VideoSample
 from mm.data.recipe import Recipe
+from mm.data.sources.checking import Listed, check_source
 from mm.data.store.catalog import is_sharded
 from mm.data.store.opened import open_shards
+from mm.data.tables import TableRow, open_table
 from mm.data.workers import Parcel, Work, read_in_order
 from mm.errors import DataError, Problem
 
@@ -49,29 +50,21 @@ class BadSample:
 
 @dataclass(frozen=True)
 class CheckedList:
-    """One data set: its number of samples, which of them are bad, and the rows that list them; a store of shards has no
-    rows."""
+    """One data set: its rows (None for those that stand in no table), and which of them are bad."""
 
     source: DataSource
-    num_samples: int
-    rows: RowList | None
+    rows: list[TableRow | None] = field(default_factory=list)
     bad: dict[int, BadSample] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, source: DataSource, rows: RowList) -> CheckedList:
-        """A data set that rows list."""
-        return cls(source, len(rows.rows), rows)
 
     def add(self, data_set: int, number: int, names: _Names, problems: Sequence[Problem]) -> None:
         """Note a bad row; `names` are the sample's id and its file."""
         reason = " ".join(problem.message for problem in problems)
         self.bad[number] = BadSample(data_set, number, *names, problems[0].id, reason)
 
-    def good_rows(self) -> list[JsonRow]:
-        """The rows that can be used, in order."""
-        if self.rows is None:
-            return []
-        return [row for number, row in enumerate(self.rows.rows, start=1) if number not in self.bad]
+    def clean(self) -> str | None:
+        """A table with the rows that can be used, as they stood; None where none can, or there is no table."""
+        good = [row for number, row in enumerate(self.rows, start=1) if number not in self.bad and row is not None]
+        return open_table(self.source.annotation, "DATA-060").text_of(good) if good else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +74,17 @@ class CheckedData:
     Attributes:
         lists: the data sets.
         not_with_decord: videos for which decord is asked and which PyAV reads.
+        good: the samples of videos and images that can be used.
     """
 
     lists: Sequence[CheckedList]
     not_with_decord: int = 0
+    good: Sequence[VideoSample] = ()
 
     @property
     def num_samples(self) -> int:
         """Rows of all data sets."""
-        return sum(checked.num_samples for checked in self.lists)
+        return sum(len(checked.rows) for checked in self.lists)
 
     @property
     def bad(self) -> list[BadSample]:
@@ -106,7 +101,7 @@ def check_videos(
     preprocess: SourceClip,
     seed: int,
     *,
-    columns: Sequence[Column] = (),
+    task: Task | None = None,
     quick: bool,
     num_workers: int,
     time_limit: float,
@@ -115,7 +110,7 @@ def check_videos(
     """Check every row of annotation files, and read every clip as extraction would.
 
     Args:
-        sources, preprocess, seed: as extraction has them. columns: of the task, where it is known.
+        sources, preprocess, seed: as extraction has them. task: where it is known.
         quick: count the frames of a video and decode its first ones only.
         num_workers, time_limit: processes that read, seconds for each clip.
         done: told after each row how many there are in all.
@@ -123,26 +118,23 @@ def check_videos(
     Raises:
         DataError: DATA-060 for an annotation file of which no row can be told.
     """
-    listed = Listed(columns)
-    listings = [split_rows(source.annotation, "DATA-060") for source in sources]
-    lists = [CheckedList.of(source, rows) for source, rows in zip(sources, listings, strict=True)]
+    listed = Listed()
+    lists = [CheckedList(source) for source in sources]
     jobs: list[_RowToRead[VideoSample]] = []
-    for data_set, (checked, rows) in enumerate(zip(lists, listings, strict=True)):
-        for number, row in enumerate(rows.rows, start=1):
-            if row.problem is not None:
-                checked.add(data_set, number, (None, None), [row.problem])
-                continue
-            found = check_row(row.value, data_set, number, checked.source, listed)
-            problems = list(found.problems)
-            if found.sample is not None and not problems:
-                problems += _problems_of(check_announced_length, found.sample, preprocess)
-            if found.sample is not None and not problems:
-                jobs.append(_RowToRead(data_set, number, found.sample.id, str(found.sample.file), found.sample))
+    for data_set, checked in enumerate(lists):
+        for row in check_source(checked.source, data_set, listed, task):
+            checked.rows.append(row.row)
+            problems = list(row.problems)
+            if row.sample is not None and not problems:
+                problems += _problems_of(check_announced_length, row.sample, preprocess)
+            if row.sample is not None and not problems:
+                jobs.append(_RowToRead(data_set, row.number, row.sample.id, str(row.sample.file), row.sample))
             else:
-                names: _Names = (found.sample.id, str(found.sample.file)) if found.sample is not None else (None, None)
-                checked.add(data_set, number, names, problems)
+                names: _Names = (row.sample.id, str(row.sample.file)) if row.sample is not None else (None, None)
+                checked.add(data_set, row.number, names, problems)
     readers = _read_all(CheckClip(preprocess, seed, quick), jobs, lists, num_workers, time_limit, done)
-    return CheckedData(lists, readers["pyav"] if preprocess.reader == "decord" else 0)
+    good = [job.what for job in jobs if job.number not in lists[job.data_set].bad]
+    return CheckedData(lists, readers["pyav"] if preprocess.reader == "decord" else 0, good)
 
 
 def check_features(
@@ -165,26 +157,25 @@ def check_features(
         sharded = is_sharded(first.folder)
         store = open_shards(first.folder, recipe.key) if sharded else FeatureStore(first.folder, [], recipe.key)
         FeatureDataset([store], model).empty_prompt()
-    lists: list[CheckedList] = []
+    lists = [CheckedList(source) for source, _ in sources]
     jobs: list[_RowToRead[FeaturePlace]] = []
-    for data_set, (source, recipe) in enumerate(sources):
+    for data_set, (checked, (source, recipe)) in enumerate(zip(lists, sources, strict=True)):
         if is_sharded(source.folder):
             dataset = FeatureDataset([open_shards(source.folder, recipe.key)], model)
-            lists.append(CheckedList(source, len(dataset), None))
-            jobs += _shard_jobs(lists[-1], data_set, dataset)
+            checked.rows.extend([None] * len(dataset))
+            jobs += _shard_jobs(checked, data_set, dataset)
         else:
-            rows = split_rows(source.annotation, "DATA-010")
-            lists.append(CheckedList.of(source, rows))
-            jobs += _row_jobs(lists[-1], data_set, rows, recipe)
+            jobs += _row_jobs(checked, data_set, recipe)
     _read_all(_CheckFeature(model), jobs, lists, num_workers, time_limit, done)
     return CheckedData(lists)
 
 
-def _row_jobs(checked: CheckedList, data_set: int, rows: RowList, recipe: Recipe) -> Iterator[_RowToRead[FeaturePlace]]:
+def _row_jobs(checked: CheckedList, data_set: int, recipe: Recipe) -> Iterator[_RowToRead[FeaturePlace]]:
     """The files of a store to read; rows that are wrong in themselves are noted."""
     folder = checked.source.folder
     checker = RowChecker(folder, checked.source.annotation, recipe.task)
-    for number, row in enumerate(rows.rows, start=1):
+    for number, row in enumerate(open_table(checked.source.annotation, "DATA-010"), start=1):
+        checked.rows.append(row)
         if row.problem is not None:
             checked.add(data_set, number, (None, None), [row.problem])
             continue
@@ -229,7 +220,7 @@ def _read_all(
 ) -> Counter[str]:
     """Note what is bad; returns how many files each library read, where that is told."""
     readers: Counter[str] = Counter()
-    total = sum(checked.num_samples for checked in lists)
+    total = sum(len(checked.rows) for checked in lists)
     for _ in range(total - len(jobs)):
         done(total)
     outcomes = read_in_order(

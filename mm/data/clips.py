@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mm.config.data import TEMPORAL_STRIDE
 from mm.config.run.extraction import SourceClip
+from mm.config.run.shapes import FrameRule
 from mm.data.files import raise_limited
+from mm.data.image import probe_image, read_image
 from mm.data.metadata import VideoSample
-from mm.data.transforms import resize_and_crop
+from mm.data.shapes.choose import choose_shape, fewest_frames, most_pixels
+from mm.data.shapes.frames import frames_at_times, shortened, starts_at, usable_at
+from mm.data.shapes.shape import Shape, left_out
+from mm.data.transforms import to_shape
 from mm.data.video import VideoInfo, probe, read_frames
 from mm.data.workers import Parcel, bytes_to_share, read_in_order
 from mm.errors import DataError, Problem
 from mm.rng import generator
+
+_PILLOW = "pillow"
 
 
 @dataclass(frozen=True)
@@ -26,12 +34,15 @@ class Clip:
     Attributes:
         pixels: float32 [3, F, H, W] in [-1, 1].
         start: number of its first frame in the video.
-        read_by: the library that read it, decord or pyav.
+        read_by: the library that read it, decord, pyav or pillow.
+        taken: what a rule chose: the frames' numbers, the size that the picture was resized to, and the top and left
+            of the clip in it; None where the clip is of one size and its frames follow from `start`.
     """
 
     pixels: Tensor
     start: int
     read_by: str
+    taken: dict[str, Any] | None = None
 
     @property
     def num_frames(self) -> int:
@@ -40,17 +51,30 @@ class Clip:
 
 
 def load_clip(sample: VideoSample, preprocess: SourceClip, seed: int) -> Clip:
-    """Read, resize and crop the clip of one sample.
+    """Read, resize and crop the clip of one sample; an image gives a clip of one frame.
 
     Raises:
-        DataError: what `mm.data.video` raises, DATA-004 when the video is too short, DATA-005 when it is not what its
-            annotation says.
+        DataError: what `mm.data.video` and `mm.data.image` raise, DATA-004 when the video is too short, DATA-005 when
+            it is not what its annotation says, DATA-160 and DATA-161 what `mm.data.shapes.choose.choose_shape` raises,
+            DATA-160 for a video that is too long, DATA-162 for one without times.
     """
-    info, indices = _clip_frames(sample, preprocess, seed)
-    chunks = read_frames(sample.file, info, indices, preprocess.reader)
-    size = preprocess.height, preprocess.width
-    frames = torch.cat([resize_and_crop(chunk, *size, info.pixel_aspect) for chunk in chunks])
-    return Clip(frames.transpose(0, 1), indices[0], info.read_by)
+    if sample.kind == "image":
+        return _load_image(sample, preprocess, seed)
+    info, shape, indices = _plan_clip(sample, preprocess, seed)
+    once = sorted(set(indices))  # a rate above the video's takes frames more than once
+    frames = torch.cat([to_shape(chunk, shape) for chunk in read_frames(sample.file, info, once, preprocess.reader)])
+    if len(once) < len(indices):
+        frames = frames[torch.tensor([once.index(index) for index in indices])]
+    return Clip(frames.transpose(0, 1), indices[0], info.read_by, _taken(preprocess, shape, indices))
+
+
+def _load_image(sample: VideoSample, preprocess: SourceClip, seed: int) -> Clip:
+    pixels = read_image(sample.file)
+    height, width = pixels.shape[:2]
+    _check_image(sample, height, width)
+    shape = _shape_of(sample, preprocess, height, width, 1, seed)
+    frame = to_shape(pixels.permute(2, 0, 1).unsqueeze(0), shape)
+    return Clip(frame.transpose(0, 1), 0, _PILLOW, _taken(preprocess, shape, [0]))
 
 
 def clip_of_frames(frames: Tensor, sample: VideoSample, preprocess: SourceClip, seed: int) -> Clip:
@@ -59,17 +83,37 @@ def clip_of_frames(frames: Tensor, sample: VideoSample, preprocess: SourceClip, 
     Raises:
         DataError: DATA-004 when it is too short.
     """
-    indices = choose_frames(sample, len(frames), preprocess, seed)
-    chosen = frames[indices.start : indices.stop : indices.step].permute(0, 3, 1, 2)
-    pixels = resize_and_crop(chosen, preprocess.height, preprocess.width)
-    return Clip(pixels.transpose(0, 1), indices.start, "memory")
+    shape = _shape_of(sample, preprocess, frames.shape[1], frames.shape[2], len(frames), seed)
+    indices = choose_frames(sample, len(frames), preprocess, seed, most=shape.frames)
+    pixels = to_shape(frames[list(indices)].permute(0, 3, 1, 2), shape)
+    return Clip(pixels.transpose(0, 1), indices[0], "memory", _taken(preprocess, shape, indices))
 
 
-def _clip_frames(sample: VideoSample, preprocess: SourceClip, seed: int) -> tuple[VideoInfo, range]:
-    """Facts of the video, and the indices of the frames that are taken."""
+def _plan_clip(sample: VideoSample, preprocess: SourceClip, seed: int) -> tuple[VideoInfo, Shape, Sequence[int]]:
+    """Facts of the video, its shape, and the indices of the frames that are taken."""
     info = probe(sample.file, preprocess.reader)
     check_annotation(sample, info)
-    return info, choose_frames(sample, info.num_frames, preprocess, seed)
+    shape = _shape_of(sample, preprocess, info.height, info.width * info.pixel_aspect, info.num_frames, seed)
+    indices = choose_frames(sample, info.num_frames, preprocess, seed, most=shape.frames, times=info.times)
+    return info, shape, indices
+
+
+def _shape_of(
+    sample: VideoSample, preprocess: SourceClip, height: int, width: Fraction | int, num_frames: int, seed: int
+) -> Shape:
+    """The sample's shape, or the error of its rule with the file's name."""
+    try:
+        return choose_shape(preprocess, height, width, num_frames, generator(seed, "shape_choice", sample.id, 0))
+    except DataError as error:
+        problem = error.problems[0]
+        message = f"{sample.file}: {problem.message[:1].lower()}{problem.message[1:]}"
+        raise DataError(problem.id, message, problem.remedy) from None
+
+
+def _taken(preprocess: SourceClip, shape: Shape, indices: Sequence[int]) -> dict[str, Any] | None:
+    if preprocess.shape is None and preprocess.frames == FrameRule():
+        return None
+    return {"frames": list(indices), "resized": list(shape.cover), "corner": list(shape.corner)}
 
 
 @dataclass(frozen=True)
@@ -81,7 +125,8 @@ class _ReadClip:
 
     def __call__(self, sample: VideoSample, /) -> Parcel:
         clip = load_clip(sample, self.preprocess, self.seed)
-        return Parcel({"pixels": clip.pixels}, {"start": clip.start, "read_by": clip.read_by})
+        facts = {"start": clip.start, "read_by": clip.read_by}
+        return Parcel({"pixels": clip.pixels}, facts if clip.taken is None else facts | {"taken": clip.taken})
 
     def describe(self, sample: VideoSample, /) -> str:
         return str(sample.file)
@@ -95,13 +140,12 @@ def read_clips(
     A sample whose clip cannot be read gives the error that `load_clip` raises, DATA-070 when it takes longer than
     `time_limit` seconds, or DATA-071 when its reader died twice.
     """
-    shape = 3, preprocess.num_frames, preprocess.height, preprocess.width
     outcomes = read_in_order(
         _ReadClip(preprocess, seed),
         samples,
         num_workers=num_workers,
         time_limit=time_limit,
-        buffer_bytes=bytes_to_share(shape),
+        buffer_bytes=bytes_to_share((3, most_pixels(preprocess))),
     )
     for _, outcome in outcomes:
         yield outcome if isinstance(outcome, DataError) else Clip(outcome.tensors["pixels"], **outcome.facts)
@@ -117,8 +161,13 @@ class CheckClip:
 
     def __call__(self, sample: VideoSample, /) -> Parcel:
         """Tells which library reads the clip; raises what `load_clip` raises."""
-        if self.quick:
-            read_by: str = _clip_frames(sample, self.preprocess, self.seed)[0].read_by
+        if self.quick and sample.kind == "image":
+            size = probe_image(sample.file)
+            _check_image(sample, *size)
+            _shape_of(sample, self.preprocess, *size, 1, self.seed)
+            read_by = _PILLOW
+        elif self.quick:
+            read_by = _plan_clip(sample, self.preprocess, self.seed)[0].read_by
         else:
             read_by = load_clip(sample, self.preprocess, self.seed).read_by
         return Parcel({}, {"read_by": read_by})
@@ -128,49 +177,92 @@ class CheckClip:
         return str(sample.file)
 
 
-def choose_frames(sample: VideoSample, num_available: int, preprocess: SourceClip, seed: int) -> range:
-    """The frames of a sample's clip: contiguous up to `frame_interval`, from a start drawn from the seed.
+def choose_frames(
+    sample: VideoSample,
+    num_available: int,
+    preprocess: SourceClip,
+    seed: int,
+    *,
+    most: int | None = None,
+    times: Sequence[float] | None = None,
+) -> Sequence[int]:
+    """The frames of a sample's clip, ascending, from a start drawn from the seed or the first.
 
-    A video that is long enough gives `num_frames`. A shorter one is refused, or, where `min_num_frames` allows it,
-    gives the largest 4k + 1 frames it has.
+    They are contiguous up to `frame_interval`, or those nearest to a rate's moments. A video that is long enough gives
+    as many as its shape has. A shorter one is refused, or, where `min_num_frames` allows it, gives 4k + 1 frames.
 
     Args:
         sample: whose clip; its annotation's `cut` limits the frames to use.
         num_available: frames of the whole video.
         preprocess: the clip's rules.
         seed: the run's seed.
+        most: frames of its shape; default: `num_frames`.
+        times: of all frames, in seconds, where they are known.
 
     Raises:
-        DataError: DATA-004 when the video is too short, DATA-005 when `cut` lies outside it.
+        DataError: DATA-004 when the video is too short, DATA-005 when `cut` lies outside it, DATA-160 when it is too
+            long, DATA-162 when a rate is asked for and no times are known.
     """
     begin, end = _cut(sample, num_available)
-    interval = preprocess.frame_interval
-    usable = (end - begin - 1) // interval + 1
-    if usable >= preprocess.num_frames:
-        length = preprocess.num_frames
-    elif preprocess.min_num_frames is not None and usable >= preprocess.min_num_frames:
-        length = (usable - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1
-    else:
-        least = preprocess.num_frames if preprocess.min_num_frames is None else preprocess.min_num_frames
-        every = f" every {interval}" if interval > 1 else ""
-        raise DataError(
-            "DATA-004",
-            f"{sample.file} has {usable} frames to use{every}, and at least {least} are asked for.",
-            "Remove the video, lower num_frames, or set min_num_frames to accept shorter ones.",
-        )
-    slack = (end - begin) - ((length - 1) * interval + 1)
-    start = begin + int(torch.randint(slack + 1, (), generator=generator(seed, "frame_choice", sample.id, 0)))
+    rule, interval = preprocess.frames, preprocess.frame_interval
+    if rule.max_frames is not None and end - begin > rule.max_frames:
+        message = f"{sample.file} has {end - begin} frames, and at most {rule.max_frames} are taken."
+        raise left_out(message, "Remove the sample, cut it, or raise max_frames.")
+    shown = _times_of(sample, preprocess, times, begin, end)
+    usable = (end - begin - 1) // interval + 1 if rule.fps is None else usable_at(shown, rule.fps)
+    length = _length(sample, usable, preprocess, preprocess.num_frames if most is None else most)
+    starts = (end - begin) - (length - 1) * interval if rule.fps is None else starts_at(shown, rule.fps, length)
+    start = 0
+    if rule.start == "random":
+        start = int(torch.randint(starts, (), generator=generator(seed, "frame_choice", sample.id, 0)))
+    if rule.fps is not None:
+        return [begin + index for index in frames_at_times(shown, start, rule.fps, length)]
+    start += begin
     return range(start, start + (length - 1) * interval + 1, interval)
+
+
+def _length(sample: VideoSample, usable: int, preprocess: SourceClip, most: int) -> int:
+    """Number of frames of the clip; raises DATA-004."""
+    if usable >= most:
+        return most
+    least, multiple = preprocess.min_num_frames, preprocess.frames.length_multiple
+    if least is not None and usable >= least and (length := shortened(usable, multiple)):
+        return length
+    every = f" every {preprocess.frame_interval}" if preprocess.frame_interval > 1 else ""
+    every = every if preprocess.frames.fps is None else f" at {preprocess.frames.fps:g} a second"
+    wanted = most if least is None else max(least, multiple or 1)
+    raise DataError(
+        "DATA-004",
+        f"{sample.file} has {usable} frames to use{every}, and at least {wanted} are asked for.",
+        "Remove the video, lower num_frames, or set min_num_frames to accept shorter ones.",
+    )
+
+
+def _times_of(
+    sample: VideoSample, preprocess: SourceClip, times: Sequence[float] | None, begin: int, end: int
+) -> Sequence[float]:
+    """The times of the frames to use; none where frames are taken by number."""
+    if preprocess.frames.fps is None:
+        return ()
+    if times is None:
+        message = f"{sample.file}: it does not tell when its frames are shown, and fps takes them by their times."
+        raise DataError("DATA-162", message, "Put it into another form (ffmpeg -i IN out.mp4), or set no fps.")
+    return times[begin:end]
 
 
 def check_announced_length(sample: VideoSample, preprocess: SourceClip) -> None:
     """Refuse a video that is too short by its own annotation, before hours of work lead to it.
 
     Raises:
-        DataError: DATA-004.
+        DataError: DATA-004; DATA-160 for one that is too long.
     """
-    if sample.annotation.num_frames is not None and sample.annotation.cut is None:
-        choose_frames(sample, sample.annotation.num_frames, preprocess, seed=0)
+    announced = sample.annotation.num_frames
+    if sample.kind == "image" or announced is None:
+        return
+    if sample.annotation.cut is not None or preprocess.frames.fps is not None:
+        return
+    if announced > 1 or preprocess.shape is None:  # a shape rule takes one frame for an image
+        choose_frames(sample, announced, preprocess, seed=0, most=fewest_frames(preprocess))
 
 
 def check_annotation(sample: VideoSample, info: VideoInfo) -> None:
@@ -182,21 +274,36 @@ def check_annotation(sample: VideoSample, info: VideoInfo) -> None:
     Raises:
         DataError: DATA-005, all differences at once.
     """
+    shown = _Size(*info.shown_size)
+    _compare(sample, info.num_frames, _Size(info.height, info.width), shown)
+
+
+def _check_image(sample: VideoSample, height: int, width: int) -> None:
+    """`check_annotation` of an image."""
+    size = _Size(height, width)
+    _compare(sample, 1, size, size)
+
+
+class _Size(NamedTuple):
+    height: int
+    width: int
+
+
+def _compare(sample: VideoSample, num_frames: int, stored: _Size, shown: _Size) -> None:
     said = sample.annotation
     problems = []
-    if said.num_frames is not None and said.cut is None and said.num_frames != info.num_frames:
-        problems.append(_differs(sample, f"num_frames {said.num_frames}", f"{info.num_frames} frames"))
-    stored, shown = (info.height, info.width), info.shown_size
+    if said.num_frames is not None and said.cut is None and said.num_frames != num_frames:
+        problems.append(_differs(sample, f"num_frames {said.num_frames}", f"{num_frames} frames"))
     if said.resolution is not None and (said.resolution.height, said.resolution.width) not in (stored, shown):
         claimed = f"height {said.resolution.height}, width {said.resolution.width}"
-        as_shown = "" if stored == shown else f", shown as {shown[0]} x {shown[1]}"
-        problems.append(_differs(sample, claimed, f"height {info.height}, width {info.width}{as_shown}"))
+        as_shown = "" if stored == shown else f", shown as {shown.height} x {shown.width}"
+        problems.append(_differs(sample, claimed, f"height {stored.height}, width {stored.width}{as_shown}"))
     raise_limited(problems)
 
 
 def _differs(sample: VideoSample, claimed: str, found: str) -> Problem:
-    message = f"{sample.file}: the annotation says {claimed}, the video has {found}."
-    return Problem("DATA-005", message, "Correct the annotation, or replace the video if it is the wrong one.")
+    message = f"{sample.file}: the annotation says {claimed}, the {sample.kind} has {found}."
+    return Problem("DATA-005", message, f"Correct the annotation, or replace the {sample.kind} if it is the wrong one.")
 
 
 def _cut(sample: VideoSample, num_available: int) -> tuple[int, int]:

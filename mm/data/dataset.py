@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -146,6 +146,11 @@ class FeatureDataset(Dataset[FeatureItem]):
     def buckets(self) -> dict[LatentShape, int]:
         """Number of samples with each latent shape, in the order of the shapes."""
         return dict(sorted(self.shapes().items()))
+
+    def parts(self) -> Iterator[tuple[Path, int, FeatureDataset]]:
+        """Each store's folder, the index of its first sample here, and a data set of it alone."""
+        for first, store in zip(self._first, self._stores, strict=False):
+            yield store.folder, first, FeatureDataset([store], self.model)
 
     def in_bucket(self, shape: LatentShape, k: int) -> int:
         """Index of the k-th sample of a latent shape, in the order of the data set; k counts from 0.

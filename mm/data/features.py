@@ -80,21 +80,24 @@ class Feature:
         prompt: [L, D], the caption's embedding at its true length.
         start_frame: first frame of the clip in its video.
         features: what the task declares, by name.
+        taken: what a shape rule chose (`mm.data.clips.Clip.taken`), where there is one.
     """
 
     latents: Tensor | None
     prompt: Tensor
     start_frame: int = 0
     features: Mapping[str, Tensor] = field(default_factory=dict)
+    taken: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Header of a feature file: tensor names with (dtype, shape), its origin, the clip's first frame."""
+    """Header of a feature file: tensor names with (dtype, shape), its origin, first frame and `Feature.taken`."""
 
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     origin: Origin
     start_frame: int
+    taken: Mapping[str, Any] | None = None
 
 
 def feature_name(sample: str) -> str:
@@ -142,15 +145,15 @@ def write_feature(path: Path, feature: Feature, origin: Origin, text_len: int) -
     found = {**prompt_tensors(feature.prompt, text_len), **feature.features}
     if feature.latents is not None:
         found["latents"] = feature.latents
-    content = serialised(found, origin, feature.start_frame, str(path))
+    content = serialised(found, origin, feature, str(path))
     write_atomically(path, [content], len(content))
 
 
-def serialised(tensors: Mapping[str, Tensor], origin: Origin, start_frame: int, place: str) -> bytes:
+def serialised(tensors: Mapping[str, Tensor], origin: Origin, feature: Feature, place: str) -> bytes:
     """Content of a feature file, or of a blob of a shard.
 
     Args:
-        tensors: by name. origin, start_frame: what its header says.
+        tensors: by name. origin: what they are made from. feature: whose clip its header describes.
         place: where it goes, for the message.
 
     Raises:
@@ -158,8 +161,10 @@ def serialised(tensors: Mapping[str, Tensor], origin: Origin, start_frame: int, 
     """
     given = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     require_finite(given, place, "The encoder gave it; check the weights, or try dtype fp32 in model_wan.json.")
-    about = json.dumps({**asdict(origin), "start_frame": start_frame})
-    return save(given, {"made_from": about})  # one entry: the library writes several in no fixed order
+    about: dict[str, Any] = {**asdict(origin), "start_frame": feature.start_frame}
+    if feature.taken is not None:
+        about["taken"] = feature.taken
+    return save(given, {"made_from": json.dumps(about)})  # one entry: the library writes several in no fixed order
 
 
 def prompt_tensors(prompt: Tensor, text_len: int) -> dict[str, Tensor]:
@@ -188,7 +193,7 @@ def parse_header(stream: BinaryIO, size: int) -> Header:
     if any(size < 0 for _, shape in tensors.values() for size in shape):
         raise ValueError("a tensor has a negative size")
     origin = Origin(about["sample"], about["recipe"], about["caption"], about["video"])
-    return Header(tensors, origin, int(about["start_frame"]))
+    return Header(tensors, origin, int(about["start_frame"]), about.get("taken"))
 
 
 def read_header(path: Path) -> Header:
@@ -274,7 +279,7 @@ def checked_feature(header: Header, tensors: Mapping[str, Tensor], place: str, r
         message = f"{place}: prompt has {length} tokens, and prompt_mask marks others."
         raise DataError("DATA-012", message, remedy)
     features = {name: value for name, value in tensors.items() if name not in _OF_EVERY_TASK}
-    return Feature(tensors.get("latents"), tensors["prompt"], header.start_frame, features)
+    return Feature(tensors.get("latents"), tensors["prompt"], header.start_frame, features, header.taken)
 
 
 def _header_problems(header: Header, place: str, model: WanConfig, again: str) -> list[Problem]:

@@ -36,6 +36,7 @@ class FeatureRow(Section):
         latent_shape: [16, F, H, W]. text_tokens: L.
         task: what the features are for.
         video: `mm.data.features.video_fingerprint` of the video; None in lists of earlier versions and migrated stores.
+        taken: what a shape rule chose; left out where there is none.
     """
 
     sample: str = Field(min_length=1)
@@ -49,6 +50,11 @@ class FeatureRow(Section):
     text_tokens: int = Field(ge=1)
     task: TaskName = DEFAULT.name
     video: str | None = None
+    taken: dict[str, Any] | None = None
+
+    def line(self) -> bytes:
+        """The row as a line of data.jsonl."""
+        return (self.model_dump_json(exclude={"taken"} if self.taken is None else None) + "\n").encode()
 
 
 class FeatureStore:
@@ -156,5 +162,5 @@ class RowChecker:
 
 def write_listing(folder: Path, rows: Sequence[FeatureRow]) -> None:
     """Write data.jsonl in one step; raises what `write_atomically` raises."""
-    lines = [(row.model_dump_json() + "\n").encode() for row in rows]
+    lines = [row.line() for row in rows]
     write_atomically(folder / LISTING, lines, sum(map(len, lines)))

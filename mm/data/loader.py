@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -15,15 +15,21 @@ from torch import Tensor
 
 from mm.config.bad_samples import FAIL, OnBadSample
 from mm.config.model import WanConfig
+from mm.config.run.data import Mixture
+from mm.data.balance import cost_of_model
 from mm.data.dataset import FeatureDataset, FeaturePlace, SampleTensors, read_empty_prompt, read_sample
+from mm.data.plan import PlannedSample, SamplingPlan
+from mm.data.planning import sampling_plan
 from mm.data.replacing import Replaced, check_replaced, may_be_replaced
-from mm.data.sampler import BatchPlan, MicroBatchSampler, next_in_epoch
+from mm.data.sampler import BatchPlan, MicroBatchSampler
 from mm.data.store.blobs import Blob
 from mm.data.workers import Outcome, Parcel, as_error, as_facts, bytes_to_share, read_in_order
 from mm.errors import DataError
 from mm.rng import generator, training_noise
 
 logger = logging.getLogger(__name__)
+
+ONE_SOURCE = Mixture()
 
 
 class _Notes(TypedDict, total=False):
@@ -63,6 +69,7 @@ def feature_batches(
     consumed_samples: int = 0,
     caption_dropout: float = 0.0,
     shuffle: bool = True,
+    mixture: Mixture = ONE_SOURCE,
     num_workers: int = 0,
     read_timeout: float = 600.0,
     pin_memory: bool = False,
@@ -79,6 +86,7 @@ def feature_batches(
         consumed_samples: samples that all replicas together trained on before.
         caption_dropout: probability of the empty caption, drawn for each (sample, epoch).
         shuffle: a new order each epoch, else the listings' order.
+        mixture: how the stores are mixed, and what becomes of shapes with few samples.
         num_workers: reading processes; 0 reads in this one, where nothing can end a read that hangs.
         read_timeout: seconds to read one micro-batch.
         pin_memory: put batches into page-locked memory.
@@ -86,21 +94,21 @@ def feature_batches(
         with_noise: draw the noise of each sample beside reading it, ahead of the step that needs it.
 
     Raises:
-        DataError: DATA-015 at once when samples of different shapes would have to share a micro-batch, and what
-            `FeatureDataset.empty_prompt` raises if captions are to be dropped; while iterating, what reading a sample
+        DataError: at once what `sampling_plan` raises, and what `FeatureDataset.empty_prompt` raises if captions are to
+            be dropped; while iterating, what reading a sample
             raises, DATA-070 and DATA-071 for a reader that hangs or dies twice, DATA-074 when more samples of an epoch
             are replaced than allowed in this replica alone.
     """
-    _require_one_shape(dataset, plan.micro_batch_size)
+    order = sampling_plan(dataset, plan, mixture, seed, shuffle=shuffle)
     empty = None
     if caption_dropout > 0:
         dataset.empty_prompt()  # a damaged one is told now, and not when a caption happens to be dropped
         empty = dataset.empty_prompt_file()
-    draws = _Draws(dataset, seed, caption_dropout, shuffle, on_bad_sample)
-    sampler = MicroBatchSampler(plan, len(dataset), seed, consumed_samples, shuffle)
+    draws = _Draws(dataset, order, seed, caption_dropout, on_bad_sample)
+    sampler = MicroBatchSampler(order, plan, consumed_samples, _cost(dataset))
     outcomes = read_in_order(
         _ReadBatch(dataset.model, text_len, empty, seed if with_noise else None),
-        ([draws.draw(index, epoch) for index, epoch in places] for places in sampler),
+        ([draws.draw(sample) for sample in group] for group in sampler),
         num_workers=num_workers,
         time_limit=read_timeout,
         buffer_bytes=_most_bytes(dataset, plan.micro_batch_size, text_len, with_noise=with_noise),
@@ -112,11 +120,10 @@ def feature_batches(
 
 @dataclass(frozen=True, slots=True)
 class _Draw:
-    """A sample of an epoch: its id and index, where it is, whether its caption is dropped, what it stands in for."""
+    """A sample as planned: its id, where it is, whether its caption is dropped, what it stands in for."""
 
     name: str
-    index: int
-    epoch: int
+    sample: PlannedSample
     place: FeaturePlace
     without_caption: bool
     instead_of: Replaced | None = None
@@ -124,25 +131,25 @@ class _Draw:
 
 
 class _Draws:
-    """Decides what is read: a function of the seed, the epoch and which files are damaged."""
+    """Decides what is read: a function of the seed, the plan and which files are damaged."""
 
     def __init__(
-        self, dataset: FeatureDataset, seed: int, caption_dropout: float, shuffle: bool, policy: OnBadSample
+        self, dataset: FeatureDataset, plan: SamplingPlan, seed: int, caption_dropout: float, policy: OnBadSample
     ) -> None:
         self._dataset = dataset
+        self._plan = plan
         self._seed = seed
         self._caption_dropout = caption_dropout
-        self._shuffle = shuffle
         self._policy = policy
         self._replaced_in_epoch: Counter[int] = Counter()
 
-    def draw(self, index: int, epoch: int, instead_of: Replaced | None = None, first_index: int = -1) -> _Draw:
-        name = self._dataset.name(index)
+    def draw(self, sample: PlannedSample, instead_of: Replaced | None = None, first_index: int = -1) -> _Draw:
+        name = self._dataset.name(sample.index)
         dropped = False
         if self._caption_dropout > 0:
-            chance = torch.rand((), generator=generator(self._seed, "caption_dropout", name, epoch))
+            chance = torch.rand((), generator=generator(self._seed, "caption_dropout", name, sample.draw))
             dropped = float(chance) < self._caption_dropout
-        return _Draw(name, index, epoch, self._dataset.place(index), dropped, instead_of, first_index)
+        return _Draw(name, sample, self._dataset.place(sample.index), dropped, instead_of, first_index)
 
     def without_bad_sample(self, batch: list[_Draw], outcome: Outcome) -> list[_Draw] | None:
         """The micro-batch with the next sample of the epoch in place of a damaged one, where the policy allows that."""
@@ -153,24 +160,23 @@ class _Draws:
         if not may_be_replaced(error):
             return None
         old = batch[number]
-        first = old.index if old.instead_of is None else old.first_index
-        index = next_in_epoch(old.index, old.epoch, len(self._dataset), self._seed, self._shuffle)
-        if index == first:  # once around: no sample is whole
+        first = old.sample.index if old.instead_of is None else old.first_index
+        sample = self._plan.next_in_epoch(old.sample)
+        if sample.index == first:  # once around: no sample is whole
             return None
-        new = self.draw(index, old.epoch, old.instead_of or Replaced(old.name, error.problems[0]), first)
+        new = self.draw(sample, old.instead_of or Replaced(old.name, error.problems[0]), first)
         return [*batch[:number], new, *batch[number + 1 :]]
 
     def note_replaced(self, batch: list[_Draw]) -> list[str]:
         """Count and log what was replaced in a micro-batch that is handed out now; returns the ids."""
         for draw in batch:
             if draw.instead_of is not None:
-                self._replaced_in_epoch[draw.epoch] += 1
+                epoch = draw.sample.draw
+                self._replaced_in_epoch[epoch] += 1
                 bad = draw.instead_of
                 message = "%s is replaced by %s in epoch %d: %s"
-                logger.warning(message, bad.sample, draw.name, draw.epoch, bad.problem)
-                check_replaced(
-                    self._replaced_in_epoch[draw.epoch], len(self._dataset), len(self._dataset), self._policy
-                )
+                logger.warning(message, bad.sample, draw.name, epoch, bad.problem)
+                check_replaced(self._replaced_in_epoch[epoch], len(self._dataset), len(self._dataset), self._policy)
         return [draw.instead_of.sample for draw in batch if draw.instead_of is not None]
 
 
@@ -205,7 +211,7 @@ class _ReadBatch:
         if self.noise_seed is not None:
             shape = stacked["latents"].shape[1:]
             stacked["noise"] = torch.stack(
-                [training_noise(self.noise_seed, draw.name, draw.epoch, shape) for draw in batch]
+                [training_noise(self.noise_seed, draw.name, draw.sample.draw, shape) for draw in batch]
             )
         return Parcel(stacked, {})
 
@@ -234,7 +240,7 @@ def _batches(
                 "latents": tensors["latents"],
                 "text": tensors["text"],
                 "sample": [draw.name for draw in drawn],
-                "draw": [draw.epoch for draw in drawn],
+                "draw": [draw.sample.draw for draw in drawn],
                 "features": {name: tensors[name] for name in names},
             }
             if "noise" in tensors:
@@ -264,13 +270,9 @@ def _most_bytes(dataset: FeatureDataset, micro_batch_size: int, text_len: int, *
     return bytes_to_share(*((micro_batch_size, *shape) for shape in shapes))
 
 
-def _require_one_shape(dataset: FeatureDataset, micro_batch_size: int) -> None:
-    shapes = dataset.shapes()
-    if len(shapes) > 1 and micro_batch_size > 1:
-        counts = ", ".join(f"{count} of {list(shape)}" for shape, count in shapes.most_common(8))
-        more = f" and {len(shapes) - 8} more shapes" if len(shapes) > 8 else ""
-        raise DataError(
-            "DATA-015",
-            f"Micro-batches of {micro_batch_size} samples need one latent shape; there are {counts}{more}.",
-            "Set --micro-batch-size 1 (and raise --global-batch-size), or extract with one size and length.",
-        )
+def _cost(dataset: FeatureDataset) -> Callable[[int], float] | None:
+    """Cost of a sample by its index; None where all have as many tokens."""
+    if len(dataset.token_counts()) == 1:
+        return None
+    cost = cost_of_model(dataset.model)
+    return lambda index: cost(dataset.num_tokens(index))

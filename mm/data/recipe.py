@@ -16,6 +16,7 @@ from pydantic import Field
 from mm.config.base import Section, load
 from mm.config.run.data import FeatureSet
 from mm.config.run.extraction import ExtractionRun
+from mm.config.run.shapes import FrameRule
 from mm.config.tasks.registry import ALL_RECIPE_FIELDS, DEFAULT, TASKS, TaskName
 from mm.data.files import write_atomically
 from mm.errors import ConfigError, DataError
@@ -36,6 +37,8 @@ class Recipe(Section):
     Attributes:
         vae, text_encoder, tokenizer: fingerprints of their folders.
         height, width, num_frames, min_num_frames, frame_interval, crop: the clip.
+        shape, frames: rules of `mm.config.run.shapes`, with all their values; None for one size and for frames as they
+            come, which no recipe spells out.
         vae_dtype, text_dtype, tile_size, tile_stride: how it was encoded; tiles in latent pixels.
         text_cleaning, max_text_tokens: how captions were prepared.
         seed: decides starts of clips and choices between captions.
@@ -49,8 +52,8 @@ class Recipe(Section):
     vae: str
     text_encoder: str
     tokenizer: str
-    height: int
-    width: int
+    height: int | None = None
+    width: int | None = None
     num_frames: int
     min_num_frames: int | None
     frame_interval: int
@@ -65,13 +68,20 @@ class Recipe(Section):
     image_encoder: str | None = None
     condition_tile_size: tuple[int, int] | None = None
     condition_tile_stride: tuple[int, int] | None = None
+    shape: dict[str, Any] | None = None
+    frames: dict[str, Any] | None = None
 
     @property
     def key(self) -> str:
         """Sixteen hexadecimal digits that differ when any field does."""
         # without the fields of other tasks, so that a task that comes later changes no key
         unused = ALL_RECIPE_FIELDS - TASKS[self.task].recipe
-        return hashlib.sha256(self.model_dump_json(exclude=set(unused)).encode()).hexdigest()[:16]
+        return hashlib.sha256(self.model_dump_json(exclude={*unused, *self.unsaid}).encode()).hexdigest()[:16]
+
+    @property
+    def unsaid(self) -> set[str]:
+        """Fields that are spelled out only where they say something: they came later, and older keys hold."""
+        return {name for name in ("shape", "frames") if getattr(self, name) is None}
 
 
 def extraction_recipe(run: ExtractionRun) -> Recipe:
@@ -102,18 +112,23 @@ def extraction_recipe(run: ExtractionRun) -> Recipe:
         image_encoder=folder_fingerprint(Path(image.from_pretrained)) if image else None,
         condition_tile_size=condition_tiles.size if condition_tiles else None,
         condition_tile_stride=condition_tiles.stride if condition_tiles else None,
+        shape=rule_values(clip.shape),
+        frames=None if clip.frames == FrameRule() else rule_values(clip.frames),
     )
+
+
+def rule_values(rule: Section | None) -> dict[str, Any] | None:
+    """All values of a rule, as a recipe has them."""
+    return None if rule is None else rule.model_dump(mode="json")
 
 
 def expected_in_training(features: FeatureSet) -> dict[str, Any]:
     """The recipe's fields that a set of features decides; raises what `extraction_recipe` raises."""
     clip, tokenizer = features.clip, features.tokenizer
-    expected: dict[str, Any] = {
-        "height": clip.height,
-        "width": clip.width,
-        "num_frames": clip.num_frames,
-        "frame_interval": clip.frame_interval,
-    }
+    expected: dict[str, Any] = {}
+    if clip is not None:
+        fields = ("height", "width", "num_frames", "frame_interval")
+        expected = {name: getattr(clip, name) for name in fields} | {"shape": rule_values(clip.shape)}
     if tokenizer is not None:
         expected["tokenizer"] = folder_fingerprint(Path(tokenizer.from_pretrained))
         expected["max_text_tokens"] = tokenizer.model_max_length
@@ -122,7 +137,7 @@ def expected_in_training(features: FeatureSet) -> dict[str, Any]:
 
 def save_recipe(store: Path, recipe: Recipe) -> None:
     """Write recipe.json; raises what `write_atomically` raises."""
-    content = (recipe.model_dump_json(indent=1) + "\n").encode()
+    content = (recipe.model_dump_json(indent=1, exclude=recipe.unsaid) + "\n").encode()
     write_atomically(store / RECIPE_FILE, [content], len(content))
 
 

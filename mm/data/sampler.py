@@ -1,39 +1,18 @@
-"""Order of samples: a function of the seed and the position alone.
+"""Micro-batches of one replica: the sampling plan's groups (`mm.data.plan`), dealt to replicas.
 
-Training walks along positions 0, 1, 2, ... without end. Epoch e is the positions e * n .. (e + 1) * n - 1 in an order
-of its own. Global batch g takes the next `global_batch_size` positions after those consumed before; how it is dealt to
-replicas and micro-batches changes who computes a sample, never which samples a step sees.
+Global batch k takes the plan's groups after those consumed before. Who computes which of them depends on the layout and
+on what they cost; which samples a step sees does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 
-import torch
-
+from mm.data.balance import deal
+from mm.data.plan import PlannedSample, SamplingPlan
 from mm.errors import ConfigError
-from mm.rng import generator
-
-
-def epoch_order(epoch: int, num_samples: int, seed: int, shuffle: bool = True) -> list[int]:
-    """The samples of one epoch in order."""
-    if not shuffle:
-        return list(range(num_samples))
-    order = torch.randperm(num_samples, generator=generator(seed, "sample_order", "epoch", epoch))
-    return [int(index) for index in order]
-
-
-def sample_at(position: int, num_samples: int, seed: int, shuffle: bool = True) -> tuple[int, int]:
-    """The (sample index, epoch) at a position of the endless walk."""
-    epoch, place = divmod(position, num_samples)
-    return epoch_order(epoch, num_samples, seed, shuffle)[place], epoch
-
-
-def next_in_epoch(index: int, epoch: int, num_samples: int, seed: int, shuffle: bool = True) -> int:
-    """The sample that follows `index` in an epoch's order; the first one follows the last."""
-    order = epoch_order(epoch, num_samples, seed, shuffle)
-    return order[(order.index(index) + 1) % num_samples]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +23,14 @@ class BatchPlan:
         global_batch_size: samples of one optimizer step over all replicas.
         micro_batch_size: samples of one forward of one replica.
         dp_rank, dp_size: this replica and how many there are.
+        num_stages: pipeline stages of a replica, for the balance.
     """
 
     global_batch_size: int
     micro_batch_size: int
     dp_rank: int = 0
     dp_size: int = 1
+    num_stages: int = 1
 
     def __post_init__(self) -> None:
         step = self.micro_batch_size * self.dp_size
@@ -64,37 +45,44 @@ class BatchPlan:
     @property
     def num_micro_batches(self) -> int:
         """Micro-batches of one replica in one global batch."""
-        return self.global_batch_size // (self.micro_batch_size * self.dp_size)
+        return self.groups_of_step // self.dp_size
 
-    def positions(self, consumed_samples: int) -> Iterator[range]:
-        """This replica's micro-batches without end, each a range of positions, after `consumed_samples`.
-
-        Micro-batch m of replica r takes the positions m * dp * mbs + r * mbs and on of its global batch.
-        """
-        while True:
-            for micro_batch in range(self.num_micro_batches):
-                first = (micro_batch * self.dp_size + self.dp_rank) * self.micro_batch_size + consumed_samples
-                yield range(first, first + self.micro_batch_size)
-            consumed_samples += self.global_batch_size
+    @property
+    def groups_of_step(self) -> int:
+        """Micro-batches of all replicas in one global batch."""
+        return self.global_batch_size // self.micro_batch_size
 
 
 class MicroBatchSampler:
-    """Iterable of this replica's micro-batches, each a list of (sample index, epoch)."""
+    """Iterable of this replica's micro-batches without end."""
 
-    def __init__(self, plan: BatchPlan, num_samples: int, seed: int, consumed_samples: int, shuffle: bool) -> None:
+    def __init__(
+        self,
+        plan: SamplingPlan,
+        batches: BatchPlan,
+        consumed_samples: int,
+        cost: Callable[[int], float] | None = None,
+    ) -> None:
+        """Take the plan and where to begin.
+
+        Args:
+            plan: whose groups are as large as a micro-batch. batches: how they are dealt.
+            consumed_samples: samples that all replicas together trained on before.
+            cost: of a sample by its index in the data set; None where all cost the same. Then micro-batch m of replica
+                r is the group m * dp + r of its global batch.
+        """
         self._plan = plan
-        self._num_samples = num_samples
-        self._seed = seed
+        self._batches = batches
         self._consumed_samples = consumed_samples
-        self._shuffle = shuffle
+        self._cost = cost
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        known_epoch, order = -1, list[int]()  # of the epoch last asked for, since a permutation costs O(n)
-        for positions in self._plan.positions(self._consumed_samples):
-            batch = []
-            for position in positions:
-                epoch, place = divmod(position, self._num_samples)
-                if epoch != known_epoch:
-                    known_epoch, order = epoch, epoch_order(epoch, self._num_samples, self._seed, self._shuffle)
-                batch.append((order[place], epoch))
-            yield batch
+    def __iter__(self) -> Iterator[list[PlannedSample]]:
+        batches = self._batches
+        for first in count(self._consumed_samples // batches.micro_batch_size, batches.groups_of_step):
+            slots = range(first, first + batches.groups_of_step)
+            if self._cost is None:
+                yield from map(self._plan.group, slots[batches.dp_rank :: batches.dp_size])
+                continue
+            groups = [self._plan.group(slot) for slot in slots]
+            costs = [sum(self._cost(sample.index) for sample in group) for group in groups]
+            yield from (groups[number] for number in deal(costs, batches.dp_size, batches.num_stages)[batches.dp_rank])

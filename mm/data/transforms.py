@@ -7,6 +7,9 @@ from fractions import Fraction
 import torch.nn.functional as F
 from torch import Tensor
 
+from mm.data.shapes.fixed import fixed_shape
+from mm.data.shapes.shape import Shape
+
 SQUARE = Fraction(1)
 
 
@@ -25,12 +28,22 @@ def resize_and_crop(frames: Tensor, height: int, width: int, pixel_aspect: Fract
         float32 [F, 3, height, width] in [-1, 1].
     """
     source_height, source_width = frames.shape[-2:]
-    shown_width = float(source_width * pixel_aspect)
-    scale = max(height / source_height, width / shown_width)
-    # max: rounding must never leave a side one pixel short of what the crop takes
-    cover = max(height, round(source_height * scale)), max(width, round(shown_width * scale))
+    return to_shape(
+        frames, fixed_shape(source_height, float(source_width * pixel_aspect), (height, width), len(frames))
+    )
+
+
+def to_shape(frames: Tensor, shape: Shape) -> Tensor:
+    """Resize frames, crop the shape's box, scale to [-1, 1].
+
+    Args:
+        frames: uint8 [F, 3, H, W] in 0..255. shape: its size, the size to resize to, and the box.
+
+    Returns:
+        float32 [F, 3, height, width] in [-1, 1].
+    """
     pixels = frames.float()
-    if cover != (source_height, source_width):
-        pixels = F.interpolate(pixels, size=cover, mode="bilinear", antialias=True, align_corners=False)
-    top, left = (cover[0] - height) // 2, (cover[1] - width) // 2
-    return pixels[..., top : top + height, left : left + width] / 127.5 - 1
+    if shape.cover != tuple(frames.shape[-2:]):
+        pixels = F.interpolate(pixels, size=shape.cover, mode="bilinear", antialias=True, align_corners=False)
+    top, left = shape.corner
+    return pixels[..., top : top + shape.height, left : left + shape.width] / 127.5 - 1

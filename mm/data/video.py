@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +49,7 @@ class VideoInfo:
         pixel_format: FFmpeg's name of it.
         order: of the packets, where the headers prove it.
         read_by: the library that gives the frames; decord only where it was asked for.
+        times: of the frames, in seconds, ascending; None where the file does not tell them.
     """
 
     num_frames: int
@@ -59,6 +60,7 @@ class VideoInfo:
     pixel_format: str
     order: Order | None
     read_by: Literal["pyav", "decord"]
+    times: tuple[float, ...] | None = None
 
     @property
     def shown_size(self) -> tuple[int, int]:
@@ -193,27 +195,33 @@ def _decode_ends(file: Path, stored: _Headers) -> tuple[VideoInfo, Any]:
         num_first = min(2 * order.delay + 2, len(order.packets))
         first_ones = list(islice(frames_in_order(file, order, 0), num_first))
         if len(first_ones) == num_first and (not stored.may_end_anywhere or _ends_whole(file, order)):
-            return _describe(file, stored, order, first_ones[0], len(order.packets)), first_ones[0]
-    first, num_frames = None, 0
+            return _describe(file, stored, order, first_ones[0], order.times), first_ones[0]
+    first, times = None, list[float | None]()
     for frame in all_frames(file):
         first = frame if first is None else first
-        num_frames += 1
+        times.append(frame.time)
     if first is None:
         raise DataError("DATA-002", f"{file} has no frame that can be decoded.", "Replace the file.")
-    return _describe(file, stored, None, first, num_frames), first
+    return _describe(file, stored, None, first, times), first
 
 
 def _ends_whole(file: Path, order: Order) -> bool:
     return len(list(frames_in_order(file, order, len(order.packets) - 1))) == 1
 
 
-def _describe(file: Path, stored: _Headers, order: Order | None, first: Any, num_frames: int) -> VideoInfo:
+def _describe(
+    file: Path, stored: _Headers, order: Order | None, first: Any, times: Sequence[float | None]
+) -> VideoInfo:
     _check_size(first.height, first.width, file)
     orientation = frame_orientation(first, file)
     height, width, aspect = first.height, first.width, stored.pixel_aspect
     if orientation.transposed:
         height, width, aspect = width, height, 1 / aspect
-    info = VideoInfo(num_frames, height, width, aspect, orientation, first.format.name, order, "pyav")
+    known = tuple(time for time in times if time is not None)
+    if len(known) < len(times) or any(later <= earlier for earlier, later in pairwise(known)):
+        known = ()
+    form = first.format.name
+    info = VideoInfo(len(times), height, width, aspect, orientation, form, order, "pyav", known or None)
     _check_size(*info.shown_size, file)
     return info
 

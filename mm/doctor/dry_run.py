@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ from mm.parallel.schedule import LossFunction, forward_backward
 from mm.parallel.stage import WanStage
 from mm.parallel.trainable_extension import TrainableExtension
 from mm.train.state import saved_bytes
-from mm.train.step import forward_micro_batch, num_tokens
+from mm.train.step import forward_micro_batch, lengths_of
 from mm.wan.patches import token_grid
 
 _SETTINGS = UpdateSettings(
@@ -185,7 +186,7 @@ def dry_run(job: DryRunJob, rank: int) -> Report:
             groups=mesh.made + ((("background saves", job.layout.world_size),) if job.async_save else ()),
             tokens=tokens,
             rank_tokens=mesh.tokens.width(tokens),
-            real_tokens=mesh.tokens.real(tokens),
+            real_tokens=sum(run.real for run in mesh.tokens.runs([tokens])),
         )
 
 
@@ -214,12 +215,10 @@ def _gradients(parallel: ParallelModel, job: DryRunJob, micro_batches: int) -> N
     def forward_step(stage: WanStage, module: Any, batch: FeatureBatch) -> tuple[Tensor, LossFunction]:
         return forward_micro_batch(stage, module, batch, flow, parallel, seed=0)
 
-    def tokens_of(batch: FeatureBatch) -> tuple[int, int, int]:
-        return len(batch["sample"]), num_tokens(batch["latents"].shape, job.wan.patch_size), batch["text"].shape[1]
-
+    sizes = partial(lengths_of, patch_size=job.wan.patch_size)
     for parameter in parallel.named_parameters().values():
         parameter.grad = None  # layer-zero's, of a pass before
-    forward_backward(parallel, forward_step, [_batch(job)] * micro_batches, tokens_of)
+    forward_backward(parallel, forward_step, [_batch(job)] * micro_batches, sizes)
 
 
 def _update(parallel: ParallelModel, job: DryRunJob, optimizer: Optimizer, tracked: TrackMemory) -> None:

@@ -23,8 +23,10 @@ from mm.config.layout import Layout
 from mm.config.model import WanConfig
 from mm.config.recompute import Recompute
 from mm.data.loader import FeatureBatch
+from mm.data.packed import MicroBatch, pack
 from mm.device.backend import Backend
 from mm.diffusion.flow import FlowMatching
+from mm.ops.attention.segments import consecutive
 from mm.optim.make import make_optimizer
 from mm.optim.optimizer import Optimizer
 from mm.optim.settings import UpdateSettings
@@ -32,7 +34,7 @@ from mm.optim.step_statistics import gather_statistics
 from mm.parallel.apply import DataParallelOptions, apply
 from mm.parallel.mesh import Mesh
 from mm.parallel.placement import Placement
-from mm.train.step import compute_gradients
+from mm.train.step import SampleCounts, compute_gradients
 from mm.wan.initial import initial_value
 from mm.wan.inputs import ModelInputs
 from mm.wan.model import WanModel
@@ -101,6 +103,8 @@ class Case:
         wan, layout, options, zero: as for `mm.parallel.apply.apply`. recompute: as for `mm.activation.recompute`.
         sizes: of latents, F H W; the samples take turns. One size where micro-batches have several samples.
         micro_batch_size: samples in a forward. micro_batches: of one replica in a step.
+        packs: numbers of samples that share a sequence, of each micro-batch of each replica; empty where every sample
+            has its own. The captions of such samples have different lengths. They take the place of the two sizes.
     """
 
     wan: WanConfig
@@ -111,16 +115,52 @@ class Case:
     sizes: tuple[Size, ...]
     micro_batch_size: int
     micro_batches: int
+    packs: tuple[tuple[int, ...], ...] = ()
 
     @property
     def samples(self) -> int:
         """Number of samples of a step, in all replicas."""
+        if self.packs:
+            return sum(map(sum, self.packs))
         return self.micro_batch_size * self.micro_batches * self.layout.dp_size
 
     @property
     def most_tokens(self) -> int:
-        """Number of tokens of the longest sample."""
-        return max(math.prod(token_grid(size, self.wan.patch_size)) for size in self.sizes)
+        """Number of tokens of the longest sample, or places of as many samples as share a sequence."""
+        lengths = [math.prod(token_grid(size, self.wan.patch_size)) for size in self.sizes]
+        if not self.packs:
+            return max(lengths)
+        ranks = self.layout.cp_size * (self.layout.tp_size if self.layout.sequence_parallel else 1)
+        return self.counts.most * max(-(-length // ranks) * ranks for length in lengths)
+
+    @property
+    def counts(self) -> SampleCounts:
+        """Numbers of samples of a step."""
+        return SampleCounts(self.samples, max(map(max, self.packs)) if self.packs else self.micro_batch_size)
+
+    @property
+    def step_shape(self) -> StepShape:
+        """Shapes and counts of a step."""
+        if not self.packs:
+            return StepShape(self.micro_batch_size, self.most_tokens, self.micro_batches, torch.float32)
+        return StepShape(1, self.most_tokens, max(map(len, self.packs)), torch.float32)
+
+    @property
+    def text_lengths(self) -> Sequence[int]:
+        """Lengths of captions, which take turns."""
+        return range(1, self.wan.text_len + 1, 3) if self.packs else [self.wan.text_len]
+
+    def global_batch(self, step: int) -> list[FeatureBatch]:
+        """The samples of one step, each alone."""
+        return global_batch(self.wan, self.sizes, self.samples, step, self.text_lengths)
+
+    def micro_batches_of(self, dp_rank: int, samples: Sequence[FeatureBatch]) -> list[MicroBatch]:
+        """Micro-batches of a replica, of the samples of a step, each alone."""
+        if not self.packs:
+            mine, size = samples[dp_rank :: self.layout.dp_size], self.micro_batch_size
+            return [collate(mine[start : start + size]) for start in range(0, len(mine), size)]
+        mine = samples[sum(map(sum, self.packs[:dp_rank])) :]
+        return [pack(mine[rows]) for rows in consecutive(self.packs[dp_rank])]
 
 
 def small_model(wan: WanConfig) -> WanConfig:
@@ -151,15 +191,18 @@ def nudged_value_of(name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.nextafter(value, torch.where(up, math.inf, -math.inf))
 
 
-def global_batch(wan: WanConfig, sizes: Sequence[Size], count: int, step: int) -> list[FeatureBatch]:
-    """The samples of one step, each alone."""
+def global_batch(
+    wan: WanConfig, sizes: Sequence[Size], count: int, step: int, text_lengths: Sequence[int] = ()
+) -> list[FeatureBatch]:
+    """The samples of one step, each alone; sizes of latents and lengths of captions take turns."""
+    text_lengths = text_lengths or [wan.text_len]
     source = torch.Generator().manual_seed(step)
     samples = []
     for index in range(count):
         size = sizes[index % len(sizes)]
         sample = FeatureBatch(
             latents=torch.randn(1, wan.out_dim, *size, generator=source),
-            text=torch.randn(1, wan.text_len, wan.text_dim, generator=source),
+            text=torch.randn(1, text_lengths[index % len(text_lengths)], wan.text_dim, generator=source),
             sample=[f"clip {index}"],
             draw=[step],
             features={
@@ -187,8 +230,9 @@ def run_on_one_device(
     count: int,
     device: torch.device | None = None,
     value_of: Callable[[str, tuple[int, ...]], Tensor] = value_of,
+    text_lengths: Sequence[int] = (),
 ) -> Trace[Tensor]:
-    """The plain loop; `count` samples a step."""
+    """The plain loop; `count` samples a step, one by one."""
     device = device or torch.device("cpu")
     model = WanModel(wan)
     with torch.no_grad():
@@ -207,7 +251,7 @@ def run_on_one_device(
             group["lr"] = SETTINGS.lr - (SETTINGS.lr - SETTINGS.min_lr) * done
         optimizer.zero_grad()
         losses = []
-        for sample in global_batch(wan, sizes, count, step):
+        for sample in global_batch(wan, sizes, count, step, text_lengths):
             losses.append(_loss(model, flow, sample, device) / count)
             losses[-1].backward()
         trace.losses.append(float(torch.stack([loss.detach().cpu() for loss in losses]).double().sum()))
@@ -254,7 +298,7 @@ def run_on_the_mesh(
         read: takes gradients and weights out, as `own_pieces` does.
         compiled_for: as for `mm.parallel.apply.apply`. settings: of the updates.
     """
-    shape = StepShape(case.micro_batch_size, case.most_tokens, case.micro_batches, torch.float32)
+    shape = case.step_shape
     offloader = make_offloader(case.recompute, case.wan, mesh, backend, shape)
     runner = block_runner(case.recompute, offloader, backend.model_code)
     model = case.wan, mesh, backend, case.options, torch.float32, value_of
@@ -263,13 +307,11 @@ def run_on_the_mesh(
     flow = FlowMatching(DiffusionConfig())
     trace: Trace[Values] = Trace()
     for step in range(STEPS):
-        mine = global_batch(case.wan, case.sizes, case.samples, step)[mesh.dp_rank :: case.layout.dp_size]
-        size = case.micro_batch_size
-        batches = [collate(mine[start : start + size]) for start in range(0, len(mine), size)]
-        losses = compute_gradients(parallel, flow, batches, SEED)
+        batches = case.micro_batches_of(mesh.dp_rank, case.global_batch(step))
+        losses = compute_gradients(parallel, flow, batches, SEED, case.counts)
         optimizer.reduce_gradients()
         trace.gradients.append(read(optimizer, "gradient"))
-        statistics = gather_statistics(parallel, optimizer, losses)
+        statistics = gather_statistics(parallel, optimizer, losses, samples=case.samples)
         trace.losses.append(statistics.loss)
         trace.norms.append(statistics.grad_norm)
         optimizer.update(statistics.grad_norm, case.samples)

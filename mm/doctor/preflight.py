@@ -33,7 +33,7 @@ from mm.config.run.origins import Origins
 from mm.config.run.training import TrainingRun
 from mm.config.units import GIB, format_bytes
 from mm.data.dataset import FeatureDataset
-from mm.data.sampler import sample_at
+from mm.data.plan import SamplingPlan
 from mm.device.backend import Backend
 from mm.diffusion.flow import FlowMatching
 from mm.errors import MMError
@@ -236,17 +236,17 @@ def network(comm: Comm, seconds: float) -> list[Finding]:
     return [Finding("network", "ok", found)]
 
 
-def draws(dataset: FeatureDataset, flow: FlowMatching, seed: int, samples: int, *, shuffle: bool) -> str:
+def draws(dataset: FeatureDataset, plan: SamplingPlan, flow: FlowMatching, seed: int, groups: int) -> str:
     """A digest of what chance gives to the first step: its samples in order, their timesteps, the first one's noise.
 
     Args:
-        dataset: the features. flow: draws. seed: the run's.
-        samples: of the step, in all replicas. shuffle: whether their order is drawn.
+        dataset: the features. plan: their order. flow: draws. seed: the run's.
+        groups: micro-batches of the step, in all replicas.
     """
-    order = [sample_at(position, len(dataset), seed, shuffle) for position in range(samples)]
-    names, epochs = [dataset.name(index) for index, _ in order], [epoch for _, epoch in order]
+    samples = [sample for slot in range(groups) for sample in plan.group(slot)]
+    names, epochs = [dataset.name(sample.index) for sample in samples], [sample.draw for sample in samples]
     _, timesteps, _ = flow.draw_timesteps(seed, names, epochs)
-    noise = flow.draw_noise(seed, names[:1], epochs[:1], dataset.latent_shape(order[0][0]))
+    noise = flow.draw_noise(seed, names[:1], epochs[:1], dataset.latent_shape(samples[0].index))
     return hashlib.sha256(repr(names).encode() + timesteps.numpy().tobytes() + noise.numpy().tobytes()).hexdigest()[:16]
 
 

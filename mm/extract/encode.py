@@ -33,4 +33,4 @@ class ClipEncoder:
         """Features of a clip with its caption and what stands in the task's columns; DATA-044 for another VAE."""
         latents = self._video.encode(clip.pixels.unsqueeze(0))[0]
         features = {name: make(clip, columns) for name, make in self._makers.items()}
-        return Feature(latents, self._text.encode([caption])[0], clip.start, features)
+        return Feature(latents, self._text.encode([caption])[0], clip.start, features, clip.taken)

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from mm.config.bad_samples import parse_on_bad_sample
-from mm.config.data import NOT_WITH_DECORD, data_sources
+from mm.config.data import NOT_WITH_DECORD
 from mm.config.run.encoders import EncodersSection
 from mm.config.run.extraction import ExtractionRun
 from mm.config.tasks.task import Task
@@ -33,8 +33,8 @@ from mm.data.features import (
     text_hash,
     write_feature,
 )
-from mm.data.metadata import check_rows
 from mm.data.recipe import extraction_recipe
+from mm.data.sources.checking import annotated_sources, check_rows
 from mm.errors import DataError
 from mm.extract.encode import ClipEncoder
 from mm.extract.skipping import SKIPPED, BadClip, Skipping, may_be_skipped, num_skipped
@@ -91,7 +91,7 @@ def extract(
     """
     preprocess, seed, words = run.data.clip, run.extraction.seed, run.origins
     on_bad_sample = parse_on_bad_sample(run.data.on_bad_sample, words["data.on_bad_sample"].name)
-    rows = check_rows(data_sources(run.data.path, run.data.folder), run.task.columns)
+    rows = check_rows(annotated_sources(run.data), run.task)
     check_plan(rows, preprocess, on_bad_sample)
     recipe = extraction_recipe(run)
     store = Path(run.output.path)

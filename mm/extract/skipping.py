@@ -23,6 +23,8 @@ FAULTS_OF_A_VIDEO = frozenset(
     {
         *("DATA-001", "DATA-002", "DATA-003", "DATA-004", "DATA-005", "DATA-006"),
         *("DATA-070", "DATA-071", "DATA-096", "DATA-097", "DATA-098", "DATA-099"),
+        *("DATA-086", "DATA-110", "DATA-175"),
+        *("DATA-160", "DATA-161", "DATA-162"),
     }
 )
 

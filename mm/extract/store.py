@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mm.config.bad_samples import OnBadSample
-from mm.config.data import TEMPORAL_STRIDE
+from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
 from mm.config.run.extraction import SourceClip
 from mm.config.run.origins import Origins
 from mm.data.clips import check_announced_length
@@ -25,8 +25,9 @@ from mm.data.features import (
 )
 from mm.data.files import make_folder, raise_limited, read_rows, remove_temporaries
 from mm.data.listing import FeatureRow, write_listing
-from mm.data.metadata import CheckedRow, VideoSample
+from mm.data.metadata import VideoSample
 from mm.data.recipe import RECIPE_FILE, Recipe, check_recipe, load_recipe, save_recipe
+from mm.data.sources.checking import CheckedRow
 from mm.data.store.catalog import holds_shards
 from mm.errors import DataError, Problem
 from mm.extract.skipping import (
@@ -198,9 +199,10 @@ def _row(task: ExtractionTask, recipe: Recipe) -> FeatureRow:
         cap=task.caption,
         start_frame_idx=header.start_frame,
         sample_num_frames=num_frames,
-        sample_size=f"{num_frames}x{recipe.height}x{recipe.width}",
+        sample_size=f"{num_frames}x{shape[2] * LATENT_PIXELS}x{shape[3] * LATENT_PIXELS}",
         latent_shape=(shape[0], shape[1], shape[2], shape[3]),
         text_tokens=header.tensors["prompt"][1][0],
         task=recipe.task,
         video=header.origin.video,
+        taken=None if header.taken is None else dict(header.taken),
     )

@@ -23,19 +23,22 @@ class StepStatistics:
     """A step's gradients, reduced and not yet applied.
 
     Attributes:
-        losses: weighted, of each sample, [replicas, micro-batches, samples] fp64 on the CPU.
+        losses: weighted, of each sample, [replicas, micro-batches, samples] fp64 on the CPU; zeros behind the last
+            sample of a micro-batch.
         squares: sum of squares of each parameter's whole gradient, [P] fp32 on the CPU, in the whole model's order.
         asked_to_stop: whether a signal has reached any process.
+        samples: of the global batch; None where `losses` has as many numbers.
     """
 
     losses: Tensor
     squares: Tensor
     asked_to_stop: bool = False
+    samples: int | None = None
 
     @property
     def loss(self) -> float:
         """Mean over the global batch."""
-        return float(self.losses.mean())
+        return float(self.losses.sum() / (self.samples or self.losses.numel()))
 
     @property
     def grad_norm(self) -> float:
@@ -49,7 +52,11 @@ class StepStatistics:
 
 
 def gather_statistics(
-    parallel: ParallelModel, optimizer: Optimizer, losses: Tensor, asked_to_stop: bool = False
+    parallel: ParallelModel,
+    optimizer: Optimizer,
+    losses: Tensor,
+    asked_to_stop: bool = False,
+    samples: int | None = None,
 ) -> StepStatistics:
     """Tell all ranks of this one's part of a step; every rank calls it, after `Optimizer.reduce_gradients`.
 
@@ -57,13 +64,15 @@ def gather_statistics(
         parallel, optimizer: of the run.
         losses: this rank's part of the losses of its replica, [micro-batches, samples]; zeros where it computes none.
         asked_to_stop: whether this process was.
+        samples: of the global batch; None where all replicas' losses have as many numbers.
     """
     rank, size = dist.get_rank(), losses.numel()
     extra = torch.zeros(message_size(size), device=losses.device)
     extra[rank * size : (rank + 1) * size] = losses.flatten()
     extra[-1] = float(asked_to_stop)
     squares, extra = optimizer.gradient_squares(extra)
-    return StepStatistics(of_replicas(parallel.mesh.layout, extra[:-1], losses.shape), squares, bool(extra[-1] > 0))
+    of_all = of_replicas(parallel.mesh.layout, extra[:-1], losses.shape)
+    return StepStatistics(of_all, squares, bool(extra[-1] > 0), samples)
 
 
 def of_replicas(layout: Layout, parts: Tensor, shape: Sequence[int]) -> Tensor:

@@ -13,12 +13,14 @@ Shapes: B batch, t tokens of this rank, I image tokens, L text tokens, D model w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mm.config.model import WanConfig
+from mm.parallel.tokens import TokenShare
 from mm.wan.model import Conditions
 
 TIME_ROWS = 7
@@ -26,28 +28,61 @@ TIME_ROWS = 7
 
 
 @dataclass(frozen=True)
+class SequenceLengths:
+    """Sizes of a micro-batch: sequences of one sample each, or one sequence of several samples.
+
+    Attributes:
+        batch: B sequences; 1 where one has several samples.
+        tokens, text_tokens: video and text tokens of each sample in a sequence.
+    """
+
+    batch: int
+    tokens: tuple[int, ...]
+    text_tokens: tuple[int, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples of the micro-batch."""
+        return self.batch * len(self.tokens)
+
+
+@dataclass(frozen=True)
 class BoundaryShape:
     """Layout of one micro-batch's parts in the tensor that crosses.
 
     Attributes:
-        batch: B. tokens: t, with padding. context_tokens: I + L. width: D. dtype: of the hidden state.
+        batch: B. samples: B, or those that share a sequence. tokens: t, with padding. context_tokens: of a sequence.
+        width: D. dtype: of the hidden state.
         rows: R of the tensor; may be more than this micro-batch needs, as all of a step have the same.
     """
 
     batch: int
+    samples: int
     tokens: int
     context_tokens: int
     width: int
     dtype: torch.dtype
-    rows: int
+    rows: int = 0
 
-    @staticmethod
-    def rows_needed(batch: int, tokens: int, context_tokens: int, dtype: torch.dtype) -> int:
-        """Rows that such a micro-batch takes."""
-        return batch * (tokens + context_tokens + TIME_ROWS * (4 // dtype.itemsize))
+    @classmethod
+    def of(cls, lengths: SequenceLengths, share: TokenShare, wan: WanConfig, dtype: torch.dtype) -> BoundaryShape:
+        """The shape that a micro-batch needs.
+
+        Args:
+            lengths: of the micro-batch. share: of the sending rank. wan: of the model. dtype: of the hidden state.
+        """
+        context_tokens = wan.image_tokens * len(lengths.tokens) + sum(lengths.text_tokens)
+        tokens = share.places(lengths.tokens)
+        shape = cls(lengths.batch, lengths.num_samples, tokens, context_tokens, wan.hidden_size, dtype)
+        return replace(shape, rows=sum(shape._sizes()))
+
+    def _sizes(self) -> list[int]:
+        """Rows of hidden state, context and times."""
+        times = self.samples * TIME_ROWS * (4 // self.dtype.itemsize)
+        return [self.batch * self.tokens, self.batch * self.context_tokens, times]
 
     def join(self, hidden: Tensor, context: Tensor, time_modulation: Tensor, time: Tensor) -> Tensor:
-        """[B, t, D], [B, I + L, D], [B, 6, D] fp32 and [B, D] fp32 as one [R, 1, D] of the boundary's dtype."""
+        """Hidden state, context, modulation and time (`mm.wan.model.Conditions`) as one [R, 1, D] of the dtype."""
         times = torch.cat((time_modulation.float(), time.float().unsqueeze(1)), dim=1).view(self.dtype)
         parts = [part.reshape(-1, 1, self.width) for part in (hidden, context, times)]
         missing = self.rows - sum(len(part) for part in parts)
@@ -57,11 +92,10 @@ class BoundaryShape:
 
     def split(self, crossing: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The inverse of `join`; all but the time rows are views."""
-        time_rows = TIME_ROWS * (4 // self.dtype.itemsize)
-        sizes = [self.batch * rows for rows in (self.tokens, self.context_tokens, time_rows)]
-        used = crossing.squeeze(1)[: sum(sizes)]
-        hidden, context, times = (part.reshape(self.batch, -1, self.width) for part in used.split(sizes))
-        fp32 = times.reshape(self.batch, TIME_ROWS, -1).view(torch.float32)
+        sizes = self._sizes()
+        hidden, context, times = crossing.squeeze(1)[: sum(sizes)].split(sizes)
+        hidden, context = (part.reshape(self.batch, -1, self.width) for part in (hidden, context))
+        fp32 = times.reshape(self.samples, TIME_ROWS, -1).view(torch.float32)
         return hidden, context, fp32[:, :6], fp32[:, 6]
 
 

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from mm.ops.attention.api import ActivationPolicy, keep_inputs, keep_nothing
 from mm.ops.attention.api import attention as attend
+from mm.ops.attention.packed import segment_attention
+from mm.ops.attention.segments import Segments
 from mm.parallel.groups import GroupMaker
 from mm.parallel.ring import Ring, ring_attention
 from mm.parallel.ulysses import gather_heads, scatter_heads
@@ -89,35 +91,48 @@ def context_attention(groups: ContextGroups) -> SelfAttention:
     """The self attention of one context-parallel rank.
 
     Returns:
-        attention(q, k, v, num_tokens, keep) -> out, differentiable. q, k, v and out are [B, c, N, K], this rank's
-        tokens, already rotated; `num_tokens`, 1 to cp_size * c, counts the real tokens of the whole sequence. Padding
-        has no influence on the others; its output and gradients are zero. `keep` is asked for what attention reads
-        ("q,k,v") and for its output before heads are exchanged back ("O"). All ranks of the groups call it together.
+        attention(q, k, v, segments, keep) -> out, differentiable. q, k, v and out are [B, c, N, K], this rank's
+        tokens, already rotated; B is 1 where there are several segments. These are the samples of the whole sequence,
+        whose places at a ring's rank are the tokens of its Ulysses ranks together. A segment sees itself alone.
+        Padding has no influence on the others; its output and gradients are zero. `keep` is asked for what attention
+        reads ("q,k,v") and for its output before heads are exchanged back ("O"). All ranks of the groups call it
+        together.
     """
     ulysses, ring = groups.ulysses, None
     if groups.ring is not None:
         ring = Ring(groups.ring, groups.ring_overlap, groups.ring_outer, groups.window_size)
-    cp_size = (ulysses.size() if ulysses else 1) * (ring.size if ring else 1)
+    ulysses_size, ring_size = ulysses.size() if ulysses else 1, ring.size if ring else 1
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, keep: ActivationPolicy = keep_nothing) -> Tensor:
-        if not 1 <= num_tokens <= cp_size * q.shape[1]:
-            raise ValueError(f"{num_tokens} tokens on {cp_size} ranks with {q.shape[1]} places each")
+    def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, keep: ActivationPolicy = keep_nothing) -> Tensor:
+        _check_segments(segments, q.shape[1], ulysses_size, ring_size)
         if ulysses is not None:
             q, k, v = scatter_heads(q, k, v, ulysses, keep)
         else:
             q, k, v = keep_inputs(q, k, v, keep)
         if ring is not None:
-            out = ring_attention(q, k, v, num_tokens, ring, keep)
+            out = ring_attention(q, k, v, segments, ring, keep)
         else:
-            out = _whole_sequence(q, k, v, num_tokens, keep)
+            out = _whole_sequence(q, k, v, segments, keep)
         return out if ulysses is None else gather_heads(out, ulysses)
 
     return attention
 
 
-def _whole_sequence(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, keep: ActivationPolicy) -> Tensor:
-    """Attention where every token is at hand: [B, T, N, K] with the padding cut off before and zeros put back after."""
-    real, padding = slice(0, num_tokens), q.shape[1] - num_tokens
+def _check_segments(segments: Segments, places: int, ulysses_size: int, ring_size: int) -> None:
+    """Every rank must have as many places as the segments say, or attention would read one sample as another."""
+    if segments.places != places * ulysses_size:
+        raise ValueError(f"segments of {segments.places} places on {ulysses_size} ranks with {places} places each")
+    for num_tokens, own in segments.each:
+        if not 1 <= num_tokens <= ring_size * own:
+            raise ValueError(f"{num_tokens} tokens in {ring_size} chunks with {own} places each")
+
+
+def _whole_sequence(q: Tensor, k: Tensor, v: Tensor, segments: Segments, keep: ActivationPolicy) -> Tensor:
+    """Attention where every token is at hand, [B, T, N, K]; zeros at the padding."""
+    if len(segments.each) > 1:
+        return segment_attention(q, k, v, segments.padded_pairs(), keep)
+    ((num_tokens, places),) = segments.each
+    real, padding = slice(0, num_tokens), places - num_tokens
     out = attend(q[:, real], k[:, real], v[:, real], keep)
     return F.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out  # padding by nothing is a copy
 

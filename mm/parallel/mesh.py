@@ -56,9 +56,9 @@ class Mesh:
 
     @property
     def tokens(self) -> TokenShare:
-        """This rank's share of a sample's tokens."""
+        """This rank's share of the tokens."""
         sp_rank, sp_size = (self.tp_rank, self.layout.tp_size) if self.layout.sequence_parallel else (0, 1)
-        return TokenShare(self.cp_rank, self.layout.cp_size, sp_rank, sp_size)
+        return TokenShare(self.cp_rank, self.layout.cp_size, sp_rank, sp_size, self.layout.ulysses_size)
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """The 1-D `values` of every process of the job, [world_size, len(values)], on the CPU."""

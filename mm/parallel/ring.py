@@ -1,9 +1,9 @@
 """Ring attention: keys and values travel from rank to rank while every rank keeps its queries.
 
-The sequence is cut into one contiguous chunk a rank. Every rank sees every chunk once: it attends to the one at hand
-while the next is on its way, and merges the results by their log-sum-exp. The backward sends the chunks around again,
-each followed by the sum of its gradients. Shapes: B batch, P ranks of the ring, c tokens of a chunk (equal on all
-ranks, padded at the end of the sequence), N heads, K head width.
+Every sample of a sequence is cut into one contiguous chunk a rank. Every rank sees every chunk once: it attends to the
+one at hand while the next is on its way, and merges the results by their log-sum-exp. The backward sends the chunks
+around again, each followed by the sum of its gradients. Shapes: B batch, P ranks of the ring, c tokens of a chunk
+(equal on all ranks, padded at the end of each sample), N heads, K head width.
 
 With a window of w ranks the ring is doubled: chunks go around inside a window of w consecutive ranks, and then all of
 them move on to the next window, an exchange that has the whole round inside the window to complete. One window of P
@@ -23,7 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mm.ops.attention import api as attention
+from mm.ops.attention import packed
 from mm.ops.attention.api import ActivationPolicy, keep_nothing
+from mm.ops.attention.segments import Pairs, Segments, put_rows, take_rows
 
 
 @dataclass(frozen=True)
@@ -114,35 +116,43 @@ class Exchange:
 
 
 def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, num_tokens: int, ring: Ring, keep: ActivationPolicy = keep_nothing
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, ring: Ring, keep: ActivationPolicy = keep_nothing
 ) -> Tensor:
     """Non-causal softmax attention over a sequence that is spread over the ring; differentiable.
 
     Args:
-        q, k, v: [B, c, N, K], this rank's chunk; what lies behind `num_tokens` of the sequence is padding, whose
-            content has no influence.
-        num_tokens: real tokens of the whole sequence, 1 to P*c.
+        q, k, v: [B, c, N, K], this rank's chunk of each segment one after the other; what lies behind a segment's
+            tokens is padding, whose content has no influence. B is 1 where there are several segments.
+        segments: of the whole sequence, with 1 to P times their places of tokens. Each sees itself alone.
         ring: this rank's place and links.
         keep: is asked for the output and its log-sum-exp under the name "O".
 
     Returns:
         [B, c, N, K] in the dtype of `q`; zeros at the padding, and gradients of zero there.
     """
-    out: Tensor = _RingAttention.apply(q, k, v, _Sequence(num_tokens, ring), keep)
+    out: Tensor = _RingAttention.apply(q, k, v, _Sequence(segments, ring), keep)
     return out
 
 
 class _Sequence(NamedTuple):
-    """A sequence that is spread over a ring: its real tokens, and this rank's place."""
+    """A sequence that is spread over a ring: its samples, and this rank's place."""
 
-    num_tokens: int
+    segments: Segments
     ring: Ring
+
+    def own_rows(self) -> list[slice]:
+        """The places of this rank's chunk that have tokens, of each sample."""
+        return self.segments.rows(self.ring.rank)
+
+    def pairs(self, visit: int) -> Pairs:
+        """This rank's tokens, counted without padding, with the places of the chunk at hand that they see."""
+        return self.segments.pairs(self.ring.rank, self.ring.chunk(visit))
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, whole: _Sequence, keep: ActivationPolicy) -> Tensor:
-        out, lse = keep("O", lambda: _around_the_ring(q, k, v, *whole))
+        out, lse = keep("O", lambda: _around_the_ring(q, k, v, whole))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.whole = whole
         return out
@@ -151,42 +161,39 @@ class _RingAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        (num_tokens, ring), chunk_size, real = ctx.whole, q.shape[1], slice(0, lse.shape[-1])
-        dq = torch.zeros_like(q, dtype=lse.dtype)
+        whole, ring, real = ctx.whole, ctx.whole.ring, ctx.whole.own_rows()
+        saved = [take_rows(x, real) for x in (grad_out, q, out)]
+        dq = torch.zeros_like(saved[1], dtype=lse.dtype)
         own = torch.zeros((2, *k.shape), dtype=lse.dtype, device=k.device)  # dk and dv of this rank's chunk
         arriving: Exchange | None = None
         for visit, kv in _visits(torch.stack((k, v)), ring):
-            here = _real(ring.chunk(visit), chunk_size, num_tokens)
-            keys, values = kv[:, :, here]
-            grads = None
-            if lse.numel() and keys.numel():
-                grads = attention.attention_backward(grad_out[:, real], q[:, real], keys, values, out[:, real], lse)
+            grad_of_rows, rows, out_of_rows = saved
+            pairs = whole.pairs(visit)
+            grads = list(packed.backward_of_pairs(grad_of_rows, rows, kv[0], kv[1], out_of_rows, lse, pairs))
             # Only now: the sum over the chunk's earlier ranks arrives while this rank's share is computed.
             dkv = own if visit == 0 else torch.zeros_like(own) if arriving is None else arriving.wait()
-            if grads is not None:
-                dq[:, real] += grads[0]
-                dkv[0, :, here] += grads[1]
-                dkv[1, :, here] += grads[2]
+            for pair, (of_q, of_k, of_v) in grads:
+                dq[:, pair.queries] += of_q
+                dkv[0, :, pair.keys] += of_k
+                dkv[1, :, pair.keys] += of_v
             if visit > 0:  # this rank's share of its own chunk stays here, which saves a hop
                 arriving = ring.post(dkv, visit, visit + 1)
         if arriving is not None:
             own += arriving.wait()
-        return dq.to(q.dtype), own[0].to(k.dtype), own[1].to(v.dtype), None, None
+        return put_rows(dq, q, real), own[0].to(k.dtype), own[1].to(v.dtype), None, None
 
 
-def _around_the_ring(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, ring: Ring) -> tuple[Tensor, Tensor]:
+def _around_the_ring(q: Tensor, k: Tensor, v: Tensor, whole: _Sequence) -> tuple[Tensor, Tensor]:
     """Output [B, c, N, K], zeros at the padding, and log-sum-exp [B, N, real tokens]."""
-    real = _real(ring.rank, q.shape[1], num_tokens)
-    out, lse = _nothing_attended(q[:, real])
-    for visit, kv in _visits(torch.stack((k, v)), ring):
-        keys, values = kv[:, :, _real(ring.chunk(visit), q.shape[1], num_tokens)]
-        if lse.numel() and keys.numel():
-            out, lse = merge_attention(out, lse, *attention.attention_with_lse(q[:, real], keys, values))
-    if out.shape == q.shape:
-        return out.to(q.dtype), lse
-    padded = torch.zeros_like(q)
-    padded[:, real] = out
-    return padded, lse
+    real = whole.own_rows()
+    rows = take_rows(q, real)
+    out, lse = _nothing_attended(rows)
+    for visit, kv in _visits(torch.stack((k, v)), whole.ring):
+        for pair, *block in packed.forward_of_pairs(rows, kv[0], kv[1], whole.pairs(visit)):
+            mine = pair.queries
+            # the output is merged in its place
+            _, lse[..., mine] = merge_attention(out[:, mine], lse[..., mine], *block)
+    return put_rows(out, q, real), lse
 
 
 def _visits(kv: Tensor, ring: Ring) -> Iterator[tuple[int, Tensor]]:
@@ -202,11 +209,6 @@ def _visits(kv: Tensor, ring: Ring) -> Iterator[tuple[int, Tensor]]:
                 current = inner.wait()
         if outer is not None:
             kv = outer.wait()
-
-
-def _real(chunk: int, chunk_size: int, num_tokens: int) -> slice:
-    """The tokens of a chunk that are not padding."""
-    return slice(0, min(max(num_tokens - chunk * chunk_size, 0), chunk_size))
 
 
 def _nothing_attended(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from mm.parallel.apply import ParallelModel
-from mm.parallel.boundary import BoundaryShape
+from mm.parallel.boundary import BoundaryShape, SequenceLengths
 from mm.parallel.pipeline_messages import PipelineMessages
 from mm.parallel.stage import WanStage
 
@@ -26,7 +26,7 @@ def forward_backward(
     parallel: ParallelModel,
     forward_step: ForwardStep[MicroBatchT],
     micro_batches: Sequence[MicroBatchT],
-    tokens_of: Callable[[MicroBatchT], tuple[int, int, int]],
+    lengths_of: Callable[[MicroBatchT], SequenceLengths],
 ) -> list[Tensor]:
     """Forward and backward of every micro-batch in the order of the schedule; gradients add up, averaged over them.
 
@@ -35,13 +35,13 @@ def forward_backward(
         forward_step: runs one stage on one micro-batch. The loss function it returns is only called on the last
             stage; the losses of the ranks that share a sample add up to the sample's.
         micro_batches: of this replica, the same on all ranks that share them.
-        tokens_of: (samples, video tokens of each, text tokens of each) of a micro-batch, for the boundaries' shapes.
+        lengths_of: sizes of a micro-batch, for the boundaries' shapes.
 
     Returns:
         What the loss function reported for each micro-batch, on the last pipeline stage; empty elsewhere.
     """
     layout = parallel.mesh.layout
-    rows = _boundary_rows(parallel, [tokens_of(batch) for batch in micro_batches])
+    rows = _boundary_rows(parallel, [lengths_of(batch) for batch in micro_batches])
     stage_of = dict(zip(map(id, parallel.chunks), parallel.stages, strict=True))
     for stage in parallel.stages:
         stage.boundary_rows = rows
@@ -83,13 +83,10 @@ def _virtual(parallel: ParallelModel) -> int | None:
     return parallel.mesh.layout.vp_size if parallel.mesh.layout.vp_size > 1 else None
 
 
-def _boundary_rows(parallel: ParallelModel, shapes: Sequence[tuple[int, int, int]]) -> int:
+def _boundary_rows(parallel: ParallelModel, micro_batches: Sequence[SequenceLengths]) -> int:
     """Rows of the step's largest micro-batch.
 
     Every rank of a pipeline knows the step's micro-batches, so no shapes are exchanged; smaller ones are padded.
     """
-    share, images = parallel.mesh.tokens, parallel.wan.image_tokens
-    return max(
-        BoundaryShape.rows_needed(batch, share.width(num_tokens), images + text_tokens, parallel.dtype)
-        for batch, num_tokens, text_tokens in shapes
-    )
+    model = parallel.mesh.tokens, parallel.wan, parallel.dtype
+    return max(BoundaryShape.of(lengths, *model).rows for lengths in micro_batches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from megatron.core.enums import ModelType
@@ -11,12 +12,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mm.parallel.boundary import BoundaryShape, receive_side, send_side
-from mm.parallel.tokens import TokenShare
+from mm.parallel.boundary import BoundaryShape, SequenceLengths, receive_side, send_side
+from mm.parallel.tokens import TokenShare, counts_of
 from mm.wan.block import WanBlock
-from mm.wan.inputs import ModelInputs
+from mm.wan.inputs import Inputs
 from mm.wan.model import WanModel
-from mm.wan.patches import patchify
 from mm.wan.rope import Grid, Positions
 
 _EMBEDDERS = ("patch_embedding", "text_embedding", "time_embedding", "time_projection")
@@ -40,7 +40,7 @@ class WanStage(MegatronModule):
 
     Attributes:
         model: its part of the model. first, last: whether it begins and ends the model.
-        tokens: this rank's share of a sample's tokens. dtype: of the hidden state.
+        tokens: this rank's share of the tokens. dtype: of the hidden state.
         boundary_rows: rows of the tensors that cross in this step, set by the schedule's caller.
     """
 
@@ -75,7 +75,7 @@ class WanStage(MegatronModule):
         """Take what the previous stage sent; the schedule calls it before every forward."""
         self._received = tensors if isinstance(tensors, Tensor) or tensors is None else tensors[0]
 
-    def forward(self, inputs: ModelInputs) -> Tensor:
+    def forward(self, inputs: Inputs) -> Tensor:
         """Run this stage for one micro-batch.
 
         Args:
@@ -87,35 +87,33 @@ class WanStage(MegatronModule):
             next one receives (`mm.parallel.boundary`).
         """
         model = self.model
-        grid = model.token_grid(inputs.latents)
-        shape = self._boundary_shape(inputs, math.prod(grid))
+        grids = [model.token_grid(sample.latents) for sample in inputs.samples]
+        shape = self._boundary_shape(inputs, grids)
         if self.first:
             inputs.check(model.config)
-            patches = patchify(inputs.with_channels(model.config), model.config.patch_size)
-            hidden = model.patch_embedding(self.tokens.take(patches, dim=1))
+            hidden = model.patch_embedding(self.tokens.take(model.patches(inputs), dim=1))
             conditions = model.embed_conditions(inputs)
         elif self._received is None:
             raise AssertionError("a stage that is not the first one received nothing")
         else:
             hidden, conditions = receive_side(shape, self._received)
-        hidden = model.run_blocks(hidden, conditions, self._positions(grid, hidden.device))
+        positions = self._positions(inputs, grids, hidden.device)
+        hidden = model.run_blocks(hidden, conditions, positions)
         if self.last:
-            velocity: Tensor = model.head(hidden, conditions.time)
+            velocity: Tensor = model.head(hidden, conditions.time, positions.packed)
             return velocity
         return send_side(shape, hidden, conditions)
 
-    def _positions(self, grid: Grid, device: torch.device) -> Positions:
-        cos, sin = self.model.rotary.tables(grid, device)
-        return Positions(
-            self.tokens.take_chunk(cos, dim=0), self.tokens.take_chunk(sin, dim=0), num_tokens=math.prod(grid)
-        )
+    def _positions(self, inputs: Inputs, grids: Sequence[Grid], device: torch.device) -> Positions:
+        share, lengths = self.tokens, [math.prod(grid) for grid in grids]
+        cos, sin = zip(*(self.model.rotary.tables(grid, device) for grid in grids), strict=True)
+        places = (counts_of(runs, len(grids)) for runs in (share.runs(lengths), share.chunk_runs(lengths)))
+        packed = self.model.packed_tokens(inputs, *places)
+        return Positions(share.take_chunk(cos, dim=0), share.take_chunk(sin, dim=0), share.segments(lengths), packed)
 
-    def _boundary_shape(self, inputs: ModelInputs, num_tokens: int) -> BoundaryShape:
-        return BoundaryShape(
-            batch=inputs.latents.shape[0],
-            tokens=self.tokens.width(num_tokens),
-            context_tokens=self.model.config.image_tokens + inputs.text.shape[1],
-            width=self.model.config.hidden_size,
-            dtype=self.dtype,
-            rows=self.boundary_rows,
-        )
+    def _boundary_shape(self, inputs: Inputs, grids: Sequence[Grid]) -> BoundaryShape:
+        tokens = tuple(math.prod(grid) for grid in grids)
+        text_tokens = tuple(sample.text.shape[1] for sample in inputs.samples)
+        lengths = SequenceLengths(len(inputs.samples[0].latents), tokens, text_tokens)
+        shape = BoundaryShape.of(lengths, self.tokens, self.model.config, self.dtype)
+        return replace(shape, rows=self.boundary_rows)

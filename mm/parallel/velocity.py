@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mm.parallel.apply import ParallelModel
-from mm.parallel.boundary import BoundaryShape
+from mm.parallel.boundary import BoundaryShape, SequenceLengths
 from mm.parallel.tensor import gather_tokens
 from mm.wan.inputs import ModelInputs
 from mm.wan.patches import unpatchify
@@ -51,8 +51,8 @@ class ParallelVelocity:
             velocity: Tensor = parallel.chunks[0](inputs)
             return velocity
         batch, width = len(inputs.latents), parallel.mesh.tokens.width(num_tokens)
-        context_tokens = parallel.wan.image_tokens + inputs.text.shape[1]
-        rows = BoundaryShape.rows_needed(batch, width, context_tokens, parallel.dtype)
+        lengths = SequenceLengths(batch, (num_tokens,), (inputs.text.shape[1],))
+        rows = BoundaryShape.of(lengths, parallel.mesh.tokens, parallel.wan, parallel.dtype).rows
         device = parallel.backend.device
         out = torch.empty(0)
         for stage, chunk in zip(parallel.stages, parallel.chunks, strict=True):

@@ -17,6 +17,7 @@ from mm.config.recompute import Recompute
 from mm.config.run.file import resolved, whole_file
 from mm.config.run.origins import RUN_FILE
 from mm.config.step import DataSettings, StepSettings, step_settings
+from mm.data.planning import describe_plan
 from mm.device.backend import free_host_bytes
 from mm.errors import ConfigError
 from mm.lora.plan import starting_values
@@ -120,7 +121,9 @@ def settings_of(run: Run) -> StepSettings:
     found = on_rank_zero(run.comm, identified)
     features, held_out = (None if one is None else DataSettings(num_samples=one[0], identity=one[1]) for one in found)
     assert features is not None  # noqa: S101  a run has features
-    features = features.model_copy(update={"shuffle": run.sections.data.shuffle})
+    data = run.sections.data
+    plan = describe_plan(data.mixture, data.micro_batch_size, len(run.dataset.shapes()))
+    features = features.model_copy(update={"shuffle": data.shuffle, "plan": plan})
     return step_settings(run.sections, dp_size=run.mesh.layout.dp_size, features=features, held_out=held_out)
 
 

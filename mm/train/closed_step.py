@@ -89,18 +89,25 @@ def _replaced(run: Run, batches: Sequence[FeatureBatch], progress: Progress) -> 
 
 
 def _batches(run: Run, progress: Progress) -> Generator[FeatureBatch]:
-    sections = run.sections
+    sections, layout = run.sections, run.mesh.layout
     return feature_batches(
         run.dataset,
-        BatchPlan(run.global_batch_size, sections.data.micro_batch_size, run.mesh.dp_rank, run.mesh.layout.dp_size),
+        BatchPlan(
+            run.global_batch_size,
+            sections.data.micro_batch_size,
+            run.mesh.dp_rank,
+            layout.dp_size,
+            num_stages=layout.pp_size,
+        ),
         text_len=run.config.text_len,
         seed=sections.training.seed,
         consumed_samples=progress.consumed_samples,
         caption_dropout=sections.data.caption_dropout,
         shuffle=sections.data.shuffle,
+        mixture=sections.data.mixture,
         num_workers=sections.data.workers,
         read_timeout=sections.data.read_timeout,
         on_bad_sample=parse_on_bad_sample(sections.data.on_bad_sample),
         pin_memory=sections.data.pin_memory and run.backend.kind != "cpu",
-        with_noise=run.mesh.pp_rank in (0, run.mesh.layout.pp_size - 1),  # stages between do not see it
+        with_noise=run.mesh.pp_rank in (0, layout.pp_size - 1),  # stages between do not see it
     )

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mm.data.loader import FeatureBatch
+from mm.data.packed import MicroBatch
 from mm.diffusion.flow import FlowMatching
 from mm.errors import NumericsError
 from mm.optim.optimizer import Optimizer
 from mm.optim.step_statistics import StepStatistics, of_replicas
 from mm.parallel.apply import ParallelModel
 from mm.train.run import Run
-from mm.train.step import compute_gradients
+from mm.train.step import SampleCounts, compute_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class NumericsGuard:
         self._in_a_row = 0
         self.skipped = skipped
 
-    def accepted(self, step: int, statistics: StepStatistics, batches: Sequence[FeatureBatch]) -> None:
+    def accepted(self, step: int, statistics: StepStatistics, batches: Sequence[MicroBatch]) -> None:
         """Take note of a finite step, and say so where its loss is far above those before."""
         self._in_a_row = 0
         loss = statistics.loss
@@ -76,14 +76,14 @@ class NumericsGuard:
                 )
         self._losses.append(loss)
 
-    def refused(self, step: int, statistics: StepStatistics, batches: Sequence[FeatureBatch]) -> None:
+    def refused(self, step: int, statistics: StepStatistics, batches: Sequence[MicroBatch]) -> None:
         """Look into a step that is not finite, write the anomaly's files, and go on or stop; every rank calls it.
 
         Raises:
             NumericsError: NUM-001 for the loss, NUM-002 for a gradient, where `--on-nonfinite` allows no more steps to
                 be skipped.
         """
-        losses, modules = self._again(batches)
+        losses, modules = self._again(batches, statistics)
         same = torch.equal(losses.nan_to_num(), statistics.losses.nan_to_num())
         bad_parameters = [
             name for name, finite in zip(self._names, statistics.squares.isfinite().tolist(), strict=True) if not finite
@@ -156,11 +156,12 @@ class NumericsGuard:
                 self.skipped,
             )
 
-    def _again(self, batches: Sequence[FeatureBatch]) -> tuple[Tensor, list[str]]:
+    def _again(self, batches: Sequence[MicroBatch], statistics: StepStatistics) -> tuple[Tensor, list[str]]:
         """The losses of all replicas computed once more, and this rank's modules whose output was not finite first."""
         parallel = self._parallel
         with _watched([stage.model for stage in parallel.stages]) as modules:
-            losses = compute_gradients(parallel, self._flow, batches, self._run.sections.training.seed)
+            counts = SampleCounts(self._run.global_batch_size, statistics.losses.shape[-1])
+            losses = compute_gradients(parallel, self._flow, batches, self._run.sections.training.seed, counts)
         parts = parallel.mesh.gather(losses.flatten()).flatten()
         return of_replicas(parallel.mesh.layout, parts, losses.shape), modules
 
@@ -170,30 +171,30 @@ class NumericsGuard:
         largest = int(statistics.losses.flatten(1).amax(dim=1).argmax())
         return mesh.dp_rank == largest and mesh.tp_rank == mesh.cp_rank == mesh.pp_rank == 0
 
-    def _described(self, batches: Sequence[FeatureBatch], losses: Tensor) -> list[dict[str, Any]]:
+    def _described(self, batches: Sequence[MicroBatch], losses: Tensor) -> list[dict[str, Any]]:
         return [
             {
                 "samples": batch["sample"],
                 "draws": batch["draw"],
                 "timesteps": self._timesteps(batch),
-                "losses": [_number(loss) for loss in row.tolist()],
+                "losses": [_number(loss) for loss in row[: len(batch["sample"])].tolist()],
             }
             for batch, row in zip(batches, losses, strict=True)
         ]
 
-    def _told(self, batches: Sequence[FeatureBatch], losses: Tensor, *, worst_only: bool = False) -> str:
+    def _told(self, batches: Sequence[MicroBatch], losses: Tensor, *, worst_only: bool = False) -> str:
         """Samples with losses that are not finite, or the one with the largest."""
         found = [
             (float(loss), f"{sample} at timestep {timestep:.0f}")
             for batch, row in zip(batches, losses, strict=True)
-            for sample, timestep, loss in zip(batch["sample"], self._timesteps(batch), row, strict=True)
+            for sample, timestep, loss in zip(batch["sample"], self._timesteps(batch), row, strict=False)
         ]
         if worst_only:
             loss, text = max(found)
             return f"sample {text} ({loss:.4f})"
         return "sample " + _listed([text for loss, text in found if not math.isfinite(loss)])
 
-    def _timesteps(self, batch: FeatureBatch) -> list[float]:
+    def _timesteps(self, batch: MicroBatch) -> list[float]:
         return [
             float(t)
             for t in self._flow.draw_timesteps(self._run.sections.training.seed, batch["sample"], batch["draw"])[1]

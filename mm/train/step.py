@@ -9,19 +9,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mm.data.loader import FeatureBatch
+from mm.data.packed import MicroBatch, is_packed, segments_of
 from mm.device.copies import to_device
 from mm.diffusion.flow import FlowMatching
 from mm.errors import NumericsError
 from mm.optim.optimizer import Optimizer
 from mm.optim.step_statistics import StepStatistics, gather_statistics
 from mm.parallel.apply import ParallelModel
+from mm.parallel.boundary import SequenceLengths
 from mm.parallel.schedule import LossFunction, forward_backward
 from mm.parallel.stage import WanStage
 from mm.train.memory_breakdown import Phase
-from mm.wan.inputs import ModelInputs
+from mm.wan.inputs import ModelInputs, PackedInputs
+from mm.wan.packed import joined
 from mm.wan.patches import patchify, token_grid
 
 PatchSize = tuple[int, int, int]
@@ -33,13 +37,25 @@ class StepResult:
 
     Attributes:
         statistics: losses and gradients. updated: whether they were applied.
-        lr: the rate that was used. tokens: video tokens of this replica's samples, after patching.
+        lr: the rate that was used. tokens: video tokens of each of this replica's samples, after patching.
     """
 
     statistics: StepStatistics
     updated: bool
     lr: float
-    tokens: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SampleCounts:
+    """Numbers of samples, on which all replicas agree.
+
+    Attributes:
+        step: of the global batch. most: of the largest micro-batch of all replicas.
+    """
+
+    step: int
+    most: int
 
 
 def stop_at(statistics: StepStatistics) -> None:
@@ -58,10 +74,11 @@ def train_step(
     parallel: ParallelModel,
     optimizer: Optimizer,
     flow: FlowMatching,
-    batches: Sequence[FeatureBatch],
+    batches: Sequence[MicroBatch],
     *,
     samples: int,
     seed: int,
+    most_samples: int | None = None,
     during: Callable[[Phase], AbstractContextManager[object]] = nullcontext,
     on_nonfinite: Callable[[StepStatistics], None] = stop_at,
     asked_to_stop: Callable[[], bool] = lambda: False,
@@ -75,6 +92,7 @@ def train_step(
         batches: this replica's micro-batches of the step.
         samples: the global batch, by which the learning-rate schedule advances.
         seed: of noise and timesteps.
+        most_samples: of the largest micro-batch of all replicas; None where all have as many as the first.
         during: makes what to enter for each phase of the step.
         on_nonfinite: called on every rank where a loss or gradient is not finite, before any weight has changed; the
             update is left out if it returns.
@@ -84,44 +102,72 @@ def train_step(
         NumericsError: what `on_nonfinite` raises.
     """
     with during("forward and backward"):
-        losses = compute_gradients(parallel, flow, batches, seed)
+        counts = SampleCounts(samples, most_samples or len(batches[0]["sample"]))
+        losses = compute_gradients(parallel, flow, batches, seed, counts)
     lr = optimizer.learning_rate
     with during("reducing gradients"):
         optimizer.reduce_gradients()
-        statistics = gather_statistics(parallel, optimizer, losses, asked_to_stop())
+        statistics = gather_statistics(parallel, optimizer, losses, asked_to_stop(), samples)
     if statistics.is_finite:
         with during("the optimizer's update"):
             optimizer.update(statistics.grad_norm, samples)
     else:
         on_nonfinite(statistics)
         optimizer.skip(samples)
-    patch_size = parallel.wan.patch_size
-    tokens = sum(len(batch["sample"]) * num_tokens(batch["latents"].shape, patch_size) for batch in batches)
+    lengths = [lengths_of(batch, parallel.wan.patch_size) for batch in batches]
+    tokens = tuple(count for each in lengths for _ in range(each.batch) for count in each.tokens)
     return StepResult(statistics, statistics.is_finite, lr, tokens)
 
 
 def compute_gradients(
-    parallel: ParallelModel, flow: FlowMatching, batches: Sequence[FeatureBatch], seed: int
+    parallel: ParallelModel,
+    flow: FlowMatching,
+    batches: Sequence[MicroBatch],
+    seed: int,
+    counts: SampleCounts | None = None,
 ) -> Tensor:
     """Forward and backward of one step; the gradients stay where `Optimizer.reduce_gradients` finds them.
 
+    Every sample of the step has the same weight, whichever micro-batch it is in. All replicas have as many
+    micro-batches.
+
+    Args:
+        parallel, flow, batches, seed: as for `train_step`.
+        counts: of samples; None where all micro-batches of all replicas have as many as the first.
+
     Returns:
-        This rank's part of the weighted losses of its replica's samples, [micro-batches, samples] fp32 on the device:
-        of its own tokens on the last pipeline stage, zeros elsewhere and where another rank has the same.
+        This rank's part of the weighted losses of its replica's samples, [micro-batches, `counts.most`] fp32 on the
+        device: of its own tokens on the last pipeline stage, zeros elsewhere, where another rank has the same, and
+        behind the last sample of a micro-batch.
     """
-    patch_size = parallel.wan.patch_size
+    dp_size, patch_size = parallel.mesh.layout.dp_size, parallel.wan.patch_size
+    first = len(batches[0]["sample"])
+    counts = counts or SampleCounts(first * len(batches) * dp_size, first)
 
-    def forward_step(stage: WanStage, module: Any, batch: FeatureBatch) -> tuple[Tensor, LossFunction]:
-        return forward_micro_batch(stage, module, batch, flow, parallel, seed)
+    def forward_step(stage: WanStage, module: Any, batch: MicroBatch) -> tuple[Tensor, LossFunction]:
+        # The schedule takes the mean over micro-batches, and DDP that over replicas.
+        share = len(batch["sample"]) * len(batches) * dp_size / counts.step
+        output, loss_function = forward_micro_batch(stage, module, batch, flow, parallel, seed)
 
-    def tokens_of(batch: FeatureBatch) -> tuple[int, int, int]:
-        return len(batch["sample"]), num_tokens(batch["latents"].shape, patch_size), batch["text"].shape[1]
+        def weighted(velocity: Tensor) -> tuple[Tensor, Tensor]:
+            loss, of_samples = loss_function(velocity)
+            return loss * share, F.pad(of_samples, (0, counts.most - len(of_samples)))
 
-    losses = forward_backward(parallel, forward_step, batches, tokens_of)
+        return output, weighted
+
+    losses = forward_backward(parallel, forward_step, batches, lambda batch: lengths_of(batch, patch_size))
     mesh = parallel.mesh
     if parallel.last and (mesh.layout.sequence_parallel or mesh.tp_rank == 0):
         return torch.stack(losses).float()
-    return torch.zeros(len(batches), len(batches[0]["sample"]), device=parallel.backend.device)
+    return torch.zeros(len(batches), counts.most, device=parallel.backend.device)
+
+
+def lengths_of(batch: MicroBatch, patch_size: PatchSize) -> SequenceLengths:
+    """Sizes of a micro-batch."""
+    segments = segments_of(batch)
+    tokens = tuple(num_tokens(segment["latents"].shape, patch_size) for segment in segments)
+    text_tokens = tuple(segment["text"].shape[1] for segment in segments)
+    return SequenceLengths(len(segments[0]["sample"]), tokens, text_tokens)
 
 
 def num_tokens(latents: Sequence[int], patch_size: PatchSize) -> int:
@@ -131,7 +177,7 @@ def num_tokens(latents: Sequence[int], patch_size: PatchSize) -> int:
 
 
 def forward_micro_batch(
-    stage: WanStage, module: Any, batch: FeatureBatch, flow: FlowMatching, parallel: ParallelModel, seed: int
+    stage: WanStage, module: Any, batch: MicroBatch, flow: FlowMatching, parallel: ParallelModel, seed: int
 ) -> tuple[Tensor, LossFunction]:
     """Run one stage on one micro-batch, and say how its output turns into a loss.
 
@@ -139,35 +185,81 @@ def forward_micro_batch(
     needs, so the first stage and the last one agree without a message. The rest is computed on the device, whose
     elementwise operators round as the CPU's do.
     """
-    device, patch_size, share = parallel.backend.device, parallel.wan.patch_size, parallel.mesh.tokens
-    clean_shape = batch["latents"].shape
+    device, segments = parallel.backend.device, segments_of(batch)
+    counts = [len(segment["sample"]) for segment in segments]
     drawn = torch.stack(flow.draw_timesteps(seed, batch["sample"], batch["draw"]))
-    sigma, timestep, weight = to_device(drawn, device)
-    latents, target, text = batch["latents"], torch.empty(0), batch["text"]
-    features: dict[str, Tensor] = {}
+    sigmas, timesteps, weights = (each.split(counts) for each in to_device(drawn, device))
+    noisy, target = [segment["latents"] for segment in segments], torch.empty(0)
     if stage.first or stage.last:
-        latents, target = _noisy_and_target(stage, batch, flow, parallel, seed, sigma)
-    if stage.first:
-        text = to_device(text, device)
-        features = {name: to_device(value, device) for name, value in batch["features"].items()}
-    output = module(ModelInputs(latents, timestep, text, features))
+        noisy, target = _noisy_and_target(stage, segments, flow, parallel, seed, sigmas)
+    inputs = [
+        _inputs(stage, segment, latents, timestep, device)
+        for segment, latents, timestep in zip(segments, noisy, timesteps, strict=True)
+    ]
+    output = module(PackedInputs(tuple(inputs)) if is_packed(batch) else inputs[0])
 
     def loss_function(velocity: Tensor) -> tuple[Tensor, Tensor]:
-        real = share.real(num_tokens(clean_shape, patch_size))  # padding takes no part
-        elements = math.prod(clean_shape[1:])
-        loss, of_samples = flow.loss(velocity[:, :real], target[:, :real], weight, elements)
-        return loss, of_samples.detach()
+        return _loss(flow, parallel, segments, velocity, target, weights)
 
     return output, loss_function
 
 
-def _noisy_and_target(
-    stage: WanStage, batch: FeatureBatch, flow: FlowMatching, parallel: ParallelModel, seed: int, sigma: Tensor
+def _inputs(
+    stage: WanStage, segment: FeatureBatch, latents: Tensor, timestep: Tensor, device: torch.device
+) -> ModelInputs:
+    """Inputs of one stage; those after the first need the shapes of latents and text alone."""
+    if not stage.first:
+        return ModelInputs(latents, timestep, segment["text"])
+    features = {name: to_device(value, device) for name, value in segment["features"].items()}
+    return ModelInputs(latents, timestep, to_device(segment["text"], device), features)
+
+
+def _loss(
+    flow: FlowMatching,
+    parallel: ParallelModel,
+    segments: Sequence[FeatureBatch],
+    velocity: Tensor,
+    target: Tensor,
+    weights: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Noisy latents [B, C, F, H, W] on the first stage, this rank's tokens of the target on the last, on the device.
+    """This rank's part of the mean of the samples' losses, and of each of them; padding takes no part."""
+    lengths = [num_tokens(segment["latents"].shape, parallel.wan.patch_size) for segment in segments]
+    losses: list[Tensor] = []
+    of_samples = [velocity.new_zeros(len(segment["sample"])) for segment in segments]
+    start = 0
+    for run in parallel.mesh.tokens.runs(lengths):
+        here, elements = slice(start, start + run.real), math.prod(segments[run.sample]["latents"].shape[1:])
+        loss, own = flow.loss(velocity[:, here], target[:, here], weights[run.sample], elements)
+        losses.append(loss)
+        of_samples[run.sample] = own.detach()
+        start += run.places
+    return torch.stack(losses).sum() / len(segments), joined(of_samples, 0)
+
+
+def _noisy_and_target(
+    stage: WanStage,
+    segments: Sequence[FeatureBatch],
+    flow: FlowMatching,
+    parallel: ParallelModel,
+    seed: int,
+    sigmas: Sequence[Tensor],
+) -> tuple[list[Tensor], Tensor]:
+    """Noisy latents [B, C, F, H, W] of each on the first stage, this rank's tokens of the target on the last.
 
     What a stage does not need is left empty. Clean latents and noise live no longer than this call.
     """
+    noisy, targets = [], []
+    for segment, sigma in zip(segments, sigmas, strict=True):
+        latents, target = _noisy_and_whole_target(stage, segment, flow, parallel, seed, sigma)
+        noisy.append(latents)
+        targets.append(target)
+    return noisy, parallel.mesh.tokens.take(targets, dim=1) if stage.last else targets[0]
+
+
+def _noisy_and_whole_target(
+    stage: WanStage, batch: FeatureBatch, flow: FlowMatching, parallel: ParallelModel, seed: int, sigma: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`_noisy_and_target` of samples of one shape, with all tokens of the target."""
     device = parallel.backend.device
     clean = to_device(batch["latents"], device).float()
     noise = batch.get("noise")  # readers draw it ahead
@@ -177,5 +269,4 @@ def _noisy_and_target(
     latents = flow.noisy(clean, noise, sigma) if stage.first else batch["latents"]
     if not stage.last:
         return latents, torch.empty(0)
-    tokens = patchify(flow.target(clean, noise), parallel.wan.patch_size)
-    return latents, parallel.mesh.tokens.take(tokens, dim=1)
+    return latents, patchify(flow.target(clean, noise), parallel.wan.patch_size)

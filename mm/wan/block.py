@@ -9,6 +9,8 @@ that modulates, normalises or gates it is computed in fp32.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ from mm.config.model import WanConfig
 from mm.ops.attention.api import ActivationPolicy, keep_nothing
 from mm.ops.elementwise import autograd as ops
 from mm.wan.layers import Fp32LayerNorm, ModuleFactories
+from mm.wan.packed import PackedTokens, by_sample
 from mm.wan.rope import Positions
 
 
@@ -51,7 +54,7 @@ class SelfAttention(Attention):
         """[B, T, D] to [B, T, D]."""
         q, k, v = self.columns(x, (self.q, self.k, self.v))
         q, k, v = self.norm_q(q, positions), self.norm_k(k, positions), self.heads(v)
-        out: Tensor = self.o(self.attention(q, k, v, positions.num_tokens, keep).flatten(2))
+        out: Tensor = self.o(self.attention(q, k, v, positions.segments, keep).flatten(2))
         return out
 
 
@@ -72,17 +75,23 @@ class CrossAttention(Attention):
             self.v_img = parts.column(width, width)
             self.norm_k_img = parts.qk_norm(width, config.head_dim, config.eps)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x [B, T, D], context [B, I + L, D] (image tokens, then text tokens), to [B, T, D]."""
+    def forward(self, x: Tensor, context: Tensor, packed: PackedTokens | None = None) -> Tensor:
+        """x [B, T, D], context [B, I + L, D] (image tokens, then text tokens), to [B, T, D].
+
+        Where samples share a sequence, the context has the images of all, then the text of all.
+        """
         (q,) = self.columns(x, (self.q,))
         q = self.norm_q(q)
+        texts = packed.text if packed else None
         # Every rank has the whole context: its projections have nothing to make whole.
         if not self.image_tokens:
-            attended = self.attention(q, self.norm_k(self.k(context)), self.heads(self.v(context)))
+            attended = self.attention(q, self.norm_k(self.k(context)), self.heads(self.v(context)), texts)
         else:
-            images, text = context.split((self.image_tokens, context.shape[1] - self.image_tokens), dim=1)
-            of_text = self.attention(q, self.norm_k(self.k(text)), self.heads(self.v(text)))
-            of_images = self.attention(q, self.norm_k_img(self.k_img(images)), self.heads(self.v_img(images)))
+            image_tokens = self.image_tokens * (len(packed.counts) if packed else 1)
+            images, text = context.split((image_tokens, context.shape[1] - image_tokens), dim=1)
+            of_text = self.attention(q, self.norm_k(self.k(text)), self.heads(self.v(text)), texts)
+            pairs = packed.images if packed else None
+            of_images = self.attention(q, self.norm_k_img(self.k_img(images)), self.heads(self.v_img(images)), pairs)
             attended = of_text + of_images
         out: Tensor = self.o(attended.flatten(2))
         return out
@@ -127,7 +136,8 @@ class WanBlock(nn.Module):
 
         Args:
             x: [B, T, D], the residual stream.
-            time_modulation: [B, 6, D] fp32; shift, scale and gate of self attention, then of the feed-forward.
+            time_modulation: [B, 6, D] fp32; shift, scale and gate of self attention, then of the feed-forward. A row
+                for each sample where several share a sequence.
             context: [B, I + L, D], embedded images, then embedded text.
             positions: of the T tokens.
             keep: what is kept of self attention when the block is recomputed.
@@ -137,8 +147,10 @@ class WanBlock(nn.Module):
         """
         modulation = self.modulation.float() + time_modulation
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.chunk(6, dim=1)  # [B, 1, D] each
-        y = self.self_attn(ops.layer_norm(x, 1 + scale, shift, self.eps), positions, keep)
-        x = ops.gated_residual(x, y, gate)
-        x = x + self.cross_attn(self.norm3(x), context)
-        y = self.ffn(ops.layer_norm(x, 1 + ffn_scale, ffn_shift, self.eps))
-        return ops.gated_residual(x, y, ffn_gate)
+        packed = positions.packed
+        norm = partial(ops.layer_norm, eps=self.eps)
+        y = self.self_attn(by_sample(norm, [x], [1 + scale, shift], packed), positions, keep)
+        x = by_sample(ops.gated_residual, [x, y], [gate], packed)
+        x = x + self.cross_attn(self.norm3(x), context, packed)
+        y = self.ffn(by_sample(norm, [x], [1 + ffn_scale, ffn_shift], packed))
+        return by_sample(ops.gated_residual, [x, y], [ffn_gate], packed)

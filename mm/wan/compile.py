@@ -14,6 +14,7 @@ one for any, stops the run in backward (pytorch issue 166926).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -106,7 +107,7 @@ def _run(device: torch.device, dtype: torch.dtype, compiled: bool) -> list[Tenso
     for name, parameter in block.named_parameters():
         value = initial_value(f"blocks.0.{name}", parameter.shape, 0)
         parameter.data = value.to(device, torch.float32 if keep_fp32(f"blocks.0.{name}") else dtype)
-    width, tokens = _TINY.hidden_size, grid_positions(_GRID, _TINY.head_dim, device).num_tokens
+    width, tokens = _TINY.hidden_size, math.prod(_GRID)
     x, time, context = (
         initial_value(name, (1, size, width), 0).to(device, kind).requires_grad_()
         for name, size, kind in (

@@ -1,4 +1,7 @@
-"""Inputs of the transformer, as one type: latents, timesteps, text and the features that the model's task declares.
+"""Inputs of the transformer: latents, timesteps, text and the features that the model's task declares.
+
+Samples of one shape are rows of a batch, samples of any shapes lie one after the other in one sequence of tokens. The
+second are a list of the first, so that all of the model, the stages and the loss goes through `samples` of either.
 
 Shapes: B batch, C latent channels, F H W latent frames, height and width, L text tokens.
 """
@@ -37,6 +40,15 @@ class ModelInputs:
         """The same with every tensor changed."""
         features = {name: change(value) for name, value in self.features.items()}
         return ModelInputs(change(self.latents), change(self.timestep), change(self.text), features)
+
+    @property
+    def samples(self) -> tuple[ModelInputs, ...]:
+        """Parts of a sequence of tokens: this alone, as each row of the batch is a sequence."""
+        return (self,)
+
+    def feature(self, name: str) -> Tensor:
+        """One feature of all samples."""
+        return self.features[name]
 
     def with_channels(self, config: WanConfig) -> Tensor:
         """[B, in_dim, F, H, W]: the noisy latents, and behind their channels those of the features that enter there."""
@@ -98,3 +110,52 @@ class ModelInputs:
             if found != expected:
                 message = f"{feature.title} have shape {tuple(found)}, expected {expected}."
                 raise ConfigError(feature.error, message, feature.remedy)
+
+
+@dataclass(frozen=True)
+class PackedInputs:
+    """Samples of any shapes, which share one sequence of tokens and see nothing of each other.
+
+    Attributes:
+        samples: of one sample each, in the order of the sequence. Captions may have any numbers of tokens.
+    """
+
+    samples: tuple[ModelInputs, ...]
+
+    @property
+    def timestep(self) -> Tensor:
+        """Timesteps of all samples, [S]."""
+        return torch.cat([sample.timestep for sample in self.samples])
+
+    @property
+    def text(self) -> Tensor:
+        """Text features of all samples one after the other, [1, L of all, text_dim]."""
+        return torch.cat([sample.text for sample in self.samples], dim=1)
+
+    def feature(self, name: str) -> Tensor:
+        """One feature of all samples, [S, *shape]; of those that enter as channels only each sample has its own."""
+        return torch.cat([sample.features[name] for sample in self.samples])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> PackedInputs:
+        """The same with every tensor changed."""
+        return PackedInputs(tuple(sample.each(change) for sample in self.samples))
+
+    def check(self, config: WanConfig) -> None:
+        """Check every sample against a model.
+
+        Raises:
+            ConfigError: what `ModelInputs.check` raises, and CFG-240 for no samples, or several where one is expected.
+        """
+        batches = [len(sample.latents) for sample in self.samples]
+        if not batches or set(batches) != {1}:
+            raise ConfigError(
+                "CFG-240",
+                f"A packed sequence was given samples in batches of {batches or 'nothing'}, expected one sample each.",
+                "Give each sample of the sequence by itself.",
+            )
+        for sample in self.samples:
+            sample.check(config)
+
+
+Inputs = ModelInputs | PackedInputs
+"""Inputs of models, stages and steps."""

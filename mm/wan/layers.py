@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.ops.attention.api import ActivationPolicy, attention, keep_inputs, keep_nothing
+from mm.ops.attention.packed import segment_attention
+from mm.ops.attention.segments import Pairs, Segments
 from mm.ops.elementwise import autograd as ops
 from mm.ops.elementwise.operators import HeadNorm, SumOverRanks, identity
 from mm.wan.rope import Positions
@@ -31,11 +33,11 @@ QKNormFactory = Callable[[int, int, float], nn.Module]
 Columns = Callable[[Tensor, Sequence[nn.Module]], list[Tensor]]
 """(x [B, T, D], column linears) -> what each of them makes of x; they are called together because they share x."""
 
-CrossAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q [B, T, N, K], k [B, L, N, K], v [B, L, N, K]) -> [B, T, N, K]."""
+CrossAttention = Callable[[Tensor, Tensor, Tensor, Pairs | None], Tensor]
+"""(q [B, T, N, K], k [B, L, N, K], v [B, L, N, K], pairs) -> [B, T, N, K]; pairs where samples share a sequence."""
 
-SelfAttention = Callable[[Tensor, Tensor, Tensor, int, ActivationPolicy], Tensor]
-"""(q, k, v [B, T, N, K], num_tokens, keep) -> [B, T, N, K]; num_tokens is the sample's, all ranks' shares together.
+SelfAttention = Callable[[Tensor, Tensor, Tensor, Segments, ActivationPolicy], Tensor]
+"""(q, k, v [B, T, N, K], segments, keep) -> [B, T, N, K]; segments have the tokens of all ranks' shares together.
 
 `keep` (`mm.ops.attention.api.ActivationPolicy`) is asked for what attention reads and gives, so that recomputation can
 keep it.
@@ -65,11 +67,22 @@ def apply_columns(x: Tensor, linears: Sequence[nn.Module]) -> list[Tensor]:
     return [linear(x) for linear in linears]
 
 
-def self_attention(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, keep: ActivationPolicy) -> Tensor:
+def self_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, keep: ActivationPolicy = keep_nothing
+) -> Tensor:
     """The single-device `SelfAttention`: all tokens are here, so their number is in the shapes."""
+    num_tokens = sum(segment.num_tokens for segment in segments.each)
     if q.shape[1] != num_tokens:
-        raise ValueError(f"{q.shape[1]} tokens at hand, {num_tokens} in the sample")
-    return attention(*keep_inputs(q, k, v, keep), keep)
+        raise ValueError(f"{q.shape[1]} tokens at hand, {num_tokens} in the samples")
+    q, k, v = keep_inputs(q, k, v, keep)
+    if len(segments.each) == 1:
+        return attention(q, k, v, keep)
+    return segment_attention(q, k, v, segments.pairs(), keep)
+
+
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs | None = None) -> Tensor:
+    """The `CrossAttention`: every rank has all of the context."""
+    return attention(q, k, v) if pairs is None else segment_attention(q, k, v, pairs)
 
 
 class QKNorm(nn.Module):
@@ -135,5 +148,5 @@ class ModuleFactories:
     linear_fp32: LinearFactory = Fp32Linear
     qk_norm: QKNormFactory = QKNorm
     self_attention: SelfAttention = self_attention
-    cross_attention: CrossAttention = attention
+    cross_attention: CrossAttention = cross_attention
     run_blocks: BlockRunner = run_in_order

@@ -11,7 +11,9 @@ Source: Wan technical report (arXiv 2503.20314) section 4.2 and the released wei
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,8 +28,9 @@ from mm.wan.block import WanBlock
 from mm.wan.embeddings import EMBEDDINGS
 from mm.wan.folder import WeightFolder
 from mm.wan.initial import initial_value
-from mm.wan.inputs import ModelInputs
+from mm.wan.inputs import Inputs, ModelInputs, PackedInputs
 from mm.wan.layers import ModuleFactories
+from mm.wan.packed import PackedTokens, by_sample, joined
 from mm.wan.patches import patchify, token_grid, unpatchify
 from mm.wan.precision import keep_fp32
 from mm.wan.rope import Grid, Positions, RotaryTables
@@ -45,6 +48,9 @@ class Conditions:
         time_modulation: [B, 6, D] fp32, for the blocks.
         context: [B, I + L, D] in the model's dtype, the embedded images, then the embedded text. One tensor, because
             blocks, pipelines and recomputation treat the two alike; cross attention tells them apart.
+
+    Of samples that share a sequence, the first two have a row each, and the context [1, all image tokens + all text
+    tokens, D] has them one after the other.
     """
 
     time: Tensor
@@ -89,10 +95,14 @@ class Head(nn.Module):
         self.head = parts.linear_fp32(config.hidden_size, config.out_dim * math.prod(config.patch_size))
         self.modulation = nn.Parameter(torch.zeros(1, 2, config.hidden_size))  # init_weights or a file fills it
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x [B, T, D] and time [B, D] to [B, T, pt*ph*pw*C] fp32, in the layout of `mm.wan.patches.patchify`."""
+    def forward(self, x: Tensor, time: Tensor, packed: PackedTokens | None = None) -> Tensor:
+        """x [B, T, D] and time [B, D] to [B, T, pt*ph*pw*C] fp32, in the layout of `mm.wan.patches.patchify`.
+
+        Where samples share a sequence, time has a row for each (`mm.wan.packed`).
+        """
         shift, scale = (self.modulation.float() + time.unsqueeze(1)).chunk(2, dim=1)
-        out: Tensor = self.head(ops.layer_norm(x.float(), 1 + scale, shift, self.eps))
+        norm = partial(ops.layer_norm, eps=self.eps)
+        out: Tensor = self.head(by_sample(norm, [x.float()], [1 + scale, shift], packed))
         return out
 
 
@@ -158,13 +168,37 @@ class WanModel(nn.Module):
         Raises:
             ConfigError: CFG-040 when latents cannot be cut into patches, and what `ModelInputs.check` raises.
         """
+        return unpatchify(self._predict(inputs), self.token_grid(inputs.latents), self.config.patch_size)
+
+    def velocities(self, inputs: PackedInputs) -> list[Tensor]:
+        """The velocity of each sample of a sequence, [1, out_dim, F, H, W] fp32; errors as of `forward`."""
+        tokens = self._predict(inputs)
+        grids = [self.token_grid(sample.latents) for sample in inputs.samples]
+        each = zip(tokens.split([math.prod(grid) for grid in grids], dim=1), grids, strict=True)
+        return [unpatchify(own, grid, self.config.patch_size) for own, grid in each]
+
+    def _predict(self, inputs: Inputs) -> Tensor:
+        """The velocity of all tokens, [B, T, pt*ph*pw*C] fp32."""
         inputs.check(self.config)
-        grid = self.token_grid(inputs.latents)
-        hidden = self.patch_embedding(patchify(inputs.with_channels(self.config), self.config.patch_size))
+        hidden = self.patch_embedding(joined(self.patches(inputs), 1))
         conditions = self.embed_conditions(inputs)
-        positions = self.rotary.positions(grid, inputs.latents.device)
-        hidden = self.run_blocks(hidden, conditions, positions)
-        return unpatchify(self.head(hidden, conditions.time), grid, self.config.patch_size)
+        grids = [self.token_grid(sample.latents) for sample in inputs.samples]
+        counts = [math.prod(grid) for grid in grids]
+        packed = self.packed_tokens(inputs, counts, counts)
+        hidden = self.run_blocks(hidden, conditions, self.rotary.positions(grids, hidden.device, packed))
+        velocity: Tensor = self.head(hidden, conditions.time, packed)
+        return velocity
+
+    def patches(self, inputs: Inputs) -> list[Tensor]:
+        """The patches of each sample of a sequence, [B, T, pt*ph*pw*C] each."""
+        return [patchify(sample.with_channels(self.config), self.config.patch_size) for sample in inputs.samples]
+
+    def packed_tokens(self, inputs: Inputs, counts: Sequence[int], queries: Sequence[int]) -> PackedTokens | None:
+        """Shares of the samples in the tokens at hand (`PackedTokens.of_counts`); None of a batch."""
+        if len(inputs.samples) == 1:
+            return None
+        text_lengths = [sample.text.shape[1] for sample in inputs.samples]
+        return PackedTokens.of_counts(counts, queries, text_lengths, self.config.image_tokens)
 
     def velocity(self, latents: Tensor, timestep: Tensor, text: Tensor, **features: Tensor) -> Tensor:
         """`forward` of the attributes of `ModelInputs`, with the task's features by their names."""
@@ -176,16 +210,16 @@ class WanModel(nn.Module):
         frames, height, width = latents.shape[2:]
         return token_grid((frames, height, width), self.config.patch_size)
 
-    def embed_conditions(self, inputs: ModelInputs) -> Conditions:
+    def embed_conditions(self, inputs: Inputs) -> Conditions:
         """Embed timesteps, text and the features that do not enter as channels."""
         time = self.time_embedding(timestep_sinusoid(inputs.timestep, self.config.freq_dim))
         context, time_modulation = self.text_embedding(inputs.text), self.time_projection(time).unflatten(1, (6, -1))
         for feature in self.config.task.features:
             if feature.module is None:
                 continue
-            embedded = self.get_submodule(feature.module)(inputs.features[feature.name])
+            embedded = self.get_submodule(feature.module)(inputs.feature(feature.name))
             if feature.entry is Entry.CONTEXT:
-                context = torch.cat((embedded, context), dim=1)
+                context = torch.cat((embedded.reshape(len(context), -1, context.shape[2]), context), dim=1)
             else:
                 time_modulation = time_modulation + embedded
         return Conditions(time, time_modulation, context)

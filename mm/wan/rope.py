@@ -6,12 +6,15 @@ Source: Wan technical report (arXiv 2503.20314) section 4.2 and the released wei
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mm.device.copies import to_device
+from mm.ops.attention.segments import Segments
+from mm.wan.packed import PackedTokens, joined
 
 THETA = 10_000.0
 
@@ -25,17 +28,20 @@ class Positions:
 
     Attributes:
         cos, sin: [T, K/2] fp32, the rotary tables of the tokens at hand.
-        num_tokens: tokens of the whole sample; more than T where ranks share a sample.
+        segments: the samples of the sequence with all of their tokens, more than T where ranks share a sequence; one
+            where each row of the batch is a sample.
+        packed: whose the tokens at hand are, where there are several samples; else None.
     """
 
     cos: Tensor
     sin: Tensor
-    num_tokens: int
+    segments: Segments
+    packed: PackedTokens | None = None
 
 
 def grid_positions(grid: Grid, head_dim: int, device: torch.device | str = "cpu") -> Positions:
     """Positions of a whole sample; arguments as in `rope_tables`."""
-    return Positions(*rope_tables(grid, head_dim, device), num_tokens=math.prod(grid))
+    return Positions(*rope_tables(grid, head_dim, device), Segments.whole([math.prod(grid)]))
 
 
 def axis_widths(head_dim: int) -> tuple[int, int, int]:
@@ -80,9 +86,11 @@ class RotaryTables:
             self._axes.pop(next(iter(self._axes)))
         return _broadcast(axes, grid)
 
-    def positions(self, grid: Grid, device: torch.device) -> Positions:
-        """Positions of a whole sample."""
-        return Positions(*self.tables(grid, device), num_tokens=math.prod(grid))
+    def positions(self, grids: Sequence[Grid], device: torch.device, packed: PackedTokens | None = None) -> Positions:
+        """Positions of whole samples, each from its own origin, one after the other."""
+        cos, sin = zip(*(self.tables(grid, device) for grid in grids), strict=True)
+        segments = Segments.whole([math.prod(grid) for grid in grids])
+        return Positions(joined(cos, 0), joined(sin, 0), segments, packed)
 
 
 def _axis_tables(grid: Grid, head_dim: int, device: torch.device | str) -> list[tuple[Tensor, Tensor]]:

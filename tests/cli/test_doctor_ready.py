@@ -19,7 +19,10 @@ from mm.cli import translate as translate_command
 from mm.config.base import load
 from mm.config.diffusion import DiffusionConfig
 from mm.config.flags import as_words
+from mm.config.run.data import Mixture
 from mm.data.dataset import open_features
+from mm.data.planning import sampling_plan
+from mm.data.sampler import BatchPlan
 from mm.dialects.mindspeed.files import load_train_data
 from mm.dialects.mindspeed.pretrain_json import PretrainModel
 from mm.dialects.mindspeed.training import features
@@ -159,7 +162,10 @@ def test_a_rank_that_draws_otherwise_is_named(demo: Path) -> None:
         features(data.dataset_param), load(PretrainModel, demo / "configs" / "pretrain_model.json").predictor.wan()
     )
     flow = FlowMatching(DiffusionConfig())
-    usual, other = (draws(dataset, flow, seed, 8, shuffle=True) for seed in (1, 2))
+    batches = BatchPlan(8, 1)
+    usual, other = (
+        draws(dataset, sampling_plan(dataset, batches, Mixture(), seed, shuffle=True), flow, seed, 8) for seed in (1, 2)
+    )
     (alike,) = same_draws([usual] * 4)
     assert (alike.verdict, usual in alike.found) == ("ok", True)
     (found,) = same_draws([usual, usual, other, None])

@@ -219,13 +219,13 @@ FEATURES: dict[str, Callable[[Path], Any]] = {
     "text longer than text_len": rewritten(lambda tensors: tensors.update(prompt=torch.zeros(513, 8))),
     "empty text": rewritten(lambda tensors: tensors.update(prompt=torch.zeros(0, 8))),
     "I2V without image features": lambda path: None,
-    "mixed resolutions in a batch": lambda path: None,
+    "few samples of a shape": lambda path: None,
     "header longer than the file": lambda path: path.write_bytes((10**6).to_bytes(8, "little") + b"{}"),
 }
 
 
 def feature_case(name: str, folder: Path) -> Call:
-    mixed = ((16, 3, 8, 8), (16, 3, 8, 6)) if name == "mixed resolutions in a batch" else ((16, 3, 8, 8),)
+    mixed = ((16, 3, 8, 8), (16, 3, 8, 6)) if name == "few samples of a shape" else ((16, 3, 8, 8),)
     images = name == "I2V without image features"
     recipe = RECIPE.model_copy(update={"task": "i2v", "image_encoder": "i"})
     store = write_store(folder / "store", 2, mixed, recipe if images else RECIPE)
@@ -233,7 +233,7 @@ def feature_case(name: str, folder: Path) -> Call:
         listing = store / "data.jsonl"
         listing.write_text(listing.read_text().replace('"task":"t2v"', '"task":"i2v"'))
     FEATURES[name](next((store / "features").glob("0_mp4-*")))
-    if name == "mixed resolutions in a batch":
+    if name == "few samples of a shape":
 
         def walk(_: Sequence[str]) -> None:
             dataset = open_features(feature_set(store), MODEL)

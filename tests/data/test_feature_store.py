@@ -258,7 +258,7 @@ def test_recipe_key_depends_on_every_field(tmp_path: Path) -> None:
         "format_version": 3, "vae": "w", "text_encoder": "w", "tokenizer": "w", "height": 80, "width": 80,
         "num_frames": 13, "min_num_frames": 1, "frame_interval": 2, "crop": "none", "vae_dtype": "bf16",
         "text_dtype": "bf16", "tile_size": (34, 34), "tile_stride": None, "text_cleaning": "none",
-        "max_text_tokens": 256, "seed": 2,
+        "max_text_tokens": 256, "seed": 2, "shape": {"rule": "max_pixels"}, "frames": {"fps": 8.0},
     }  # fmt: skip
     images = {"image_encoder": "w", "condition_tile_size": (34, 34), "condition_tile_stride": (18, 16)}
     assert set(changed) | set(images) | {"task"} == set(Recipe.model_fields)
@@ -271,7 +271,7 @@ def test_recipe_key_depends_on_every_field(tmp_path: Path) -> None:
 
 def test_recipe_key_of_text_to_video_is_that_of_earlier_stores() -> None:
     content = json.loads(RECIPE.model_dump_json())
-    for name in ("image_encoder", "condition_tile_size", "condition_tile_stride"):
+    for name in ("image_encoder", "condition_tile_size", "condition_tile_stride", "shape", "frames"):
         assert content.pop(name) is None
     earlier = json.dumps(content, separators=(",", ":"))
     assert list(content)[:3] == ["format_version", "task", "vae"]

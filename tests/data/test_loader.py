@@ -1,4 +1,5 @@
 import hashlib
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,10 @@ import pytest
 import torch
 from test_feature_store import MODEL, feature, feature_set, write_store
 
+from mm.config.run.data import Mixture, SourceShare
 from mm.data.dataset import FeatureDataset, open_features
 from mm.data.loader import FeatureBatch, feature_batches
-from mm.data.sampler import BatchPlan, MicroBatchSampler, epoch_order, sample_at
+from mm.data.sampler import BatchPlan
 from mm.errors import ConfigError, DataError
 
 
@@ -26,33 +28,6 @@ def take(dataset: FeatureDataset, count: int, plan: BatchPlan | None = None, **o
 
 def drawn(batches: list[FeatureBatch]) -> list[tuple[str, int]]:
     return [pair for batch in batches for pair in zip(batch["sample"], batch["draw"], strict=True)]
-
-
-def test_each_epoch_has_every_sample_once_in_an_order_of_its_own() -> None:
-    orders = [epoch_order(epoch, 50, seed=3) for epoch in range(3)]
-    assert all(sorted(order) == list(range(50)) for order in orders)
-    assert orders[0] != orders[1] != orders[2] and orders[0] != epoch_order(0, 50, seed=4)
-    assert epoch_order(1, 5, seed=3, shuffle=False) == [0, 1, 2, 3, 4]
-    assert [sample_at(p, 50, 3) for p in (0, 49, 50, 149)] == [
-        (orders[0][0], 0),
-        (orders[0][49], 0),
-        (orders[1][0], 1),
-        (orders[2][49], 2),
-    ]
-
-
-@pytest.mark.parametrize(("dp_size", "micro_batch_size"), [(1, 1), (1, 4), (2, 2), (4, 3), (12, 1), (1, 12), (3, 2)])
-def test_a_global_batch_is_the_same_samples_whatever_the_layout(dp_size: int, micro_batch_size: int) -> None:
-    steps = 5
-    expected = [[sample_at(step * 12 + i, 7, 1) for i in range(12)] for step in range(steps)]
-    replicas = []
-    for rank in range(dp_size):
-        plan = BatchPlan(12, micro_batch_size, rank, dp_size)
-        sampler = iter(MicroBatchSampler(plan, num_samples=7, seed=1, consumed_samples=0, shuffle=True))
-        replicas.append([[next(sampler) for _ in range(plan.num_micro_batches)] for _ in range(steps)])
-    for step in range(steps):
-        found = [pair for m in range(12 // (dp_size * micro_batch_size)) for r in replicas for pair in r[step][m]]
-        assert found == expected[step]
 
 
 @pytest.mark.parametrize("consumed", [4, 8, 12, 40])
@@ -107,15 +82,60 @@ def test_all_captions_dropped(dataset: FeatureDataset) -> None:
         assert (batch["text"][:, 0] == 7).all() and not batch["text"][:, 1:].any()
 
 
-def test_shapes_that_cannot_share_a_micro_batch(tmp_path: Path) -> None:
-    store = write_store(tmp_path / "s", 5, shapes=((16, 3, 8, 8), (16, 2, 8, 8)))
-    mixed = open_features(feature_set(store), MODEL)
+TWO_SHAPES = ((16, 3, 8, 8), (16, 2, 8, 8))
+
+
+def shapes(batches: list[FeatureBatch]) -> set[tuple[int, ...]]:
+    return {tuple(batch["latents"].shape) for batch in batches}
+
+
+def test_micro_batches_are_of_one_shape(tmp_path: Path) -> None:
+    mixed = open_features(feature_set(write_store(tmp_path / "s", 5, shapes=TWO_SHAPES)), MODEL)
+    batches = take(mixed, 50)
+    assert shapes(batches) == {(2, 16, 3, 8, 8), (2, 16, 2, 8, 8)}
+    assert set(Counter(drawn(batches)).values()) == {1}
+    assert set(Counter(name for name, _ in drawn(batches)).values()) == {20}  # 100 samples are 20 epochs of 5
+    assert shapes(take(mixed, 5, BatchPlan(1, 1))) == {(1, 16, 3, 8, 8), (1, 16, 2, 8, 8)}
+
+
+def test_shapes_with_too_few_samples(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    mixed = open_features(feature_set(write_store(tmp_path / "s", 5, shapes=TWO_SHAPES)), MODEL)
     with pytest.raises(DataError) as caught:
-        take(mixed, 1)
-    assert caught.value.id == "DATA-015"
-    assert "3 of [16, 3, 8, 8], 2 of [16, 2, 8, 8]" in str(caught.value)
-    shapes = {tuple(batch["latents"].shape) for batch in take(mixed, 5, BatchPlan(1, 1))}
-    assert shapes == {(1, 16, 3, 8, 8), (1, 16, 2, 8, 8)}
+        take(mixed, 1, BatchPlan(3, 3))
+    assert [problem.id for problem in caught.value.problems] == ["DATA-015"]
+    assert "2 samples from 0 of [16, 2, 8, 8]: fewer than a micro-batch of 3" in str(caught.value)
+    left = take(mixed, 20, BatchPlan(3, 3), mixture=Mixture(small_buckets="drop"))
+    assert shapes(left) == {(3, 16, 3, 8, 8)} and "left out: 2 samples from 0 of [16, 2, 8, 8]" in caplog.text
+    repeated = take(mixed, 20, BatchPlan(3, 3), mixture=Mixture(small_buckets="repeat"))
+    assert shapes(repeated) == {(3, 16, 3, 8, 8), (3, 16, 2, 8, 8)}
+    assert set(Counter(drawn(repeated)).values()) == {1}, "a sample that comes again has another draw"
+    with pytest.raises(DataError, match="DATA-015"):
+        take(mixed, 1, BatchPlan(4, 4), mixture=Mixture(small_buckets="drop"))
+
+
+def test_stores_are_mixed_as_their_shares_say(tmp_path: Path) -> None:
+    folders = [write_store(tmp_path / name, count) for name, count in (("a", 6), ("b", 3), ("c", 3))]
+    listing = tmp_path / "features.txt"
+    listing.write_text("".join(f"{folder}\n" for folder in folders))
+    features = feature_set(folders[0]).model_copy(update={"path": str(listing), "folder": None})
+    dataset = open_features(features, MODEL)
+    faces = SourceShare(folder=str(folders[1]), repeats=2)
+    images = SourceShare(folder=f"{folders[2]}/", weight=0.5, end_step=6)
+    mixed = take(dataset, 40 * 2, mixture=Mixture(shares=(faces, images)))
+    first = Counter(name[:2] for name, _ in drawn(mixed)[: 6 * 4])
+    assert first == {"vi": 10, "1:": 10, "2:": 4}  # 6 : 6 : 1.5 of 12 groups of two, to a group
+    assert not any(name.startswith("2:") for name, _ in drawn(mixed)[6 * 4 :])
+
+
+@pytest.mark.parametrize(("names", "id"), [(["nowhere"], "CFG-203"), (["s", "s/../s"], "CFG-203"), (["s"], "CFG-204")])
+def test_shares_that_make_no_sense(names: list[str], id: str, tmp_path: Path) -> None:
+    store = write_store(tmp_path / "s", 4)
+    shares = tuple(SourceShare(folder=str(tmp_path / name), end_step=3) for name in names)
+    with pytest.raises(ConfigError) as caught:
+        take(open_features(feature_set(store), MODEL), 1, mixture=Mixture(shares=shares))
+    assert caught.value.id == id
+    if id == "CFG-204":
+        assert "no store is open at step 3" in str(caught.value)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -8,9 +8,10 @@ from annotated import load_samples
 from feature_samples import write_clip
 
 from mm.config.data import DataSource
-from mm.config.tasks.task import Column
+from mm.config.tasks.speedcontrol import SPEEDCONTROL
 from mm.data.features import feature_name
-from mm.data.metadata import MAX_CAPTION_CHARACTERS, check_rows
+from mm.data.sources.cells import MAX_CAPTION_CHARACTERS
+from mm.data.sources.checking import check_rows
 from mm.errors import DataError
 
 
@@ -244,18 +245,18 @@ def test_one_caption_of_a_list_is_drawn_from_the_seed(folder: Path) -> None:
     assert set(drawn) == {"a", "b", "c"}
 
 
-SPEED = Column("motion_bucket_id", 0, 100)
+SPEED = SPEEDCONTROL.columns[0]
 
 
 @pytest.mark.parametrize("value", [0, 100, 33.25])
 def test_a_column_of_the_task(folder: Path, value: float) -> None:
-    (row,) = check_rows([source(folder, [{**GOOD, SPEED.name: value}])], [SPEED])
+    (row,) = check_rows([source(folder, [{**GOOD, SPEED.name: value}])], SPEEDCONTROL)
     assert not row.problems and row.sample is not None and row.sample.columns == {SPEED.name: value}
 
 
 @pytest.mark.parametrize("value", [None, -1, 100.5, True, "50", [50]])
 def test_a_column_of_the_task_that_cannot_be_used(folder: Path, value: object) -> None:
-    (row,) = check_rows([source(folder, [{**GOOD, SPEED.name: value}])], [SPEED])
+    (row,) = check_rows([source(folder, [{**GOOD, SPEED.name: value}])], SPEEDCONTROL)
     (problem,) = row.problems
     assert problem.id == "DATA-061" and "takes a number from 0 to 100" in problem.message
 

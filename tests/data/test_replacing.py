@@ -10,13 +10,14 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from orders import epoch_order
 from test_feature_store import MODEL, feature_set, write_store
 
 from mm.config.bad_samples import FAIL, OnBadSample, parse_on_bad_sample
 from mm.data.dataset import FeatureDataset, open_features
 from mm.data.loader import FeatureBatch, feature_batches
 from mm.data.replacing import check_replaced, check_same_samples, replaced_in_step
-from mm.data.sampler import BatchPlan, epoch_order
+from mm.data.sampler import BatchPlan
 from mm.errors import ConfigError, DataError
 
 SAMPLES, SEED, GLOBAL_BATCH = 12, 5, 6

@@ -21,10 +21,30 @@ def wide(*tensors: Tensor) -> list[Tensor]:
     return [x if x.dtype == torch.float64 else x.float() for x in tensors]
 
 
+def sequences(*ends: list[int]) -> list[tuple[slice, ...]]:
+    """Rows of queries and keys of each sequence of layout TND, which lie one after the other."""
+    starts = ([0, *side[:-1]] for side in ends)
+    rows = ([slice(a, b) for a, b in zip(*both, strict=True)] for both in zip(starts, ends, strict=True))
+    return list(zip(*rows, strict=True))
+
+
 def fusion_attention(
     query: Tensor, key: Tensor, value: Tensor, head_num: int, input_layout: str,
     pse: None = None, padding_mask: None = None, atten_mask: None = None, scale: float = 1.0, keep_prob: float = 1.0,
+    pre_tockens: int = 0, next_tockens: int = 0, inner_precise: int = 0, prefix: None = None,
+    actual_seq_qlen: list[int] | None = None, actual_seq_kvlen: list[int] | None = None, sparse_mode: int = 0,
+    gen_mask_parallel: bool = True, sync: bool = False, softmax_layout: str = "",
 ) -> Any:  # fmt: skip
+    if input_layout == "TND":
+        assert softmax_layout == "TND" and actual_seq_qlen is not None and actual_seq_kvlen is not None
+        assert (actual_seq_qlen[-1], actual_seq_kvlen[-1]) == (len(query), len(key))
+        parts = [
+            fusion_attention(query[None, q], key[None, k], value[None, k], head_num, "BSND", scale=scale)
+            for q, k in sequences(actual_seq_qlen, actual_seq_kvlen)
+        ]
+        statistics = [torch.cat([part[i][0] for part in parts], 1).transpose(0, 1) for i in (1, 2)]
+        return torch.cat([part[0][0] for part in parts]), *statistics, query.new_empty(0), 0, 0, 0
+    assert actual_seq_qlen is actual_seq_kvlen is None and softmax_layout == ""
     assert (input_layout, head_num, keep_prob) == ("BSND", query.shape[2], 1.0)
     assert pse is None and padding_mask is None and atten_mask is None
     q, k, v = wide(query, key, value)
@@ -39,7 +59,20 @@ def fusion_attention(
 def fusion_attention_grad(
     query: Tensor, key: Tensor, value: Tensor, dy: Tensor, head_num: int, input_layout: str, *,
     softmax_max: Tensor, softmax_sum: Tensor, attention_in: Tensor, scale_value: float = 1.0,
+    actual_seq_qlen: list[int] | None = None, actual_seq_kvlen: list[int] | None = None, softmax_layout: str = "",
 ) -> Any:  # fmt: skip
+    if input_layout == "TND":
+        assert softmax_layout == "TND" and actual_seq_qlen is not None and actual_seq_kvlen is not None
+        assert softmax_max.shape[:2] == softmax_sum.shape[:2] == query.shape[:2]
+        parts = [
+            fusion_attention_grad(
+                query[None, q], key[None, k], value[None, k], dy[None, q], head_num, "BSND",
+                softmax_max=softmax_max[q].transpose(0, 1)[None], softmax_sum=softmax_sum[q].transpose(0, 1)[None],
+                attention_in=attention_in[None, q], scale_value=scale_value,
+            )
+            for q, k in sequences(actual_seq_qlen, actual_seq_kvlen)
+        ]  # fmt: skip
+        return *(torch.cat([part[i][0] for part in parts]) for i in range(3)), query.new_empty(0), torch.empty(0)
     assert (input_layout, head_num) == ("BSND", query.shape[2])
     assert softmax_max.shape[-1] == softmax_sum.shape[-1] == LANES
     q, k, v, grad, out = wide(query, key, value, dy, attention_in)

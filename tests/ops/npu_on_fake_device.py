@@ -67,6 +67,17 @@ def observe() -> dict[str, Any]:
     return found
 
 
+def segments() -> Any:
+    """Attention of two samples in one sequence, through autograd."""
+    from mm.ops.attention.packed import segment_attention
+    from mm.ops.attention.segments import Pairs, consecutive
+
+    shape = {"dtype": torch.bfloat16, "device": "npu", "requires_grad": True}
+    q, k, v = (torch.empty(1, n, HEADS, HEAD_DIM, **shape) for n in (T, S, S))
+    out = segment_attention(q, k, v, Pairs.of_rows(consecutive((5, T - 5)), consecutive((3, S - 3))))
+    return describe(out, *torch.autograd.grad(out, (q, k, v), torch.empty_like(out)))
+
+
 def attention(dtype: torch.dtype) -> Any:
     from mm.ops.attention.api import attention_backward, attention_with_lse
 
@@ -137,6 +148,7 @@ CASES = {
     "attention bf16": lambda: attention(torch.bfloat16),
     "attention fp16": lambda: attention(torch.float16),
     "attention fp32": lambda: attention(torch.float32),
+    "segments bf16": segments,
     "rms_norm_rope": lambda: elementwise("rms_norm_rope"),
     "layer_norm": lambda: elementwise("layer_norm"),
     "gated_residual": lambda: elementwise("gated_residual"),

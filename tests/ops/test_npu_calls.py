@@ -22,6 +22,7 @@ from torch_npu_wheel import UnreachableError, Wheel, defined, download
 
 from mm.ops.attention import npu as npu_attention
 from mm.ops.attention.api import plain_attention_backward, plain_attention_with_lse
+from mm.ops.attention.segments import Lengths, consecutive
 from mm.ops.elementwise import npu, reference
 from mm.ops.elementwise.operators import HeadNorm
 from mm.parallel.ring import merge_attention
@@ -109,6 +110,24 @@ def test_attention_of_blocks_of_keys(place: tuple[str, torch.dtype]) -> None:
     whole, whole_lse = plain_attention_with_lse(*exact(q, k, v))
     assert_close((out, lse), (whole, whole_lse), place)
     assert_close((dq, dk, dv), plain_attention_backward(*exact(grad, q, k, v), whole, whole_lse), place)
+
+
+def test_attention_of_many_sequences_in_one_call(place: tuple[str, torch.dtype]) -> None:
+    """The layout of all tokens one after the other, and the backward from the log-sum-exp of more keys."""
+    counts = (5, 4, 3), (2, 1, 4)
+    q, k, v, grad = [x[0] for x in attention_inputs(place)]
+    lengths = Lengths(*counts, torch.empty(0), torch.empty(0), 5, 4)
+    out, lse = npu_attention.varlen_attention_with_lse(q, k, v, lengths)
+    assert (out.shape, lse.shape) == (q.shape, (HEADS, T))
+    more = lse + 1  # as if other keys had weight too
+    grads = npu_attention.varlen_attention_backward(grad, q, k, v, out, more, lengths)
+    rows = [consecutive(side) for side in counts]
+    for mine, keys in zip(*rows, strict=True):
+        one = exact(q[None, mine], k[None, keys], v[None, keys])
+        expected = plain_attention_with_lse(*one)
+        assert_close((out[None, mine], lse[None, :, mine]), expected, place)
+        expected_grads = plain_attention_backward(*exact(grad[None, mine]), *one, expected[0], expected[1] + 1)
+        assert_close([x[None, r] for x, r in zip(grads, (mine, keys, keys), strict=True)], expected_grads, place)
 
 
 def norm_inputs(place: tuple[Any, torch.dtype]) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
@@ -219,6 +238,10 @@ def test_results_have_the_shapes_that_the_wheel_says() -> None:
         q, k, v, grad = attention_inputs(("cpu", torch.bfloat16))
         out, lse = npu_attention.attention_with_lse(q, k, v)
         npu_attention.attention_backward(grad, q, k, v, out, lse)
+        lengths = Lengths((5, 7), (3, 4), torch.empty(0), torch.empty(0), 7, 4)
+        rows = [x[0] for x in (q, k, v, grad)]
+        of_rows = npu_attention.varlen_attention_with_lse(*rows[:3], lengths)
+        npu_attention.varlen_attention_backward(rows[3], *rows[:3], *of_rows, lengths)
         (x, weight, grad), tables = norm_inputs(("cpu", torch.bfloat16))
         _, rstd = npu.NpuOperators().rms_norm_rope(x, weight, tables, NORM)
         npu.NpuOperators().rms_norm_rope_backward(grad, x, weight, tables, rstd, NORM)
@@ -247,6 +270,7 @@ CALLS = {
     "attention bf16": ATTENTION,
     "attention fp16": ATTENTION,
     "attention fp32": [],
+    "segments bf16": ATTENTION,
     "rms_norm_rope": ["npu_rms_norm", "npu_rotary_mul", "npu_rotary_mul", "npu_rms_norm_backward"],
     "layer_norm": [],
     "gated_residual": [],
@@ -266,6 +290,7 @@ def test_tensors_on_an_npu_take_the_fused_operators(on_fake_npu: dict[str, Any],
     heads, keys, stream = [B, T, HEADS, HEAD_DIM], [B, S, HEADS, HEAD_DIM], [B, T, WIDTH]
     shapes = {
         "attention": [heads, [B, HEADS, T], heads, keys, keys],
+        "segments": [[1, *heads[1:]], [1, *heads[1:]], [1, *keys[1:]], [1, *keys[1:]]],
         "rms_norm_rope": [heads, stream, [WIDTH]],
         "layer_norm": [stream, stream, [B, 1, WIDTH], [B, 1, WIDTH]],
         "gated_residual": [stream, stream, stream, [B, 1, WIDTH]],

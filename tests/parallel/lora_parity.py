@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from diffusers import WanTransformer3DModel
-from parity import GLOBAL_BATCH, Row, WholeTrace, compare, gather, global_batch, micro_batches
+from parity import Row, WholeTrace, compare, gather, micro_batches
 from peft import LoraConfig, inject_adapter_in_model
 from published_names import diffusers_to_native
 from torch import Tensor
 
-from mm.activation.host_pool import StepShape, make_offloader
+from mm.activation.host_pool import make_offloader
 from mm.activation.recompute import block_runner
 from mm.config.diffusion import DiffusionConfig
 from mm.device.backend import Backend
@@ -146,12 +146,12 @@ def plain_loop(model: Callable[..., Tensor], named: dict[str, Any], row: Row) ->
             group["lr"] = SETTINGS.lr - (SETTINGS.lr - SETTINGS.min_lr) * step / STEPS
         optimizer.zero_grad()
         losses = []
-        for sample in global_batch(row.samples, step, row.wan):
+        for sample in row.case.global_batch(step):
             sigma, timestep, weight = flow.draw_timesteps(SEED, sample["sample"], sample["draw"])
             noise = flow.draw_noise(SEED, sample["sample"], sample["draw"], sample["latents"].shape[1:])
             noisy = flow.noisy(sample["latents"], noise, sigma)
             velocity = model(ModelInputs(noisy, timestep, sample["text"], sample["features"]))
-            losses.append(((velocity - (noise - sample["latents"])).square().mean() * weight[0]) / GLOBAL_BATCH)
+            losses.append(((velocity - (noise - sample["latents"])).square().mean() * weight[0]) / row.case.samples)
             losses[-1].backward()
         trace.losses.append(float(torch.stack([loss.detach() for loss in losses]).double().sum()))
         trace.gradients.append({name: p.grad.clone() for name, p in named.items()})
@@ -164,11 +164,7 @@ def plain_loop(model: Callable[..., Tensor], named: dict[str, Any], row: Row) ->
 def parallel_run(lora: LoRARow, mesh: Mesh, backend: Backend) -> WholeTrace:
     """The same on a layout."""
     row = lora.row
-    accumulated = GLOBAL_BATCH // (row.micro_batch_size * row.layout.dp_size)
-    offloader = make_offloader(
-        row.recompute, row.wan, mesh, backend,
-        StepShape(row.micro_batch_size, row.most_tokens, accumulated, torch.float32),
-    )  # fmt: skip
+    offloader = make_offloader(row.recompute, row.wan, mesh, backend, row.case.step_shape)
     parallel = apply(
         row.wan, mesh, backend, row.options, torch.float32,
         lambda name, shape: start(name, shape, lora.base_dtype), zero=row.zero,
@@ -180,14 +176,14 @@ def parallel_run(lora: LoRARow, mesh: Mesh, backend: Backend) -> WholeTrace:
     flow = FlowMatching(DiffusionConfig())
     trace = WholeTrace()
     for step in range(STEPS):
-        mine = micro_batches(row, global_batch(row.samples, step, row.wan), mesh)
-        losses = compute_gradients(parallel, flow, mine, SEED)
+        mine = micro_batches(row, row.case.global_batch(step), mesh)
+        losses = compute_gradients(parallel, flow, mine, SEED, row.case.counts)
         optimizer.reduce_gradients()
         trace.gradients.append(gather(optimizer, "gradient"))
-        statistics = gather_statistics(parallel, optimizer, losses)
+        statistics = gather_statistics(parallel, optimizer, losses, samples=row.case.samples)
         trace.losses.append(statistics.loss)
         trace.norms.append(statistics.grad_norm)
-        optimizer.update(statistics.grad_norm, GLOBAL_BATCH)
+        optimizer.update(statistics.grad_norm, row.case.samples)
     trace.weights = gather(optimizer, "master")
     for name, parameter in parallel.all_parameters().items():
         if name in frozen:
@@ -216,7 +212,7 @@ def run_rows(rows: list[LoRARow], backend: Backend) -> dict[str, RelativeErrors]
         with build_mesh(row.row.layout, 2, "cpu") as mesh:
             trace = parallel_run(row, mesh, backend)
         if dist.get_rank() == 0:
-            reference = row.row.samples, row.row.model_type, row.row.wan.num_layers, row.words, row.base_dtype
+            reference = row.row.reference, row.words, row.base_dtype
             if reference not in references:
                 references[reference] = plain_run(row)
             results[row.id] = compare(trace, references[reference])

@@ -19,9 +19,10 @@ from mm.config.model import WanConfig
 from mm.config.recompute import Recompute
 from mm.config.tasks.registry import TASKS
 from mm.data.loader import FeatureBatch
+from mm.data.packed import MicroBatch
 from mm.device.backend import Backend
 from mm.doctor import parity
-from mm.doctor.parity import Case, RelativeErrors, Trace, collate, limits
+from mm.doctor.parity import Case, RelativeErrors, Trace, limits
 from mm.optim.optimizer import Optimizer, ParamShard
 from mm.parallel.apply import DataParallelOptions
 from mm.parallel.mesh import Mesh, build_mesh
@@ -33,9 +34,17 @@ IMAGES = {"in_dim": 36, "img_dim": 24, "clip_token_len": 5}
 """What a model with images has besides: five tokens an image do not divide by the ranks."""
 GLOBAL_BATCH = 4
 
-EVEN, ODD, MIXED = "even", "odd", "mixed"
-SIZES = {EVEN: [(2, 6, 8)], ODD: [(3, 6, 10)], MIXED: [(3, 6, 10), (1, 2, 14)]}
-"""Latent sizes of the samples: 24, 45 and 7 tokens. 24 divides by 2, 3, 4, 6 and 8; the others leave padding."""
+EVEN, ODD, MIXED, ANY = "even", "odd", "mixed", "any"
+SIZES = {
+    EVEN: [(2, 6, 8)],
+    ODD: [(3, 6, 10)],
+    MIXED: [(3, 6, 10), (1, 2, 14)],
+    ANY: [(3, 6, 10), (1, 2, 4), (1, 2, 14), (2, 4, 6)],
+}
+"""Latent sizes of the samples: 24, 45 and 7 tokens. 24 divides by 2, 3, 4, 6 and 8; the others leave padding.
+
+Those of any size have 45, 2, 7 and 12: two single frames, of which one has fewer tokens than there are ranks.
+"""
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ class Row:
     recompute: Recompute | None = None
     model_type: str = "t2v"
     compiled: bool = False
+    packs: tuple[tuple[int, ...], ...] = ()
 
     @property
     def wan(self) -> WanConfig:
@@ -71,17 +81,29 @@ class Row:
             parts.append("distopt")
         if self.options.overlap_grad_reduce or self.options.overlap_param_gather:
             parts.append("overlap")
+        if self.packs:
+            parts.append("packed" + "+".join(",".join(map(str, replica)) for replica in self.packs))
+        plan = self.recompute
+        if plan is not None and self.packs:
+            parts.append(f"recompute{plan.full_layers}-{plan.keep_layers}" + "-offload" * plan.offload)
         if self.micro_batch_size > 1:
             parts.append(f"mbs{self.micro_batch_size}")
-        accumulated = GLOBAL_BATCH // (self.micro_batch_size * self.layout.dp_size)
-        return "-".join([*parts, f"acc{accumulated}", self.samples])
+        return "-".join([*parts, f"acc{self.micro_batches}", self.samples])
+
+    @property
+    def reference(self) -> tuple[Any, ...]:
+        """What rows have in common that are compared with the same run."""
+        return self.samples, self.model_type, self.wan.num_layers, self.case.samples, bool(self.packs)
+
+    @property
+    def micro_batches(self) -> int:
+        return len(self.packs[0]) if self.packs else GLOBAL_BATCH // (self.micro_batch_size * self.layout.dp_size)
 
     @property
     def case(self) -> Case:
-        micro_batches = GLOBAL_BATCH // (self.micro_batch_size * self.layout.dp_size)
         return Case(
             self.wan, self.layout, self.options, self.zero, self.recompute, tuple(SIZES[self.samples]),
-            self.micro_batch_size, micro_batches,
+            self.micro_batch_size, self.micro_batches, self.packs,
         )  # fmt: skip
 
 
@@ -92,9 +114,9 @@ def global_batch(kind: str, step: int, wan: WanConfig = WAN) -> list[FeatureBatc
     return parity.global_batch(wan, SIZES[kind], GLOBAL_BATCH, step)
 
 
-def plain_run(kind: str, wan: WanConfig) -> WholeTrace:
-    """The reference."""
-    return parity.run_on_one_device(wan, SIZES[kind], GLOBAL_BATCH)
+def plain_run(row: Row) -> WholeTrace:
+    """The reference: the row's samples one by one."""
+    return parity.run_on_one_device(row.wan, SIZES[row.samples], row.case.samples, text_lengths=row.case.text_lengths)
 
 
 def parallel_run(row: Row, mesh: Mesh, backend: Backend) -> WholeTrace:
@@ -102,9 +124,8 @@ def parallel_run(row: Row, mesh: Mesh, backend: Backend) -> WholeTrace:
     return parity.run_on_the_mesh(row.case, mesh, backend, gather, len(SIZES[row.samples]) if row.compiled else None)
 
 
-def micro_batches(row: Row, samples: list[FeatureBatch], mesh: Mesh) -> list[FeatureBatch]:
-    mine, size = samples[mesh.dp_rank :: row.layout.dp_size], row.micro_batch_size
-    return [collate(mine[start : start + size]) for start in range(0, len(mine), size)]
+def micro_batches(row: Row, samples: list[FeatureBatch], mesh: Mesh) -> list[MicroBatch]:
+    return row.case.micro_batches_of(mesh.dp_rank, samples)
 
 
 def gather(optimizer: Optimizer, what: str) -> dict[str, torch.Tensor]:
@@ -169,8 +190,7 @@ def run_rows(rows: list[Row], backend: Backend) -> dict[str, RelativeErrors]:
         with build_mesh(row.layout, 2, "cpu") as mesh:
             trace = parallel_run(row, mesh, backend)
         if dist.get_rank() == 0:
-            reference = row.samples, row.model_type, row.wan.num_layers
-            if reference not in references:
-                references[reference] = plain_run(row.samples, row.wan)
-            results[row.id] = compare(trace, references[reference])
+            if row.reference not in references:
+                references[row.reference] = plain_run(row)
+            results[row.id] = compare(trace, references[row.reference])
     return results

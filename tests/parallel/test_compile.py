@@ -56,7 +56,7 @@ def compare_here(rows: list[Row], cache: str) -> list[dict[str, Any]]:
                 }
             result = {"graphs": counters["stats"]["unique_graphs"]}
             if dist.get_rank() == 0:
-                result["off"] = over_limits(row, compare(traces["none"], plain_run(row.samples, row.wan)))
+                result["off"] = over_limits(row, compare(traces["none"], plain_run(row)))
                 first = traces["none"]
                 result["different"] = [
                     name

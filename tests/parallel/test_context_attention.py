@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mm.config.place import process_place
 from mm.ops.attention.api import attention_backward, attention_with_lse
+from mm.ops.attention.segments import Segment, Segments
 from mm.parallel.context import ContextGroups, build_context_groups, context_attention
 from mm.parallel.groups import GroupMaker
 from mm.parallel.ring import merge_attention
@@ -104,6 +105,16 @@ def run_attention(
     return [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
 
 
+def of_one_sample(groups: ContextGroups, ulysses_size: int = 1) -> Callable[..., Tensor]:
+    """The attention of a rank in a sequence with so many tokens of one sample, given q, k, v and their number."""
+    attention = context_attention(groups)
+
+    def of(q: Tensor, k: Tensor, v: Tensor, num_tokens: int) -> Tensor:
+        return attention(q, k, v, Segments((Segment(num_tokens, ulysses_size * q.shape[1]),)))
+
+    return of
+
+
 def exactness(attention: Callable[..., Tensor], cp_rank: int, cp_size: int, num_tokens: int, garbage: float) -> Any:
     """Worst error of out, dq, dk, dv over their largest value, and whether padding got zeros; padding holds garbage."""
     *inputs, grad_out = draw(num_tokens, HEADS, WIDTH)
@@ -144,7 +155,7 @@ def traffic(attention: Callable[..., Tensor], num_tokens: int) -> dict[str, Any]
 
 def run_layout(name: str, layout: Layout, groups: ContextGroups) -> dict[str, Any]:
     cp_rank, full = dist.get_rank() % layout.cp, layout.cp * CHUNK
-    attention = context_attention(groups)
+    attention = of_one_sample(groups, layout.ulysses)
 
     def recomputed(*args: Any) -> Tensor:
         return checkpoint(attention, *args, use_reentrant=False)
@@ -196,7 +207,7 @@ def dry_run(layout: Layout) -> dict[str, Any]:
     assert mine is not None
     groups = build_context_groups(mine, cp_groups, layout.ulysses, layout.window, layout.overlap, maker)
     with FakeTensorMode():
-        result = traffic(context_attention(groups), layout.cp * CHUNK)
+        result = traffic(of_one_sample(groups, layout.ulysses), layout.cp * CHUNK)
     dist.destroy_process_group()
     return result
 
@@ -330,12 +341,15 @@ def test_a_dry_run_counts_the_same(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_one_rank_needs_no_groups() -> None:
-    attention = context_attention(ContextGroups(None, None, None, 1))
+    alone = ContextGroups(None, None, None, 1)
+    attention = of_one_sample(alone)
     errors, padding_is_zero = exactness(attention, 0, 1, CHUNK - 1, float("nan"))
     assert all(error < 1e-11 for error in errors) and padding_is_zero
     for num_tokens in (0, CHUNK + 1):
-        with pytest.raises(ValueError, match=f"{num_tokens} tokens on 1 ranks with {CHUNK} places"):
+        with pytest.raises(ValueError, match=f"{num_tokens} tokens in 1 chunks with {CHUNK} places"):
             attention(*draw(CHUNK, HEADS, WIDTH, 3), num_tokens)
+    with pytest.raises(ValueError, match=f"segments of {2 * CHUNK} places on 1 ranks with {CHUNK} places each"):
+        of_one_sample(alone, 2)(*draw(CHUNK, HEADS, WIDTH, 3), CHUNK)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mm.config.model import WanConfig
+from mm.ops.attention.segments import Segment, Segments
 from mm.parallel.context import ContextGroups, context_attention
 from mm.wan.block import WanBlock
 from mm.wan.layers import ModuleFactories
@@ -41,7 +42,7 @@ def moves(dtype: torch.dtype, places: int) -> list[str]:
     time = torch.randn(1, 6, CONFIG.hidden_size, requires_grad=True)
     context = torch.randn(1, 8, CONFIG.hidden_size, dtype=dtype, requires_grad=True)
     positions = grid_positions((1, 1, places), CONFIG.head_dim)
-    positions = type(positions)(positions.cos, positions.sin, num_tokens=TOKENS)
+    positions = type(positions)(positions.cos, positions.sin, Segments((Segment(TOKENS, places),)))
     with CountMoves() as counted:
         out = block(x, time, context, positions)
         torch.autograd.grad(out, (x, time, context, *block.parameters()), torch.randn_like(out))

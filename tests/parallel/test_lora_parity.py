@@ -6,7 +6,7 @@ PEFT on diffusers' model is that of gradients in tests/wan/test_wan_parity.py.
 
 import pytest
 from lora_parity import ALL, FIRST, IMAGES, LAST, LoRARow, against_peft, run_rows
-from parity import EVEN, MIXED, Row, over_limits
+from parity import ANY, EVEN, MIXED, Row, over_limits
 from ranks import run_ranks
 from test_parity import OVERLAPPED, SHARDED, images, layout, pp, ring, sp, speeds, ulysses, usp, zero
 
@@ -63,6 +63,11 @@ ROWS = [
     LoRARow(zero(4, 2, **sp(2))),
     LoRARow(zero(4, 2, **pp(2, 2)), FIRST),
     LoRARow(images(4, **sp(2), **pp(2, 2)), IMAGES),
+    # samples that share a sequence
+    LoRARow(Row(layout(1), samples=ANY, packs=((3, 1),), recompute=OFFLOAD)),
+    LoRARow(Row(layout(2, **sp(2)), samples=ANY, packs=((4,),)), ALL, "int8"),
+    LoRARow(Row(layout(4, **usp(2, 2)), samples=ANY, packs=((3, 1),))),
+    LoRARow(Row(layout(4, **pp(2, 2), **ring(2)), SHARDED, samples=ANY, packs=((3, 1),), recompute=OFFLOAD), FIRST),
     # eight: everything together
     LoRARow(Row(layout(8, **sp(2), **ulysses(2), **pp(2)), OVERLAPPED, recompute=KEEP)),
     LoRARow(Row(layout(8, **usp(2, 2), **pp(2, 2)), OVERLAPPED, samples=MIXED), LAST),

@@ -10,7 +10,7 @@ from collections.abc import Collection
 import parity
 import pytest
 from mutations import MUTATIONS, Mutation
-from parity import EVEN, Row, WholeTrace, compare, over_limits, parallel_run, plain_run
+from parity import ANY, EVEN, Row, WholeTrace, compare, over_limits, parallel_run, plain_run
 from ranks import run_ranks
 
 from mm.config.layerzero import ZeroConfig
@@ -25,6 +25,20 @@ pytestmark = pytest.mark.nightly  # of the tests, not of the engine
 
 SAMPLES = 2
 
+
+def packed_rows() -> dict[str, Row]:
+    """Three samples of different shapes in a sequence, and another one alone."""
+    layouts = {
+        "dp2": Layout(2),
+        "ulysses2": Layout(2, cp_size=2, ulysses_size=2),
+        "ring2": Layout(2, cp_size=2),
+        "tp2sp": Layout(2, tp_size=2, sequence_parallel=True),
+        "pp2": Layout(2, pp_size=2, stages=((2, 3),)),
+    }
+    of_replicas = {"dp2": ((3,), (1,))}
+    return {name: Row(of, samples=ANY, packs=of_replicas.get(name, ((3, 1),))) for name, of in layouts.items()}
+
+
 # Pipelines of five blocks: a number that none of them divides.
 ROWS = {
     "tp2": Row(Layout(2, tp_size=2)),
@@ -37,6 +51,7 @@ ROWS = {
     "zero2": Row(Layout(2, zero3_size=2), zero=ZeroConfig(zero3_size=2)),
     "tp2sp-ulysses2": Row(Layout(4, tp_size=2, sequence_parallel=True, cp_size=2, ulysses_size=2)),
     "usp2x2": Row(Layout(4, cp_size=4, ulysses_size=2)),
+    **{f"packed-{name}": row for name, row in packed_rows().items()},
     "pp4": Row(Layout(4, pp_size=4, stages=((1, 1, 1, 2),))),
 }
 
@@ -50,7 +65,7 @@ def run_mutations(world_size: int) -> dict[str, Findings]:
     comparison.STEPS = 1
     backend, findings = select("cpu"), {}
     with Job(process_place(), backend.collective, backend.device, 2) as job:
-        references: dict[tuple[str, int], WholeTrace] = {}
+        references: dict[tuple[str, int, int], WholeTrace] = {}
         for name, row in ROWS.items():
             if row.layout.world_size != world_size:
                 continue
@@ -61,9 +76,9 @@ def run_mutations(world_size: int) -> dict[str, Findings]:
                             case.break_it(patch)
                         trace = parallel_run(row, mesh, backend)
                     if job.rank == 0:
-                        reference = row.samples, row.wan.num_layers
+                        reference = row.samples, row.wan.num_layers, row.case.samples
                         if reference not in references:
-                            references[reference] = plain_run(row.samples, row.wan)
+                            references[reference] = plain_run(row)
                         findings[case.id if case else name] = judge(row, trace, references[reference])
     return findings
 
@@ -93,7 +108,7 @@ def findings() -> dict[str, Findings]:
 
 
 def test_every_class_of_defects_has_a_mutation() -> None:
-    assert {case.kind for case in MUTATIONS} == {f"N{number}" for number in range(1, 10)}
+    assert {case.kind for case in MUTATIONS} == {f"N{number}" for number in range(1, 14)}
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -112,7 +112,7 @@ def one_process() -> Hashes:
         patch.setattr(comparison, "DiffusionConfig", flow_config)
         for seed in SEEDS:
             patch.setattr(comparison, "SEED", seed)
-            parity.plain_run(parity.EVEN, WAN)
+            comparison.run_on_one_device(WAN, parity.SIZES[parity.EVEN], parity.GLOBAL_BATCH)
     return dict(hashes)
 
 

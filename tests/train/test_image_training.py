@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from orders import sample_at
 from ranks import run_ranks
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -15,7 +16,6 @@ from training_runs import bits, metrics, run, words
 from mm.cli import extract as extract_command
 from mm.cli import train as train_command
 from mm.config.base import load
-from mm.data.sampler import sample_at
 from mm.demo.components import MODEL_NAMES
 from mm.dialects.mindspeed.pretrain_json import PretrainModel
 from mm.diffusion.flow import FlowMatching
@@ -115,8 +115,14 @@ def test_four_steps_are_two_and_two(demo_of_images: Path, tmp_path: Path, task: 
     assert (tmp_path / "straight" / shard).read_bytes() == (tmp_path / "stopped" / shard).read_bytes()
 
 
-def test_clips_of_several_lengths_through_a_pipeline(demo_of_images: Path, tmp_path: Path) -> None:
-    """Conditions have the size of their own sample; what crosses stages has that of the step's largest."""
+MIXED: dict[str, dict[str, Any]] = {"pp2": {**LAYOUTS["pp2"], "variable_seq_lengths": True}, "dp2": {}}
+
+
+def test_clips_of_several_lengths_on_two_processes(demo_of_images: Path, tmp_path: Path) -> None:
+    """Conditions have the size of their own sample; what crosses stages has that of the step's largest.
+
+    Micro-batches of two are of one length, and replicas take what is dealt to them by cost.
+    """
     configs = demo_of_images / "configs" / "flf2v"
     rows = json.loads((demo_of_images / "dataset" / "data.json").read_text())[:4]
     for row in rows[:2]:
@@ -138,11 +144,21 @@ def test_clips_of_several_lengths_through_a_pipeline(demo_of_images: Path, tmp_p
     features["dataset_param"]["basic_parameters"]["data_path"] = str(tmp_path / "stores.txt")
     (tmp_path / "feature_data.json").write_text(json.dumps(features))
     flags = files(demo_of_images, "flf2v", train_iters=2)
-    flags |= {"mm_data": tmp_path / "feature_data.json", "micro_batch_size": 1, "global_batch_size": 4}
-    single = run(demo_of_images, tmp_path / "single", **flags)
-    command = words(demo_of_images, tmp_path / "pp2", **flags, **LAYOUTS["pp2"], variable_seq_lengths=True)
-    run_ranks(2, train_command.main, command)
-    same(metrics(tmp_path / "pp2"), single)
+    flags |= {"mm_data": tmp_path / "feature_data.json", "global_batch_size": 4}
+    runs = [(size, name) for size in (1, 2) for name in ("pp2", "dp2")]
+    run_ranks(
+        2,
+        train_one_after_the_other,
+        [
+            words(demo_of_images, tmp_path / f"{name}-{size}", **{**flags, **MIXED[name], "micro_batch_size": size})
+            for size, name in runs
+        ],
+        timeout_s=240,
+    )
+    for size, name in runs:
+        alone = tmp_path / f"single-{size}"
+        single = metrics(alone) if alone.exists() else run(demo_of_images, alone, **{**flags, "micro_batch_size": size})
+        same(metrics(tmp_path / f"{name}-{size}"), single)
     shapes = {
         tuple(json.loads(line)["latent_shape"]) for line in (tmp_path / "store/data.jsonl").read_text().splitlines()
     }

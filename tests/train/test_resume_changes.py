@@ -118,6 +118,17 @@ def test_another_objective_is_refused(demo: Path, copy: Path, tmp_path: Path) ->
     assert "Fix: Set shuffle of --mm-data to true to go on as before; " in text
 
 
+def test_a_checkpoint_made_with_another_order_of_samples_is_refused(demo: Path, copy: Path) -> None:
+    """One of a version that shuffled by lists of permutations and did not record that."""
+    manifest = copy / "iter_0000003" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    assert content["scalars"]["steps"]["data"].pop("plan") == "keyed bijections"
+    manifest.write_text(json.dumps(content))
+    text = refused(demo, copy)
+    assert "the sampling plan was lists of random permutations and is keyed bijections" in text
+    assert "--resume-changed data" in text
+
+
 def test_another_precision_is_refused(demo: Path, tmp_path: Path, model_json: Path) -> None:
     run(demo, tmp_path, mm_model=model_json, train_iters=1)
     with pytest.raises(ConfigError, match=r"CFG-160.*--bf16 was absent and is given"):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from extracted import extract
+from orders import sample_at
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from training_runs import run
@@ -20,7 +21,6 @@ from mm.cli import generate as generate_command
 from mm.config.base import load
 from mm.config.flags import as_words
 from mm.data.features import read_header
-from mm.data.sampler import sample_at
 from mm.dialects.mindspeed.pretrain_json import PretrainModel
 from mm.diffusion.flow import FlowMatching
 from mm.errors import ConfigError, DataError

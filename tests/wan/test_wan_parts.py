@@ -9,6 +9,7 @@ from torch import nn
 
 from mm.config.model import WanConfig
 from mm.errors import ConfigError
+from mm.ops.attention.segments import Segments
 from mm.ops.elementwise import reference
 from mm.wan import rope
 from mm.wan.initial import initial_value
@@ -160,8 +161,8 @@ def test_parts_may_shard_heads_and_replace_attention():
     """Half-width column and row layers give half the heads to the attention that was handed in."""
     seen = []
 
-    def attention(q, k, v, num_tokens=None, keep=None):
-        assert num_tokens in (None, 8)
+    def attention(q, k, v, segments=None, keep=None):
+        assert segments in (None, Segments.whole([8]))
         seen.append((q.shape, k.shape))
         return reference.attention(q, k, v)
 
@@ -190,7 +191,7 @@ def test_the_angles_of_a_grid_are_computed_once(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(rope, "_axis_angles", lambda *args: computed.append(args) or angles(*args))
     first = rope_tables(grids[-1], 16)
     computed.clear()
-    again = kept.positions(grids[-1], host)
+    again = kept.positions([grids[-1]], host)
     assert computed == [] and torch.equal(again.cos, first[0]) and torch.equal(again.sin, first[1])
     kept.tables(grids[0], host)  # so many grids are not all kept
     assert len(computed) == 3

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from mm.config.bad_samples import parse_on_bad_sample
-from mm.config.data import TEMPORAL_STRIDE
+from mm.config.data import TEMPORAL_STRIDE, default_folder
 from mm.config.rules.encoders import tile_problems
-from mm.config.rules.sources import clip_problems, list_problems
+from mm.config.rules.shapes import fewest_of_rule, frame_problems
+from mm.config.rules.sources import TABLES, clip_problems, list_problems
 from mm.config.run.extraction import ExtractionRun
 from mm.config.tasks.registry import DEFAULT, TASKS, named
 from mm.config.unread import broken
@@ -24,8 +25,13 @@ def check_extraction(run: ExtractionRun) -> None:
 
 
 def _clips_can_be(run: ExtractionRun) -> Iterator[Problem]:
-    """CFG-050 and CFG-051."""
+    """CFG-050, CFG-051, CFG-210 and CFG-211."""
     yield from clip_problems(run.data.clip, run.origins, "data.clip")
+
+
+def _frames_can_be_taken(run: ExtractionRun) -> Iterator[Problem]:
+    """CFG-212."""
+    yield from frame_problems(run.data.clip, run.origins, "data.clip")
 
 
 def _short_videos_give_a_clip(run: ExtractionRun) -> Iterator[Problem]:
@@ -41,7 +47,17 @@ def _short_videos_give_a_clip(run: ExtractionRun) -> Iterator[Problem]:
 
 def _videos_are_listed(run: ExtractionRun) -> Iterator[Problem]:
     """CFG-053."""
-    yield from list_problems(run.data.path, run.data.folder, run.origins, "data")
+    data = run.data
+    needs_folder = default_folder(data.path, data.format) is None
+    yield from list_problems(data.path, data.folder, run.origins, "data", endings=TABLES, needs_folder=needs_folder)
+
+
+def _columns_of_files_are_of_a_table(run: ExtractionRun) -> Iterator[Problem]:
+    """CFG-170: one format alone lets columns be named."""
+    keys, said = run.origins["data.file_keys"], run.origins["data.format"]
+    if run.data.file_keys and run.data.format != "diffsynth":
+        found = f"{keys.file}: {keys.name} has no effect where {said.name} is not diffsynth."
+        yield Problem("CFG-170", found, f"Set {said.name} to diffsynth, or remove it.")
 
 
 def _tiles_cover_the_frame(run: ExtractionRun) -> Iterator[Problem]:
@@ -81,6 +97,13 @@ def _frames_have_others_behind_them(run: ExtractionRun) -> Iterator[Problem]:
                 f"{run.task.name} has nothing to learn.",
                 f"Use at least {TEMPORAL_STRIDE + 1}.",
             )
+    if run.task.frames and fewest_of_rule(clip) <= TEMPORAL_STRIDE < clip.num_frames:
+        yield Problem(
+            "CFG-075",
+            f"{words['data.clip.shape'].name} gives some clips one frame, which is their own first: {run.task.name} "
+            "has nothing to learn from them.",
+            "Lower max_side, or raise num_frames or token_side.",
+        )
 
 
 def _bad_samples_are_said(run: ExtractionRun) -> Iterator[Problem]:
@@ -94,7 +117,9 @@ def _bad_samples_are_said(run: ExtractionRun) -> Iterator[Problem]:
 EXTRACTION_RULES: tuple[Callable[[ExtractionRun], Iterator[Problem]], ...] = (
     _clips_can_be,
     _short_videos_give_a_clip,
+    _frames_can_be_taken,
     _videos_are_listed,
+    _columns_of_files_are_of_a_table,
     _tiles_cover_the_frame,
     _bad_samples_are_said,
     _images_have_their_encoder,

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from mm.config.rules.sources import clip_problems, list_problems
+from mm.config.rules.sources import LISTINGS, clip_problems, list_problems
 from mm.config.run.data import FeatureSet
 from mm.config.run.origins import Origins
 from mm.config.run.training import TrainingRun
+from mm.config.unread import is_given
 from mm.errors import Problem
 
 
 def _features_have_a_clip(run: TrainingRun) -> Iterator[Problem]:
     """CFG-050 and CFG-051 of the features that are trained on."""
-    yield from clip_problems(run.data.features.clip, run.origins, "data.features.clip")
+    if is_given(clip := run.data.features.clip):
+        yield from clip_problems(clip, run.origins, "data.features.clip")
 
 
 def _features_are_listed(run: TrainingRun) -> Iterator[Problem]:
     """CFG-053 of the features that are trained on."""
     features = run.data.features
-    yield from list_problems(features.path, features.folder, run.origins, "data.features")
+    yield from list_problems(features.path, features.folder, run.origins, "data.features", endings=LISTINGS)
 
 
 def _held_out_features_can_be(run: TrainingRun) -> Iterator[Problem]:
@@ -34,8 +36,9 @@ def feature_problems(features: FeatureSet, words: Origins, path: str) -> Iterato
     Args:
         features: the set. words: of the run. path: of the set in it.
     """
-    yield from clip_problems(features.clip, words, f"{path}.clip")
-    yield from list_problems(features.path, features.folder, words, path)
+    if is_given(features.clip):
+        yield from clip_problems(features.clip, words, f"{path}.clip")
+    yield from list_problems(features.path, features.folder, words, path, endings=LISTINGS)
 
 
 FEATURE_RULES: tuple[Callable[[TrainingRun], Iterator[Problem]], ...] = (

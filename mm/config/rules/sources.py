@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mm.config.data import SIZE_MULTIPLE, TEMPORAL_STRIDE
+from mm.config.rules.shapes import shape_problems
 from mm.config.run.data import Clip
 from mm.config.run.origins import Origins
 from mm.errors import Problem
 
 
 def clip_problems(clip: Clip, words: Origins, path: str) -> Iterator[Problem]:
-    """CFG-050 and CFG-051: a clip that the VAE can encode.
+    """CFG-050 and CFG-051: a clip that the VAE can encode; CFG-004, CFG-210 and CFG-211: a size that is said once.
 
     Args:
         clip: the section. words: of the run. path: of the clip in it.
@@ -33,30 +34,50 @@ def _frame_problems(clip: Clip, words: Origins, path: str) -> Iterator[Problem]:
 
 
 def _size_problems(clip: Clip, words: Origins, path: str) -> Iterator[Problem]:
+    rule = words[f"{path}.shape"]
+    if clip.shape is not None:
+        yield from shape_problems(clip.shape, words, f"{path}.shape")
     for name, size in (("height", clip.height), ("width", clip.width)):
         word = words[f"{path}.{name}"]
-        if size % SIZE_MULTIPLE:
+        if size is None:
+            if clip.shape is None:
+                found = f'{word.file} lacks the key "{word.full().removesuffix(f" in {word.file}")}".'
+                yield Problem("CFG-004", found, f"Add it, or {rule.name} with a rule for samples of several sizes.")
+        elif clip.shape is not None:
+            found = f"{word.file}: {word.name} has no effect beside {rule.name}, which gives each sample its size."
+            yield Problem("CFG-210", found, f"Remove it, or {rule.name}.")
+        elif size % SIZE_MULTIPLE:
             below = size // SIZE_MULTIPLE * SIZE_MULTIPLE
             near = f"{below} or {below + SIZE_MULTIPLE}" if below else f"{SIZE_MULTIPLE}"
             found = f"{word.file}: {word.name} is {size}, not a multiple of {SIZE_MULTIPLE}."
             yield Problem("CFG-051", found, f"Use {near}.")
 
 
-def list_problems(named: str, folder: str | None, words: Origins, path: str) -> Iterator[Problem]:
+LISTINGS = (".json", ".jsonl")
+"""Endings of files that list features."""
+TABLES = (*LISTINGS, ".csv")
+"""Endings of files that list videos and images."""
+
+
+def list_problems(
+    named: str, folder: str | None, words: Origins, path: str, *, endings: Sequence[str], needs_folder: bool = True
+) -> Iterator[Problem]:
     """CFG-053: where the data are is said in one way.
 
     Args:
         named: the list of data sets, or the annotation file. folder: what an annotation's paths start from.
         words: of the run. path: of the section that has both, as `path` and `folder`.
+        endings: that annotation files may have.
+        needs_folder: nothing else tells where an annotation's paths start from.
     """
     data_path, data_folder = words[f"{path}.path"], words[f"{path}.folder"]
     source, suffix = data_path.file, Path(named).suffix
-    if suffix not in (".txt", ".json", ".jsonl"):
+    if suffix not in (".txt", *endings):
         yield Problem(
             "CFG-053",
-            f"{source}: {data_path.name} is {named}, which ends in none of .txt, .json, .jsonl.",
-            "Name a list of data sets (.txt) or one annotation file (.json, .jsonl; of a table pandas writes one with "
-            'to_json("data.jsonl", orient="records", lines=True)).',
+            f"{source}: {data_path.name} is {named}, which ends in none of .txt, {', '.join(endings)}.",
+            f"Name a list of data sets (.txt) or one annotation file ({', '.join(endings)}; of another table pandas "
+            'writes one with to_json("data.jsonl", orient="records", lines=True)).',
         )
     elif suffix == ".txt" and folder is not None:
         yield Problem(
@@ -64,7 +85,7 @@ def list_problems(named: str, folder: str | None, words: Origins, path: str) -> 
             f"{source}: {data_folder.name} has no effect with the list of data sets {named}.",
             "Remove it; each line of the list names its own folder.",
         )
-    elif suffix != ".txt" and folder is None:
+    elif suffix != ".txt" and folder is None and needs_folder:
         yield Problem(
             "CFG-053",
             f"{source}: {data_path.name} {named} is one annotation file, and {data_folder.name} is missing.",

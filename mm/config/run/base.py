@@ -92,7 +92,7 @@ def written(section: BaseModel) -> dict[str, Any]:
 
 def _leaves(section: type[BaseModel], values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
-        inner = section_of(section, name)
+        inner = section_of(section, name, value)
         if inner is not None and value is not None:
             if not isinstance(section.model_fields[name].annotation, type):
                 yield f"{path}{name}", True

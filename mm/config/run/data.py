@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from mm.config.base import Section
 from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
 from mm.config.run.encoders import TokenizerSection
+from mm.config.run.shapes import ShapeRule
 
 
 class Clip(Section):
@@ -14,19 +17,30 @@ class Clip(Section):
 
     Attributes:
         num_frames: frames, 4k + 1. frame_interval: every how-manieth frame of the video is taken.
-        height, width: pixels.
+        height, width: pixels, one size for all samples.
+        shape: a rule for the size of each sample, in place of `height` and `width`; `num_frames` are then the most.
     """
 
     num_frames: int = Field(ge=1)
     frame_interval: int = Field(1, ge=1)
-    height: int = Field(ge=1)
-    width: int = Field(ge=1)
+    height: int | None = Field(None, ge=1)
+    width: int | None = Field(None, ge=1)
+    shape: ShapeRule | None = Field(None, discriminator="rule")
 
     @property
-    def latent_size(self) -> tuple[int, int, int]:
-        """F, H, W of the latents."""
-        frames = (self.num_frames - 1) // TEMPORAL_STRIDE + 1
-        return frames, self.height // LATENT_PIXELS, self.width // LATENT_PIXELS
+    def fixed_size(self) -> tuple[int, int]:
+        """Height and width, where there is no rule."""
+        if self.height is None or self.width is None:
+            raise ValueError("the clip has no fixed size")
+        return self.height, self.width
+
+    @property
+    def latent_size(self) -> tuple[int, int, int] | None:
+        """F, H, W of the latents; None where they have several sizes."""
+        if self.shape is not None:
+            return None
+        height, width = self.fixed_size
+        return (self.num_frames - 1) // TEMPORAL_STRIDE + 1, height // LATENT_PIXELS, width // LATENT_PIXELS
 
 
 class FeatureSet(Section):
@@ -35,14 +49,44 @@ class FeatureSet(Section):
     Attributes:
         path: a `.txt` list of their folders, or one listing (`.json`, `.jsonl`).
         folder: folder that the listing's paths start from; only with a listing.
-        clip: what they must have been made of, checked against their recipe.
+        clip: what they must have been made of, checked against their recipe; None takes them as they are.
         tokenizer: compared with the one that they were made with; None compares nothing.
     """
 
     path: str = Field(min_length=1)
     folder: str | None = Field(None, min_length=1)
-    clip: Clip
+    clip: Clip | None = None
     tokenizer: TokenizerSection | None = None
+
+
+class SourceShare(Section):
+    """Share of one feature store in training.
+
+    Attributes:
+        folder: the store, as the list of features names it.
+        repeats: passes over its samples in an epoch of all.
+        weight: factor on its share by size; 2 gives twice as many of its samples.
+        begin_step, end_step: steps before the first and after the last that may take its samples.
+    """
+
+    folder: str = Field(min_length=1)
+    repeats: int = Field(1, ge=1)
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    begin_step: int = Field(0, ge=0)
+    end_step: int | None = Field(None, ge=1)
+
+
+class Mixture(Section):
+    """Shares of feature stores in training. Stores that no share names have one of the defaults.
+
+    Attributes:
+        shares: none takes all stores as one source.
+        small_buckets: what becomes of samples of a shape of which a store has fewer than a micro-batch takes: an
+            `error`; `drop` leaves them out; `repeat` puts some into one micro-batch more than once.
+    """
+
+    shares: tuple[SourceShare, ...] = ()
+    small_buckets: Literal["error", "drop", "repeat"] = "error"
 
 
 class DataSection(Section):
@@ -51,6 +95,7 @@ class DataSection(Section):
     Attributes:
         features: which. caption_dropout: share of samples that are trained with the empty caption.
         shuffle: a new order each epoch, drawn from the seed; otherwise the order of the listing.
+        mixture: shares of the stores.
         micro_batch_size: samples in one forward of one replica.
         global_batch_size: samples in one step of all replicas; None means one micro-batch for each of them.
         workers: feature-reading processes for each rank. read_timeout: seconds to read a micro-batch.
@@ -61,6 +106,7 @@ class DataSection(Section):
     features: FeatureSet
     caption_dropout: float = Field(0.0, ge=0, le=1)
     shuffle: bool = True
+    mixture: Mixture = Mixture()
     micro_batch_size: int = Field(1, ge=1)
     global_batch_size: int | None = Field(None, ge=1)
     workers: int = Field(2, ge=0)

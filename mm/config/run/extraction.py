@@ -7,9 +7,11 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from mm.config.base import Section
+from mm.config.data import SourceFormat
 from mm.config.run.base import Run
 from mm.config.run.data import Clip
 from mm.config.run.encoders import EncodersSection
+from mm.config.run.shapes import FrameRule
 from mm.config.tasks.registry import DEFAULT, TASKS, TaskName
 from mm.config.tasks.task import Task
 
@@ -34,11 +36,13 @@ class SourceClip(Clip):
     Attributes:
         min_num_frames: the fewest frames to accept from a short video, which is then cut to the largest 4k + 1;
             None: a video shorter than `num_frames` is an error.
+        frames: which frames a video gives, beyond how many.
         reader: `auto` and `pyav` read with PyAV; `decord` reads with decord those videos of which a check proves that
             it gives the same frames, and the others with PyAV, which is told.
     """
 
     min_num_frames: int | None = Field(None, ge=1)
+    frames: FrameRule = FrameRule()
     reader: Literal["auto", "decord", "pyav"] = "auto"
 
 
@@ -46,8 +50,10 @@ class SourceSection(Section):
     """The videos and captions.
 
     Attributes:
-        path: a `.txt` list of data sets, or one annotation file (`.json`, `.jsonl`).
+        path: a `.txt` list of data sets, or one annotation file (`.json`, `.jsonl`, `.csv`).
         folder: folder that the annotation's paths start from; only with an annotation file.
+        format: dialect of the annotations; None where the columns of each file tell.
+        file_keys: further columns of a `diffsynth` table whose cells are paths.
         clip: what is taken of each.
         workers: videos that each process reads ahead, in processes of their own. read_timeout: seconds for one clip.
         on_bad_sample: `fail`, or `skip:max=0.1%` of all clips, which are left out.
@@ -55,6 +61,8 @@ class SourceSection(Section):
 
     path: str = Field(min_length=1)
     folder: str | None = Field(None, min_length=1)
+    format: SourceFormat | None = None
+    file_keys: tuple[str, ...] = ()
     clip: SourceClip
     workers: int = Field(2, ge=1)
     read_timeout: float = Field(120.0, gt=0)

@@ -96,8 +96,8 @@ def _lines(
     """The lines of a section; with `origins` the short form."""
     indent = "  " * path.count(".")
     for name, value in values.items():
-        inner, info = section_of(section, name), section.model_fields[name]
-        if _has_no_choice(info.annotation):
+        inner, info = section_of(section, name, value), section.model_fields[name]
+        if _has_no_choice(info.annotation) and not info.is_required():
             continue
         if inner is not None and value is not None:
             lines = list(_lines(inner, value, origins, f"{path}{name}."))

@@ -35,7 +35,7 @@ def prompt_blob(caption: str, prompt: Tensor, text_len: int, recipe_key: str) ->
         DataError: DATA-013 when a value is not finite.
     """
     origin = Origin(PROMPT_ID if caption else EMPTY_PROMPT_ID, recipe_key, text_hash(caption), "")
-    return serialised(prompt_tensors(prompt, text_len), origin, 0, f'the caption "{caption[:80]}"')
+    return serialised(prompt_tensors(prompt, text_len), origin, Feature(None, prompt), f'the caption "{caption[:80]}"')
 
 
 class ShardWriter:
@@ -94,7 +94,7 @@ class ShardWriter:
             DataError: DATA-013 when a value is not finite, DATA-018 and DATA-019 when it cannot be written.
         """
         tensors = {} if feature.latents is None else {"latents": feature.latents}
-        content = serialised({**feature.features, **tensors}, origin, feature.start_frame, f'sample "{row.sample}"')
+        content = serialised({**feature.features, **tensors}, origin, feature, f'sample "{row.sample}"')
         name = row.sample.encode()
         where = (prompt[0], list(prompt[1]), len(self._names), len(name))
         record = (*self._write(content), list(row.latent_shape), row.text_tokens, *where)

@@ -86,6 +86,7 @@ def _keys_of_data(path: str, file: str, file_word: str) -> dict[str, Word]:
 
     clip, basic = "dataset_param.preprocess_parameters", "dataset_param.basic_parameters"
     words = {f"{path}.clip.{ours}": key(theirs, clip) for ours, theirs in _CLIP.items()}
+    words |= {f"{path}.clip{part}": key("preprocess_parameters", "dataset_param") for part in ("", ".shape")}
     words |= {f"{path}.path": key("data_path", basic), f"{path}.folder": key("data_folder", basic)}
     words[f"{path}.tokenizer"] = key("tokenizer_config", "dataset_param")
     for name in ("from_pretrained", "model_max_length"):

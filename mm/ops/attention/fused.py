@@ -103,7 +103,7 @@ def _cudnn_backward(
 
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     width = q.shape[-1]
-    q, k, v = (_pad_width(x) for x in (q, k, v))
+    q, k, v = (pad_width(x) for x in (q, k, v))
     out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=width**-0.5)
     return out.narrow(-1, 0, width), lse
 
@@ -112,7 +112,7 @@ def _flash_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     width = q.shape[-1]
-    grad_out, q, k, v, out = (_pad_width(x) for x in (grad_out, q, k, v, out))
+    grad_out, q, k, v, out = (pad_width(x) for x in (grad_out, q, k, v, out))
     tensors = grad_out, q, k, v, out, lse.contiguous()
     lengths, seeds = (q.shape[2], k.shape[2]), (_unread(q), _unread(q))
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
@@ -153,7 +153,7 @@ def _unread(q: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.int64, device=q.device)
 
 
-def _pad_width(x: Tensor) -> Tensor:
+def pad_width(x: Tensor) -> Tensor:
     """Zeros behind every head up to the multiple the kernel takes; they change no score and no output."""
     missing = -x.shape[-1] % _WIDTH_MULTIPLE
     return F.pad(x, (0, missing)) if missing else x

@@ -11,7 +11,7 @@ import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mm.data.loader import FeatureBatch
+from mm.data.packed import MicroBatch
 from mm.parallel.apply import ParallelModel
 from mm.train.memory_breakdown import Phase
 from mm.train.records import Record
@@ -53,7 +53,7 @@ class StepDone:
     progress: Progress
     parallel: ParallelModel
     result: StepResult
-    batches: Sequence[FeatureBatch]
+    batches: Sequence[MicroBatch]
     seconds: float
     last: bool
 

@@ -33,8 +33,8 @@ class Metrics(Callback):
         """Measure a step."""
         run, result, statistics = self._run, done.result, done.result.statistics
         dp_size = run.mesh.layout.dp_size
-        samples = run.global_batch_size // dp_size
-        flops = samples * train_flops(run.config, result.tokens // samples, frozen=run.lora is not None)
+        frozen = run.lora is not None
+        flops = sum(train_flops(run.config, tokens, frozen=frozen) for tokens in result.tokens)
         metrics = StepMetrics(
             step=done.step,
             loss=statistics.loss,
@@ -43,15 +43,20 @@ class Metrics(Callback):
             grad_norm_hex=statistics.grad_norm.hex(),
             lr=result.lr,
             consumed_samples=done.progress.consumed_samples,
-            tokens_per_s=result.tokens * dp_size / done.seconds,
+            tokens_per_s=sum(result.tokens) * dp_size / done.seconds,
             tflops=flops / (run.comm.world_size // dp_size) / done.seconds / 1e12,
             peak_memory_gb=run.backend.peak_memory_bytes() / 1e9,
             step_time_s=done.seconds,
             skipped=not result.updated,
             timesteps=tuple(round(timestep, 3) for timestep in self._timesteps(done)),
-            sample_losses=tuple(statistics.losses[run.mesh.dp_rank].flatten().tolist()),
+            sample_losses=tuple(self._losses(done)),
         )
         return [metrics.with_mean(self._recent)]
+
+    def _losses(self, done: StepDone) -> list[float]:
+        """Losses of this replica's samples, in the order of the timesteps."""
+        rows = zip(done.batches, done.result.statistics.losses[self._run.mesh.dp_rank], strict=True)
+        return [loss for batch, row in rows for loss in row[: len(batch["sample"])].tolist()]
 
     def _timesteps(self, done: StepDone) -> list[float]:
         """Timesteps of this replica's samples, which are keyed and so can be drawn again."""

@@ -1,0 +1,95 @@
+"""Balance of micro-batches of mixed sizes over replicas, dealt by cost and in turn.
+
+    python benchmarks/data_balance.py [--replicas 64] [--micro-batches 16] [--steps 200] [--stages 4]
+
+Samples are drawn as of a public video set: 20 % images, else clips of 17 to 129 frames (4k + 1, uniform), at 240p,
+368p, 480p or 720p (uniform). The cost is the cost model of Wan2.1 1.3B or 14B (`mm.data.balance.cost_of_model`). A step
+takes as long as its dearest replica; with a pipeline of equally long stages every pass of every stage under 1F1B is
+simulated, waiting included. Throughput is predicted from costs, not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Sequence
+from statistics import fmean
+
+from mm.config.model import WanConfig
+from mm.data.balance import cost_of_model, deal
+
+MODELS = {
+    "1.3B": WanConfig(hidden_size=1536, ffn_dim=8960, num_heads=12, num_layers=30),
+    "14B": WanConfig(hidden_size=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+}
+SIZES = [(240, 416), (368, 640), (480, 832), (720, 1280)]
+
+
+def num_tokens(rng: random.Random) -> int:
+    """Tokens of a drawn sample."""
+    height, width = rng.choice(SIZES)
+    frames = 1 if rng.random() < 0.2 else rng.randrange(17, 130, 4)
+    return (height // 16) * (width // 16) * ((frames - 1) // 4 + 1)
+
+
+def pipeline_time(costs: Sequence[float], stages: int) -> float:
+    """Time of one replica's step under 1F1B, its stages equally long; backward takes twice as long as forward.
+
+    Every stage runs its forwards and backwards in 1F1B's order, each as soon as what it needs is there.
+    """
+    count = len(costs)
+    done: dict[tuple[str, int, int], float] = {}  # (pass, stage, micro-batch): when it ends
+    orders = []
+    for stage in range(stages):
+        warm_up = min(stages - 1 - stage, count)
+        order = [("f", m) for m in range(warm_up)]
+        for m in range(count - warm_up):
+            order += [("f", warm_up + m), ("b", m)]
+        orders.append(order + [("b", m) for m in range(count - warm_up, count)])
+    clock, places = [0.0] * stages, [0] * stages
+    while any(place < len(order) for place, order in zip(places, orders, strict=True)):
+        for stage in range(stages):
+            while places[stage] < len(orders[stage]):
+                which, m = orders[stage][places[stage]]
+                needs = ("f", stage - 1, m) if which == "f" else ("b", stage + 1, m)
+                first = stage == 0 if which == "f" else stage == stages - 1
+                if not first and needs not in done:
+                    break
+                begin = max(clock[stage], 0.0 if first else done[needs])
+                clock[stage] = begin + costs[m] / stages * (1 if which == "f" else 2)
+                done[which, stage, m] = clock[stage]
+                places[stage] += 1
+    return max(clock) / 3
+
+
+def main() -> None:
+    """Print the dearest replica over the mean, both ways of dealing, the mean and the worst of all steps."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--replicas", type=int, default=64)
+    parser.add_argument("--micro-batches", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--stages", type=int, default=4)
+    args = parser.parse_args()
+    replicas, count = args.replicas, args.replicas * args.micro_batches
+    print(f"{replicas} replicas x {args.micro_batches} samples, {args.steps} steps; time of the dearest replica / mean")
+    print(f"{'model':6} {'stages':>6} {'dealt':8} {'mean':>7} {'worst':>7}  throughput, predicted")
+    turns = [list(range(replica, count, replicas)) for replica in range(replicas)]
+    for name, model in MODELS.items():
+        cost = cost_of_model(model)
+        for stages in (1, args.stages):
+            rng = random.Random(1)  # noqa: S311
+            dearest: dict[str, list[float]] = {"in turn": [], "by cost": []}
+            ratios: dict[str, list[float]] = {"in turn": [], "by cost": []}
+            for _ in range(args.steps):
+                costs = [cost(num_tokens(rng)) for _ in range(count)]
+                for way, dealt in (("in turn", turns), ("by cost", deal(costs, replicas, stages))):
+                    times = [pipeline_time([costs[number] for number in numbers], stages) for numbers in dealt]
+                    dearest[way].append(max(times))
+                    ratios[way].append(max(times) * replicas / sum(times))
+            for way, values in ratios.items():
+                gain = sum(dearest["in turn"]) / sum(dearest[way])
+                print(f"{name:6} {stages:6} {way:8} {fmean(values):7.4f} {max(values):7.4f}  x {gain:.2f}")
+
+
+if __name__ == "__main__":
+    main()

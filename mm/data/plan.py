@@ -1,0 +1,226 @@
+"""The sampling plan: which samples each step trains on, a function of the seed and the step alone (D14 of the design).
+
+Training walks along slots 0, 1, 2, ... without end, each filled by a group: as many samples as a micro-batch has, all
+of one bucket (samples of one shape of one source). Step k takes the next groups, whatever the layout: replicas share
+them out (`mm.data.sampler`). Nothing here grows with the number of samples, and nothing is replayed: any slot is
+computed by itself, from keyed bijections (`mm.data.bijection`) in place of lists.
+
+- A bucket's samples are walked through without end: epoch e of n samples is the positions e n to (e + 1) n, in an order
+  of its own. The epoch is the sample's draw, the key of its random numbers.
+- A source's groups of an epoch come in an order of their own; samples that are left over of a bucket, too few for a
+  group, come first in its next epoch. With one bucket the groups are the walk itself, whatever their size.
+- Sources are mixed by weight, exactly in every 4,096 slots to a group, in an order drawn for each such block.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from itertools import accumulate
+
+from mm.data.bijection import KeyedBijection
+from mm.rng import key
+
+_BLOCK = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSample:
+    """A sample at its place in the plan.
+
+    Attributes:
+        index: in the data set. draw: how often it came before, the key of its random numbers.
+        walk: (source, bucket). position: in that bucket's walk.
+    """
+
+    index: int
+    draw: int
+    walk: tuple[int, int]
+    position: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Samples of a source that may share a micro-batch.
+
+    Attributes:
+        name: stable, the key of its order. size: number of samples, at least 1.
+        member: index in the data set of the k-th of them.
+    """
+
+    name: str
+    size: int
+    member: Callable[[int], int]
+
+
+@dataclass(frozen=True)
+class PlannedSource:
+    """One source of samples.
+
+    Attributes:
+        buckets: at least one. repeats: passes over its samples in an epoch of the plan.
+        weight: of its share of the groups, beside that by its size. 1 for all: each comes as often as its size says.
+        begin: first slot that it may fill. end: first slot that it may not fill any more; None for no end.
+    """
+
+    buckets: Sequence[Bucket]
+    repeats: int = 1
+    weight: Fraction = Fraction(1)
+    begin: int = 0
+    end: int | None = None
+
+    @property
+    def samples_of_epoch(self) -> int:
+        """Samples of an epoch of the plan, each as often as it is repeated."""
+        return self.repeats * sum(bucket.size for bucket in self.buckets)
+
+
+class SamplingPlan:
+    """Samples of every slot, for all sources together."""
+
+    def __init__(self, sources: Sequence[PlannedSource], group_size: int, seed: int, *, shuffle: bool = True) -> None:
+        """Take the sources.
+
+        Args:
+            sources: at least one; some source must be open at every slot.
+            group_size: samples of a slot. seed: of all orders. shuffle: whether orders are drawn; otherwise samples
+                come as they are listed, bucket by bucket, source by source.
+
+        Raises:
+            ValueError: at some slot every source has ended.
+        """
+        self._group_size = group_size
+        self._walks = [[_Walk(bucket, seed, shuffle) for bucket in source.buckets] for source in sources]
+        self._sources = [
+            _SourceGroups(source, number, group_size, seed, shuffle) for number, source in enumerate(sources)
+        ]
+        self._phases = _phases(sources)
+        self._order = lru_cache(maxsize=2)(
+            lambda phase, block, size: _order(size, seed, f"mixture {phase}", block, shuffle)
+        )
+
+    def group(self, slot: int) -> list[PlannedSample]:
+        """The samples of a slot."""
+        source, number = self._source_at(slot)
+        bucket, position = self._sources[source].group(number)
+        return [self._sample((source, bucket), position + i) for i in range(self._group_size)]
+
+    def next_in_epoch(self, sample: PlannedSample) -> PlannedSample:
+        """The sample that follows one in its bucket's epoch, the first after the last; its draw stays."""
+        size = self._walks[sample.walk[0]][sample.walk[1]].size
+        epoch, place = divmod(sample.position, size)
+        return self._sample(sample.walk, epoch * size + (place + 1) % size)
+
+    def _sample(self, walk: tuple[int, int], position: int) -> PlannedSample:
+        index, epoch = self._walks[walk[0]][walk[1]].at(position)
+        return PlannedSample(index, epoch, walk, position)
+
+    def _source_at(self, slot: int) -> tuple[int, int]:
+        """The source of a slot, and how many of its groups came before."""
+        number = bisect_right([phase.begin for phase in self._phases], slot) - 1
+        phase = self._phases[number]
+        if len(phase.sources) == 1:
+            return phase.sources[0], phase.before[0] + slot - phase.begin
+        block, place = divmod(slot - phase.begin, _BLOCK)
+        begin, end = block * _BLOCK, phase.end_of_block(block)
+        before, until = phase.counts(begin), phase.counts(end)
+        quotas = [b - a for a, b in zip(before, until, strict=True)]
+        rank = self._order(number, block, end - begin)(place)
+        ends = list(accumulate(quotas))
+        which = bisect_right(ends, rank)
+        in_block = rank - (ends[which] - quotas[which])
+        return phase.sources[which], phase.before[which] + before[which] + in_block
+
+
+class _Walk:
+    """The endless walk through one bucket."""
+
+    def __init__(self, bucket: Bucket, seed: int, shuffle: bool) -> None:
+        self.size = bucket.size
+        self._member = bucket.member
+        self._order = lru_cache(maxsize=2)(lambda epoch: _order(bucket.size, seed, bucket.name, epoch, shuffle))
+
+    def at(self, position: int) -> tuple[int, int]:
+        """The index of the sample at a position, and its epoch."""
+        epoch, place = divmod(position, self.size)
+        return self._member(self._order(epoch)(place)), epoch
+
+
+class _SourceGroups:
+    """The endless sequence of one source's groups."""
+
+    def __init__(self, source: PlannedSource, number: int, group_size: int, seed: int, shuffle: bool) -> None:
+        self._sizes = [bucket.size * source.repeats for bucket in source.buckets]
+        self._group_size = group_size
+        self._order = lru_cache(maxsize=2)(
+            lambda epoch, size: _order(size, seed, f"groups of source {number}", epoch, shuffle)
+        )
+        self._counts = lru_cache(maxsize=4)(self._counts_before)
+
+    def group(self, number: int) -> tuple[int, int]:
+        """The bucket of a group, and the position in its walk at which the group begins."""
+        if len(self._sizes) == 1:
+            return 0, number * self._group_size
+        epoch = number * self._group_size // sum(self._sizes)
+        while sum(self._counts(epoch + 1)) <= number:
+            epoch += 1
+        before, until = self._counts(epoch), self._counts(epoch + 1)
+        ends = list(accumulate(b - a for a, b in zip(before, until, strict=True)))
+        rank = self._order(epoch, ends[-1])(number - sum(before))
+        bucket = bisect_right(ends, rank)
+        in_epoch = rank - (ends[bucket - 1] if bucket else 0)
+        return bucket, (before[bucket] + in_epoch) * self._group_size
+
+    def _counts_before(self, epoch: int) -> list[int]:
+        """Whole groups of each bucket before an epoch."""
+        return [epoch * size // self._group_size for size in self._sizes]
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """Slots in which the same sources are open.
+
+    Attributes:
+        begin: the first slot. end: the one after the last; None for no end.
+        sources: which. before: groups that each filled earlier. shares: upper bounds of the sources' shares of [0, 1].
+    """
+
+    begin: int
+    end: int | None
+    sources: list[int]
+    before: list[int]
+    shares: list[Fraction]
+
+    def end_of_block(self, block: int) -> int:
+        """The slot after a block's last, counted from the phase's begin."""
+        end = (block + 1) * _BLOCK
+        return end if self.end is None else min(end, self.end - self.begin)
+
+    def counts(self, slots: int) -> list[int]:
+        """Groups of each source in the phase's first slots; together they are as many as the slots."""
+        bounds = [slots * share.numerator // share.denominator for share in self.shares]
+        return [upper - lower for lower, upper in zip([0, *bounds], bounds, strict=False)]
+
+
+def _phases(sources: Sequence[PlannedSource]) -> list[_Phase]:
+    begins = sorted({0, *(s.begin for s in sources), *(s.end for s in sources if s.end is not None)})
+    filled = [0] * len(sources)
+    phases: list[_Phase] = []
+    for begin, end in zip(begins, [*begins[1:], None], strict=True):
+        is_open = [i for i, s in enumerate(sources) if s.begin <= begin and (s.end is None or begin < s.end)]
+        if not is_open:
+            raise ValueError("no source is open at slot", begin)
+        weights = [sources[i].weight * sources[i].samples_of_epoch for i in is_open]
+        shares = [share / sum(weights) for share in accumulate(weights)]
+        phases.append(_Phase(begin, end, is_open, [filled[i] for i in is_open], shares))
+        if end is not None:
+            for i, count in zip(is_open, phases[-1].counts(end - begin), strict=True):
+                filled[i] += count
+    return phases
+
+
+def _order(size: int, seed: int, name: str, epoch: int, shuffle: bool) -> Callable[[int], int]:
+    return KeyedBijection(size, key(seed, "sample_order", name, epoch)) if shuffle else lambda place: place

@@ -1,0 +1,130 @@
+"""The sampling plan of a data set of feature stores."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from fractions import Fraction
+from functools import partial
+
+from mm.config.run.data import Mixture, SourceShare
+from mm.data.dataset import FeatureDataset
+from mm.data.files import raise_limited
+from mm.data.listing import LatentShape
+from mm.data.plan import Bucket, PlannedSource, SamplingPlan
+from mm.data.sampler import BatchPlan
+from mm.errors import ConfigError, Problem, raise_all
+
+logger = logging.getLogger(__name__)
+
+_ORDER = "keyed bijections"  # name it anew when the same settings would give another order
+
+
+def sampling_plan(
+    dataset: FeatureDataset, batches: BatchPlan, mixture: Mixture, seed: int, *, shuffle: bool
+) -> SamplingPlan:
+    """The plan of a run.
+
+    Samples of one shape form a bucket of their store; with micro-batches of one sample all of a store form one, since
+    nothing has to share a shape. Without shares all stores are one source.
+
+    Args:
+        dataset: the features. batches: sizes of the global batch and of micro-batches. mixture: shares of the stores.
+        seed: of the order. shuffle: a new order each epoch.
+
+    Raises:
+        ConfigError: CFG-203 for a share of no store or two of one, CFG-204 where at some step no store is open.
+        DataError: DATA-015 for buckets smaller than a micro-batch, or when leaving them out leaves nothing.
+    """
+    sources: list[PlannedSource] = []
+    small: list[Problem] = []
+    for first, part, share in _parts(dataset, mixture):
+        buckets = _buckets(first, part, batches.micro_batch_size)
+        large = [bucket for bucket in buckets if bucket.size >= batches.micro_batch_size]
+        if mixture.small_buckets != "repeat":
+            small += [_too_small(bucket, batches) for bucket in buckets if bucket not in large]
+            buckets = large
+        if buckets:
+            sources.append(_source(buckets, share, batches))
+    if mixture.small_buckets == "error" or not sources:
+        raise_limited(small)
+    for problem in small:
+        logger.warning("left out: %s", problem.message)
+    try:
+        return SamplingPlan(sources, batches.micro_batch_size, seed, shuffle=shuffle)
+    except ValueError as error:
+        slot = int(error.args[1])
+        message = f"In data.mixture.shares no store is open at step {slot // batches.groups_of_step}."
+        raise ConfigError("CFG-204", message, "Let the shares' begin_step and end_step leave no gap.") from None
+
+
+def describe_plan(mixture: Mixture, micro_batch_size: int, num_shapes: int) -> str:
+    """Words for what decides the order beside the data set, the seed and shuffling, which are compared on resume."""
+    words = [_ORDER]
+    if num_shapes > 1 and micro_batch_size > 1:
+        words.append(f"groups of {micro_batch_size} samples of a shape, small ones: {mixture.small_buckets}")
+    elif mixture.shares:
+        words.append(f"groups of {micro_batch_size}")
+    for share in mixture.shares:
+        values = share.model_dump(exclude={"folder"}, exclude_defaults=True)
+        words.append(f"share {', '.join(f'{name} {value}' for name, value in values.items()) or 'as large as it is'}")
+    return "; ".join(words)
+
+
+def _parts(dataset: FeatureDataset, mixture: Mixture) -> Iterator[tuple[int, FeatureDataset, SourceShare | None]]:
+    """The index of each source's first sample, its samples, and its share."""
+    if not mixture.shares:
+        yield 0, dataset, None
+        return
+    shares = {os.path.realpath(share.folder): share for share in mixture.shares}
+    parts = {os.path.realpath(folder): (first, part) for folder, first, part in dataset.parts()}
+    problems = [
+        Problem(
+            "CFG-203",
+            f"data.mixture.shares names {share.folder}, and the features are {', '.join(parts)}.",
+            "Correct it.",
+        )
+        for folder, share in shares.items()
+        if folder not in parts
+    ]
+    if len(shares) < len(mixture.shares):
+        problems.append(Problem("CFG-203", "data.mixture.shares names a store twice.", "Give each store one share."))
+    raise_all(ConfigError, problems)
+    for folder, (first, part) in parts.items():
+        yield first, part, shares.get(folder)
+
+
+def _buckets(first: int, part: FeatureDataset, micro_batch_size: int) -> list[Bucket]:
+    shapes = part.buckets()
+    if micro_batch_size == 1 or len(shapes) == 1:
+        return [Bucket(f"samples from {first}", len(part), lambda k: first + k)]
+    return [
+        Bucket(f"samples from {first} of {list(shape)}", size, partial(_member, first, part, shape))
+        for shape, size in shapes.items()
+    ]
+
+
+def _member(first: int, part: FeatureDataset, shape: LatentShape, k: int) -> int:
+    return first + part.in_bucket(shape, k)
+
+
+def _source(buckets: list[Bucket], share: SourceShare | None, batches: BatchPlan) -> PlannedSource:
+    if share is None:
+        return PlannedSource(buckets)
+    begin, end = share.begin_step, share.end_step
+    return PlannedSource(
+        buckets,
+        share.repeats,
+        Fraction(share.weight).limit_denominator(10**6),
+        begin * batches.groups_of_step,
+        None if end is None else end * batches.groups_of_step,
+    )
+
+
+def _too_small(bucket: Bucket, batches: BatchPlan) -> Problem:
+    return Problem(
+        "DATA-015",
+        f"{bucket.size} {bucket.name}: fewer than a micro-batch of {batches.micro_batch_size} takes of one shape.",
+        "Add samples of that shape, take smaller micro-batches, or set data.mixture.small_buckets to drop or repeat.",
+    )

@@ -1,0 +1,75 @@
+"""MindSpeed-MM's data.json: rows of `path`, `cap` and, optionally, `num_frames`, `fps`, `resolution` and `cut`.
+
+What the optional fields say is compared with the video when it is read (mm/data/clips.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mm.config.base import parse
+from mm.config.data import DataSource
+from mm.config.tasks.registry import ALL_COLUMNS
+from mm.config.tasks.task import Column
+from mm.data.metadata import Annotation
+from mm.data.sources.base import Dialect, SourceRow, Taken
+from mm.data.sources.cells import caption_problems
+from mm.data.sources.table import UNUSED_COLUMNS, Unused, place_of
+from mm.data.tables import Form, open_table
+from mm.errors import ConfigError, DataError, Problem
+
+OTHER_NAMES = {"text": "cap", "caption": "cap", "prompt": "cap", "video": "path", "video_path": "path", "file": "path"}
+
+
+def _read(source: DataSource, columns: Sequence[Column], /) -> Iterator[SourceRow]:
+    table = open_table(source.annotation, "DATA-060")
+    if table.form is Form.CSV:
+        found = f"{source.annotation} is CSV, and MindSpeed-MM's rows, which hold lists and objects, are JSON."
+        raise DataError("DATA-060", found, "Write it with pandas' to_json(orient='records', lines=True).")
+    without = Unused(UNUSED_COLUMNS | ALL_COLUMNS - {column.name for column in columns}, source.annotation)
+    for number, row in enumerate(table, start=1):
+        place = place_of(table, number, row)
+        if row.problem is not None:
+            yield SourceRow(number, place, None, (row.problem,), row)
+            continue
+        values = without(row.value) if isinstance(row.value, dict) else row.value
+        rest, numbers, problems = _taken_columns(values, columns, place)
+        try:
+            annotation = parse(Annotation, rest, place)
+        except ConfigError as error:
+            wrong = [Problem("DATA-061", problem.message, problem.remedy) for problem in error.problems]
+            yield SourceRow(number, place, None, (*wrong, *problems, *_other_names(values, place)), row)
+            continue
+        problems += caption_problems(annotation.captions, place, "cap")
+        taken = Taken(annotation, source.folder, os.path.normpath(annotation.path), columns=numbers)
+        yield SourceRow(number, place, taken, tuple(problems), row)
+
+
+def _taken_columns(values: Any, columns: Sequence[Column], place: str) -> tuple[Any, dict[str, float], list[Problem]]:
+    """A row without the task's columns, what stands in them, and what is wrong with that (DATA-061)."""
+    if not columns or not isinstance(values, dict):
+        return values, {}, []
+    rest, found, problems = dict(values), dict[str, float](), list[Problem]()
+    for column in columns:
+        value = rest.pop(column.name, None)
+        if column.holds(value):
+            found[column.name] = float(value)
+            continue
+        what = f"lacks {column.name}" if value is None else f"has {column.name} {value!r}"
+        problems.append(Problem("DATA-061", f"{place} {what}; the task takes {column.expected}.", "Correct the row."))
+    return rest, found, problems
+
+
+def _other_names(values: Any, place: str) -> list[Problem]:
+    """Problems of columns with other tools' names, where those of here are missing; the remedy is the name here."""
+    given = values if isinstance(values, dict) else {}
+    return [
+        Problem("DATA-061", f'{place}: "{other}" is not read.', f'Call the column "{name}".')
+        for other, name in OTHER_NAMES.items()
+        if other in given and name not in given
+    ]
+
+
+MINDSPEED = Dialect("mindspeed", (frozenset({"path", "cap"}),), _read)

@@ -1,0 +1,184 @@
+"""SimpleTuner's multidatabackend.json: folders of videos and images, and where their captions are.
+
+Relative paths start from the data set's folder, which is the current one where none is said. Files are found below
+`instance_data_dir` in the order of their names; a sample's id is its entry's and its path, `ID:sub/a.mp4`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from mm.config.data import DataSource
+from mm.config.tasks.task import Column
+from mm.data.files import path_below, raise_limited
+from mm.data.metadata import Annotation
+from mm.data.sources.base import Dialect, SourceRow, Taken
+from mm.data.sources.cells import IMAGE_ENDINGS, VIDEO_ENDINGS, caption_problems, kind_of
+from mm.data.sources.parquet_captions import parquet_captions
+from mm.data.sources.settings import SourceSettings
+from mm.data.sources.simpletuner_entries import SAMPLES, STORES, Entry
+from mm.data.sources.simpletuner_rules import read_entries
+from mm.data.sources.walk import files_below
+from mm.errors import DataError, Problem
+
+log = logging.getLogger(__name__)
+
+_ENDINGS = {"video": VIDEO_ENDINGS, "image": IMAGE_ENDINGS}
+_ROLES = {"mask": "mask", "segmentation": "mask", "reference": "reference"}
+"""Beginnings of `conditioning_type`, and the role of its files; of other types it is `control`."""
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """An entry with its folder.
+
+    Attributes:
+        entry: as it is written. root: its folder. place: how to call it. settings: of its samples.
+        captions: of parquet, by name of file. beside: folders of further files, by role.
+    """
+
+    entry: Entry
+    root: Path
+    place: str
+    settings: SourceSettings
+    captions: dict[str, str] = field(default_factory=dict)
+    beside: tuple[tuple[str, _Folder], ...] = ()
+
+
+def _read(source: DataSource, columns: Sequence[Column], /) -> Iterator[SourceRow]:
+    if columns:
+        names = ", ".join(column.name for column in columns)
+        found = f"{source.annotation} has no place for {names}, which every sample of the task has."
+        raise DataError("DATA-171", found, "List the samples in a table with that column.")
+    entries = [entry for entry in read_entries(source.annotation) if not entry.is_off]
+    _tell(entries, source)
+    number = 0
+    for folder in _folders(entries, source):
+        is_empty = True
+        for path in files_below(folder.root, _ENDINGS[folder.entry.dataset_type]):
+            number, is_empty = number + 1, False
+            yield _row(folder, path, number)
+        if is_empty:
+            remedy = "Correct instance_data_dir or dataset_type, or disable the entry."
+            found = f"{folder.place}: no {folder.entry.dataset_type} lies below {folder.root}."
+            raise DataError("DATA-173", found, remedy)
+
+
+def _tell(entries: Sequence[Entry], source: DataSource) -> None:
+    """Say what of the entries has no effect here."""
+    stores = [entry.id for entry in entries if entry.dataset_type in STORES]
+    if stores:
+        message = "%s: the entries %s name stores of SimpleTuner's; features of captions and images have one store here"
+        log.info(message, source.annotation, ", ".join(stores))
+    samples = ", ".join(entry.id for entry in entries if entry.dataset_type in SAMPLES)
+    message = "%s: every file is encoded once, at the size and length of data.clip, whatever the entries %s ask for"
+    log.info(message, source.annotation, samples)
+
+
+def _folders(entries: Sequence[Entry], source: DataSource) -> list[_Folder]:
+    """The entries of samples, each with the folders of the files that go with its own.
+
+    Raises:
+        DataError: DATA-173 for every folder that is not there, and what `parquet_captions` raises.
+    """
+    roots = {entry.id: source.folder / (entry.instance_data_dir or "") for entry in entries}
+    missing = [
+        Problem("DATA-173", f"{source.annotation} entry {entry.id}: {roots[entry.id]} is no folder.", "Correct it.")
+        for entry in entries
+        if entry.instance_data_dir is not None and not roots[entry.id].is_dir()
+    ]
+    raise_limited(missing)
+    by_id = {entry.id: entry for entry in entries}
+    found = []
+    for entry in entries:
+        if entry.dataset_type not in SAMPLES:
+            continue
+        place = f"{source.annotation} entry {entry.id}"
+        beside = [by_id[name] for name in entry.conditions]
+        beside += [e for e in entries if e.source_dataset_id == entry.id and e.id not in entry.conditions]
+        roles = tuple(
+            (_role(e), _Folder(e, roots[e.id], f"{source.annotation} entry {e.id}", e.settings())) for e in beside
+        )
+        captions = parquet_captions(source.folder, entry.parquet, place) if entry.caption_strategy == "parquet" else {}
+        found.append(_Folder(entry, roots[entry.id], place, entry.settings(), captions, roles))
+    return found
+
+
+def _role(entry: Entry) -> str:
+    said = entry.conditioning_type or ""
+    return next((role for begin, role in _ROLES.items() if said.startswith(begin)), "control")
+
+
+def _row(folder: _Folder, path: str, number: int) -> SourceRow:
+    """The row of one file, its path below its folder."""
+    entry, place = folder.entry, f"{folder.place}: {path}"
+    problems = list[Problem]()
+    captions, faults = _captions(folder, path)
+    problems += [Problem("DATA-062", f"{place}{found}", remedy) for found, remedy in faults]
+    if not faults:
+        problems += caption_problems(captions, place, "caption")
+    roles: dict[str, tuple[Path, ...]] = {}
+    for role, other in folder.beside:
+        file = _partner(other, path)
+        if file is None:
+            found = f"{place} has no partner in {other.root}, where the files of {other.entry.id} are."
+            problems.append(Problem("DATA-001", found, "Add a file of the same path, or remove this one."))
+        else:
+            roles[role] = (*roles.get(role, ()), file)
+    try:
+        path_below(folder.root, path, place)
+    except DataError as error:
+        return SourceRow(number, place, None, (*problems, *error.problems))
+    annotation = Annotation(path=path, cap=captions[0] if len(captions) == 1 else captions)
+    kind, name = kind_of(path) or "video", f"{entry.id}:{path}"
+    taken = Taken(annotation, folder.root, name, kind, roles=roles, settings=folder.settings)
+    return SourceRow(number, place, taken, tuple(problems))
+
+
+def _captions(folder: _Folder, path: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """Captions of a file; or what is wrong with them, and what to do."""
+    entry, prompt = folder.entry, folder.entry.instance_prompt or ""
+    if entry.caption_strategy == "instanceprompt" or entry.only_instance_prompt:
+        return [prompt], []
+    pure = PurePosixPath(path)
+    if entry.caption_strategy == "textfile":
+        try:
+            captions = _lines(folder.root / pure.with_suffix(".txt"), split=not entry.disable_multiline_split)
+        except (OSError, UnicodeDecodeError) as error:
+            return [], [(f": its caption cannot be read ({error}).", "Add a text file of the same name, as UTF-8.")]
+    elif entry.caption_strategy == "parquet":
+        whole = entry.parquet is not None and entry.parquet.identifier_includes_extension
+        caption = folder.captions.get(pure.name if whole else pure.stem)
+        if caption is None:
+            return [], [(" is not in the table of captions.", "Add its row, or remove the file.")]
+        captions = [caption]
+    else:
+        captions = [pure.stem.replace("_", " ")]
+    return [f"{prompt} {caption}".strip() if entry.prepend_instance_prompt else caption for caption in captions], []
+
+
+def _lines(file: Path, split: bool) -> list[str]:
+    """The captions in a text file: its lines that are not blank, or its whole text; an empty one if it has none."""
+    if file.exists() and not file.is_file():  # opening a pipe would wait for its other end
+        raise OSError(f"{file} is no regular file")
+    text = file.read_text(encoding="utf-8-sig")
+    lines = [line.strip() for line in text.split("\n") if line.strip()] if split else [text.strip()]
+    return lines or [""]
+
+
+def _partner(other: _Folder, path: str) -> Path | None:
+    """The file of the same path in another folder, or the only one of it with another ending."""
+    same = other.root / path
+    if same.exists():
+        return same
+    stem, folder = PurePosixPath(path).stem, same.parent
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    found = [name for name in names if PurePosixPath(name).stem == stem and kind_of(name) is not None]
+    return folder / found[0] if len(found) == 1 else None
+
+
+SIMPLETUNER = Dialect("simpletuner", (frozenset({"id"}), frozenset({"dataset_type", "instance_data_dir"})), _read)

@@ -1,0 +1,190 @@
+"""The sampling plan: every sample as often as it should come, in any order of asking, the same for every layout."""
+
+import hashlib
+import math
+from collections import Counter
+from fractions import Fraction
+from itertools import islice, pairwise
+
+import pytest
+
+from mm.data.balance import SequenceCost, cost_of_model, deal
+from mm.data.bijection import KeyedBijection
+from mm.data.plan import Bucket, PlannedSample, PlannedSource, SamplingPlan
+from mm.data.sampler import BatchPlan, MicroBatchSampler
+
+
+def drawn_key(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 63, 64, 65, 1000, 4097])
+def test_a_bijection_has_every_value_once_and_an_inverse(size: int) -> None:
+    for key in (0, 1, 2**63 - 1, drawn_key("a")):
+        order = KeyedBijection(size, key)
+        values = [order(place) for place in range(size)]
+        assert sorted(values) == list(range(size))
+        assert [order.place_of(value) for value in values] == list(range(size))
+
+
+@pytest.mark.parametrize(("size", "bound"), [(3, 20.5), (4, 49.7), (5, 172.5)])
+def test_all_orders_of_a_few_values_come_equally_often(size: int, bound: float) -> None:
+    """Pearson's chi-square against its 99.9 % quantile for n! - 1 degrees of freedom, of fixed keys."""
+    orders, each = math.factorial(size), 200
+    found = Counter(
+        tuple(map(KeyedBijection(size, drawn_key(f"{size}/{number}")), range(size))) for number in range(orders * each)
+    )
+    assert sum((count - each) ** 2 / each for count in found.values()) + (orders - len(found)) * each < bound
+
+
+def test_places_of_ten_million_values_are_spread_and_do_not_follow_each_other() -> None:
+    size = 10_000_000
+    order = KeyedBijection(size, drawn_key("large"))
+    values = [order(place) for place in range(10_000)]
+    tenths = Counter(value * 10 // size for value in values)
+    assert sum((count - 1000) ** 2 / 1000 for count in tenths.values()) < 27.9  # 99.9 % for 9 degrees
+    ascents = sum(a < b for a, b in pairwise(values))
+    assert abs(ascents - 4999.5) < 3.3 * math.sqrt(10_001 / 12)  # variance of ascents of a random permutation
+
+
+@pytest.mark.parametrize("index", [-1, 5])
+def test_a_place_beyond_the_end_is_an_error(index: int) -> None:
+    with pytest.raises(IndexError):
+        KeyedBijection(5, 1)(index)
+
+
+def source(*sizes: int, first: int = 0, **settings: object) -> PlannedSource:
+    """Buckets of these sizes, one after the other from an index on."""
+    begins = [first + sum(sizes[:number]) for number in range(len(sizes))]
+    buckets = [
+        Bucket(f"{begin}", size, range(begin, begin + size).__getitem__)
+        for begin, size in zip(begins, sizes, strict=True)
+    ]
+    return PlannedSource(buckets, **settings)  # type: ignore[arg-type]
+
+
+def samples(plan: SamplingPlan, slots: range) -> list[PlannedSample]:
+    return [sample for slot in slots for sample in plan.group(slot)]
+
+
+def test_an_epoch_has_every_sample_once_in_an_order_of_its_own() -> None:
+    plan = SamplingPlan([source(50)], 1, seed=3)
+    epochs = [samples(plan, range(50 * epoch, 50 * epoch + 50)) for epoch in range(3)]
+    orders = [[sample.index for sample in epoch] for epoch in epochs]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert orders[0] != orders[1] != orders[2]
+    assert [{sample.draw for sample in epoch} for epoch in epochs] == [{0}, {1}, {2}]
+    assert orders[0] != [sample.index for sample in samples(SamplingPlan([source(50)], 1, seed=4), range(50))]
+    listed = SamplingPlan([source(5)], 2, seed=3, shuffle=False)
+    assert [sample.index for sample in samples(listed, range(5))] == [0, 1, 2, 3, 4] * 2
+
+
+def test_a_bucket_alone_is_walked_alike_by_groups_of_any_size() -> None:
+    one, four = (SamplingPlan([source(7)], size, seed=1) for size in (1, 4))
+    assert samples(one, range(84)) == samples(four, range(21))
+
+
+def test_groups_are_of_one_bucket_and_leave_no_sample_out() -> None:
+    plan = SamplingPlan([source(10, 7, 3)], 4, seed=1)
+    groups = [plan.group(slot) for slot in range(400)]
+    assert all(len({sample.walk for sample in group}) == 1 for group in groups)
+    for bucket, size in enumerate((10, 7, 3)):
+        walked = sorted(s.position for group in groups for s in group if s.walk == (0, bucket))
+        assert walked == list(range(80 * size))  # 400 groups of 4 are 80 epochs of 20 samples
+    assert [group[0].walk for group in groups[:5]] != [group[0].walk for group in groups[5:10]]
+
+
+def test_any_slot_is_computed_by_itself() -> None:
+    def plan() -> SamplingPlan:
+        return SamplingPlan([source(100, 37), source(11, first=200, repeats=3)], 3, seed=9)
+
+    walked = plan()
+    groups = [walked.group(slot) for slot in range(10_000)]
+    for slot in (0, 9_999, 4_096, 4_095, 77):
+        assert plan().group(slot) == groups[slot]
+
+
+def test_sources_are_mixed_by_weight_between_their_steps() -> None:
+    plan = SamplingPlan(
+        [
+            source(1000),
+            source(500, first=1000, weight=Fraction(3), begin=100, end=9000),
+            source(200, 40, first=2000, repeats=2),
+        ],
+        2,
+        seed=1,
+    )
+    groups = [plan.group(slot) for slot in range(9000 + 2 * 4096)]
+    parts = [Counter(group[0].walk[0] for group in part) for part in (groups[:100], groups[100:9000], groups[9000:])]
+    assert parts[0] == {0: 67, 2: 33}  # 1000 : 480
+    assert parts[1] == {0: 2986, 1: 4480, 2: 1434}  # 1000 : 1500 : 480
+    assert parts[2] == {0: 5535, 2: 2657}
+    for walk in ((0, 0), (1, 0)):  # nothing is left out or comes twice where phases and blocks meet
+        positions = sorted(sample.position for group in groups for sample in group if sample.walk == walk)
+        assert positions == list(range(len(positions)))
+
+
+def test_slots_without_a_source_are_an_error() -> None:
+    with pytest.raises(ValueError, match="no source"):
+        SamplingPlan([source(5, end=10), source(5, begin=11)], 1, seed=1)
+
+
+def test_the_next_in_an_epoch_goes_once_around_its_bucket() -> None:
+    plan = SamplingPlan([source(6, 5)], 2, seed=2)
+    sample = plan.group(17)[1]
+    around = [sample]
+    for _ in range((6, 5)[sample.walk[1]] - 1):
+        around.append(plan.next_in_epoch(around[-1]))
+    assert plan.next_in_epoch(around[-1]) == sample
+    assert len({other.index for other in around}) == len(around)
+    assert {(other.walk, other.draw) for other in around} == {(sample.walk, sample.draw)}
+
+
+@pytest.mark.parametrize("cost", [None, lambda index: 1.0, lambda index: float(index**2)])
+@pytest.mark.parametrize(("dp_size", "micro_batch_size"), [(1, 2), (2, 2), (3, 2), (6, 2)])
+def test_a_step_sees_the_same_samples_in_every_layout(dp_size: int, micro_batch_size: int, cost: object) -> None:
+    plan = SamplingPlan([source(9, 8)], micro_batch_size, seed=5)
+    per_step = 12 // (dp_size * micro_batch_size)
+    found = [
+        list(
+            islice(
+                MicroBatchSampler(plan, BatchPlan(12, micro_batch_size, rank, dp_size), 24, cost),  # type: ignore[arg-type]
+                4 * per_step,
+            )
+        )
+        for rank in range(dp_size)
+    ]
+    for step in range(4):
+        seen = [group for replica in found for group in replica[step * per_step : (step + 1) * per_step]]
+        expected = [plan.group(slot) for slot in range(12 + 6 * step, 18 + 6 * step)]
+        assert sorted(map(repr, seen)) == sorted(map(repr, expected))
+
+
+def test_equal_costs_are_dealt_in_turn() -> None:
+    assert deal([7.0] * 12, 4) == [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]
+
+
+def test_dear_micro_batches_go_to_different_replicas() -> None:
+    """The best of all ways: 9 + 1, 8 + 2 and 7 + 3, of equally many."""
+    dealt = deal([1.0, 2.0, 3.0, 9.0, 8.0, 7.0], 3)
+    assert sorted(dealt) == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_in_a_pipeline_the_dearest_counts_for_every_stage_and_the_cheapest_are_at_the_ends() -> None:
+    costs = [10.0, 6.0, 5.0, 4.0, 3.0, 2.0]
+    assert deal(costs, 2) == [[0, 3, 5], [1, 2, 4]]  # 16 and 14
+    assert deal([1.0, 5.0, 2.0, 4.0, 3.0], 1, num_stages=2) == [[0, 4, 1, 3, 2]]  # 1 3 5 4 2
+    assert deal([2.0] * 6, 2, num_stages=4) == [[0, 2, 4], [1, 3, 5]]
+    assert deal(costs, 2, num_stages=3) == [[5, 0, 4], [3, 1, 2]]  # 30 + 5 and 18 + 9
+
+
+def test_costs_are_the_operations_of_the_blocks() -> None:
+    """Of Wan2.1 1.3B at 32,760 tokens, counted by hand for one block: linears, cross attention, self attention."""
+    from mm.config.model import WanConfig
+
+    cost = cost_of_model(WanConfig(hidden_size=1536, ffn_dim=8960, num_heads=12, num_layers=30))
+    tokens = 32_760
+    linears = 2 * tokens * (6 * 1536 * 1536 + 2 * 1536 * 8960)
+    cross, itself = 4 * tokens * 512 * 1536, 4 * tokens * tokens * 1536
+    assert cost(tokens) == 30 * (linears + cross + itself)
+    assert SequenceCost(2.0, 3.0)(10) == 320

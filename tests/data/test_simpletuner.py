@@ -1,0 +1,224 @@
+"""SimpleTuner's multidatabackend.json: which samples it names, what each entry asks for, and what is wrong with one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from annotated import load_samples
+from pyarrow import parquet
+
+from mm.config.data import DataSource
+from mm.config.tasks.speedcontrol import SPEEDCONTROL
+from mm.data.metadata import VideoSample
+from mm.data.sources.checking import check_rows
+from mm.errors import DataError
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    for name in ("films/b.mp4", "films/sub/a_red.mp4", "films/.hidden.mp4", "films/notes.md", "pictures/p.jpg",
+                 "depth/b.mp4", "depth/sub/a_red.mkv"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "films/b.txt").write_text("first caption\r\n\n  second caption\n", encoding="utf-8-sig")
+    (tmp_path / "films/sub/a_red.txt").write_text("一只猫", encoding="utf-8")
+    return tmp_path
+
+
+FILMS: dict[str, Any] = {
+    "id": "films", "type": "local", "dataset_type": "video", "instance_data_dir": "films",
+    "caption_strategy": "textfile",
+}  # fmt: skip
+TEXTS: dict[str, Any] = {"id": "texts", "dataset_type": "text_embeds", "default": True, "cache_dir": "cache/text"}
+EXAMPLE = [
+    FILMS
+    | {"crop": False, "resolution": 480, "minimum_image_size": 480, "maximum_image_size": 480,
+       "target_downsample_size": 480, "resolution_type": "pixel_area", "cache_dir_vae": "cache/vae/films",
+       "disabled": False, "metadata_backend": "discovery", "repeats": 0,
+       "video": {"num_frames": 75, "min_frames": 75, "bucket_strategy": "aspect_ratio"}},
+    TEXTS | {"disabled": False, "write_batch_size": 128},
+]  # fmt: skip
+
+
+def source(home: Path, entries: list[Any]) -> DataSource:
+    path = home / "multidatabackend.json"
+    path.write_text(json.dumps(entries))
+    return DataSource(home, path)
+
+
+def read(home: Path, *entries: dict[str, Any]) -> list[VideoSample]:
+    return load_samples([source(home, list(entries))])
+
+
+def problems(home: Path, *entries: Any) -> list[str]:
+    with pytest.raises(DataError) as caught:
+        read(home, *entries)
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_the_example_of_its_guide(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    first, second = read(home, *EXAMPLE)
+    assert (first.id, first.captions, first.kind) == ("films:b.mp4", ("first caption", "second caption"), "video")
+    assert (second.id, second.captions) == ("films:sub/a_red.mp4", ("一只猫",))
+    assert second.file == home / "films/sub/a_red.mp4"
+    shape = first.settings.shape
+    assert shape is not None and (shape.resolution, shape.resolution_type, shape.crop) == (480, "pixel_area", False)
+    assert (shape.minimum_image_size, shape.maximum_image_size, shape.target_downsample_size) == (480, 480, 480)
+    assert (shape.num_frames, shape.min_frames, shape.bucket_strategy) == (75, 75, "aspect_ratio")
+    told = "\n".join(caplog.messages)
+    assert "is read as simpletuner" in told and "the entries texts name stores" in told
+    assert "1 .md, 2 .txt" in told
+
+
+@pytest.mark.parametrize(
+    ("fields", "captions"),
+    [
+        ({"caption_strategy": "filename"}, [("b",), ("a red",)]),
+        ({"caption_strategy": "filename", "instance_prompt": "zyx", "prepend_instance_prompt": True},
+         [("zyx b",), ("zyx a red",)]),
+        ({"caption_strategy": "instanceprompt", "instance_prompt": "zyx"}, [("zyx",), ("zyx",)]),
+        ({"only_instance_prompt": True, "instance_prompt": "zyx"}, [("zyx",), ("zyx",)]),
+        ({"disable_multiline_split": True}, [("first caption\n\n  second caption",), ("一只猫",)]),
+        ({"instance_prompt": "zyx", "prepend_instance_prompt": True},
+         [("zyx first caption", "zyx second caption"), ("zyx 一只猫",)]),
+    ],
+)  # fmt: skip
+def test_captions(fields: dict[str, Any], captions: list[Any], home: Path) -> None:
+    assert [sample.captions for sample in read(home, FILMS | fields)] == captions
+
+
+def test_every_setting_is_kept_in_its_unit(home: Path) -> None:
+    asked = FILMS | {
+        "resolution": 0.5, "resolution_type": "area", "crop": True, "crop_style": "center", "crop_aspect": "closest",
+        "crop_aspect_buckets": [{"aspect": 1, "weight": 0.25}, {"aspect": 1.78, "weight": 0.75}],
+        "minimum_aspect_ratio": 0.5, "maximum_aspect_ratio": 2, "max_upscale_threshold": 0.2,
+        "repeats": 3, "probability": 0.5, "max_num_samples": 7, "start_epoch": 2, "end_epoch": 9, "start_step": 10,
+        "end_step": 90, "train_batch_size": 4, "is_regularisation_data": True,
+        "video": {"num_frames": 81, "min_frames": 81, "max_frames": 200, "bucket_strategy": "resolution_frames",
+                  "frame_interval": 8, "is_i2v": True},
+    }  # fmt: skip
+    settings = read(home, asked)[0].settings
+    assert (settings.id, settings.repeats, settings.probability, settings.max_num_samples) == ("films", 3, 0.5, 7)
+    assert (settings.start_epoch, settings.end_epoch, settings.start_step, settings.end_step) == (2, 9, 10, 90)
+    assert (settings.batch_size, settings.is_regularisation, settings.first_frame_is_given) == (4, True, True)
+    shape = settings.shape
+    assert shape is not None and (shape.resolution, shape.resolution_type, shape.crop) == (0.5, "area", True)
+    assert (shape.crop_style, shape.crop_aspect) == ("center", "closest")
+    assert shape.aspect_buckets == ((1, 0.25), (1.78, 0.75))
+    assert (shape.minimum_aspect, shape.maximum_aspect, shape.max_upscale) == (0.5, 2, 0.2)
+    assert (shape.num_frames, shape.min_frames, shape.max_frames, shape.frame_interval) == (81, 81, 200, 8)
+    assert shape.bucket_strategy == "resolution_frames"
+
+
+def test_images_and_a_folder_that_is_switched_off(home: Path) -> None:
+    pictures = {"id": "p", "instance_data_dir": str(home / "pictures"), "type": "local"}
+    off = FILMS | {"id": "off", "disabled": True, "instance_data_dir": "nowhere"}
+    (sample,) = read(home, pictures, off)
+    assert (sample.id, sample.kind, sample.captions) == ("p:p.jpg", "image", ("p",))
+
+
+def test_conditioning_goes_by_the_path(home: Path) -> None:
+    depth = {"id": "depth", "dataset_type": "conditioning", "instance_data_dir": "depth", "conditioning_type": "depth"}
+    linked = read(home, FILMS | {"conditioning_data": "depth"}, depth)
+    back = read(home, FILMS, depth | {"source_dataset_id": "films"})
+    for samples in (linked, back):
+        assert [dict(sample.roles) for sample in samples] == [
+            {"control": (home / "depth/b.mp4",)},
+            {"control": (home / "depth/sub/a_red.mkv",)},
+        ]
+    (home / "depth/b.mp4").unlink()
+    (problem,) = problems(home, FILMS | {"conditioning_data": "depth"}, depth)
+    assert problem.startswith("DATA-001") and "films: b.mp4 has no partner" in problem
+    masks = depth | {"conditioning_type": "mask", "instance_data_dir": "films"}
+    assert set(read(home, FILMS | {"conditioning_data": ["depth"]}, masks)[0].roles) == {"mask"}
+
+
+def test_two_entries_of_one_folder(home: Path) -> None:
+    """As they are written to train on it at two sizes."""
+    samples = read(home, FILMS, FILMS | {"id": "large", "resolution": 1024})
+    assert [sample.id for sample in samples] == [
+        "films:b.mp4", "films:sub/a_red.mp4", "large:b.mp4", "large:sub/a_red.mp4",
+    ]  # fmt: skip
+
+
+def test_a_link_that_leads_back_ends(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    (home / "films/sub/loop").symlink_to(home / "films")
+    (home / "films/more").symlink_to(home / "depth")
+    ids = [sample.id for sample in read(home, FILMS | {"caption_strategy": "filename"})]
+    assert ids == ["films:b.mp4", "films:more/b.mp4", "films:more/sub/a_red.mkv", "films:sub/a_red.mp4"]
+    assert "loop leads back to a folder that it lies in" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected", "found"),
+    [
+        ({"caption_stategy": "textfile"}, "DATA-171", 'Did you mean "caption_strategy"'),
+        ({"resolution": "480"}, "DATA-171", "resolution"),
+        ({"resolution_type": "pixels"}, "DATA-171", "resolution_type"),
+        ({"repeats": -1}, "DATA-171", "repeats"),
+        ({"video": {"frames": 5}}, "DATA-171", "frames"),
+        ({"id": "a/b"}, "DATA-171", "id"),
+        ({"instance_data_dir": None}, "DATA-171", "lacks instance_data_dir"),
+        ({"maximum_image_size": 4.0}, "DATA-171", "alone"),
+        ({"video": {"num_frames": 81, "min_frames": 5}}, "DATA-171", "fewer than num_frames"),
+        ({"video": {"num_frames": 81, "max_frames": 80}}, "DATA-171", "fewer than it needs"),
+        ({"video": {"frame_interval": 8}}, "DATA-171", "frame_interval"),
+        ({"crop_aspect": "closest"}, "DATA-171", "no crop_aspect_buckets"),
+        ({"crop_aspect_buckets": [{"aspect": 1, "weight": 0.5}]}, "DATA-171", "add up to 0.5"),
+        ({"crop_aspect_buckets": [1, {"aspect": 1, "weight": 1}]}, "DATA-171", "Give each a weight"),
+        ({"crop_aspect_buckets": [0]}, "DATA-171", "not above 0"),
+        ({"caption_strategy": "instanceprompt"}, "DATA-171", "needs an instance_prompt"),
+        ({"caption_strategy": "parquet"}, "DATA-171", "no field parquet"),
+        ({"caption_strategy": "webshart"}, "DATA-172", "webshart"),
+        ({"caption_filter_list": "words.txt"}, "DATA-172", "caption_filter_list"),
+        ({"type": "huggingface"}, "DATA-172", "huggingface"),
+        ({"type": "aws", "aws_bucket_name": "b"}, "DATA-172", "local folders"),
+        ({"dataset_type": "eval"}, "DATA-172", "eval"),
+        ({"dataset_type": "image", "video": {}}, "DATA-171", "dataset_type image"),
+        ({"text_embeds": "none"}, "DATA-171", "names none, which is not there"),
+        ({"conditioning_data": "texts"}, "DATA-171", "of the dataset_type text_embeds"),
+        ({"source_dataset_id": "texts"}, "DATA-171", "no entry of samples"),
+        ({"id": "texts"}, "DATA-171", "2 entries have the id texts"),
+        ({"disabled": True}, "DATA-171", "no entry is a source of samples"),
+        ({"instance_data_dir": "nowhere"}, "DATA-173", "no folder"),
+        ({"instance_data_dir": "pictures"}, "DATA-173", "no video lies below"),
+        ({"instance_data_dir": "depth"}, "DATA-062", "its caption cannot be read"),
+    ],
+)  # fmt: skip
+def test_entries_that_cannot_be_used(fields: dict[str, Any], expected: str, found: str, home: Path) -> None:
+    told = problems(home, FILMS | fields, TEXTS)
+    assert told[0].startswith(expected) and found in told[0], told
+
+
+def test_an_s3_entry_lacks_its_bucket(home: Path) -> None:
+    first, second = problems(home, FILMS | {"type": "aws"})
+    assert "lacks aws_bucket_name" in first and second.startswith("DATA-172")
+
+
+def test_all_that_is_wrong_is_told_at_once(home: Path) -> None:
+    told = problems(home, FILMS | {"x": 1, "repeats": "2"}, TEXTS | {"y": 1}, {"dataset_type": "video"}, [1])
+    assert len(told) == 5 and all("multidatabackend.json entry" in problem for problem in told), told
+    same = FILMS | {"cache_dir_vae": "v"}
+    told = problems(home, same, same | {"id": "more"}, TEXTS, TEXTS | {"id": "also"})
+    assert ["cache_dir_vae v" in told[0], "2 of 2 text_embeds entries have default" in told[1]] == [True, True]
+
+
+def test_a_task_with_a_column_has_no_place_for_it(home: Path) -> None:
+    with pytest.raises(DataError, match=r"DATA-171.*motion_bucket_id"):
+        check_rows([source(home, EXAMPLE)], SPEEDCONTROL)
+
+
+PARQUET = {"path": "captions.parquet", "filename_column": "file", "caption_column": "text"}
+
+
+def test_captions_of_a_parquet_table(home: Path) -> None:
+    columns = {"file": ["b", "a_red"], "text": ["of b", None], "other": ["x", "of a"]}
+    parquet.write_table(pyarrow.table(columns), home / "captions.parquet")
+    entry = FILMS | {"caption_strategy": "parquet", "parquet": PARQUET | {"fallback_caption_column": "other"}}
+    assert [sample.captions for sample in read(home, entry)] == [("of b",), ("of a",)]
+    (problem,) = problems(home, FILMS | {"caption_strategy": "parquet", "parquet": PARQUET})
+    assert problem.startswith("DATA-062") and "a_red.mp4 is not in the table of captions" in problem
