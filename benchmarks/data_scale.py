@@ -28,13 +28,13 @@ import torch  # noqa: E402
 
 from mm.config.model import WanConfig  # noqa: E402
 from mm.data.dataset import FeatureDataset  # noqa: E402
-from mm.data.features import Origin, prompt_tensors, serialised, text_hash  # noqa: E402
+from mm.data.features import Feature, Origin, serialised, text_hash  # noqa: E402
 from mm.data.recipe import Recipe, save_recipe  # noqa: E402
 from mm.data.store.catalog import finish_store  # noqa: E402
 from mm.data.store.opened import open_shards  # noqa: E402
 from mm.data.store.shard import BODY, INDEX, KIND, PROMPT, SAMPLE, shard_folder  # noqa: E402
 from mm.data.store.table import digest_of, write_table  # noqa: E402
-from mm.data.store.writer import order_by_shape, prompt_key  # noqa: E402
+from mm.data.store.writer import order_by_shape, prompt_blob, prompt_key  # noqa: E402
 
 SAMPLES_OF_SHARD = 512
 BATCH = 8
@@ -57,9 +57,9 @@ def blobs(index: int) -> tuple[bytes, bytes]:
     caption = f"caption {index}"
     latents = torch.full(SHAPES[index % len(SHAPES)], 1.0, dtype=torch.bfloat16)
     origin = Origin(f"videos/{index:09d}.mp4", RECIPE.key, text_hash(caption), "v")
-    prompt = prompt_tensors(torch.full((512, 4096), 1.0, dtype=torch.bfloat16), 512)
-    about = Origin("prompt", RECIPE.key, text_hash(caption), "")
-    return serialised({"latents": latents}, origin, 0, ""), serialised(prompt, about, 0, "")
+    prompt = torch.full((512, 4096), 1.0, dtype=torch.bfloat16)
+    sample = serialised({"latents": latents}, origin, Feature(latents, prompt), "")
+    return sample, prompt_blob(caption, prompt, 512, RECIPE.key)
 
 
 def write_shard(store: Path, number: int, indexes: range, real: set[int], kinds: list[list[int]]) -> None:
