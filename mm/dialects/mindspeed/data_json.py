@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from mm.config.base import Section
+from mm.config.run.data import Mixture
 from mm.dialects.mindspeed.encoder_json import TokenizerConfig
 
 
@@ -103,10 +104,12 @@ class DataloaderParam(Section):
     Attributes:
         shuffle: a new order each epoch, drawn from the seed; otherwise the order of data.jsonl.
         pin_memory: copy batches into page-locked memory, for faster transfers to an accelerator.
+        mixture: shares of the stores that data_path lists, and shapes with few samples; a key of this project's own.
     """
 
     shuffle: bool = True
     pin_memory: bool = False
+    mixture: Mixture = Mixture()
 
 
 class ExtractData(Section):

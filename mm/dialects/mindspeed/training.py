@@ -134,6 +134,7 @@ def _data(data: TrainData) -> Mapping[str, Any]:
         "caption_dropout": clip.cfg,
         "shuffle": loading.shuffle,
         "pin_memory": loading.pin_memory,
+        "mixture": loading.mixture,
     }
 
 

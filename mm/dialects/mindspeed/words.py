@@ -7,6 +7,7 @@ from typing import Any
 from mm.config.diffusion import DiffusionConfig
 from mm.config.layerzero import ZeroConfig
 from mm.config.model import WanConfig
+from mm.config.run.data import Mixture
 from mm.config.run.origins import Origins, Word
 from mm.config.unread import read_or
 from mm.dialects.mindspeed.extract_files import ExtractFlags
@@ -95,6 +96,9 @@ def _keys_of_data(path: str, file: str, file_word: str) -> dict[str, Word]:
         words["data.caption_dropout"] = Word("cfg", file, "cfg", file_word, is_json=True)
         words["data.shuffle"] = Word("shuffle", file, "shuffle", file_word, is_json=True)
         words["data.pin_memory"] = key("pin_memory", "dataloader_param")
+        words["data.mixture"] = key("mixture", "dataloader_param")
+        for name in Mixture.model_fields:
+            words[f"data.mixture.{name}"] = key(name, "dataloader_param.mixture")
     return words
 
 
