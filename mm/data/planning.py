@@ -39,14 +39,13 @@ def sampling_plan(
     """
     sources: list[PlannedSource] = []
     small: list[Problem] = []
-    for first, part, share in _parts(dataset, mixture):
+    for where, first, part, share in _parts(dataset, mixture):
         buckets = _buckets(first, part, batches.micro_batch_size)
-        large = [bucket for bucket in buckets if bucket.size >= batches.micro_batch_size]
-        if mixture.small_buckets != "repeat":
-            small += [_too_small(bucket, batches) for bucket in buckets if bucket not in large]
-            buckets = large
+        if mixture.small_buckets != "repeat" and len(buckets) > 1:
+            few = {shape for shape, bucket in buckets.items() if bucket.size < batches.micro_batch_size}
+            small += [_too_small(where, shape, buckets.pop(shape), batches) for shape in sorted(few)]
         if buckets:
-            sources.append(_source(buckets, share, batches))
+            sources.append(_source(list(buckets.values()), share, batches))
     if mixture.small_buckets == "error" or not sources:
         raise_limited(small)
     for problem in small:
@@ -72,10 +71,10 @@ def describe_plan(mixture: Mixture, micro_batch_size: int, num_shapes: int) -> s
     return "; ".join(words)
 
 
-def _parts(dataset: FeatureDataset, mixture: Mixture) -> Iterator[tuple[int, FeatureDataset, SourceShare | None]]:
-    """The index of each source's first sample, its samples, and its share."""
+def _parts(dataset: FeatureDataset, mixture: Mixture) -> Iterator[tuple[str, int, FeatureDataset, SourceShare | None]]:
+    """Name of each source for messages, the index of its first sample, its samples, and its share."""
     if not mixture.shares:
-        yield 0, dataset, None
+        yield "the features", 0, dataset, None
         return
     shares = {os.path.realpath(share.folder): share for share in mixture.shares}
     parts = {os.path.realpath(folder): (first, part) for folder, first, part in dataset.parts()}
@@ -92,17 +91,18 @@ def _parts(dataset: FeatureDataset, mixture: Mixture) -> Iterator[tuple[int, Fea
         problems.append(Problem("CFG-203", "data.mixture.shares names a store twice.", "Give each store one share."))
     raise_all(ConfigError, problems)
     for folder, (first, part) in parts.items():
-        yield first, part, shares.get(folder)
+        yield folder, first, part, shares.get(folder)
 
 
-def _buckets(first: int, part: FeatureDataset, micro_batch_size: int) -> list[Bucket]:
+def _buckets(first: int, part: FeatureDataset, micro_batch_size: int) -> dict[LatentShape, Bucket]:
+    """The buckets of a source; one of all its samples, under any of their shapes, where they need not be told apart."""
     shapes = part.buckets()
     if micro_batch_size == 1 or len(shapes) == 1:
-        return [Bucket(f"samples from {first}", len(part), lambda k: first + k)]
-    return [
-        Bucket(f"samples from {first} of {list(shape)}", size, partial(_member, first, part, shape))
+        return {next(iter(shapes)): Bucket(f"samples from {first}", len(part), lambda k: first + k)}
+    return {
+        shape: Bucket(f"samples from {first} of {list(shape)}", size, partial(_member, first, part, shape))
         for shape, size in shapes.items()
-    ]
+    }
 
 
 def _member(first: int, part: FeatureDataset, shape: LatentShape, k: int) -> int:
@@ -122,9 +122,10 @@ def _source(buckets: list[Bucket], share: SourceShare | None, batches: BatchPlan
     )
 
 
-def _too_small(bucket: Bucket, batches: BatchPlan) -> Problem:
+def _too_small(where: str, shape: LatentShape, bucket: Bucket, batches: BatchPlan) -> Problem:
+    few, micro_batch = "1 sample" if bucket.size == 1 else f"{bucket.size} samples", batches.micro_batch_size
     return Problem(
         "DATA-015",
-        f"{bucket.size} {bucket.name}: fewer than a micro-batch of {batches.micro_batch_size} takes of one shape.",
+        f"{few} of {where} have latents {list(shape)}, and a micro-batch takes {micro_batch} of one shape.",
         "Add samples of that shape, take smaller micro-batches, or set data.mixture.small_buckets to drop or repeat.",
     )

@@ -103,14 +103,20 @@ def test_shapes_with_too_few_samples(tmp_path: Path, caplog: pytest.LogCaptureFi
     with pytest.raises(DataError) as caught:
         take(mixed, 1, BatchPlan(3, 3))
     assert [problem.id for problem in caught.value.problems] == ["DATA-015"]
-    assert "2 samples from 0 of [16, 2, 8, 8]: fewer than a micro-batch of 3" in str(caught.value)
+    found = "2 samples of the features have latents [16, 2, 8, 8], and a micro-batch takes 3 of one shape"
+    assert found in str(caught.value)
     left = take(mixed, 20, BatchPlan(3, 3), mixture=Mixture(small_buckets="drop"))
-    assert shapes(left) == {(3, 16, 3, 8, 8)} and "left out: 2 samples from 0 of [16, 2, 8, 8]" in caplog.text
+    assert shapes(left) == {(3, 16, 3, 8, 8)} and f"left out: {found}" in caplog.text
     repeated = take(mixed, 20, BatchPlan(3, 3), mixture=Mixture(small_buckets="repeat"))
     assert shapes(repeated) == {(3, 16, 3, 8, 8), (3, 16, 2, 8, 8)}
     assert set(Counter(drawn(repeated)).values()) == {1}, "a sample that comes again has another draw"
     with pytest.raises(DataError, match="DATA-015"):
         take(mixed, 1, BatchPlan(4, 4), mixture=Mixture(small_buckets="drop"))
+
+
+def test_samples_of_one_shape_may_be_fewer_than_a_micro_batch(tmp_path: Path) -> None:
+    few = open_features(feature_set(write_store(tmp_path / "s", 3)), MODEL)
+    assert set(Counter(drawn(take(few, 3, BatchPlan(4, 4)))).values()) == {1}
 
 
 def test_stores_are_mixed_as_their_shares_say(tmp_path: Path) -> None:

@@ -85,5 +85,5 @@ def test_micro_batches_of_two_hold_images_or_videos_and_give_the_same_step(
     )
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
-    with pytest.raises(DataError, match=r"DATA-015.*2 samples from 0 of \[16, 1, "):
+    with pytest.raises(DataError, match=r"DATA-015.*2 samples of the features have latents \[16, 1, "):
         run(demo, tmp_path / "3", **files, micro_batch_size=3, global_batch_size=3, train_iters=1)
