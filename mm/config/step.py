@@ -51,6 +51,10 @@ class OptimizerSettings(Section):
         return {name: value for name, value in values.items() if name not in left_out or value != left_out[name]}
 
 
+AS_LISTED = "as they are listed"
+"""Order of samples that are not shuffled."""
+
+
 class DataSettings(Section):
     """A data set of features.
 
@@ -58,14 +62,18 @@ class DataSettings(Section):
         num_samples: its size.
         identity: `mm.data.dataset.FeatureDataset.identity`, which knows no paths.
         shuffle: whether each epoch has an order of its own.
-        plan: what else decides the order, `mm.data.planning.describe_plan`; of checkpoints that do not record it, what
-            it was then.
+        plan: what decides the order, `mm.data.planning.describe_plan`; None in checkpoints that do not record it.
     """
 
     num_samples: int
     identity: str
     shuffle: bool = True
-    plan: str = "lists of random permutations"
+    plan: str | None = None
+
+    @property
+    def order(self) -> str:
+        """The plan; of checkpoints that do not record it, what it was then."""
+        return self.plan or ("lists of random permutations" if self.shuffle else AS_LISTED)
 
 
 class StepSettings(Section):
@@ -164,8 +172,8 @@ def changes(before: StepSettings, now: StepSettings, words: Origins) -> Iterator
     yield from _differing("objective", dropout, before.caption_dropout, now.caption_dropout)
     yield from _of_data("data", words.whole("data.features"), before.data, now.data)
     yield from _differing("data", shuffle, before.data.shuffle, now.data.shuffle)
-    if before.data.shuffle and now.data.shuffle:
-        yield from _differing("data", "the sampling plan", before.data.plan, now.data.plan)
+    if before.data.shuffle == now.data.shuffle:
+        yield from _differing("data", "the sampling plan", before.data.order, now.data.order)
     if before.held_out is not None and now.held_out is not None:
         yield from _of_data(None, words.whole("evaluation.features"), before.held_out, now.held_out)
     yield from _precision(before, now, words)

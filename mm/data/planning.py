@@ -9,6 +9,7 @@ from fractions import Fraction
 from functools import partial
 
 from mm.config.run.data import Mixture, SourceShare
+from mm.config.step import AS_LISTED
 from mm.data.dataset import FeatureDataset
 from mm.data.files import raise_limited
 from mm.data.listing import LatentShape
@@ -58,16 +59,22 @@ def sampling_plan(
         raise ConfigError("CFG-204", message, "Let the shares' begin_step and end_step leave no gap.") from None
 
 
-def describe_plan(mixture: Mixture, micro_batch_size: int, num_shapes: int) -> str:
-    """Words for what decides the order beside the data set, the seed and shuffling, which are compared on resume."""
-    words = [_ORDER]
-    if num_shapes > 1 and micro_batch_size > 1:
+def describe_plan(dataset: FeatureDataset, mixture: Mixture, micro_batch_size: int, *, shuffle: bool) -> str:
+    """Words for what decides the order beside the data set and the seed, which are compared on resume.
+
+    Stores are told by their place in the list, since where they lie does not matter. Raises CFG-203 as `sampling_plan`.
+    """
+    words = [_ORDER if shuffle else AS_LISTED]
+    if len(dataset.shapes()) > 1 and micro_batch_size > 1:
         words.append(f"groups of {micro_batch_size} samples of a shape, small ones: {mixture.small_buckets}")
     elif mixture.shares:
         words.append(f"groups of {micro_batch_size}")
-    for share in mixture.shares:
-        values = share.model_dump(exclude={"folder"}, exclude_defaults=True)
-        words.append(f"share {', '.join(f'{name} {value}' for name, value in values.items()) or 'as large as it is'}")
+    shares = [share for *_, share in _parts(dataset, mixture)]
+    for number, share in enumerate(shares, start=1):
+        if share is not None:
+            values = share.model_dump(exclude={"folder"}, exclude_defaults=True)
+            said = ", ".join(f"{name} {value}" for name, value in values.items())
+            words.append(f"store {number}: {said or 'as large as it is'}")
     return "; ".join(words)
 
 

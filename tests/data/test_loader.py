@@ -9,8 +9,10 @@ import torch
 from test_feature_store import MODEL, feature, feature_set, write_store
 
 from mm.config.run.data import Mixture, SourceShare
+from mm.config.step import DataSettings
 from mm.data.dataset import FeatureDataset, open_features
 from mm.data.loader import FeatureBatch, feature_batches
+from mm.data.planning import describe_plan
 from mm.data.sampler import BatchPlan
 from mm.errors import ConfigError, DataError
 
@@ -131,6 +133,26 @@ def test_stores_are_mixed_as_their_shares_say(tmp_path: Path) -> None:
     first = Counter(name[:2] for name, _ in drawn(mixed)[: 6 * 4])
     assert first == {"vi": 10, "1:": 10, "2:": 4}  # 6 : 6 : 1.5 of 12 groups of two, to a group
     assert not any(name.startswith("2:") for name, _ in drawn(mixed)[6 * 4 :])
+
+
+def test_what_decides_the_order_is_told_by_store(tmp_path: Path) -> None:
+    """Shares that are exchanged make another plan; the order in which they are written does not."""
+    folders = [write_store(tmp_path / name, 4) for name in ("a", "b")]
+    listing = tmp_path / "features.txt"
+    listing.write_text("".join(f"{folder}\n" for folder in folders))
+    features = feature_set(folders[0]).model_copy(update={"path": str(listing), "folder": None})
+    dataset = open_features(features, MODEL)
+
+    def told(*repeats: int, shuffle: bool = True, backwards: bool = False) -> str:
+        shares = [SourceShare(folder=str(f), repeats=r) for f, r in zip(folders, repeats, strict=True)]
+        mixture = Mixture(shares=tuple(shares[::-1] if backwards else shares))
+        return describe_plan(dataset, mixture, 2, shuffle=shuffle)
+
+    assert told(1, 2) == "keyed bijections; groups of 2; store 1: as large as it is; store 2: repeats 2"
+    assert told(1, 2) == told(1, 2, backwards=True)
+    assert len({told(1, 2), told(2, 1), told(2, 2), told(1, 2, shuffle=False)}) == 4
+    unrecorded = DataSettings(num_samples=8, identity="a", shuffle=False)
+    assert unrecorded.order == describe_plan(dataset, Mixture(), 2, shuffle=False)
 
 
 @pytest.mark.parametrize(("names", "id"), [(["nowhere"], "CFG-203"), (["s", "s/../s"], "CFG-203"), (["s"], "CFG-204")])
