@@ -24,6 +24,7 @@ class BatchPlan:
         micro_batch_size: samples of one forward of one replica.
         dp_rank, dp_size: this replica and how many there are.
         num_stages: pipeline stages of a replica, for the balance.
+        multiple: of which the sequences of a replica's packed step are a number, as interleaved pipelines ask for.
     """
 
     global_batch_size: int
@@ -31,6 +32,7 @@ class BatchPlan:
     dp_rank: int = 0
     dp_size: int = 1
     num_stages: int = 1
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         step = self.micro_batch_size * self.dp_size
