@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -18,6 +18,7 @@ from mm.config.model import WanConfig
 from mm.config.run.data import Mixture
 from mm.data.balance import cost_of_model
 from mm.data.dataset import FeatureDataset, FeaturePlace, SampleTensors, read_empty_prompt, read_sample
+from mm.data.packing import PackSampler, PackSizes
 from mm.data.plan import PlannedSample, SamplingPlan
 from mm.data.planning import sampling_plan
 from mm.data.replacing import Replaced, check_replaced, may_be_replaced
@@ -75,8 +76,9 @@ def feature_batches(
     pin_memory: bool = False,
     on_bad_sample: OnBadSample = FAIL,
     with_noise: bool = False,
+    sizes: deque[PackSizes] | None = None,
 ) -> Generator[FeatureBatch]:
-    """This replica's micro-batches without end.
+    """This replica's micro-batches without end; with packs its samples one by one (`mm.data.steps` packs them).
 
     Args:
         dataset: the features.
@@ -92,6 +94,7 @@ def feature_batches(
         pin_memory: put batches into page-locked memory.
         on_bad_sample: whether samples with damaged files are replaced; see `mm.data.replacing`.
         with_noise: draw the noise of each sample beside reading it, ahead of the step that needs it.
+        sizes: of packs, gets those of each step before its first sample comes.
 
     Raises:
         DataError: at once what `sampling_plan` raises, and what `FeatureDataset.empty_prompt` raises if captions are to
@@ -105,7 +108,10 @@ def feature_batches(
         dataset.empty_prompt()  # a damaged one is told now, and not when a caption happens to be dropped
         empty = dataset.empty_prompt_file()
     draws = _Draws(dataset, order, seed, caption_dropout, on_bad_sample)
-    sampler = MicroBatchSampler(order, plan, consumed_samples, _cost(dataset))
+    sampler: Iterable[list[PlannedSample]] = MicroBatchSampler(order, plan, consumed_samples, _cost(dataset))
+    if plan.pack_tokens is not None:
+        cost, sizes = cost_of_model(dataset.model), deque() if sizes is None else sizes
+        sampler = PackSampler(order, plan, consumed_samples, plan.pack_tokens, dataset.num_tokens, cost, sizes)
     outcomes = read_in_order(
         _ReadBatch(dataset.model, text_len, empty, seed if with_noise else None),
         ([draws.draw(sample) for sample in group] for group in sampler),

@@ -24,7 +24,9 @@ class BatchPlan:
         micro_batch_size: samples of one forward of one replica.
         dp_rank, dp_size: this replica and how many there are.
         num_stages: pipeline stages of a replica, for the balance.
-        multiple: of which the sequences of a replica's packed step are a number, as interleaved pipelines ask for.
+        pack_tokens: puts samples into sequences of at most so many tokens, a micro-batch each, instead of
+            `micro_batch_size` of one shape beside each other, which is then 1; None for no packs.
+        multiple: of which a replica's sequences are a number, as interleaved pipelines ask for.
     """
 
     global_batch_size: int
@@ -32,6 +34,7 @@ class BatchPlan:
     dp_rank: int = 0
     dp_size: int = 1
     num_stages: int = 1
+    pack_tokens: int | None = None
     multiple: int = 1
 
     def __post_init__(self) -> None:

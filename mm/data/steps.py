@@ -1,18 +1,16 @@
-"""The micro-batches of a replica, step by step: samples of one shape beside each other, or packed into sequences."""
+"""Steps of one replica: micro-batches of samples of one shape, or of samples of any shapes packed into sequences."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
-from itertools import count
+from typing import Any
 
-from mm.data.balance import cost_of_model
 from mm.data.dataset import FeatureDataset
-from mm.data.loader import FeatureBatch
+from mm.data.loader import FeatureBatch, feature_batches
 from mm.data.packed import MicroBatch, pack
-from mm.data.packing import pack_step
-from mm.data.plan import PlannedSample, SamplingPlan
+from mm.data.packing import PackSizes
 from mm.data.sampler import BatchPlan
 
 
@@ -22,68 +20,46 @@ class StepBatches:
 
     Attributes:
         batches: its micro-batches, as many on every replica.
-        most_samples: of the largest micro-batch of all replicas.
+        most_samples: of the micro-batch of any replica that has most.
     """
 
     batches: list[MicroBatch]
     most_samples: int
 
 
-class PackSampler:
-    """Iterable of this replica's samples one by one, packed step by step; `sizes` tells how they are to be put together.
+def step_batches(dataset: FeatureDataset, plan: BatchPlan, **options: Any) -> Generator[StepBatches]:
+    """This replica's steps without end.
 
-    Attributes:
-        sizes: of each step that was begun, in order: samples of each of this replica's sequences, and the most that any
-            replica's sequence has. Whoever puts them together takes them from the left.
+    Args:
+        dataset: the features. plan: sizes of batches, packs and this replica's place.
+        options: the others of `feature_batches`.
+
+    Raises:
+        ConfigError, DataError: what `feature_batches` raises, at once or while iterating.
     """
-
-    def __init__(
-        self, dataset: FeatureDataset, plan: SamplingPlan, batches: BatchPlan, consumed_samples: int, budget: int
-    ) -> None:
-        self.sizes: deque[tuple[list[int], int]] = deque()
-        self._dataset, self._plan, self._batches = dataset, plan, batches
-        self._consumed_samples, self._budget = consumed_samples, budget
-
-    def __iter__(self) -> Iterator[list[PlannedSample]]:
-        batches, cost = self._batches, cost_of_model(self._dataset.model)
-        for first in count(self._consumed_samples, batches.global_batch_size):
-            samples = [self._plan.group(slot)[0] for slot in range(first, first + batches.global_batch_size)]
-            tokens = [self._dataset.num_tokens(sample.index) for sample in samples]
-            packs = pack_step(
-                tokens, self._budget, cost, num_replicas=batches.dp_size, num_stages=batches.num_stages,
-                multiple=batches.multiple,
-            )  # fmt: skip
-            mine = packs[batches.dp_rank]
-            most = max(len(sequence) for replica in packs for sequence in replica)
-            self.sizes.append(([len(sequence) for sequence in mine], most))
-            yield from ([samples[number]] for sequence in mine for number in sequence)
+    sizes: deque[PackSizes] = deque()
+    batches = feature_batches(dataset, plan, sizes=sizes, **options)
+    return _whole(batches, plan.num_micro_batches) if plan.pack_tokens is None else _packed(batches, sizes)
 
 
-def packed_steps(
-    samples: Generator[FeatureBatch], sizes: deque[tuple[list[int], int]]
-) -> Generator[StepBatches]:
-    """Steps of sequences of samples that were read one by one."""
-    try:
-        while True:
-            first = next(samples)  # which has the sizes of its step told
-            counts, most = sizes.popleft()
-            waiting = [first]
-            sequences: list[MicroBatch] = []
-            for size in counts:
-                while len(waiting) < size:
-                    waiting.append(next(samples))
-                sequences.append(pack(waiting))
-                waiting = []
-            yield StepBatches(sequences, most)
-    finally:
-        samples.close()
-
-
-def plain_steps(batches: Generator[FeatureBatch], of_step: int) -> Generator[StepBatches]:
-    """Steps of so many micro-batches."""
+def _whole(batches: Generator[FeatureBatch], of_step: int) -> Generator[StepBatches]:
     try:
         while True:
             mine: list[MicroBatch] = [next(batches) for _ in range(of_step)]
             yield StepBatches(mine, len(mine[0]["sample"]))
     finally:
         batches.close()
+
+
+def _packed(samples: Generator[FeatureBatch], sizes: deque[PackSizes]) -> Generator[StepBatches]:
+    try:
+        while True:
+            waiting = next(samples)  # after which its step's sizes are there
+            of_step = sizes.popleft()
+            sequences: list[MicroBatch] = []
+            for number, size in enumerate(of_step.mine):
+                first = [waiting] if number == 0 else []
+                sequences.append(pack([*first, *(next(samples) for _ in range(size - len(first)))]))
+            yield StepBatches(sequences, of_step.most)
+    finally:
+        samples.close()

@@ -97,7 +97,8 @@ class DataSection(Section):
         shuffle: a new order each epoch, drawn from the seed; otherwise the order of the listing.
         mixture: shares of the stores.
         micro_batch_size: samples in one forward of one replica.
-        pack_tokens: puts samples of any shapes into sequences of at most so many tokens, a micro-batch each.
+        pack_tokens: puts samples of any shapes into sequences of at most so many tokens, a micro-batch each; padding
+            is not counted.
         global_batch_size: samples in one step of all replicas; None means one micro-batch for each of them.
         workers: feature-reading processes for each rank. read_timeout: seconds to read a micro-batch.
         on_bad_sample: `fail`, or `skip:max=0.1%` of the samples, each replaced by the next.
