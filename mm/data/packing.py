@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 from itertools import count
 
 from mm.data.balance import SequenceCost, deal
 from mm.data.dataset import FeatureDataset
 from mm.data.files import raise_limited
 from mm.data.plan import PlannedSample, SamplingPlan
-from mm.data.sampler import BatchPlan
+from mm.data.sampler import BatchPlan, DealtStep
 from mm.errors import Problem
 
 
-@dataclass(frozen=True, slots=True)
-class PackSizes:
-    """How the samples of one step are put together.
-
-    Attributes:
-        mine: samples of each of this replica's sequences. most: of the sequence of any replica that has most.
-    """
-
-    mine: tuple[int, ...]
-    most: int
-
-
 class PackSampler:
-    """Iterable of this replica's samples, one by one, in the order of its sequences; without end."""
+    """Iterable of this replica's samples, one by one, in the order of its sequences; as `MicroBatchSampler`."""
 
     def __init__(
         self,
@@ -37,27 +24,28 @@ class PackSampler:
         batches: BatchPlan,
         consumed_samples: int,
         budget: int,
-        tokens: Callable[[int], int],
         cost: SequenceCost,
-        sizes: deque[PackSizes],
+        dealt: deque[DealtStep] | None = None,
     ) -> None:
         """Take the plan and where to begin.
 
         Args:
             plan: of samples one by one. batches: how they are dealt.
             consumed_samples: samples that all replicas together trained on before.
-            budget: tokens of a sequence. tokens: of a sample by its index in the data set. cost: of a sample.
-            sizes: gets those of each step before its first sample is given, behind those of the steps before.
+            budget: tokens of a sequence. cost: of a sample.
+            dealt: gets each step before its first sample comes, behind the steps before.
         """
         self._plan, self._batches, self._consumed_samples = plan, batches, consumed_samples
-        self._budget, self._tokens, self._cost, self._sizes = budget, tokens, cost, sizes
+        self._budget, self._cost, self._dealt = budget, cost, deque[DealtStep](maxlen=0) if dealt is None else dealt
 
     def __iter__(self) -> Iterator[list[PlannedSample]]:
         batches = self._batches
         for first in count(self._consumed_samples, batches.global_batch_size):
-            samples = [self._plan.group(slot)[0] for slot in range(first, first + batches.global_batch_size)]
+            if self._plan.end is not None and first >= self._plan.end:
+                return
+            tokens = [self._plan.tokens(slot)[0] for slot in range(first, first + batches.global_batch_size)]
             packs = pack_step(
-                [self._tokens(sample.index) for sample in samples],
+                tokens,
                 self._budget,
                 self._cost,
                 num_replicas=batches.dp_size,
@@ -66,8 +54,8 @@ class PackSampler:
             )
             mine = packs[batches.dp_rank]
             most = max(len(sequence) for replica in packs for sequence in replica)
-            self._sizes.append(PackSizes(tuple(map(len, mine)), most))
-            yield from ([samples[number]] for sequence in mine for number in sequence)
+            self._dealt.append(DealtStep(tuple(map(len, mine)), most, tuple(tokens)))
+            yield from (self._plan.group(first + number) for sequence in mine for number in sequence)
 
 
 def pack_step(

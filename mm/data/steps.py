@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from mm.data.dataset import FeatureDataset
 from mm.data.loader import FeatureBatch, feature_batches
 from mm.data.packed import MicroBatch, pack
-from mm.data.packing import PackSizes
-from mm.data.sampler import BatchPlan
+from mm.data.sampler import BatchPlan, DealtStep
+from mm.ops.attention.segments import consecutive
 
 
 @dataclass(frozen=True)
@@ -20,15 +22,15 @@ class StepBatches:
 
     Attributes:
         batches: its micro-batches, as many on every replica.
-        most_samples: of the micro-batch of any replica that has most.
+        dealt: how large they are, and the whole step's tokens.
     """
 
     batches: list[MicroBatch]
-    most_samples: int
+    dealt: DealtStep
 
 
 def step_batches(dataset: FeatureDataset, plan: BatchPlan, **options: Any) -> Generator[StepBatches]:
-    """This replica's steps without end.
+    """This replica's steps, without end where the plan has none.
 
     Args:
         dataset: the features. plan: sizes of batches, packs and this replica's place.
@@ -37,29 +39,15 @@ def step_batches(dataset: FeatureDataset, plan: BatchPlan, **options: Any) -> Ge
     Raises:
         ConfigError, DataError: what `feature_batches` raises, at once or while iterating.
     """
-    sizes: deque[PackSizes] = deque()
-    batches = feature_batches(dataset, plan, sizes=sizes, **options)
-    return _whole(batches, plan.num_micro_batches) if plan.pack_tokens is None else _packed(batches, sizes)
+    dealt: deque[DealtStep] = deque()
+    batches = feature_batches(dataset, plan, dealt=dealt, **options)
+    return _steps(batches, dealt, packed=plan.pack_tokens is not None)
 
 
-def _whole(batches: Generator[FeatureBatch], of_step: int) -> Generator[StepBatches]:
-    try:
-        while True:
-            mine: list[MicroBatch] = [next(batches) for _ in range(of_step)]
-            yield StepBatches(mine, len(mine[0]["sample"]))
-    finally:
-        batches.close()
-
-
-def _packed(samples: Generator[FeatureBatch], sizes: deque[PackSizes]) -> Generator[StepBatches]:
-    try:
-        while True:
-            waiting = next(samples)  # after which its step's sizes are there
-            of_step = sizes.popleft()
-            sequences: list[MicroBatch] = []
-            for number, size in enumerate(of_step.mine):
-                first = [waiting] if number == 0 else []
-                sequences.append(pack([*first, *(next(samples) for _ in range(size - len(first)))]))
-            yield StepBatches(sequences, of_step.most)
-    finally:
-        samples.close()
+def _steps(batches: Generator[FeatureBatch], dealt: deque[DealtStep], *, packed: bool) -> Generator[StepBatches]:
+    with closing(batches):
+        for first in batches:
+            step = dealt.popleft()
+            count = sum(step.sizes) if packed else len(step.sizes)
+            read = [first, *islice(batches, count - 1)]
+            yield StepBatches([pack(read[rows]) for rows in consecutive(step.sizes)] if packed else [*read], step)

@@ -61,7 +61,7 @@ class ClosedStep:
             mine,
             samples=run.global_batch_size,
             seed=run.sections.training.seed,
-            most_samples=data.most_samples,
+            most_samples=data.dealt.most,
             during=self._during,
             on_nonfinite=partial(self._guard.refused, step, batches=mine),
             asked_to_stop=lambda: run.is_asked_to_stop,
@@ -71,7 +71,7 @@ class ClosedStep:
         consumed = before.consumed_samples + run.global_batch_size
         progress = Progress(step, consumed, self._guard.skipped, replaced)
         seconds, last = time.monotonic() - started, step == run.sections.training.steps
-        return StepDone(progress, self._parallel, result, mine, seconds, last)
+        return StepDone(progress, self._parallel, result, mine, data.dealt.tokens, seconds, last)
 
     def close(self) -> None:
         """End the processes that read samples."""

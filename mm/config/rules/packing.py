@@ -24,6 +24,11 @@ def _packs_are_the_micro_batches(run: TrainingRun) -> Iterator[Problem]:
         compiled = words["memory.compile_blocks"].with_value(True)
         found = f"{compiled} compiles a block for few lengths, and with {pack} nearly every sequence has others."
         yield Problem("CFG-206", found, "Remove one of them.")
+    if not run.data.shuffle and run.data.on_bad_sample != "fail":
+        skip, shuffle = words["data.on_bad_sample"].with_value(run.data.on_bad_sample), words["data.shuffle"]
+        found = f"{skip} replaces a sample by the next one, which with {shuffle.with_value(False)} may be longer"
+        remedy = f"Remove it, or set {shuffle.name} to true: the next one is then of the same shape."
+        yield Problem("CFG-206", f"{found} than its sequence has room for ({pack}).", remedy)
 
 
 def _clips_fit_into_packs(run: TrainingRun) -> Iterator[Problem]:
