@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -18,10 +18,11 @@ from mm.config.model import WanConfig
 from mm.config.run.data import MinBucket, Mixture
 from mm.data.balance import cost_of_model
 from mm.data.dataset import FeatureDataset, FeaturePlace, SampleTensors, read_empty_prompt, read_sample
+from mm.data.packing import PackSampler
 from mm.data.plan import PlannedSample, SamplingPlan
 from mm.data.planning import sampling_plan
 from mm.data.replacing import Replaced, check_replaced, may_be_replaced
-from mm.data.sampler import BatchPlan, MicroBatchSampler
+from mm.data.sampler import BatchPlan, DealtStep, MicroBatchSampler
 from mm.data.store.blobs import Blob
 from mm.data.workers import Outcome, Parcel, as_error, as_facts, bytes_to_share, read_in_order
 from mm.errors import DataError
@@ -77,8 +78,9 @@ def feature_batches(
     pin_memory: bool = False,
     on_bad_sample: OnBadSample = FAIL,
     with_noise: bool = False,
+    dealt: deque[DealtStep] | None = None,
 ) -> Generator[FeatureBatch]:
-    """This replica's micro-batches without end.
+    """This replica's micro-batches without end; with packs its samples one by one (`mm.data.steps` packs them).
 
     Args:
         dataset: the features.
@@ -95,6 +97,7 @@ def feature_batches(
         pin_memory: put batches into page-locked memory.
         on_bad_sample: whether samples with damaged files are replaced; see `mm.data.replacing`.
         with_noise: draw the noise of each sample beside reading it, ahead of the step that needs it.
+        dealt: gets each step before its first micro-batch comes.
 
     Raises:
         DataError: at once what `sampling_plan` raises, and what `FeatureDataset.empty_prompt` raises if captions are to
@@ -108,7 +111,10 @@ def feature_batches(
         dataset.empty_prompt()  # a damaged one is told now, and not when a caption happens to be dropped
         empty = dataset.empty_prompt_file()
     draws = _Draws(dataset, order, seed, caption_dropout, on_bad_sample)
-    sampler = MicroBatchSampler(order, plan, consumed_samples, _cost(dataset))
+    sampler: Iterable[list[PlannedSample]] = MicroBatchSampler(order, plan, consumed_samples, _cost(dataset), dealt)
+    if plan.pack_tokens is not None:
+        cost = cost_of_model(dataset.model)
+        sampler = PackSampler(order, plan, consumed_samples, plan.pack_tokens, cost, dealt)
     outcomes = read_in_order(
         _ReadBatch(dataset.model, text_len, empty, seed if with_noise else None),
         ([draws.draw(sample) for sample in group] for group in sampler),

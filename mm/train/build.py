@@ -17,6 +17,7 @@ from mm.config.recompute import Recompute
 from mm.config.run.file import resolved, whole_file
 from mm.config.run.origins import RUN_FILE
 from mm.config.step import DataSettings, StepSettings, step_settings
+from mm.data.packing import check_budget, most_places
 from mm.data.planning import describe_plan
 from mm.device.backend import free_host_bytes
 from mm.errors import ConfigError
@@ -41,11 +42,15 @@ GIB = 2**30
 
 
 def check_sizes(run: Run) -> None:
-    """Refuse a run whose samples cannot travel through its pipeline, or be compiled for.
+    """Refuse a run whose samples cannot be packed, travel through its pipeline, or be compiled for.
 
     Raises:
-        ConfigError: CFG-046, CFG-068.
+        ConfigError: CFG-046, CFG-068. DataError: DATA-077.
     """
+    budget = run.sections.data.pack_tokens
+    if budget is not None:
+        check_budget(run.dataset, budget, run.sections.origins["data.pack_tokens"].with_value(budget))
+        return
     sizes = len(run.dataset.shapes())
     if run.mesh.layout.pp_size > 1 and sizes > 1 and not run.sections.parallel.variable_sizes:
         add = run.sections.origins["parallel.variable_sizes"].with_value(True)
@@ -160,8 +165,11 @@ def require_memory_for_saving(run: Run, optimizer: Optimizer) -> int:
 
 def step_shape(run: Run) -> StepShape:
     """Sizes of a step, for the pool of offload."""
-    dtype = training_dtype(run.sections)
-    return StepShape(run.sections.data.micro_batch_size, max(_token_counts(run)), run.num_microbatches, dtype)
+    data, dtype, counts = run.sections.data, training_dtype(run.sections), _token_counts(run)
+    if data.pack_tokens is None:
+        return StepShape(data.micro_batch_size, max(counts), run.num_microbatches, dtype)
+    places = most_places(counts, data.pack_tokens, run.global_batch_size, run.mesh.layout.token_parts)
+    return StepShape(1, places, run.num_microbatches, dtype)
 
 
 def _token_counts(run: Run) -> set[int]:

@@ -37,13 +37,12 @@ class StepResult:
 
     Attributes:
         statistics: losses and gradients. updated: whether they were applied.
-        lr: the rate that was used. tokens: video tokens of each of this replica's samples, after patching.
+        lr: the rate that was used.
     """
 
     statistics: StepStatistics
     updated: bool
     lr: float
-    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,7 @@ def train_step(
     else:
         on_nonfinite(statistics)
         optimizer.skip(samples)
-    lengths = [lengths_of(batch, parallel.wan.patch_size) for batch in batches]
-    tokens = tuple(count for each in lengths for _ in range(each.batch) for count in each.tokens)
-    return StepResult(statistics, statistics.is_finite, lr, tokens)
+    return StepResult(statistics, statistics.is_finite, lr)
 
 
 def compute_gradients(

@@ -99,6 +99,8 @@ class DataSection(Section):
         min_bucket: what becomes of samples of a shape of which a store has fewer than a micro-batch takes: an `error`;
             `drop` leaves them out; `repeat` puts some into one micro-batch more than once.
         micro_batch_size: samples in one forward of one replica.
+        pack_tokens: puts samples of any shapes into sequences of at most so many tokens, a micro-batch each; padding
+            is not counted.
         global_batch_size: samples in one step of all replicas; None means one micro-batch for each of them.
         workers: feature-reading processes for each rank. read_timeout: seconds to read a micro-batch.
         on_bad_sample: `fail`, or `skip:max=0.1%` of the samples, each replaced by the next.
@@ -111,6 +113,7 @@ class DataSection(Section):
     mixture: Mixture = Mixture()
     min_bucket: MinBucket = "error"
     micro_batch_size: int = Field(1, ge=1)
+    pack_tokens: int | None = Field(None, ge=1)
     global_batch_size: int | None = Field(None, ge=1)
     workers: int = Field(2, ge=0)
     read_timeout: float = Field(600.0, gt=0)

@@ -57,6 +57,12 @@ class TrainFlags(MeshFlags):
     )
 
     micro_batch_size: int = sets("data.micro_batch_size", 1, ge=1, description="samples in one forward of one replica")
+    pack: int | None = sets(
+        "data.pack_tokens",
+        None,
+        ge=1,
+        description="put samples of any shapes into sequences of at most so many tokens, a micro-batch each",
+    )
     global_batch_size: int | None = sets(
         "data.global_batch_size", None, ge=1, description="samples in one step; default: MBS x replicas"
     )
