@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -16,7 +16,7 @@ from torch import Tensor
 from mm.config.bad_samples import FAIL, OnBadSample
 from mm.config.model import WanConfig
 from mm.config.run.data import MinBucket, Mixture
-from mm.data.balance import cost_of_model
+from mm.data.balance import sequence_cost
 from mm.data.dataset import FeatureDataset, FeaturePlace, SampleTensors, read_empty_prompt, read_sample
 from mm.data.packing import PackSampler
 from mm.data.plan import PlannedSample, SamplingPlan
@@ -111,10 +111,13 @@ def feature_batches(
         dataset.empty_prompt()  # a damaged one is told now, and not when a caption happens to be dropped
         empty = dataset.empty_prompt_file()
     draws = _Draws(dataset, order, seed, caption_dropout, on_bad_sample)
-    sampler: Iterable[list[PlannedSample]] = MicroBatchSampler(order, plan, consumed_samples, _cost(dataset), dealt)
+    cost = sequence_cost(dataset.model, plan.pair_cost)
+    sampler: Iterable[list[PlannedSample]]
     if plan.pack_tokens is not None:
-        cost = cost_of_model(dataset.model)
         sampler = PackSampler(order, plan, consumed_samples, plan.pack_tokens, cost, dealt)
+    else:
+        differ = len(dataset.token_counts()) > 1
+        sampler = MicroBatchSampler(order, plan, consumed_samples, cost if differ else None, dealt)
     outcomes = read_in_order(
         _ReadBatch(dataset.model, text_len, empty, seed if with_noise else None),
         ([draws.draw(sample) for sample in group] for group in sampler),
@@ -277,8 +280,3 @@ def _most_bytes(dataset: FeatureDataset, micro_batch_size: int, text_len: int, *
         shapes = [*shapes, largest]
     shapes = [*shapes, *model.feature_shapes(largest[1:]).values()]
     return bytes_to_share(*((micro_batch_size, *shape) for shape in shapes))
-
-
-def _cost(dataset: FeatureDataset) -> Callable[[int], float] | None:
-    """Cost of a sample by its tokens; None where all have as many."""
-    return None if len(dataset.token_counts()) == 1 else cost_of_model(dataset.model)

@@ -27,6 +27,7 @@ class BatchPlan:
         num_stages: pipeline stages of a replica, for the balance.
         pack_tokens: puts samples into sequences of at most so many tokens, a micro-batch each, instead of
             `micro_batch_size` of one shape beside each other, which is then 1; None for no packs.
+        pair_cost: cost of a pair of tokens by that of a token, for the balance; None takes the model's.
         multiple: of which a replica's sequences are a number, as interleaved pipelines ask for.
     """
 
@@ -36,6 +37,7 @@ class BatchPlan:
     dp_size: int = 1
     num_stages: int = 1
     pack_tokens: int | None = None
+    pair_cost: float | None = None
     multiple: int = 1
 
     def __post_init__(self) -> None:

@@ -102,6 +102,7 @@ def _steps(run: Run, progress: Progress) -> Generator[StepBatches]:
             layout.dp_size,
             num_stages=layout.pp_size,
             pack_tokens=sections.data.pack_tokens,
+            pair_cost=sections.data.pair_cost,
             multiple=layout.micro_batches_come_in,
         ),
         text_len=run.config.text_len,

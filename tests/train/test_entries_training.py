@@ -87,7 +87,10 @@ def test_entries_are_encoded_at_their_own_sizes_and_mixed(
     values["checkpoint"] = {"load": str(demo / WEIGHTS), "save": str(home / "run"), "save_interval": 4}
     Path("train.yaml").write_text(yaml.safe_dump(values))
     run_command.main(["train.yaml"])
-    assert len(metrics(home / "run")) == 4
+    rows = metrics(home / "run")
+    # a clip of 3 x 6 x 10 latents has 45 tokens, a picture of 6 x 6 has 9; pictures come after two steps
+    assert [(row["tokens"], row["token_pairs"]) for row in rows[:2]] == [(2 * 45, 2 * 45**2)] * 2
+    assert {row["tokens"] for row in rows[2:]} <= {2 * 45, 45 + 9, 2 * 9}
 
     training = load_training(Path("train.yaml"))
     stores = opened(training.data.features, training.wan)

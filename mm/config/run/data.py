@@ -101,6 +101,8 @@ class DataSection(Section):
         micro_batch_size: samples in one forward of one replica.
         pack_tokens: puts samples of any shapes into sequences of at most so many tokens, a micro-batch each; padding
             is not counted.
+        pair_cost: cost of a pair of tokens by that of a token, by which micro-batches are dealt to replicas; None takes
+            the operations of the model. `mm doctor costs` measures it.
         global_batch_size: samples in one step of all replicas; None means one micro-batch for each of them.
         workers: feature-reading processes for each rank. read_timeout: seconds to read a micro-batch.
         on_bad_sample: `fail`, or `skip:max=0.1%` of the samples, each replaced by the next.
@@ -114,6 +116,7 @@ class DataSection(Section):
     min_bucket: MinBucket = "error"
     micro_batch_size: int = Field(1, ge=1)
     pack_tokens: int | None = Field(None, ge=1)
+    pair_cost: float | None = Field(None, ge=0, allow_inf_nan=False)
     global_batch_size: int | None = Field(None, ge=1)
     workers: int = Field(2, ge=0)
     read_timeout: float = Field(600.0, gt=0)
