@@ -110,6 +110,7 @@ def _steps(run: Run, progress: Progress) -> Generator[StepBatches]:
         caption_dropout=sections.data.caption_dropout,
         shuffle=sections.data.shuffle,
         mixture=sections.data.mixture,
+        min_bucket=sections.data.min_bucket,
         num_steps=sections.training.steps,
         num_workers=sections.data.workers,
         read_timeout=sections.data.read_timeout,
