@@ -38,10 +38,14 @@ class _Notes(TypedDict, total=False):
     Attributes:
         replaced: where samples were, the ids of those that were to be in the micro-batch.
         noise: [b, 16, F, H, W] fp32, `mm.rng.training_noise` of each sample.
+        index: of samples that were read, where they are in the data set.
+        without_caption: of samples that were read, whether each has the empty caption in place of its own.
     """
 
     replaced: list[str]
     noise: Tensor
+    index: list[int]
+    without_caption: list[bool]
 
 
 class FeatureBatch(_Notes):
@@ -105,7 +109,7 @@ def feature_batches(
         dataset.empty_prompt()  # a damaged one is told now, and not when a caption happens to be dropped
         empty = dataset.empty_prompt_file()
     draws = _Draws(dataset, order, seed, caption_dropout, on_bad_sample)
-    sampler = MicroBatchSampler(order, plan, consumed_samples, _cost(dataset))
+    sampler = MicroBatchSampler(order, plan, consumed_samples, cost_by_index(dataset))
     outcomes = read_in_order(
         _ReadBatch(dataset.model, text_len, empty, seed if with_noise else None),
         ([draws.draw(sample) for sample in group] for group in sampler),
@@ -242,6 +246,8 @@ def _batches(
                 "sample": [draw.name for draw in drawn],
                 "draw": [draw.sample.draw for draw in drawn],
                 "features": {name: tensors[name] for name in names},
+                "index": [draw.sample.index for draw in drawn],
+                "without_caption": [draw.without_caption for draw in drawn],
             }
             if "noise" in tensors:
                 batch["noise"] = tensors["noise"]
@@ -270,7 +276,7 @@ def _most_bytes(dataset: FeatureDataset, micro_batch_size: int, text_len: int, *
     return bytes_to_share(*((micro_batch_size, *shape) for shape in shapes))
 
 
-def _cost(dataset: FeatureDataset) -> Callable[[int], float] | None:
+def cost_by_index(dataset: FeatureDataset) -> Callable[[int], float] | None:
     """Cost of a sample by its index; None where all have as many tokens."""
     if len(dataset.token_counts()) == 1:
         return None
