@@ -78,7 +78,8 @@ def main(argv: Sequence[str]) -> None:
 
     Raises:
         ConfigError: what `mm train` raises before it starts, of a run; CFG-220 for files that exist, CFG-221 for a page
-            that is not called .html, CFG-131 where nothing can be written, CFG-030 without an accelerator.
+            that is not called .html, CFG-222 for a step after the run's last, CFG-131 where nothing can be written,
+            CFG-030 without an accelerator.
         DataError: what `mm.look.collect` raises; DATA-018 and DATA-019 when writing fails.
     """
     if argv and not argv[0].startswith("-") and not argv[0].endswith((".yaml", ".yml")):
@@ -150,6 +151,10 @@ def _of_run(sections: TrainingRun, flags: LookRunOptions, argv: Sequence[str]) -
     from mm.look.collect import Question
     from mm.look.samples import Drawing
 
+    steps = sections.training.steps
+    if flags.first_step > steps:
+        message = f"--first-step is {flags.first_step}, and the run has {steps} steps."
+        raise ConfigError("CFG-222", message, "Give a step of the run.")
     data, layout, wan = sections.data, layout_of(sections), sections.wan
     dataset = open_features(data.features, wan)
     batch = sections.samples_of_step(layout.dp_size)
@@ -161,7 +166,7 @@ def _of_run(sections: TrainingRun, flags: LookRunOptions, argv: Sequence[str]) -
         mixture=data.mixture,
         on_bad_sample=parse_on_bad_sample(data.on_bad_sample),
         first_step=flags.first_step,
-        steps=sections.training.steps,
+        steps=steps,
     )
     return Question(
         title=argv[0] if argv[0].endswith((".yaml", ".yml")) else data.features.path,
@@ -170,7 +175,7 @@ def _of_run(sections: TrainingRun, flags: LookRunOptions, argv: Sequence[str]) -
         drawing=drawing,
         facts=[
             ("samples", f"{len(dataset):,}"),
-            ("steps", f"{sections.training.steps:,} of {batch:,} samples, on {layout.dp_size:,} replicas"),
+            ("steps", f"{steps:,} of {batch:,} samples, on {layout.dp_size:,} replicas"),
             ("micro-batch", str(data.micro_batch_size)),
             ("seed", str(sections.training.seed)),
             ("order", "shuffled" if data.shuffle else "as listed"),

@@ -74,6 +74,7 @@ def feature_batches(
     caption_dropout: float = 0.0,
     shuffle: bool = True,
     mixture: Mixture = ONE_SOURCE,
+    num_steps: int | None = None,
     num_workers: int = 0,
     read_timeout: float = 600.0,
     pin_memory: bool = False,
@@ -91,6 +92,7 @@ def feature_batches(
         caption_dropout: probability of the empty caption, drawn for each (sample, epoch).
         shuffle: a new order each epoch, else the listings' order.
         mixture: how the stores are mixed, and what becomes of shapes with few samples.
+        num_steps: steps that will be asked for, those taken before included; None for no end.
         num_workers: reading processes; 0 reads in this one, where nothing can end a read that hangs.
         read_timeout: seconds to read one micro-batch.
         pin_memory: put batches into page-locked memory.
@@ -103,13 +105,13 @@ def feature_batches(
             raises, DATA-070 and DATA-071 for a reader that hangs or dies twice, DATA-074 when more samples of an epoch
             are replaced than allowed in this replica alone.
     """
-    order = sampling_plan(dataset, plan, mixture, seed, shuffle=shuffle)
+    order = sampling_plan(dataset, plan, mixture, seed, shuffle=shuffle, num_steps=num_steps)
     empty = None
     if caption_dropout > 0:
         dataset.empty_prompt()  # a damaged one is told now, and not when a caption happens to be dropped
         empty = dataset.empty_prompt_file()
     draws = _Draws(dataset, order, seed, caption_dropout, on_bad_sample)
-    sampler = MicroBatchSampler(order, plan, consumed_samples, cost_by_index(dataset))
+    sampler = MicroBatchSampler(order, plan, consumed_samples, cost_by_tokens(dataset))
     outcomes = read_in_order(
         _ReadBatch(dataset.model, text_len, empty, seed if with_noise else None),
         ([draws.draw(sample) for sample in group] for group in sampler),
@@ -276,9 +278,6 @@ def _most_bytes(dataset: FeatureDataset, micro_batch_size: int, text_len: int, *
     return bytes_to_share(*((micro_batch_size, *shape) for shape in shapes))
 
 
-def cost_by_index(dataset: FeatureDataset) -> Callable[[int], float] | None:
-    """Cost of a sample by its index; None where all have as many tokens."""
-    if len(dataset.token_counts()) == 1:
-        return None
-    cost = cost_of_model(dataset.model)
-    return lambda index: cost(dataset.num_tokens(index))
+def cost_by_tokens(dataset: FeatureDataset) -> Callable[[int], float] | None:
+    """Cost of a sample by its tokens; None where all have as many."""
+    return None if len(dataset.token_counts()) == 1 else cost_of_model(dataset.model)

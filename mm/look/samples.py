@@ -15,9 +15,9 @@ from mm.config.run.data import Mixture
 from mm.data.balance import cost_of_model
 from mm.data.dataset import FeatureDataset
 from mm.data.listing import LatentShape, ListedSample
-from mm.data.loader import ONE_SOURCE, FeatureBatch, cost_by_index, feature_batches
+from mm.data.loader import ONE_SOURCE, FeatureBatch, cost_by_tokens, feature_batches
 from mm.data.plan import PlannedSample, SamplingPlan
-from mm.data.planning import sources_of
+from mm.data.planning import SourceOfData, sources_of
 from mm.data.recipe import Recipe
 from mm.data.sampler import BatchPlan, MicroBatchSampler
 from mm.look.facts import LookedBatch, LookedSample
@@ -44,6 +44,10 @@ class Drawing:
     first_step: int = 1
     steps: int | None = None
 
+    def sources_of(self, dataset: FeatureDataset) -> Iterator[SourceOfData]:
+        """The sources of a data set; raises CFG-203 as `mm.data.planning.sampling_plan`."""
+        return sources_of(dataset, self.mixture, self.batches.micro_batch_size, shuffle=self.shuffle)
+
     @property
     def consumed_samples(self) -> int:
         """Samples of the steps before the first to show."""
@@ -63,6 +67,8 @@ def looked_batches(
         ConfigError, DataError: what `mm.data.loader.feature_batches` raises, and of shards `ShardStore.listed`.
     """
     alone = replace(drawing.batches, dp_rank=0, dp_size=1, num_stages=1)
+    if drawing.steps is not None:
+        count = min(count, (drawing.steps - drawing.first_step + 1) * alone.groups_of_step)
     planned = islice(_dealt(dataset, drawing, plan, alone), count)
     read = feature_batches(
         dataset,
@@ -73,11 +79,10 @@ def looked_batches(
         caption_dropout=drawing.caption_dropout,
         shuffle=drawing.shuffle,
         mixture=drawing.mixture,
+        num_steps=drawing.steps,
         on_bad_sample=drawing.on_bad_sample,
     )
-    sources = [
-        source.where for source in sources_of(dataset, drawing.mixture, alone.micro_batch_size) if source.buckets
-    ]
+    sources = [source.where for source in drawing.sources_of(dataset) if source.buckets]
     replicas = _replicas(dataset, drawing, plan, count)
     with closing(read):
         for place, (group, batch) in enumerate(zip(planned, read, strict=False)):
@@ -97,7 +102,7 @@ def _dealt(
     dataset: FeatureDataset, drawing: Drawing, plan: SamplingPlan, batches: BatchPlan
 ) -> Iterator[list[PlannedSample]]:
     """Micro-batches of one replica as they are planned."""
-    return iter(MicroBatchSampler(plan, batches, drawing.consumed_samples, cost_by_index(dataset)))
+    return iter(MicroBatchSampler(plan, batches, drawing.consumed_samples, cost_by_tokens(dataset)))
 
 
 def _replicas(

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mm.config.run.data import Mixture, SourceShare
+from mm.config.run.data import SourceShare
 from mm.data.balance import cost_of_model
 from mm.data.dataset import FeatureDataset
 from mm.data.listing import LatentShape
 from mm.data.plan import SamplingPlan
-from mm.data.planning import SourceOfData, sources_of
+from mm.data.planning import SourceOfData
 from mm.data.recipe import UNKNOWN, Recipe
 from mm.errors import DataError
 from mm.extract.skipping import SKIPPED
@@ -64,7 +64,7 @@ def bucket_rows(dataset: FeatureDataset, drawing: Drawing, sources: Sequence[Sou
     """
     cost, size = cost_of_model(dataset.model), drawing.batches.micro_batch_size
     found: list[tuple[str, LatentShape, int, bool]] = []
-    for source in sources_of(dataset, drawing.mixture, size):
+    for source in drawing.sources_of(dataset):
         for shape, count in source.part.buckets().items():
             found.append((source.where, shape, count, shape in source.small or not source.buckets))
     of_sample = {row.name: row.share / row.samples for row in sources}
@@ -167,11 +167,11 @@ def skipped_of(store: Path) -> Skipped | None:
 
 def small_in_words(dataset: FeatureDataset, drawing: Drawing) -> str:
     """Words for what becomes of shapes of which there are fewer samples than a micro-batch takes."""
-    mixture, size = drawing.mixture, drawing.batches.micro_batch_size
+    size = drawing.batches.micro_batch_size
     if size == 1:
         return "A micro-batch is one sample, so that no shape has too few."
-    small = [shape for source in sources_of(dataset, mixture, size) for shape in source.small]
-    few = [count for count in _counts(dataset, mixture, size) if count < size]
+    small = [shape for source in drawing.sources_of(dataset) for shape in source.small]
+    few = [count for count in _counts(dataset, drawing) if count < size]
     if not few:
         return f"Every shape has at least the {size} samples that a micro-batch takes."
     if small:
@@ -215,7 +215,7 @@ def _tiles(size: tuple[int, int] | None, stride: tuple[int, int] | None) -> str:
 
 def _sources(dataset: FeatureDataset, drawing: Drawing) -> Iterator[SourceOfData]:
     """The sources that are in the plan, in its order."""
-    for source in sources_of(dataset, drawing.mixture, drawing.batches.micro_batch_size):
+    for source in drawing.sources_of(dataset):
         if source.buckets:
             yield source
 
@@ -225,8 +225,8 @@ def _of_epoch(source: SourceOfData) -> int:
     return repeats * sum(bucket.size for bucket in source.buckets.values())
 
 
-def _counts(dataset: FeatureDataset, mixture: Mixture, micro_batch_size: int) -> Iterator[int]:
+def _counts(dataset: FeatureDataset, drawing: Drawing) -> Iterator[int]:
     """Samples of each shape of the sources that have several."""
-    for source in sources_of(dataset, mixture, micro_batch_size):
+    for source in drawing.sources_of(dataset):
         if len(source.part.buckets()) > 1:
             yield from source.part.buckets().values()
