@@ -18,6 +18,7 @@ from mm.config.layout import layout_of
 from mm.config.output import require_writable_file
 from mm.config.place import process_place
 from mm.config.rules.training import check_training
+from mm.config.run.data import MinBucket
 from mm.config.run.file import load_run, of_kind
 from mm.config.run.training import TrainingRun
 from mm.config.unread import read_or
@@ -71,6 +72,9 @@ class LookStoreFlags(LookOptions):
 
     micro_batch_size: int = Field(1, ge=1, description="samples of a micro-batch")
     seed: int = Field(1234, ge=0, description="seed of the order")
+    min_bucket: MinBucket = Field(
+        "error", description="shapes of which there are fewer samples than a micro-batch takes: error, drop or repeat"
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -133,7 +137,7 @@ def _of_store(store: Path, flags: LookStoreFlags) -> Question:
         title=str(store),
         dataset=dataset,
         sources=checked_sources(features_of_store(store), dataset.model),
-        drawing=Drawing(BatchPlan(size, size), flags.seed, first_step=flags.first_step),
+        drawing=Drawing(BatchPlan(size, size), flags.seed, min_bucket=flags.min_bucket, first_step=flags.first_step),
         facts=[
             ("samples", f"{len(dataset):,}"),
             ("micro-batch", f"{size}"),
@@ -164,6 +168,7 @@ def _of_run(sections: TrainingRun, flags: LookRunOptions, argv: Sequence[str]) -
         caption_dropout=data.caption_dropout,
         shuffle=data.shuffle,
         mixture=data.mixture,
+        min_bucket=data.min_bucket,
         on_bad_sample=parse_on_bad_sample(data.on_bad_sample),
         first_step=flags.first_step,
         steps=steps,

@@ -53,7 +53,13 @@ def collect(question: Question, eye: Eye, vae: Path | None, done: Callable[[], N
     dataset, drawing = question.dataset, question.drawing
     recipes = {str(source.folder): recipe for source, recipe in question.sources}
     plan = sampling_plan(
-        dataset, drawing.batches, drawing.mixture, drawing.seed, shuffle=drawing.shuffle, num_steps=drawing.steps
+        dataset,
+        drawing.batches,
+        drawing.mixture,
+        drawing.seed,
+        shuffle=drawing.shuffle,
+        min_bucket=drawing.min_bucket,
+        num_steps=drawing.steps,
     )
     stretch, sources = source_rows(dataset, drawing, plan)
     viewer = Viewer(dataset, recipes, eye, question.num_frames)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mm.config.bad_samples import FAIL, OnBadSample
 from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
-from mm.config.run.data import Mixture
+from mm.config.run.data import MinBucket, Mixture
 from mm.data.balance import cost_of_model
 from mm.data.dataset import FeatureDataset
 from mm.data.listing import LatentShape, ListedSample
@@ -31,7 +31,7 @@ class Drawing:
 
     Attributes:
         batches: sizes of the global batch and of micro-batches, and the replicas and stages of the layout.
-        seed, caption_dropout, shuffle, mixture, on_bad_sample: of the run.
+        seed, caption_dropout, shuffle, mixture, min_bucket, on_bad_sample: of the run.
         first_step: to show, counted from 1. steps: of the whole training; None where no run says it.
     """
 
@@ -40,13 +40,15 @@ class Drawing:
     caption_dropout: float = 0.0
     shuffle: bool = True
     mixture: Mixture = ONE_SOURCE
+    min_bucket: MinBucket = "error"
     on_bad_sample: OnBadSample = FAIL
     first_step: int = 1
     steps: int | None = None
 
     def sources_of(self, dataset: FeatureDataset) -> Iterator[SourceOfData]:
         """The sources of a data set; raises CFG-203 as `mm.data.planning.sampling_plan`."""
-        return sources_of(dataset, self.mixture, self.batches.micro_batch_size, shuffle=self.shuffle)
+        size = self.batches.micro_batch_size
+        return sources_of(dataset, self.mixture, size, shuffle=self.shuffle, min_bucket=self.min_bucket)
 
     @property
     def consumed_samples(self) -> int:
@@ -79,6 +81,7 @@ def looked_batches(
         caption_dropout=drawing.caption_dropout,
         shuffle=drawing.shuffle,
         mixture=drawing.mixture,
+        min_bucket=drawing.min_bucket,
         num_steps=drawing.steps,
         on_bad_sample=drawing.on_bad_sample,
     )
