@@ -6,6 +6,7 @@ import re
 
 from mm.cli.convert import ConvertFlags
 from mm.cli.data import RepairFlags, StatusFlags
+from mm.cli.data_look import LookFlags, LookStoreFlags
 from mm.cli.demo import DemoFlags
 from mm.cli.doctor import DoctorFlags
 from mm.cli.doctor_data import DoctorDataFlags
@@ -33,6 +34,8 @@ PROGRAMS: dict[str, type[Flags]] = {
     "mm migrate": MigrateFlags,
     "mm migrate shards": MigrateShardsFlags,
     "mm migrate entries": MigrateEntriesFlags,
+    "mm data look": LookFlags,
+    "mm data look STORE": LookStoreFlags,
     "mm data status": StatusFlags,
     "mm data repair": RepairFlags,
     "mm plot": PlotFlags,
@@ -56,7 +59,7 @@ convert` also takes its flags with underscores. `mm launch` takes torchrun's fla
 
 def flags_page() -> str:
     """The page as Markdown."""
-    links = [f"[{program}](#{re.sub(r'[^a-z0-9 _-]', '', program).replace(' ', '-')})" for program in PROGRAMS]
+    links = [f"[{program}](#{re.sub(r'[^a-z0-9 _-]', '', program.lower()).replace(' ', '-')})" for program in PROGRAMS]
     return "\n".join([_HEAD, "Commands: " + ", ".join(links) + ".", *map(_section, PROGRAMS), ""])
 
 

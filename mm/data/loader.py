@@ -39,10 +39,14 @@ class _Notes(TypedDict, total=False):
     Attributes:
         replaced: where samples were, the ids of those that were to be in the micro-batch.
         noise: [b, 16, F, H, W] fp32, `mm.rng.training_noise` of each sample.
+        index: of samples that were read, where they are in the data set.
+        without_caption: of samples that were read, whether each has the empty caption in place of its own.
     """
 
     replaced: list[str]
     noise: Tensor
+    index: list[int]
+    without_caption: list[bool]
 
 
 class FeatureBatch(_Notes):
@@ -111,13 +115,7 @@ def feature_batches(
         dataset.empty_prompt()  # a damaged one is told now, and not when a caption happens to be dropped
         empty = dataset.empty_prompt_file()
     draws = _Draws(dataset, order, seed, caption_dropout, on_bad_sample)
-    cost = sequence_cost(dataset.model, plan.pair_cost)
-    sampler: Iterable[list[PlannedSample]]
-    if plan.pack_tokens is not None:
-        sampler = PackSampler(order, plan, consumed_samples, plan.pack_tokens, cost, dealt)
-    else:
-        differ = len(dataset.token_counts()) > 1
-        sampler = MicroBatchSampler(order, plan, consumed_samples, cost if differ else None, dealt)
+    sampler = dealt_groups(dataset, order, plan, consumed_samples, dealt)
     outcomes = read_in_order(
         _ReadBatch(dataset.model, text_len, empty, seed if with_noise else None),
         ([draws.draw(sample) for sample in group] for group in sampler),
@@ -254,6 +252,8 @@ def _batches(
                 "sample": [draw.name for draw in drawn],
                 "draw": [draw.sample.draw for draw in drawn],
                 "features": {name: tensors[name] for name in names},
+                "index": [draw.sample.index for draw in drawn],
+                "without_caption": [draw.without_caption for draw in drawn],
             }
             if "noise" in tensors:
                 batch["noise"] = tensors["noise"]
@@ -280,3 +280,20 @@ def _most_bytes(dataset: FeatureDataset, micro_batch_size: int, text_len: int, *
         shapes = [*shapes, largest]
     shapes = [*shapes, *model.feature_shapes(largest[1:]).values()]
     return bytes_to_share(*((micro_batch_size, *shape) for shape in shapes))
+
+
+def dealt_groups(
+    dataset: FeatureDataset,
+    order: SamplingPlan,
+    plan: BatchPlan,
+    consumed_samples: int,
+    dealt: deque[DealtStep] | None = None,
+) -> Iterable[list[PlannedSample]]:
+    """This replica's micro-batches as they are planned, or of packs the samples one by one, without end where the plan
+    has none; arguments are those of `MicroBatchSampler`.
+    """
+    cost = sequence_cost(dataset.model, plan.pair_cost)
+    if plan.pack_tokens is not None:
+        return PackSampler(order, plan, consumed_samples, plan.pack_tokens, cost, dealt)
+    all_cost_the_same = len(dataset.token_counts()) == 1
+    return MicroBatchSampler(order, plan, consumed_samples, None if all_cost_the_same else cost, dealt)

@@ -116,6 +116,16 @@ class SamplingPlan:
         walk = self._walks[source][bucket]
         return [walk.tokens_at(position + i) for i in range(self._group_size)]
 
+    def groups_of_sources(self, slots: int) -> list[int]:
+        """Number of the first slots that each source fills; exact where blocks end, else as its share says."""
+        filled = [0] * len(self._walks)
+        for phase in self._phases:
+            end = slots if phase.end is None else min(slots, phase.end)
+            if end > phase.begin:
+                for source, count in zip(phase.sources, phase.counts(end - phase.begin), strict=True):
+                    filled[source] += count
+        return filled
+
     def next_in_epoch(self, sample: PlannedSample) -> PlannedSample:
         """The sample that follows one in its bucket's epoch, the first after the last; its draw stays."""
         size = self._walks[sample.walk[0]][sample.walk[1]].size

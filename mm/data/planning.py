@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 
@@ -48,14 +49,10 @@ def sampling_plan(
     """
     sources: list[PlannedSource] = []
     small: list[Problem] = []
-    by_shape = _by_shape(dataset, batches.micro_batch_size, shuffle=shuffle)
-    for where, first, part, share in _parts(dataset, mixture):
-        buckets = _buckets(first, part, by_shape=by_shape)
-        if min_bucket != "repeat" and len(buckets) > 1:
-            few = {shape for shape, bucket in buckets.items() if bucket.size < batches.micro_batch_size}
-            small += [_too_small(where, shape, buckets.pop(shape), batches) for shape in sorted(few)]
-        if buckets:
-            sources.append(_source(list(buckets.values()), share, batches))
+    for source in sources_of(dataset, mixture, batches.micro_batch_size, shuffle=shuffle, min_bucket=min_bucket):
+        small += [_too_small(source.where, shape, bucket, batches) for shape, bucket in sorted(source.small.items())]
+        if source.buckets:
+            sources.append(_source(list(source.buckets.values()), source.share, batches))
     if min_bucket == "error" or not sources:
         raise_limited(small)
     for problem in small:
@@ -65,6 +62,42 @@ def sampling_plan(
         message = f"In data.mixture.shares no store is open at step {plan.end // batches.groups_of_step}."
         raise ConfigError("CFG-204", message, "Let the shares' begin_step and end_step leave no gap.")
     return plan
+
+
+@dataclass(frozen=True)
+class SourceOfData:
+    """Samples that are drawn from together: those of one store, or of all where the mixture has no shares.
+
+    Attributes:
+        where: name in messages. part: the samples. share: what the mixture says of them.
+        buckets: by shape; one of all samples, under any of their shapes, where they need not be told apart.
+        small: buckets with fewer samples than a micro-batch takes, which are not in the plan.
+    """
+
+    where: str
+    part: FeatureDataset
+    share: SourceShare | None
+    buckets: dict[LatentShape, Bucket]
+    small: dict[LatentShape, Bucket]
+
+
+def sources_of(
+    dataset: FeatureDataset,
+    mixture: Mixture,
+    micro_batch_size: int,
+    *,
+    shuffle: bool,
+    min_bucket: MinBucket = "error",
+) -> Iterator[SourceOfData]:
+    """The sources of a data set; arguments are those of `sampling_plan`. Raises CFG-203 as it does."""
+    by_shape = _by_shape(dataset, micro_batch_size, shuffle=shuffle)
+    for where, first, part, share in _parts(dataset, mixture):
+        buckets = _buckets(first, part, by_shape=by_shape)
+        few: set[LatentShape] = set()
+        if min_bucket != "repeat" and len(buckets) > 1:
+            few = {shape for shape, bucket in buckets.items() if bucket.size < micro_batch_size}
+        small = {shape: buckets.pop(shape) for shape in few}
+        yield SourceOfData(where, part, share, buckets, small)
 
 
 def describe_plan(
