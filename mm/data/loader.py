@@ -121,7 +121,7 @@ def feature_batches(
         ([draws.draw(sample) for sample in group] for group in sampler),
         num_workers=num_workers,
         time_limit=read_timeout,
-        buffer_bytes=_most_bytes(dataset, plan.micro_batch_size, text_len, with_noise=with_noise),
+        buffer_bytes=_most_bytes(dataset, max(mixture.sizes(plan.micro_batch_size)), text_len, with_noise=with_noise),
         again=draws.without_bad_sample,
     )
     names = [feature.name for feature in dataset.model.task.features]
@@ -295,5 +295,5 @@ def dealt_groups(
     cost = sequence_cost(dataset.model, plan.pair_cost)
     if plan.pack_tokens is not None:
         return PackSampler(order, plan, consumed_samples, plan.pack_tokens, cost, dealt)
-    all_cost_the_same = len(dataset.token_counts()) == 1
+    all_cost_the_same = order.is_even and len(dataset.token_counts()) == 1
     return MicroBatchSampler(order, plan, consumed_samples, None if all_cost_the_same else cost, dealt)

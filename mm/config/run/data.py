@@ -69,12 +69,14 @@ class SourceShare(Section):
         folder: the store, as the list of features names it.
         repeats: passes over its samples in an epoch of all.
         weight: factor on its share by size; 2 gives twice as many of its samples.
+        micro_batch_size: samples in a micro-batch of it; None takes the run's.
         begin_step, end_step: steps before the first and after the last that may take its samples.
     """
 
     folder: str = Field(min_length=1)
     repeats: int = Field(1, ge=1)
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    micro_batch_size: int | None = Field(None, ge=1)
     begin_step: int = Field(0, ge=0)
     end_step: int | None = Field(None, ge=1)
 
@@ -87,6 +89,10 @@ class Mixture(Section):
     """
 
     shares: tuple[SourceShare, ...] = ()
+
+    def sizes(self, micro_batch_size: int) -> set[int]:
+        """Samples of micro-batches of all shares, where the run's have so many; of stores without a share too."""
+        return {micro_batch_size, *(share.micro_batch_size or micro_batch_size for share in self.shares)}
 
 
 class DataSection(Section):
