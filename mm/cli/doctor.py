@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 from tabulate import tabulate
 
-from mm.cli import doctor_compare, doctor_data, doctor_parity, doctor_ready
+from mm.cli import doctor_compare, doctor_costs, doctor_data, doctor_parity, doctor_ready
 from mm.cli.entry import run
 from mm.cli.run_file import run_file
 from mm.config.flags import Flags, parse_flags
@@ -59,7 +59,8 @@ class DoctorFlags(DoctorOptions, TrainFlags):
     """Say whether a training run will work, or with --dry-run what it costs. Takes every flag of mm train.
 
     `mm doctor run.yaml` looks at the run of a file, with the flags of the dry run alone. `mm doctor data` reads a whole
-    data set, `mm doctor parity` compares the layout with one device, `mm doctor compare A B` finds where two runs part.
+    data set, `mm doctor parity` compares the layout with one device, `mm doctor compare A B` finds where two runs part,
+    `mm doctor costs RUN` fits costs of tokens to its step times.
     """
 
 
@@ -70,7 +71,12 @@ def main(argv: Sequence[str]) -> None:
         ConfigError: what `mm train` raises before it starts; CFG-047 for a rank or a size that does not exist; what
             `mm.cli.doctor_ready.check` raises.
     """
-    others = {"compare": doctor_compare.main, "data": doctor_data.main, "parity": doctor_parity.main}
+    others = {
+        "compare": doctor_compare.main,
+        "costs": doctor_costs.main,
+        "data": doctor_data.main,
+        "parity": doctor_parity.main,
+    }
     with StopRequest(saves=False, kept="Nothing was decided."):
         if argv and argv[0] in others:
             others[argv[0]](argv[1:])

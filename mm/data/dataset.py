@@ -20,7 +20,7 @@ from mm.config.model import WanConfig
 from mm.config.run.data import FeatureSet
 from mm.data.features import EMPTY_PROMPT_ID, LISTING, OTHER_TASK, read_feature
 from mm.data.files import path_below
-from mm.data.listing import FeatureStore, LatentShape, open_feature_store
+from mm.data.listing import FeatureStore, LatentShape, ListedSample, open_feature_store
 from mm.data.recipe import Recipe, check_recipe, expected_in_training, load_recipe
 from mm.data.store.blobs import Blob, read_prompt_blob, read_sample_blobs
 from mm.data.store.catalog import is_sharded
@@ -131,6 +131,16 @@ class FeatureDataset(Dataset[FeatureItem]):
         """The numbers of transformer tokens that samples have."""
         return {self.tokens_of(shape) for shape in self.shapes()}
 
+    def text_tokens(self, index: int) -> int:
+        """Tokens of a sample's caption."""
+        store, row = self._find(index)
+        return self._stores[store].text_tokens(row)
+
+    def listed(self, index: int) -> ListedSample:
+        """A sample's video, caption and clip as listed; of shards raises what `ShardStore.listed` does."""
+        store, row = self._find(index)
+        return self._stores[store].listed(row)
+
     def place(self, index: int) -> FeaturePlace:
         """Place of one sample in its store."""
         number, row = self._find(index)
@@ -146,6 +156,10 @@ class FeatureDataset(Dataset[FeatureItem]):
     def buckets(self) -> dict[LatentShape, int]:
         """Number of samples with each latent shape, in the order of the shapes."""
         return dict(sorted(self.shapes().items()))
+
+    def with_model(self, model: WanConfig) -> FeatureDataset:
+        """The same samples for another model."""
+        return FeatureDataset(self._stores, model)
 
     def parts(self) -> Iterator[tuple[Path, int, FeatureDataset]]:
         """Each store's folder, the index of its first sample here, and a data set of it alone."""

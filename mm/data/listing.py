@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from mm.config.base import Section, parse
 from mm.config.tasks.registry import DEFAULT, TaskName
@@ -57,6 +57,19 @@ class FeatureRow(Section):
         return (self.model_dump_json(exclude={"taken"} if self.taken is None else None) + "\n").encode()
 
 
+class ListedSample(Section):
+    """A sample's video, caption and clip, as lists of either kind of store have them; names as in `FeatureRow`."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    sample: str
+    path: str
+    cap: str
+    start_frame_idx: int = Field(ge=0)
+    sample_num_frames: int = Field(ge=1)
+    taken: dict[str, Any] | None = None
+
+
 class FeatureStore:
     """A complete store of one file a sample: its folder, the key of its recipe, and its rows, counted from 0."""
 
@@ -78,6 +91,14 @@ class FeatureStore:
     def latent_shape(self, row: int) -> LatentShape:
         """Shape (C, F, H, W) of the sample's latents."""
         return self.rows[row].latent_shape
+
+    def text_tokens(self, row: int) -> int:
+        """Tokens of the sample's caption."""
+        return self.rows[row].text_tokens
+
+    def listed(self, row: int) -> ListedSample:
+        """The sample's video, caption and clip."""
+        return ListedSample.model_validate(self.rows[row].model_dump())
 
     def file_of(self, row: int) -> str:
         """The sample's file, below the folder."""

@@ -21,12 +21,13 @@ class BatchPlan:
     """Distribution of global batches over replicas and micro-batches.
 
     Attributes:
-        global_batch_size: samples of one optimizer step over all replicas.
-        micro_batch_size: samples of one forward of one replica.
+        global_batch_size: samples of one optimizer step over all replicas, where all micro-batches have as many.
+        micro_batch_size: samples of one forward of one replica, where its source says no other number.
         dp_rank, dp_size: this replica and how many there are.
         num_stages: pipeline stages of a replica, for the balance.
         pack_tokens: puts samples into sequences of at most so many tokens, a micro-batch each, instead of
             `micro_batch_size` of one shape beside each other, which is then 1; None for no packs.
+        pair_cost: cost of a pair of tokens by that of a token, for the balance; None takes the model's.
         multiple: of which a replica's sequences are a number, as interleaved pipelines ask for.
     """
 
@@ -36,6 +37,7 @@ class BatchPlan:
     dp_size: int = 1
     num_stages: int = 1
     pack_tokens: int | None = None
+    pair_cost: float | None = None
     multiple: int = 1
 
     def __post_init__(self) -> None:
@@ -89,8 +91,8 @@ class MicroBatchSampler:
         Args:
             plan: whose groups are as large as a micro-batch. batches: how they are dealt.
             consumed_samples: samples that all replicas together trained on before.
-            cost: of a sample of so many tokens; None where all have as many. Then micro-batch m of replica r is the
-                group m * dp + r of its global batch.
+            cost: of a sample of so many tokens; None where all micro-batches cost the same. Then micro-batch m of
+                replica r is the group m * dp + r of its global batch.
             dealt: gets each step before its first micro-batch comes, behind the steps before.
         """
         self._plan = plan
@@ -112,6 +114,6 @@ class MicroBatchSampler:
                 tokens = [self._plan.tokens(slot) for slot in slots]
                 costs = [sum(map(self._cost, of_group)) for of_group in tokens]
                 mine = deal(costs, batches.dp_size, batches.num_stages)[batches.dp_rank]
-            size = batches.micro_batch_size
-            self._dealt.append(DealtStep((size,) * len(mine), size, tuple(chain(*tokens))))
+            sizes = tuple(len(tokens[number]) for number in mine)
+            self._dealt.append(DealtStep(sizes, max(map(len, tokens)), tuple(chain(*tokens))))
             yield from (self._plan.group(slots[number]) for number in mine)

@@ -20,7 +20,7 @@ from mm.train.flops import train_flops
 
 FIELDS = [
     "step", "loss", "loss_hex", "grad_norm", "grad_norm_hex", "lr", "consumed_samples", "tokens_per_s", "tflops",
-    "peak_memory_gb", "step_time_s", "skipped", "timesteps", "sample_losses", "loss_mean",
+    "peak_memory_gb", "step_time_s", "skipped", "tokens", "token_pairs", "timesteps", "sample_losses", "loss_mean",
 ]  # fmt: skip
 
 

@@ -20,6 +20,9 @@ def _packs_are_the_micro_batches(run: TrainingRun) -> Iterator[Problem]:
         found = f"{words['data.micro_batch_size'].with_value(size)} has no effect with {pack}"
         remedy = f"Set it to 1; {words['data.global_batch_size'].name} says how many samples a step has."
         yield Problem("CFG-206", f"{found}: a micro-batch is one sequence, of as many samples as fit.", remedy)
+    if any(share.micro_batch_size not in (None, 1) for share in run.data.mixture.shares):
+        found = f"micro_batch_size in {words['data.mixture'].place()} has no effect with {pack}"
+        yield Problem("CFG-206", f"{found}: a micro-batch is one sequence, of as many samples as fit.", "Remove it.")
     if run.memory.compile_blocks:
         compiled = words["memory.compile_blocks"].with_value(True)
         found = f"{compiled} compiles a block for few lengths, and with {pack} nearly every sequence has others."

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from pathlib import Path
 
-from mm.data.listing import Digest
+from mm.data.listing import Digest, ListedSample
 from mm.data.store.blobs import Blob
 from mm.data.store.catalog import Catalog, check_shards_are_there, open_catalog
+from mm.data.store.rows import listed_sample
 from mm.data.store.shard import BODY, SHARDS, LatentShape, Shard, ShardFacts, open_shard, shard_folder
 from mm.data.store.writer import prompt_key
 
@@ -40,6 +41,20 @@ class ShardStore:
         """Shape (C, F, H, W) of the sample's latents."""
         shard, local = self._find(row)
         return shard.latent_shape(local)
+
+    def text_tokens(self, row: int) -> int:
+        """Tokens of the sample's caption."""
+        shard, local = self._find(row)
+        return shard.text_tokens(local)
+
+    def listed(self, row: int) -> ListedSample:
+        """The sample's video, caption and clip; reads its shard's list up to there.
+
+        Raises:
+            DataError: DATA-150 when the list is missing, or has no row of this sample.
+        """
+        number, local = self._catalog.find(row)
+        return listed_sample(self.folder, number, local, self.name(row))
 
     def file_of(self, row: int) -> str:
         """The body that holds the sample, below the folder."""

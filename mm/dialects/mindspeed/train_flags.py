@@ -78,6 +78,14 @@ class TrainFlags(MeshFlags):
         "fail",
         description="a damaged feature file: fail, or skip:max=0.1% of the samples, each replaced by the next",
     )
+    pair_cost: float | None = sets(
+        "data.pair_cost",
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="cost of a pair of tokens by that of a token, for the balance of replicas; default: by the model's "
+        "operations; mm doctor costs measures it",
+    )
     min_bucket: MinBucket = sets(
         "data.min_bucket",
         "error",

@@ -47,6 +47,8 @@ class Metrics(Callback):
             peak_memory_gb=run.backend.peak_memory_bytes() / 1e9,
             step_time_s=done.seconds,
             skipped=not result.updated,
+            tokens=sum(done.tokens),
+            token_pairs=sum(tokens**2 for tokens in done.tokens),
             timesteps=tuple(round(timestep, 3) for timestep in self._timesteps(done)),
             sample_losses=tuple(self._losses(done)),
         )
