@@ -52,7 +52,8 @@ that read the flags; the descriptions are there.
 
 A flag that takes nothing is a switch. `--seed 5` and `--seed=5` are the same, the last one counts, and a flag
 that does not exist is an error. Where no default is shown, the description says what happens without the flag. `mm
-convert` also takes its flags with underscores. `mm launch` takes torchrun's flags, `mm doctor compare` two runs.
+convert` also takes its flags with underscores. `mm launch` takes torchrun's flags, `mm doctor compare` two runs,
+`mm doctor costs` one.
 """
 
 

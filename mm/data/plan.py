@@ -1,9 +1,9 @@
 """The sampling plan: which samples each step trains on, a function of the seed and the step alone (D14 of the design).
 
-Training walks along slots 0, 1, 2, ... without end, each filled by a group: as many samples as a micro-batch has, all
-of one bucket (samples of one shape of one source). Step k takes the next groups, whatever the layout: replicas share
-them out (`mm.data.sampler`). Nothing here grows with the number of samples, and nothing is replayed: any slot is
-computed by itself, from keyed bijections (`mm.data.bijection`) in place of lists.
+Training walks along slots 0, 1, 2, ... without end, each filled by a group: as many samples as a micro-batch of their
+source has, all of one bucket (samples of one shape of one source). Step k takes the next groups, whatever the layout:
+replicas share them out (`mm.data.sampler`). Nothing here grows with the number of samples, and nothing is replayed: any
+slot is computed by itself, from keyed bijections (`mm.data.bijection`) in place of lists.
 
 - A bucket's samples are walked through without end: epoch e of n samples is the positions e n to (e + 1) n, in an order
   of its own. The epoch is the sample's draw, the key of its random numbers.
@@ -62,43 +62,48 @@ class PlannedSource:
     """One source of samples.
 
     Attributes:
-        buckets: at least one. repeats: passes over its samples in an epoch of the plan.
-        weight: of its share of the groups, beside that by its size. 1 for all: each comes as often as its size says.
+        buckets: at least one. group_size: samples of a slot.
+        repeats: passes over its samples in an epoch of the plan.
+        weight: of its share of the samples, beside that by its size. 1 for all: each comes as often as its size says.
         begin: first slot that it may fill. end: first slot that it may not fill any more; None for no end.
     """
 
     buckets: Sequence[Bucket]
+    group_size: int = 1
     repeats: int = 1
     weight: Fraction = Fraction(1)
     begin: int = 0
     end: int | None = None
 
     @property
-    def samples_of_epoch(self) -> int:
-        """Samples of an epoch of the plan, each as often as it is repeated."""
-        return self.repeats * sum(bucket.size for bucket in self.buckets)
+    def groups_of_epoch(self) -> Fraction:
+        """Groups that its samples fill in an epoch of the plan, each as often as it is repeated."""
+        return Fraction(self.repeats * sum(bucket.size for bucket in self.buckets), self.group_size)
 
 
 class SamplingPlan:
     """Samples of every slot, for all sources together."""
 
-    def __init__(self, sources: Sequence[PlannedSource], group_size: int, seed: int, *, shuffle: bool = True) -> None:
+    def __init__(self, sources: Sequence[PlannedSource], seed: int, *, shuffle: bool = True) -> None:
         """Take the sources.
 
         Args:
-            sources: at least one. group_size: samples of a slot.
+            sources: at least one.
             seed: of all orders. shuffle: whether orders are drawn; otherwise samples come as they are listed, bucket by
                 bucket, source by source.
         """
-        self._group_size = group_size
+        self._group_sizes = [source.group_size for source in sources]
         self._walks = [[_Walk(bucket, seed, shuffle) for bucket in source.buckets] for source in sources]
-        self._sources = [
-            _SourceGroups(source, number, group_size, seed, shuffle) for number, source in enumerate(sources)
-        ]
+        self._sources = [_SourceGroups(source, number, seed, shuffle) for number, source in enumerate(sources)]
         self._phases = _phases(sources)
         self._order = lru_cache(maxsize=2)(
             lambda phase, block, size: _order(size, seed, f"mixture {phase}", block, shuffle)
         )
+
+    @property
+    def is_even(self) -> bool:
+        """Tell whether all slots have as many samples."""
+        return len(set(self._group_sizes)) == 1
 
     @property
     def end(self) -> int | None:
@@ -108,13 +113,13 @@ class SamplingPlan:
     def group(self, slot: int) -> list[PlannedSample]:
         """The samples of a slot; raises IndexError for one that the plan does not have."""
         walk, position = self._walk_at(slot)
-        return [self._sample(walk, position + i) for i in range(self._group_size)]
+        return [self._sample(walk, position + i) for i in range(self._group_sizes[walk[0]])]
 
     def tokens(self, slot: int) -> list[int]:
         """Transformer tokens of each sample of a slot, for which no sample is looked up; raises as `group`."""
         (source, bucket), position = self._walk_at(slot)
         walk = self._walks[source][bucket]
-        return [walk.tokens_at(position + i) for i in range(self._group_size)]
+        return [walk.tokens_at(position + i) for i in range(self._group_sizes[source])]
 
     def groups_of_sources(self, slots: int) -> list[int]:
         """Number of the first slots that each source fills; exact where blocks end, else as its share says."""
@@ -185,9 +190,9 @@ class _Walk:
 class _SourceGroups:
     """The endless sequence of one source's groups."""
 
-    def __init__(self, source: PlannedSource, number: int, group_size: int, seed: int, shuffle: bool) -> None:
+    def __init__(self, source: PlannedSource, number: int, seed: int, shuffle: bool) -> None:
         self._sizes = [bucket.size * source.repeats for bucket in source.buckets]
-        self._group_size = group_size
+        self._group_size = source.group_size
         self._order = lru_cache(maxsize=2)(
             lambda epoch, size: _order(size, seed, f"groups of source {number}", epoch, shuffle)
         )
@@ -246,7 +251,7 @@ def _phases(sources: Sequence[PlannedSource]) -> list[_Phase]:
         is_open = [i for i, s in enumerate(sources) if s.begin <= begin and (s.end is None or begin < s.end)]
         if not is_open:
             break
-        weights = [sources[i].weight * sources[i].samples_of_epoch for i in is_open]
+        weights = [sources[i].weight * sources[i].groups_of_epoch for i in is_open]
         shares = [share / sum(weights) for share in accumulate(weights)]
         phases.append(_Phase(begin, end, is_open, [filled[i] for i in is_open], shares))
         if end is not None:

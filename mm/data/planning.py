@@ -50,14 +50,14 @@ def sampling_plan(
     sources: list[PlannedSource] = []
     small: list[Problem] = []
     for source in sources_of(dataset, mixture, batches.micro_batch_size, shuffle=shuffle, min_bucket=min_bucket):
-        small += [_too_small(source.where, shape, bucket, batches) for shape, bucket in sorted(source.small.items())]
+        small += [_too_small(source, shape, bucket) for shape, bucket in sorted(source.small.items())]
         if source.buckets:
-            sources.append(_source(list(source.buckets.values()), source.share, batches))
+            sources.append(_planned(source, batches))
     if min_bucket == "error" or not sources:
         raise_limited(small)
     for problem in small:
         logger.warning("left out: %s", problem.message)
-    plan = SamplingPlan(sources, batches.micro_batch_size, seed, shuffle=shuffle)
+    plan = SamplingPlan(sources, seed, shuffle=shuffle)
     if plan.end is not None and (num_steps is None or plan.end < num_steps * batches.groups_of_step):
         message = f"In data.mixture.shares no store is open at step {plan.end // batches.groups_of_step}."
         raise ConfigError("CFG-204", message, "Let the shares' begin_step and end_step leave no gap.")
@@ -70,6 +70,7 @@ class SourceOfData:
 
     Attributes:
         where: name in messages. part: the samples. share: what the mixture says of them.
+        micro_batch_size: samples in a micro-batch of them.
         buckets: by shape; one of all samples, under any of their shapes, where they need not be told apart.
         small: buckets with fewer samples than a micro-batch takes, which are not in the plan.
     """
@@ -77,6 +78,7 @@ class SourceOfData:
     where: str
     part: FeatureDataset
     share: SourceShare | None
+    micro_batch_size: int
     buckets: dict[LatentShape, Bucket]
     small: dict[LatentShape, Bucket]
 
@@ -90,14 +92,14 @@ def sources_of(
     min_bucket: MinBucket = "error",
 ) -> Iterator[SourceOfData]:
     """The sources of a data set; arguments are those of `sampling_plan`. Raises CFG-203 as it does."""
-    by_shape = _by_shape(dataset, micro_batch_size, shuffle=shuffle)
     for where, first, part, share in _parts(dataset, mixture):
-        buckets = _buckets(first, part, by_shape=by_shape)
+        size = micro_batch_size if share is None else share.micro_batch_size or micro_batch_size
+        buckets = _buckets(first, part, by_shape=shuffle or size > 1)
         few: set[LatentShape] = set()
         if min_bucket != "repeat" and len(buckets) > 1:
-            few = {shape for shape, bucket in buckets.items() if bucket.size < micro_batch_size}
+            few = {shape for shape, bucket in buckets.items() if bucket.size < size}
         small = {shape: buckets.pop(shape) for shape in few}
-        yield SourceOfData(where, part, share, buckets, small)
+        yield SourceOfData(where, part, share, size, buckets, small)
 
 
 def describe_plan(
@@ -113,8 +115,9 @@ def describe_plan(
     Stores are told by their place in the list, since where they lie does not matter. Raises CFG-203 as `sampling_plan`.
     """
     words = [_ORDER if shuffle else AS_LISTED]
-    if _by_shape(dataset, micro_batch_size, shuffle=shuffle):
-        small = f", small ones: {min_bucket}" if micro_batch_size > 1 else ""
+    several = max(mixture.sizes(micro_batch_size)) > 1
+    if len(dataset.shapes()) > 1 and (shuffle or several):
+        small = f", small ones: {min_bucket}" if several else ""
         words.append(f"groups of {micro_batch_size} samples of a shape{small}")
     elif mixture.shares:
         words.append(f"groups of {micro_batch_size}")
@@ -150,11 +153,6 @@ def _parts(dataset: FeatureDataset, mixture: Mixture) -> Iterator[tuple[str, int
         yield folder, first, part, shares.get(folder)
 
 
-def _by_shape(dataset: FeatureDataset, micro_batch_size: int, *, shuffle: bool) -> bool:
-    """Tell whether samples of a source are told apart by their shapes."""
-    return len(dataset.shapes()) > 1 and (shuffle or micro_batch_size > 1)
-
-
 def _buckets(first: int, part: FeatureDataset, *, by_shape: bool) -> dict[LatentShape, Bucket]:
     """The buckets of a source; one of all its samples, under any of their shapes, where they need not be told apart."""
     shapes = part.buckets()
@@ -182,12 +180,14 @@ def _member(first: int, part: FeatureDataset, shape: LatentShape, k: int) -> int
     return first + part.in_bucket(shape, k)
 
 
-def _source(buckets: list[Bucket], share: SourceShare | None, batches: BatchPlan) -> PlannedSource:
+def _planned(source: SourceOfData, batches: BatchPlan) -> PlannedSource:
+    buckets, share = list(source.buckets.values()), source.share
     if share is None:
-        return PlannedSource(buckets)
+        return PlannedSource(buckets, source.micro_batch_size)
     begin, end = share.begin_step, share.end_step
     return PlannedSource(
         buckets,
+        source.micro_batch_size,
         share.repeats,
         Fraction(share.weight).limit_denominator(10**6),
         begin * batches.groups_of_step,
@@ -195,10 +195,10 @@ def _source(buckets: list[Bucket], share: SourceShare | None, batches: BatchPlan
     )
 
 
-def _too_small(where: str, shape: LatentShape, bucket: Bucket, batches: BatchPlan) -> Problem:
-    few, micro_batch = "1 sample" if bucket.size == 1 else f"{bucket.size} samples", batches.micro_batch_size
+def _too_small(source: SourceOfData, shape: LatentShape, bucket: Bucket) -> Problem:
+    few, micro_batch = "1 sample" if bucket.size == 1 else f"{bucket.size} samples", source.micro_batch_size
     return Problem(
         "DATA-015",
-        f"{few} of {where} have latents {list(shape)}, and a micro-batch takes {micro_batch} of one shape.",
+        f"{few} of {source.where} have latents {list(shape)}, and a micro-batch takes {micro_batch} of one shape.",
         "Add samples of that shape, take smaller micro-batches, or set data.min_bucket to drop or repeat.",
     )

@@ -15,11 +15,11 @@ from mm.config.run.data import MinBucket, Mixture
 from mm.data.balance import cost_of_model
 from mm.data.dataset import FeatureDataset
 from mm.data.listing import LatentShape, ListedSample
-from mm.data.loader import ONE_SOURCE, FeatureBatch, cost_by_tokens, feature_batches
+from mm.data.loader import ONE_SOURCE, FeatureBatch, dealt_groups, feature_batches
 from mm.data.plan import PlannedSample, SamplingPlan
 from mm.data.planning import SourceOfData, sources_of
 from mm.data.recipe import Recipe
-from mm.data.sampler import BatchPlan, MicroBatchSampler
+from mm.data.sampler import BatchPlan
 from mm.look.facts import LookedBatch, LookedSample
 from mm.look.pictures import Eye, clip_strip, feature_strips, numbers_of
 from mm.wan.encoders import clean_text
@@ -105,7 +105,7 @@ def _dealt(
     dataset: FeatureDataset, drawing: Drawing, plan: SamplingPlan, batches: BatchPlan
 ) -> Iterator[list[PlannedSample]]:
     """Micro-batches of one replica as they are planned."""
-    return iter(MicroBatchSampler(plan, batches, drawing.consumed_samples, cost_by_tokens(dataset)))
+    return iter(dealt_groups(dataset, plan, batches, drawing.consumed_samples))
 
 
 def _replicas(

@@ -29,17 +29,19 @@ _SHOWN = 20
 
 def source_rows(dataset: FeatureDataset, drawing: Drawing, plan: SamplingPlan) -> tuple[str, list[SourceRow]]:
     """The sources of the mixture with their shares, and the stretch of training over which these are counted."""
-    size, begun = drawing.batches.micro_batch_size, drawing.batches.groups_of_step
     sources = list(_sources(dataset, drawing))
     if drawing.steps is not None:
-        slots, stretch = drawing.steps * begun, f"the whole training, {drawing.steps:,} steps"
+        slots = drawing.steps * drawing.batches.groups_of_step
+        stretch = f"the whole training, {drawing.steps:,} steps"
     else:
-        slots, stretch = max(1, sum(_of_epoch(source) for source in sources) // size), "one epoch of all"
+        groups_of_epoch = sum(_of_epoch(source) // source.micro_batch_size for source in sources)
+        slots, stretch = max(1, groups_of_epoch), "one epoch of all"
     filled = plan.groups_of_sources(slots)
     rows = []
     for source, groups in zip(sources, filled, strict=True):
         samples = sum(bucket.size for bucket in source.buckets.values())
-        rows.append(SourceRow(source.where, samples, asked(source.share), groups / slots, groups * size / samples))
+        passes = groups * source.micro_batch_size / samples
+        rows.append(SourceRow(source.where, samples, asked(source.share), groups / slots, passes))
     return stretch, rows
 
 
@@ -50,6 +52,7 @@ def asked(share: SourceShare | None) -> str:
     words = [
         f"weight {share.weight:g}" if share.weight != 1 else "",
         f"{share.repeats} passes an epoch" if share.repeats != 1 else "",
+        f"micro-batches of {share.micro_batch_size}" if share.micro_batch_size is not None else "",
         f"from step {share.begin_step:,}" if share.begin_step else "",
         f"until step {share.end_step:,}" if share.end_step is not None else "",
     ]
@@ -62,12 +65,13 @@ def bucket_rows(dataset: FeatureDataset, drawing: Drawing, sources: Sequence[Sou
     Args:
         dataset: the features. drawing: what is drawn of them. sources: the sources' shares, from `source_rows`.
     """
-    cost, size = cost_of_model(dataset.model), drawing.batches.micro_batch_size
+    cost, sizes = cost_of_model(dataset.model), dict[str, int]()
     found: list[tuple[str, LatentShape, int, bool]] = []
     for source in drawing.sources_of(dataset):
+        sizes[source.where] = source.micro_batch_size
         for shape, count in source.part.buckets().items():
             found.append((source.where, shape, count, shape in source.small or not source.buckets))
-    of_sample = {row.name: row.share / row.samples for row in sources}
+    of_sample = {row.name: row.share * sizes[row.name] / row.samples for row in sources}
     parts = [0.0 if left_out else of_sample[name] * count for name, _, count, left_out in found]
     costs = [part * cost(dataset.tokens_of(shape)) for part, (_, shape, _, _) in zip(parts, found, strict=True)]
     rows = [
@@ -79,7 +83,7 @@ def bucket_rows(dataset: FeatureDataset, drawing: Drawing, sources: Sequence[Sou
             cost=cost(dataset.tokens_of(shape)),
             share_of_samples=part / (sum(parts) or 1),
             share_of_cost=of_cost / (sum(costs) or 1),
-            micro_batches=count / size,
+            micro_batches=count / sizes[name],
             left_out=left_out,
         )
         for (name, shape, count, left_out), part, of_cost in zip(found, parts, costs, strict=True)
@@ -167,16 +171,17 @@ def skipped_of(store: Path) -> Skipped | None:
 
 def small_in_words(dataset: FeatureDataset, drawing: Drawing) -> str:
     """Words for what becomes of shapes of which there are fewer samples than a micro-batch takes."""
-    size = drawing.batches.micro_batch_size
-    if size == 1:
+    sizes = drawing.mixture.sizes(drawing.batches.micro_batch_size)
+    if max(sizes) == 1:
         return "A micro-batch is one sample, so that no shape has too few."
+    takes = f"a micro-batch takes {', '.join(map(str, sorted(sizes)))}"
     small = [shape for source in drawing.sources_of(dataset) for shape in source.small]
-    few = [count for count in _counts(dataset, drawing) if count < size]
+    few = [count for count, size in _counts(dataset, drawing) if count < size]
     if not few:
-        return f"Every shape has at least the {size} samples that a micro-batch takes."
+        return f"Every shape has enough samples: {takes}."
     if small:
-        return f"{len(small)} shapes with {sum(few):,} samples are left out: a micro-batch takes {size} of one shape."
-    return f"{len(few)} shapes have fewer samples than a micro-batch of {size} takes: some come in it several times."
+        return f"{len(small)} shapes with {sum(few):,} samples are left out: {takes} of one shape."
+    return f"{len(few)} shapes have too few samples ({takes}): some come in it several times."
 
 
 def recipe_rows(recipe: Recipe) -> list[tuple[str, str]]:
@@ -225,8 +230,8 @@ def _of_epoch(source: SourceOfData) -> int:
     return repeats * sum(bucket.size for bucket in source.buckets.values())
 
 
-def _counts(dataset: FeatureDataset, drawing: Drawing) -> Iterator[int]:
-    """Samples of each shape of the sources that have several."""
+def _counts(dataset: FeatureDataset, drawing: Drawing) -> Iterator[tuple[int, int]]:
+    """Samples of each shape of the sources that have several, and of a micro-batch."""
     for source in drawing.sources_of(dataset):
         if len(source.part.buckets()) > 1:
-            yield from source.part.buckets().values()
+            yield from ((count, source.micro_batch_size) for count in source.part.buckets().values())
