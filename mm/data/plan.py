@@ -181,25 +181,37 @@ class _SourceGroups:
         self._order = lru_cache(maxsize=2)(
             lambda epoch, size: _order(size, seed, f"groups of source {number}", epoch, shuffle)
         )
-        self._counts = lru_cache(maxsize=4)(self._counts_before)
+        self._total = sum(self._sizes)
+        self._epochs = lru_cache(maxsize=4)(self._epoch)
 
     def group(self, number: int) -> tuple[int, int]:
         """The bucket of a group, and the position in its walk at which the group begins."""
         if len(self._sizes) == 1:
             return 0, number * self._group_size
-        epoch = number * self._group_size // sum(self._sizes)
-        while sum(self._counts(epoch + 1)) <= number:
+        epoch = number * self._group_size // self._total
+        while (found := self._epochs(epoch)).first + found.ends[-1] <= number:
             epoch += 1
-        before, until = self._counts(epoch), self._counts(epoch + 1)
-        ends = list(accumulate(b - a for a, b in zip(before, until, strict=True)))
-        rank = self._order(epoch, ends[-1])(number - sum(before))
-        bucket = bisect_right(ends, rank)
-        in_epoch = rank - (ends[bucket - 1] if bucket else 0)
-        return bucket, (before[bucket] + in_epoch) * self._group_size
+        rank = self._order(epoch, found.ends[-1])(number - found.first)
+        bucket = bisect_right(found.ends, rank)
+        in_epoch = rank - (found.ends[bucket - 1] if bucket else 0)
+        return bucket, (found.before[bucket] + in_epoch) * self._group_size
 
-    def _counts_before(self, epoch: int) -> list[int]:
-        """Whole groups of each bucket before an epoch."""
-        return [epoch * size // self._group_size for size in self._sizes]
+    def _epoch(self, epoch: int) -> _Epoch:
+        before, until = ([number * size // self._group_size for size in self._sizes] for number in (epoch, epoch + 1))
+        return _Epoch(sum(before), before, list(accumulate(b - a for a, b in zip(before, until, strict=True))))
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """Groups of one source in an epoch of the plan: kept, since a source may have thousands of buckets.
+
+    Attributes:
+        first: number of the first. before: whole groups of each bucket before. ends: of each bucket's groups in it.
+    """
+
+    first: int
+    before: list[int]
+    ends: list[int]
 
 
 @dataclass(frozen=True)

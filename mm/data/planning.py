@@ -156,7 +156,7 @@ def _source(buckets: list[Bucket], share: SourceShare | None, batches: BatchPlan
     return PlannedSource(
         buckets,
         share.repeats,
-        Fraction(share.weight).limit_denominator(10**6),
+        Fraction(str(share.weight)),  # as it is written: 0.1 is a tenth
         begin * batches.groups_of_step,
         None if end is None else end * batches.groups_of_step,
     )
