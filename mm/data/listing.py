@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,6 +71,20 @@ class ListedSample(Section):
     taken: dict[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class RowsOfDraw:
+    """Rows of a store that are one draw of each of its samples: `count` from row `first` on.
+
+    Attributes:
+        shapes: how many of each latent shape. in_bucket: row of the k-th of a shape.
+    """
+
+    first: int
+    count: int
+    shapes: Counter[LatentShape]
+    in_bucket: Callable[[LatentShape, int], int]
+
+
 class FeatureStore:
     """A complete store of one file a sample: its folder, the key of its recipe, and its rows, counted from 0."""
 
@@ -103,6 +118,14 @@ class FeatureStore:
     def file_of(self, row: int) -> str:
         """The sample's file, below the folder."""
         return self.rows[row].file
+
+    draws = 1
+    """Of each sample."""
+
+    def of_draw(self, draw: int) -> RowsOfDraw:
+        """The rows of a draw, which are all."""
+        del draw
+        return RowsOfDraw(0, len(self), self.shapes(), self.in_bucket)
 
     def shapes(self) -> Counter[LatentShape]:
         """Number of samples with each latent shape, in the order of the shapes' first samples."""

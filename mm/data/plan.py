@@ -9,6 +9,8 @@ slot is computed by itself, from keyed bijections (`mm.data.bijection`) in place
   of its own. The epoch is the sample's draw, the key of its random numbers.
 - A source's groups of an epoch come in an order of their own; samples that are left over of a bucket, too few for a
   group, come first in its next epoch. With one bucket the groups are the walk itself, whatever their size.
+- A source may hold K draws of each of its samples (other clips of one video): its epoch e takes draw e mod K, and what
+  is left over of a bucket comes first in the next epoch of that draw.
 - Sources are mixed by weight, exactly in every 4,096 slots to a group, in an order drawn for each such block.
 """
 
@@ -32,7 +34,7 @@ class PlannedSample:
     """A sample at its place in the plan.
 
     Attributes:
-        index: in the data set. draw: how often it came before, the key of its random numbers.
+        index: in the data set. draw: how often it came before, in any of its draws; the key of its random numbers.
         walk: (source, bucket). position: in that bucket's walk.
     """
 
@@ -49,12 +51,14 @@ class Bucket:
     Attributes:
         name: stable, the key of its order. size: number of samples, at least 1.
         member: index in the data set of the k-th of them. tokens: transformer tokens of the k-th of them.
+        draw: of the samples, that they are of.
     """
 
     name: str
     size: int
     member: Callable[[int], int]
     tokens: Callable[[int], int]
+    draw: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class PlannedSource:
     """One source of samples.
 
     Attributes:
-        buckets: at least one. group_size: samples of a slot.
+        buckets: at least one of each draw, all draws with as many samples. group_size: samples of a slot.
+        draws: K, that it holds of each sample.
         repeats: passes over its samples in an epoch of the plan.
         weight: of its share of the samples, beside that by its size. 1 for all: each comes as often as its size says.
         begin: first slot that it may fill. end: first slot that it may not fill any more; None for no end.
@@ -70,6 +75,7 @@ class PlannedSource:
 
     buckets: Sequence[Bucket]
     group_size: int = 1
+    draws: int = 1
     repeats: int = 1
     weight: Fraction = Fraction(1)
     begin: int = 0
@@ -78,7 +84,7 @@ class PlannedSource:
     @property
     def groups_of_epoch(self) -> Fraction:
         """Groups that its samples fill in an epoch of the plan, each as often as it is repeated."""
-        return Fraction(self.repeats * sum(bucket.size for bucket in self.buckets), self.group_size)
+        return Fraction(self.repeats * sum(bucket.size for bucket in self.buckets), self.group_size * self.draws)
 
 
 class SamplingPlan:
@@ -93,7 +99,7 @@ class SamplingPlan:
                 bucket, source by source.
         """
         self._group_sizes = [source.group_size for source in sources]
-        self._walks = [[_Walk(bucket, seed, shuffle) for bucket in source.buckets] for source in sources]
+        self._walks = [[_Walk(bucket, source.draws, seed, shuffle) for bucket in source.buckets] for source in sources]
         self._sources = [_SourceGroups(source, number, seed, shuffle) for number, source in enumerate(sources)]
         self._phases = _phases(sources)
         self._order = lru_cache(maxsize=2)(
@@ -169,14 +175,16 @@ class SamplingPlan:
 class _Walk:
     """The endless walk through one bucket."""
 
-    def __init__(self, bucket: Bucket, seed: int, shuffle: bool) -> None:
+    def __init__(self, bucket: Bucket, draws: int, seed: int, shuffle: bool) -> None:
         self.size = bucket.size
+        self._draws = draws
         self._bucket = bucket
         self._order = lru_cache(maxsize=2)(lambda epoch: _order(bucket.size, seed, bucket.name, epoch, shuffle))
 
     def at(self, position: int) -> tuple[int, int]:
-        """The index of the sample at a position, and its epoch."""
-        return self._bucket.member(self._number_at(position)), position // self.size
+        """The index of the sample at a position, and how often it came before in any draw."""
+        passes = position // self.size * self._draws + self._bucket.draw
+        return self._bucket.member(self._number_at(position)), passes
 
     def tokens_at(self, position: int) -> int:
         """The tokens of the sample at a position."""
@@ -192,6 +200,12 @@ class _SourceGroups:
 
     def __init__(self, source: PlannedSource, number: int, seed: int, shuffle: bool) -> None:
         self._sizes = [bucket.size * source.repeats for bucket in source.buckets]
+        self._draw_of = [bucket.draw for bucket in source.buckets]
+        self._draws = source.draws
+        self._of_epoch = max(
+            sum(size for size, draw in zip(self._sizes, self._draw_of, strict=True) if draw == one)
+            for one in range(source.draws)
+        )
         self._group_size = source.group_size
         self._order = lru_cache(maxsize=2)(
             lambda epoch, size: _order(size, seed, f"groups of source {number}", epoch, shuffle)
@@ -202,7 +216,7 @@ class _SourceGroups:
         """The bucket of a group, and the position in its walk at which the group begins."""
         if len(self._sizes) == 1:
             return 0, number * self._group_size
-        epoch = number * self._group_size // sum(self._sizes)
+        epoch = number * self._group_size // self._of_epoch  # or a later one, by what was left over before
         while sum(self._counts(epoch + 1)) <= number:
             epoch += 1
         before, until = self._counts(epoch), self._counts(epoch + 1)
@@ -214,7 +228,8 @@ class _SourceGroups:
 
     def _counts_before(self, epoch: int) -> list[int]:
         """Whole groups of each bucket before an epoch."""
-        return [epoch * size // self._group_size for size in self._sizes]
+        passes = ((epoch - draw + self._draws - 1) // self._draws for draw in self._draw_of)
+        return [count * size // self._group_size for count, size in zip(passes, self._sizes, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from functools import partial
 
 from mm.config.run.data import MinBucket, Mixture, SourceShare
 from mm.config.step import AS_LISTED
-from mm.data.dataset import FeatureDataset
+from mm.data.dataset import DatasetDraw, FeatureDataset
 from mm.data.files import raise_limited
 from mm.data.listing import LatentShape
 from mm.data.plan import Bucket, PlannedSource, SamplingPlan
@@ -50,7 +50,7 @@ def sampling_plan(
     sources: list[PlannedSource] = []
     small: list[Problem] = []
     for source in sources_of(dataset, mixture, batches.micro_batch_size, shuffle=shuffle, min_bucket=min_bucket):
-        small += [_too_small(source, shape, bucket) for shape, bucket in sorted(source.small.items())]
+        small += [_too_small(source, shape, bucket) for (_, shape), bucket in sorted(source.small.items())]
         if source.buckets:
             sources.append(_planned(source, batches))
     if min_bucket == "error" or not sources:
@@ -71,7 +71,8 @@ class SourceOfData:
     Attributes:
         where: name in messages. part: the samples. share: what the mixture says of them.
         micro_batch_size: samples in a micro-batch of them.
-        buckets: by shape; one of all samples, under any of their shapes, where they need not be told apart.
+        buckets: by draw and shape; of each draw one of all samples, under any of their shapes, where they need not be
+            told apart.
         small: buckets with fewer samples than a micro-batch takes, which are not in the plan.
     """
 
@@ -79,8 +80,8 @@ class SourceOfData:
     part: FeatureDataset
     share: SourceShare | None
     micro_batch_size: int
-    buckets: dict[LatentShape, Bucket]
-    small: dict[LatentShape, Bucket]
+    buckets: dict[tuple[int, LatentShape], Bucket]
+    small: dict[tuple[int, LatentShape], Bucket]
 
 
 def sources_of(
@@ -95,10 +96,10 @@ def sources_of(
     for where, first, part, share in _parts(dataset, mixture):
         size = micro_batch_size if share is None else share.micro_batch_size or micro_batch_size
         buckets = _buckets(first, part, by_shape=shuffle or size > 1)
-        few: set[LatentShape] = set()
-        if min_bucket != "repeat" and len(buckets) > 1:
-            few = {shape for shape, bucket in buckets.items() if bucket.size < size}
-        small = {shape: buckets.pop(shape) for shape in few}
+        few = set[tuple[int, LatentShape]]()
+        if min_bucket != "repeat" and len(buckets) > part.draws:
+            few = {place for place, bucket in buckets.items() if bucket.size < size}
+        small = {place: buckets.pop(place) for place in few}
         yield SourceOfData(where, part, share, size, buckets, small)
 
 
@@ -153,41 +154,51 @@ def _parts(dataset: FeatureDataset, mixture: Mixture) -> Iterator[tuple[str, int
         yield folder, first, part, shares.get(folder)
 
 
-def _buckets(first: int, part: FeatureDataset, *, by_shape: bool) -> dict[LatentShape, Bucket]:
-    """The buckets of a source; one of all its samples, under any of their shapes, where they need not be told apart."""
-    shapes = part.buckets()
-    if not by_shape or len(shapes) == 1:
-        name, shape = f"samples from {first}", next(iter(shapes))
-        return {shape: Bucket(name, len(part), lambda k: first + k, _tokens(part))}
-    return {
-        shape: Bucket(
-            f"samples from {first} of {list(shape)}", size, partial(_member, first, part, shape), _tokens(part, shape)
-        )
-        for shape, size in shapes.items()
-    }
+def _buckets(first: int, part: FeatureDataset, *, by_shape: bool) -> dict[tuple[int, LatentShape], Bucket]:
+    """The buckets of a source, by draw and shape; of each draw one, under any of its shapes, where samples need not be
+    told apart.
+    """
+    several = by_shape and len(part.shapes()) > 1
+    found: dict[tuple[int, LatentShape], Bucket] = {}
+    for draw in range(part.draws):
+        name, rows = f"samples from {first}" + (f", draw {draw}" if draw else ""), part.of_draw(draw)
+        if several:
+            for shape, size in rows.buckets().items():
+                member, tokens = partial(_member, first, rows, shape), _tokens(part, shape)
+                found[draw, shape] = Bucket(f"{name} of {list(shape)}", size, member, tokens, draw)
+        elif len(rows):
+            member = partial(_any_member, first, rows)
+            found[draw, next(iter(rows.buckets()))] = Bucket(name, len(rows), member, _tokens(part, rows=rows), draw)
+    return found
 
 
-def _tokens(part: FeatureDataset, shape: LatentShape | None = None) -> Callable[[int], int]:
-    """Tokens of the k-th sample of a shape, or of all."""
-    shapes = part.shapes() if shape is None else [shape]
-    if len(shapes) > 1:
-        return part.num_tokens
-    (tokens,) = map(part.tokens_of, shapes)
-    return lambda _: tokens
+def _tokens(
+    part: FeatureDataset, shape: LatentShape | None = None, *, rows: DatasetDraw | None = None
+) -> Callable[[int], int]:
+    """Tokens of the k-th sample of a shape, or of all of a draw."""
+    if shape is not None or rows is None or len(part.shapes()) == 1:
+        tokens = part.tokens_of(shape or next(iter(part.shapes())))
+        return lambda _: tokens
+    return lambda k: part.num_tokens(rows.member(k))
 
 
-def _member(first: int, part: FeatureDataset, shape: LatentShape, k: int) -> int:
-    return first + part.in_bucket(shape, k)
+def _member(first: int, rows: DatasetDraw, shape: LatentShape, k: int) -> int:
+    return first + rows.in_bucket(shape, k)
+
+
+def _any_member(first: int, rows: DatasetDraw, k: int) -> int:
+    return first + rows.member(k)
 
 
 def _planned(source: SourceOfData, batches: BatchPlan) -> PlannedSource:
     buckets, share = list(source.buckets.values()), source.share
     if share is None:
-        return PlannedSource(buckets, source.micro_batch_size)
+        return PlannedSource(buckets, source.micro_batch_size, source.part.draws)
     begin, end = share.begin_step, share.end_step
     return PlannedSource(
         buckets,
         source.micro_batch_size,
+        source.part.draws,
         share.repeats,
         Fraction(share.weight).limit_denominator(10**6),
         begin * batches.groups_of_step,

@@ -70,7 +70,9 @@ def bucket_rows(dataset: FeatureDataset, drawing: Drawing, sources: Sequence[Sou
     for source in drawing.sources_of(dataset):
         sizes[source.where] = source.micro_batch_size
         for shape, count in source.part.buckets().items():
-            found.append((source.where, shape, count, shape in source.small or not source.buckets))
+            is_small = any(shape == one for _, one in source.small)
+            left_out = not source.buckets or (is_small and not any(shape == one for _, one in source.buckets))
+            found.append((source.where, shape, count, left_out))
     of_sample = {row.name: row.share * sizes[row.name] / row.samples for row in sources}
     parts = [0.0 if left_out else of_sample[name] * count for name, _, count, left_out in found]
     costs = [part * cost(dataset.tokens_of(shape)) for part, (_, shape, _, _) in zip(parts, found, strict=True)]

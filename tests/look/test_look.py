@@ -32,6 +32,7 @@ from mm.look.pictures import principal_colours, shown
 from mm.look.tables import in_bins, spread
 from mm.train.callbacks.base import Callback, Every, StepDone
 
+ROOT = Path(__file__).parents[2]
 WEIGHTS = "weights/Wan2.1-T2V-Tiny-Diffusers"
 CAPTIONS = {
     '<script>console.error("x")</script> & "quotes" \'single\' </p>': None,
@@ -440,3 +441,23 @@ def test_false_colours_are_the_directions_of_most_difference() -> None:
         place *= np.sign(vectors[axis][np.abs(vectors[axis]).argmax()]) * math.sqrt(len(rows)) / sizes[axis]
         expected = np.clip(place / 5 + 0.5, 0, 1) * 255
         assert np.abs(found[:, axis] - expected).max() <= 1
+
+
+def test_the_commands_of_the_documentation(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mm.cli import translate as translate_command
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "STORE").symlink_to(demo / "features")
+    (tmp_path / "weights").symlink_to(demo / WEIGHTS)
+    capsys.readouterr()
+    translate_command.main(["--", "mm", "train", *training(demo)])
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    for name in ("feature_data.json", "pretrain_model.json"):
+        (tmp_path / name).symlink_to(demo / "configs" / name)
+    shown_commands = re.findall(r"^mm data (look .*)$", (ROOT / "docs" / "data.md").read_text(), re.MULTILINE)
+    assert len(shown_commands) == 3
+    for command in shown_commands:
+        data_command.main([*command.split(), "--overwrite"])
+        assert Page(Path("look.html").read_text()).samples

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from pathlib import Path
 
-from mm.data.listing import Digest, ListedSample
+from mm.data.listing import Digest, ListedSample, RowsOfDraw
 from mm.data.store.blobs import Blob
 from mm.data.store.catalog import Catalog, check_shards_are_there, open_catalog
 from mm.data.store.rows import listed_sample
@@ -70,6 +70,20 @@ class ShardStore:
     def empty_prompt(self) -> Blob | None:
         """Place of the empty caption's embedding, in the first shard; None in a store that was made without."""
         return self.shard(0).find_prompt(prompt_key(""))
+
+    @property
+    def draws(self) -> int:
+        """Draws of each sample, one after the other in the store."""
+        return self._catalog.manifest.draws
+
+    def of_draw(self, draw: int) -> RowsOfDraw:
+        """The rows of one draw."""
+        begin, end = (self.num_shards * one // self.draws for one in (draw, draw + 1))
+        before = self._catalog.shapes_before(begin)
+        counts = self._catalog.shapes_before(end) - before  # without those of which there are none
+        first = len(self) * draw // self.draws
+        count = len(self) // self.draws
+        return RowsOfDraw(first, count, counts, lambda shape, k: self.in_bucket(shape, before[shape] + k))
 
     def shapes(self) -> Counter[LatentShape]:
         """Number of samples with each latent shape, in the order of the shapes' first samples."""
