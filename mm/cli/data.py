@@ -14,13 +14,15 @@ from pydantic import Field
 from tqdm import tqdm
 
 from mm.cli.entry import run
+from mm.cli.storage_flags import StorageFlags
 from mm.config.flags import Flags, parse_flags
+from mm.config.storage import Location, location_of
 from mm.errors import ConfigError
 
 _JOBS: tuple[Literal["status", "repair"], ...] = ("status", "repair")
 
 
-class StatusFlags(Flags):
+class StatusFlags(StorageFlags):
     """Say what a store of shards holds: shards, samples, shapes, and whether it can be trained on.
 
     `mm data status STORE [flags]`
@@ -52,12 +54,13 @@ def main(argv: Sequence[str]) -> None:
         found = f"mm data takes a job and a store, and got {' '.join(argv) or 'none'}."
         raise ConfigError("CFG-006", found, "Give mm data status STORE, or mm data repair STORE.")
     if argv[0] == "status":
-        status(Path(argv[1]), parse_flags(StatusFlags, argv[2:], program="mm data status STORE"))
+        flags = parse_flags(StatusFlags, argv[2:], program="mm data status STORE")
+        status(location_of(argv[1], flags.storage()), flags)
     else:
         repair(Path(argv[1]), parse_flags(RepairFlags, argv[2:], program="mm data repair STORE"))
 
 
-def status(store: Path, flags: StatusFlags) -> None:
+def status(store: Location, flags: StatusFlags) -> None:
     """Print what a store holds; raises what `mm.data.store.repair.store_status` raises."""
     from mm.config.units import format_bytes
     from mm.data.store.repair import store_status

@@ -10,6 +10,7 @@ from functools import partial
 
 from mm.config.run.data import Mixture, SourceShare
 from mm.config.step import AS_LISTED
+from mm.config.storage import is_address
 from mm.data.dataset import FeatureDataset
 from mm.data.files import raise_limited
 from mm.data.listing import LatentShape
@@ -83,8 +84,8 @@ def _parts(dataset: FeatureDataset, mixture: Mixture) -> Iterator[tuple[str, int
     if not mixture.shares:
         yield "the features", 0, dataset, None
         return
-    shares = {os.path.realpath(share.folder): share for share in mixture.shares}
-    parts = {os.path.realpath(folder): (first, part) for folder, first, part in dataset.parts()}
+    shares = {_place_name(share.folder): share for share in mixture.shares}
+    parts = {_place_name(str(folder)): (first, part) for folder, first, part in dataset.parts()}
     problems = [
         Problem(
             "CFG-203",
@@ -99,6 +100,11 @@ def _parts(dataset: FeatureDataset, mixture: Mixture) -> Iterator[tuple[str, int
     raise_all(ConfigError, problems)
     for folder, (first, part) in parts.items():
         yield folder, first, part, shares.get(folder)
+
+
+def _place_name(folder: str) -> str:
+    """Name of a store's place, however it is written."""
+    return folder.rstrip("/") if is_address(folder) else os.path.realpath(folder)
 
 
 def _buckets(first: int, part: FeatureDataset, micro_batch_size: int) -> dict[LatentShape, Bucket]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
 from mm.config.model import WanConfig
+from mm.config.storage import Location, Remote
 from mm.data.features import EMPTY_PROMPT_ID, Feature, Header, check_header, checked_feature, parse_header
+from mm.data.remote.reading import read_range
 from mm.data.store.table import digest_of
 from mm.errors import DataError
 
@@ -21,9 +22,9 @@ REMEDY = "Run mm data repair on the store, then what wrote it (mm migrate shards
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """Place of a blob: its file, first byte, number of bytes, and the digest that they must have."""
+    """Location of a blob: its file, first byte, number of bytes, and the digest that they must have."""
 
-    file: Path
+    file: Location
     offset: int
     length: int
     digest: bytes
@@ -82,12 +83,11 @@ def read_blob(blob: Blob, name: str) -> bytes:
 
     Raises:
         DataError: DATA-072 when the body cannot be read, DATA-152 when it ends before the blob does or is not there,
-            DATA-153 for bytes that are not those that were written.
+            DATA-153 for bytes that are not those that were written; of object storage what
+            `mm.data.remote.client.attempt` raises.
     """
     try:
-        with open(blob.file, "rb", buffering=0) as stream:
-            stream.seek(blob.offset)
-            content = _exactly(stream, blob.length)
+        content = _content(blob)
     except FileNotFoundError:
         raise DataError("DATA-152", f"{blob.file} does not exist.", REMEDY) from None
     except OSError as error:
@@ -101,6 +101,15 @@ def read_blob(blob: Blob, name: str) -> bytes:
         message = f"{name} is damaged: its bytes have the digest {found.hex()}, expected {blob.digest.hex()}."
         raise DataError("DATA-153", message, REMEDY)
     return content
+
+
+def _content(blob: Blob) -> bytes:
+    if isinstance(blob.file, Remote):
+        digest = blob.digest
+        return read_range(blob.file, blob.offset, blob.length, digest.hex(), lambda found: digest_of(found) == digest)
+    with open(blob.file, "rb", buffering=0) as stream:
+        stream.seek(blob.offset)
+        return _exactly(stream, blob.length)
 
 
 def _exactly(stream: io.FileIO, length: int) -> bytes:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from pathlib import Path
 
+from mm.config.storage import Location
 from mm.data.listing import Digest
 from mm.data.store.blobs import Blob
 from mm.data.store.catalog import Catalog, check_shards_are_there, open_catalog
@@ -17,7 +17,7 @@ _MOST_OPEN = 256
 class ShardStore:
     """Samples 0, 1, ... of a store of shards. A process holds the catalog's map and at most some hundred shards'."""
 
-    def __init__(self, folder: Path, recipe_key: str, catalog: Catalog) -> None:
+    def __init__(self, folder: Location, recipe_key: str, catalog: Catalog) -> None:
         self.folder = folder
         self.recipe_key = recipe_key
         self._catalog = catalog
@@ -53,7 +53,7 @@ class ShardStore:
         return shard.blob(local), self.shard(number).prompt(key)
 
     def empty_prompt(self) -> Blob | None:
-        """Place of the empty caption's embedding, in the first shard; None in a store that was made without."""
+        """Location of the empty caption's embedding, in the first shard; None in a store that was made without."""
         return self.shard(0).find_prompt(prompt_key(""))
 
     def shapes(self) -> Counter[LatentShape]:
@@ -86,7 +86,7 @@ class ShardStore:
         return self.shard(number), local
 
 
-def open_shards(folder: Path, recipe_key: str) -> ShardStore:
+def open_shards(folder: Location, recipe_key: str) -> ShardStore:
     """Open a store of shards: its manifest, its catalog, and whether all shards are there.
 
     Raises:
