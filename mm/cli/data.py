@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import Field
 from tqdm import tqdm
 
+from mm.cli import data_export
 from mm.cli.entry import run
 from mm.cli.storage_flags import StorageFlags
 from mm.config.flags import Flags, parse_flags
@@ -49,10 +50,14 @@ def main(argv: Sequence[str]) -> None:
     """
     if argv and argv[0] in ("-h", "--help"):
         print("usage: mm data status STORE [--json-output]\n       mm data repair STORE [--dry-run]")
+        print("       mm data export STORE TARGET --to FORMAT\n       mm data copy STORE TARGET")
+        return
+    if argv and argv[0] in data_export.JOBS:
+        data_export.main(argv[0], argv[1:])
         return
     if len(argv) < 2 or argv[0] not in _JOBS or (argv[1].startswith("-") and "--help" not in argv):
         found = f"mm data takes a job and a store, and got {' '.join(argv) or 'none'}."
-        raise ConfigError("CFG-006", found, "Give mm data status STORE, or mm data repair STORE.")
+        raise ConfigError("CFG-006", found, "Give mm data status, repair, export or copy, and STORE.")
     if argv[0] == "status":
         flags = parse_flags(StatusFlags, argv[2:], program="mm data status STORE")
         status(location_of(argv[1], flags.storage()), flags)

@@ -106,7 +106,9 @@ def _draws(sections: TrainingRun, samples: int) -> str | None:
     batches = BatchPlan(samples, data.micro_batch_size)
     try:
         dataset = open_features(data.features, sections.wan)
-        plan = sampling_plan(dataset, batches, data.mixture, seed, shuffle=data.shuffle)
+        plan = sampling_plan(
+            dataset, batches, data.mixture, seed, shuffle=data.shuffle, num_steps=sections.training.steps
+        )
     except MMError:
         return None
     return preflight.draws(dataset, plan, FlowMatching(sections.objective), seed, batches.groups_of_step)

@@ -70,6 +70,7 @@ def feature_batches(
     caption_dropout: float = 0.0,
     shuffle: bool = True,
     mixture: Mixture = ONE_SOURCE,
+    num_steps: int | None = None,
     num_workers: int = 0,
     read_timeout: float = 600.0,
     pin_memory: bool = False,
@@ -87,6 +88,7 @@ def feature_batches(
         caption_dropout: probability of the empty caption, drawn for each (sample, epoch).
         shuffle: a new order each epoch, else the listings' order.
         mixture: how the stores are mixed, and what becomes of shapes with few samples.
+        num_steps: steps that will be asked for, those taken before included; None for no end.
         num_workers: reading processes; 0 reads in this one, where nothing can end a read that hangs.
         read_timeout: seconds to read one micro-batch.
         pin_memory: put batches into page-locked memory.
@@ -99,7 +101,7 @@ def feature_batches(
             raises, DATA-070 and DATA-071 for a reader that hangs or dies twice, DATA-074 when more samples of an epoch
             are replaced than allowed in this replica alone.
     """
-    order = sampling_plan(dataset, plan, mixture, seed, shuffle=shuffle)
+    order = sampling_plan(dataset, plan, mixture, seed, shuffle=shuffle, num_steps=num_steps)
     empty = None
     if caption_dropout > 0:
         dataset.empty_prompt()  # a damaged one is told now, and not when a caption happens to be dropped
@@ -271,8 +273,5 @@ def _most_bytes(dataset: FeatureDataset, micro_batch_size: int, text_len: int, *
 
 
 def _cost(dataset: FeatureDataset) -> Callable[[int], float] | None:
-    """Cost of a sample by its index; None where all have as many tokens."""
-    if len(dataset.token_counts()) == 1:
-        return None
-    cost = cost_of_model(dataset.model)
-    return lambda index: cost(dataset.num_tokens(index))
+    """Cost of a sample by its tokens; None where all have as many."""
+    return None if len(dataset.token_counts()) == 1 else cost_of_model(dataset.model)

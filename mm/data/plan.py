@@ -48,12 +48,13 @@ class Bucket:
 
     Attributes:
         name: stable, the key of its order. size: number of samples, at least 1.
-        member: index in the data set of the k-th of them.
+        member: index in the data set of the k-th of them. tokens: transformer tokens of the k-th of them.
     """
 
     name: str
     size: int
     member: Callable[[int], int]
+    tokens: Callable[[int], int]
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,9 @@ class SamplingPlan:
         """Take the sources.
 
         Args:
-            sources: at least one; some source must be open at every slot.
-            group_size: samples of a slot. seed: of all orders. shuffle: whether orders are drawn; otherwise samples
-                come as they are listed, bucket by bucket, source by source.
-
-        Raises:
-            ValueError: at some slot every source has ended.
+            sources: at least one. group_size: samples of a slot.
+            seed: of all orders. shuffle: whether orders are drawn; otherwise samples come as they are listed, bucket by
+                bucket, source by source.
         """
         self._group_size = group_size
         self._walks = [[_Walk(bucket, seed, shuffle) for bucket in source.buckets] for source in sources]
@@ -102,11 +100,21 @@ class SamplingPlan:
             lambda phase, block, size: _order(size, seed, f"mixture {phase}", block, shuffle)
         )
 
+    @property
+    def end(self) -> int | None:
+        """The first slot at which no source is open; None where there is none. The plan has no slots from there on."""
+        return self._phases[-1].end if self._phases else 0
+
     def group(self, slot: int) -> list[PlannedSample]:
-        """The samples of a slot."""
-        source, number = self._source_at(slot)
-        bucket, position = self._sources[source].group(number)
-        return [self._sample((source, bucket), position + i) for i in range(self._group_size)]
+        """The samples of a slot; raises IndexError for one that the plan does not have."""
+        walk, position = self._walk_at(slot)
+        return [self._sample(walk, position + i) for i in range(self._group_size)]
+
+    def tokens(self, slot: int) -> list[int]:
+        """Transformer tokens of each sample of a slot, for which no sample is looked up; raises as `group`."""
+        (source, bucket), position = self._walk_at(slot)
+        walk = self._walks[source][bucket]
+        return [walk.tokens_at(position + i) for i in range(self._group_size)]
 
     def next_in_epoch(self, sample: PlannedSample) -> PlannedSample:
         """The sample that follows one in its bucket's epoch, the first after the last; its draw stays."""
@@ -117,6 +125,14 @@ class SamplingPlan:
     def _sample(self, walk: tuple[int, int], position: int) -> PlannedSample:
         index, epoch = self._walks[walk[0]][walk[1]].at(position)
         return PlannedSample(index, epoch, walk, position)
+
+    def _walk_at(self, slot: int) -> tuple[tuple[int, int], int]:
+        """The walk that fills a slot, and the position at which its group begins."""
+        if slot < 0 or (self.end is not None and slot >= self.end):
+            raise IndexError(f"the plan has no slot {slot}; it ends at {self.end}")
+        source, number = self._source_at(slot)
+        bucket, position = self._sources[source].group(number)
+        return (source, bucket), position
 
     def _source_at(self, slot: int) -> tuple[int, int]:
         """The source of a slot, and how many of its groups came before."""
@@ -140,13 +156,20 @@ class _Walk:
 
     def __init__(self, bucket: Bucket, seed: int, shuffle: bool) -> None:
         self.size = bucket.size
-        self._member = bucket.member
+        self._bucket = bucket
         self._order = lru_cache(maxsize=2)(lambda epoch: _order(bucket.size, seed, bucket.name, epoch, shuffle))
 
     def at(self, position: int) -> tuple[int, int]:
         """The index of the sample at a position, and its epoch."""
+        return self._bucket.member(self._number_at(position)), position // self.size
+
+    def tokens_at(self, position: int) -> int:
+        """The tokens of the sample at a position."""
+        return self._bucket.tokens(self._number_at(position))
+
+    def _number_at(self, position: int) -> int:
         epoch, place = divmod(position, self.size)
-        return self._member(self._order(epoch)(place)), epoch
+        return self._order(epoch)(place)
 
 
 class _SourceGroups:
@@ -212,7 +235,7 @@ def _phases(sources: Sequence[PlannedSource]) -> list[_Phase]:
     for begin, end in zip(begins, [*begins[1:], None], strict=True):
         is_open = [i for i, s in enumerate(sources) if s.begin <= begin and (s.end is None or begin < s.end)]
         if not is_open:
-            raise ValueError("no source is open at slot", begin)
+            break
         weights = [sources[i].weight * sources[i].samples_of_epoch for i in is_open]
         shares = [share / sum(weights) for share in accumulate(weights)]
         phases.append(_Phase(begin, end, is_open, [filled[i] for i in is_open], shares))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 
 from mm.config.run.data import Mixture, SourceShare
 from mm.config.step import AS_LISTED
-from mm.config.storage import is_address
+from mm.config.storage import Storage, location_of
 from mm.data.dataset import FeatureDataset
 from mm.data.files import raise_limited
 from mm.data.listing import LatentShape
@@ -24,16 +25,22 @@ _ORDER = "keyed bijections"  # name it anew when the same settings would give an
 
 
 def sampling_plan(
-    dataset: FeatureDataset, batches: BatchPlan, mixture: Mixture, seed: int, *, shuffle: bool
+    dataset: FeatureDataset,
+    batches: BatchPlan,
+    mixture: Mixture,
+    seed: int,
+    *,
+    shuffle: bool,
+    num_steps: int | None = None,
 ) -> SamplingPlan:
     """The plan of a run.
 
-    Samples of one shape form a bucket of their store; with micro-batches of one sample all of a store form one, since
-    nothing has to share a shape. Without shares all stores are one source.
+    Samples of one shape form a bucket of their store. Where micro-batches of one sample are taken as listed, all of a
+    store form one, since nothing has to share a shape. Without shares all stores are one source.
 
     Args:
         dataset: the features. batches: sizes of the global batch and of micro-batches. mixture: shares of the stores.
-        seed: of the order. shuffle: a new order each epoch.
+        seed: of the order. shuffle: a new order each epoch. num_steps: steps of the run; None for no end.
 
     Raises:
         ConfigError: CFG-203 for a share of no store or two of one, CFG-204 where at some step no store is open.
@@ -41,8 +48,9 @@ def sampling_plan(
     """
     sources: list[PlannedSource] = []
     small: list[Problem] = []
+    by_shape = _by_shape(dataset, batches.micro_batch_size, shuffle=shuffle)
     for where, first, part, share in _parts(dataset, mixture):
-        buckets = _buckets(first, part, batches.micro_batch_size)
+        buckets = _buckets(first, part, by_shape=by_shape)
         if mixture.small_buckets != "repeat" and len(buckets) > 1:
             few = {shape for shape, bucket in buckets.items() if bucket.size < batches.micro_batch_size}
             small += [_too_small(where, shape, buckets.pop(shape), batches) for shape in sorted(few)]
@@ -52,12 +60,11 @@ def sampling_plan(
         raise_limited(small)
     for problem in small:
         logger.warning("left out: %s", problem.message)
-    try:
-        return SamplingPlan(sources, batches.micro_batch_size, seed, shuffle=shuffle)
-    except ValueError as error:
-        slot = int(error.args[1])
-        message = f"In data.mixture.shares no store is open at step {slot // batches.groups_of_step}."
-        raise ConfigError("CFG-204", message, "Let the shares' begin_step and end_step leave no gap.") from None
+    plan = SamplingPlan(sources, batches.micro_batch_size, seed, shuffle=shuffle)
+    if plan.end is not None and (num_steps is None or plan.end < num_steps * batches.groups_of_step):
+        message = f"In data.mixture.shares no store is open at step {plan.end // batches.groups_of_step}."
+        raise ConfigError("CFG-204", message, "Let the shares' begin_step and end_step leave no gap.")
+    return plan
 
 
 def describe_plan(dataset: FeatureDataset, mixture: Mixture, micro_batch_size: int, *, shuffle: bool) -> str:
@@ -66,8 +73,9 @@ def describe_plan(dataset: FeatureDataset, mixture: Mixture, micro_batch_size: i
     Stores are told by their place in the list, since where they lie does not matter. Raises CFG-203 as `sampling_plan`.
     """
     words = [_ORDER if shuffle else AS_LISTED]
-    if len(dataset.shapes()) > 1 and micro_batch_size > 1:
-        words.append(f"groups of {micro_batch_size} samples of a shape, small ones: {mixture.small_buckets}")
+    if _by_shape(dataset, micro_batch_size, shuffle=shuffle):
+        small = f", small ones: {mixture.small_buckets}" if micro_batch_size > 1 else ""
+        words.append(f"groups of {micro_batch_size} samples of a shape{small}")
     elif mixture.shares:
         words.append(f"groups of {micro_batch_size}")
     shares = [share for *_, share in _parts(dataset, mixture)]
@@ -84,8 +92,8 @@ def _parts(dataset: FeatureDataset, mixture: Mixture) -> Iterator[tuple[str, int
     if not mixture.shares:
         yield "the features", 0, dataset, None
         return
-    shares = {_place_name(share.folder): share for share in mixture.shares}
-    parts = {_place_name(str(folder)): (first, part) for folder, first, part in dataset.parts()}
+    shares = {_store_name(share.folder): share for share in mixture.shares}
+    parts = {_store_name(str(folder)): (first, part) for folder, first, part in dataset.parts()}
     problems = [
         Problem(
             "CFG-203",
@@ -102,20 +110,38 @@ def _parts(dataset: FeatureDataset, mixture: Mixture) -> Iterator[tuple[str, int
         yield folder, first, part, shares.get(folder)
 
 
-def _place_name(folder: str) -> str:
-    """Name of a store's place, however it is written."""
-    return folder.rstrip("/") if is_address(folder) else os.path.realpath(folder)
+def _store_name(folder: str) -> str:
+    """Name of a store, however its folder or address is written."""
+    found = location_of(folder, Storage())
+    return os.path.realpath(found) if isinstance(found, Path) else found.url
 
 
-def _buckets(first: int, part: FeatureDataset, micro_batch_size: int) -> dict[LatentShape, Bucket]:
+def _by_shape(dataset: FeatureDataset, micro_batch_size: int, *, shuffle: bool) -> bool:
+    """Tell whether samples of a source are told apart by their shapes."""
+    return len(dataset.shapes()) > 1 and (shuffle or micro_batch_size > 1)
+
+
+def _buckets(first: int, part: FeatureDataset, *, by_shape: bool) -> dict[LatentShape, Bucket]:
     """The buckets of a source; one of all its samples, under any of their shapes, where they need not be told apart."""
     shapes = part.buckets()
-    if micro_batch_size == 1 or len(shapes) == 1:
-        return {next(iter(shapes)): Bucket(f"samples from {first}", len(part), lambda k: first + k)}
+    if not by_shape or len(shapes) == 1:
+        name, shape = f"samples from {first}", next(iter(shapes))
+        return {shape: Bucket(name, len(part), lambda k: first + k, _tokens(part))}
     return {
-        shape: Bucket(f"samples from {first} of {list(shape)}", size, partial(_member, first, part, shape))
+        shape: Bucket(
+            f"samples from {first} of {list(shape)}", size, partial(_member, first, part, shape), _tokens(part, shape)
+        )
         for shape, size in shapes.items()
     }
+
+
+def _tokens(part: FeatureDataset, shape: LatentShape | None = None) -> Callable[[int], int]:
+    """Tokens of the k-th sample of a shape, or of all."""
+    shapes = part.shapes() if shape is None else [shape]
+    if len(shapes) > 1:
+        return part.num_tokens
+    (tokens,) = map(part.tokens_of, shapes)
+    return lambda _: tokens
 
 
 def _member(first: int, part: FeatureDataset, shape: LatentShape, k: int) -> int:

@@ -6,7 +6,7 @@ on what they cost; which samples a step sees does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -54,7 +54,7 @@ class BatchPlan:
 
 
 class MicroBatchSampler:
-    """Iterable of this replica's micro-batches without end."""
+    """Iterable of this replica's micro-batches, without end where the plan has none."""
 
     def __init__(
         self,
@@ -68,8 +68,8 @@ class MicroBatchSampler:
         Args:
             plan: whose groups are as large as a micro-batch. batches: how they are dealt.
             consumed_samples: samples that all replicas together trained on before.
-            cost: of a sample by its index in the data set; None where all cost the same. Then micro-batch m of replica
-                r is the group m * dp + r of its global batch.
+            cost: of a sample of so many tokens; None where all have as many. Then micro-batch m of replica r is the
+                group m * dp + r of its global batch.
         """
         self._plan = plan
         self._batches = batches
@@ -79,10 +79,11 @@ class MicroBatchSampler:
     def __iter__(self) -> Iterator[list[PlannedSample]]:
         batches = self._batches
         for first in count(self._consumed_samples // batches.micro_batch_size, batches.groups_of_step):
+            if self._plan.end is not None and first >= self._plan.end:
+                return
             slots = range(first, first + batches.groups_of_step)
-            if self._cost is None:
-                yield from map(self._plan.group, slots[batches.dp_rank :: batches.dp_size])
-                continue
-            groups = [self._plan.group(slot) for slot in slots]
-            costs = [sum(self._cost(sample.index) for sample in group) for group in groups]
-            yield from (groups[number] for number in deal(costs, batches.dp_size, batches.num_stages)[batches.dp_rank])
+            mine: Sequence[int] = range(batches.dp_rank, len(slots), batches.dp_size)
+            if self._cost is not None:
+                costs = [sum(map(self._cost, self._plan.tokens(slot))) for slot in slots]
+                mine = deal(costs, batches.dp_size, batches.num_stages)[batches.dp_rank]
+            yield from (self._plan.group(slots[number]) for number in mine)

@@ -105,6 +105,7 @@ def _batches(run: Run, progress: Progress) -> Generator[FeatureBatch]:
         caption_dropout=sections.data.caption_dropout,
         shuffle=sections.data.shuffle,
         mixture=sections.data.mixture,
+        num_steps=sections.training.steps,
         num_workers=sections.data.workers,
         read_timeout=sections.data.read_timeout,
         on_bad_sample=parse_on_bad_sample(sections.data.on_bad_sample),

@@ -53,11 +53,20 @@ def test_a_place_beyond_the_end_is_an_error(index: int) -> None:
         KeyedBijection(5, 1)(index)
 
 
+def tokens_of(index: int) -> int:
+    return 3 * index + 7
+
+
 def source(*sizes: int, first: int = 0, **settings: object) -> PlannedSource:
     """Buckets of these sizes, one after the other from an index on."""
     begins = [first + sum(sizes[:number]) for number in range(len(sizes))]
     buckets = [
-        Bucket(f"{begin}", size, range(begin, begin + size).__getitem__)
+        Bucket(
+            f"{begin}",
+            size,
+            range(begin, begin + size).__getitem__,
+            lambda k, begin=begin: tokens_of(begin + k),  # type: ignore[misc]
+        )
         for begin, size in zip(begins, sizes, strict=True)
     ]
     return PlannedSource(buckets, **settings)  # type: ignore[arg-type]
@@ -124,9 +133,32 @@ def test_sources_are_mixed_by_weight_between_their_steps() -> None:
         assert positions == list(range(len(positions)))
 
 
-def test_slots_without_a_source_are_an_error() -> None:
-    with pytest.raises(ValueError, match="no source"):
-        SamplingPlan([source(5, end=10), source(5, begin=11)], 1, seed=1)
+def test_a_plan_ends_where_no_source_is_open() -> None:
+    plan = SamplingPlan([source(5, end=10), source(5, begin=11)], 1, seed=1)
+    assert plan.end == 10 and plan.group(9)
+    for slot in (-1, 10, 12):
+        with pytest.raises(IndexError, match="no slot"):
+            plan.group(slot)
+        with pytest.raises(IndexError, match="no slot"):
+            plan.tokens(slot)
+    assert SamplingPlan([source(5, begin=1)], 1, seed=1).end == 0
+    assert SamplingPlan([source(5, end=10), source(5, begin=10)], 1, seed=1).end is None
+    dealt = [list(MicroBatchSampler(plan, BatchPlan(2, 1, rank, 2), 4)) for rank in range(2)]
+    assert [group for pair in zip(*dealt, strict=True) for group in pair] == [plan.group(slot) for slot in range(4, 10)]
+
+
+def test_tokens_of_a_slot_are_told_without_looking_its_samples_up() -> None:
+    looked_up: list[int] = []
+
+    def member(k: int) -> int:
+        looked_up.append(k)
+        return k
+
+    plan = SamplingPlan([source(9, 8), source(11, first=17)], 2, seed=5)
+    assert all(plan.tokens(slot) == [tokens_of(sample.index) for sample in plan.group(slot)] for slot in range(40))
+    buckets = [Bucket("all", 9, member, tokens_of)]
+    sampler = MicroBatchSampler(SamplingPlan([PlannedSource(buckets)], 1, 1), BatchPlan(6, 1, 0, 3), 0, float)
+    assert len(list(islice(sampler, 2))) == 2 and len(looked_up) == 2  # not those of the other replicas
 
 
 def test_the_next_in_an_epoch_goes_once_around_its_bucket() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -114,7 +115,7 @@ class Cache:
             if folder.name.startswith(TEMPORARY_PREFIX):
                 with suppress(FileNotFoundError):
                     if time.time() - folder.stat().st_mtime > _SECONDS_OF_A_TEMPORARY:
-                        os.unlink(folder.path)
+                        _remove(folder)
             elif folder.is_dir():
                 for entry in os.scandir(folder.path):
                     with suppress(FileNotFoundError):
@@ -127,6 +128,13 @@ class Cache:
             with suppress(FileNotFoundError):
                 os.unlink(path)
             total -= size
+
+
+def _remove(entry: os.DirEntry[str]) -> None:
+    if entry.is_dir(follow_symlinks=False):
+        shutil.rmtree(entry.path, ignore_errors=True)
+    else:
+        os.unlink(entry.path)
 
 
 def cache_of(storage: Storage) -> Cache:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mm.config.base import SectionT, parse, parse_json
 from mm.config.base import load as load_local
 from mm.config.storage import Location, Remote
+from mm.data.files import write_error
 from mm.data.remote.cache import cache_of, key_of
 from mm.data.remote.client import MissingObjectError, attempt
 from mm.errors import ConfigError, DataError
@@ -143,6 +145,35 @@ def _fetched(place: Remote, read: Callable[[Any], bytes], is_whole: IsWhole) -> 
 def _begins_after_the_end(error: OSError) -> bool:
     response = getattr(error.__cause__, "response", None)
     return isinstance(response, dict) and response.get("Error", {}).get("Code") in ("InvalidRange", "416")
+
+
+def download(place: Remote, target: Path) -> None:
+    """Copy an object into a new local file, a part at a time.
+
+    Raises:
+        MissingObjectError: there is no such object. DataError: what `attempt` raises, DATA-018 and DATA-019 where the
+            disk refuses.
+    """
+    size = int(attempt(place, lambda client: client.info(place.url))["size"])
+    try:
+        with open(target, "wb") as file:
+            for offset in range(0, size, _PART):
+                end = min(size, offset + _PART)
+                file.write(attempt(place, partial(_part, place=place, begin=offset, end=end)))
+    except MissingObjectError:
+        raise
+    except OSError as error:
+        raise write_error(target, size, error) from error
+
+
+_PART = 64 * 2**20
+
+
+def _part(client: Any, *, place: Remote, begin: int, end: int) -> bytes:
+    content: bytes = client.cat_file(place.url, start=begin, end=end)
+    if len(content) != end - begin:
+        raise EOFError(f"an answer of {len(content)} of {end - begin} bytes")
+    return content
 
 
 def require_bucket(place: Location) -> None:

@@ -37,14 +37,27 @@ def read_sample_blobs(sample: Blob, prompt: Blob, model: WanConfig, origin: tupl
     """Read one sample and its caption's embedding, and check them against the model.
 
     Args:
-        sample, prompt: their places. model: the transformer that is to take them.
-        origin: (sample id, recipe key) that they must have.
+        sample, prompt, origin: as in `read_raw_blobs`. model: the transformer that is to take them.
 
     Raises:
-        DataError: what `read_blob` raises, DATA-016 for a blob of something else or another caption, and what
-            `mm.data.features.read_feature` raises for tensors.
+        DataError: what `read_raw_blobs` raises, and what `mm.data.features.read_feature` raises for tensors.
     """
-    name = f'{sample} (sample "{origin[0]}")'
+    name = _name(sample, origin)
+    header, tensors = read_raw_blobs(sample, prompt, origin)
+    check_header(header, name, model, REMEDY)
+    return checked_feature(header, tensors, name, REMEDY)
+
+
+def read_raw_blobs(sample: Blob, prompt: Blob, origin: tuple[str, str]) -> tuple[Header, dict[str, Tensor]]:
+    """Read one sample and its caption's embedding, whatever model is to take them.
+
+    Args:
+        sample, prompt: their places. origin: (sample id, recipe key) that they must have.
+
+    Raises:
+        DataError: what `read_blob` raises, DATA-016 for a blob of something else or another caption.
+    """
+    name = _name(sample, origin)
     header, tensors = _read(sample, name)
     _check_origin(header, name, origin)
     about_prompt, of_prompt = _read(prompt, f"{prompt} (a caption)")
@@ -57,9 +70,12 @@ def read_sample_blobs(sample: Blob, prompt: Blob, model: WanConfig, origin: tupl
             f"{prompt} holds caption {found.caption} of recipe {found.recipe}, expected {expected.caption} of {name}."
         )
         raise DataError("DATA-016", message, REMEDY)
-    both = Header({**header.tensors, **about_prompt.tensors}, header.origin, header.start_frame)
-    check_header(both, name, model, REMEDY)
-    return checked_feature(both, {**tensors, **of_prompt}, name, REMEDY)
+    both = Header({**header.tensors, **about_prompt.tensors}, header.origin, header.start_frame, header.taken)
+    return both, {**tensors, **of_prompt}
+
+
+def _name(sample: Blob, origin: tuple[str, str]) -> str:
+    return f'{sample} (sample "{origin[0]}")'
 
 
 def read_prompt_blob(blob: Blob, model: WanConfig, recipe_key: str) -> Tensor:

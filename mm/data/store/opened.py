@@ -31,6 +31,10 @@ class ShardStore:
         """Number of shards."""
         return self._catalog.manifest.shards
 
+    def first_of(self, shard: int) -> int:
+        """Number of a shard's first sample."""
+        return self._catalog.first_of(shard)
+
     def name(self, row: int) -> str:
         """The sample's id; this and all that follow raise what `mm.data.store.shard.open_shard` raises."""
         shard, local = self._find(row)
