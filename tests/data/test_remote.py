@@ -22,7 +22,6 @@ from object_storage import (
     flipped,
     proxy_before,
     reset,
-    s3_server,
     slow,
     status,
     truncated,
@@ -42,12 +41,6 @@ from mm.data.sampler import BatchPlan
 from mm.errors import ConfigError, DataError
 
 SEED = 2  # of shards with several samples each
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    with s3_server(tmp_path_factory.mktemp("s3")) as server:
-        yield server
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from object_storage import S3, proxy_before, s3_server, status
+from object_storage import S3, proxy_before, status
 from ranks import ANY_PORT
 from test_shards_training import to_shards
 from training_runs import bits, metrics, run, run_on, words
@@ -16,12 +15,6 @@ from training_runs import bits, metrics, run, run_on, words
 from mm.cli import data
 from mm.config.flags import as_words
 from mm.errors import DataError
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    with s3_server(tmp_path_factory.mktemp("s3")) as server:
-        yield server
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,7 @@ class ListedSample:
     blobs: tuple[Blob, Blob]
 
     def read(self, recipe_key: str) -> tuple[Header, dict[str, Tensor]]:
-        """Its header and tensors, those of its caption too; raises what `read_raw_blobs` raises."""
+        """Header and tensors, those of its caption too; raises what `read_raw_blobs` raises."""
         return read_raw_blobs(*self.blobs, (self.row["sample"], recipe_key))
 
 
