@@ -107,7 +107,13 @@ def _draws(sections: TrainingRun, samples: int) -> str | None:
     try:
         dataset = open_features(data.features, sections.wan)
         plan = sampling_plan(
-            dataset, batches, data.mixture, seed, shuffle=data.shuffle, num_steps=sections.training.steps
+            dataset,
+            batches,
+            data.mixture,
+            seed,
+            shuffle=data.shuffle,
+            min_bucket=data.min_bucket,
+            num_steps=sections.training.steps,
         )
     except MMError:
         return None

@@ -12,6 +12,7 @@ from mm.cli.doctor import DoctorFlags
 from mm.cli.doctor_data import DoctorDataFlags
 from mm.cli.doctor_parity import ParityFlags
 from mm.cli.migrate import MigrateFlags
+from mm.cli.migrate_entries import MigrateEntriesFlags
 from mm.cli.migrate_shards import MigrateShardsFlags
 from mm.cli.plot import PlotFlags
 from mm.cli.score import ScoreFlags
@@ -32,6 +33,7 @@ PROGRAMS: dict[str, type[Flags]] = {
     "mm doctor parity": ParityFlags,
     "mm migrate": MigrateFlags,
     "mm migrate shards": MigrateShardsFlags,
+    "mm migrate entries": MigrateEntriesFlags,
     "mm data status": StatusFlags,
     "mm data repair": RepairFlags,
     "mm data export": ExportFlags,

@@ -14,7 +14,7 @@ from mm.isolated import clean_path
 COMMANDS = {
     "demo": "write the embedded default: a tiny Wan2.1, 16 clips with captions, and the files that configure a run",
     "extract": "turn videos and captions into features",
-    "migrate": "take over features of MindSpeed-MM; migrate config: a file; migrate shards: a store as shards",
+    "migrate": "take over features of MindSpeed-MM; migrate config, shards, entries: other things, see its --help",
     "data": "look after a store of shards: data status, repair, export, copy STORE",
     "train": "train on features",
     "run": "train, extract features or generate as a run.yaml says",

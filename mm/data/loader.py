@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mm.config.bad_samples import FAIL, OnBadSample
 from mm.config.model import WanConfig
-from mm.config.run.data import Mixture
+from mm.config.run.data import MinBucket, Mixture
 from mm.data.balance import cost_of_model
 from mm.data.dataset import FeatureDataset, FeaturePlace, SampleTensors, read_empty_prompt, read_sample
 from mm.data.plan import PlannedSample, SamplingPlan
@@ -70,6 +70,7 @@ def feature_batches(
     caption_dropout: float = 0.0,
     shuffle: bool = True,
     mixture: Mixture = ONE_SOURCE,
+    min_bucket: MinBucket = "error",
     num_steps: int | None = None,
     num_workers: int = 0,
     read_timeout: float = 600.0,
@@ -87,7 +88,7 @@ def feature_batches(
         consumed_samples: samples that all replicas together trained on before.
         caption_dropout: probability of the empty caption, drawn for each (sample, epoch).
         shuffle: a new order each epoch, else the listings' order.
-        mixture: how the stores are mixed, and what becomes of shapes with few samples.
+        mixture: how the stores are mixed. min_bucket: what becomes of shapes with few samples.
         num_steps: steps that will be asked for, those taken before included; None for no end.
         num_workers: reading processes; 0 reads in this one, where nothing can end a read that hangs.
         read_timeout: seconds to read one micro-batch.
@@ -101,7 +102,7 @@ def feature_batches(
             raises, DATA-070 and DATA-071 for a reader that hangs or dies twice, DATA-074 when more samples of an epoch
             are replaced than allowed in this replica alone.
     """
-    order = sampling_plan(dataset, plan, mixture, seed, shuffle=shuffle, num_steps=num_steps)
+    order = sampling_plan(dataset, plan, mixture, seed, shuffle=shuffle, min_bucket=min_bucket, num_steps=num_steps)
     empty = None
     if caption_dropout > 0:
         dataset.empty_prompt()  # a damaged one is told now, and not when a caption happens to be dropped

@@ -9,7 +9,7 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
-from mm.config.run.data import Mixture, SourceShare
+from mm.config.run.data import MinBucket, Mixture, SourceShare
 from mm.config.step import AS_LISTED
 from mm.config.storage import Storage, location_of
 from mm.data.dataset import FeatureDataset
@@ -31,6 +31,7 @@ def sampling_plan(
     seed: int,
     *,
     shuffle: bool,
+    min_bucket: MinBucket = "error",
     num_steps: int | None = None,
 ) -> SamplingPlan:
     """The plan of a run.
@@ -40,7 +41,8 @@ def sampling_plan(
 
     Args:
         dataset: the features. batches: sizes of the global batch and of micro-batches. mixture: shares of the stores.
-        seed: of the order. shuffle: a new order each epoch. num_steps: steps of the run; None for no end.
+        seed: of the order. shuffle: a new order each epoch. min_bucket: for shapes with few samples.
+        num_steps: steps of the run; None for no end.
 
     Raises:
         ConfigError: CFG-203 for a share of no store or two of one, CFG-204 where at some step no store is open.
@@ -51,12 +53,12 @@ def sampling_plan(
     by_shape = _by_shape(dataset, batches.micro_batch_size, shuffle=shuffle)
     for where, first, part, share in _parts(dataset, mixture):
         buckets = _buckets(first, part, by_shape=by_shape)
-        if mixture.small_buckets != "repeat" and len(buckets) > 1:
+        if min_bucket != "repeat" and len(buckets) > 1:
             few = {shape for shape, bucket in buckets.items() if bucket.size < batches.micro_batch_size}
             small += [_too_small(where, shape, buckets.pop(shape), batches) for shape in sorted(few)]
         if buckets:
             sources.append(_source(list(buckets.values()), share, batches))
-    if mixture.small_buckets == "error" or not sources:
+    if min_bucket == "error" or not sources:
         raise_limited(small)
     for problem in small:
         logger.warning("left out: %s", problem.message)
@@ -67,14 +69,21 @@ def sampling_plan(
     return plan
 
 
-def describe_plan(dataset: FeatureDataset, mixture: Mixture, micro_batch_size: int, *, shuffle: bool) -> str:
+def describe_plan(
+    dataset: FeatureDataset,
+    mixture: Mixture,
+    micro_batch_size: int,
+    *,
+    shuffle: bool,
+    min_bucket: MinBucket = "error",
+) -> str:
     """Words for what decides the order beside the data set and the seed, which are compared on resume.
 
     Stores are told by their place in the list, since where they lie does not matter. Raises CFG-203 as `sampling_plan`.
     """
     words = [_ORDER if shuffle else AS_LISTED]
     if _by_shape(dataset, micro_batch_size, shuffle=shuffle):
-        small = f", small ones: {mixture.small_buckets}" if micro_batch_size > 1 else ""
+        small = f", small ones: {min_bucket}" if micro_batch_size > 1 else ""
         words.append(f"groups of {micro_batch_size} samples of a shape{small}")
     elif mixture.shares:
         words.append(f"groups of {micro_batch_size}")
@@ -166,5 +175,5 @@ def _too_small(where: str, shape: LatentShape, bucket: Bucket, batches: BatchPla
     return Problem(
         "DATA-015",
         f"{few} of {where} have latents {list(shape)}, and a micro-batch takes {micro_batch} of one shape.",
-        "Add samples of that shape, take smaller micro-batches, or set data.mixture.small_buckets to drop or repeat.",
+        "Add samples of that shape, take smaller micro-batches, or set data.min_bucket to drop or repeat.",
     )

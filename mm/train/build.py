@@ -122,7 +122,9 @@ def settings_of(run: Run) -> StepSettings:
     features, held_out = (None if one is None else DataSettings(num_samples=one[0], identity=one[1]) for one in found)
     assert features is not None  # noqa: S101  a run has features
     data = run.sections.data
-    plan = describe_plan(run.dataset, data.mixture, data.micro_batch_size, shuffle=data.shuffle)
+    plan = describe_plan(
+        run.dataset, data.mixture, data.micro_batch_size, shuffle=data.shuffle, min_bucket=data.min_bucket
+    )
     features = features.model_copy(update={"shuffle": data.shuffle, "plan": plan})
     return step_settings(run.sections, dp_size=run.mesh.layout.dp_size, features=features, held_out=held_out)
 

@@ -105,6 +105,7 @@ def _batches(run: Run, progress: Progress) -> Generator[FeatureBatch]:
         caption_dropout=sections.data.caption_dropout,
         shuffle=sections.data.shuffle,
         mixture=sections.data.mixture,
+        min_bucket=sections.data.min_bucket,
         num_steps=sections.training.steps,
         num_workers=sections.data.workers,
         read_timeout=sections.data.read_timeout,

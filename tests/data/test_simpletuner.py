@@ -1,6 +1,7 @@
 """SimpleTuner's multidatabackend.json: which samples it names, what each entry asks for, and what is wrong with one."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,6 @@ def test_the_example_of_its_guide(home: Path, caplog: pytest.LogCaptureFixture) 
     assert (first.id, first.captions, first.kind) == ("films:b.mp4", ("first caption", "second caption"), "video")
     assert (second.id, second.captions) == ("films:sub/a_red.mp4", ("一只猫",))
     assert second.file == home / "films/sub/a_red.mp4"
-    shape = first.settings.shape
-    assert shape is not None and (shape.resolution, shape.resolution_type, shape.crop) == (480, "pixel_area", False)
-    assert (shape.minimum_image_size, shape.maximum_image_size, shape.target_downsample_size) == (480, 480, 480)
-    assert (shape.num_frames, shape.min_frames, shape.bucket_strategy) == (75, 75, "aspect_ratio")
     told = "\n".join(caplog.messages)
     assert "is read as simpletuner" in told and "the entries texts name stores" in told
     assert "1 .md, 2 .txt" in told
@@ -90,27 +87,25 @@ def test_captions(fields: dict[str, Any], captions: list[Any], home: Path) -> No
     assert [sample.captions for sample in read(home, FILMS | fields)] == captions
 
 
-def test_every_setting_is_kept_in_its_unit(home: Path) -> None:
-    asked = FILMS | {
-        "resolution": 0.5, "resolution_type": "area", "crop": True, "crop_style": "center", "crop_aspect": "closest",
-        "crop_aspect_buckets": [{"aspect": 1, "weight": 0.25}, {"aspect": 1.78, "weight": 0.75}],
-        "minimum_aspect_ratio": 0.5, "maximum_aspect_ratio": 2, "max_upscale_threshold": 0.2,
-        "repeats": 3, "probability": 0.5, "max_num_samples": 7, "start_epoch": 2, "end_epoch": 9, "start_step": 10,
-        "end_step": 90, "train_batch_size": 4, "is_regularisation_data": True,
-        "video": {"num_frames": 81, "min_frames": 81, "max_frames": 200, "bucket_strategy": "resolution_frames",
-                  "frame_interval": 8, "is_i2v": True},
-    }  # fmt: skip
-    settings = read(home, asked)[0].settings
-    assert (settings.id, settings.repeats, settings.probability, settings.max_num_samples) == ("films", 3, 0.5, 7)
-    assert (settings.start_epoch, settings.end_epoch, settings.start_step, settings.end_step) == (2, 9, 10, 90)
-    assert (settings.batch_size, settings.is_regularisation, settings.first_frame_is_given) == (4, True, True)
-    shape = settings.shape
-    assert shape is not None and (shape.resolution, shape.resolution_type, shape.crop) == (0.5, "area", True)
-    assert (shape.crop_style, shape.crop_aspect) == ("center", "closest")
-    assert shape.aspect_buckets == ((1, 0.25), (1.78, 0.75))
-    assert (shape.minimum_aspect, shape.maximum_aspect, shape.max_upscale) == (0.5, 2, 0.2)
-    assert (shape.num_frames, shape.min_frames, shape.max_frames, shape.frame_interval) == (81, 81, 200, 8)
-    assert shape.bucket_strategy == "resolution_frames"
+def test_one_entry_is_taken(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pictures = {"id": "p", "instance_data_dir": str(home / "pictures"), "type": "local"}
+    both = source(home, [FILMS, pictures])
+    assert [sample.id for sample in load_samples([replace(both, entry="p")])] == ["p:p.jpg"]
+    with pytest.raises(DataError, match=r"DATA-171: .* has no entry q .* Name one of films, p\.") as caught:
+        load_samples([replace(both, entry="q")])
+    assert len(caught.value.problems) == 1
+
+
+def test_a_part_of_an_entry_is_drawn_by_its_id(home: Path) -> None:
+    for number in range(20):
+        (home / f"films/{number:02}.mp4").write_bytes(b"x")
+        (home / f"films/{number:02}.txt").write_text("a")
+    every, few, more = (
+        [s.id for s in read(home, FILMS | said)] for said in ({}, *({"max_num_samples": n} for n in (7, 9)))
+    )
+    assert len(few) == 7 and set(few) < set(more) < set(every) and few == sorted(few) != every[:7]
+    other = [s.id.removeprefix("other") for s in read(home, FILMS | {"id": "other", "max_num_samples": 7})]
+    assert other != [name.removeprefix("films") for name in few]
 
 
 def test_images_and_a_folder_that_is_switched_off(home: Path) -> None:

@@ -63,6 +63,9 @@ class FeatureSet(Section):
     storage: Storage = Storage()
 
 
+MinBucket = Literal["error", "drop", "repeat"]
+
+
 class SourceShare(Section):
     """Share of one feature store in training.
 
@@ -85,12 +88,9 @@ class Mixture(Section):
 
     Attributes:
         shares: none takes all stores as one source.
-        small_buckets: what becomes of samples of a shape of which a store has fewer than a micro-batch takes: an
-            `error`; `drop` leaves them out; `repeat` puts some into one micro-batch more than once.
     """
 
     shares: tuple[SourceShare, ...] = ()
-    small_buckets: Literal["error", "drop", "repeat"] = "error"
 
 
 class DataSection(Section):
@@ -100,6 +100,8 @@ class DataSection(Section):
         features: which. caption_dropout: share of samples that are trained with the empty caption.
         shuffle: a new order each epoch, drawn from the seed; otherwise the order of the listing.
         mixture: shares of the stores.
+        min_bucket: what becomes of samples of a shape of which a store has fewer than a micro-batch takes: an `error`;
+            `drop` leaves them out; `repeat` puts some into one micro-batch more than once.
         micro_batch_size: samples in one forward of one replica.
         global_batch_size: samples in one step of all replicas; None means one micro-batch for each of them.
         workers: feature-reading processes for each rank. read_timeout: seconds to read a micro-batch.
@@ -111,6 +113,7 @@ class DataSection(Section):
     caption_dropout: float = Field(0.0, ge=0, le=1)
     shuffle: bool = True
     mixture: Mixture = Mixture()
+    min_bucket: MinBucket = "error"
     micro_batch_size: int = Field(1, ge=1)
     global_batch_size: int | None = Field(None, ge=1)
     workers: int = Field(2, ge=0)

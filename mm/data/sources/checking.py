@@ -53,7 +53,9 @@ def annotated_sources(section: SourceSection) -> list[DataSource]:
     """
     folder = section.folder or default_folder(section.path, section.format)
     sources = data_sources(section.path, folder)
-    return [replace(source, format=section.format, file_keys=section.file_keys) for source in sources]
+    return [
+        replace(source, format=section.format, file_keys=section.file_keys, entry=section.entry) for source in sources
+    ]
 
 
 def check_rows(sources: Sequence[DataSource], task: Task | None = None) -> list[CheckedRow]:
@@ -113,7 +115,7 @@ def _check(row: SourceRow, source: int, listed: Listed, task: Task | None) -> Ch
         try:
             file = path_below(taken.folder, taken.annotation.path, row.place)
             name = listed.add(taken, f"{source}:{taken.name}" if source else taken.name, row.place)
-            kept = taken.annotation, taken.columns, taken.kind, taken.roles, taken.settings
+            kept = taken.annotation, taken.columns, taken.kind, taken.roles
             sample = VideoSample(name, file, taken.annotation.captions, *kept)
             if task is not None and task.frames and taken.kind == "image":
                 message = f"{row.place}: {file} is an image; the one frame that it has is given in {task.name}."
@@ -138,8 +140,8 @@ class Listed:
     def add(self, taken: Taken, name: str, place: str) -> str:
         """The id of a row's sample.
 
-        A file is known by the path that is written; where a link leads does not matter. Sources that have names of
-        their own may list it again, each with its own settings.
+        A file is known by the path that is written; where a link leads does not matter. Each part of a source may list
+        it.
 
         Args:
             taken: what the row says. name: the id of a file that is listed once. place: how to call the row.
@@ -152,7 +154,7 @@ class Listed:
             self._folders[taken.folder] = os.path.realpath(taken.folder)
         captions = json.dumps(row.captions)
         file = os.path.join(self._folders[taken.folder], os.path.normpath(row.path))
-        what = _key(file, row.cut_name, captions, taken.settings.id)
+        what = _key(file, row.cut_name, captions, taken.part)
         names = (name, f"{name}//{row.cut_name}", f"{name}//{row.cut_name}//{text_hash(captions)}")
         free = [name for name in names if _key(name) not in self._ids]
         if what in self._rows or not free:

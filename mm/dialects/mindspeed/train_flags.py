@@ -9,6 +9,7 @@ from pydantic import Field
 
 from mm.config.optimizer import OptimizerName
 from mm.config.run.checkpoint import ResumeChange
+from mm.config.run.data import MinBucket
 from mm.dialects.mindspeed.flag_paths import NOT, sets
 from mm.dialects.mindspeed.mesh_flags import MeshFlags
 
@@ -70,6 +71,11 @@ class TrainFlags(MeshFlags):
         "data.on_bad_sample",
         "fail",
         description="a damaged feature file: fail, or skip:max=0.1% of the samples, each replaced by the next",
+    )
+    min_bucket: MinBucket = sets(
+        "data.min_bucket",
+        "error",
+        description="samples of a shape of which a store has fewer than a micro-batch takes: drop them, or repeat some",
     )
     seed: int = sets(
         "training.seed", 1234, ge=0, description="seed of noise, timesteps, sample order and caption dropout"
