@@ -98,8 +98,8 @@ def version_of(place: Location) -> str:
     return str(about.get("ETag") or (about.get("size"), about.get("mtime"), about.get("LastModified")))
 
 
-def read_range(place: Remote, offset: int, length: int, key: str, is_whole: IsWhole) -> bytes:
-    """Some bytes of an object, through the cache; fewer where it ends before.
+def read_range(place: Remote, offset: int, length: int, key: str, is_whole: IsWhole) -> tuple[bytes, bool]:
+    """Some bytes of an object, through the cache, and whether they are whole; fewer where it ends before.
 
     Args:
         place, key, is_whole: as in `open_whole`. offset, length: which bytes.
@@ -113,7 +113,7 @@ def read_range(place: Remote, offset: int, length: int, key: str, is_whole: IsWh
         with found:
             content = found.read()
         if is_whole(content):
-            return content
+            return content, True
         cache.drop(name)
 
     def read(client: Any) -> bytes:
@@ -130,7 +130,7 @@ def read_range(place: Remote, offset: int, length: int, key: str, is_whole: IsWh
     content, whole = _fetched(place, read, is_whole)
     if whole:
         cache.put(name, content).close()
-    return content
+    return content, whole
 
 
 def _fetched(place: Remote, read: Callable[[Any], bytes], is_whole: IsWhole) -> tuple[bytes, bool]:

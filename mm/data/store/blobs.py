@@ -103,12 +103,14 @@ def read_blob(blob: Blob, name: str) -> bytes:
             `mm.data.remote.client.attempt` raises.
     """
     try:
-        content = _content(blob)
+        content, is_whole = _content(blob)
     except FileNotFoundError:
         raise DataError("DATA-152", f"{blob.file} does not exist.", REMEDY) from None
     except OSError as error:
         remedy = "Check its permissions and the disk it is on."
         raise DataError("DATA-072", f"{name} cannot be read ({error}).", remedy) from None
+    if is_whole:
+        return content
     if len(content) < blob.length:
         message = f"{name}: the file ends after {len(content)} of its {blob.length} bytes."
         raise DataError("DATA-152", message, REMEDY)
@@ -119,13 +121,14 @@ def read_blob(blob: Blob, name: str) -> bytes:
     return content
 
 
-def _content(blob: Blob) -> bytes:
+def _content(blob: Blob) -> tuple[bytes, bool]:
+    """Bytes of a blob, as far as they are there, and whether they are known to have their digest."""
     if isinstance(blob.file, Remote):
         digest = blob.digest
         return read_range(blob.file, blob.offset, blob.length, digest.hex(), lambda found: digest_of(found) == digest)
     with open(blob.file, "rb", buffering=0) as stream:
         stream.seek(blob.offset)
-        return _exactly(stream, blob.length)
+        return _exactly(stream, blob.length), False
 
 
 def _exactly(stream: io.FileIO, length: int) -> bytes:
