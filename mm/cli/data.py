@@ -1,4 +1,4 @@
-"""`mm data status STORE` and `mm data repair STORE`: what a store of shards holds, and which shards to make again."""
+"""`mm data`: `look` is another file; `status STORE` and `repair STORE` are about stores of shards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 from tqdm import tqdm
 
-from mm.cli import data_export
+from mm.cli import data_export, data_look
 from mm.cli.entry import run
 from mm.cli.storage_flags import StorageFlags
 from mm.config.flags import Flags, parse_flags
@@ -45,19 +45,24 @@ def main(argv: Sequence[str]) -> None:
     """Run one of the jobs.
 
     Raises:
+        MMError: what `mm.cli.data_look.main` raises.
         ConfigError: CFG-006 for words that are no job and its store, and for flags.
         DataError: what `mm.data.store.repair` raises; DATA-157 for shards that are damaged, after they were removed.
     """
     if argv and argv[0] in ("-h", "--help"):
-        print("usage: mm data status STORE [--json-output]\n       mm data repair STORE [--dry-run]")
+        print("usage: mm data look STORE|run.yaml|TRAINING-FLAGS --out page.html")
+        print("       mm data status STORE [--json-output]\n       mm data repair STORE [--dry-run]")
         print("       mm data export STORE TARGET --to FORMAT\n       mm data copy STORE TARGET")
+        return
+    if argv and argv[0] == "look":
+        data_look.main(argv[1:])
         return
     if argv and argv[0] in data_export.JOBS:
         data_export.main(argv[0], argv[1:])
         return
     if len(argv) < 2 or argv[0] not in _JOBS or (argv[1].startswith("-") and "--help" not in argv):
         found = f"mm data takes a job and a store, and got {' '.join(argv) or 'none'}."
-        raise ConfigError("CFG-006", found, "Give mm data status, repair, export or copy, and STORE.")
+        raise ConfigError("CFG-006", found, "Give mm data look, or mm data status, repair, export or copy, and STORE.")
     if argv[0] == "status":
         flags = parse_flags(StatusFlags, argv[2:], program="mm data status STORE")
         status(location_of(argv[1], flags.storage()), flags)

@@ -254,3 +254,16 @@ def test_a_list_of_another_shard(store: Path, tmp_path: Path) -> None:
     rows[0].write_bytes(rows[0].read_bytes().partition(b"\n")[2])
     with pytest.raises(DataError, match="DATA-151"):
         export(store, tmp_path / "out", "listing")
+
+
+def test_captions_may_hold_anything(tmp_path: Path) -> None:
+    """Line ends of other scripts too, which end no line of a list."""
+    caption = "one\u2028two\x85three\x0bfour\nfive"
+    feature = samples()[0][2]
+    write_shards(tmp_path / "s", [[("a b/c.d.mp4", caption, feature), ("x", "y", feature)]])
+    export(tmp_path / "s", tmp_path / "list", "listing")
+    rows = pyarrow.parquet.read_table(tmp_path / "list" / "listing.parquet").to_pylist()
+    assert [row["caption"] for row in rows] == [caption, "y"]
+    export(tmp_path / "s", tmp_path / "tars", "webdataset")
+    found = webdataset.WebDataset(str(tmp_path / "tars" / "000000.tar"), shardshuffle=False).decode()
+    assert [sample["txt"] for sample in found] == [caption, "y"]

@@ -86,3 +86,12 @@ def test_doctor(demo: Path, s3: S3, url: str, tmp_path: Path) -> None:
     (tmp_path / "cache").rename(tmp_path / "cache before")
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ))
     assert done.returncode == 65 and "DATA-076: 1 of 16 samples cannot be used: 1 DATA-153" in done.stderr
+
+
+def test_look(url: str, tmp_path: Path) -> None:
+    """The same micro-batches as of the store on disk."""
+    pages = []
+    for store in (url, str(tmp_path / "shards")):
+        data.main(["look", store, "--out", str(tmp_path / "look.html"), "--overwrite", "--batches", "1"])
+        pages.append((tmp_path / "look.html").read_text().replace(store, "STORE"))
+    assert pages[0] == pages[1]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mm.data.features import Header
-from mm.data.remote.reading import read_bytes
+from mm.data.remote.reading import open_lines
 from mm.data.store.blobs import REMEDY, Blob, read_raw_blobs
 from mm.data.store.opened import ShardStore
 from mm.data.store.shard import LISTING, shard_folder
@@ -45,7 +45,8 @@ def listed_samples(store: ShardStore, number: int) -> Iterator[ListedSample]:
     shard, first = store.shard(number), store.first_of(number)
     place = shard_folder(store.folder, number) / LISTING
     try:
-        rows = [json.loads(line) for line in read_bytes(place).decode().splitlines()]
+        with open_lines(place) as lines:
+            rows = [json.loads(line) for line in lines]
         names = [row["sample"] for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError("DATA-151", f"{place} cannot be read ({error}).", REMEDY) from None

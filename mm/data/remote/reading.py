@@ -54,6 +54,11 @@ def read_bytes(place: Location) -> bytes:
     return content
 
 
+def open_lines(place: Location) -> BinaryIO:
+    """A file that is read line by line, open; raises what `read_bytes` raises."""
+    return open(place, "rb") if isinstance(place, Path) else io.BytesIO(read_bytes(place))
+
+
 def load_section(section: type[SectionT], place: Location) -> SectionT:
     """A section from a JSON file; raises what `mm.config.base.load` raises, and of storage what `attempt` raises."""
     if isinstance(place, Path):

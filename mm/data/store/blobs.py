@@ -22,7 +22,7 @@ REMEDY = "Run mm data repair on the store, then what wrote it (mm migrate shards
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """Location of a blob: its file, first byte, number of bytes, and the digest that they must have."""
+    """Place of a blob: its file, first byte, number of bytes, and the digest that they must have."""
 
     file: Location
     offset: int

@@ -33,9 +33,9 @@ SAMPLE = np.dtype(
         ("name_length", "<u4"),
     ]
 )
-"""Location of the blob, latent shape, tokens of the caption, where the caption's embedding is, place of the name."""
+"""Place of the blob, latent shape, tokens of the caption, where the caption's embedding is, place of the name."""
 PROMPT = np.dtype([*_PLACE, ("key", "u1", (DIGEST_BYTES,)), ("tokens", "<u4")])
-"""Location of the blob, `prompt_key` of the caption, its tokens; in the order of the keys."""
+"""Place of the blob, `prompt_key` of the caption, its tokens; in the order of the keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +85,12 @@ class Shard:
         channels, frames, height, width = map(int, self._samples[row]["shape"])
         return channels, frames, height, width
 
+    def text_tokens(self, row: int) -> int:
+        """Tokens of the sample's caption."""
+        return int(self._samples[row]["text_tokens"])
+
     def blob(self, row: int) -> Blob:
-        """Location of the sample's blob."""
+        """Place of the sample's blob."""
         return self._blob(self._samples[row])
 
     def prompt_of(self, row: int) -> tuple[int, bytes]:
@@ -95,7 +99,7 @@ class Shard:
         return int(record["prompt_shard"]), bytes(record["prompt_key"])
 
     def prompt(self, key: bytes) -> Blob:
-        """Location of the embedding of a caption.
+        """Place of the embedding of a caption.
 
         Raises:
             DataError: DATA-151 when the shard has none of that key.
@@ -107,7 +111,7 @@ class Shard:
         return found
 
     def find_prompt(self, key: bytes) -> Blob | None:
-        """Location of the embedding of a caption, if the shard has it."""
+        """Place of the embedding of a caption, if the shard has it."""
         low, high = 0, len(self._prompts)
         while low < high:
             middle = (low + high) // 2
