@@ -18,6 +18,7 @@ class StorageFlags(Flags):
     request_timeout: float = Field(60.0, gt=0, description="s3://: seconds for one request")
     give_up_after: float = Field(120.0, ge=0, description="s3://: seconds of trying again before it is an error")
     endpoint_url: str | None = Field(None, description="s3://: another storage than Amazon's; else AWS_ENDPOINT_URL")
+    region_name: str | None = Field(None, description="s3://: region, where it must be said; else AWS_DEFAULT_REGION")
     anonymous: bool = Field(False, description="s3://: ask without credentials, as public buckets allow")
 
     def storage(self) -> Storage:

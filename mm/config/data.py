@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +30,7 @@ class DataSource:
         format: of that file; None where what stands in it tells.
         file_keys: columns whose cells are paths, beside those that the format knows.
         entry: the one whose samples are taken, of a file of entries; None for all.
+        storage: how media in object storage are read.
     """
 
     folder: Path
@@ -37,6 +38,7 @@ class DataSource:
     format: SourceFormat | None = None
     file_keys: tuple[str, ...] = ()
     entry: str | None = None
+    storage: Storage = field(default_factory=Storage)
 
 
 @dataclass(frozen=True)

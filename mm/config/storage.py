@@ -24,6 +24,7 @@ class Storage(Section):
         request_timeout: seconds for one request.
         give_up_after: seconds of trying one read or write again before it is an error.
         endpoint_url: of another storage than Amazon's; None: `AWS_ENDPOINT_URL`, where it is set.
+        region_name: where the storage cannot do without; None: `AWS_DEFAULT_REGION`, where it is set.
         anonymous: ask without credentials, as public buckets allow.
     """
 
@@ -32,6 +33,7 @@ class Storage(Section):
     request_timeout: float = Field(60.0, gt=0)
     give_up_after: float = Field(120.0, ge=0)
     endpoint_url: str | None = Field(None, pattern=r"^https?://")
+    region_name: str | None = Field(None, min_length=1)
     anonymous: bool = False
 
 

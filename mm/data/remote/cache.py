@@ -22,6 +22,7 @@ from mm.data.files import TEMPORARY_PREFIX, make_folder, write_error
 
 _SHARE_BETWEEN_SWEEPS = 16
 _SECONDS_OF_A_TEMPORARY = 3600.0
+_LETTERS_OF_A_FOLDER = 2
 
 
 class Cache:
@@ -91,7 +92,7 @@ class Cache:
             return self.keep(key, temporary)
 
     def _path(self, key: str) -> Path:
-        return self.folder / key[:2] / key
+        return self.folder / key[:_LETTERS_OF_A_FOLDER] / key
 
     def _note(self, size: int) -> None:
         """Count what all processes have written since the last sweep, and sweep where it is enough."""
@@ -116,7 +117,7 @@ class Cache:
                 with suppress(FileNotFoundError):
                     if time.time() - folder.stat().st_mtime > _SECONDS_OF_A_TEMPORARY:
                         _remove(folder)
-            elif folder.is_dir():
+            elif folder.is_dir() and len(folder.name) == _LETTERS_OF_A_FOLDER:
                 for entry in os.scandir(folder.path):
                     with suppress(FileNotFoundError):
                         status = entry.stat()

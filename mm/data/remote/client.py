@@ -127,6 +127,8 @@ def _client(protocol: str, storage: Storage, process: int) -> Any:
         options["anon"] = storage.anonymous
         if storage.endpoint_url is not None:
             options["endpoint_url"] = storage.endpoint_url
+        if storage.region_name is not None:
+            options["client_kwargs"] = {"region_name": storage.region_name}
     client = fsspec.filesystem(protocol, **options)
     if hasattr(client, "retries"):
         client.retries = 1
