@@ -164,8 +164,14 @@ def _of_run(sections: TrainingRun, flags: LookRunOptions, argv: Sequence[str]) -
     data, layout, wan = sections.data, layout_of(sections), sections.wan
     dataset = open_features(data.features, wan)
     batch = sections.samples_of_step(layout.dp_size)
+    packs, num_replicas, num_stages = [], layout.dp_size, layout.pp_size
+    if data.pack_tokens is not None:  # which samples share a sequence depends on the layout
+        packs = [("packs", f"at most {data.pack_tokens:,} tokens; shown sample by sample, as planned")]
+        num_replicas, num_stages = 1, 1
     drawing = Drawing(
-        batches=BatchPlan(batch, data.micro_batch_size, 0, layout.dp_size, layout.pp_size),
+        batches=BatchPlan(
+            batch, data.micro_batch_size, dp_size=num_replicas, num_stages=num_stages, pair_cost=data.pair_cost
+        ),
         seed=sections.training.seed,
         caption_dropout=data.caption_dropout,
         shuffle=data.shuffle,
@@ -184,6 +190,7 @@ def _of_run(sections: TrainingRun, flags: LookRunOptions, argv: Sequence[str]) -
             ("samples", f"{len(dataset):,}"),
             ("steps", f"{steps:,} of {batch:,} samples, on {layout.dp_size:,} replicas"),
             ("micro-batch", str(data.micro_batch_size)),
+            *packs,
             ("seed", str(sections.training.seed)),
             ("order", "shuffled" if data.shuffle else "as listed"),
             ("captions dropped", f"{data.caption_dropout:.1%}"),

@@ -11,12 +11,14 @@ from typing import Any
 import yaml
 from pydantic import Field
 
+from mm.config.data import data_source_line
 from mm.config.flags import Flags, parse_flags
 from mm.config.output import require_writable_folder
 from mm.config.rules.extraction import check_extraction
 from mm.config.run.data import Mixture
 from mm.config.run.extraction import ExtractionRun, ExtractionSections
 from mm.config.run.file import load_run, of_kind
+from mm.config.run.shapes import LARGEST_SIDE
 from mm.errors import ConfigError, raise_all
 
 LIST, TRAINING = "features.txt", "training.yaml"
@@ -34,7 +36,9 @@ class MigrateEntriesFlags(Flags):
     source: Path = Field(description="multidatabackend.json")
     extraction: Path = Field(description="run.yaml of an extraction: task, encoders, output, workers")
     out: Path = Field(description="folder to write to")
-    alignment: int = Field(32, ge=1, description="aspect_bucket_alignment: of which sides are multiples")
+    alignment: int = Field(
+        32, ge=1, le=LARGEST_SIDE, description="aspect_bucket_alignment: of which sides are multiples"
+    )
     rounding: int = Field(2, ge=1, le=9, description="aspect_bucket_rounding: decimals of an aspect")
 
 
@@ -69,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
         check_extraction(run)
         files[_file(entry.id)] = _extraction(run)
     shares = [share for entry in found if (share := entry.share_of(stores / entry.id)) is not None]
-    files[LIST] = "".join(f"{share.folder}\n" for share in shares)
+    files[LIST] = "".join(f"{data_source_line(Path(share.folder))}\n" for share in shares)
     files[TRAINING] = _training(flags.out / LIST, Mixture(shares=tuple(shares)))
     there = [name for name in files if os.path.lexists(flags.out / name)]
     if there:

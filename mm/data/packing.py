@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from itertools import count
@@ -13,6 +14,9 @@ from mm.data.files import raise_limited
 from mm.data.plan import PlannedSample, SamplingPlan
 from mm.data.sampler import BatchPlan, DealtStep
 from mm.errors import Problem
+
+_CLOSE = 1.02
+"""Of the dearest replica's cost to the mean: replicas that differ by less gain little from more sequences."""
 
 
 class PackSampler:
@@ -70,8 +74,9 @@ def pack_step(
     """Pack the samples of one step into few sequences, as many for each replica, each of at most `budget` tokens.
 
     The dearest sample goes first, each into the sequence that costs least so far among those with room for it (Graham
-    1969, as `mm.data.balance.deal`); where one finds no room, every replica gets more sequences. One sample in each is
-    the most that it takes, which is why samples must fill all replicas alike.
+    1969, as `mm.data.balance.deal`). Where one finds no room, or the dearest replica then costs more than `_CLOSE`
+    times the mean, every replica gets more sequences, a quarter more each time; where nothing comes close, what came
+    closest is taken. One sample in each is the most that it takes, which is why samples must fill all replicas alike.
 
     Args:
         num_tokens: of each sample, none above the budget; as many as a multiple of replicas x `multiple`.
@@ -82,16 +87,26 @@ def pack_step(
         For each replica its sequences in the order that it takes them in, each with the numbers of its samples.
     """
     order = sorted(range(len(num_tokens)), key=lambda number: -num_tokens[number])
+    of_sample = [cost(number) for number in num_tokens]
+    mean, most = sum(of_sample) / num_replicas, len(num_tokens) // num_replicas
     least = -(-sum(num_tokens) // (budget * num_replicas))
     of_replica = -(-least // multiple) * multiple
-    while (packs := _packed(order, num_tokens, budget, cost, of_replica * num_replicas)) is None:
-        of_replica += multiple
-    costs = [sum(cost(num_tokens[number]) for number in pack) for pack in packs]
-    return [[sorted(packs[which]) for which in own] for own in deal(costs, num_replicas, num_stages)]
+    dearest, found = math.inf, list[list[list[int]]]()
+    while dearest > _CLOSE * mean and of_replica <= most:
+        packs = _packed(order, num_tokens, budget, of_sample, of_replica * num_replicas)
+        if packs is not None:
+            costs = [sum(of_sample[number] for number in pack) for pack in packs]
+            dealt = deal(costs, num_replicas, num_stages)
+            this = max(sum(costs[which] for which in own) for own in dealt)
+            if this < dearest:
+                dearest, found = this, [[sorted(packs[which]) for which in own] for own in dealt]
+        more = max(multiple, of_replica // 4 // multiple * multiple)
+        of_replica = min(of_replica + more, most) if of_replica < most else most + 1
+    return found
 
 
 def _packed(
-    order: Sequence[int], num_tokens: Sequence[int], budget: int, cost: SequenceCost, count: int
+    order: Sequence[int], num_tokens: Sequence[int], budget: int, of_sample: Sequence[float], count: int
 ) -> list[list[int]] | None:
     """So many sequences; None where a sample finds no room."""
     packs: list[list[int]] = [[] for _ in range(count)]
@@ -106,7 +121,7 @@ def _packed(
         so_far, which = cheapest[0]
         packs[which].append(number)
         tokens[which] += num_tokens[number]
-        heapq.heapreplace(cheapest, (so_far + cost(num_tokens[number]), which))
+        heapq.heapreplace(cheapest, (so_far + of_sample[number], which))
         for one in passed:
             heapq.heappush(cheapest, one)
     return packs

@@ -210,26 +210,41 @@ class _SourceGroups:
         self._order = lru_cache(maxsize=2)(
             lambda epoch, size: _order(size, seed, f"groups of source {number}", epoch, shuffle)
         )
-        self._counts = lru_cache(maxsize=4)(self._counts_before)
+        self._epochs = lru_cache(maxsize=4)(self._epoch)
 
     def group(self, number: int) -> tuple[int, int]:
         """The bucket of a group, and the position in its walk at which the group begins."""
         if len(self._sizes) == 1:
             return 0, number * self._group_size
         epoch = number * self._group_size // self._of_epoch  # or a later one, by what was left over before
-        while sum(self._counts(epoch + 1)) <= number:
+        while (found := self._epochs(epoch)).first + found.ends[-1] <= number:
             epoch += 1
-        before, until = self._counts(epoch), self._counts(epoch + 1)
-        ends = list(accumulate(b - a for a, b in zip(before, until, strict=True)))
-        rank = self._order(epoch, ends[-1])(number - sum(before))
-        bucket = bisect_right(ends, rank)
-        in_epoch = rank - (ends[bucket - 1] if bucket else 0)
-        return bucket, (before[bucket] + in_epoch) * self._group_size
+        rank = self._order(epoch, found.ends[-1])(number - found.first)
+        bucket = bisect_right(found.ends, rank)
+        in_epoch = rank - (found.ends[bucket - 1] if bucket else 0)
+        return bucket, (found.before[bucket] + in_epoch) * self._group_size
 
-    def _counts_before(self, epoch: int) -> list[int]:
+    def _epoch(self, epoch: int) -> _Epoch:
+        before, until = self._groups_before(epoch), self._groups_before(epoch + 1)
+        return _Epoch(sum(before), before, list(accumulate(b - a for a, b in zip(before, until, strict=True))))
+
+    def _groups_before(self, epoch: int) -> list[int]:
         """Whole groups of each bucket before an epoch."""
         passes = ((epoch - draw + self._draws - 1) // self._draws for draw in self._draw_of)
         return [count * size // self._group_size for count, size in zip(passes, self._sizes, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """Groups of one source in an epoch of the plan: kept, since a source may have thousands of buckets.
+
+    Attributes:
+        first: number of the first. before: whole groups of each bucket before. ends: of each bucket's groups in it.
+    """
+
+    first: int
+    before: list[int]
+    ends: list[int]
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,7 @@ def _planned(source: SourceOfData, batches: BatchPlan) -> PlannedSource:
         source.micro_batch_size,
         source.part.draws,
         share.repeats,
-        Fraction(share.weight).limit_denominator(10**6),
+        Fraction(str(share.weight)),  # as it is written: 0.1 is a tenth
         begin * batches.groups_of_step,
         None if end is None else end * batches.groups_of_step,
     )

@@ -1,6 +1,7 @@
 """SimpleTuner's multidatabackend.json: which samples it names, what each entry asks for, and what is wrong with one."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,24 @@ def test_a_link_that_leads_back_ends(home: Path, caplog: pytest.LogCaptureFixtur
     assert "loop leads back to a folder that it lies in" in caplog.text
 
 
+def test_a_link_to_itself_is_a_file_that_cannot_be_read(home: Path) -> None:
+    (home / "films/c.mp4").symlink_to("c.mp4")
+    (home / "films/round").symlink_to("round")
+    found = check_rows([source(home, [FILMS | {"caption_strategy": "filename"}])])
+    problems = {row.sample.id: [problem.id for problem in row.problems] for row in found if row.sample is not None}
+    assert problems == {"films:b.mp4": [], "films:c.mp4": ["DATA-001"], "films:sub/a_red.mp4": []}
+
+
+def test_a_folder_that_cannot_be_listed(home: Path) -> None:
+    """Its path is longer than Linux takes, 4096 bytes; one without permissions is the same to all but root."""
+    here = os.open(home / "films", os.O_RDONLY)
+    for _ in range(20):
+        os.mkdir("d" * 250, dir_fd=here)
+        here = os.open("d" * 250, os.O_RDONLY, dir_fd=here)
+    (told,) = problems(home, FILMS | {"caption_strategy": "filename"})
+    assert told.startswith("DATA-173: The folder ") and "cannot be listed: File name too long" in told
+
+
 @pytest.mark.parametrize(
     ("fields", "expected", "found"),
     [
@@ -179,7 +198,12 @@ def test_a_link_that_leads_back_ends(home: Path, caplog: pytest.LogCaptureFixtur
         ({"source_dataset_id": "texts"}, "DATA-171", "no entry of samples"),
         ({"id": "texts"}, "DATA-171", "2 entries have the id texts"),
         ({"disabled": True}, "DATA-171", "no entry is a source of samples"),
+        ({"start_step": 10, "end_step": 10}, "DATA-171", "begins after step 10"),
+        ({"resolution": 1e300}, "DATA-171", "resolution"),
+        ({"minimum_image_size": 1e300}, "DATA-171", "minimum_image_size"),
+        ({"repeats": 10**40}, "DATA-171", "repeats"),
         ({"instance_data_dir": "nowhere"}, "DATA-173", "no folder"),
+        ({"instance_data_dir": "d" * 5000}, "DATA-173", "no folder"),
         ({"instance_data_dir": "pictures"}, "DATA-173", "no video lies below"),
         ({"instance_data_dir": "depth"}, "DATA-062", "its caption cannot be read"),
     ],

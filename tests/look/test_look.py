@@ -25,6 +25,7 @@ from mm.cli import train as train_command
 from mm.config.flags import as_words
 from mm.data.features import EMPTY_PROMPT_ID, Feature, Origin, feature_name, text_hash, write_feature
 from mm.data.listing import FeatureRow, write_listing
+from mm.data.packed import segments_of
 from mm.data.recipe import Recipe, folder_fingerprint, save_recipe
 from mm.demo.clips import BACKGROUND, COLOURS, DIRECTIONS, NUM_FRAMES, SIZE, DemoClip
 from mm.errors import DataError, MMError
@@ -32,6 +33,7 @@ from mm.look.pictures import principal_colours, shown
 from mm.look.tables import in_bins, spread
 from mm.train.callbacks.base import Callback, Every, StepDone
 
+ROOT = Path(__file__).parents[2]
 WEIGHTS = "weights/Wan2.1-T2V-Tiny-Diffusers"
 CAPTIONS = {
     '<script>console.error("x")</script> & "quotes" \'single\' </p>': None,
@@ -200,7 +202,7 @@ class _Seen(Callback):
         self.samples: list[tuple[str, bool]] = []
 
     def after_step(self, done: StepDone) -> list[Any]:
-        for batch in done.batches:
+        for batch in (one for packed in done.batches for one in segments_of(packed)):
             self.samples += zip(batch["sample"], batch["without_caption"], strict=True)
         return []
 
@@ -220,6 +222,20 @@ def test_samples_and_dropped_captions_are_those_of_the_training(demo: Path, tmp_
     later = look(tmp_path / "later.html", *words, "--batches", 2, "--first-step", 3)
     assert [(sample["id"], sample["dropped"]) for sample in later.samples] == seen.samples[8:12]
     assert "Step 3, micro-batch 1 of 2" in text(tmp_path / "later.html")
+
+
+def test_samples_of_packs_are_those_of_each_step(demo: Path, tmp_path: Path) -> None:
+    """Which share a sequence is the layout's matter; the samples of a step are shown as they are planned."""
+    words = training(demo, micro_batch_size=1, pack=96)
+    seen = _Seen()
+    train_command.main(words, callbacks=[seen])
+    page = look(tmp_path / "look.html", *words, "--batches", 16)
+    for step in range(4):
+        of_step = slice(4 * step, 4 * step + 4)
+        assert sorted(sample["id"] for sample in page.samples[of_step]) == sorted(
+            name for name, _ in seen.samples[of_step]
+        )
+    assert "packs at most 96 tokens; shown sample by sample, as planned" in text(tmp_path / "look.html")
 
 
 def test_a_file_s_run_and_a_store_of_shards_show_the_same(demo: Path, tmp_path: Path) -> None:
@@ -440,3 +456,23 @@ def test_false_colours_are_the_directions_of_most_difference() -> None:
         place *= np.sign(vectors[axis][np.abs(vectors[axis]).argmax()]) * math.sqrt(len(rows)) / sizes[axis]
         expected = np.clip(place / 5 + 0.5, 0, 1) * 255
         assert np.abs(found[:, axis] - expected).max() <= 1
+
+
+def test_the_commands_of_the_documentation(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mm.cli import translate as translate_command
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "STORE").symlink_to(demo / "features")
+    (tmp_path / "weights").symlink_to(demo / WEIGHTS)
+    capsys.readouterr()
+    translate_command.main(["--", "mm", "train", *training(demo)])
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    for name in ("feature_data.json", "pretrain_model.json"):
+        (tmp_path / name).symlink_to(demo / "configs" / name)
+    shown_commands = re.findall(r"^mm data (look .*)$", (ROOT / "docs" / "data.md").read_text(), re.MULTILINE)
+    assert len(shown_commands) == 3
+    for command in shown_commands:
+        data_command.main([*command.split(), "--overwrite"])
+        assert Page(Path("look.html").read_text()).samples

@@ -14,6 +14,7 @@ from training_runs import WEIGHTS, metrics
 
 from mm.cli import migrate as migrate_command
 from mm.cli import run as run_command
+from mm.config.data import data_sources
 from mm.config.model import WanConfig
 from mm.config.run.data import FeatureSet, Mixture
 from mm.config.run.file import load_training
@@ -140,6 +141,8 @@ def test_what_an_entry_says_reaches_the_rules(home: Path) -> None:
         ({"resolution": None}, "DATA-171", "has no resolution"),
         ({"video": None}, "DATA-171", "has no video.num_frames"),
         ({"id": ".."}, "DATA-171", "no name of a folder"),
+        ({"id": "é" * 101}, "DATA-171", "no name of a folder"),
+        ({"id": "a\nb"}, "CFG-130", r"stores/a\nb' holds a line end"),
         ({"crop_style": "face"}, "DATA-172", "has crop_style face"),
         ({"is_regularisation_data": True}, "DATA-172", "is regularisation data"),
         ({"start_epoch": 2}, "DATA-172", "begins or ends with an epoch"),
@@ -153,6 +156,15 @@ def test_what_has_no_word_here(fields: dict[str, Any], id: str, told: str, home:
         migrate(entry)
     assert [problem.id for problem in caught.value.problems] == [id] and told in str(caught.value)
     assert not Path("runs").exists()
+
+
+def test_the_list_of_stores_is_read_back_whatever_their_names(home: Path) -> None:
+    names = ["a,b", "#c", '"d', " e ", "é ~"]
+    migrate(*(FILMS | {"id": name} for name in names))
+    found = [str(source.folder) for source in data_sources("runs/features.txt", None, "data.jsonl")]
+    assert found == [f"stores/{name}" for name in names]
+    shares = yaml.safe_load(Path("runs/training.yaml").read_text())["data"]["mixture"]["shares"]
+    assert [share["folder"] for share in shares] == found
 
 
 def test_all_faults_at_once_and_no_file_is_replaced(home: Path) -> None:

@@ -122,3 +122,25 @@ def test_shares_may_end_with_the_run_and_not_before(demo: Path, tmp_path: Path, 
     assert len(train(command(demo, tmp_path, stores, mixture))) == STEPS
     with pytest.raises(ConfigError, match=f"CFG-204: .* no store is open at step {STEPS}"):
         train(command(demo, tmp_path, stores, mixture, "longer", train_iters=STEPS + 1))
+
+
+@pytest.mark.parametrize(("weight", "few", "many"), [(1e-9, "b", "a"), (1e9, "a", "b")])
+def test_a_share_may_be_as_small_or_large_as_one_likes(
+    demo: Path, tmp_path: Path, stores: list[str], weight: float, few: str, many: str
+) -> None:
+    """A billionth of the groups: none of the first 24, but for the one that a share begins or ends with."""
+    mixture = {"shares": [{"folder": stores[1], "weight": weight}]}
+    steps = train(command(demo, tmp_path, stores[:2], mixture))
+    came = of_store([sample for samples in steps.values() for sample in samples])
+    assert came[many] >= (STEPS * SAMPLES) - 2 and came[few] <= 2, came
+
+
+def test_a_weight_alone_has_no_effect(demo: Path, tmp_path: Path, stores: list[str]) -> None:
+    shares = [{"folder": stores[0], "weight": 1e-12}]
+    assert len(train(command(demo, tmp_path, stores[:1], {"shares": shares}))) == STEPS
+
+
+def test_a_share_that_no_step_has_is_refused(demo: Path, tmp_path: Path, stores: list[str]) -> None:
+    mixture = {"shares": [{"folder": stores[1], "begin_step": 5, "end_step": 5}]}
+    with pytest.raises(ConfigError, match=r"CFG-203: .*end with step 5, and begin after step 5"):
+        train(command(demo, tmp_path, stores, mixture))

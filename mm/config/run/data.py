@@ -78,7 +78,7 @@ class SourceShare(Section):
     """
 
     folder: str = Field(min_length=1)
-    repeats: int = Field(1, ge=1)
+    repeats: int = Field(1, ge=1, le=10**9 + 1)
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
     micro_batch_size: int | None = Field(None, ge=1)
     begin_step: int = Field(0, ge=0)

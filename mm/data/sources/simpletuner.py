@@ -121,7 +121,7 @@ def _folders(entries: Sequence[Entry], taken: Sequence[Entry], source: DataSourc
     missing = [
         Problem("DATA-173", f"{source.annotation} entry {entry.id}: {roots[entry.id]} is no folder.", "Correct it.")
         for entry in entries
-        if entry.type == "local" and entry.instance_data_dir is not None and not roots[entry.id].is_dir()
+        if entry.type == "local" and entry.instance_data_dir is not None and not os.path.isdir(roots[entry.id])
     ]
     raise_limited(missing)
     by_id = {entry.id: entry for entry in entries}

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mm.config.base import Section
+from mm.config.run.shapes import LARGEST_SIDE
 
 ResolutionType = Literal["pixel", "area", "pixel_area"]
 STORES = ("text_embeds", "image_embeds", "conditioning_image_embeds")
@@ -91,11 +92,11 @@ class Entry(Section):
     parquet: ParquetFields | None = None
     metadata_backend: Literal["discovery", "parquet", "huggingface"] = "discovery"
 
-    resolution: float | None = Field(None, gt=0)
+    resolution: float | None = Field(None, gt=0, le=LARGEST_SIDE)
     resolution_type: ResolutionType = "pixel_area"
-    minimum_image_size: float | None = Field(None, ge=0)
-    maximum_image_size: float | None = Field(None, gt=0)
-    target_downsample_size: float | None = Field(None, gt=0)
+    minimum_image_size: float | None = Field(None, ge=0, le=LARGEST_SIDE)
+    maximum_image_size: float | None = Field(None, gt=0, le=LARGEST_SIDE)
+    target_downsample_size: float | None = Field(None, gt=0, le=LARGEST_SIDE)
     max_upscale_threshold: float | None = Field(None, gt=0)
     crop: bool = False
     crop_style: Literal["random", "center", "corner", "face"] = "random"
@@ -105,7 +106,7 @@ class Entry(Section):
     maximum_aspect_ratio: float | None = Field(None, gt=0)
     video: VideoFields | None = None
 
-    repeats: int = Field(0, ge=0)
+    repeats: int = Field(0, ge=0, le=10**9)
     probability: float = Field(1.0, ge=0)
     max_num_samples: int | None = Field(None, ge=1)
     start_epoch: int = Field(1, ge=1)

@@ -59,11 +59,12 @@ def entry_runs(file: Path, entries: Sequence[Entry], *, alignment: int, rounding
 
 
 _Fault = tuple[str, str, str]
+_LONGEST_ID = 200  # bytes; file systems take names of 255, those of temporary files included
 
 
 def _unsaid(entry: Entry) -> Iterator[_Fault]:
-    if entry.id in (".", ".."):
-        yield "DATA-171", " has an id that is no name of a folder, as its store's is.", "Give it a plain name."
+    if entry.id in (".", "..") or len(entry.id.encode()) > _LONGEST_ID:
+        yield "DATA-171", " has an id that is no name of a folder, as its store's is.", "Give it a plain, short name."
     if entry.resolution is None:
         yield "DATA-171", " has no resolution.", "Add it, with resolution_type; SimpleTuner takes 1024 pixel_area."
     if entry.dataset_type == "image":
@@ -143,6 +144,8 @@ def _notes(entry: Entry) -> Iterator[str]:
         yield "probability 0: it is extracted, and not trained on"
     if entry.maximum_image_size is not None and not entry.crop:
         yield "maximum_image_size and target_downsample_size have no effect without crop"
+    if entry.crop_aspect_buckets and not entry.crop:
+        yield "crop_aspect and crop_aspect_buckets have no effect without crop"
     if entry.conditions:
         yield f"the files of {', '.join(entry.conditions)} go with its own; no task takes them so far"
     if entry.dataset_type == "image":
