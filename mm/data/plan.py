@@ -9,7 +9,8 @@ computed by itself, from keyed bijections (`mm.data.bijection`) in place of list
   of its own. The epoch is the sample's draw, the key of its random numbers.
 - A source's groups of an epoch come in an order of their own; samples that are left over of a bucket, too few for a
   group, come first in its next epoch. With one bucket the groups are the walk itself, whatever their size.
-- Sources are mixed by weight, exactly in every 4,096 slots to a group, in an order drawn for each such block.
+- Sources are mixed by weight, exactly in every 4,096 slots to a group: which slots are whose is drawn for each such
+  block, and each source's groups come in their own order.
 """
 
 from __future__ import annotations
@@ -96,9 +97,8 @@ class SamplingPlan:
             _SourceGroups(source, number, group_size, seed, shuffle) for number, source in enumerate(sources)
         ]
         self._phases = _phases(sources)
-        self._order = lru_cache(maxsize=2)(
-            lambda phase, block, size: _order(size, seed, f"mixture {phase}", block, shuffle)
-        )
+        self._seed, self._shuffle = seed, shuffle
+        self._blocks = lru_cache(maxsize=2)(self._block)
 
     @property
     def end(self) -> int | None:
@@ -141,14 +141,21 @@ class SamplingPlan:
         if len(phase.sources) == 1:
             return phase.sources[0], phase.before[0] + slot - phase.begin
         block, place = divmod(slot - phase.begin, _BLOCK)
+        return self._blocks(number, block)[place]
+
+    def _block(self, number: int, block: int) -> list[tuple[int, int]]:
+        """The source of each slot of a block of a phase, and how many of its groups came before."""
+        phase = self._phases[number]
         begin, end = block * _BLOCK, phase.end_of_block(block)
-        before, until = phase.counts(begin), phase.counts(end)
-        quotas = [b - a for a, b in zip(before, until, strict=True)]
-        rank = self._order(number, block, end - begin)(place)
-        ends = list(accumulate(quotas))
-        which = bisect_right(ends, rank)
-        in_block = rank - (ends[which] - quotas[which])
-        return phase.sources[which], phase.before[which] + before[which] + in_block
+        done, until = phase.counts(begin), phase.counts(end)
+        ends = list(accumulate(b - a for a, b in zip(done, until, strict=True)))
+        order = _order(end - begin, self._seed, f"mixture {number}", block, self._shuffle)
+        found = []
+        for place in range(end - begin):
+            which = bisect_right(ends, order(place))
+            found.append((phase.sources[which], phase.before[which] + done[which]))
+            done[which] += 1
+        return found
 
 
 class _Walk:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import partial
@@ -53,18 +54,26 @@ def sampling_plan(
         buckets = _buckets(first, part, by_shape=by_shape)
         if min_bucket != "repeat" and len(buckets) > 1:
             few = {shape for shape, bucket in buckets.items() if bucket.size < batches.micro_batch_size}
-            small += [_too_small(where, shape, buckets.pop(shape), batches) for shape in sorted(few)]
+            small += [_too_small(where, shape, buckets.pop(shape), batches, min_bucket) for shape in sorted(few)]
         if buckets:
             sources.append(_source(list(buckets.values()), share, batches))
     if min_bucket == "error" or not sources:
         raise_limited(small)
     for problem in small:
         logger.warning("left out: %s", problem.message)
+    _tell_of_late_shares(mixture, num_steps)
     plan = SamplingPlan(sources, batches.micro_batch_size, seed, shuffle=shuffle)
     if plan.end is not None and (num_steps is None or plan.end < num_steps * batches.groups_of_step):
         message = f"In data.mixture.shares no store is open at step {plan.end // batches.groups_of_step}."
         raise ConfigError("CFG-204", message, "Let the shares' begin_step and end_step leave no gap.")
     return plan
+
+
+def _tell_of_late_shares(mixture: Mixture, num_steps: int | None) -> None:
+    for share in mixture.shares:
+        if num_steps is not None and share.begin_step >= num_steps:
+            message = "%s comes after step %d, and the run ends with step %d: none of its samples are trained on"
+            logger.warning(message, share.folder, share.begin_step, num_steps)
 
 
 def describe_plan(
@@ -85,6 +94,8 @@ def describe_plan(
         words.append(f"groups of {micro_batch_size} samples of a shape{small}")
     elif mixture.shares:
         words.append(f"groups of {micro_batch_size}")
+    if mixture.shares:
+        words.append("stores mixed, each in its own order")
     shares = [share for *_, share in _parts(dataset, mixture)]
     for number, share in enumerate(shares, start=1):
         if share is not None:
@@ -100,7 +111,8 @@ def _parts(dataset: FeatureDataset, mixture: Mixture) -> Iterator[tuple[str, int
         yield "the features", 0, dataset, None
         return
     shares = {os.path.realpath(share.folder): share for share in mixture.shares}
-    parts = {os.path.realpath(folder): (first, part) for folder, first, part in dataset.parts()}
+    listed = [(os.path.realpath(folder), first, part) for folder, first, part in dataset.parts()]
+    parts = {folder: (first, part) for folder, first, part in listed}
     problems = [
         Problem(
             "CFG-203",
@@ -112,6 +124,10 @@ def _parts(dataset: FeatureDataset, mixture: Mixture) -> Iterator[tuple[str, int
     ]
     if len(shares) < len(mixture.shares):
         problems.append(Problem("CFG-203", "data.mixture.shares names a store twice.", "Give each store one share."))
+    if len(parts) < len(listed):
+        twice = next(folder for folder, count in Counter(folder for folder, *_ in listed).items() if count > 1)
+        found = f"The features name {twice} twice, and data.mixture.shares has one share for each store."
+        problems.append(Problem("CFG-203", found, "Name it once, and give it a share with repeats."))
     raise_all(ConfigError, problems)
     for folder, (first, part) in parts.items():
         yield folder, first, part, shares.get(folder)
@@ -162,10 +178,11 @@ def _source(buckets: list[Bucket], share: SourceShare | None, batches: BatchPlan
     )
 
 
-def _too_small(where: str, shape: LatentShape, bucket: Bucket, batches: BatchPlan) -> Problem:
+def _too_small(where: str, shape: LatentShape, bucket: Bucket, batches: BatchPlan, min_bucket: MinBucket) -> Problem:
     few, micro_batch = "1 sample" if bucket.size == 1 else f"{bucket.size} samples", batches.micro_batch_size
     return Problem(
         "DATA-015",
         f"{few} of {where} have latents {list(shape)}, and a micro-batch takes {micro_batch} of one shape.",
-        "Add samples of that shape, take smaller micro-batches, or set data.min_bucket to drop or repeat.",
+        "Add samples of that shape, take smaller micro-batches, or set data.min_bucket to "
+        + ("repeat; with drop no sample is left." if min_bucket == "drop" else "drop or repeat."),
     )
