@@ -65,13 +65,14 @@ def check(
         findings += preflight.attempt("weights", lambda: preflight.weights(sections))
         findings += preflight.attempt("checkpoints", lambda: preflight.save_folder(sections))
         findings += preflight.attempt("disk", lambda: preflight.disk(sections, trained))
-    one_size = layout.pp_size > 1 and not sections.parallel.variable_sizes
+    budget = sections.data.pack_tokens
+    one_size = layout.pp_size > 1 and not sections.parallel.variable_sizes and budget is None
     batch = sections.samples_of_step(layout.dp_size)
     if where.local_rank == 0:  # once a node: its disks, its memory
         findings += preflight.attempt(
             "features",
             lambda: preflight.features(
-                open_features(sections.data.features, config), batch, sections.origins, one_size=one_size
+                open_features(sections.data.features, config), batch, sections.origins, one_size=one_size, budget=budget
             ),
         )
     with ExitStack() as stack:

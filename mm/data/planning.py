@@ -6,12 +6,13 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 
 from mm.config.run.data import MinBucket, Mixture, SourceShare
 from mm.config.step import AS_LISTED
-from mm.data.dataset import FeatureDataset
+from mm.data.dataset import DatasetDraw, FeatureDataset
 from mm.data.files import raise_limited
 from mm.data.listing import LatentShape
 from mm.data.plan import Bucket, PlannedSource, SamplingPlan
@@ -49,20 +50,16 @@ def sampling_plan(
     """
     sources: list[PlannedSource] = []
     small: list[Problem] = []
-    by_shape = _by_shape(dataset, batches.micro_batch_size, shuffle=shuffle)
-    for where, first, part, share in _parts(dataset, mixture):
-        buckets = _buckets(first, part, by_shape=by_shape)
-        if min_bucket != "repeat" and len(buckets) > 1:
-            few = {shape for shape, bucket in buckets.items() if bucket.size < batches.micro_batch_size}
-            small += [_too_small(where, shape, buckets.pop(shape), batches, min_bucket) for shape in sorted(few)]
-        if buckets:
-            sources.append(_source(list(buckets.values()), share, batches))
+    for source in sources_of(dataset, mixture, batches.micro_batch_size, shuffle=shuffle, min_bucket=min_bucket):
+        small += [_too_small(source, shape, bucket, min_bucket) for (_, shape), bucket in sorted(source.small.items())]
+        if source.buckets:
+            sources.append(_planned(source, batches))
     if min_bucket == "error" or not sources:
         raise_limited(small)
     for problem in small:
         logger.warning("left out: %s", problem.message)
     _tell_of_late_shares(mixture, num_steps)
-    plan = SamplingPlan(sources, batches.micro_batch_size, seed, shuffle=shuffle)
+    plan = SamplingPlan(sources, seed, shuffle=shuffle)
     if plan.end is not None and (num_steps is None or plan.end < num_steps * batches.groups_of_step):
         message = f"In data.mixture.shares no store is open at step {plan.end // batches.groups_of_step}."
         raise ConfigError("CFG-204", message, "Let the shares' begin_step and end_step leave no gap.")
@@ -76,10 +73,49 @@ def _tell_of_late_shares(mixture: Mixture, num_steps: int | None) -> None:
             logger.warning(message, share.folder, share.begin_step, num_steps)
 
 
-def describe_plan(
+@dataclass(frozen=True)
+class SourceOfData:
+    """Samples that are drawn from together: those of one store, or of all where the mixture has no shares.
+
+    Attributes:
+        where: name in messages. part: the samples. share: what the mixture says of them.
+        micro_batch_size: samples in a micro-batch of them.
+        buckets: by draw and shape; of each draw one of all samples, under any of their shapes, where they need not be
+            told apart.
+        small: buckets with fewer samples than a micro-batch takes, which are not in the plan.
+    """
+
+    where: str
+    part: FeatureDataset
+    share: SourceShare | None
+    micro_batch_size: int
+    buckets: dict[tuple[int, LatentShape], Bucket]
+    small: dict[tuple[int, LatentShape], Bucket]
+
+
+def sources_of(
     dataset: FeatureDataset,
     mixture: Mixture,
     micro_batch_size: int,
+    *,
+    shuffle: bool,
+    min_bucket: MinBucket = "error",
+) -> Iterator[SourceOfData]:
+    """The sources of a data set; arguments are those of `sampling_plan`. Raises CFG-203 as it does."""
+    for where, first, part, share in _parts(dataset, mixture):
+        size = micro_batch_size if share is None else share.micro_batch_size or micro_batch_size
+        buckets = _buckets(first, part, by_shape=shuffle or size > 1)
+        few = set[tuple[int, LatentShape]]()
+        if min_bucket != "repeat" and len(buckets) > part.draws:
+            few = {place for place, bucket in buckets.items() if bucket.size < size}
+        small = {place: buckets.pop(place) for place in few}
+        yield SourceOfData(where, part, share, size, buckets, small)
+
+
+def describe_plan(
+    dataset: FeatureDataset,
+    mixture: Mixture,
+    batches: BatchPlan,
     *,
     shuffle: bool,
     min_bucket: MinBucket = "error",
@@ -89,13 +125,16 @@ def describe_plan(
     Stores are told by their place in the list, since where they lie does not matter. Raises CFG-203 as `sampling_plan`.
     """
     words = [_ORDER if shuffle else AS_LISTED]
-    if _by_shape(dataset, micro_batch_size, shuffle=shuffle):
-        small = f", small ones: {min_bucket}" if micro_batch_size > 1 else ""
-        words.append(f"groups of {micro_batch_size} samples of a shape{small}")
+    several = max(mixture.sizes(batches.micro_batch_size)) > 1
+    if len(dataset.shapes()) > 1 and (shuffle or several):
+        small = f", small ones: {min_bucket}" if several else ""
+        words.append(f"groups of {batches.micro_batch_size} samples of a shape{small}")
     elif mixture.shares:
-        words.append(f"groups of {micro_batch_size}")
+        words.append(f"groups of {batches.micro_batch_size}")
     if mixture.shares:
         words.append("stores mixed, each in its own order")
+    if any(share.begin_step or share.end_step is not None for share in mixture.shares):
+        words.append(f"steps of {batches.groups_of_step}")  # which say at which group a share begins
     shares = [share for *_, share in _parts(dataset, mixture)]
     for number, share in enumerate(shares, start=1):
         if share is not None:
@@ -133,44 +172,51 @@ def _parts(dataset: FeatureDataset, mixture: Mixture) -> Iterator[tuple[str, int
         yield folder, first, part, shares.get(folder)
 
 
-def _by_shape(dataset: FeatureDataset, micro_batch_size: int, *, shuffle: bool) -> bool:
-    """Tell whether samples of a source are told apart by their shapes."""
-    return len(dataset.shapes()) > 1 and (shuffle or micro_batch_size > 1)
+def _buckets(first: int, part: FeatureDataset, *, by_shape: bool) -> dict[tuple[int, LatentShape], Bucket]:
+    """The buckets of a source, by draw and shape; of each draw one, under any of its shapes, where samples need not be
+    told apart.
+    """
+    several = by_shape and len(part.shapes()) > 1
+    found: dict[tuple[int, LatentShape], Bucket] = {}
+    for draw in range(part.draws):
+        name, rows = f"samples from {first}" + (f", draw {draw}" if draw else ""), part.of_draw(draw)
+        if several:
+            for shape, size in rows.buckets().items():
+                member, tokens = partial(_member, first, rows, shape), _tokens(part, shape)
+                found[draw, shape] = Bucket(f"{name} of {list(shape)}", size, member, tokens, draw)
+        elif len(rows):
+            member = partial(_any_member, first, rows)
+            found[draw, next(iter(rows.buckets()))] = Bucket(name, len(rows), member, _tokens(part, rows=rows), draw)
+    return found
 
 
-def _buckets(first: int, part: FeatureDataset, *, by_shape: bool) -> dict[LatentShape, Bucket]:
-    """The buckets of a source; one of all its samples, under any of their shapes, where they need not be told apart."""
-    shapes = part.buckets()
-    if not by_shape or len(shapes) == 1:
-        name, shape = f"samples from {first}", next(iter(shapes))
-        return {shape: Bucket(name, len(part), lambda k: first + k, _tokens(part))}
-    return {
-        shape: Bucket(
-            f"samples from {first} of {list(shape)}", size, partial(_member, first, part, shape), _tokens(part, shape)
-        )
-        for shape, size in shapes.items()
-    }
+def _tokens(
+    part: FeatureDataset, shape: LatentShape | None = None, *, rows: DatasetDraw | None = None
+) -> Callable[[int], int]:
+    """Tokens of the k-th sample of a shape, or of all of a draw."""
+    if shape is not None or rows is None or len(part.shapes()) == 1:
+        tokens = part.tokens_of(shape or next(iter(part.shapes())))
+        return lambda _: tokens
+    return lambda k: part.num_tokens(rows.member(k))
 
 
-def _tokens(part: FeatureDataset, shape: LatentShape | None = None) -> Callable[[int], int]:
-    """Tokens of the k-th sample of a shape, or of all."""
-    shapes = part.shapes() if shape is None else [shape]
-    if len(shapes) > 1:
-        return part.num_tokens
-    (tokens,) = map(part.tokens_of, shapes)
-    return lambda _: tokens
+def _member(first: int, rows: DatasetDraw, shape: LatentShape, k: int) -> int:
+    return first + rows.in_bucket(shape, k)
 
 
-def _member(first: int, part: FeatureDataset, shape: LatentShape, k: int) -> int:
-    return first + part.in_bucket(shape, k)
+def _any_member(first: int, rows: DatasetDraw, k: int) -> int:
+    return first + rows.member(k)
 
 
-def _source(buckets: list[Bucket], share: SourceShare | None, batches: BatchPlan) -> PlannedSource:
+def _planned(source: SourceOfData, batches: BatchPlan) -> PlannedSource:
+    buckets, share = list(source.buckets.values()), source.share
     if share is None:
-        return PlannedSource(buckets)
+        return PlannedSource(buckets, source.micro_batch_size, source.part.draws)
     begin, end = share.begin_step, share.end_step
     return PlannedSource(
         buckets,
+        source.micro_batch_size,
+        source.part.draws,
         share.repeats,
         Fraction(str(share.weight)),  # as it is written: 0.1 is a tenth
         begin * batches.groups_of_step,
@@ -178,11 +224,11 @@ def _source(buckets: list[Bucket], share: SourceShare | None, batches: BatchPlan
     )
 
 
-def _too_small(where: str, shape: LatentShape, bucket: Bucket, batches: BatchPlan, min_bucket: MinBucket) -> Problem:
-    few, micro_batch = "1 sample" if bucket.size == 1 else f"{bucket.size} samples", batches.micro_batch_size
+def _too_small(source: SourceOfData, shape: LatentShape, bucket: Bucket, min_bucket: MinBucket) -> Problem:
+    few, micro_batch = "1 sample" if bucket.size == 1 else f"{bucket.size} samples", source.micro_batch_size
     return Problem(
         "DATA-015",
-        f"{few} of {where} have latents {list(shape)}, and a micro-batch takes {micro_batch} of one shape.",
+        f"{few} of {source.where} have latents {list(shape)}, and a micro-batch takes {micro_batch} of one shape.",
         "Add samples of that shape, take smaller micro-batches, or set data.min_bucket to "
         + ("repeat; with drop no sample is left." if min_bucket == "drop" else "drop or repeat."),
     )

@@ -32,7 +32,7 @@ FILMS: dict[str, Any] = {
 PICTURES: dict[str, Any] = {
     "id": "pictures", "type": "local", "instance_data_dir": "pictures", "caption_strategy": "filename",
     "resolution": 48, "resolution_type": "pixel", "crop": True, "crop_aspect": "square", "probability": 0.5,
-    "start_step": 2, "max_num_samples": 4,
+    "start_step": 2, "max_num_samples": 4, "train_batch_size": 2,
 }  # fmt: skip
 TEXTS = {"id": "texts", "dataset_type": "text_embeds", "default": True, "cache_dir": "cache"}
 
@@ -80,7 +80,9 @@ def test_entries_are_encoded_at_their_own_sizes_and_mixed(
         run_command.main([f"runs/extract_{name}.yaml"])
     data = yaml.safe_load(Path("runs/training.yaml").read_text())["data"]
     films = {"folder": "stores/films", "repeats": 3}
-    assert data["mixture"] == {"shares": [films, {"folder": "stores/pictures", "weight": 0.5, "begin_step": 2}]}
+    assert data["mixture"] == {
+        "shares": [films, {"folder": "stores/pictures", "weight": 0.5, "micro_batch_size": 2, "begin_step": 2}]
+    }
 
     values: dict[str, Any] = yaml.safe_load((ROOT / "examples" / "run.yaml").read_text())
     values["training"]["steps"] = 4
@@ -88,7 +90,10 @@ def test_entries_are_encoded_at_their_own_sizes_and_mixed(
     values["checkpoint"] = {"load": str(demo / WEIGHTS), "save": str(home / "run"), "save_interval": 4}
     Path("train.yaml").write_text(yaml.safe_dump(values))
     run_command.main(["train.yaml"])
-    assert len(metrics(home / "run")) == 4
+    rows = metrics(home / "run")
+    # a clip of 3 x 6 x 10 latents has 45 tokens, a picture of 6 x 6 has 9; pictures come after two steps
+    assert [(row["tokens"], row["token_pairs"]) for row in rows[:2]] == [(2 * 45, 2 * 45**2)] * 2
+    assert {row["tokens"] for row in rows[2:]} <= {2 * 45, 45 + 2 * 9, 4 * 9}
 
     training = load_training(Path("train.yaml"))
     stores = opened(training.data.features, training.wan)
@@ -100,7 +105,8 @@ def test_entries_are_encoded_at_their_own_sizes_and_mixed(
     plan = sampling_plan(dataset, BatchPlan(2, 1), mixture, 1, shuffle=True)
     drawn = [dataset.name(plan.group(slot)[0].index) for slot in range(4 + 4096)]
     assert not any("pictures" in name for name in drawn[:4])
-    assert Counter("pictures" in name for name in drawn[4:]) == {False: 3072, True: 1024}  # 2 x 3 : 4 x 0.5
+    # 2 x 3 samples to 4 x 0.5, of which two share a slot
+    assert Counter("pictures" in name for name in drawn[4:]) == {False: 3510, True: 586}
 
 
 def test_what_an_entry_says_reaches_the_rules(home: Path) -> None:
@@ -138,7 +144,6 @@ def test_what_an_entry_says_reaches_the_rules(home: Path) -> None:
         ({"id": "é" * 101}, "DATA-171", "no name of a folder"),
         ({"id": "a\nb"}, "CFG-130", r"stores/a\nb' holds a line end"),
         ({"crop_style": "face"}, "DATA-172", "has crop_style face"),
-        ({"train_batch_size": 2}, "DATA-172", "has a train_batch_size"),
         ({"is_regularisation_data": True}, "DATA-172", "is regularisation data"),
         ({"start_epoch": 2}, "DATA-172", "begins or ends with an epoch"),
         ({"video": {"num_frames": 9, "min_frames": 13}}, "DATA-172", "fewer than 13 frames"),
@@ -164,7 +169,7 @@ def test_the_list_of_stores_is_read_back_whatever_their_names(home: Path) -> Non
 
 def test_all_faults_at_once_and_no_file_is_replaced(home: Path) -> None:
     with pytest.raises(DataError) as caught:
-        migrate(FILMS | {"crop_style": "face", "train_batch_size": 2}, PICTURES | {"end_epoch": 3})
+        migrate(FILMS | {"crop_style": "face", "is_regularisation_data": True}, PICTURES | {"end_epoch": 3})
     assert len(caught.value.problems) == 3
     migrate(PICTURES)
     before = {path: path.read_bytes() for path in Path("runs").iterdir()}

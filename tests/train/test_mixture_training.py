@@ -94,6 +94,29 @@ def test_shares_decide_which_samples_come(demo: Path, tmp_path: Path, stores: li
         train(command(demo, tmp_path, stores, other, "resumed", train_iters=8))
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [{"use_distributed_optimizer": True}, {"pipeline_model_parallel_size": 2, "variable_seq_lengths": True}],
+)
+def test_a_store_has_micro_batches_of_its_own_size(
+    layout: dict[str, object], demo: Path, tmp_path: Path, stores: list[str]
+) -> None:
+    """Two processes compute what one does, step by step; a step's mean is over its samples, however many they are."""
+    mixture = {"shares": [{"folder": stores[1], "micro_batch_size": 4, "weight": 2.0}]}
+    small = {"micro_batch_size": 1, "use_distributed_optimizer": False, "save_interval": STEPS}
+    alone = train(command(demo, tmp_path, stores[:2], mixture, "one", **small))
+    sizes = [Counter(of_store(samples)) for samples in alone.values()]
+    assert all(found["a"] + found["b"] // 4 == SAMPLES and found["b"] % 4 == 0 for found in sizes)
+    assert sum((found["b"] for found in sizes), 0) > 0 < sum(found["a"] for found in sizes)
+    one = metrics(tmp_path / "one")
+    assert [row["tokens"] for row in one] == [len(samples) * 3 * 4 * 4 for samples in alone.values()]
+    run_ranks(2, train, command(demo, tmp_path, stores[:2], mixture, "two", **{**small, **layout}))
+    two = metrics(tmp_path / "two")
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
+    assert [row["grad_norm"] for row in two] == pytest.approx([row["grad_norm"] for row in one], rel=1e-4)
+    assert [row["lr"] for row in two] == [row["lr"] for row in one]
+
+
 def test_shares_may_end_with_the_run_and_not_before(demo: Path, tmp_path: Path, stores: list[str]) -> None:
     mixture = {"shares": [{"folder": store, "end_step": STEPS} for store in stores]}
     assert len(train(command(demo, tmp_path, stores, mixture))) == STEPS
@@ -136,3 +159,16 @@ def test_a_share_that_begins_after_the_run_is_told(
     steps = train(command(demo, tmp_path, stores[:2], mixture))
     assert set(of_store([sample for samples in steps.values() for sample in samples])) == {"a"}
     assert f"comes after step {STEPS}, and the run ends with step {STEPS}: none of its samples" in caplog.text
+
+
+def test_steps_of_a_share_are_those_of_the_batch_that_the_run_began_with(
+    demo: Path, tmp_path: Path, stores: list[str]
+) -> None:
+    """Another global batch would move the group at which b begins, in the past too, so that it is another plan."""
+    mixture = {"shares": [{"folder": stores[1], "begin_step": 3}]}
+    train(command(demo, tmp_path, stores[:2], mixture, train_iters=2))
+    larger = command(demo, tmp_path, stores[:2], mixture, global_batch_size=2 * SAMPLES, resume_changed="batch")
+    with pytest.raises(ConfigError, match=r"CFG-160: .* steps of 4; .* steps of 8"):
+        train(larger)
+    both = command(demo, tmp_path, stores[:2], mixture, global_batch_size=2 * SAMPLES)
+    assert list(train([*both, "--resume-changed", "batch", "data"])) == [3, 4, 5, 6]

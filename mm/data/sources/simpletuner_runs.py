@@ -82,9 +82,6 @@ def _without_a_word(entry: Entry) -> Iterator[_Fault]:
     """DATA-172: what SimpleTuner does and extraction or training here do not."""
     if entry.crop_style == "face":
         yield "DATA-172", " has crop_style face.", "Take center, corner or random."
-    if entry.train_batch_size is not None:
-        found = " has a train_batch_size; one size of micro-batch is for all."
-        yield "DATA-172", found, "Remove it, and set data.micro_batch_size of training."
     if entry.is_regularisation_data:
         found = " is regularisation data, for which training here has no loss."
         yield "DATA-172", found, "Set is_regularisation_data to false, or disable the entry."
@@ -135,6 +132,7 @@ def _share(entry: Entry) -> dict[str, Any] | None:
     return {
         "repeats": entry.repeats + 1,
         "weight": entry.probability,
+        "micro_batch_size": entry.train_batch_size,
         "begin_step": entry.start_step,
         "end_step": entry.end_step or None,
     }

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from pathlib import Path
 
-from mm.data.listing import Digest
+from mm.data.listing import Digest, ListedSample, RowsOfDraw
 from mm.data.store.blobs import Blob
 from mm.data.store.catalog import Catalog, check_shards_are_there, open_catalog
+from mm.data.store.rows import listed_sample
 from mm.data.store.shard import BODY, SHARDS, LatentShape, Shard, ShardFacts, open_shard, shard_folder
 from mm.data.store.writer import prompt_key
 
@@ -41,6 +42,20 @@ class ShardStore:
         shard, local = self._find(row)
         return shard.latent_shape(local)
 
+    def text_tokens(self, row: int) -> int:
+        """Tokens of the sample's caption."""
+        shard, local = self._find(row)
+        return shard.text_tokens(local)
+
+    def listed(self, row: int) -> ListedSample:
+        """The sample's video, caption and clip; reads its shard's list up to there.
+
+        Raises:
+            DataError: DATA-150 when the list is missing, or has no row of this sample.
+        """
+        number, local = self._catalog.find(row)
+        return listed_sample(self.folder, number, local, self.name(row))
+
     def file_of(self, row: int) -> str:
         """The body that holds the sample, below the folder."""
         number, _ = self._catalog.find(row)
@@ -55,6 +70,20 @@ class ShardStore:
     def empty_prompt(self) -> Blob | None:
         """Place of the empty caption's embedding, in the first shard; None in a store that was made without."""
         return self.shard(0).find_prompt(prompt_key(""))
+
+    @property
+    def draws(self) -> int:
+        """Draws of each sample, one after the other in the store."""
+        return self._catalog.manifest.draws
+
+    def of_draw(self, draw: int) -> RowsOfDraw:
+        """The rows of one draw."""
+        begin, end = (self.num_shards * one // self.draws for one in (draw, draw + 1))
+        before = self._catalog.shapes_before(begin)
+        counts = self._catalog.shapes_before(end) - before  # without those of which there are none
+        first = len(self) * draw // self.draws
+        count = len(self) // self.draws
+        return RowsOfDraw(first, count, counts, lambda shape, k: self.in_bucket(shape, before[shape] + k))
 
     def shapes(self) -> Counter[LatentShape]:
         """Number of samples with each latent shape, in the order of the shapes' first samples."""
