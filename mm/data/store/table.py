@@ -111,7 +111,14 @@ def read_table_header(path: Path, kind: str, remedy: str) -> TableHeader:
         raise DataError("DATA-150", f"{path} does not exist.", remedy) from None
     except OSError as error:
         raise DataError("DATA-072", f"{path} cannot be read ({error}).", _LOOK) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        SyntaxError,
+    ) as error:  # numpy's of a dtype
         raise DataError("DATA-150", f"{path} is no whole {kind} ({error}).", remedy) from None
 
 
