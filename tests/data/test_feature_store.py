@@ -410,3 +410,13 @@ def test_buckets_of_two_stores(tmp_path: Path) -> None:
         (16, 1, 8, 8),
         (16, 2, 4, 8),
     ]
+
+
+@pytest.mark.parametrize("shape", [[16, 3, -8, 8], [16, 0, 8, 8], [16, 3, 100_000, 100_000]])
+def test_a_list_with_a_shape_that_cannot_be(shape: list[int], tmp_path: Path) -> None:
+    """Readers make room for the largest sample that is listed: such a list would have the run killed."""
+    store = write_store(tmp_path / "s", 2)
+    first, rest = (store / "data.jsonl").read_text().split("\n", 1)
+    (store / "data.jsonl").write_text(json.dumps({**json.loads(first), "latent_shape": shape}) + f"\n{rest}")
+    with pytest.raises(DataError, match=r"DATA-010: \S+/data\.jsonl row 1: .*latents cannot be"):
+        open_features(feature_set(store), MODEL)
