@@ -6,10 +6,11 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from mm.config.base import Section, parse
 from mm.config.tasks.registry import DEFAULT, TaskName
@@ -18,6 +19,16 @@ from mm.data.files import raise_limited, read_rows, write_atomically
 from mm.errors import ConfigError, DataError, Problem
 
 LatentShape = tuple[int, int, int, int]  # C, F, H, W
+
+
+_MOST_VALUES = 2**30  # of a sample's latents, 4 GiB in fp32; a list that says more is damaged
+
+
+def _possible(shape: LatentShape) -> LatentShape:
+    """A shape that latents can have: readers make room for the largest that is listed."""
+    if min(shape) < 1 or prod(shape) > _MOST_VALUES:
+        raise ValueError(f"latents cannot be {list(shape)}")
+    return shape
 
 
 class Digest(Protocol):
@@ -47,7 +58,7 @@ class FeatureRow(Section):
     start_frame_idx: int = Field(ge=0)
     sample_num_frames: int = Field(ge=1)
     sample_size: str
-    latent_shape: LatentShape
+    latent_shape: Annotated[LatentShape, AfterValidator(_possible)]
     text_tokens: int = Field(ge=1)
     task: TaskName = DEFAULT.name
     video: str | None = None

@@ -160,7 +160,7 @@ class NumericsGuard:
         """The losses of all replicas computed once more, and this rank's modules whose output was not finite first."""
         parallel = self._parallel
         with _watched([stage.model for stage in parallel.stages]) as modules:
-            counts = SampleCounts(self._run.global_batch_size, statistics.losses.shape[-1])
+            counts = SampleCounts(statistics.samples or self._run.global_batch_size, statistics.losses.shape[-1])
             losses = compute_gradients(parallel, self._flow, batches, self._run.sections.training.seed, counts)
         parts = parallel.mesh.gather(losses.flatten()).flatten()
         return of_replicas(parallel.mesh.layout, parts, losses.shape), modules

@@ -427,3 +427,13 @@ def test_one_value_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype
                 with pytest.raises(DataError, match="DATA-013"):
                     require_finite({"x": bad}, "here", "")
     require_finite({"x": torch.full((3,), torch.finfo(dtype).max, dtype=dtype), "y": torch.zeros(0)}, "here", "")
+
+
+@pytest.mark.parametrize("shape", [[16, 3, -8, 8], [16, 0, 8, 8], [16, 3, 100_000, 100_000]])
+def test_a_list_with_a_shape_that_cannot_be(shape: list[int], tmp_path: Path) -> None:
+    """Readers make room for the largest sample that is listed: such a list would have the run killed."""
+    store = write_store(tmp_path / "s", 2)
+    first, rest = (store / "data.jsonl").read_text().split("\n", 1)
+    (store / "data.jsonl").write_text(json.dumps({**json.loads(first), "latent_shape": shape}) + f"\n{rest}")
+    with pytest.raises(DataError, match=r"DATA-010: \S+/data\.jsonl row 1: .*latents cannot be"):
+        open_features(feature_set(store), MODEL)

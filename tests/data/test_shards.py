@@ -198,6 +198,19 @@ def manifest(store: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+def other_shapes(store: Path) -> list[list[int]]:
+    """Shapes of as many samples, one of which is half as high."""
+    shapes: list[list[int]] = json.loads((store / "manifest.json").read_text())["shapes"]
+    return [[c, f, h // 2 if number == 0 else h, w, n] for number, (c, f, h, w, n) in enumerate(shapes)]
+
+
+def dtype_of_index(store: Path) -> None:
+    """One flipped bit, of which numpy raises a SyntaxError."""
+    content = index(store).read_bytes()
+    assert b'"<u8"' in content
+    index(store).write_bytes(content.replace(b'"<u8"', b'",u8"', 1))
+
+
 def fewer(about: dict[str, Any], _: dict[str, Any]) -> None:
     about["samples"] -= 1
     about["shapes"][0][4] -= 1
@@ -238,6 +251,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest that counts otherwise": (lambda s: manifest(s, samples=9), "DATA-156"),
     "manifest with fewer shards": (lambda s: manifest(s, shards=2), "DATA-156"),
     "manifest with other shapes": (lambda s: manifest(s, shapes=[[16, 3, 8, 8, 7]]), "DATA-156"),
+    "manifest with shapes of as many": (lambda s: manifest(s, shapes=other_shapes(s)), "DATA-156"),
+    "manifest with another identity": (lambda s: manifest(s, identity="0" * 32), "DATA-156"),
+    "index with another dtype": (lambda s: dtype_of_index(s), "DATA-150"),
     "catalog that is missing": (lambda s: next(s.glob("catalog-*")).unlink(), "DATA-150"),
     "offset past the end": (lambda s: lie(s, set_field("offset", 0, 2**40)), "DATA-151"),
     "offset whose end overflows": (lambda s: lie(s, set_field("offset", 0, 2**64 - 64)), "DATA-151"),

@@ -132,6 +132,21 @@ def test_conditioning_goes_by_the_path(home: Path) -> None:
     assert set(read(home, FILMS | {"conditioning_data": ["depth"]}, masks)[0].roles) == {"mask"}
 
 
+def test_a_folder_of_partners_is_looked_into_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not once a file, which takes the square of the time: 80 seconds for 6,000 files."""
+    for number in range(50):
+        (home / f"films/{number}.mp4").write_bytes(b"x")
+        (home / f"depth/{number}.mkv").write_bytes(b"x")
+    looked: list[str] = []
+    list_folder = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda folder: [looked.append(str(folder)), *list_folder(folder)][1:])
+    depth = {"id": "depth", "dataset_type": "conditioning", "instance_data_dir": "depth", "conditioning_type": "depth"}
+    films = FILMS | {"conditioning_data": "depth", "caption_strategy": "filename"}
+    found = read(home, films, depth)
+    assert [sample.roles["control"] for sample in found if sample.id == "films:7.mp4"] == [(home / "depth/7.mkv",)]
+    assert len(found) == 52 and sorted(looked) == [str(home / "depth"), str(home / "depth/sub")]
+
+
 def test_two_entries_of_one_folder(home: Path) -> None:
     """As they are written to train on it at two sizes."""
     samples = read(home, FILMS, FILMS | {"id": "large", "resolution": 1024})

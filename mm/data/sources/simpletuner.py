@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -24,7 +25,7 @@ from mm.data.sources.cells import IMAGE_ENDINGS, VIDEO_ENDINGS, caption_problems
 from mm.data.sources.parquet_captions import parquet_captions
 from mm.data.sources.simpletuner_entries import SAMPLES, STORES, Entry
 from mm.data.sources.simpletuner_rules import read_entries
-from mm.data.sources.walk import files_below
+from mm.data.sources.walk import files_below, listed_names
 from mm.errors import DataError, Problem
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class _Folder:
     Attributes:
         entry: as it is written. root: its folder. place: how to call it.
         captions: of parquet, by name of file. beside: folders of further files, by role.
+        names: of the folder in it that was looked into last, its media by what stands before their endings.
     """
 
     entry: Entry
@@ -48,6 +50,7 @@ class _Folder:
     place: str
     captions: dict[str, str] = field(default_factory=dict)
     beside: tuple[tuple[str, _Folder], ...] = ()
+    names: dict[Path, dict[str, list[str]]] = field(default_factory=dict)
 
 
 def _read(source: DataSource, columns: Sequence[Column], /) -> Iterator[SourceRow]:
@@ -216,14 +219,29 @@ def _lines(file: Path, split: bool) -> list[str]:
 
 
 def _partner(other: _Folder, path: str) -> Path | None:
-    """The file of the same path in another folder, or the only one of it with another ending."""
+    """The file of the same path in another folder, or the only one of it with another ending.
+
+    Raises:
+        DataError: DATA-173 for a folder that cannot be listed.
+    """
     same = other.root / path
     if same.exists():
         return same
-    stem, folder = PurePosixPath(path).stem, same.parent
-    names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    found = [name for name in names if PurePosixPath(name).stem == stem and kind_of(name) is not None]
+    folder = same.parent
+    if folder not in other.names:
+        other.names.clear()
+        other.names[folder] = _media_by_stem(folder)
+    found = other.names[folder].get(PurePosixPath(path).stem, [])
     return folder / found[0] if len(found) == 1 else None
+
+
+def _media_by_stem(folder: Path) -> dict[str, list[str]]:
+    """Names of a folder's videos and images by what stands before their endings; none of what is no folder."""
+    names = defaultdict[str, list[str]](list)
+    for name in listed_names(folder) if os.path.isdir(folder) else ():
+        if kind_of(name) is not None:
+            names[PurePosixPath(name).stem].append(name)
+    return names
 
 
 SIMPLETUNER = Dialect("simpletuner", (frozenset({"id"}), frozenset({"dataset_type", "instance_data_dir"})), _read)

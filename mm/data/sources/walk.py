@@ -40,8 +40,7 @@ def _walk(
         with os.scandir(root / below) as entries:
             found = sorted((entry.name, _leads_to_a_folder(entry)) for entry in entries if entry.name[0] != ".")
     except OSError as error:
-        message = f"The folder {root / below} cannot be listed: {error.strerror or error}."
-        raise DataError("DATA-173", message, "Correct its permissions, or move it away.") from None
+        raise _unlistable(root / below, error) from None
     for name, is_folder in found:
         path = f"{below}/{name}" if below else name
         if not is_folder:
@@ -58,8 +57,21 @@ def _walk(
             yield from _walk(root, path, endings, others, (*around, here))
 
 
+def listed_names(folder: Path) -> list[str]:
+    """Names of what lies in a folder, in their order; raises DATA-173 for one that cannot be listed."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise _unlistable(folder, error) from None
+
+
 def _leads_to_a_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a loop of links; as a file it is told by its name
         return False
+
+
+def _unlistable(folder: Path, error: OSError) -> DataError:
+    message = f"The folder {folder} cannot be listed: {error.strerror or error}."
+    return DataError("DATA-173", message, "Correct its permissions, or move it away.")

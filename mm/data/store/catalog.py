@@ -6,6 +6,7 @@ holds; both are made from the headers of the shards' indexes, so that finishing 
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -140,7 +141,7 @@ def open_catalog(store: Location, recipe_key: str) -> Catalog:
     table = open_table(store / manifest.catalog, CATALOG_KIND, FINISH, digest)
     columns = dict(table.columns)
     try:
-        fits = _fits(manifest, columns)
+        fits = _fits(manifest, columns) and table.header.about in ({}, _said_twice(manifest))
     except (KeyError, IndexError, ValueError) as error:
         raise DataError("DATA-156", f"{store / manifest.catalog} lacks a part ({error}).", FINISH) from None
     if not fits:
@@ -179,19 +180,20 @@ def finish_store(store: Path, num_shards: int, recipe_key: str, draws: int = 1) 
     identity = blake2b(digest_size=DIGEST_BYTES)
     for header in headers:
         identity.update(bytes.fromhex(header.about["identity"]))
-    temporary = store / f"{TEMPORARY_PREFIX}catalog-{uuid4().hex[:12]}"  # its name is that of its content
-    digest = write_table(temporary, CATALOG_KIND, {}, columns)
-    catalog = f"catalog-{digest.hex()}.bin"
-    os.replace(temporary, store / catalog)
     manifest = Manifest(
         recipe=recipe_key,
         samples=int(columns["first"][-1]),
         shards=num_shards,
         shapes=tuple((*shape, count) for shape, count in counts.items()),
-        catalog=catalog,
+        catalog="catalog-" + "0" * 32 + ".bin",  # until its content is known, which is its name
         identity=identity.hexdigest(),
         draws=draws,
     )
+    temporary = store / f"{TEMPORARY_PREFIX}catalog-{uuid4().hex[:12]}"
+    digest = write_table(temporary, CATALOG_KIND, _said_twice(manifest), columns)
+    catalog = f"catalog-{digest.hex()}.bin"
+    os.replace(temporary, store / catalog)
+    manifest = manifest.model_copy(update={"catalog": catalog})
     content = (manifest.model_dump_json(exclude_defaults=True) + "\n").encode()
     write_atomically(store / MANIFEST, [content], len(content))
     for other in store.glob("catalog-*.bin"):
@@ -224,6 +226,12 @@ def _shard_header(store: Path, number: int, recipe_key: str) -> TableHeader:
         message = f"{path}: it says {header.about['samples']} samples, and its shapes are those of another number."
         raise DataError("DATA-151", message, REMEDY)
     return header
+
+
+def _said_twice(manifest: Manifest) -> dict[str, Any]:
+    """Values of the manifest as they stand in the catalog, whose digest proves them; catalogs of before have none."""
+    found: dict[str, Any] = json.loads(manifest.model_dump_json(exclude={"version", "catalog"}))
+    return found
 
 
 def _fits(manifest: Manifest, columns: dict[str, Column]) -> bool:

@@ -34,6 +34,14 @@ DIGEST_BYTES = 16
 _PREFIX = len(MAGIC) + DIGEST_BYTES + 8
 _MAX_HEADER_BYTES = 64 * 2**20
 _CHUNK = 2**20
+_DAMAGED = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    SyntaxError,
+)  # the last of a dtype, by numpy
 _LOOK = "Check its permissions and the disk it is on."
 
 Column = NDArray[Any]
@@ -119,7 +127,7 @@ def _opened(path: Location, kind: str, remedy: str, digest: bytes | None) -> Ite
             header = _read_header(stream, kind)
         except OSError as error:
             raise DataError("DATA-072", f"{path} cannot be read ({error}).", _LOOK) from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except _DAMAGED as error:
             raise DataError("DATA-150", f"{path} is no whole {kind} ({error}).", remedy) from None
         yield stream, header
 
