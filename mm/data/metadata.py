@@ -58,8 +58,15 @@ class Annotation(Section):
     @property
     def cut_name(self) -> str:
         """`10-50`, or `10-` to the end; `0-` for the whole video."""
-        begin, end = [*(self.cut or [0]), None][:2]
-        return f"{begin}-{'' if end is None else end}"
+        return cut_name(self.cut)
+
+
+def cut_name(cut: Any) -> str:
+    """Name of a cut as a row has it, checked or not: `10-50`, or `10-` to the end; `0-` for the whole video."""
+    if not cut:
+        return "0-"
+    begin, end = [*map(_whole, cut if isinstance(cut, list) else [cut]), None][:2]
+    return f"{begin}-{'' if end is None else end}"
 
 
 @dataclass(frozen=True, slots=True)
