@@ -96,9 +96,9 @@ class VideoSample:
     roles: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     settings: SourceSettings = NO_SETTINGS
 
-    def caption(self, seed: int) -> str:
-        """The caption that is used: the only one, or one of several drawn from the seed."""
+    def caption(self, seed: int, draw: int = 0) -> str:
+        """The caption that a draw uses: the only one, or one of several drawn from the seed."""
         if len(self.captions) == 1:
             return self.captions[0]
-        draw = torch.randint(len(self.captions), (), generator=generator(seed, "caption_choice", self.id, 0))
-        return self.captions[int(draw)]
+        chance = generator(seed, "caption_choice", self.id, draw)
+        return self.captions[int(torch.randint(len(self.captions), (), generator=chance))]

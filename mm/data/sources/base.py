@@ -66,7 +66,13 @@ class RowKey(NamedTuple):
 
 
 class OpenSource(Protocol):
-    """A source that is being read. A row's text is all that is needed to read it again."""
+    """A source that is being read. A row's text is all that is needed to read it again.
+
+    Attributes:
+        is_table: its annotation file alone says what its rows are.
+    """
+
+    is_table: bool
 
     def rows(self) -> Iterator[TableRow]:
         """Read the texts of its rows, in order, one at a time; of a row that cannot be read its problem.

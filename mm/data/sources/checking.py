@@ -99,6 +99,10 @@ class RowReader:
         self._open: list[OpenSource] = [dialect_of(source).open(source, columns) for source in sources]
         self._told: list[set[str]] = [set() for _ in sources]
 
+    def are_tables(self) -> list[bool]:
+        """Tell of each data set whether its table alone says what its rows are."""
+        return [opened.is_table for opened in self._open]
+
     def rows(self) -> Iterator[tuple[int, int, TableRow]]:
         """All rows in order, unchecked: which data set (0, 1, ...), which row of it (1, 2, ...), and its text."""
         for source, opened in enumerate(self._open):

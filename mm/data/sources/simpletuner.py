@@ -53,6 +53,8 @@ class _Folder:
 class _SimpleTuner:
     """Files below the folders of entries. The text of a row is the number of its folder and its path there."""
 
+    is_table = False
+
     def __init__(self, source: DataSource, columns: Sequence[Column]) -> None:
         if columns:
             names = ", ".join(column.name for column in columns)

@@ -34,6 +34,8 @@ Take = Callable[["Cells", DataSource], Taken | None]
 class TableSource:
     """A source whose rows stand in a table, each as its text."""
 
+    is_table = True
+
     def __init__(self, source: DataSource, *, path_columns: Sequence[str], caption_columns: Sequence[str]) -> None:
         """Open the table.
 

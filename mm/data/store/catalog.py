@@ -38,6 +38,7 @@ class Manifest(Section):
         shapes: [C, F, H, W, samples of that shape] of each latent shape.
         catalog: file name; its digest is part of it.
         identity: sixteen hexadecimal digits or more of all samples in their order.
+        draws: of each sample; those of the first draw come first, then those of the second.
     """
 
     version: int = Field(1, ge=1, le=1)
@@ -47,6 +48,7 @@ class Manifest(Section):
     shapes: tuple[tuple[int, int, int, int, int], ...]
     catalog: str = Field(pattern=r"^catalog-[0-9a-f]{32}\.bin$")
     identity: str
+    draws: int = Field(1, ge=1)
 
 
 class Catalog:
@@ -99,6 +101,18 @@ def holds_shards(folder: Path) -> bool:
     return is_sharded(folder) or (folder / SHARDS).is_dir()
 
 
+def read_manifest(store: Path) -> Manifest:
+    """Read the manifest.
+
+    Raises:
+        DataError: DATA-156 for one that cannot be read.
+    """
+    try:
+        return load(Manifest, store / MANIFEST)
+    except ConfigError as error:
+        raise DataError("DATA-156", error.problems[0].message, FINISH) from None
+
+
 def open_catalog(store: Path, recipe_key: str) -> Catalog:
     """Read the manifest and map the catalog.
 
@@ -106,10 +120,7 @@ def open_catalog(store: Path, recipe_key: str) -> Catalog:
         DataError: DATA-156 for a manifest that cannot be read or does not fit its catalog, DATA-150 for a catalog that
             is missing or damaged, DATA-155 when they are of another recipe than the store.
     """
-    try:
-        manifest = load(Manifest, store / MANIFEST)
-    except ConfigError as error:
-        raise DataError("DATA-156", error.problems[0].message, FINISH) from None
+    manifest = read_manifest(store)
     if manifest.recipe != recipe_key:
         message = f"{store / MANIFEST} is of the recipe {manifest.recipe}, {store} of {recipe_key}."
         raise DataError("DATA-155", message, FINISH)
@@ -126,11 +137,11 @@ def open_catalog(store: Path, recipe_key: str) -> Catalog:
     return Catalog(manifest, columns)
 
 
-def finish_store(store: Path, num_shards: int, recipe_key: str) -> Manifest:
+def finish_store(store: Path, num_shards: int, recipe_key: str, draws: int = 1) -> Manifest:
     """Write the catalog and the manifest of a store whose shards are all there.
 
     Args:
-        store: its folder. num_shards: how many there are. recipe_key: of the store.
+        store: its folder. num_shards: how many there are. recipe_key: of the store. draws: of each sample.
 
     Raises:
         DataError: DATA-150 for a shard that is missing or no shard, DATA-151 for one whose index contradicts itself,
@@ -167,8 +178,9 @@ def finish_store(store: Path, num_shards: int, recipe_key: str) -> Manifest:
         shapes=tuple((*shape, count) for shape, count in counts.items()),
         catalog=catalog,
         identity=identity.hexdigest(),
+        draws=draws,
     )
-    content = (manifest.model_dump_json() + "\n").encode()
+    content = (manifest.model_dump_json(exclude_defaults=True) + "\n").encode()
     write_atomically(store / MANIFEST, [content], len(content))
     for other in store.glob("catalog-*.bin"):
         if other.name != catalog:
