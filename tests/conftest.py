@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -55,6 +56,18 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("workspace") / "demo"
     demo_command.main(["--out", str(home)])
     extract(home / "configs")
+    return home
+
+
+@pytest.fixture(scope="session")
+def demo_of_files(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with features of one file a sample, as earlier versions extracted them."""
+    from store_content import as_files
+
+    home = Path(shutil.copytree(demo, tmp_path_factory.mktemp("files") / "demo", symlinks=True))
+    for path in filter(Path.is_file, (home / "configs").rglob("*")):
+        path.write_text(path.read_text().replace(str(demo), str(home)))
+    as_files(home / "features")
     return home
 
 

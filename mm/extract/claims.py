@@ -3,8 +3,8 @@
 A claim is a file that only one process can make, where the file system knows hard links. Its owner touches it every ten
 seconds; one that was not touched for five minutes, or whose process this machine knows to be gone, is taken over. Times
 are those that the file server gives to files, so that clocks of machines may differ. Two workers may still come to work
-on one shard, where one was stopped for minutes and goes on: both make the same bytes, and the first to rename its folder
-has made the shard.
+on one shard, where one was stopped for minutes and goes on. Both make the same bytes, and the first to rename its
+folder has made the shard.
 """
 
 from __future__ import annotations
@@ -113,11 +113,13 @@ class Claims:
         self._clock.unlink(missing_ok=True)
 
     def take(self, name: str) -> bool:
-        """Claim something, if nobody has it or who had it is gone.
+        """Claim something, if nobody has it, this process among them, or who had it is gone.
 
         Raises:
             DataError: DATA-018, DATA-019 when the claim cannot be written.
         """
+        if name in self._held:
+            return False
         if self._make(name):
             return True
         found = read_claim(self._folder / name)

@@ -70,8 +70,11 @@ def draft_plan(
         listed = _list_rows(folder / ROWS, reader)
         rows = _Rows(folder / ROWS, reader, listed)
         is_small = len(rows) <= LOOKED_AT
-        check(rows.all() if is_small else rows.these(sorted({*listed.lacking, *rows.before})))
-        states = [look(row) for row in rows.all()] if is_small else None
+        states: list[str] | None = [] if is_small else None
+        if states is None:
+            check(rows.these(sorted({*listed.lacking, *rows.before})))
+        else:
+            check(_looking(rows.these(range(len(rows))), look, states))
         _write(folder, listed, rows.kinds, states, facts)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -146,10 +149,6 @@ class _Rows:
     def __len__(self) -> int:
         return len(self.kinds)
 
-    def all(self) -> Iterator[CheckedRow]:
-        """All rows."""
-        return self.these(range(len(self)))
-
     def these(self, indices: Sequence[int]) -> Iterator[CheckedRow]:
         """Some rows."""
         with open(self._path, "rb") as file:
@@ -172,6 +171,13 @@ class _Rows:
         if index in self._listed.problems:
             return TableRow(text, None, self._listed.problems[index], line)
         return self._reader.row_of(source, text, line)
+
+
+def _looking(rows: Iterator[CheckedRow], look: Look, states: list[str]) -> Iterator[CheckedRow]:
+    """Look at the file of each row that passes; one without a sample is for `check` to refuse."""
+    for row in rows:
+        states.append(look(row) if row.sample is not None else "")
+        yield row
 
 
 def _write(

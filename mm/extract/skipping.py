@@ -93,13 +93,7 @@ class Skipping:
 
     def counts(self) -> dict[int, int]:
         """Number of clips left out, by run."""
-        names = [path.name for path in self._folder.iterdir()] if self._folder.is_dir() else []
-        found: dict[int, int] = {}
-        for name in names:
-            run, _, count = name.partition("-")
-            if run.isdigit():
-                found[int(run)] = max(found.get(int(run), 0), int(count))
-        return found
+        return skip_counts(self._folder)
 
     def _known(self) -> list[BadClip]:
         """The first of all clips that are left out."""
@@ -109,6 +103,17 @@ class Skipping:
             if len(found) <= MAX_PROBLEMS_SHOWN and path.exists():
                 found += read_bad_clips(path)
         return found
+
+
+def skip_counts(folder: Path) -> dict[int, int]:
+    """Number of clips left out, by run, from the names of marks."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found: dict[int, int] = {}
+    for name in names:
+        run, _, count = name.partition("-")
+        if run.isdigit():
+            found[int(run)] = max(found.get(int(run), 0), int(count))
+    return found
 
 
 def too_many(total: int, num_rows: int, policy: OnBadSample, clips: Sequence[BadClip]) -> list[Problem]:

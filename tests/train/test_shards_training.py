@@ -15,6 +15,12 @@ from mm.errors import ConfigError, DataError
 SHARDS = 4
 
 
+@pytest.fixture(scope="module")
+def demo(demo_of_files: Path) -> Path:
+    """Features of one file a sample."""
+    return demo_of_files
+
+
 def to_shards(demo: Path, target: Path, **flags: Any) -> None:
     size = sum(path.stat().st_size for path in (demo / "features" / "features").iterdir()) / 10**6 / SHARDS
     words = {"source": demo / "features", "target": target, "shard_megabytes": round(size, 3), **flags}

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mm.data.features import text_hash
 from mm.data.sources.base import RowKey
 
+WHOLE = "0-"
 BY_NAME, BY_CUT, BY_CAPTION, LISTED_BEFORE = range(4)
 """Kinds of id; the last is of a row that says what one before it said."""
 
@@ -49,8 +50,9 @@ class RowNames:
             name = f"\0{len(self)}"
             key = RowKey(name, name, "", "")
         name = f"{source}:{key.name}" if source else key.name
-        self._names += _hash(name)
-        self._cuts += _hash(f"{name}\0{key.cut}")
+        hashed = _hash(name)
+        self._names += hashed
+        self._cuts += hashed if key.cut == WHOLE else _hash(f"{name}\0{key.cut}")
         self._rows += _hash(f"{key.file}\0{key.cut}\0{key.rest}")
 
     def resolve(self) -> tuple[NDArray[np.uint8], dict[int, int]]:

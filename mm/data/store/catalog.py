@@ -26,7 +26,7 @@ from mm.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
 CATALOG_KIND = "store catalog"
-FINISH = "Run mm data repair on the store, then what wrote it (mm migrate shards), which finishes it again."
+FINISH = "Run mm data repair on the store, then what wrote it (mm extract, mm migrate shards), which finishes it again."
 
 
 class Manifest(Section):
