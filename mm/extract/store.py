@@ -12,13 +12,13 @@ from pathlib import Path
 from mm.config.bad_samples import OnBadSample
 from mm.config.run.origins import Origins
 from mm.data.features import FEATURES, LISTING
-from mm.data.files import make_folder, raise_limited, remove_temporaries, write_atomically
+from mm.data.files import TEMPORARY_PREFIX, make_folder, raise_limited, write_atomically
 from mm.data.recipe import RECIPE_FILE, Recipe, check_recipe, load_recipe, save_recipe
 from mm.data.store.catalog import MANIFEST, Manifest, finish_store, is_sharded
 from mm.data.store.shard import BODY, INDEX, KIND, SHARDS, check_body, shard_folder
 from mm.data.store.table import read_table_header
 from mm.errors import DataError
-from mm.extract.claims import CLAIMS, all_claims
+from mm.extract.claims import CLAIMS, LEASE_S, all_claims
 from mm.extract.former import FORMER, put_aside
 from mm.extract.plan import PLAN, Plan
 from mm.extract.skipping import SKIPPED, BadClip, Skipping, read_bad_clips, too_many, write_skipped
@@ -145,16 +145,19 @@ def finish(store: Path, plan: Plan, policy: OnBadSample) -> Manifest | None:
     manifest = finish_store(store, plan.num_shards, plan.recipe, plan.draws)
     for name in (WORK, FORMER):
         shutil.rmtree(store / name, ignore_errors=True)
-    with contextlib.suppress(OSError):  # another worker may remove the same
-        remove_temporaries(store / SHARDS)
-        remove_temporaries(store)
+    finished = (store / MANIFEST).stat().st_mtime
+    for path in [*(store / SHARDS).glob(f"{TEMPORARY_PREFIX}*"), *store.glob(f"{TEMPORARY_PREFIX}*")]:
+        with contextlib.suppress(OSError):  # another worker may remove the same
+            if path.parent == store and finished - path.stat().st_mtime < LEASE_S:
+                continue  # of one that finishes the store, too
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     return manifest
 
 
 def remove_left_behind(store: Path, plan: Plan, run: int) -> None:
     """Remove what a killed worker wrote of a run that is now claimed by this process."""
     for shard in plan.shards_of(run):
-        for path in (store / SHARDS).glob(f".tmp-{shard:08d}-*"):
+        for path in (store / SHARDS).glob(f"{TEMPORARY_PREFIX}{shard:08d}-*"):
             shutil.rmtree(path, ignore_errors=True)
 
 
