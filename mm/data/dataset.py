@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import prod
+from math import lcm, prod
 from pathlib import Path
 from typing import TypedDict
 
@@ -146,6 +146,14 @@ class FeatureDataset(Dataset[FeatureItem]):
     def buckets(self) -> dict[LatentShape, int]:
         """Number of samples with each latent shape, in the order of the shapes."""
         return dict(sorted(self.shapes().items()))
+
+    def draws(self) -> int:
+        """Number of draws after which all stores begin again."""
+        return lcm(*(store.draws for store in self._stores))
+
+    def of_draw(self, draw: int) -> FeatureDataset:
+        """The same samples in another of their draws, each store's counted round."""
+        return FeatureDataset([store.of_draw(draw) for store in self._stores], self.model)
 
     def parts(self) -> Iterator[tuple[Path, int, FeatureDataset]]:
         """Each store's folder, the index of its first sample here, and a data set of it alone."""

@@ -71,6 +71,16 @@ class FeatureStore:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def draws(self) -> int:
+        """Draws of each sample; files hold one."""
+        return 1
+
+    def of_draw(self, draw: int) -> FeatureStore:
+        """The same: there is one draw."""
+        del draw
+        return self
+
     def name(self, row: int) -> str:
         """The sample's id."""
         return self.rows[row].sample

@@ -248,7 +248,7 @@ def all_claims(folder: Path) -> list[Claim]:
 
 
 def _machine() -> str:
-    """What process numbers are unique in: a machine since it was started, and a namespace of it."""
+    """Word for what process numbers are unique in: a machine since it was started, and a namespace of it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -58,9 +58,14 @@ class FormerSample:
 class Former:
     """The samples of all former shards of a store: 16 bytes of memory for each."""
 
-    def __init__(self, store: Path) -> None:
+    def __init__(self, store: Path, half_done: Iterable[int] = ()) -> None:
+        """
+        Args:
+            store: its folder. half_done: shards of runs of which other draws are missing; they are copied as well.
+        """
         folder = store / FORMER
-        self._shards = list(_readable(folder)) if folder.is_dir() else []
+        folders = sorted(folder.iterdir()) if folder.is_dir() else []
+        self._shards = list(_readable([*folders, *(shard_folder(store, number) for number in half_done)]))
         names = (shard.name(row) for shard in self._shards for row in range(len(shard)))
         hashes = np.frombuffer(b"".join(map(_hash, names)), "<u8")
         self._order = np.argsort(hashes, kind="stable")
@@ -112,8 +117,8 @@ def _hash(name: str) -> bytes:
     return blake2b(name.encode(), digest_size=8).digest()
 
 
-def _readable(folder: Path) -> Iterator[Shard]:
-    for path in sorted(folder.iterdir()):
+def _readable(folders: Iterable[Path]) -> Iterator[Shard]:
+    for path in folders:
         try:
             yield Shard(path, open_table(path / INDEX, KIND, ""))
         except (DataError, KeyError, TypeError, ValueError) as error:

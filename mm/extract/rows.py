@@ -55,7 +55,7 @@ def usable(row: CheckedRow, clip: SourceClip) -> VideoSample | BadClip:
 
 
 def source_word(sample: VideoSample, draw: int = 0) -> str:
-    """What the clip of a draw is made from: the video, its cut, what stands in the task's columns, and the draw.
+    """Word for all that a draw's clip is made from: the video, its cut, the task's columns, and the draw.
 
     Raises:
         DataError: DATA-001 for a video that cannot be read.

@@ -51,7 +51,7 @@ class RunTask:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What was done for a run: samples that were encoded, copied, and left out."""
+    """Numbers of a run's samples that were encoded, copied, and left out."""
 
     encoded: int
     copied: int
@@ -97,8 +97,8 @@ class ShardMaker:
                     bad.append(fault)
                     skipping.add(task.run, bad)
                 elif not isinstance(row, BadClip):
-                    copied += row[0].former is not None
-                    encoded += row[0].former is None
+                    is_copy = all(draw.former is not None for draw in row)
+                    copied, encoded = copied + is_copy, encoded + (not is_copy)
                 done()
             self._commit(task.run, writers, shards, bad)
         return Made(encoded, copied, len(bad))

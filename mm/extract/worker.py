@@ -25,7 +25,7 @@ from mm.extract.plan import Plan
 from mm.extract.rows import check_rows, origin_of, usable
 from mm.extract.shard import DrawTask, RunTask, ShardMaker
 from mm.extract.skipping import BadClip, Skipping
-from mm.extract.store import WORK, remove_left_behind, runs_done
+from mm.extract.store import WORK, present_shards, remove_left_behind, runs_done
 
 FAILED = "failed"
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Tally:
-    """What a worker did: samples encoded, copied and left out, clips by the library that read them, runs made."""
+    """Numbers of a worker: samples encoded, copied and left out, clips by the library that read them, runs made."""
 
     encoded: int = 0
     copied: int = 0
@@ -92,7 +92,8 @@ class Worker:
         self._run, self._store, self._plan, self._reader = run, store, plan, reader
         self._maker, self._skipping = maker, skipping
         self._policy = parse_on_bad_sample(run.data.on_bad_sample, run.origins["data.on_bad_sample"].name)
-        self._former = Former(store)
+        done = runs_done(store, plan)
+        self._former = Former(store, (n for n in sorted(present_shards(store)) if n % plan.num_runs not in done))
         self._claimed: deque[RunTask] = deque()
         self.tally = Tally()
 
@@ -112,7 +113,7 @@ class Worker:
         """Make what can be claimed now; readers stay as long. Tells whether anything was."""
         before = self.tally.runs
         clips = read_clips(
-            self._jobs(iter(runs)),
+            self._jobs(iter(runs), claims),
             self._run.data.clip,
             self._run.extraction.seed,
             num_workers=self._run.data.workers,
@@ -133,12 +134,16 @@ class Worker:
                 self._claimed.popleft()
         return self.tally.runs > before
 
-    def _jobs(self, runs: Iterator[int]) -> Iterator[tuple[VideoSample, int]]:
+    def _jobs(self, runs: Iterator[int], claims: Claims) -> Iterator[tuple[VideoSample, int]]:
         """The clips of runs, each run claimed when a reader wants its first clip."""
         for run in runs:
             remove_left_behind(self._store, self._plan, run)
             self._skipping.forget(run)
-            task = self._task(run)
+            try:
+                task = self._task(run)
+            except DataError as error:
+                _note_failure(self._store, run, error, claims)
+                raise
             self._claimed.append(task)
             yield from task.to_read()
 

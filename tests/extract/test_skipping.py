@@ -25,17 +25,22 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_encoders(tmp_path_factory.mktemp("weights"))
 
 
-@pytest.fixture
-def files(tmp_path: Path, weights: Path) -> dict[str, Path]:
+def write_bad_data_set(folder: Path) -> Path:
+    """Eight rows, of which five cannot be used; returns data.json."""
     rows: list[dict[str, Any]] = [{"path": f"{name}.mp4", "cap": name} for name in NAMES]
     rows[6]["num_frames"] = 3
-    folder = tmp_path / "set"
     annotation = write_data_set(folder, rows, num_frames=9)
     (folder / "empty.mp4").write_bytes(b"")
     write_sound(folder / "sound.mp4")
     (folder / "missing.mp4").unlink()
     write_clip(folder / "short.mp4", num_frames=4)
-    return write_extraction_files(tmp_path, weights, annotation, folder, tmp_path / "store")
+    return annotation
+
+
+@pytest.fixture
+def files(tmp_path: Path, weights: Path) -> dict[str, Path]:
+    annotation = write_bad_data_set(tmp_path / "set")
+    return write_extraction_files(tmp_path, weights, annotation, tmp_path / "set", tmp_path / "store")
 
 
 def lines(store: Path, name: str) -> list[dict[str, Any]]:

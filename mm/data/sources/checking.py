@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from mm.config.data import DataSource, data_sources, default_folder
 from mm.config.run.extraction import SourceSection
 from mm.config.tasks.task import Column, Task
-from mm.data.files import path_below, raise_limited, require_regular_file
+from mm.data.files import path_below, require_regular_file
 from mm.data.metadata import VideoSample
 from mm.data.sources.base import OpenSource, RowKey, SourceRow
 from mm.data.sources.naming import LISTED_BEFORE, RowNames, sample_id
@@ -51,20 +51,6 @@ def annotated_sources(section: SourceSection) -> list[DataSource]:
     folder = section.folder or default_folder(section.path, section.format)
     sources = data_sources(section.path, folder)
     return [replace(source, format=section.format, file_keys=section.file_keys) for source in sources]
-
-
-def check_rows(sources: Sequence[DataSource], task: Task | None = None) -> list[CheckedRow]:
-    """Check every row of all data sets, in order, and keep what is wrong beside each.
-
-    Args:
-        sources: the data sets. task: that the samples are for; None, for none that is known.
-
-    Raises:
-        DataError: what `iterate_rows` raises, and DATA-060 for all rows at once that are no rows of any kind.
-    """
-    rows = [replace(row, row=None) for row in iterate_rows(sources, task)]
-    raise_limited([problem for row in rows for problem in row.problems if problem.id == "DATA-060"])
-    return rows
 
 
 def iterate_rows(sources: Sequence[DataSource], task: Task | None = None) -> Iterator[CheckedRow]:

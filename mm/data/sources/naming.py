@@ -70,7 +70,7 @@ class RowNames:
 
 
 def _is_first(values: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Which values are the first of their kind."""
+    """A mark for each value that is the first of its kind."""
     is_first = np.zeros(len(values), bool)
     is_first[np.unique(values, return_index=True)[1]] = True
     return is_first

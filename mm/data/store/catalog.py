@@ -82,6 +82,13 @@ class Catalog:
         count = int(self._first[shard + 1]) - int(self._first[shard])
         return bytes(self._digests[shard]), count, int(self._body_bytes[shard])
 
+    def before_in_bucket(self, shape: LatentShape, shard: int) -> int:
+        """Number of samples of a shape in the shards before one."""
+        bucket = self._bucket_of[shape]
+        begin, end = int(self._bucket_begins[bucket]), int(self._bucket_begins[bucket + 1])
+        place = int(np.searchsorted(self._bucket_shards[begin:end], shard))
+        return int(self._bucket_firsts[begin + place]) if begin + place < end else self.shapes()[shape]
+
     def in_bucket(self, shape: LatentShape, k: int) -> tuple[int, int]:
         """The shard that holds the k-th sample of a shape, and which sample of that shape it is there."""
         bucket = self._bucket_of[shape]

@@ -15,16 +15,30 @@ _MOST_OPEN = 256
 
 
 class ShardStore:
-    """Samples 0, 1, ... of a store of shards. A process holds the catalog's map and at most some hundred shards'."""
+    """Samples 0, 1, ... of one draw of a store of shards. A process holds the catalog's map and at most some hundred
+    shards'.
+    """
 
-    def __init__(self, folder: Path, recipe_key: str, catalog: Catalog) -> None:
+    def __init__(self, folder: Path, recipe_key: str, catalog: Catalog, draw: int = 0) -> None:
         self.folder = folder
         self.recipe_key = recipe_key
         self._catalog = catalog
         self._shards: OrderedDict[int, Shard] = OrderedDict()
+        shards_of_draw = catalog.manifest.shards // catalog.manifest.draws
+        self._begin, self._end = draw * shards_of_draw, (draw + 1) * shards_of_draw  # its shards
+        self._first = catalog.first_of(self._begin)
 
     def __len__(self) -> int:
-        return self._catalog.manifest.samples
+        return self._catalog.first_of(self._end) - self._first
+
+    @property
+    def draws(self) -> int:
+        """Draws of each sample that the store has."""
+        return self._catalog.manifest.draws
+
+    def of_draw(self, draw: int) -> ShardStore:
+        """The same samples of another draw, of which 0, 1, ... come again and again."""
+        return ShardStore(self.folder, self.recipe_key, self._catalog, draw % self.draws)
 
     @property
     def num_shards(self) -> int:
@@ -43,7 +57,7 @@ class ShardStore:
 
     def file_of(self, row: int) -> str:
         """The body that holds the sample, below the folder."""
-        number, _ = self._catalog.find(row)
+        number, _ = self._catalog.find(self._first + row)
         return f"{SHARDS}/{shard_folder(self.folder, number).name}/{BODY}"
 
     def blobs_of(self, row: int) -> tuple[Blob, Blob]:
@@ -58,12 +72,19 @@ class ShardStore:
 
     def shapes(self) -> Counter[LatentShape]:
         """Number of samples with each latent shape, in the order of the shapes' first samples."""
-        return self._catalog.shapes()
+        found = Counter[LatentShape]()
+        for shape in self._catalog.shapes():
+            before, end = (self._catalog.before_in_bucket(shape, shard) for shard in (self._begin, self._end))
+            if end > before:
+                found[shape] = end - before
+        if self._begin == 0:
+            return found
+        return Counter({shape: found[shape] for shape in sorted(found, key=lambda shape: self.in_bucket(shape, 0))})
 
     def in_bucket(self, shape: LatentShape, k: int) -> int:
         """Row of the k-th sample of a shape, of which there are more than k."""
-        number, place = self._catalog.in_bucket(shape, k)
-        return self._catalog.first_of(number) + self.shard(number).in_bucket(shape, place)
+        number, place = self._catalog.in_bucket(shape, self._catalog.before_in_bucket(shape, self._begin) + k)
+        return self._catalog.first_of(number) + self.shard(number).in_bucket(shape, place) - self._first
 
     def add_identity(self, digest: Digest) -> None:
         """Feed the names, clips, captions and videos of all samples to a digest."""
@@ -82,7 +103,7 @@ class ShardStore:
         return found
 
     def _find(self, row: int) -> tuple[Shard, int]:
-        number, local = self._catalog.find(row)
+        number, local = self._catalog.find(self._first + row)
         return self.shard(number), local
 
 
