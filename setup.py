@@ -15,7 +15,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["mm", "mm.*"]),
-    package_data={"mm": ["py.typed"], "mm.demo": ["assets/*"]},
+    package_data={"mm": ["py.typed"], "mm.demo": ["assets/*"], "mm.look": ["*.html"]},
     entry_points={"console_scripts": ["mm = mm.cli.main:process"]},
     install_requires=[
         "torch>=2.13.0,<2.14",
@@ -34,6 +34,7 @@ setup(
         "tqdm>=4.66",
         "tabulate>=0.9",
         "psutil>=6",
+        "jinja2>=3.1",
         "matplotlib>=3.9",
         "pillow>=10",
         "pyarrow>=23",

@@ -1,22 +1,26 @@
-"""Balance of micro-batches of mixed sizes over replicas, dealt by cost and in turn.
+"""Balance of samples of mixed sizes over replicas: dealt in turn, dealt by cost, and packed into sequences.
 
-    python benchmarks/data_balance.py [--replicas 64] [--micro-batches 16] [--steps 200] [--stages 4]
+    python benchmarks/data_balance.py [--replicas 64] [--micro-batches 16] [--steps 200] [--stages 4] [--pack 151200]
 
 Samples are drawn as of a public video set: 20 % images, else clips of 17 to 129 frames (4k + 1, uniform), at 240p,
 368p, 480p or 720p (uniform). The cost is the cost model of Wan2.1 1.3B or 14B (`mm.data.balance.cost_of_model`). A step
 takes as long as its dearest replica; with a pipeline of equally long stages every pass of every stage under 1F1B is
-simulated, waiting included. Throughput is predicted from costs, not measured.
+simulated, waiting included. Packs have a token budget (default: twice the longest sample of the mixture); filled is the
+share of the budgets that the samples' tokens are. Throughput is predicted from costs, not measured; what fewer, longer
+calls of kernels gain is not in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
 
 from mm.config.model import WanConfig
-from mm.data.balance import cost_of_model, deal
+from mm.data.balance import SequenceCost, cost_of_model, deal
+from mm.data.packing import pack_step
 
 MODELS = {
     "1.3B": WanConfig(hidden_size=1536, ffn_dim=8960, num_heads=12, num_layers=30),
@@ -62,33 +66,54 @@ def pipeline_time(costs: Sequence[float], stages: int) -> float:
     return max(clock) / 3
 
 
+def dealt(
+    tokens: Sequence[int], cost: SequenceCost, replicas: int, stages: int, budget: int
+) -> dict[str, list[list[float]]]:
+    """Costs of the micro-batches of each replica, by the way of dealing."""
+    costs = [cost(number) for number in tokens]
+    packs = pack_step(tokens, budget, cost, num_replicas=replicas, num_stages=stages)
+    return {
+        "in turn": [costs[replica::replicas] for replica in range(replicas)],
+        "by cost": [[costs[number] for number in numbers] for numbers in deal(costs, replicas, stages)],
+        "packed": [[sum(costs[number] for number in pack) for pack in of_replica] for of_replica in packs],
+    }
+
+
 def main() -> None:
-    """Print the dearest replica over the mean, both ways of dealing, the mean and the worst of all steps."""
+    """Print the dearest replica over the mean, three ways of dealing, the mean and the worst of all steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicas", type=int, default=64)
     parser.add_argument("--micro-batches", type=int, default=16)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--stages", type=int, default=4)
+    parser.add_argument("--pack", type=int, default=2 * 33 * 45 * 80)
     args = parser.parse_args()
     replicas, count = args.replicas, args.replicas * args.micro_batches
     print(f"{replicas} replicas x {args.micro_batches} samples, {args.steps} steps; time of the dearest replica / mean")
-    print(f"{'model':6} {'stages':>6} {'dealt':8} {'mean':>7} {'worst':>7}  throughput, predicted")
-    turns = [list(range(replica, count, replicas)) for replica in range(replicas)]
+    print(f"packed: sequences of at most {args.pack:,} tokens")
+    columns = f"{'model':6} {'stages':>6} {'dealt':8} {'mean':>7} {'worst':>7} {'passes':>6} {'filled':>7}"
+    print(f"{columns}  throughput, predicted")
     for name, model in MODELS.items():
         cost = cost_of_model(model)
         for stages in (1, args.stages):
             rng = random.Random(1)  # noqa: S311
-            dearest: dict[str, list[float]] = {"in turn": [], "by cost": []}
-            ratios: dict[str, list[float]] = {"in turn": [], "by cost": []}
+            dearest: defaultdict[str, list[float]] = defaultdict(list)
+            ratios: defaultdict[str, list[float]] = defaultdict(list)
+            passes: defaultdict[str, list[int]] = defaultdict(list)
+            filled = []
             for _ in range(args.steps):
-                costs = [cost(num_tokens(rng)) for _ in range(count)]
-                for way, dealt in (("in turn", turns), ("by cost", deal(costs, replicas, stages))):
-                    times = [pipeline_time([costs[number] for number in numbers], stages) for numbers in dealt]
+                tokens = [num_tokens(rng) for _ in range(count)]
+                for way, costs in dealt(tokens, cost, replicas, stages, args.pack).items():
+                    times = [pipeline_time(of_replica, stages) for of_replica in costs]
                     dearest[way].append(max(times))
                     ratios[way].append(max(times) * replicas / sum(times))
+                    passes[way].append(len(costs[0]))
+                filled.append(sum(tokens) / (passes["packed"][-1] * replicas * args.pack))
             for way, values in ratios.items():
                 gain = sum(dearest["in turn"]) / sum(dearest[way])
-                print(f"{name:6} {stages:6} {way:8} {fmean(values):7.4f} {max(values):7.4f}  x {gain:.2f}")
+                share = f"{fmean(filled):7.1%}" if way == "packed" else " " * 7
+                numbers = f"{fmean(values):7.4f} {max(values):7.4f} {fmean(passes[way]):6.1f} {share}"
+                print(f"{name:6} {stages:6} {way:8} {numbers}  x {gain:.2f}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,9 @@ EXIT_STOPPED = 75
 EXIT_HANG = 124
 
 
+_ESCAPED = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160), 0x2028, 0x2029)}
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One thing that is wrong.
@@ -40,7 +43,8 @@ class Problem:
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.id}: {self.message} Fix: {self.remedy}"
+        """One line, whatever the names in it hold: line ends and terminals' commands stand as `\\n`, `\\x1b`."""
+        return f"{self.id}: {self.message} Fix: {self.remedy}".translate(_ESCAPED)
 
 
 class MMError(Exception):

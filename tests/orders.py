@@ -5,8 +5,8 @@ from mm.data.plan import Bucket, PlannedSource, SamplingPlan
 
 def sample_at(position: int, num_samples: int, seed: int) -> tuple[int, int]:
     """The (sample index, epoch) at a position of the endless walk, as training draws it."""
-    bucket = Bucket("samples from 0", num_samples, lambda k: k)
-    (sample,) = SamplingPlan([PlannedSource([bucket])], 1, seed).group(position)
+    bucket = Bucket("samples from 0", num_samples, lambda k: k, lambda _: 1)
+    (sample,) = SamplingPlan([PlannedSource([bucket])], seed).group(position)
     return sample.index, sample.draw
 
 

@@ -25,7 +25,8 @@ class StepShape:
     """Shapes and counts of a step, known before it runs.
 
     Attributes:
-        micro_batch_size: samples of a forward. num_tokens: of the largest sample.
+        micro_batch_size: sequences of a forward. num_tokens: of the longest; of one of several samples, with what
+            pads each of them.
         micro_batches: forwards of one replica in a step.
         dtype: of the hidden state.
     """

@@ -1,4 +1,4 @@
-"""`mm data status STORE` and `mm data repair STORE`: what a store of shards holds, and which shards to make again."""
+"""`mm data`: `look` is another file; `status STORE` and `repair STORE` are about stores of shards."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 from tqdm import tqdm
 
+from mm.cli import data_look
 from mm.cli.entry import run
 from mm.config.flags import Flags, parse_flags
 from mm.errors import ConfigError
@@ -48,15 +49,20 @@ def main(argv: Sequence[str]) -> None:
     """Run one of the jobs.
 
     Raises:
+        MMError: what `mm.cli.data_look.main` raises.
         ConfigError: CFG-006 for words that are no job and its store, and for flags.
         DataError: what `mm.data.store.repair` raises; DATA-157 for shards that are damaged, after they were removed.
     """
     if argv and argv[0] in ("-h", "--help"):
-        print("usage: mm data status STORE [--json-output]\n       mm data repair STORE [--dry-run]")
+        print("usage: mm data look STORE|run.yaml|TRAINING-FLAGS --out page.html")
+        print("       mm data status STORE [--json-output]\n       mm data repair STORE [--dry-run]")
+        return
+    if argv and argv[0] == "look":
+        data_look.main(argv[1:])
         return
     if len(argv) < 2 or argv[0] not in _JOBS or (argv[1].startswith("-") and "--help" not in argv):
         found = f"mm data takes a job and a store, and got {' '.join(argv) or 'none'}."
-        raise ConfigError("CFG-006", found, "Give mm data status STORE, or mm data repair STORE.")
+        raise ConfigError("CFG-006", found, "Give mm data look, mm data status STORE, or mm data repair STORE.")
     if argv[0] == "status":
         status(Path(argv[1]), parse_flags(StatusFlags, argv[2:], program="mm data status STORE"))
     else:

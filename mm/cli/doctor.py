@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 from tabulate import tabulate
 
-from mm.cli import doctor_compare, doctor_data, doctor_parity, doctor_ready
+from mm.cli import doctor_compare, doctor_costs, doctor_data, doctor_parity, doctor_ready
 from mm.cli.entry import run
 from mm.cli.run_file import run_file
 from mm.config.flags import Flags, parse_flags
@@ -58,7 +59,8 @@ class DoctorFlags(DoctorOptions, TrainFlags):
     """Say whether a training run will work, or with --dry-run what it costs. Takes every flag of mm train.
 
     `mm doctor run.yaml` looks at the run of a file, with the flags of the dry run alone. `mm doctor data` reads a whole
-    data set, `mm doctor parity` compares the layout with one device, `mm doctor compare A B` finds where two runs part.
+    data set, `mm doctor parity` compares the layout with one device, `mm doctor compare A B` finds where two runs part,
+    `mm doctor costs RUN` fits costs of tokens to its step times.
     """
 
 
@@ -69,7 +71,12 @@ def main(argv: Sequence[str]) -> None:
         ConfigError: what `mm train` raises before it starts; CFG-047 for a rank or a size that does not exist; what
             `mm.cli.doctor_ready.check` raises.
     """
-    others = {"compare": doctor_compare.main, "data": doctor_data.main, "parity": doctor_parity.main}
+    others = {
+        "compare": doctor_compare.main,
+        "costs": doctor_costs.main,
+        "data": doctor_data.main,
+        "parity": doctor_parity.main,
+    }
     with StopRequest(saves=False, kept="Nothing was decided."):
         if argv and argv[0] in others:
             others[argv[0]](argv[1:])
@@ -94,6 +101,7 @@ def _check(argv: Sequence[str]) -> None:
     from mm.train.run import data_parallel_options, training_dtype
 
     lora = plan_of(sections.adapters, sections.wan, sections.origins["adapters.targets"].name)
+    packed, micro_batches = _packs(sections, layout, (frames, height, width))
     job = DryRunJob(
         wan=sections.wan,
         layout=layout,
@@ -102,13 +110,14 @@ def _check(argv: Sequence[str]) -> None:
         dtype=training_dtype(sections),
         latent=(frames, height, width),
         micro_batch_size=sections.data.micro_batch_size,
-        micro_batches=sections.micro_batches_of_step(layout.dp_size),
+        micro_batches=micro_batches,
         recompute=recompute_of(sections.memory),
         extension=None if lora is None else lora.extension(),
         ema_decay=sections.optimizer.ema_decay,
         async_save=sections.checkpoint.in_background,
         save_optimizer=sections.checkpoint.save_optimizer,
         optimizer=sections.optimizer.name,
+        packed=packed,
     )
     report = dry_run(job, flags.rank)
     notes = {"compile": _UNCOMPILED} if sections.memory.compile_blocks else {}
@@ -136,6 +145,23 @@ def _largest_clip(sections: TrainingRun) -> tuple[int, int, int]:
     return size
 
 
+def _packs(sections: TrainingRun, layout: Layout, latent: tuple[int, int, int]) -> tuple[int | None, int]:
+    """Samples of these latents in a packed sequence, or None, and micro-batches of one replica in a step.
+
+    Raises:
+        ConfigError: CFG-207 for a sample that is longer than a sequence.
+    """
+    budget, samples = sections.data.pack_tokens, sections.micro_batches_of_step(layout.dp_size)
+    if budget is None:
+        return None, samples
+    tokens, word = math.prod(latent) // math.prod(sections.wan.patch_size), sections.origins["data.pack_tokens"]
+    if tokens > budget:
+        found = f"A sample of these latents has {tokens:,} tokens, more than {word.with_value(budget)}."
+        raise ConfigError("CFG-207", found, f"Raise it to at least {tokens}, or give a smaller --latent-size.")
+    packed, multiple = min(samples, budget // tokens), layout.micro_batches_come_in
+    return packed, math.ceil(samples / packed / multiple) * multiple
+
+
 def _problems(flags: DoctorOptions, wan: WanConfig, world_size: int) -> list[Problem]:
     """CFG-047: what the doctor alone is asked for."""
     problems = []
@@ -161,11 +187,12 @@ def _as_json(layout: Layout, report: Report, notes: dict[str, str]) -> str:
 
 def _as_text(layout: Layout, report: Report, notes: dict[str, str]) -> str:
     padding = report.rank_tokens - report.real_tokens
+    tokens = f"{report.tokens:,} a sample" + (f", {report.samples} in a sequence" if report.samples > 1 else "")
     trained = f", {report.trained:,} of them trained" if report.trained < report.parameters else ""
     facts = [
         ("layout", f"{layout.name()} on {layout.world_size:,} processes"),
         (f"rank {report.rank}", f"TP {report.tp_rank}, CP {report.cp_rank}, DP {report.dp_rank}, PP {report.pp_rank}"),
-        ("tokens", f"{report.tokens:,} a sample, {report.rank_tokens:,} on this rank, {padding:,} of them padding"),
+        ("tokens", f"{tokens}, {report.rank_tokens:,} on this rank, {padding:,} of them padding"),
         ("parameters", f"{report.parameters:,} kept by this rank{trained}"),
         ("bubble", f"{report.bubble:.1%} of the step, if stages are even"),
         ("host memory", _host_memory(report)),

@@ -59,10 +59,11 @@ def main(argv: Sequence[str]) -> None:
     with Job(where, backend.collective, backend.device, minutes), build_mesh(layout, minutes, backend.kind) as mesh:
         comm: Comm = SingleProcess() if where.world_size == 1 else ProcessGroupComm(device=backend.device)
         mine = parity.run_on_the_mesh(case, mesh, backend, parity.own_pieces)
-        one_device = partial(parity.run_on_one_device, case.wan, case.sizes, case.samples, backend.device)
+        of_case = case.wan, case.sizes, case.samples, backend.device
+        one_device = partial(parity.run_on_one_device, *of_case, text_lengths=case.text_lengths)
         whole = one_device()
         errors = parity.compare_pieces(mine, whole, comm)
-    rounding = parity.compare_wholes(one_device(parity.nudged_value_of), whole)
+    rounding = parity.compare_wholes(one_device(value_of=parity.nudged_value_of), whole)
     limits = parity.with_rounding(parity.limits(layout), rounding)
     if where.rank == 0:
         print(_table(sections, case, backend.name(), errors, limits))
@@ -89,6 +90,9 @@ def _case(sections: TrainingRun, layout: Layout) -> Case:
     sharing = layout.cp_size * (layout.tp_size if layout.sequence_parallel else 1)
     width = 2 * (2 * sharing // 9 + 5)  # of 9 tokens a column
     sizes = [(3, 6, width), (1, 2, 14)]
+    micro_batches = min(sections.micro_batches_of_step(layout.dp_size), 2 * layout.pp_size)
+    packed = sections.data.pack_tokens is not None
+    packs = (tuple(2 - number % 2 for number in range(micro_batches)),) * layout.dp_size if packed else ()
     one_size = sections.data.micro_batch_size > 1 or (layout.pp_size > 1 and not sections.parallel.variable_sizes)
     return Case(
         small_model(sections.wan),
@@ -96,9 +100,10 @@ def _case(sections: TrainingRun, layout: Layout) -> Case:
         data_parallel_options(sections),
         sections.parallel.layerzero,
         recompute_of(sections.memory),
-        tuple(sizes[:1] if one_size else sizes),
+        tuple(sizes[:1] if one_size and not packed else sizes),
         sections.data.micro_batch_size,
-        min(sections.micro_batches_of_step(layout.dp_size), 2 * layout.pp_size),
+        micro_batches,
+        packs,
     )
 
 
@@ -114,6 +119,7 @@ def _rows(errors: RelativeErrors, limits: RelativeErrors) -> list[tuple[str, flo
 
 def _table(sections: TrainingRun, case: Case, device: str, errors: RelativeErrors, limits: RelativeErrors) -> str:
     wan, layout = case.wan, case.layout
+    sequence = " sequence, of two samples" if case.packs else ""
     left_out = {
         "adapters": sections.adapters is not None,
         sections.origins["memory.compile_blocks"].with_value(True): sections.memory.compile_blocks,
@@ -122,7 +128,7 @@ def _table(sections: TrainingRun, case: Case, device: str, errors: RelativeError
     facts = [
         ("layout", f"{layout.name()} on {layout.world_size:,} processes, {device}"),
         ("model", f"{wan.task.name}, {wan.num_layers} blocks, {wan.num_heads} heads, {wan.hidden_size} wide, fp32"),
-        ("run", f"2 steps of {case.samples} samples, {case.most_tokens} tokens the longest"),
+        ("run", f"2 steps of {case.samples} samples, {case.most_tokens} tokens the longest{sequence}"),
     ]
     if any(left_out.values()):
         facts.append(("left out", ", ".join(name for name, given in left_out.items() if given)))

@@ -65,13 +65,14 @@ def check(
         findings += preflight.attempt("weights", lambda: preflight.weights(sections))
         findings += preflight.attempt("checkpoints", lambda: preflight.save_folder(sections))
         findings += preflight.attempt("disk", lambda: preflight.disk(sections, trained))
-    one_size = layout.pp_size > 1 and not sections.parallel.variable_sizes
+    budget = sections.data.pack_tokens
+    one_size = layout.pp_size > 1 and not sections.parallel.variable_sizes and budget is None
     batch = sections.samples_of_step(layout.dp_size)
     if where.local_rank == 0:  # once a node: its disks, its memory
         findings += preflight.attempt(
             "features",
             lambda: preflight.features(
-                open_features(sections.data.features, config), batch, sections.origins, one_size=one_size
+                open_features(sections.data.features, config), batch, sections.origins, one_size=one_size, budget=budget
             ),
         )
     with ExitStack() as stack:
@@ -106,7 +107,15 @@ def _draws(sections: TrainingRun, samples: int) -> str | None:
     batches = BatchPlan(samples, data.micro_batch_size)
     try:
         dataset = open_features(data.features, sections.wan)
-        plan = sampling_plan(dataset, batches, data.mixture, seed, shuffle=data.shuffle)
+        plan = sampling_plan(
+            dataset,
+            batches,
+            data.mixture,
+            seed,
+            shuffle=data.shuffle,
+            min_bucket=data.min_bucket,
+            num_steps=sections.training.steps,
+        )
     except MMError:
         return None
     return preflight.draws(dataset, plan, FlowMatching(sections.objective), seed, batches.groups_of_step)

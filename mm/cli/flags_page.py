@@ -6,11 +6,13 @@ import re
 
 from mm.cli.convert import ConvertFlags
 from mm.cli.data import RepairFlags, StatusFlags
+from mm.cli.data_look import LookFlags, LookStoreFlags
 from mm.cli.demo import DemoFlags
 from mm.cli.doctor import DoctorFlags
 from mm.cli.doctor_data import DoctorDataFlags
 from mm.cli.doctor_parity import ParityFlags
 from mm.cli.migrate import MigrateFlags
+from mm.cli.migrate_entries import MigrateEntriesFlags
 from mm.cli.migrate_shards import MigrateShardsFlags
 from mm.cli.plot import PlotFlags
 from mm.cli.score import ScoreFlags
@@ -31,6 +33,9 @@ PROGRAMS: dict[str, type[Flags]] = {
     "mm doctor parity": ParityFlags,
     "mm migrate": MigrateFlags,
     "mm migrate shards": MigrateShardsFlags,
+    "mm migrate entries": MigrateEntriesFlags,
+    "mm data look": LookFlags,
+    "mm data look STORE": LookStoreFlags,
     "mm data status": StatusFlags,
     "mm data repair": RepairFlags,
     "mm plot": PlotFlags,
@@ -47,13 +52,14 @@ that read the flags; the descriptions are there.
 
 A flag that takes nothing is a switch. `--seed 5` and `--seed=5` are the same, the last one counts, and a flag
 that does not exist is an error. Where no default is shown, the description says what happens without the flag. `mm
-convert` also takes its flags with underscores. `mm launch` takes torchrun's flags, `mm doctor compare` two runs.
+convert` also takes its flags with underscores. `mm launch` takes torchrun's flags, `mm doctor compare` two runs,
+`mm doctor costs` one.
 """
 
 
 def flags_page() -> str:
     """The page as Markdown."""
-    links = [f"[{program}](#{re.sub(r'[^a-z0-9 _-]', '', program).replace(' ', '-')})" for program in PROGRAMS]
+    links = [f"[{program}](#{re.sub(r'[^a-z0-9 _-]', '', program.lower()).replace(' ', '-')})" for program in PROGRAMS]
     return "\n".join([_HEAD, "Commands: " + ", ".join(links) + ".", *map(_section, PROGRAMS), ""])
 
 

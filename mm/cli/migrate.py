@@ -1,4 +1,4 @@
-"""`mm migrate`: features that MindSpeed-MM extracted, as a feature store; `config`: one file, `shards`: a store."""
+"""`mm migrate`: features that MindSpeed-MM extracted, as a feature store; with a word first, something else."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from pathlib import Path
 
 from pydantic import Field
 
-from mm.cli import migrate_config, migrate_shards
+from mm.cli import migrate_config, migrate_entries, migrate_shards
 from mm.cli.entry import run
 from mm.config.data import DataSource
 from mm.config.flags import Flags, parse_flags
 from mm.config.output import require_writable_folder
 from mm.config.run.data import Clip
 
+_OTHERS = {"config": migrate_config.main, "entries": migrate_entries.main, "shards": migrate_shards.main}
+
 
 class MigrateFlags(Flags):
     """Turn a folder of MindSpeed-MM's .pt features into a feature store. The .pt files stay as they are.
 
     `mm migrate config OLD NEW` rewrites one of its JSON files and lists what was dropped and why; `mm migrate shards`
-    writes a store of one file a sample as a store of shards.
+    writes a store of one file a sample as a store of shards; `mm migrate entries` writes an extraction for each entry
+    of SimpleTuner's multidatabackend.json.
     """
 
     source: Path = Field(description="folder that holds data.jsonl and features/*.pt")
@@ -32,12 +35,9 @@ class MigrateFlags(Flags):
 
 
 def main(argv: Sequence[str]) -> None:
-    """Migrate features; with `config` first a file, with `shards` a store; raises what `migrate` raises."""
-    if argv and argv[0] == "config":
-        migrate_config.main(argv[1:])
-        return
-    if argv and argv[0] == "shards":
-        migrate_shards.main(argv[1:])
+    """Migrate features; with `config` first a file, and so on; raises what `migrate` raises."""
+    if argv and argv[0] in _OTHERS:
+        _OTHERS[argv[0]](argv[1:])
         return
     flags = parse_flags(MigrateFlags, argv, program="mm migrate")
     require_writable_folder(flags.target, "--target")

@@ -28,12 +28,14 @@ class DataSource:
         folder: that its paths start from. annotation: the file that lists its samples.
         format: of that file; None where what stands in it tells.
         file_keys: columns whose cells are paths, beside those that the format knows.
+        entry: the one whose samples are taken, of a file of entries; None for all.
     """
 
     folder: Path
     annotation: Path
     format: SourceFormat | None = None
     file_keys: tuple[str, ...] = ()
+    entry: str | None = None
 
 
 def default_folder(path: str, format: SourceFormat | None) -> str | None:

@@ -94,6 +94,11 @@ class Layout:
         before = [*chain(*self.stages[:vp_rank]), *self.stages[vp_rank][:pp_rank]]
         return range(sum(before), sum(before) + self.stages[vp_rank][pp_rank])
 
+    @property
+    def micro_batches_come_in(self) -> int:
+        """Number whose multiples a replica's micro-batches are: interleaved stages take rounds of one for each rank."""
+        return self.pp_size if self.vp_size > 1 else 1
+
     def passes_in_flight(self, pp_rank: int, micro_batches: int) -> int:
         """Forwards of a rank, of any of its virtual stages, whose backward has not run yet, at most.
 

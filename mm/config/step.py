@@ -85,6 +85,7 @@ class StepSettings(Section):
         caption_dropout: share of captions left out.
         data: the features. held_out: those of its evaluation, which no step sees.
         bf16: precision of model and activations. ema_decay: of the average, or None.
+        pack_tokens: tokens of packed sequences, or None. The only one that decides nothing but rounding.
     """
 
     global_batch_size: int
@@ -96,6 +97,7 @@ class StepSettings(Section):
     held_out: DataSettings | None
     bf16: bool
     ema_decay: float | None
+    pack_tokens: int | None = None
 
 
 SCHEDULE = {
@@ -136,6 +138,7 @@ def step_settings(
         held_out=held_out,
         bf16=run.model.precision == "bf16",
         ema_decay=run.optimizer.ema_decay,
+        pack_tokens=run.data.pack_tokens,
     )
 
 
@@ -177,6 +180,9 @@ def changes(before: StepSettings, now: StepSettings, words: Origins) -> Iterator
     if before.held_out is not None and now.held_out is not None:
         yield from _of_data(None, words.whole("evaluation.features"), before.held_out, now.held_out)
     yield from _precision(before, now, words)
+    if before.pack_tokens != now.pack_tokens:
+        budgets = (_GIVEN[False] if side.pack_tokens is None else str(side.pack_tokens) for side in (before, now))
+        yield Change(None, words["data.pack_tokens"].name, *budgets)
     if before.ema_decay is not None and now.ema_decay is not None:  # CKPT-085 and CKPT-086 are about the others
         yield from _of_values("average", before, now, {"ema_decay": "optimizer.ema_decay"}, words)
 

@@ -38,6 +38,16 @@ def cost_of_model(model: WanConfig) -> SequenceCost:
     return SequenceCost(float(alpha), float(layers * 4 * width))
 
 
+def sequence_cost(model: WanConfig, pair_cost: float | None) -> SequenceCost:
+    """The cost by which micro-batches are dealt.
+
+    Args:
+        model: whose shape tells it. pair_cost: cost of a pair of tokens by that of a token, as measured; None takes the
+            model's.
+    """
+    return cost_of_model(model) if pair_cost is None else SequenceCost(1.0, pair_cost)
+
+
 def deal(costs: Sequence[float], num_replicas: int, num_stages: int = 1) -> list[list[int]]:
     """Deal micro-batches to replicas, equally many to each, so that all take about as long.
 

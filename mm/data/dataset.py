@@ -20,7 +20,7 @@ from mm.config.model import WanConfig
 from mm.config.run.data import FeatureSet
 from mm.data.features import EMPTY_PROMPT_ID, LISTING, OTHER_TASK, read_feature
 from mm.data.files import path_below
-from mm.data.listing import FeatureStore, LatentShape, open_feature_store
+from mm.data.listing import FeatureStore, LatentShape, ListedSample, RowsOfDraw, open_feature_store
 from mm.data.recipe import Recipe, check_recipe, expected_in_training, load_recipe
 from mm.data.store.blobs import Blob, read_prompt_blob, read_sample_blobs
 from mm.data.store.catalog import is_sharded
@@ -131,6 +131,16 @@ class FeatureDataset(Dataset[FeatureItem]):
         """The numbers of transformer tokens that samples have."""
         return {self.tokens_of(shape) for shape in self.shapes()}
 
+    def text_tokens(self, index: int) -> int:
+        """Tokens of a sample's caption."""
+        store, row = self._find(index)
+        return self._stores[store].text_tokens(row)
+
+    def listed(self, index: int) -> ListedSample:
+        """A sample's video, caption and clip as listed; of shards raises what `ShardStore.listed` does."""
+        store, row = self._find(index)
+        return self._stores[store].listed(row)
+
     def place(self, index: int) -> FeaturePlace:
         """Place of one sample in its store."""
         number, row = self._find(index)
@@ -147,32 +157,24 @@ class FeatureDataset(Dataset[FeatureItem]):
         """Number of samples with each latent shape, in the order of the shapes."""
         return dict(sorted(self.shapes().items()))
 
+    def with_model(self, model: WanConfig) -> FeatureDataset:
+        """The same samples for another model."""
+        return FeatureDataset(self._stores, model)
+
+    @property
     def draws(self) -> int:
-        """Number of draws after which all stores begin again."""
+        """Draws of each sample, after which all stores begin again with their first."""
         return lcm(*(store.draws for store in self._stores))
 
-    def of_draw(self, draw: int) -> FeatureDataset:
-        """The same samples in another of their draws, each store's counted round."""
-        return FeatureDataset([store.of_draw(draw) for store in self._stores], self.model)
+    def of_draw(self, draw: int) -> DatasetDraw:
+        """The samples of one draw; a store that has fewer begins again with its first."""
+        rows = [store.of_draw(draw % store.draws) for store in self._stores]
+        return DatasetDraw(list(zip(self._first, rows, strict=False)))
 
     def parts(self) -> Iterator[tuple[Path, int, FeatureDataset]]:
         """Each store's folder, the index of its first sample here, and a data set of it alone."""
         for first, store in zip(self._first, self._stores, strict=False):
             yield store.folder, first, FeatureDataset([store], self.model)
-
-    def in_bucket(self, shape: LatentShape, k: int) -> int:
-        """Index of the k-th sample of a latent shape, in the order of the data set; k counts from 0.
-
-        Raises:
-            IndexError: there are not so many.
-        """
-        rest = k
-        for first, store in zip(self._first, self._stores, strict=False):
-            held = store.shapes()[shape]
-            if 0 <= rest < held:
-                return first + store.in_bucket(shape, rest)
-            rest -= held
-        raise IndexError(f"there is no sample {k} of latents {list(shape)}")
 
     def _find(self, index: int) -> tuple[int, int]:
         """A sample's store and its row there."""
@@ -213,6 +215,42 @@ class FeatureDataset(Dataset[FeatureItem]):
             digest.update(f"{store.recipe_key}\n".encode())
             store.add_identity(digest)
         return digest.hexdigest()[:16]
+
+
+class DatasetDraw:
+    """Samples of a data set, one draw of each."""
+
+    def __init__(self, rows: Sequence[tuple[int, RowsOfDraw]]) -> None:
+        """Take the rows of each store, and the index of its first row in the data set."""
+        self._rows = rows
+        self._first = list(accumulate((part.count for _, part in rows), initial=0))
+
+    def __len__(self) -> int:
+        return self._first[-1]
+
+    def buckets(self) -> dict[LatentShape, int]:
+        """Number of samples with each latent shape, in the order of the shapes."""
+        return dict(sorted(sum((part.shapes for _, part in self._rows), Counter[LatentShape]()).items()))
+
+    def member(self, k: int) -> int:
+        """Index in the data set of the k-th sample."""
+        store = bisect_right(self._first, k) - 1
+        first, part = self._rows[store]
+        return first + part.first + k - self._first[store]
+
+    def in_bucket(self, shape: LatentShape, k: int) -> int:
+        """Index in the data set of the k-th sample of a latent shape.
+
+        Raises:
+            IndexError: there are not so many.
+        """
+        rest = k
+        for first, part in self._rows:
+            held = part.shapes[shape]
+            if 0 <= rest < held:
+                return first + part.in_bucket(shape, rest)
+            rest -= held
+        raise IndexError(f"there is no sample {k} of latents {list(shape)}")
 
 
 def open_features(features: FeatureSet, model: WanConfig) -> FeatureDataset:

@@ -8,6 +8,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 from uuid import uuid4
@@ -121,7 +122,8 @@ def write_atomically(path: Path, parts: Iterable[bytes], num_bytes: int) -> None
     except OSError as error:
         raise write_error(path, num_bytes, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # which the failure above names already
+            temporary.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path, name: str) -> None:

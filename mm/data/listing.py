@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from mm.config.base import Section, parse
 from mm.config.tasks.registry import DEFAULT, TaskName
@@ -57,6 +58,33 @@ class FeatureRow(Section):
         return (self.model_dump_json(exclude={"taken"} if self.taken is None else None) + "\n").encode()
 
 
+class ListedSample(Section):
+    """A sample's video, caption and clip, as lists of either kind of store have them; names as in `FeatureRow`."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    sample: str
+    path: str
+    cap: str
+    start_frame_idx: int = Field(ge=0)
+    sample_num_frames: int = Field(ge=1)
+    taken: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class RowsOfDraw:
+    """Rows of a store that are one draw of each of its samples: `count` from row `first` on.
+
+    Attributes:
+        shapes: how many of each latent shape. in_bucket: row of the k-th of a shape.
+    """
+
+    first: int
+    count: int
+    shapes: Counter[LatentShape]
+    in_bucket: Callable[[LatentShape, int], int]
+
+
 class FeatureStore:
     """A complete store of one file a sample: its folder, the key of its recipe, and its rows, counted from 0."""
 
@@ -71,16 +99,6 @@ class FeatureStore:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def draws(self) -> int:
-        """Draws of each sample; files hold one."""
-        return 1
-
-    def of_draw(self, draw: int) -> FeatureStore:
-        """The same: there is one draw."""
-        del draw
-        return self
-
     def name(self, row: int) -> str:
         """The sample's id."""
         return self.rows[row].sample
@@ -89,9 +107,25 @@ class FeatureStore:
         """Shape (C, F, H, W) of the sample's latents."""
         return self.rows[row].latent_shape
 
+    def text_tokens(self, row: int) -> int:
+        """Tokens of the sample's caption."""
+        return self.rows[row].text_tokens
+
+    def listed(self, row: int) -> ListedSample:
+        """The sample's video, caption and clip."""
+        return ListedSample.model_validate(self.rows[row].model_dump())
+
     def file_of(self, row: int) -> str:
         """The sample's file, below the folder."""
         return self.rows[row].file
+
+    draws = 1
+    """Of each sample."""
+
+    def of_draw(self, draw: int) -> RowsOfDraw:
+        """The rows of a draw, which are all."""
+        del draw
+        return RowsOfDraw(0, len(self), self.shapes(), self.in_bucket)
 
     def shapes(self) -> Counter[LatentShape]:
         """Number of samples with each latent shape, in the order of the shapes' first samples."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from mm.config.bad_samples import FAIL, OnBadSample
 from mm.config.model import WanConfig
-from mm.config.run.data import Mixture
-from mm.data.balance import cost_of_model
+from mm.config.run.data import MinBucket, Mixture
+from mm.data.balance import sequence_cost
 from mm.data.dataset import FeatureDataset, FeaturePlace, SampleTensors, read_empty_prompt, read_sample
+from mm.data.packing import PackSampler
 from mm.data.plan import PlannedSample, SamplingPlan
 from mm.data.planning import sampling_plan
 from mm.data.replacing import Replaced, check_replaced, may_be_replaced
-from mm.data.sampler import BatchPlan, MicroBatchSampler
+from mm.data.sampler import BatchPlan, DealtStep, MicroBatchSampler
 from mm.data.store.blobs import Blob
 from mm.data.workers import Outcome, Parcel, as_error, as_facts, bytes_to_share, read_in_order
 from mm.errors import DataError
@@ -38,10 +39,14 @@ class _Notes(TypedDict, total=False):
     Attributes:
         replaced: where samples were, the ids of those that were to be in the micro-batch.
         noise: [b, 16, F, H, W] fp32, `mm.rng.training_noise` of each sample.
+        index: of samples that were read, where they are in the data set.
+        without_caption: of samples that were read, whether each has the empty caption in place of its own.
     """
 
     replaced: list[str]
     noise: Tensor
+    index: list[int]
+    without_caption: list[bool]
 
 
 class FeatureBatch(_Notes):
@@ -70,13 +75,16 @@ def feature_batches(
     caption_dropout: float = 0.0,
     shuffle: bool = True,
     mixture: Mixture = ONE_SOURCE,
+    min_bucket: MinBucket = "error",
+    num_steps: int | None = None,
     num_workers: int = 0,
     read_timeout: float = 600.0,
     pin_memory: bool = False,
     on_bad_sample: OnBadSample = FAIL,
     with_noise: bool = False,
+    dealt: deque[DealtStep] | None = None,
 ) -> Generator[FeatureBatch]:
-    """This replica's micro-batches without end.
+    """This replica's micro-batches without end; with packs its samples one by one (`mm.data.steps` packs them).
 
     Args:
         dataset: the features.
@@ -86,12 +94,14 @@ def feature_batches(
         consumed_samples: samples that all replicas together trained on before.
         caption_dropout: probability of the empty caption, drawn for each (sample, epoch).
         shuffle: a new order each epoch, else the listings' order.
-        mixture: how the stores are mixed, and what becomes of shapes with few samples.
+        mixture: how the stores are mixed. min_bucket: what becomes of shapes with few samples.
+        num_steps: steps that will be asked for, those taken before included; None for no end.
         num_workers: reading processes; 0 reads in this one, where nothing can end a read that hangs.
         read_timeout: seconds to read one micro-batch.
         pin_memory: put batches into page-locked memory.
         on_bad_sample: whether samples with damaged files are replaced; see `mm.data.replacing`.
         with_noise: draw the noise of each sample beside reading it, ahead of the step that needs it.
+        dealt: gets each step before its first micro-batch comes.
 
     Raises:
         DataError: at once what `sampling_plan` raises, and what `FeatureDataset.empty_prompt` raises if captions are to
@@ -99,19 +109,19 @@ def feature_batches(
             raises, DATA-070 and DATA-071 for a reader that hangs or dies twice, DATA-074 when more samples of an epoch
             are replaced than allowed in this replica alone.
     """
-    order = sampling_plan(dataset, plan, mixture, seed, shuffle=shuffle)
+    order = sampling_plan(dataset, plan, mixture, seed, shuffle=shuffle, min_bucket=min_bucket, num_steps=num_steps)
     empty = None
     if caption_dropout > 0:
         dataset.empty_prompt()  # a damaged one is told now, and not when a caption happens to be dropped
         empty = dataset.empty_prompt_file()
     draws = _Draws(dataset, order, seed, caption_dropout, on_bad_sample)
-    sampler = MicroBatchSampler(order, plan, consumed_samples, _cost(dataset))
+    sampler = dealt_groups(dataset, order, plan, consumed_samples, dealt)
     outcomes = read_in_order(
         _ReadBatch(dataset.model, text_len, empty, seed if with_noise else None),
         ([draws.draw(sample) for sample in group] for group in sampler),
         num_workers=num_workers,
         time_limit=read_timeout,
-        buffer_bytes=_most_bytes(dataset, plan.micro_batch_size, text_len, with_noise=with_noise),
+        buffer_bytes=_most_bytes(dataset, max(mixture.sizes(plan.micro_batch_size)), text_len, with_noise=with_noise),
         again=draws.without_bad_sample,
     )
     names = [feature.name for feature in dataset.model.task.features]
@@ -242,6 +252,8 @@ def _batches(
                 "sample": [draw.name for draw in drawn],
                 "draw": [draw.sample.draw for draw in drawn],
                 "features": {name: tensors[name] for name in names},
+                "index": [draw.sample.index for draw in drawn],
+                "without_caption": [draw.without_caption for draw in drawn],
             }
             if "noise" in tensors:
                 batch["noise"] = tensors["noise"]
@@ -270,9 +282,18 @@ def _most_bytes(dataset: FeatureDataset, micro_batch_size: int, text_len: int, *
     return bytes_to_share(*((micro_batch_size, *shape) for shape in shapes))
 
 
-def _cost(dataset: FeatureDataset) -> Callable[[int], float] | None:
-    """Cost of a sample by its index; None where all have as many tokens."""
-    if len(dataset.token_counts()) == 1:
-        return None
-    cost = cost_of_model(dataset.model)
-    return lambda index: cost(dataset.num_tokens(index))
+def dealt_groups(
+    dataset: FeatureDataset,
+    order: SamplingPlan,
+    plan: BatchPlan,
+    consumed_samples: int,
+    dealt: deque[DealtStep] | None = None,
+) -> Iterable[list[PlannedSample]]:
+    """This replica's micro-batches as they are planned, or of packs the samples one by one, without end where the plan
+    has none; arguments are those of `MicroBatchSampler`.
+    """
+    cost = sequence_cost(dataset.model, plan.pair_cost)
+    if plan.pack_tokens is not None:
+        return PackSampler(order, plan, consumed_samples, plan.pack_tokens, cost, dealt)
+    all_cost_the_same = order.is_even and len(dataset.token_counts()) == 1
+    return MicroBatchSampler(order, plan, consumed_samples, None if all_cost_the_same else cost, dealt)

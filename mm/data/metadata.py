@@ -11,7 +11,6 @@ import torch
 from pydantic import BeforeValidator, Field
 
 from mm.config.base import Section
-from mm.data.sources.settings import NO_SETTINGS, SourceSettings
 from mm.rng import generator
 
 Kind = Literal["video", "image"]
@@ -84,7 +83,6 @@ class VideoSample:
         kind: of the file.
         roles: files beside the target by what they are: `control`, `reference`, `mask`, `first_frame`, `last_frame`,
             `camera`, `object`, or a column's own name. Whoever uses one looks whether it is there.
-        settings: of its source.
     """
 
     id: str
@@ -94,7 +92,6 @@ class VideoSample:
     columns: Mapping[str, float] = field(default_factory=dict)
     kind: Kind = "video"
     roles: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
-    settings: SourceSettings = NO_SETTINGS
 
     def caption(self, seed: int, draw: int = 0) -> str:
         """The caption that a draw uses: the only one, or one of several drawn from the seed."""

@@ -1,14 +1,16 @@
 """The sampling plan: which samples each step trains on, a function of the seed and the step alone (D14 of the design).
 
-Training walks along slots 0, 1, 2, ... without end, each filled by a group: as many samples as a micro-batch has, all
-of one bucket (samples of one shape of one source). Step k takes the next groups, whatever the layout: replicas share
-them out (`mm.data.sampler`). Nothing here grows with the number of samples, and nothing is replayed: any slot is
-computed by itself, from keyed bijections (`mm.data.bijection`) in place of lists.
+Training walks along slots 0, 1, 2, ... without end, each filled by a group: as many samples as a micro-batch of their
+source has, all of one bucket (samples of one shape of one source). Step k takes the next groups, whatever the layout:
+replicas share them out (`mm.data.sampler`). Nothing here grows with the number of samples, and nothing is replayed: any
+slot is computed by itself, from keyed bijections (`mm.data.bijection`) in place of lists.
 
 - A bucket's samples are walked through without end: epoch e of n samples is the positions e n to (e + 1) n, in an order
   of its own. The epoch is the sample's draw, the key of its random numbers.
 - A source's groups of an epoch come in an order of their own; samples that are left over of a bucket, too few for a
   group, come first in its next epoch. With one bucket the groups are the walk itself, whatever their size.
+- A source may hold K draws of each of its samples (other clips of one video): its epoch e takes draw e mod K, and what
+  is left over of a bucket comes first in the next epoch of that draw.
 - Sources are mixed by weight, exactly in every 4,096 slots to a group, in an order drawn for each such block.
 """
 
@@ -32,7 +34,7 @@ class PlannedSample:
     """A sample at its place in the plan.
 
     Attributes:
-        index: in the data set. draw: how often it came before, the key of its random numbers.
+        index: in the data set. draw: how often it came before, in any of its draws; the key of its random numbers.
         walk: (source, bucket). position: in that bucket's walk.
     """
 
@@ -48,12 +50,15 @@ class Bucket:
 
     Attributes:
         name: stable, the key of its order. size: number of samples, at least 1.
-        member: index in the data set of the k-th of them.
+        member: index in the data set of the k-th of them. tokens: transformer tokens of the k-th of them.
+        draw: of the samples, that they are of.
     """
 
     name: str
     size: int
     member: Callable[[int], int]
+    tokens: Callable[[int], int]
+    draw: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,52 +66,76 @@ class PlannedSource:
     """One source of samples.
 
     Attributes:
-        buckets: at least one. repeats: passes over its samples in an epoch of the plan.
-        weight: of its share of the groups, beside that by its size. 1 for all: each comes as often as its size says.
+        buckets: at least one of each draw, all draws with as many samples. group_size: samples of a slot.
+        draws: K, that it holds of each sample.
+        repeats: passes over its samples in an epoch of the plan.
+        weight: of its share of the samples, beside that by its size. 1 for all: each comes as often as its size says.
         begin: first slot that it may fill. end: first slot that it may not fill any more; None for no end.
     """
 
     buckets: Sequence[Bucket]
+    group_size: int = 1
+    draws: int = 1
     repeats: int = 1
     weight: Fraction = Fraction(1)
     begin: int = 0
     end: int | None = None
 
     @property
-    def samples_of_epoch(self) -> int:
-        """Samples of an epoch of the plan, each as often as it is repeated."""
-        return self.repeats * sum(bucket.size for bucket in self.buckets)
+    def groups_of_epoch(self) -> Fraction:
+        """Groups that its samples fill in an epoch of the plan, each as often as it is repeated."""
+        return Fraction(self.repeats * sum(bucket.size for bucket in self.buckets), self.group_size * self.draws)
 
 
 class SamplingPlan:
     """Samples of every slot, for all sources together."""
 
-    def __init__(self, sources: Sequence[PlannedSource], group_size: int, seed: int, *, shuffle: bool = True) -> None:
+    def __init__(self, sources: Sequence[PlannedSource], seed: int, *, shuffle: bool = True) -> None:
         """Take the sources.
 
         Args:
-            sources: at least one; some source must be open at every slot.
-            group_size: samples of a slot. seed: of all orders. shuffle: whether orders are drawn; otherwise samples
-                come as they are listed, bucket by bucket, source by source.
-
-        Raises:
-            ValueError: at some slot every source has ended.
+            sources: at least one.
+            seed: of all orders. shuffle: whether orders are drawn; otherwise samples come as they are listed, bucket by
+                bucket, source by source.
         """
-        self._group_size = group_size
-        self._walks = [[_Walk(bucket, seed, shuffle) for bucket in source.buckets] for source in sources]
-        self._sources = [
-            _SourceGroups(source, number, group_size, seed, shuffle) for number, source in enumerate(sources)
-        ]
+        self._group_sizes = [source.group_size for source in sources]
+        self._walks = [[_Walk(bucket, source.draws, seed, shuffle) for bucket in source.buckets] for source in sources]
+        self._sources = [_SourceGroups(source, number, seed, shuffle) for number, source in enumerate(sources)]
         self._phases = _phases(sources)
         self._order = lru_cache(maxsize=2)(
             lambda phase, block, size: _order(size, seed, f"mixture {phase}", block, shuffle)
         )
 
+    @property
+    def is_even(self) -> bool:
+        """Tell whether all slots have as many samples."""
+        return len(set(self._group_sizes)) == 1
+
+    @property
+    def end(self) -> int | None:
+        """The first slot at which no source is open; None where there is none. The plan has no slots from there on."""
+        return self._phases[-1].end if self._phases else 0
+
     def group(self, slot: int) -> list[PlannedSample]:
-        """The samples of a slot."""
-        source, number = self._source_at(slot)
-        bucket, position = self._sources[source].group(number)
-        return [self._sample((source, bucket), position + i) for i in range(self._group_size)]
+        """The samples of a slot; raises IndexError for one that the plan does not have."""
+        walk, position = self._walk_at(slot)
+        return [self._sample(walk, position + i) for i in range(self._group_sizes[walk[0]])]
+
+    def tokens(self, slot: int) -> list[int]:
+        """Transformer tokens of each sample of a slot, for which no sample is looked up; raises as `group`."""
+        (source, bucket), position = self._walk_at(slot)
+        walk = self._walks[source][bucket]
+        return [walk.tokens_at(position + i) for i in range(self._group_sizes[source])]
+
+    def groups_of_sources(self, slots: int) -> list[int]:
+        """Number of the first slots that each source fills; exact where blocks end, else as its share says."""
+        filled = [0] * len(self._walks)
+        for phase in self._phases:
+            end = slots if phase.end is None else min(slots, phase.end)
+            if end > phase.begin:
+                for source, count in zip(phase.sources, phase.counts(end - phase.begin), strict=True):
+                    filled[source] += count
+        return filled
 
     def next_in_epoch(self, sample: PlannedSample) -> PlannedSample:
         """The sample that follows one in its bucket's epoch, the first after the last; its draw stays."""
@@ -117,6 +146,14 @@ class SamplingPlan:
     def _sample(self, walk: tuple[int, int], position: int) -> PlannedSample:
         index, epoch = self._walks[walk[0]][walk[1]].at(position)
         return PlannedSample(index, epoch, walk, position)
+
+    def _walk_at(self, slot: int) -> tuple[tuple[int, int], int]:
+        """The walk that fills a slot, and the position at which its group begins."""
+        if slot < 0 or (self.end is not None and slot >= self.end):
+            raise IndexError(f"the plan has no slot {slot}; it ends at {self.end}")
+        source, number = self._source_at(slot)
+        bucket, position = self._sources[source].group(number)
+        return (source, bucket), position
 
     def _source_at(self, slot: int) -> tuple[int, int]:
         """The source of a slot, and how many of its groups came before."""
@@ -138,45 +175,76 @@ class SamplingPlan:
 class _Walk:
     """The endless walk through one bucket."""
 
-    def __init__(self, bucket: Bucket, seed: int, shuffle: bool) -> None:
+    def __init__(self, bucket: Bucket, draws: int, seed: int, shuffle: bool) -> None:
         self.size = bucket.size
-        self._member = bucket.member
+        self._draws = draws
+        self._bucket = bucket
         self._order = lru_cache(maxsize=2)(lambda epoch: _order(bucket.size, seed, bucket.name, epoch, shuffle))
 
     def at(self, position: int) -> tuple[int, int]:
-        """The index of the sample at a position, and its epoch."""
+        """The index of the sample at a position, and how often it came before in any draw."""
+        passes = position // self.size * self._draws + self._bucket.draw
+        return self._bucket.member(self._number_at(position)), passes
+
+    def tokens_at(self, position: int) -> int:
+        """The tokens of the sample at a position."""
+        return self._bucket.tokens(self._number_at(position))
+
+    def _number_at(self, position: int) -> int:
         epoch, place = divmod(position, self.size)
-        return self._member(self._order(epoch)(place)), epoch
+        return self._order(epoch)(place)
 
 
 class _SourceGroups:
     """The endless sequence of one source's groups."""
 
-    def __init__(self, source: PlannedSource, number: int, group_size: int, seed: int, shuffle: bool) -> None:
+    def __init__(self, source: PlannedSource, number: int, seed: int, shuffle: bool) -> None:
         self._sizes = [bucket.size * source.repeats for bucket in source.buckets]
-        self._group_size = group_size
+        self._draw_of = [bucket.draw for bucket in source.buckets]
+        self._draws = source.draws
+        self._of_epoch = max(
+            sum(size for size, draw in zip(self._sizes, self._draw_of, strict=True) if draw == one)
+            for one in range(source.draws)
+        )
+        self._group_size = source.group_size
         self._order = lru_cache(maxsize=2)(
             lambda epoch, size: _order(size, seed, f"groups of source {number}", epoch, shuffle)
         )
-        self._counts = lru_cache(maxsize=4)(self._counts_before)
+        self._epochs = lru_cache(maxsize=4)(self._epoch)
 
     def group(self, number: int) -> tuple[int, int]:
         """The bucket of a group, and the position in its walk at which the group begins."""
         if len(self._sizes) == 1:
             return 0, number * self._group_size
-        epoch = number * self._group_size // sum(self._sizes)
-        while sum(self._counts(epoch + 1)) <= number:
+        epoch = number * self._group_size // self._of_epoch  # or a later one, by what was left over before
+        while (found := self._epochs(epoch)).first + found.ends[-1] <= number:
             epoch += 1
-        before, until = self._counts(epoch), self._counts(epoch + 1)
-        ends = list(accumulate(b - a for a, b in zip(before, until, strict=True)))
-        rank = self._order(epoch, ends[-1])(number - sum(before))
-        bucket = bisect_right(ends, rank)
-        in_epoch = rank - (ends[bucket - 1] if bucket else 0)
-        return bucket, (before[bucket] + in_epoch) * self._group_size
+        rank = self._order(epoch, found.ends[-1])(number - found.first)
+        bucket = bisect_right(found.ends, rank)
+        in_epoch = rank - (found.ends[bucket - 1] if bucket else 0)
+        return bucket, (found.before[bucket] + in_epoch) * self._group_size
 
-    def _counts_before(self, epoch: int) -> list[int]:
+    def _epoch(self, epoch: int) -> _Epoch:
+        before, until = self._groups_before(epoch), self._groups_before(epoch + 1)
+        return _Epoch(sum(before), before, list(accumulate(b - a for a, b in zip(before, until, strict=True))))
+
+    def _groups_before(self, epoch: int) -> list[int]:
         """Whole groups of each bucket before an epoch."""
-        return [epoch * size // self._group_size for size in self._sizes]
+        passes = ((epoch - draw + self._draws - 1) // self._draws for draw in self._draw_of)
+        return [count * size // self._group_size for count, size in zip(passes, self._sizes, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """Groups of one source in an epoch of the plan: kept, since a source may have thousands of buckets.
+
+    Attributes:
+        first: number of the first. before: whole groups of each bucket before. ends: of each bucket's groups in it.
+    """
+
+    first: int
+    before: list[int]
+    ends: list[int]
 
 
 @dataclass(frozen=True)
@@ -212,8 +280,8 @@ def _phases(sources: Sequence[PlannedSource]) -> list[_Phase]:
     for begin, end in zip(begins, [*begins[1:], None], strict=True):
         is_open = [i for i, s in enumerate(sources) if s.begin <= begin and (s.end is None or begin < s.end)]
         if not is_open:
-            raise ValueError("no source is open at slot", begin)
-        weights = [sources[i].weight * sources[i].samples_of_epoch for i in is_open]
+            break
+        weights = [sources[i].weight * sources[i].groups_of_epoch for i in is_open]
         shares = [share / sum(weights) for share in accumulate(weights)]
         phases.append(_Phase(begin, end, is_open, [filled[i] for i in is_open], shares))
         if end is not None:

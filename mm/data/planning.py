@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 
-from mm.config.run.data import Mixture, SourceShare
+from mm.config.run.data import MinBucket, Mixture, SourceShare
 from mm.config.step import AS_LISTED
-from mm.data.dataset import FeatureDataset
+from mm.data.dataset import DatasetDraw, FeatureDataset
 from mm.data.files import raise_limited
 from mm.data.listing import LatentShape
 from mm.data.plan import Bucket, PlannedSource, SamplingPlan
@@ -23,16 +24,24 @@ _ORDER = "keyed bijections"  # name it anew when the same settings would give an
 
 
 def sampling_plan(
-    dataset: FeatureDataset, batches: BatchPlan, mixture: Mixture, seed: int, *, shuffle: bool
+    dataset: FeatureDataset,
+    batches: BatchPlan,
+    mixture: Mixture,
+    seed: int,
+    *,
+    shuffle: bool,
+    min_bucket: MinBucket = "error",
+    num_steps: int | None = None,
 ) -> SamplingPlan:
     """The plan of a run.
 
-    Samples of one shape form a bucket of their store; with micro-batches of one sample all of a store form one, since
-    nothing has to share a shape. Without shares all stores are one source.
+    Samples of one shape form a bucket of their store. Where micro-batches of one sample are taken as listed, all of a
+    store form one, since nothing has to share a shape. Without shares all stores are one source.
 
     Args:
         dataset: the features. batches: sizes of the global batch and of micro-batches. mixture: shares of the stores.
-        seed: of the order. shuffle: a new order each epoch.
+        seed: of the order. shuffle: a new order each epoch. min_bucket: for shapes with few samples.
+        num_steps: steps of the run; None for no end.
 
     Raises:
         ConfigError: CFG-203 for a share of no store or two of one, CFG-204 where at some step no store is open.
@@ -40,33 +49,77 @@ def sampling_plan(
     """
     sources: list[PlannedSource] = []
     small: list[Problem] = []
-    for where, first, part, share in _parts(dataset, mixture):
-        buckets = _buckets(first, part, batches.micro_batch_size)
-        if mixture.small_buckets != "repeat" and len(buckets) > 1:
-            few = {shape for shape, bucket in buckets.items() if bucket.size < batches.micro_batch_size}
-            small += [_too_small(where, shape, buckets.pop(shape), batches) for shape in sorted(few)]
-        if buckets:
-            sources.append(_source(list(buckets.values()), share, batches))
-    if mixture.small_buckets == "error" or not sources:
+    for source in sources_of(dataset, mixture, batches.micro_batch_size, shuffle=shuffle, min_bucket=min_bucket):
+        small += [_too_small(source, shape, bucket) for (_, shape), bucket in sorted(source.small.items())]
+        if source.buckets:
+            sources.append(_planned(source, batches))
+    if min_bucket == "error" or not sources:
         raise_limited(small)
     for problem in small:
         logger.warning("left out: %s", problem.message)
-    try:
-        return SamplingPlan(sources, batches.micro_batch_size, seed, shuffle=shuffle)
-    except ValueError as error:
-        slot = int(error.args[1])
-        message = f"In data.mixture.shares no store is open at step {slot // batches.groups_of_step}."
-        raise ConfigError("CFG-204", message, "Let the shares' begin_step and end_step leave no gap.") from None
+    plan = SamplingPlan(sources, seed, shuffle=shuffle)
+    if plan.end is not None and (num_steps is None or plan.end < num_steps * batches.groups_of_step):
+        message = f"In data.mixture.shares no store is open at step {plan.end // batches.groups_of_step}."
+        raise ConfigError("CFG-204", message, "Let the shares' begin_step and end_step leave no gap.")
+    return plan
 
 
-def describe_plan(dataset: FeatureDataset, mixture: Mixture, micro_batch_size: int, *, shuffle: bool) -> str:
+@dataclass(frozen=True)
+class SourceOfData:
+    """Samples that are drawn from together: those of one store, or of all where the mixture has no shares.
+
+    Attributes:
+        where: name in messages. part: the samples. share: what the mixture says of them.
+        micro_batch_size: samples in a micro-batch of them.
+        buckets: by draw and shape; of each draw one of all samples, under any of their shapes, where they need not be
+            told apart.
+        small: buckets with fewer samples than a micro-batch takes, which are not in the plan.
+    """
+
+    where: str
+    part: FeatureDataset
+    share: SourceShare | None
+    micro_batch_size: int
+    buckets: dict[tuple[int, LatentShape], Bucket]
+    small: dict[tuple[int, LatentShape], Bucket]
+
+
+def sources_of(
+    dataset: FeatureDataset,
+    mixture: Mixture,
+    micro_batch_size: int,
+    *,
+    shuffle: bool,
+    min_bucket: MinBucket = "error",
+) -> Iterator[SourceOfData]:
+    """The sources of a data set; arguments are those of `sampling_plan`. Raises CFG-203 as it does."""
+    for where, first, part, share in _parts(dataset, mixture):
+        size = micro_batch_size if share is None else share.micro_batch_size or micro_batch_size
+        buckets = _buckets(first, part, by_shape=shuffle or size > 1)
+        few = set[tuple[int, LatentShape]]()
+        if min_bucket != "repeat" and len(buckets) > part.draws:
+            few = {place for place, bucket in buckets.items() if bucket.size < size}
+        small = {place: buckets.pop(place) for place in few}
+        yield SourceOfData(where, part, share, size, buckets, small)
+
+
+def describe_plan(
+    dataset: FeatureDataset,
+    mixture: Mixture,
+    micro_batch_size: int,
+    *,
+    shuffle: bool,
+    min_bucket: MinBucket = "error",
+) -> str:
     """Words for what decides the order beside the data set and the seed, which are compared on resume.
 
     Stores are told by their place in the list, since where they lie does not matter. Raises CFG-203 as `sampling_plan`.
     """
     words = [_ORDER if shuffle else AS_LISTED]
-    if len(dataset.shapes()) > 1 and micro_batch_size > 1:
-        words.append(f"groups of {micro_batch_size} samples of a shape, small ones: {mixture.small_buckets}")
+    several = max(mixture.sizes(micro_batch_size)) > 1
+    if len(dataset.shapes()) > 1 and (shuffle or several):
+        small = f", small ones: {min_bucket}" if several else ""
+        words.append(f"groups of {micro_batch_size} samples of a shape{small}")
     elif mixture.shares:
         words.append(f"groups of {micro_batch_size}")
     shares = [share for *_, share in _parts(dataset, mixture)]
@@ -101,38 +154,62 @@ def _parts(dataset: FeatureDataset, mixture: Mixture) -> Iterator[tuple[str, int
         yield folder, first, part, shares.get(folder)
 
 
-def _buckets(first: int, part: FeatureDataset, micro_batch_size: int) -> dict[LatentShape, Bucket]:
-    """The buckets of a source; one of all its samples, under any of their shapes, where they need not be told apart."""
-    shapes = part.buckets()
-    if micro_batch_size == 1 or len(shapes) == 1:
-        return {next(iter(shapes)): Bucket(f"samples from {first}", len(part), lambda k: first + k)}
-    return {
-        shape: Bucket(f"samples from {first} of {list(shape)}", size, partial(_member, first, part, shape))
-        for shape, size in shapes.items()
-    }
+def _buckets(first: int, part: FeatureDataset, *, by_shape: bool) -> dict[tuple[int, LatentShape], Bucket]:
+    """The buckets of a source, by draw and shape; of each draw one, under any of its shapes, where samples need not be
+    told apart.
+    """
+    several = by_shape and len(part.shapes()) > 1
+    found: dict[tuple[int, LatentShape], Bucket] = {}
+    for draw in range(part.draws):
+        name, rows = f"samples from {first}" + (f", draw {draw}" if draw else ""), part.of_draw(draw)
+        if several:
+            for shape, size in rows.buckets().items():
+                member, tokens = partial(_member, first, rows, shape), _tokens(part, shape)
+                found[draw, shape] = Bucket(f"{name} of {list(shape)}", size, member, tokens, draw)
+        elif len(rows):
+            member = partial(_any_member, first, rows)
+            found[draw, next(iter(rows.buckets()))] = Bucket(name, len(rows), member, _tokens(part, rows=rows), draw)
+    return found
 
 
-def _member(first: int, part: FeatureDataset, shape: LatentShape, k: int) -> int:
-    return first + part.in_bucket(shape, k)
+def _tokens(
+    part: FeatureDataset, shape: LatentShape | None = None, *, rows: DatasetDraw | None = None
+) -> Callable[[int], int]:
+    """Tokens of the k-th sample of a shape, or of all of a draw."""
+    if shape is not None or rows is None or len(part.shapes()) == 1:
+        tokens = part.tokens_of(shape or next(iter(part.shapes())))
+        return lambda _: tokens
+    return lambda k: part.num_tokens(rows.member(k))
 
 
-def _source(buckets: list[Bucket], share: SourceShare | None, batches: BatchPlan) -> PlannedSource:
+def _member(first: int, rows: DatasetDraw, shape: LatentShape, k: int) -> int:
+    return first + rows.in_bucket(shape, k)
+
+
+def _any_member(first: int, rows: DatasetDraw, k: int) -> int:
+    return first + rows.member(k)
+
+
+def _planned(source: SourceOfData, batches: BatchPlan) -> PlannedSource:
+    buckets, share = list(source.buckets.values()), source.share
     if share is None:
-        return PlannedSource(buckets)
+        return PlannedSource(buckets, source.micro_batch_size, source.part.draws)
     begin, end = share.begin_step, share.end_step
     return PlannedSource(
         buckets,
+        source.micro_batch_size,
+        source.part.draws,
         share.repeats,
-        Fraction(share.weight).limit_denominator(10**6),
+        Fraction(str(share.weight)),  # as it is written: 0.1 is a tenth
         begin * batches.groups_of_step,
         None if end is None else end * batches.groups_of_step,
     )
 
 
-def _too_small(where: str, shape: LatentShape, bucket: Bucket, batches: BatchPlan) -> Problem:
-    few, micro_batch = "1 sample" if bucket.size == 1 else f"{bucket.size} samples", batches.micro_batch_size
+def _too_small(source: SourceOfData, shape: LatentShape, bucket: Bucket) -> Problem:
+    few, micro_batch = "1 sample" if bucket.size == 1 else f"{bucket.size} samples", source.micro_batch_size
     return Problem(
         "DATA-015",
-        f"{few} of {where} have latents {list(shape)}, and a micro-batch takes {micro_batch} of one shape.",
-        "Add samples of that shape, take smaller micro-batches, or set data.mixture.small_buckets to drop or repeat.",
+        f"{few} of {source.where} have latents {list(shape)}, and a micro-batch takes {micro_batch} of one shape.",
+        "Add samples of that shape, take smaller micro-batches, or set data.min_bucket to drop or repeat.",
     )

@@ -52,7 +52,11 @@ class ProbeCache:
         self._path = path
         self._since = time.monotonic()
         self._unsaved: dict[str, str] = {}  # written together, so that no other process waits for a slow file
-        if path is not None and path.is_file() and path.stat().st_size and not _is_sqlite(path):
+        try:
+            is_another = path is not None and path.is_file() and path.stat().st_size and not _is_sqlite(path)
+        except OSError as error:
+            raise _unusable(path, error.strerror or error) from None
+        if is_another:
             raise _of_another(path)
         self._connection = self._open()
 
@@ -132,8 +136,7 @@ class ProbeCache:
     def _refuse_what_is_no_damage(self, error: sqlite3.DatabaseError) -> None:
         """Raise DATA-018 for a disk that is full, a lock that is kept, or what may not be written."""
         if isinstance(error, sqlite3.OperationalError):
-            message = f"{self._path} cannot be used: {error}."
-            raise DataWriteError("DATA-018", message, "Check the path, its permissions and the disk.") from None
+            raise _unusable(self._path, error) from None
 
     def _remove(self) -> None:
         if self._path is not None:
@@ -141,7 +144,12 @@ class ProbeCache:
                 Path(f"{self._path}{ending}").unlink(missing_ok=True)
 
 
-def _of_another(path: Path) -> DataError:
+def _unusable(path: Path | None, reason: object) -> DataWriteError:
+    remedy = "Check the path, its permissions and the disk."
+    return DataWriteError("DATA-018", f"{path} cannot be used: {reason}.", remedy)
+
+
+def _of_another(path: Path | None) -> DataError:
     remedy = "Name a file that is not there, which is made; or delete this one."
     return DataError("DATA-176", f"{path} is no cache of sizes, and is left as it is.", remedy)
 

@@ -25,6 +25,7 @@ from mm.config.model import WanConfig
 from mm.config.optimizer import OptimizerName
 from mm.config.recompute import Recompute
 from mm.data.loader import FeatureBatch
+from mm.data.packed import MicroBatch, pack
 from mm.device.backend import select
 from mm.diffusion.flow import FlowMatching, SampleId
 from mm.doctor import formulas
@@ -71,8 +72,9 @@ class DryRunJob:
         wan, layout, options, zero: as for `mm.parallel.apply.apply`. recompute: as for `mm.activation.recompute`.
         dtype: of the bulk of the parameters.
         extension: what is trained instead of the model's parameters. ema_decay: of the average of the weights, if any.
-        latent: F, H, W of a sample's latents. micro_batch_size: samples in a forward.
+        latent: F, H, W of a sample's latents. micro_batch_size: samples in a forward, beside each other.
         micro_batches: of one replica in a step. optimizer: its name.
+        packed: samples that share a sequence, a micro-batch each; None where every sample has its own.
         async_save: whether checkpoints are written in the background. save_optimizer: with the optimizer's state.
     """
 
@@ -90,6 +92,17 @@ class DryRunJob:
     async_save: bool = False
     save_optimizer: bool = True
     optimizer: OptimizerName = "adamw"
+    packed: int | None = None
+
+    @property
+    def samples(self) -> int:
+        """Number of samples of a micro-batch."""
+        return self.packed or self.micro_batch_size
+
+    @property
+    def sequence(self) -> list[int]:
+        """Tokens of each sample of a sequence."""
+        return [math.prod(token_grid(self.latent, self.wan.patch_size))] * (self.packed or 1)
 
 
 @dataclass(frozen=True)
@@ -106,7 +119,8 @@ class Report:
         traffic: what it sends in a step by axis and operation.
         bubble: share of the step in which a stage waits, if stages are equally long.
         groups: name and size of the process groups that it is in, beside the job's own.
-        tokens: of a sample. rank_tokens: places for them on a rank. real_tokens: of them on this rank, no padding.
+        tokens: of a sample. samples: in a sequence.
+        rank_tokens: places for a sequence's tokens on a rank. real_tokens: of them on this rank, no padding.
     """
 
     rank: int
@@ -126,6 +140,7 @@ class Report:
     bubble: float
     groups: tuple[tuple[str, int], ...]
     tokens: int
+    samples: int
     rank_tokens: int
     real_tokens: int
 
@@ -142,10 +157,10 @@ def dry_run(job: DryRunJob, rank: int) -> Report:
     (`_micro_batches_to_run`); what the others send is added by count.
     """
     backend = select("cpu")
-    tokens = math.prod(token_grid(job.latent, job.wan.patch_size))
     with fake_job(rank, job.layout.world_size), build_mesh(job.layout, 1, backend.kind) as mesh:
         with FakeTensors(), TrackMemory(memory.PARAMETERS) as tracked, CountTraffic(axes_of(mesh)) as counted:
-            shape = StepShape(job.micro_batch_size, tokens, job.micro_batches, job.dtype)
+            places, size = mesh.tokens.places(job.sequence), 1 if job.packed else job.micro_batch_size
+            shape = StepShape(size, places * job.layout.token_parts, job.micro_batches, job.dtype)
             offloader = make_offloader(job.recompute, job.wan, mesh, backend, shape)
             if offloader is not None:
                 tracked.label([offloader.memory], memory.HOST)
@@ -184,9 +199,10 @@ def dry_run(job: DryRunJob, rank: int) -> Report:
             traffic=_sum(_of_all(passes, runs, job.micro_batches), update),
             bubble=formulas.bubble(job.layout, job.micro_batches),
             groups=mesh.made + ((("background saves", job.layout.world_size),) if job.async_save else ()),
-            tokens=tokens,
-            rank_tokens=mesh.tokens.width(tokens),
-            real_tokens=sum(run.real for run in mesh.tokens.runs([tokens])),
+            tokens=job.sequence[0],
+            samples=len(job.sequence),
+            rank_tokens=places,
+            real_tokens=sum(run.real for run in mesh.tokens.runs(job.sequence)),
         )
 
 
@@ -212,7 +228,7 @@ def _gradients(parallel: ParallelModel, job: DryRunJob, micro_batches: int) -> N
     """`mm.train.step.compute_gradients` without the loss on the host."""
     flow = _Undrawn(DiffusionConfig())
 
-    def forward_step(stage: WanStage, module: Any, batch: FeatureBatch) -> tuple[Tensor, LossFunction]:
+    def forward_step(stage: WanStage, module: Any, batch: MicroBatch) -> tuple[Tensor, LossFunction]:
         return forward_micro_batch(stage, module, batch, flow, parallel, seed=0)
 
     sizes = partial(lengths_of, patch_size=job.wan.patch_size)
@@ -225,14 +241,20 @@ def _update(parallel: ParallelModel, job: DryRunJob, optimizer: Optimizer, track
     """`mm.train.step.train_step` after backward."""
     tracked.label((parameter.grad for parameter in parallel.named_parameters().values()), memory.GRADIENTS)
     optimizer.reduce_gradients()
-    optimizer.gradient_squares(torch.zeros(message_size(job.micro_batches * job.micro_batch_size)))
+    optimizer.gradient_squares(torch.zeros(message_size(job.micro_batches * job.samples)))
     optimizer.apply_gradients(norm=2.0)  # above clip_grad, so that gradients are clipped
     if optimizer.average is not None:
         optimizer.average.update()
 
 
-def _batch(job: DryRunJob) -> FeatureBatch:
-    size, wan = job.micro_batch_size, job.wan
+def _batch(job: DryRunJob) -> MicroBatch:
+    if job.packed is None:
+        return _samples(job, job.micro_batch_size)
+    return pack([_samples(job, 1) for _ in range(job.packed)])
+
+
+def _samples(job: DryRunJob, size: int) -> FeatureBatch:
+    wan = job.wan
     return FeatureBatch(
         latents=torch.empty(size, wan.noise_channels, *job.latent),
         text=torch.empty(size, wan.text_len, wan.text_dim),

@@ -33,6 +33,7 @@ from mm.config.run.origins import Origins
 from mm.config.run.training import TrainingRun
 from mm.config.units import GIB, format_bytes
 from mm.data.dataset import FeatureDataset
+from mm.data.packing import check_budget
 from mm.data.plan import SamplingPlan
 from mm.device.backend import Backend
 from mm.diffusion.flow import FlowMatching
@@ -108,13 +109,20 @@ def memory(peak_bytes: Sequence[int], backend: Backend, words: Origins) -> list[
     return [Finding("memory", "look" if most > 0.9 * free else "ok", found, remedy if most > 0.9 * free else "")]
 
 
-def features(dataset: FeatureDataset, global_batch_size: int, words: Origins, *, one_size: bool) -> list[Finding]:
+def features(
+    dataset: FeatureDataset, global_batch_size: int, words: Origins, *, one_size: bool, budget: int | None
+) -> list[Finding]:
     """The stores of feature_data.json: sizes, and the first and the last sample read as training reads them.
 
     Args:
         dataset: the features. global_batch_size: samples of a step. words: the user's, of the run.
-        one_size: the pipeline takes samples of one size only.
+        one_size: the pipeline takes samples of one size only. budget: tokens of a packed sequence, or None.
+
+    Raises:
+        DataError: DATA-077 for samples that are longer than a sequence, and what reading a sample raises.
     """
+    if budget is not None:
+        check_budget(dataset, budget, words["data.pack_tokens"].with_value(budget))
     sizes = dataset.shapes()
     for index in {0, len(dataset) - 1}:
         dataset[index]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 
 from mm.config.bad_samples import OnBadSample
@@ -36,12 +37,12 @@ def check_rows(rows: Iterable[CheckedRow], clip: SourceClip, policy: OnBadSample
 
 
 def look(row: CheckedRow, clip: SourceClip) -> str:
-    """A word that changes when the file of a row does; of a clip that is known to be bad the error's id."""
+    """A word that changes when the file of a row or its captions do; of a clip known to be bad the error's id."""
     sample = usable(row, clip)
     if isinstance(sample, BadClip):
         return sample.error
     try:
-        return source_word(sample)
+        return f"{source_word(sample)} {text_hash(json.dumps(sample.captions))}"
     except DataError as error:
         return error.id
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from mm.config.recompute import Recompute
 from mm.config.run.file import resolved, whole_file
 from mm.config.run.origins import RUN_FILE
 from mm.config.step import DataSettings, StepSettings, step_settings
-from mm.data.planning import describe_plan
+from mm.data.packing import check_budget, most_places
+from mm.data.planning import describe_plan, sources_of
 from mm.device.backend import free_host_bytes
 from mm.errors import ConfigError
 from mm.lora.plan import starting_values
@@ -41,18 +44,23 @@ GIB = 2**30
 
 
 def check_sizes(run: Run) -> None:
-    """Refuse a run whose samples cannot travel through its pipeline, or be compiled for.
+    """Refuse a run whose samples cannot be packed, travel through its pipeline, or be compiled for.
 
     Raises:
-        ConfigError: CFG-046, CFG-068.
+        ConfigError: CFG-046, CFG-068. DataError: DATA-077.
     """
-    sizes = len(run.dataset.shapes())
+    budget = run.sections.data.pack_tokens
+    if budget is not None:
+        check_budget(run.dataset, budget, run.sections.origins["data.pack_tokens"].with_value(budget))
+        return
+    of_batches = run.sections.data.mixture.sizes(run.sections.data.micro_batch_size)
+    sizes = max(len(run.dataset.shapes()), len(of_batches))
     if run.mesh.layout.pp_size > 1 and sizes > 1 and not run.sections.parallel.variable_sizes:
         add = run.sections.origins["parallel.variable_sizes"].with_value(True)
         raise ConfigError(
             "CFG-046",
-            f"The features have {sizes} different sizes, and a pipeline sends tensors of one size.",
-            f"Add {add}, or train on features of one size.",
+            f"Features or micro-batches have {sizes} different sizes, and a pipeline sends tensors of one size.",
+            f"Add {add}, or train on features and micro-batches of one size.",
         )
     _check_compiled_sizes(run)
 
@@ -122,7 +130,9 @@ def settings_of(run: Run) -> StepSettings:
     features, held_out = (None if one is None else DataSettings(num_samples=one[0], identity=one[1]) for one in found)
     assert features is not None  # noqa: S101  a run has features
     data = run.sections.data
-    plan = describe_plan(run.dataset, data.mixture, data.micro_batch_size, shuffle=data.shuffle)
+    plan = describe_plan(
+        run.dataset, data.mixture, data.micro_batch_size, shuffle=data.shuffle, min_bucket=data.min_bucket
+    )
     features = features.model_copy(update={"shuffle": data.shuffle, "plan": plan})
     return step_settings(run.sections, dp_size=run.mesh.layout.dp_size, features=features, held_out=held_out)
 
@@ -158,8 +168,19 @@ def require_memory_for_saving(run: Run, optimizer: Optimizer) -> int:
 
 def step_shape(run: Run) -> StepShape:
     """Sizes of a step, for the pool of offload."""
-    dtype = training_dtype(run.sections)
-    return StepShape(run.sections.data.micro_batch_size, max(_token_counts(run)), run.num_microbatches, dtype)
+    data, dtype, counts = run.sections.data, training_dtype(run.sections), _token_counts(run)
+    if data.pack_tokens is None:
+        size, tokens = max(_micro_batches(run), key=math.prod)
+        return StepShape(size, tokens, run.num_microbatches, dtype)
+    places = most_places(counts, data.pack_tokens, run.global_batch_size, run.mesh.layout.token_parts)
+    return StepShape(1, places, run.num_microbatches, dtype)
+
+
+def _micro_batches(run: Run) -> Iterator[tuple[int, int]]:
+    """Samples of the micro-batches of each source, and the most tokens of one of them."""
+    data = run.sections.data
+    for source in sources_of(run.dataset, data.mixture, data.micro_batch_size, shuffle=data.shuffle):
+        yield source.micro_batch_size, max(source.part.token_counts())
 
 
 def _token_counts(run: Run) -> set[int]:

@@ -8,9 +8,10 @@ from contextlib import AbstractContextManager
 from functools import partial
 
 from mm.config.bad_samples import parse_on_bad_sample
-from mm.data.loader import FeatureBatch, feature_batches
+from mm.data.packed import MicroBatch
 from mm.data.replacing import check_replaced, replaced_in_step
 from mm.data.sampler import BatchPlan
+from mm.data.steps import StepBatches, step_batches
 from mm.diffusion.flow import FlowMatching
 from mm.optim.optimizer import Optimizer
 from mm.parallel.apply import ParallelModel
@@ -39,7 +40,7 @@ class ClosedStep:
         self._run, self._parallel, self._optimizer, self._during = run, parallel, optimizer, during
         self._flow = FlowMatching(run.sections.objective)
         self._guard = NumericsGuard(run, parallel, optimizer, self._flow, progress.skipped_steps)
-        self._batches = _batches(run, progress)
+        self._steps = _steps(run, progress)
 
     def take(self, before: Progress) -> StepDone:
         """Take the step after `before`; every rank calls it.
@@ -50,15 +51,18 @@ class ClosedStep:
         run, started, step = self._run, time.monotonic(), before.step + 1
         run.watch.begin_step(step)
         with self._during("waiting for data"):
-            mine = [next(self._batches) for _ in range(run.num_microbatches)]
+            data = next(self._steps)
+        mine = data.batches
         replaced = before.replaced_samples + _replaced(run, mine, before)
         result = train_step(
             self._parallel,
             self._optimizer,
             self._flow,
             mine,
-            samples=run.global_batch_size,
+            samples=len(data.dealt.tokens),
+            schedule_by=run.global_batch_size,
             seed=run.sections.training.seed,
+            most_samples=data.dealt.most,
             during=self._during,
             on_nonfinite=partial(self._guard.refused, step, batches=mine),
             asked_to_stop=lambda: run.is_asked_to_stop,
@@ -68,14 +72,14 @@ class ClosedStep:
         consumed = before.consumed_samples + run.global_batch_size
         progress = Progress(step, consumed, self._guard.skipped, replaced)
         seconds, last = time.monotonic() - started, step == run.sections.training.steps
-        return StepDone(progress, self._parallel, result, mine, seconds, last)
+        return StepDone(progress, self._parallel, result, mine, data.dealt.tokens, seconds, last)
 
     def close(self) -> None:
         """End the processes that read samples."""
-        self._batches.close()
+        self._steps.close()
 
 
-def _replaced(run: Run, batches: Sequence[FeatureBatch], progress: Progress) -> int:
+def _replaced(run: Run, batches: Sequence[MicroBatch], progress: Progress) -> int:
     """Number of samples of the step that were replaced in all replicas; an error where --on-bad-sample allows fewer."""
     policy = parse_on_bad_sample(run.sections.data.on_bad_sample)
     if not policy.skips:
@@ -88,9 +92,9 @@ def _replaced(run: Run, batches: Sequence[FeatureBatch], progress: Progress) -> 
     return replaced
 
 
-def _batches(run: Run, progress: Progress) -> Generator[FeatureBatch]:
+def _steps(run: Run, progress: Progress) -> Generator[StepBatches]:
     sections, layout = run.sections, run.mesh.layout
-    return feature_batches(
+    return step_batches(
         run.dataset,
         BatchPlan(
             run.global_batch_size,
@@ -98,6 +102,9 @@ def _batches(run: Run, progress: Progress) -> Generator[FeatureBatch]:
             run.mesh.dp_rank,
             layout.dp_size,
             num_stages=layout.pp_size,
+            pack_tokens=sections.data.pack_tokens,
+            pair_cost=sections.data.pair_cost,
+            multiple=layout.micro_batches_come_in,
         ),
         text_len=run.config.text_len,
         seed=sections.training.seed,
@@ -105,6 +112,8 @@ def _batches(run: Run, progress: Progress) -> Generator[FeatureBatch]:
         caption_dropout=sections.data.caption_dropout,
         shuffle=sections.data.shuffle,
         mixture=sections.data.mixture,
+        min_bucket=sections.data.min_bucket,
+        num_steps=sections.training.steps,
         num_workers=sections.data.workers,
         read_timeout=sections.data.read_timeout,
         on_bad_sample=parse_on_bad_sample(sections.data.on_bad_sample),

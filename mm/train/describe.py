@@ -43,8 +43,10 @@ def start_table(
     """
     wan, zero, adapters = sections.wan, sections.parallel.layerzero, sections.adapters
     average, save = sections.optimizer.ema_decay, sections.origins["checkpoint.save"].name
+    budget = sections.data.pack_tokens
     parameters = sum(map(math.prod, whole_shapes(wan).values()))
-    accumulated = global_batch_size // (sections.data.micro_batch_size * layout.dp_size)
+    samples = sections.micro_batches_of_step(layout.dp_size)
+    accumulated = samples if budget is None else _sequences(samples, budget, layout, dataset)
     latents = ", ".join(
         f"{count} of {frames}x{height}x{width}" for (_, frames, height, width), count in dataset.shapes().most_common(4)
     )
@@ -59,9 +61,12 @@ def start_table(
         "stages": _stages(layout, wan.num_layers),
         "pipeline": _pipeline(layout, accumulated),
         "batch": f"{global_batch_size} = {sections.data.micro_batch_size} a forward x {accumulated} accumulated "
-        f"x {layout.dp_size} replicas",
+        f"x {layout.dp_size} replicas"
+        if budget is None
+        else f"{global_batch_size} = {samples} samples x {layout.dp_size} replicas, in about {accumulated} sequences "
+        f"of at most {budget:,} tokens on each (predicted)",
         "features": f"{len(dataset)} samples, latents {latents}",
-        "tokens": _tokens(layout, sorted(dataset.token_counts())),
+        "tokens": _tokens(layout, sorted(dataset.token_counts()), budget),
         "heads": _heads(layout, wan.num_heads),
         "a layer": "; ".join(layer_collectives(layout, zero)) or "no communication",
         "gradients": _gradients(sections.parallel, layout),
@@ -72,6 +77,13 @@ def start_table(
         **({} if average is None else {"average": f"of the weights, decay {average:g}"}),
         "checkpoints": sections.checkpoint.save or f"none: the trained weights are not kept ({save})",
     }
+
+
+def _sequences(samples: int, budget: int, layout: Layout, dataset: FeatureDataset) -> int:
+    """Packed sequences of one replica's samples of a step, if these are as long as the features in the mean."""
+    mean = sum(dataset.tokens_of(shape) * count for shape, count in dataset.shapes().items()) / len(dataset)
+    multiple = layout.micro_batches_come_in
+    return min(samples, math.ceil(samples * mean / budget / multiple) * multiple)
 
 
 def _lora(plan: LoRAPlan, adapters: AdapterSection, precision: str, parameters: int) -> str:
@@ -152,11 +164,13 @@ def _pipeline(layout: Layout, num_microbatches: int) -> str:
     return f"{kind}, {num_microbatches} micro-batches: {share:.1%} of the step is bubble if stages are even (predicted)"
 
 
-def _tokens(layout: Layout, counts: Sequence[int]) -> str:
+def _tokens(layout: Layout, counts: Sequence[int], budget: int | None) -> str:
     share = TokenShare(0, layout.cp_size, 0, layout.tp_size if layout.sequence_parallel else 1)
     spread = f"{counts[0]:,} to {counts[-1]:,}" if len(counts) > 1 else f"{counts[0]:,}"
     if layout.token_parts == 1:
         return f"{spread} a sample"
+    if budget is not None:
+        return f"{spread} a sample, each of them padded by fewer than {layout.token_parts}"
     widest = share.width(counts[-1])
     padding = max(share.width(count) * layout.token_parts - count for count in counts)
     padded = f"at most {padding} of them padding" if padding else "no padding"

@@ -39,7 +39,7 @@ def train(run: Run, callbacks: Sequence[Callback] = (), sinks: Sequence[Sink] = 
     Raises:
         ConfigError: CFG-046 when samples of different sizes would cross a pipeline that was not told so; CFG-049 or
             CFG-185 when offload or background saves need more host memory than is free; CFG-068 when blocks would be
-            compiled for too many sizes.
+            compiled for too many sizes. DataError: DATA-077 when samples are longer than a packed sequence may be.
         OutOfMemoryError: MEM-001 when the device has no room for the model or a step.
         CheckpointError, ConfigError, NumericsError: as documented where they arise.
     """

@@ -127,6 +127,7 @@ def _families(run: TrainingRun) -> Iterator[Iterator[_Change]]:
     yield _recompute(run)
     yield iter([_Change({"memory.offload": True})])  # the rules refuse it where no block keeps its attention
     yield iter([_Change({"data.micro_batch_size": 1})] if run.data.micro_batch_size > 1 else [])
+    yield _shorter_sequences(run)
     yield iter([] if run.model.precision == "bf16" else [_bf16(run)])
     yield iter([_Change({"adapters.base_dtype": "int8"})] if _base_has_more_bits(run) else [])
     yield _distributed_optimizer(run)
@@ -151,6 +152,13 @@ def _recompute(run: TrainingRun) -> Iterator[_Change]:
         yield _Change({"memory.keep_attention_blocks": left})
     single = {} if memory.blocks is None else {"memory.blocks": 1}
     yield _Change({"memory.recompute": "full", "memory.method": "uniform", **single})
+
+
+def _shorter_sequences(run: TrainingRun) -> Iterator[_Change]:
+    """Packs of half as many tokens; where a sample is longer than that, the start says so (DATA-077)."""
+    budget = run.data.pack_tokens
+    if budget is not None and budget > 1:
+        yield _Change({"data.pack_tokens": budget // 2})
 
 
 def _bf16(run: TrainingRun) -> _Change:
@@ -257,7 +265,7 @@ def _model_bytes(run: TrainingRun) -> tuple[float, float, float]:
 
 
 def _activation_bytes(run: TrainingRun) -> float:
-    """Bytes of one rank, for each token of a sample and unit of width.
+    """Bytes of one rank, for each token of a sample, or with packs for each of a sequence, and unit of width.
 
     The unit inside is a block's input. A block keeps 17.5 of them and both sides of the feed-forward's activation:
     the bytes of tests/wan/test_kept_bytes.py for both published shapes. A recomputed one keeps its input, and what it
@@ -274,7 +282,8 @@ def _activation_bytes(run: TrainingRun) -> float:
     in_flight = min(run.pp, run.micro_batches_of_step(_replicas(run)))
     cut = run.tp if run.parallel.sequence_parallel else 34 / (10 + 24 / run.tp)
     itemsize = 2 if run.model.precision == "bf16" else 4
-    return run.data.micro_batch_size * (kept * run.vp * in_flight + at_work) / cut / run.cp * itemsize
+    tokens = run.data.pack_tokens or run.data.micro_batch_size  # runs are compared that both pack, or do not
+    return tokens * (kept * run.vp * in_flight + at_work) / cut / run.cp * itemsize
 
 
 def _samples_of_step(run: TrainingRun) -> int:

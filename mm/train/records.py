@@ -65,6 +65,7 @@ class StepMetrics(Record):
         tokens_per_s: video tokens of the whole job. tflops: model TFLOP/s of one device (`mm.train.flops`).
         peak_memory_gb: of this process so far, in 10^9 bytes. step_time_s: wall time.
         skipped: the loss or a gradient was not finite, and no weight changed; such numbers are null in the file.
+        tokens, token_pairs: sums of the video tokens of the step's samples, and of their squares.
         timesteps, sample_losses: of the first replica's samples, in its order.
         loss_mean: `mm.train.running_mean.RunningMean` up to and with this step. mean_of: losses in it; in no file.
     """
@@ -83,6 +84,8 @@ class StepMetrics(Record):
     peak_memory_gb: float
     step_time_s: float
     skipped: bool = False
+    tokens: int = 0
+    token_pairs: int = 0
     timesteps: tuple[float, ...] = ()
     sample_losses: tuple[float, ...] = ()
     loss_mean: float | None = None

@@ -56,7 +56,7 @@ class Run:
 
     @property
     def num_microbatches(self) -> int:
-        """Micro-batches of one replica in one step."""
+        """Micro-batches of one replica in one step; where samples are packed, the most that there can be."""
         return self.sections.micro_batches_of_step(self.mesh.layout.dp_size)
 
     @property

@@ -37,13 +37,12 @@ class StepResult:
 
     Attributes:
         statistics: losses and gradients. updated: whether they were applied.
-        lr: the rate that was used. tokens: video tokens of each of this replica's samples, after patching.
+        lr: the rate that was used.
     """
 
     statistics: StepStatistics
     updated: bool
     lr: float
-    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,7 @@ def train_step(
     samples: int,
     seed: int,
     most_samples: int | None = None,
+    schedule_by: int | None = None,
     during: Callable[[Phase], AbstractContextManager[object]] = nullcontext,
     on_nonfinite: Callable[[StepStatistics], None] = stop_at,
     asked_to_stop: Callable[[], bool] = lambda: False,
@@ -90,9 +90,10 @@ def train_step(
         optimizer: its optimizer.
         flow: noise schedule and loss.
         batches: this replica's micro-batches of the step.
-        samples: the global batch, by which the learning-rate schedule advances.
+        samples: of the step, in all replicas.
         seed: of noise and timesteps.
         most_samples: of the largest micro-batch of all replicas; None where all have as many as the first.
+        schedule_by: samples by which the learning-rate schedule advances; None for those of the step.
         during: makes what to enter for each phase of the step.
         on_nonfinite: called on every rank where a loss or gradient is not finite, before any weight has changed; the
             update is left out if it returns.
@@ -110,13 +111,11 @@ def train_step(
         statistics = gather_statistics(parallel, optimizer, losses, asked_to_stop(), samples)
     if statistics.is_finite:
         with during("the optimizer's update"):
-            optimizer.update(statistics.grad_norm, samples)
+            optimizer.update(statistics.grad_norm, schedule_by or samples)
     else:
         on_nonfinite(statistics)
-        optimizer.skip(samples)
-    lengths = [lengths_of(batch, parallel.wan.patch_size) for batch in batches]
-    tokens = tuple(count for each in lengths for _ in range(each.batch) for count in each.tokens)
-    return StepResult(statistics, statistics.is_finite, lr, tokens)
+        optimizer.skip(schedule_by or samples)
+    return StepResult(statistics, statistics.is_finite, lr)
 
 
 def compute_gradients(

@@ -23,6 +23,7 @@ LEVELS = {
     "activation": 5, "optim": 5, "lora": 5,
     "extract": 6, "generate": 6, "demo": 6,
     "train": 7,  # renders clips between its steps
+    "look": 7,
     "doctor": 8,
     "api": 9,
     "cli": 10,

@@ -61,6 +61,7 @@ LAYOUTS = {
     "ring": (2, {"context_parallel_size": 2, "context_parallel_algo": "megatron_cp_algo"}),
     "pipeline": (2, {"pipeline_model_parallel_size": 2, "use_distributed_optimizer": True, "global_batch_size": 4}),
     "tensor": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "micro_batch_size": 2}),
+    "packed": (2, {"context_parallel_size": 2, "pack": 100, "global_batch_size": 2}),
 }
 
 

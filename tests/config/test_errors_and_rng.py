@@ -23,6 +23,14 @@ def test_an_error_says_id_message_and_remedy_on_one_line() -> None:
     assert format_error(error) == "error DATA-999: clip.mp4 has 3 frames, 5 are needed. Fix: Give a longer clip."
 
 
+def test_names_of_strangers_stay_on_the_line_and_command_no_terminal() -> None:
+    problem = Problem("DATA-999", "a\nb\r\x1b[2Jé\u2028.mp4 is missing.", "Add it.")
+    assert str(problem) == r"DATA-999: a\nb\r\x1b[2Jé\u2028.mp4 is missing. Fix: Add it."
+    with pytest.raises(DataError) as caught:
+        raise_all(DataError, [problem, problem])
+    assert len(format_error(caught.value).splitlines()) == 2
+
+
 def test_exit_codes() -> None:
     expected = {ConfigError: 64, DataError: 65, DataWriteError: 65, CheckpointError: 74, ResumeError: 64}
     expected |= {NumericsError: 17, DifferenceError: 17}

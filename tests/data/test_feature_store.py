@@ -391,11 +391,11 @@ def test_buckets_of_two_stores(tmp_path: Path) -> None:
     wanted = {(16, 1, 8, 8): [1, 4, 6], (16, 2, 4, 8): [5, 7], (16, 3, 8, 8): [0, 2, 3]}
     assert list(dataset.buckets().items()) == [(shape, len(samples)) for shape, samples in wanted.items()]
     for shape, samples in wanted.items():
-        assert [dataset.in_bucket(shape, k) for k in range(len(samples))] == samples
+        assert [dataset.of_draw(0).in_bucket(shape, k) for k in range(len(samples))] == samples
         assert {dataset.latent_shape(index) for index in samples} == {shape}
     for shape, k in (((16, 3, 8, 8), 3), ((16, 3, 8, 8), -1), ((16, 9, 8, 8), 0)):
         with pytest.raises(IndexError):
-            dataset.in_bucket(shape, k)
+            dataset.of_draw(0).in_bucket(shape, k)
     assert dataset.shapes() == dataset.buckets() and list(dataset.shapes()) == [
         (16, 3, 8, 8),
         (16, 1, 8, 8),

@@ -107,13 +107,13 @@ def test_shapes_with_too_few_samples(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert [problem.id for problem in caught.value.problems] == ["DATA-015"]
     found = "2 samples of the features have latents [16, 2, 8, 8], and a micro-batch takes 3 of one shape"
     assert found in str(caught.value)
-    left = take(mixed, 20, BatchPlan(3, 3), mixture=Mixture(small_buckets="drop"))
+    left = take(mixed, 20, BatchPlan(3, 3), min_bucket="drop")
     assert shapes(left) == {(3, 16, 3, 8, 8)} and f"left out: {found}" in caplog.text
-    repeated = take(mixed, 20, BatchPlan(3, 3), mixture=Mixture(small_buckets="repeat"))
+    repeated = take(mixed, 20, BatchPlan(3, 3), min_bucket="repeat")
     assert shapes(repeated) == {(3, 16, 3, 8, 8), (3, 16, 2, 8, 8)}
     assert set(Counter(drawn(repeated)).values()) == {1}, "a sample that comes again has another draw"
     with pytest.raises(DataError, match="DATA-015"):
-        take(mixed, 1, BatchPlan(4, 4), mixture=Mixture(small_buckets="drop"))
+        take(mixed, 1, BatchPlan(4, 4), min_bucket="drop")
 
 
 def test_samples_of_one_shape_may_be_fewer_than_a_micro_batch(tmp_path: Path) -> None:

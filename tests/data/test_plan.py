@@ -2,16 +2,16 @@
 
 import hashlib
 import math
-from collections import Counter
+from collections import Counter, deque
 from fractions import Fraction
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 
 import pytest
 
 from mm.data.balance import SequenceCost, cost_of_model, deal
 from mm.data.bijection import KeyedBijection
 from mm.data.plan import Bucket, PlannedSample, PlannedSource, SamplingPlan
-from mm.data.sampler import BatchPlan, MicroBatchSampler
+from mm.data.sampler import BatchPlan, DealtStep, MicroBatchSampler
 
 
 def drawn_key(text: str) -> int:
@@ -53,14 +53,23 @@ def test_a_place_beyond_the_end_is_an_error(index: int) -> None:
         KeyedBijection(5, 1)(index)
 
 
-def source(*sizes: int, first: int = 0, **settings: object) -> PlannedSource:
+def tokens_of(index: int) -> int:
+    return 3 * index + 7
+
+
+def source(*sizes: int, first: int = 0, group: int = 1, **settings: object) -> PlannedSource:
     """Buckets of these sizes, one after the other from an index on."""
     begins = [first + sum(sizes[:number]) for number in range(len(sizes))]
     buckets = [
-        Bucket(f"{begin}", size, range(begin, begin + size).__getitem__)
+        Bucket(
+            f"{begin}",
+            size,
+            range(begin, begin + size).__getitem__,
+            lambda k, begin=begin: tokens_of(begin + k),  # type: ignore[misc]
+        )
         for begin, size in zip(begins, sizes, strict=True)
     ]
-    return PlannedSource(buckets, **settings)  # type: ignore[arg-type]
+    return PlannedSource(buckets, group, **settings)  # type: ignore[arg-type]
 
 
 def samples(plan: SamplingPlan, slots: range) -> list[PlannedSample]:
@@ -68,24 +77,24 @@ def samples(plan: SamplingPlan, slots: range) -> list[PlannedSample]:
 
 
 def test_an_epoch_has_every_sample_once_in_an_order_of_its_own() -> None:
-    plan = SamplingPlan([source(50)], 1, seed=3)
+    plan = SamplingPlan([source(50)], seed=3)
     epochs = [samples(plan, range(50 * epoch, 50 * epoch + 50)) for epoch in range(3)]
     orders = [[sample.index for sample in epoch] for epoch in epochs]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert orders[0] != orders[1] != orders[2]
     assert [{sample.draw for sample in epoch} for epoch in epochs] == [{0}, {1}, {2}]
-    assert orders[0] != [sample.index for sample in samples(SamplingPlan([source(50)], 1, seed=4), range(50))]
-    listed = SamplingPlan([source(5)], 2, seed=3, shuffle=False)
+    assert orders[0] != [sample.index for sample in samples(SamplingPlan([source(50)], seed=4), range(50))]
+    listed = SamplingPlan([source(5, group=2)], seed=3, shuffle=False)
     assert [sample.index for sample in samples(listed, range(5))] == [0, 1, 2, 3, 4] * 2
 
 
 def test_a_bucket_alone_is_walked_alike_by_groups_of_any_size() -> None:
-    one, four = (SamplingPlan([source(7)], size, seed=1) for size in (1, 4))
+    one, four = (SamplingPlan([source(7, group=size)], seed=1) for size in (1, 4))
     assert samples(one, range(84)) == samples(four, range(21))
 
 
 def test_groups_are_of_one_bucket_and_leave_no_sample_out() -> None:
-    plan = SamplingPlan([source(10, 7, 3)], 4, seed=1)
+    plan = SamplingPlan([source(10, 7, 3, group=4)], seed=1)
     groups = [plan.group(slot) for slot in range(400)]
     assert all(len({sample.walk for sample in group}) == 1 for group in groups)
     for bucket, size in enumerate((10, 7, 3)):
@@ -96,7 +105,7 @@ def test_groups_are_of_one_bucket_and_leave_no_sample_out() -> None:
 
 def test_any_slot_is_computed_by_itself() -> None:
     def plan() -> SamplingPlan:
-        return SamplingPlan([source(100, 37), source(11, first=200, repeats=3)], 3, seed=9)
+        return SamplingPlan([source(100, 37, group=3), source(11, first=200, group=3, repeats=3)], seed=9)
 
     walked = plan()
     groups = [walked.group(slot) for slot in range(10_000)]
@@ -107,11 +116,10 @@ def test_any_slot_is_computed_by_itself() -> None:
 def test_sources_are_mixed_by_weight_between_their_steps() -> None:
     plan = SamplingPlan(
         [
-            source(1000),
-            source(500, first=1000, weight=Fraction(3), begin=100, end=9000),
-            source(200, 40, first=2000, repeats=2),
+            source(1000, group=2),
+            source(500, first=1000, group=2, weight=Fraction(3), begin=100, end=9000),
+            source(200, 40, first=2000, group=2, repeats=2),
         ],
-        2,
         seed=1,
     )
     groups = [plan.group(slot) for slot in range(9000 + 2 * 4096)]
@@ -124,13 +132,62 @@ def test_sources_are_mixed_by_weight_between_their_steps() -> None:
         assert positions == list(range(len(positions)))
 
 
-def test_slots_without_a_source_are_an_error() -> None:
-    with pytest.raises(ValueError, match="no source"):
-        SamplingPlan([source(5, end=10), source(5, begin=11)], 1, seed=1)
+def test_a_plan_ends_where_no_source_is_open() -> None:
+    plan = SamplingPlan([source(5, end=10), source(5, begin=11)], seed=1)
+    assert plan.end == 10 and plan.group(9)
+    for slot in (-1, 10, 12):
+        with pytest.raises(IndexError, match="no slot"):
+            plan.group(slot)
+        with pytest.raises(IndexError, match="no slot"):
+            plan.tokens(slot)
+    assert SamplingPlan([source(5, begin=1)], seed=1).end == 0
+    assert SamplingPlan([source(5, end=10), source(5, begin=10)], seed=1).end is None
+    dealt = [list(MicroBatchSampler(plan, BatchPlan(2, 1, rank, 2), 4)) for rank in range(2)]
+    assert [group for pair in zip(*dealt, strict=True) for group in pair] == [plan.group(slot) for slot in range(4, 10)]
+
+
+def test_tokens_of_a_slot_are_told_without_looking_its_samples_up() -> None:
+    looked_up: list[int] = []
+
+    def member(k: int) -> int:
+        looked_up.append(k)
+        return k
+
+    plan = SamplingPlan([source(9, 8, group=2), source(11, first=17, group=3)], seed=5)
+    assert all(plan.tokens(slot) == [tokens_of(sample.index) for sample in plan.group(slot)] for slot in range(40))
+    buckets = [Bucket("all", 9, member, tokens_of)]
+    sampler = MicroBatchSampler(SamplingPlan([PlannedSource(buckets)], 1), BatchPlan(6, 1, 0, 3), 0, float)
+    assert len(list(islice(sampler, 2))) == 2 and len(looked_up) == 2  # not those of the other replicas
+
+
+def test_sources_have_groups_of_their_own_size() -> None:
+    """Samples come by size and weight, whatever the groups: here 600 : 2 x 150 of 900."""
+    plan = SamplingPlan([source(600, group=1), source(100, 50, first=600, group=3, weight=Fraction(2))], seed=4)
+    groups = [plan.group(slot) for slot in range(7 * 4096)]
+    assert {(group[0].walk[0], len(group)) for group in groups} == {(0, 1), (1, 3)} and not plan.is_even
+    of_source = Counter(sample.walk[0] for group in groups for sample in group)
+    assert of_source[0] == 6 * 4096 and of_source[1] == 3 * 4096  # six groups of one to one of three
+    for walk in ((0, 0), (1, 0), (1, 1)):
+        positions = sorted(sample.position for group in groups for sample in group if sample.walk == walk)
+        assert len(set(positions)) == len(positions)
+        assert walk[0] or positions == list(range(len(positions)))
+
+
+def test_a_step_of_uneven_groups_is_dealt_and_told() -> None:
+    plan = SamplingPlan([source(20, group=1), source(40, first=20, group=4)], seed=7)
+    expected = [plan.group(slot) for slot in range(12, 24)]
+    dealt = [deque[DealtStep]() for _ in range(3)]
+    found = [
+        list(islice(MicroBatchSampler(plan, BatchPlan(12, 1, rank, 3), 12, float, dealt[rank]), 4)) for rank in range(3)
+    ]
+    assert sorted(map(repr, chain(*found))) == sorted(map(repr, expected))
+    for groups, (step,) in zip(found, dealt, strict=True):
+        assert step.sizes == tuple(map(len, groups)) and step.most == 4
+        assert sorted(step.tokens) == sorted(tokens_of(sample.index) for group in expected for sample in group)
 
 
 def test_the_next_in_an_epoch_goes_once_around_its_bucket() -> None:
-    plan = SamplingPlan([source(6, 5)], 2, seed=2)
+    plan = SamplingPlan([source(6, 5, group=2)], seed=2)
     sample = plan.group(17)[1]
     around = [sample]
     for _ in range((6, 5)[sample.walk[1]] - 1):
@@ -143,7 +200,7 @@ def test_the_next_in_an_epoch_goes_once_around_its_bucket() -> None:
 @pytest.mark.parametrize("cost", [None, lambda index: 1.0, lambda index: float(index**2)])
 @pytest.mark.parametrize(("dp_size", "micro_batch_size"), [(1, 2), (2, 2), (3, 2), (6, 2)])
 def test_a_step_sees_the_same_samples_in_every_layout(dp_size: int, micro_batch_size: int, cost: object) -> None:
-    plan = SamplingPlan([source(9, 8)], micro_batch_size, seed=5)
+    plan = SamplingPlan([source(9, 8, group=micro_batch_size)], seed=5)
     per_step = 12 // (dp_size * micro_batch_size)
     found = [
         list(

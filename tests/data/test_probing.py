@@ -184,7 +184,7 @@ def test_another_file_is_left_as_it_is(tmp_path: Path) -> None:
         connection.execute("CREATE TABLE facts (mine TEXT)")
     with pytest.raises(DataError, match="DATA-176"):
         ProbeCache(tmp_path / "other")
-    for path in (tmp_path, tmp_path / "none" / "cache"):
+    for path in (tmp_path, tmp_path / "none" / "cache", tmp_path / ("c" * 300)):
         with pytest.raises(DataError, match="DATA-018"):
             ProbeCache(path)
 

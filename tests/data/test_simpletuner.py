@@ -1,6 +1,8 @@
 """SimpleTuner's multidatabackend.json: which samples it names, what each entry asks for, and what is wrong with one."""
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +65,6 @@ def test_the_example_of_its_guide(home: Path, caplog: pytest.LogCaptureFixture) 
     assert (first.id, first.captions, first.kind) == ("films:b.mp4", ("first caption", "second caption"), "video")
     assert (second.id, second.captions) == ("films:sub/a_red.mp4", ("一只猫",))
     assert second.file == home / "films/sub/a_red.mp4"
-    shape = first.settings.shape
-    assert shape is not None and (shape.resolution, shape.resolution_type, shape.crop) == (480, "pixel_area", False)
-    assert (shape.minimum_image_size, shape.maximum_image_size, shape.target_downsample_size) == (480, 480, 480)
-    assert (shape.num_frames, shape.min_frames, shape.bucket_strategy) == (75, 75, "aspect_ratio")
     told = "\n".join(caplog.messages)
     assert "is read as simpletuner" in told and "the entries texts name stores" in told
     assert "1 .md, 2 .txt" in told
@@ -89,27 +87,25 @@ def test_captions(fields: dict[str, Any], captions: list[Any], home: Path) -> No
     assert [sample.captions for sample in read(home, FILMS | fields)] == captions
 
 
-def test_every_setting_is_kept_in_its_unit(home: Path) -> None:
-    asked = FILMS | {
-        "resolution": 0.5, "resolution_type": "area", "crop": True, "crop_style": "center", "crop_aspect": "closest",
-        "crop_aspect_buckets": [{"aspect": 1, "weight": 0.25}, {"aspect": 1.78, "weight": 0.75}],
-        "minimum_aspect_ratio": 0.5, "maximum_aspect_ratio": 2, "max_upscale_threshold": 0.2,
-        "repeats": 3, "probability": 0.5, "max_num_samples": 7, "start_epoch": 2, "end_epoch": 9, "start_step": 10,
-        "end_step": 90, "train_batch_size": 4, "is_regularisation_data": True,
-        "video": {"num_frames": 81, "min_frames": 81, "max_frames": 200, "bucket_strategy": "resolution_frames",
-                  "frame_interval": 8, "is_i2v": True},
-    }  # fmt: skip
-    settings = read(home, asked)[0].settings
-    assert (settings.id, settings.repeats, settings.probability, settings.max_num_samples) == ("films", 3, 0.5, 7)
-    assert (settings.start_epoch, settings.end_epoch, settings.start_step, settings.end_step) == (2, 9, 10, 90)
-    assert (settings.batch_size, settings.is_regularisation, settings.first_frame_is_given) == (4, True, True)
-    shape = settings.shape
-    assert shape is not None and (shape.resolution, shape.resolution_type, shape.crop) == (0.5, "area", True)
-    assert (shape.crop_style, shape.crop_aspect) == ("center", "closest")
-    assert shape.aspect_buckets == ((1, 0.25), (1.78, 0.75))
-    assert (shape.minimum_aspect, shape.maximum_aspect, shape.max_upscale) == (0.5, 2, 0.2)
-    assert (shape.num_frames, shape.min_frames, shape.max_frames, shape.frame_interval) == (81, 81, 200, 8)
-    assert shape.bucket_strategy == "resolution_frames"
+def test_one_entry_is_taken(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pictures = {"id": "p", "instance_data_dir": str(home / "pictures"), "type": "local"}
+    both = source(home, [FILMS, pictures])
+    assert [sample.id for sample in load_samples([replace(both, entry="p")])] == ["p:p.jpg"]
+    with pytest.raises(DataError, match=r"DATA-171: .* has no entry q .* Name one of films, p\.") as caught:
+        load_samples([replace(both, entry="q")])
+    assert len(caught.value.problems) == 1
+
+
+def test_a_part_of_an_entry_is_drawn_by_its_id(home: Path) -> None:
+    for number in range(20):
+        (home / f"films/{number:02}.mp4").write_bytes(b"x")
+        (home / f"films/{number:02}.txt").write_text("a")
+    every, few, more = (
+        [s.id for s in read(home, FILMS | said)] for said in ({}, *({"max_num_samples": n} for n in (7, 9)))
+    )
+    assert len(few) == 7 and set(few) < set(more) < set(every) and few == sorted(few) != every[:7]
+    other = [s.id.removeprefix("other") for s in read(home, FILMS | {"id": "other", "max_num_samples": 7})]
+    assert other != [name.removeprefix("films") for name in few]
 
 
 def test_images_and_a_folder_that_is_switched_off(home: Path) -> None:
@@ -152,6 +148,24 @@ def test_a_link_that_leads_back_ends(home: Path, caplog: pytest.LogCaptureFixtur
     assert "loop leads back to a folder that it lies in" in caplog.text
 
 
+def test_a_link_to_itself_is_a_file_that_cannot_be_read(home: Path) -> None:
+    (home / "films/c.mp4").symlink_to("c.mp4")
+    (home / "films/round").symlink_to("round")
+    found = check_rows([source(home, [FILMS | {"caption_strategy": "filename"}])])
+    problems = {row.sample.id: [problem.id for problem in row.problems] for row in found if row.sample is not None}
+    assert problems == {"films:b.mp4": [], "films:c.mp4": ["DATA-001"], "films:sub/a_red.mp4": []}
+
+
+def test_a_folder_that_cannot_be_listed(home: Path) -> None:
+    """Its path is longer than Linux takes, 4096 bytes; one without permissions is the same to all but root."""
+    here = os.open(home / "films", os.O_RDONLY)
+    for _ in range(20):
+        os.mkdir("d" * 250, dir_fd=here)
+        here = os.open("d" * 250, os.O_RDONLY, dir_fd=here)
+    (told,) = problems(home, FILMS | {"caption_strategy": "filename"})
+    assert told.startswith("DATA-173: The folder ") and "cannot be listed: File name too long" in told
+
+
 @pytest.mark.parametrize(
     ("fields", "expected", "found"),
     [
@@ -183,7 +197,12 @@ def test_a_link_that_leads_back_ends(home: Path, caplog: pytest.LogCaptureFixtur
         ({"source_dataset_id": "texts"}, "DATA-171", "no entry of samples"),
         ({"id": "texts"}, "DATA-171", "2 entries have the id texts"),
         ({"disabled": True}, "DATA-171", "no entry is a source of samples"),
+        ({"start_step": 10, "end_step": 10}, "DATA-171", "begins after step 10"),
+        ({"resolution": 1e300}, "DATA-171", "resolution"),
+        ({"minimum_image_size": 1e300}, "DATA-171", "minimum_image_size"),
+        ({"repeats": 10**40}, "DATA-171", "repeats"),
         ({"instance_data_dir": "nowhere"}, "DATA-173", "no folder"),
+        ({"instance_data_dir": "d" * 5000}, "DATA-173", "no folder"),
         ({"instance_data_dir": "pictures"}, "DATA-173", "no video lies below"),
         ({"instance_data_dir": "depth"}, "DATA-062", "its caption cannot be read"),
     ],

@@ -51,9 +51,12 @@ ROWS = [
     with_images(deep(row(4, tp_size=2, pp_size=2))),
     replace(deep(row(4, cp_size=4, ulysses_size=2), torch.bfloat16), recompute=KEEP),
     replace(deep(row(4, pp_size=2, vp_size=2, distopt=True)), recompute=replace(KEEP, kept="q,k,v,O", offload=True)),
+    replace(deep(row(4, tp_size=2, sequence_parallel=True, pp_size=2)), packed=2, micro_batches=4),
+    replace(deep(row(4, cp_size=2, zero=2), torch.bfloat16), packed=2),
+    replace(deep(row(4, cp_size=2, pp_size=2)), packed=2, recompute=replace(KEEP, offload=True)),
 ]
-SHORT = [ROWS[1], ROWS[8]]
-"""With every axis and images between them; the others are nightly."""
+SHORT = [ROWS[1], ROWS[8], ROWS[11]]
+"""With every axis, images and packs between them; the others are nightly."""
 RANKS = [
     pytest.param(row, rank, id=f"{row.id}-rank {rank}", marks=[] if row in SHORT else [pytest.mark.nightly])
     for row in ROWS
@@ -77,7 +80,9 @@ def steps(row: Row, mesh: Mesh) -> tuple[Traffic, dict[str, set[int]]]:
     """The traffic of the last step, and by step the addresses of what was kept from the one before."""
     flow = FlowMatching(DiffusionConfig())
     with CountTraffic(axes_of(mesh)) as traffic:
-        shape = StepShape(1, row.tokens, row.micro_batches, row.dtype)
+        packed = row.packed or 1
+        places = mesh.tokens.places([row.tokens] * packed) * row.layout.token_parts
+        shape = StepShape(1, places, row.micro_batches, row.dtype)
         offloader = make_offloader(row.recompute, row.wan, mesh, select("cpu"), shape)
         parallel = apply(
             row.wan, mesh, select("cpu"), row.options, row.dtype,
@@ -90,7 +95,7 @@ def steps(row: Row, mesh: Mesh) -> tuple[Traffic, dict[str, set[int]]]:
             first = len(traffic.calls)
             kept[f"step {index}"] = tensors_alive()
             with record_function(f"step {index}"):
-                train_step(parallel, optimizer, flow, batches(row), samples=row.micro_batches, seed=0)
+                train_step(parallel, optimizer, flow, batches(row), samples=row.micro_batches * packed, seed=0)
         return totals(traffic.calls[first:]), kept
 
 
@@ -154,7 +159,16 @@ def measured(short: bool) -> dict[str, list[tuple[Traffic, int]]]:
 
 def predicted(row: Row, rank: int) -> dry_run.Report:
     job = dry_run.DryRunJob(
-        row.wan, row.layout, row.options, row.zero, row.dtype, row.latent, 1, row.micro_batches, row.recompute
+        row.wan,
+        row.layout,
+        row.options,
+        row.zero,
+        row.dtype,
+        row.latent,
+        1,
+        row.micro_batches,
+        row.recompute,
+        packed=row.packed,
     )
     return dry_run.dry_run(job, rank)
 

@@ -12,6 +12,7 @@ from mm.config.model import WanConfig
 from mm.config.place import process_place
 from mm.config.recompute import Recompute
 from mm.data.loader import FeatureBatch
+from mm.data.packed import MicroBatch, pack
 from mm.device.backend import select
 from mm.diffusion.flow import FlowMatching
 from mm.doctor.traffic import CountTraffic, Traffic, axes_of, totals
@@ -46,6 +47,7 @@ class Row:
     dtype: torch.dtype = torch.bfloat16
     wan: WanConfig = WAN
     recompute: Recompute | None = None
+    packed: int | None = None
 
     @property
     def id(self) -> str:
@@ -59,6 +61,8 @@ class Row:
         if self.recompute is not None:
             kept = f"keep {self.recompute.kept}" if self.recompute.keep_layers != 0 else "full"
             parts.append(kept + (" offloaded" if self.recompute.offload else ""))
+        if self.packed is not None:
+            parts.append(f"packed {self.packed}")
         return "-".join([*parts, f"{self.tokens} tokens"])
 
     @property
@@ -137,10 +141,17 @@ def real_steps(row: Row, mesh: Mesh, steps: int) -> Traffic:
         return totals(traffic.calls[first:])
 
 
-def batches(row: Row) -> list[FeatureBatch]:
+def batches(row: Row) -> list[MicroBatch]:
+    samples = _samples(row, row.micro_batches * (row.packed or 1))
+    if row.packed is None:
+        return [*samples]
+    return [pack(samples[first : first + row.packed]) for first in range(0, len(samples), row.packed)]
+
+
+def _samples(row: Row, count: int) -> list[FeatureBatch]:
     source, wan = torch.Generator().manual_seed(0), row.wan
     made = []
-    for index in range(row.micro_batches):
+    for index in range(count):
         shapes = wan.feature_shapes(row.latent)
         batch = FeatureBatch(
             latents=torch.randn(1, 16, *row.latent, generator=source),

@@ -154,6 +154,7 @@ def check_proposal(words: str, run: TrainingRun, advice: MemoryAdvice) -> None:
             ["--context-parallel-size 2 --context-parallel-algo megatron_cp_algo --global-batch-size 2"],
         ),
         (f"--bf16 --micro-batch-size 4 {RECOMPUTE} uniform", 1, {}, ["--micro-batch-size 1 --global-batch-size 4"]),
+        (f"--bf16 --global-batch-size 16 --pack 65521 {RECOMPUTE} uniform", 1, {}, ["--pack 32760"]),
     ],
 )
 def test_large_activations(words: str, world_size: int, predictor: dict[str, Any], expected: list[str]) -> None:
@@ -204,14 +205,18 @@ def test_where_the_rules_leave_less_than_three_less_is_said() -> None:
     assert all("2 processes" in text for text in texts)
 
 
+TOKENS = 3 * 16 * 16
+
+
 def step(run: TrainingRun) -> Report:
     """What a rank of the run holds in a step, of tokens that outweigh the model or not."""
     layout, data = layout_of(run), run.data
     latent = (3, 32, 32) if data.micro_batch_size > 1 or run.world_size == 1 else (1, 2, 2)
+    packed = None if data.pack_tokens is None else data.pack_tokens // TOKENS
     job = DryRunJob(
         run.wan, layout, data_parallel_options(run), run.parallel.layerzero, training_dtype(run), latent,
-        data.micro_batch_size, run.micro_batches_of_step(layout.dp_size), recompute_of(run.memory),
-        None if (lora := plan_of(run.adapters, run.wan)) is None else lora.extension(),
+        data.micro_batch_size, run.micro_batches_of_step(layout.dp_size) // (packed or 1), recompute_of(run.memory),
+        None if (lora := plan_of(run.adapters, run.wan)) is None else lora.extension(), packed=packed,
     )  # fmt: skip
     return dry_run(job, rank=0)
 
@@ -220,6 +225,7 @@ def step(run: TrainingRun) -> Report:
     ("words", "world_size"),
     [
         ("--micro-batch-size 2", 1),
+        (f"--pack {2 * TOKENS} --global-batch-size 4", 1),
         pytest.param("--bf16", 8, marks=pytest.mark.nightly),
         pytest.param(LORA, 8, marks=pytest.mark.nightly),
     ],

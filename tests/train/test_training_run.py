@@ -20,7 +20,7 @@ from mm.train.flops import train_flops
 
 FIELDS = [
     "step", "loss", "loss_hex", "grad_norm", "grad_norm_hex", "lr", "consumed_samples", "tokens_per_s", "tflops",
-    "peak_memory_gb", "step_time_s", "skipped", "timesteps", "sample_losses", "loss_mean",
+    "peak_memory_gb", "step_time_s", "skipped", "tokens", "token_pairs", "timesteps", "sample_losses", "loss_mean",
 ]  # fmt: skip
 
 
@@ -57,9 +57,9 @@ def test_the_seed_decides_and_nothing_else(demo: Path, tmp_path: Path) -> None:
 
 def test_steps_take_the_noise_that_readers_drew(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.MonkeyPatch.context() as patch:  # a step draws for itself what it is not given
-        batches = closed_step.feature_batches
+        steps = closed_step.step_batches
         patch.setattr(
-            closed_step, "feature_batches", lambda *args, **options: batches(*args, **{**options, "with_noise": False})
+            closed_step, "step_batches", lambda *args, **options: steps(*args, **{**options, "with_noise": False})
         )
         expected = bits(run(demo, tmp_path / "a", train_iters=3))
     monkeypatch.setattr(FlowMatching, "draw_noise", None)

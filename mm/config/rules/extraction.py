@@ -53,11 +53,15 @@ def _videos_are_listed(run: ExtractionRun) -> Iterator[Problem]:
 
 
 def _columns_of_files_are_of_a_table(run: ExtractionRun) -> Iterator[Problem]:
-    """CFG-170: one format alone lets columns be named."""
+    """CFG-170: one format alone lets columns be named, and one an entry."""
     keys, said = run.origins["data.file_keys"], run.origins["data.format"]
     if run.data.file_keys and run.data.format != "diffsynth":
         found = f"{keys.file}: {keys.name} has no effect where {said.name} is not diffsynth."
         yield Problem("CFG-170", found, f"Set {said.name} to diffsynth, or remove it.")
+    entry = run.origins["data.entry"]
+    if run.data.entry is not None and run.data.format != "simpletuner":
+        found = f"{entry.file}: {entry.name} has no effect where {said.name} is not simpletuner."
+        yield Problem("CFG-170", found, f"Set {said.name} to simpletuner, or remove it.")
 
 
 def _tiles_cover_the_frame(run: ExtractionRun) -> Iterator[Problem]:

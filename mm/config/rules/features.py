@@ -41,8 +41,19 @@ def feature_problems(features: FeatureSet, words: Origins, path: str) -> Iterato
     yield from list_problems(features.path, features.folder, words, path, endings=LISTINGS)
 
 
+def _shares_end_after_they_begin(run: TrainingRun) -> Iterator[Problem]:
+    """CFG-203: a share that no step has."""
+    for number, share in enumerate(run.data.mixture.shares):
+        if share.end_step is not None and share.end_step <= share.begin_step:
+            word = run.origins["data.mixture.shares"]
+            found = f"{word.file}: {word.name} has {share.folder} (number {number + 1}) end with step {share.end_step}"
+            more = f", and begin after step {share.begin_step}."
+            yield Problem("CFG-203", found + more, "Raise its end_step, or remove the share.")
+
+
 FEATURE_RULES: tuple[Callable[[TrainingRun], Iterator[Problem]], ...] = (
     _features_have_a_clip,
     _features_are_listed,
     _held_out_features_can_be,
+    _shares_end_after_they_begin,
 )

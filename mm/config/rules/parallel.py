@@ -74,10 +74,11 @@ def _interleaved_schedule_fits(run: TrainingRun) -> Iterator[Problem]:
         batch = run.samples_of_step(dp)
         micro_batches, rest = divmod(batch, run.data.micro_batch_size * dp)
         if rest == 0 and micro_batches % run.pp:  # a rest is told by CFG-021, with batches that this rule takes
+            packed = run.data.pack_tokens is not None  # as many sequences as samples, where each is as long as can be
             yield Problem(
                 "CFG-039",
-                f"A global batch of {batch} makes {micro_batches} micro-batches on each replica, and the interleaved "
-                f"schedule needs a multiple of PP {run.pp}.",
+                f"A global batch of {batch} makes {micro_batches} {'samples' if packed else 'micro-batches'} on each "
+                f"replica, and the interleaved schedule needs a multiple of PP {run.pp}.",
                 f"Use {run.origins['data.global_batch_size'].name} {_batches_that_work(run, batch, dp)}.",
             )
 

@@ -82,6 +82,9 @@ def _of_resolution(rule: Resolution) -> _Found:
     if rule.minimum_aspect_ratio > rule.maximum_aspect_ratio:
         what = f"is {rule.minimum_aspect_ratio:g}, more than maximum_aspect_ratio {rule.maximum_aspect_ratio:g}"
         yield "minimum_aspect_ratio", what, "Use at most maximum_aspect_ratio."
+    if not round(rule.minimum_aspect_ratio, rule.rounding):
+        what = f"is {rule.minimum_aspect_ratio:g}, which rounding {rule.rounding} makes 0"
+        yield "minimum_aspect_ratio", what, "Raise it, or rounding."
     yield from _of_crop(rule)
 
 
@@ -117,8 +120,10 @@ def _of_crop(rule: Resolution) -> _Found:
 
 def _of_aspects(rule: Resolution) -> _Found:
     weights = [one.weight for one in rule.crop_aspect_buckets if isinstance(one, AspectWeight)]
-    if any(not isinstance(one, AspectWeight) and one <= 0 for one in rule.crop_aspect_buckets):
-        yield "crop_aspect_buckets", "holds an aspect that is not above 0", "Aspects are width by height, such as 1.78."
+    aspects = [one.aspect if isinstance(one, AspectWeight) else one for one in rule.crop_aspect_buckets]
+    if any(round(aspect, rule.rounding) <= 0 for aspect in aspects):
+        what = f"holds an aspect that is not above 0 when rounded to {rule.rounding} decimals"
+        yield "crop_aspect_buckets", what, "Aspects are width by height, such as 1.78."
     if weights and len(weights) < len(rule.crop_aspect_buckets):
         yield "crop_aspect_buckets", "has weights for some aspects only", "Give all of them one, or none."
     elif weights and not isclose(sum(weights), 1.0, abs_tol=1e-6):

@@ -59,6 +59,9 @@ class FeatureSet(Section):
     tokenizer: TokenizerSection | None = None
 
 
+MinBucket = Literal["error", "drop", "repeat"]
+
+
 class SourceShare(Section):
     """Share of one feature store in training.
 
@@ -66,12 +69,14 @@ class SourceShare(Section):
         folder: the store, as the list of features names it.
         repeats: passes over its samples in an epoch of all.
         weight: factor on its share by size; 2 gives twice as many of its samples.
+        micro_batch_size: samples in a micro-batch of it; None takes the run's.
         begin_step, end_step: steps before the first and after the last that may take its samples.
     """
 
     folder: str = Field(min_length=1)
-    repeats: int = Field(1, ge=1)
+    repeats: int = Field(1, ge=1, le=10**9 + 1)
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    micro_batch_size: int | None = Field(None, ge=1)
     begin_step: int = Field(0, ge=0)
     end_step: int | None = Field(None, ge=1)
 
@@ -81,12 +86,13 @@ class Mixture(Section):
 
     Attributes:
         shares: none takes all stores as one source.
-        small_buckets: what becomes of samples of a shape of which a store has fewer than a micro-batch takes: an
-            `error`; `drop` leaves them out; `repeat` puts some into one micro-batch more than once.
     """
 
     shares: tuple[SourceShare, ...] = ()
-    small_buckets: Literal["error", "drop", "repeat"] = "error"
+
+    def sizes(self, micro_batch_size: int) -> set[int]:
+        """Samples of micro-batches of all shares, where the run's have so many; of stores without a share too."""
+        return {micro_batch_size, *(share.micro_batch_size or micro_batch_size for share in self.shares)}
 
 
 class DataSection(Section):
@@ -96,7 +102,13 @@ class DataSection(Section):
         features: which. caption_dropout: share of samples that are trained with the empty caption.
         shuffle: a new order each epoch, drawn from the seed; otherwise the order of the listing.
         mixture: shares of the stores.
+        min_bucket: what becomes of samples of a shape of which a store has fewer than a micro-batch takes: an `error`;
+            `drop` leaves them out; `repeat` puts some into one micro-batch more than once.
         micro_batch_size: samples in one forward of one replica.
+        pack_tokens: puts samples of any shapes into sequences of at most so many tokens, a micro-batch each; padding
+            is not counted.
+        pair_cost: cost of a pair of tokens by that of a token, by which micro-batches are dealt to replicas; None takes
+            the operations of the model. `mm doctor costs` measures it.
         global_batch_size: samples in one step of all replicas; None means one micro-batch for each of them.
         workers: feature-reading processes for each rank. read_timeout: seconds to read a micro-batch.
         on_bad_sample: `fail`, or `skip:max=0.1%` of the samples, each replaced by the next.
@@ -107,7 +119,10 @@ class DataSection(Section):
     caption_dropout: float = Field(0.0, ge=0, le=1)
     shuffle: bool = True
     mixture: Mixture = Mixture()
+    min_bucket: MinBucket = "error"
     micro_batch_size: int = Field(1, ge=1)
+    pack_tokens: int | None = Field(None, ge=1)
+    pair_cost: float | None = Field(None, ge=0, allow_inf_nan=False)
     global_batch_size: int | None = Field(None, ge=1)
     workers: int = Field(2, ge=0)
     read_timeout: float = Field(600.0, gt=0)

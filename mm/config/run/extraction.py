@@ -76,6 +76,7 @@ class SourceSection(Section):
         folder: folder that the annotation's paths start from; only with an annotation file.
         format: dialect of the annotations; None where the columns of each file tell.
         file_keys: further columns of a `diffsynth` table whose cells are paths.
+        entry: the entry of a `simpletuner` file whose samples are taken; None for all.
         clip: what is taken of each.
         workers: videos that each process reads ahead, in processes of their own. read_timeout: seconds for one clip.
         on_bad_sample: `fail`, or `skip:max=0.1%` of all clips, which are left out.
@@ -85,6 +86,7 @@ class SourceSection(Section):
     folder: str | None = Field(None, min_length=1)
     format: SourceFormat | None = None
     file_keys: tuple[str, ...] = ()
+    entry: str | None = Field(None, min_length=1)
     clip: SourceClip
     workers: int = Field(2, ge=1)
     read_timeout: float = Field(120.0, gt=0)

@@ -12,6 +12,7 @@ from pydantic import Field
 from mm.config.base import Section
 
 SMALLEST_SIDE = 32  # of ratio buckets: below it one has a side of less than a token
+LARGEST_SIDE = 16384  # that a picture may have; no size is larger
 
 
 class RatioBuckets(Section):
@@ -25,8 +26,8 @@ class RatioBuckets(Section):
     """
 
     rule: Literal["ratio_buckets"]
-    side: int = Field(ge=SMALLEST_SIDE)
-    image_side: int | None = Field(None, ge=SMALLEST_SIDE)
+    side: int = Field(ge=SMALLEST_SIDE, le=LARGEST_SIDE)
+    image_side: int | None = Field(None, ge=SMALLEST_SIDE, le=LARGEST_SIDE)
     vary_side: bool = False
     full_share: float = Field(0.9, gt=0, le=1)
     random_ratio: bool = False
@@ -46,9 +47,9 @@ class TokenLength(Section):
     """
 
     rule: Literal["token_length"]
-    min_side: int = Field(ge=SMALLEST_SIDE)
-    max_side: int = Field(ge=SMALLEST_SIDE)
-    token_side: int = Field(ge=SMALLEST_SIDE)
+    min_side: int = Field(ge=SMALLEST_SIDE, le=LARGEST_SIDE)
+    max_side: int = Field(ge=SMALLEST_SIDE, le=LARGEST_SIDE)
+    token_side: int = Field(ge=SMALLEST_SIDE, le=LARGEST_SIDE)
     token_side_share: float | None = Field(None, gt=0, lt=1)
     full_share: float = Field(0.9, gt=0, le=1)
     random_ratio: bool = False
@@ -78,12 +79,12 @@ class Resolution(Section):
     """
 
     rule: Literal["pixel", "area", "pixel_area"]
-    resolution: float = Field(gt=0)
-    alignment: int = Field(32, ge=1)
+    resolution: float = Field(gt=0, le=LARGEST_SIDE)
+    alignment: int = Field(32, ge=1, le=LARGEST_SIDE)
     rounding: int = Field(2, ge=1, le=9)
-    minimum_image_size: float | None = Field(None, gt=0)
-    maximum_image_size: float | None = Field(None, gt=0)
-    target_downsample_size: float | None = Field(None, gt=0)
+    minimum_image_size: float | None = Field(None, gt=0, le=LARGEST_SIDE)
+    maximum_image_size: float | None = Field(None, gt=0, le=LARGEST_SIDE)
+    target_downsample_size: float | None = Field(None, gt=0, le=LARGEST_SIDE)
     max_upscale_threshold: float | None = Field(None, ge=0)
     minimum_aspect_ratio: float = Field(0.25, gt=0)
     maximum_aspect_ratio: float = Field(4.0, gt=0)
@@ -101,8 +102,8 @@ class MaxPixels(Section):
     """
 
     rule: Literal["max_pixels"]
-    max_pixels: int = Field(ge=256)
-    multiple: int = Field(16, ge=1)
+    max_pixels: int = Field(ge=256, le=LARGEST_SIDE**2)
+    multiple: int = Field(16, ge=1, le=LARGEST_SIDE)
 
 
 ShapeRule = RatioBuckets | TokenLength | Resolution | MaxPixels

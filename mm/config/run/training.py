@@ -83,5 +83,5 @@ class TrainingRun(TrainingSections, MeshRun):
         return self.data.global_batch_size or self.data.micro_batch_size * dp_size
 
     def micro_batches_of_step(self, dp_size: int) -> int:
-        """Forwards of one replica in one step."""
+        """Forwards of one replica in one step; where samples are packed, the most that there can be."""
         return self.samples_of_step(dp_size) // (self.data.micro_batch_size * dp_size)

@@ -10,7 +10,6 @@ from typing import NamedTuple, Protocol
 from mm.config.data import DataSource, SourceFormat
 from mm.config.tasks.task import Column
 from mm.data.metadata import Annotation, Kind
-from mm.data.sources.settings import NO_SETTINGS, SourceSettings
 from mm.data.tables import TableRow
 from mm.errors import Problem
 
@@ -22,7 +21,8 @@ class Taken:
     Attributes:
         annotation: path, captions, facts. folder: that its path starts from.
         name: id of its sample where the file is listed once, without the data set's number.
-        kind, columns, roles, settings: as in `mm.data.metadata.VideoSample`.
+        kind, columns, roles: as in `mm.data.metadata.VideoSample`.
+        part: of the source that lists the file; two parts may list one.
     """
 
     annotation: Annotation
@@ -31,7 +31,7 @@ class Taken:
     kind: Kind = "video"
     columns: Mapping[str, float] = field(default_factory=dict)
     roles: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
-    settings: SourceSettings = NO_SETTINGS
+    part: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,8 @@ class RowKey(NamedTuple):
     """Words by which a row is told from others before it is checked.
 
     Attributes:
-        name: as `Taken.name`. file: its path. cut: as `Annotation.cut_name`. rest: its captions and its settings' id.
+        name: as `Taken.name`. file: its path. cut: as `Annotation.cut_name`.
+        rest: its captions, or the part of the source that lists it.
     """
 
     name: str

@@ -50,7 +50,9 @@ def annotated_sources(section: SourceSection) -> list[DataSource]:
     """
     folder = section.folder or default_folder(section.path, section.format)
     sources = data_sources(section.path, folder)
-    return [replace(source, format=section.format, file_keys=section.file_keys) for source in sources]
+    return [
+        replace(source, format=section.format, file_keys=section.file_keys, entry=section.entry) for source in sources
+    ]
 
 
 def iterate_rows(sources: Sequence[DataSource], task: Task | None = None) -> Iterator[CheckedRow]:
@@ -123,7 +125,7 @@ class RowReader:
                     raise DataError("DATA-064", f"{found.place}: {said}", "Keep one of the two rows.")
                 name = f"{source}:{taken.name}" if source else taken.name
                 name = sample_id(name, annotation.cut_name, json.dumps(annotation.captions), kind)
-                kept = annotation, taken.columns, taken.kind, taken.roles, taken.settings
+                kept = annotation, taken.columns, taken.kind, taken.roles
                 sample = VideoSample(name, file, annotation.captions, *kept)
                 if task is not None and task.frames and taken.kind == "image":
                     message = f"{found.place}: {file} is an image; the one frame that it has is given in {task.name}."

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 
 from mm.config.data import DataSource
@@ -19,7 +20,6 @@ from mm.data.metadata import Annotation
 from mm.data.sources.base import Dialect, RowKey, SourceRow, Taken
 from mm.data.sources.cells import IMAGE_ENDINGS, VIDEO_ENDINGS, caption_problems, kind_of
 from mm.data.sources.parquet_captions import parquet_captions
-from mm.data.sources.settings import SourceSettings
 from mm.data.sources.simpletuner_entries import SAMPLES, STORES, Entry
 from mm.data.sources.simpletuner_rules import read_entries
 from mm.data.sources.walk import files_below
@@ -38,14 +38,13 @@ class _Folder:
     """An entry with its folder.
 
     Attributes:
-        entry: as it is written. root: its folder. place: how to call it. settings: of its samples.
+        entry: as it is written. root: its folder. place: how to call it.
         captions: of parquet, by name of file. beside: folders of further files, by role.
     """
 
     entry: Entry
     root: Path
     place: str
-    settings: SourceSettings
     captions: dict[str, str] = field(default_factory=dict)
     beside: tuple[tuple[str, _Folder], ...] = ()
 
@@ -61,15 +60,16 @@ class _SimpleTuner:
             found = f"{source.annotation} has no place for {names}, which every sample of the task has."
             raise DataError("DATA-171", found, "List the samples in a table with that column.")
         entries = [entry for entry in read_entries(source.annotation) if not entry.is_off]
+        taken = _taken(entries, source)
         _tell(entries, source)
-        self._open = _folders(entries, source)
+        self._open = _folders(entries, taken, source)
         self._roots = [os.path.realpath(folder.root) for folder in self._open]
 
     def rows(self) -> Iterator[TableRow]:
         """Walk through the folders."""
         for number, folder in enumerate(self._open):
             is_empty = True
-            for path in files_below(folder.root, _ENDINGS[folder.entry.dataset_type]):
+            for path in _files(folder):
                 is_empty = False
                 yield self.row_of(f"{number}:{path}", None)
             if is_empty:
@@ -94,19 +94,48 @@ class _SimpleTuner:
         return _row(self._open[folder], path, number)
 
 
+def _taken(entries: Sequence[Entry], source: DataSource) -> list[Entry]:
+    """The entries whose samples are asked for."""
+    samples = [entry for entry in entries if entry.dataset_type in SAMPLES]
+    if source.entry is None:
+        return samples
+    taken = [entry for entry in samples if entry.id == source.entry]
+    if not taken:
+        found = f"{source.annotation} has no entry {source.entry} of samples that is switched on."
+        raise DataError("DATA-171", found, f"Name one of {', '.join(entry.id for entry in samples)}.")
+    return taken
+
+
+def _files(folder: _Folder) -> Iterator[str]:
+    """The files of an entry; of more than `max_num_samples` those that its id draws, in their order."""
+    files = files_below(folder.root, _ENDINGS[folder.entry.dataset_type])
+    most = folder.entry.max_num_samples
+    if most is None:
+        yield from files
+        return
+    paths = list(files)
+    drawn = sorted(paths, key=lambda path: blake2b(f"{folder.entry.id}\0{path}".encode()).digest())
+    kept = set(drawn[:most])
+    yield from (path for path in paths if path in kept)
+
+
 def _tell(entries: Sequence[Entry], source: DataSource) -> None:
     """Say what of the entries has no effect here."""
     stores = [entry.id for entry in entries if entry.dataset_type in STORES]
     if stores:
         message = "%s: the entries %s name stores of SimpleTuner's; features of captions and images have one store here"
         log.info(message, source.annotation, ", ".join(stores))
-    samples = ", ".join(entry.id for entry in entries if entry.dataset_type in SAMPLES)
-    message = "%s: every file is encoded once, at the size and length of data.clip, whatever the entries %s ask for"
-    log.info(message, source.annotation, samples)
+    if source.entry is None:
+        samples = ", ".join(entry.id for entry in entries if entry.dataset_type in SAMPLES)
+        message = (
+            "%s: every file is encoded at the size and length of data.clip, whatever the entries %s ask for; "
+            "mm migrate entries writes an extraction for each"
+        )
+        log.info(message, source.annotation, samples)
 
 
-def _folders(entries: Sequence[Entry], source: DataSource) -> list[_Folder]:
-    """The entries of samples, each with the folders of the files that go with its own.
+def _folders(entries: Sequence[Entry], taken: Sequence[Entry], source: DataSource) -> list[_Folder]:
+    """The entries that are taken, each with the folders of the files that go with its own.
 
     Raises:
         DataError: DATA-173 for every folder that is not there, and what `parquet_captions` raises.
@@ -115,22 +144,18 @@ def _folders(entries: Sequence[Entry], source: DataSource) -> list[_Folder]:
     missing = [
         Problem("DATA-173", f"{source.annotation} entry {entry.id}: {roots[entry.id]} is no folder.", "Correct it.")
         for entry in entries
-        if entry.instance_data_dir is not None and not roots[entry.id].is_dir()
+        if entry.instance_data_dir is not None and not os.path.isdir(roots[entry.id])
     ]
     raise_limited(missing)
     by_id = {entry.id: entry for entry in entries}
     found = []
-    for entry in entries:
-        if entry.dataset_type not in SAMPLES:
-            continue
+    for entry in taken:
         place = f"{source.annotation} entry {entry.id}"
         beside = [by_id[name] for name in entry.conditions]
         beside += [e for e in entries if e.source_dataset_id == entry.id and e.id not in entry.conditions]
-        roles = tuple(
-            (_role(e), _Folder(e, roots[e.id], f"{source.annotation} entry {e.id}", e.settings())) for e in beside
-        )
+        roles = tuple((_role(e), _Folder(e, roots[e.id], f"{source.annotation} entry {e.id}")) for e in beside)
         captions = parquet_captions(source.folder, entry.parquet, place) if entry.caption_strategy == "parquet" else {}
-        found.append(_Folder(entry, roots[entry.id], place, entry.settings(), captions, roles))
+        found.append(_Folder(entry, roots[entry.id], place, captions, roles))
     return found
 
 
@@ -161,7 +186,7 @@ def _row(folder: _Folder, path: str, number: int) -> SourceRow:
         return SourceRow(number, place, None, (*problems, *error.problems))
     annotation = Annotation(path=path, cap=captions[0] if len(captions) == 1 else captions)
     kind, name = kind_of(path) or "video", f"{entry.id}:{path}"
-    taken = Taken(annotation, folder.root, name, kind, roles=roles, settings=folder.settings)
+    taken = Taken(annotation, folder.root, name, kind, roles=roles, part=entry.id)
     return SourceRow(number, place, taken, tuple(problems))
 
 

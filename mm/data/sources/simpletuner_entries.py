@@ -12,8 +12,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mm.config.base import Section
-from mm.data.sources.settings import ResolutionType, ShapeWishes, SourceSettings
+from mm.config.run.shapes import LARGEST_SIDE
 
+ResolutionType = Literal["pixel", "area", "pixel_area"]
 STORES = ("text_embeds", "image_embeds", "conditioning_image_embeds")
 SAMPLES = ("image", "video")
 
@@ -26,7 +27,7 @@ class AspectBucket(Section):
 
 
 class VideoFields(Section):
-    """Field `video` of an entry; see `mm.data.sources.settings.ShapeWishes`."""
+    """Field `video` of an entry."""
 
     num_frames: int | None = Field(None, ge=1)
     min_frames: int | None = Field(None, ge=1)
@@ -91,11 +92,11 @@ class Entry(Section):
     parquet: ParquetFields | None = None
     metadata_backend: Literal["discovery", "parquet", "huggingface"] = "discovery"
 
-    resolution: float | None = Field(None, gt=0)
+    resolution: float | None = Field(None, gt=0, le=LARGEST_SIDE)
     resolution_type: ResolutionType = "pixel_area"
-    minimum_image_size: float | None = Field(None, ge=0)
-    maximum_image_size: float | None = Field(None, gt=0)
-    target_downsample_size: float | None = Field(None, gt=0)
+    minimum_image_size: float | None = Field(None, ge=0, le=LARGEST_SIDE)
+    maximum_image_size: float | None = Field(None, gt=0, le=LARGEST_SIDE)
+    target_downsample_size: float | None = Field(None, gt=0, le=LARGEST_SIDE)
     max_upscale_threshold: float | None = Field(None, gt=0)
     crop: bool = False
     crop_style: Literal["random", "center", "corner", "face"] = "random"
@@ -105,7 +106,7 @@ class Entry(Section):
     maximum_aspect_ratio: float | None = Field(None, gt=0)
     video: VideoFields | None = None
 
-    repeats: int = Field(0, ge=0)
+    repeats: int = Field(0, ge=0, le=10**9)
     probability: float = Field(1.0, ge=0)
     max_num_samples: int | None = Field(None, ge=1)
     start_epoch: int = Field(1, ge=1)
@@ -156,43 +157,3 @@ class Entry(Section):
         """Entries that hold files beside those of this one."""
         given = self.conditioning_data or ()
         return (given,) if isinstance(given, str) else tuple(given)
-
-    def settings(self) -> SourceSettings:
-        """Wishes about its samples."""
-        video = self.video or VideoFields()
-        buckets = tuple(
-            (b.aspect, b.weight) if isinstance(b, AspectBucket) else (b, 1.0) for b in self.crop_aspect_buckets
-        )
-        shape = ShapeWishes(
-            resolution=self.resolution,
-            resolution_type=self.resolution_type,
-            minimum_image_size=self.minimum_image_size,
-            maximum_image_size=self.maximum_image_size,
-            target_downsample_size=self.target_downsample_size,
-            max_upscale=self.max_upscale_threshold,
-            crop=self.crop,
-            crop_style=self.crop_style,
-            crop_aspect=self.crop_aspect,
-            aspect_buckets=buckets,
-            minimum_aspect=self.minimum_aspect_ratio,
-            maximum_aspect=self.maximum_aspect_ratio,
-            bucket_strategy=video.bucket_strategy,
-            num_frames=video.num_frames,
-            min_frames=video.min_frames,
-            max_frames=video.max_frames,
-            frame_interval=video.frame_interval,
-        )
-        return SourceSettings(
-            id=self.id,
-            repeats=self.repeats,
-            probability=self.probability,
-            max_num_samples=self.max_num_samples,
-            start_epoch=self.start_epoch,
-            start_step=self.start_step,
-            end_epoch=self.end_epoch or 0,
-            end_step=self.end_step or 0,
-            batch_size=self.train_batch_size,
-            is_regularisation=self.is_regularisation_data,
-            first_frame_is_given=bool(video.is_i2v),
-            shape=shape,
-        )

@@ -65,6 +65,9 @@ def _faults(entry: Entry) -> Iterator[_Fault]:
         yield "DATA-171", " has a frame_interval, of which aspect_ratio buckets have no use.", remedy
     if entry.crop_aspect in ("closest", "random") and not entry.crop_aspect_buckets:
         yield "DATA-171", f" has crop_aspect {entry.crop_aspect} and no crop_aspect_buckets.", "Add them."
+    if entry.end_step and entry.end_step <= entry.start_step:
+        found = f" ends with step {entry.end_step} and begins after step {entry.start_step}."
+        yield "DATA-171", found, "Raise end_step, or remove it."
     yield from _bucket_faults(entry)
     yield from _caption_faults(entry)
 

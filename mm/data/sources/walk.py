@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from mm.errors import DataError
+
 log = logging.getLogger(__name__)
 
 
@@ -19,6 +21,9 @@ def files_below(root: Path, endings: frozenset[str]) -> Iterator[str]:
 
     Args:
         root: the folder. endings: in lower case; those of files may be in any.
+
+    Raises:
+        DataError: DATA-173 for a folder that cannot be listed.
     """
     others: Counter[str] = Counter()
     yield from _walk(root, "", endings, others, (root.resolve(),))
@@ -31,8 +36,12 @@ def _walk(
     root: Path, below: str, endings: frozenset[str], others: Counter[str], around: tuple[Path, ...]
 ) -> Iterator[str]:
     """`around` are the folders that this one lies in, itself among them."""
-    with os.scandir(root / below) as entries:
-        found = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    try:
+        with os.scandir(root / below) as entries:
+            found = sorted((entry.name, _leads_to_a_folder(entry)) for entry in entries if entry.name[0] != ".")
+    except OSError as error:
+        message = f"The folder {root / below} cannot be listed: {error.strerror or error}."
+        raise DataError("DATA-173", message, "Correct its permissions, or move it away.") from None
     for name, is_folder in found:
         path = f"{below}/{name}" if below else name
         if not is_folder:
@@ -47,3 +56,10 @@ def _walk(
             log.info("%s leads back to a folder that it lies in, and is not followed", root / path)
         else:
             yield from _walk(root, path, endings, others, (*around, here))
+
+
+def _leads_to_a_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links; as a file it is told by its name
+        return False

@@ -26,7 +26,7 @@ from mm.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
 CATALOG_KIND = "store catalog"
-FINISH = "Run mm data repair on the store, then what wrote it (mm extract, mm migrate shards), which finishes it again."
+FINISH = "Run mm data repair on the store, then what wrote it (mm migrate shards), which finishes it again."
 
 
 class Manifest(Section):
@@ -82,12 +82,15 @@ class Catalog:
         count = int(self._first[shard + 1]) - int(self._first[shard])
         return bytes(self._digests[shard]), count, int(self._body_bytes[shard])
 
-    def before_in_bucket(self, shape: LatentShape, shard: int) -> int:
-        """Number of samples of a shape in the shards before one."""
-        bucket = self._bucket_of[shape]
-        begin, end = int(self._bucket_begins[bucket]), int(self._bucket_begins[bucket + 1])
-        place = int(np.searchsorted(self._bucket_shards[begin:end], shard))
-        return int(self._bucket_firsts[begin + place]) if begin + place < end else self.shapes()[shape]
+    def shapes_before(self, shard: int) -> Counter[LatentShape]:
+        """Number of samples of each shape in the shards before one."""
+        counts = Counter[LatentShape]()
+        for shape, held in self.shapes().items():
+            bucket = self._bucket_of[shape]
+            begin, end = int(self._bucket_begins[bucket]), int(self._bucket_begins[bucket + 1])
+            place = begin + int(np.searchsorted(self._bucket_shards[begin:end], shard))
+            counts[shape] = int(self._bucket_firsts[place]) if place < end else held
+        return counts
 
     def in_bucket(self, shape: LatentShape, k: int) -> tuple[int, int]:
         """The shard that holds the k-th sample of a shape, and which sample of that shape it is there."""

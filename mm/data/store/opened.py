@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from pathlib import Path
 
-from mm.data.listing import Digest
+from mm.data.listing import Digest, ListedSample, RowsOfDraw
 from mm.data.store.blobs import Blob
 from mm.data.store.catalog import Catalog, check_shards_are_there, open_catalog
+from mm.data.store.rows import listed_sample
 from mm.data.store.shard import BODY, SHARDS, LatentShape, Shard, ShardFacts, open_shard, shard_folder
 from mm.data.store.writer import prompt_key
 
@@ -15,30 +16,16 @@ _MOST_OPEN = 256
 
 
 class ShardStore:
-    """Samples 0, 1, ... of one draw of a store of shards. A process holds the catalog's map and at most some hundred
-    shards'.
-    """
+    """Samples 0, 1, ... of a store of shards. A process holds the catalog's map and at most some hundred shards'."""
 
-    def __init__(self, folder: Path, recipe_key: str, catalog: Catalog, draw: int = 0) -> None:
+    def __init__(self, folder: Path, recipe_key: str, catalog: Catalog) -> None:
         self.folder = folder
         self.recipe_key = recipe_key
         self._catalog = catalog
         self._shards: OrderedDict[int, Shard] = OrderedDict()
-        shards_of_draw = catalog.manifest.shards // catalog.manifest.draws
-        self._begin, self._end = draw * shards_of_draw, (draw + 1) * shards_of_draw  # its shards
-        self._first = catalog.first_of(self._begin)
 
     def __len__(self) -> int:
-        return self._catalog.first_of(self._end) - self._first
-
-    @property
-    def draws(self) -> int:
-        """Draws of each sample that the store has."""
-        return self._catalog.manifest.draws
-
-    def of_draw(self, draw: int) -> ShardStore:
-        """The same samples of another draw, of which 0, 1, ... come again and again."""
-        return ShardStore(self.folder, self.recipe_key, self._catalog, draw % self.draws)
+        return self._catalog.manifest.samples
 
     @property
     def num_shards(self) -> int:
@@ -55,9 +42,23 @@ class ShardStore:
         shard, local = self._find(row)
         return shard.latent_shape(local)
 
+    def text_tokens(self, row: int) -> int:
+        """Tokens of the sample's caption."""
+        shard, local = self._find(row)
+        return shard.text_tokens(local)
+
+    def listed(self, row: int) -> ListedSample:
+        """The sample's video, caption and clip; reads its shard's list up to there.
+
+        Raises:
+            DataError: DATA-150 when the list is missing, or has no row of this sample.
+        """
+        number, local = self._catalog.find(row)
+        return listed_sample(self.folder, number, local, self.name(row))
+
     def file_of(self, row: int) -> str:
         """The body that holds the sample, below the folder."""
-        number, _ = self._catalog.find(self._first + row)
+        number, _ = self._catalog.find(row)
         return f"{SHARDS}/{shard_folder(self.folder, number).name}/{BODY}"
 
     def blobs_of(self, row: int) -> tuple[Blob, Blob]:
@@ -70,21 +71,28 @@ class ShardStore:
         """Place of the empty caption's embedding, in the first shard; None in a store that was made without."""
         return self.shard(0).find_prompt(prompt_key(""))
 
+    @property
+    def draws(self) -> int:
+        """Draws of each sample, one after the other in the store."""
+        return self._catalog.manifest.draws
+
+    def of_draw(self, draw: int) -> RowsOfDraw:
+        """The rows of one draw."""
+        begin, end = (self.num_shards * one // self.draws for one in (draw, draw + 1))
+        before = self._catalog.shapes_before(begin)
+        counts = self._catalog.shapes_before(end) - before  # without those of which there are none
+        first = len(self) * draw // self.draws
+        count = len(self) // self.draws
+        return RowsOfDraw(first, count, counts, lambda shape, k: self.in_bucket(shape, before[shape] + k))
+
     def shapes(self) -> Counter[LatentShape]:
         """Number of samples with each latent shape, in the order of the shapes' first samples."""
-        found = Counter[LatentShape]()
-        for shape in self._catalog.shapes():
-            before, end = (self._catalog.before_in_bucket(shape, shard) for shard in (self._begin, self._end))
-            if end > before:
-                found[shape] = end - before
-        if self._begin == 0:
-            return found
-        return Counter({shape: found[shape] for shape in sorted(found, key=lambda shape: self.in_bucket(shape, 0))})
+        return self._catalog.shapes()
 
     def in_bucket(self, shape: LatentShape, k: int) -> int:
         """Row of the k-th sample of a shape, of which there are more than k."""
-        number, place = self._catalog.in_bucket(shape, self._catalog.before_in_bucket(shape, self._begin) + k)
-        return self._catalog.first_of(number) + self.shard(number).in_bucket(shape, place) - self._first
+        number, place = self._catalog.in_bucket(shape, k)
+        return self._catalog.first_of(number) + self.shard(number).in_bucket(shape, place)
 
     def add_identity(self, digest: Digest) -> None:
         """Feed the names, clips, captions and videos of all samples to a digest."""
@@ -103,7 +111,7 @@ class ShardStore:
         return found
 
     def _find(self, row: int) -> tuple[Shard, int]:
-        number, local = self._catalog.find(self._first + row)
+        number, local = self._catalog.find(row)
         return self.shard(number), local
 
 

@@ -84,6 +84,10 @@ class Shard:
         channels, frames, height, width = map(int, self._samples[row]["shape"])
         return channels, frames, height, width
 
+    def text_tokens(self, row: int) -> int:
+        """Tokens of the sample's caption."""
+        return int(self._samples[row]["text_tokens"])
+
     def blob(self, row: int) -> Blob:
         """Place of the sample's blob."""
         return self._blob(self._samples[row])

@@ -221,7 +221,7 @@ _TRANSFORMS: Mapping[str, frozenset[str]] = {
     "first_frame_vae": _RESIZED,
 }
 """Transforms of each stage of `train_pipeline`, without case and underscores."""
-_LISTS = {"lora"}  # of sections, in which a list of one is a list
+_LISTS = {"lora", "shares"}  # of sections, in which a list of one is a list
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "torch.float32": "fp32", "torch.bfloat16": "bf16"}
 _READERS = {"DecordVideo": "decord", "decoder": "auto", "TorchvisionVideo": "auto", "AvVideo": "pyav"}
 _P = "dataset_param.preprocess_parameters."

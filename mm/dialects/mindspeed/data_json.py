@@ -104,7 +104,7 @@ class DataloaderParam(Section):
     Attributes:
         shuffle: a new order each epoch, drawn from the seed; otherwise the order of data.jsonl.
         pin_memory: copy batches into page-locked memory, for faster transfers to an accelerator.
-        mixture: shares of the stores that data_path lists, and shapes with few samples; a key of this project's own.
+        mixture: shares of the stores that data_path lists; a key of this project's own.
     """
 
     shuffle: bool = True

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from mm.config.optimizer import OptimizerName
 from mm.config.run.checkpoint import ResumeChange
+from mm.config.run.data import MinBucket
 from mm.dialects.mindspeed.flag_paths import NOT, sets
 from mm.dialects.mindspeed.mesh_flags import MeshFlags
 
@@ -56,6 +57,12 @@ class TrainFlags(MeshFlags):
     )
 
     micro_batch_size: int = sets("data.micro_batch_size", 1, ge=1, description="samples in one forward of one replica")
+    pack: int | None = sets(
+        "data.pack_tokens",
+        None,
+        ge=1,
+        description="put samples of any shapes into sequences of at most so many tokens, a micro-batch each",
+    )
     global_batch_size: int | None = sets(
         "data.global_batch_size", None, ge=1, description="samples in one step; default: MBS x replicas"
     )
@@ -70,6 +77,19 @@ class TrainFlags(MeshFlags):
         "data.on_bad_sample",
         "fail",
         description="a damaged feature file: fail, or skip:max=0.1% of the samples, each replaced by the next",
+    )
+    pair_cost: float | None = sets(
+        "data.pair_cost",
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="cost of a pair of tokens by that of a token, for the balance of replicas; default: by the model's "
+        "operations; mm doctor costs measures it",
+    )
+    min_bucket: MinBucket = sets(
+        "data.min_bucket",
+        "error",
+        description="samples of a shape of which a store has fewer than a micro-batch takes: drop them, or repeat some",
     )
     seed: int = sets(
         "training.seed", 1234, ge=0, description="seed of noise, timesteps, sample order and caption dropout"

@@ -46,6 +46,7 @@ class StepDone:
         progress: how far the run has come with it.
         parallel: the model as it is now, to be read.
         result: loss, gradients' norms, rate. batches: this replica's micro-batches.
+        tokens: video tokens of each sample of the step, in all replicas, after patching.
         seconds: wall time, with the wait for the data.
         last: whether the run is at its end.
     """
@@ -54,6 +55,7 @@ class StepDone:
     parallel: ParallelModel
     result: StepResult
     batches: Sequence[MicroBatch]
+    tokens: Sequence[int]
     seconds: float
     last: bool
 

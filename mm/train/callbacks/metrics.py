@@ -32,9 +32,8 @@ class Metrics(Callback):
     def after_step(self, done: StepDone) -> Sequence[Record]:
         """Measure a step."""
         run, result, statistics = self._run, done.result, done.result.statistics
-        dp_size = run.mesh.layout.dp_size
         frozen = run.lora is not None
-        flops = sum(train_flops(run.config, tokens, frozen=frozen) for tokens in result.tokens)
+        flops = sum(train_flops(run.config, tokens, frozen=frozen) for tokens in done.tokens)
         metrics = StepMetrics(
             step=done.step,
             loss=statistics.loss,
@@ -43,11 +42,13 @@ class Metrics(Callback):
             grad_norm_hex=statistics.grad_norm.hex(),
             lr=result.lr,
             consumed_samples=done.progress.consumed_samples,
-            tokens_per_s=sum(result.tokens) * dp_size / done.seconds,
-            tflops=flops / (run.comm.world_size // dp_size) / done.seconds / 1e12,
+            tokens_per_s=sum(done.tokens) / done.seconds,
+            tflops=flops / run.comm.world_size / done.seconds / 1e12,
             peak_memory_gb=run.backend.peak_memory_bytes() / 1e9,
             step_time_s=done.seconds,
             skipped=not result.updated,
+            tokens=sum(done.tokens),
+            token_pairs=sum(tokens**2 for tokens in done.tokens),
             timesteps=tuple(round(timestep, 3) for timestep in self._timesteps(done)),
             sample_losses=tuple(self._losses(done)),
         )

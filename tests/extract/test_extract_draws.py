@@ -32,8 +32,9 @@ def files(tmp_path: Path, weights: Path) -> dict[str, Path]:
     return write_extraction_files(tmp_path, weights, annotation, tmp_path / "set", tmp_path / "store")
 
 
-def tensors(dataset: FeatureDataset) -> list[torch.Tensor]:
-    return [dataset[index]["latents"] for index in range(len(dataset))]
+def tensors(dataset: FeatureDataset, draw: int) -> list[torch.Tensor]:
+    rows = dataset.of_draw(draw)
+    return [dataset[rows.member(k)]["latents"] for k in range(len(rows))]
 
 
 def test_the_first_draw_is_that_of_a_store_without_draws(files: dict[str, Path], tmp_path: Path, weights: Path) -> None:
@@ -52,22 +53,22 @@ def test_the_first_draw_is_that_of_a_store_without_draws(files: dict[str, Path],
 def test_draws_differ_and_each_opens_as_a_data_set(files: dict[str, Path], tmp_path: Path) -> None:
     run(files, draws=DRAWS, shard_rows=4)
     dataset = opened(tmp_path / "store", tmp_path)
-    assert dataset.draws() == DRAWS
+    assert dataset.draws == DRAWS
     rows = listed(tmp_path / "store")
     starts, captions = ([[row[key] for row in rows[6 * d : 6 * d + 6]] for d in range(DRAWS)] for key in KEYS)
     assert len({tuple(one) for one in starts}) == DRAWS and len({tuple(one) for one in captions}) == DRAWS
-    found = [tensors(dataset.of_draw(draw)) for draw in range(DRAWS)]
+    found = [tensors(dataset, draw) for draw in range(DRAWS)]
     for draw in range(DRAWS):
         one = dataset.of_draw(draw)
-        assert [one.name(index) for index in range(len(one))] == [row["path"] for row in ROWS]
-        assert one.shapes() == {(16, 3, 4, 6): 6}
-        assert [one.in_bucket((16, 3, 4, 6), k) for k in range(6)] == list(range(6))
-        assert torch.equal(one.empty_prompt(), dataset.empty_prompt())
+        assert [dataset.name(one.member(k)) for k in range(len(one))] == [row["path"] for row in ROWS]
+        assert one.buckets() == {(16, 3, 4, 6): 6}
+        assert [one.in_bucket((16, 3, 4, 6), k) for k in range(6)] == [6 * draw + k for k in range(6)]
         for index, start in enumerate(starts[draw]):
             same = [other for other in range(DRAWS) if starts[other][index] == start]
             assert all(torch.equal(found[draw][index], found[other][index]) for other in same)
-    assert all(map(torch.equal, tensors(dataset.of_draw(DRAWS)), found[0])), "they begin again"
+    assert all(map(torch.equal, tensors(dataset, DRAWS), found[0])), "they begin again"
     assert not all(map(torch.equal, found[0], found[1]))
+    assert len(dataset.empty_prompt()) > 0
 
 
 KEYS = ("start_frame_idx", "cap")
@@ -80,9 +81,9 @@ def test_more_draws_keep_those_that_are_there(files: dict[str, Path], tmp_path: 
     assert run(files, draws=DRAWS, shard_rows=2).encoded == 6
     after = shards_of(tmp_path / "store")
     assert {name: after[name] for name in before} == before
-    assert opened(tmp_path / "store", tmp_path).draws() == DRAWS
+    assert opened(tmp_path / "store", tmp_path).draws == DRAWS
     run(files, shard_rows=2)
-    assert opened(tmp_path / "store", tmp_path).draws() == 1
+    assert opened(tmp_path / "store", tmp_path).draws == 1
     assert shards_of(tmp_path / "store") == {name: before[name] for name in before if name[7:15] < "00000003"}
 
 
@@ -92,7 +93,8 @@ def test_a_clip_that_is_left_out_is_left_out_of_every_draw(tmp_path: Path, weigh
     report = run(files, on_bad_sample=MOST, draws=2)
     assert (report.listed, report.skipped) == (6, len(BAD))
     dataset = opened(tmp_path / "store", tmp_path)
-    names = [[one.name(index) for index in range(len(one))] for one in (dataset.of_draw(0), dataset.of_draw(1))]
+    draws = [dataset.of_draw(draw) for draw in range(2)]
+    names = [[dataset.name(one.member(k)) for k in range(len(one))] for one in draws]
     assert names == [["good.mp4", "fine.mp4", "well.mp4"]] * 2
 
 
