@@ -34,7 +34,7 @@ def features(place: Place) -> Found:
     _command("demo", "--out", demo)
     for task in ("", "i2v"):
         _extract(demo / "configs" / task, place)
-    listed = len((demo / "features" / "data.jsonl").read_text().splitlines())
+    listed = json.loads((demo / "features" / "manifest.json").read_text())["samples"]
     return found(f"{listed} samples", samples=listed)
 
 
@@ -117,24 +117,37 @@ def i2v(place: Place) -> Found:
 
 def extraction_on_cpu(place: Place) -> Found:
     """The features of the device beside those of the CPU, tensor by tensor."""
-    from safetensors.torch import load_file
-
     demo = _demo(place)
     tools = json.loads((demo / "configs" / "tools.json").read_text())
     of_cpu = tools["sorafeature"]["save_path"] = str(place.folder / "features of the CPU")
     (place.folder / "tools.json").write_text(json.dumps(tools))
     _extract(demo / "configs", place, kind="cpu", tools=place.folder / "tools.json")
-    files = sorted((demo / "features").rglob("*.safetensors"))
-    require(bool(files), "there are no features")
+    here, there = _tensors(demo / "features"), _tensors(Path(of_cpu))
+    require(bool(here) and here.keys() == there.keys(), "the stores hold other samples, or none")
     worst = 0.0
-    for file in files:
-        ours, theirs = load_file(file), load_file(Path(of_cpu) / file.relative_to(demo / "features"))
+    for sample, ours in here.items():
         for name, tensor in ours.items():
-            expected = theirs[name].double()
+            expected = there[sample][name].double()
             error = (tensor.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
             worst = max(worst, float(error))
     require(worst <= FEATURE_BOUND, f"features differ from the CPU's by {worst:.1e}")
-    return found(f"{len(files)} files, largest error {worst:.1e}", files=len(files), error=worst)
+    return found(f"{len(here)} samples, largest error {worst:.1e}", files=len(here), error=worst)
+
+
+def _tensors(store: Path) -> dict[str, dict[str, Any]]:
+    """Tensors of a store's samples, by their ids."""
+    from safetensors.torch import load
+
+    from mm.data.recipe import load_recipe
+    from mm.data.store.blobs import read_blob
+    from mm.data.store.opened import open_shards
+
+    opened = open_shards(store, load_recipe(store).key)
+    found = {}
+    for row in range(len(opened)):
+        sample, prompt = (load(read_blob(blob, str(blob))) for blob in opened.blobs_of(row))
+        found[opened.name(row)] = {**sample, **prompt}
+    return found
 
 
 def generation_on_cpu(place: Place) -> Found:
@@ -194,7 +207,7 @@ def _steps(place: Place, name: str, **more: Any) -> Found:
 
 def _words(place: Place, save: Path, **flags: Any) -> list[str]:
     demo = _demo(place)
-    require((demo / "features" / "data.jsonl").exists(), 'there are no features: "data and features" failed')
+    require((demo / "features" / "manifest.json").exists(), 'there are no features: "data and features" failed')
     return _as_words({
         "mm_data": demo / "configs" / "feature_data.json", "mm_model": _without_dtype(place, demo / "configs", "t2v"),
         "load": demo / WEIGHTS, "save": save, "micro_batch_size": 4, "lr": 1e-3, "num_workers": 0,

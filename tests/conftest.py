@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,13 +63,31 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[S3]":
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(extracted_demo: Path) -> Path:
     """The embedded default with its features extracted: what a user has after the first two stages."""
+    return extracted_demo
+
+
+@pytest.fixture(scope="session")
+def extracted_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, where a module's own `demo` is made of it."""
     from mm.cli import demo as demo_command
 
     home = tmp_path_factory.mktemp("workspace") / "demo"
     demo_command.main(["--out", str(home)])
     extract(home / "configs")
+    return home
+
+
+@pytest.fixture(scope="session")
+def demo_of_files(extracted_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with features of one file a sample, as earlier versions extracted them."""
+    from store_content import as_files
+
+    home = Path(shutil.copytree(extracted_demo, tmp_path_factory.mktemp("files") / "demo", symlinks=True))
+    for path in filter(Path.is_file, (home / "configs").rglob("*")):
+        path.write_text(path.read_text().replace(str(extracted_demo), str(home)))
+    as_files(home / "features")
     return home
 
 

@@ -97,7 +97,8 @@ def extract_features(
         visual = VisualEncoders(declared, video, video, encoders.load_image_encoder(place), name)
     encoder, found = ClipEncoder(text, visual), []
     for index, row in enumerate(given):
-        found.append(encoder.encode(_clip(row, index, preprocess, seed), row.caption, row.columns))
+        clip = _clip(row, index, preprocess, seed)
+        found.append(encoder.encode(clip, encoder.prompt(row.caption), row.columns))
     return found
 
 

@@ -1,4 +1,4 @@
-"""An extraction from its sections to its end: checked, its processes joined, encoded."""
+"""An extraction from its sections to its end: checked, planned, encoded. Its processes share the store alone."""
 
 from __future__ import annotations
 
@@ -33,11 +33,9 @@ def extract_features(run: ExtractionRun, where: ProcessPlace) -> None:
     with StopRequest(saves=False, kept="The features written so far stay, and are not made again."):
         from mm.device.backend import select  # after the files are known to be good: torch takes seconds to import
         from mm.extract.run import extract
-        from mm.supervise.job import Job
 
         backend = select(run.extraction.device, where.local_rank, where.world_size)
-        with Job(where, backend.collective, backend.device, run.supervision.timeout_minutes) as job:
-            extract(run, device=backend.device, rank=job.rank, world_size=job.world_size, barrier=job.barrier)
+        extract(run, device=backend.device, rank=where.rank, world_size=where.world_size)
 
 
 def _comma(place: str) -> str:

@@ -19,7 +19,7 @@ from mm.data.dataset import FeatureDataset, FeaturePlace, checked_sources, local
 from mm.data.listing import FeatureStore, RowChecker
 from mm.data.metadata import VideoSample
 from mm.data.recipe import Recipe
-from mm.data.sources.checking import Listed, check_source
+from mm.data.sources.checking import iterate_rows
 from mm.data.store.catalog import is_sharded
 from mm.data.store.opened import open_shards
 from mm.data.tables import TableRow, open_table
@@ -120,20 +120,19 @@ def check_videos(
     Raises:
         DataError: DATA-060 for an annotation file of which no row can be told.
     """
-    listed = Listed()
     lists = [CheckedList(source) for source in sources]
     jobs: list[_RowToRead[VideoSample]] = []
-    for data_set, (source, checked) in enumerate(zip(sources, lists, strict=True)):
-        for row in check_source(source, data_set, listed, task):
-            checked.rows.append(row.row)
-            problems = list(row.problems)
-            if row.sample is not None and not problems:
-                problems += _problems_of(check_announced_length, row.sample, preprocess)
-            if row.sample is not None and not problems:
-                jobs.append(_RowToRead(data_set, row.number, row.sample.id, str(row.sample.file), row.sample))
-            else:
-                names: _Names = (row.sample.id, str(row.sample.file)) if row.sample is not None else (None, None)
-                checked.add(data_set, row.number, names, problems)
+    for row in iterate_rows(sources, task):
+        checked = lists[row.source]
+        checked.rows.append(row.row)
+        problems = list(row.problems)
+        if row.sample is not None and not problems:
+            problems += _problems_of(check_announced_length, row.sample, preprocess)
+        if row.sample is not None and not problems:
+            jobs.append(_RowToRead(row.source, row.number, row.sample.id, str(row.sample.file), row.sample))
+        else:
+            names: _Names = (row.sample.id, str(row.sample.file)) if row.sample is not None else (None, None)
+            checked.add(row.source, row.number, names, problems)
     readers = _read_all(CheckClip(preprocess, seed, quick), jobs, lists, num_workers, time_limit, done)
     good = [job.what for job in jobs if job.number not in lists[job.data_set].bad]
     return CheckedData(lists, readers["pyav"] if preprocess.reader == "decord" else 0, good)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -50,8 +50,8 @@ class Clip:
         return self.pixels.shape[1]
 
 
-def load_clip(sample: VideoSample, preprocess: SourceClip, seed: int) -> Clip:
-    """Read, resize and crop the clip of one sample; an image gives a clip of one frame.
+def load_clip(sample: VideoSample, preprocess: SourceClip, seed: int, draw: int = 0) -> Clip:
+    """Read, resize and crop a clip of a sample, its first or another `draw`; an image gives a clip of one frame.
 
     Raises:
         DataError: what `mm.data.video` and `mm.data.image` raise, DATA-004 when the video is too short, DATA-005 when
@@ -59,8 +59,8 @@ def load_clip(sample: VideoSample, preprocess: SourceClip, seed: int) -> Clip:
             DATA-160 for a video that is too long, DATA-162 for one without times.
     """
     if sample.kind == "image":
-        return _load_image(sample, preprocess, seed)
-    info, shape, indices = _plan_clip(sample, preprocess, seed)
+        return _load_image(sample, preprocess, seed, draw)
+    info, shape, indices = _plan_clip(sample, preprocess, seed, draw)
     once = sorted(set(indices))  # a rate above the video's takes frames more than once
     frames = torch.cat([to_shape(chunk, shape) for chunk in read_frames(sample.file, info, once, preprocess.reader)])
     if len(once) < len(indices):
@@ -68,11 +68,11 @@ def load_clip(sample: VideoSample, preprocess: SourceClip, seed: int) -> Clip:
     return Clip(frames.transpose(0, 1), indices[0], info.read_by, _taken(preprocess, shape, indices))
 
 
-def _load_image(sample: VideoSample, preprocess: SourceClip, seed: int) -> Clip:
+def _load_image(sample: VideoSample, preprocess: SourceClip, seed: int, draw: int) -> Clip:
     pixels = read_image(sample.file)
     height, width = pixels.shape[:2]
     _check_image(sample, height, width)
-    shape = _shape_of(sample, preprocess, height, width, 1, seed)
+    shape = _shape_of(sample, preprocess, height, width, 1, (seed, draw))
     frame = to_shape(pixels.permute(2, 0, 1).unsqueeze(0), shape)
     return Clip(frame.transpose(0, 1), 0, _PILLOW, _taken(preprocess, shape, [0]))
 
@@ -83,27 +83,35 @@ def clip_of_frames(frames: Tensor, sample: VideoSample, preprocess: SourceClip, 
     Raises:
         DataError: DATA-004 when it is too short.
     """
-    shape = _shape_of(sample, preprocess, frames.shape[1], frames.shape[2], len(frames), seed)
+    shape = _shape_of(sample, preprocess, frames.shape[1], frames.shape[2], len(frames), (seed, 0))
     indices = choose_frames(sample, len(frames), preprocess, seed, most=shape.frames)
     pixels = to_shape(frames[list(indices)].permute(0, 3, 1, 2), shape)
     return Clip(pixels.transpose(0, 1), indices[0], "memory", _taken(preprocess, shape, indices))
 
 
-def _plan_clip(sample: VideoSample, preprocess: SourceClip, seed: int) -> tuple[VideoInfo, Shape, Sequence[int]]:
+def _plan_clip(
+    sample: VideoSample, preprocess: SourceClip, seed: int, draw: int = 0
+) -> tuple[VideoInfo, Shape, Sequence[int]]:
     """Facts of the video, its shape, and the indices of the frames that are taken."""
     info = probe(sample.file, preprocess.reader)
     check_annotation(sample, info)
-    shape = _shape_of(sample, preprocess, info.height, info.width * info.pixel_aspect, info.num_frames, seed)
-    indices = choose_frames(sample, info.num_frames, preprocess, seed, most=shape.frames, times=info.times)
+    shape = _shape_of(sample, preprocess, info.height, info.width * info.pixel_aspect, info.num_frames, (seed, draw))
+    indices = choose_frames(sample, info.num_frames, preprocess, seed, most=shape.frames, times=info.times, draw=draw)
     return info, shape, indices
 
 
 def _shape_of(
-    sample: VideoSample, preprocess: SourceClip, height: int, width: Fraction | int, num_frames: int, seed: int
+    sample: VideoSample,
+    preprocess: SourceClip,
+    height: int,
+    width: Fraction | int,
+    num_frames: int,
+    chance: tuple[int, int],
 ) -> Shape:
-    """The sample's shape, or the error of its rule with the file's name."""
+    """The sample's shape, or the error of its rule with the file's name; `chance` is (seed, draw)."""
+    seed, draw = chance
     try:
-        return choose_shape(preprocess, height, width, num_frames, generator(seed, "shape_choice", sample.id, 0))
+        return choose_shape(preprocess, height, width, num_frames, generator(seed, "shape_choice", sample.id, draw))
     except DataError as error:
         problem = error.problems[0]
         message = f"{sample.file}: {problem.message[:1].lower()}{problem.message[1:]}"
@@ -123,26 +131,32 @@ class _ReadClip:
     preprocess: SourceClip
     seed: int
 
-    def __call__(self, sample: VideoSample, /) -> Parcel:
-        clip = load_clip(sample, self.preprocess, self.seed)
+    def __call__(self, job: tuple[VideoSample, int], /) -> Parcel:
+        sample, draw = job
+        clip = load_clip(sample, self.preprocess, self.seed, draw)
         facts = {"start": clip.start, "read_by": clip.read_by}
         return Parcel({"pixels": clip.pixels}, facts if clip.taken is None else facts | {"taken": clip.taken})
 
-    def describe(self, sample: VideoSample, /) -> str:
-        return str(sample.file)
+    def describe(self, job: tuple[VideoSample, int], /) -> str:
+        return str(job[0].file)
 
 
 def read_clips(
-    samples: Sequence[VideoSample], preprocess: SourceClip, seed: int, *, num_workers: int, time_limit: float
+    jobs: Iterable[tuple[VideoSample, int]],
+    preprocess: SourceClip,
+    seed: int,
+    *,
+    num_workers: int,
+    time_limit: float,
 ) -> Generator[Clip | DataError]:
-    """The clips of samples, in order, read ahead by `num_workers` processes.
+    """The clips of samples and draws, in order, read ahead by `num_workers` processes; jobs are taken as they are read.
 
     A sample whose clip cannot be read gives the error that `load_clip` raises, DATA-070 when it takes longer than
     `time_limit` seconds, or DATA-071 when its reader died twice.
     """
     outcomes = read_in_order(
         _ReadClip(preprocess, seed),
-        samples,
+        jobs,
         num_workers=num_workers,
         time_limit=time_limit,
         buffer_bytes=bytes_to_share((3, most_pixels(preprocess))),
@@ -164,7 +178,7 @@ class CheckClip:
         if self.quick and sample.kind == "image":
             size = probe_image(sample.file)
             _check_image(sample, *size)
-            _shape_of(sample, self.preprocess, *size, 1, self.seed)
+            _shape_of(sample, self.preprocess, *size, 1, (self.seed, 0))
             read_by = _PILLOW
         elif self.quick:
             read_by = _plan_clip(sample, self.preprocess, self.seed)[0].read_by
@@ -185,6 +199,7 @@ def choose_frames(
     *,
     most: int | None = None,
     times: Sequence[float] | None = None,
+    draw: int = 0,
 ) -> Sequence[int]:
     """The frames of a sample's clip, ascending, from a start drawn from the seed or the first.
 
@@ -198,6 +213,7 @@ def choose_frames(
         seed: the run's seed.
         most: frames of its shape; default: `num_frames`.
         times: of all frames, in seconds, where they are known.
+        draw: which of the sample's clips.
 
     Raises:
         DataError: DATA-004 when the video is too short, DATA-005 when `cut` lies outside it, DATA-160 when it is too
@@ -214,7 +230,7 @@ def choose_frames(
     starts = (end - begin) - (length - 1) * interval if rule.fps is None else starts_at(shown, rule.fps, length)
     start = 0
     if rule.start == "random":
-        start = int(torch.randint(starts, (), generator=generator(seed, "frame_choice", sample.id, 0)))
+        start = int(torch.randint(starts, (), generator=generator(seed, "frame_choice", sample.id, draw)))
     if rule.fps is not None:
         return [begin + index for index in frames_at_times(shown, start, rule.fps, length)]
     start += begin

@@ -215,16 +215,6 @@ def read_header(path: Path) -> Header:
         raise DataError("DATA-011", f"{path} is no complete feature file ({error}).", EXTRACT_AGAIN) from None
 
 
-def is_complete(path: Path, origin: Origin) -> bool:
-    """Test that a feature file is there, whole, and made from `origin`."""
-    if not path.exists():
-        return False
-    try:
-        return read_header(path).origin == origin
-    except DataError:
-        return False
-
-
 def read_feature(path: Path, model: WanConfig, origin: tuple[str, str] | None = None) -> Feature:
     """Read one sample and check it against the model.
 

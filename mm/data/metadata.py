@@ -57,8 +57,15 @@ class Annotation(Section):
     @property
     def cut_name(self) -> str:
         """`10-50`, or `10-` to the end; `0-` for the whole video."""
-        begin, end = [*(self.cut or [0]), None][:2]
-        return f"{begin}-{'' if end is None else end}"
+        return cut_name(self.cut)
+
+
+def cut_name(cut: Any) -> str:
+    """Name of a cut as a row has it, checked or not: `10-50`, or `10-` to the end; `0-` for the whole video."""
+    if not cut:
+        return "0-"
+    begin, end = [*map(_whole, cut if isinstance(cut, list) else [cut]), None][:2]
+    return f"{begin}-{'' if end is None else end}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +93,9 @@ class VideoSample:
     kind: Kind = "video"
     roles: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
 
-    def caption(self, seed: int) -> str:
-        """The caption that is used: the only one, or one of several drawn from the seed."""
+    def caption(self, seed: int, draw: int = 0) -> str:
+        """The caption that a draw uses: the only one, or one of several drawn from the seed."""
         if len(self.captions) == 1:
             return self.captions[0]
-        draw = torch.randint(len(self.captions), (), generator=generator(seed, "caption_choice", self.id, 0))
-        return self.captions[int(draw)]
+        chance = generator(seed, "caption_choice", self.id, draw)
+        return self.captions[int(torch.randint(len(self.captions), (), generator=chance))]

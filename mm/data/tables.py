@@ -7,6 +7,7 @@ so that a list without some of them can be written.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -88,6 +89,15 @@ class Table:
             raise _unreadable(self.path, error, self.error_id) from None
         if is_empty:
             raise DataError(self.error_id, f"{self.path} lists no samples.", "Give it at least one row.")
+
+    def row_of(self, text: str, line: int | None = None) -> TableRow:
+        """A row that was read without a problem, from its text and line."""
+        if self.form is not Form.CSV:
+            return TableRow(text, _STRICT.decode(text), line=line)
+        cells, _, _ = next(_csv_cells(io.StringIO(text, newline="")))
+        if isinstance(cells, csv.Error):
+            raise cells
+        return TableRow(text, dict(zip(self.header.columns, cells, strict=True)), line=line)
 
     def text_of(self, rows: Iterable[TableRow]) -> str:
         """A file of the same form with only these of its rows, each as it stood."""

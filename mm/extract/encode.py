@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import Tensor
+
 from mm.data.clips import Clip
 from mm.data.features import Feature
 from mm.extract.sources import VisualEncoders, feature_makers
@@ -11,7 +13,11 @@ from mm.wan.encoders import TextEncoder
 
 
 class ClipEncoder:
-    """The encoders of a task, together."""
+    """The encoders of a task, together.
+
+    Each clip and each caption is encoded by itself: in a batch, padded or not, they come out with other last bits (some
+    1e-7 in fp32), and what a store holds would depend on which samples happen to be neighbours.
+    """
 
     def __init__(self, text: TextEncoder, visual: VisualEncoders) -> None:
         """Take loaded encoders.
@@ -25,12 +31,12 @@ class ClipEncoder:
         self._text, self._video = text, visual.video
         self._makers = feature_makers(visual)
 
-    def text_only(self, caption: str) -> Feature:
-        """A caption without a clip."""
-        return Feature(None, self._text.encode([caption])[0])
+    def prompt(self, caption: str) -> Tensor:
+        """A caption's embedding, [L, D]."""
+        return self._text.encode([caption])[0]
 
-    def encode(self, clip: Clip, caption: str, columns: Mapping[str, float]) -> Feature:
-        """Features of a clip with its caption and what stands in the task's columns; DATA-044 for another VAE."""
+    def encode(self, clip: Clip, prompt: Tensor, columns: Mapping[str, float]) -> Feature:
+        """Features of a clip with its caption's embedding and the task's columns; DATA-044 for another VAE."""
         latents = self._video.encode(clip.pixels.unsqueeze(0))[0]
         features = {name: make(clip, columns) for name, make in self._makers.items()}
-        return Feature(latents, self._text.encode([caption])[0], clip.start, features, clip.taken)
+        return Feature(latents, prompt, clip.start, features, clip.taken)

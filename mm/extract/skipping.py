@@ -1,9 +1,8 @@
 """Clips that are left out of a store because they cannot be read (`--on-bad-sample skip:max=0.1%`).
 
-Every process writes a record for each of its own bad clips, below the store. When all are done the first process turns
-the records into skipped.jsonl and leaves those clips out of data.jsonl. Every start reads bad clips again: what is left
-out depends on the videos alone, however many processes there are and however often they are started, and a video that
-was replaced is taken in.
+A shard says which clips it lacks (skipped.jsonl in its folder). While shards are being made, a file for each that lacks
+some stands in STORE/work/skipped, with their number in its name, so that one listing counts those of all workers. Who
+finishes the store puts the shards' records together, in the order of the rows.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mm.config.bad_samples import OnBadSample
-from mm.data.features import FEATURES, feature_name
-from mm.data.files import raise_limited, write_atomically
+from mm.data.files import MAX_PROBLEMS_SHOWN, make_folder, raise_limited, write_atomically
 from mm.errors import DataError, Problem
 
 SKIPPED = "skipped.jsonl"
+SKIPS = "skipped"
 FAULTS_OF_A_VIDEO = frozenset(
     {
         *("DATA-001", "DATA-002", "DATA-003", "DATA-004", "DATA-005", "DATA-006"),
@@ -27,8 +26,6 @@ FAULTS_OF_A_VIDEO = frozenset(
         *("DATA-160", "DATA-161", "DATA-162"),
     }
 )
-
-_RECORD = ".bad.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,62 +54,78 @@ def may_be_skipped(error: DataError) -> bool:
 
 
 class Skipping:
-    """The bad clips of one process, counted against what is allowed of all."""
+    """The bad clips of all workers, counted against what is allowed."""
 
-    def __init__(self, policy: OnBadSample, num_samples: int, store: Path) -> None:
-        self._policy = policy
-        self._num_samples = num_samples
-        self._store = store
-        self._found: list[BadClip] = []
+    def __init__(self, policy: OnBadSample, num_rows: int, folder: Path) -> None:
+        """
+        Args:
+            policy: what may be left out. num_rows: of the whole plan. folder: STORE/work/skipped.
+        """
+        self._policy, self._num_rows, self._folder = policy, num_rows, folder
 
-    @property
-    def count(self) -> int:
-        """Clips that this process left out."""
-        return len(self._found)
-
-    def add(self, clip: BadClip) -> None:
-        """Record a bad clip.
+    def add(self, run: int, bad: Sequence[BadClip]) -> None:
+        """Note the bad clips of a run so far.
 
         Raises:
-            DataError: its own error where none may be skipped, DATA-073 when it is one too many.
+            DataError: the last one's own error where none may be skipped, DATA-073 when it is one too many, DATA-018
+                and DATA-019 when it cannot be noted.
         """
         if not self._policy.skips:
-            raise_limited([clip.problem()])
-        self._found.append(clip)
-        check_skipped(self._found, self._num_samples, self._policy)
-        content = json.dumps(asdict(clip)).encode()
-        write_atomically(_record(self._store, clip.sample), [content], len(content))
+            raise_limited([bad[-1].problem()])
+        self.note(run, bad)
+        total = sum(self.counts().values())
+        if total > self._policy.allowed(self._num_rows):
+            raise_limited(too_many(total, self._num_rows, self._policy, self._known()))
+
+    def note(self, run: int, bad: Sequence[BadClip]) -> None:
+        """Write the mark of a run that lacks clips, in place of another."""
+        make_folder(self._folder, "the store's folder")
+        content = "".join(json.dumps(asdict(clip)) + "\n" for clip in bad).encode()
+        mark = self._folder / f"{run:08d}-{len(bad)}"
+        write_atomically(mark, [content], len(content))
+        self.forget(run, but=mark)
+
+    def forget(self, run: int, but: Path | None = None) -> None:
+        """Remove the marks of a run."""
+        for path in self._folder.glob(f"{run:08d}-*"):
+            if path != but:
+                path.unlink(missing_ok=True)
+
+    def counts(self) -> dict[int, int]:
+        """Number of clips left out, by run."""
+        return skip_counts(self._folder)
+
+    def _known(self) -> list[BadClip]:
+        """The first of all clips that are left out."""
+        found: list[BadClip] = []
+        for run, count in sorted(self.counts().items()):
+            path = self._folder / f"{run:08d}-{count}"
+            if len(found) <= MAX_PROBLEMS_SHOWN and path.exists():
+                found += read_bad_clips(path)
+        return found
 
 
-def check_skipped(clips: Sequence[BadClip], num_samples: int, policy: OnBadSample) -> None:
-    """Stop where more clips are bad than the policy allows.
-
-    Raises:
-        DataError: DATA-073 with the counts, followed by the errors of the clips.
-    """
-    allowed = policy.allowed(num_samples)
-    if len(clips) > allowed:
-        message = f"{len(clips)} of {num_samples} clips cannot be read; {policy} allows {allowed}."
-        remedy = "Replace them or remove their rows; mm doctor data finds all and writes a list without them."
-        raise_limited([Problem("DATA-073", message, remedy), *(clip.problem() for clip in clips)])
+def skip_counts(folder: Path) -> dict[int, int]:
+    """Number of clips left out, by run, from the names of marks."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found: dict[int, int] = {}
+    for name in names:
+        run, _, count = name.partition("-")
+        if run.isdigit():
+            found[int(run)] = max(found.get(int(run), 0), int(count))
+    return found
 
 
-def forget(store: Path) -> None:
-    """Remove what an earlier extraction said of bad clips."""
-    (store / SKIPPED).unlink(missing_ok=True)
-    forget_records(store)
+def too_many(total: int, num_rows: int, policy: OnBadSample, clips: Sequence[BadClip]) -> list[Problem]:
+    """DATA-073 with the counts, followed by the errors of the clips."""
+    message = f"{total} of {num_rows} clips cannot be read; {policy} allows {policy.allowed(num_rows)}."
+    remedy = "Replace them or remove their rows; mm doctor data finds all and writes a list without them."
+    return [Problem("DATA-073", message, remedy), *(clip.problem() for clip in clips)]
 
 
-def forget_records(store: Path) -> None:
-    """Remove the records of bad clips, which skipped.jsonl now has."""
-    for path in (store / FEATURES).glob(f"*{_RECORD}"):
-        path.unlink()
-
-
-def recorded(store: Path, sample: str) -> BadClip | None:
-    """Record that some process made of a sample."""
-    path = _record(store, sample)
-    return BadClip(**json.loads(path.read_text())) if path.exists() else None
+def read_bad_clips(path: Path) -> list[BadClip]:
+    """The records of a shard or a mark."""
+    return [BadClip(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
 def write_skipped(store: Path, clips: Sequence[BadClip]) -> None:
@@ -121,13 +134,11 @@ def write_skipped(store: Path, clips: Sequence[BadClip]) -> None:
     lines = [(json.dumps({name: getattr(clip, name) for name in names}) + "\n").encode() for clip in clips]
     if lines:
         write_atomically(store / SKIPPED, lines, sum(map(len, lines)))
+    else:
+        (store / SKIPPED).unlink(missing_ok=True)
 
 
 def num_skipped(store: Path) -> int:
     """Number of clips that a finished store leaves out."""
     path = store / SKIPPED
     return len(path.read_bytes().splitlines()) if path.exists() else 0
-
-
-def _record(store: Path, sample: str) -> Path:
-    return (store / FEATURES / feature_name(sample)).with_suffix(_RECORD)

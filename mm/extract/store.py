@@ -1,208 +1,185 @@
-"""Plan of an extraction, and the store that it prepares and, when every sample is on disk, commits."""
+"""The store of an extraction: made ready, its plan settled, its shards held against the plan, and finished."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+import re
+import shutil
 from pathlib import Path
 
 from mm.config.bad_samples import OnBadSample
-from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
-from mm.config.run.extraction import SourceClip
 from mm.config.run.origins import Origins
-from mm.data.clips import check_announced_length
-from mm.data.features import (
-    EMPTY_PROMPT,
-    FEATURES,
-    LISTING,
-    Origin,
-    feature_name,
-    is_complete,
-    read_header,
-    text_hash,
-    video_fingerprint,
-)
-from mm.data.files import make_folder, raise_limited, read_rows, remove_temporaries
-from mm.data.listing import FeatureRow, write_listing
-from mm.data.metadata import VideoSample
+from mm.data.features import FEATURES, LISTING
+from mm.data.files import TEMPORARY_PREFIX, make_folder, raise_limited, write_atomically
 from mm.data.recipe import RECIPE_FILE, Recipe, check_recipe, load_recipe, save_recipe
-from mm.data.sources.checking import CheckedRow
-from mm.data.store.catalog import holds_shards
-from mm.errors import DataError, Problem
-from mm.extract.skipping import (
-    FAULTS_OF_A_VIDEO,
-    BadClip,
-    check_skipped,
-    forget,
-    forget_records,
-    recorded,
-    write_skipped,
-)
+from mm.data.store.catalog import MANIFEST, Manifest, finish_store, is_sharded
+from mm.data.store.shard import BODY, INDEX, KIND, SHARDS, check_body, shard_folder
+from mm.data.store.table import read_table_header
+from mm.errors import DataError
+from mm.extract.claims import CLAIMS, LEASE_S, all_claims
+from mm.extract.former import FORMER, put_aside
+from mm.extract.plan import PLAN, Plan
+from mm.extract.skipping import SKIPPED, BadClip, Skipping, read_bad_clips, too_many, write_skipped
+
+WORK = "work"
+"""What workers tell each other: claims, clips left out, failures. It is there until the store is finished."""
+_NUMBER = re.compile(r"[0-9]{8}")
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class ExtractionTask:
-    """One sample of the plan: its video, the caption chosen for it, its file and what that is made from."""
-
-    sample: VideoSample
-    caption: str
-    file: Path
-    origin: Origin
-
-    @property
-    def id(self) -> str:
-        """The sample's."""
-        return self.sample.id
-
-
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """A sample of which is known before it is read that it cannot be."""
-
-    clip: BadClip
-
-    @property
-    def id(self) -> str:
-        """The sample's."""
-        return self.clip.sample
-
-
-def check_plan(rows: Sequence[CheckedRow], preprocess: SourceClip, policy: OnBadSample) -> None:
-    """Refuse rows that are wrong, and where bad samples stop the work also those whose video is known to be bad.
+def check_store(store: Path, recipe: Recipe, overwrite: bool, words: Origins) -> None:
+    """Refuse a store of another form or recipe.
 
     Raises:
-        DataError: DATA-001 and DATA-061 to DATA-064 for rows, DATA-004 for videos that are too short by their own
-            annotation; all at once.
+        DataError: DATA-068 for a store of one file a sample, DATA-014 for one of another recipe.
     """
-    skippable = FAULTS_OF_A_VIDEO if policy.skips else frozenset()
-    problems = [problem for row in rows for problem in row.problems if problem.id not in skippable]
-    raise_limited(problems)
-    if not policy.skips:
-        raise_limited([problem for row in rows for problem in _too_short(row, preprocess)])
-
-
-def plan(
-    row: CheckedRow, store: Path, preprocess: SourceClip, recipe: Recipe, seed: int
-) -> ExtractionTask | Unreadable:
-    """Task for one row that `check_plan` let pass."""
-    sample = row.sample
-    if sample is None:
-        raise ValueError("a row without a sample was let pass")
-    problems = [*row.problems, *_too_short(row, preprocess)]
-    if not problems:
-        caption = sample.caption(seed)
-        try:
-            cut = f"@{sample.annotation.cut_name}" if sample.annotation.cut else ""
-            columns = "".join(f"#{name}={value!r}" for name, value in sample.columns.items())
-            video = f"{video_fingerprint(sample.file)}{cut}{columns}"
-            origin = Origin(sample.id, recipe.key, text_hash(caption), video)
-            return ExtractionTask(sample, caption, store / FEATURES / feature_name(sample.id), origin)
-        except DataError as error:
-            problems += error.problems
-    return Unreadable(BadClip.of(sample.id, sample.file, problems[0]))
-
-
-def check_store(store: Path, recipe: Recipe, overwrite: bool, words: Origins) -> None:
-    """Refuse a store of another recipe or of shards. Every process looks, so that all stop with the same error."""
     place = words["output.path"].name
-    if holds_shards(store):
-        message = f"{store} is a store of shards, and extraction writes files."
-        raise DataError("DATA-068", message, f"Give another {place}; mm migrate shards takes it over when it is done.")
+    if (store / LISTING).exists() or (store / FEATURES).is_dir():
+        message = f"{store} is a store of one file a sample, and extraction writes shards."
+        remedy = f"Give another {place}; or take it over with mm migrate shards, and go on in the store that it writes."
+        raise DataError("DATA-068", message, remedy)
     if (store / RECIPE_FILE).exists() and not overwrite:
         anew = words["output.overwrite"].with_value(True)
         remedy = f"Give another {place}, the values and weights it was made with, or {anew} to make it anew."
         check_recipe(store, load_recipe(store), recipe.model_dump(), remedy)
 
 
-def prepare(
-    store: Path, recipe: Recipe, items: Sequence[ExtractionTask | Unreadable], empty: Origin, words: Origins
-) -> None:
-    """Make the store ready to write to: its folder, its recipe, no leftovers, and no list unless it still holds."""
-    features = store / FEATURES
-    make_folder(features, words["output.path"].place())
-    for folder in (store, features):
-        remove_temporaries(folder)
-    listing = store / LISTING
-    if listing.exists():
-        listed, wanted = _listed(listing), [f"{FEATURES}/{feature_name(item.id)}" for item in items]
-        if left_out := set(listed) - set(wanted):
-            message = "%s is made anew without %d of its %d samples, which are no longer annotated"
-            log.warning(message, listing, len(left_out), len(listed))
-        if listed != wanted or _incomplete(store, items, empty):
-            listing.unlink()
-    forget(store)
-    if not (listing.exists() and (store / RECIPE_FILE).exists()):
-        save_recipe(store, recipe)
-
-
-def commit(
-    store: Path, items: Sequence[ExtractionTask | Unreadable], empty: Origin, recipe: Recipe, policy: OnBadSample
-) -> None:
-    """List all samples, having seen every one of them whole on disk or recorded as bad; a list that is there holds.
+def prepare_recipe(store: Path, recipe: Recipe) -> None:
+    """Write the recipe of a store, and remove what was made with another.
 
     Raises:
-        DataError: DATA-011 for what is missing, DATA-073 when more clips are bad than the policy allows.
+        DataError: DATA-018 and DATA-019 when it cannot be written, DATA-010 for a recipe that cannot be read.
     """
-    if (store / LISTING).exists():
+    if (store / RECIPE_FILE).exists():
+        if load_recipe(store) == recipe:
+            return
+        unfinish(store)
+        work = store / WORK
+        told = [path for path in work.iterdir() if path.name != CLAIMS] if work.is_dir() else []
+        for path in (store / SHARDS, store / FORMER, store / PLAN, *told):
+            shutil.rmtree(path, ignore_errors=True)
+            if path.is_file():
+                path.unlink(missing_ok=True)
+    save_recipe(store, recipe)
+
+
+def unfinish(store: Path) -> None:
+    """Remove what says that a store is finished."""
+    (store / MANIFEST).unlink(missing_ok=True)
+    (store / SKIPPED).unlink(missing_ok=True)
+
+
+def present_shards(store: Path) -> set[int]:
+    """The shards that are there."""
+    try:
+        names = os.listdir(store / SHARDS)
+    except FileNotFoundError:
+        return set()
+    return {int(name) for name in names if _NUMBER.fullmatch(name)}
+
+
+def runs_done(store: Path, plan: Plan) -> set[int]:
+    """The runs of which every shard is there."""
+    present = present_shards(store)
+    if plan.draws == 1:
+        return {number for number in present if number < plan.num_runs}
+    return {run for run in range(plan.num_runs) if present.issuperset(plan.shards_of(run))}
+
+
+def hold_against_plan(store: Path, plan: Plan, skipping: Skipping) -> None:
+    """Put shards aside that are cut off, or were made from other rows or files than they are planned for.
+
+    That is done at every start where files are looked at, and else at the first start with a plan, and after a repair.
+
+    Raises:
+        DataError: DATA-018 and DATA-019 when nothing can be written there.
+    """
+    mark = store / WORK / f"held-{plan.key}"
+    if not plan.looked and mark.exists():
         return
-    remedy = "Start the extraction again with all its processes; what is complete is kept."
-    bad = {item.id: clip for item in items if (clip := recorded(store, item.id)) is not None}
-    missing = _incomplete(store, [item for item in items if item.id not in bad], empty)
-    raise_limited([Problem("DATA-011", f"{file} is missing or incomplete.", remedy) for file in missing])
-    check_skipped(list(bad.values()), len(items), policy)
-    write_skipped(store, list(bad.values()))
-    write_listing(
-        store, [_row(item, recipe) for item in items if isinstance(item, ExtractionTask) and item.id not in bad]
-    )
-    forget_records(store)
+    lacking = {number: _skipped_as_planned(store, plan, number) for number in sorted(present_shards(store))}
+    wrong = [number for number, skipped in lacking.items() if skipped is None]
+    if wrong:
+        unfinish(store)
+        message = "%d shards of %s are made again: their rows or files have changed, or they are damaged"
+        log.info(message, len(wrong), store)
+    for number in wrong:
+        put_aside(store, number)
+        skipping.forget(number)
+    if not is_sharded(store):
+        counts = skipping.counts()
+        for number, skipped in lacking.items():
+            if skipped and number not in counts:
+                skipping.note(number, read_bad_clips(shard_folder(store, number) / SKIPPED))
+        make_folder(mark.parent, "the store's folder")
+        write_atomically(mark, [], 0)
 
 
-def _too_short(row: CheckedRow, preprocess: SourceClip) -> tuple[Problem, ...]:
+def finish(store: Path, plan: Plan, policy: OnBadSample) -> Manifest | None:
+    """Write the manifest of a store whose shards are all there and as planned; None where some are not.
+
+    Any worker may do so, and two at once: they write the same. What workers told each other is removed.
+
+    Raises:
+        DataError: DATA-073 when more clips are bad than the policy allows, and what
+            `mm.data.store.catalog.finish_store` raises.
+    """
+    if len(present_shards(store) & set(range(plan.num_shards))) < plan.num_shards:
+        return None
+    bad: list[BadClip] = []
+    for number in range(plan.num_shards):
+        skipped = _skipped_as_planned(store, plan, number)
+        if skipped is None:
+            put_aside(store, number)
+            return None
+        if skipped:
+            bad += read_bad_clips(shard_folder(store, number) / SKIPPED)
+    if len(bad) > policy.allowed(plan.num_rows):
+        raise_limited(too_many(len(bad), plan.num_rows, policy, bad))
+    for extra in present_shards(store) - set(range(plan.num_shards)):
+        put_aside(store, extra)
+    write_skipped(store, bad)
+    manifest = finish_store(store, plan.num_shards, plan.recipe, plan.draws)
+    for name in (WORK, FORMER):
+        shutil.rmtree(store / name, ignore_errors=True)
+    finished = (store / MANIFEST).stat().st_mtime
+    for path in [*(store / SHARDS).glob(f"{TEMPORARY_PREFIX}*"), *store.glob(f"{TEMPORARY_PREFIX}*")]:
+        with contextlib.suppress(OSError):  # another worker may remove the same
+            if path.parent == store and finished - path.stat().st_mtime < LEASE_S:
+                continue  # of one that finishes the store, too
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return manifest
+
+
+def remove_left_behind(store: Path, plan: Plan, run: int) -> None:
+    """Remove what a killed worker wrote of a run that is now claimed by this process."""
+    for shard in plan.shards_of(run):
+        for path in (store / SHARDS).glob(f"{TEMPORARY_PREFIX}{shard:08d}-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def held_by_others(store: Path) -> int:
+    """Number of runs that other processes work on."""
+    return sum(claim.name.isdigit() for claim in all_claims(store / WORK / CLAIMS))
+
+
+def _skipped_as_planned(store: Path, plan: Plan, number: int) -> int | None:
+    """Number of clips that a shard lacks; None for one that is not as planned."""
+    if number >= plan.num_shards:
+        return None
+    folder = shard_folder(store, number)
     try:
-        if row.sample is not None:
-            check_announced_length(row.sample, preprocess)
+        about = read_table_header(folder / INDEX, KIND, "").about
+        if about.get("recipe") != plan.recipe or about.get("rows") != plan.made_from(number):
+            return None
+        check_body(folder / BODY, int(about["body_bytes"]))
+        return int(about["skipped"])
     except DataError as error:
-        return error.problems
-    return ()
-
-
-def _listed(listing: Path) -> list[str]:
-    """The files that data.jsonl names; none where it cannot be read."""
-    try:
-        return [str(row.get("file")) for row in read_rows(listing, "DATA-010")]
-    except (DataError, AttributeError):
-        return []
-
-
-def _incomplete(store: Path, items: Sequence[ExtractionTask | Unreadable], empty: Origin) -> list[Path]:
-    """Files of the store that are missing, cut off, or made from something else."""
-    found = [
-        store / FEATURES / feature_name(item.id)
-        for item in items
-        if isinstance(item, Unreadable) or not is_complete(item.file, item.origin)
-    ]
-    empty_file = store / FEATURES / EMPTY_PROMPT
-    return found if is_complete(empty_file, empty) else [*found, empty_file]
-
-
-def _row(task: ExtractionTask, recipe: Recipe) -> FeatureRow:
-    header = read_header(task.file)
-    shape = header.tensors["latents"][1]
-    num_frames = (shape[1] - 1) * TEMPORAL_STRIDE + 1
-    return FeatureRow(
-        sample=task.sample.id,
-        file=f"{FEATURES}/{task.file.name}",
-        path=task.sample.annotation.path,
-        cap=task.caption,
-        start_frame_idx=header.start_frame,
-        sample_num_frames=num_frames,
-        sample_size=f"{num_frames}x{shape[2] * LATENT_PIXELS}x{shape[3] * LATENT_PIXELS}",
-        latent_shape=(shape[0], shape[1], shape[2], shape[3]),
-        text_tokens=header.tensors["prompt"][1][0],
-        task=recipe.task,
-        video=header.origin.video,
-        taken=None if header.taken is None else dict(header.taken),
-    )
+        if error.id == "DATA-072":
+            raise
+        return None
+    except (KeyError, TypeError, ValueError):
+        return None

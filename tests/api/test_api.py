@@ -12,6 +12,7 @@ from extracted import extract
 from kept_frames import keeping_frames
 from PIL import Image
 from safetensors.torch import load_file
+from store_content import stored
 from train.training_runs import WEIGHTS, bits, metrics, run
 
 import mm
@@ -20,7 +21,6 @@ import mm.generate.run
 from mm.api.arguments import as_pixels
 from mm.cli.generate import main as generate_command
 from mm.config.tasks.registry import TASKS
-from mm.data.features import feature_name
 from mm.data.video import probe, read_frames
 from mm.demo.components import MODEL_NAMES
 from mm.demo.configs import text_len
@@ -147,11 +147,11 @@ def test_features_are_those_of_the_command(stores: Path, no_process_group: None,
     )
     store = stores / ("features" if task == "t2v" else f"features_{task}")
     for row, feature in zip(rows, found, strict=True):
-        stored = load_file(store / "features" / feature_name(row["path"]))
+        of_command = stored(store)[row["path"]]
         named = {"latents": feature.latents, "prompt": feature.prompt, **feature.features}
-        assert stored.keys() - {"prompt_mask"} == named.keys()
+        assert of_command.keys() - {"prompt_mask"} == named.keys()
         for name, value in named.items():
-            assert value is not None and torch.equal(value, stored[name]), name
+            assert value is not None and torch.equal(value, of_command[name]), name
 
 
 def test_a_clip_of_a_longer_video_in_memory(demo: Path, no_process_group: None) -> None:

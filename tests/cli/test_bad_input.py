@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from store_content import as_files
 
 from mm.cli.entry import run
 
@@ -121,11 +122,11 @@ def bad_heads(place: Workplace) -> None:
 
 
 def missing_feature(place: Workplace) -> None:
-    next((place.home / "features" / "features").glob("0004*")).unlink()
+    next((as_files(place.home / "features") / "features").glob("0004*")).unlink()
 
 
 def damaged_feature(place: Workplace) -> None:
-    for path in (place.home / "features" / "features").glob("0*"):
+    for path in (as_files(place.home / "features") / "features").glob("0*"):
         truncate(path)
 
 
@@ -259,7 +260,9 @@ def test_one_line_an_id_a_remedy_and_nothing_half_written(
     assert {path: after.get(path) for path in before} == before, "something that was there changed"
     new = sorted(after.keys() - before.keys())
     complete = (
-        "features/features/",
+        "features/plan/",
+        "features/shards/",
+        "features/work/",
         "features_flf2v/",
         "features/recipe.json",
         "out/.lock",
@@ -269,7 +272,7 @@ def test_one_line_an_id_a_remedy_and_nothing_half_written(
     )
     assert all(path.startswith(complete) for path in new), new
     assert not any(".tmp" in path for path in new), new
-    assert "features/data.jsonl" not in new
+    assert "features/manifest.json" not in new
 
 
 def everything(home: Path) -> dict[str, int]:

@@ -11,6 +11,7 @@ from annotated import load_samples
 from feature_samples import write_clip, write_data_set
 from mindspeed_alone import load_extract_model
 from numbered_clips import write_numbered
+from store_content import as_files
 
 from mm.cli import doctor, doctor_data
 from mm.cli.entry import run
@@ -191,6 +192,9 @@ def test_features(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
             path.write_text(path.read_text().replace(str(demo), str(home)))
     words = ["--mm-model", str(home / "configs" / "pretrain_model.json")]
     data = home / "configs" / "feature_data.json"
+    assert run(doctor_data.main, ["--mm-data", str(data), *words]) == 0
+    assert "16 samples, all of them can be used" in capsys.readouterr().out
+    as_files(home / "features")
     assert run(doctor_data.main, ["--mm-data", str(data), *words]) == 0
     assert "16 samples, all of them can be used" in capsys.readouterr().out
     empty = home / "features" / "features" / "empty_prompt.safetensors"

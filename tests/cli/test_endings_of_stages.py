@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from jobs import EXAMPLES, Job, variables
+from store_content import is_finished, listed
 
 
 class Stage(NamedTuple):
@@ -44,8 +45,8 @@ def extraction(demo: Path, home: Path, num_processes: int) -> Stage:
     return Stage(
         command,
         environment,
-        lambda: [path for path in store.glob("features/*.safetensors") if not path.name.startswith(".")],
-        lambda: len((store / "data.jsonl").read_text().splitlines()) == 16,
+        lambda: list(store.glob("shards/[0-9]*/body.bin")),
+        lambda: is_finished(store) and len(listed(store)) == 16,
         home / "out",
     )
 

@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from annotated import load_samples
+from annotated import check_rows, load_samples
 from feature_samples import write_clip
 
 from mm.config.data import DataSource
 from mm.config.tasks.speedcontrol import SPEEDCONTROL
 from mm.data.features import feature_name
 from mm.data.sources.cells import MAX_CAPTION_CHARACTERS
-from mm.data.sources.checking import check_rows
 from mm.errors import DataError
 
 

@@ -8,13 +8,12 @@ from typing import Any
 
 import pyarrow
 import pytest
-from annotated import load_samples
+from annotated import check_rows, load_samples
 from pyarrow import parquet
 
 from mm.config.data import DataSource
 from mm.config.tasks.speedcontrol import SPEEDCONTROL
 from mm.data.metadata import VideoSample
-from mm.data.sources.checking import check_rows
 from mm.errors import DataError
 
 

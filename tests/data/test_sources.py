@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from annotated import load_samples
+from annotated import check_rows, load_samples
 
 from mm.config.data import DataSource, SourceFormat
 from mm.config.tasks.i2v import I2V
 from mm.config.tasks.speedcontrol import SPEEDCONTROL
 from mm.data.metadata import VideoSample
-from mm.data.sources.checking import check_rows, iterate_rows
+from mm.data.sources.checking import iterate_rows
 from mm.errors import DataError
 
 FILES = ("videos/a.mp4", "videos/b.MOV", "images/c.PNG", "control/a.mp4", "pose/a.txt", "ref 1.jpg", "mask.mp4")

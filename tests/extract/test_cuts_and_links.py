@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from feature_samples import make_vae, write_clip, write_encoders, write_extraction_files
+from store_content import listed, shards_of
+from store_content import stored as tensors_of
 
 from mm.cli.extract import main
-from mm.data.features import read_header
 from mm.data.transforms import resize_and_crop
 
 VIDEO = "videos/1.mp4"
@@ -43,10 +44,8 @@ def latents_of(video: Path, start: int) -> torch.Tensor:
 
 
 def stored(store: Path) -> list[tuple[dict[str, Any], torch.Tensor]]:
-    from safetensors.torch import load_file
-
-    rows = [json.loads(line) for line in (store / "data.jsonl").read_text().splitlines()]
-    return [(row, load_file(store / row["file"])["latents"]) for row in rows]
+    tensors = tensors_of(store)
+    return [(row, tensors[row["sample"]]["latents"]) for row in listed(store)]
 
 
 def test_each_cut_has_its_own_frames_and_another_cut_is_extracted_again(tmp_path: Path, weights: Path) -> None:
@@ -62,12 +61,12 @@ def test_each_cut_has_its_own_frames_and_another_cut_is_extracted_again(tmp_path
         begin, end = [*cut, 40][:2]
         assert begin <= row["start_frame_idx"] and row["start_frame_idx"] + 9 <= end
         assert torch.allclose(latents, latents_of(folder / VIDEO, row["start_frame_idx"]), rtol=1e-5, atol=1e-5)
-    times = {row["file"]: (store / row["file"]).stat().st_mtime_ns for row, _ in found}
+    before = shards_of(store)
     write_rows(folder, [{**rows[0], "cut": [30, 39]}, *rows[1:]])
     extract(files)
-    changed = {name for name, time in times.items() if (store / name).stat().st_mtime_ns != time}
-    assert changed == {found[0][0]["file"]}
-    assert read_header(store / found[0][0]["file"]).start_frame == 30
+    changed = {name.split("/")[1] for name, value in shards_of(store).items() if before[name] != value}
+    assert changed == {"00000000"}, "a shard a row"
+    assert listed(store)[0]["start_frame_idx"] == 30
 
 
 def test_data_and_weights_in_the_layout_of_a_hubs_cache(tmp_path: Path, weights: Path) -> None:

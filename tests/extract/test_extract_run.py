@@ -26,6 +26,7 @@ from feature_samples import (
 from feature_samples import write_extraction_files as write_files
 from numbered_clips import write_numbered
 from ranks import ANY_PORT
+from store_content import content, is_finished, listed
 
 from mm.cli.extract import main
 from mm.config.data import data_sources
@@ -34,7 +35,7 @@ from mm.config.model import WanConfig
 from mm.config.rules.extraction import check_extraction
 from mm.data.clips import load_clip
 from mm.data.dataset import open_features
-from mm.data.features import write_feature
+from mm.data.store.writer import ShardWriter
 from mm.dialects.mindspeed.extraction import read_extraction
 from mm.dialects.mindspeed.files import load_train_data
 from mm.dialects.mindspeed.training import features
@@ -65,11 +66,10 @@ def files(tmp_path: Path, weights: Path) -> dict[str, Path]:
 
 
 def run(files: dict[str, Path], rank: int = 0, world_size: int = 1, **options: Any) -> ExtractReport:
-    barrier = {"barrier": options.pop("barrier")} if "barrier" in options else {}
     flags = as_words({"seed": 3, **options})
     described = read_extraction([*words(files), *flags])
     check_extraction(described)
-    return extract(described, device=torch.device("cpu"), rank=rank, world_size=world_size, **barrier)
+    return extract(described, device=torch.device("cpu"), rank=rank, world_size=world_size)
 
 
 def words(files: dict[str, Path]) -> list[str]:
@@ -77,11 +77,16 @@ def words(files: dict[str, Path]) -> list[str]:
 
 
 def times(store: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in (store / "features").iterdir()}
+    """When each shard was made; there are no others."""
+    shards = {path.name: (path / "body.bin").stat().st_mtime_ns for path in (store / "shards").iterdir()}
+    assert not [name for name in [*shards, *os.listdir(store)] if name.startswith(".")]
+    return shards
 
 
-def listed(store: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (store / "data.jsonl").read_text().splitlines()]
+def made(store: Path) -> int:
+    """Number of shards."""
+    shards = store / "shards"
+    return sum(not name.startswith(".") for name in os.listdir(shards)) if shards.is_dir() else 0
 
 
 def edit(path: Path, *keys: str, value: Any) -> None:
@@ -143,10 +148,10 @@ def test_a_second_run_does_nothing_and_says_so(
     files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(files)
-    before = times(tmp_path / "store"), (tmp_path / "store" / "data.jsonl").stat().st_mtime_ns
+    before = times(tmp_path / "store"), (tmp_path / "store" / "manifest.json").stat().st_mtime_ns
     caplog.set_level(logging.INFO)
     assert run(files) == ExtractReport(listed=5, encoded=0, reused=5)
-    assert (times(tmp_path / "store"), (tmp_path / "store" / "data.jsonl").stat().st_mtime_ns) == before
+    assert (times(tmp_path / "store"), (tmp_path / "store" / "manifest.json").stat().st_mtime_ns) == before
     assert "5 samples are listed" in caplog.text and "nothing was left to encode" in caplog.text
 
 
@@ -160,53 +165,40 @@ def test_only_what_changed_is_encoded_again(
     del rows[4]
     (tmp_path / "set" / "data.json").write_text(json.dumps(rows))
     write_clip(tmp_path / "set" / "more" / "3.mp4", num_frames=15)
-    damaged = next(path for path in (tmp_path / "store" / "features").iterdir() if path.name.startswith("2_mp4"))
-    damaged.write_bytes(damaged.read_bytes()[:-5])
+    damaged = tmp_path / "store" / "shards" / "00000001" / "body.bin"  # a shard a row
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    caplog.set_level(logging.INFO)
     assert run(files) == ExtractReport(listed=4, encoded=3, reused=1)
     after = times(tmp_path / "store")
-    unchanged = {name for name in before if before[name] == after[name]}
-    assert {name.split("-")[0] for name in unchanged} == {"1_mp4", "4_mp4", "empty_prompt.safetensors"}
+    assert {name for name in after if before[name] == after[name]} == {"00000002"} and len(after) == 4
     assert listed(tmp_path / "store")[0]["cap"] == "another caption"
-    assert len(opened(tmp_path / "store", tmp_path)) == 4
-    assert "is made anew without 1 of its 5 samples" in caplog.text
+    dataset = opened(tmp_path / "store", tmp_path)
+    assert len([dataset[index] for index in range(len(dataset))]) == 4
+    assert "4 shards of" in caplog.text and "are made again" in caplog.text
+    (tmp_path / "set" / "data.json").write_text(json.dumps(ROWS[4:] + rows))
+    assert run(files) == ExtractReport(listed=5, encoded=1, reused=4), "rows that moved are copied"
 
 
 def test_two_processes_share_the_work(files: dict[str, Path], tmp_path: Path, weights: Path) -> None:
-    """Process 0 is stopped where it would wait, process 1 works, then process 0 finishes."""
-
-    class NotYetError(Exception):
-        pass
-
-    def stop_at(count: int) -> Any:
-        calls = iter(range(10))
-
-        def barrier() -> None:
-            if next(calls) == count:
-                raise NotYetError
-
-        return barrier
-
+    """Each makes its part, the second one finishes the store; its bytes are those of a single process."""
     store = tmp_path / "store"
-    with pytest.raises(NotYetError):
-        run(files, 0, 2, barrier=stop_at(1))
-    assert len(times(store)) == 3 + 1 and not (store / "data.jsonl").exists()
-    mine = times(store)
-    assert run(files, 1, 2) == ExtractReport(listed=5, encoded=2, reused=0)
-    assert not (store / "data.jsonl").exists()
-    assert run(files, 0, 2) == ExtractReport(listed=5, encoded=0, reused=3)
-    assert {name: time for name, time in times(store).items() if name in mine} == mine
+    assert run(files, shard_of="1/2") == ExtractReport(listed=0, encoded=3, reused=0)
+    assert made(store) == 3 and not is_finished(store)
+    mine = {path: path.stat().st_mtime_ns for path in (store / "shards").rglob("*.bin")}
+    assert run(files, shard_of="1/2") == ExtractReport(listed=0, encoded=0, reused=3)
+    assert run(files, shard_of="2/2") == ExtractReport(listed=5, encoded=2, reused=3)
+    assert all(path.stat().st_mtime_ns == time for path, time in mine.items())
     alone = write_files(tmp_path / "alone", weights, tmp_path / "set/data.json", tmp_path / "set", tmp_path / "one")
     run(alone)
-    assert (tmp_path / "one" / "data.jsonl").read_text() == (store / "data.jsonl").read_text()
-    for path in (store / "features").iterdir():
-        assert path.read_bytes() == (tmp_path / "one" / "features" / path.name).read_bytes()
+    assert content(tmp_path / "one") == content(store)
+    run(write_files(tmp_path / "r", weights, tmp_path / "set/data.json", tmp_path / "set", tmp_path / "two"), 1, 2)
+    assert content(tmp_path / "two") == content(store), "a rank whose other never came makes all shards"
 
 
-def test_no_list_while_the_other_process_has_not_delivered(files: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(DataError) as caught:
-        run(files, 0, 2)
-    assert [p.id for p in caught.value.problems] == ["DATA-011"] * 2
-    assert not (tmp_path / "store" / "data.jsonl").exists()
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "1/", "/2", "a/b", "1/0", "1/2/3", "1.0/2"])
+def test_parts_that_cannot_be(part: str, files: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match=rf"CFG-225: --shard-of is '{part}'"):
+        run(files, shard_of=part)
 
 
 def test_torchrun_starts_it(files: dict[str, Path], tmp_path: Path) -> None:
@@ -246,25 +238,20 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path, weights: Path) -> None:
     annotation = write_data_set(tmp_path / "set", rows, num_frames=9)
     files = write_files(tmp_path, weights, annotation, tmp_path / "set", tmp_path / "store")
     store = tmp_path / "store"
-    features = store / "features"
     for wanted in (1, 17):
         process = subprocess.Popen([sys.executable, "-m", "mm.cli.extract", *words(files), "--seed", "3"], cwd=ROOT)
         started = time.monotonic()
-        while process.poll() is None and time.monotonic() - started < 60:
-            if features.is_dir() and sum(not name.startswith(".") for name in os.listdir(features)) >= wanted:
-                break
+        while process.poll() is None and time.monotonic() - started < 60 and made(store) < wanted:
             time.sleep(0.001)
         process.kill()
         assert process.wait() == -signal.SIGKILL
-        assert not (store / "data.jsonl").exists()
-        assert wanted <= sum(not name.startswith(".") for name in os.listdir(features)) < 41
-    (features / ".tmp-left-behind").write_bytes(b"x")
-    complete = times(store)
-    assert run(files).listed == 40
-    after = times(store)
-    assert all(after[name] == mtime for name, mtime in complete.items() if not name.startswith("."))
-    assert not any(name.startswith(".") for name in [*after, *os.listdir(store)])
-    assert len(listed(store)) == 40 and len(after) == 41
+        assert not is_finished(store)
+        assert wanted <= made(store) < 40
+    (store / "shards" / ".tmp-left-behind").mkdir()
+    complete = {path: path.stat().st_mtime_ns for path in (store / "shards").glob("0*/*.bin")}
+    assert run(files) == ExtractReport(listed=40, encoded=40 - len(complete) // 2, reused=len(complete) // 2)
+    assert all(path.stat().st_mtime_ns == mtime for path, mtime in complete.items())
+    assert len(listed(store)) == 40 and len(times(store)) == 40
     dataset = opened(store, tmp_path)
     assert all(bool(torch.isfinite(dataset[index]["latents"]).all()) for index in range(40))
 
@@ -275,8 +262,8 @@ def test_ctrl_c_is_one_word_and_leaves_no_process(tmp_path: Path, weights: Path)
     files = write_files(tmp_path, weights, annotation, tmp_path / "set", tmp_path / "store")
     command = [sys.executable, "-m", "mm.cli.extract", *words(files), "--device", "cpu"]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    features = tmp_path / "store" / "features"
-    while not list(features.glob("[0-9]*")) and process.poll() is None:
+    store = tmp_path / "store"
+    while not made(store) and process.poll() is None:
         time.sleep(0.001)
     family = psutil.Process(process.pid).children(recursive=True)
     assert sum(map(is_reader, family)) == 2
@@ -286,7 +273,8 @@ def test_ctrl_c_is_one_word_and_leaves_no_process(tmp_path: Path, weights: Path)
     assert told.splitlines()[-1].startswith("error RUN-010: Ended by SIGINT. The features written so far stay")
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
-    assert not list(features.glob(".tmp*")) and not (tmp_path / "store" / "data.jsonl").exists()
+    assert not list((store / "shards").glob(".tmp*")) and not list((store / "work").glob("claims/*"))
+    assert not is_finished(store)
 
 
 @pytest.mark.parametrize(
@@ -367,7 +355,7 @@ def test_one_bad_video_stops_with_its_name(kind: str, id: str, files: dict[str, 
     with pytest.raises(DataError) as caught:
         run(files)
     assert caught.value.id == id and "more/3.mp4" in str(caught.value)
-    assert not (tmp_path / "store" / "data.jsonl").exists()
+    assert not is_finished(tmp_path / "store")
     if path.is_dir():
         path.rmdir()
     path.unlink(missing_ok=True)
@@ -378,14 +366,14 @@ def test_one_bad_video_stops_with_its_name(kind: str, id: str, files: dict[str, 
 def test_a_clip_that_takes_too_long_stops_with_its_name(files: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"DATA-070: .*videos/1\.mp4: its reader gave nothing in 1e-06 s"):
         run(files, decode_timeout=1e-6)
-    assert not (tmp_path / "store" / "data.jsonl").exists()
+    assert not is_finished(tmp_path / "store")
     assert run(files).encoded == 5
 
 
 def test_a_reader_killed_for_its_memory_changes_nothing(
     files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the kernel would, when the first file is about to be written."""
+    """As the kernel would, when the first sample is about to be written."""
     killed: list[int] = []
 
     def kill(*args: Any) -> Any:
@@ -393,16 +381,16 @@ def test_a_reader_killed_for_its_memory_changes_nothing(
             killed.extend(child.pid for child in psutil.Process().children(recursive=True) if is_reader(child))
             for reader in killed:
                 os.kill(reader, signal.SIGKILL)
-        return write_feature(*args)
+        return add(*args)
 
-    monkeypatch.setattr("mm.extract.run.write_feature", kill)
+    add = ShardWriter.add
+    monkeypatch.setattr(ShardWriter, "add", kill)
     assert run(files, num_workers=2).encoded == 5
     assert len(killed) == 2
-    names = {path.name: path.read_bytes() for path in (tmp_path / "store" / "features").iterdir()}
     monkeypatch.undo()
     edit(files["mm_tool"], "sorafeature", "save_path", value=str(tmp_path / "again"))
     run(files)
-    assert names == {path.name: path.read_bytes() for path in (tmp_path / "again" / "features").iterdir()}
+    assert content(tmp_path / "store") == content(tmp_path / "again")
 
 
 def is_reader(process: psutil.Process) -> bool:
@@ -454,7 +442,7 @@ def test_encoders_that_give_nan_are_not_written(files: dict[str, Path], tmp_path
     edit(files["mm_model"], "ae", "from_pretrained", value=str(tmp_path / "nan"))
     with pytest.raises(DataError, match="DATA-013"):
         run(files)
-    assert os.listdir(tmp_path / "store" / "features") == ["empty_prompt.safetensors"]
+    assert os.listdir(tmp_path / "store" / "shards") == [] and not is_finished(tmp_path / "store")
 
 
 def test_a_full_disk(files: dict[str, Path], tmp_path: Path) -> None:
@@ -473,7 +461,7 @@ def test_a_full_disk(files: dict[str, Path], tmp_path: Path) -> None:
     )
     assert done.returncode == 65, done.stderr
     assert "DATA-019" in done.stderr and str(disk / "store") in done.stderr
-    assert ".tmp" not in done.stdout and "data.jsonl" not in done.stdout and "recipe.json" in done.stdout
+    assert ".tmp" not in done.stdout and "manifest.json" not in done.stdout and "recipe.json" in done.stdout
 
 
 def test_real_clips(real_clips: Path, weights: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from annotated import load_samples
 from diffusers import WanImageToVideoPipeline
 from feature_samples import make_image_encoder, make_vae, write_data_set, write_encoders, write_extraction_files
+from store_content import listed, shards_of
 from torch.nn import functional as F
 
 from mm.cli.extract import main
@@ -16,9 +17,10 @@ from mm.config.data import data_sources
 from mm.config.model import WanConfig
 from mm.config.tasks.registry import TASKS as DECLARED
 from mm.data.clips import load_clip
-from mm.data.features import read_feature
-from mm.data.listing import FeatureRow
+from mm.data.features import Feature
 from mm.data.recipe import load_recipe
+from mm.data.store.blobs import read_sample_blobs
+from mm.data.store.opened import open_shards
 from mm.dialects.mindspeed.extraction import read_extraction, source
 from mm.dialects.mindspeed.files import load_extract_data
 from mm.errors import ConfigError, DataError
@@ -61,8 +63,10 @@ class Place:
         words = [word for name, path in files.items() for word in (f"--{name.replace('_', '-')}", str(path))]
         main([*words, "--seed", "3", "--device", "cpu", *more])
 
-    def rows(self) -> list[FeatureRow]:
-        return [FeatureRow.model_validate_json(line) for line in (self.store / "data.jsonl").read_text().splitlines()]
+    def feature(self, number: int, task: str) -> Feature:
+        """A sample as training reads it."""
+        opened = open_shards(self.store, load_recipe(self.store).key)
+        return read_sample_blobs(*opened.blobs_of(number), model(task), (opened.name(number), opened.recipe_key))
 
 
 @pytest.fixture
@@ -90,9 +94,10 @@ def test_features_are_those_of_diffusers_for_the_frames_of_the_clip(task: str, p
     samples = load_samples(data_sources(data.path, data.folder))
     vae, image_encoder = make_vae(), make_image_encoder()
     pipeline = WanImageToVideoPipeline(None, None, vae, None, image_encoder=image_encoder)
-    assert [row.task for row in place.rows()] == [task, task] and load_recipe(place.store).task == task
-    for sample, row in zip(samples, place.rows(), strict=True):
-        found = read_feature(place.store / row.file, model(task))
+    assert [row["task"] for row in listed(place.store)] == [task, task] and load_recipe(place.store).task == task
+    assert len(listed(place.store)) == len(samples)
+    for number, sample in enumerate(samples):
+        found = place.feature(number, task)
         assert found.latents is not None and found.features.keys() == {"image_features", "condition"}
         pixels = load_clip(sample, data.clip, seed=3).pixels[None]
         first, last = pixels[:, :, 0], pixels[:, :, -1]
@@ -118,19 +123,16 @@ def test_features_are_those_of_diffusers_for_the_frames_of_the_clip(task: str, p
         torch.testing.assert_close(found.features["image_features"], expected, rtol=0, atol=2e-5)
 
 
-def test_nothing_is_done_twice_and_a_damaged_file_again(place: Place) -> None:
+def test_nothing_is_done_twice_and_a_damaged_shard_again(place: Place) -> None:
     place.run("i2v")
-    features = place.store / "features"
-    before = {path.name: path.stat().st_mtime_ns for path in features.iterdir()}
-    content = {path.name: path.read_bytes() for path in features.iterdir()}
+    bodies = sorted((place.store / "shards").glob("*/body.bin"))
+    before, content = [path.stat().st_mtime_ns for path in bodies], shards_of(place.store)
     place.run("i2v")
-    assert {path.name: path.stat().st_mtime_ns for path in features.iterdir()} == before
-    damaged = features / Path(place.rows()[1].file).name
-    damaged.write_bytes(damaged.read_bytes()[:-7])
+    assert [path.stat().st_mtime_ns for path in bodies] == before
+    bodies[1].write_bytes(bodies[1].read_bytes()[:-7])
     place.run("i2v")
-    changed = {path.name for path in features.iterdir() if path.stat().st_mtime_ns != before[path.name]}
-    assert changed == {damaged.name}
-    assert {path.name: path.read_bytes() for path in features.iterdir()} == content
+    assert [path.stat().st_mtime_ns == time for path, time in zip(bodies, before, strict=True)] == [True, False]
+    assert shards_of(place.store) == content
 
 
 def test_tiles_of_the_clip_and_of_its_frames_are_chosen_apart(place: Place) -> None:
@@ -145,7 +147,7 @@ def test_tiles_of_the_clip_and_of_its_frames_are_chosen_apart(place: Place) -> N
             edit(files["mm_model"], "ae", "enable_tiling", value=clip_in_tiles)
             edit(files["mm_model"], "ae", "i2v_processor", "i2v_vae_encode_tiling", value=frames_in_tiles)
             place.run_files(files, "--overwrite")
-            found[clip_in_tiles, frames_in_tiles] = read_feature(place.store / place.rows()[0].file, model("i2v"))
+            found[clip_in_tiles, frames_in_tiles] = place.feature(0, "i2v")
     tiled, mixed, other = found[True, True], found[True, False], found[False, True]
     assert torch.equal(tiled.latents, mixed.latents) and torch.equal(
         tiled.features["condition"], other.features["condition"]
@@ -225,7 +227,7 @@ def test_the_vae_and_the_image_encoder_work_in_one_precision(place: Place) -> No
     files = place.files("i2v")
     edit(files["mm_model"], "ae", "dtype", value="bf16")
     place.run_files(files)
-    found = read_feature(place.store / place.rows()[0].file, model("i2v"))
+    found = place.feature(0, "i2v")
     assert found.features.keys() == {"image_features", "condition"}
     assert found.features["condition"].dtype == found.features["image_features"].dtype == torch.bfloat16
     assert set(found.features["condition"][:4].unique().tolist()) == {0.0, 1.0}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from feature_samples import write_clip, write_data_set, write_encoders, write_extraction_files, write_sound
+from store_content import content, is_finished, listed
 from test_extract_run import edit, opened, run, words
 
 from mm.cli import extract as command
@@ -24,25 +25,26 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_encoders(tmp_path_factory.mktemp("weights"))
 
 
-@pytest.fixture
-def files(tmp_path: Path, weights: Path) -> dict[str, Path]:
+def write_bad_data_set(folder: Path) -> Path:
+    """Eight rows, of which five cannot be used; returns data.json."""
     rows: list[dict[str, Any]] = [{"path": f"{name}.mp4", "cap": name} for name in NAMES]
     rows[6]["num_frames"] = 3
-    folder = tmp_path / "set"
     annotation = write_data_set(folder, rows, num_frames=9)
     (folder / "empty.mp4").write_bytes(b"")
     write_sound(folder / "sound.mp4")
     (folder / "missing.mp4").unlink()
     write_clip(folder / "short.mp4", num_frames=4)
-    return write_extraction_files(tmp_path, weights, annotation, folder, tmp_path / "store")
+    return annotation
+
+
+@pytest.fixture
+def files(tmp_path: Path, weights: Path) -> dict[str, Path]:
+    annotation = write_bad_data_set(tmp_path / "set")
+    return write_extraction_files(tmp_path, weights, annotation, tmp_path / "set", tmp_path / "store")
 
 
 def lines(store: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (store / name).read_text().splitlines()]
-
-
-def content(store: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
 
 
 def test_bad_clips_are_left_out_listed_counted_and_told(
@@ -51,14 +53,14 @@ def test_bad_clips_are_left_out_listed_counted_and_told(
     store = tmp_path / "store"
     caplog.set_level(logging.INFO)
     assert run(files, on_bad_sample=MOST) == ExtractReport(listed=3, encoded=3, reused=0, skipped=5)
-    assert [row["path"] for row in lines(store, "data.jsonl")] == ["good.mp4", "fine.mp4", "well.mp4"]
+    assert [row["path"] for row in listed(store)] == ["good.mp4", "fine.mp4", "well.mp4"]
     skipped = lines(store, "skipped.jsonl")
     assert {row["sample"].removesuffix(".mp4"): row["error"] for row in skipped} == BAD
     assert [row["sample"] for row in skipped] == [f"{name}.mp4" for name in NAMES if name in BAD], "in their order"
     assert all(row["file"] == str(tmp_path / "set" / row["sample"]) and row["reason"] for row in skipped)
     assert "3 samples are listed" in caplog.text and "5 clips cannot be read and are left out" in caplog.text
     assert len(opened(store, tmp_path)) == 3, "training takes the store"
-    assert not list((store / "features").glob("*.bad.json"))
+    assert not (store / "work").exists()
 
 
 def test_a_second_start_gives_the_same_store(files: dict[str, Path], tmp_path: Path) -> None:
@@ -69,21 +71,26 @@ def test_a_second_start_gives_the_same_store(files: dict[str, Path], tmp_path: P
 
 
 def test_two_processes_give_the_same_store(files: dict[str, Path], tmp_path: Path) -> None:
-    """Process 1 does all of its work while process 0 waits for it the first time."""
+    """Each makes its part; who comes second finishes the store."""
     run(files, on_bad_sample=MOST)
     alone = content(tmp_path / "store")
     edit(files["mm_tool"], "sorafeature", "save_path", value=str(tmp_path / "shared"))
-
-    def finish_second() -> None:
-        if not calls:
-            calls.append(1)
-            reports.append(run(files, rank=1, world_size=2, on_bad_sample=MOST))
-
-    calls: list[int] = []
-    reports: list[ExtractReport] = []
-    reports.append(run(files, rank=0, world_size=2, on_bad_sample=MOST, barrier=finish_second))
+    reports = [run(files, on_bad_sample=MOST, shard_of=f"{part}/2") for part in (2, 1)]
     assert content(tmp_path / "shared") == alone
-    assert sorted((report.encoded, report.skipped) for report in reports) == [(1, 3), (2, 2)]
+    assert [(report.listed, report.encoded) for report in reports] == [(0, 1), (3, 2)]
+    assert [report.skipped for report in reports] == [3, 5], "of its part, then of the finished store"
+
+
+def test_the_share_is_counted_over_all_processes(files: dict[str, Path], tmp_path: Path) -> None:
+    """Neither part has more than four of the eight, both have five."""
+    limit = parse_on_bad_sample("skip:max=62%")
+    assert run(files, on_bad_sample=limit, shard_of="1/2").skipped == 2
+    with pytest.raises(DataError) as caught:
+        run(files, on_bad_sample=limit, shard_of="2/2")
+    first, *others = caught.value.problems
+    assert first.id == "DATA-073" and "5 of 8 clips cannot be read; skip:max=62% allows 4." in first.message
+    assert sorted(problem.id for problem in others) == sorted(BAD.values())
+    assert run(files, on_bad_sample=MOST).listed == 3, "the next start goes on"
 
 
 def test_a_video_that_was_replaced_is_taken_in(files: dict[str, Path], tmp_path: Path) -> None:
@@ -106,7 +113,7 @@ def test_more_than_the_share_is_an_error_with_the_counts(files: dict[str, Path],
     first, *others = caught.value.problems
     assert first.id == "DATA-073" and "5 of 8 clips cannot be read; skip:max=62% allows 4." in first.message
     assert sorted(problem.id for problem in others) == sorted(BAD.values())
-    assert not (tmp_path / "store" / "data.jsonl").exists() and not (tmp_path / "store" / "skipped.jsonl").exists()
+    assert not is_finished(tmp_path / "store") and not (tmp_path / "store" / "skipped.jsonl").exists()
     assert run(files, on_bad_sample=MOST).listed == 3, "the next start goes on"
 
 

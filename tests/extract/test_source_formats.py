@@ -11,7 +11,7 @@ import yaml
 from diffusers import AutoencoderKLWan
 from feature_samples import write_clip, write_encoders
 from PIL import Image
-from safetensors.torch import load_file
+from store_content import listed, stored
 
 from mm.cli import run as run_command
 from mm.cli.doctor_data import main as doctor_data
@@ -77,8 +77,8 @@ def run_file(home: Path, weights: Path, task: str = "t2v", **data: Any) -> Path:
 
 def extracted(home: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Tensors by caption."""
-    rows = [json.loads(line) for line in (home / "store" / "data.jsonl").read_text().splitlines()]
-    return {row["cap"]: load_file(home / "store" / row["file"]) for row in rows}
+    tensors = stored(home / "store")
+    return {row["cap"]: tensors[row["sample"]] for row in listed(home / "store")}
 
 
 FORMATS = {

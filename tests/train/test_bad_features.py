@@ -17,6 +17,12 @@ SKIP: dict[str, Any] = {
 }  # of 16: 3 an epoch
 
 
+@pytest.fixture(scope="module")
+def demo(demo_of_files: Path) -> Path:
+    """Features of one file a sample, which can be damaged one by one."""
+    return demo_of_files
+
+
 @pytest.fixture
 def damaged(demo: Path, tmp_path: Path) -> Path:
     """The embedded default with three damaged features."""

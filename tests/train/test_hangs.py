@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import psutil
 import pytest
 from ranks import ANY_PORT
+from store_content import as_files
 from training_runs import bits, metrics, run_on, words
 
 ROOT = Path(__file__).parents[2]
@@ -182,7 +183,7 @@ def test_the_first_failure_is_the_last_line_once(demo: Path, tmp_path: Path, res
     shutil.copytree(demo, home, symlinks=True)
     for path in (home / "configs").rglob("*.*"):
         path.write_text(path.read_text().replace(str(demo), str(home)))
-    file = sorted((home / "features").rglob("*.safetensors"))[3]
+    file = sorted(as_files(home / "features").rglob("*.safetensors"))[3]
     file.write_bytes(file.read_bytes()[:-7])
     job = Job(home, tmp_path / "run", 2, ("--max-restarts", str(restarts)), micro_batch_size=1)
     assert job.wait(120) == 65, job.text()

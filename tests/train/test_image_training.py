@@ -9,7 +9,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from orders import sample_at
 from ranks import run_ranks
-from safetensors.torch import load_file
+from store_content import listed, stored
 from torch.nn import functional as F
 from training_runs import bits, metrics, run, words
 
@@ -64,15 +64,15 @@ def test_the_first_loss_is_that_of_diffusers(demo_of_images: Path, tmp_path: Pat
         demo_of_images / "weights" / MODEL_NAMES[task] / "transformer", local_files_only=True
     )
     store = demo_of_images / f"features_{task}"
-    rows = [json.loads(line) for line in (store / "data.jsonl").read_text().splitlines()]
+    rows, tensors = listed(store), stored(store)
     flow = FlowMatching(model.diffusion)
     losses = []
     for position in range(4):
-        listed = rows[sample_at(position, len(rows), seed=1234)[0]]
-        feature = load_file(store / listed["file"])
+        sample = rows[sample_at(position, len(rows), seed=1234)[0]]["sample"]
+        feature = tensors[sample]
         clean = feature["latents"][None]
-        sigma, timestep, _ = flow.draw_timesteps(1234, [listed["sample"]], [0])
-        noise = flow.draw_noise(1234, [listed["sample"]], [0], clean.shape[1:])
+        sigma, timestep, _ = flow.draw_timesteps(1234, [sample], [0])
+        noise = flow.draw_noise(1234, [sample], [0], clean.shape[1:])
         noisy = (1 - sigma) * clean + sigma * noise
         text = F.pad(feature["prompt"], (0, 0, 0, 512 - len(feature["prompt"])))[None]
         with torch.no_grad():
@@ -159,7 +159,5 @@ def test_clips_of_several_lengths_on_two_processes(demo_of_images: Path, tmp_pat
         alone = tmp_path / f"single-{size}"
         single = metrics(alone) if alone.exists() else run(demo_of_images, alone, **{**flags, "micro_batch_size": size})
         same(metrics(tmp_path / f"{name}-{size}"), single)
-    shapes = {
-        tuple(json.loads(line)["latent_shape"]) for line in (tmp_path / "store/data.jsonl").read_text().splitlines()
-    }
+    shapes = {tuple(row["latent_shape"]) for row in listed(tmp_path / "store")}
     assert shapes == {(16, 3, 8, 8), (16, 2, 8, 8)}

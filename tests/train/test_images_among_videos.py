@@ -9,7 +9,7 @@ import pytest
 import torch
 from orders import sample_at
 from PIL import Image
-from safetensors.torch import load_file
+from store_content import listed, stored
 from torch.nn import functional as F
 from training_runs import WEIGHTS, run
 
@@ -55,13 +55,13 @@ def configs(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_first_loss_is_the_mean_over_samples(configs: Path, demo: Path, tmp_path: Path) -> None:
     files = {"mm_data": configs / "feature_data.json", "mm_model": demo / "configs" / "pretrain_model.json"}
     row = run(demo, tmp_path, **files, micro_batch_size=1, global_batch_size=4, train_iters=1)[0]
-    listed = [json.loads(line) for line in (configs / "store" / "data.jsonl").read_text().splitlines()]
+    rows, stored_tensors = listed(configs / "store"), stored(configs / "store")
     section = load(PretrainModel, demo / "configs" / "pretrain_model.json")
     model, flow = WanModel.from_pretrained(demo / WEIGHTS), FlowMatching(section.diffusion)
     losses, frames = [], []
     for position in range(4):
-        sample = listed[sample_at(position, 4, seed=1234)[0]]
-        tensors = load_file(configs / "store" / sample["file"])
+        sample = rows[sample_at(position, 4, seed=1234)[0]]
+        tensors = stored_tensors[sample["sample"]]
         name, clean = [sample["sample"]], tensors["latents"][None]
         frames.append(clean.shape[2])
         sigma, timestep, _ = flow.draw_timesteps(1234, name, [0])

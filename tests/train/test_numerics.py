@@ -21,6 +21,12 @@ from mm.errors import ConfigError, NumericsError
 SEED = 1234
 
 
+@pytest.fixture(scope="module")
+def demo(demo_of_files: Path) -> Path:
+    """Features of one file a sample, which can be changed one by one."""
+    return demo_of_files
+
+
 def with_bad_sample(demo: Path, home: Path, factor: float) -> tuple[Path, str]:
     """A copy of the demo in which one sample's latents are multiplied; finite, so that reading accepts them."""
     shutil.copytree(demo, home, symlinks=True)

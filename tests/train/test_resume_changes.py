@@ -32,6 +32,12 @@ LONGER = {"train_iters": 5, "lr_decay_iters": 3}
 
 
 @pytest.fixture(scope="module")
+def demo(demo_of_files: Path) -> Path:
+    """Features of one file a sample, whose list can be changed."""
+    return demo_of_files
+
+
+@pytest.fixture(scope="module")
 def made(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps with a cosine schedule."""
     folder = tmp_path_factory.mktemp("made") / "run"

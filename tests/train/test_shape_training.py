@@ -9,7 +9,8 @@ import torch
 import yaml
 from diffusers import AutoencoderKLWan
 from feature_samples import write_clip
-from safetensors.torch import load_file
+from store_content import content, is_finished, stored
+from store_content import listed as rows_of
 from training_runs import WEIGHTS, metrics
 
 from mm.cli import doctor as doctor_command
@@ -55,8 +56,7 @@ def go(values: dict[str, Any], file: Path) -> None:
 
 
 def listed(folder: Path) -> dict[str, dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "store" / "data.jsonl").read_text().splitlines()]
-    return {row["sample"]: row for row in rows}
+    return {row["sample"]: row for row in rows_of(folder / "store")}
 
 
 def test_several_sizes_are_extracted_and_trained(demo: Path, tmp_path: Path, extraction: dict[str, Any]) -> None:
@@ -77,12 +77,12 @@ def test_several_sizes_are_extracted_and_trained(demo: Path, tmp_path: Path, ext
     pixels = (shrunk[:, :, 2:82] / 127.5 - 1).transpose(0, 1)[None]
     with torch.no_grad():
         expected = (vae.encode(pixels).latent_dist.mode() - mean) / std
-    found = load_file(tmp_path / "store" / rows["b.mp4"]["file"])["latents"]
+    found = stored(tmp_path / "store")["b.mp4"]["latents"]
     assert torch.allclose(found, expected[0], rtol=1e-5, atol=1e-5)
 
-    before = (tmp_path / "store" / "data.jsonl").read_bytes()
+    before = content(tmp_path / "store")
     go(extraction, tmp_path / "extract.yaml")
-    assert (tmp_path / "store" / "data.jsonl").read_bytes() == before, "complete, and not made again"
+    assert content(tmp_path / "store") == before, "complete, and not made again"
     go(training(demo, tmp_path), tmp_path / "train.yaml")
     assert len(metrics(tmp_path / "run")) == 2, "the store as it is"
 
@@ -123,7 +123,7 @@ def test_samples_that_a_rule_leaves_out_are_told_or_skipped(tmp_path: Path, extr
     extraction["data"]["clip"]["shape"] = {**RULE, "minimum_aspect_ratio": 0.8}
     with pytest.raises(DataError, match=r"DATA-160: .*b\.mp4: a picture of 112 x 64 has the aspect 0\.571; 0\.8 to 4"):
         go(extraction, tmp_path / "extract.yaml")
-    assert not (tmp_path / "store" / "data.jsonl").exists()
+    assert not is_finished(tmp_path / "store")
     extraction["data"]["on_bad_sample"] = "skip:max=50%"
     go(extraction, tmp_path / "extract.yaml")
     assert sorted(listed(tmp_path)) == ["a.mp4", "c.mp4", "d.mp4"]

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from store_content import stored
 from training_runs import bits, run
 
 from mm.cli import data, doctor_data, extract, migrate
@@ -13,6 +15,12 @@ from mm.config.flags import as_words
 from mm.errors import ConfigError, DataError
 
 SHARDS = 4
+
+
+@pytest.fixture(scope="module")
+def demo(demo_of_files: Path) -> Path:
+    """Features of one file a sample."""
+    return demo_of_files
 
 
 def to_shards(demo: Path, target: Path, **flags: Any) -> None:
@@ -130,23 +138,31 @@ def test_doctor_reads_every_sample_of_shards(
     assert report["samples"] == 16 and report["clean"] == []
 
 
-def test_extraction_leaves_shards_alone(demo: Path, store: Path, tmp_path: Path) -> None:
-    before = content(store)
+def test_extraction_goes_on_in_a_store_that_was_taken_over(demo: Path, store: Path, tmp_path: Path) -> None:
+    """It copies every sample; in a store of files it does not go on, and migrating to one of shards does not either."""
     tools = json.loads((demo / "configs" / "tools.json").read_text())
-    tools["sorafeature"]["save_path"] = str(store)
-    (tmp_path / "tools.json").write_text(json.dumps(tools))
     configs = demo / "configs"
     words = {
         "mm_data": configs / "data.json",
         "mm_model": configs / "model_wan.json",
         "mm_tool": tmp_path / "tools.json",
     }
-    for more in ({}, {"overwrite": True}):
-        with pytest.raises(DataError, match=f"DATA-068: {store} is a store of shards"):
-            extract.main(as_words({**words, **more, "device": "cpu"}))
+    before = stored(store)
     with pytest.raises(DataError, match="DATA-068"):
         migrate.main(as_words({"source": demo, "target": store, "num_frames": 9, "max_height": 64, "max_width": 64}))
-    assert content(store) == before
+    tools["sorafeature"]["save_path"] = str(store)
+    (tmp_path / "tools.json").write_text(json.dumps(tools))
+    extract.main(as_words({**words, "device": "cpu"}))
+    after = stored(store)
+    assert list(after) == list(before) and len(list((store / "shards").iterdir())) == 16
+    assert all(torch.equal(after[name][key], value) for name in before for key, value in before[name].items())
+    tools["sorafeature"]["save_path"] = str(demo / "features")
+    (tmp_path / "tools.json").write_text(json.dumps(tools))
+    files = content(demo / "features")
+    for more in ({}, {"overwrite": True}):
+        with pytest.raises(DataError, match=f"DATA-068: {demo / 'features'} is a store of one file a sample"):
+            extract.main(as_words({**words, **more, "device": "cpu"}))
+    assert content(demo / "features") == files
 
 
 def test_words_that_are_no_job() -> None:

@@ -10,6 +10,8 @@ import torch
 from extracted import extract
 from orders import sample_at
 from safetensors.torch import load_file, save_file
+from store_content import listed as rows_of
+from store_content import stored
 from torch.nn import functional as F
 from training_runs import run
 
@@ -20,7 +22,6 @@ from mm.cli import extract as extract_command
 from mm.cli import generate as generate_command
 from mm.config.base import load
 from mm.config.flags import as_words
-from mm.data.features import read_header
 from mm.dialects.mindspeed.pretrain_json import PretrainModel
 from mm.diffusion.flow import FlowMatching
 from mm.errors import ConfigError, DataError
@@ -53,10 +54,10 @@ def weights(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def features(configs: Path) -> list[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
-    """Rows of data.jsonl with the tensors of their files."""
+    """Rows of the store with their tensors."""
     store = configs.parents[1] / "features_speedcontrol"
-    rows = [json.loads(line) for line in (store / "data.jsonl").read_text().splitlines()]
-    return [(row, load_file(store / row["file"])) for row in rows]
+    tensors = stored(store)
+    return [(row, tensors[row["sample"]]) for row in rows_of(store)]
 
 
 def files(configs: Path, **flags: Any) -> dict[str, Any]:
@@ -87,14 +88,15 @@ def test_another_number_makes_that_sample_anew(configs: Path, tmp_path: Path) ->
         (tmp_path / "list.json").write_text(json.dumps(listed))
         extract_command.main(["--mm-data", str(tmp_path / "data.json"), "--mm-model", str(configs / "model_wan.json"),
                               "--mm-tool", str(tmp_path / "tools.json")])  # fmt: skip
-        return {file.name: file.stat().st_mtime_ns for file in (tmp_path / "store" / "features").iterdir()}
+        return {path.name: (path / "body.bin").stat().st_mtime_ns for path in (tmp_path / "store/shards").iterdir()}
 
     before = extracted()
     listed[1][NAME] = 77
     after = extracted()
     (changed,) = (name for name in after if after[name] != before[name])
-    assert float(load_file(tmp_path / "store" / "features" / changed)[NAME]) == 77
-    assert read_header(tmp_path / "store" / "features" / changed).origin.video.endswith(f"#{NAME}=77.0")
+    row = rows_of(tmp_path / "store")[int(changed)]  # a shard a row
+    assert row["sample"] == listed[1]["path"] and float(stored(tmp_path / "store")[row["sample"]][NAME]) == 77
+    assert row["video"].endswith(f"#{NAME}=77.0")
     del listed[0][NAME]
     with pytest.raises(DataError, match=f"DATA-061.*row 1 lacks {NAME}; the task takes a number from 0 to 100"):
         extracted()

@@ -138,7 +138,7 @@ def test_a_command_asks_nothing(
         words = [word for name, path in files.items() for word in (f"--{name.replace('_', '-')}", path)]
         done = saying_yes("-m", "mm.cli.extract", *words, "--num-workers", "1", "--device", "cpu")
         assert done.returncode == code and said in done.stderr and "y/N" not in done.stdout + done.stderr
-    assert not (tmp_path / "canary").exists() and not (tmp_path / "bad store" / "data.jsonl").exists()
+    assert not (tmp_path / "canary").exists() and not (tmp_path / "bad store" / "manifest.json").exists()
 
 
 def test_commands_find_the_end_of_standard_input(

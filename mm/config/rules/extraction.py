@@ -118,6 +118,18 @@ def _bad_samples_are_said(run: ExtractionRun) -> Iterator[Problem]:
         yield from error.problems
 
 
+def _part_can_be(run: ExtractionRun) -> Iterator[Problem]:
+    """CFG-225: the part of the shards that this process makes."""
+    try:
+        _ = run.extraction.share
+    except ValueError as error:
+        found = f"{run.word('extraction.shard_of')} is {run.extraction.shard_of!r}: it {error}."
+        remedy = (
+            "Give for example 37/200; in a Slurm array of 1-200 that is $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_MAX."
+        )
+        yield Problem("CFG-225", found, remedy)
+
+
 EXTRACTION_RULES: tuple[Callable[[ExtractionRun], Iterator[Problem]], ...] = (
     _clips_can_be,
     _short_videos_give_a_clip,
@@ -126,6 +138,7 @@ EXTRACTION_RULES: tuple[Callable[[ExtractionRun], Iterator[Problem]], ...] = (
     _columns_of_files_are_of_a_table,
     _tiles_cover_the_frame,
     _bad_samples_are_said,
+    _part_can_be,
     _images_have_their_encoder,
     _frames_have_others_behind_them,
 )

@@ -24,11 +24,33 @@ class ExtractionSection(Section):
         task: of the models that are to be trained.
         seed: of a clip's start in a longer video, and of the choice between captions.
         device: kind of device; None takes the best there is.
+        draws: clips with their captions that are made of each sample, each with its own chance.
+        shard_rows: rows of a shard; None takes what predicted sizes say.
+        shard_of: `37/200`, the 37th of 200 parts of the shards, which alone are made; None, any that nobody makes.
     """
 
     task: TaskName = DEFAULT.name
     seed: int = Field(1234, ge=0)
     device: Literal["cpu", "cuda", "npu"] | None = None
+    draws: int = Field(1, ge=1)
+    shard_rows: int | None = Field(None, ge=1)
+    shard_of: str | None = None
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """The part of the shards to make: every n-th from number i on, as (i, n).
+
+        Raises:
+            ValueError: `shard_of` is not of the form `i/n` with i from 1 to n.
+        """
+        if self.shard_of is None:
+            return 0, 1
+        part, slash, parts = self.shard_of.partition("/")
+        if not (slash and part.isascii() and part.isdigit() and parts.isascii() and parts.isdigit()):
+            raise ValueError("is not of the form i/n")
+        if not 1 <= int(part) <= int(parts):
+            raise ValueError(f"asks for part {int(part)} of {int(parts)}, which are counted from 1")
+        return int(part) - 1, int(parts)
 
 
 class SourceClip(Clip):
@@ -82,7 +104,7 @@ class StoreSection(Section):
 
 
 class WaitingSection(Section):
-    """Time that a process waits for slower ones."""
+    """Time that a process waits for another one that cuts the rows into shards; for nothing else does it wait."""
 
     timeout_minutes: int = Field(1440, ge=1)
 

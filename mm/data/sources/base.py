@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from mm.config.data import DataSource, SourceFormat
 from mm.config.tasks.task import Column
@@ -52,11 +52,55 @@ class SourceRow:
     row: TableRow | None = None
 
 
-class Read(Protocol):
-    """Reading of a source: its rows, one at a time."""
+class RowKey(NamedTuple):
+    """Words by which a row is told from others before it is checked.
 
-    def __call__(self, source: DataSource, columns: Sequence[Column], /) -> Iterator[SourceRow]:
-        """Read what `source` names; `columns` are the task's, which every row has."""
+    Attributes:
+        name: as `Taken.name`. file: its path. cut: as `Annotation.cut_name`.
+        rest: its captions, or the part of the source that lists it.
+    """
+
+    name: str
+    file: str
+    cut: str
+    rest: str
+
+
+class OpenSource(Protocol):
+    """A source that is being read. A row's text is all that is needed to read it again.
+
+    Attributes:
+        is_table: its annotation file alone says what its rows are.
+    """
+
+    is_table: bool
+
+    def rows(self) -> Iterator[TableRow]:
+        """Read the texts of its rows, in order, one at a time; of a row that cannot be read its problem.
+
+        Raises:
+            DataError: what is wrong with the source as a whole.
+        """
+
+    def row_of(self, text: str, line: int | None) -> TableRow:
+        """A row that `rows` gave without a problem, from its text and line."""
+
+    def key(self, row: TableRow) -> RowKey | None:
+        """Key of a row, which costs little; None where it lacks its path or its caption."""
+
+    def read(self, number: int, row: TableRow) -> SourceRow:
+        """Read a row whole; `number` is its own, from 1."""
+
+
+class Open(Protocol):
+    """Opening of a source."""
+
+    def __call__(self, source: DataSource, columns: Sequence[Column], /) -> OpenSource:
+        """Open what `source` names; `columns` are the task's, which every row has.
+
+        Raises:
+            DataError: DATA-060 for a file that cannot be read, and what else is wrong with it as a whole.
+        """
 
 
 @dataclass(frozen=True)
@@ -66,9 +110,9 @@ class Dialect:
     Attributes:
         name: for `format:`.
         marks: columns by which a table of it is known: it has one of each set.
-        read: its rows.
+        open: a source of it.
     """
 
     name: SourceFormat
     marks: tuple[frozenset[str], ...]
-    read: Read
+    open: Open

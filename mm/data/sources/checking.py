@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
-from pathlib import Path
 
 from mm.config.data import DataSource, data_sources, default_folder
 from mm.config.run.extraction import SourceSection
 from mm.config.tasks.task import Column, Task
-from mm.data.features import text_hash
-from mm.data.files import path_below, raise_limited, require_regular_file
+from mm.data.files import path_below, require_regular_file
 from mm.data.metadata import VideoSample
-from mm.data.sources.base import SourceRow, Taken
+from mm.data.sources.base import OpenSource, RowKey, SourceRow
+from mm.data.sources.naming import LISTED_BEFORE, RowNames, sample_id
 from mm.data.sources.registry import dialect_of
 from mm.data.tables import TableRow
 from mm.errors import DataError, Problem
@@ -57,113 +54,90 @@ def annotated_sources(section: SourceSection) -> list[DataSource]:
     return [replace(source, **said) for source in sources]
 
 
-def check_rows(sources: Sequence[DataSource], task: Task | None = None) -> list[CheckedRow]:
-    """Check every row of all data sets, in order, and keep what is wrong beside each.
-
-    Args:
-        sources: the data sets. task: that the samples are for; None, for none that is known.
-
-    Raises:
-        DataError: what `iterate_rows` raises, and DATA-060 for all rows at once that are no rows of any kind.
-    """
-    rows = list(iterate_rows(sources, task))
-    raise_limited([problem for row in rows for problem in row.problems if problem.id == "DATA-060"])
-    return rows
-
-
 def iterate_rows(sources: Sequence[DataSource], task: Task | None = None) -> Iterator[CheckedRow]:
-    """The rows of all data sets, in order, one at a time, each checked.
-
-    What stays in memory of a row that was given are the keys by which it would be found again.
+    """The rows of all data sets, in order, one at a time, each checked. They are gone through twice: for their names
+    first, of which some bytes a row stay in memory.
 
     Raises:
         DataError: DATA-060 for a file that cannot be read, and what its dialect raises for a file as a whole.
     """
-    listed = Listed()
-    for source_number, source in enumerate(sources):
-        for row in check_source(source, source_number, listed, task):
-            yield replace(row, row=None)
+    opened = RowReader(sources, task)
+    names = RowNames()
+    for source, _, row in opened.rows():
+        names.add(opened.key(source, row), source)
+    kinds, before = names.resolve()
+    first = set(before.values())
+    places: dict[int, str] = {}
+    for index, (source, number, row) in enumerate(opened.rows()):
+        listed_before = places[before[index]] if index in before else None
+        checked = opened.check(source, number, row, int(kinds[index]), listed_before)
+        if index in first:
+            places[index] = checked.place
+        yield checked
 
 
-def check_source(source: DataSource, number: int, listed: Listed, task: Task | None) -> Iterator[CheckedRow]:
-    """The rows of one data set, checked.
+class RowReader:
+    """Data sets, open, and the samples that their rows describe."""
 
-    Args:
-        source: the data set. number: which one it is.
-        listed: the rows before it; its own are added.
-        task: as in `check_rows`.
-    """
-    columns: tuple[Column, ...] = task.columns if task is not None else ()
-    told = set[str]()
-    for row in dialect_of(source).read(source, columns):
-        roles = set() if row.taken is None else row.taken.roles.keys() - told
-        if roles:
-            log.info(
-                "%s: no task takes files of the roles %s; they are left out",
-                source.annotation,
-                ", ".join(sorted(roles)),
-            )
-            told |= roles
-        yield _check(row, number, listed, task)
+    def __init__(self, sources: Sequence[DataSource], task: Task | None = None) -> None:
+        """Open them; arguments and errors are those of `iterate_rows`."""
+        columns: tuple[Column, ...] = task.columns if task is not None else ()
+        self.sources, self._task = sources, task
+        self._open: list[OpenSource] = [dialect_of(source).open(source, columns) for source in sources]
+        self._told: list[set[str]] = [set() for _ in sources]
 
+    def are_tables(self) -> list[bool]:
+        """Tell of each data set whether its table alone says what its rows are."""
+        return [opened.is_table for opened in self._open]
 
-def _check(row: SourceRow, source: int, listed: Listed, task: Task | None) -> CheckedRow:
-    taken, problems = row.taken, list(row.problems)
-    sample = None
-    if taken is not None:
-        try:
-            file = path_below(taken.folder, taken.annotation.path, row.place)
-            name = listed.add(taken, f"{source}:{taken.name}" if source else taken.name, row.place)
-            kept = taken.annotation, taken.columns, taken.kind, taken.roles
-            sample = VideoSample(name, file, taken.annotation.captions, *kept)
-            if task is not None and task.frames and taken.kind == "image":
-                message = f"{row.place}: {file} is an image; the one frame that it has is given in {task.name}."
-                problems.append(Problem("DATA-047", message, "Leave the row out; clips need at least 5 frames."))
-            require_regular_file(file, row.place)
-        except DataError as error:
-            problems += error.problems
-    return CheckedRow(source, row.number, row.place, sample, tuple(problems), row.row)
+    def rows(self) -> Iterator[tuple[int, int, TableRow]]:
+        """All rows in order, unchecked: which data set (0, 1, ...), which row of it (1, 2, ...), and its text."""
+        for source, opened in enumerate(self._open):
+            for number, row in enumerate(opened.rows(), start=1):
+                yield source, number, row
 
+    def row_of(self, source: int, text: str, line: int | None) -> TableRow:
+        """A row that `rows` gave without a problem, from its text and line."""
+        return self._open[source].row_of(text, line)
 
-class Listed:
-    """The rows of some sources so far: gives each sample its id, and knows what was listed before.
+    def key(self, source: int, row: TableRow) -> RowKey | None:
+        """Key of a row; None for one that cannot be read, or lacks its path or caption."""
+        return self._open[source].key(row) if row.problem is None else None
 
-    A row is kept as two keys of 16 bytes and its place, some 0.5 kB.
-    """
-
-    def __init__(self) -> None:
-        self._rows: dict[bytes, str] = {}  # file, cut and captions: where
-        self._ids: dict[bytes, str] = {}
-        self._folders: dict[Path, str] = {}
-
-    def add(self, taken: Taken, name: str, place: str) -> str:
-        """The id of a row's sample.
-
-        A file is known by the path that is written; where a link leads does not matter. Each part of a source may list
-        it.
+    def check(self, source: int, number: int, row: TableRow, kind: int, listed_before: str | None = None) -> CheckedRow:
+        """The sample that a row describes, with all that is wrong with it.
 
         Args:
-            taken: what the row says. name: the id of a file that is listed once. place: how to call the row.
-
-        Raises:
-            DataError: DATA-064 for a row that says what one before it said.
+            source, number, row: as `rows` gives them. kind: of its id (`mm.data.sources.naming`).
+            listed_before: the place of the row that said the same, where there is one.
         """
-        row = taken.annotation
-        if taken.folder not in self._folders:
-            self._folders[taken.folder] = os.path.realpath(taken.folder)
-        captions = json.dumps(row.captions)
-        file = os.path.join(self._folders[taken.folder], os.path.normpath(row.path))
-        what = _key(file, row.cut_name, captions, taken.part)
-        names = (name, f"{name}//{row.cut_name}", f"{name}//{row.cut_name}//{text_hash(captions)}")
-        free = [name for name in names if _key(name) not in self._ids]
-        if what in self._rows or not free:
-            before = self._rows.get(what) or self._ids[_key(name)]
-            message = f"{place}: {row.path} is listed before, with this cut and caption, in {before}."
-            raise DataError("DATA-064", message, "Keep one of the two rows.")
-        self._rows[what] = self._ids[_key(free[0])] = place
-        return free[0]
+        found = self._open[source].read(number, row)
+        taken, problems = found.taken, list(found.problems)
+        self._tell_roles(source, found)
+        sample = None
+        if taken is not None:
+            task, annotation = self._task, taken.annotation
+            try:
+                file = path_below(taken.folder, annotation.path, found.place)
+                if kind == LISTED_BEFORE:
+                    said = f"{annotation.path} is listed before, with this cut and caption, in {listed_before}."
+                    raise DataError("DATA-064", f"{found.place}: {said}", "Keep one of the two rows.")
+                name = f"{source}:{taken.name}" if source else taken.name
+                name = sample_id(name, annotation.cut_name, json.dumps(annotation.captions), kind)
+                kept = annotation, taken.columns, taken.kind, taken.roles
+                sample = VideoSample(name, file, annotation.captions, *kept)
+                if task is not None and task.frames and taken.kind == "image":
+                    message = f"{found.place}: {file} is an image; the one frame that it has is given in {task.name}."
+                    problems.append(Problem("DATA-047", message, "Leave the row out; clips need at least 5 frames."))
+                require_regular_file(file, found.place)
+            except DataError as error:
+                problems += error.problems
+        return CheckedRow(source, number, found.place, sample, tuple(problems), found.row)
 
-
-def _key(*words: str) -> bytes:
-    """Sixteen bytes that stand for some words."""
-    return blake2b("\0".join(words).encode(errors="surrogateescape"), digest_size=16).digest()
+    def _tell_roles(self, source: int, row: SourceRow) -> None:
+        """Say once for each role that nothing takes its files."""
+        new = set() if row.taken is None else row.taken.roles.keys() - self._told[source]
+        if new:
+            message = "%s: no task takes files of the roles %s; they are left out"
+            log.info(message, self.sources[source].annotation, ", ".join(sorted(new)))
+            self._told[source] |= new

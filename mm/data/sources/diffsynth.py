@@ -7,13 +7,13 @@ reads `video` alone; here a row with an `image` and no `video` is one too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from mm.config.data import DataSource
 from mm.config.tasks.task import Column
-from mm.data.sources.base import Dialect, SourceRow, Taken
+from mm.data.sources.base import Dialect, OpenSource, Taken
 from mm.data.sources.cells import Cells
-from mm.data.sources.table import UNUSED_COLUMNS, table_rows, target
+from mm.data.sources.table import UNUSED_COLUMNS, CellSource, target
 
 _ROLES = {
     "control_video": "control",
@@ -42,9 +42,15 @@ def _take(cells: Cells, source: DataSource, /) -> Taken | None:
     return target(path, captions, source, kind=kind, roles={role: paths for role, paths in files.items() if paths})
 
 
-def _read(source: DataSource, columns: Sequence[Column], /) -> Iterator[SourceRow]:
-    needed = frozenset({"video", "image"}), frozenset({"prompt"})
-    yield from table_rows(source, columns, take=_take, needed=needed, unused=UNUSED_COLUMNS | _UNUSED)
+def _open(source: DataSource, columns: Sequence[Column], /) -> OpenSource:
+    return CellSource(
+        source,
+        columns,
+        take=_take,
+        path_columns=("video", "image"),
+        caption_columns=("prompt",),
+        unused=UNUSED_COLUMNS | _UNUSED,
+    )
 
 
-DIFFSYNTH = Dialect("diffsynth", (frozenset({"video", "image"}), frozenset({"prompt"})), _read)
+DIFFSYNTH = Dialect("diffsynth", (frozenset({"video", "image"}), frozenset({"prompt"})), _open)

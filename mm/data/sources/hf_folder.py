@@ -5,13 +5,13 @@ A column that ends in `_file_name` or `_file_names` names further files, whose r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from mm.config.data import DataSource
 from mm.config.tasks.task import Column
-from mm.data.sources.base import Dialect, SourceRow, Taken
+from mm.data.sources.base import Dialect, OpenSource, Taken
 from mm.data.sources.cells import Cells
-from mm.data.sources.table import table_rows, target
+from mm.data.sources.table import CellSource, target
 
 _CAPTIONS = ("text", "caption", "prompt")
 _BESIDE = ("_file_name", "_file_names")
@@ -33,9 +33,8 @@ def _take(cells: Cells, source: DataSource, /) -> Taken | None:
     return target(path, captions, source, kind=kind, roles={role: paths for role, paths in roles.items() if paths})
 
 
-def _read(source: DataSource, columns: Sequence[Column], /) -> Iterator[SourceRow]:
-    needed = frozenset({"file_name"}), frozenset(_CAPTIONS)
-    yield from table_rows(source, columns, take=_take, needed=needed)
+def _open(source: DataSource, columns: Sequence[Column], /) -> OpenSource:
+    return CellSource(source, columns, take=_take, path_columns=("file_name",), caption_columns=_CAPTIONS)
 
 
-HF_FOLDER = Dialect("hf-folder", (frozenset({"file_name"}),), _read)
+HF_FOLDER = Dialect("hf-folder", (frozenset({"file_name"}),), _open)

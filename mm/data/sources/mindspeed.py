@@ -6,7 +6,7 @@ What the optional fields say is compared with the video when it is read (mm/data
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mm.config.base import parse
@@ -16,35 +16,39 @@ from mm.config.tasks.task import Column
 from mm.data.metadata import Annotation
 from mm.data.sources.base import Dialect, SourceRow, Taken
 from mm.data.sources.cells import caption_problems
-from mm.data.sources.table import UNUSED_COLUMNS, Unused, place_of
-from mm.data.tables import Form, open_table
+from mm.data.sources.table import UNUSED_COLUMNS, TableSource, Unused, place_of
+from mm.data.tables import Form, TableRow
 from mm.errors import ConfigError, DataError, Problem
 
 OTHER_NAMES = {"text": "cap", "caption": "cap", "prompt": "cap", "video": "path", "video_path": "path", "file": "path"}
 
 
-def _read(source: DataSource, columns: Sequence[Column], /) -> Iterator[SourceRow]:
-    table = open_table(source.annotation, "DATA-060")
-    if table.form is Form.CSV:
-        found = f"{source.annotation} is CSV, and MindSpeed-MM's rows, which hold lists and objects, are JSON."
-        raise DataError("DATA-060", found, "Write it with pandas' to_json(orient='records', lines=True).")
-    without = Unused(UNUSED_COLUMNS | ALL_COLUMNS - {column.name for column in columns}, source.annotation)
-    for number, row in enumerate(table, start=1):
-        place = place_of(table, number, row)
+class _Mindspeed(TableSource):
+    """A table of rows as `mm.data.metadata.Annotation` has them."""
+
+    def __init__(self, source: DataSource, columns: Sequence[Column]) -> None:
+        super().__init__(source, path_columns=("path",), caption_columns=("cap",))
+        if self.table.form is Form.CSV:
+            found = f"{source.annotation} is CSV, and MindSpeed-MM's rows, which hold lists and objects, are JSON."
+            raise DataError("DATA-060", found, "Write it with pandas' to_json(orient='records', lines=True).")
+        self._columns = columns
+        self._without = Unused(UNUSED_COLUMNS | ALL_COLUMNS - {column.name for column in columns}, source.annotation)
+
+    def read(self, number: int, row: TableRow) -> SourceRow:
+        """Read a row whole."""
+        place = place_of(self.table, number, row)
         if row.problem is not None:
-            yield SourceRow(number, place, None, (row.problem,), row)
-            continue
-        values = without(row.value) if isinstance(row.value, dict) else row.value
-        rest, numbers, problems = _taken_columns(values, columns, place)
+            return SourceRow(number, place, None, (row.problem,), row)
+        values = self._without(row.value) if isinstance(row.value, dict) else row.value
+        rest, numbers, problems = _taken_columns(values, self._columns, place)
         try:
             annotation = parse(Annotation, rest, place)
         except ConfigError as error:
             wrong = [Problem("DATA-061", problem.message, problem.remedy) for problem in error.problems]
-            yield SourceRow(number, place, None, (*wrong, *problems, *_other_names(values, place)), row)
-            continue
+            return SourceRow(number, place, None, (*wrong, *problems, *_other_names(values, place)), row)
         problems += caption_problems(annotation.captions, place, "cap")
-        taken = Taken(annotation, source.folder, os.path.normpath(annotation.path), columns=numbers)
-        yield SourceRow(number, place, taken, tuple(problems), row)
+        taken = Taken(annotation, self.source.folder, os.path.normpath(annotation.path), columns=numbers)
+        return SourceRow(number, place, taken, tuple(problems), row)
 
 
 def _taken_columns(values: Any, columns: Sequence[Column], place: str) -> tuple[Any, dict[str, float], list[Problem]]:
@@ -72,4 +76,4 @@ def _other_names(values: Any, place: str) -> list[Problem]:
     ]
 
 
-MINDSPEED = Dialect("mindspeed", (frozenset({"path", "cap"}),), _read)
+MINDSPEED = Dialect("mindspeed", (frozenset({"path", "cap"}),), _Mindspeed)

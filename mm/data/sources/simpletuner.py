@@ -19,13 +19,14 @@ from mm.config.storage import Remote, location_of
 from mm.config.tasks.task import Column
 from mm.data.files import path_below, raise_limited
 from mm.data.metadata import Annotation
-from mm.data.sources.base import Dialect, SourceRow, Taken
+from mm.data.sources.base import Dialect, RowKey, SourceRow, Taken
 from mm.data.sources.buckets import local_copy
 from mm.data.sources.cells import IMAGE_ENDINGS, VIDEO_ENDINGS, caption_problems, kind_of
 from mm.data.sources.parquet_captions import parquet_captions
 from mm.data.sources.simpletuner_entries import SAMPLES, STORES, Entry
 from mm.data.sources.simpletuner_rules import read_entries
 from mm.data.sources.walk import files_below, listed_names
+from mm.data.tables import TableRow
 from mm.errors import DataError, Problem
 
 log = logging.getLogger(__name__)
@@ -53,24 +54,49 @@ class _Folder:
     names: dict[Path, dict[str, list[str]]] = field(default_factory=dict)
 
 
-def _read(source: DataSource, columns: Sequence[Column], /) -> Iterator[SourceRow]:
-    if columns:
-        names = ", ".join(column.name for column in columns)
-        found = f"{source.annotation} has no place for {names}, which every sample of the task has."
-        raise DataError("DATA-171", found, "List the samples in a table with that column.")
-    entries = [entry for entry in read_entries(source.annotation) if not entry.is_off]
-    taken = _taken(entries, source)
-    _tell(entries, source)
-    number = 0
-    for folder in _folders(entries, taken, source):
-        is_empty = True
-        for path in _files(folder):
-            number, is_empty = number + 1, False
-            yield _row(folder, path, number)
-        if is_empty:
-            remedy = "Correct instance_data_dir or dataset_type, or disable the entry."
-            found = f"{folder.place}: no {folder.entry.dataset_type} lies below {folder.root}."
-            raise DataError("DATA-173", found, remedy)
+class _SimpleTuner:
+    """Files below the folders of entries. The text of a row is the number of its folder and its path there."""
+
+    is_table = False
+
+    def __init__(self, source: DataSource, columns: Sequence[Column]) -> None:
+        if columns:
+            names = ", ".join(column.name for column in columns)
+            found = f"{source.annotation} has no place for {names}, which every sample of the task has."
+            raise DataError("DATA-171", found, "List the samples in a table with that column.")
+        entries = [entry for entry in read_entries(source.annotation) if not entry.is_off]
+        taken = _taken(entries, source)
+        _tell(entries, source)
+        self._open = _folders(entries, taken, source)
+        self._roots = [os.path.realpath(folder.root) for folder in self._open]
+
+    def rows(self) -> Iterator[TableRow]:
+        """Walk through the folders."""
+        for number, folder in enumerate(self._open):
+            is_empty = True
+            for path in _files(folder):
+                is_empty = False
+                yield self.row_of(f"{number}:{path}", None)
+            if is_empty:
+                remedy = "Correct instance_data_dir or dataset_type, or disable the entry."
+                found = f"{folder.place}: no {folder.entry.dataset_type} lies below {folder.root}."
+                raise DataError("DATA-173", found, remedy)
+
+    def row_of(self, text: str, line: int | None) -> TableRow:
+        """A row from its text."""
+        number, _, path = text.partition(":")
+        return TableRow(text, (int(number), path), line=line)
+
+    def key(self, row: TableRow) -> RowKey:
+        """Key of a row: a file is listed once in each entry, whatever its captions."""
+        number, path = row.value
+        entry = self._open[number].entry
+        return RowKey(f"{entry.id}:{path}", f"{self._roots[number]}/{path}", "0-", entry.id)
+
+    def read(self, number: int, row: TableRow) -> SourceRow:
+        """Read a row whole."""
+        folder, path = row.value
+        return _row(self._open[folder], path, number)
 
 
 def _taken(entries: Sequence[Entry], source: DataSource) -> list[Entry]:
@@ -244,4 +270,6 @@ def _media_by_stem(folder: Path) -> dict[str, list[str]]:
     return names
 
 
-SIMPLETUNER = Dialect("simpletuner", (frozenset({"id"}), frozenset({"dataset_type", "instance_data_dir"})), _read)
+SIMPLETUNER = Dialect(
+    "simpletuner", (frozenset({"id"}), frozenset({"dataset_type", "instance_data_dir"})), _SimpleTuner
+)

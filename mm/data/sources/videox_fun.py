@@ -9,15 +9,16 @@ ones, which win there, are refused like everywhere here.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from mm.config.data import DataSource
 from mm.config.tasks.task import Column
 from mm.data.metadata import Resolution
-from mm.data.sources.base import Dialect, SourceRow, Taken
+from mm.data.sources.base import Dialect, OpenSource, SourceRow, Taken
 from mm.data.sources.cells import Cells
-from mm.data.sources.table import UNUSED_COLUMNS, table_rows, target
+from mm.data.sources.table import UNUSED_COLUMNS, CellSource, target
+from mm.data.tables import TableRow
 
 log = logging.getLogger(__name__)
 
@@ -42,15 +43,28 @@ def _take(cells: Cells, source: DataSource, /) -> Taken | None:
     return target(path, captions, source, kind=kind, roles=roles, resolution=resolution)
 
 
-def _read(source: DataSource, columns: Sequence[Column], /) -> Iterator[SourceRow]:
-    needed = frozenset({"file_path"}), frozenset({"text"})
-    told = False
-    for row in table_rows(source, columns, take=_take, needed=needed, unused=UNUSED_COLUMNS - _FACTS):
-        value = row.row.value if row.row is not None else None
-        if not told and isinstance(value, dict) and not value.get("type"):
-            log.info("%s: rows without type are what the endings of their files say", source.annotation)
-            told = True
-        yield row
+class _VideoxFun(CellSource):
+    """A table that tells, once, that kinds of files come from their endings."""
+
+    _told = False
+
+    def read(self, number: int, row: TableRow) -> SourceRow:
+        """Read a row whole."""
+        if not self._told and isinstance(row.value, dict) and not row.value.get("type"):
+            log.info("%s: rows without type are what the endings of their files say", self.source.annotation)
+            self._told = True
+        return super().read(number, row)
 
 
-VIDEOX_FUN = Dialect("videox-fun", (frozenset({"file_path"}),), _read)
+def _open(source: DataSource, columns: Sequence[Column], /) -> OpenSource:
+    return _VideoxFun(
+        source,
+        columns,
+        take=_take,
+        path_columns=("file_path",),
+        caption_columns=("text",),
+        unused=UNUSED_COLUMNS - _FACTS,
+    )
+
+
+VIDEOX_FUN = Dialect("videox-fun", (frozenset({"file_path"}),), _open)

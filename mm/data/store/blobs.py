@@ -17,7 +17,9 @@ from mm.data.store.table import digest_of
 from mm.errors import DataError
 
 PROMPT_ID = "prompt"  # what a caption's blob says in place of a sample
-REMEDY = "Run mm data repair on the store, then what wrote it (mm migrate shards), which makes its shard again."
+REMEDY = (
+    "Run mm data repair on the store, then what wrote it (mm extract, mm migrate shards), which makes its shard again."
+)
 
 
 @dataclass(frozen=True, slots=True)

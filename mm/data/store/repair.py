@@ -102,11 +102,30 @@ def damaged_shards(store: Path, done: Callable[[int, int], None]) -> list[Damage
     return found
 
 
-def drop_shards(store: Path, damaged: Sequence[DamagedShard]) -> None:
-    """Remove damaged shards, and first of all what says that the store is finished."""
+def shards_that_lack_clips(store: Path) -> list[int]:
+    """The shards from which an extraction left clips out; raises DATA-150 for one without a readable index."""
+    found = []
+    for number in _present(store):
+        about = read_table_header(shard_folder(store, number) / INDEX, KIND, "Run mm data repair on the store.").about
+        if about.get("skipped"):
+            found.append(number)
+    return found
+
+
+def drop_shards(store: Path, numbers: Sequence[int], drop: Callable[[Path, int], None]) -> None:
+    """Drop shards, and first of all what says that the store is finished.
+
+    Args:
+        store: its folder. numbers: of the shards. drop: `delete_shard`, or what keeps whole samples of one.
+    """
     (store / MANIFEST).unlink(missing_ok=True)
-    for shard in damaged:
-        shutil.rmtree(shard_folder(store, shard.number), ignore_errors=True)
+    for number in numbers:
+        drop(store, number)
+
+
+def delete_shard(store: Path, number: int) -> None:
+    """Remove a shard."""
+    shutil.rmtree(shard_folder(store, number), ignore_errors=True)
 
 
 def catalog_is_whole(store: Path) -> bool:

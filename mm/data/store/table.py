@@ -34,14 +34,8 @@ DIGEST_BYTES = 16
 _PREFIX = len(MAGIC) + DIGEST_BYTES + 8
 _MAX_HEADER_BYTES = 64 * 2**20
 _CHUNK = 2**20
-_DAMAGED = (
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    RecursionError,
-    SyntaxError,
-)  # the last of a dtype, by numpy
+# the last of a dtype, by numpy
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, SyntaxError)
 _LOOK = "Check its permissions and the disk it is on."
 
 Column = NDArray[Any]

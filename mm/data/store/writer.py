@@ -102,8 +102,15 @@ class ShardWriter:
         self._names += name
         self._rows.append(row)
 
-    def commit(self) -> None:
-        """Make the shard part of the store. Where another process did that before, its shard stays, which is equal."""
+    def commit(self, said: Mapping[str, Any] | None = None, files: Mapping[str, bytes] | None = None) -> None:
+        """Make the shard part of the store. Where another process did that before, its shard stays, which is equal.
+
+        Args:
+            said: further facts for the index's header. files: further files of the shard, by name.
+
+        Raises:
+            DataError: DATA-018 and DATA-019 when it cannot be written.
+        """
         try:
             self._body.flush()
             os.fsync(self._body.fileno())
@@ -111,6 +118,8 @@ class ShardWriter:
             raise write_error(self._folder / BODY, self._end, error) from error
         lines = [(row.model_dump_json(exclude={"file"}) + "\n").encode() for row in self._rows]
         write_atomically(self._folder / LISTING, lines, sum(map(len, lines)))
+        for name, content in (files or {}).items():
+            write_atomically(self._folder / name, [content], len(content))
         samples = np.array(self._samples, SAMPLE)
         prompts = np.array([self._prompts[key] for key in sorted(self._prompts)], PROMPT)
         order, shapes = order_by_shape(samples["shape"])
@@ -126,6 +135,7 @@ class ShardWriter:
             "body_bytes": self._end,
             "shapes": [[*shape, count] for shape, count in shapes.items()],
             "identity": identity_of(self._rows),
+            **(said or {}),
         }
         write_table(self._folder / INDEX, KIND, about, columns)
         target = shard_folder(self._store, self._number)

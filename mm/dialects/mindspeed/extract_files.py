@@ -85,8 +85,17 @@ class ExtractFlags(Flags):
     device: Literal["cpu", "cuda", "npu"] | None = sets(
         "extraction.device", None, description="kind of device; default: the best there is"
     )
+    draws: int = sets(
+        "extraction.draws", 1, ge=1, description="clips of each sample, each with another start, crop and caption"
+    )
+    shard_rows: int | None = sets(
+        "extraction.shard_rows", None, ge=1, description="rows of a shard; default: about 512 MB, of small tables less"
+    )
+    shard_of: str | None = sets(
+        "extraction.shard_of", None, description="make only a part of the shards: 37/200 is the 37th of 200 parts"
+    )
     distributed_timeout_minutes: int = sets(
-        "supervision.timeout_minutes", 1440, ge=1, description="how long a process waits for slower ones"
+        "supervision.timeout_minutes", 1440, ge=1, description="how long to wait for a process that plans the shards"
     )
 
 

@@ -1,0 +1,80 @@
+"""Rows of a plan as what is to be encoded: checked, their files looked at, their captions chosen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from mm.config.bad_samples import OnBadSample
+from mm.config.run.extraction import SourceClip
+from mm.data.clips import check_announced_length
+from mm.data.features import Origin, text_hash, video_fingerprint
+from mm.data.files import MAX_PROBLEMS_SHOWN, raise_limited
+from mm.data.metadata import VideoSample
+from mm.data.sources.checking import CheckedRow
+from mm.errors import DataError, Problem
+from mm.extract.skipping import FAULTS_OF_A_VIDEO, BadClip
+
+
+def check_rows(rows: Iterable[CheckedRow], clip: SourceClip, policy: OnBadSample) -> None:
+    """Refuse rows that are wrong, and where bad samples stop the work also those whose video is known to be bad.
+
+    Raises:
+        DataError: DATA-060 for all rows that cannot be read at all; else DATA-001, DATA-047 and DATA-061 to DATA-064
+            for rows; else DATA-004 and DATA-160 for videos that are too short or long by their own annotation.
+    """
+    unread, wrong, short = list[Problem](), list[Problem](), list[Problem]()
+    skippable = FAULTS_OF_A_VIDEO if policy.skips else frozenset()
+    for row in rows:
+        unread += [problem for problem in row.problems if problem.id == "DATA-060"]
+        wrong += [problem for problem in row.problems if problem.id not in skippable]
+        if not policy.skips:
+            short += _of_length(row, clip)
+        if max(map(len, (unread, wrong, short))) > 100 * MAX_PROBLEMS_SHOWN:
+            break  # enough to tell
+    for problems in (unread, wrong, short):
+        raise_limited(problems)
+
+
+def look(row: CheckedRow, clip: SourceClip) -> str:
+    """A word that changes when the file of a row or its captions do; of a clip known to be bad the error's id."""
+    sample = usable(row, clip)
+    if isinstance(sample, BadClip):
+        return sample.error
+    try:
+        return f"{source_word(sample)} {text_hash(json.dumps(sample.captions))}"
+    except DataError as error:
+        return error.id
+
+
+def usable(row: CheckedRow, clip: SourceClip) -> VideoSample | BadClip:
+    """The sample of a row that `check_rows` let pass, or what is known to be wrong with its video."""
+    if row.sample is None:
+        raise ValueError("a row without a sample was let pass")
+    problems = [*row.problems, *_of_length(row, clip)]
+    return BadClip.of(row.sample.id, row.sample.file, problems[0]) if problems else row.sample
+
+
+def source_word(sample: VideoSample, draw: int = 0) -> str:
+    """Word for all that a draw's clip is made from: the video, its cut, the task's columns, and the draw.
+
+    Raises:
+        DataError: DATA-001 for a video that cannot be read.
+    """
+    cut = f"@{sample.annotation.cut_name}" if sample.annotation.cut else ""
+    columns = "".join(f"#{name}={value!r}" for name, value in sample.columns.items())
+    return f"{video_fingerprint(sample.file)}{cut}{columns}{f'~{draw}' if draw else ''}"
+
+
+def origin_of(sample: VideoSample, draw: int, caption: str, recipe_key: str) -> Origin:
+    """Source of a draw's features; raises what `source_word` raises."""
+    return Origin(sample.id, recipe_key, text_hash(caption), source_word(sample, draw))
+
+
+def _of_length(row: CheckedRow, clip: SourceClip) -> tuple[Problem, ...]:
+    try:
+        if row.sample is not None:
+            check_announced_length(row.sample, clip)
+    except DataError as error:
+        return error.problems
+    return ()
