@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from annotated import check_rows
 from feature_samples import write_clip
 from object_storage import BUCKET, S3, proxy_before, status
 
 from mm.config.data import DataSource
 from mm.config.storage import Storage
-from mm.data.sources.checking import check_rows
 from mm.errors import DataError
 
 
