@@ -11,7 +11,8 @@ slot is computed by itself, from keyed bijections (`mm.data.bijection`) in place
   group, come first in its next epoch. With one bucket the groups are the walk itself, whatever their size.
 - A source may hold K draws of each of its samples (other clips of one video): its epoch e takes draw e mod K, and what
   is left over of a bucket comes first in the next epoch of that draw.
-- Sources are mixed by weight, exactly in every 4,096 slots to a group, in an order drawn for each such block.
+- Sources are mixed by weight, exactly in every 4,096 slots to a group: which slots are whose is drawn for each such
+  block, and each source's groups come in their own order.
 """
 
 from __future__ import annotations
@@ -102,9 +103,8 @@ class SamplingPlan:
         self._walks = [[_Walk(bucket, source.draws, seed, shuffle) for bucket in source.buckets] for source in sources]
         self._sources = [_SourceGroups(source, number, seed, shuffle) for number, source in enumerate(sources)]
         self._phases = _phases(sources)
-        self._order = lru_cache(maxsize=2)(
-            lambda phase, block, size: _order(size, seed, f"mixture {phase}", block, shuffle)
-        )
+        self._seed, self._shuffle = seed, shuffle
+        self._blocks = lru_cache(maxsize=2)(self._block)
 
     @property
     def is_even(self) -> bool:
@@ -162,14 +162,21 @@ class SamplingPlan:
         if len(phase.sources) == 1:
             return phase.sources[0], phase.before[0] + slot - phase.begin
         block, place = divmod(slot - phase.begin, _BLOCK)
+        return self._blocks(number, block)[place]
+
+    def _block(self, number: int, block: int) -> list[tuple[int, int]]:
+        """The source of each slot of a block of a phase, and how many of its groups came before."""
+        phase = self._phases[number]
         begin, end = block * _BLOCK, phase.end_of_block(block)
-        before, until = phase.counts(begin), phase.counts(end)
-        quotas = [b - a for a, b in zip(before, until, strict=True)]
-        rank = self._order(number, block, end - begin)(place)
-        ends = list(accumulate(quotas))
-        which = bisect_right(ends, rank)
-        in_block = rank - (ends[which] - quotas[which])
-        return phase.sources[which], phase.before[which] + before[which] + in_block
+        done, until = phase.counts(begin), phase.counts(end)
+        ends = list(accumulate(b - a for a, b in zip(done, until, strict=True)))
+        order = _order(end - begin, self._seed, f"mixture {number}", block, self._shuffle)
+        found = []
+        for place in range(end - begin):
+            which = bisect_right(ends, order(place))
+            found.append((phase.sources[which], phase.before[which] + done[which]))
+            done[which] += 1
+        return found
 
 
 class _Walk:

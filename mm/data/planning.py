@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -52,18 +53,26 @@ def sampling_plan(
     sources: list[PlannedSource] = []
     small: list[Problem] = []
     for source in sources_of(dataset, mixture, batches.micro_batch_size, shuffle=shuffle, min_bucket=min_bucket):
-        small += [_too_small(source, shape, bucket) for (_, shape), bucket in sorted(source.small.items())]
+        small += [_too_small(source, shape, bucket, min_bucket) for (_, shape), bucket in sorted(source.small.items())]
         if source.buckets:
             sources.append(_planned(source, batches))
     if min_bucket == "error" or not sources:
         raise_limited(small)
     for problem in small:
         logger.warning("left out: %s", problem.message)
+    _tell_of_late_shares(mixture, num_steps)
     plan = SamplingPlan(sources, seed, shuffle=shuffle)
     if plan.end is not None and (num_steps is None or plan.end < num_steps * batches.groups_of_step):
         message = f"In data.mixture.shares no store is open at step {plan.end // batches.groups_of_step}."
         raise ConfigError("CFG-204", message, "Let the shares' begin_step and end_step leave no gap.")
     return plan
+
+
+def _tell_of_late_shares(mixture: Mixture, num_steps: int | None) -> None:
+    for share in mixture.shares:
+        if num_steps is not None and share.begin_step >= num_steps:
+            message = "%s comes after step %d, and the run ends with step %d: none of its samples are trained on"
+            logger.warning(message, share.folder, share.begin_step, num_steps)
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ def sources_of(
 def describe_plan(
     dataset: FeatureDataset,
     mixture: Mixture,
-    micro_batch_size: int,
+    batches: BatchPlan,
     *,
     shuffle: bool,
     min_bucket: MinBucket = "error",
@@ -118,12 +127,16 @@ def describe_plan(
     Stores are told by their place in the list, since where they lie does not matter. Raises CFG-203 as `sampling_plan`.
     """
     words = [_ORDER if shuffle else AS_LISTED]
-    several = max(mixture.sizes(micro_batch_size)) > 1
+    several = max(mixture.sizes(batches.micro_batch_size)) > 1
     if len(dataset.shapes()) > 1 and (shuffle or several):
         small = f", small ones: {min_bucket}" if several else ""
-        words.append(f"groups of {micro_batch_size} samples of a shape{small}")
+        words.append(f"groups of {batches.micro_batch_size} samples of a shape{small}")
     elif mixture.shares:
-        words.append(f"groups of {micro_batch_size}")
+        words.append(f"groups of {batches.micro_batch_size}")
+    if mixture.shares:
+        words.append("stores mixed, each in its own order")
+    if any(share.begin_step or share.end_step is not None for share in mixture.shares):
+        words.append(f"steps of {batches.groups_of_step}")  # which say at which group a share begins
     shares = [share for *_, share in _parts(dataset, mixture)]
     for number, share in enumerate(shares, start=1):
         if share is not None:
@@ -139,7 +152,8 @@ def _parts(dataset: FeatureDataset, mixture: Mixture) -> Iterator[tuple[str, int
         yield "the features", 0, dataset, None
         return
     shares = {_store_name(share.folder): share for share in mixture.shares}
-    parts = {_store_name(str(folder)): (first, part) for folder, first, part in dataset.parts()}
+    listed = [(_store_name(str(folder)), first, part) for folder, first, part in dataset.parts()]
+    parts = {folder: (first, part) for folder, first, part in listed}
     problems = [
         Problem(
             "CFG-203",
@@ -151,6 +165,10 @@ def _parts(dataset: FeatureDataset, mixture: Mixture) -> Iterator[tuple[str, int
     ]
     if len(shares) < len(mixture.shares):
         problems.append(Problem("CFG-203", "data.mixture.shares names a store twice.", "Give each store one share."))
+    if len(parts) < len(listed):
+        twice = next(folder for folder, count in Counter(folder for folder, *_ in listed).items() if count > 1)
+        found = f"The features name {twice} twice, and data.mixture.shares has one share for each store."
+        problems.append(Problem("CFG-203", found, "Name it once, and give it a share with repeats."))
     raise_all(ConfigError, problems)
     for folder, (first, part) in parts.items():
         yield folder, first, part, shares.get(folder)
@@ -214,10 +232,11 @@ def _planned(source: SourceOfData, batches: BatchPlan) -> PlannedSource:
     )
 
 
-def _too_small(source: SourceOfData, shape: LatentShape, bucket: Bucket) -> Problem:
+def _too_small(source: SourceOfData, shape: LatentShape, bucket: Bucket, min_bucket: MinBucket) -> Problem:
     few, micro_batch = "1 sample" if bucket.size == 1 else f"{bucket.size} samples", source.micro_batch_size
     return Problem(
         "DATA-015",
         f"{few} of {source.where} have latents {list(shape)}, and a micro-batch takes {micro_batch} of one shape.",
-        "Add samples of that shape, take smaller micro-batches, or set data.min_bucket to drop or repeat.",
+        "Add samples of that shape, take smaller micro-batches, or set data.min_bucket to "
+        + ("repeat; with drop no sample is left." if min_bucket == "drop" else "drop or repeat."),
     )

@@ -21,6 +21,7 @@ from mm.config.run.origins import RUN_FILE
 from mm.config.step import DataSettings, StepSettings, step_settings
 from mm.data.packing import check_budget, most_places
 from mm.data.planning import describe_plan, sources_of
+from mm.data.sampler import BatchPlan
 from mm.device.backend import free_host_bytes
 from mm.errors import ConfigError
 from mm.lora.plan import starting_values
@@ -130,9 +131,8 @@ def settings_of(run: Run) -> StepSettings:
     features, held_out = (None if one is None else DataSettings(num_samples=one[0], identity=one[1]) for one in found)
     assert features is not None  # noqa: S101  a run has features
     data = run.sections.data
-    plan = describe_plan(
-        run.dataset, data.mixture, data.micro_batch_size, shuffle=data.shuffle, min_bucket=data.min_bucket
-    )
+    batches = BatchPlan(run.global_batch_size, data.micro_batch_size)
+    plan = describe_plan(run.dataset, data.mixture, batches, shuffle=data.shuffle, min_bucket=data.min_bucket)
     features = features.model_copy(update={"shuffle": data.shuffle, "plan": plan})
     return step_settings(run.sections, dp_size=run.mesh.layout.dp_size, features=features, held_out=held_out)
 

@@ -146,13 +146,14 @@ def test_what_decides_the_order_is_told_by_store(tmp_path: Path) -> None:
     def told(*repeats: int, shuffle: bool = True, backwards: bool = False) -> str:
         shares = [SourceShare(folder=str(f), repeats=r) for f, r in zip(folders, repeats, strict=True)]
         mixture = Mixture(shares=tuple(shares[::-1] if backwards else shares))
-        return describe_plan(dataset, mixture, 2, shuffle=shuffle)
+        return describe_plan(dataset, mixture, BatchPlan(2, 2), shuffle=shuffle)
 
-    assert told(1, 2) == "keyed bijections; groups of 2; store 1: as large as it is; store 2: repeats 2"
+    mixed = "groups of 2; stores mixed, each in its own order"
+    assert told(1, 2) == f"keyed bijections; {mixed}; store 1: as large as it is; store 2: repeats 2"
     assert told(1, 2) == told(1, 2, backwards=True)
     assert len({told(1, 2), told(2, 1), told(2, 2), told(1, 2, shuffle=False)}) == 4
     unrecorded = DataSettings(num_samples=8, identity="a", shuffle=False)
-    assert unrecorded.order == describe_plan(dataset, Mixture(), 2, shuffle=False)
+    assert unrecorded.order == describe_plan(dataset, Mixture(), BatchPlan(2, 2), shuffle=False)
 
 
 @pytest.mark.parametrize(("names", "id"), [(["nowhere"], "CFG-203"), (["s", "s/../s"], "CFG-203"), (["s"], "CFG-204")])

@@ -132,6 +132,15 @@ def test_sources_are_mixed_by_weight_between_their_steps() -> None:
         assert positions == list(range(len(positions)))
 
 
+def test_mixed_sources_are_walked_in_their_own_order() -> None:
+    """So that a small store has each of its samples once before any comes again, as it has alone."""
+    plan = SamplingPlan([source(50), source(7, first=50, weight=Fraction(5), begin=90)], seed=1)
+    drawn = samples(plan, range(90 + 4096 + 100))
+    for walk in ((0, 0), (1, 0)):
+        positions = [sample.position for sample in drawn if sample.walk == walk]
+        assert positions == list(range(len(positions))) and len(positions) > 1000
+
+
 def test_a_plan_ends_where_no_source_is_open() -> None:
     plan = SamplingPlan([source(5, end=10), source(5, begin=11)], seed=1)
     assert plan.end == 10 and plan.group(9)

@@ -144,3 +144,31 @@ def test_a_share_that_no_step_has_is_refused(demo: Path, tmp_path: Path, stores:
     mixture = {"shares": [{"folder": stores[1], "begin_step": 5, "end_step": 5}]}
     with pytest.raises(ConfigError, match=r"CFG-203: .*end with step 5, and begin after step 5"):
         train(command(demo, tmp_path, stores, mixture))
+
+
+def test_a_store_that_is_listed_twice_has_no_share(demo: Path, tmp_path: Path, stores: list[str]) -> None:
+    mixture = {"shares": [{"folder": stores[0], "weight": 2}]}
+    with pytest.raises(ConfigError, match=r"CFG-203: The features name \S+/a twice"):
+        train(command(demo, tmp_path, [stores[0], f"{stores[0]}/"], mixture))
+
+
+def test_a_share_that_begins_after_the_run_is_told(
+    demo: Path, tmp_path: Path, stores: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    mixture = {"shares": [{"folder": stores[1], "begin_step": STEPS}]}
+    steps = train(command(demo, tmp_path, stores[:2], mixture))
+    assert set(of_store([sample for samples in steps.values() for sample in samples])) == {"a"}
+    assert f"comes after step {STEPS}, and the run ends with step {STEPS}: none of its samples" in caplog.text
+
+
+def test_steps_of_a_share_are_those_of_the_batch_that_the_run_began_with(
+    demo: Path, tmp_path: Path, stores: list[str]
+) -> None:
+    """Another global batch would move the group at which b begins, in the past too, so that it is another plan."""
+    mixture = {"shares": [{"folder": stores[1], "begin_step": 3}]}
+    train(command(demo, tmp_path, stores[:2], mixture, train_iters=2))
+    larger = command(demo, tmp_path, stores[:2], mixture, global_batch_size=2 * SAMPLES, resume_changed="batch")
+    with pytest.raises(ConfigError, match=r"CFG-160: .* steps of 4; .* steps of 8"):
+        train(larger)
+    both = command(demo, tmp_path, stores[:2], mixture, global_batch_size=2 * SAMPLES)
+    assert list(train([*both, "--resume-changed", "batch", "data"])) == [3, 4, 5, 6]
