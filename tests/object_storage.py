@@ -19,6 +19,12 @@ from typing import Any
 
 BUCKET = "stores"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
+SERVER = """
+import os, sys, threading
+from moto.server import main
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()  # not outliving who started it
+main(sys.argv[1:])
+"""
 _NOT_HANDED_ON = {"connection", "content-length", "transfer-encoding", "keep-alive", "server", "date"}
 
 
@@ -58,8 +64,9 @@ def s3_server(folder: Path) -> Iterator[S3]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with open(folder / "moto.log", "wb") as log:
-        words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-        process = subprocess.Popen(words, stdout=log, stderr=log, env={**os.environ, **CREDENTIALS})
+        words = [sys.executable, "-c", SERVER, "-H", "127.0.0.1", "-p", str(port)]
+        environment = {**os.environ, **CREDENTIALS}
+        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment)
     endpoint = f"http://127.0.0.1:{port}"
     try:
         _wait(endpoint, process, folder / "moto.log")
@@ -74,7 +81,7 @@ def s3_server(folder: Path) -> Iterator[S3]:
         yield S3(endpoint, client, {**CREDENTIALS, "AWS_ENDPOINT_URL": endpoint})
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 def _wait(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> None:
