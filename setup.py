@@ -5,6 +5,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+S3 = ["s3fs>=2025.3", "tenacity>=9,<10"]
+
 [VERSION] = re.findall(r'^__version__ = "(.+)"$', (Path(__file__).parent / "mm" / "__init__.py").read_text(), re.M)
 
 setup(
@@ -21,6 +23,7 @@ setup(
         "torch>=2.13.0,<2.14",
         "megatron-core==0.16.1",
         "diffusers>=0.41,<0.43",
+        "fsspec>=2025.3",
         "transformers>=5.20,<6",
         "tokenizers>=0.22",
         "safetensors>=0.8,<0.9",
@@ -44,16 +47,23 @@ setup(
     # fixes its version (torch 2.13.0 from PyPI: 3.7.1), and a CPU build brings none. The kernels also compile with 3.6,
     # whose interpreter stops at numpy 2.4.
     # accelerate, peft: diffusers needs them to load a transformer of its own from disk and a LoRA, which tests compare
-    # with. lion-pytorch: the same update as ours, which tests compare with bit for bit
+    # with. lion-pytorch: the same update as ours, which tests compare with bit for bit. moto with flask: an S3 server.
+    # webdataset: reads what is exported for it
     extras_require={
+        "s3": S3,
         "test": [
+            *S3,
             "accelerate>=1.10,<2",
+            "flask>=3,<4",
+            "flask-cors>=5",
             "lion-pytorch==0.2.5",
+            "moto[s3]>=5.1,<6",
             "peft>=0.17,<0.22",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff==0.17.5",
+            "webdataset>=1,<2",
             "mypy==2.4.1",
             "triton>=3.7,<3.10; platform_machine == 'x86_64' and sys_platform == 'linux'",
         ],

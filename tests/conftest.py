@@ -3,10 +3,15 @@
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from extracted import extract
+
+if TYPE_CHECKING:
+    from object_storage import S3
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -45,6 +50,15 @@ def real_clips() -> Path:
     if not folder:
         pytest.skip("MM_REAL_CLIPS is not set; it names a folder with data.json and videos/")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[S3]":
+    """An S3 server on loopback, for all tests; each has its own part of the one bucket."""
+    from object_storage import s3_server
+
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -13,15 +13,17 @@ from typing import Literal
 from pydantic import Field
 from tqdm import tqdm
 
-from mm.cli import data_look
+from mm.cli import data_export, data_look
 from mm.cli.entry import run
+from mm.cli.storage_flags import StorageFlags
 from mm.config.flags import Flags, parse_flags
+from mm.config.storage import Location, location_of
 from mm.errors import ConfigError
 
 _JOBS: tuple[Literal["status", "repair"], ...] = ("status", "repair")
 
 
-class StatusFlags(Flags):
+class StatusFlags(StorageFlags):
     """Say what a store of shards holds: shards, samples, shapes, and whether it can be trained on.
 
     `mm data status STORE [flags]`
@@ -50,20 +52,25 @@ def main(argv: Sequence[str]) -> None:
     if argv and argv[0] in ("-h", "--help"):
         print("usage: mm data look STORE|run.yaml|TRAINING-FLAGS --out page.html")
         print("       mm data status STORE [--json-output]\n       mm data repair STORE [--dry-run]")
+        print("       mm data export STORE TARGET --to FORMAT\n       mm data copy STORE TARGET")
         return
     if argv and argv[0] == "look":
         data_look.main(argv[1:])
         return
+    if argv and argv[0] in data_export.JOBS:
+        data_export.main(argv[0], argv[1:])
+        return
     if len(argv) < 2 or argv[0] not in _JOBS or (argv[1].startswith("-") and "--help" not in argv):
         found = f"mm data takes a job and a store, and got {' '.join(argv) or 'none'}."
-        raise ConfigError("CFG-006", found, "Give mm data look, mm data status STORE, or mm data repair STORE.")
+        raise ConfigError("CFG-006", found, "Give mm data look, or mm data status, repair, export or copy, and STORE.")
     if argv[0] == "status":
-        status(Path(argv[1]), parse_flags(StatusFlags, argv[2:], program="mm data status STORE"))
+        flags = parse_flags(StatusFlags, argv[2:], program="mm data status STORE")
+        status(location_of(argv[1], flags.storage()), flags)
     else:
         repair(Path(argv[1]), parse_flags(RepairFlags, argv[2:], program="mm data repair STORE"))
 
 
-def status(store: Path, flags: StatusFlags) -> None:
+def status(store: Location, flags: StatusFlags) -> None:
     """Print what a store holds; raises what `mm.data.store.repair.store_status` raises."""
     from mm.config.units import format_bytes
     from mm.data.store.repair import store_status

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from mm.cli.entry import run as run_command
 from mm.cli.run_file import run_file
+from mm.cli.storage_flags import StorageFlags
 from mm.config.bad_samples import parse_on_bad_sample
 from mm.config.flags import Flags, parse_flags
 from mm.config.layout import layout_of
@@ -21,6 +22,7 @@ from mm.config.rules.training import check_training
 from mm.config.run.data import MinBucket
 from mm.config.run.file import load_run, of_kind
 from mm.config.run.training import TrainingRun
+from mm.config.storage import Location, location_of
 from mm.config.unread import read_or
 from mm.dialects.mindspeed.reading import Reading
 from mm.dialects.mindspeed.train_flags import TrainFlags
@@ -64,7 +66,7 @@ class LookFlags(LookRunOptions, TrainFlags):
     """
 
 
-class LookStoreFlags(LookOptions):
+class LookStoreFlags(LookOptions, StorageFlags):
     """Show the samples of one store without a run.
 
     `mm data look STORE [flags]`
@@ -87,8 +89,8 @@ def main(argv: Sequence[str]) -> None:
         DataError: what `mm.look.collect` raises; DATA-018 and DATA-019 when writing fails.
     """
     if argv and not argv[0].startswith("-") and not argv[0].endswith((".yaml", ".yml")):
-        store = Path(argv[0])
-        flags = parse_flags(LookStoreFlags, argv[1:], program=f"mm data look {store}")
+        flags = parse_flags(LookStoreFlags, argv[1:], program=f"mm data look {argv[0]}")
+        store = location_of(argv[0], flags.storage())
         page, sheet = _places(flags)
         _look(flags, page, sheet, _of_store(store, flags))
         return
@@ -124,7 +126,7 @@ def _places(flags: LookOptions) -> tuple[Path, Path]:
     return both
 
 
-def _of_store(store: Path, flags: LookStoreFlags) -> Question:
+def _of_store(store: Location, flags: LookStoreFlags) -> Question:
     from mm.data.dataset import checked_sources
     from mm.data.sampler import BatchPlan
     from mm.look.alone import COSTS_OF, features_of_store, open_alone
@@ -162,8 +164,14 @@ def _of_run(sections: TrainingRun, flags: LookRunOptions, argv: Sequence[str]) -
     data, layout, wan = sections.data, layout_of(sections), sections.wan
     dataset = open_features(data.features, wan)
     batch = sections.samples_of_step(layout.dp_size)
+    packs, num_replicas, num_stages = [], layout.dp_size, layout.pp_size
+    if data.pack_tokens is not None:  # which samples share a sequence depends on the layout
+        packs = [("packs", f"at most {data.pack_tokens:,} tokens; shown sample by sample, as planned")]
+        num_replicas, num_stages = 1, 1
     drawing = Drawing(
-        batches=BatchPlan(batch, data.micro_batch_size, 0, layout.dp_size, layout.pp_size),
+        batches=BatchPlan(
+            batch, data.micro_batch_size, dp_size=num_replicas, num_stages=num_stages, pair_cost=data.pair_cost
+        ),
         seed=sections.training.seed,
         caption_dropout=data.caption_dropout,
         shuffle=data.shuffle,
@@ -182,6 +190,7 @@ def _of_run(sections: TrainingRun, flags: LookRunOptions, argv: Sequence[str]) -
             ("samples", f"{len(dataset):,}"),
             ("steps", f"{steps:,} of {batch:,} samples, on {layout.dp_size:,} replicas"),
             ("micro-batch", str(data.micro_batch_size)),
+            *packs,
             ("seed", str(sections.training.seed)),
             ("order", "shuffled" if data.shuffle else "as listed"),
             ("captions dropped", f"{data.caption_dropout:.1%}"),

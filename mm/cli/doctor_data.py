@@ -282,6 +282,7 @@ def _write(folder: Path, checked: CheckedData, about: dict[str, Any], seconds: f
 
 def _clean_name(checked: CheckedList, number: int | None) -> str:
     annotation = checked.source.annotation
+    assert annotation is not None  # noqa: S101  it has a text
     prefix = "" if number is None else f"{number}-"
     return f"{prefix}{annotation.stem}.clean{annotation.suffix}"
 

@@ -6,6 +6,7 @@ import re
 
 from mm.cli.convert import ConvertFlags
 from mm.cli.data import RepairFlags, StatusFlags
+from mm.cli.data_export import CopyFlags, ExportFlags
 from mm.cli.data_look import LookFlags, LookStoreFlags
 from mm.cli.demo import DemoFlags
 from mm.cli.doctor import DoctorFlags
@@ -38,6 +39,8 @@ PROGRAMS: dict[str, type[Flags]] = {
     "mm data look STORE": LookStoreFlags,
     "mm data status": StatusFlags,
     "mm data repair": RepairFlags,
+    "mm data export": ExportFlags,
+    "mm data copy": CopyFlags,
     "mm plot": PlotFlags,
     "mm demo": DemoFlags,
     "mm score": ScoreFlags,

@@ -15,7 +15,7 @@ COMMANDS = {
     "demo": "write the embedded default: a tiny Wan2.1, 16 clips with captions, and the files that configure a run",
     "extract": "turn videos and captions into features",
     "migrate": "take over features of MindSpeed-MM; migrate config, shards, entries: other things, see its --help",
-    "data": "see what is trained on: data look; look after a store of shards: data status STORE, data repair STORE",
+    "data": "see what is trained on: data look; look after a store of shards: data status, repair, export, copy STORE",
     "train": "train on features",
     "run": "train, extract features or generate as a run.yaml says",
     "translate": "print the run.yaml that a command line means",

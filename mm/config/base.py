@@ -39,12 +39,16 @@ def load_json(path: Path) -> Any:
         raise ConfigError(
             "CFG-001", f"{path} cannot be read ({error}).", "Check the path and its permissions."
         ) from None
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str, source: str) -> Any:
+    """JSON, strictly; `source` is what to call it. Raises CFG-002 as `load_json`."""
     try:
         return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            "CFG-002", f"{path} is not strict JSON: {error}.", "Correct the file at that place."
-        ) from None
+        message = f"{source} is not strict JSON: {error}."
+        raise ConfigError("CFG-002", message, "Correct the file at that place.") from None
 
 
 def parse(section: type[SectionT], values: Any, source: str) -> SectionT:

@@ -6,15 +6,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Generic, TypeVar
 
-from mm.config.data import DataSource
+from mm.config.data import DataSource, StoreSource
 from mm.config.model import WanConfig
 from mm.config.run.data import FeatureSet
 from mm.config.run.extraction import SourceClip
 from mm.config.tasks.task import Task
 from mm.data.clips import CheckClip, check_announced_length
-from mm.data.dataset import FeatureDataset, FeaturePlace, checked_sources, read_sample
+from mm.data.dataset import FeatureDataset, FeaturePlace, checked_sources, local_store, read_sample
 from mm.data.listing import FeatureStore, RowChecker
 from mm.data.metadata import VideoSample
 from mm.data.recipe import Recipe
@@ -52,7 +53,7 @@ class BadSample:
 class CheckedList:
     """One data set: its rows (None for those that stand in no table), and which of them are bad."""
 
-    source: DataSource
+    source: DataSource | StoreSource
     rows: list[TableRow | None] = field(default_factory=list)
     bad: dict[int, BadSample] = field(default_factory=dict)
 
@@ -64,7 +65,8 @@ class CheckedList:
     def clean(self) -> str | None:
         """A table with the rows that can be used, as they stood; None where none can, or there is no table."""
         good = [row for number, row in enumerate(self.rows, start=1) if number not in self.bad and row is not None]
-        return open_table(self.source.annotation, "DATA-060").text_of(good) if good else None
+        annotation = self.source.annotation
+        return open_table(annotation, "DATA-060").text_of(good) if good and annotation is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +123,8 @@ def check_videos(
     listed = Listed()
     lists = [CheckedList(source) for source in sources]
     jobs: list[_RowToRead[VideoSample]] = []
-    for data_set, checked in enumerate(lists):
-        for row in check_source(checked.source, data_set, listed, task):
+    for data_set, (source, checked) in enumerate(zip(sources, lists, strict=True)):
+        for row in check_source(source, data_set, listed, task):
             checked.rows.append(row.row)
             problems = list(row.problems)
             if row.sample is not None and not problems:
@@ -155,7 +157,9 @@ def check_features(
     if caption_dropout > 0:
         first, recipe = sources[0]
         sharded = is_sharded(first.folder)
-        store = open_shards(first.folder, recipe.key) if sharded else FeatureStore(first.folder, [], recipe.key)
+        store = (
+            open_shards(first.folder, recipe.key) if sharded else FeatureStore(local_store(first)[0], [], recipe.key)
+        )
         FeatureDataset([store], model).empty_prompt()
     lists = [CheckedList(source) for source, _ in sources]
     jobs: list[_RowToRead[FeaturePlace]] = []
@@ -165,16 +169,18 @@ def check_features(
             checked.rows.extend([None] * len(dataset))
             jobs += _shard_jobs(checked, data_set, dataset)
         else:
-            jobs += _row_jobs(checked, data_set, recipe)
+            jobs += _row_jobs(checked, local_store(source), data_set, recipe)
     _read_all(_CheckFeature(model), jobs, lists, num_workers, time_limit, done)
     return CheckedData(lists)
 
 
-def _row_jobs(checked: CheckedList, data_set: int, recipe: Recipe) -> Iterator[_RowToRead[FeaturePlace]]:
-    """The files of a store to read; rows that are wrong in themselves are noted."""
-    folder = checked.source.folder
-    checker = RowChecker(folder, checked.source.annotation, recipe.task)
-    for number, row in enumerate(open_table(checked.source.annotation, "DATA-010"), start=1):
+def _row_jobs(
+    checked: CheckedList, store: tuple[Path, Path], data_set: int, recipe: Recipe
+) -> Iterator[_RowToRead[FeaturePlace]]:
+    """The files of a store (its folder and listing) to read; rows that are wrong in themselves are noted."""
+    folder, listing = store
+    checker = RowChecker(folder, listing, recipe.task)
+    for number, row in enumerate(open_table(listing, "DATA-010"), start=1):
         checked.rows.append(row)
         if row.problem is not None:
             checked.add(data_set, number, (None, None), [row.problem])

@@ -15,9 +15,10 @@ from typing import TypedDict
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mm.config.data import DataSource, data_sources
+from mm.config.data import StoreSource, store_sources
 from mm.config.model import WanConfig
 from mm.config.run.data import FeatureSet
+from mm.config.storage import Location, Remote
 from mm.data.features import EMPTY_PROMPT_ID, LISTING, OTHER_TASK, read_feature
 from mm.data.files import path_below
 from mm.data.listing import FeatureStore, LatentShape, ListedSample, RowsOfDraw, open_feature_store
@@ -55,7 +56,7 @@ class FeaturePlace:
         latent_shape: as listed.
     """
 
-    folder: Path
+    folder: Location
     file: str
     sample: str
     recipe_key: str
@@ -75,6 +76,7 @@ def read_sample(place: FeaturePlace, model: WanConfig) -> SampleTensors:
         file: Path | Blob = place.blobs[0]
         feature = read_sample_blobs(*place.blobs, model, origin)
     else:
+        assert isinstance(place.folder, Path)  # noqa: S101  stores of one file a sample are local
         file = path_below(place.folder, place.file, str(place.folder / LISTING))
         feature = read_feature(file, model, origin)
     if feature.latents is None or tuple(feature.latents.shape) != place.latent_shape:
@@ -171,7 +173,7 @@ class FeatureDataset(Dataset[FeatureItem]):
         rows = [store.of_draw(draw % store.draws) for store in self._stores]
         return DatasetDraw(list(zip(self._first, rows, strict=False)))
 
-    def parts(self) -> Iterator[tuple[Path, int, FeatureDataset]]:
+    def parts(self) -> Iterator[tuple[Location, int, FeatureDataset]]:
         """Each store's folder, the index of its first sample here, and a data set of it alone."""
         for first, store in zip(self._first, self._stores, strict=False):
             yield store.folder, first, FeatureDataset([store], self.model)
@@ -264,27 +266,40 @@ def open_features(features: FeatureSet, model: WanConfig) -> FeatureDataset:
     return FeatureDataset([_opened(*found) for found in checked_sources(features, model)], model)
 
 
-def _opened(source: DataSource, recipe: Recipe) -> FeatureStore | ShardStore:
+def _opened(source: StoreSource, recipe: Recipe) -> FeatureStore | ShardStore:
     if is_sharded(source.folder):
         return open_shards(source.folder, recipe.key)
-    return open_feature_store(source.folder, source.annotation, recipe.key, recipe.task)
+    return open_feature_store(*local_store(source), recipe.key, recipe.task)
 
 
-def _sources(features: FeatureSet) -> list[DataSource]:
-    return data_sources(features.path, features.folder, LISTING)
+def local_store(source: StoreSource) -> tuple[Path, Path]:
+    """Folder and listing of a store of one file a sample.
+
+    Raises:
+        DataError: DATA-186 where it is in object storage.
+    """
+    if isinstance(source.folder, Remote) or source.annotation is None:
+        message = f"{source.folder} is no finished store of shards, as stores in object storage are."
+        remedy = "Copy one there with mm data copy; mm migrate shards makes one of a store of one file a sample."
+        raise DataError("DATA-186", message, remedy)
+    return source.folder, source.annotation
 
 
-def checked_sources(features: FeatureSet, model: WanConfig) -> list[tuple[DataSource, Recipe]]:
+def _sources(features: FeatureSet) -> list[StoreSource]:
+    return store_sources(features.path, features.folder, LISTING, features.storage)
+
+
+def checked_sources(features: FeatureSet, model: WanConfig) -> list[tuple[StoreSource, Recipe]]:
     """The stores that a set names, with their recipes, before any listing is read.
 
     Raises:
-        ConfigError: what `mm.config.data.data_sources` raises.
+        ConfigError: what `mm.config.data.store_sources` raises.
         DataError: DATA-010 for a folder that is no store, DATA-014 when its recipe is not what the set says,
             or when two stores were made with different encoders, DATA-046 when a store is of another task than the
             model.
     """
     expected = expected_in_training(features)
-    found: list[tuple[DataSource, Recipe]] = []
+    found: list[tuple[StoreSource, Recipe]] = []
     for source in _sources(features):
         recipe = load_recipe(source.folder)
         if recipe.task != model.task.name:

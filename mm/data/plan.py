@@ -232,10 +232,10 @@ class _SourceGroups:
         return bucket, (found.before[bucket] + in_epoch) * self._group_size
 
     def _epoch(self, epoch: int) -> _Epoch:
-        before, until = self._counts_before(epoch), self._counts_before(epoch + 1)
+        before, until = self._groups_before(epoch), self._groups_before(epoch + 1)
         return _Epoch(sum(before), before, list(accumulate(b - a for a, b in zip(before, until, strict=True))))
 
-    def _counts_before(self, epoch: int) -> list[int]:
+    def _groups_before(self, epoch: int) -> list[int]:
         """Whole groups of each bucket before an epoch."""
         passes = ((epoch - draw + self._draws - 1) // self._draws for draw in self._draw_of)
         return [count * size // self._group_size for count, size in zip(passes, self._sizes, strict=True)]

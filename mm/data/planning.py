@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 
 from mm.config.run.data import MinBucket, Mixture, SourceShare
 from mm.config.step import AS_LISTED
+from mm.config.storage import Storage, location_of
 from mm.data.dataset import DatasetDraw, FeatureDataset
 from mm.data.files import raise_limited
 from mm.data.listing import LatentShape
@@ -149,8 +151,8 @@ def _parts(dataset: FeatureDataset, mixture: Mixture) -> Iterator[tuple[str, int
     if not mixture.shares:
         yield "the features", 0, dataset, None
         return
-    shares = {os.path.realpath(share.folder): share for share in mixture.shares}
-    listed = [(os.path.realpath(folder), first, part) for folder, first, part in dataset.parts()]
+    shares = {_store_name(share.folder): share for share in mixture.shares}
+    listed = [(_store_name(str(folder)), first, part) for folder, first, part in dataset.parts()]
     parts = {folder: (first, part) for folder, first, part in listed}
     problems = [
         Problem(
@@ -170,6 +172,12 @@ def _parts(dataset: FeatureDataset, mixture: Mixture) -> Iterator[tuple[str, int
     raise_all(ConfigError, problems)
     for folder, (first, part) in parts.items():
         yield folder, first, part, shares.get(folder)
+
+
+def _store_name(folder: str) -> str:
+    """Name of a store, however its folder or address is written."""
+    found = location_of(folder, Storage())
+    return os.path.realpath(found) if isinstance(found, Path) else found.url
 
 
 def _buckets(first: int, part: FeatureDataset, *, by_shape: bool) -> dict[tuple[int, LatentShape], Bucket]:

@@ -13,12 +13,14 @@ from typing import Any
 
 from pydantic import Field
 
-from mm.config.base import Section, load
+from mm.config.base import Section
 from mm.config.run.data import FeatureSet
 from mm.config.run.extraction import ExtractionRun
 from mm.config.run.shapes import FrameRule
+from mm.config.storage import Location
 from mm.config.tasks.registry import ALL_RECIPE_FIELDS, DEFAULT, TASKS, TaskName
 from mm.data.files import write_atomically
+from mm.data.remote.reading import load_section, require_bucket
 from mm.errors import ConfigError, DataError
 
 RECIPE_FILE = "recipe.json"
@@ -141,20 +143,22 @@ def save_recipe(store: Path, recipe: Recipe) -> None:
     write_atomically(store / RECIPE_FILE, [content], len(content))
 
 
-def load_recipe(store: Path) -> Recipe:
+def load_recipe(store: Location) -> Recipe:
     """Read recipe.json.
 
     Raises:
-        DataError: DATA-010 when it is missing or no recipe.
+        DataError: DATA-010 when it is missing or no recipe; of object storage what `mm.data.remote.client.attempt`
+            raises.
     """
     try:
-        return load(Recipe, store / RECIPE_FILE)
+        return load_section(Recipe, store / RECIPE_FILE)
     except ConfigError as error:
+        require_bucket(store)
         remedy = "Give the folder that feature extraction wrote (save_path), or extract the features again."
         raise DataError("DATA-010", f"{store} is no feature store: {error.problems[0].message}", remedy) from None
 
 
-def check_recipe(store: Path, found: Recipe, expected: Mapping[str, Any], remedy: str) -> None:
+def check_recipe(store: Location, found: Recipe, expected: Mapping[str, Any], remedy: str) -> None:
     """Compare a store's recipe with what is expected of it.
 
     Args:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mm.config.model import WAN_14B, WanConfig, of_task
 from mm.config.run.data import FeatureSet
+from mm.config.storage import Location, Remote
 from mm.config.tasks.registry import TASKS
 from mm.config.tasks.task import Entry
 from mm.data.dataset import FeatureDataset, FeaturePlace, open_features
@@ -20,12 +21,14 @@ COSTS_OF = "Wan2.1 14B"
 """The model by whose size costs are told where no run says one."""
 
 
-def features_of_store(store: Path) -> FeatureSet:
+def features_of_store(store: Location) -> FeatureSet:
     """The features of one store, whatever they were made of."""
+    if isinstance(store, Remote):
+        return FeatureSet(path=store.url, storage=store.storage)
     return FeatureSet(path=str(store / LISTING), folder=str(store))
 
 
-def open_alone(store: Path) -> FeatureDataset:
+def open_alone(store: Location) -> FeatureDataset:
     """Open a store with a model that takes what its first sample has.
 
     Raises:
@@ -57,6 +60,7 @@ def _taking(shapes: dict[str, tuple[int, ...]], released: WanConfig, text_len: i
 def _headers(place: FeaturePlace) -> list[Header]:
     """Headers of a sample and of its caption's embedding, which in a store of files is one."""
     if place.blobs is None:
+        assert isinstance(place.folder, Path)  # noqa: S101  stores of one file a sample are local
         return [read_header(path_below(place.folder, place.file, str(place.folder / LISTING)))]
     contents = [read_blob(blob, str(blob)) for blob in place.blobs]
     return [parse_header(io.BytesIO(content), len(content)) for content in contents]

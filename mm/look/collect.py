@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mm.config.data import DataSource
+from mm.config.data import StoreSource
 from mm.config.run.encoders import Tiles
 from mm.data.dataset import FeatureDataset
 from mm.data.planning import sampling_plan
@@ -32,7 +32,7 @@ class Question:
 
     title: str
     dataset: FeatureDataset
-    sources: list[tuple[DataSource, Recipe]]
+    sources: list[tuple[StoreSource, Recipe]]
     drawing: Drawing
     facts: list[tuple[str, str]]
     num_batches: int
@@ -84,7 +84,7 @@ def collect(question: Question, eye: Eye, vae: Path | None, done: Callable[[], N
     )
 
 
-def matching_eye(vae: Path | None, sources: list[tuple[DataSource, Recipe]], device: torch.device) -> Eye:
+def matching_eye(vae: Path | None, sources: list[tuple[StoreSource, Recipe]], device: torch.device) -> Eye:
     """The eye for the features of these stores, in the precision and tiles that they were made in.
 
     Args:

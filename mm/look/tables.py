@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from mm.config.run.data import SourceShare
+from mm.config.storage import Location
 from mm.data.balance import cost_of_model
 from mm.data.dataset import FeatureDataset
 from mm.data.listing import LatentShape
 from mm.data.plan import SamplingPlan
 from mm.data.planning import SourceOfData
 from mm.data.recipe import UNKNOWN, Recipe
+from mm.data.remote.reading import exists, open_lines
 from mm.errors import DataError
 from mm.extract.skipping import SKIPPED
 from mm.look.facts import BucketRow, Histogram, Skipped, SourceRow
@@ -147,19 +148,19 @@ def in_bins(counts: Counter[int]) -> list[tuple[str, int]]:
     return bins
 
 
-def skipped_of(store: Path) -> Skipped | None:
+def skipped_of(store: Location) -> Skipped | None:
     """Clips that extraction left out of a store; None where it left out none, or does not say so.
 
     Raises:
         DataError: DATA-010 for a list of them that cannot be read.
     """
     path = store / SKIPPED
-    if not path.exists():
+    if not exists(path):
         return None
     by_error: Counter[str] = Counter()
     first: list[tuple[str, str, str]] = []
     try:
-        with open(path, encoding="utf-8") as lines:
+        with open_lines(path) as lines:
             for line in lines:
                 row = json.loads(line)
                 by_error[str(row["error"])] += 1

@@ -135,6 +135,7 @@ BAD: list[tuple[str, int, dict[str, Any], ZeroConfig | None, str, str, str]] = [
     (f"{VP} 2", 2, {}, None, "CFG-039", "no effect", PP),
     (f"{PP} 2 {VP} 3", 2, {}, None, "CFG-039", "makes 1 micro-batches", f"{GBS} 2."),
     (f"{PP} 2 {VP} 3 {MBS} 2 {GBS} 20", 4, {}, None, "CFG-039", "makes 5 micro-batches", f"{GBS} 16 or 24."),
+    (f"{PP} 2 {VP} 3 --pack 99999 {GBS} 10", 4, {}, None, "CFG-039", "makes 5 samples on each", f"{GBS} 8 or 12."),
     (f"{PP} 2 {VP} 3 {MBS} 2 {GBS} 18", 4, {}, None, "CFG-021", "2 x 2 replicas", f"{GBS} 16 or 24."),
     (f"{CP} 2 {GBS} 3", 4, {}, None, "CFG-021", "1 x 2 replicas", f"{GBS} 2 or 4."),
     (f"{TP} 2 {MBS} 4 {GBS} 3", 2, {}, None, "CFG-021", "4 x 1 replicas", f"{GBS} 4."),

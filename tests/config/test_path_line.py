@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mm.config.data import data_source_line, data_sources
+from mm.config.data import data_source_line, data_sources, store_sources
 from mm.config.path_line import LineError, read_paths, write_paths
+from mm.config.storage import Storage
 from mm.demo.configs import write_configs
 from mm.errors import ConfigError
 
@@ -44,7 +45,7 @@ def test_a_written_line_is_read_back(tmp_path: Path, name: str, exists: bool) ->
     raw = listed(tmp_path, "# a comment", "", data_source_line(folder, "data.json"))
     assert [(s.folder, s.annotation) for s in data_sources(raw)] == [(folder, folder / "data.json")]
     features = listed(tmp_path, data_source_line(folder))
-    assert [s.folder for s in data_sources(features, None, "data.jsonl")] == [folder]
+    assert [s.folder for s in store_sources(features, None, "data.jsonl", Storage())] == [folder]
     pair = [str(folder / "first.png"), str(folder / "last.png")]
     assert read_paths(write_paths(pair, ", "), (2,), lambda _: False) == tuple(pair)
 
@@ -58,7 +59,9 @@ def test_the_lists_of_the_embedded_default_are_read_back(tmp_path: Path, name: s
         raw = str(home / "configs" / task / "data.txt")
         assert [s.annotation for s in data_sources(raw)] == [home / "dataset" / "data.json"]
         made = str(home / "configs" / task / "feature_data.txt")
-        assert [s.annotation for s in data_sources(made, None, "data.jsonl")] == [home / features / "data.jsonl"]
+        assert [s.annotation for s in store_sources(made, None, "data.jsonl", Storage())] == [
+            home / features / "data.jsonl"
+        ]
 
 
 @pytest.mark.parametrize("path", ["two\nlines", "a\rb", "\udcff"])
@@ -83,9 +86,9 @@ def test_a_line_without_quotes_is_what_it_names(tmp_path: Path) -> None:
     raw = listed(tmp_path, f"{folder},data.json", f"{folder},{folder}/data.json")
     assert [(s.folder, s.annotation) for s in data_sources(raw)] == [(folder, folder / "data.json")] * 2
     features = listed(tmp_path, str(folder))
-    assert [s.annotation for s in data_sources(features, None, "data.jsonl")] == [folder / "data.jsonl"]
+    assert [s.annotation for s in store_sources(features, None, "data.jsonl", Storage())] == [folder / "data.jsonl"]
     (tmp_path / "run 1").mkdir()  # this alone makes no second reading: the annotation would be "final"
-    assert [s.folder for s in data_sources(features, None, "data.jsonl")] == [folder]
+    assert [s.folder for s in store_sources(features, None, "data.jsonl", Storage())] == [folder]
 
 
 def test_a_line_of_two_meanings_is_refused(tmp_path: Path) -> None:
@@ -94,7 +97,7 @@ def test_a_line_of_two_meanings_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").touch()
     features = listed(tmp_path, f"{tmp_path}/a,b")
     with pytest.raises(ConfigError, match=r"CFG-054.*line 1.*several ways.*double quotes"):
-        data_sources(features, None, "data.jsonl")
+        store_sources(features, None, "data.jsonl", Storage())
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,12 @@ from pathlib import Path
 import pytest
 from mindspeed_alone import load_extract_model, load_extract_tools
 
-from mm.config.data import data_sources
+from mm.config.data import data_sources, store_sources
 from mm.config.flags import as_words
 from mm.config.rules.extraction import check_extraction
 from mm.config.rules.training import check_training
 from mm.config.run.extraction import ExtractionRun
+from mm.config.storage import Storage
 from mm.dialects.mindspeed.extraction import read_extraction
 from mm.dialects.mindspeed.files import load_extract_data, load_train_data
 from mm.dialects.mindspeed.training import read_training
@@ -108,6 +109,7 @@ def test_training_file(tmp_path: Path) -> None:
     ("basic", "said"),
     [
         ({"data_path": "a.txt", "data_folder": "x"}, "no effect"),
+        ({"data_path": "s3://b/x", "data_folder": "x"}, "no effect"),
         ({"data_path": "a.jsonl"}, "missing"),
         ({"data_path": "a.csv", "data_folder": "x"}, "none of"),
     ],
@@ -123,7 +125,7 @@ def test_where_the_data_are_must_be_said_in_one_way(basic: dict[str, str], said:
 def test_list_of_data_sets(tmp_path: Path) -> None:
     listing = tmp_path / "data.txt"
     listing.write_bytes(b"\xef\xbb\xbf# two sets\r\n/one,data.json\r\n\r\n two , other/rows.jsonl \r\n/three\r\n")
-    sources = data_sources(str(listing), None, "data.jsonl")
+    sources = store_sources(str(listing), None, "data.jsonl", Storage())
     assert [(str(s.folder), str(s.annotation)) for s in sources] == [
         ("/one", "/one/data.json"),
         ("two", "other/rows.jsonl"),

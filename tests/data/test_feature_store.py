@@ -22,6 +22,7 @@ from mm.data.features import (
     feature_name,
     is_complete,
     read_feature,
+    require_finite,
     text_hash,
     video_fingerprint,
     write_feature,
@@ -420,3 +421,19 @@ def test_a_list_with_a_shape_that_cannot_be(shape: list[int], tmp_path: Path) ->
     (store / "data.jsonl").write_text(json.dumps({**json.loads(first), "latent_shape": shape}) + f"\n{rest}")
     with pytest.raises(DataError, match=r"DATA-010: \S+/data\.jsonl row 1: .*latents cannot be"):
         open_features(feature_set(store), MODEL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype) -> None:
+    """As by asking each value, at every place of vectors and their remainders, beside each other's signs."""
+    for size in (1, 7, 64, 1000):
+        good = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
+        require_finite({"x": good}, "here", "")
+        for place in {0, size // 2, size - 1, *range(0, size, 97)}:
+            for value in (float("nan"), -float("nan"), float("inf"), -float("inf")):
+                bad = good.clone()
+                bad[place] = value
+                assert not torch.isfinite(bad).all()
+                with pytest.raises(DataError, match="DATA-013"):
+                    require_finite({"x": bad}, "here", "")
+    require_finite({"x": torch.full((3,), torch.finfo(dtype).max, dtype=dtype), "y": torch.zeros(0)}, "here", "")

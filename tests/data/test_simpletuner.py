@@ -205,7 +205,7 @@ def test_a_folder_that_cannot_be_listed(home: Path) -> None:
         ({"caption_strategy": "webshart"}, "DATA-172", "webshart"),
         ({"caption_filter_list": "words.txt"}, "DATA-172", "caption_filter_list"),
         ({"type": "huggingface"}, "DATA-172", "huggingface"),
-        ({"type": "aws", "aws_bucket_name": "b"}, "DATA-172", "local folders"),
+        ({"type": "aws", "aws_bucket_name": "b", "aws_access_key_id": "x"}, "DATA-172", "holds credentials"),
         ({"dataset_type": "eval"}, "DATA-172", "eval"),
         ({"dataset_type": "image", "video": {}}, "DATA-171", "dataset_type image"),
         ({"text_embeds": "none"}, "DATA-171", "names none, which is not there"),
@@ -229,8 +229,8 @@ def test_entries_that_cannot_be_used(fields: dict[str, Any], expected: str, foun
 
 
 def test_an_s3_entry_lacks_its_bucket(home: Path) -> None:
-    first, second = problems(home, FILMS | {"type": "aws"})
-    assert "lacks aws_bucket_name" in first and second.startswith("DATA-172")
+    (found,) = problems(home, FILMS | {"type": "aws"})
+    assert found.startswith("DATA-171") and "lacks aws_bucket_name" in found
 
 
 def test_all_that_is_wrong_is_told_at_once(home: Path) -> None:

@@ -25,6 +25,7 @@ from mm.cli import train as train_command
 from mm.config.flags import as_words
 from mm.data.features import EMPTY_PROMPT_ID, Feature, Origin, feature_name, text_hash, write_feature
 from mm.data.listing import FeatureRow, write_listing
+from mm.data.packed import segments_of
 from mm.data.recipe import Recipe, folder_fingerprint, save_recipe
 from mm.demo.clips import BACKGROUND, COLOURS, DIRECTIONS, NUM_FRAMES, SIZE, DemoClip
 from mm.errors import DataError, MMError
@@ -201,7 +202,7 @@ class _Seen(Callback):
         self.samples: list[tuple[str, bool]] = []
 
     def after_step(self, done: StepDone) -> list[Any]:
-        for batch in done.batches:
+        for batch in (one for packed in done.batches for one in segments_of(packed)):
             self.samples += zip(batch["sample"], batch["without_caption"], strict=True)
         return []
 
@@ -221,6 +222,20 @@ def test_samples_and_dropped_captions_are_those_of_the_training(demo: Path, tmp_
     later = look(tmp_path / "later.html", *words, "--batches", 2, "--first-step", 3)
     assert [(sample["id"], sample["dropped"]) for sample in later.samples] == seen.samples[8:12]
     assert "Step 3, micro-batch 1 of 2" in text(tmp_path / "later.html")
+
+
+def test_samples_of_packs_are_those_of_each_step(demo: Path, tmp_path: Path) -> None:
+    """Which share a sequence is the layout's matter; the samples of a step are shown as they are planned."""
+    words = training(demo, micro_batch_size=1, pack=96)
+    seen = _Seen()
+    train_command.main(words, callbacks=[seen])
+    page = look(tmp_path / "look.html", *words, "--batches", 16)
+    for step in range(4):
+        of_step = slice(4 * step, 4 * step + 4)
+        assert sorted(sample["id"] for sample in page.samples[of_step]) == sorted(
+            name for name, _ in seen.samples[of_step]
+        )
+    assert "packs at most 96 tokens; shown sample by sample, as planned" in text(tmp_path / "look.html")
 
 
 def test_a_file_s_run_and_a_store_of_shards_show_the_same(demo: Path, tmp_path: Path) -> None:

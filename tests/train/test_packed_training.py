@@ -1,6 +1,7 @@
 """`mm train --pack`: images, short and long clips in sequences of a token budget, against the same one by one."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from mixed_store import LONGEST, write_mixed
 from ranks import run_ranks
-from training_runs import bits, metrics, run, words
+from training_runs import WEIGHTS, bits, metrics, run, words
 
 from mm.checkpoint.weights import open_weights
 from mm.cli import train as train_command
@@ -72,8 +73,10 @@ def require_equal(packed: Path, plain: Path) -> None:
 def test_a_packed_run_is_the_run_without(
     demo: Path, mixed: dict[str, Any], plain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run(demo, tmp_path, **mixed, train_iters=STEPS, pack=BUDGET, num_workers=1)
+    with caplog.at_level(logging.INFO):
+        run(demo, tmp_path, **mixed, train_iters=STEPS, pack=BUDGET, num_workers=1)
     require_equal(tmp_path, plain)
+    assert "8 = 8 samples x 1 replicas, in about 3 sequences of at most 100 tokens on each (predicted)" in caplog.text
 
 
 def run_all(commands: list[list[str]]) -> None:
@@ -94,6 +97,34 @@ def test_every_layout_trains_the_samples_of_the_run_without(
     run_ranks(2, run_all, commands, timeout_s=240)
     for name in LAYOUTS:
         require_equal(tmp_path / name, plain)
+
+
+@pytest.mark.nightly
+def test_packs_with_images_adapters_and_layerzero(
+    demo_of_images: Path, mixed: dict[str, Any], plain: Path, tmp_path: Path
+) -> None:
+    """Of one size, so that a sequence has two clips; each sample with its own images."""
+    adapters = {"load": None, "load_base_model": demo_of_images / WEIGHTS, "lora_r": 4, "lora_alpha": 8.0}
+    configs = demo_of_images / "configs" / "i2v"
+    images = {"mm_data": configs / "feature_data.json", "mm_model": configs / "pretrain_model.json"}
+    sizes = {**EXACT, **BATCH, "train_iters": STEPS}
+    runs: dict[str, dict[str, Any]] = {
+        "adapters": {**mixed, **adapters, "lora_target_modules": ["q", "v", "o"]},
+        "images": {**images, "load": None, "init_from_scratch": True},
+    }
+    for name, flags in runs.items():
+        alone, packed = (
+            run(demo_of_images, tmp_path / f"{name}{budget}", **{**flags, **sizes}, pack=budget)
+            for budget in (None, BUDGET)
+        )
+        for ours, theirs in zip(packed, alone, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+    zero = tmp_path / "zero_config.yaml"
+    zero.write_text("zero3_size: 2\ntransformer_layers: [mm.wan.block.WanBlock]\nreduce_dtype: fp32\n")
+    flags = {**mixed, "layerzero": True, "layerzero_config": zero, "train_iters": STEPS, "pack": BUDGET}
+    run_ranks(2, run_all, [words(demo_of_images, tmp_path / "zero", **flags)], timeout_s=240)
+    require_equal(tmp_path / "zero", plain)
 
 
 def test_a_packed_run_goes_on_bit_for_bit_and_packing_may_begin_or_end(
@@ -134,6 +165,7 @@ PACKED_OR_NOT: dict[str, dict[str, Any]] = {"packed": {"pack": BUDGET}, "plain":
         ({"pack": 40}, ConfigError, r"CFG-207: A clip of --mm-data has 48 tokens, more than --pack 40\. .* least 48"),
         ({"micro_batch_size": 2}, ConfigError, "CFG-206: --micro-batch-size 2 has no effect with --pack 100: .* 1; --"),
         ({"compile_blocks": True}, ConfigError, "CFG-206: --compile-blocks compiles a block for few lengths"),
+        ({"mixture": 2}, ConfigError, "CFG-206: micro_batch_size in mixture in .* has no effect with --pack 100"),
         ({"pack": 0}, ConfigError, 'CFG-005: --pack is "0"'),
         ({"on_bad_sample": "skip:max=1%"}, ConfigError, "CFG-206: --on-bad-sample skip.* shuffle false"),
     ],
@@ -143,8 +175,11 @@ def test_refusals(
 ) -> None:
     content = json.loads(Path(mixed["mm_data"]).read_text())
     content["dataloader_param"] = {"shuffle": "on_bad_sample" not in flags}
+    if size := flags.get("mixture"):
+        store = content["dataset_param"]["basic_parameters"]["data_folder"]
+        content["dataloader_param"]["mixture"] = {"shares": [{"folder": store, "micro_batch_size": size}]}
     (tmp_path / "data.json").write_text(json.dumps(content))
-    given = {**mixed, "mm_data": tmp_path / "data.json", "pack": BUDGET, **flags}
+    given = {**mixed, "mm_data": tmp_path / "data.json", "pack": BUDGET, **flags, "mixture": None}
     with pytest.raises(error, match=told):
         run(demo, tmp_path / "run", **given, train_iters=1)
     assert not list(tmp_path.glob("run/iter_*"))

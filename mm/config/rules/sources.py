@@ -10,6 +10,7 @@ from mm.config.rules.shapes import shape_problems
 from mm.config.run.data import Clip
 from mm.config.run.origins import Origins
 from mm.config.run.shapes import LARGEST_SIDE
+from mm.config.storage import is_address
 from mm.errors import Problem
 
 
@@ -81,7 +82,11 @@ def list_problems(
     """
     data_path, data_folder = words[f"{path}.path"], words[f"{path}.folder"]
     source, suffix = data_path.file, Path(named).suffix
-    if suffix not in (".txt", *endings):
+    if is_address(named):
+        if folder is not None:
+            found = f"{source}: {data_folder.name} has no effect with the address {named}."
+            yield Problem("CFG-053", found, "Remove it; the address is the store.")
+    elif suffix not in (".txt", *endings):
         yield Problem(
             "CFG-053",
             f"{source}: {data_path.name} is {named}, which ends in none of .txt, {', '.join(endings)}.",

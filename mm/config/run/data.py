@@ -10,6 +10,7 @@ from mm.config.base import Section
 from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
 from mm.config.run.encoders import TokenizerSection
 from mm.config.run.shapes import ShapeRule
+from mm.config.storage import Storage
 
 
 class Clip(Section):
@@ -47,16 +48,19 @@ class FeatureSet(Section):
     """Features that extraction wrote.
 
     Attributes:
-        path: a `.txt` list of their folders, or one listing (`.json`, `.jsonl`).
+        path: a `.txt` list of their folders and addresses, one address (`s3://...`), or one listing (`.json`,
+            `.jsonl`).
         folder: folder that the listing's paths start from; only with a listing.
         clip: what they must have been made of, checked against their recipe; None takes them as they are.
         tokenizer: compared with the one that they were made with; None compares nothing.
+        storage: how those in object storage are read.
     """
 
     path: str = Field(min_length=1)
     folder: str | None = Field(None, min_length=1)
     clip: Clip | None = None
     tokenizer: TokenizerSection | None = None
+    storage: Storage = Storage()
 
 
 MinBucket = Literal["error", "drop", "repeat"]

@@ -12,6 +12,7 @@ from mm.config.run.base import Run
 from mm.config.run.data import Clip
 from mm.config.run.encoders import EncodersSection
 from mm.config.run.shapes import FrameRule
+from mm.config.storage import Storage
 from mm.config.tasks.registry import DEFAULT, TASKS, TaskName
 from mm.config.tasks.task import Task
 
@@ -55,6 +56,7 @@ class SourceSection(Section):
         format: dialect of the annotations; None where the columns of each file tell.
         file_keys: further columns of a `diffsynth` table whose cells are paths.
         entry: the entry of a `simpletuner` file whose samples are taken; None for all.
+        storage: how media in object storage are read, of a `simpletuner` file's entries of the type aws.
         clip: what is taken of each.
         workers: videos that each process reads ahead, in processes of their own. read_timeout: seconds for one clip.
         on_bad_sample: `fail`, or `skip:max=0.1%` of all clips, which are left out.
@@ -65,6 +67,7 @@ class SourceSection(Section):
     format: SourceFormat | None = None
     file_keys: tuple[str, ...] = ()
     entry: str | None = Field(None, min_length=1)
+    storage: Storage = Storage()
     clip: SourceClip
     workers: int = Field(2, ge=1)
     read_timeout: float = Field(120.0, gt=0)

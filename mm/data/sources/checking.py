@@ -53,9 +53,8 @@ def annotated_sources(section: SourceSection) -> list[DataSource]:
     """
     folder = section.folder or default_folder(section.path, section.format)
     sources = data_sources(section.path, folder)
-    return [
-        replace(source, format=section.format, file_keys=section.file_keys, entry=section.entry) for source in sources
-    ]
+    said = {name: getattr(section, name) for name in ("format", "file_keys", "entry", "storage")}
+    return [replace(source, **said) for source in sources]
 
 
 def check_rows(sources: Sequence[DataSource], task: Task | None = None) -> list[CheckedRow]:

@@ -15,10 +15,12 @@ from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 
 from mm.config.data import DataSource
+from mm.config.storage import Remote, location_of
 from mm.config.tasks.task import Column
 from mm.data.files import path_below, raise_limited
 from mm.data.metadata import Annotation
 from mm.data.sources.base import Dialect, SourceRow, Taken
+from mm.data.sources.buckets import local_copy
 from mm.data.sources.cells import IMAGE_ENDINGS, VIDEO_ENDINGS, caption_problems, kind_of
 from mm.data.sources.parquet_captions import parquet_captions
 from mm.data.sources.simpletuner_entries import SAMPLES, STORES, Entry
@@ -117,11 +119,12 @@ def _folders(entries: Sequence[Entry], taken: Sequence[Entry], source: DataSourc
     Raises:
         DataError: DATA-173 for every folder that is not there, and what `parquet_captions` raises.
     """
-    roots = {entry.id: source.folder / (entry.instance_data_dir or "") for entry in entries}
+    used = {entry.id for entry in taken} | {entry.id for entry in entries if entry.dataset_type not in SAMPLES}
+    roots = {entry.id: _root(entry, source) for entry in entries if entry.type == "local" or entry.id in used}
     missing = [
         Problem("DATA-173", f"{source.annotation} entry {entry.id}: {roots[entry.id]} is no folder.", "Correct it.")
         for entry in entries
-        if entry.instance_data_dir is not None and not os.path.isdir(roots[entry.id])
+        if entry.type == "local" and entry.instance_data_dir is not None and not os.path.isdir(roots[entry.id])
     ]
     raise_limited(missing)
     by_id = {entry.id: entry for entry in entries}
@@ -134,6 +137,23 @@ def _folders(entries: Sequence[Entry], taken: Sequence[Entry], source: DataSourc
         captions = parquet_captions(source.folder, entry.parquet, place) if entry.caption_strategy == "parquet" else {}
         found.append(_Folder(entry, roots[entry.id], place, captions, roles))
     return found
+
+
+def _root(entry: Entry, source: DataSource) -> Path:
+    """The folder of an entry's files; of one in object storage what was downloaded of it.
+
+    Raises:
+        DataError: what `local_copy` raises.
+    """
+    if entry.type != "aws" or entry.dataset_type in STORES:
+        return source.folder / (entry.instance_data_dir or "")
+    said = {"endpoint_url": entry.aws_endpoint_url, "region_name": entry.aws_region_name}
+    storage = source.storage.model_copy(update={name: value for name, value in said.items() if value is not None})
+    parts = [entry.aws_bucket_name, entry.aws_data_prefix, entry.instance_data_dir]
+    url = "s3://" + "/".join(part.strip("/") for part in parts if part is not None and part.strip("/"))
+    prefix = location_of(url, storage)
+    assert isinstance(prefix, Remote)  # noqa: S101  it is an address
+    return local_copy(prefix, f"{source.annotation} entry {entry.id}")
 
 
 def _role(entry: Entry) -> str:

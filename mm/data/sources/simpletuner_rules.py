@@ -95,8 +95,11 @@ def _not_read(entry: Entry) -> Iterator[_Fault]:
     """DATA-172: what SimpleTuner reads and this program does not."""
     if entry.type == "aws" and entry.aws_bucket_name is None:
         yield "DATA-171", " is of the type aws and lacks aws_bucket_name.", "Add it."
-    if entry.type != "local":
-        found = f" is of the type {entry.type}; files are read from local folders."
+    if entry.type == "aws" and (entry.aws_access_key_id or entry.aws_secret_access_key):
+        remedy = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and remove them."
+        yield "DATA-172", " holds credentials, which are taken from where no file of a run shows them.", remedy
+    if entry.type not in ("local", "aws"):
+        found = f" is of the type {entry.type}; files are read from local folders and S3."
         yield "DATA-172", found, f"Copy it into a folder and set its type to local. {_DISABLE}"
     if entry.dataset_type in ("audio", "caption", "eval"):
         yield "DATA-172", f" is of the dataset_type {entry.dataset_type}, which is not read here.", _DISABLE

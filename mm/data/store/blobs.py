@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
 from mm.config.model import WanConfig
+from mm.config.storage import Location, Remote
 from mm.data.features import EMPTY_PROMPT_ID, Feature, Header, check_header, checked_feature, parse_header
+from mm.data.remote.reading import read_range
 from mm.data.store.table import digest_of
 from mm.errors import DataError
 
@@ -23,7 +24,7 @@ REMEDY = "Run mm data repair on the store, then what wrote it (mm migrate shards
 class Blob:
     """Place of a blob: its file, first byte, number of bytes, and the digest that they must have."""
 
-    file: Path
+    file: Location
     offset: int
     length: int
     digest: bytes
@@ -36,14 +37,27 @@ def read_sample_blobs(sample: Blob, prompt: Blob, model: WanConfig, origin: tupl
     """Read one sample and its caption's embedding, and check them against the model.
 
     Args:
-        sample, prompt: their places. model: the transformer that is to take them.
-        origin: (sample id, recipe key) that they must have.
+        sample, prompt, origin: as in `read_raw_blobs`. model: the transformer that is to take them.
 
     Raises:
-        DataError: what `read_blob` raises, DATA-016 for a blob of something else or another caption, and what
-            `mm.data.features.read_feature` raises for tensors.
+        DataError: what `read_raw_blobs` raises, and what `mm.data.features.read_feature` raises for tensors.
     """
-    name = f'{sample} (sample "{origin[0]}")'
+    name = _name(sample, origin)
+    header, tensors = read_raw_blobs(sample, prompt, origin)
+    check_header(header, name, model, REMEDY)
+    return checked_feature(header, tensors, name, REMEDY)
+
+
+def read_raw_blobs(sample: Blob, prompt: Blob, origin: tuple[str, str]) -> tuple[Header, dict[str, Tensor]]:
+    """Read one sample and its caption's embedding, whatever model is to take them.
+
+    Args:
+        sample, prompt: their places. origin: (sample id, recipe key) that they must have.
+
+    Raises:
+        DataError: what `read_blob` raises, DATA-016 for a blob of something else or another caption.
+    """
+    name = _name(sample, origin)
     header, tensors = _read(sample, name)
     _check_origin(header, name, origin)
     about_prompt, of_prompt = _read(prompt, f"{prompt} (a caption)")
@@ -56,9 +70,12 @@ def read_sample_blobs(sample: Blob, prompt: Blob, model: WanConfig, origin: tupl
             f"{prompt} holds caption {found.caption} of recipe {found.recipe}, expected {expected.caption} of {name}."
         )
         raise DataError("DATA-016", message, REMEDY)
-    both = Header({**header.tensors, **about_prompt.tensors}, header.origin, header.start_frame)
-    check_header(both, name, model, REMEDY)
-    return checked_feature(both, {**tensors, **of_prompt}, name, REMEDY)
+    both = Header({**header.tensors, **about_prompt.tensors}, header.origin, header.start_frame, header.taken)
+    return both, {**tensors, **of_prompt}
+
+
+def _name(sample: Blob, origin: tuple[str, str]) -> str:
+    return f'{sample} (sample "{origin[0]}")'
 
 
 def read_prompt_blob(blob: Blob, model: WanConfig, recipe_key: str) -> Tensor:
@@ -82,17 +99,18 @@ def read_blob(blob: Blob, name: str) -> bytes:
 
     Raises:
         DataError: DATA-072 when the body cannot be read, DATA-152 when it ends before the blob does or is not there,
-            DATA-153 for bytes that are not those that were written.
+            DATA-153 for bytes that are not those that were written; of object storage what
+            `mm.data.remote.client.attempt` raises.
     """
     try:
-        with open(blob.file, "rb", buffering=0) as stream:
-            stream.seek(blob.offset)
-            content = _exactly(stream, blob.length)
+        content, is_whole = _content(blob)
     except FileNotFoundError:
         raise DataError("DATA-152", f"{blob.file} does not exist.", REMEDY) from None
     except OSError as error:
         remedy = "Check its permissions and the disk it is on."
         raise DataError("DATA-072", f"{name} cannot be read ({error}).", remedy) from None
+    if is_whole:
+        return content
     if len(content) < blob.length:
         message = f"{name}: the file ends after {len(content)} of its {blob.length} bytes."
         raise DataError("DATA-152", message, REMEDY)
@@ -101,6 +119,16 @@ def read_blob(blob: Blob, name: str) -> bytes:
         message = f"{name} is damaged: its bytes have the digest {found.hex()}, expected {blob.digest.hex()}."
         raise DataError("DATA-153", message, REMEDY)
     return content
+
+
+def _content(blob: Blob) -> tuple[bytes, bool]:
+    """Bytes of a blob, as far as they are there, and whether they are known to have their digest."""
+    if isinstance(blob.file, Remote):
+        digest = blob.digest
+        return read_range(blob.file, blob.offset, blob.length, digest.hex(), lambda found: digest_of(found) == digest)
+    with open(blob.file, "rb", buffering=0) as stream:
+        stream.seek(blob.offset)
+        return _exactly(stream, blob.length), False
 
 
 def _exactly(stream: io.FileIO, length: int) -> bytes:

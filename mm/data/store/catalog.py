@@ -18,8 +18,10 @@ from uuid import uuid4
 import numpy as np
 from pydantic import Field
 
-from mm.config.base import Section, load
+from mm.config.base import Section
+from mm.config.storage import Location
 from mm.data.files import TEMPORARY_PREFIX, write_atomically
+from mm.data.remote.reading import exists, load_section, names_in
 from mm.data.store.blobs import REMEDY
 from mm.data.store.shard import INDEX, KIND, SHARDS, LatentShape, shard_folder
 from mm.data.store.table import DIGEST_BYTES, Column, TableHeader, open_table, read_table_header, write_table
@@ -102,9 +104,9 @@ class Catalog:
         return int(self._bucket_shards[begin + number]), k - int(firsts[number])
 
 
-def is_sharded(store: Path) -> bool:
+def is_sharded(store: Location) -> bool:
     """Tell whether a store consists of shards and is finished."""
-    return (store / MANIFEST).exists()
+    return exists(store / MANIFEST)
 
 
 def holds_shards(folder: Path) -> bool:
@@ -112,19 +114,19 @@ def holds_shards(folder: Path) -> bool:
     return is_sharded(folder) or (folder / SHARDS).is_dir()
 
 
-def read_manifest(store: Path) -> Manifest:
+def read_manifest(store: Location) -> Manifest:
     """Read the manifest.
 
     Raises:
         DataError: DATA-156 for one that cannot be read.
     """
     try:
-        return load(Manifest, store / MANIFEST)
+        return load_section(Manifest, store / MANIFEST)
     except ConfigError as error:
         raise DataError("DATA-156", error.problems[0].message, FINISH) from None
 
 
-def open_catalog(store: Path, recipe_key: str) -> Catalog:
+def open_catalog(store: Location, recipe_key: str) -> Catalog:
     """Read the manifest and map the catalog.
 
     Raises:
@@ -200,16 +202,13 @@ def finish_store(store: Path, num_shards: int, recipe_key: str, draws: int = 1) 
     return manifest
 
 
-def check_shards_are_there(store: Path, manifest: Manifest) -> None:
+def check_shards_are_there(store: Location, manifest: Manifest) -> None:
     """Look for the folder of every shard, with one listing.
 
     Raises:
         DataError: DATA-154 with how many are missing and the first of them.
     """
-    try:
-        present = set(os.listdir(store / SHARDS))
-    except FileNotFoundError:
-        present = set()
+    present = set(names_in(store / SHARDS))
     missing = [number for number in range(manifest.shards) if f"{number:08d}" not in present]
     if missing:
         first = shard_folder(store, missing[0])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from pathlib import Path
 
+from mm.config.storage import Location
 from mm.data.listing import Digest, ListedSample, RowsOfDraw
 from mm.data.store.blobs import Blob
 from mm.data.store.catalog import Catalog, check_shards_are_there, open_catalog
@@ -18,7 +18,7 @@ _MOST_OPEN = 256
 class ShardStore:
     """Samples 0, 1, ... of a store of shards. A process holds the catalog's map and at most some hundred shards'."""
 
-    def __init__(self, folder: Path, recipe_key: str, catalog: Catalog) -> None:
+    def __init__(self, folder: Location, recipe_key: str, catalog: Catalog) -> None:
         self.folder = folder
         self.recipe_key = recipe_key
         self._catalog = catalog
@@ -31,6 +31,10 @@ class ShardStore:
     def num_shards(self) -> int:
         """Number of shards."""
         return self._catalog.manifest.shards
+
+    def first_of(self, shard: int) -> int:
+        """Number of a shard's first sample."""
+        return self._catalog.first_of(shard)
 
     def name(self, row: int) -> str:
         """The sample's id; this and all that follow raise what `mm.data.store.shard.open_shard` raises."""
@@ -115,7 +119,7 @@ class ShardStore:
         return self.shard(number), local
 
 
-def open_shards(folder: Path, recipe_key: str) -> ShardStore:
+def open_shards(folder: Location, recipe_key: str) -> ShardStore:
     """Open a store of shards: its manifest, its catalog, and whether all shards are there.
 
     Raises:

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mm.config.storage import Location
 from mm.data.files import TEMPORARY_PREFIX
 from mm.data.recipe import load_recipe
+from mm.data.remote.reading import names_in
 from mm.data.store.blobs import read_blob
 from mm.data.store.catalog import MANIFEST, Catalog, is_sharded, open_catalog
 from mm.data.store.shard import INDEX, KIND, SHARDS, LatentShape, ShardFacts, open_shard, shard_folder
@@ -50,7 +52,7 @@ class DamagedShard:
     problems: Sequence[Problem]
 
 
-def store_status(store: Path) -> StoreStatus:
+def store_status(store: Location) -> StoreStatus:
     """Contents of a store, from the headers of its shards.
 
     Raises:
@@ -69,7 +71,7 @@ def store_status(store: Path) -> StoreStatus:
         for channels, frames, height, width, count in about["shapes"]:
             shapes[channels, frames, height, width] += count
     missing = sorted(set(range(known or 0)) - set(present))
-    unfinished = len(list((store / SHARDS).glob(f"{TEMPORARY_PREFIX}*")))
+    unfinished = sum(name.startswith(TEMPORARY_PREFIX) for name in names_in(store / SHARDS))
     return StoreStatus(known is not None, len(present), samples, missing, unfinished, shapes, body_bytes)
 
 
@@ -138,10 +140,8 @@ def _problems(store: Path, number: int, catalog: Catalog | None, recipe_key: str
             yield from error.problems
 
 
-def _present(store: Path) -> list[int]:
-    folder = store / SHARDS
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if _NUMBER.fullmatch(name))
+def _present(store: Location) -> list[int]:
+    return sorted(int(name) for name in names_in(store / SHARDS) if _NUMBER.fullmatch(name))
 
 
 def _parts(problem: Problem) -> tuple[str, str, str]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from itertools import islice
-from pathlib import Path
 
 from pydantic import ValidationError
 
+from mm.config.storage import Location
 from mm.data.listing import ListedSample
+from mm.data.remote.reading import open_lines
 from mm.data.store.blobs import REMEDY
 from mm.data.store.shard import LISTING, shard_folder
 from mm.errors import DataError
 
 
-def listed_sample(store: Path, shard: int, local: int, sample: str) -> ListedSample:
+def listed_sample(store: Location, shard: int, local: int, sample: str) -> ListedSample:
     """The row of one sample.
 
     Args:
@@ -24,7 +25,7 @@ def listed_sample(store: Path, shard: int, local: int, sample: str) -> ListedSam
     """
     path = shard_folder(store, shard) / LISTING
     try:
-        with open(path, "rb") as lines:
+        with open_lines(path) as lines:
             line = next(islice(lines, local, None), b"")
         row = ListedSample.model_validate_json(line)
     except (OSError, ValidationError) as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mm.config.storage import Location, LocationT
 from mm.data.store.blobs import REMEDY, Blob
 from mm.data.store.table import ALIGNMENT, DIGEST_BYTES, Column, Table, open_table
 from mm.errors import DataError
@@ -54,7 +55,7 @@ class ShardFacts:
     num_shards: int
 
 
-def shard_folder(store: Path, number: int) -> Path:
+def shard_folder(store: LocationT, number: int) -> LocationT:
     """The folder of a shard."""
     return store / SHARDS / f"{number:08d}"
 
@@ -62,7 +63,7 @@ def shard_folder(store: Path, number: int) -> Path:
 class Shard:
     """One shard, open: what its index says of its samples 0, 1, ... and of its captions."""
 
-    def __init__(self, folder: Path, table: Table) -> None:
+    def __init__(self, folder: Location, table: Table) -> None:
         self.body = folder / BODY
         self._samples = table.columns["samples"]
         self._prompts = table.columns["prompts"]
@@ -136,7 +137,7 @@ class Shard:
         return Blob(self.body, int(record["offset"]), int(record["length"]), bytes(record["digest"]))
 
 
-def open_shard(store: Path, facts: ShardFacts) -> Shard:
+def open_shard(store: Location, facts: ShardFacts) -> Shard:
     """Map the index of a shard and check that it tells the truth of its body, as far as that is known unread.
 
     Raises:
@@ -155,7 +156,8 @@ def open_shard(store: Path, facts: ShardFacts) -> Shard:
         fault = f"a part of it is missing or of another kind ({type(error).__name__}: {error})"
     if fault is not None:
         raise DataError("DATA-151", f"{folder / INDEX}: {fault}.", REMEDY)
-    check_body(folder / BODY, facts.body_bytes)
+    if isinstance(folder, Path):  # elsewhere each look costs a request, and what is read tells
+        check_body(folder / BODY, facts.body_bytes)
     return Shard(folder, table)
 
 

@@ -10,17 +10,20 @@ then          the columns, each contiguous, little-endian, at offsets (from the 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mm.config.storage import Location
 from mm.data.files import write_atomically
+from mm.data.remote.reading import open_whole, version_of
 from mm.errors import DataError
 
 MAGIC = b"MMTABLE1"
@@ -87,42 +90,59 @@ def write_table(path: Path, kind: str, about: Mapping[str, Any], columns: Mappin
     return digest
 
 
-def read_table_header(path: Path, kind: str, remedy: str) -> TableHeader:
-    """Read the header of a table, and nothing of its columns.
+def read_table_header(path: Location, kind: str, remedy: str) -> TableHeader:
+    """Read the header of a table, and nothing of its columns where it is local.
 
     Args:
         path: the file. kind: what it must be. remedy: what to do when it is not.
 
     Raises:
-        DataError: DATA-150 when it is missing, cut off or no such table, DATA-072 when it cannot be read.
+        DataError: DATA-150 when it is missing, cut off or no such table, DATA-072 when it cannot be read; of object
+            storage what `mm.data.remote.client.attempt` raises.
     """
+    with _opened(path, kind, remedy, None) as (_, header):
+        return header
+
+
+@contextmanager
+def _opened(path: Location, kind: str, remedy: str, digest: bytes | None) -> Iterator[tuple[BinaryIO, TableHeader]]:
+    """A table, open, with its header; a remote one is the copy in the cache."""
     try:
-        with open(path, "rb") as stream:
-            size = stream.seek(0, 2)
-            stream.seek(0)
-            prefix = stream.read(_PREFIX)
-            if len(prefix) < _PREFIX or not prefix.startswith(MAGIC):
-                raise ValueError("it does not begin as one")
-            length = int.from_bytes(prefix[-8:], "little")
-            if not 0 < length <= min(_MAX_HEADER_BYTES, size - _PREFIX):
-                raise ValueError(f"its header claims {length} bytes, the file has {size}")
-            return _parsed(stream.read(length), prefix[len(MAGIC) : len(MAGIC) + DIGEST_BYTES], size, kind)
+        version = digest.hex() if digest is not None else version_of(path)
+        stream = open_whole(path, version, lambda content: _is_whole(content, digest))
     except FileNotFoundError:
         raise DataError("DATA-150", f"{path} does not exist.", remedy) from None
     except OSError as error:
         raise DataError("DATA-072", f"{path} cannot be read ({error}).", _LOOK) from None
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        SyntaxError,
-    ) as error:  # numpy's of a dtype
-        raise DataError("DATA-150", f"{path} is no whole {kind} ({error}).", remedy) from None
+    with stream:
+        try:
+            header = _read_header(stream, kind)
+        except OSError as error:
+            raise DataError("DATA-072", f"{path} cannot be read ({error}).", _LOOK) from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DataError("DATA-150", f"{path} is no whole {kind} ({error}).", remedy) from None
+        yield stream, header
 
 
-def open_table(path: Path, kind: str, remedy: str, digest: bytes | None = None) -> Table:
+def _read_header(stream: BinaryIO, kind: str) -> TableHeader:
+    size = stream.seek(0, 2)
+    stream.seek(0)
+    prefix = stream.read(_PREFIX)
+    if len(prefix) < _PREFIX or not prefix.startswith(MAGIC):
+        raise ValueError("it does not begin as one")
+    length = int.from_bytes(prefix[-8:], "little")
+    if not 0 < length <= min(_MAX_HEADER_BYTES, size - _PREFIX):
+        raise ValueError(f"its header claims {length} bytes, the file has {size}")
+    return _parsed(stream.read(length), prefix[len(MAGIC) : len(MAGIC) + DIGEST_BYTES], size, kind)
+
+
+def _is_whole(content: bytes, digest: bytes | None) -> bool:
+    """Tell whether a table's bytes have the digest that they say, and the one that is asked for."""
+    said = content[len(MAGIC) : len(MAGIC) + DIGEST_BYTES]
+    return said == digest_of(content[len(MAGIC) + DIGEST_BYTES :]) and digest in (None, said)
+
+
+def open_table(path: Location, kind: str, remedy: str, digest: bytes | None = None) -> Table:
     """Map a table, having compared its checksum with its content; of the content nothing stays in memory.
 
     Args:
@@ -131,15 +151,15 @@ def open_table(path: Path, kind: str, remedy: str, digest: bytes | None = None) 
     Raises:
         DataError: what `read_table_header` raises, DATA-150 when the checksum is not its own, or not `digest`.
     """
-    header = read_table_header(path, kind, remedy)
-    if digest is not None and header.digest != digest:
-        message = f"{path} is not the one that the store was finished with (its checksum is {header.digest.hex()}"
-        raise DataError("DATA-150", f"{message}, expected {digest.hex()}).", remedy)
-    found = _content_digest(path)
-    if found != header.digest:
-        message = f"{path} is damaged: its content has the checksum {found.hex()}, it says {header.digest.hex()}."
-        raise DataError("DATA-150", message, remedy)
-    whole = np.memmap(path, dtype=np.uint8, mode="r")
+    with _opened(path, kind, remedy, digest) as (stream, header):
+        if digest is not None and header.digest != digest:
+            message = f"{path} is not the one that the store was finished with (its checksum is {header.digest.hex()}"
+            raise DataError("DATA-150", f"{message}, expected {digest.hex()}).", remedy)
+        found = _content_digest(stream)
+        if found != header.digest:
+            message = f"{path} is damaged: its content has the checksum {found.hex()}, it says {header.digest.hex()}."
+            raise DataError("DATA-150", message, remedy)
+        whole = np.memmap(stream, dtype=np.uint8, mode="r")
     columns = {}
     for name, (dtype, shape, offset) in header.columns.items():
         flat = np.asarray(whole)[offset : offset + prod(shape) * dtype.itemsize]
@@ -147,12 +167,11 @@ def open_table(path: Path, kind: str, remedy: str, digest: bytes | None = None) 
     return Table(header, columns)
 
 
-def _content_digest(path: Path) -> bytes:
+def _content_digest(stream: BinaryIO) -> bytes:
     hasher = blake2b(digest_size=DIGEST_BYTES)
-    with open(path, "rb") as stream:
-        stream.seek(len(MAGIC) + DIGEST_BYTES)
-        while chunk := stream.read(_CHUNK):
-            hasher.update(chunk)
+    stream.seek(len(MAGIC) + DIGEST_BYTES)
+    while chunk := stream.read(_CHUNK):
+        hasher.update(chunk)
     return hasher.digest()
 
 
@@ -166,9 +185,12 @@ def _described(dtype: np.dtype[Any]) -> Any:
 
 
 def _dtype(described: Any) -> np.dtype[Any]:
-    if isinstance(described, str):
-        return np.dtype(described)
-    return np.dtype([(name, kind, *map(tuple, shape)) for name, kind, *shape in described])
+    try:
+        if isinstance(described, str):
+            return np.dtype(described)
+        return np.dtype([(name, kind, *map(tuple, shape)) for name, kind, *shape in described])
+    except SyntaxError as error:  # numpy reads such texts as Python
+        raise ValueError(f"{described!r:.80} is no type") from error
 
 
 def _parsed(content: bytes, digest: bytes, size: int, kind: str) -> TableHeader:

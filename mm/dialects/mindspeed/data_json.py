@@ -12,6 +12,7 @@ from pydantic import Field
 
 from mm.config.base import Section
 from mm.config.run.data import Mixture
+from mm.config.storage import Storage
 from mm.dialects.mindspeed.encoder_json import TokenizerConfig
 
 
@@ -34,9 +35,14 @@ class RawParameters(BasicParameters):
 
 
 class FeatureParameters(BasicParameters):
-    """`data_storage_mode` sorafeatured: the folders that feature extraction wrote."""
+    """`data_storage_mode` sorafeatured: the folders that feature extraction wrote.
+
+    Attributes:
+        storage: how stores in object storage are read; a key of this project's own.
+    """
 
     data_storage_mode: Literal["sorafeatured"] = "sorafeatured"
+    storage: Storage = Storage()
 
 
 class Preprocess(Section):

@@ -150,6 +150,7 @@ def features(param: FeatureDatasetParam) -> FeatureSet:
     values = {
         "path": basic.data_path,
         "folder": basic.data_folder,
+        "storage": basic.storage,
         "clip": built(Clip, taken),
         "tokenizer": if_read(lambda: _tokenizer(param)),
     }

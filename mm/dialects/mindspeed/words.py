@@ -9,6 +9,7 @@ from mm.config.layerzero import ZeroConfig
 from mm.config.model import WanConfig
 from mm.config.run.data import Mixture
 from mm.config.run.origins import Origins, Word
+from mm.config.storage import Storage
 from mm.config.unread import read_or
 from mm.dialects.mindspeed.extract_files import ExtractFlags
 from mm.dialects.mindspeed.flag_paths import Flag, flags_by_path
@@ -89,6 +90,8 @@ def _keys_of_data(path: str, file: str, file_word: str) -> dict[str, Word]:
     words = {f"{path}.clip.{ours}": key(theirs, clip) for ours, theirs in _CLIP.items()}
     words |= {f"{path}.clip{part}": key("preprocess_parameters", "dataset_param") for part in ("", ".shape")}
     words |= {f"{path}.path": key("data_path", basic), f"{path}.folder": key("data_folder", basic)}
+    words[f"{path}.storage"] = key("storage", basic)
+    words |= {f"{path}.storage.{name}": key(name, f"{basic}.storage") for name in Storage.model_fields}
     words[f"{path}.tokenizer"] = key("tokenizer_config", "dataset_param")
     for name in ("from_pretrained", "model_max_length"):
         words[f"{path}.tokenizer.{name}"] = key(name, "dataset_param.tokenizer_config")
