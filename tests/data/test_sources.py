@@ -142,6 +142,11 @@ def test_hugging_face_folder(form: str, caption: str, folder: Path) -> None:
     ]
 
 
+def test_a_caption_that_is_null_leaves_the_column_to_another(folder: Path) -> None:
+    row = {"file_name": "videos/a.mp4", "text": None, "caption": None, "prompt": "a"}
+    assert [sample.captions for sample in read(folder, [row])] == [("a",)]
+
+
 @pytest.mark.parametrize(
     "row",
     [

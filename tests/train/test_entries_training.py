@@ -14,10 +14,11 @@ from training_runs import WEIGHTS, metrics
 
 from mm.cli import migrate as migrate_command
 from mm.cli import run as run_command
-from mm.config.data import data_sources
+from mm.config.data import store_sources
 from mm.config.model import WanConfig
 from mm.config.run.data import FeatureSet, Mixture
 from mm.config.run.file import load_training
+from mm.config.storage import Storage
 from mm.data.dataset import FeatureDataset, open_features
 from mm.data.planning import sampling_plan
 from mm.data.sampler import BatchPlan
@@ -161,7 +162,7 @@ def test_what_has_no_word_here(fields: dict[str, Any], id: str, told: str, home:
 def test_the_list_of_stores_is_read_back_whatever_their_names(home: Path) -> None:
     names = ["a,b", "#c", '"d', " e ", "é ~"]
     migrate(*(FILMS | {"id": name} for name in names))
-    found = [str(source.folder) for source in data_sources("runs/features.txt", None, "data.jsonl")]
+    found = [str(source.folder) for source in store_sources("runs/features.txt", None, "data.jsonl", Storage())]
     assert found == [f"stores/{name}" for name in names]
     shares = yaml.safe_load(Path("runs/training.yaml").read_text())["data"]["mixture"]["shares"]
     assert [share["folder"] for share in shares] == found

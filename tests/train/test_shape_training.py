@@ -157,6 +157,8 @@ def test_rates_are_extracted(tmp_path: Path, extraction: dict[str, Any]) -> None
         ({"shape": {**RULE, "alignment": 24}}, ["CFG-211: FILE: data.clip.shape.alignment is 24, not"]),
         ({"shape": {**RULE, "resolution": 12}}, ["CFG-211: FILE: data.clip.shape.resolution is 12 pixels"]),
         ({"shape": {**RULE, "rule": "area"}, "num_frames": 8}, ["CFG-050"]),
+        ({"height": 10**9, "width": 64}, ["CFG-051: FILE: data.clip.height is 1000000000, and pictures have at most"]),
+        ({"shape": RULE, "num_frames": 10**9 + 1}, ["CFG-050: FILE: data.clip.num_frames is 1000000001; clips have"]),
         ({"shape": {**RULE, "resolution": 1e300}}, ['CFG-005: FILE: "data.clip.shape.resolution" is 1e+300']),
         ({"shape": {**RULE, "minimum_image_size": 1e300}}, ["CFG-005"]),
         ({"shape": {"rule": "max_pixels", "max_pixels": 10**30}}, ["CFG-005"]),

@@ -9,6 +9,7 @@ from mm.config.data import SIZE_MULTIPLE, TEMPORAL_STRIDE
 from mm.config.rules.shapes import shape_problems
 from mm.config.run.data import Clip
 from mm.config.run.origins import Origins
+from mm.config.run.shapes import LARGEST_SIDE
 from mm.config.storage import is_address
 from mm.errors import Problem
 
@@ -32,6 +33,9 @@ def _frame_problems(clip: Clip, words: Origins, path: str) -> Iterator[Problem]:
             f"{frames.file}: {frames.name} is {clip.num_frames}; the VAE takes 4k + 1 frames.",
             f"Use {below} or {below + TEMPORAL_STRIDE}.",
         )
+    elif clip.num_frames > _MOST_FRAMES:
+        found = f"{frames.file}: {frames.name} is {clip.num_frames}; clips have at most {_MOST_FRAMES} frames."
+        yield Problem("CFG-050", found, "Use fewer; Wan2.1 was trained on 81.")
 
 
 def _size_problems(clip: Clip, words: Origins, path: str) -> Iterator[Problem]:
@@ -52,8 +56,13 @@ def _size_problems(clip: Clip, words: Origins, path: str) -> Iterator[Problem]:
             near = f"{below} or {below + SIZE_MULTIPLE}" if below else f"{SIZE_MULTIPLE}"
             found = f"{word.file}: {word.name} is {size}, not a multiple of {SIZE_MULTIPLE}."
             yield Problem("CFG-051", found, f"Use {near}.")
+        elif size > LARGEST_SIDE:
+            found = f"{word.file}: {word.name} is {size}, and pictures have at most {LARGEST_SIDE} pixels a side."
+            yield Problem("CFG-051", found, "Use less; Wan2.1 was trained on 480 x 832 and 720 x 1280.")
 
 
+_MOST_FRAMES = 2**16 + 1
+"""Frames of a clip; readers make room for a whole one."""
 LISTINGS = (".json", ".jsonl")
 """Endings of files that list features."""
 TABLES = (*LISTINGS, ".csv")

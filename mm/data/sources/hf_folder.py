@@ -22,9 +22,11 @@ def _take(cells: Cells, source: DataSource, /) -> Taken | None:
     named = [name for name in _CAPTIONS if cells.has(name)]
     if len(named) > 1:
         cells.wrong(f" has captions in {' and '.join(named)}.", "Keep one of these columns.")
-    captions = cells.captions(named[0] if named else _CAPTIONS[0])
-    for name in named[1:]:
-        cells.take(name)
+    chosen = named[0] if named else _CAPTIONS[0]
+    captions = cells.captions(chosen)
+    for name in _CAPTIONS:
+        if name != chosen:  # null, or told above
+            cells.take(name)
     roles = {}
     for name in cells.names():
         if role := next((name.removesuffix(end) for end in _BESIDE if name.endswith(end)), ""):

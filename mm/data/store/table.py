@@ -187,9 +187,12 @@ def _described(dtype: np.dtype[Any]) -> Any:
 
 
 def _dtype(described: Any) -> np.dtype[Any]:
-    if isinstance(described, str):
-        return np.dtype(described)
-    return np.dtype([(name, kind, *map(tuple, shape)) for name, kind, *shape in described])
+    try:
+        if isinstance(described, str):
+            return np.dtype(described)
+        return np.dtype([(name, kind, *map(tuple, shape)) for name, kind, *shape in described])
+    except SyntaxError as error:  # numpy reads such texts as Python
+        raise ValueError(f"{described!r:.80} is no type") from error
 
 
 def _parsed(content: bytes, digest: bytes, size: int, kind: str) -> TableHeader:
