@@ -92,9 +92,9 @@ def demo_of_files(extracted_demo: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
-def model_json(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_json(extracted_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """pretrain_model.json without a precision of its own, so that --bf16 alone decides."""
-    content = json.loads((demo / "configs" / "pretrain_model.json").read_text())
+    content = json.loads((extracted_demo / "configs" / "pretrain_model.json").read_text())
     del content["predictor"]["dtype"]
     path = tmp_path_factory.mktemp("model") / "pretrain_model.json"
     path.write_text(json.dumps(content))
