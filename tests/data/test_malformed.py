@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from feature_samples import write_encoders, write_extraction_files
 from malformed import CONFIGS, FEATURES, GROUPS, METADATA, VIDEOS
+from store_content import listed
 
 from mm.cli import extract
 from mm.cli.entry import run
