@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     """
     if argv and argv[0] in ("-h", "--help"):
         print("usage: mm data look STORE|run.yaml|TRAINING-FLAGS --out page.html")
-        print("       mm data status STORE [--json-output]\n       mm data repair STORE [--dry-run]")
+        print("       mm data status STORE [--json-output]\n       mm data repair STORE [--dry-run] [--retry-skipped]")
         print("       mm data export STORE TARGET --to FORMAT\n       mm data copy STORE TARGET")
         return
     if argv and argv[0] == "look":
@@ -66,6 +66,8 @@ def main(argv: Sequence[str]) -> None:
     if argv and argv[0] in data_export.JOBS:
         data_export.main(argv[0], argv[1:])
         return
+    if len(argv) == 2 and argv[0] in _JOBS and argv[1] in ("-h", "--help"):
+        argv = [argv[0], "STORE", "--help"]
     if len(argv) < 2 or argv[0] not in _JOBS or (argv[1].startswith("-") and "--help" not in argv):
         found = f"mm data takes a job and a store, and got {' '.join(argv) or 'none'}."
         raise ConfigError("CFG-006", found, "Give mm data look, or mm data status, repair, export or copy, and STORE.")

@@ -43,6 +43,8 @@ def main(job: str, argv: Sequence[str]) -> None:
         DataError: what `mm.data.exports.export.export` and `mm.data.store.copying.copy_store` raise.
     """
     program = f"mm data {job} STORE TARGET"
+    if list(argv) in (["-h"], ["--help"]):
+        argv = ["STORE", "TARGET", "--help"]
     if len(argv) < 2 or (argv[1].startswith("-") and "--help" not in argv):
         raise ConfigError("CFG-006", f"mm data {job} takes a store and a target.", f"Give {program}.")
     if job == "copy":

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from mm.errors import ConfigError
 
+_HELP = """Fit costs of tokens and of pairs of tokens to the step times in a run's metrics.jsonl.
+It needs 25 steps or more on samples of several lengths, on a device that nothing else uses."""
+
 
 def main(argv: Sequence[str]) -> None:
     """Print the costs that a run measured, and the value of `data.pair_cost` that they mean.
@@ -16,6 +19,9 @@ def main(argv: Sequence[str]) -> None:
         CheckpointError: CKPT-070 for a metrics.jsonl that is missing or damaged.
         DataError: DATA-230 where nothing can be told.
     """
+    if list(argv) in (["-h"], ["--help"]):
+        print(f"usage: mm doctor costs RUN\n\n{_HELP}")
+        return
     if len(argv) != 1 or argv[0].startswith("-"):
         found = f"mm doctor costs takes one run, its folder or metrics.jsonl, and got {' '.join(argv) or 'none'}."
         raise ConfigError("CFG-006", found, "Give exactly one.")

@@ -281,7 +281,7 @@ def _serve(work: Work[Any], connection: Connection, buffer: SharedMemory) -> Non
     while True:
         try:
             job = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):  # of a parent that was killed
             return
         outcome = _attempt(work, job)
         if isinstance(outcome, DataError):

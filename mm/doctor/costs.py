@@ -80,5 +80,7 @@ def _least_squares(rows: NDArray[np.float64], values: NDArray[np.float64]) -> ND
 
 
 def _refusal(found: str, needed: str) -> DataError:
-    remedy = "Take a run on samples of several lengths; without measured costs those of the model's shape are used."
+    remedy = (
+        "Take a longer run, on samples of several lengths; without measured costs those of the model's shape are used."
+    )
     return DataError("DATA-230", f"No costs can be told: {found}, and {needed}.", remedy)

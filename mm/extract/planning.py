@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,11 +18,14 @@ from mm.config.tasks.frames import MASK_CHANNELS
 from mm.data.recipe import Recipe
 from mm.data.shapes.choose import most_pixels
 from mm.data.sources.checking import RowReader
+from mm.errors import DataError
 from mm.extract.claims import Claims
 from mm.extract.draft import PlanFacts, draft_plan
 from mm.extract.plan import Plan, install, open_plan
 from mm.extract.rows import check_rows, look
-from mm.extract.store import prepare_recipe, unfinish
+from mm.extract.store import prepare_recipe, present_shards, unfinish
+
+log = logging.getLogger(__name__)
 
 SHARD_BYTES = 512 * 10**6
 FEWEST_SHARDS = 64
@@ -41,7 +45,7 @@ def settle_plan(
 
     Raises:
         DataError: what is wrong with the rows (`mm.extract.draft.draft_plan`, `mm.extract.rows.check_rows`), DATA-191
-            where another process plans and comes to no end.
+            where another process plans and comes to no end, DATA-192 for fewer draws than the store has.
     """
     clip, most_s = run.data.clip, run.supervision.timeout_minutes * 60.0
     facts = PlanFacts(recipe.key, partial(shard_rows, run), run.extraction.draws, _inputs(run, reader))
@@ -58,6 +62,7 @@ def settle_plan(
                 if open_plan(store, folder) == known:
                     return known
                 with claims.waiting_for(_PLANNING, most_s):
+                    _check_what_goes(run, store, folder)
                     return _put(store, recipe, folder)
         with claims.waiting_for(_PLANNING, most_s):
             known = open_plan(store)
@@ -77,6 +82,26 @@ def shard_rows(run: ExtractionRun, num_rows: int) -> int:
     sample_bytes = numbers * (4 if run.encoders.vae.precision == "fp32" else 2) + _TEXT_BYTES
     few = 1 << max(0, (num_rows // FEWEST_SHARDS).bit_length() - 1)
     return max(1, min(SHARD_BYTES // sample_bytes, few))
+
+
+def _check_what_goes(run: ExtractionRun, store: Path, folder: Path) -> None:
+    """Refuse a plan with fewer draws than the store's, unless features may be replaced; tell of one with fewer rows.
+
+    Raises:
+        DataError: DATA-192.
+    """
+    known, draft = open_plan(store), open_plan(store, folder)
+    if known is None or draft is None or not present_shards(store):
+        return
+    if draft.num_rows < known.num_rows:
+        message = "%s was made of %d rows, and %d are listed now: the samples of the others go when it is finished"
+        log.warning(message, store, known.num_rows, draft.num_rows)
+    if draft.draws < known.draws and not run.output.overwrite:
+        words = run.origins
+        anew = words["output.overwrite"].with_value(True)
+        found = f"{store} has {known.draws} draws of each sample, and {draft.draws} are asked for: the others would go."
+        remedy = f"Set {words['extraction.draws'].with_value(known.draws)}; or {anew} to drop them."
+        raise DataError("DATA-192", found, remedy)
 
 
 def _put(store: Path, recipe: Recipe, folder: Path) -> Plan:

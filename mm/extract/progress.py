@@ -68,8 +68,8 @@ class Progress:
 
     @property
     def to_do(self) -> int:
-        """Runs that nobody works on."""
-        return self.runs - self.done - sum(not one.is_expired for one in self.running)
+        """Runs that nobody has begun."""
+        return self.runs - self.done - len(self.running)
 
     @property
     def left_s(self) -> float | None:

@@ -114,8 +114,9 @@ def _report(store: Path, manifest: Manifest | None, tally: Tally, complete: int,
     """Tell what was done; where several processes were started together, the first one, or who finished the store."""
     reused = complete + tally.copied
     if manifest is None:
-        message = "this process encoded %d samples; %d shards are in the hands of others, of which one finishes %s"
-        log.info(message, tally.encoded, held_by_others(store), store)
+        others = held_by_others(store)
+        left = f"{others} shards are in the hands of others, of which one finishes it" if others else "others are left"
+        log.info("this process encoded %d samples; %s is not finished: %s", tally.encoded, store, left)
         return ExtractReport(0, tally.encoded, reused, tally.skipped)
     done = f"this process encoded {tally.encoded}, {reused} samples were complete before"
     if not tally.encoded:

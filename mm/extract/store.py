@@ -40,6 +40,9 @@ def check_store(store: Path, recipe: Recipe, overwrite: bool, words: Origins) ->
     if (store / LISTING).exists() or (store / FEATURES).is_dir():
         message = f"{store} is a store of one file a sample, and extraction writes shards."
         remedy = f"Give another {place}; or take it over with mm migrate shards, and go on in the store that it writes."
+        if not (store / LISTING).exists():  # an interrupted extraction, which nothing takes over
+            message = f"{store} has an unfinished store of one file a sample, and extraction writes shards."
+            remedy = f"Give another {place}, and extract anew."
         raise DataError("DATA-068", message, remedy)
     if (store / RECIPE_FILE).exists() and not overwrite:
         anew = words["output.overwrite"].with_value(True)
@@ -104,7 +107,10 @@ def hold_against_plan(store: Path, plan: Plan, skipping: Skipping) -> None:
     wrong = [number for number, skipped in lacking.items() if skipped is None]
     if wrong:
         unfinish(store)
-        message = "%d shards of %s are made again: their rows or files have changed, or they are damaged"
+        message = (
+            "%d shards of %s are not as planned now (other rows, files or length, or damaged) and are made again; "
+            "samples that are the same are copied"
+        )
         log.info(message, len(wrong), store)
     for number in wrong:
         put_aside(store, number)

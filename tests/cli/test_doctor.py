@@ -63,6 +63,7 @@ def test_one_process_holds_the_model_that_diffusers_builds(two_blocks: str) -> N
 
 
 @pytest.mark.parametrize("blocks", [2, pytest.param(5, marks=pytest.mark.nightly)], ids=["16 blocks", "14B"])
+@pytest.mark.nightly
 def test_a_rank_of_4096_in_less_than_a_minute(tmp_path: Path, blocks: int) -> None:
     """Tensor, sequence, context, pipeline and virtual-pipeline parallelism and layer-zero on 512 nodes."""
     model = json.loads((EXAMPLES / "14b" / "t2v" / "pretrain_model.json").read_text())

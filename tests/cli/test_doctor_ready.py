@@ -137,6 +137,7 @@ def test_more_memory_than_there_is(demo: Path, tmp_path: Path, capsys: pytest.Ca
     assert predicted > 16 * report["dry_runs"][0]["parameters"]
 
 
+@pytest.mark.nightly
 def test_the_script_asks_all_processes(demo: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", EXAMPLES / "1.3b" / "t2v" / "pretrain.sh", "--num-workers", "0"],

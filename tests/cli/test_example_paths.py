@@ -18,6 +18,7 @@ def run(script: str, *words: str, **variables: object) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.nightly
 def test_training_and_generation_in_a_folder_of_odd_characters(demo: Path, tmp_path: Path) -> None:
     """`=`, spaces, commas, quotes and what the shell or glob would expand; `run1` is what `run[1]` would match."""
     (tmp_path / "run1").mkdir()

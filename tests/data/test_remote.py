@@ -174,6 +174,7 @@ FOR_GOOD: dict[str, tuple[Fault, str]] = {
 
 
 @pytest.mark.parametrize("name", FOR_GOOD)
+@pytest.mark.nightly
 def test_faults_that_do_not_pass(name: str, url: str, proxy: Proxy, tmp_path: Path) -> None:
     """One line that names the object, what was said and how often it was tried; nothing is kept in the cache."""
     fault, id = FOR_GOOD[name]

@@ -84,6 +84,7 @@ def assert_two_processes_trained(save: Path) -> None:
     assert manifest["world_size"] == 2
 
 
+@pytest.mark.nightly
 def test_sbatch_trains_on_two_nodes(demo: Path, tmp_path: Path, slurm: dict[str, str]) -> None:
     save = tmp_path / "run"
     done = subprocess.run(

@@ -13,6 +13,7 @@ from test_skipping import BAD, MOST, write_bad_data_set
 from mm.data.dataset import FeatureDataset
 from mm.data.recipe import load_recipe
 from mm.data.store.catalog import read_manifest
+from mm.errors import DataError
 from mm.extract.run import ExtractReport
 
 ROWS: list[dict[str, Any]] = [
@@ -82,9 +83,19 @@ def test_more_draws_keep_those_that_are_there(files: dict[str, Path], tmp_path: 
     after = shards_of(tmp_path / "store")
     assert {name: after[name] for name in before} == before
     assert opened(tmp_path / "store", tmp_path).draws == DRAWS
-    run(files, shard_rows=2)
+    run(files, shard_rows=2, overwrite=True)
     assert opened(tmp_path / "store", tmp_path).draws == 1
     assert shards_of(tmp_path / "store") == {name: before[name] for name in before if name[7:15] < "00000003"}
+
+
+def test_fewer_draws_drop_none_unless_they_may(files: dict[str, Path], tmp_path: Path) -> None:
+    """A forgotten flag is no wish to remove what was made."""
+    run(files, draws=2, shard_rows=2)
+    before = content(tmp_path / "store")
+    with pytest.raises(DataError, match=r"DATA-192: .* has 2 draws of each sample, and 1 are asked for.* --draws 2;"):
+        run(files, shard_rows=2)
+    assert content(tmp_path / "store") == before
+    assert run(files, shard_rows=2, overwrite=True).listed == 6
 
 
 def test_a_clip_that_is_left_out_is_left_out_of_every_draw(tmp_path: Path, weights: Path) -> None:

@@ -129,6 +129,7 @@ def test_latents_after_images(num_images: int, solver: Any, scheduler: Callable[
 
 @SOLVERS
 @pytest.mark.parametrize("strength", [0.3, 0.7, 1.0])
+@pytest.mark.nightly
 def test_latents_from_a_video(strength: float, solver: Any, scheduler: Callable[[], Any], tmp_path: Path) -> None:
     reference, vae = transformer(0), load_vae()
     pipeline = WanVideoToVideoPipeline(

@@ -238,19 +238,19 @@ def test_samples_of_packs_are_those_of_each_step(demo: Path, tmp_path: Path) -> 
     assert "packs at most 96 tokens; shown sample by sample, as planned" in text(tmp_path / "look.html")
 
 
-def test_a_file_s_run_and_a_store_of_shards_show_the_same(demo: Path, tmp_path: Path) -> None:
-    words = training(demo)
+def test_a_file_s_run_and_a_store_of_shards_show_the_same(demo_of_files: Path, tmp_path: Path) -> None:
+    words = training(demo_of_files)
     of_flags = look(tmp_path / "a.html", *words, "--batches", 3)
     shards = tmp_path / "shards"
     migrate_command.main(
-        ["shards", "--source", str(demo / "features"), "--target", str(shards), "--shard-megabytes", "0.05"]
+        ["shards", "--source", str(demo_of_files / "features"), "--target", str(shards), "--shard-megabytes", "0.05"]
     )
     listing = tmp_path / "features.txt"
     listing.write_text(f"{shards}\n")
-    data = json.loads((demo / "configs" / "feature_data.json").read_text())
+    data = json.loads((demo_of_files / "configs" / "feature_data.json").read_text())
     data["dataset_param"]["basic_parameters"]["data_path"] = str(listing)
     (tmp_path / "data.json").write_text(json.dumps(data))
-    of_shards = look(tmp_path / "b.html", *training(demo, mm_data=tmp_path / "data.json"), "--batches", 3)
+    of_shards = look(tmp_path / "b.html", *training(demo_of_files, mm_data=tmp_path / "data.json"), "--batches", 3)
     assert len(list((shards / "shards").iterdir())) > 3
     assert samples_of(of_shards) == samples_of(of_flags) and len(of_flags.samples) == 6
 

@@ -114,6 +114,7 @@ def command(arguments: list[str], environment: dict[str, str]) -> list[str]:
     return done.stderr.splitlines()
 
 
+@pytest.mark.nightly
 def test_without_a_compiler_training_goes_on(demo: Path, tmp_path: Path) -> None:
     expected = run(demo, tmp_path / "eager", train_iters=2)
     arguments = words(demo, tmp_path / "run", train_iters=2, compile_blocks=True)

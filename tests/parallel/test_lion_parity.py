@@ -138,6 +138,7 @@ def test_the_arithmetic_is_the_package_s(decay: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("row", [ROWS[0], ROWS[1], ROWS[5]], ids=lambda row: f"{row.id}-{row.zero}")
+@pytest.mark.nightly
 def test_a_dry_run_counts_four_bytes_an_element(row: Row, dtype: torch.dtype) -> None:
     """Where AdamW keeps eight, beside the same masters: those of what the model has in bf16."""
     counted = {}

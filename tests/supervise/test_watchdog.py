@@ -122,6 +122,7 @@ def wait_for_a_reader(ends: str, folder: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("ends", "code"), [("data", None), ("an error", 65), ("a hang", 124)])
+@pytest.mark.nightly
 def test_who_waits_by_a_limit_of_its_own_has_the_word(ends: str, code: int | None, tmp_path: Path) -> None:
     told = run_ranks(2, wait_for_a_reader, ends, str(tmp_path))
     if code is None:

@@ -92,6 +92,7 @@ def test_it_needs_a_folder(demo: Path, capfd: pytest.CaptureFixture[str]) -> Non
     ("processes", "stops"),
     [(1, False), pytest.param(2, False, marks=pytest.mark.nightly), pytest.param(1, True, marks=pytest.mark.nightly)],
 )
+@pytest.mark.nightly
 def test_a_last_save_that_is_slower_than_every_limit_is_waited_for(
     processes: int, stops: bool, demo: Path, tmp_path: Path
 ) -> None:

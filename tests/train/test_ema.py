@@ -280,8 +280,8 @@ def test_the_dry_run_counts_it(
     assert kept["parameter_bytes"] == plain["parameter_bytes"]
 
 
-def test_a_skipped_step_leaves_it_as_it_is(demo: Path, tmp_path: Path) -> None:
-    home, _ = with_bad_sample(demo, tmp_path / "demo", 1e25)
+def test_a_skipped_step_leaves_it_as_it_is(demo_of_files: Path, tmp_path: Path) -> None:
+    home, _ = with_bad_sample(demo_of_files, tmp_path / "demo", 1e25)
     root = tmp_path / "run"
     rows = run(home, root, ema_decay=DECAY, save_interval=1, train_iters=4, on_nonfinite="skip:1")
     [skipped] = [row["step"] for row in rows if row["skipped"]]

@@ -95,6 +95,7 @@ def many_runs() -> Iterator[tuple[str, TrainingRun]]:
             continue  # no run with these flags can start
 
 
+@pytest.mark.nightly
 def test_every_proposal_is_legal_new_and_as_it_is_written() -> None:
     runs = list(many_runs())
     assert len(runs) > 50

@@ -28,10 +28,10 @@ PANELS = [
 
 
 @pytest.fixture(scope="module")
-def evaluated(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def evaluated(demo_of_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with steps that are skipped, and with evaluations."""
-    home, _ = with_bad_sample(demo, tmp_path_factory.mktemp("skipping") / "demo", 1e25)
-    held_out = demo / "configs" / "feature_data.json"
+    home, _ = with_bad_sample(demo_of_files, tmp_path_factory.mktemp("skipping") / "demo", 1e25)
+    held_out = demo_of_files / "configs" / "feature_data.json"
     save = home / "run"
     run(home, save, train_iters=8, micro_batch_size=4, on_nonfinite="skip:1", eval_interval=4, eval_data=held_out)
     return save

@@ -23,6 +23,12 @@ def environment(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setenv(name, value)
 
 
+@pytest.fixture(scope="module")
+def demo(demo_of_files: Path) -> Path:
+    """Features of one file a sample, which are made shards of."""
+    return demo_of_files
+
+
 @pytest.fixture
 def url(demo: Path, s3: S3, tmp_path: Path) -> str:
     to_shards(demo, tmp_path / "shards")

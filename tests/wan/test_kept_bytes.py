@@ -140,6 +140,7 @@ def alive(config: WanConfig, plan: Recompute | None, num_layers: int, tokens: in
 
 @pytest.mark.parametrize("size", ["1.3B", pytest.param("14B", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.nightly
 def test_what_a_further_block_keeps(size: str, mode: str) -> None:
     """Bytes a token and unit of width that one more block adds; attention's statistics are 4 bytes a token and head."""
     config, (plan, expected) = SIZES[size], MODES[mode]

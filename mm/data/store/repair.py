@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mm.config.storage import Location
+from mm.data.features import FEATURES, LISTING
 from mm.data.files import TEMPORARY_PREFIX
 from mm.data.recipe import load_recipe
 from mm.data.remote.reading import names_in
@@ -56,10 +57,11 @@ def store_status(store: Location) -> StoreStatus:
     """Contents of a store, from the headers of its shards.
 
     Raises:
-        DataError: DATA-010 for a folder that is no store, DATA-150 for a shard without a readable index, and what
-            `mm.data.store.catalog.open_catalog` raises of a finished store.
+        DataError: DATA-010 for a folder that is no store, DATA-186 for one of one file a sample, DATA-150 for a shard
+            without a readable index, and what `mm.data.store.catalog.open_catalog` raises of a finished store.
     """
     recipe = load_recipe(store)
+    _check_form(store)
     present = _present(store)
     known = open_catalog(store, recipe.key).manifest.shards if is_sharded(store) else None
     shapes: Counter[LatentShape] = Counter()
@@ -75,6 +77,17 @@ def store_status(store: Location) -> StoreStatus:
     return StoreStatus(known is not None, len(present), samples, missing, unfinished, shapes, body_bytes)
 
 
+def _check_form(store: Location) -> None:
+    """Refuse a store of one file a sample.
+
+    Raises:
+        DataError: DATA-186.
+    """
+    if isinstance(store, Path) and ((store / LISTING).exists() or (store / FEATURES).is_dir()):
+        remedy = "mm doctor data reads all of it; mm migrate shards makes a store of shards of it."
+        raise DataError("DATA-186", f"{store} is a store of one file a sample, and no store of shards.", remedy)
+
+
 def damaged_shards(store: Path, done: Callable[[int, int], None]) -> list[DamagedShard]:
     """Read every byte of every shard and compare it with its digest.
 
@@ -82,9 +95,11 @@ def damaged_shards(store: Path, done: Callable[[int, int], None]) -> list[Damage
         store: its folder. done: told after each shard how many were read, and of how many.
 
     Raises:
-        DataError: DATA-010 for a folder that is no store; DATA-072 when a file cannot be read, which is no damage.
+        DataError: DATA-010 for a folder that is no store, DATA-186 for one of one file a sample; DATA-072 when a file
+            cannot be read, which is no damage.
     """
     recipe = load_recipe(store)
+    _check_form(store)
     try:
         catalog = open_catalog(store, recipe.key) if is_sharded(store) else None
     except DataError:
