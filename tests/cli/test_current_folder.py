@@ -83,7 +83,6 @@ def command_and_variables(name: str, demo: Path, out: Path) -> tuple[list[str | 
         if not (name.startswith("mm ") or name.endswith(".py")) or path == ""
     ] + [pytest.param("tools/convert_ckpt.py", "", marks=[])],
 )  # fmt: skip
-@pytest.mark.nightly
 def test_nothing_of_it_is_run(demo: Path, hostile: Path, tmp_path: Path, name: str, path: str) -> None:
     command, environment = command_and_variables(name, demo, tmp_path / "out")
     if PATHS[path]:

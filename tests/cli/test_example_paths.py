@@ -4,6 +4,8 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "examples" / "wan2.1" / "1.3b" / "t2v"
 TINY = "weights/Wan2.1-T2V-Tiny-Diffusers/transformer"

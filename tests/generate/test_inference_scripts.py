@@ -46,7 +46,6 @@ def files(home: Path, task: str) -> Path:
         pytest.param("14b/v2v", marks=pytest.mark.nightly),
     ],
 )
-@pytest.mark.nightly
 def test_script_on_two_processes(home: Path, tmp_path: Path, script: str) -> None:
     task = script.split("/")[1]
     model = "t2v" if task == "v2v" else task

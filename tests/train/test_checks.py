@@ -163,7 +163,6 @@ def train_one_after_the_other(commands: list[list[str]]) -> None:
 
 
 @pytest.mark.parametrize("which", [LAYOUTS[:1], pytest.param(LAYOUTS[1:], marks=pytest.mark.nightly)], ids=["pp", "dp"])
-@pytest.mark.nightly
 def test_every_layout_sees_the_same(demo: Path, tmp_path: Path, which: list[dict[str, Any]]) -> None:
     """Sixteen held-out samples and two prompts on four ranks, of which some have nothing to render."""
     (tmp_path / "zero.yaml").write_text("zero3_size: 2\n")
