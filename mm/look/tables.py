@@ -40,7 +40,7 @@ def source_rows(dataset: FeatureDataset, drawing: Drawing, plan: SamplingPlan) -
     filled = plan.groups_of_sources(slots)
     rows = []
     for source, groups in zip(sources, filled, strict=True):
-        samples = sum(bucket.size for bucket in source.buckets.values())
+        samples = _samples(source)
         passes = groups * source.micro_batch_size / samples
         rows.append(SourceRow(source.where, samples, asked(source.share), groups / slots, passes))
     return stretch, rows
@@ -66,16 +66,16 @@ def bucket_rows(dataset: FeatureDataset, drawing: Drawing, sources: Sequence[Sou
     Args:
         dataset: the features. drawing: what is drawn of them. sources: the sources' shares, from `source_rows`.
     """
-    cost, sizes = cost_of_model(dataset.model), dict[str, int]()
+    cost, sizes, draws = cost_of_model(dataset.model), dict[str, int](), dict[str, int]()
     found: list[tuple[str, LatentShape, int, bool]] = []
     for source in drawing.sources_of(dataset):
-        sizes[source.where] = source.micro_batch_size
+        sizes[source.where], draws[source.where] = source.micro_batch_size, source.part.draws
         for shape, count in source.part.buckets().items():
             is_small = any(shape == one for _, one in source.small)
             left_out = not source.buckets or (is_small and not any(shape == one for _, one in source.buckets))
             found.append((source.where, shape, count, left_out))
     of_sample = {row.name: row.share * sizes[row.name] / row.samples for row in sources}
-    parts = [0.0 if left_out else of_sample[name] * count for name, _, count, left_out in found]
+    parts = [0.0 if left_out else of_sample[name] * count / draws[name] for name, _, count, left_out in found]
     costs = [part * cost(dataset.tokens_of(shape)) for part, (_, shape, _, _) in zip(parts, found, strict=True)]
     rows = [
         BucketRow(
@@ -230,7 +230,12 @@ def _sources(dataset: FeatureDataset, drawing: Drawing) -> Iterator[SourceOfData
 
 def _of_epoch(source: SourceOfData) -> int:
     repeats = 1 if source.share is None else source.share.repeats
-    return repeats * sum(bucket.size for bucket in source.buckets.values())
+    return repeats * _samples(source)
+
+
+def _samples(source: SourceOfData) -> int:
+    """Samples that are in the plan, each counted once however many draws it has."""
+    return max(1, sum(bucket.size for bucket in source.buckets.values()) // source.part.draws)
 
 
 def _counts(dataset: FeatureDataset, drawing: Drawing) -> Iterator[tuple[int, int]]:

@@ -10,6 +10,7 @@ from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
 from mm.config.recompute import Recompute
 from mm.config.run.checkpoint import AdapterSection
+from mm.config.run.data import Mixture
 from mm.config.run.parallel import ParallelSection
 from mm.config.run.training import TrainingRun
 from mm.config.units import format_bytes
@@ -65,7 +66,8 @@ def start_table(
         if budget is None
         else f"{global_batch_size} = {samples} samples x {layout.dp_size} replicas, in about {accumulated} sequences "
         f"of at most {budget:,} tokens on each (predicted)",
-        "features": f"{len(dataset)} samples, latents {latents}",
+        "features": f"{len(dataset)} samples{_draws(dataset)}, latents {latents}",
+        **({"mixture": _mixture(sections.data.mixture)} if sections.data.mixture.shares else {}),
         "tokens": _tokens(layout, sorted(dataset.token_counts()), budget),
         "heads": _heads(layout, wan.num_heads),
         "a layer": "; ".join(layer_collectives(layout, zero)) or "no communication",
@@ -77,6 +79,20 @@ def start_table(
         **({} if average is None else {"average": f"of the weights, decay {average:g}"}),
         "checkpoints": sections.checkpoint.save or f"none: the trained weights are not kept ({save})",
     }
+
+
+def _draws(dataset: FeatureDataset) -> str:
+    return f" in {dataset.draws} draws" if dataset.draws > 1 else ""
+
+
+def _mixture(mixture: Mixture) -> str:
+    """Shares as they are asked for; stores that none names come as often as their size says."""
+    shares = []
+    for share in mixture.shares:
+        values = share.model_dump(exclude={"folder"}, exclude_defaults=True)
+        said = ", ".join(f"{name} {value}" for name, value in values.items())
+        shares.append(f"{share.folder} {said or 'by its size'}")
+    return "; ".join(shares)
 
 
 def _sequences(samples: int, budget: int, layout: Layout, dataset: FeatureDataset) -> int:

@@ -16,6 +16,8 @@ from mm.data.loader import feature_batches
 from mm.data.planning import sampling_plan
 from mm.data.sampler import BatchPlan
 from mm.data.store.catalog import finish_store
+from mm.look.samples import Drawing
+from mm.look.tables import bucket_rows, source_rows
 
 SHAPES = ((16, 1, 8, 8), (16, 2, 8, 8))
 COUNT, DRAWS = 10, 3
@@ -91,3 +93,19 @@ def test_stores_of_other_numbers_of_draws_begin_again(tmp_path: Path) -> None:
             assert names.keys() == {dataset.name(index) for index in range(len(dataset))}
         else:
             assert set(names.values()) == {6} and len(names) == COUNT + 4
+
+
+def test_the_page_counts_a_sample_once_whatever_its_draws(tmp_path: Path) -> None:
+    """Two stores of ten and of four samples, both walked once an epoch."""
+    stores = [write(tmp_path / "a"), write_store(tmp_path / "b", 4, shapes=((16, 1, 8, 8),))]
+    (tmp_path / "features.txt").write_text("".join(f"{store}\n" for store in stores))
+    features = feature_set(stores[0]).model_copy(update={"path": str(tmp_path / "features.txt"), "folder": None})
+    dataset = open_features(features, MODEL)
+    mixture = Mixture(shares=(SourceShare(folder=str(stores[0])),))
+    drawing = Drawing(BatchPlan(1, 1), 5, mixture=mixture, steps=4096)
+    plan = sampling_plan(dataset, drawing.batches, mixture, 5, shuffle=True)
+    _, rows = source_rows(dataset, drawing, plan)
+    assert [row.samples for row in rows] == [COUNT, 4]
+    assert [row.passes for row in rows] == pytest.approx([4096 / 14] * 2, rel=1e-3)
+    shares = [row.share_of_samples for row in bucket_rows(dataset, drawing, rows) if row.source == str(stores[0])]
+    assert sum(shares) == pytest.approx(COUNT / 14, rel=1e-3)

@@ -20,9 +20,11 @@ from test_extract_run import ROOT, made, run, words
 
 from mm.cli import data as data_command
 from mm.config.bad_samples import FAIL
+from mm.data.files import make_folder
 from mm.data.recipe import load_recipe
+from mm.data.store import writer
 from mm.data.store.shard import shard_folder
-from mm.errors import DataError
+from mm.errors import DataError, DataWriteError
 from mm.extract.claims import LEASE_S, Claims, Owner, read_claim
 from mm.extract.plan import Plan, open_plan
 from mm.extract.store import finish
@@ -325,3 +327,15 @@ def test_rows_that_change_while_a_worker_works_stop_it(
     first.wait()
     run(files_of(home, store))
     assert is_finished(store) and {row["cap"] for row in listed(store)} == {"blue"}
+
+
+def test_a_folder_that_is_removed_before_a_worker_writes_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As who finishes a store does where a worker seems dead: a failure to write, which the worker then passes over."""
+
+    def removed(folder: Path, name: str) -> None:
+        make_folder(folder, name)
+        shutil.rmtree(folder)
+
+    monkeypatch.setattr(writer, "make_folder", removed)
+    with pytest.raises(DataWriteError, match="DATA-018"):
+        writer.ShardWriter(tmp_path, 2, "recipe")

@@ -87,12 +87,14 @@ def list_problems(
             found = f"{source}: {data_folder.name} has no effect with the address {named}."
             yield Problem("CFG-053", found, "Remove it; the address is the store.")
     elif suffix not in (".txt", *endings):
-        yield Problem(
-            "CFG-053",
-            f"{source}: {data_path.name} is {named}, which ends in none of .txt, {', '.join(endings)}.",
-            f"Name a list of data sets (.txt) or one annotation file ({', '.join(endings)}; of another table pandas "
-            'writes one with to_json("data.jsonl", orient="records", lines=True)).',
-        )
+        table = 'of another table pandas writes one with to_json("data.jsonl", orient="records", lines=True)'
+        remedy = f"Name a list of data sets (.txt) or one annotation file ({', '.join(endings)}; {table})."
+        if path == "data.features":
+            remedy = (
+                "Name a .txt file with the folder of each feature store on a line of its own, or a store's data.jsonl."
+            )
+        found = f"{source}: {data_path.name} is {named}, which ends in none of .txt, {', '.join(endings)}."
+        yield Problem("CFG-053", found, remedy)
     elif suffix == ".txt" and folder is not None:
         yield Problem(
             "CFG-053",

@@ -55,7 +55,10 @@ class ShardWriter:
         self._store, self._number, self._recipe_key = store, number, recipe_key
         self._folder = store / SHARDS / f"{TEMPORARY_PREFIX}{number:08d}-{uuid4().hex[:12]}"
         make_folder(self._folder, "the store's folder")
-        self._body = open(self._folder / BODY, "xb")  # noqa: SIM115  closed by `commit` or by leaving
+        try:
+            self._body = open(self._folder / BODY, "xb")  # noqa: SIM115  closed by `commit` or by leaving
+        except OSError as error:  # whoever finishes the store removes the folders of workers that seem dead
+            raise write_error(self._folder / BODY, 0, error) from error
         self._end = 0
         self._samples: list[tuple[Any, ...]] = []
         self._prompts: dict[bytes, tuple[Any, ...]] = {}
