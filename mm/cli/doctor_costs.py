@@ -10,6 +10,9 @@ from mm.errors import ConfigError
 _HELP = """Fit costs of tokens and of pairs of tokens to the step times in a run's metrics.jsonl.
 It needs 25 steps or more on samples of several lengths, on a device that nothing else uses."""
 
+_EXPLAINED = 0.9
+"""Least part of the variance of step times for a fit that is worth dealing by."""
+
 
 def main(argv: Sequence[str]) -> None:
     """Print the costs that a run measured, and the value of `data.pair_cost` that they mean.
@@ -36,4 +39,9 @@ def main(argv: Sequence[str]) -> None:
     print(f"a token           {cost.alpha:.3g} s")
     print(f"a pair of tokens  {cost.beta:.3g} s")
     print(f"explained         {cost.explained:.1%} of the variance of step times")
+    if cost.beta == 0 or cost.explained < _EXPLAINED:
+        print(
+            "take no data.pair_cost from this run: its samples are too short or too alike, or other work took time"
+        )
+        return
     print(f"data.pair_cost: {cost.pair_cost:.4g}   (--pair-cost {cost.pair_cost:.4g})")

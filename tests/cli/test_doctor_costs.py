@@ -49,7 +49,16 @@ def test_a_part_that_would_be_below_zero_is_left_out(tmp_path: Path, capsys: pyt
     run = write(tmp_path, steps(60, constant=0.0, alpha=2e-5, beta=-1e-12))
     doctor_command.main(["costs", str(run / "metrics.jsonl")])
     told = capsys.readouterr().out
-    assert "a pair of tokens  0 s" in told and "data.pair_cost: 0 " in told
+    assert (
+        "a pair of tokens  0 s" in told and "take no data.pair_cost from this run" in told and "--pair-cost" not in told
+    )
+
+
+def test_times_that_tokens_explain_badly_recommend_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write(tmp_path, steps(60, constant=0.05, alpha=2e-5, beta=5e-10, noise=2.0))
+    doctor_command.main(["costs", str(run)])
+    told = capsys.readouterr().out
+    assert "take no data.pair_cost from this run" in told and "--pair-cost" not in told
 
 
 def alike() -> list[StepMetrics]:
