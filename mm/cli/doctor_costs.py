@@ -40,8 +40,6 @@ def main(argv: Sequence[str]) -> None:
     print(f"a pair of tokens  {cost.beta:.3g} s")
     print(f"explained         {cost.explained:.1%} of the variance of step times")
     if cost.beta == 0 or cost.explained < _EXPLAINED:
-        print(
-            "take no data.pair_cost from this run: its samples are too short or too alike, or other work took time"
-        )
+        print("take no data.pair_cost from this run: its samples are too short or too alike, or other work took time")
         return
     print(f"data.pair_cost: {cost.pair_cost:.4g}   (--pair-cost {cost.pair_cost:.4g})")
