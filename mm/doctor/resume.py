@@ -1,4 +1,4 @@
-"""Whether a run may go on from the checkpoint that it would start from, told as the run would tell it."""
+"""Comparison of a run with the checkpoint that it would go on from, told as its start would tell it."""
 
 from __future__ import annotations
 
