@@ -176,7 +176,7 @@ def test_a_webdataset_is_a_store_of_files_again(store: Path, tmp_path: Path) -> 
             members = {entry.name: tar.extractfile(entry) for entry in tar.getmembers()}
             for key in sorted({name.partition(".")[0] for name in members}):
                 said = json.loads(members[f"{key}.json"].read())  # type: ignore[union-attr]
-                said.pop("index")
+                assert (said.pop("index"), said.pop("draw")) == (int(key), 0)
                 name = feature_name(said["sample"])
                 said["latent_shape"] = tuple(said["latent_shape"])
                 rows.append(FeatureRow(**said, file=f"{FEATURES}/{name}"))
