@@ -12,7 +12,7 @@ from pathlib import Path
 from mm.data.store.catalog import is_sharded
 from mm.data.store.shard import INDEX, shard_folder
 from mm.extract.claims import CLAIMS, all_claims
-from mm.extract.plan import Plan, open_plan
+from mm.extract.plan import PLAN, TABLE, Plan, open_plan
 from mm.extract.skipping import SKIPS, skip_counts
 from mm.extract.store import WORK, runs_done
 from mm.extract.worker import FAILED, claim_name
@@ -53,7 +53,8 @@ class Progress:
         runs, rows: of the plan; a run of rows is a shard of each draw. done, rows_done: of these are complete.
         running, failed: runs that are claimed, and that were given up and not made since.
         skipped: clips left out so far.
-        rate: rows a second in the last hour of work; None where no two shards tell. elapsed_s: since the first shard.
+        rate: rows a second in the last hour of work; None where no two runs tell. elapsed_s: since the first run was
+            done. Both are of the work by this plan: what was made by one before it, as of fewer draws, is left out.
     """
 
     runs: int
@@ -124,14 +125,20 @@ def _failed(store: Path, done: set[int]) -> list[Failed]:
 
 
 def _rate(store: Path, plan: Plan, done: set[int], now: float) -> tuple[float | None, float]:
-    """Rows a second, and seconds since the first shard."""
-    times = sorted((os.stat(shard_folder(store, run) / INDEX).st_mtime, plan.rows_in(run)) for run in done)
+    """Rows a second, and seconds since the first run of rows was done, by this plan."""
+    planned = os.stat(store / PLAN / TABLE).st_mtime
+    times = sorted((at, plan.rows_in(run)) for run in done if (at := _done_at(store, plan, run)) >= planned)
     if not times:
         return None, 0.0
     last = [(at, rows) for at, rows in times if at >= times[-1][0] - _RATE_S]
     span = last[-1][0] - last[0][0]
     rate = sum(rows for _, rows in last[1:]) / span if span > 0 else None
     return rate, max(0.0, now - times[0][0])
+
+
+def _done_at(store: Path, plan: Plan, run: int) -> float:
+    """Time of the last shard of a run, which has one of each draw."""
+    return max(os.stat(shard_folder(store, shard) / INDEX).st_mtime for shard in plan.shards_of(run))
 
 
 def _server_time(store: Path) -> float:
