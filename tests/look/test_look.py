@@ -200,8 +200,10 @@ class _Seen(Callback):
 
     def __init__(self) -> None:
         self.samples: list[tuple[str, bool]] = []
+        self.sizes: list[int] = []
 
     def after_step(self, done: StepDone) -> list[Any]:
+        self.sizes += [len(batch["sample"]) for batch in done.batches]
         for batch in (one for packed in done.batches for one in segments_of(packed)):
             self.samples += zip(batch["sample"], batch["without_caption"], strict=True)
         return []
@@ -224,18 +226,18 @@ def test_samples_and_dropped_captions_are_those_of_the_training(demo: Path, tmp_
     assert "Step 3, micro-batch 1 of 2" in text(tmp_path / "later.html")
 
 
-def test_samples_of_packs_are_those_of_each_step(demo: Path, tmp_path: Path) -> None:
-    """Which share a sequence is the layout's matter; the samples of a step are shown as they are planned."""
-    words = training(demo, micro_batch_size=1, pack=96)
+def test_packs_are_those_of_the_training(demo: Path, tmp_path: Path) -> None:
+    """Clips of 48 tokens, two in a sequence of 96 and one in the last of three."""
+    words = training(demo, micro_batch_size=1, pack=96, global_batch_size=5)
     seen = _Seen()
     train_command.main(words, callbacks=[seen])
-    page = look(tmp_path / "look.html", *words, "--batches", 16)
-    for step in range(4):
-        of_step = slice(4 * step, 4 * step + 4)
-        assert sorted(sample["id"] for sample in page.samples[of_step]) == sorted(
-            name for name, _ in seen.samples[of_step]
-        )
-    assert "packs at most 96 tokens; shown sample by sample, as planned" in text(tmp_path / "look.html")
+    page = look(tmp_path / "look.html", *words, "--batches", 100)
+    assert [sample["id"] for sample in page.samples] == [name for name, _ in seen.samples]
+    shown = text(tmp_path / "look.html")
+    sequences = re.findall(r"micro-batch (\d) of (\d) (\d) samples? in one sequence, (\d+) of 96 tokens", shown)
+    assert [int(size) for _, _, size, _ in sequences] == seen.sizes
+    assert all((int(count), int(tokens)) == (3, 48 * int(size)) for _, count, size, tokens in sequences)
+    assert [int(number) for number, *_ in sequences] == [1, 2, 3] * 4
 
 
 def test_a_file_s_run_and_a_store_of_shards_show_the_same(demo_of_files: Path, tmp_path: Path) -> None:
