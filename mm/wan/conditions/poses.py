@@ -158,7 +158,7 @@ def _row(line: str) -> list[float] | str:
 
 
 def _fault(row: Sequence[float]) -> str | None:
-    """What no camera has, of 19 numbers."""
+    """Name what no camera has, of 19 numbers."""
     if not all(map(math.isfinite, row)):
         return "holds a number that is not finite"
     if min(row[FOCAL_LENGTHS]) <= 0:
