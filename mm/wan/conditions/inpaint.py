@@ -43,7 +43,7 @@ def inpaint_condition(
         video: [3, frames, height, width] in [-1, 1]; what the mask leaves to generate is not looked at.
         mask: [frames, height, width], above 0.5 where pixels are to be generated. Video and mask, or neither.
         nothing_known_is_zero: a mask of all ones makes all channels zero, as the model knows text to video. In training
-            this is drawn (`mm.wan.conditions.random_masks`).
+            this is drawn (`mm.wan.conditions.random_masks.draw_zeroing`).
         channels: C, where nothing is given.
 
     Returns:
