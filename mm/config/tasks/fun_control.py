@@ -1,0 +1,16 @@
+"""Control to video, the first version: a control video as channels, and a start image that may be zeros.
+
+Source: VideoX-Fun's Wan2.1-Fun-Control models.
+"""
+
+from mm.config.tasks.fun import CONTROL_FEATURES, SIZES
+from mm.config.tasks.task import Task
+
+FUN_CONTROL = Task(
+    name="fun_control",
+    title="Fun-Control",
+    features=CONTROL_FEATURES,
+    sizes=SIZES,
+    marks=frozenset({"img_emb.proj.0.weight"}),
+    only_called=True,
+)

@@ -1,0 +1,8 @@
+"""Text or first frame to video of Wan2.2's 5B model: a given frame is a clean part of the noisy latents.
+
+A timestep for each token tells the model what is clean. Source: the released Wan2.2-TI2V-5B weights.
+"""
+
+from mm.config.tasks.task import Task
+
+TI2V = Task(name="ti2v", title="Wan2.2 TI2V", latent_channels=48, only_called=True)
