@@ -5,6 +5,7 @@ for what it leaves in one. How Python itself is started is the matter of those t
 imports each.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -27,12 +28,15 @@ class Forked:
     Args:
         function: importable; its result is the process's exit code, as `sys.exit` takes it.
         folder: where standard output and standard error go, to files of these names; None for those of this process.
+        at: the current folder; None for that of this process.
     """
 
-    def __init__(self, function: Callable[..., Any], *args: Any, folder: Path | None = None) -> None:
+    def __init__(
+        self, function: Callable[..., Any], *args: Any, folder: Path | None = None, at: Path | None = None
+    ) -> None:
         start_server()
         context = multiprocessing.get_context("forkserver")
-        self._process = context.Process(target=_leave, args=(folder, function, args))
+        self._process = context.Process(target=_leave, args=(folder, at, function, args))
         self._process.start()
         self._folder = folder
 
@@ -55,7 +59,9 @@ class Forked:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        """Nothing, where it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         self._process.kill()
@@ -84,7 +90,7 @@ def as_script(path: str, *words: str) -> None:
     runpy.run_path(path, run_name="__main__")
 
 
-def _leave(folder: Path | None, function: Callable[..., Any], args: Sequence[Any]) -> None:
+def _leave(folder: Path | None, at: Path | None, function: Callable[..., Any], args: Sequence[Any]) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])  # a server that readers started blocks what a shell would not
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     if folder is not None:
@@ -92,6 +98,8 @@ def _leave(folder: Path | None, function: Callable[..., Any], args: Sequence[Any
             opened = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             os.dup2(opened, number)
             os.close(opened)
+    if at is not None:
+        os.chdir(at)
     import torch
 
     torch.set_num_threads(1)
