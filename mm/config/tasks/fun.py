@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from mm.config.tasks.frames import SIZES as SIZES
 from mm.config.tasks.frames import image_tokens
-from mm.config.tasks.task import Entry, InputFeature, Shape, Sizes, Source
+from mm.config.tasks.task import Entry, InputFeature, Media, Shape, Sizes, Source
 
 PIXELS_OF_A_LATENT = 8
 """Rows and columns of pixels that the VAE puts into one of a latent."""
+
+
+CONTROL = Media("control", "video")
+START = Media("first_frame", "image", required=False, from_clip=True)
 
 
 def _control_and_start(sizes: Sizes) -> dict[str, int]:

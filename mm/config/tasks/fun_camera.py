@@ -5,7 +5,7 @@ Source: VideoX-Fun's Wan2.1-Fun-V1.1-Control-Camera models; Pluecker coordinates
 
 from mm.config.tasks.frames import MASK_CHANNELS
 from mm.config.tasks.fun import PIXELS_OF_A_LATENT, SIZES, START_FEATURES
-from mm.config.tasks.task import Entry, InputFeature, Shape, Sizes, Source, Task
+from mm.config.tasks.task import Entry, InputFeature, Media, Shape, Sizes, Source, Task
 
 RAY_CHANNELS = 6 * MASK_CHANNELS
 """Six coordinates of a ray, of each of the frames that the VAE puts into a latent frame."""
@@ -19,6 +19,7 @@ def _rays(sizes: Sizes) -> Shape:
 FUN_CAMERA = Task(
     name="fun_camera",
     title="Fun-V1.1-Control-Camera",
+    roles=(Media("first_frame", "image", from_clip=True), Media("camera", "poses")),
     features=(
         *START_FEATURES,
         InputFeature(

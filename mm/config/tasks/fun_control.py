@@ -3,12 +3,13 @@
 Source: VideoX-Fun's Wan2.1-Fun-Control models.
 """
 
-from mm.config.tasks.fun import CONTROL_FEATURES, SIZES
+from mm.config.tasks.fun import CONTROL, CONTROL_FEATURES, SIZES, START
 from mm.config.tasks.task import Task
 
 FUN_CONTROL = Task(
     name="fun_control",
     title="Fun-Control",
+    roles=(CONTROL, START),
     features=CONTROL_FEATURES,
     sizes=SIZES,
     marks=frozenset({"img_emb.proj.0.weight"}),

@@ -3,12 +3,13 @@
 Source: VideoX-Fun's Wan2.1-Fun-V1.1-Control models.
 """
 
-from mm.config.tasks.fun import CONTROL_FEATURES, SIZES
-from mm.config.tasks.task import Entry, InputFeature, Source, Task
+from mm.config.tasks.fun import CONTROL, CONTROL_FEATURES, SIZES, START
+from mm.config.tasks.task import Entry, InputFeature, Media, Source, Task
 
 FUN_CONTROL_REF = Task(
     name="fun_control_ref",
     title="Fun-V1.1-Control",
+    roles=(CONTROL, START, Media("reference", "image", required=False, from_clip=True)),
     features=(
         *CONTROL_FEATURES,
         InputFeature(

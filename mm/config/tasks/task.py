@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Literal
 
 Shape = tuple[int, ...]
 
@@ -72,6 +73,26 @@ class Column:
     def holds(self, value: object) -> bool:
         """Tell whether a value may stand in it."""
         return type(value) in (int, float) and self.lowest <= value <= self.highest  # type: ignore[operator]
+
+
+MediaKind = Literal["video", "image", "images", "mask", "poses"]
+
+
+@dataclass(frozen=True)
+class Media:
+    """A role of media: files beside the clip.
+
+    Attributes:
+        name: in tables (`mm.data.metadata.VideoSample.roles`), messages and files of generation.
+        kind: a video, one image, several images, a video or image of a mask, or a file of camera poses.
+        required: whether every row gives it. Without, models are called with what stands for nothing given.
+        from_clip: whether training takes it from the clip itself where a row lists no file.
+    """
+
+    name: str
+    kind: MediaKind
+    required: bool = True
+    from_clip: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,7 +165,7 @@ class Task:
 
     name: str
     title: str
-    roles: tuple[Frame | Column, ...] = ()
+    roles: tuple[Frame | Column | Media, ...] = ()
     features: tuple[InputFeature, ...] = ()
     sizes: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict)
     positions: bool = False
@@ -165,6 +186,11 @@ class Task:
     def columns(self) -> tuple[Column, ...]:
         """The roles that are numbers."""
         return tuple(role for role in self.roles if isinstance(role, Column))
+
+    @property
+    def media(self) -> tuple[Media, ...]:
+        """The roles that are files beside the clip."""
+        return tuple(role for role in self.roles if isinstance(role, Media))
 
     @property
     def fewest_latent_frames(self) -> int:

@@ -3,6 +3,12 @@
 A timestep for each token tells the model what is clean. Source: the released Wan2.2-TI2V-5B weights.
 """
 
-from mm.config.tasks.task import Task
+from mm.config.tasks.task import Media, Task
 
-TI2V = Task(name="ti2v", title="Wan2.2 TI2V", latent_channels=48, only_called=True)
+TI2V = Task(
+    name="ti2v",
+    title="Wan2.2 TI2V",
+    roles=(Media("first_frame", "image", required=False, from_clip=True),),
+    latent_channels=48,
+    only_called=True,
+)

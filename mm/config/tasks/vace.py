@@ -6,7 +6,7 @@ Source: VACE (arXiv 2503.07598) and its released models.
 from __future__ import annotations
 
 from mm.config.tasks.fun import PIXELS_OF_A_LATENT
-from mm.config.tasks.task import Entry, InputFeature, Shape, Sizes, Source, Task
+from mm.config.tasks.task import Entry, InputFeature, Media, Shape, Sizes, Source, Task
 
 
 def parts(sizes: Sizes) -> dict[str, int]:
@@ -21,6 +21,11 @@ def _context(sizes: Sizes) -> Shape:
 VACE = Task(
     name="vace",
     title="VACE",
+    roles=(
+        Media("vace_video", "video", required=False, from_clip=True),
+        Media("mask", "mask", required=False),
+        Media("vace_reference", "images", required=False),
+    ),
     features=(
         InputFeature(
             name="vace_context",
