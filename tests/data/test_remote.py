@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -103,10 +104,11 @@ def test_samples_are_those_on_disk(s3: S3, local: Path, url: str, tmp_path: Path
 
 
 def test_lists_name_folders_and_addresses(s3: S3, local: Path, url: str, tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text(f"{local}\n{url}/\nfile://{local}\n")
+    other = shutil.copytree(local, tmp_path / "other")
+    (tmp_path / "list.txt").write_text(f"{local}\n{url}/\nfile://{other}\n")
     how = storage(tmp_path, s3.endpoint)
     data = open_features(FeatureSet(path=str(tmp_path / "list.txt"), storage=how), MODEL)
-    assert [str(folder) for folder, *_ in data.parts()] == [str(local), url, str(local)]
+    assert [str(folder) for folder, *_ in data.parts()] == [str(local), url, str(other)]
     once = len(data) // 3
     assert all(torch.equal(data[i]["latents"], data[once + i]["latents"]) for i in range(once))
 
