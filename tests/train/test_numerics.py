@@ -82,7 +82,7 @@ def test_stops_and_names_the_sample(overflowing: tuple[Path, str], tmp_path: Pat
 
 @pytest.mark.parametrize(
     "layout",
-    [{}, {"pipeline_model_parallel_size": 2}, {"use_distributed_optimizer": True, "overlap_grad_reduce": True,
+    [pytest.param({}, marks=pytest.mark.nightly), {"pipeline_model_parallel_size": 2}, {"use_distributed_optimizer": True, "overlap_grad_reduce": True,
      "overlap_param_gather": True}],
     ids=["dp2", "pp2", "dp2-distributed-overlap"],
 )  # fmt: skip
