@@ -1,6 +1,6 @@
 """Context of VACE models: what is to stay and what is to change of a video, the mask between them, and references.
 
-Source: Wan2.1's own VACE (wan/vace.py) and diffusers' pipeline, which splits the video by the mask at 0.5, keeps the
+Source: Wan2.1's own VACE and diffusers' pipeline, which splits the video by the mask at 0.5, keeps the
 mask's own values in the mask's channels, and keeps what the video has where the mask is 1: an outline to follow may be
 there. Where nothing may be seen there, as in training on a clip that is also the target, `blanked` comes first;
 VideoX-Fun does that to a `video`, and not to a `control_video`. DiffSynth-Studio splits by the grey values themselves.
