@@ -63,7 +63,7 @@ class Progress:
     trained_samples: int = 0
 
     def recorded(self) -> dict[str, int]:
-        """Values for checkpoints; those of a run whose steps have a global batch each do not tell it twice."""
+        """State that checkpoints keep; those of a run whose steps have a global batch each do not tell it twice."""
         values = asdict(self)
         if self.trained_samples == self.consumed_samples:
             del values["trained_samples"]

@@ -246,12 +246,8 @@ def test_a_run_as_a_file_is_looked_at_like_its_flags(
     file.write_text(capsys.readouterr().out)
 
     def dry_run(*asked: str) -> Any:
-        done = subprocess.run(
-            [sys.executable, "-m", "mm.cli.doctor", *asked, "--dry-run", "--json-output"],
-            env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        doctor.main([*asked, "--dry-run", "--json-output"])
+        return json.loads(capsys.readouterr().out)
 
     assert dry_run(str(file)) == dry_run(*command)
     doctor.main([str(file), "--json-output"])

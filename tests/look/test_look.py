@@ -240,6 +240,19 @@ def test_packs_are_those_of_the_training(demo: Path, tmp_path: Path) -> None:
     assert [int(number) for number, *_ in sequences] == [1, 2, 3] * 4
 
 
+def test_packs_of_replicas_have_the_samples_of_each_step(demo: Path, tmp_path: Path) -> None:
+    """On two replicas a step of four clips is two sequences of two, whose samples are those that one process takes."""
+    seen = _Seen()
+    train_command.main(training(demo, micro_batch_size=1), callbacks=[seen])
+    page = look(tmp_path / "look.html", *training(demo, micro_batch_size=1, pack=96, world_size=2), "--batches", 100)
+    for step in range(4):
+        of_step = slice(4 * step, 4 * step + 4)
+        shown = [(sample["id"], sample["dropped"]) for sample in page.samples[of_step]]
+        assert sorted(shown) == sorted(seen.samples[of_step])
+    words = re.findall(r"micro-batch (\d) of 2 computed by replica (\d) 2 samples in one", text(tmp_path / "look.html"))
+    assert words == [("1", "0"), ("2", "1")] * 4
+
+
 def test_a_file_s_run_and_a_store_of_shards_show_the_same(demo_of_files: Path, tmp_path: Path) -> None:
     words = training(demo_of_files)
     of_flags = look(tmp_path / "a.html", *words, "--batches", 3)
