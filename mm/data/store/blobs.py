@@ -50,6 +50,20 @@ def read_sample_blobs(sample: Blob, prompt: Blob, model: WanConfig, origin: tupl
     return checked_feature(header, tensors, name, REMEDY)
 
 
+def parsed_feature(sample: bytes, prompt: bytes, name: str, model: WanConfig) -> Feature:
+    """A sample from the contents of its blob and its caption's, checked as those that are read.
+
+    Args:
+        sample, prompt: the contents. name: of the sample, for messages. model: the transformer that is to take it.
+
+    Raises:
+        DataError: as `read_sample_blobs`.
+    """
+    header, tensors = _both(_parsed(sample, name), _parsed(prompt, name))
+    check_header(header, name, model, REMEDY)
+    return checked_feature(header, tensors, name, REMEDY)
+
+
 def read_raw_blobs(sample: Blob, prompt: Blob, origin: tuple[str, str]) -> tuple[Header, dict[str, Tensor]]:
     """Read one sample and its caption's embedding, whatever model is to take them.
 
@@ -72,8 +86,16 @@ def read_raw_blobs(sample: Blob, prompt: Blob, origin: tuple[str, str]) -> tuple
             f"{prompt} holds caption {found.caption} of recipe {found.recipe}, expected {expected.caption} of {name}."
         )
         raise DataError("DATA-016", message, REMEDY)
+    return _both((header, tensors), (about_prompt, of_prompt))
+
+
+def _both(
+    sample: tuple[Header, dict[str, Tensor]], prompt: tuple[Header, dict[str, Tensor]]
+) -> tuple[Header, dict[str, Tensor]]:
+    """A sample with its caption's embedding."""
+    header, about_prompt = sample[0], prompt[0]
     both = Header({**header.tensors, **about_prompt.tensors}, header.origin, header.start_frame, header.taken)
-    return both, {**tensors, **of_prompt}
+    return both, {**sample[1], **prompt[1]}
 
 
 def _name(sample: Blob, origin: tuple[str, str]) -> str:
@@ -143,7 +165,10 @@ def _exactly(stream: io.FileIO, length: int) -> bytes:
 
 
 def _read(blob: Blob, name: str) -> tuple[Header, dict[str, Tensor]]:
-    content = read_blob(blob, name)
+    return _parsed(read_blob(blob, name), name)
+
+
+def _parsed(content: bytes, name: str) -> tuple[Header, dict[str, Tensor]]:
     try:
         return parse_header(io.BytesIO(content), len(content)), load(content)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
