@@ -16,6 +16,7 @@ from tabulate import tabulate
 
 from mm.config.layout import Layout
 from mm.config.place import ProcessPlace
+from mm.config.rules.live import live_extractions
 from mm.config.run.training import TrainingRun
 from mm.config.units import format_bytes
 from mm.errors import ConfigError, DataError, MMError, Problem, raise_all
@@ -68,7 +69,9 @@ def check(
     budget = sections.data.pack_tokens
     one_size = layout.pp_size > 1 and not sections.parallel.variable_sizes and budget is None
     batch = sections.samples_of_step(layout.dp_size)
-    if where.local_rank == 0:  # once a node: its disks, its memory
+    if where.local_rank == 0 and sections.live is not None:
+        findings += preflight.attempt("features", lambda: preflight.live(live_extractions(sections)))
+    elif where.local_rank == 0:  # once a node: its disks, its memory
         findings += preflight.attempt(
             "features",
             lambda: preflight.features(
@@ -105,6 +108,8 @@ def _draws(sections: TrainingRun, samples: int) -> str | None:
 
     data, seed = sections.data, sections.training.seed
     batches = BatchPlan(samples, data.micro_batch_size)
+    if sections.live is not None:  # the run itself looks at the clips, and writes what it finds into their stores
+        return None
     try:
         dataset = open_features(data.features, sections.wan)
         plan = sampling_plan(

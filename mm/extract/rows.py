@@ -69,20 +69,24 @@ def usable(row: CheckedRow, clip: SourceClip) -> VideoSample | BadClip:
     return BadClip.of(row.sample.id, row.sample.file, problems[0]) if problems else row.sample
 
 
-def source_word(sample: VideoSample, draw: int = 0) -> str:
+def source_word(sample: VideoSample, draw: int = 0, fingerprint: str | None = None) -> str:
     """Word for all that a draw's clip is made from: the video, its cut, the task's columns, and the draw.
+
+    Args:
+        sample, draw: whose. fingerprint: of the video; None looks at it.
 
     Raises:
         DataError: DATA-001 for a video that cannot be read.
     """
     cut = f"@{sample.annotation.cut_name}" if sample.annotation.cut else ""
     columns = "".join(f"#{name}={value!r}" for name, value in sample.columns.items())
-    return f"{video_fingerprint(sample.file)}{cut}{columns}{f'~{draw}' if draw else ''}"
+    video = video_fingerprint(sample.file) if fingerprint is None else fingerprint
+    return f"{video}{cut}{columns}{f'~{draw}' if draw else ''}"
 
 
-def origin_of(sample: VideoSample, draw: int, caption: str, recipe_key: str) -> Origin:
-    """Source of a draw's features; raises what `source_word` raises."""
-    return Origin(sample.id, recipe_key, text_hash(caption), source_word(sample, draw))
+def origin_of(sample: VideoSample, draw: int, caption: str, recipe_key: str, fingerprint: str | None = None) -> Origin:
+    """Source of a draw's features; takes and raises what `source_word` does."""
+    return Origin(sample.id, recipe_key, text_hash(caption), source_word(sample, draw, fingerprint))
 
 
 def listed_row(

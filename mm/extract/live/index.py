@@ -44,6 +44,7 @@ from mm.wan.tokenizer import open_tokenizer
 
 INDEX = "live.bin"
 KIND = "live index"
+_FINGERPRINT_BYTES = 8
 _REMEDY = "Remove it; the next training with --live makes it again."
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class LiveIndex:
         self.identity: str = about["identity"]
         self._shapes = [{(c, f, h, w): n for c, f, h, w, n in shapes} for shapes in about["shapes"]]
         self._rows = table.columns["rows"]
+        self._videos = table.columns["videos"]
         self._latents = table.columns["latents"]
         self._tokens = table.columns["tokens"]
         self._order = table.columns["order"]
@@ -71,6 +73,10 @@ class LiveIndex:
     def planned(self, number: int) -> int:
         """Row of the plan that a sample is, by its number in a draw."""
         return int(self._rows[number])
+
+    def fingerprint(self, number: int) -> str:
+        """`video_fingerprint` that a sample's video had, by its number in a draw."""
+        return bytes(self._videos[number]).hex()
 
     def latent_shape(self, row: int) -> LatentShape:
         """Shape (C, F, H, W) that a sample's latents have."""
@@ -215,6 +221,7 @@ class _Columns:
     def __init__(self, run: ExtractionRun, plan: Plan) -> None:
         self._run, self._plan = run, plan
         self._rows, self._latents, self._tokens = array("I"), array("i"), array("I")
+        self._videos = bytearray()
         self._listed: list[list[FeatureRow]] = [[] for _ in range(plan.draws)]
         self._at = 0
         self._identities: dict[int, str] = {}
@@ -231,6 +238,7 @@ class _Columns:
         """Take the next row that has a sample."""
         self._end_runs(row.planned // self._plan.shard_rows)
         self._rows.append(row.planned)
+        self._videos += bytes.fromhex(row.words[0][: 2 * _FINGERPRINT_BYTES])
         for draw, ((start, frames, height, width), word) in enumerate(zip(row.clips, row.words, strict=True)):
             sample, caption = row.sample, row.sample.caption(self._run.extraction.seed, draw)
             tokens = self._count(caption)
@@ -260,6 +268,7 @@ class _Columns:
         }
         columns = {
             "rows": np.frombuffer(self._rows, "<u4"),
+            "videos": np.frombuffer(bytes(self._videos), np.uint8).reshape(count, _FINGERPRINT_BYTES),
             "latents": latents.reshape(-1, 4),
             "tokens": tokens.reshape(-1),
             "order": np.concatenate([order for order, _ in orders]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import OrderedDict
 from hashlib import blake2b
@@ -121,12 +122,11 @@ class Kept:
         folder = self._store / FORMER
         try:
             changed = folder.stat().st_mtime_ns
-        except OSError:
-            self._seen = None
+            if changed == self._seen:
+                return
+            names = {name for name in os.listdir(folder) if not name.startswith(TEMPORARY_PREFIX)}
+        except OSError:  # it is not there yet, or not any more
             return
-        if changed == self._seen:
-            return
-        names = {path.name for path in folder.iterdir() if not path.name.startswith(TEMPORARY_PREFIX)}
         for name in sorted(names - self._parts.keys()):
             part = self._parts[name] = self._opened(folder / name)
             for row in range(0 if part is None else len(part)):

@@ -14,7 +14,7 @@ from mm.config.model import WanConfig
 from mm.config.run.extraction import ExtractionRun
 from mm.data.clips import Clip
 from mm.data.dataset import as_listed, read_sample
-from mm.data.features import Feature, Origin, serialised, text_hash
+from mm.data.features import Feature, Origin, serialised
 from mm.data.listing import Digest, ListedSample, RowsOfDraw
 from mm.data.metadata import VideoSample
 from mm.data.open_store import SampleTensors
@@ -30,7 +30,7 @@ from mm.extract.encode import ClipEncoder
 from mm.extract.live.index import LiveIndex
 from mm.extract.live.kept import Kept
 from mm.extract.live.parts import MadeSample, Parts
-from mm.extract.plan import Plan
+from mm.extract.plan import PLAN, Plan
 from mm.extract.rows import listed_row, origin_of, rows_of
 
 _SAMPLES_KNOWN = 1024
@@ -128,11 +128,11 @@ class LiveStore:
     def place(self, row: int) -> Place:
         """Place of the sample: where its features are kept, or its clip."""
         sample, caption, (draw, number) = self._sample(row), self._caption(row), self._draw(row)
-        try:
-            origin = origin_of(sample, draw, caption, self.recipe_key)
-        except DataError:  # of a video that is gone, which its reader tells
-            origin = Origin(sample.id, self.recipe_key, text_hash(caption), "")
-        blobs = self._kept.find(self._index.planned(number), draw, origin)
+        origin = origin_of(sample, draw, caption, self.recipe_key, self._index.fingerprint(number))
+        planned = self._index.planned(number)
+        blobs = self._kept.find(planned, draw, origin)
+        if blobs is None and self._maker is not None and self._maker.end_part_of(origin):
+            blobs = self._kept.find(planned, draw, origin)
         if blobs is not None:
             return self._place_of(blobs, sample, self.latent_shape(row))
         clip, seed = self._run.data.clip, self._run.extraction.seed
@@ -207,9 +207,24 @@ class _Maker:
         made = self._parts.open.get(place.origin)
         return None if made is None else _copy(made.tensors)
 
+    def end_part_of(self, origin: Origin) -> bool:
+        """End the open part where it holds a sample, so that the sample can be read; tells whether it did."""
+        holds = origin in self._parts.open
+        if holds:
+            self._parts.end()
+        return holds
+
     def make(self, place: ClipPlace, clip: Clip, model: WanConfig) -> SampleTensors:
-        """Encode a clip; what comes out has passed through the contents that are written, as what is read has."""
+        """Encode a clip; what comes out has passed through the contents that are written, as what is read has.
+
+        Raises:
+            DataError: DATA-240 for a video that is another than when it was looked at.
+        """
         sample, prompt = place.sample, self._prompt(place.caption)
+        if origin_of(sample, place.draw, place.caption, self._recipe_key) != place.origin:
+            found = f"{sample.file} is another file than when {place.folder} was planned."
+            remedy = f"Remove {place.folder / PLAN}, and start again: the rows and files are looked at anew."
+            raise DataError("DATA-240", found, remedy)
         feature = self._encoders().encode(clip, prompt, sample.columns)
         contents = self._contents(place, feature, prompt)
         where = f'{sample.file} (sample "{sample.id}")'
