@@ -119,6 +119,7 @@ def test_a_draw_for_each_epoch(demo: Path, table: Path, tmp_path: Path) -> None:
     assert bits(run(demo, tmp_path / "c", **flags(demo, store))) == expected
 
 
+@pytest.mark.nightly
 def test_images_condition_a_live_training(demo: Path, tmp_path: Path) -> None:
     """Image to video: the image encoder's features and the known frames, dropped captions among them."""
     table = write_media(tmp_path / "set", videos=4)
@@ -136,3 +137,28 @@ def test_images_condition_a_live_training(demo: Path, tmp_path: Path) -> None:
     told["mm_data"] = write_feature_data(demo, store, "i2v", cfg=0.5)
     assert bits(run(demo, tmp_path / "b", **told, live=[live], num_workers=1)) == expected
     assert counts(tmp_path / "b") == [(2, 2, 0), (2, 2, 0), (0, 0, 2)]
+
+
+@pytest.mark.nightly
+def test_live_stores_and_others_are_mixed(demo: Path, tmp_path: Path) -> None:
+    """Two live stores of one set of encoders, one of which is made whole, beside one that was extracted before."""
+    stores, before = [], []
+    for number in range(3):
+        table = write_media(tmp_path / f"set{number}", videos=2 + number, images=number)
+        for listed, name in ((stores, "store"), (before, "before")):
+            listed.append(tmp_path / f"{name}{number}")
+            write_extraction(demo, table, listed[-1])
+    for store in [*before, stores[0]]:
+        run_command.main([str(store.with_suffix(".yaml"))])
+    live = [store.with_suffix(".yaml") for store in stores[1:]]
+
+    def told(folders: list[Path]) -> dict[str, Any]:
+        shares = [{"folder": str(folder), "weight": 1 + number} for number, folder in enumerate(folders)]
+        options = flags(demo, folders[0], micro_batch_size=1)
+        options["mm_data"] = write_feature_data(demo, folders[0], cfg=0.4, mixture={"shares": shares})
+        folders[0].with_suffix(".txt").write_text("".join(f"{folder}\n" for folder in folders))
+        return options
+
+    expected = bits(run(demo, tmp_path / "a", **told(before)))
+    assert bits(run(demo, tmp_path / "b", **told(stores), live=live, num_workers=1)) == expected
+    assert sum(row[0] for row in counts(tmp_path / "b")) > 4

@@ -59,6 +59,9 @@ class LiveIndex:
         self.draws: int = about["draws"]
         self.identity: str = about["identity"]
         self._shapes = [{(c, f, h, w): n for c, f, h, w, n in shapes} for shapes in about["shapes"]]
+        self._all_shapes = Counter[LatentShape]()
+        for shapes in self._shapes:
+            self._all_shapes.update(shapes)
         self._rows = table.columns["rows"]
         self._videos = table.columns["videos"]
         self._latents = table.columns["latents"]
@@ -89,7 +92,7 @@ class LiveIndex:
 
     def shapes(self) -> Counter[LatentShape]:
         """Number of samples with each latent shape, in the order of the shapes' first samples."""
-        return sum(map(Counter[LatentShape], self._shapes), Counter[LatentShape]())
+        return Counter(self._all_shapes)
 
     def of_draw(self, draw: int) -> RowsOfDraw:
         """The rows of one draw."""
