@@ -253,14 +253,14 @@ class _ReadBatch:
             if draw.without_caption and self.empty is not None:
                 self._drop_caption(sample, self.empty)
         stacked = {
-            "latents": torch.stack([sample["latents"] for sample in samples]),
-            "text": torch.stack([F.pad(s["prompt"], (0, 0, 0, self.text_len - len(s["prompt"]))) for s in samples]),
+            "latents": _stacked([sample["latents"] for sample in samples]),
+            "text": _stacked([F.pad(s["prompt"], (0, 0, 0, self.text_len - len(s["prompt"]))) for s in samples]),
         }
         for name in samples[0]["features"]:
-            stacked[name] = torch.stack([sample["features"][name] for sample in samples])
+            stacked[name] = _stacked([sample["features"][name] for sample in samples])
         if self.noise_seed is not None:
             shape = stacked["latents"].shape[1:]
-            stacked["noise"] = torch.stack(
+            stacked["noise"] = _stacked(
                 [training_noise(self.noise_seed, draw.name, draw.sample.draw, shape) for draw in batch]
             )
         return stacked
@@ -296,6 +296,11 @@ def _clip_in(parcel: Parcel, number: int) -> Clip:
 
     start, read_by, taken = parcel.facts["clips"][str(number)]
     return Clip(parcel.tensors[f"{number} pixels"], start, read_by, taken)
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """Tensors of one shape as one; of a single one, which is this process's own, no copy is made."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 def _batches(

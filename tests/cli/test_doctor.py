@@ -1,15 +1,23 @@
-"""`mm doctor --dry-run`, asked through the scripts that start a training."""
+"""`mm doctor --dry-run`, asked through the scripts that start a training.
+
+Where a test is about what is told, the script's words are given to the command in this process: Python and its imports
+take seconds.
+"""
 
 import json
 import os
 import resource
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from script_words import words_of
+
+from mm.cli import doctor
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "wan2.1"
 
@@ -33,10 +41,28 @@ def seconds_computed() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def report(size: str, *words: str, **environment: str) -> Any:
+def report_of_a_process(size: str, *words: str, **environment: str) -> Any:
     done = dry_run(size, "--json-output", *words, **environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+Report = Callable[..., Any]
+
+
+@pytest.fixture
+def report(tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]) -> Report:
+    """What the command tells in this process, of the words that a script gives it."""
+
+    def report(size: str, *words: str, script: str = "pretrain.sh", **environment: str) -> Any:
+        folder, path = tmp_path_factory.mktemp("words"), EXAMPLES / size / "t2v" / script
+        _, module, given = words_of(path, folder, "--json-output", *words, DRY_RUN="1", **environment)
+        assert module == "mm.cli.doctor"
+        capsys.readouterr()
+        doctor.main(given)
+        return json.loads(capsys.readouterr().out)
+
+    return report
 
 
 @pytest.fixture
@@ -48,7 +74,7 @@ def two_blocks(tmp_path: Path) -> str:
     return str(tmp_path / "model.json")
 
 
-def test_one_process_holds_the_model_that_diffusers_builds(two_blocks: str) -> None:
+def test_one_process_holds_the_model_that_diffusers_builds(two_blocks: str, report: Report) -> None:
     with torch.device("meta"):
         model = WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=2)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -70,7 +96,7 @@ def test_a_rank_of_4096_in_less_than_a_minute(tmp_path: Path, blocks: int) -> No
     model["predictor"] |= {"num_layers": 8 * blocks, "pipeline_num_layers": [[blocks] * 4] * 2}
     (tmp_path / "model.json").write_text(json.dumps(model))
     started = seconds_computed()
-    found = report(
+    found = report_of_a_process(
         "14b", "--sequence-parallel", "--rank", "4095",
         NNODES="512", TP="2", CP="4", PP="4", VP="2", GRAD_ACC_STEP="16", MM_MODEL=str(tmp_path / "model.json"),
     )  # fmt: skip
@@ -93,7 +119,7 @@ def test_a_rank_of_4096_in_less_than_a_minute(tmp_path: Path, blocks: int) -> No
 def test_14b_without_a_pipeline_in_less_than_a_minute(words: tuple[str, ...], environment: dict[str, str]) -> None:
     """All 40 blocks on one rank, two micro-batches: the most that a dry run has to do."""
     started = seconds_computed()
-    report("14b", *words, **{"NNODES": "512", "GRAD_ACC_STEP": "4", **environment})
+    report_of_a_process("14b", *words, **{"NNODES": "512", "GRAD_ACC_STEP": "4", **environment})
     assert seconds_computed() - started < 60
 
 
@@ -134,7 +160,9 @@ def test_what_cannot_be_asked_is_refused(words: tuple[str, ...], found: str) -> 
     "words", [(), pytest.param(("--lora-base-dtype", "int8"), marks=pytest.mark.nightly)], ids=["bf16", "int8"]
 )
 @pytest.mark.parametrize("blocks", [2, pytest.param(40, marks=pytest.mark.nightly)], ids=["2 blocks", "14B"])
-def test_lora_of_14b_fits_one_device_of_80_gb(tmp_path: Path, words: tuple[str, ...], blocks: int) -> None:
+def test_lora_of_14b_fits_one_device_of_80_gb(
+    tmp_path: Path, report: Report, words: tuple[str, ...], blocks: int
+) -> None:
     """480x832x81 in bf16 with full recomputation: no gradients and no masters of the base, little of adapters."""
     content = json.loads((EXAMPLES / "14b" / "t2v" / "pretrain_model.json").read_text())
     content["predictor"] |= {"num_layers": blocks, "pipeline_num_layers": [blocks]}

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from ranks import ANY_PORT
+from script_words import words_of
 from store_content import listed
 
 from mm.config.base import load
@@ -308,15 +309,10 @@ def test_a_precision_that_does_not_exist_is_not_fp32(tmp_path: Path) -> None:
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*/*/*.sh")), ids=lambda p: str(p.relative_to(EXAMPLES)))
 def test_scripts_give_flags_that_their_command_takes(tmp_path: Path, script: Path) -> None:
     """What reaches the program, by a `python` that writes its words down; the command's own flags read them."""
-    recorder = tmp_path / "python"
-    recorder.write_text('#!/bin/bash\nprintf "%s\\0" "$@" >"$WORDS"\n')
-    recorder.chmod(0o755)
-    bash(
-        script, "--seed", "5", timeout_s=20, PATH=f"{tmp_path}:{os.environ['PATH']}", VIRTUAL_ENV=str(tmp_path),
-        WORDS=str(tmp_path / "words"), SAVE_PATH=str(tmp_path / "an out"), NPUS_PER_NODE="1",
-    )  # fmt: skip
-    isolated, module, *words = (tmp_path / "words").read_text().split("\0")[:-1]
-    assert Path(isolated).samefile(ROOT / "mm" / "isolated.py")
+    isolated, module, words = words_of(
+        script, tmp_path, "--seed", "5", SAVE_PATH=str(tmp_path / "an out"), NPUS_PER_NODE="1"
+    )
+    assert isolated.samefile(ROOT / "mm" / "isolated.py")
     size, task, stage = script.relative_to(EXAMPLES).with_suffix("").parts
     assert module == ("mm.cli.generate" if stage == "inference" else "mm.cli.train")
     flags = parse_flags(GenerateFlags if stage == "inference" else TrainFlags, words, program=module)

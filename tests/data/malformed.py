@@ -1,9 +1,9 @@
-"""The 54 malformed inputs: how each is made, and a process that runs one group of them through the commands.
+"""The 54 malformed inputs: how each is made, and a process that runs groups of them through the commands.
 
-    python -c "import sys, malformed; malformed.run_group(sys.argv[1], sys.argv[2])" GROUP FOLDER
+    python -c "import sys, malformed; malformed.run_groups(sys.argv[1], sys.argv[2:])" FOLDER GROUPS...
 
-prints one JSON object a case: its name, the exit code, the ids of the errors told, and all that was told. Each case has
-ten seconds; the process dies of SIGALRM in one that hangs. What each must come to stands in docs/data.md.
+prints one JSON object a case: its group, its name, the exit code, the ids of the errors told, and all that was told.
+Each case has ten seconds; the process dies of SIGALRM in one that hangs. What each must come to stands in docs/data.md.
 """
 
 import contextlib
@@ -313,23 +313,24 @@ GROUPS: dict[str, tuple[Sequence[str], Callable[[str, Path], Call]]] = {
 }
 
 
-def run_group(group: str, home: str) -> None:
-    """Run the cases of a group, each in a folder of its own below `home`."""
-    folder = Path(home)
+def run_groups(home: str, groups: Sequence[str]) -> None:
+    """Run the cases of each group, each in a folder of its own below `home/GROUP`."""
     obey_permissions()
-    write_clip(folder / "first" / "clip.mp4")
-    (folder / "first" / "rows.jsonl").write_text(GOOD)
-    run_case("good", check_videos(folder / "first", folder / "first" / "rows.jsonl"), 60)  # starts the fork server
-    names, make = GROUPS[group]
-    for number, name in enumerate(names):
-        place = folder / str(number)
-        place.mkdir()
-        run_case(name, make(name, place), SECONDS)
-        assert not list(place.rglob("ran")), f"{name} ran code"
+    first = Path(home) / "first"
+    write_clip(first / "clip.mp4")
+    (first / "rows.jsonl").write_text(GOOD)
+    run_case(groups[0], "good", check_videos(first, first / "rows.jsonl"), 60)  # starts the fork server
+    for group in groups:
+        names, make = GROUPS[group]
+        for number, name in enumerate(names):
+            place = Path(home) / group / str(number)
+            place.mkdir(parents=True)
+            run_case(group, name, make(name, place), SECONDS)
+            assert not list(place.rglob("ran")), f"{name} ran code"
 
 
-def run_case(name: str, call: Call, seconds: int) -> None:
-    print(json.dumps({"name": name}), flush=True)
+def run_case(group: str, name: str, call: Call, seconds: int) -> None:
+    print(json.dumps({"group": group, "name": name}), flush=True)
     told = io.StringIO()
     signal.alarm(seconds)
     with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
@@ -337,7 +338,7 @@ def run_case(name: str, call: Call, seconds: int) -> None:
     signal.alarm(0)
     lines = [line for line in told.getvalue().splitlines() if line.startswith("error ")]
     ids = [line.split()[1].rstrip(":") for line in lines if " Fix: " in line]
-    print(json.dumps({"name": name, "code": code, "ids": ids, "told": told.getvalue()}), flush=True)
+    print(json.dumps({"group": group, "name": name, "code": code, "ids": ids, "told": told.getvalue()}), flush=True)
 
 
 def obey_permissions() -> None:

@@ -186,7 +186,7 @@ def shard_of_another_recipe(store: Path) -> None:
     header = open_table(index(store), "shard index", "").header
     catalog = open_table(store / manifest["catalog"], "store catalog", "")
     columns = {name: column.copy() for name, column in catalog.columns.items()}
-    columns["digests"][1] = np.frombuffer(header.digest, np.uint8)
+    columns["digests"][1] = np.frombuffer(header.checksum.value, np.uint8)
     digest = write_table(store / "new", "store catalog", {}, columns)
     os.rename(store / "new", store / f"catalog-{digest.hex()}.bin")
     manifest["catalog"] = f"catalog-{digest.hex()}.bin"

@@ -6,9 +6,8 @@ from typing import Any
 
 import av
 import numpy as np
-import pytest
 import torch
-from feature_samples import make_vae, write_clip, write_encoders, write_extraction_files
+from feature_samples import make_vae, write_clip, write_extraction_files
 from store_content import listed, shards_of
 from store_content import stored as tensors_of
 
@@ -16,11 +15,6 @@ from mm.cli.extract import main
 from mm.data.transforms import resize_and_crop
 
 VIDEO = "videos/1.mp4"
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_encoders(tmp_path_factory.mktemp("weights"))
 
 
 def extract(files: dict[str, Path]) -> None:

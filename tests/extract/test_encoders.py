@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanPipeline
-from feature_samples import make_text_encoder, make_tokenizer, make_vae, write_encoders
+from feature_samples import make_text_encoder, make_tokenizer, make_vae
 from safetensors.torch import load_file, save_file
 
 from mm.config.run.encoders import Tiles
@@ -29,11 +29,6 @@ CAPTIONS = [
 
 def video(frames: int = 9, height: int = 32, width: int = 48, batch: int = 1) -> torch.Tensor:
     return torch.rand(batch, 3, frames, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_encoders(tmp_path_factory.mktemp("weights"))
 
 
 def pipeline() -> Any:

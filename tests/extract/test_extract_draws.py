@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from feature_samples import write_data_set, write_encoders, write_extraction_files
+from extraction_runs import opened, run
+from feature_samples import write_data_set, write_extraction_files
 from store_content import content, listed, shards_of
-from test_extract_run import opened, run
 from test_skipping import BAD, MOST, write_bad_data_set
 
 from mm.data.dataset import FeatureDataset
@@ -20,11 +20,6 @@ ROWS: list[dict[str, Any]] = [
     {"path": f"{row}.mp4", "cap": ["a red circle", "a blue square", "circle", "square"]} for row in range(6)
 ]
 DRAWS = 3
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_encoders(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture

@@ -5,20 +5,20 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from extraction_runs import made, run, words
 from feature_samples import write_data_set, write_encoders, write_extraction_files
+from programs import Forked, command
 from store_content import content, is_finished, listed, shards_of
-from test_extract_run import ROOT, made, run, words
 
 from mm.cli import data as data_command
+from mm.cli import extract as extract_command
 from mm.config.bad_samples import FAIL
 from mm.data.files import make_folder
 from mm.data.recipe import load_recipe
@@ -48,64 +48,58 @@ def files_of(place: Path, store: Path) -> dict[str, Path]:
     return write_extraction_files(folder, place / "weights", place / "set" / "data.json", place / "set", store)
 
 
-def start(place: Path, store: Path, *flags: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "mm.cli.extract", *words(files_of(place, store)), "--seed", "3", *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([*command, "--device", "cpu"], cwd=ROOT, env=environment)
-
-
-def wait_for(store: Path, shards: int, *processes: subprocess.Popen[bytes]) -> None:
-    until = time.monotonic() + 100
-    while made(store) < shards and any(process.poll() is None for process in processes):
-        assert time.monotonic() < until
-        time.sleep(0.002)
+Starter = Callable[..., Forked]
 
 
 @pytest.fixture
-def stopped() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Processes to end with the test."""
-    found: list[subprocess.Popen[bytes]] = []
-    yield found
-    for process in found:
-        if process.poll() is None:
-            process.kill()
+def start() -> Iterator[Starter]:
+    """Starts a worker on a store, which ends with the test."""
+    started: list[Forked] = []
+
+    def start(place: Path, store: Path, *flags: str) -> Forked:
+        told = [*words(files_of(place, store)), "--seed", "3", *flags, "--device", "cpu"]
+        started.append(command(extract_command.main, told))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
         process.wait()
 
 
-def test_workers_come_one_is_killed_and_the_others_take_over(
-    place: Path, tmp_path: Path, stopped: list[subprocess.Popen[bytes]]
-) -> None:
+def stopped_after(shards: int, process: Forked, store: Path) -> None:
+    """Wait until a worker has made that many shards, and stop it where it is."""
+    until = time.monotonic() + 100
+    while made(store) < shards and process.poll() is None:
+        assert time.monotonic() < until
+        time.sleep(0.002)
+    process.send_signal(signal.SIGSTOP)
+
+
+def test_workers_come_one_is_killed_and_the_others_take_over(place: Path, tmp_path: Path, start: Starter) -> None:
     """Of two processes one is stopped in the middle of a shard, killed, and another one comes."""
     store = tmp_path / "store"
     first = start(place, store)
-    stopped.append(first)
-    wait_for(store, 2, first)
-    first.send_signal(signal.SIGSTOP)
+    stopped_after(2, first, store)
     assert not is_finished(store)
     claimed = {path.name for path in (store / "work" / "claims").iterdir() if path.name.isdigit()}
     mine = {name for name in claimed if not (store / "shards" / name).exists()}
     assert mine, "it holds what it works on"
     second = start(place, store)
-    stopped.append(second)
-    assert second.wait(120) == 0
+    assert second.wait() == 0
     assert not is_finished(store) and made(store) == NUM_ROWS - len(mine), "it waits for nobody"
     first.kill()
     first.wait()
     third = start(place, store)
-    stopped.append(third)
-    assert third.wait(120) == 0
+    assert third.wait() == 0
     assert content(store) == content(place / "alone")
 
 
-def test_a_worker_that_was_thought_dead_does_no_harm(
-    place: Path, tmp_path: Path, stopped: list[subprocess.Popen[bytes]]
-) -> None:
+def test_a_worker_that_was_thought_dead_does_no_harm(place: Path, tmp_path: Path, start: Starter) -> None:
     """Its lease ends while it is stopped; another one makes its shards, finishes, and then it goes on."""
     store = tmp_path / "store"
     first = start(place, store)
-    stopped.append(first)
-    wait_for(store, 2, first)
-    first.send_signal(signal.SIGSTOP)
+    stopped_after(2, first, store)
     claims = store / "work" / "claims"
     long_ago = time.time() - LEASE_S - 60
     for claim in claims.iterdir():
@@ -113,17 +107,15 @@ def test_a_worker_that_was_thought_dead_does_no_harm(
     assert run(files_of(place, store)).listed == NUM_ROWS
     before = content(store)
     first.send_signal(signal.SIGCONT)
-    assert first.wait(120) == 0
+    assert first.wait() == 0
     assert content(store) == before == content(place / "alone")
 
 
 @pytest.mark.parametrize("parts", [pytest.param(3, marks=pytest.mark.nightly), 2])
-def test_parts_at_once_give_the_same_bytes(
-    parts: int, place: Path, tmp_path: Path, stopped: list[subprocess.Popen[bytes]]
-) -> None:
+def test_parts_at_once_give_the_same_bytes(parts: int, place: Path, tmp_path: Path, start: Starter) -> None:
     store = tmp_path / "store"
-    stopped += [start(place, store, "--shard-of", f"{part}/{parts}") for part in range(1, parts + 1)]
-    assert [process.wait(120) for process in stopped] == [0] * parts
+    started = [start(place, store, "--shard-of", f"{part}/{parts}") for part in range(1, parts + 1)]
+    assert [process.wait() for process in started] == [0] * parts
     assert content(store) == content(place / "alone")
 
 
@@ -219,13 +211,11 @@ def test_a_shard_of_other_rows_finishes_no_store(place: Path, tmp_path: Path) ->
 
 
 def test_status_tells_who_works_and_what_is_left(
-    place: Path, tmp_path: Path, stopped: list[subprocess.Popen[bytes]], capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, start: Starter, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = tmp_path / "store"
     first = start(place, store)
-    stopped.append(first)
-    wait_for(store, 3, first)
-    first.send_signal(signal.SIGSTOP)
+    stopped_after(3, first, store)
     before = content(store)
 
     def status() -> dict[str, Any]:
@@ -308,22 +298,18 @@ def test_captions_are_stored_once_a_shard_and_the_empty_one_once(place: Path, tm
     assert [body.count(b'"prompt_mask"') for body in bodies] == [2, 1, 1]
 
 
-def test_rows_that_change_while_a_worker_works_stop_it(
-    place: Path, tmp_path: Path, stopped: list[subprocess.Popen[bytes]]
-) -> None:
+def test_rows_that_change_while_a_worker_works_stop_it(place: Path, tmp_path: Path, start: Starter) -> None:
     home = tmp_path / "place"
     shutil.copytree(place / "set", home / "set")
     (home / "weights").symlink_to(place / "weights")
     store = tmp_path / "store"
     first = start(home, store)
-    stopped.append(first)
-    wait_for(store, 2, first)
-    first.send_signal(signal.SIGSTOP)
+    stopped_after(2, first, store)
     table = home / "set" / "data.json"
     table.write_text(json.dumps([{**row, "cap": "blue"} for row in json.loads(table.read_text())]))
     run(files_of(home, store))
     first.send_signal(signal.SIGCONT)
-    assert first.wait(120) == 65
+    assert first.wait() == 65
     first.wait()
     run(files_of(home, store))
     assert is_finished(store) and {row["cap"] for row in listed(store)} == {"blue"}

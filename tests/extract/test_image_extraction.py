@@ -8,7 +8,7 @@ import pytest
 import torch
 from annotated import load_samples
 from diffusers import WanImageToVideoPipeline
-from feature_samples import make_image_encoder, make_vae, write_data_set, write_encoders, write_extraction_files
+from feature_samples import make_image_encoder, make_vae, write_data_set, write_extraction_files
 from store_content import listed, shards_of
 from torch.nn import functional as F
 
@@ -37,11 +37,6 @@ def model(task: str) -> WanConfig:
     shape = {"text_dim": 32, "hidden_size": 32, "ffn_dim": 64, "num_heads": 2, "num_layers": 1}
     images = {"model_type": task, "in_dim": 36, "img_dim": 16, "clip_token_len": 257} if DECLARED[task].frames else {}
     return WanConfig.model_validate({**shape, **images})
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_encoders(tmp_path_factory.mktemp("weights"))
 
 
 class Place:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from feature_samples import write_data_set, write_encoders, write_extraction_files
+from feature_samples import write_data_set, write_extraction_files
 
 from mm.cli import extract as extract_command
 from mm.cli import run as run_command
@@ -17,11 +17,6 @@ from mm.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]
 ROWS: list[dict[str, Any]] = [{"path": "1.mp4", "cap": "a red circle"}, {"path": "2.mp4", "cap": ["a", "b"]}]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_encoders(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from feature_samples import write_clip, write_data_set, write_encoders, write_extraction_files, write_sound
+from extraction_runs import edit, opened, run, words
+from feature_samples import write_clip, write_data_set, write_extraction_files, write_sound
 from store_content import content, is_finished, listed
-from test_extract_run import edit, opened, run, words
 
 from mm.cli import extract as command
 from mm.config.bad_samples import FAIL, parse_on_bad_sample
@@ -18,11 +18,6 @@ from mm.extract.run import ExtractReport
 NAMES = ["good", "empty", "fine", "sound", "missing", "short", "announced", "well"]
 BAD = {"empty": "DATA-002", "sound": "DATA-003", "missing": "DATA-001", "short": "DATA-004", "announced": "DATA-004"}
 MOST = parse_on_bad_sample("skip:max=63%")  # of 8: 5.04
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_encoders(tmp_path_factory.mktemp("weights"))
 
 
 def write_bad_data_set(folder: Path) -> Path:

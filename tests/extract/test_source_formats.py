@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKLWan
-from feature_samples import write_clip, write_encoders
+from feature_samples import write_clip
 from PIL import Image
 from store_content import listed, stored
 
@@ -24,11 +24,6 @@ BACKEND = [
     {"id": "v", "dataset_type": "video", "instance_data_dir": "set/videos", "caption_strategy": "textfile"},
     {"id": "p", "dataset_type": "image", "instance_data_dir": "set/pictures", "caption_strategy": "textfile"},
 ]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_encoders(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture

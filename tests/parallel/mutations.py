@@ -32,7 +32,7 @@ from mm.train import step
 from mm.wan import block as wan_block
 from mm.wan import layers, model
 from mm.wan.model import Conditions, WanModel
-from mm.wan.packed import PackedTokens, by_sample
+from mm.wan.packed import PackedTokens, by_run
 from mm.wan.rope import RotaryTables
 
 
@@ -175,10 +175,10 @@ def stages_cut_by_floor_division(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("N4", "pp2", caught_by="loss gradient norm")
 def last_block_of_a_stage_not_run(patch: pytest.MonkeyPatch) -> None:
-    def run_blocks(self: WanModel, hidden: Tensor, conditions: Conditions, positions: Any) -> Tensor:
-        for block in list(self.blocks.values())[:-1]:
-            hidden = block(hidden, conditions.time_modulation, conditions.context, positions)
-        return hidden
+    def run_blocks(self: WanModel, streams: Any, conditions: Conditions, positions: Any, inputs: Any) -> Any:
+        for layer in self.layers(inputs, streams[0].device)[:-1]:
+            streams = layer(streams, conditions.time_modulation, conditions.context, positions)
+        return streams
 
     patch.setattr(WanModel, "run_blocks", run_blocks)
 
@@ -189,9 +189,9 @@ def last_block_of_a_stage_not_run(patch: pytest.MonkeyPatch) -> None:
 def conditions_received(patch: pytest.MonkeyPatch, change: Callable[[Conditions], Conditions]) -> None:
     receive = stage.receive_side
 
-    def wrong(*args: Any) -> tuple[Tensor, Conditions]:
-        hidden, conditions = receive(*args)
-        return hidden, change(conditions)
+    def wrong(*args: Any) -> tuple[Any, Conditions]:
+        streams, conditions = receive(*args)
+        return streams, change(conditions)
 
     patch.setattr(stage, "receive_side", wrong)
 
@@ -211,25 +211,27 @@ def head_keeps_the_gradient_of_the_time(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("N6", "pp2", "ulysses2", caught_by="loss gradient norm")
 def every_block_gets_the_input_of_the_stage(patch: pytest.MonkeyPatch) -> None:
-    def run_blocks(self: WanModel, hidden: Tensor, conditions: Conditions, positions: Any) -> Tensor:
+    def run_blocks(self: WanModel, streams: Any, conditions: Conditions, positions: Any, inputs: Any) -> Any:
         outputs = [
-            block(hidden, conditions.time_modulation, conditions.context, positions) for block in self.blocks.values()
+            block(streams[0], conditions.time_modulation, conditions.context, positions)
+            for block in self.blocks.values()
         ]
-        return outputs[-1]
+        return (outputs[-1],)
 
     patch.setattr(WanModel, "run_blocks", run_blocks)
 
 
 @mutation("N6", "pp2", caught_by="gradient norm")
 def backward_sees_every_block_at_the_input_of_the_stage(patch: pytest.MonkeyPatch) -> None:
-    def run_blocks(self: WanModel, hidden: Tensor, conditions: Conditions, positions: Any) -> Tensor:
+    def run_blocks(self: WanModel, streams: Any, conditions: Conditions, positions: Any, inputs: Any) -> Any:
+        (hidden,) = streams
         first = hidden
         for block in self.blocks.values():
             right = block(hidden, conditions.time_modulation, conditions.context, positions)
             wrong_input = hidden + (first - hidden).detach()  # the value of one, the gradient into the other
             wrong = block(wrong_input, conditions.time_modulation, conditions.context, positions)
             hidden = wrong + (right - wrong).detach()
-        return hidden
+        return (hidden,)
 
     patch.setattr(WanModel, "run_blocks", run_blocks)
 
@@ -305,8 +307,8 @@ def timesteps_rounded(patch: pytest.MonkeyPatch) -> None:
 def modulation_rounded_at_the_boundary(patch: pytest.MonkeyPatch) -> None:
     join = BoundaryShape.join
 
-    def wrong(self: BoundaryShape, hidden: Tensor, context: Tensor, modulation: Tensor, time: Tensor) -> Tensor:
-        return join(self, hidden, context, rounded(modulation), rounded(time))
+    def wrong(self: BoundaryShape, modulation: Tensor, time: Tensor, *others: Tensor) -> Tensor:
+        return join(self, rounded(modulation), rounded(time), *others)
 
     patch.setattr(BoundaryShape, "join", wrong)
 
@@ -442,7 +444,7 @@ def text_of_a_neighbour(patch: pytest.MonkeyPatch) -> None:
 @mutation("N13", *PACKED, caught_by="loss gradient norm")
 def timestep_of_the_first_sample(patch: pytest.MonkeyPatch) -> None:
     def wrong(function: Any, streams: Any, parameters: Any, packed: Any) -> Tensor:
-        return by_sample(function, streams, [value[:1].expand_as(value) for value in parameters], packed)
+        return by_run(function, streams, [value[:1].expand_as(value) for value in parameters], packed)
 
     for module in (wan_block, model):
-        patch.setattr(module, "by_sample", wrong)
+        patch.setattr(module, "by_run", wrong)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +75,26 @@ def hang_with_a_late_rank(late: int, folder: str) -> dict[str, Any]:
     return {"left": left[:1], "text": failure.text if failure else None, "seconds": time.monotonic() - began}
 
 
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, Future[list[Any]]]]]:
+    """Jobs that wait for their limits, which is all that they do: at once. By name their folders and results."""
+    with ThreadPoolExecutor() as pool:
+        started = {}
+        for name, world_size, function, args in (
+            ("late 0", 3, hang_with_a_late_rank, [0]),
+            ("late 2", 3, hang_with_a_late_rank, [2]),
+            ("stopped", 2, wait_without_a_limit, []),
+        ):
+            folder = tmp_path_factory.mktemp("job")
+            more = [*args, str(folder)] if args else []
+            started[name] = folder, pool.submit(run_ranks, world_size, function, *more)
+        yield started
+
+
 @pytest.mark.parametrize("late", [0, 2])
-def test_a_late_rank_is_named(late: int, tmp_path: Path) -> None:
-    told = run_ranks(3, hang_with_a_late_rank, late, str(tmp_path))
+def test_a_late_rank_is_named(late: int, jobs: dict[str, tuple[Path, Future[list[Any]]]]) -> None:
+    folder, job = jobs[f"late {late}"]
+    told = job.result()
     assert [found["left"] for found in told] == [[124]] * 3
     assert all(found["seconds"] < LIMIT + 10 for found in told)
     for found in told:
@@ -83,14 +102,14 @@ def test_a_late_rank_is_named(late: int, tmp_path: Path) -> None:
             f"error RUN-003: No progress for {LIMIT:.0f} s in step 7. Suspect: rank {late} on "
         )
         assert "behind the others in the phase: waiting for data" in found["text"]
-    texts = [(tmp_path / f"stderr-{rank}").read_text() for rank in range(3)]
+    texts = [(folder / f"stderr-{rank}").read_text() for rank in range(3)]
     (printed,) = [text for text in texts if text]
     assert printed.count("error RUN-003") == 1
     rows = [line.split() for line in printed.splitlines() if line.strip()[:1].isdigit()]
     assert int(rows[0][0]) == late
     assert all("all_reduce" in row for row in map(" ".join, rows[1:]))
     for rank in range(3):
-        text = (tmp_path / f"rank-{rank}.txt").read_text()
+        text = (folder / f"rank-{rank}.txt").read_text()
         assert ("all_reduce" in text) == (rank != late)
 
 
@@ -136,9 +155,10 @@ def test_who_waits_by_a_limit_of_its_own_has_the_word(ends: str, code: int | Non
         assert all("Suspect: rank 1 on " in found["text"] for found in told)
 
 
-def test_a_neighbour_that_is_stopped_is_missed_in_a_phase_without_a_limit() -> None:
-    told = run_ranks(2, wait_without_a_limit)
-    assert told == [[124], []]
+def test_a_neighbour_that_is_stopped_is_missed_in_a_phase_without_a_limit(
+    jobs: dict[str, tuple[Path, Future[list[Any]]]],
+) -> None:
+    assert jobs["stopped"][1].result() == [[124], []]
 
 
 def wait_without_a_limit() -> list[int]:

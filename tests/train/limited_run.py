@@ -25,14 +25,18 @@ def limit(more_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (int(now[1]) * 1024 + more_bytes, resource.RLIM_INFINITY))
 
 
-if __name__ == "__main__":
-    megabytes, rank, *words = sys.argv[1:]
+def limited(megabytes: int, rank: str, words: list[str]) -> int:
+    """`mm train` with that limit on the process of one rank; returns the exit code."""
     train = loop.train
 
     def limited_train(this_run: Run, *around: Any) -> Progress:
         if os.environ.get("RANK", "0") == rank:
-            limit(int(megabytes) * 10**6)
+            limit(megabytes * 10**6)
         return train(this_run, *around)
 
     loop.train = limited_train
-    sys.exit(run(main, words))
+    return run(main, words)
+
+
+if __name__ == "__main__":
+    sys.exit(limited(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))

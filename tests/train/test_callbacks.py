@@ -2,10 +2,7 @@
 
 import csv
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from programs import Forked, as_script
 from ranks import run_ranks
 from training_runs import bits, metrics, run, words
 
@@ -33,14 +31,11 @@ def script(folder: Path) -> Path:
     return folder / "my_train.py"
 
 
-def start(folder: Path, command: list[str]) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script(folder)), *command],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stderr
+def start(folder: Path, words: list[str]) -> str:
+    """Run it, and return what it says; in its own process, which finds what it leaves where it stands."""
+    process = Forked(as_script, str(script(folder)), *words, at=folder, folder=folder)
+    assert process.wait() == 0, process.said()
+    return process.said()
 
 
 def test_the_script_of_the_page(demo: Path, tmp_path: Path) -> None:

@@ -1,9 +1,6 @@
 """A step makes the host wait for the device once, and copies nothing to it that is waited for."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from host_reads import CountHostReads
+from programs import Forked, as_script
 
 from mm.config.diffusion import DiffusionConfig
 from mm.config.layout import Layout
@@ -79,19 +77,12 @@ def test_one_read_a_step(dtype: torch.dtype, options: DataParallelOptions, accum
 
 
 @pytest.fixture(scope="module")
-def copies() -> dict[str, dict[str, Any]]:
+def copies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What is copied from host to device in a micro-batch of a size that was seen before, by task and stage."""
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-P", str(here / "copies_on_fake_device.py")],
-        env={**os.environ, "PYTHONPATH": str(here.parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    folder = tmp_path_factory.mktemp("copies")
+    process = Forked(as_script, str(Path(__file__).with_name("copies_on_fake_device.py")), folder=folder)
+    assert process.wait() == 0, process.said()
+    found: dict[str, dict[str, Any]] = json.loads(process.said("stdout").splitlines()[-1])
     return found
 
 

@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from limited_run import limited
+from programs import Forked, command
 from ranks import free_port
 from translated import translated
 
+from mm.cli import train as train_command
 from mm.config.base import parse
 from mm.config.flags import as_words, parse_flags
 from mm.config.rules.training import check_training
@@ -82,15 +85,25 @@ def write_files(home: Path, side: int, **predictor: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def train(flags: dict[str, Any], megabytes: int | None = None, launcher: tuple[str, ...] = ()) -> tuple[int, str]:
-    """`mm train` on its own; with a limit, in a process that may take that much for the model and the step.
+def train(flags: dict[str, Any], folder: Path, megabytes: int | None = None) -> tuple[int, str]:
+    """`mm train` in a process of its own; with a limit, in one that may take that much for the model and the step.
 
     Returns:
         The exit code and everything printed.
     """
-    command = ["-m", "mm.cli.train"] if megabytes is None else [str(LIMITED), str(megabytes), "1" if launcher else "0"]
+    words = as_words(flags)
+    if megabytes is None:
+        process = command(train_command.main, words, folder)
+    else:
+        process = Forked(limited, megabytes, "0", words, folder=folder)
+    return process.wait(), process.said("stdout") + process.said("stderr")
+
+
+def train_two(flags: dict[str, Any], megabytes: int) -> tuple[int, str]:
+    """The same on two processes, of which the second has the limit."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     done = subprocess.run(
-        [sys.executable, *launcher, *command, *as_words(flags)],
+        [sys.executable, *launcher, str(LIMITED), str(megabytes), "1", *as_words(flags)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -132,7 +145,7 @@ WIDE_PARAMETERS = 2 * (2 * 64 * 32768) * 4
 
 def test_a_step_that_does_not_fit(tmp_path: Path) -> None:
     flags = write_files(tmp_path, 256, **WIDE) | {"micro_batch_size": 4}
-    code, output = train(flags, megabytes=200)
+    code, output = train(flags, tmp_path, 200)
     assert code == 71, output
     line = error_line(output)
     assert line.startswith("error MEM-001: Rank 0 ran out of memory in the phase: forward and backward; an allocation ")
@@ -147,7 +160,7 @@ def test_a_step_that_does_not_fit(tmp_path: Path) -> None:
         "--recompute-granularity selective",
         "--bf16",
     ]
-    code, output = train(flags)
+    code, output = train(flags, tmp_path)
     assert code == 0, output
     assert "done: step 1" in output
 
@@ -167,7 +180,7 @@ NEEDS_A_MODEL_OF_HALF = "--tensor-model-parallel-size 2 --sequence-parallel on 2
 )
 def test_a_model_that_does_not_fit(tmp_path: Path, megabytes: int, phase: str, kind: str) -> None:
     """Parameters, gradients and moments are 1, 1 and 2 times the parameters."""
-    code, output = train(write_files(tmp_path, 16, **DEEP), megabytes)
+    code, output = train(write_files(tmp_path, 16, **DEEP), tmp_path, megabytes)
     assert code == 71, output
     line = error_line(output)
     assert f" in the phase: {phase}; an allocation of " in line
@@ -179,14 +192,14 @@ def test_a_model_that_does_not_fit(tmp_path: Path, megabytes: int, phase: str, k
 def test_checkpoints_stay_and_the_run_goes_on(tmp_path: Path) -> None:
     save = tmp_path / "run"
     flags = write_files(tmp_path, 256, **WIDE) | {"micro_batch_size": 4, "save": save}
-    code, output = train({**flags, "micro_batch_size": 1, "global_batch_size": 4})
+    code, output = train({**flags, "micro_batch_size": 1, "global_batch_size": 4}, tmp_path)
     assert code == 0, output
     before = {path: path.read_bytes() for path in sorted(save.rglob("iter_*/*"))}
     assert before
-    code, output = train({**flags, "train_iters": 2}, megabytes=WIDE_TENSOR // 10**6 + 4 * WIDE_PARAMETERS // 10**6)
+    code, output = train({**flags, "train_iters": 2}, tmp_path, WIDE_TENSOR // 10**6 + 4 * WIDE_PARAMETERS // 10**6)
     assert (code, "forward and backward" in error_line(output)) == (71, True), output
     assert {path: path.read_bytes() for path in sorted(save.rglob("iter_*/*"))} == before
-    code, output = train({**flags, "train_iters": 2})
+    code, output = train({**flags, "train_iters": 2}, tmp_path)
     assert code == 0, output
     assert "going on from" in output and "done: step 2" in output
 
@@ -199,8 +212,7 @@ def test_checkpoints_stay_and_the_run_goes_on(tmp_path: Path) -> None:
 def test_the_other_rank_does_not_wait(tmp_path: Path, layout: dict[str, Any]) -> None:
     """Rank 1 of 2 fails and tells it, before the launcher ends the job for whoever it sees end first."""
     flags = write_files(tmp_path, 256, **WIDE) | {"micro_batch_size": 2, "global_batch_size": 4} | layout
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
-    code, output = train(flags, 200, launcher)
+    code, output = train_two(flags, 200)
     assert code != 0
     (line,) = [line for line in output.splitlines() if "error MEM-001" in line]
     assert "Rank 1 ran out of memory in the phase: forward and backward" in line

@@ -9,31 +9,39 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import Forked, command
 from ranks import ANY_PORT
 from training_runs import bits, metrics, run, run_on, words
 
+from mm.cli import train as train_command
 from mm.stopping import AGAIN_S
 
 ROOT = Path(__file__).parents[2]
 STEPS = 400
 
 
+def flags_of(demo: Path, save: Path, **flags: Any) -> list[str]:
+    return words(demo, save, train_iters=STEPS, save_on_signal=True, **flags)
+
+
+def start_one(demo: Path, save: Path, folder: Path, **flags: Any) -> Forked:
+    return command(train_command.main, flags_of(demo, save, **flags), folder)
+
+
 def start(demo: Path, save: Path, num_processes: int, **flags: Any) -> subprocess.Popen[str]:
-    launcher = []
-    if num_processes > 1:
-        launcher = ["-m", "mm.cli.launch", "--nproc-per-node", str(num_processes), "--master-port", ANY_PORT]
-    command = [*launcher, "-m", "mm.cli.train", *words(demo, save, train_iters=STEPS, save_on_signal=True, **flags)]
+    launcher = ["-m", "mm.cli.launch", "--nproc-per-node", str(num_processes), "--master-port", ANY_PORT]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, *command], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
+        [sys.executable, *launcher, "-m", "mm.cli.train", *flags_of(demo, save, **flags)],
+        env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
 
 
-def wait_for_steps(save: Path, count: int, process: subprocess.Popen[str]) -> None:
+def wait_for_steps(save: Path, count: int, process: Forked | subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 90
     path = save / "metrics.jsonl"
     while not path.exists() or len(path.read_text().splitlines()) < count:
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -48,10 +56,11 @@ def children(pid: int) -> list[int]:
 def test_one_process_stops_and_goes_on(demo: Path, tmp_path: Path, name: str, in_background: bool) -> None:
     save = tmp_path / "run"
     flags = {"async_save": True, "save_interval": 2} if in_background else {}
-    process = start(demo, save, 1, **flags)
+    process = start_one(demo, save, tmp_path, **flags)
     wait_for_steps(save, 3, process)
     process.send_signal(getattr(signal, name))
-    _, told = process.communicate(timeout=60)
+    process.wait()
+    told = process.said()
     assert process.returncode == 75, told
     (line,) = [line for line in told.splitlines() if line.startswith("error ")]
     assert line.startswith(f"error RUN-001: Stopped by {name} after step ")
@@ -79,12 +88,13 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(demo: Path, tmp_path
 def test_copies_of_a_signal_are_one(demo: Path, tmp_path: Path) -> None:
     """A scheduler sends it to every process of the job, and the launcher hands it on."""
     save = tmp_path / "run"
-    process = start(demo, save, 1)
+    process = start_one(demo, save, tmp_path)
     wait_for_steps(save, 2, process)
     for name in ("SIGTERM", "SIGTERM", "SIGUSR1", "SIGINT"):
         process.send_signal(getattr(signal, name))
-        time.sleep(0.05)
-    _, told = process.communicate(timeout=60)
+        time.sleep(0.01)
+    process.wait()
+    told = process.said()
     assert process.returncode == 75, told
     assert told.count("error ") == 1
     assert len(list(save.glob("iter_*"))) == 1

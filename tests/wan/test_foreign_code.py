@@ -37,6 +37,15 @@ for name in sys.argv[1:]:
     except MMError as error:
         print(json.dumps([Path(name).name, error.id, str(error)]))
 """
+COMMANDS = """
+import json, os, sys
+from mm.cli import extract
+from mm.cli.entry import run
+yes = os.dup(0)
+for words in json.loads(sys.argv[1]):
+    os.dup2(yes, 0)  # which a command closes
+    print("exit code", run(extract.main, words), file=sys.stderr, flush=True)
+"""
 MAP = {"AutoTokenizer": [None, "evil.Evil"], "AutoModel": "evil.Evil", "AutoConfig": "evil.Evil"}
 CHANGES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "code of a tokenizer": ("tokenizer", "tokenizer_config.json", {"auto_map": MAP, "tokenizer_class": "Evil"}),
@@ -131,13 +140,18 @@ def test_a_command_asks_nothing(
     )
     (good / "scheduler").mkdir()
     (good / "scheduler" / "scheduler_config.json").write_text(json.dumps({"auto_map": MAP, "_class_name": "Evil"}))
-    for folder, code, said in ((good, 0, "1 samples are listed"), (bad, 65, "error DATA-120: ")):
+    commands = []
+    for folder in (bad, good):
         files = write_extraction_files(
             tmp_path / f"of {folder.name}", folder, annotation, tmp_path / "set", tmp_path / f"{folder.name} store"
         )
-        words = [word for name, path in files.items() for word in (f"--{name.replace('_', '-')}", path)]
-        done = saying_yes("-m", "mm.cli.extract", *words, "--num-workers", "1", "--device", "cpu")
-        assert done.returncode == code and said in done.stderr and "y/N" not in done.stdout + done.stderr
+        words = [word for name, path in files.items() for word in (f"--{name.replace('_', '-')}", str(path))]
+        commands.append([*words, "--num-workers", "1", "--device", "cpu"])
+    done = saying_yes("-c", COMMANDS, json.dumps(commands))
+    of_bad, of_good = done.stderr.split("exit code 65\n")
+    assert "error DATA-120: " in of_bad
+    assert "1 samples are listed" in of_good and of_good.endswith("exit code 0\n")
+    assert "y/N" not in done.stdout + done.stderr
     assert not (tmp_path / "canary").exists() and not (tmp_path / "bad store" / "manifest.json").exists()
 
 

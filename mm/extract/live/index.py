@@ -30,8 +30,9 @@ from mm.data.files import raise_limited
 from mm.data.listing import FeatureRow, RowsOfDraw
 from mm.data.metadata import VideoSample
 from mm.data.sources.checking import RowReader
+from mm.data.store.checksum import DIGEST_BYTES
 from mm.data.store.shard import LatentShape
-from mm.data.store.table import DIGEST_BYTES, Table, open_table, write_table
+from mm.data.store.table import Table, open_table, write_table
 from mm.data.store.writer import identity_of, order_by_shape
 from mm.data.workers import Parcel, read_in_order
 from mm.errors import DataError
