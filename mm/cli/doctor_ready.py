@@ -7,7 +7,7 @@ import logging
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ from mm.errors import ConfigError, DataError, MMError, Problem, raise_all
 from mm.isolated import command_of
 
 if TYPE_CHECKING:
+    from mm.config.storage import Location
+    from mm.data.open_store import MakingStore
     from mm.doctor.preflight import Finding
     from mm.lora.plan import LoRAPlan
 
@@ -110,7 +112,15 @@ def _resumed(
 
     if any(found.check in ("features", "checkpoints") and found.verdict == "no" for found in findings):
         return []
-    return resume(sections, open_features(sections.data.features, sections.wan), layout.dp_size, lora)
+    made: Mapping[Location, MakingStore] = {}
+    if sections.live is not None:
+        from mm.extract.live.opening import LiveStores
+
+        try:
+            made = LiveStores(live_extractions(sections)).by_folder
+        except DataError:  # no run has looked at the rows as they are yet
+            return []
+    return resume(sections, open_features(sections.data.features, sections.wan, made), layout.dp_size, lora)
 
 
 def _draws(sections: TrainingRun, samples: int) -> str | None:

@@ -90,7 +90,7 @@ def _written(step: StepBatches) -> bytes:
         for place, segment in enumerate(segments_of(batch)):
             values: dict[str, Any] = dict(segment)
             found = {"latents": segment["latents"], "text": segment["text"], **segment["features"]}
-            tensors |= {f"{number} {place} {name}": value.contiguous() for name, value in found.items()}
+            tensors |= {f"{number} {place} {name}": value.clone() for name, value in found.items()}  # of one memory
             said.append({name: values[name] for name in _OF_BATCH if name in values})
         batches.append({"packed": is_packed(batch), "segments": said})
     dealt = step.dealt
