@@ -6,12 +6,16 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from mm.data.store.catalog import is_sharded
-from mm.data.store.shard import INDEX, shard_folder
+from mm.data.store.shard import INDEX, KIND, shard_folder
+from mm.data.store.table import read_table_header
+from mm.errors import DataError
 from mm.extract.claims import CLAIMS, all_claims
+from mm.extract.former import FORMER
 from mm.extract.plan import PLAN, TABLE, Plan, open_plan
 from mm.extract.skipping import SKIPS, skip_counts
 from mm.extract.store import WORK, runs_done
@@ -49,12 +53,17 @@ class Failed:
 class Progress:
     """State of an extraction that is not finished.
 
-    Attributes:
-        runs, rows: of the plan; a run of rows is a shard of each draw. done, rows_done: of these are complete.
-        running, failed: runs that are claimed, and that were given up and not made since.
-        skipped: clips left out so far.
-        rate: rows a second in the last hour of work; None where no two runs tell. elapsed_s: since the first run was
-            done. Both are of the work by this plan: what was made by one before it, as of fewer draws, is left out.
+        Attributes:
+            runs, rows: of the plan; a run of rows is a shard of each draw. done, rows_done: of these are complete.
+            running, failed: runs that are claimed, and that were given up and not made since.
+            skipped: clips left out so far.
+    <<<<<<< HEAD
+            rate: rows a second in the last hour of work; None where no two runs tell. elapsed_s: since the first run was
+                done. Both are of the work by this plan: what was made by one before it, as of fewer draws, is left out.
+    =======
+            kept: samples that are copied and not encoded: those that trainings made (--live), and of former shards.
+            rate: rows a second in the last hour of work; None where no two shards tell. elapsed_s: since the first shard.
+    >>>>>>> live
     """
 
     runs: int
@@ -64,6 +73,7 @@ class Progress:
     running: Sequence[Running]
     failed: Sequence[Failed]
     skipped: int
+    kept: int
     rate: float | None
     elapsed_s: float
 
@@ -99,9 +109,18 @@ def extraction_progress(store: Path) -> Progress | None:
         running=_running(store, done, now),
         failed=_failed(store, done),
         skipped=sum(counts.values()),
+        kept=_kept(store),
         rate=rate,
         elapsed_s=elapsed,
     )
+
+
+def _kept(store: Path) -> int:
+    total = 0
+    for index in (store / FORMER).glob(f"[!.]*/{INDEX}"):
+        with suppress(DataError, KeyError, TypeError, ValueError):
+            total += int(read_table_header(index, KIND, "").about["samples"])
+    return total
 
 
 def _running(store: Path, done: set[int], now: float) -> list[Running]:
