@@ -53,17 +53,13 @@ class Failed:
 class Progress:
     """State of an extraction that is not finished.
 
-        Attributes:
-            runs, rows: of the plan; a run of rows is a shard of each draw. done, rows_done: of these are complete.
-            running, failed: runs that are claimed, and that were given up and not made since.
-            skipped: clips left out so far.
-    <<<<<<< HEAD
-            rate: rows a second in the last hour of work; None where no two runs tell. elapsed_s: since the first run was
-                done. Both are of the work by this plan: what was made by one before it, as of fewer draws, is left out.
-    =======
-            kept: samples that are copied and not encoded: those that trainings made (--live), and of former shards.
-            rate: rows a second in the last hour of work; None where no two shards tell. elapsed_s: since the first shard.
-    >>>>>>> live
+    Attributes:
+        runs, rows: of the plan; a run of rows is a shard of each draw. done, rows_done: of these are complete.
+        running, failed: runs that are claimed, and that were given up and not made since.
+        skipped: clips left out so far.
+        kept: samples that are copied and not encoded: those that trainings made (--live), and of former shards.
+        rate: rows a second in the last hour of work; None where no two runs tell. elapsed_s: since the first run was
+            done. Both are of the work by this plan: what was made by one before it, as of fewer draws, is left out.
     """
 
     runs: int
