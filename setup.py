@@ -42,6 +42,7 @@ setup(
         "pillow>=10",
         "pyarrow>=23",
         "tensorboard>=2.17",
+        "xxhash>=3.4,<5",
     ],
     # triton: its interpreter runs the CUDA kernels on the CPU. A range, because a CUDA build of torch brings triton and
     # fixes its version (torch 2.13.0 from PyPI: 3.7.1), and a CPU build brings none. The kernels also compile with 3.6,

@@ -31,9 +31,10 @@ from mm.data.dataset import FeatureDataset  # noqa: E402
 from mm.data.features import Feature, Origin, serialised, text_hash  # noqa: E402
 from mm.data.recipe import Recipe, save_recipe  # noqa: E402
 from mm.data.store.catalog import finish_store  # noqa: E402
+from mm.data.store.checksum import checksum_of  # noqa: E402
 from mm.data.store.opened import open_shards  # noqa: E402
 from mm.data.store.shard import BODY, INDEX, KIND, PROMPT, SAMPLE, shard_folder  # noqa: E402
-from mm.data.store.table import digest_of, write_table  # noqa: E402
+from mm.data.store.table import write_table  # noqa: E402
 from mm.data.store.writer import order_by_shape, prompt_blob, prompt_key  # noqa: E402
 
 SAMPLES_OF_SHARD = 512
@@ -85,7 +86,7 @@ def write_shard(store: Path, number: int, indexes: range, real: set[int], kinds:
                 for content, records in zip(blobs(index), (samples, prompts), strict=True):
                     body.seek(int(records["offset"][place]))
                     body.write(content)
-                    records["digest"][place] = list(digest_of(content))
+                    records["digest"][place] = list(checksum_of([content]).value)
         body.truncate(int(ends[-1]))
     order, counts = order_by_shape(samples["shape"])
     prompts = prompts[np.argsort(keys.view("S16").reshape(-1))]

@@ -145,7 +145,7 @@ def _tensors(store: Path) -> dict[str, dict[str, Any]]:
     opened = open_shards(store, load_recipe(store).key)
     found = {}
     for row in range(len(opened)):
-        sample, prompt = (load(read_blob(blob, str(blob))) for blob in opened.blobs_of(row))
+        sample, prompt = (load(bytes(read_blob(blob, str(blob)))) for blob in opened.blobs_of(row))
         found[opened.name(row)] = {**sample, **prompt}
     return found
 

@@ -43,7 +43,7 @@ def stored(store: Path) -> dict[str, dict[str, Tensor]]:
     opened = open_shards(store, load_recipe(store).key)
     found = {}
     for row in range(len(opened)):
-        sample, prompt = (load(read_blob(blob, "")) for blob in opened.blobs_of(row))
+        sample, prompt = (load(bytes(read_blob(blob, ""))) for blob in opened.blobs_of(row))
         found[opened.name(row)] = {**sample, **prompt}
     return found
 
@@ -54,7 +54,7 @@ def as_files(store: Path) -> Path:
     opened = open_shards(store, recipe.key)
     (store / FEATURES).mkdir()
     for row, values in enumerate(listed(store)):
-        sample, prompt = (read_blob(blob, "") for blob in opened.blobs_of(row))
+        sample, prompt = (bytes(read_blob(blob, "")) for blob in opened.blobs_of(row))
         header, tensors = parse_header(io.BytesIO(sample), len(sample)), load(sample)
         feature = Feature(tensors.pop("latents"), load(prompt)["prompt"], header.start_frame, tensors, header.taken)
         values["file"] = f"{FEATURES}/{feature_name(values['sample'])}"
@@ -63,7 +63,7 @@ def as_files(store: Path) -> Path:
             listing.write(FeatureRow.model_validate_json(json.dumps(values)).line())
     empty = opened.empty_prompt()
     assert empty is not None
-    prompt = Feature(None, load(read_blob(empty, ""))["prompt"])
+    prompt = Feature(None, load(bytes(read_blob(empty, "")))["prompt"])
     origin = Origin(EMPTY_PROMPT_ID, recipe.key, text_hash(""), "")
     write_feature(store / FEATURES / EMPTY_PROMPT, prompt, origin, recipe.max_text_tokens)
     for path in store.iterdir():

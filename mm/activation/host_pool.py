@@ -81,8 +81,15 @@ def slot_bytes(plan: Recompute, wan: WanConfig, mesh: Mesh, step: StepShape) -> 
     attention = aligned_bytes(batch * tokens * heads * wan.head_dim, itemsize)
     statistics = aligned_bytes(batch * tokens * heads, max(itemsize, 4))
     each = attention * (4 if plan.kept == "q,k,v,O" else 1) + statistics
-    hidden = aligned_bytes(batch * mesh.tokens.width(step.num_tokens) * wan.hidden_size, itemsize)
-    return hidden + plan.group_size * each
+    stream = aligned_bytes(batch * mesh.tokens.width(step.num_tokens) * wan.hidden_size, itemsize)
+    streams = 2 if wan.side_blocks else 1
+    return streams * stream + (plan.group_size + _most_side_blocks(wan, plan.group_size)) * each
+
+
+def _most_side_blocks(wan: WanConfig, group_size: int) -> int:
+    """Side blocks that run with so many consecutive blocks, at most."""
+    starts = range(wan.num_layers)
+    return max(sum(block in wan.side_blocks for block in range(start, start + group_size)) for start in starts)
 
 
 def _leaving(plan: Recompute, num_blocks: int) -> int:

@@ -20,12 +20,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mm.activation.offload import Offloader, OffloadPass
 from mm.config.recompute import Kept, Recompute
-from mm.wan.layers import BlockRunner, run_in_order
+from mm.ops.attention.api import ActivationPolicy, keep_nothing
+from mm.wan.layers import BlockLayer, BlockRunner, Streams, run_in_order
 from mm.wan.rope import Positions
 
 NAMES: dict[Kept, frozenset[str]] = {"O": frozenset({"O"}), "q,k,v,O": frozenset({"q,k,v", "O"})}
@@ -47,34 +48,43 @@ def block_runner(
     if recompute is None:
         return run_in_order
 
-    def run_group(*arguments: Any) -> Tensor:
+    def run_group(
+        group: Sequence[BlockLayer],
+        time_modulation: Tensor,
+        context: Tensor,
+        positions: Positions,
+        keep: ActivationPolicy,
+        *streams: Tensor,
+    ) -> Streams:
+        # Torch's checkpoint sees tensors among its arguments, and none inside of them.
         with model_code():
-            return run_in_order(*arguments)
+            return run_in_order(group, streams, time_modulation, context, positions, keep)
 
     def run(
-        blocks: Sequence[nn.Module], hidden: Tensor, time_modulation: Tensor, context: Tensor, positions: Positions
-    ) -> Tensor:
+        blocks: Sequence[BlockLayer], streams: Streams, time_modulation: Tensor, context: Tensor, positions: Positions
+    ) -> Streams:
         groups = list(recompute.groups(len(blocks)))
-        first = _first_with_backward(blocks, hidden, time_modulation, context)
+        first = _first_with_backward(blocks, *streams, time_modulation, context)
         groups = [(indices, mode if indices.stop > first else "none") for indices, mode in groups]
         keeping = sum(mode == "keep attention" for _, mode in groups)
         layers = iter(range(keeping))
         offload = None if offloader is None or not torch.is_grad_enabled() else offloader.begin(keeping)
         for indices, mode in groups:
             group = blocks[indices.start : indices.stop]
-            arguments = (group, hidden, time_modulation, context, positions)
+            arguments = (group, time_modulation, context, positions)
             if mode == "none":
-                hidden = run_in_order(*arguments)
+                streams = run_in_order(group, streams, time_modulation, context, positions)
             elif mode == "full":
-                hidden = _checkpoint(run_group, *arguments)
+                streams = _checkpoint(run_group, *arguments, keep_nothing, *streams)
             else:
-                hidden = _keep_attention(run_group, arguments, NAMES[recompute.kept], offload, next(layers))
-        return hidden
+                policy = NAMES[recompute.kept], offload, next(layers)
+                streams = _keep_attention(run_group, arguments, streams, *policy)
+        return streams
 
     return run
 
 
-def _first_with_backward(blocks: Sequence[nn.Module], *inputs: Tensor) -> int:
+def _first_with_backward(blocks: Sequence[BlockLayer], *inputs: Tensor) -> int:
     """The first block that backward reaches; those before it keep nothing, and would never give it back."""
     if any(value.requires_grad for value in inputs):
         return 0
@@ -83,38 +93,39 @@ def _first_with_backward(blocks: Sequence[nn.Module], *inputs: Tensor) -> int:
 
 
 def _checkpoint(
-    run_group: Callable[..., Tensor], *arguments: Any, contexts: Callable[[], tuple[Any, Any]] | None = None
-) -> Tensor:
+    run_group: Callable[..., Streams], *arguments: Any, contexts: Callable[[], tuple[Any, Any]] | None = None
+) -> Streams:
     more: dict[str, Any] = {} if contexts is None else {"context_fn": contexts}
-    out: Tensor = checkpoint(run_group, *arguments, use_reentrant=False, preserve_rng_state=False, **more)
+    out: Streams = checkpoint(run_group, *arguments, use_reentrant=False, preserve_rng_state=False, **more)
     return out
 
 
 def _keep_attention(
-    run_group: Callable[..., Tensor],
+    run_group: Callable[..., Streams],
     arguments: tuple[Any, ...],
+    streams: Streams,
     names: frozenset[str],
     offload: OffloadPass | None,
     layer: int,
-) -> Tensor:
+) -> Streams:
     """Run a group that keeps attention, and its input, on the device or in the layer of an offload pass."""
     if offload is None:
         kept = _Kept(names, put=lambda tensor: tensor, take=lambda tensor: tensor)
-        return _checkpoint(run_group, *arguments, kept, contexts=kept.contexts)
+        return _checkpoint(run_group, *arguments, kept, *streams, contexts=kept.contexts)
     kept = _Kept(names, put=lambda tensor: offload.put(layer, tensor), take=lambda place: offload.take(layer, place))
     # What a stage receives holds the conditions too, and the schedule keeps it for its gradient: offload frees nothing.
-    whole = arguments[1].untyped_storage().nbytes() == arguments[1].nbytes
-    own = _storage_of(arguments[1]) if whole else None  # a number: autograd keeps these hooks, and what they refer to
+    whole = [stream for stream in streams if stream.untyped_storage().nbytes() == stream.nbytes]
+    own = {_storage_of(stream) for stream in whole}  # numbers: autograd keeps these hooks, and what they refer to
 
     def pack(saved: Tensor) -> Any:
-        return kept.put(saved.detach()) if _storage_of(saved) == own else saved
+        return kept.put(saved.detach()) if _storage_of(saved) in own else saved
 
     def unpack(packed: Any) -> Tensor:
         return packed if isinstance(packed, Tensor) else kept.take(packed)
 
     # Torch's checkpoint saves its arguments as autograd saves tensors.
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        out = _checkpoint(run_group, *arguments, kept, contexts=kept.contexts)
+        out = _checkpoint(run_group, *arguments, kept, *streams, contexts=kept.contexts)
     offload.done(layer)
     return out
 

@@ -35,8 +35,8 @@ class WeightsRecord(Section):
 
     Attributes:
         format, schema_version: what the file is; another version is refused by its number.
-        step: optimizer steps taken. consumed_samples: samples seen. skipped_steps, replaced_samples: as in training's
-            progress. seed: of the run.
+        step: optimizer steps taken. consumed_samples, skipped_steps, replaced_samples: as in training's progress.
+        trained_samples: too, where it is not the consumed ones. seed: of the run.
         steps: `mm.config.step.StepSettings` of the run; None in records of earlier versions.
         versions: of this package and of torch, for the reader of a report. files: by name.
         wan_config: the model; of earlier versions it is in a file of its own.
@@ -53,6 +53,7 @@ class WeightsRecord(Section):
     versions: dict[str, str]
     files: dict[RankFile, FileRecord]
     wan_config: WanConfig | None = None
+    trained_samples: Size | None = None
 
 
 def read_record(path: Path) -> WeightsRecord:
@@ -80,7 +81,8 @@ def read_record(path: Path) -> WeightsRecord:
 def write_record(path: Path, record: WeightsRecord) -> None:
     """Write the record into a folder with the ranks' files, which become a checkpoint by it, and force it to disk."""
     first = next(path / rank for rank in FIRST_RANKS if (path / rank).is_dir())
-    write_new(first / RECORD_NAME, record.model_dump_json(indent=2) + "\n")
+    left_out = {"trained_samples"} if record.trained_samples is None else None
+    write_new(first / RECORD_NAME, record.model_dump_json(indent=2, exclude=left_out) + "\n")
     sync_folder(first)
 
 

@@ -29,7 +29,7 @@ class ExportFlags(StorageFlags):
 
 
 class CopyFlags(StorageFlags):
-    """Copy a store of shards to another place, of which each may be `s3://...`; every byte is compared with its digest.
+    """Copy a store of shards to another place, of which each may be `s3://...`; every byte of it is checked.
 
     `mm data copy STORE TARGET [flags]`. Started again it copies the shards that are missing.
     """

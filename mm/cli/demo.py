@@ -10,7 +10,7 @@ from pydantic import Field
 
 from mm.cli.entry import run
 from mm.config.flags import Flags, parse_flags
-from mm.config.tasks.registry import TASKS
+from mm.config.tasks.registry import MADE
 from mm.demo.write import write_demo
 
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     """Run the command with the words after its name."""
     flags = parse_flags(DemoFlags, argv, program="mm demo")
     write_demo(flags.out, flags.clips_per_caption)
-    first, *others = TASKS.values()
+    first, *others = MADE.values()
     titles = f"{', '.join(task.title for task in (first, *others[:-1]))} and {others[-1].title}"
     print(f"{flags.out}/weights/   tiny Wan2.1 {titles} in the HF folder layout")
     print(f"{flags.out}/dataset/   {16 * flags.clips_per_caption} captioned clips")

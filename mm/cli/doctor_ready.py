@@ -23,6 +23,7 @@ from mm.isolated import command_of
 
 if TYPE_CHECKING:
     from mm.doctor.preflight import Finding
+    from mm.lora.plan import LoRAPlan
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -75,6 +76,8 @@ def check(
                 open_features(sections.data.features, config), batch, sections.origins, one_size=one_size, budget=budget
             ),
         )
+    if where.rank == 0:
+        findings += preflight.attempt("resume", lambda: _resumed(sections, layout, lora, findings))
     with ExitStack() as stack:
         comm: Comm = SingleProcess()
         if where.world_size > 1:
@@ -93,6 +96,18 @@ def check(
         everyone = comm.all_gather_object([asdict(finding) for finding in findings])
     if where.rank == 0:
         _tell(_merged([preflight.Finding(**found) for part in everyone for found in part]), reports, as_json=as_json)
+
+
+def _resumed(
+    sections: TrainingRun, layout: Layout, lora: LoRAPlan | None, findings: Sequence[Finding]
+) -> Sequence[Finding]:
+    """Compare the run with its checkpoint, unless its features cannot be read, which their own check tells."""
+    from mm.data.dataset import open_features
+    from mm.doctor.resume import resume
+
+    if any(found.check in ("features", "checkpoints") and found.verdict == "no" for found in findings):
+        return []
+    return resume(sections, open_features(sections.data.features, sections.wan), layout.dp_size, lora)
 
 
 def _draws(sections: TrainingRun, samples: int) -> str | None:

@@ -67,4 +67,4 @@ def _train(
         callbacks=callbacks,
         sinks=sinks,
     )
-    logging.getLogger(__name__).info("done: step %d, %d samples", progress.step, progress.consumed_samples)
+    logging.getLogger(__name__).info("done: step %d, %d samples", progress.step, progress.trained_samples)

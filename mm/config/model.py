@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from mm.config.base import Section
 from mm.config.tasks.flf2v import FLF2V
 from mm.config.tasks.i2v import I2V
 from mm.config.tasks.registry import DEFAULT, TASKS, TaskName, named
-from mm.config.tasks.task import Shape, Sizes, Task
+from mm.config.tasks.task import Entry, Shape, Sizes, Task
 
 Precision = Literal["fp32", "bf16", "fp16"]
 TASK_FIELD = "model_type"
@@ -41,6 +42,7 @@ class WanConfig(Section):
             channels of the task's features.
         img_dim: width of the image encoder's features; for tasks with images only.
         clip_token_len: tokens that the image encoder makes of one image; for tasks with images only.
+        vace_layers: blocks that take the hint of a side block, one each; for VACE only. The first is block 0.
         hidden_size: D; ffn_dim: width inside the feed-forward; num_heads: N; num_layers: number of blocks.
         freq_dim: width of the sinusoidal timestep embedding.
         qk_norm: RMSNorm over all heads on queries and keys; cross_attn_norm: affine LayerNorm before cross attention.
@@ -55,6 +57,7 @@ class WanConfig(Section):
     out_dim: int = Field(16, ge=1, le=_MOST)
     img_dim: int | None = Field(None, ge=1, le=_MOST)
     clip_token_len: int | None = Field(None, ge=1, le=_MOST)
+    vace_layers: tuple[int, ...] | None = None
     hidden_size: int = Field(ge=1, le=_MOST)
     ffn_dim: int = Field(ge=1, le=_MOST)
     num_heads: int = Field(ge=1, le=_MOST)
@@ -90,6 +93,16 @@ class WanConfig(Section):
         return self.task.context_tokens(self._sizes())
 
     @property
+    def side_blocks(self) -> dict[int, int]:
+        """Side blocks, by the block that takes their hint."""
+        return {block: number for number, block in enumerate(self.vace_layers or ())}
+
+    @property
+    def side_channels(self) -> int:
+        """Channels of the side blocks' context; 0 without."""
+        return sum(feature.shape(self._sizes())[0] for feature in self.task.entering(Entry.SIDE_BLOCKS))
+
+    @property
     def noise_channels(self) -> int:
         """Channels of the noisy latents, which are what a sampler denoises."""
         return self.in_dim - self.condition_channels
@@ -99,8 +112,14 @@ class WanConfig(Section):
         """Channels of the task's features behind the noisy ones; 0 where there are none."""
         return self.task.channels(self._sizes())
 
+    def num_tokens(self, latent: tuple[int, int, int]) -> int:
+        """Tokens of one sample with all of its features, given F, H, W of its latents: also those nobody predicts."""
+        (frames, *sides), (of_frames, *of_sides) = latent, self.patch_size
+        frames = frames // of_frames + self.task.leading_frames
+        return frames * math.prod(side // patch for side, patch in zip(sides, of_sides, strict=True))
+
     def feature_shapes(self, latent: tuple[int, int, int]) -> dict[str, Shape]:
-        """Shapes of one sample's features by name, given F, H, W of its latents."""
+        """Shapes of one sample's features by name, optional ones too, given F, H, W of its latents."""
         sizes = self._sizes(latent)
         return {feature.name: feature.shape(sizes) for feature in self.task.features}
 
@@ -134,7 +153,14 @@ class WanConfig(Section):
             value = getattr(self, name)
             if value is not None and name not in task.sizes:
                 raise ValueError(f"{name} {value} has no effect in {name_of_task} models; remove it")
-        missing = [name for name in task.sizes if getattr(self, name) is None]
+        if task.latent_channels not in (None, self.out_dim):
+            raise ValueError(f"out_dim of {name_of_task} models is {task.latent_channels}, not {self.out_dim}")
+        layers = self.vace_layers
+        if layers and (list(layers) != sorted(set(layers)) or layers[0] != 0 or layers[-1] >= self.num_layers):
+            raise ValueError(
+                f"vace_layers {list(layers)} must be rising numbers from 0 to {self.num_layers - 1}, 0 among them"
+            )
+        missing = [name for name in task.sizes if getattr(self, name) in (None, ())]
         if missing:
             released = " and ".join(f"{name} {value}" for name, value in task.sizes.items())
             raise ValueError(f"{name_of_task} models need {' and '.join(missing)}; the released ones have {released}")
@@ -156,11 +182,14 @@ WAN_1_3B = WanConfig(hidden_size=1536, ffn_dim=8960, num_heads=12, num_layers=30
 WAN_14B = WanConfig(hidden_size=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 
 
-def of_task(text_to_video: WanConfig, task: Task) -> WanConfig:
-    """A model of the size of one of text to video and of another task, with the task's released sizes."""
-    shape = {**text_to_video.model_dump(), TASK_FIELD: task.name, **task.sizes}
-    sizes = Sizes(text_to_video.out_dim, (1, 1, 1), task.sizes.get("img_dim", 0), task.sizes.get("clip_token_len", 0))
-    return WanConfig.model_validate(shape | {"in_dim": text_to_video.out_dim + task.channels(sizes)})
+def of_task(text_to_video: WanConfig, task: Task, **sizes: object) -> WanConfig:
+    """A model of the size of one of text to video and of another task, with the task's released sizes or others."""
+    own = {**task.sizes, **sizes}
+    shape = {**text_to_video.model_dump(), TASK_FIELD: task.name, **own}
+    of_images = (own.get(name, 0) for name in ("img_dim", "clip_token_len"))
+    image_dim, image_tokens = (size if isinstance(size, int) else 0 for size in of_images)
+    added = task.channels(Sizes(text_to_video.out_dim, (1, 1, 1), image_dim, image_tokens))
+    return WanConfig.model_validate(shape | {"in_dim": text_to_video.out_dim + added})
 
 
 WAN_I2V_1_3B = of_task(WAN_1_3B, I2V)

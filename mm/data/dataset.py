@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ from mm.data.recipe import Recipe, check_recipe, expected_in_training, load_reci
 from mm.data.store.blobs import Blob, read_prompt_blob, read_sample_blobs
 from mm.data.store.catalog import is_sharded
 from mm.data.store.opened import ShardStore, open_shards
-from mm.errors import DataError
+from mm.errors import ConfigError, DataError, Problem, raise_all
 
 ENCODER_FIELDS = ("vae", "text_encoder", "tokenizer", "text_cleaning", "crop", "image_encoder")
 
@@ -293,14 +294,16 @@ def checked_sources(features: FeatureSet, model: WanConfig) -> list[tuple[StoreS
     """The stores that a set names, with their recipes, before any listing is read.
 
     Raises:
-        ConfigError: what `mm.config.data.store_sources` raises.
+        ConfigError: what `mm.config.data.store_sources` raises, CFG-203 for a list that is named twice.
         DataError: DATA-010 for a folder that is no store, DATA-014 when its recipe is not what the set says,
             or when two stores were made with different encoders, DATA-046 when a store is of another task than the
             model.
     """
     expected = expected_in_training(features)
     found: list[tuple[StoreSource, Recipe]] = []
-    for source in _sources(features):
+    sources = _sources(features)
+    _check_named_once(sources)
+    for source in sources:
         recipe = load_recipe(source.folder)
         if recipe.task != model.task.name:
             message = f"The features in {source.folder} are of the task {recipe.task}, the model is {model.task.name}."
@@ -312,3 +315,23 @@ def checked_sources(features: FeatureSet, model: WanConfig) -> list[tuple[StoreS
         check_recipe(source.folder, recipe, encoders, "Extract all data sets with the same weights as the first.")
         found.append((source, recipe))
     return found
+
+
+def _check_named_once(sources: Sequence[StoreSource]) -> None:
+    """Refuse a list of samples that is named twice, however its path is written: each would come twice an epoch.
+
+    Raises:
+        ConfigError: CFG-203.
+    """
+    named = Counter((_real(source.folder), _real(source.annotation)) for source in sources)
+    remedy = "Name it once; to take it more often, give it a share with repeats or a weight (data.mixture.shares)."
+    problems = [
+        Problem("CFG-203", f"The features name {folder} {'twice' if count == 2 else f'{count} times'}.", remedy)
+        for (folder, _), count in named.items()
+        if count > 1
+    ]
+    raise_all(ConfigError, problems)
+
+
+def _real(place: Location | None) -> str:
+    return os.path.realpath(place) if isinstance(place, Path) else str(place)

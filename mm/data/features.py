@@ -14,6 +14,7 @@ and recipe it belongs to, so a file that is there and fits is complete and need 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import stat
@@ -39,6 +40,7 @@ LISTING = "data.jsonl"
 EMPTY_PROMPT = "empty_prompt.safetensors"
 EMPTY_PROMPT_ID = "empty_prompt"
 PRECISIONS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES = {**PRECISIONS, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
 _MAX_HEADER_BYTES = 2**20
 OTHER_TASK = (
@@ -181,19 +183,43 @@ def parse_header(stream: BinaryIO, size: int) -> Header:
         ValueError, KeyError, TypeError, AttributeError, RecursionError: it is no such content, or has another size than
             its header promises.
     """
+    return _parsed(stream, size)[0]
+
+
+def parse_feature(content: memoryview) -> tuple[Header, dict[str, Tensor]]:
+    """Header and tensors of a feature's content that may be written to: the tensors share its memory.
+
+    Raises:
+        RuntimeError, and what `parse_header` raises: it is no such content.
+    """
+    length = min(_MAX_HEADER_BYTES, int.from_bytes(content[:8], "little"))
+    header, places = _parsed(io.BytesIO(content[: 8 + length]), len(content))
+    data = torch.frombuffer(content, dtype=torch.uint8)
+    tensors = {}
+    for name, (begin, end) in places.items():
+        dtype, shape = header.tensors[name]
+        tensors[name] = data[begin:end].view(_DTYPES[dtype]).reshape(shape)
+    return header, tensors
+
+
+def _parsed(stream: BinaryIO, size: int) -> tuple[Header, dict[str, tuple[int, int]]]:
+    """Header of a feature's content, and where each tensor begins and ends in it."""
     length = int.from_bytes(stream.read(8), "little")
     if not 0 < length <= min(_MAX_HEADER_BYTES, size - 8):
         raise ValueError(f"its header claims {length} bytes, it has {size}")
     entries: dict[str, Any] = json.loads(stream.read(length))
     about = json.loads(entries.pop("__metadata__")["made_from"])
-    end = max(int(entry["data_offsets"][1]) for entry in entries.values())
+    offsets = {name: (int(entry["data_offsets"][0]), int(entry["data_offsets"][1])) for name, entry in entries.items()}
+    end = max(last for _, last in offsets.values())
     if size != 8 + length + end:
         raise ValueError(f"it has {size} bytes, its header promises {8 + length + end}")
     tensors = {name: (str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in entries.items()}
     if any(size < 0 for _, shape in tensors.values() for size in shape):
         raise ValueError("a tensor has a negative size")
     origin = Origin(about["sample"], about["recipe"], about["caption"], about["video"])
-    return Header(tensors, origin, int(about["start_frame"]), about.get("taken"))
+    begin = 8 + length
+    places = {name: (begin + first, begin + last) for name, (first, last) in offsets.items()}
+    return Header(tensors, origin, int(about["start_frame"]), about.get("taken")), places
 
 
 def read_header(path: Path) -> Header:

@@ -213,14 +213,14 @@ class _ReadBatch:
             if draw.without_caption and self.empty is not None:
                 self._drop_caption(samples[-1], self.empty)
         stacked = {
-            "latents": torch.stack([sample["latents"] for sample in samples]),
-            "text": torch.stack([F.pad(s["prompt"], (0, 0, 0, self.text_len - len(s["prompt"]))) for s in samples]),
+            "latents": _stacked([sample["latents"] for sample in samples]),
+            "text": _stacked([F.pad(s["prompt"], (0, 0, 0, self.text_len - len(s["prompt"]))) for s in samples]),
         }
         for name in samples[0]["features"]:
-            stacked[name] = torch.stack([sample["features"][name] for sample in samples])
+            stacked[name] = _stacked([sample["features"][name] for sample in samples])
         if self.noise_seed is not None:
             shape = stacked["latents"].shape[1:]
-            stacked["noise"] = torch.stack(
+            stacked["noise"] = _stacked(
                 [training_noise(self.noise_seed, draw.name, draw.sample.draw, shape) for draw in batch]
             )
         return Parcel(stacked, {})
@@ -233,6 +233,11 @@ class _ReadBatch:
 
     def describe(self, batch: list[_Draw], /) -> str:
         return ", ".join(f"{draw.place.folder / draw.place.file} ({draw.name})" for draw in batch)
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """Tensors of one shape as one; of a single one, which is this process's own, no copy is made."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 def _batches(

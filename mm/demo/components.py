@@ -40,7 +40,7 @@ from transformers.utils import logging as transformers_logging
 
 from mm.config.model import of_task
 from mm.config.tasks.frames import CLIP_TOKEN_LEN
-from mm.config.tasks.registry import DEFAULT, TASKS
+from mm.config.tasks.registry import DEFAULT, MADE
 from mm.config.tasks.task import Sizes, Task
 from mm.demo.clips import all_captions
 from mm.rng import key
@@ -48,7 +48,7 @@ from mm.wan.config_json import read_config, wan_config_to_diffusers
 from mm.wan.initial import initial_value
 from mm.wan.model import WanModel
 
-MODEL_NAMES = {task.name: f"Wan2.1-{task.title}-Tiny-Diffusers" for task in TASKS.values()}
+MODEL_NAMES = {task.name: f"Wan2.1-{task.title}-Tiny-Diffusers" for task in MADE.values()}
 SEED = 0
 TEXT_DIM = 64
 IMAGE_DIM = 32

@@ -12,7 +12,7 @@ from PIL import Image
 from mm.checkpoint.files import remove_folder, temporary_name
 from mm.config.output import require_writable_folder
 from mm.config.path_line import require_writable_as_text, write_paths
-from mm.config.tasks.registry import TASKS
+from mm.config.tasks.registry import MADE
 from mm.config.tasks.task import Column
 from mm.demo.clips import COLOURS, DIRECTIONS, FPS, NUM_FRAMES, SIZE, DemoClip, all_captions, all_clips
 from mm.demo.components import MODEL_NAMES, write_model
@@ -48,12 +48,12 @@ def write_demo(out: Path, clips_per_caption: int = 1) -> None:
     partial = place.parent / temporary_name(place.name)
     try:
         partial.mkdir(parents=True)
-        for task in TASKS.values():
+        for task in MADE.values():
             write_model(partial / "weights" / MODEL_NAMES[task.name], task)
         _write_dataset(partial / "dataset", clips_per_caption)
         write_configs(partial / "configs", out)
         (partial / "prompts.txt").write_text("\n".join(all_captions()) + "\n", encoding="utf-8")
-        for column in (column for task in TASKS.values() for column in task.columns):
+        for column in (column for task in MADE.values() for column in task.columns):
             numbers = [str(_value(column, index)) for index in range(len(all_captions()))]
             (partial / f"{column.name}.txt").write_text("\n".join(numbers) + "\n", encoding="utf-8")
         _write_images(partial, out.absolute(), clips_per_caption)
@@ -94,7 +94,7 @@ def _write_dataset(folder: Path, clips_per_caption: int) -> None:
                 "resolution": {"height": SIZE, "width": SIZE},
             }
         )
-    for task in TASKS.values():
+    for task in MADE.values():
         listed = [
             row | {column.name: _value(column, index) for column in task.columns} for index, row in enumerate(rows)
         ]
@@ -112,7 +112,7 @@ def _write_images(folder: Path, home: Path, variant: int) -> None:
     They are of a variant of each clip that the data set does not hold, so that no image is one of training.
     """
     (folder / "images").mkdir()
-    lines: dict[str, list[str]] = {task.name: [] for task in TASKS.values() if task.frames}
+    lines: dict[str, list[str]] = {task.name: [] for task in MADE.values() if task.frames}
     for index, (colour, direction) in enumerate((c, d) for c in COLOURS for d in DIRECTIONS):
         frames = DemoClip(colour, direction, variant).draw()
         names = [f"images/{index:04d}_{colour}_{direction}_{which}.png" for which in ("first", "last")]
@@ -120,7 +120,7 @@ def _write_images(folder: Path, home: Path, variant: int) -> None:
             Image.fromarray(frame).save(folder / name)
         paths = [str(home / name) for name in names]
         for task, listed in lines.items():
-            listed.append(write_paths(paths[: len(TASKS[task].frames)], ", "))
+            listed.append(write_paths(paths[: len(MADE[task].frames)], ", "))
     for task, listed in lines.items():
         (folder / f"images_{task}.txt").write_text("\n".join(listed) + "\n", encoding="utf-8")
 

@@ -231,7 +231,7 @@ def _gradients(parallel: ParallelModel, job: DryRunJob, micro_batches: int) -> N
     def forward_step(stage: WanStage, module: Any, batch: MicroBatch) -> tuple[Tensor, LossFunction]:
         return forward_micro_batch(stage, module, batch, flow, parallel, seed=0)
 
-    sizes = partial(lengths_of, patch_size=job.wan.patch_size)
+    sizes = partial(lengths_of, wan=job.wan)
     for parameter in parallel.named_parameters().values():
         parameter.grad = None  # layer-zero's, of a pass before
     forward_backward(parallel, forward_step, [_batch(job)] * micro_batches, sizes)

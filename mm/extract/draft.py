@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from mm.data.files import MAX_PROBLEMS_SHOWN, TEMPORARY_PREFIX, make_folder, write_error
 from mm.data.sources.checking import CheckedRow, RowReader
 from mm.data.sources.naming import RowNames
-from mm.data.store.table import DIGEST_BYTES, write_table
+from mm.data.store.checksum import DIGEST_BYTES
+from mm.data.store.table import write_table
 from mm.data.tables import TableRow
 from mm.errors import Problem
 from mm.extract.plan import KIND, ROWS, TABLE

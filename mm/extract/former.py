@@ -5,7 +5,6 @@ STORE/former/<number>-<word>   shards whose rows or files have changed, that wer
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -15,13 +14,11 @@ from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
-from mm.data.features import Feature, Origin, parse_header, text_hash
+from mm.data.features import Feature, Origin, text_hash
 from mm.data.files import make_folder, write_error
-from mm.data.store.blobs import Blob, read_blob
+from mm.data.store.blobs import Blob, read_tensors
 from mm.data.store.shard import INDEX, KIND, Shard, shard_folder
 from mm.data.store.table import open_table
 from mm.errors import DataError
@@ -90,9 +87,8 @@ class Former:
 def read_former(blob: Blob, origin: Origin) -> Feature | None:
     """A sample of a former shard, without its caption's embedding; None where the blob is damaged or another's."""
     try:
-        content = read_blob(blob, str(blob))
-        header, tensors = parse_header(io.BytesIO(content), len(content)), load(content)
-    except (DataError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        header, tensors = read_tensors(blob, str(blob))
+    except DataError:
         return None
     if header.origin != origin or "latents" not in tensors:
         return None
@@ -105,12 +101,11 @@ def read_former_prompt(blob: Blob | None, caption: str, recipe: str) -> Tensor |
     if blob is None:
         return None
     try:
-        content = read_blob(blob, str(blob))
-        origin = parse_header(io.BytesIO(content), len(content)).origin
-        prompt = load(content)["prompt"]
-    except (DataError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        header, tensors = read_tensors(blob, str(blob))
+    except DataError:
         return None
-    return prompt if (origin.recipe, origin.caption) == (recipe, text_hash(caption)) else None
+    is_same = (header.origin.recipe, header.origin.caption) == (recipe, text_hash(caption))
+    return tensors.get("prompt") if is_same else None
 
 
 def _hash(name: str) -> bytes:

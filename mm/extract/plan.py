@@ -21,7 +21,8 @@ from uuid import uuid4
 import numpy as np
 
 from mm.data.files import TEMPORARY_PREFIX, sync_folder, write_error
-from mm.data.store.table import DIGEST_BYTES, Table, open_table, read_table_header
+from mm.data.store.checksum import DIGEST_BYTES
+from mm.data.store.table import Table, open_table, read_table_header
 from mm.errors import DataError
 
 PLAN = "plan"

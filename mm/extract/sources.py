@@ -16,7 +16,7 @@ from mm.config.tasks.frames import CLIP_TOKEN_LEN
 from mm.config.tasks.task import InputFeature, Source, Task
 from mm.data.clips import Clip
 from mm.errors import DataError
-from mm.wan.condition import condition_latents
+from mm.wan.conditions.known_frames import condition_latents
 from mm.wan.encoders import VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
 
@@ -74,7 +74,8 @@ def _known_frames(encoders: VisualEncoders, feature: InputFeature) -> FeatureMak
 
     def make(clip: Clip, columns: Mapping[str, float]) -> Tensor:
         del columns
-        return condition_latents(vae, {index: clip.pixels[None, :, index] for index in indices}, clip.num_frames)[0]
+        known = {index: clip.pixels[None, :, index] for index in indices}
+        return condition_latents(vae.encode, known, clip.num_frames)[0]
 
     return make
 

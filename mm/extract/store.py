@@ -16,7 +16,7 @@ from mm.data.files import TEMPORARY_PREFIX, make_folder, raise_limited, write_at
 from mm.data.recipe import RECIPE_FILE, Recipe, check_recipe, load_recipe, save_recipe
 from mm.data.store.catalog import MANIFEST, Manifest, finish_store, is_sharded
 from mm.data.store.shard import BODY, INDEX, KIND, SHARDS, check_body, shard_folder
-from mm.data.store.table import read_table_header
+from mm.data.store.table import NO_DAMAGE, read_table_header
 from mm.errors import DataError
 from mm.extract.claims import CLAIMS, LEASE_S, all_claims
 from mm.extract.former import FORMER, put_aside
@@ -184,7 +184,7 @@ def _skipped_as_planned(store: Path, plan: Plan, number: int) -> int | None:
         check_body(folder / BODY, int(about["body_bytes"]))
         return int(about["skipped"])
     except DataError as error:
-        if error.id == "DATA-072":
+        if error.id in NO_DAMAGE:
             raise
         return None
     except (KeyError, TypeError, ValueError):

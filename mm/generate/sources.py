@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mm.config.tasks.task import Frame, InputFeature, Source, Task
-from mm.wan.condition import condition_latents
+from mm.wan.conditions.known_frames import condition_latents
 from mm.wan.encoders import VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
 
@@ -90,7 +90,7 @@ def _column(early: EarlyFeatures, feature: InputFeature, given: Given) -> Tensor
 def _known_frames(video: VideoEncoder, given: Sequence[Given], frames: Sequence[Frame], num_frames: int) -> Tensor:
     """Mask and latents of the given frames of each clip, [B, 4 + C, F, H, W]."""
     by_index = {frame.index: torch.stack([of.images[which] for of in given]) for which, frame in enumerate(frames)}
-    return condition_latents(video, by_index, num_frames)
+    return condition_latents(video.encode, by_index, num_frames)
 
 
 _EARLY: dict[Source, Callable[[EarlyFeatures, InputFeature, Given], Tensor]] = {

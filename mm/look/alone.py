@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 from mm.config.model import WAN_14B, WanConfig, of_task
@@ -11,10 +10,10 @@ from mm.config.storage import Location, Remote
 from mm.config.tasks.registry import TASKS
 from mm.config.tasks.task import Entry
 from mm.data.dataset import FeatureDataset, FeaturePlace, open_features
-from mm.data.features import LISTING, Header, parse_header, read_header
+from mm.data.features import LISTING, Header, read_header
 from mm.data.files import path_below
 from mm.data.recipe import load_recipe
-from mm.data.store.blobs import read_blob
+from mm.data.store.blobs import read_tensors
 from mm.errors import DataError
 
 COSTS_OF = "Wan2.1 14B"
@@ -62,5 +61,4 @@ def _headers(place: FeaturePlace) -> list[Header]:
     if place.blobs is None:
         assert isinstance(place.folder, Path)  # noqa: S101  stores of one file a sample are local
         return [read_header(path_below(place.folder, place.file, str(place.folder / LISTING)))]
-    contents = [read_blob(blob, str(blob)) for blob in place.blobs]
-    return [parse_header(io.BytesIO(content), len(content)) for content in contents]
+    return [read_tensors(blob, str(blob))[0] for blob in place.blobs]

@@ -10,6 +10,7 @@ not diffusers' name of the head.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 
 from mm.errors import ConfigError, Problem, raise_all
@@ -29,7 +30,10 @@ def linears_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, Sizes]:
     Returns:
         Native module name, for example `blocks.0.self_attn.q`, to (out_features, in_features).
     """
-    return {name: sizes for name, sizes in every_linear(shapes).items() if name.startswith("blocks.")}
+    return {name: sizes for name, sizes in every_linear(shapes).items() if _IN_BLOCK.match(name)}
+
+
+_IN_BLOCK = re.compile(r"(vace_)?blocks\.\d+\.(self_attn|cross_attn|ffn)\.")
 
 
 def every_linear(shapes: Mapping[str, Sequence[int]]) -> dict[str, Sizes]:

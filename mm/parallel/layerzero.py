@@ -51,11 +51,9 @@ def shard_stage(
     replicated = {
         parameter for name, parameter in model.named_parameters() if name in added or is_replicated(name, zero)
     }
-    blocks = [
-        fully_shard(block, mesh=axes, mp_policy=low, ignored_params=replicated) for block in model.blocks.values()
-    ]
+    blocks = [fully_shard(block, mesh=axes, mp_policy=low, ignored_params=replicated) for block in stage.blocks]
     for name, module in model.named_children():
-        if name != "blocks" and name not in (zero.ignored_modules or ()):
+        if name not in ("blocks", "vace_blocks") and name not in (zero.ignored_modules or ()):
             fully_shard(module, mesh=axes, mp_policy=exact if keep_fp32(name) else low, ignored_params=replicated)
     root = fully_shard(stage, mesh=axes, mp_policy=low, ignored_params=replicated)
     if zero.forward_prefetch:

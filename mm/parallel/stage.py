@@ -28,6 +28,9 @@ def cut(model: WanModel, blocks: range, *, first: bool, last: bool) -> WanModel:
     for name in list(model.blocks):
         if int(name) not in blocks:
             del model.blocks[name]
+    for block, number in model.config.side_blocks.items():
+        if block not in blocks:
+            del model.vace_blocks[str(number)]
     for name in (*_EMBEDDERS, *model.config.task.modules) if not first else ():
         delattr(model, name)
     if not last:
@@ -68,8 +71,8 @@ class WanStage(MegatronModule):
 
     @property
     def blocks(self) -> list[WanBlock]:
-        """The blocks it holds, in order."""
-        return [block for block in self.model.blocks.values() if isinstance(block, WanBlock)]
+        """The blocks and side blocks it holds, in the order in which they run."""
+        return self.model.blocks_in_order()
 
     def set_input_tensor(self, tensors: Tensor | Sequence[Tensor | None] | None) -> None:
         """Take what the previous stage sent; the schedule calls it before every forward."""
@@ -79,41 +82,44 @@ class WanStage(MegatronModule):
         """Run this stage for one micro-batch.
 
         Args:
-            inputs: as `mm.wan.model.WanModel.forward` takes them, on the first stage. The others only need the shapes
-                of latents and text, and no features.
+            inputs: as `mm.wan.model.WanModel.forward` takes them, on the first stage. The others need the shapes of
+                latents and text, and which features there are, wherever these are.
 
         Returns:
             The velocity of this rank's tokens, [B, t, pt*ph*pw*C] fp32, on the last stage; on the others what the
             next one receives (`mm.parallel.boundary`).
         """
         model = self.model
-        grids = [model.token_grid(sample.latents) for sample in inputs.samples]
+        grids = [model.token_grid(sample) for sample in inputs.samples]
         shape = self._boundary_shape(inputs, grids)
         if self.first:
             inputs.check(model.config)
-            hidden = model.patch_embedding(self.tokens.take(model.patches(inputs), dim=1))
+            streams = model.embed_tokens(inputs, self.tokens.runs([math.prod(grid) for grid in grids]))
             conditions = model.embed_conditions(inputs)
         elif self._received is None:
             raise AssertionError("a stage that is not the first one received nothing")
         else:
-            hidden, conditions = receive_side(shape, self._received)
-        positions = self._positions(inputs, grids, hidden.device)
-        hidden = model.run_blocks(hidden, conditions, positions)
+            streams, conditions = receive_side(shape, self._received)
+        positions = self._positions(inputs, grids, streams[0].device)
+        streams = model.run_blocks(streams, conditions, positions, inputs)
         if self.last:
-            velocity: Tensor = model.head(hidden, conditions.time, positions.packed)
+            velocity: Tensor = model.head(streams[0], conditions.time, positions.runs)
             return velocity
-        return send_side(shape, hidden, conditions)
+        return send_side(shape, streams, conditions)
 
     def _positions(self, inputs: Inputs, grids: Sequence[Grid], device: torch.device) -> Positions:
         share, lengths = self.tokens, [math.prod(grid) for grid in grids]
         cos, sin = zip(*(self.model.rotary.tables(grid, device) for grid in grids), strict=True)
-        places = (counts_of(runs, len(grids)) for runs in (share.runs(lengths), share.chunk_runs(lengths)))
-        packed = self.model.packed_tokens(inputs, *places)
-        return Positions(share.take_chunk(cos, dim=0), share.take_chunk(sin, dim=0), share.segments(lengths), packed)
+        queries = counts_of(share.chunk_runs(lengths), [[length] for length in lengths])
+        packed = self.model.packed_tokens(inputs, queries)
+        runs = tuple(counts_of(share.runs(lengths), self.model.runs_of_time(inputs)))
+        tables = share.take_chunk(cos, dim=0), share.take_chunk(sin, dim=0)
+        return Positions(*tables, share.segments(lengths), packed, runs if len(runs) > 1 else None)
 
     def _boundary_shape(self, inputs: Inputs, grids: Sequence[Grid]) -> BoundaryShape:
         tokens = tuple(math.prod(grid) for grid in grids)
         text_tokens = tuple(sample.text.shape[1] for sample in inputs.samples)
-        lengths = SequenceLengths(len(inputs.samples[0].latents), tokens, text_tokens)
+        runs = tuple(max(len(sample.runs), 1) for sample in inputs.samples)
+        lengths = SequenceLengths(len(inputs.samples[0].latents), tokens, text_tokens, runs)
         shape = BoundaryShape.of(lengths, self.tokens, self.model.config, self.dtype)
         return replace(shape, rows=self.boundary_rows)

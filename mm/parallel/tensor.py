@@ -36,7 +36,7 @@ SHARDED_DIM = {
 def sharded_dim(name: str) -> int | None:
     """The dim along which tensor parallelism cuts the parameter of this native name; None when every rank has it."""
     parts = name.split(".")
-    in_block = parts[0] == "blocks" and parts[2] in ("self_attn", "cross_attn", "ffn")
+    in_block = parts[0] in ("blocks", "vace_blocks") and parts[2] in ("self_attn", "cross_attn", "ffn")
     return SHARDED_DIM.get(".".join(parts[-2:])) if in_block else None
 
 

@@ -14,32 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import accumulate
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from mm.ops.attention.segments import Segment, Segments
-from mm.wan.packed import joined
-
-
-class Run(NamedTuple):
-    """Consecutive places of one sample.
-
-    Attributes:
-        sample: its place in the sequence. start: the token in the first place. places: their number.
-        num_tokens: of the whole sample; places behind its last token are padding.
-    """
-
-    sample: int
-    start: int
-    places: int
-    num_tokens: int
-
-    @property
-    def real(self) -> int:
-        """Number of places with a token; they come first."""
-        return min(max(self.num_tokens - self.start, 0), self.places)
+from mm.wan.packed import Run, joined
+from mm.wan.patches import window
 
 
 @dataclass(frozen=True)
@@ -102,24 +83,23 @@ class TokenShare:
         return runs
 
 
-def counts_of(runs: Sequence[Run], num_samples: int) -> list[int]:
-    """Places of each sample."""
-    counts = [0] * num_samples
+def counts_of(runs: Sequence[Run], parts: Sequence[Sequence[int]]) -> list[int]:
+    """Places of each part of each sample.
+
+    Args:
+        runs: the places.
+        parts: of each sample, numbers of tokens of its parts, which are all of it. Padding belongs to the last part.
+    """
+    firsts = [[*accumulate(counts[:-1], initial=0)] for counts in parts]
+    counts = [0] * sum(map(len, parts))
     for run in runs:
-        counts[run.sample] += run.places
+        index = sum(map(len, parts[: run.sample]))
+        stops = [*firsts[run.sample][1:], run.start + run.places]
+        for first, stop in zip(firsts[run.sample], stops, strict=True):
+            counts[index] += max(min(stop, run.start + run.places) - max(first, run.start), 0)
+            index += 1
     return counts
 
 
 def _take(samples: Sequence[Tensor], runs: Sequence[Run], dim: int) -> Tensor:
-    return joined([_slice(samples[run.sample], dim, run.start, run.places) for run in runs], dim)
-
-
-def _slice(x: Tensor, dim: int, start: int, width: int) -> Tensor:
-    if start == 0 and width == x.shape[dim]:
-        return x
-    start = min(start, x.shape[dim])
-    part = x.narrow(dim, start, min(width, x.shape[dim] - start))
-    missing = width - part.shape[dim]
-    if missing == 0:
-        return part
-    return F.pad(part, [0, 0] * (x.dim() - 1 - dim % x.dim()) + [0, missing])
+    return joined([window(samples[run.sample], dim, run.start, run.places) for run in runs], dim)

@@ -16,7 +16,6 @@ from mm.parallel.apply import ParallelModel
 from mm.parallel.boundary import BoundaryShape, SequenceLengths
 from mm.parallel.tensor import gather_tokens
 from mm.wan.inputs import ModelInputs
-from mm.wan.patches import unpatchify
 
 
 class ParallelVelocity:
@@ -34,14 +33,15 @@ class ParallelVelocity:
             ConfigError: what `ModelInputs.check` raises.
         """
         parallel = self._parallel
-        mesh, patch_size = parallel.mesh, parallel.wan.patch_size
-        grid = parallel.stages[0].model.token_grid(inputs.latents)
-        tokens = self._through_stages(math.prod(grid), inputs)
+        mesh = parallel.mesh
+        model = parallel.stages[0].model
+        num_tokens = math.prod(model.token_grid(inputs))
+        tokens = self._through_stages(num_tokens, inputs)
         if mesh.layout.sequence_parallel:
             tokens = gather_tokens(tokens, mesh.groups.tp)
         if mesh.layout.cp_size > 1:
             tokens = gather_tokens(tokens, mesh.groups.cp)
-        return unpatchify(tokens[:, : math.prod(grid)], grid, patch_size)
+        return model.latents_of(inputs, tokens[:, :num_tokens])
 
     def _through_stages(self, num_tokens: int, inputs: ModelInputs) -> Tensor:
         """The velocity of this rank's tokens, [B, t, pt*ph*pw*C] fp32, on every rank of the pipeline."""
@@ -51,7 +51,7 @@ class ParallelVelocity:
             velocity: Tensor = parallel.chunks[0](inputs)
             return velocity
         batch, width = len(inputs.latents), parallel.mesh.tokens.width(num_tokens)
-        lengths = SequenceLengths(batch, (num_tokens,), (inputs.text.shape[1],))
+        lengths = SequenceLengths(batch, (num_tokens,), (inputs.text.shape[1],), (max(len(inputs.runs), 1),))
         rows = BoundaryShape.of(lengths, parallel.mesh.tokens, parallel.wan, parallel.dtype).rows
         device = parallel.backend.device
         out = torch.empty(0)

@@ -11,14 +11,17 @@ from typing import Any
 
 from mm.activation.host_pool import StepShape
 from mm.activation.offload import Offloader
-from mm.checkpoint.comm import on_rank_zero
-from mm.checkpoint.directory import require_kind
+from mm.checkpoint.comm import Comm, on_rank_zero
+from mm.checkpoint.directory import Verify, require_kind
 from mm.checkpoint.files import replace_text, writing_errors
+from mm.checkpoint.formats.found import Wanted
 from mm.checkpoint.identify import Found, identify, latest_checkpoint
 from mm.config.recompute import Recompute
 from mm.config.run.file import resolved, whole_file
 from mm.config.run.origins import RUN_FILE
+from mm.config.run.training import TrainingRun
 from mm.config.step import DataSettings, StepSettings, step_settings
+from mm.data.dataset import FeatureDataset
 from mm.data.packing import check_budget, most_places
 from mm.data.planning import describe_plan, sources_of
 from mm.data.sampler import BatchPlan
@@ -130,11 +133,22 @@ def settings_of(run: Run) -> StepSettings:
     found = on_rank_zero(run.comm, identified)
     features, held_out = (None if one is None else DataSettings(num_samples=one[0], identity=one[1]) for one in found)
     assert features is not None  # noqa: S101  a run has features
-    data = run.sections.data
-    batches = BatchPlan(run.global_batch_size, data.micro_batch_size)
-    plan = describe_plan(run.dataset, data.mixture, batches, shuffle=data.shuffle, min_bucket=data.min_bucket)
+    return settings_with(run.sections, run.dataset, run.mesh.layout.dp_size, features, held_out)
+
+
+def settings_with(
+    sections: TrainingRun, dataset: FeatureDataset, dp_size: int, features: DataSettings, held_out: DataSettings | None
+) -> StepSettings:
+    """Meaning of a run's steps.
+
+    Args:
+        sections, dataset, dp_size: the run. features, held_out: sizes and identities of its data sets.
+    """
+    data = sections.data
+    batches = BatchPlan(sections.samples_of_step(dp_size), data.micro_batch_size)
+    plan = describe_plan(dataset, data.mixture, batches, shuffle=data.shuffle, min_bucket=data.min_bucket)
     features = features.model_copy(update={"shuffle": data.shuffle, "plan": plan})
-    return step_settings(run.sections, dp_size=run.mesh.layout.dp_size, features=features, held_out=held_out)
+    return step_settings(sections, dp_size=dp_size, features=features, held_out=held_out)
 
 
 def build_optimizer(parallel: ParallelModel, steps: StepSettings) -> Optimizer:
@@ -213,28 +227,38 @@ def start_or_resume(run: Run, adapters: AdapterRun | None, optimizer: Optimizer,
     Raises:
         ConfigError: CFG-160 where that would change what steps mean, and what `load_state` and `load_weights` raise.
     """
-    start = run.sections.checkpoint
-    if start.save is not None:
-        require_kind(Path(start.save), start.format, run.sections.origins, run.comm)
-        latest = latest_checkpoint(Path(start.save), run.comm, start.resume_policy, start.verify)
-        if latest is not None:
-            return _resume(run, latest, adapters, optimizer, steps)
-    if start.load is None:
+    found, goes_on = starting_point(run.sections, run.comm, run.sections.checkpoint.verify)
+    if found is None:
         return Progress()
-    found = identify(
-        start.load,
-        run.comm,
-        wanted="model" if adapters is None else "adapters",
-        policy=start.resume_policy,
-        verify=start.verify,
-    )
-    if found.of_run and not start.weights_only:
+    if goes_on:
         return _resume(run, found, adapters, optimizer, steps)
     if adapters is not None:
         load_adapters(found, adapters, optimizer, run.sections.origins)
     else:
         load_weights(found, optimizer, expected_model(run.sections), run.comm)
     return Progress()
+
+
+def starting_point(sections: TrainingRun, comm: Comm, verify: Verify) -> tuple[Found | None, bool]:
+    """Find what a run starts from, if anything, and whether it goes on from there as a run; every rank calls it.
+
+    Args:
+        sections: the run. comm: the ranks. verify: how much of a checkpoint is looked at.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: what `require_kind`, `latest_checkpoint` and `identify` raise.
+    """
+    start = sections.checkpoint
+    if start.save is not None:
+        require_kind(Path(start.save), start.format, sections.origins, comm)
+        latest = latest_checkpoint(Path(start.save), comm, start.resume_policy, verify)
+        if latest is not None:
+            return latest, True
+    if start.load is None:
+        return None, False
+    wanted: Wanted = "model" if sections.adapters is None else "adapters"
+    found = identify(start.load, comm, wanted=wanted, policy=start.resume_policy, verify=verify)
+    return found, found.of_run and not start.weights_only
 
 
 def _resume(run: Run, found: Found, adapters: AdapterRun | None, optimizer: Optimizer, steps: StepSettings) -> Progress:
@@ -251,7 +275,7 @@ def _resume(run: Run, found: Found, adapters: AdapterRun | None, optimizer: Opti
         any_seed=not start.same_seed,
         adapters=adapters.record if adapters is not None else None,
     )
-    logger.info("going on from %s: step %d, %d samples", found.path, progress.step, progress.consumed_samples)
+    logger.info("going on from %s: step %d, %d samples", found.path, progress.step, progress.trained_samples)
     return progress
 
 

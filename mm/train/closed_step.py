@@ -53,7 +53,8 @@ class ClosedStep:
         with self._during("waiting for data"):
             data = next(self._steps)
         mine = data.batches
-        replaced = before.replaced_samples + _replaced(run, mine, before)
+        trained = before.trained_samples + len(data.dealt.tokens)
+        replaced = before.replaced_samples + _replaced(run, mine, before, trained)
         result = train_step(
             self._parallel,
             self._optimizer,
@@ -70,7 +71,7 @@ class ClosedStep:
         if result.updated:
             self._guard.accepted(step, result.statistics, mine)
         consumed = before.consumed_samples + run.global_batch_size
-        progress = Progress(step, consumed, self._guard.skipped, replaced)
+        progress = Progress(step, consumed, self._guard.skipped, replaced, trained)
         seconds, last = time.monotonic() - started, step == run.sections.training.steps
         return StepDone(progress, self._parallel, result, mine, data.dealt.tokens, seconds, last)
 
@@ -79,16 +80,19 @@ class ClosedStep:
         self._steps.close()
 
 
-def _replaced(run: Run, batches: Sequence[MicroBatch], progress: Progress) -> int:
-    """Number of samples of the step that were replaced in all replicas; an error where --on-bad-sample allows fewer."""
+def _replaced(run: Run, batches: Sequence[MicroBatch], progress: Progress, trained: int) -> int:
+    """Number of samples of the step that were replaced in all replicas; an error where --on-bad-sample allows fewer.
+
+    Args:
+        run, batches: the step. progress: before it. trained: samples up to and with it.
+    """
     policy = parse_on_bad_sample(run.sections.data.on_bad_sample)
     if not policy.skips:
         return 0
     samples = [sample for batch in batches for sample in batch["sample"]]
     instead_of = [sample for batch in batches for sample in batch.get("replaced", [])]
     replaced = replaced_in_step(run.mesh.dp_rank, samples, instead_of, run.comm.all_gather_object)
-    consumed = progress.consumed_samples + run.global_batch_size
-    check_replaced(progress.replaced_samples + replaced, consumed, len(run.dataset), policy)
+    check_replaced(progress.replaced_samples + replaced, trained, len(run.dataset), policy)
     return replaced
 
 

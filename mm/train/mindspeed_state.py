@@ -68,6 +68,7 @@ def save_weights(
             consumed_samples=progress.consumed_samples,
             skipped_steps=progress.skipped_steps,
             replaced_samples=progress.replaced_samples,
+            trained_samples=progress.recorded().get("trained_samples"),
             seed=seed,
             steps=steps.model_dump(mode="json"),
             versions=versions,

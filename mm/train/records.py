@@ -61,7 +61,7 @@ class StepMetrics(Record):
     Attributes:
         step: from 1. loss: weighted, averaged over the global batch. grad_norm: before clipping.
         loss_hex, grad_norm_hex: the same numbers, bit for bit (`float.hex`).
-        lr: the rate this step used. consumed_samples: up to and with this step.
+        lr: the rate this step used. consumed_samples: that were trained on up to and with this step.
         tokens_per_s: video tokens of the whole job. tflops: model TFLOP/s of one device (`mm.train.flops`).
         peak_memory_gb: of this process so far, in 10^9 bytes. step_time_s: wall time.
         skipped: the loss or a gradient was not finite, and no weight changed; such numbers are null in the file.

@@ -56,17 +56,19 @@ class Resuming:
             step, consumed_samples: where it stands.
 
         Returns:
-            One CFG-160 for each value, with both.
+            One CFG-160 for each value, with both, and CFG-161 where the samples to come begin inside of a micro-batch.
         """
         if before is None:
             self._warn(
                 "%s does not record its batch, schedule, objective and data; whether they have changed is not known",
                 path,
             )
-            return []
+            return list(self._begins_between(path, consumed_samples))
         if step >= self.sections.training.steps:
             return []
-        refused = []
+        refused = list[Problem]()
+        if before.data.order == self.steps.data.order:  # another plan is a change of its own, and begins anew
+            refused += self._begins_between(path, consumed_samples)
         for change in self._in_effect(before, step, consumed_samples):
             text = f"{change}{self._consequence(change, before, step, consumed_samples)}"
             if change.kind is None or change.kind in self.sections.checkpoint.resume_changed:
@@ -76,6 +78,18 @@ class Resuming:
                     Problem("CFG-160", f"Resuming {path} would change its steps: {text}.", self._remedy(change))
                 )
         return refused
+
+    def _begins_between(self, path: Path, consumed: int) -> Iterator[Problem]:
+        """CFG-161 where whole micro-batches do not make up the samples that were trained on.
+
+        The next one would begin before or after them, and so take samples twice or leave some out.
+        """
+        size, word = self.sections.data.micro_batch_size, self.sections.origins["data.micro_batch_size"]
+        if consumed % size:
+            fits = max(one for one in range(1, size) if consumed % one == 0)
+            message = f"{path} stands at sample {consumed}, of which micro-batches of {size} are no whole number"
+            remedy = f"Give {word.with_value(fits)}, or another number that divides {consumed}."
+            yield Problem("CFG-161", f"{message}: some samples would come twice.", remedy)
 
     def _in_effect(self, before: StepSettings, step: int, consumed: int) -> Iterator[Change]:
         then, now = (self._rates(steps, step, consumed) for steps in (before, self.steps))

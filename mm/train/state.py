@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,15 +50,37 @@ class Progress:
     """Progress of a run.
 
     Attributes:
-        step: steps taken. consumed_samples: samples seen.
+        step: steps taken. consumed_samples: where the plan and the rates stand, a global batch for each step.
         skipped_steps: of them, whose update was left out (`--on-nonfinite`).
         replaced_samples: that stood in for damaged ones (`--on-bad-sample`).
+        trained_samples: samples seen, which are others than consumed where sources have micro-batches of their own.
     """
 
     step: int = 0
     consumed_samples: int = 0
     skipped_steps: int = 0
     replaced_samples: int = 0
+    trained_samples: int = 0
+
+    def recorded(self) -> dict[str, int]:
+        """State that checkpoints keep; those of a run whose steps have a global batch each do not tell it twice."""
+        values = asdict(self)
+        if self.trained_samples == self.consumed_samples:
+            del values["trained_samples"]
+        return values
+
+    @classmethod
+    def of_record(cls, values: Mapping[str, Any]) -> Progress:
+        """The inverse of `recorded`. In those of earlier versions nothing was skipped or replaced."""
+        consumed = values["consumed_samples"]
+        trained = values.get("trained_samples")
+        return cls(
+            values["step"],
+            consumed,
+            values.get("skipped_steps", 0),
+            values.get("replaced_samples", 0),
+            consumed if trained is None else trained,
+        )
 
 
 @dataclass(frozen=True)
@@ -87,10 +109,7 @@ def state_of(
     That of adapters has them in two files of other tools beside its shards.
     """
     scalars: dict[str, Any] = {
-        "step": progress.step,
-        "consumed_samples": progress.consumed_samples,
-        "skipped_steps": progress.skipped_steps,
-        "replaced_samples": progress.replaced_samples,
+        **progress.recorded(),
         "seed": seed,
         **_optimizer_scalars(optimizer, comm, with_optimizer=with_optimizer),
         CONFIG_KEY: config.model_dump(mode="json"),
@@ -183,15 +202,17 @@ def load_state(
         CheckpointError: what `mm.checkpoint.store.load` raises.
         ConfigError: CFG-028 for another model, CFG-160 for every other change of what steps mean.
     """
-    path, described, words = found.path, _described(found), resuming.sections.origins
-    scalars = described.scalars
-    _require_same_kind(path, described.adapters, adapters, words)
-    expected.require_config(path, described.config, text_len=True)
-    _require_same_steps(path, scalars, seed, resuming, any_seed=any_seed)
-    if with_optimizer:
-        _require_state(path, scalars, optimizer.algorithm, words)
-    if with_average:
-        _require_same_average(path, scalars.get(DECAY_KEY), optimizer.average, words)
+    described = require_same_run(
+        found,
+        expected,
+        seed,
+        resuming=resuming,
+        algorithm=optimizer.algorithm if with_optimizer else None,
+        with_average=with_average,
+        any_seed=any_seed,
+        adapters=adapters,
+    )
+    path, scalars = found.path, described.scalars
     if described.manifest is None:
         load_weights(found, optimizer, expected, comm)
     else:
@@ -202,13 +223,42 @@ def load_state(
             optimizer.set_steps_made(scalars[optimizer.algorithm.step_key])
         optimizer.masters_to_model()
     optimizer.set_progress(scalars["consumed_samples"])
-    # checkpoints of earlier versions do not have the last two: nothing could be skipped or replaced then
-    skipped, replaced = scalars.get("skipped_steps", 0), scalars.get("replaced_samples", 0)
-    return Progress(scalars["step"], scalars["consumed_samples"], skipped, replaced)
+    return Progress.of_record(scalars)
+
+
+def require_same_run(
+    found: Found,
+    expected: Expected,
+    seed: int,
+    *,
+    resuming: Resuming,
+    algorithm: Algorithm | None,
+    with_average: bool,
+    any_seed: bool,
+    adapters: AdapterRecord | None,
+) -> Described:
+    """Compare what a checkpoint says of itself with the run that is to go on from it; no tensor is read.
+
+    Args:
+        found, expected, seed, resuming, with_average, any_seed, adapters: as in `load_state`.
+        algorithm: of the optimizer whose state is wanted; None where it is not.
+
+    Raises:
+        ConfigError, CheckpointError, ResumeError: as `load_state`.
+    """
+    path, described, words = found.path, _described(found), resuming.sections.origins
+    _require_same_kind(path, described.adapters, adapters, words)
+    expected.require_config(path, described.config, text_len=True)
+    _require_same_steps(path, described.scalars, seed, resuming, any_seed=any_seed)
+    if algorithm is not None:
+        _require_state(path, described.scalars, algorithm, words)
+    if with_average:
+        _require_same_average(path, described.scalars.get(DECAY_KEY), resuming.steps.ema_decay, words)
+    return described
 
 
 @dataclass(frozen=True)
-class _Described:
+class Described:
     """Facts that a checkpoint tells of itself.
 
     Attributes:
@@ -222,20 +272,18 @@ class _Described:
     manifest: Manifest | None
 
 
-def _described(found: Found) -> _Described:
+def _described(found: Found) -> Described:
     path = found.path
     if found.format == mindspeed.FORMAT:
         record = read_record(path)
-        scalars = record.model_dump(
-            include={"step", "consumed_samples", "skipped_steps", "replaced_samples", "seed", STEPS_KEY}
-        )
+        scalars = record.model_dump(include={*asdict(Progress()), "seed", STEPS_KEY})
         config = record.wan_config or mindspeed.config_of(path)
         if config is None:
             raise damaged(path, "it does not say the model's configuration")
-        return _Described(scalars, config, None, None)
+        return Described(scalars, config, None, None)
     manifest = read_manifest(path)
     config = parse(WanConfig, manifest.scalars[CONFIG_KEY], str(path))
-    return _Described(manifest.scalars, config, record_of(manifest, path), manifest)
+    return Described(manifest.scalars, config, record_of(manifest, path), manifest)
 
 
 def _require_same_steps(
@@ -313,12 +361,12 @@ def _require_same_kind(path: Path, theirs: AdapterRecord | None, ours: AdapterRe
         )
 
 
-def _require_same_average(path: Path, theirs: float | None, ours: Average | None, words: Origins) -> None:
+def _require_same_average(path: Path, theirs: float | None, ours: float | None, words: Origins) -> None:
     decay, without = words["optimizer.ema_decay"], words["checkpoint.load_average"].with_value(False)
     if theirs is None and ours is not None:
         raise ResumeError(
             "CKPT-085",
-            f"{path} has no average of its weights, and {decay.name} is {ours.decay:g}.",
+            f"{path} has no average of its weights, and {decay.name} is {ours:g}.",
             f"Give {without} to begin an average at its weights, or remove {decay.name}.",
         )
     if theirs is not None and ours is None:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mm.config.model import WanConfig
+from mm.config.tasks.task import Entry
 from mm.data.loader import FeatureBatch
 from mm.data.packed import MicroBatch, is_packed, segments_of
 from mm.device.copies import to_device
@@ -27,8 +29,6 @@ from mm.train.memory_breakdown import Phase
 from mm.wan.inputs import ModelInputs, PackedInputs
 from mm.wan.packed import joined
 from mm.wan.patches import patchify, token_grid
-
-PatchSize = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def compute_gradients(
         device: of its own tokens on the last pipeline stage, zeros elsewhere, where another rank has the same, and
         behind the last sample of a micro-batch.
     """
-    dp_size, patch_size = parallel.mesh.layout.dp_size, parallel.wan.patch_size
+    dp_size = parallel.mesh.layout.dp_size
     first = len(batches[0]["sample"])
     counts = counts or SampleCounts(first * len(batches) * dp_size, first)
 
@@ -154,25 +154,27 @@ def compute_gradients(
 
         return output, weighted
 
-    losses = forward_backward(parallel, forward_step, batches, lambda batch: lengths_of(batch, patch_size))
+    losses = forward_backward(parallel, forward_step, batches, lambda batch: lengths_of(batch, parallel.wan))
     mesh = parallel.mesh
     if parallel.last and (mesh.layout.sequence_parallel or mesh.tp_rank == 0):
         return torch.stack(losses).float()
     return torch.zeros(len(batches), counts.most, device=parallel.backend.device)
 
 
-def lengths_of(batch: MicroBatch, patch_size: PatchSize) -> SequenceLengths:
+def lengths_of(batch: MicroBatch, wan: WanConfig) -> SequenceLengths:
     """Sizes of a micro-batch."""
     segments = segments_of(batch)
-    tokens = tuple(num_tokens(segment["latents"].shape, patch_size) for segment in segments)
+    tokens = tuple(sum(token_counts(segment, wan)) for segment in segments)
     text_tokens = tuple(segment["text"].shape[1] for segment in segments)
     return SequenceLengths(len(segments[0]["sample"]), tokens, text_tokens)
 
 
-def num_tokens(latents: Sequence[int], patch_size: PatchSize) -> int:
-    """Video tokens of one sample of latents of shape [B, C, F, H, W]."""
-    frames, height, width = latents[2:]
-    return math.prod(token_grid((frames, height, width), patch_size))
+def token_counts(segment: FeatureBatch, wan: WanConfig) -> tuple[int, int]:
+    """Tokens of one sample: those in front of the video's, which nobody predicts, and the video's."""
+    frames, height, width = segment["latents"].shape[2:]
+    frames, rows, columns = token_grid((frames, height, width), wan.patch_size)
+    ahead = sum(feature.name in segment["features"] for feature in wan.task.entering(Entry.TOKENS))
+    return ahead * rows * columns, frames * rows * columns
 
 
 def forward_micro_batch(
@@ -206,9 +208,9 @@ def forward_micro_batch(
 def _inputs(
     stage: WanStage, segment: FeatureBatch, latents: Tensor, timestep: Tensor, device: torch.device
 ) -> ModelInputs:
-    """Inputs of one stage; those after the first need the shapes of latents and text alone."""
+    """Inputs of one stage; those after the first need the shapes of latents and text, and which features there are."""
     if not stage.first:
-        return ModelInputs(latents, timestep, segment["text"])
+        return ModelInputs(latents, timestep, segment["text"], segment["features"])
     features = {name: to_device(value, device) for name, value in segment["features"].items()}
     return ModelInputs(latents, timestep, to_device(segment["text"], device), features)
 
@@ -222,12 +224,14 @@ def _loss(
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """This rank's part of the mean of the samples' losses, and of each of them; padding takes no part."""
-    lengths = [num_tokens(segment["latents"].shape, parallel.wan.patch_size) for segment in segments]
+    counts = [token_counts(segment, parallel.wan) for segment in segments]
     losses: list[Tensor] = []
     of_samples = [velocity.new_zeros(len(segment["sample"])) for segment in segments]
     start = 0
-    for run in parallel.mesh.tokens.runs(lengths):
-        here, elements = slice(start, start + run.real), math.prod(segments[run.sample]["latents"].shape[1:])
+    for run in parallel.mesh.tokens.runs([sum(each) for each in counts]):
+        unpredicted = min(max(counts[run.sample][0] - run.start, 0), run.real)
+        here = slice(start + unpredicted, start + run.real)
+        elements = math.prod(segments[run.sample]["latents"].shape[1:])
         loss, own = flow.loss(velocity[:, here], target[:, here], weights[run.sample], elements)
         losses.append(loss)
         of_samples[run.sample] = own.detach()
@@ -251,7 +255,8 @@ def _noisy_and_target(
     for segment, sigma in zip(segments, sigmas, strict=True):
         latents, target = _noisy_and_whole_target(stage, segment, flow, parallel, seed, sigma)
         noisy.append(latents)
-        targets.append(target)
+        ahead, _ = token_counts(segment, parallel.wan)
+        targets.append(F.pad(target, (0, 0, ahead, 0)) if ahead and stage.last else target)
     return noisy, parallel.mesh.tokens.take(targets, dim=1) if stage.last else targets[0]
 
 

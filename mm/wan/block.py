@@ -9,6 +9,8 @@ that modulates, normalises or gates it is computed in fp32.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,8 +19,8 @@ from torch import Tensor, nn
 from mm.config.model import WanConfig
 from mm.ops.attention.api import ActivationPolicy, keep_nothing
 from mm.ops.elementwise import autograd as ops
-from mm.wan.layers import Fp32LayerNorm, ModuleFactories
-from mm.wan.packed import PackedTokens, by_sample
+from mm.wan.layers import Fp32LayerNorm, ModuleFactories, Streams
+from mm.wan.packed import PackedTokens, by_run
 from mm.wan.rope import Positions
 
 
@@ -87,7 +89,7 @@ class CrossAttention(Attention):
         if not self.image_tokens:
             attended = self.attention(q, self.norm_k(self.k(context)), self.heads(self.v(context)), texts)
         else:
-            image_tokens = self.image_tokens * (len(packed.counts) if packed else 1)
+            image_tokens = self.image_tokens * (packed.num_samples if packed else 1)
             images, text = context.split((image_tokens, context.shape[1] - image_tokens), dim=1)
             of_text = self.attention(q, self.norm_k(self.k(text)), self.heads(self.v(text)), texts)
             pairs = packed.images if packed else None
@@ -136,8 +138,8 @@ class WanBlock(nn.Module):
 
         Args:
             x: [B, T, D], the residual stream.
-            time_modulation: [B, 6, D] fp32; shift, scale and gate of self attention, then of the feed-forward. A row
-                for each sample where several share a sequence.
+            time_modulation: [B, 6, D] fp32; shift, scale and gate of self attention, then of the feed-forward. For
+                each run of `positions.runs` such rows.
             context: [B, I + L, D], embedded images, then embedded text.
             positions: of the T tokens.
             keep: what is kept of self attention when the block is recomputed.
@@ -147,10 +149,89 @@ class WanBlock(nn.Module):
         """
         modulation = self.modulation.float() + time_modulation
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.chunk(6, dim=1)  # [B, 1, D] each
-        packed = positions.packed
+        runs = positions.runs
         norm = partial(ops.layer_norm, eps=self.eps)
-        y = self.self_attn(by_sample(norm, [x], [1 + scale, shift], packed), positions, keep)
-        x = by_sample(ops.gated_residual, [x, y], [gate], packed)
-        x = x + self.cross_attn(self.norm3(x), context, packed)
-        y = self.ffn(by_sample(norm, [x], [1 + ffn_scale, ffn_shift], packed))
-        return by_sample(ops.gated_residual, [x, y], [ffn_gate], packed)
+        y = self.self_attn(by_run(norm, [x], [1 + scale, shift], runs), positions, keep)
+        x = by_run(ops.gated_residual, [x, y], [gate], runs)
+        x = x + self.cross_attn(self.norm3(x), context, positions.packed)
+        y = self.ffn(by_run(norm, [x], [1 + ffn_scale, ffn_shift], runs))
+        return by_run(ops.gated_residual, [x, y], [ffn_gate], runs)
+
+
+class SideBlock(WanBlock):
+    """A block of the stream beside the video's. What it makes of its stream is a hint to a block of the model.
+
+    New ones give hints of zeros, so that training begins with the model as it was.
+
+    Source: VACE (arXiv 2503.07598) section 3.3 and the released weights.
+    """
+
+    def __init__(self, config: WanConfig, parts: ModuleFactories, *, first: bool) -> None:
+        super().__init__(config, parts)
+        self.before_proj = parts.linear(config.hidden_size, config.hidden_size) if first else None
+        self.after_proj = parts.linear(config.hidden_size, config.hidden_size)
+
+    def forward(  # type: ignore[override]  # a block of two streams
+        self,
+        x: Tensor,
+        side: Tensor,
+        time_modulation: Tensor,
+        context: Tensor,
+        positions: Positions,
+        keep: ActivationPolicy = keep_nothing,
+    ) -> tuple[Tensor, Tensor]:
+        """One side block.
+
+        Args:
+            x: [B, T, D], the video's stream; the first side block adds it to the other one.
+            side: [B, T, D], the stream beside it.
+            time_modulation, context, positions, keep: as for `WanBlock`.
+
+        Returns:
+            The stream beside the video's and the hint, [B, T, D] each.
+        """
+        if self.before_proj is not None:
+            side = self.before_proj(side) + x
+        side = super().forward(side, time_modulation, context, positions, keep)
+        return side, self.after_proj(side)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A block of the model, with the side block whose hint it takes.
+
+    Attributes:
+        block: of the model. side: the side block, or None.
+        hint_scale: [B, 1, 1], a factor on the hint, or one for each run of `Positions.runs`; None for 1.
+    """
+
+    block: nn.Module
+    side: nn.Module | None = None
+    hint_scale: Tensor | None = None
+
+    def __call__(
+        self,
+        streams: Streams,
+        time_modulation: Tensor,
+        context: Tensor,
+        positions: Positions,
+        keep: ActivationPolicy = keep_nothing,
+    ) -> Streams:
+        """The streams after the layer; arguments as for `WanBlock`.
+
+        A side block runs just before its block and not before all of them, so that no hint waits.
+        """
+        x, *others = streams
+        if self.side is None:
+            return self.block(x, time_modulation, context, positions, keep), *others
+        side, hint = self.side(x, *others, time_modulation, context, positions, keep)
+        x = self.block(x, time_modulation, context, positions, keep)
+        if self.hint_scale is not None:
+            hint = by_run(torch.mul, [hint], [self.hint_scale.to(hint.dtype)], positions.runs)
+        return x + hint, side
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of both blocks."""
+        yield from self.block.parameters()
+        if self.side is not None:
+            yield from self.side.parameters()

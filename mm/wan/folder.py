@@ -111,7 +111,7 @@ class WeightFolder:
         """
         file = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
         if file.exists():
-            return read_config(file)
+            return read_config(file, self.shapes())
         config = infer_config(self.shapes(), self.path)
         logger.warning("%s has no config.json; its tensors imply %s", self.path, config)
         return config

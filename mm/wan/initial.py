@@ -17,7 +17,8 @@ from torch import Tensor
 from mm.rng import generator
 
 _ZERO = ("head.head", "motion_controller.linear.4")
-"""Their weights are zero."""
+_ZERO_ENDS = (".before_proj", ".after_proj")
+"""Their weights are zero. (Those of side blocks: nothing is added until they have learned.)"""
 
 _NARROW = ("text_embedding.", "time_embedding.")
 """Their weights are normal with standard deviation 0.02; all other linears are Xavier uniform."""
@@ -35,7 +36,7 @@ def initial_value(name: str, shape: Sequence[int], seed: int) -> Tensor:
     module, _, kind = name.rpartition(".")
     if kind == "modulation":
         return torch.randn(*shape, generator=random) / math.sqrt(shape[-1])
-    if kind in ("bias", "emb_pos") or module in _ZERO:
+    if kind in ("bias", "emb_pos") or module in _ZERO or module.endswith(_ZERO_ENDS):
         return torch.zeros(*shape)
     if len(shape) == 1:  # the weight of a norm
         return torch.ones(*shape)

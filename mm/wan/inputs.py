@@ -8,8 +8,10 @@ Shapes: B batch, C latent channels, F H W latent frames, height and width, L tex
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,30 +27,41 @@ class ModelInputs:
 
     Attributes:
         latents: [B, C, F, H, W] noisy latents, C = `config.noise_channels`; cast to the model's dtype.
-        timestep: [B], 0 (clean) to 1000 (noise), a fraction allowed.
+        timestep: [B], 0 (clean) to 1000 (noise), a fraction allowed; or [B, R], one of each run of tokens.
         text: [B, L, text_dim] text features; cast to the model's dtype. Wan was trained with captions padded by zero
             vectors to `config.text_len` and without a mask, so padding is the caller's part and changes the result.
         features: what the task declares (`config.task.features`), by name, each [B, *`config.feature_shapes`].
+        runs: numbers of the video's tokens, in their order, that the R timesteps are for; none where timesteps are [B].
     """
 
     latents: Tensor
     timestep: Tensor
     text: Tensor
     features: Mapping[str, Tensor] = field(default_factory=dict)
+    runs: tuple[int, ...] = ()
 
     def each(self, change: Callable[[Tensor], Tensor]) -> ModelInputs:
         """The same with every tensor changed."""
         features = {name: change(value) for name, value in self.features.items()}
-        return ModelInputs(change(self.latents), change(self.timestep), change(self.text), features)
+        return ModelInputs(change(self.latents), change(self.timestep), change(self.text), features, self.runs)
 
     @property
     def samples(self) -> tuple[ModelInputs, ...]:
         """Parts of a sequence of tokens: this alone, as each row of the batch is a sequence."""
         return (self,)
 
-    def feature(self, name: str) -> Tensor:
-        """One feature of all samples."""
-        return self.features[name]
+    @property
+    def timestep_rows(self) -> Tensor:
+        """Timesteps of all runs, [R B]: those of the first run before those of the second."""
+        return self.timestep.t().flatten() if self.runs else self.timestep
+
+    def feature(self, name: str) -> Tensor | None:
+        """One feature of all samples; None of an optional one that is not there."""
+        return self.features.get(name)
+
+    def leading_frames(self, config: WanConfig) -> int:
+        """Latent frames of tokens that stand in front of the video's."""
+        return sum(feature.name in self.features for feature in config.task.entering(Entry.TOKENS))
 
     def with_channels(self, config: WanConfig) -> Tensor:
         """[B, in_dim, F, H, W]: the noisy latents, and behind their channels those of the features that enter there."""
@@ -79,11 +92,14 @@ class ModelInputs:
                 f"Text features have shape {tuple(text.shape)}, expected [{batch}, L, {config.text_dim}].",
                 "Give features of the text encoder this model was trained with, one row for each latent.",
             )
-        if tuple(self.timestep.shape) != (batch,):
+        expected = (batch, len(self.runs)) if self.runs else (batch,)
+        tokens = math.prod(latents.shape[2:]) // math.prod(config.patch_size)
+        if tuple(self.timestep.shape) != expected or sum(self.runs) not in (0, tokens):
+            found = f"Timesteps have shape {tuple(self.timestep.shape)}, expected {list(expected)}"
             raise ConfigError(
                 "CFG-043",
-                f"Timesteps have shape {tuple(self.timestep.shape)}, expected [{batch}].",
-                "Give one timestep for each latent.",
+                f"{found}{f' for runs of {list(self.runs)} of {tokens} tokens' if self.runs else ''}.",
+                "Give one timestep for each latent, or one for each token of each.",
             )
         self._check_features(config)
 
@@ -96,7 +112,7 @@ class ModelInputs:
                 f"This {task.name} model was given {' and '.join(unknown)}.",
                 "Leave them out, or use the weights of a model whose task has them.",
             )
-        if any(feature.name not in self.features for feature in task.features):
+        if any(feature.name not in self.features and not feature.optional for feature in task.features):
             wanted, given = " and ".join(feature.name for feature in task.features), " and ".join(self.features)
             raise ConfigError(
                 "CFG-056",
@@ -106,6 +122,8 @@ class ModelInputs:
         batch, _, frames, height, width = self.latents.shape
         shapes = config.feature_shapes((frames, height, width))
         for feature in task.features:
+            if feature.name not in self.features:
+                continue
             found, expected = list(self.features[feature.name].shape), [batch, *shapes[feature.name]]
             if found != expected:
                 message = f"{feature.title} have shape {tuple(found)}, expected {expected}."
@@ -123,17 +141,19 @@ class PackedInputs:
     samples: tuple[ModelInputs, ...]
 
     @property
-    def timestep(self) -> Tensor:
-        """Timesteps of all samples, [S]."""
-        return torch.cat([sample.timestep for sample in self.samples])
+    def timestep_rows(self) -> Tensor:
+        """Timesteps of all runs of all samples, [R]: those of the first sample before those of the second."""
+        return torch.cat([sample.timestep_rows for sample in self.samples])
 
     @property
     def text(self) -> Tensor:
         """Text features of all samples one after the other, [1, L of all, text_dim]."""
         return torch.cat([sample.text for sample in self.samples], dim=1)
 
-    def feature(self, name: str) -> Tensor:
-        """One feature of all samples, [S, *shape]; of those that enter as channels only each sample has its own."""
+    def feature(self, name: str) -> Tensor | None:
+        """One feature of all samples, [S, *shape]; of those of the samples' sizes only each sample has its own."""
+        if name not in self.samples[0].features:
+            return None
         return torch.cat([sample.features[name] for sample in self.samples])
 
     def each(self, change: Callable[[Tensor], Tensor]) -> PackedInputs:
@@ -155,7 +175,25 @@ class PackedInputs:
             )
         for sample in self.samples:
             sample.check(config)
+            if sample.features.keys() != self.samples[0].features.keys():
+                given = [" and ".join(each.features) or "nothing" for each in self.samples]
+                raise ConfigError(
+                    "CFG-240",
+                    f"Samples of a packed sequence were given {', '.join(dict.fromkeys(given))}.",
+                    "Give optional features to all samples of a sequence or to none.",
+                )
 
 
 Inputs = ModelInputs | PackedInputs
 """Inputs of models, stages and steps."""
+
+
+def runs_of(timestep: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Timesteps of each token, [B, T], as those of runs, [B, R], and how many tokens each run has.
+
+    Reads which tokens differ, so that it waits for the device.
+    """
+    changes = (timestep[:, 1:] != timestep[:, :-1]).any(0).nonzero().flatten().tolist()
+    firsts = [0, *(place + 1 for place in changes)]
+    counts = (stop - start for start, stop in pairwise([*firsts, timestep.shape[1]]))
+    return timestep[:, firsts], tuple(counts)

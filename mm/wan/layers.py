@@ -7,8 +7,9 @@ itself stays the same, and its parameter names too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -44,22 +45,43 @@ keep it.
 """
 
 
-BlockRunner = Callable[[Sequence[nn.Module], Tensor, Tensor, Tensor, Positions], Tensor]
-"""(blocks, x [B, T, D], time_modulation, context, positions) -> [B, T, D]; arguments as for `mm.wan.block.WanBlock`."""
+Streams = tuple[Tensor, ...]
+"""What layers hand on, [B, T, D] each: the residual stream, and behind it the side blocks' where there are some."""
+
+
+class BlockLayer(Protocol):
+    """A layer as `mm.wan.block.Layer`."""
+
+    def __call__(
+        self,
+        streams: Streams,
+        time_modulation: Tensor,
+        context: Tensor,
+        positions: Positions,
+        keep: ActivationPolicy = keep_nothing,
+    ) -> Streams:
+        """The streams after the layer."""
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Parameters of its blocks."""
+
+
+BlockRunner = Callable[[Sequence[BlockLayer], Streams, Tensor, Tensor, Positions], Streams]
+"""(layers, streams, time_modulation, context, positions) -> streams; arguments as for `mm.wan.block.WanBlock`."""
 
 
 def run_in_order(
-    blocks: Sequence[nn.Module],
-    hidden: Tensor,
+    layers: Sequence[BlockLayer],
+    streams: Streams,
     time_modulation: Tensor,
     context: Tensor,
     positions: Positions,
     keep: ActivationPolicy = keep_nothing,
-) -> Tensor:
-    """The plain `BlockRunner`; `keep` is handed to every block."""
-    for block in blocks:
-        hidden = block(hidden, time_modulation, context, positions, keep)
-    return hidden
+) -> Streams:
+    """The plain `BlockRunner`; `keep` is handed to every layer."""
+    for layer in layers:
+        streams = layer(streams, time_modulation, context, positions, keep)
+    return streams
 
 
 def apply_columns(x: Tensor, linears: Sequence[nn.Module]) -> list[Tensor]:

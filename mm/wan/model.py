@@ -18,23 +18,23 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.config.model import WanConfig
 from mm.config.tasks.task import Entry
 from mm.ops.elementwise import autograd as ops
-from mm.wan.block import WanBlock
-from mm.wan.embeddings import EMBEDDINGS
+from mm.wan.block import Layer, SideBlock, WanBlock
+from mm.wan.embeddings import EMBEDDINGS, PatchEmbedding
 from mm.wan.folder import WeightFolder
 from mm.wan.initial import initial_value
-from mm.wan.inputs import Inputs, ModelInputs, PackedInputs
-from mm.wan.layers import ModuleFactories
-from mm.wan.packed import PackedTokens, by_sample, joined
-from mm.wan.patches import patchify, token_grid, unpatchify
+from mm.wan.inputs import Inputs, ModelInputs, PackedInputs, runs_of
+from mm.wan.layers import ModuleFactories, Streams
+from mm.wan.packed import PackedTokens, Run, by_run
+from mm.wan.patches import token_grid, unpatchify, window
 from mm.wan.precision import keep_fp32
 from mm.wan.rope import Grid, Positions, RotaryTables
 from mm.wan.sinusoid import timestep_sinusoid
+from mm.wan.token_embedding import embed_tokens
 
 ModelT = TypeVar("ModelT", bound="WanModel")
 
@@ -45,32 +45,17 @@ class Conditions:
 
     Attributes:
         time: [B, D] fp32, the embedded timestep, for the head.
-        time_modulation: [B, 6, D] fp32, for the blocks.
+        time_modulation: [B, 6, D] fp32, for the blocks. Both have such rows for each run of tokens with one timestep.
         context: [B, I + L, D] in the model's dtype, the embedded images, then the embedded text. One tensor, because
             blocks, pipelines and recomputation treat the two alike; cross attention tells them apart.
 
-    Of samples that share a sequence, the first two have a row each, and the context [1, all image tokens + all text
-    tokens, D] has them one after the other.
+    Of samples that share a sequence, the first two have a row for each run, and the context [1, all image tokens + all
+    text tokens, D] has them one after the other.
     """
 
     time: Tensor
     time_modulation: Tensor
     context: Tensor
-
-
-class PatchEmbedding(nn.Module):
-    """A linear on patches, whose weight has the shape that Wan's files give it: that of a convolution."""
-
-    def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        # init_weights or a file fills them
-        self.weight = nn.Parameter(torch.zeros(config.hidden_size, config.in_dim, *config.patch_size))
-        self.bias = nn.Parameter(torch.zeros(config.hidden_size))
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """[B, T, pt*ph*pw*C] in the layout of `mm.wan.patches.patchify` to [B, T, D] in the weight's dtype."""
-        channel_last = self.weight.permute(0, 2, 3, 4, 1).flatten(1)
-        return F.linear(patches.to(self.weight.dtype), channel_last, self.bias)
 
 
 class TextEmbedding(nn.Sequential):
@@ -95,14 +80,14 @@ class Head(nn.Module):
         self.head = parts.linear_fp32(config.hidden_size, config.out_dim * math.prod(config.patch_size))
         self.modulation = nn.Parameter(torch.zeros(1, 2, config.hidden_size))  # init_weights or a file fills it
 
-    def forward(self, x: Tensor, time: Tensor, packed: PackedTokens | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, runs: Sequence[int] | None = None) -> Tensor:
         """x [B, T, D] and time [B, D] to [B, T, pt*ph*pw*C] fp32, in the layout of `mm.wan.patches.patchify`.
 
-        Where samples share a sequence, time has a row for each (`mm.wan.packed`).
+        For runs of tokens time has such rows for each (`mm.wan.packed.by_run`).
         """
         shift, scale = (self.modulation.float() + time.unsqueeze(1)).chunk(2, dim=1)
         norm = partial(ops.layer_norm, eps=self.eps)
-        out: Tensor = self.head(by_sample(norm, [x.float()], [1 + scale, shift], packed))
+        out: Tensor = self.head(by_run(norm, [x.float()], [1 + scale, shift], runs))
         return out
 
 
@@ -124,7 +109,7 @@ class WanModel(nn.Module):
         self.config = config
         self.runner = parts.run_blocks
         self.rotary = RotaryTables(config.head_dim)
-        self.patch_embedding = PatchEmbedding(config)
+        self.patch_embedding = PatchEmbedding(config.in_dim, width, config.patch_size)
         self.text_embedding = TextEmbedding(config, parts)
         self.time_embedding = nn.Sequential(
             parts.linear_fp32(config.freq_dim, width), nn.SiLU(), parts.linear_fp32(width, width)
@@ -134,6 +119,9 @@ class WanModel(nn.Module):
             self.add_module(name, EMBEDDINGS[name](config, parts))
         # A dict, not a list: a pipeline stage deletes the blocks it does not hold and the others keep their names.
         self.blocks = nn.ModuleDict({str(index): WanBlock(config, parts) for index in range(config.num_layers)})
+        if config.side_blocks:
+            sides = {str(number): SideBlock(config, parts, first=number == 0) for number in config.side_blocks.values()}
+            self.vace_blocks = nn.ModuleDict(sides)
         self.head = Head(config, parts)
 
     @classmethod
@@ -168,66 +156,122 @@ class WanModel(nn.Module):
         Raises:
             ConfigError: CFG-040 when latents cannot be cut into patches, and what `ModelInputs.check` raises.
         """
-        return unpatchify(self._predict(inputs), self.token_grid(inputs.latents), self.config.patch_size)
+        return self.latents_of(inputs, self._predict(inputs))
 
     def velocities(self, inputs: PackedInputs) -> list[Tensor]:
         """The velocity of each sample of a sequence, [1, out_dim, F, H, W] fp32; errors as of `forward`."""
         tokens = self._predict(inputs)
-        grids = [self.token_grid(sample.latents) for sample in inputs.samples]
-        each = zip(tokens.split([math.prod(grid) for grid in grids], dim=1), grids, strict=True)
-        return [unpatchify(own, grid, self.config.patch_size) for own, grid in each]
+        counts = [math.prod(self.token_grid(sample)) for sample in inputs.samples]
+        each = zip(inputs.samples, tokens.split(counts, dim=1), strict=True)
+        return [self.latents_of(sample, own) for sample, own in each]
+
+    def velocity(self, latents: Tensor, timestep: Tensor, text: Tensor, **features: Tensor | float) -> Tensor:
+        """`forward` of the attributes of `ModelInputs`, with the task's features by their names.
+
+        Args:
+            latents, text: as there.
+            timestep: [B], or [B, T] where the tokens of a video have different ones.
+            features: as there; one that is a number stands for all samples.
+        """
+        runs: tuple[int, ...] = ()
+        if timestep.ndim == 2:
+            timestep, runs = runs_of(timestep)
+        batch = len(latents)
+        tensors = {n: v if isinstance(v, Tensor) else latents.new_full((batch,), v) for n, v in features.items()}
+        out: Tensor = self(ModelInputs(latents, timestep, text, tensors, runs))
+        return out
 
     def _predict(self, inputs: Inputs) -> Tensor:
         """The velocity of all tokens, [B, T, pt*ph*pw*C] fp32."""
         inputs.check(self.config)
-        hidden = self.patch_embedding(joined(self.patches(inputs), 1))
-        conditions = self.embed_conditions(inputs)
-        grids = [self.token_grid(sample.latents) for sample in inputs.samples]
+        grids = [self.token_grid(sample) for sample in inputs.samples]
         counts = [math.prod(grid) for grid in grids]
-        packed = self.packed_tokens(inputs, counts, counts)
-        hidden = self.run_blocks(hidden, conditions, self.rotary.positions(grids, hidden.device, packed))
-        velocity: Tensor = self.head(hidden, conditions.time, packed)
+        streams = self.embed_tokens(inputs, [Run(index, 0, count, count) for index, count in enumerate(counts)])
+        conditions = self.embed_conditions(inputs)
+        packed = self.packed_tokens(inputs, counts)
+        runs = [count for parts in self.runs_of_time(inputs) for count in parts]
+        positions = self.rotary.positions(grids, streams[0].device, packed, tuple(runs) if len(runs) > 1 else None)
+        hidden, *_ = self.run_blocks(streams, conditions, positions, inputs)
+        velocity: Tensor = self.head(hidden, conditions.time, positions.runs)
         return velocity
 
-    def patches(self, inputs: Inputs) -> list[Tensor]:
-        """The patches of each sample of a sequence, [B, T, pt*ph*pw*C] each."""
-        return [patchify(sample.with_channels(self.config), self.config.patch_size) for sample in inputs.samples]
+    def embed_tokens(self, inputs: Inputs, runs: Sequence[Run]) -> Streams:
+        """Tokens as the streams that blocks run on (`mm.wan.token_embedding.embed_tokens`)."""
+        return embed_tokens(self.config, self.get_submodule, inputs, runs)
 
-    def packed_tokens(self, inputs: Inputs, counts: Sequence[int], queries: Sequence[int]) -> PackedTokens | None:
+    def packed_tokens(self, inputs: Inputs, queries: Sequence[int]) -> PackedTokens | None:
         """Shares of the samples in the tokens at hand (`PackedTokens.of_counts`); None of a batch."""
         if len(inputs.samples) == 1:
             return None
         text_lengths = [sample.text.shape[1] for sample in inputs.samples]
-        return PackedTokens.of_counts(counts, queries, text_lengths, self.config.image_tokens)
+        return PackedTokens.of_counts(queries, text_lengths, self.config.image_tokens)
 
-    def velocity(self, latents: Tensor, timestep: Tensor, text: Tensor, **features: Tensor) -> Tensor:
-        """`forward` of the attributes of `ModelInputs`, with the task's features by their names."""
-        out: Tensor = self(ModelInputs(latents, timestep, text, features))
-        return out
+    def runs_of_time(self, inputs: Inputs) -> list[tuple[int, ...]]:
+        """Tokens of each sample's runs with one timestep; tokens in front of the video's are of the first run."""
+        found = []
+        for sample in inputs.samples:
+            frames, height, width = self.token_grid(sample)
+            first, *others = sample.runs or (frames * height * width,)
+            ahead = sample.leading_frames(self.config) * height * width if sample.runs else 0
+            found.append((first + ahead, *others))
+        return found
 
-    def token_grid(self, latents: Tensor) -> Grid:
-        """Tokens along frames, rows and columns of latents [B, C, F, H, W]; CFG-040 as `mm.wan.patches.token_grid`."""
-        frames, height, width = latents.shape[2:]
-        return token_grid((frames, height, width), self.config.patch_size)
+    def token_grid(self, sample: ModelInputs) -> Grid:
+        """Tokens along frames, rows and columns of a sample; the frames in front of the video's are the first.
+
+        Raises:
+            ConfigError: CFG-040 as `mm.wan.patches.token_grid`.
+        """
+        frames, height, width = sample.latents.shape[2:]
+        frames, height, width = token_grid((frames, height, width), self.config.patch_size)
+        return frames + sample.leading_frames(self.config), height, width
+
+    def latents_of(self, sample: ModelInputs, tokens: Tensor) -> Tensor:
+        """[B, out_dim, F, H, W] of all tokens of a sample, those in front of the video's left out."""
+        frames, height, width = self.token_grid(sample)
+        ahead = sample.leading_frames(self.config)
+        video = window(tokens, 1, ahead * height * width, (frames - ahead) * height * width)
+        return unpatchify(video, (frames - ahead, height, width), self.config.patch_size)
 
     def embed_conditions(self, inputs: Inputs) -> Conditions:
-        """Embed timesteps, text and the features that do not enter as channels."""
-        time = self.time_embedding(timestep_sinusoid(inputs.timestep, self.config.freq_dim))
+        """Embed timesteps, text and the features that are no tokens of the video and none beside them."""
+        time = self.time_embedding(timestep_sinusoid(inputs.timestep_rows, self.config.freq_dim))
         context, time_modulation = self.text_embedding(inputs.text), self.time_projection(time).unflatten(1, (6, -1))
         for feature in self.config.task.features:
-            if feature.module is None:
+            value = inputs.feature(feature.name) if feature.entry in (Entry.CONTEXT, Entry.TIME_MODULATION) else None
+            if value is None:
                 continue
-            embedded = self.get_submodule(feature.module)(inputs.feature(feature.name))
+            embedded = self.get_submodule(str(feature.module))(value)
             if feature.entry is Entry.CONTEXT:
                 context = torch.cat((embedded.reshape(len(context), -1, context.shape[2]), context), dim=1)
             else:
                 time_modulation = time_modulation + embedded
         return Conditions(time, time_modulation, context)
 
-    def run_blocks(self, hidden: Tensor, conditions: Conditions, positions: Positions) -> Tensor:
-        """[B, T, D] to [B, T, D] through the blocks this model holds, in order."""
-        blocks = list(self.blocks.values())
-        return self.runner(blocks, hidden, conditions.time_modulation, conditions.context, positions)
+    def run_blocks(self, streams: Streams, conditions: Conditions, positions: Positions, inputs: Inputs) -> Streams:
+        """The streams through the blocks this model holds, in order."""
+        return self.runner(
+            self.layers(inputs, streams[0].device), streams, conditions.time_modulation, conditions.context, positions
+        )
+
+    def layers(self, inputs: Inputs, device: torch.device) -> list[Layer]:
+        """The blocks this model holds, in order, each with its side block."""
+        sides = self.config.side_blocks
+        scales = [inputs.feature(feature.name) for feature in self.config.task.entering(Entry.HINTS)]
+        scale = None if not scales or scales[0] is None else scales[0].to(device).view(-1, 1, 1)
+        return [
+            Layer(block, self.vace_blocks[str(sides[int(name)])] if int(name) in sides else None, scale)
+            for name, block in self.blocks.items()
+        ]
+
+    def blocks_in_order(self) -> list[WanBlock]:
+        """The blocks and side blocks this model holds, in the order in which they run."""
+        found: list[WanBlock] = []
+        for name, block in self.blocks.items():
+            number = self.config.side_blocks.get(int(name))
+            each = [block] if number is None else [self.vace_blocks[str(number)], block]
+            found += [one for one in each if isinstance(one, WanBlock)]
+        return found
 
     def to_precision(self: ModelT, dtype: torch.dtype) -> ModelT:
         """Cast the parameters in place to `dtype`, except those that stay fp32 (`mm.wan.precision`)."""

@@ -45,7 +45,14 @@ TOP: tuple[NameRule, ...] = (
     NameRule("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos", _BARE),
     # Speed control only; in neither of the other systems, so that its names are the same everywhere.
     *(NameRule(name, name, name) for name in (f"motion_controller.linear.{index}" for index in (0, 2, 4))),
-    # VACE only.
+    # A reference image and a camera's path, of models that only the native names have; and side blocks.
+    NameRule("ref_conv", "ref_conv", "ref_conv"),
+    *(
+        NameRule(name, name, name)
+        for name in (
+            f"control_adapter.{part}" for part in ("conv", "residual_blocks.0.conv1", "residual_blocks.0.conv2")
+        )
+    ),
     NameRule("vace_patch_embedding", "vace_patch_embedding", "vace_patch_embedding"),
 )
 """Names outside the blocks."""

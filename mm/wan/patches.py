@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from mm.errors import ConfigError
 from mm.wan.rope import Grid
 
+Size = tuple[int, int, int]
+"""F, H, W of latents, or of a patch."""
 
-def token_grid(latent_size: tuple[int, int, int], patch_size: tuple[int, int, int]) -> Grid:
+
+def token_grid(latent_size: Size, patch_size: Size) -> Grid:
     """Tokens along (frames, rows, columns) of a latent of size (F, H, W).
 
     Raises:
@@ -47,3 +51,15 @@ def unpatchify(tokens: Tensor, grid: Grid, patch_size: tuple[int, int, int]) -> 
     channels = width // math.prod(patch_size)
     patches = tokens.reshape(batch, f, h, w, pt, ph, pw, channels).permute(0, 7, 1, 4, 2, 5, 3, 6)
     return patches.reshape(batch, channels, f * pt, h * ph, w * pw)
+
+
+def window(x: Tensor, dim: int, start: int, places: int) -> Tensor:
+    """`places` rows of a dim from `start` on; those that `x` does not have are zeros."""
+    if start == 0 and places == x.shape[dim]:
+        return x
+    start = min(start, x.shape[dim])
+    part = x.narrow(dim, start, min(places, x.shape[dim] - start))
+    missing = places - part.shape[dim]
+    if missing == 0:
+        return part
+    return F.pad(part, [0, 0] * (x.dim() - 1 - dim % x.dim()) + [0, missing])

@@ -31,12 +31,14 @@ class Positions:
         segments: the samples of the sequence with all of their tokens, more than T where ranks share a sequence; one
             where each row of the batch is a sample.
         packed: whose the tokens at hand are, where there are several samples; else None.
+        runs: tokens of the residual stream at hand that share a timestep, as `mm.wan.packed.by_run` takes them.
     """
 
     cos: Tensor
     sin: Tensor
     segments: Segments
     packed: PackedTokens | None = None
+    runs: tuple[int, ...] | None = None
 
 
 def grid_positions(grid: Grid, head_dim: int, device: torch.device | str = "cpu") -> Positions:
@@ -86,11 +88,17 @@ class RotaryTables:
             self._axes.pop(next(iter(self._axes)))
         return _broadcast(axes, grid)
 
-    def positions(self, grids: Sequence[Grid], device: torch.device, packed: PackedTokens | None = None) -> Positions:
+    def positions(
+        self,
+        grids: Sequence[Grid],
+        device: torch.device,
+        packed: PackedTokens | None = None,
+        runs: tuple[int, ...] | None = None,
+    ) -> Positions:
         """Positions of whole samples, each from its own origin, one after the other."""
         cos, sin = zip(*(self.tables(grid, device) for grid in grids), strict=True)
         segments = Segments.whole([math.prod(grid) for grid in grids])
-        return Positions(joined(cos, 0), joined(sin, 0), segments, packed)
+        return Positions(joined(cos, 0), joined(sin, 0), segments, packed, runs)
 
 
 def _axis_tables(grid: Grid, head_dim: int, device: torch.device | str) -> list[tuple[Tensor, Tensor]]:

@@ -13,6 +13,7 @@ FOR_OTHERS = (
     "mm.doctor.formulas",  # what counted traffic is compared with, in tests and benchmarks/traffic.py
     "mm.lora.adapter.merge",  # docs/lora.md
     "mm.lora.layer.init_adapters",  # a model with adapters, without a run
+    "mm.wan.conditions",  # what the tasks of Fun, VACE and Wan2.2 models are to declare
     "mm.ops.elementwise.reference",  # what fast paths are compared with
 )
 

@@ -88,6 +88,32 @@ def test_a_run_that_will_work(demo: Path, tmp_path: Path, capsys: pytest.Capture
     assert unit == "MiB" and float(size) == pytest.approx(weights / 2**20, abs=5)
 
 
+def test_a_resume_is_refused_as_the_run_would_refuse_it(
+    demo_of_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another rate, and features of which one has gone: the doctor names what the run's start names."""
+    demo, save = demo_of_files, tmp_path / "run"
+    train_command.main([*words(demo, save), "--no-progress-bar"])
+    report, reasons = look(demo, save, capsys, train_iters=6)
+    assert reasons == []
+    told = {finding["check"]: finding["found"] for finding in report["findings"]}
+    assert told["resume"] == "goes on from iter_0000004 with the same model, steps and features"
+    store = Path(shutil.copytree(demo / "features", tmp_path / "features"))
+    lines = (store / "data.jsonl").read_text().splitlines(keepends=True)
+    (store / "data.jsonl").write_text("".join(lines[1:]))
+    (tmp_path / "features.txt").write_text(f"{store}\n")
+    content = json.loads((demo / "configs" / "feature_data.json").read_text())
+    content["dataset_param"]["basic_parameters"]["data_path"] = str(tmp_path / "features.txt")
+    (tmp_path / "features.json").write_text(json.dumps(content))
+    changed = {"train_iters": 6, "mm_data": tmp_path / "features.json", "weight_decay": 0.5}
+    _, reasons = look(demo, save, capsys, **changed)
+    with pytest.raises(ConfigError) as refused:
+        train_command.main([*words(demo, save, **changed), "--no-progress-bar"])
+    assert reasons == [f"resume: {problem.id}: {problem.message}" for problem in refused.value.problems]
+    assert [problem.id for problem in refused.value.problems] == ["CFG-160", "CFG-160"]
+    assert look(demo, save, capsys, **changed, resume_changed=["data", "optimizer"])[1] == []
+
+
 def test_all_reasons_at_once(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Weights without one tensor, features of which one is cut off, a folder that cannot be written."""
     broken = tmp_path / "broken"

@@ -1,7 +1,10 @@
 """Small stores of shards, and their bytes."""
 
+import json
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from feature_stores import MODEL, RECIPE, feature_set
@@ -11,6 +14,7 @@ from mm.data.features import Feature, Origin, text_hash
 from mm.data.listing import FeatureRow
 from mm.data.recipe import save_recipe
 from mm.data.store.catalog import finish_store
+from mm.data.store.table import open_table, write_table
 from mm.data.store.writer import ShardWriter, prompt_blob, prompt_key
 
 SHAPES = ((16, 3, 8, 8), (16, 1, 8, 8), (16, 2, 4, 8))
@@ -87,3 +91,24 @@ def body(store: Path, number: int = 1) -> Path:
 
 def index(store: Path, number: int = 1) -> Path:
     return store / "shards" / f"{number:08d}" / "index.bin"
+
+
+def read_all(store: Path) -> None:
+    data = opened(store)
+    data.empty_prompt()
+    for number in range(len(data)):
+        data[number]
+
+
+def lie(store: Path, change: Callable[[dict[str, Any], dict[str, Any]], None], number: int = 1) -> None:
+    """An index of a writer that errs: its checksum and the manifest are as they should be for it."""
+    path = store / "shards" / f"{number:08d}" / "index.bin"
+    table = open_table(path, "shard index", "")
+    about, columns = json.loads(json.dumps(table.header.about)), {k: v.copy() for k, v in table.columns.items()}
+    change(about, columns)
+    write_table(path, "shard index", about, columns)
+    finish_store(store, 3, KEY)
+
+
+def nothing(_: int, __: int) -> None:
+    pass

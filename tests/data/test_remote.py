@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -30,10 +31,11 @@ def test_samples_are_those_on_disk(s3: S3, store: Path, url: str, tmp_path: Path
 
 
 def test_lists_name_folders_and_addresses(s3: S3, store: Path, url: str, tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text(f"{store}\n{url}/\nfile://{store}\n")
+    other = shutil.copytree(store, tmp_path / "other")
+    (tmp_path / "list.txt").write_text(f"{store}\n{url}/\nfile://{other}\n")
     how = storage(tmp_path, s3.endpoint)
     data = open_features(FeatureSet(path=str(tmp_path / "list.txt"), storage=how), MODEL)
-    assert [str(folder) for folder, *_ in data.parts()] == [str(store), url, str(store)]
+    assert [str(folder) for folder, *_ in data.parts()] == [str(store), url, str(other)]
     once = len(data) // 3
     assert all(torch.equal(data[i]["latents"], data[once + i]["latents"]) for i in range(once))
 

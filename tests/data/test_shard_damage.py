@@ -12,34 +12,16 @@ import numpy as np
 import pytest
 import torch
 from feature_stores import RECIPE
-from shard_stores import KEY, SHAPES, add_prompt, body, content, flip, index, opened, write_shards
+from shard_stores import KEY, SHAPES, add_prompt, body, content, flip, index, lie, opened, read_all, write_shards
 
 from mm.config.bad_samples import parse_on_bad_sample
 from mm.data.features import Feature
 from mm.data.loader import feature_batches
 from mm.data.recipe import save_recipe
 from mm.data.sampler import BatchPlan
-from mm.data.store.catalog import finish_store
 from mm.data.store.table import open_table, write_table
 from mm.data.store.writer import ShardWriter
 from mm.errors import DataError
-
-
-def read_all(store: Path) -> None:
-    data = opened(store)
-    data.empty_prompt()
-    for number in range(len(data)):
-        data[number]
-
-
-def lie(store: Path, change: Callable[[dict[str, Any], dict[str, Any]], None], number: int = 1) -> None:
-    """An index of a writer that errs: its checksum and the manifest are as they should be for it."""
-    path = store / "shards" / f"{number:08d}" / "index.bin"
-    table = open_table(path, "shard index", "")
-    about, columns = json.loads(json.dumps(table.header.about)), {k: v.copy() for k, v in table.columns.items()}
-    change(about, columns)
-    write_table(path, "shard index", about, columns)
-    finish_store(store, 3, KEY)
 
 
 def set_field(name: str, row_number: int, value: int, column: str = "samples") -> Callable[[Any, Any], None]:
@@ -62,7 +44,7 @@ def shard_of_another_recipe(store: Path) -> None:
     header = open_table(index(store), "shard index", "").header
     catalog = open_table(store / manifest["catalog"], "store catalog", "")
     columns = {name: column.copy() for name, column in catalog.columns.items()}
-    columns["digests"][1] = np.frombuffer(header.digest, np.uint8)
+    columns["digests"][1] = np.frombuffer(header.checksum.value, np.uint8)
     digest = write_table(store / "new", "store catalog", {}, columns)
     os.rename(store / "new", store / f"catalog-{digest.hex()}.bin")
     manifest["catalog"] = f"catalog-{digest.hex()}.bin"

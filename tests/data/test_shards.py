@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from feature_stores import feature, write_store
-from shard_stores import KEY, add_prompt, content, opened, random_shards, write_shards
+from shard_stores import KEY, add_prompt, content, nothing, opened, random_shards, write_shards
 
 from mm.data.features import Feature, Origin, feature_name, text_hash, write_feature
 from mm.data.loader import feature_batches
@@ -80,10 +80,6 @@ def test_records_are_of_a_fixed_width() -> None:
     """Another width, or another order of bytes, is another version of the format."""
     assert SAMPLE.itemsize == 8 + 8 + 16 + 16 + 4 + 4 + 16 + 8 + 4
     assert all(SAMPLE[name].base.str[0] in "<|" for name in SAMPLE.names or ())
-
-
-def nothing(_: int, __: int) -> None:
-    pass
 
 
 def test_a_repacked_store_trains_alike(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from wans_grids import EulerOnWansGrid, UniPCOnWansGrid
 from mm.demo.components import load_vae
 from mm.diffusion.samplers import Sampler, make_sampler
 from mm.generate.pipeline import denoise, noisy_latents
-from mm.wan.condition import condition_latents
+from mm.wan.conditions.known_frames import condition_latents
 from mm.wan.encoders import VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
 from mm.wan.model import WanModel
@@ -122,7 +122,7 @@ def test_latents_after_images(num_images: int, solver: Any, scheduler: Callable[
     frames = [as_frame(image) for image in pictures]
     images = {
         "image_features": torch.cat([ImageEncoder(encoder).encode(frame) for frame in frames], dim=1),
-        "condition": condition_latents(VideoEncoder(vae), dict(zip((0, -1), frames, strict=False)), FRAMES),
+        "condition": condition_latents(VideoEncoder(vae).encode, dict(zip((0, -1), frames, strict=False)), FRAMES),
     }
     model, (prompt, negative) = ours(reference, tmp_path), text()
 
@@ -132,7 +132,7 @@ def test_latents_after_images(num_images: int, solver: Any, scheduler: Callable[
 
     assert relative_error(run(images), expected) < 1e-4
     assert relative_error(run(images, batched=True), expected) < 1e-4
-    other = images | {"condition": condition_latents(VideoEncoder(vae), {0: as_frame(picture(7))}, FRAMES)}
+    other = images | {"condition": condition_latents(VideoEncoder(vae).encode, {0: as_frame(picture(7))}, FRAMES)}
     assert relative_error(run(other), expected) > 1e-2  # the frames decide
 
 

@@ -28,7 +28,6 @@ from mm.parallel import context, ring, stage, tensor, ulysses
 from mm.parallel.boundary import BoundaryShape
 from mm.parallel.tokens import Run, TokenShare
 from mm.train import step
-from mm.wan import model
 from mm.wan.model import Conditions, WanModel
 from mm.wan.rope import RotaryTables
 
@@ -172,10 +171,10 @@ def stages_cut_by_floor_division(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("N4", "pp2", caught_by="loss gradient norm")
 def last_block_of_a_stage_not_run(patch: pytest.MonkeyPatch) -> None:
-    def run_blocks(self: WanModel, hidden: Tensor, conditions: Conditions, positions: Any) -> Tensor:
-        for block in list(self.blocks.values())[:-1]:
-            hidden = block(hidden, conditions.time_modulation, conditions.context, positions)
-        return hidden
+    def run_blocks(self: WanModel, streams: Any, conditions: Conditions, positions: Any, inputs: Any) -> Any:
+        for layer in self.layers(inputs, streams[0].device)[:-1]:
+            streams = layer(streams, conditions.time_modulation, conditions.context, positions)
+        return streams
 
     patch.setattr(WanModel, "run_blocks", run_blocks)
 
@@ -186,9 +185,9 @@ def last_block_of_a_stage_not_run(patch: pytest.MonkeyPatch) -> None:
 def conditions_received(patch: pytest.MonkeyPatch, change: Callable[[Conditions], Conditions]) -> None:
     receive = stage.receive_side
 
-    def wrong(*args: Any) -> tuple[Tensor, Conditions]:
-        hidden, conditions = receive(*args)
-        return hidden, change(conditions)
+    def wrong(*args: Any) -> tuple[Any, Conditions]:
+        streams, conditions = receive(*args)
+        return streams, change(conditions)
 
     patch.setattr(stage, "receive_side", wrong)
 
@@ -208,25 +207,27 @@ def head_keeps_the_gradient_of_the_time(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("N6", "pp2", "ulysses2", caught_by="loss gradient norm")
 def every_block_gets_the_input_of_the_stage(patch: pytest.MonkeyPatch) -> None:
-    def run_blocks(self: WanModel, hidden: Tensor, conditions: Conditions, positions: Any) -> Tensor:
+    def run_blocks(self: WanModel, streams: Any, conditions: Conditions, positions: Any, inputs: Any) -> Any:
         outputs = [
-            block(hidden, conditions.time_modulation, conditions.context, positions) for block in self.blocks.values()
+            block(streams[0], conditions.time_modulation, conditions.context, positions)
+            for block in self.blocks.values()
         ]
-        return outputs[-1]
+        return (outputs[-1],)
 
     patch.setattr(WanModel, "run_blocks", run_blocks)
 
 
 @mutation("N6", "pp2", caught_by="gradient norm")
 def backward_sees_every_block_at_the_input_of_the_stage(patch: pytest.MonkeyPatch) -> None:
-    def run_blocks(self: WanModel, hidden: Tensor, conditions: Conditions, positions: Any) -> Tensor:
+    def run_blocks(self: WanModel, streams: Any, conditions: Conditions, positions: Any, inputs: Any) -> Any:
+        (hidden,) = streams
         first = hidden
         for block in self.blocks.values():
             right = block(hidden, conditions.time_modulation, conditions.context, positions)
             wrong_input = hidden + (first - hidden).detach()  # the value of one, the gradient into the other
             wrong = block(wrong_input, conditions.time_modulation, conditions.context, positions)
             hidden = wrong + (right - wrong).detach()
-        return hidden
+        return (hidden,)
 
     patch.setattr(WanModel, "run_blocks", run_blocks)
 
@@ -258,7 +259,7 @@ def input_and_target_agree_on_tokens_that_are_not_where_their_positions_are(patc
 @mutation("N7", "ulysses2", caught_by="loss gradient norm")
 def input_and_target_agree_on_a_wrong_order_inside_a_patch(patch: pytest.MonkeyPatch) -> None:
     patchify = step.patchify
-    for module in (step, model):
+    for module in (step, token_embedding):
         patch.setattr(module, "patchify", lambda latents, size: patchify(latents, size).flip(-1))
 
 
@@ -302,8 +303,8 @@ def timesteps_rounded(patch: pytest.MonkeyPatch) -> None:
 def modulation_rounded_at_the_boundary(patch: pytest.MonkeyPatch) -> None:
     join = BoundaryShape.join
 
-    def wrong(self: BoundaryShape, hidden: Tensor, context: Tensor, modulation: Tensor, time: Tensor) -> Tensor:
-        return join(self, hidden, context, rounded(modulation), rounded(time))
+    def wrong(self: BoundaryShape, modulation: Tensor, time: Tensor, *others: Tensor) -> Tensor:
+        return join(self, rounded(modulation), rounded(time), *others)
 
     patch.setattr(BoundaryShape, "join", wrong)
 

@@ -21,7 +21,7 @@ from mm.parallel.tokens import TokenShare
 from mm.train import step
 from mm.wan import block as wan_block
 from mm.wan import layers, model
-from mm.wan.packed import PackedTokens, by_sample
+from mm.wan.packed import PackedTokens, by_run
 from mm.wan.rope import RotaryTables
 
 __all__ = ["MUTATIONS"]
@@ -134,7 +134,7 @@ def text_of_a_neighbour(patch: pytest.MonkeyPatch) -> None:
 @mutation("N13", *PACKED, caught_by="loss gradient norm")
 def timestep_of_the_first_sample(patch: pytest.MonkeyPatch) -> None:
     def wrong(function: Any, streams: Any, parameters: Any, packed: Any) -> Tensor:
-        return by_sample(function, streams, [value[:1].expand_as(value) for value in parameters], packed)
+        return by_run(function, streams, [value[:1].expand_as(value) for value in parameters], packed)
 
     for module in (wan_block, model):
-        patch.setattr(module, "by_sample", wrong)
+        patch.setattr(module, "by_run", wrong)

@@ -3,7 +3,6 @@
 Here whole gradients and weights are put together on rank 0, where every element must come exactly once.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -15,7 +14,7 @@ import torch.distributed as dist
 
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
-from mm.config.model import WanConfig
+from mm.config.model import WanConfig, of_task
 from mm.config.recompute import Recompute
 from mm.config.tasks.registry import TASKS
 from mm.data.loader import FeatureBatch
@@ -26,12 +25,9 @@ from mm.doctor.parity import Case, RelativeErrors, Trace, limits
 from mm.optim.optimizer import Optimizer, ParamShard
 from mm.parallel.apply import DataParallelOptions
 from mm.parallel.mesh import Mesh, build_mesh
-from mm.wan.patches import token_grid
 
 # 12 heads divide by 2, 3, 4 and 6; heads of width 8 have rotary pairs on all three axes.
 WAN = WanConfig(text_dim=16, text_len=8, hidden_size=96, ffn_dim=192, num_heads=12, num_layers=3, freq_dim=32)
-IMAGES = {"in_dim": 36, "img_dim": 24, "clip_token_len": 5}
-"""What a model with images has besides: five tokens an image do not divide by the ranks."""
 GLOBAL_BATCH = 4
 
 EVEN, ODD, MIXED, ANY = "even", "odd", "mixed", "any"
@@ -65,12 +61,14 @@ class Row:
     def wan(self) -> WanConfig:
         """`WAN` with as many blocks as the stages have, and the row's images."""
         num_layers = sum(chain(*self.layout.stages)) or WAN.num_layers
-        images = IMAGES if TASKS[self.model_type].frames else {}
-        return WAN.model_copy(update={"num_layers": num_layers, "model_type": self.model_type, **images})
+        of_blocks = WAN.model_copy(update={"num_layers": num_layers})
+        task = TASKS[self.model_type]
+        shape = of_blocks if task.latent_channels is None else of_channels(of_blocks, task.latent_channels)
+        return of_task(shape, task, **{name: parity.SMALL[name] for name in task.sizes})
 
     @property
     def most_tokens(self) -> int:
-        return max(math.prod(token_grid(size, self.wan.patch_size)) for size in SIZES[self.samples])
+        return max(self.wan.num_tokens(size) for size in SIZES[self.samples])
 
     @property
     def id(self) -> str:
@@ -105,6 +103,10 @@ class Row:
             self.wan, self.layout, self.options, self.zero, self.recompute, tuple(SIZES[self.samples]),
             self.micro_batch_size, self.micro_batches, self.packs,
         )  # fmt: skip
+
+
+def of_channels(wan: WanConfig, channels: int) -> WanConfig:
+    return wan.model_copy(update={"in_dim": channels, "out_dim": channels})
 
 
 WholeTrace = Trace[torch.Tensor]

@@ -172,3 +172,30 @@ def test_steps_of_a_share_are_those_of_the_batch_that_the_run_began_with(
         train(larger)
     both = command(demo, tmp_path, stores[:2], mixture, global_batch_size=2 * SAMPLES)
     assert list(train([*both, "--resume-changed", "batch", "data"])) == [3, 4, 5, 6]
+
+
+def test_a_store_that_is_named_twice_is_refused(demo: Path, tmp_path: Path, stores: list[str]) -> None:
+    """Without shares too, where all are drawn from as one; a link is the same store."""
+    (tmp_path / "link").symlink_to(stores[0])
+    for again in (stores[0], f"{stores[0]}/", str(tmp_path / "link")):
+        with pytest.raises(ConfigError, match=r"CFG-203: The features name \S+/a twice"):
+            train(command(demo, tmp_path, [stores[0], stores[1], again], {}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_samples_are_counted_one_by_one(demo: Path, tmp_path: Path, stores: list[str]) -> None:
+    """Micro-batches of one store have twice the samples of the other's; a run that goes on counts on."""
+    mixture = {"shares": [{"folder": stores[1], "micro_batch_size": 4}]}
+
+    def run(name: str, **flags: object) -> dict[int, list[str]]:
+        return train(command(demo, tmp_path, stores[:2], mixture, name, **flags))
+
+    whole, counted = run("whole"), 0
+    rows = metrics(tmp_path / "whole")
+    for row in rows:
+        counted += len(whole[row["step"]])
+        assert row["consumed_samples"] == counted != row["step"] * SAMPLES
+    run("parts", train_iters=3)
+    assert {**run("parts")} == {step: whole[step] for step in (4, 5, 6)}
+    assert [row["consumed_samples"] for row in metrics(tmp_path / "parts")] == [r["consumed_samples"] for r in rows]
+    assert [row["lr"] for row in metrics(tmp_path / "parts")] == [row["lr"] for row in rows]

@@ -322,3 +322,16 @@ def test_more_replicas_are_told_how_to_keep_the_batch(demo: Path, tmp_path: Path
     assert everything(tmp_path) == before
     kept = words(demo, tmp_path, train_iters=2, micro_batch_size=2, global_batch_size=4)
     assert run_ranks(2, what_it_says, kept) == ["trained", "trained"]
+
+
+def test_micro_batches_that_would_begin_inside_of_one_are_refused(demo: Path, tmp_path: Path) -> None:
+    """After two steps of six samples, micro-batches of eight would take the ninth to the twelfth again."""
+    folder, flags = tmp_path / "run", {"train_iters": 2, "micro_batch_size": 3, "global_batch_size": 6}
+    run(demo, folder, **flags)
+    larger = {"train_iters": 3, "micro_batch_size": 8, "global_batch_size": 8, "resume_changed": "batch"}
+    before = everything(folder)
+    with pytest.raises(ConfigError, match=r"CFG-161: \S+ stands at sample 12, .*Give --micro-batch-size 6"):
+        run(demo, folder, **larger)
+    assert everything(folder) == before
+    rows = run(demo, folder, **{**larger, "micro_batch_size": 4})
+    assert [row["consumed_samples"] for row in rows] == [6, 12, 20]

@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, 
 
 from mm.demo.components import load_vae, make_scheduler, make_text_encoder, make_tokenizer, make_transformer
 from mm.errors import DataError
-from mm.wan.condition import condition_latents, known_frames_mask
+from mm.wan.conditions.known_frames import condition_latents, known_frames_mask
 from mm.wan.encoders import VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
 
@@ -48,7 +48,7 @@ def test_condition_is_that_of_diffusers(pipeline: WanImageToVideoPipeline, num_f
     _, expected = pipeline.prepare_latents(
         first, 1, height=32, width=48, num_frames=num_frames, dtype=torch.float32, device=CPU, last_image=given.get(-1)
     )
-    found = condition_latents(VideoEncoder(pipeline.vae), given, num_frames)
+    found = condition_latents(VideoEncoder(pipeline.vae).encode, given, num_frames)
     assert found.shape == (1, 20, (num_frames + 3) // 4, 4, 6)
     assert torch.equal(found[:, :4], expected[:, :4])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

@@ -98,7 +98,6 @@ def test_a_new_controller_changes_no_bit_and_learns() -> None:
 @pytest.mark.parametrize(
     ("config", "features", "id"),
     [
-        (TINY, {}, "CFG-056"),
         (TINY, {"motion_bucket_id": torch.zeros(3)}, "CFG-195"),
         (TINY, {"motion_bucket_id": torch.zeros(2, 1)}, "CFG-195"),
         (TINY, {"motion_bucket_id": torch.zeros(2), "condition": torch.zeros(2, 20, 2, 4, 4)}, "CFG-057"),

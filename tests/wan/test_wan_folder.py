@@ -281,7 +281,7 @@ def test_quantised_tensors(single):
 @pytest.mark.parametrize(
     ("change", "id", "word"),
     [
-        ({"_class_name": "WanVACETransformer3DModel"}, "DATA-026", "WanVACETransformer3DModel"),
+        ({"_class_name": "WanAnimateTransformer3DModel"}, "DATA-026", "WanAnimateTransformer3DModel"),
         ({"added_kv_proj_dim": 64}, "DATA-026", "added_kv_proj_dim"),
         ({"image_dim": 1280}, "DATA-026", "image_dim"),
         ({"pos_embed_seq_len": 514}, "DATA-026", "pos_embed_seq_len"),

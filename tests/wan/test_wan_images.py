@@ -220,9 +220,9 @@ def test_the_configuration_follows_from_published_shapes(config, tmp_path):
         shapes = {name: tuple(value.shape) for name, value in WanModel(config).named_parameters()}
     assert infer_config(shapes, tmp_path) == config
     width, _, *patch = shapes["patch_embedding.weight"]
-    if config.image_tokens:  # 48 input channels are those of Fun-Control
-        with pytest.raises(DataError, match="48 input channels") as caught:
-            infer_config(shapes | {"patch_embedding.weight": (width, 48, *patch)}, tmp_path)
+    if config.image_tokens:
+        with pytest.raises(DataError, match="47 input channels") as caught:
+            infer_config(shapes | {"patch_embedding.weight": (width, 47, *patch)}, tmp_path)
         assert caught.value.id == "DATA-026"
 
 
@@ -243,10 +243,10 @@ def test_official_config_files(task, config, tmp_path):
 @pytest.mark.parametrize(
     ("change", "id", "word"),
     [
-        ({"model_type": "vace"}, "DATA-026", "'vace'"),
+        ({"model_type": "s2v"}, "DATA-026", "'s2v'"),
         ({"model_type": "t2v"}, "DATA-027", "in_dim 36"),
-        ({"in_dim": 48}, "DATA-027", "36 (16 noisy, 4 mask and 16 condition channels), not 48"),
-        ({"add_ref_conv": True}, "DATA-026", "add_ref_conv"),
+        ({"in_dim": 47}, "DATA-027", "36 (16 noisy, 4 mask and 16 condition channels), not 47"),
+        ({"add_ref_conv": True}, "DATA-026", "ref_conv"),
     ],
 )
 def test_official_config_files_that_do_not_fit(change, id, word, tmp_path):
@@ -281,7 +281,10 @@ def test_image_keys_of_diffusers_that_do_not_belong_together(change, tmp_path):
         ({"clip_token_len": None}, "need clip_token_len"),
         ({"img_dim": None, "clip_token_len": None}, "need img_dim and clip_token_len"),
         ({"model_type": "t2v", "in_dim": 16}, "img_dim 40 has no effect in t2v models"),
-        ({"model_type": "t2v", "img_dim": None, "clip_token_len": None}, "in_dim 36 is that of i2v and flf2v models"),
+        (
+            {"model_type": "t2v", "img_dim": None, "clip_token_len": None},
+            "that of i2v, flf2v and wan22_i2v models",
+        ),
     ],
 )
 def test_configurations_that_contradict_themselves(values, words):

@@ -5,9 +5,11 @@ import torch
 from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from published_names import diffusers_to_native, key_shape_md5, mindspeed_to_native
 
-from mm.config.model import WAN_1_3B, WAN_14B, WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B
+from mm.config.model import WAN_1_3B, WAN_14B, WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B, of_task
+from mm.config.tasks.registry import TASKS
 from mm.errors import DataError
 from mm.wan import names
+from mm.wan.config_json import infer_config
 from mm.wan.model import WanModel
 from mm.wan.prefixes import common_prefix, unwrapped
 
@@ -51,6 +53,38 @@ def test_models_of_images_have_the_published_layouts(config, tensors, parameters
     shapes = meta_shapes(config)
     assert (len(shapes), elements(shapes)) == (tensors, parameters)
     assert key_shape_md5(shapes) == md5
+
+
+def family(size, task, **sizes):
+    return of_task(size, TASKS[task], **sizes)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "parameters", "md5"),
+    [
+        (family(WAN_1_3B, "fun_control"), 983, 1_564_502_336, "349723183fc063b2bfc10bb2835cf677"),
+        (family(WAN_14B, "fun_control"), 1303, 16_395_124_544, "efa44cddf936c70abd0ea28b6cbe946c"),
+        (family(WAN_1_3B, "fun_control_ref"), 985, 1_564_602_176, "70ddad9d3a133785da5ea371aae09504"),
+        (family(WAN_14B, "fun_control_ref"), 1305, 16_395_457_344, "26bde73488a92e64cc20b0a7485b9e5b"),
+        (family(WAN_1_3B, "fun_camera"), 989, 1_616_313_152, "ac6a5aa74f4a0aab6f64eb9a72f19901"),
+        (family(WAN_14B, "fun_camera"), 1309, 16_898_128_704, "b61c605c2adbd23124d152ed28e049ae"),
+        (family(WAN_1_3B, "vace"), 1264, 1_418_996_800 + 734_975_232, "a61453409b67cd3246cf0c3bebad47ba"),
+        (
+            family(WAN_14B, "vace", vace_layers=tuple(range(0, 40, 5))),
+            1331,
+            14_288_491_584 + 3_049_101_312,
+            "7a513e1f257a861512b1afd387a8ecd9",
+        ),
+    ],
+    ids=lambda value: value.model_type if hasattr(value, "model_type") else None,
+)
+def test_models_of_the_family_have_the_published_layouts_and_are_known_by_them(
+    config, tensors, parameters, md5, tmp_path
+):
+    shapes = meta_shapes(config)
+    assert (len(shapes), elements(shapes)) == (tensors, parameters)
+    assert key_shape_md5(shapes) == md5
+    assert infer_config(shapes, tmp_path) == config
 
 
 def i2v_native_shapes(shapes_14b, emb_pos: bool):

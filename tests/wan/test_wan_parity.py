@@ -117,9 +117,11 @@ def test_pieces_of_a_cut_model_give_the_whole():
     assert "blocks.2.modulation" in last.state_dict()  # a stage keeps the names of the whole model
     inputs = (torch.randn(1, 16, 3, 8, 8), torch.tensor([700.0]), torch.randn(1, 7, 64))
     with torch.no_grad():
+        given = ModelInputs(*inputs)
         hidden = first.patch_embedding(patchify(inputs[0], config.patch_size))
-        conditions = first.embed_conditions(ModelInputs(*inputs))
+        conditions = first.embed_conditions(given)
         positions = grid_positions((3, 4, 4), config.head_dim)
-        hidden = last.run_blocks(first.run_blocks(hidden, conditions, positions), conditions, positions)
+        streams = first.run_blocks((hidden,), conditions, positions, given)
+        (hidden,) = last.run_blocks(streams, conditions, positions, given)
         velocity = unpatchify(last.head(hidden, conditions.time), (3, 4, 4), config.patch_size)
         assert torch.equal(velocity, model.velocity(*inputs))

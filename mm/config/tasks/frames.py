@@ -20,14 +20,32 @@ SHAKING, CUT = "镜头晃动，", "镜头切换，"  # wan_i2v_14B.py and __init
 
 
 def frame_features(num_images: int) -> tuple[InputFeature, ...]:
-    """The features of models that see so many images.
+    """The features of models that see so many images: their tokens, and the known frames."""
+    return image_tokens(num_images), known_frames()
 
-    Tokens of the image encoder, the first image's before the last one's; and a mask (1 known, 0 to generate) with the
-    latents of a video of the known frames.
-    """
+
+def image_tokens(num_images: int) -> InputFeature:
+    """Tokens of the image encoder, the first image's before the last one's."""
 
     def tokens(sizes: Sizes) -> Shape:
         return num_images * sizes.image_tokens, sizes.image_dim
+
+    return InputFeature(
+        name="image_features",
+        title="Image features",
+        source=Source.IMAGE_ENCODER,
+        entry=Entry.CONTEXT,
+        shape=tokens,
+        module="img_emb",
+        error="CFG-058",
+        remedy="Give features of the image encoder this model was trained with, of one image for each latent in "
+        "i2v and of two, first and last, in flf2v.",
+        mindspeed="i2v_clip_feature",
+    )
+
+
+def known_frames() -> InputFeature:
+    """A mask (1 known, 0 to generate) with the latents of a video of the known frames."""
 
     def parts(sizes: Sizes) -> dict[str, int]:
         return {"mask": MASK_CHANNELS, "condition": sizes.channels}
@@ -35,29 +53,14 @@ def frame_features(num_images: int) -> tuple[InputFeature, ...]:
     def condition(sizes: Sizes) -> Shape:
         return sum(parts(sizes).values()), *sizes.latent
 
-    return (
-        InputFeature(
-            name="image_features",
-            title="Image features",
-            source=Source.IMAGE_ENCODER,
-            entry=Entry.CONTEXT,
-            shape=tokens,
-            module="img_emb",
-            error="CFG-058",
-            remedy="Give features of the image encoder this model was trained with, of one image for each latent in "
-            "i2v and of two, first and last, in flf2v.",
-            mindspeed="i2v_clip_feature",
-        ),
-        InputFeature(
-            name="condition",
-            title="Condition latents",
-            source=Source.KNOWN_FRAMES,
-            entry=Entry.CHANNELS,
-            shape=condition,
-            parts=parts,
-            error="CFG-059",
-            remedy=f"Give {MASK_CHANNELS} mask channels and the known frames' latents, in the size of the noisy "
-            "latents.",
-            mindspeed="i2v_vae_feature",
-        ),
+    return InputFeature(
+        name="condition",
+        title="Condition latents",
+        source=Source.KNOWN_FRAMES,
+        entry=Entry.CHANNELS,
+        shape=condition,
+        parts=parts,
+        error="CFG-059",
+        remedy=f"Give {MASK_CHANNELS} mask channels and the known frames' latents, in the size of the noisy latents.",
+        mindspeed="i2v_vae_feature",
     )

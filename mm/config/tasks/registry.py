@@ -8,12 +8,21 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from mm.config.tasks.flf2v import FLF2V
+from mm.config.tasks.fun_camera import FUN_CAMERA
+from mm.config.tasks.fun_control import FUN_CONTROL
+from mm.config.tasks.fun_control_ref import FUN_CONTROL_REF
 from mm.config.tasks.i2v import I2V
 from mm.config.tasks.speedcontrol import SPEEDCONTROL
 from mm.config.tasks.t2v import T2V
 from mm.config.tasks.task import Task
+from mm.config.tasks.ti2v import TI2V
+from mm.config.tasks.vace import VACE
+from mm.config.tasks.wan22_i2v import WAN22_I2V
 
-TASKS: dict[str, Task] = {task.name: task for task in (T2V, I2V, FLF2V, SPEEDCONTROL)}
+_ALL = (T2V, I2V, FLF2V, SPEEDCONTROL, FUN_CONTROL, FUN_CONTROL_REF, FUN_CAMERA, VACE, WAN22_I2V, TI2V)
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}
+MADE: dict[str, Task] = {name: task for name, task in TASKS.items() if not task.only_called}
+"""Those that are extracted and generated."""
 DEFAULT = T2V
 """Where nothing says a task."""
 

@@ -21,6 +21,7 @@ SPEEDCONTROL = Task(
             module="motion_controller",
             error="CFG-195",
             remedy=f"Give {MOTION.expected} for each latent.",
+            optional=True,
         ),
     ),
     marks=frozenset({"motion_controller.linear.0.weight"}),

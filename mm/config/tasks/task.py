@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Literal
 
 Shape = tuple[int, ...]
 
@@ -19,7 +20,11 @@ class Entry(Enum):
 
     CHANNELS = "channels behind those of the noisy latents"
     CONTEXT = "tokens in front of the text's, which cross attention tells apart"
+    TOKENS = "tokens of one more latent frame in front of the video's, which self attention sees and nobody predicts"
+    HIDDEN = "added to the video's embedded tokens"
     TIME_MODULATION = "added to the time modulation that all blocks share"
+    SIDE_BLOCKS = "tokens of a stream beside the video's, which runs through blocks of its own and adds hints"
+    HINTS = "a factor on what the side blocks add"
 
 
 class Source(Enum):
@@ -28,6 +33,12 @@ class Source(Enum):
     IMAGE_ENCODER = "the image encoder, of the frames that are given"
     KNOWN_FRAMES = "the VAE, of a video that is grey between the frames that are given; a mask of them in front"
     COLUMN = "a number beside the video, as it is"
+    CONTROL_VIDEO = "the VAE, of a control video; behind it the latents of a start image, zeros after the first frame"
+    START_IMAGE = "the VAE, of a start image, zeros after the first frame"
+    REFERENCE_IMAGE = "the VAE, of a reference image"
+    CAMERA_PATH = "the rays of a camera's pixels along its path"
+    EDITED_VIDEO = "the VAE, of what a mask keeps of a video and of what it gives free, and the mask"
+    SETTING = "a number that generation sets"
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,26 @@ class Column:
         return type(value) in (int, float) and self.lowest <= value <= self.highest  # type: ignore[operator]
 
 
+MediaKind = Literal["video", "image", "images", "mask", "poses"]
+
+
+@dataclass(frozen=True)
+class Media:
+    """A role of media: files beside the clip.
+
+    Attributes:
+        name: in tables (`mm.data.metadata.VideoSample.roles`), messages and files of generation.
+        kind: a video, one image, several images, a video or image of a mask, or a file of camera poses.
+        required: whether every row gives it. Without, models are called with what stands for nothing given.
+        from_clip: whether training takes it from the clip itself where a row lists no file.
+    """
+
+    name: str
+    kind: MediaKind
+    required: bool = True
+    from_clip: bool = False
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Sizes that shapes of features are made of.
@@ -93,6 +124,8 @@ class InputFeature:
         mindspeed: its name in MindSpeed-MM's feature files, where these have it.
         dropped_with_caption: zeros take its place where a sample's caption is dropped in training. Without, it stays:
             guidance is about the caption alone.
+        optional: models run without it too, as if its path into them were not there. All samples of a batch have it or
+            none.
     """
 
     name: str
@@ -106,6 +139,7 @@ class InputFeature:
     parts: Callable[[Sizes], dict[str, int]] | None = None
     mindspeed: str | None = None
     dropped_with_caption: bool = False
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,24 +150,30 @@ class Task:
         name: in configurations, recipes and stores. title: in names of models, `I2V`.
         roles: what a sample has beside its caption and its clip, which is the target.
         features: the inputs made of them, in the order in which they are drawn, listed and checked.
-        sizes: fields of `WanConfig` that its models alone have, with the values of the released ones.
+        sizes: fields of `WanConfig` that its models alone have, with the values of the released ones (where sizes of
+            models differ in one, of the smallest).
         positions: image tokens get learned positions, which tell the images apart.
         marks: parameters by which weights of it are known, native names.
+        latent_channels: of its models' latents, where they alone have so many, by which weights are known too.
         recipe: fields of a feature store's recipe that it has beside those of all tasks.
         negative: what stands before the release's negative prompt.
+        only_called: models of it are loaded, converted and called; its features are not made yet, so that neither
+            extraction nor generation knows it.
         with_video, with_last_frame: what generation is called from given videos, or with a last frame too, where its
             models can do that. The latter is a task, whose rows are taken.
     """
 
     name: str
     title: str
-    roles: tuple[Frame | Column, ...] = ()
+    roles: tuple[Frame | Column | Media, ...] = ()
     features: tuple[InputFeature, ...] = ()
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict)
     positions: bool = False
     marks: frozenset[str] = frozenset()
+    latent_channels: int | None = None
     recipe: frozenset[str] = frozenset()
     negative: str = ""
+    only_called: bool = False
     with_video: str | None = None
     with_last_frame: str | None = None
 
@@ -148,9 +188,19 @@ class Task:
         return tuple(role for role in self.roles if isinstance(role, Column))
 
     @property
+    def media(self) -> tuple[Media, ...]:
+        """The roles that are files beside the clip."""
+        return tuple(role for role in self.roles if isinstance(role, Media))
+
+    @property
     def fewest_latent_frames(self) -> int:
         """Frames that a clip's latents must have so that something is left to learn where frames are given."""
         return 2 if self.frames else 1
+
+    @property
+    def leading_frames(self) -> int:
+        """Latent frames of tokens in front of the video's, where all features are given."""
+        return len(self.entering(Entry.TOKENS))
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
@@ -32,7 +33,7 @@ class Cache:
         self.folder = folder
         self._most_bytes = most_bytes
 
-    def get(self, key: str) -> BinaryIO | None:
+    def get(self, key: str) -> BufferedReader | None:
         """The file of a key, open; None where it is not there, or cannot be read, which writing it will tell."""
         path = self._path(key)
         try:

@@ -6,8 +6,11 @@ import io
 import os
 from collections.abc import Callable
 from functools import partial
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from mm.config.base import SectionT, parse, parse_json
 from mm.config.base import load as load_local
@@ -17,7 +20,7 @@ from mm.data.remote.cache import cache_of, key_of
 from mm.data.remote.client import MissingObjectError, attempt
 from mm.errors import ConfigError, DataError
 
-IsWhole = Callable[[bytes], bool]
+IsWhole = Callable[[bytes | memoryview], bool]
 
 
 def exists(place: Location) -> bool:
@@ -103,7 +106,15 @@ def version_of(place: Location) -> str:
     return str(about.get("ETag") or (about.get("size"), about.get("mtime"), about.get("LastModified")))
 
 
-def read_range(place: Remote, offset: int, length: int, key: str, is_whole: IsWhole) -> tuple[bytes, bool]:
+def read_up_to(stream: FileIO | BufferedReader, length: int) -> memoryview:
+    """So many bytes of an open file, or as many as there are, in memory that is the caller's to write to."""
+    content, end = np.empty(length, np.uint8).data, 0
+    while end < length and (count := stream.readinto(content[end:])):
+        end += count
+    return content[:end]
+
+
+def read_range(place: Remote, offset: int, length: int, key: str, is_whole: IsWhole) -> tuple[memoryview, bool]:
     """Some bytes of an object, through the cache, and whether they are whole; fewer where it ends before.
 
     Args:
@@ -116,9 +127,9 @@ def read_range(place: Remote, offset: int, length: int, key: str, is_whole: IsWh
     found = cache.get(name)
     if found is not None:
         with found:
-            content = found.read()
-        if is_whole(content):
-            return content, True
+            kept = read_up_to(found, length)
+        if is_whole(kept):
+            return kept, True
         cache.drop(name)
 
     def read(client: Any) -> bytes:
@@ -135,7 +146,7 @@ def read_range(place: Remote, offset: int, length: int, key: str, is_whole: IsWh
     content, whole = _fetched(place, read, is_whole)
     if whole:
         cache.put(name, content).close()
-    return content, whole
+    return memoryview(bytearray(content)), whole
 
 
 def _fetched(place: Remote, read: Callable[[Any], bytes], is_whole: IsWhole) -> tuple[bytes, bool]:

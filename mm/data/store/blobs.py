@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
 from mm.config.model import WanConfig
 from mm.config.storage import Location, Remote
-from mm.data.features import EMPTY_PROMPT_ID, Feature, Header, check_header, checked_feature, parse_header
-from mm.data.remote.reading import read_range
-from mm.data.store.table import digest_of
+from mm.data.features import EMPTY_PROMPT_ID, Feature, Header, check_header, checked_feature, parse_feature
+from mm.data.remote.reading import read_range, read_up_to
+from mm.data.store.checksum import Checksum
 from mm.errors import DataError
 
 PROMPT_ID = "prompt"  # what a caption's blob says in place of a sample
@@ -24,12 +21,12 @@ REMEDY = (
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """Place of a blob: its file, first byte, number of bytes, and the digest that they must have."""
+    """Place of a blob: its file, first byte, number of bytes, and the checksum that they must have."""
 
     file: Location
     offset: int
     length: int
-    digest: bytes
+    checksum: Checksum
 
     def __str__(self) -> str:
         return f"{self.file} at byte {self.offset}"
@@ -57,12 +54,12 @@ def read_raw_blobs(sample: Blob, prompt: Blob, origin: tuple[str, str]) -> tuple
         sample, prompt: their places. origin: (sample id, recipe key) that they must have.
 
     Raises:
-        DataError: what `read_blob` raises, DATA-016 for a blob of something else or another caption.
+        DataError: what `read_tensors` raises, DATA-016 for a blob of something else or another caption.
     """
     name = _name(sample, origin)
-    header, tensors = _read(sample, name)
+    header, tensors = read_tensors(sample, name)
     _check_origin(header, name, origin)
-    about_prompt, of_prompt = _read(prompt, f"{prompt} (a caption)")
+    about_prompt, of_prompt = read_tensors(prompt, f"{prompt} (a caption)")
     found, expected = about_prompt.origin, header.origin
     if found.sample not in (PROMPT_ID, EMPTY_PROMPT_ID) or (found.recipe, found.caption) != (
         origin[1],
@@ -87,14 +84,14 @@ def read_prompt_blob(blob: Blob, model: WanConfig, recipe_key: str) -> Tensor:
         DataError: as `read_sample_blobs`.
     """
     name = f"{blob} (the empty caption)"
-    header, tensors = _read(blob, name)
+    header, tensors = read_tensors(blob, name)
     _check_origin(header, name, (EMPTY_PROMPT_ID, recipe_key))
     check_header(header, name, model, REMEDY)
     return checked_feature(header, tensors, name, REMEDY).prompt
 
 
-def read_blob(blob: Blob, name: str) -> bytes:
-    """Content of a blob, compared with its digest.
+def read_blob(blob: Blob, name: str) -> memoryview:
+    """Content of a blob, compared with its checksum; its memory is the caller's.
 
     Args:
         blob: its place. name: what to call it in messages.
@@ -116,38 +113,34 @@ def read_blob(blob: Blob, name: str) -> bytes:
     if len(content) < blob.length:
         message = f"{name}: the file ends after {len(content)} of its {blob.length} bytes."
         raise DataError("DATA-152", message, REMEDY)
-    found = digest_of(content)
-    if found != blob.digest:
-        message = f"{name} is damaged: its bytes have the digest {found.hex()}, expected {blob.digest.hex()}."
+    found = blob.checksum.of_same_kind([content])
+    if found != blob.checksum:
+        message = f"{name} is damaged: its bytes have the checksum {found}, expected {blob.checksum}."
         raise DataError("DATA-153", message, REMEDY)
     return content
 
 
-def _content(blob: Blob) -> tuple[bytes, bool]:
-    """Bytes of a blob, as far as they are there, and whether they are known to have their digest."""
-    if isinstance(blob.file, Remote):
-        digest = blob.digest
-        return read_range(blob.file, blob.offset, blob.length, digest.hex(), lambda found: digest_of(found) == digest)
-    with open(blob.file, "rb", buffering=0) as stream:
-        stream.seek(blob.offset)
-        return _exactly(stream, blob.length), False
+def read_tensors(blob: Blob, name: str) -> tuple[Header, dict[str, Tensor]]:
+    """Header and tensors of a blob.
 
-
-def _exactly(stream: io.FileIO, length: int) -> bytes:
-    """So many bytes, or as many as there are; one read may give fewer."""
-    parts = []
-    while length and (part := stream.read(length)):
-        parts.append(part)
-        length -= len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _read(blob: Blob, name: str) -> tuple[Header, dict[str, Tensor]]:
+    Raises:
+        DataError: what `read_blob` raises, DATA-153 for one that is no feature.
+    """
     content = read_blob(blob, name)
     try:
-        return parse_header(io.BytesIO(content), len(content)), load(content)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return parse_feature(content)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:  # RecursionError is the first
         raise DataError("DATA-153", f"{name} is no complete feature ({error}).", REMEDY) from None
+
+
+def _content(blob: Blob) -> tuple[memoryview, bool]:
+    """Bytes of a blob, as far as they are there, and whether they are known to have their checksum."""
+    if isinstance(blob.file, Remote):
+        checksum = blob.checksum
+        return read_range(blob.file, blob.offset, blob.length, checksum.value.hex(), checksum.fits)
+    with open(blob.file, "rb", buffering=0) as stream:
+        stream.seek(blob.offset)
+        return read_up_to(stream, blob.length), False
 
 
 def _check_origin(header: Header, name: str, origin: tuple[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Manifest and catalog of a store: the counts and digests of all shards, and how many samples of each shape they hold.
+"""Manifest and catalog of a store: counts and checksums of all shards, and how many samples of each shape they hold.
 
 manifest.json names the catalog, a table whose columns have one record a shard, or one for each shape that a shard
 holds; both are made from the headers of the shards' indexes, so that finishing a store looks at no sample.
@@ -23,8 +23,9 @@ from mm.config.storage import Location
 from mm.data.files import TEMPORARY_PREFIX, write_atomically
 from mm.data.remote.reading import exists, load_section, names_in
 from mm.data.store.blobs import REMEDY
+from mm.data.store.checksum import DIGEST_BYTES
 from mm.data.store.shard import INDEX, KIND, SHARDS, LatentShape, shard_folder
-from mm.data.store.table import DIGEST_BYTES, Column, TableHeader, open_table, read_table_header, write_table
+from mm.data.store.table import Column, TableHeader, open_table, read_table_header, write_table
 from mm.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
@@ -39,7 +40,7 @@ class Manifest(Section):
         version: of this format. recipe: key of the store's recipe.
         samples, shards: how many there are.
         shapes: [C, F, H, W, samples of that shape] of each latent shape.
-        catalog: file name; its digest is part of it.
+        catalog: file name; its checksum is part of it.
         identity: sixteen hexadecimal digits or more of all samples in their order.
         draws: of each sample; those of the first draw come first, then those of the second.
     """
@@ -81,7 +82,7 @@ class Catalog:
         return int(self._first[shard])
 
     def facts(self, shard: int) -> tuple[bytes, int, int]:
-        """Digest of a shard's index, its number of samples, and the size of its body in bytes."""
+        """Checksum of a shard's index, its number of samples, and the size of its body in bytes."""
         count = int(self._first[shard + 1]) - int(self._first[shard])
         return bytes(self._digests[shard]), count, int(self._body_bytes[shard])
 
@@ -171,7 +172,7 @@ def finish_store(store: Path, num_shards: int, recipe_key: str, draws: int = 1) 
     pairs = np.array([pair for found in buckets.values() for pair in found], np.uint64).reshape(-1, 2)
     columns = {
         "first": np.cumsum([0, *(header.about["samples"] for header in headers)], dtype="<u8"),
-        "digests": np.frombuffer(b"".join(h.digest for h in headers), np.uint8).reshape(-1, DIGEST_BYTES),
+        "digests": np.frombuffer(b"".join(h.checksum.value for h in headers), np.uint8).reshape(-1, DIGEST_BYTES),
         "body_bytes": np.array([header.about["body_bytes"] for header in headers], "<u8"),
         "bucket_begins": np.cumsum([0, *map(len, buckets.values())], dtype="<u8"),
         "bucket_shards": pairs[:, 0].astype("<u4"),
@@ -229,7 +230,7 @@ def _shard_header(store: Path, number: int, recipe_key: str) -> TableHeader:
 
 
 def _said_twice(manifest: Manifest) -> dict[str, Any]:
-    """Values of the manifest as they stand in the catalog, whose digest proves them; catalogs of before have none."""
+    """Values of the manifest as they stand in the catalog, whose checksum proves them; catalogs of before have none."""
     found: dict[str, Any] = json.loads(manifest.model_dump_json(exclude={"version", "catalog"}))
     return found
 

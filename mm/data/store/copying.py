@@ -1,4 +1,4 @@
-"""A store of shards in another place, to and from object storage, every byte compared with its digest."""
+"""A store of shards in another place, to and from object storage, every byte compared with its checksum."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _is_there(target: Location, facts: ShardFacts) -> bool:
     folder = shard_folder(target, facts.number)
     if INDEX not in names_in(folder):
         return False
-    if read_table_header(folder / INDEX, KIND, REMEDY).digest != facts.digest:
+    if read_table_header(folder / INDEX, KIND, REMEDY).checksum.value != facts.digest:
         raise DataError("DATA-068", f"{folder} is a shard of another store.", "Name another place.")
     return True
 

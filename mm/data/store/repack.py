@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -15,8 +16,9 @@ from mm.data.listing import FeatureRow, FeatureStore, open_feature_store
 from mm.data.recipe import Recipe, load_recipe, save_recipe
 from mm.data.store.blobs import REMEDY
 from mm.data.store.catalog import Manifest, finish_store, is_sharded
+from mm.data.store.checksum import DIGEST_BYTES, Checksum, checksum_of
 from mm.data.store.shard import INDEX, KIND, SHARDS, shard_folder
-from mm.data.store.table import digest_of, open_table, read_table_header
+from mm.data.store.table import open_table, read_table_header
 from mm.data.store.writer import ShardWriter, identity_of, prompt_blob, prompt_key
 from mm.errors import DataError
 
@@ -60,16 +62,18 @@ def repack(source: Path, target: Path, shard_bytes: int, done: Callable[[int, in
 
 
 class _Captions:
-    """Captions whose embeddings are in the shards written so far: by key the shard and the blob's digest."""
+    """Captions whose embeddings are in the shards written so far: by key the shard and the blob's checksum."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self._known: dict[bytes, tuple[int, bytes]] = {}
+        self._known: dict[bytes, tuple[int, Checksum]] = {}
 
     def learn(self, target: Path, number: int) -> None:
         """Take in a shard that is there."""
-        for record in open_table(shard_folder(target, number) / INDEX, KIND, REMEDY).columns["prompts"]:
-            self._known[bytes(record["key"])] = number, bytes(record["digest"])
+        table = open_table(shard_folder(target, number) / INDEX, KIND, REMEDY)
+        for record in table.columns["prompts"]:
+            checksum = Checksum(table.header.checksum.kind, bytes(record["digest"]))
+            self._known[bytes(record["key"])] = number, checksum
 
     def add(self, writer: ShardWriter, number: int, caption: str, prompt: Tensor) -> tuple[int, bytes]:
         """Add an embedding to a shard, unless it is in that or another; returns its shard and key.
@@ -77,10 +81,10 @@ class _Captions:
         Embeddings of one caption that differ, as encoders on two devices may give them, are all kept.
         """
         content = prompt_blob(caption, prompt, self.recipe.max_text_tokens, self.recipe.key)
-        digest = digest_of(content)
-        for key in (prompt_key(caption), digest):
-            shard, found = self._known.setdefault(key, (number, digest))
-            if found == digest:
+        checksum = checksum_of([content])
+        for key in (prompt_key(caption), blake2b(content, digest_size=DIGEST_BYTES).digest()):
+            shard, found = self._known.setdefault(key, (number, checksum))
+            if found.fits(content):
                 if shard == number:
                     writer.add_prompt(key, content, len(prompt))
                 break

@@ -17,7 +17,7 @@ from mm.data.remote.reading import names_in
 from mm.data.store.blobs import read_blob
 from mm.data.store.catalog import MANIFEST, Catalog, is_sharded, open_catalog
 from mm.data.store.shard import INDEX, KIND, SHARDS, LatentShape, ShardFacts, open_shard, shard_folder
-from mm.data.store.table import read_table_header
+from mm.data.store.table import NO_DAMAGE, read_table_header
 from mm.errors import DataError, Problem
 
 _NUMBER = re.compile(r"[0-9]{8}")
@@ -89,28 +89,31 @@ def _check_form(store: Location) -> None:
 
 
 def damaged_shards(store: Path, done: Callable[[int, int], None]) -> list[DamagedShard]:
-    """Read every byte of every shard and compare it with its digest.
+    """Read every byte of every shard and compare it with its checksum.
 
     Args:
         store: its folder. done: told after each shard how many were read, and of how many.
 
     Raises:
-        DataError: DATA-010 for a folder that is no store, DATA-186 for one of one file a sample; DATA-072 when a file
-            cannot be read, which is no damage.
+        DataError: DATA-010 for a folder that is no store, DATA-186 for one of one file a sample; of what is no damage
+            DATA-072 for a file that cannot be read, DATA-158 for a table of a later version.
     """
     recipe = load_recipe(store)
     _check_form(store)
     try:
         catalog = open_catalog(store, recipe.key) if is_sharded(store) else None
-    except DataError:
+    except DataError as error:
+        if error.id in NO_DAMAGE:
+            raise
         catalog = None  # each shard says of itself what it must be
     present = _present(store)
     numbers = range(catalog.manifest.shards) if catalog is not None else present
     found = []
     for count, number in enumerate(numbers, start=1):
         problems = list(_problems(store, number, catalog, recipe.key, max([*present, *numbers[-1:]]) + 1))
-        if any(problem.id == "DATA-072" for problem in problems):
-            raise DataError(*_parts(next(problem for problem in problems if problem.id == "DATA-072")))
+        for problem in problems:
+            if problem.id in NO_DAMAGE:
+                raise DataError(problem.id, problem.message, problem.remedy)
         if problems:
             found.append(DamagedShard(number, problems))
         done(count, len(numbers))
@@ -161,7 +164,7 @@ def _problems(store: Path, number: int, catalog: Catalog | None, recipe_key: str
             digest, samples, body_bytes = catalog.facts(number)
         else:
             header = read_table_header(folder / INDEX, KIND, "Make the shard again.")
-            digest, samples = header.digest, int(header.about.get("samples", -1))
+            digest, samples = header.checksum.value, int(header.about.get("samples", -1))
             body_bytes = int(header.about.get("body_bytes", -1))
         shard = open_shard(store, ShardFacts(number, digest, samples, body_bytes, recipe_key, num_shards))
     except DataError as error:
@@ -176,7 +179,3 @@ def _problems(store: Path, number: int, catalog: Catalog | None, recipe_key: str
 
 def _present(store: Location) -> list[int]:
     return sorted(int(name) for name in names_in(store / SHARDS) if _NUMBER.fullmatch(name))
-
-
-def _parts(problem: Problem) -> tuple[str, str, str]:
-    return problem.id, problem.message, problem.remedy

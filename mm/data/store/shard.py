@@ -11,7 +11,8 @@ import numpy as np
 
 from mm.config.storage import Location, LocationT
 from mm.data.store.blobs import REMEDY, Blob
-from mm.data.store.table import ALIGNMENT, DIGEST_BYTES, Column, Table, open_table
+from mm.data.store.checksum import DIGEST_BYTES, Checksum
+from mm.data.store.table import ALIGNMENT, Column, Table, open_table
 from mm.errors import DataError
 
 SHARDS = "shards"
@@ -43,7 +44,7 @@ class ShardFacts:
     """Facts that the store was finished with about one shard.
 
     Attributes:
-        number: of the shard; its folder's name. digest: of its index; None where the store is not finished.
+        number: of the shard; its folder's name. digest: checksum of its index.
         num_samples, body_bytes: what it holds. recipe_key: of the store. num_shards: of the store.
     """
 
@@ -70,6 +71,7 @@ class Shard:
         self._names = table.columns["names"]
         self._order = table.columns["order"]
         self._begins = _begins(table.header.about)
+        self._checksum = table.header.checksum.kind
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -134,7 +136,8 @@ class Shard:
                 yield self._blob(record)
 
     def _blob(self, record: Any) -> Blob:
-        return Blob(self.body, int(record["offset"]), int(record["length"]), bytes(record["digest"]))
+        checksum = Checksum(self._checksum, bytes(record["digest"]))
+        return Blob(self.body, int(record["offset"]), int(record["length"]), checksum)
 
 
 def open_shard(store: Location, facts: ShardFacts) -> Shard:

@@ -19,8 +19,9 @@ from mm.data.features import EMPTY_PROMPT_ID, Feature, Origin, prompt_tensors, s
 from mm.data.files import TEMPORARY_PREFIX, make_folder, sync_folder, write_atomically, write_error
 from mm.data.listing import FeatureRow
 from mm.data.store.blobs import PROMPT_ID
+from mm.data.store.checksum import DIGEST_BYTES, checksum_of
 from mm.data.store.shard import BODY, INDEX, KIND, LISTING, PROMPT, SAMPLE, SHARDS, LatentShape, shard_folder
-from mm.data.store.table import DIGEST_BYTES, aligned, digest_of, write_table
+from mm.data.store.table import aligned, write_table
 
 
 def prompt_key(caption: str) -> bytes:
@@ -151,7 +152,7 @@ class ShardWriter:
                 raise write_error(target, self._end, error) from error
 
     def _write(self, content: bytes) -> tuple[int, int, list[int]]:
-        """Append a blob; returns its offset, length and digest."""
+        """Append a blob; returns its offset, length and checksum."""
         offset = self._end
         padded = aligned(len(content))
         try:
@@ -160,7 +161,7 @@ class ShardWriter:
         except OSError as error:
             raise write_error(self._folder / BODY, padded, error) from error
         self._end += padded
-        return offset, len(content), list(digest_of(content))
+        return offset, len(content), list(checksum_of([content]).value)
 
 
 def identity_of(rows: Sequence[FeatureRow]) -> str:

@@ -41,7 +41,7 @@ class Metrics(Callback):
             grad_norm=statistics.grad_norm,
             grad_norm_hex=statistics.grad_norm.hex(),
             lr=result.lr,
-            consumed_samples=done.progress.consumed_samples,
+            consumed_samples=done.progress.trained_samples,
             tokens_per_s=sum(done.tokens) / done.seconds,
             tflops=flops / run.comm.world_size / done.seconds / 1e12,
             peak_memory_gb=run.backend.peak_memory_bytes() / 1e9,

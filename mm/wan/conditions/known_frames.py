@@ -1,5 +1,7 @@
 """Condition of image-to-video models on the frames that are given: a mask and the latents of a video of those frames.
 
+Wan2.1's I2V and FLF2V have it, Wan2.2's I2V-A14B and, of frames, Fun-InP.
+
 Shapes: B batch, C latent channels, F H W latent frames, height and width.
 Source: Wan technical report (arXiv 2503.20314) section 5.1 and the released code (wan/image2video.py).
 """
@@ -11,14 +13,14 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from mm.wan.encoders import TEMPORAL_STRIDE, VideoEncoder
+from mm.wan.conditions.pixels import Encode, group_frames
 
 
-def condition_latents(encoder: VideoEncoder, known: Mapping[int, Tensor], num_frames: int) -> Tensor:
+def condition_latents(encode: Encode, known: Mapping[int, Tensor], num_frames: int) -> Tensor:
     """The feature `mm.config.tasks.task.Source.KNOWN_FRAMES` of clips with given frames.
 
     Args:
-        encoder: the VAE of the latents.
+        encode: the VAE of the latents.
         known: [B, 3, height, width] in [-1, 1] by their index in the clips, the first (0) and perhaps the last (-1).
         num_frames: of the clips, 4k + 1.
 
@@ -26,11 +28,12 @@ def condition_latents(encoder: VideoEncoder, known: Mapping[int, Tensor], num_fr
         [B, 4 + C, F, H, W] in the VAE's precision: the mask, then the latents.
 
     Raises:
-        DataError: DATA-044, see `VideoEncoder.encode`.
+        ConfigError: CFG-255 for a number of frames that is not 4k + 1.
+        DataError: DATA-044, see `mm.wan.encoders.VideoEncoder.encode`.
     """
-    latents = encoder.encode(_video_of(known, num_frames))
-    mask = known_frames_mask(num_frames, known).to(latents)
-    spread = mask.view(1, *mask.shape, 1, 1).expand(len(latents), -1, -1, *latents.shape[3:])
+    mask = known_frames_mask(num_frames, known)
+    latents = encode(_video_of(known, num_frames))
+    spread = mask.to(latents).view(1, *mask.shape, 1, 1).expand(len(latents), -1, -1, *latents.shape[3:])
     return torch.cat((spread, latents), dim=1)
 
 
@@ -42,7 +45,7 @@ def known_frames_mask(num_frames: int, indices: Iterable[int]) -> Tensor:
     known = torch.zeros(num_frames)
     for index in indices:
         known[index] = 1
-    return torch.cat((known[:1].expand(TEMPORAL_STRIDE - 1), known)).view(-1, TEMPORAL_STRIDE).t()
+    return group_frames(known).t()
 
 
 def _video_of(known: Mapping[int, Tensor], num_frames: int) -> Tensor:

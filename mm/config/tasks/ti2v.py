@@ -1,0 +1,14 @@
+"""Text or first frame to video of Wan2.2's 5B model: a given frame is a clean part of the noisy latents.
+
+A timestep for each token tells the model what is clean. Source: the released Wan2.2-TI2V-5B weights.
+"""
+
+from mm.config.tasks.task import Media, Task
+
+TI2V = Task(
+    name="ti2v",
+    title="Wan2.2 TI2V",
+    roles=(Media("first_frame", "image", required=False, from_clip=True),),
+    latent_channels=48,
+    only_called=True,
+)
