@@ -28,6 +28,7 @@ from mm.parallel import context, ring, stage, tensor, ulysses
 from mm.parallel.boundary import BoundaryShape
 from mm.parallel.tokens import Run, TokenShare
 from mm.train import step
+from mm.wan import token_embedding
 from mm.wan.model import Conditions, WanModel
 from mm.wan.rope import RotaryTables
 
