@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_feature_store import MODEL, feature_set, write_store
-from test_shards import KEY, opened, write_shards
+from feature_stores import MODEL, feature_set, write_store
+from shard_stores import KEY, opened, write_shards
 
 from mm.cli import data as data_command
 from mm.config.run.data import Mixture, SourceShare

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_feature_store import MODEL, feature_set, write_store
+from feature_stores import MODEL, feature_set, write_store
 
 from mm.config.bad_samples import parse_on_bad_sample
 from mm.data.balance import SequenceCost
