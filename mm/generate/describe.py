@@ -13,6 +13,7 @@ from mm.checkpoint.safetensor_file import hash_file
 from mm.config.run.encoders import EncodersSection
 from mm.config.run.generation import GenerationRun
 from mm.data.recipe import folder_fingerprint
+from mm.generate.camera_line import is_move
 from mm.generate.rows import GenerationRow
 from mm.generate.weights import GenerationWeights
 
@@ -62,14 +63,25 @@ def describe_run(generation: GenerationRun, weights: GenerationWeights, device: 
 def describe_row(row: GenerationRow, run: GenerationRun) -> dict[str, Any]:
     """Description of one clip alone."""
     about: dict[str, Any] = {"prompt": row.prompt, "prompt_index": row.index}
-    if row.images:
-        about["images"] = [{"path": str(path), "fingerprint": hash_file(path)[:16]} for path in row.images]
     if row.columns:
         about["columns"] = dict(row.columns)
-    if row.video is not None:
-        about["video"] = {"path": str(row.video), "fingerprint": hash_file(row.video)[:16]}
-        about |= {"strength": run.inputs.strength, "start_frame": run.inputs.start_frame or 0}
-    return about
+    for name, paths in row.files.items():
+        if name == "videos":
+            about["video"] = _file(paths[0])
+            about["start_frame"] = run.inputs.start_frame or 0
+            if run.wan.task.with_video:
+                about["strength"] = run.inputs.strength
+        elif name == "cameras":
+            about["camera"] = paths[0] if is_move(paths[0]) else _file(paths[0])
+        else:
+            about[name] = [_file(path) for path in paths]
+    if run.inputs.text_only:
+        about["text_only"] = True
+    return about | run.inputs.settings
+
+
+def _file(path: str) -> dict[str, str]:
+    return {"path": path, "fingerprint": hash_file(Path(path))[:16]}
 
 
 def _encoders(named: EncodersSection) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,7 +15,7 @@ from mm.errors import DataError, raise_all
 from mm.generate.describe import describe_row, describe_run
 from mm.generate.finished import finished_clips, require_same_weights
 from mm.generate.render import Processes, Renderer, batches_of_replica, usable_rows
-from mm.generate.rows import GenerationRow
+from mm.generate.rows import GenerationRow, row_frames_in_front
 from mm.generate.video import clip_path, prepare_folder, write_clip
 from mm.generate.weights import GenerationWeights, open_generation_weights
 from mm.parallel.apply import apply_frozen
@@ -42,10 +42,10 @@ def generate_clips(
 
     Raises:
         ConfigError: CFG-065 and CFG-066 when the parts of the model do not fit each other or the configuration.
-        DataError: DATA-001 to DATA-007, DATA-085 to DATA-087, DATA-096 to DATA-099 and DATA-110 for rows that could not
-            be used, after all others are done; DATA-050 when a clip exists that another command has made, DATA-051 to
-            DATA-056 and DATA-084 for prompts and clips, DATA-020 to DATA-045 and DATA-090 to DATA-093 for weights that
-            cannot be used.
+        DataError: DATA-001 to DATA-007, DATA-085 to DATA-087, DATA-096 to DATA-099, DATA-110, CFG-250 to CFG-257 and
+            CFG-281 for rows that could not be used, after all others are done; DATA-050 when a clip exists that another
+            command has made, DATA-051 to DATA-056 and DATA-084 for prompts and clips, DATA-020 to DATA-045 and DATA-090
+            to DATA-093 for weights that cannot be used.
         CheckpointError: CKPT-010 to CKPT-021 for weights that cannot be used.
     """
     rows, bad = usable_rows(generation, processes)
@@ -62,7 +62,10 @@ def generate_clips(
     )
     finished = _finished_by_any(folder, rows, generation, weights, processes)
     together = generation.zero is not None
-    batches = batches_of_replica(rows, processes, generation.batch.size, together=together, finished=finished)
+    alike = partial(row_frames_in_front, generation.wan.task)
+    batches = batches_of_replica(
+        rows, processes, generation.batch.size, together=together, finished=finished, alike=alike
+    )
     paths = _render(generation, processes, weights, Renderer(generation, processes, batches), finished)
     processes.comm.barrier()
     log.info("%d clips are in %s", len(rows), folder)

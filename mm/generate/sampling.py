@@ -18,7 +18,8 @@ from mm.config.tasks.task import Frame
 from mm.diffusion.samplers import Sampler, Solver, make_sampler
 from mm.errors import DataError
 from mm.generate.pipeline import Velocity, denoise, initial_latents, noisy_latents, pad_text, to_frames
-from mm.generate.sources import Given, late_features
+from mm.generate.sources import Given, LateFeatures, frames_in_front
+from mm.wan.conditions.pixels import ClipSize
 from mm.wan.encoders import TextEncoder, VideoEncoder
 
 PixelSize = tuple[int, int, int]
@@ -80,10 +81,10 @@ class ClipPlan:
     seed: int
     settings: SamplerSettings
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        """(C, F, H, W) of a clip's noise."""
-        return self.wan.noise_channels, *latent_size(self.size)
+    def latent_shape(self, in_front: int) -> tuple[int, int, int, int]:
+        """(C, F, H, W) of a clip's noise, with so many latent frames in front."""
+        frames, height, width = latent_size(self.size)
+        return self.wan.noise_channels, in_front + frames, height, width
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,13 @@ class ClipConditions:
         index: keys its noise.
         text: [L, text_dim] of its prompt, L at most `text_len`.
         early: the features that need no VAE, [*shape] by name (`mm.generate.sources.EarlyFeatures`).
-        given: images and numbers. video: what it is made from, [3, frames, height, width] in [-1, 1], or None.
+        given: images, videos and numbers.
     """
 
     index: int
     text: Tensor
     early: Mapping[str, Tensor]
     given: Given
-    video: Tensor | None = None
 
 
 def encode_prompts(
@@ -128,7 +128,7 @@ def sample(
 
     Args:
         model: the transformer. video: the VAE, for images and videos that are given.
-        plan: what the clips share. clips: B of them.
+        plan: what the clips share. clips: B of them, with as many latent frames in front.
         negative: [L, text_dim] of the negative prompt; may be None when the guidance scale is 1.
         on_step: called after every step; what it returns is ignored.
 
@@ -140,15 +140,18 @@ def sample(
     """
     settings, text_len, device = plan.settings, plan.wan.text_len, plan.device
     sampler = settings.sampler(device)
-    latents = initial_latents(plan.seed, [clip.index for clip in clips], plan.latent_shape).to(device)
-    videos = [clip.video for clip in clips if clip.video is not None]
-    if videos:
+    given = [clip.given for clip in clips]
+    in_front = max((frames_in_front(plan.wan.task, of) for of in given), default=0)
+    latents = initial_latents(plan.seed, [clip.index for clip in clips], plan.latent_shape(in_front)).to(device)
+    videos = [of.video for of in given if of.video is not None]
+    if videos and plan.wan.task.with_video:
         latents = noisy_latents(video.encode(torch.stack(videos)), latents, sampler.first_sigma)
     features = {
         name: torch.stack([clip.early[name] for clip in clips]).to(device) for name in (clips[0].early if clips else ())
     }
-    features |= late_features(plan.wan.task, video, [clip.given for clip in clips], plan.frames, plan.size[0])
-    return denoise(
+    late = LateFeatures(plan.wan, video, ClipSize(*plan.size), plan.frames).of(given)
+    features |= {name: feature.to(device) for name, feature in late.items()}
+    found = denoise(
         model,
         latents,
         pad_text([clip.text for clip in clips], text_len).to(device),
@@ -159,6 +162,7 @@ def sample(
         batched_guidance=settings.batched_guidance,
         on_step=on_step,
     )
+    return found[:, :, in_front:]
 
 
 def decode(video: VideoEncoder, latents: Tensor, size: PixelSize, name: str) -> Tensor:

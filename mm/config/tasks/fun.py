@@ -13,8 +13,8 @@ PIXELS_OF_A_LATENT = 8
 """Rows and columns of pixels that the VAE puts into one of a latent."""
 
 
-CONTROL = Media("control", "video")
-START = Media("first_frame", "image", required=False, from_clip=True)
+CONTROL = Media("control", "video", listed="controls")
+START = Media("first_frame", "image", listed="images", required=False, from_clip=True)
 
 
 def _control_and_start(sizes: Sizes) -> dict[str, int]:

@@ -19,7 +19,10 @@ def _rays(sizes: Sizes) -> Shape:
 FUN_CAMERA = Task(
     name="fun_camera",
     title="Fun-V1.1-Control-Camera",
-    roles=(Media("first_frame", "image", from_clip=True), Media("camera", "poses")),
+    roles=(
+        Media("first_frame", "image", listed="images", from_clip=True),
+        Media("camera", "poses", listed="cameras"),
+    ),
     features=(
         *START_FEATURES,
         InputFeature(

@@ -9,7 +9,7 @@ from mm.config.tasks.task import Entry, InputFeature, Media, Source, Task
 FUN_CONTROL_REF = Task(
     name="fun_control_ref",
     title="Fun-V1.1-Control",
-    roles=(CONTROL, START, Media("reference", "image", required=False, from_clip=True)),
+    roles=(CONTROL, START, Media("reference", "image", listed="references", required=False, from_clip=True)),
     features=(
         *CONTROL_FEATURES,
         InputFeature(

@@ -14,7 +14,7 @@ from mm.config.tasks.fun_control_ref import FUN_CONTROL_REF
 from mm.config.tasks.i2v import I2V
 from mm.config.tasks.speedcontrol import SPEEDCONTROL
 from mm.config.tasks.t2v import T2V
-from mm.config.tasks.task import Task
+from mm.config.tasks.task import Source, Task
 from mm.config.tasks.ti2v import TI2V
 from mm.config.tasks.vace import VACE
 from mm.config.tasks.wan22_i2v import WAN22_I2V
@@ -22,11 +22,14 @@ from mm.config.tasks.wan22_i2v import WAN22_I2V
 _ALL = (T2V, I2V, FLF2V, SPEEDCONTROL, FUN_CONTROL, FUN_CONTROL_REF, FUN_CAMERA, VACE, WAN22_I2V, TI2V)
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 MADE: dict[str, Task] = {name: task for name, task in TASKS.items() if not task.only_called}
-"""Those that are extracted and generated."""
+"""Those that are extracted, and that the embedded default has."""
+GENERATED: dict[str, Task] = {name: task for name, task in TASKS.items() if task.is_generated}
 DEFAULT = T2V
 """Where nothing says a task."""
 
 ALL_COLUMNS = frozenset(column.name for task in TASKS.values() for column in task.columns)
+SETTINGS = tuple(sorted({feature.name for task in _ALL for feature in task.made_by(Source.SETTING)}))
+"""Features that are numbers which generation sets."""
 ALL_RECIPE_FIELDS = frozenset[str]().union(*(task.recipe for task in TASKS.values()))
 
 

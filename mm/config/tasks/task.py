@@ -76,6 +76,8 @@ class Column:
 
 
 MediaKind = Literal["video", "image", "images", "mask", "poses"]
+ListName = Literal["images", "videos", "controls", "references", "cameras", "masks"]
+"""Lists of a generation, of what goes with its prompts line by line."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +87,18 @@ class Media:
     Attributes:
         name: in tables (`mm.data.metadata.VideoSample.roles`), messages and files of generation.
         kind: a video, one image, several images, a video or image of a mask, or a file of camera poses.
+        listed: the list of a generation that it stands in.
         required: whether every row gives it. Without, models are called with what stands for nothing given.
         from_clip: whether training takes it from the clip itself where a row lists no file.
+        in_front: each image is a latent frame in front of the clip's, which the sampler has and nobody decodes.
     """
 
     name: str
     kind: MediaKind
+    listed: ListName
     required: bool = True
     from_clip: bool = False
+    in_front: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,8 +163,10 @@ class Task:
         latent_channels: of its models' latents, where they alone have so many, by which weights are known too.
         recipe: fields of a feature store's recipe that it has beside those of all tasks.
         negative: what stands before the release's negative prompt.
-        only_called: models of it are loaded, converted and called; its features are not made yet, so that neither
-            extraction nor generation knows it.
+        only_called: models of it are loaded, converted and called; its features are not made of clips yet, so that
+            extraction does not know it.
+        is_generated: whether generation makes clips with its models.
+        with_mask: generation may give its models any pixels, by a video and a mask, or none at all, instead of frames.
         with_video, with_last_frame: what generation is called from given videos, or with a last frame too, where its
             models can do that. The latter is a task, whose rows are taken.
     """
@@ -174,6 +182,8 @@ class Task:
     recipe: frozenset[str] = frozenset()
     negative: str = ""
     only_called: bool = False
+    is_generated: bool = True
+    with_mask: bool = False
     with_video: str | None = None
     with_last_frame: str | None = None
 

@@ -22,9 +22,9 @@ VACE = Task(
     name="vace",
     title="VACE",
     roles=(
-        Media("vace_video", "video", required=False, from_clip=True),
-        Media("mask", "mask", required=False),
-        Media("vace_reference", "images", required=False),
+        Media("vace_video", "video", listed="videos", required=False, from_clip=True),
+        Media("mask", "mask", listed="masks", required=False),
+        Media("vace_reference", "images", listed="references", required=False, in_front=True),
     ),
     features=(
         InputFeature(

@@ -96,11 +96,17 @@ def _sections(flags: GenerateFlags, model: InferenceModel) -> dict[str, dict[str
             "prompts": model.prompt,
             "images": model.image,
             "videos": model.video,
+            "controls": model.control,
+            "references": model.reference,
+            "cameras": model.camera,
+            "masks": model.mask,
             "columns": model.columns,
             "negative_prompt": model.negative_prompt,
             "last_frame": pipeline.dual_image,
             "strength": pipeline.strength,
             "start_frame": pipeline.start_frame,
+            "text_only": pipeline.text_only,
+            "vace_scale": pipeline.vace_scale,
         },
         "sampling": {
             "solver": if_read(lambda: diffusion.solver),
@@ -172,7 +178,8 @@ def _unread_flags(flags: GenerateFlags) -> Iterator[str]:
             yield path
 
 
-_SAME_NAME = ("prompt", "image", "video", "negative_prompt", "save_path", "seed", "fps")
+_LISTS = ("prompt", "image", "video", "control", "reference", "camera", "mask")
+_SAME_NAME = (*_LISTS, "negative_prompt", "save_path", "seed", "fps")
 _SOLVERS = {"unipc": "UniPCMultistepScheduler", "euler": "FlowMatchEulerDiscreteScheduler", None: None}
 
 
@@ -183,7 +190,12 @@ def _with_flags(values: Any, flags: GenerateFlags) -> Any:
     said = {name: read_or(getattr(flags, name), None) for name in GenerateFlags.model_fields}
     given = {
         (): {name: said[name] for name in _SAME_NAME},
-        ("pipeline_config",): {"input_size": said["input_size"] or None, "strength": said["strength"]},
+        ("pipeline_config",): {
+            "input_size": said["input_size"] or None,
+            "strength": said["strength"],
+            "text_only": said["text_only"] or None,
+            "vace_scale": said["vace_scale"],
+        },
         ("diffusion",): {
             "model_id": _SOLVERS[said["sample_solver"]],
             "num_inference_steps": said["num_inference_steps"],

@@ -86,13 +86,17 @@ class PipelineSection(Section):
         input_size: frames, height and width of the clips in pixels.
         dual_image: a model that sees the first frame alone is given the last one too.
         strength: video to video: the share of the steps that are taken, above 0 (the given clip) to 1 (a new one).
-        start_frame: video to video: the first frame that is taken of the given videos.
+        start_frame: the first frame that is taken of the given videos.
+        text_only: a model that sees frames is shown none.
+        vace_scale: a factor on what side blocks add; None is 1.
     """
 
     input_size: tuple[int, int, int]
     dual_image: bool = False
     strength: float | None = None
     start_frame: int | None = Field(None, ge=0)
+    text_only: bool = False
+    vace_scale: float | None = None
 
 
 class InferenceModel(Section):
@@ -102,6 +106,10 @@ class InferenceModel(Section):
         prompt: a text file, one prompt a line.
         image: a text file, one image a line for each prompt, or two with a comma between (first, last).
         video: a text file, one video a line for each prompt; the clips are made from these.
+        control: a text file, one video a line for each prompt, which the clips follow frame by frame.
+        reference: a text file, images of what is to be seen, a line for each prompt, with commas between.
+        camera: a text file, one pose file a line for each prompt, or a direction and a speed.
+        mask: a text file, one video or image a line for each prompt, white where `video` is to be made anew.
         columns: text files, one number a line for each prompt, by the names of the columns that the task declares.
         negative_prompt: what guidance leads away from; None is the Wan2.1 release's for the task.
         save_path: folder for the clips. fps: frames a second of the clips.
@@ -113,6 +121,10 @@ class InferenceModel(Section):
     prompt: str = Field(min_length=1)
     image: str | None = Field(None, min_length=1)
     video: str | None = Field(None, min_length=1)
+    control: str | None = Field(None, min_length=1)
+    reference: str | None = Field(None, min_length=1)
+    camera: str | None = Field(None, min_length=1)
+    mask: str | None = Field(None, min_length=1)
     columns: dict[str, str] = Field(default_factory=dict)
     negative_prompt: str | None = None
     save_path: str = Field(min_length=1)
