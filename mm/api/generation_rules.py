@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mm.api.arguments import ImageInput, VideoInput, column_problems
+from mm.config.data import TEMPORAL_STRIDE
 from mm.config.rules.generation import size_problems
 from mm.config.rules.tasks import not_made
-from mm.config.run.generation import VAE_STRIDE
 from mm.config.tasks.task import Task
 from mm.errors import Problem
 from mm.generate.sampling import ClipPlan
@@ -37,7 +37,7 @@ def generation_problems(asked: Asked, plan: ClipPlan, task: Task) -> Iterator[Pr
     Args:
         asked: what. plan: how. task: whose frames are given.
     """
-    yield from size_problems(plan.size, plan.wan.patch_size, "size")
+    yield from size_problems(plan.size, plan.wan.patch_size, plan.wan.task, "size")
     yield from _number_problems(asked, plan)
     yield from _length_problems(asked)
     yield from not_made(plan.wan.task)
@@ -77,9 +77,9 @@ def _frame_problems(asked: Asked, plan: ClipPlan, task: Task) -> Iterator[Proble
     for index, given in enumerate(asked.images or [()] * len(asked.prompts)):
         if len(given) != expected:
             yield Problem("CFG-120", f"Prompt {index} has {len(given)} images; {what}.", "Correct images=.")
-    if expected > 1 and plan.size[0] < VAE_STRIDE[0] + 1:
+    if expected > 1 and plan.size[0] < TEMPORAL_STRIDE + 1:
         found = f"A clip of {plan.size[0]} frames has no first and last one."
-        yield Problem("CFG-123", found, f"Use {VAE_STRIDE[0] + 1} frames or more.")
+        yield Problem("CFG-123", found, f"Use {TEMPORAL_STRIDE + 1} frames or more.")
 
 
 def _video_problems(asked: Asked, plan: ClipPlan) -> Iterator[Problem]:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
+from mm.config.data import TEMPORAL_STRIDE
+from mm.config.tasks.registry import TASKS
 from mm.data.clips import Clip
 from mm.data.features import FEATURES, Feature, Origin, feature_name
 from mm.data.listing import FeatureRow
@@ -208,7 +209,7 @@ def _row(task: DrawTask, feature: Feature, text_tokens: int, recipe: Recipe) -> 
     latents = feature.latents
     assert latents is not None  # noqa: S101  only the empty caption has none
     channels, frames, height, width = latents.shape
-    num_frames = (frames - 1) * TEMPORAL_STRIDE + 1
+    num_frames, pixels = (frames - 1) * TEMPORAL_STRIDE + 1, TASKS[recipe.task].latent_pixels
     return FeatureRow(
         sample=task.sample.id,
         file=f"{FEATURES}/{feature_name(task.sample.id)}",
@@ -216,7 +217,7 @@ def _row(task: DrawTask, feature: Feature, text_tokens: int, recipe: Recipe) -> 
         cap=task.caption,
         start_frame_idx=feature.start_frame,
         sample_num_frames=num_frames,
-        sample_size=f"{num_frames}x{height * LATENT_PIXELS}x{width * LATENT_PIXELS}",
+        sample_size=f"{num_frames}x{height * pixels}x{width * pixels}",
         latent_shape=(channels, frames, height, width),
         text_tokens=text_tokens,
         task=recipe.task,

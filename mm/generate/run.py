@@ -11,11 +11,13 @@ from tqdm import tqdm
 from mm.checkpoint.mismatch import Expected
 from mm.config.run.generation import GenerationRun
 from mm.errors import DataError, raise_all
-from mm.generate.describe import describe_row, describe_run
+from mm.generate.describe import describe_row, describe_run, fingerprint_of
+from mm.generate.experts import TwoExperts, boundary_of, require_experts_in_place
 from mm.generate.finished import finished_clips, require_same_weights
+from mm.generate.pipeline import Velocity
 from mm.generate.render import Processes, Renderer, batches_of_replica, usable_rows
 from mm.generate.video import clip_path, prepare_folder, write_clip
-from mm.generate.weights import open_generation_weights
+from mm.generate.weights import GenerationWeights, open_generation_weights
 from mm.parallel.apply import apply_frozen
 from mm.parallel.velocity import ParallelVelocity
 from mm.wan.encoders import DTYPES
@@ -50,19 +52,10 @@ def generate_clips(
     rows, bad = usable_rows(generation, processes)
     folder = Path(generation.output.path)
     prepare_folder(folder)
-    wan, dtype = generation.wan, DTYPES[generation.model.precision]
-    # only whoever writes clips tells what made them
-    weights = open_generation_weights(
-        generation.model.weights or "",
-        generation.model.adapters,
-        Expected(wan, lambda name: generation.origins[f"model.shape.{name}"], "CFG-065"),
-        dtype,
-        processes.writes,
-        processes.comm,
-    )
+    weights, low = _open_weights(generation, processes)
     finished: dict[int, str] = {}
     if not generation.output.overwrite:
-        about = cache(lambda: describe_run(generation, weights, backend.kind))  # reads the encoders' folders
+        about = cache(lambda: describe_run(generation, weights, backend.kind, low))  # reads the encoders' folders
         finished = finished_clips(folder, rows, lambda row: {**describe_row(row, generation), **about()})
     # nobody writes before everybody has looked; a folder on one node alone is seen by its ranks only
     for part in processes.comm.all_gather_object([list(clip) for clip in finished.items()]):
@@ -76,15 +69,15 @@ def generate_clips(
     )
     renderer = Renderer(generation, processes, batches)
     video = renderer.load_video_encoder()
-    parallel = apply_frozen(wan, processes.mesh, backend, dtype, weights.value_of, generation.zero)
+    velocity = _velocity(generation, processes, weights, low)
     if finished:
-        read = processes.comm.all_gather_object(weights.fingerprint() if processes.writes else None)
+        read = processes.comm.all_gather_object(fingerprint_of(weights, low) if processes.writes else None)
         require_same_weights(folder, finished, [fingerprint for fingerprint in read if fingerprint is not None])
-    description = describe_run(generation, weights, backend.kind)
+    description = describe_run(generation, weights, backend.kind, low)
     paths = []
     shown = generation.logging.progress_bar and processes.comm.rank == 0
     with tqdm(total=renderer.num_steps, desc="generating", unit="step", disable=not shown or None) as bar:
-        for row, frames in renderer.clips(ParallelVelocity(parallel), video, bar.update):
+        for row, frames in renderer.clips(velocity, video, bar.update):
             if row.index in finished:
                 continue
             path = clip_path(folder, row.index)
@@ -94,3 +87,32 @@ def generate_clips(
     log.info("%d clips are in %s", len(rows), folder)
     raise_all(DataError, [row.problem for row in bad])
     return paths
+
+
+def _open_weights(
+    generation: GenerationRun, processes: Processes
+) -> tuple[GenerationWeights, GenerationWeights | None]:
+    """Weights of the transformer, or of both experts, the one for much noise first."""
+    expected = Expected(generation.wan, lambda name: generation.origins[f"model.shape.{name}"], "CFG-065")
+    model, dtype = generation.model, DTYPES[generation.model.precision]
+    # only whoever writes clips tells what made them
+    how = expected, dtype, processes.writes, processes.comm
+    weights = open_generation_weights(model.weights or "", model.adapters, *how)
+    if model.low_noise is None:
+        return weights, None
+    low = open_generation_weights(model.low_noise.weights, model.low_noise.adapters, *how)
+    require_experts_in_place(weights.source.path, low.source.path, boundary_of(model.low_noise, generation.origins))
+    return weights, low
+
+
+def _velocity(
+    generation: GenerationRun, processes: Processes, weights: GenerationWeights, low: GenerationWeights | None
+) -> Velocity:
+    """The transformer on the mesh, or both experts, which share it."""
+    model, dtype = generation.model, DTYPES[generation.model.precision]
+    place = generation.wan, processes.mesh, processes.backend, dtype
+    high = ParallelVelocity(apply_frozen(*place, weights.value_of, generation.zero))
+    if low is None or model.low_noise is None:
+        return high
+    other = ParallelVelocity(apply_frozen(*place, low.value_of, generation.zero))
+    return TwoExperts(high, other, boundary_of(model.low_noise, generation.origins))
