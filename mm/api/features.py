@@ -78,7 +78,7 @@ def extract_features(
     if not isinstance(encoders, Encoders):
         encoders = Encoders.of(encoders)
     given = [row if isinstance(row, VideoRow) else VideoRow(*row) for row in rows]
-    problems = [*not_made(declared), *size_problems(size, WAN_1_3B.patch_size, "size")]
+    problems = [*not_made(declared), *size_problems(size, WAN_1_3B.patch_size, declared, "size")]
     for index, row in enumerate(given):
         problems += column_problems(declared, row.columns, f"Row {index}")
     problems += _nothing_to_learn(declared, min(size[0], min_num_frames or size[0]))

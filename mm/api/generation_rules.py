@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mm.api.arguments import column_problems
+from mm.config.data import TEMPORAL_STRIDE
 from mm.config.rules.generation import size_problems
 from mm.config.rules.tasks import not_generated
-from mm.config.run.generation import VAE_STRIDE
 from mm.config.run.listed import LISTS, Listed, Shown, lists_of
 from mm.config.tasks.task import ListName, Source, Task
 from mm.errors import Problem
@@ -47,7 +47,7 @@ def generation_problems(asked: Asked, plan: ClipPlan, task: Task) -> Iterator[Pr
     Args:
         asked: what. plan: how. task: whose frames are given.
     """
-    yield from size_problems(plan.size, plan.wan.patch_size, "size")
+    yield from size_problems(plan.size, plan.wan.patch_size, plan.wan.task, "size")
     yield from _number_problems(asked, plan)
     yield from _length_problems(asked)
     yield from not_generated(plan.wan.task)
@@ -101,9 +101,9 @@ def _list_problems(asked: Asked, plan: ClipPlan, task: Task) -> Iterator[Problem
                     what = f"{title} models take {_in_words(listed)}"
                     found = f"Prompt {index} has {len(of_prompt)} {name}; {what}."
                     yield Problem("CFG-120", found, f"Correct {name}=.")
-    if len(task.frames) > 1 and plan.size[0] < VAE_STRIDE[0] + 1:
+    if len(task.frames) > 1 and plan.size[0] < TEMPORAL_STRIDE + 1:
         found = f"A clip of {plan.size[0]} frames has no first and last one."
-        yield Problem("CFG-123", found, f"Use {VAE_STRIDE[0] + 1} frames or more.")
+        yield Problem("CFG-123", found, f"Use {TEMPORAL_STRIDE + 1} frames or more.")
 
 
 def _as_many(count: int, listed: Listed) -> bool:

@@ -150,7 +150,7 @@ def _encoder_bytes(sections: TrainingRun) -> int:
 def _largest_clip(sections: TrainingRun) -> tuple[int, int, int]:
     """Latents of the clip that the features have; CFG-047 where the run does not say one size for all."""
     clip = sections.data.features.clip
-    size = None if clip is None else clip.latent_size
+    size = None if clip is None else clip.latent_size(sections.wan.task.latent_pixels)
     if size is None:
         found = f"{sections.word('data.features.clip')} says no size that all samples have."
         raise ConfigError("CFG-047", found, "Give the latents of one as --latent-size F H W, such as 21 60 104.")

@@ -280,6 +280,12 @@ class _Undrawn(FlowMatching):
         """Three [B]."""
         return torch.empty(len(samples)), torch.empty(len(samples)), torch.empty(len(samples))
 
+    def draw_given_frames(
+        self, seed: int, samples: Sequence[SampleId], draws: Sequence[int], usual_share: float
+    ) -> Tensor:
+        """[B]."""
+        return torch.empty(len(samples))
+
 
 def _label_model(tracked: TrackMemory, parallel: ParallelModel) -> None:
     for parameter in parallel.all_parameters().values():

@@ -33,7 +33,7 @@ from mm.extract.skipping import SKIPPED, SKIPS, Skipping, num_skipped
 from mm.extract.sources import VisualEncoders
 from mm.extract.store import WORK, check_store, finish, held_by_others, hold_against_plan, runs_done
 from mm.extract.worker import Runs, Tally, Worker
-from mm.wan.encoders import TextEncoder, VideoEncoder
+from mm.wan.encoders import TextEncoder, VideoEncoder, require_stride
 from mm.wan.image_encoder import ImageEncoder
 
 log = logging.getLogger(__name__)
@@ -137,6 +137,7 @@ def open_encoders(named: EncodersSection, task: Task, device: torch.device) -> C
     """
     vae = named.vae
     video = VideoEncoder.from_pretrained(Path(vae.from_pretrained), vae.precision, device, vae.tiles_of_clips())
+    require_stride(vae.from_pretrained, video, task)
     text = TextEncoder.from_pretrained(
         Path(named.text.from_pretrained),
         Path(named.tokenizer.from_pretrained),

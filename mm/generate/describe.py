@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +13,23 @@ import torch
 import mm
 from mm.checkpoint.safetensor_file import hash_file
 from mm.config.run.encoders import EncodersSection
-from mm.config.run.generation import GenerationRun
+from mm.config.run.generation import AdapterFile, GenerationRun
 from mm.data.recipe import folder_fingerprint
 from mm.generate.camera_line import is_move
+from mm.generate.experts import boundary_of
 from mm.generate.rows import GenerationRow
 from mm.generate.weights import GenerationWeights
 
 
-def describe_run(generation: GenerationRun, weights: GenerationWeights, device: str) -> dict[str, Any]:
+def describe_run(
+    generation: GenerationRun, weights: GenerationWeights, device: str, low: GenerationWeights | None = None
+) -> dict[str, Any]:
     """Description that all clips of a run share.
 
     Args:
         generation: the configuration.
         weights: of the transformer; its fingerprint is right when all of them have been read.
-        device: kind of device.
+        device: kind of device. low: of the expert for little noise; its fingerprint is part of the transformer's.
     """
     sampling = generation.sampling
     sampler: dict[str, Any] = {"sample_solver": sampling.solver}
@@ -38,7 +43,7 @@ def describe_run(generation: GenerationRun, weights: GenerationWeights, device: 
     }
     return {
         "task": generation.task,
-        "negative_prompt": generation.negative_text if sampling.guided else None,
+        "negative_prompt": generation.negative_text if generation.guided else None,
         "seed": generation.generation.seed,
         "input_size": list(generation.output.size),
         "fps": generation.output.fps,
@@ -47,17 +52,40 @@ def describe_run(generation: GenerationRun, weights: GenerationWeights, device: 
         "flow_shift": sampling.shift,
         "guidance_scale": sampling.guidance_scale,
         "batched_guidance": sampling.batched_guidance,
-        "transformer": transformer | {"fingerprint": weights.fingerprint()},
-        "lora": [
-            section.model_dump() | {"fingerprint": digits}
-            for section, digits in zip(generation.model.adapters, weights.adapter_fingerprints(), strict=True)
-        ],
+        "transformer": transformer | {"fingerprint": fingerprint_of(weights, low)},
+        "lora": _adapters(generation.model.adapters, weights),
+        **({} if low is None else _low_noise(generation, low)),
         **_encoders(generation.encoders),
         "layout": generation.layout.name(),
         "device": device,
         # torch by its own word, which names the build (2.13.0+cu130); the package's version does not
         "versions": {"mm": mm.__version__, "torch": str(torch.__version__), **libraries},
     }
+
+
+def _adapters(sections: Sequence[AdapterFile], weights: GenerationWeights) -> list[dict[str, Any]]:
+    each = zip(sections, weights.adapter_fingerprints(), strict=True)
+    return [section.model_dump() | {"fingerprint": digits} for section, digits in each]
+
+
+def _low_noise(generation: GenerationRun, weights: GenerationWeights) -> dict[str, Any]:
+    section = generation.model.low_noise
+    assert section is not None  # noqa: S101  whose weights these are
+    about = {
+        "path": str(weights.source.path),
+        "format": weights.source.label,
+        "lora": _adapters(section.adapters, weights),
+        "boundary": boundary_of(section, generation.origins),
+        "guidance_scale": section.guidance_scale,
+    }
+    return {"low_noise": about}
+
+
+def fingerprint_of(weights: GenerationWeights, low: GenerationWeights | None) -> str:
+    """Sixteen hexadecimal digits of a transformer, or of two experts together; of none that was not read."""
+    if low is None:
+        return weights.fingerprint()
+    return hashlib.sha256(f"{weights.fingerprint()} {low.fingerprint()}".encode()).hexdigest()[:16]
 
 
 def describe_row(row: GenerationRow, run: GenerationRun) -> dict[str, Any]:

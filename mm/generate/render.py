@@ -22,6 +22,7 @@ from mm.checkpoint.comm import Comm
 from mm.config.run.generation import GenerationRun
 from mm.device.backend import Backend
 from mm.errors import DataError, MMError, Problem, raise_all
+from mm.generate.experts import boundary_of
 from mm.generate.fit import require_image_encoder_fits, require_text_fits, require_vae_fits
 from mm.generate.inputs import load_given
 from mm.generate.pipeline import Velocity
@@ -188,7 +189,7 @@ class Renderer:
 
 def clip_plan(run: GenerationRun, device: torch.device) -> ClipPlan:
     """Plan that all clips of a generation share."""
-    sampling = run.sampling
+    sampling, low = run.sampling, run.model.low_noise
     settings = SamplerSettings(
         solver=sampling.solver,
         num_steps=sampling.steps,
@@ -198,6 +199,8 @@ def clip_plan(run: GenerationRun, device: torch.device) -> ClipPlan:
         solver_order=sampling.solver_order or 2,
         solver_type=sampling.solver_type or "bh2",
         strength=run.inputs.strength or 1.0,
+        boundary=None if low is None else boundary_of(low, run.origins),
+        low_guidance_scale=None if low is None else low.guidance_scale,
     )
     return ClipPlan(run.wan, device, run.row_task.frames, run.output.size, run.generation.seed, settings)
 
@@ -218,7 +221,7 @@ def _encode_text(
         named.tokenizer.model_max_length,
     )
     prompts = [row.prompt for row in rows]
-    texts, negative = encode_prompts(encoder, prompts, run.negative_text if run.sampling.guided else None)
+    texts, negative = encode_prompts(encoder, prompts, run.negative_text if run.guided else None)
     if texts:
         require_text_fits(named.text.from_pretrained, texts[0], run.wan)
     return dict(zip((row.index for row in rows), texts, strict=True)), negative

@@ -12,8 +12,10 @@ from tqdm import tqdm
 from mm.checkpoint.mismatch import Expected
 from mm.config.run.generation import GenerationRun
 from mm.errors import DataError, raise_all
-from mm.generate.describe import describe_row, describe_run
+from mm.generate.describe import describe_row, describe_run, fingerprint_of
+from mm.generate.experts import TwoExperts, boundary_of, require_experts_in_place
 from mm.generate.finished import finished_clips, require_same_weights
+from mm.generate.pipeline import Velocity
 from mm.generate.render import Processes, Renderer, batches_of_replica, usable_rows
 from mm.generate.rows import GenerationRow, row_frames_in_front
 from mm.generate.video import clip_path, prepare_folder, write_clip
@@ -51,39 +53,37 @@ def generate_clips(
     rows, bad = usable_rows(generation, processes)
     folder = Path(generation.output.path)
     prepare_folder(folder)
-    # only whoever writes clips tells what made them
-    weights = open_generation_weights(
-        generation.model.weights or "",
-        generation.model.adapters,
-        Expected(generation.wan, lambda name: generation.origins[f"model.shape.{name}"], "CFG-065"),
-        DTYPES[generation.model.precision],
-        processes.writes,
-        processes.comm,
-    )
-    finished = _finished_by_any(folder, rows, generation, weights, processes)
+    weights, low = _open_weights(generation, processes)
+    finished = _finished_by_any(folder, rows, generation, (weights, low), processes)
     together = generation.zero is not None
     alike = partial(row_frames_in_front, generation.wan.task)
     batches = batches_of_replica(
         rows, processes, generation.batch.size, together=together, finished=finished, alike=alike
     )
-    paths = _render(generation, processes, weights, Renderer(generation, processes, batches), finished)
+    paths = _render(generation, processes, (weights, low), Renderer(generation, processes, batches), finished)
     processes.comm.barrier()
     log.info("%d clips are in %s", len(rows), folder)
     raise_all(DataError, [row.problem for row in bad])
     return paths
 
 
+Experts = tuple[GenerationWeights, GenerationWeights | None]
+"""Weights of the transformer, or of both experts, the one for much noise first."""
+
+
 def _finished_by_any(
     folder: Path,
     rows: Sequence[GenerationRow],
     generation: GenerationRun,
-    weights: GenerationWeights,
+    experts: Experts,
     processes: Processes,
 ) -> dict[int, str]:
     """`finished_clips` of all ranks together, the same on each; none where clips are to be made anew."""
     finished: dict[int, str] = {}
     if not generation.output.overwrite:
-        about = cache(lambda: describe_run(generation, weights, processes.backend.kind))  # reads the encoders' folders
+        weights, low = experts
+        kind = processes.backend.kind
+        about = cache(lambda: describe_run(generation, weights, kind, low))  # reads the encoders' folders
         finished = finished_clips(folder, rows, lambda row: {**describe_row(row, generation), **about()})
     # nobody writes before everybody has looked; a folder on one node alone is seen by its ranks only
     for part in processes.comm.all_gather_object([list(clip) for clip in finished.items()]):
@@ -98,7 +98,7 @@ def _finished_by_any(
 def _render(
     generation: GenerationRun,
     processes: Processes,
-    weights: GenerationWeights,
+    experts: Experts,
     renderer: Renderer,
     finished: Mapping[int, str],
 ) -> list[Path]:
@@ -109,19 +109,46 @@ def _render(
     """
     backend, folder = processes.backend, Path(generation.output.path)
     video = renderer.load_video_encoder()
-    dtype = DTYPES[generation.model.precision]
-    parallel = apply_frozen(generation.wan, processes.mesh, backend, dtype, weights.value_of, generation.zero)
+    weights, low = experts
+    velocity = _velocity(generation, processes, weights, low)
     if finished:
-        read = processes.comm.all_gather_object(weights.fingerprint() if processes.writes else None)
+        read = processes.comm.all_gather_object(fingerprint_of(weights, low) if processes.writes else None)
         require_same_weights(folder, finished, [fingerprint for fingerprint in read if fingerprint is not None])
-    description = describe_run(generation, weights, backend.kind)
+    description = describe_run(generation, weights, backend.kind, low)
     paths = []
     shown = generation.logging.progress_bar and processes.comm.rank == 0
     with tqdm(total=renderer.num_steps, desc="generating", unit="step", disable=not shown or None) as bar:
-        for row, frames in renderer.clips(ParallelVelocity(parallel), video, bar.update):
+        for row, frames in renderer.clips(velocity, video, bar.update):
             if row.index in finished:
                 continue
             path = clip_path(folder, row.index)
             write_clip(path, frames, generation.output.fps, {**describe_row(row, generation), **description})
             paths.append(path)
     return paths
+
+
+def _open_weights(generation: GenerationRun, processes: Processes) -> Experts:
+    """Weights of the transformer, or of both experts, open."""
+    expected = Expected(generation.wan, lambda name: generation.origins[f"model.shape.{name}"], "CFG-065")
+    model, dtype = generation.model, DTYPES[generation.model.precision]
+    # only whoever writes clips tells what made them
+    how = expected, dtype, processes.writes, processes.comm
+    weights = open_generation_weights(model.weights or "", model.adapters, *how)
+    if model.low_noise is None:
+        return weights, None
+    low = open_generation_weights(model.low_noise.weights, model.low_noise.adapters, *how)
+    require_experts_in_place(weights.source.path, low.source.path, boundary_of(model.low_noise, generation.origins))
+    return weights, low
+
+
+def _velocity(
+    generation: GenerationRun, processes: Processes, weights: GenerationWeights, low: GenerationWeights | None
+) -> Velocity:
+    """The transformer on the mesh, or both experts, which share it."""
+    model, dtype = generation.model, DTYPES[generation.model.precision]
+    place = generation.wan, processes.mesh, processes.backend, dtype
+    high = ParallelVelocity(apply_frozen(*place, weights.value_of, generation.zero))
+    if low is None or model.low_noise is None:
+        return high
+    other = ParallelVelocity(apply_frozen(*place, low.value_of, generation.zero))
+    return TwoExperts(high, other, boundary_of(model.low_noise, generation.origins))

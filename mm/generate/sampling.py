@@ -17,6 +17,8 @@ from mm.config.run.generation import latent_size
 from mm.config.tasks.task import Frame
 from mm.diffusion.samplers import Sampler, Solver, make_sampler
 from mm.errors import DataError
+from mm.generate.experts import is_high
+from mm.generate.given_frame import GivenFirstFrame
 from mm.generate.pipeline import Velocity, denoise, initial_latents, noisy_latents, pad_text, to_frames
 from mm.generate.sources import Given, LateFeatures, frames_in_front
 from mm.wan.conditions.pixels import ClipSize
@@ -34,6 +36,8 @@ class SamplerSettings:
         solver, num_steps, shift, solver_order, solver_type, strength: as for `mm.diffusion.samplers.make_sampler`.
         guidance_scale: of classifier-free guidance; exactly 1 leaves the negative prompt out.
         batched_guidance: both prompts in one pass of twice the batch, instead of two passes.
+        boundary, low_guidance_scale: of two experts, the noise level from which on the first is asked, and the scale
+            below it; None where there is one transformer.
     """
 
     solver: Solver
@@ -44,6 +48,13 @@ class SamplerSettings:
     solver_order: int = 2
     solver_type: Literal["bh1", "bh2"] = "bh2"
     strength: float = 1.0
+    boundary: float | None = None
+    low_guidance_scale: float | None = None
+
+    def guidance(self, timestep: float) -> float:
+        """Guidance scale at a timestep."""
+        low = self.boundary is not None and not is_high(timestep, self.boundary)
+        return self.low_guidance_scale if low and self.low_guidance_scale is not None else self.guidance_scale
 
     def sampler(self, device: torch.device) -> Sampler:
         """A new one, for one batch of latents on a device."""
@@ -83,7 +94,7 @@ class ClipPlan:
 
     def latent_shape(self, in_front: int) -> tuple[int, int, int, int]:
         """(C, F, H, W) of a clip's noise, with so many latent frames in front."""
-        frames, height, width = latent_size(self.size)
+        frames, height, width = latent_size(self.size, self.wan.task.latent_pixels)
         return self.wan.noise_channels, in_front + frames, height, width
 
 
@@ -151,18 +162,30 @@ def sample(
     }
     late = LateFeatures(plan.wan, video, ClipSize(*plan.size), plan.frames).of(given)
     features |= {name: feature.to(device) for name, feature in late.items()}
+    with_first = _given_first_frame(model, video, plan, clips)
     found = denoise(
-        model,
+        with_first or model,
         latents,
         pad_text([clip.text for clip in clips], text_len).to(device),
         None if negative is None else pad_text([negative] * len(clips), text_len).to(device),
         sampler,
-        settings.guidance_scale,
+        settings.guidance,
         features=features,
         batched_guidance=settings.batched_guidance,
         on_step=on_step,
     )
-    return found[:, :, in_front:]
+    return found[:, :, in_front:] if with_first is None else with_first.in_clip(found)
+
+
+def _given_first_frame(
+    model: Velocity, video: VideoEncoder, plan: ClipPlan, clips: Sequence[ClipConditions]
+) -> GivenFirstFrame | None:
+    """The transformer that sees the first frames of clips, of tasks for which these are part of the latents."""
+    images = [clip.given.images[0] for clip in clips if clip.given.images]
+    if not images or not plan.wan.task.first_frame_share:
+        return None
+    first = video.encode(torch.stack(images).unsqueeze(2)).to(plan.device)
+    return GivenFirstFrame(model, first, plan.wan.patch_size)
 
 
 def decode(video: VideoEncoder, latents: Tensor, size: PixelSize, name: str) -> Tensor:
@@ -179,6 +202,6 @@ def decode(video: VideoEncoder, latents: Tensor, size: PixelSize, name: str) -> 
         raise DataError(
             "DATA-055",
             f"{name} made clips of {tuple(frames.shape[1:4])} where (frames, height, width) {size} were expected.",
-            "Use the VAE of a Wan2.1 model (stride 4x8x8).",
+            "Use the VAE of the transformer's model.",
         )
     return frames

@@ -44,7 +44,8 @@ class DecodingEye:
     def frames(self, latents: Tensor) -> Tensor:
         """Frames; raises DATA-055 for a VAE of another stride than Wan's."""
         _, frames, height, width = latents.shape
-        size = ((frames - 1) * TEMPORAL_STRIDE + 1, height * LATENT_PIXELS, width * LATENT_PIXELS)
+        stride = self.video.spatial_stride
+        size = ((frames - 1) * TEMPORAL_STRIDE + 1, height * stride, width * stride)
         return decode(self.video, latents.unsqueeze(0), size, self.name)[0]
 
     def moment(self, frame: int) -> tuple[str, int]:

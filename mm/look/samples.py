@@ -11,8 +11,9 @@ from itertools import islice, pairwise
 from torch import Tensor
 
 from mm.config.bad_samples import FAIL, OnBadSample
-from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
+from mm.config.data import TEMPORAL_STRIDE
 from mm.config.run.data import MinBucket, Mixture
+from mm.config.tasks.task import Task
 from mm.data.balance import cost_of_model
 from mm.data.dataset import FeatureDataset
 from mm.data.listing import LatentShape, ListedSample
@@ -162,7 +163,7 @@ class Viewer:
         index, latents = batch["index"][row], batch["latents"][row]
         place, listed = self.dataset.place(index), self.dataset.listed(index)
         recipe = self.recipes[str(place.folder)]
-        size = pixel_size(place.latent_shape)
+        size = pixel_size(place.latent_shape, self.dataset.model.task)
         sources = source_frames(listed, recipe, size[0])
         task = self.dataset.model.task
         features: dict[str, Tensor] = {name: value[row] for name, value in batch["features"].items()}
@@ -189,10 +190,10 @@ class Viewer:
         )
 
 
-def pixel_size(shape: LatentShape) -> tuple[int, int, int]:
+def pixel_size(shape: LatentShape, task: Task) -> tuple[int, int, int]:
     """Frames, height and width of a clip by the shape of its latents."""
     _, frames, height, width = shape
-    return (frames - 1) * TEMPORAL_STRIDE + 1, height * LATENT_PIXELS, width * LATENT_PIXELS
+    return (frames - 1) * TEMPORAL_STRIDE + 1, height * task.latent_pixels, width * task.latent_pixels
 
 
 def source_frames(listed: ListedSample, recipe: Recipe, count: int) -> Sequence[int]:

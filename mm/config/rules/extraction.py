@@ -27,7 +27,7 @@ def check_extraction(run: ExtractionRun) -> None:
 
 def _clips_can_be(run: ExtractionRun) -> Iterator[Problem]:
     """CFG-050, CFG-051, CFG-210 and CFG-211."""
-    yield from clip_problems(run.data.clip, run.origins, "data.clip")
+    yield from clip_problems(run.data.clip, run.origins, "data.clip", run.task)
 
 
 def _frames_can_be_taken(run: ExtractionRun) -> Iterator[Problem]:

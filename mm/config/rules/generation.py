@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+from mm.config.data import TEMPORAL_STRIDE
 from mm.config.model import TASK_FIELD
 from mm.config.rules.encoders import tile_problems
 from mm.config.rules.mesh import MESH_RULES
 from mm.config.rules.tasks import not_generated
-from mm.config.run.generation import VAE_STRIDE, GenerationRun
+from mm.config.run.generation import GenerationRun
 from mm.config.run.listed import LISTS, every_list_of
 from mm.config.tasks.registry import GENERATED, SETTINGS, named
 from mm.config.tasks.task import Source, Task
@@ -49,7 +50,7 @@ def _solver_values_have_their_solver(run: GenerationRun) -> Iterator[Problem]:
 
 def _guidance_is_there(run: GenerationRun) -> Iterator[Problem]:
     """CFG-063: batching the two passes of guidance needs guidance."""
-    if run.sampling.batched_guidance and not run.sampling.guided:
+    if run.sampling.batched_guidance and not run.guided:
         batched, scale = run.origins["sampling.batched_guidance"], run.origins["sampling.guidance_scale"]
         found = f"{batched.place()} has no effect with {scale.with_value(1)}."
         yield Problem("CFG-063", found, f"Remove it, or choose another {scale.name}.")
@@ -172,14 +173,14 @@ def _sees_videos(run: GenerationRun) -> bool:
 def _frames_have_a_middle(run: GenerationRun) -> Iterator[Problem]:
     """CFG-123: a first and a last frame are two frames."""
     frames = run.output.num_frames
-    if len(run.row_task.frames) > 1 and frames < VAE_STRIDE[0] + 1:
+    if len(run.row_task.frames) > 1 and frames < TEMPORAL_STRIDE + 1:
         found = f"{run.origins['output.num_frames'].place()}: a clip of {frames} frames has no first and last one."
-        yield Problem("CFG-123", found, f"Use {VAE_STRIDE[0] + 1} frames or more.")
+        yield Problem("CFG-123", found, f"Use {TEMPORAL_STRIDE + 1} frames or more.")
 
 
 def _size_is_possible(run: GenerationRun) -> Iterator[Problem]:
     """CFG-060, CFG-061: a size that the VAE and the patches can make."""
-    yield from size_problems(run.output.size, run.wan.patch_size, run.origins["output.num_frames"].name)
+    yield from size_problems(run.output.size, run.wan.patch_size, run.wan.task, run.origins["output.num_frames"].name)
 
 
 def _tiles_cover_the_frame(run: GenerationRun) -> Iterator[Problem]:
@@ -187,18 +188,20 @@ def _tiles_cover_the_frame(run: GenerationRun) -> Iterator[Problem]:
     yield from tile_problems(run.encoders.vae, run.origins)
 
 
-def size_problems(size: tuple[int, int, int], patch_size: tuple[int, int, int], name_of_size: str) -> Iterator[Problem]:
+def size_problems(
+    size: tuple[int, int, int], patch_size: tuple[int, int, int], task: Task, name_of_size: str
+) -> Iterator[Problem]:
     """CFG-060 and CFG-061 for a clip's frames, height and width that the VAE and the patches cannot make."""
     frames, height, width = size
-    stride, patch = VAE_STRIDE, patch_size
-    if frames < 1 or (frames - 1) % stride[0]:
-        below = max(1, (frames - 1) // stride[0] * stride[0] + 1)
+    if frames < 1 or (frames - 1) % TEMPORAL_STRIDE:
+        below = max(1, (frames - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1)
         yield Problem(
             "CFG-060",
             f"{name_of_size} asks for {frames} frames; the VAE makes 4k + 1.",
-            f"Use {below} or {below + stride[0]}.",
+            f"Use {below} or {below + TEMPORAL_STRIDE}.",
         )
-    for name, pixels, multiple in (("height", height, stride[1] * patch[1]), ("width", width, stride[2] * patch[2])):
+    for name, pixels, patch in (("height", height, patch_size[1]), ("width", width, patch_size[2])):
+        multiple = task.latent_pixels * patch
         if pixels < multiple or pixels % multiple:
             below = max(multiple, pixels // multiple * multiple)
             yield Problem(

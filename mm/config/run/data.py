@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from mm.config.base import Section
-from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
+from mm.config.data import TEMPORAL_STRIDE
 from mm.config.run.encoders import TokenizerSection
 from mm.config.run.shapes import ShapeRule
 from mm.config.storage import Storage
@@ -35,13 +35,12 @@ class Clip(Section):
             raise ValueError("the clip has no fixed size")
         return self.height, self.width
 
-    @property
-    def latent_size(self) -> tuple[int, int, int] | None:
-        """F, H, W of the latents; None where they have several sizes."""
+    def latent_size(self, latent_pixels: int) -> tuple[int, int, int] | None:
+        """F, H, W of the latents, whose pixels stand for so many rows; None where they have several sizes."""
         if self.shape is not None:
             return None
         height, width = self.fixed_size
-        return (self.num_frames - 1) // TEMPORAL_STRIDE + 1, height // LATENT_PIXELS, width // LATENT_PIXELS
+        return (self.num_frames - 1) // TEMPORAL_STRIDE + 1, height // latent_pixels, width // latent_pixels
 
 
 class FeatureSet(Section):

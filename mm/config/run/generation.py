@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from mm.config.base import Section
+from mm.config.data import TEMPORAL_STRIDE
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout, mesh_layout
 from mm.config.model import Precision, WanConfig
@@ -26,14 +27,11 @@ NEGATIVE_PROMPT = (
 """Of the Wan2.1 release, which its models are meant to be used with: wan/configs/shared_config.py for text alone. Tasks
 put something before it (`Task.negative`)."""
 
-# Pixels that one latent stands for: frames after the first, rows, columns. Fixed by the Wan2.1 VAE.
-VAE_STRIDE = (4, 8, 8)
 
-
-def latent_size(size: tuple[int, int, int]) -> tuple[int, int, int]:
-    """(F, H, W) of the latents of a clip of so many frames, rows and columns."""
+def latent_size(size: tuple[int, int, int], latent_pixels: int) -> tuple[int, int, int]:
+    """(F, H, W) of the latents of a clip of so many frames, rows and columns; a latent pixel is as high as so many."""
     frames, height, width = size
-    return (frames - 1) // VAE_STRIDE[0] + 1, height // VAE_STRIDE[1], width // VAE_STRIDE[2]
+    return (frames - 1) // TEMPORAL_STRIDE + 1, height // latent_pixels, width // latent_pixels
 
 
 class GenerationSection(Section):
@@ -54,18 +52,35 @@ class AdapterFile(Section):
     strength: float = 1.0
 
 
+class LowNoiseExpert(Section):
+    """The expert for little noise, of the other one's shape.
+
+    Attributes:
+        weights: in any known format. adapters: added to them, in this order.
+        boundary: noise level from which on the other expert is asked; None for what the weights' folder records.
+        guidance_scale: of this one; None for the other one's.
+    """
+
+    weights: str = Field(min_length=1)
+    adapters: tuple[AdapterFile, ...] = ()
+    boundary: float | None = Field(None, gt=0, lt=1)
+    guidance_scale: float | None = Field(None, ge=0)
+
+
 class TransformerSection(Section):
     """The transformer.
 
     Attributes:
         shape: sizes, and the task that its weights are for. precision: of parameters and activations.
         weights: in any known format. adapters: added to them, in this order.
+        low_noise: the second of two experts, for little noise; None where there is one transformer.
     """
 
     shape: WanConfig
     precision: Precision
     weights: str | None = Field(None, min_length=1)
     adapters: tuple[AdapterFile, ...] = ()
+    low_noise: LowNoiseExpert | None = None
 
 
 class SamplingSection(Section):
@@ -250,6 +265,12 @@ class GenerationRun(GenerationSections, MeshRun):
         """Task in one word: its name, or what it is called from given videos."""
         from_video = None if self.inputs.videos is None else self.wan.task.with_video
         return from_video or self.row_task.name
+
+    @property
+    def guided(self) -> bool:
+        """True where the negative prompt takes part in any step."""
+        low = self.model.low_noise
+        return self.sampling.guided or (low is not None and low.guidance_scale not in (None, 1))
 
     @property
     def negative_text(self) -> str:

@@ -161,6 +161,9 @@ class Task:
         positions: image tokens get learned positions, which tell the images apart.
         marks: parameters by which weights of it are known, native names.
         latent_channels: of its models' latents, where they alone have so many, by which weights are known too.
+        latent_pixels: rows and columns of pixels that a latent pixel of its VAE stands for.
+        first_frame_share: share of samples whose first latent frame is given clean in training where nothing else is
+            said; 0 for tasks that never are. The others train without it, and so do single frames.
         recipe: fields of a feature store's recipe that it has beside those of all tasks.
         negative: what stands before the release's negative prompt.
         only_called: models of it are loaded, converted and called; its features are not made of clips yet, so that
@@ -179,6 +182,8 @@ class Task:
     positions: bool = False
     marks: frozenset[str] = frozenset()
     latent_channels: int | None = None
+    latent_pixels: int = 8
+    first_frame_share: float = 0.0
     recipe: frozenset[str] = frozenset()
     negative: str = ""
     only_called: bool = False

@@ -10,6 +10,8 @@ TI2V = Task(
     title="Wan2.2 TI2V",
     roles=(Media("first_frame", "image", listed="images", required=False, from_clip=True),),
     latent_channels=48,
+    latent_pixels=16,
+    first_frame_share=0.5,  # both of what its name says
     only_called=True,
     is_generated=False,
 )

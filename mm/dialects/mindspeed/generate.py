@@ -15,8 +15,8 @@ from mm.config.run.encoders import (
     TextEncoderSection,
     VideoEncoderSection,
 )
-from mm.config.run.generation import AdapterFile, GenerationRun, GenerationSections
-from mm.config.unread import UNREAD, Unread, broken, built, if_read, parse_parts, read_or, whole
+from mm.config.run.generation import AdapterFile, GenerationRun, GenerationSections, LowNoiseExpert
+from mm.config.unread import UNREAD, Unread, broken, built, if_read, is_given, parse_parts, read_or, whole
 from mm.dialects.mindspeed.accepted import settle
 from mm.dialects.mindspeed.accepted_flags import ACCEPTED_GENERATE_FLAGS
 from mm.dialects.mindspeed.as_done_here import mesh_as_done_here
@@ -24,7 +24,7 @@ from mm.dialects.mindspeed.contradictions import layerzero_has_its_file
 from mm.dialects.mindspeed.extraction import tokenizer
 from mm.dialects.mindspeed.generate_flags import GenerateFlags
 from mm.dialects.mindspeed.generate_words import GENERATION_WORDS, generation_origins
-from mm.dialects.mindspeed.inference_json import InferenceModel, PipelineSection
+from mm.dialects.mindspeed.inference_json import InferenceModel, LoraSection, PipelineSection
 from mm.dialects.mindspeed.inference_retired import RETIRED_GENERATE_FLAGS, RETIRED_INFERENCE_KEYS
 from mm.dialects.mindspeed.reading import Reading
 from mm.dialects.mindspeed.words import MESH_FLAGS
@@ -90,7 +90,8 @@ def _sections(flags: GenerateFlags, model: InferenceModel) -> dict[str, dict[str
             "shape": if_read(lambda: whole(predictor, WanConfig.model_fields).wan()),
             "precision": predictor.dtype,
             "weights": predictor.from_pretrained,
-            "adapters": if_read(lambda: tuple(AdapterFile(path=one.path, strength=one.strength) for one in model.lora)),
+            "adapters": if_read(lambda: _adapters(model.lora)),
+            "low_noise": if_read(lambda: _low_noise(model)),
         },
         "inputs": {
             "prompts": model.prompt,
@@ -127,6 +128,23 @@ def _sections(flags: GenerateFlags, model: InferenceModel) -> dict[str, dict[str
         "supervision": {"timeout_minutes": flags.distributed_timeout_minutes},
         "logging": {"progress_bar": if_read(lambda: not flags.no_progress_bar)},
     }
+
+
+def _adapters(lora: Sequence[LoraSection]) -> tuple[AdapterFile, ...]:
+    return tuple(AdapterFile(path=one.path, strength=one.strength) for one in lora)
+
+
+def _low_noise(model: InferenceModel) -> LowNoiseExpert | None:
+    low = model.low_noise
+    if not is_given(low):
+        return None
+    values = {
+        "weights": low.from_pretrained,
+        "adapters": if_read(lambda: _adapters(low.lora)),
+        "boundary": low.boundary,
+        "guidance_scale": low.guidance_scale,
+    }
+    return built(LowNoiseExpert, values)
 
 
 def _size(pipeline: PipelineSection) -> dict[str, int]:

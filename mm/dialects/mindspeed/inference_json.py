@@ -53,6 +53,22 @@ class LoraSection(Section):
     strength: float = 1.0
 
 
+class LowNoiseSection(Section):
+    """The `low_noise` section: the second of two experts, for little noise; `predictor` and `--load` say the other.
+
+    Attributes:
+        from_pretrained: its weights. lora: adapters that are added to them.
+        boundary: noise level from which on the other expert is asked; what model_index.json beside the weights' folder
+            has, where it is not said.
+        guidance_scale: of this expert; the other one's where it is not said.
+    """
+
+    from_pretrained: str = Field(min_length=1)
+    lora: tuple[LoraSection, ...] = ()
+    boundary: float | None = Field(None, gt=0, lt=1)
+    guidance_scale: float | None = Field(None, ge=0)
+
+
 class InferenceDiffusion(Section):
     """The `diffusion` section: how the velocity is integrated.
 
@@ -114,6 +130,7 @@ class InferenceModel(Section):
         negative_prompt: what guidance leads away from; None is the Wan2.1 release's for the task.
         save_path: folder for the clips. fps: frames a second of the clips.
         lora: adapters that are added to the transformer's weights, in this order.
+        low_noise: the expert for little noise, where there are two.
         seed: with the prompt's index it decides the initial noise.
     """
 
@@ -137,4 +154,5 @@ class InferenceModel(Section):
     image_encoder: ImageEncoderSection | None = None
     predictor: InferencePredictor
     lora: tuple[LoraSection, ...] = ()
+    low_noise: LowNoiseSection | None = None
     diffusion: InferenceDiffusion
