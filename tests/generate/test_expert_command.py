@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from generation_runs import GUIDANCE, NEGATIVE, SEED, SIZE, contents, failure, generate, settings
 from safetensors.torch import load_file, save_file
-from test_generate_command import GUIDANCE, NEGATIVE, SEED, SIZE, contents, failure, generate, settings
 from transformers import AutoTokenizer, UMT5EncoderModel
 from wans_grids import UniPCOnWansGrid
 
