@@ -41,7 +41,8 @@ def generate_clips(
         The clips' paths that this rank wrote, in the order of the rows.
 
     Raises:
-        ConfigError: CFG-065 and CFG-066 when the parts of the model do not fit each other or the configuration.
+        ConfigError: CFG-065 and CFG-066 when the parts of the model do not fit each other or the configuration; CFG-294
+            and CFG-295 for two experts without a boundary, or in each other's place.
         DataError: DATA-001 to DATA-007, DATA-085 to DATA-087, DATA-096 to DATA-099 and DATA-110 for rows that could not
             be used, after all others are done; DATA-050 when a clip exists that another command has made, DATA-051 to
             DATA-056 and DATA-084 for prompts and clips, DATA-020 to DATA-045 and DATA-090 to DATA-093 for weights that
