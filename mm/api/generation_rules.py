@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mm.api.arguments import ImageInput, VideoInput, column_problems
 from mm.config.rules.generation import size_problems
-from mm.config.rules.tasks import not_made
+from mm.config.rules.tasks import not_generated
 from mm.config.run.generation import VAE_STRIDE
 from mm.config.tasks.task import Task
 from mm.errors import Problem
@@ -40,7 +40,7 @@ def generation_problems(asked: Asked, plan: ClipPlan, task: Task) -> Iterator[Pr
     yield from size_problems(plan.size, plan.wan.patch_size, "size")
     yield from _number_problems(asked, plan)
     yield from _length_problems(asked)
-    yield from not_made(plan.wan.task)
+    yield from not_generated(plan.wan.task)
     yield from _frame_problems(asked, plan, task)
     yield from _video_problems(asked, plan)
     for index in range(len(asked.prompts)):

@@ -51,7 +51,7 @@ EXTRACT_AGAIN = "Delete the file and run feature extraction again; it makes only
 
 
 def _features_of(task: Task) -> set[str]:
-    return {feature.name for feature in task.features}
+    return {feature.name for feature in task.stored}
 
 
 _ALL_FEATURES = set[str]().union(*map(_features_of, TASKS.values()))
@@ -347,7 +347,7 @@ def _feature_problems(header: Header, place: str, model: WanConfig) -> Iterator[
         yield Problem("DATA-047", message, "Leave the sample out; clips need at least 5 frames.")
     remedy = "Extract again with the encoders that belong to the model, or correct pretrain_model.json."
     for name, shape in model.feature_shapes((frames, height, width)).items():
-        if header.tensors[name][1] != shape:
+        if name in header.tensors and header.tensors[name][1] != shape:
             found = list(header.tensors[name][1])
             yield Problem("DATA-048", f"{place}: {name} is {found}, the model takes {list(shape)}.", remedy)
 

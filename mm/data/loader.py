@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TypedDict
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mm.config.bad_samples import FAIL, OnBadSample
 from mm.config.model import WanConfig
-from mm.config.run.data import MinBucket, Mixture
+from mm.config.run.data import ConditionDropout, MinBucket, Mixture
 from mm.data.balance import sequence_cost
 from mm.data.dataset import FeatureDataset, FeaturePlace, SampleTensors, read_empty_prompt, read_sample
 from mm.data.packing import PackSampler
@@ -26,11 +27,13 @@ from mm.data.sampler import BatchPlan, DealtStep, MicroBatchSampler
 from mm.data.store.blobs import Blob
 from mm.data.workers import Outcome, Parcel, as_error, as_facts, bytes_to_share, read_in_order
 from mm.errors import DataError
-from mm.rng import generator, training_noise
+from mm.rng import training_noise
+from mm.wan.conditions.routing import DropRates, Kept, draw_kept
 
 logger = logging.getLogger(__name__)
 
 ONE_SOURCE = Mixture()
+NOTHING_DROPPED = ConditionDropout()
 
 
 class _Notes(TypedDict, total=False):
@@ -73,6 +76,7 @@ def feature_batches(
     seed: int,
     consumed_samples: int = 0,
     caption_dropout: float = 0.0,
+    condition_dropout: ConditionDropout = NOTHING_DROPPED,
     shuffle: bool = True,
     mixture: Mixture = ONE_SOURCE,
     min_bucket: MinBucket = "error",
@@ -93,6 +97,7 @@ def feature_batches(
         seed: decides order and caption dropout.
         consumed_samples: samples that all replicas together trained on before.
         caption_dropout: probability of the empty caption, drawn for each (sample, epoch).
+        condition_dropout: likewise of zeros for what the task has beside it.
         shuffle: a new order each epoch, else the listings' order.
         mixture: how the stores are mixed. min_bucket: what becomes of shapes with few samples.
         num_steps: steps that will be asked for, those taken before included; None for no end.
@@ -114,7 +119,8 @@ def feature_batches(
     if caption_dropout > 0:
         dataset.empty_prompt()  # a damaged one is told now, and not when a caption happens to be dropped
         empty = dataset.empty_prompt_file()
-    draws = _Draws(dataset, order, seed, caption_dropout, on_bad_sample)
+    rates = DropRates(text=caption_dropout, **condition_dropout.model_dump())
+    draws = _Draws(dataset, order, seed, rates, on_bad_sample)
     sampler = dealt_groups(dataset, order, plan, consumed_samples, dealt)
     outcomes = read_in_order(
         _ReadBatch(dataset.model, text_len, empty, seed if with_noise else None),
@@ -124,18 +130,18 @@ def feature_batches(
         buffer_bytes=_most_bytes(dataset, max(mixture.sizes(plan.micro_batch_size)), text_len, with_noise=with_noise),
         again=draws.without_bad_sample,
     )
-    names = [feature.name for feature in dataset.model.task.features]
+    names = [feature.name for feature in dataset.model.task.stored]
     return _batches(outcomes, draws, names, pin_memory)
 
 
 @dataclass(frozen=True, slots=True)
 class _Draw:
-    """A sample as planned: its id, where it is, whether its caption is dropped, what it stands in for."""
+    """A sample as planned: its id, where it is, what it is shown without, what it stands in for."""
 
     name: str
     sample: PlannedSample
     place: FeaturePlace
-    without_caption: bool
+    kept: Kept
     instead_of: Replaced | None = None
     first_index: int = -1  # of the sample that it stands in for
 
@@ -144,22 +150,19 @@ class _Draws:
     """Decides what is read: a function of the seed, the plan and which files are damaged."""
 
     def __init__(
-        self, dataset: FeatureDataset, plan: SamplingPlan, seed: int, caption_dropout: float, policy: OnBadSample
+        self, dataset: FeatureDataset, plan: SamplingPlan, seed: int, rates: DropRates, policy: OnBadSample
     ) -> None:
         self._dataset = dataset
         self._plan = plan
         self._seed = seed
-        self._caption_dropout = caption_dropout
+        self._rates = rates
         self._policy = policy
         self._replaced_in_epoch: Counter[int] = Counter()
 
     def draw(self, sample: PlannedSample, instead_of: Replaced | None = None, first_index: int = -1) -> _Draw:
         name = self._dataset.name(sample.index)
-        dropped = False
-        if self._caption_dropout > 0:
-            chance = torch.rand((), generator=generator(self._seed, "caption_dropout", name, sample.draw))
-            dropped = float(chance) < self._caption_dropout
-        return _Draw(name, sample, self._dataset.place(sample.index), dropped, instead_of, first_index)
+        kept = draw_kept(self._rates, self._seed, name, sample.draw)
+        return _Draw(name, sample, self._dataset.place(sample.index), kept, instead_of, first_index)
 
     def without_bad_sample(self, batch: list[_Draw], outcome: Outcome) -> list[_Draw] | None:
         """The micro-batch with the next sample of the epoch in place of a damaged one, where the policy allows that."""
@@ -210,8 +213,9 @@ class _ReadBatch:
                 samples.append(read_sample(draw.place, self.model))
             except DataError as error:
                 return Parcel({}, {"bad": number, "problems": as_facts(error.problems)})
-            if draw.without_caption and self.empty is not None:
+            if not draw.kept.text and self.empty is not None:
                 self._drop_caption(samples[-1], self.empty)
+            drop_conditions(samples[-1]["features"], self.model, draw.kept)
         stacked = {
             "latents": _stacked([sample["latents"] for sample in samples]),
             "text": _stacked([F.pad(s["prompt"], (0, 0, 0, self.text_len - len(s["prompt"]))) for s in samples]),
@@ -233,6 +237,18 @@ class _ReadBatch:
 
     def describe(self, batch: list[_Draw], /) -> str:
         return ", ".join(f"{draw.place.folder / draw.place.file} ({draw.name})" for draw in batch)
+
+
+def drop_conditions(features: Mapping[str, Tensor], model: WanConfig, kept: Kept) -> None:
+    """Put zeros in the place of the conditions of a sample that are dropped; `features` are changed."""
+    for feature in model.task.stored:
+        value = features[feature.name]
+        parts = {} if feature.parts is None else feature.parts(model.feature_sizes())
+        begins = dict(zip(parts, accumulate(parts.values(), initial=0), strict=False))
+        for word in feature.dropped_as:
+            if not getattr(kept, word):
+                begin, length = begins.get(word, 0), parts.get(word, len(value))
+                value[begin : begin + length].zero_()
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
@@ -258,7 +274,7 @@ def _batches(
                 "draw": [draw.sample.draw for draw in drawn],
                 "features": {name: tensors[name] for name in names},
                 "index": [draw.sample.index for draw in drawn],
-                "without_caption": [draw.without_caption for draw in drawn],
+                "without_caption": [not draw.kept.text for draw in drawn],
             }
             if "noise" in tensors:
                 batch["noise"] = tensors["noise"]

@@ -46,7 +46,7 @@ class Recipe(Section):
         seed: decides starts of clips and choices between captions.
         task: what the features are for.
         image_encoder, condition_tile_size, condition_tile_stride: the fingerprint of the image encoder's folder, and
-            the tiles of the known frames' latents; of tasks that declare them (`Task.recipe`).
+            the tiles of the latents that it is conditioned on; of tasks that declare them (`Task.recipe`).
     """
 
     format_version: int = FORMAT_VERSION
@@ -94,7 +94,8 @@ def extraction_recipe(run: ExtractionRun) -> Recipe:
     """
     encoders, clip = run.encoders, run.data.clip
     tiles, image = encoders.vae.tiles_of_clips(), encoders.image
-    condition_tiles = encoders.vae.tiles_of_conditions() if image else None
+    has_conditions = "condition_tile_size" in run.task.recipe
+    condition_tiles = encoders.vae.tiles_of_conditions() if has_conditions else None
     return Recipe(
         task=run.task.name,
         vae=folder_fingerprint(Path(encoders.vae.from_pretrained)),

@@ -79,6 +79,16 @@ def draw_frame(colour: str, x: float, y: float) -> Frames:
     return np.rint(picture).astype(np.uint8)
 
 
+def edges(frames: Frames) -> Frames:
+    """Edges of the shapes in frames, white on black, uint8 as they are: where a neighbour's colour differs by much."""
+    values = frames.astype(np.int16)
+    steps = np.zeros(frames.shape[:3], np.int16)
+    for axis in (1, 2):
+        differences = np.abs(np.diff(values, axis=axis)).max(-1)
+        steps = np.maximum(steps, np.pad(differences, [(0, 0), *[(0, int(one == axis)) for one in (1, 2)]]))
+    return np.repeat(np.where(steps > 32, 255, 0).astype(np.uint8)[..., None], 3, axis=3)
+
+
 # Signed distance in pixels from the edge of a shape of half extent RADIUS around (0, 0), negative inside.
 
 

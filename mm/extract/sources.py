@@ -1,7 +1,7 @@
 """Sources of the features of a clip that its task declares, one function for each `mm.config.tasks.task.Source`.
 
 Frames that are given are frames of the very clip that is encoded, so that what a model is shown and what it is to make
-agree.
+agree. Media beside the clip were read as it was (`mm.data.beside`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from mm.config.tasks.frames import CLIP_TOKEN_LEN
 from mm.config.tasks.task import InputFeature, Source, Task
 from mm.data.clips import Clip
 from mm.errors import DataError
+from mm.wan.conditions.control import control_condition, reference_latents
 from mm.wan.conditions.known_frames import condition_latents
+from mm.wan.conditions.pixels import ClipSize
 from mm.wan.encoders import VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
 
@@ -47,7 +49,7 @@ def feature_makers(encoders: VisualEncoders) -> dict[str, FeatureMaker]:
     Raises:
         DataError: DATA-045 for an image encoder of another model.
     """
-    return {feature.name: _MAKERS[feature.source](encoders, feature) for feature in encoders.task.features}
+    return {feature.name: _MAKERS[feature.source](encoders, feature) for feature in encoders.task.stored}
 
 
 def _image_features(encoders: VisualEncoders, feature: InputFeature) -> FeatureMaker:
@@ -58,13 +60,23 @@ def _image_features(encoders: VisualEncoders, feature: InputFeature) -> FeatureM
     if image.num_tokens != CLIP_TOKEN_LEN:
         message = f"{encoders.image_name} makes {image.num_tokens} tokens of an image, Wan2.1 takes {CLIP_TOKEN_LEN}."
         raise DataError("DATA-045", message, "Use the image_encoder of a Wan2.1 I2V or FLF2V model.")
-    indices = [frame.index for frame in encoders.task.frames]
+    task = encoders.task
 
     def make(clip: Clip, columns: Mapping[str, float]) -> Tensor:
         del columns
-        return image.encode(torch.cat([clip.pixels[None, :, index] for index in indices])).flatten(0, 1)
+        return image.encode(torch.stack(seen_images(task, clip))).flatten(0, 1)
 
     return make
+
+
+def seen_images(task: Task, clip: Clip) -> list[Tensor]:
+    """The images that the image encoder sees, [3, H, W]: the given frames; of a task with images beside the clip its
+    reference, or else its start image.
+    """
+    if task.frames:
+        return [clip.pixels[:, frame.index] for frame in task.frames]
+    given = [clip.beside[media.name] for media in task.media if media.kind == "image" and media.name in clip.beside]
+    return given[-1:]
 
 
 def _known_frames(encoders: VisualEncoders, feature: InputFeature) -> FeatureMaker:
@@ -78,6 +90,37 @@ def _known_frames(encoders: VisualEncoders, feature: InputFeature) -> FeatureMak
         return condition_latents(vae.encode, known, clip.num_frames)[0]
 
     return make
+
+
+def _control_video(encoders: VisualEncoders, feature: InputFeature) -> FeatureMaker:
+    """Latents of the control video and of the start image."""
+    del feature
+    vae = encoders.conditions
+
+    def make(clip: Clip, columns: Mapping[str, float]) -> Tensor:
+        del columns
+        return control_condition(vae.encode, _size(clip), clip.beside["control"], clip.beside.get("first_frame"))
+
+    return make
+
+
+def _reference_image(encoders: VisualEncoders, feature: InputFeature) -> FeatureMaker:
+    """Latents of the reference image; zeros where there is none."""
+    del feature
+    vae = encoders.conditions
+
+    def make(clip: Clip, columns: Mapping[str, float]) -> Tensor:
+        del columns
+        found = reference_latents(
+            vae.encode, _size(clip), clip.beside.get("reference"), len(vae.vae.config.latents_mean)
+        )
+        return found.to(vae.vae.dtype)
+
+    return make
+
+
+def _size(clip: Clip) -> ClipSize:
+    return ClipSize(*clip.pixels.shape[1:])
 
 
 def _column(encoders: VisualEncoders, feature: InputFeature) -> FeatureMaker:
@@ -95,4 +138,6 @@ _MAKERS: dict[Source, Callable[[VisualEncoders, InputFeature], FeatureMaker]] = 
     Source.IMAGE_ENCODER: _image_features,
     Source.KNOWN_FRAMES: _known_frames,
     Source.COLUMN: _column,
+    Source.CONTROL_VIDEO: _control_video,
+    Source.REFERENCE_IMAGE: _reference_image,
 }

@@ -18,10 +18,13 @@ from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
 from mm.config.model import Precision
 from mm.config.run.encoders import Tiles
 from mm.config.tasks.frames import MASK_CHANNELS
-from mm.config.tasks.task import InputFeature, Source, Task
+from mm.config.tasks.task import InputFeature, Sizes, Source, Task
 from mm.generate.sampling import decode
 from mm.look.facts import Frame, Strip
 from mm.wan.encoders import VideoEncoder
+
+_CHANNELS = 16
+"""Of latents."""
 
 
 class Eye(Protocol):
@@ -122,9 +125,14 @@ def feature_strips(eye: Eye, task: Task, features: Mapping[str, Tensor], most: i
     """
     return [
         strip
-        for feature in task.features
-        for strip in _VIEWS[feature.source](_Asked(eye, feature, len(task.frames), most), features[feature.name])
+        for feature in task.stored
+        for strip in _VIEWS[feature.source](_Asked(eye, feature, _images_of(feature), most), features[feature.name])
     ]
+
+
+def _images_of(feature: InputFeature) -> int:
+    """Images whose tokens a feature has; 1 of others."""
+    return feature.shape(Sizes(1, (1, 1, 1), 1, 1))[0] if feature.source is Source.IMAGE_ENCODER else 1
 
 
 def numbers_of(task: Task, features: Mapping[str, Tensor]) -> dict[str, float]:
@@ -134,7 +142,7 @@ def numbers_of(task: Task, features: Mapping[str, Tensor]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Asked:
-    """One feature that is to be shown: how, its declaration, the images that the task has, and the frames to show."""
+    """One feature to be shown: how, its declaration, the images that it has tokens of, and the frames to show."""
 
     eye: Eye
     feature: InputFeature
@@ -185,6 +193,20 @@ def _image_tokens(asked: _Asked, value: Tensor) -> list[Strip]:
     return [Strip(asked.feature.title.lower(), frames, note)]
 
 
+def _latents(asked: _Asked, value: Tensor) -> list[Strip]:
+    """Latents, of several parts each by itself; of one frame without the axis of frames, too."""
+    if value.ndim == 3:
+        value = value.unsqueeze(1)
+    parts = {} if asked.feature.parts is None else asked.feature.parts(Sizes(_CHANNELS, (1, 1, 1), 0, 0))
+    split = value.split(list(parts.values())) if parts else (value,)
+    strips = []
+    for name, latents in zip(parts or {asked.feature.title.lower(): 0}, split, strict=True):
+        frames = asked.eye.frames(latents)
+        shown_frames = [Frame(frames[n].numpy(), asked.eye.moment(n)[0]) for n in shown(len(frames), asked.most)]
+        strips.append(Strip(name, shown_frames, "" if bool(latents.any()) else "nothing is given"))
+    return strips
+
+
 def _nothing(asked: _Asked, value: Tensor) -> list[Strip]:
     """No picture: a number is shown as one."""
     del asked, value
@@ -195,4 +217,6 @@ _VIEWS: dict[Source, Callable[[_Asked, Tensor], list[Strip]]] = {
     Source.KNOWN_FRAMES: _known_frames,
     Source.IMAGE_ENCODER: _image_tokens,
     Source.COLUMN: _nothing,
+    Source.CONTROL_VIDEO: _latents,
+    Source.REFERENCE_IMAGE: _latents,
 }

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from mm.config.model import TASK_FIELD
 from mm.config.rules.encoders import tile_problems
 from mm.config.rules.mesh import MESH_RULES
-from mm.config.rules.tasks import not_made
+from mm.config.rules.tasks import not_generated
 from mm.config.run.generation import VAE_STRIDE, GenerationRun
-from mm.config.tasks.registry import MADE, named
+from mm.config.tasks.registry import GENERATED, named
 from mm.config.unread import broken, is_given
 from mm.errors import ConfigError, Problem, raise_all
 
@@ -94,7 +94,7 @@ def _inputs_fit_the_model(run: GenerationRun) -> Iterator[Problem]:
         found = f"{said} (in_dim {run.wan.in_dim}), which takes no "
         found += f"{' and no '.join(words[path].name for path in extra)}."
         wanted = "with_video" if "inputs.videos" in extra else "frames" if of_images & set(extra) else "columns"
-        works = [other for other in MADE.values() if getattr(other, wanted)]
+        works = [other for other in GENERATED.values() if getattr(other, wanted)]
         yield Problem("CFG-120", found, "Remove it" + (f", or use a model of {named(works)}." if works else "."))
 
 
@@ -161,7 +161,7 @@ def size_problems(size: tuple[int, int, int], patch_size: tuple[int, int, int], 
 
 def _task_is_made(run: GenerationRun) -> Iterator[Problem]:
     """CFG-274."""
-    yield from not_made(run.wan.task)
+    yield from not_generated(run.wan.task)
 
 
 GENERATION_RULES: tuple[Callable[[GenerationRun], Iterator[Problem]], ...] = (

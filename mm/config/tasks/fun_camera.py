@@ -19,7 +19,7 @@ def _rays(sizes: Sizes) -> Shape:
 FUN_CAMERA = Task(
     name="fun_camera",
     title="Fun-V1.1-Control-Camera",
-    roles=(Media("first_frame", "image", from_clip=True), Media("camera", "poses")),
+    roles=(Media("first_frame", "image", from_clip="first frame"), Media("camera", "poses")),
     features=(
         *START_FEATURES,
         InputFeature(
@@ -36,5 +36,6 @@ FUN_CAMERA = Task(
     ),
     sizes=SIZES,
     marks=frozenset({"img_emb.proj.0.weight", "control_adapter.conv.weight"}),
-    only_called=True,
+    is_extracted=False,
+    is_generated=False,
 )

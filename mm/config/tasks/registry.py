@@ -21,12 +21,13 @@ from mm.config.tasks.wan22_i2v import WAN22_I2V
 
 _ALL = (T2V, I2V, FLF2V, SPEEDCONTROL, FUN_CONTROL, FUN_CONTROL_REF, FUN_CAMERA, VACE, WAN22_I2V, TI2V)
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
-MADE: dict[str, Task] = {name: task for name, task in TASKS.items() if not task.only_called}
-"""Those that are extracted and generated."""
+EXTRACTED: dict[str, Task] = {name: task for name, task in TASKS.items() if task.is_extracted}
+GENERATED: dict[str, Task] = {name: task for name, task in TASKS.items() if task.is_generated}
 DEFAULT = T2V
 """Where nothing says a task."""
 
 ALL_COLUMNS = frozenset(column.name for task in TASKS.values() for column in task.columns)
+ALL_MEDIA = frozenset(media.name for task in TASKS.values() for media in task.media)
 ALL_RECIPE_FIELDS = frozenset[str]().union(*(task.recipe for task in TASKS.values()))
 
 

@@ -76,6 +76,7 @@ class Column:
 
 
 MediaKind = Literal["video", "image", "images", "mask", "poses"]
+FromClip = Literal["first frame", "other frame", "whole"]
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,14 @@ class Media:
         name: in tables (`mm.data.metadata.VideoSample.roles`), messages and files of generation.
         kind: a video, one image, several images, a video or image of a mask, or a file of camera poses.
         required: whether every row gives it. Without, models are called with what stands for nothing given.
-        from_clip: whether training takes it from the clip itself where a row lists no file.
+        from_clip: what of the clip itself training takes where a row lists no file. A clip gives one image at most: of
+            a task that can take another frame than the first, one of both is drawn.
     """
 
     name: str
     kind: MediaKind
     required: bool = True
-    from_clip: bool = False
+    from_clip: FromClip | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ class InputFeature:
         error, remedy: id and remedy where the model is given another shape.
         parts: of one that enters as channels, what these are, by word, and how many of each.
         mindspeed: its name in MindSpeed-MM's feature files, where these have it.
+        dropped_as: words of the conditions that training drops for some samples (ConditionDropout in
+            mm/config/run/data.py): of a feature with parts these parts, of another one the whole. Zeros stand for them.
         dropped_with_caption: zeros take its place where a sample's caption is dropped in training. Without, it stays:
             guidance is about the caption alone.
         optional: models run without it too, as if its path into them were not there. All samples of a batch have it or
@@ -138,6 +142,7 @@ class InputFeature:
     module: str | None = None
     parts: Callable[[Sizes], dict[str, int]] | None = None
     mindspeed: str | None = None
+    dropped_as: tuple[str, ...] = ()
     dropped_with_caption: bool = False
     optional: bool = False
 
@@ -157,8 +162,8 @@ class Task:
         latent_channels: of its models' latents, where they alone have so many, by which weights are known too.
         recipe: fields of a feature store's recipe that it has beside those of all tasks.
         negative: what stands before the release's negative prompt.
-        only_called: models of it are loaded, converted and called; its features are not made yet, so that neither
-            extraction nor generation knows it.
+        is_extracted, is_generated: whether features of it are made for training, and clips generated. Models of all
+            tasks are loaded, converted and called.
         with_video, with_last_frame: what generation is called from given videos, or with a last frame too, where its
             models can do that. The latter is a task, whose rows are taken.
     """
@@ -173,7 +178,8 @@ class Task:
     latent_channels: int | None = None
     recipe: frozenset[str] = frozenset()
     negative: str = ""
-    only_called: bool = False
+    is_extracted: bool = True
+    is_generated: bool = True
     with_video: str | None = None
     with_last_frame: str | None = None
 
@@ -206,6 +212,16 @@ class Task:
     def modules(self) -> tuple[str, ...]:
         """Names of the modules that its features go through."""
         return tuple(feature.module for feature in self.features if feature.module is not None)
+
+    @property
+    def stored(self) -> tuple[InputFeature, ...]:
+        """The features that extraction makes."""
+        return tuple(feature for feature in self.features if feature.source is not Source.SETTING)
+
+    @property
+    def dropped(self) -> frozenset[str]:
+        """Words of the conditions that training may drop."""
+        return frozenset(word for feature in self.features for word in feature.dropped_as)
 
     def entering(self, entry: Entry) -> tuple[InputFeature, ...]:
         """The features that enter at one place."""

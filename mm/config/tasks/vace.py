@@ -22,7 +22,7 @@ VACE = Task(
     name="vace",
     title="VACE",
     roles=(
-        Media("vace_video", "video", required=False, from_clip=True),
+        Media("vace_video", "video", required=False, from_clip="whole"),
         Media("mask", "mask", required=False),
         Media("vace_reference", "images", required=False),
     ),
@@ -51,5 +51,6 @@ VACE = Task(
     ),
     sizes={"vace_layers": tuple(range(0, 30, 2))},
     marks=frozenset({"vace_patch_embedding.weight"}),
-    only_called=True,
+    is_extracted=False,
+    is_generated=False,
 )

@@ -70,8 +70,8 @@ _STREAMS: MappingProxyType[str, Stream] = MappingProxyType(
 
 def draw_kept(rates: DropRates, seed: int, sample: int | str, draw: int) -> Kept:
     """Conditions that one draw of a sample is shown; `seed`, `sample` and `draw` are those of `mm.rng.key`."""
-    chances = {name: _chance(seed, stream, sample, draw) for name, stream in _STREAMS.items()}
-    return Kept(**{name: chance >= getattr(rates, name) for name, chance in chances.items()})
+    asked = {name: rate for name in _STREAMS if (rate := getattr(rates, name)) > 0}
+    return Kept(**{name: _chance(seed, _STREAMS[name], sample, draw) >= rate for name, rate in asked.items()})
 
 
 def draw_reference_frame(num_frames: int, first_rate: float, seed: int, sample: int | str, draw: int) -> int:

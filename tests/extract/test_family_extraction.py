@@ -1,0 +1,232 @@
+"""Extraction of VideoX-Fun's and Wan2.2's tasks, against the condition functions on pixels that PyAV decodes."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+import yaml
+from feature_samples import make_image_encoder, make_vae, write_clip
+from PIL import Image
+from store_content import listed, stored
+from torch import Tensor
+
+from mm.cli import run as run_command
+from mm.cli.doctor_data import main as doctor_data
+from mm.data.transforms import resize_and_crop
+from mm.errors import DataError
+from mm.wan.conditions.control import control_condition, reference_latents
+from mm.wan.conditions.known_frames import condition_latents
+from mm.wan.conditions.pixels import ClipSize
+from mm.wan.conditions.routing import draw_reference_frame
+from mm.wan.encoders import VideoEncoder
+from mm.wan.image_encoder import ImageEncoder
+
+SEED = 3
+SIZE = ClipSize(9, 32, 48)
+
+
+def pixels(file: Path, start: int) -> Tensor:
+    """Nine frames from `start` on as PyAV decodes them, covered and cropped: [3, 9, 32, 48]."""
+    with av.open(str(file)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    chosen = torch.from_numpy(np.stack(frames[start : start + 9]))
+    return resize_and_crop(chosen.permute(0, 3, 1, 2), SIZE.height, SIZE.width).transpose(0, 1)
+
+
+class Place:
+    """Two videos with longer control videos at half their size, an image with its control image, and loose pictures."""
+
+    def __init__(self, home: Path, weights: Path) -> None:
+        self.home, self.weights = home, weights
+        self.rows: list[dict[str, Any]] = [
+            {"path": f"videos/{name}.mp4", "cap": name, "control": f"control/{name}.mp4"} for name in "ab"
+        ]
+        for number, name in enumerate("ab"):
+            write_clip(home / f"set/videos/{name}.mp4", num_frames=14 + number)
+            write_clip(home / f"set/control/{name}.mp4", num_frames=20 - number, height=24, width=32, gop=3)
+        for name, shape in {"look": (40, 40), "tall": (90, 30)}.items():
+            colours = np.random.default_rng(len(name)).integers(0, 256, (*shape, 3), np.uint8)
+            Image.fromarray(colours).save(home / "set" / f"{name}.png")
+
+    def run_file(self, task: str, **data: Any) -> Path:
+        encoders: dict[str, Any] = {
+            "vae": {"from_pretrained": str(self.weights / "vae"), "precision": "fp32"},
+            "text": {"from_pretrained": str(self.weights / "text_encoder"), "precision": "fp32"},
+            "tokenizer": {"from_pretrained": str(self.weights / "tokenizer")},
+        }
+        if task != "wan22_i2v":
+            encoders["image"] = {"from_pretrained": str(self.weights / "image_encoder")}
+        if "path" not in data:
+            (self.home / "rows.json").write_text(json.dumps(self.rows))
+            data["path"] = str(self.home / "rows.json")
+        values = {
+            "extraction": {"task": task, "seed": SEED, "device": "cpu"},
+            "data": {
+                "folder": str(self.home / "set"),
+                "clip": {"num_frames": 9, "height": 32, "width": 48},
+                "workers": 1,
+                **data,
+            },
+            "encoders": encoders,
+            "output": {"path": str(self.home / "store")},
+        }
+        (self.home / "run.yaml").write_text(yaml.safe_dump(values))
+        return self.home / "run.yaml"
+
+    def extract(self, task: str, **data: Any) -> dict[str, tuple[dict[str, Tensor], int]]:
+        """Tensors and first frame of each sample by its caption."""
+        run_command.main([str(self.run_file(task, **data))])
+        found = stored(self.home / "store")
+        return {row["cap"]: (found[row["sample"]], row["start_frame_idx"]) for row in listed(self.home / "store")}
+
+
+@pytest.fixture
+def place(tmp_path: Path, weights: Path) -> Place:
+    return Place(tmp_path, weights)
+
+
+@pytest.fixture(scope="module")
+def vae() -> VideoEncoder:
+    return VideoEncoder(make_vae())
+
+
+@pytest.fixture(scope="module")
+def image_encoder() -> ImageEncoder:
+    return ImageEncoder(make_image_encoder())
+
+
+def test_control_video_and_start_image(place: Place, vae: VideoEncoder, image_encoder: ImageEncoder) -> None:
+    """The control video has the clip's own frames, wherever the clip begins; the start image is its first."""
+    starts = set()
+    for name, (tensors, start) in place.extract("fun_control").items():
+        clip, control = (pixels(place.home / "set" / kind / f"{name}.mp4", start) for kind in ("videos", "control"))
+        assert torch.equal(tensors["latents"], vae.encode(clip[None])[0])
+        assert torch.equal(tensors["condition"], control_condition(vae.encode, SIZE, control, clip[:, 0]))
+        assert torch.equal(tensors["image_features"], image_encoder.encode(clip[None, :, 0])[0])
+        assert "reference_latents" not in tensors
+        starts.add(start)
+    assert starts - {0}, "a clip that begins at 0 proves nothing of its frames"
+
+
+def test_one_frame_of_the_clip_is_start_or_reference(
+    place: Place, vae: VideoEncoder, image_encoder: ImageEncoder
+) -> None:
+    place.rows = [{**row, "cut": [begin]} for begin in range(4) for row in place.rows]
+    for row in place.rows:
+        row["cap"] = f"{row['cap']}{row['cut'][0]}"
+    drawn = set()
+    for name, (tensors, start) in place.extract("fun_control_ref").items():
+        sample = f"videos/{name[0]}.mp4" + ("" if name[1] == "0" else f"//{name[1]}-")
+        index = draw_reference_frame(9, 0.4, SEED, sample, 0)
+        clip, control = (pixels(place.home / "set" / kind / f"{name[0]}.mp4", start) for kind in ("videos", "control"))
+        first, other = (clip[:, 0], None) if index == 0 else (None, clip[:, index])
+        assert torch.equal(tensors["condition"], control_condition(vae.encode, SIZE, control, first))
+        assert torch.equal(tensors["reference_latents"], reference_latents(vae.encode, SIZE, other))
+        assert bool(tensors["reference_latents"].any()) == (index > 0) == (not bool(tensors["condition"][16:].any()))
+        assert torch.equal(tensors["image_features"], image_encoder.encode(clip[None, :, index])[0])
+        drawn.add(index > 0)
+    assert drawn == {False, True}
+
+
+def test_listed_images_take_the_place_of_the_clips_own(
+    place: Place, vae: VideoEncoder, image_encoder: ImageEncoder
+) -> None:
+    """Images of any size are covered and cropped."""
+    place.rows[0]["reference"] = "tall.png"
+    place.rows[1]["first_frame"] = ["look.png"]
+    found = place.extract("fun_control_ref")
+    looks = {}
+    for name in ("tall", "look"):
+        picture = torch.from_numpy(np.array(Image.open(place.home / "set" / f"{name}.png"))).permute(2, 0, 1)[None]
+        looks[name] = resize_and_crop(picture, SIZE.height, SIZE.width)[0]
+    (first, start), (second, begin) = found["a"], found["b"]
+    controls = [pixels(place.home / f"set/control/{name}.mp4", at) for name, at in (("a", start), ("b", begin))]
+    assert torch.equal(first["reference_latents"], reference_latents(vae.encode, SIZE, looks["tall"]))
+    assert torch.equal(first["condition"], control_condition(vae.encode, SIZE, controls[0], None))
+    assert torch.equal(first["image_features"], image_encoder.encode(looks["tall"][None])[0])
+    assert not second["reference_latents"].any()
+    assert torch.equal(second["condition"], control_condition(vae.encode, SIZE, controls[1], looks["look"]))
+    assert torch.equal(second["image_features"], image_encoder.encode(looks["look"][None])[0])
+
+
+def test_wan22_has_no_image_encoder(place: Place, vae: VideoEncoder) -> None:
+    found = place.extract("wan22_i2v")
+    assert found.keys() == {"a", "b"}
+    for name, (tensors, start) in found.items():
+        clip = pixels(place.home / f"set/videos/{name}.mp4", start)
+        expected = condition_latents(vae.encode, {0: clip[None, :, 0]}, 9)[0]
+        assert torch.equal(tensors["condition"], expected) and "image_features" not in tensors
+
+
+@pytest.mark.parametrize("form", ["videox-fun", "diffsynth", "hf-folder"])
+def test_control_of_other_formats(form: str, place: Place) -> None:
+    """An image with a control image beside a video; of the video the features of data.json."""
+    expected = place.extract("fun_control")["a"][0]
+    (place.home / "store").rename(place.home / "first")
+    columns = {
+        "videox-fun": ("file_path", "text", "control_file_path"),
+        "diffsynth": ("video", "prompt", "control_video"),
+        "hf-folder": ("file_name", "text", "control_file_name"),
+    }[form]
+    rows = [("videos/a.mp4", "a", "control/a.mp4"), ("look.png", "picture", "look.png")]
+    table = place.home / "set" / "metadata.jsonl"
+    table.write_text("\n".join(json.dumps(dict(zip(columns, row, strict=True))) for row in rows))
+    found = place.extract("fun_control", path=str(table), format=form)
+    assert all(torch.equal(expected[name], value) for name, value in found["a"][0].items())
+    picture = found["picture"][0]
+    assert picture["condition"].shape == (32, 1, 4, 6)
+    assert torch.equal(picture["condition"][:16], picture["latents"])  # it is its own control and start
+    assert torch.equal(picture["condition"][16:], picture["latents"])
+
+
+def test_another_control_file_makes_that_sample_anew(place: Place) -> None:
+    place.extract("fun_control")
+    bodies = sorted((place.home / "store/shards").glob("*/body.bin"))
+    before = [body.stat().st_mtime_ns for body in bodies]
+    write_clip(place.home / "set/control/b.mp4", num_frames=18, height=24, width=32)
+    place.extract("fun_control")
+    assert [body.stat().st_mtime_ns == time for body, time in zip(bodies, before, strict=True)] == [True, False]
+
+
+def test_all_rows_are_told_at_once(place: Place) -> None:
+    (place.home / "set/notes.txt").write_text("x")
+    del place.rows[0]["control"]
+    place.rows[1]["control"] = ["control/a.mp4", "control/b.mp4"]
+    place.rows += [
+        {"path": "videos/a.mp4", "cap": "x", "control": "look.png"},
+        {"path": "videos/b.mp4", "cap": "x", "control": "control/nowhere.mp4"},
+        {"path": "videos/a.mp4", "cap": "y", "control": "../b.mp4"},
+        {"path": "videos/b.mp4", "cap": "y", "control": "control/b.mp4", "first_frame": "notes.txt"},
+    ]
+    with pytest.raises(DataError) as caught:
+        place.extract("fun_control")
+    told = [(problem.id, problem.message) for problem in caught.value.problems]
+    assert [id for id, _ in told] == ["DATA-245", "DATA-246", "DATA-247", "DATA-001", "DATA-063", "DATA-247"]
+    assert all(re.search(rf"row {number}\b", message) for number, (_, message) in enumerate(told, start=1)), told
+    assert not (place.home / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("control", "id", "words"),
+    [
+        ({"num_frames": 8}, "DATA-248", "ends after 8 frames"),
+        ({"num_frames": 20, "height": 48, "width": 48}, "DATA-249", "48x48"),
+        ({"num_frames": 20, "height": 74, "width": 100}, None, ""),  # 48x64 scaled, each side rounded to even pixels
+    ],
+)
+def test_control_videos_that_do_not_fit(control: dict[str, int], id: str | None, words: str, place: Place) -> None:
+    write_clip(place.home / "set/control/b.mp4", **control)
+    if id is None:
+        assert place.extract("fun_control").keys() == {"a", "b"}
+        return
+    with pytest.raises(DataError, match=id) as caught:
+        place.extract("fun_control")
+    assert words in str(caught.value)
+    with pytest.raises(DataError, match=f"1 of 2 samples cannot be used: 1 {id}"):
+        doctor_data([str(place.run_file("fun_control")), "--output", str(place.home / "report")])
+    assert place.extract("fun_control", on_bad_sample="skip:max=50%").keys() == {"a"}
