@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"{flags.out}/prompts.txt   16 captions to generate from")
     for column in (column for task in others for column in task.columns):
         print(f"{flags.out}/{column.name}.txt   {column.expected} for each caption")
-    lists = ", ".join(f"{flags.out}/images_{task.name}.txt" for task in others if task.name in ("i2v", "flf2v"))
+    lists = ", ".join(f"{flags.out}/images_{task.name}.txt" for task in others if task.frames and task.is_generated)
     print(f"{lists}   images to generate from, one line a caption")
 
 

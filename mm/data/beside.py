@@ -24,6 +24,7 @@ from mm.data.shapes.shape import Shape
 from mm.data.sources.cells import kind_of
 from mm.data.transforms import to_shape
 from mm.data.video import Reader, VideoInfo, probe, read_frames
+from mm.drops import draw_reference_frame
 from mm.errors import DataError
 
 FIRST_FRAME_SHARE = 0.4
@@ -73,8 +74,6 @@ def read_beside(
 
 def drawn_frame(num_frames: int, sample: str, seed: int, draw: int) -> int:
     """Index of the frame of a clip that is its image: the first for `FIRST_FRAME_SHARE`, else any other."""
-    from mm.wan.conditions.routing import draw_reference_frame
-
     return draw_reference_frame(num_frames, FIRST_FRAME_SHARE, seed, sample, draw)
 
 

@@ -26,9 +26,9 @@ from mm.data.replacing import Replaced, check_replaced, may_be_replaced
 from mm.data.sampler import BatchPlan, DealtStep, MicroBatchSampler
 from mm.data.store.blobs import Blob
 from mm.data.workers import Outcome, Parcel, as_error, as_facts, bytes_to_share, read_in_order
+from mm.drops import DropRates, Kept, draw_kept
 from mm.errors import DataError
 from mm.rng import training_noise
-from mm.wan.conditions.routing import DropRates, Kept, draw_kept
 
 logger = logging.getLogger(__name__)
 

@@ -44,7 +44,7 @@ from transformers.utils import logging as transformers_logging
 from mm.checkpoint.weights import open_weights
 from mm.config.model import of_task
 from mm.config.tasks.frames import CLIP_TOKEN_LEN
-from mm.config.tasks.registry import DEFAULT, EXTRACTED, TASKS
+from mm.config.tasks.registry import DEFAULT, EXTRACTED
 from mm.config.tasks.task import Sizes, Source, Task
 from mm.demo.clips import all_captions
 from mm.rng import key
@@ -52,12 +52,27 @@ from mm.wan.config_json import read_config, wan_config_to_diffusers, wan_config_
 from mm.wan.initial import initial_value
 from mm.wan.model import WanModel
 
-WHOLE = ("t2v", "i2v", "flf2v", "speedcontrol")
-"""Tasks whose tiny models are whole folders in diffusers' layout."""
+
+def sees_images(task: Task) -> bool:
+    """Tell whether a task has features of an image encoder."""
+    return bool(task.made_by(Source.IMAGE_ENCODER))
+
+
+def is_whole(task: Task) -> bool:
+    """Tell whether a task's tiny model is a whole folder: pipelines of diffusers take captions, or captions with frames
+    of the clip that the image encoder sees.
+    """
+    return not task.media and bool(task.frames) == sees_images(task)
+
+
+def encoders_of(task: Task) -> Task:
+    """The task whose tiny model has the encoders that a task's features are made with."""
+    whole = (other for other in EXTRACTED.values() if is_whole(other) and sees_images(other) == sees_images(task))
+    return task if is_whole(task) else next(whole)
 
 
 def _model_name(task: Task) -> str:
-    if task.name in WHOLE:
+    if is_whole(task):
         return f"Wan2.1-{task.title}-Tiny-Diffusers"
     title = task.title.replace(" ", "-")
     return f"{title}-Tiny" if title.startswith("Wan") else f"Wan2.1-{title}-Tiny"
@@ -84,18 +99,6 @@ TRANSFORMER: dict[str, Any] = {
     "eps": 1e-6,
     "rope_max_seq_len": 1024,
 }
-
-
-def sees_images(task: Task) -> bool:
-    """Tell whether a task has features of an image encoder."""
-    return bool(task.made_by(Source.IMAGE_ENCODER))
-
-
-def encoders_of(task: Task) -> Task:
-    """The task whose tiny model has the encoders that a task's features are made with."""
-    if task.name in WHOLE:
-        return task
-    return TASKS["i2v"] if sees_images(task) else DEFAULT
 
 
 def write_variant(folder: Path, task: Task, like: Path) -> None:

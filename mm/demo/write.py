@@ -12,8 +12,8 @@ from PIL import Image
 from mm.checkpoint.files import remove_folder, temporary_name
 from mm.config.output import require_writable_folder
 from mm.config.path_line import require_writable_as_text, write_paths
-from mm.config.tasks.registry import EXTRACTED, TASKS
-from mm.config.tasks.task import Column
+from mm.config.tasks.registry import EXTRACTED
+from mm.config.tasks.task import Column, Task
 from mm.demo.clips import (
     COLOURS,
     DIRECTIONS,
@@ -26,7 +26,7 @@ from mm.demo.clips import (
     all_clips,
     edges,
 )
-from mm.demo.components import MODEL_NAMES, WHOLE, encoders_of, write_model, write_variant
+from mm.demo.components import MODEL_NAMES, encoders_of, is_whole, write_model, write_variant
 from mm.demo.configs import annotation_name, write_configs
 from mm.demo.video import write_video
 from mm.errors import ConfigError
@@ -61,9 +61,9 @@ def write_demo(out: Path, clips_per_caption: int = 1) -> None:
     try:
         partial.mkdir(parents=True)
         weights = partial / "weights"
-        for name in WHOLE:
-            write_model(weights / MODEL_NAMES[name], TASKS[name])
-        for task in (task for task in EXTRACTED.values() if task.name not in WHOLE):
+        for task in filter(is_whole, EXTRACTED.values()):
+            write_model(weights / MODEL_NAMES[task.name], task)
+        for task in (task for task in EXTRACTED.values() if not is_whole(task)):
             like = weights / MODEL_NAMES[encoders_of(task).name] / "transformer"
             write_variant(weights / MODEL_NAMES[task.name] / "transformer", task, like)
         _write_dataset(partial / "dataset", clips_per_caption)
@@ -142,7 +142,7 @@ def _write_images(folder: Path, home: Path, variant: int) -> None:
     They are of a variant of each clip that the data set does not hold, so that no image is one of training.
     """
     (folder / "images").mkdir()
-    lines: dict[str, list[str]] = {name: [] for name in ("i2v", "flf2v")}
+    lines: dict[str, list[str]] = {task.name: [] for task in _with_images()}
     for index, (colour, direction) in enumerate((c, d) for c in COLOURS for d in DIRECTIONS):
         frames = DemoClip(colour, direction, variant).draw()
         names = [f"images/{index:04d}_{colour}_{direction}_{which}.png" for which in ("first", "last")]
@@ -150,9 +150,14 @@ def _write_images(folder: Path, home: Path, variant: int) -> None:
             Image.fromarray(frame).save(folder / name)
         paths = [str(home / name) for name in names]
         for task, listed in lines.items():
-            listed.append(write_paths(paths[: len(TASKS[task].frames)], ", "))
+            listed.append(write_paths(paths[: len(EXTRACTED[task].frames)], ", "))
     for task, listed in lines.items():
         (folder / f"images_{task}.txt").write_text("\n".join(listed) + "\n", encoding="utf-8")
+
+
+def _with_images() -> list[Task]:
+    """The tasks that generate from frames."""
+    return [task for task in EXTRACTED.values() if task.frames and task.is_generated]
 
 
 def _force_to_disk(folder: Path) -> None:

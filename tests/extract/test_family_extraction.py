@@ -18,11 +18,11 @@ from torch import Tensor
 from mm.cli import run as run_command
 from mm.cli.doctor_data import main as doctor_data
 from mm.data.transforms import resize_and_crop
+from mm.drops import draw_reference_frame
 from mm.errors import DataError
 from mm.wan.conditions.control import control_condition, reference_latents
 from mm.wan.conditions.known_frames import condition_latents
 from mm.wan.conditions.pixels import ClipSize
-from mm.wan.conditions.routing import draw_reference_frame
 from mm.wan.encoders import VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
 

@@ -115,7 +115,7 @@ class ConditionDropout(Section):
     @property
     def rates(self) -> dict[str, float]:
         """Those that are above zero."""
-        return {name: rate for name, rate in self.model_dump().items() if rate}
+        return {name: rate for name in type(self).model_fields if (rate := getattr(self, name))}
 
 
 class DataSection(Section):
