@@ -89,6 +89,15 @@ def edges(frames: Frames) -> Frames:
     return np.repeat(np.where(steps > 32, 255, 0).astype(np.uint8)[..., None], 3, axis=3)
 
 
+def moving_block(num_frames: int) -> Frames:
+    """Mask of a video: a block half as high and wide as the picture, white on black, that moves from left to right."""
+    frames = np.zeros((num_frames, SIZE, SIZE, 3), np.uint8)
+    for number in range(num_frames):
+        left = round(number / max(1, num_frames - 1) * SIZE / 2)
+        frames[number, SIZE // 4 : SIZE // 4 + SIZE // 2, left : left + SIZE // 2] = 255
+    return frames
+
+
 # Signed distance in pixels from the edge of a shape of half extent RADIUS around (0, 0), negative inside.
 
 

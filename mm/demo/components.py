@@ -101,6 +101,12 @@ TRANSFORMER: dict[str, Any] = {
 }
 
 
+def tiny_sizes(task: Task) -> dict[str, Any]:
+    """Sizes that the tiny models of a task have where its released ones have others."""
+    known = {"img_dim": IMAGE_DIM, "clip_token_len": CLIP_TOKEN_LEN, "vace_layers": (0, 2)}
+    return {name: known[name] for name in task.sizes}
+
+
 def write_variant(folder: Path, task: Task, like: Path) -> None:
     """Write a transformer of a task that has no folder of its own: weights of `like`, the folder of another one's, and
     what that lacks. Channels that it does not have are zero at first, other parameters as at a start from nothing.
@@ -108,8 +114,7 @@ def write_variant(folder: Path, task: Task, like: Path) -> None:
     source = open_weights(like)
     config = source.config()
     assert config is not None  # noqa: S101  it is a folder
-    images = {"img_dim": IMAGE_DIM, "clip_token_len": CLIP_TOKEN_LEN} if sees_images(task) else {}
-    wan = of_task(of_task(config, DEFAULT, img_dim=None, clip_token_len=None), task, **images)
+    wan = of_task(of_task(config, DEFAULT, img_dim=None, clip_token_len=None), task, **tiny_sizes(task))
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in WanModel(wan).named_parameters()}
     known = source.shapes()

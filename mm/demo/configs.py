@@ -11,7 +11,7 @@ from mm.config.tasks.frames import CLIP_TOKEN_LEN
 from mm.config.tasks.registry import DEFAULT, EXTRACTED
 from mm.config.tasks.task import Sizes, Task
 from mm.demo.clips import FPS, NUM_FRAMES, SIZE
-from mm.demo.components import FLOW_SHIFT, IMAGE_DIM, MODEL_NAMES, TRANSFORMER, encoders_of, sees_images
+from mm.demo.components import FLOW_SHIFT, IMAGE_DIM, MODEL_NAMES, TRANSFORMER, encoders_of, sees_images, tiny_sizes
 
 
 def text_len(task: Task) -> int:
@@ -111,7 +111,6 @@ def _files(home: Path, task: Task, configs: Path, features: Path) -> dict[str, A
 def _predictor(task: Task) -> dict[str, Any]:
     shape = TRANSFORMER
     sizes = Sizes(shape["out_channels"], (1, 1, 1), IMAGE_DIM, CLIP_TOKEN_LEN)
-    images = {"img_dim": IMAGE_DIM, "clip_token_len": CLIP_TOKEN_LEN} if sees_images(task) else {}
     return {
         "model_id": "wandit",
         "dtype": "fp32",
@@ -126,5 +125,5 @@ def _predictor(task: Task) -> dict[str, Any]:
         "num_heads": shape["num_attention_heads"],
         "num_layers": shape["num_layers"],
         "freq_dim": shape["freq_dim"],
-        **images,
+        **tiny_sizes(task),
     }

@@ -25,6 +25,7 @@ from mm.demo.clips import (
     all_captions,
     all_clips,
     edges,
+    moving_block,
 )
 from mm.demo.components import MODEL_NAMES, encoders_of, is_whole, write_model, write_variant
 from mm.demo.configs import annotation_name, write_configs
@@ -39,7 +40,7 @@ def write_demo(out: Path, clips_per_caption: int = 1) -> None:
 
         weights/Wan2.1-T2V-Tiny-Diffusers/   the tiny models in the HF layout (components.py); -I2V- and -FLF2V- too
         dataset/data.json, dataset/videos/   captioned clips, 16 times `clips_per_caption`
-        dataset/control/                     the clips' edges, white on black
+        dataset/control/, dataset/masks/     the clips' edges, white on black; a block that moves, white on black
         dataset/data_*.json                  the same list with the columns and files of each task that has some
         configs/                             the files that configure extraction, training and generation on them;
                                              in folders named after the tasks those of the other models
@@ -128,7 +129,10 @@ def _write_beside(folder: Path, path: str, frames: Frames) -> dict[str, str]:
     control = path.replace("videos/", "control/")
     (folder / "control").mkdir(exist_ok=True)
     write_video(folder / control, edges(frames), FPS)
-    return {"control": control}
+    mask = path.replace("videos/", "masks/")
+    (folder / "masks").mkdir(exist_ok=True)
+    write_video(folder / mask, moving_block(len(frames)), FPS)
+    return {"control": control, "mask": mask}
 
 
 def _value(column: Column, index: int) -> int:

@@ -19,6 +19,7 @@ from mm.errors import DataError
 from mm.wan.conditions.control import control_condition, reference_latents
 from mm.wan.conditions.known_frames import condition_latents
 from mm.wan.conditions.pixels import ClipSize
+from mm.wan.conditions.vace import blanked, vace_context
 from mm.wan.encoders import VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
 
@@ -119,6 +120,24 @@ def _reference_image(encoders: VisualEncoders, feature: InputFeature) -> Feature
     return make
 
 
+def _edited_video(encoders: VisualEncoders, feature: InputFeature) -> FeatureMaker:
+    """Latents of what the mask keeps of a video and of what it gives free, and the mask.
+
+    Of the clip itself only what the mask keeps is shown, without a mask nothing; a video of its own is shown as it is.
+    """
+    del feature
+    vae = encoders.conditions
+
+    def make(clip: Clip, columns: Mapping[str, float]) -> Tensor:
+        del columns
+        video, mask = clip.beside.get("vace_video"), clip.beside.get("mask")
+        if video is None and mask is not None:
+            video = blanked(clip.pixels, mask)
+        return vace_context(vae.encode, _size(clip), video, mask)
+
+    return make
+
+
 def _size(clip: Clip) -> ClipSize:
     return ClipSize(*clip.pixels.shape[1:])
 
@@ -140,4 +159,5 @@ _MAKERS: dict[Source, Callable[[VisualEncoders, InputFeature], FeatureMaker]] = 
     Source.COLUMN: _column,
     Source.CONTROL_VIDEO: _control_video,
     Source.REFERENCE_IMAGE: _reference_image,
+    Source.EDITED_VIDEO: _edited_video,
 }

@@ -207,6 +207,21 @@ def _latents(asked: _Asked, value: Tensor) -> list[Strip]:
     return strips
 
 
+def _context(asked: _Asked, value: Tensor) -> list[Strip]:
+    """Latents of what stays and of what changes; of the mask the mean of its channels, white where all changes."""
+    assert asked.feature.parts is not None  # noqa: S101  as it is declared
+    parts = asked.feature.parts(Sizes(_CHANNELS, (1, 1, 1), 0, 0))
+    strips = []
+    for name, part in zip(parts, value.float().split(list(parts.values())), strict=True):
+        if name == "mask":
+            frames = _mask_frames(part.mean(0, keepdim=True), part.shape[1], torch.Size(8 * n for n in part.shape[2:]))
+        else:
+            frames = asked.eye.frames(part)
+        numbers = shown(len(frames), asked.most)
+        strips.append(Strip(name, [Frame(frames[n].numpy(), asked.eye.moment(n)[0]) for n in numbers]))
+    return strips
+
+
 def _nothing(asked: _Asked, value: Tensor) -> list[Strip]:
     """No picture: a number is shown as one."""
     del asked, value
@@ -219,4 +234,5 @@ _VIEWS: dict[Source, Callable[[_Asked, Tensor], list[Strip]]] = {
     Source.COLUMN: _nothing,
     Source.CONTROL_VIDEO: _latents,
     Source.REFERENCE_IMAGE: _latents,
+    Source.EDITED_VIDEO: _context,
 }

@@ -23,6 +23,7 @@ from mm.errors import DataError
 from mm.wan.conditions.control import control_condition, reference_latents
 from mm.wan.conditions.known_frames import condition_latents
 from mm.wan.conditions.pixels import ClipSize
+from mm.wan.conditions.vace import blanked, vace_context
 from mm.wan.encoders import VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
 
@@ -59,7 +60,7 @@ class Place:
             "text": {"from_pretrained": str(self.weights / "text_encoder"), "precision": "fp32"},
             "tokenizer": {"from_pretrained": str(self.weights / "tokenizer")},
         }
-        if task != "wan22_i2v":
+        if task.startswith("fun_"):
             encoders["image"] = {"from_pretrained": str(self.weights / "image_encoder")}
         if "path" not in data:
             (self.home / "rows.json").write_text(json.dumps(self.rows))
@@ -161,6 +162,39 @@ def test_wan22_has_no_image_encoder(place: Place, vae: VideoEncoder) -> None:
         clip = pixels(place.home / f"set/videos/{name}.mp4", start)
         expected = condition_latents(vae.encode, {0: clip[None, :, 0]}, 9)[0]
         assert torch.equal(tensors["condition"], expected) and "image_features" not in tensors
+
+
+def test_vace_sees_what_the_mask_keeps_of_the_clip_or_a_video_of_its_own(place: Place, vae: VideoEncoder) -> None:
+    """A mask for each frame, one for all, none; with the clip itself, and with another video."""
+    block = np.zeros((48, 64, 3), np.uint8)
+    block[10:30, 20:50] = 255
+    Image.fromarray(block).save(place.home / "set/block.png")
+    del place.rows[0]["control"], place.rows[1]["control"]
+    first, second = place.rows
+    place.rows = [
+        {**first, "cap": "nothing"},
+        {**first, "cap": "mask of all frames", "mask": "block.png"},
+        {**first, "cap": "mask of each frame", "mask": "control/a.mp4"},
+        {**second, "cap": "another video", "vace_video": "control/b.mp4"},
+        {**second, "cap": "another video and a mask", "vace_video": "control/b.mp4", "mask": "block.png"},
+    ]
+    of_all = resize_and_crop(torch.from_numpy(block).permute(2, 0, 1)[None], 32, 48)[0].mean(0) / 2 + 0.5
+    of_all = of_all.expand(9, -1, -1)
+    for name, (tensors, start) in place.extract("vace").items():
+        own, beside = ("a", None) if "another" not in name else ("b", pixels(place.home / "set/control/b.mp4", start))
+        clip = pixels(place.home / f"set/videos/{own}.mp4", start)
+        mask = of_all if name in ("mask of all frames", "another video and a mask") else None
+        if name == "mask of each frame":
+            mask = (pixels(place.home / "set/control/a.mp4", start).mean(0) / 2 + 0.5).clamp(0, 1)
+        video = blanked(clip, mask) if beside is None and mask is not None else beside
+        assert torch.equal(tensors["vace_context"], vace_context(vae.encode, SIZE, video, mask)), name
+        assert torch.equal(tensors["latents"], vae.encode(clip[None])[0]) and "vace_scale" not in tensors
+
+
+def test_references_of_vace_are_refused(place: Place) -> None:
+    place.rows[1]["vace_reference"] = ["look.png", "tall.png"]
+    with pytest.raises(DataError, match=r"DATA-250.*row 2 names files of the role vace_reference"):
+        place.extract("vace")
 
 
 @pytest.mark.parametrize("form", ["videox-fun", "diffsynth", "hf-folder"])

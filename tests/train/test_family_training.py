@@ -28,7 +28,7 @@ from mm.drops import DropRates, draw_kept
 from mm.errors import ConfigError
 from mm.wan.model import WanModel
 
-TASKS = ["fun_control", "fun_control_ref", "wan22_i2v"]
+TASKS = ["fun_control", "fun_control_ref", "wan22_i2v", "vace"]
 BATCH = {"micro_batch_size": 2, "global_batch_size": 4}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "cp2": {"context_parallel_size": 2},
@@ -39,7 +39,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "optimization_level": 2,
     },
 }
-ONE_LAYOUT = {"fun_control": "pp2", "fun_control_ref": "cp2", "wan22_i2v": "tp2"}
+ONE_LAYOUT = {"fun_control": "pp2", "fun_control_ref": "cp2", "wan22_i2v": "tp2", "vace": "pp2"}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
 
 
 def layouts_equal_one_process(home: Path, folder: Path, task: str, names: list[str]) -> None:
-    rates = {"control": 0.5, "start": 0.5, "image": 0.5} if task != "wan22_i2v" else {}
+    rates = {"control": 0.5, "start": 0.5, "image": 0.5} if task.startswith("fun_") else {}
     flags = files(home, task, train_iters=3, mm_data=dropping(home, task, folder, **rates))
     commands = [words(home, folder / name, **flags, **LAYOUTS[name]) for name in names]
     run_ranks(2, train_one_after_the_other, commands, timeout_s=240)
@@ -126,7 +126,9 @@ def test_every_layout_equals_one_process(home: Path, tmp_path: Path, task: str) 
     layouts_equal_one_process(home, tmp_path, task, list(LAYOUTS))
 
 
-@pytest.mark.parametrize("task", ["fun_control_ref", pytest.param("wan22_i2v", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "task", ["fun_control_ref", *(pytest.param(task, marks=pytest.mark.nightly) for task in ("wan22_i2v", "vace"))]
+)
 def test_four_steps_are_two_and_two(home: Path, tmp_path: Path, task: str) -> None:
     rates = {"reference": 0.5, "control": 0.3} if task == "fun_control_ref" else {}
     flags = files(home, task, lr_decay_iters=10, mm_data=dropping(home, task, tmp_path, **rates))

@@ -89,12 +89,14 @@ class Media:
         required: whether every row gives it. Without, models are called with what stands for nothing given.
         from_clip: what of the clip itself training takes where a row lists no file. A clip gives one image at most: of
             a task that can take another frame than the first, one of both is drawn.
+        is_trained: whether features are made of it; otherwise generation alone takes it.
     """
 
     name: str
     kind: MediaKind
     required: bool = True
     from_clip: FromClip | None = None
+    is_trained: bool = True
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Source: VACE (arXiv 2503.07598) and its released models.
 
 from __future__ import annotations
 
+from mm.config.tasks.frames import CONDITION_TILES
 from mm.config.tasks.fun import PIXELS_OF_A_LATENT
 from mm.config.tasks.task import Entry, InputFeature, Media, Shape, Sizes, Source, Task
 
@@ -24,7 +25,7 @@ VACE = Task(
     roles=(
         Media("vace_video", "video", required=False, from_clip="whole"),
         Media("mask", "mask", required=False),
-        Media("vace_reference", "images", required=False),
+        Media("vace_reference", "images", required=False, is_trained=False),
     ),
     features=(
         InputFeature(
@@ -51,6 +52,6 @@ VACE = Task(
     ),
     sizes={"vace_layers": tuple(range(0, 30, 2))},
     marks=frozenset({"vace_patch_embedding.weight"}),
-    is_extracted=False,
+    recipe=CONDITION_TILES,
     is_generated=False,
 )

@@ -32,7 +32,7 @@ class CheckedRow:
         place: how to call the row in messages.
         sample: what it describes; None where that cannot be told.
         problems: DATA-001 for a missing file; DATA-047 for an image where the task has given frames; DATA-060 to
-            DATA-064 for the row itself; DATA-245 to DATA-247 for the files beside its target.
+            DATA-064 for the row itself; DATA-245 to DATA-247 and DATA-250 for the files beside its target.
         row: as it stands in its table, where it has one and that is asked for.
     """
 
@@ -155,7 +155,7 @@ def beside_problems(sample: VideoSample, media: Sequence[Media], place: str) -> 
     """Problems of the files beside a target, by what the task takes.
 
     DATA-245 for a role that is not given, DATA-246 for several files where one is taken, DATA-247 for a file of another
-    kind, DATA-001 for one that is not there.
+    kind, DATA-250 for a role of generation alone, DATA-001 for a file that is not there.
     """
     for one in media:
         files = sample.roles.get(one.name, ())
@@ -167,6 +167,9 @@ def beside_problems(sample: VideoSample, media: Sequence[Media], place: str) -> 
         if len(files) > 1 and one.kind != "images":
             found = f"{place} names {len(files)} files of the role {one.name}, and one is taken."
             yield Problem("DATA-246", found, "Keep one of them.")
+        if files and not one.is_trained:
+            found = f"{place} names files of the role {one.name}, and no features are made of them yet."
+            yield Problem("DATA-250", found, "Remove them; in generation they are taken.")
         for file in files:
             if not _is_of_kind(file, one.kind, sample.kind):
                 wanted = _NAMED["image" if one.kind == "video" and sample.kind == "image" else one.kind]
