@@ -13,7 +13,7 @@ from mm.config.model import WAN_1_3B
 from mm.config.rules.generation import size_problems
 from mm.config.rules.tasks import not_extracted
 from mm.config.run.extraction import SourceClip
-from mm.config.tasks.registry import DEFAULT, TASKS, TaskName
+from mm.config.tasks.registry import DEFAULT, FEATURE_TASKS, FeatureTaskName
 from mm.config.tasks.task import Source, Task
 from mm.data.clips import Clip, clip_of_frames, load_clip
 from mm.data.features import Feature
@@ -42,7 +42,7 @@ def extract_features(
     rows: Sequence[VideoRow | tuple[VideoInput, str]],
     encoders: Encoders | str | Path,
     *,
-    task: TaskName = DEFAULT.name,
+    task: FeatureTaskName = DEFAULT.name,
     size: tuple[int, int, int] = (81, 480, 832),
     frame_interval: int = 1,
     min_num_frames: int | None = None,
@@ -74,7 +74,7 @@ def extract_features(
         DataError: DATA-004 for a video that is too short, what `mm.data.clips.load_clip` raises, DATA-040 to DATA-045
             for encoders.
     """
-    declared = TASKS[task]
+    declared = FEATURE_TASKS[task]
     if not isinstance(encoders, Encoders):
         encoders = Encoders.of(encoders)
     given = [row if isinstance(row, VideoRow) else VideoRow(*row) for row in rows]
@@ -114,6 +114,6 @@ def _clip(row: VideoRow, index: int, preprocess: SourceClip, seed: int) -> Clip:
 
 def _nothing_to_learn(task: Task, num_frames: int) -> Iterator[Problem]:
     """CFG-075, as for `mm extract`."""
-    if task.frames and num_frames <= TEMPORAL_STRIDE:
+    if task.fewest_latent_frames > 1 and num_frames <= TEMPORAL_STRIDE:
         message = f"A clip of {num_frames} frames is its own first frame, and {task.name} has nothing to learn."
         yield Problem("CFG-075", message, f"Ask for at least {TEMPORAL_STRIDE + 1} frames in size and min_num_frames.")

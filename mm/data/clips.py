@@ -40,6 +40,7 @@ class Clip:
         read_by: the library that read it, decord, pyav or pillow.
         taken: what a rule chose: the frames' numbers, the size that the picture was resized to, and the top and left
             of the clip in it; None where the clip is of one size and its frames follow from `start`.
+        key: the seed, the sample's id and the draw, by which all is drawn that is drawn of it.
         beside: what the task takes beside it, by role, as `mm.data.beside.read_beside` gives it.
     """
 
@@ -48,6 +49,7 @@ class Clip:
     read_by: str
     taken: dict[str, Any] | None = None
     beside: Mapping[str, Tensor] = field(default_factory=dict)
+    key: tuple[int, str, int] = (0, "", 0)
 
     @property
     def num_frames(self) -> int:
@@ -78,7 +80,7 @@ def load_clip(
     pixels = frames.transpose(0, 1)
     of_video = Taken(sample.kind, info.height, info.width * info.pixel_aspect, shape, indices, preprocess.reader)
     beside = read_beside(sample, media, pixels, of_video, seed, draw)
-    return Clip(pixels, indices[0], info.read_by, _taken(preprocess, shape, indices), beside)
+    return Clip(pixels, indices[0], info.read_by, _taken(preprocess, shape, indices), beside, (seed, sample.id, draw))
 
 
 def _load_image(sample: VideoSample, preprocess: SourceClip, seed: int, draw: int, media: Sequence[Media] = ()) -> Clip:
@@ -89,7 +91,7 @@ def _load_image(sample: VideoSample, preprocess: SourceClip, seed: int, draw: in
     clip = to_shape(pixels.permute(2, 0, 1).unsqueeze(0), shape).transpose(0, 1)
     of_image = Taken(sample.kind, height, Fraction(width), shape, [0], preprocess.reader)
     beside = read_beside(sample, media, clip, of_image, seed, draw)
-    return Clip(clip, 0, _PILLOW, _taken(preprocess, shape, [0]), beside)
+    return Clip(clip, 0, _PILLOW, _taken(preprocess, shape, [0]), beside, (seed, sample.id, draw))
 
 
 def clip_of_frames(
@@ -105,7 +107,7 @@ def clip_of_frames(
     pixels = to_shape(frames[list(indices)].permute(0, 3, 1, 2), shape).transpose(0, 1)
     given = Taken("video", frames.shape[1], Fraction(frames.shape[2]), shape, indices, preprocess.reader)
     beside = read_beside(sample, media, pixels, given, seed, 0)
-    return Clip(pixels, indices[0], "memory", _taken(preprocess, shape, indices), beside)
+    return Clip(pixels, indices[0], "memory", _taken(preprocess, shape, indices), beside, (seed, sample.id, 0))
 
 
 def _plan_clip(
@@ -154,7 +156,7 @@ class _ReadClip:
     def __call__(self, job: tuple[VideoSample, int], /) -> Parcel:
         sample, draw = job
         clip = load_clip(sample, self.preprocess, self.seed, draw, self.media)
-        facts = {"start": clip.start, "read_by": clip.read_by}
+        facts = {"start": clip.start, "read_by": clip.read_by, "key": list(clip.key)}
         tensors = {_PIXELS: clip.pixels} | {f"{_BESIDE}{role}": value for role, value in clip.beside.items()}
         return Parcel(tensors, facts if clip.taken is None else facts | {"taken": clip.taken})
 
@@ -193,7 +195,8 @@ def _clip_of(parcel: Parcel) -> Clip:
     """The clip that `_ReadClip` read."""
     of_roles = (name for name in parcel.tensors if name.startswith(_BESIDE))
     beside = {name.removeprefix(_BESIDE): parcel.tensors[name] for name in of_roles}
-    return Clip(parcel.tensors[_PIXELS], **parcel.facts, beside=beside)
+    facts = {**parcel.facts, "key": tuple(parcel.facts["key"])}
+    return Clip(parcel.tensors[_PIXELS], **facts, beside=beside)
 
 
 @dataclass(frozen=True)

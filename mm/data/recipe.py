@@ -18,7 +18,7 @@ from mm.config.run.data import FeatureSet
 from mm.config.run.extraction import ExtractionRun
 from mm.config.run.shapes import FrameRule
 from mm.config.storage import Location
-from mm.config.tasks.registry import ALL_RECIPE_FIELDS, DEFAULT, TASKS, TaskName
+from mm.config.tasks.registry import ALL_RECIPE_FIELDS, DEFAULT, FEATURE_TASKS, FeatureTaskName
 from mm.data.files import write_atomically
 from mm.data.remote.reading import load_section, require_bucket
 from mm.errors import ConfigError, DataError
@@ -50,7 +50,7 @@ class Recipe(Section):
     """
 
     format_version: int = FORMAT_VERSION
-    task: TaskName = DEFAULT.name
+    task: FeatureTaskName = DEFAULT.name
     vae: str
     text_encoder: str
     tokenizer: str
@@ -77,7 +77,7 @@ class Recipe(Section):
     def key(self) -> str:
         """Sixteen hexadecimal digits that differ when any field does."""
         # without the fields of other tasks, so that a task that comes later changes no key
-        unused = ALL_RECIPE_FIELDS - TASKS[self.task].recipe
+        unused = ALL_RECIPE_FIELDS - FEATURE_TASKS[self.task].recipe
         return hashlib.sha256(self.model_dump_json(exclude={*unused, *self.unsaid}).encode()).hexdigest()[:16]
 
     @property

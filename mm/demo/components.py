@@ -78,7 +78,7 @@ def _model_name(task: Task) -> str:
     return f"{title}-Tiny" if title.startswith("Wan") else f"Wan2.1-{title}-Tiny"
 
 
-MODEL_NAMES = {task.name: _model_name(task) for task in EXTRACTED.values()}
+MODEL_NAMES = {task.name: _model_name(EXTRACTED[task.trains]) for task in EXTRACTED.values()}
 SEED = 0
 TEXT_DIM = 64
 IMAGE_DIM = 32

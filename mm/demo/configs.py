@@ -79,7 +79,7 @@ def _files(home: Path, task: Task, configs: Path, features: Path) -> dict[str, A
             }
         },
         "pretrain_model.json": {
-            "task": task.name,
+            "task": task.trains,
             "predictor": predictor,
             "diffusion": {"shift": FLOW_SHIFT, "loss_weighting": "none"},
         },
@@ -114,7 +114,7 @@ def _predictor(task: Task) -> dict[str, Any]:
     return {
         "model_id": "wandit",
         "dtype": "fp32",
-        "model_type": task.name,
+        "model_type": task.trains,
         "patch_size": list(shape["patch_size"]),
         "text_len": text_len(task),
         "text_dim": shape["text_dim"],

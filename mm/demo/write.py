@@ -64,7 +64,7 @@ def write_demo(out: Path, clips_per_caption: int = 1) -> None:
         weights = partial / "weights"
         for task in filter(is_whole, EXTRACTED.values()):
             write_model(weights / MODEL_NAMES[task.name], task)
-        for task in (task for task in EXTRACTED.values() if not is_whole(task)):
+        for task in (task for task in EXTRACTED.values() if not is_whole(task) and task.models_of is None):
             like = weights / MODEL_NAMES[encoders_of(task).name] / "transformer"
             write_variant(weights / MODEL_NAMES[task.name] / "transformer", task, like)
         _write_dataset(partial / "dataset", clips_per_caption)

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mm.config.tasks.frames import CLIP_TOKEN_LEN
+from mm.config.tasks.frames import CLIP_TOKEN_LEN, FIRST
 from mm.config.tasks.task import InputFeature, Source, Task
 from mm.data.clips import Clip
 from mm.errors import DataError
 from mm.wan.conditions.control import control_condition, reference_latents
+from mm.wan.conditions.inpaint import inpaint_condition
 from mm.wan.conditions.known_frames import condition_latents
 from mm.wan.conditions.pixels import ClipSize
+from mm.wan.conditions.random_masks import ZEROED, draw_zeroing, random_mask
 from mm.wan.conditions.vace import blanked, vace_context
 from mm.wan.encoders import VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
@@ -72,10 +74,10 @@ def _image_features(encoders: VisualEncoders, feature: InputFeature) -> FeatureM
 
 def seen_images(task: Task, clip: Clip) -> list[Tensor]:
     """The images that the image encoder sees, [3, H, W]: the given frames; of a task with images beside the clip its
-    reference, or else its start image.
+    reference, or else its start image; of one without either the clip's first frame.
     """
-    if task.frames:
-        return [clip.pixels[:, frame.index] for frame in task.frames]
+    if not any(media.kind == "image" for media in task.media):
+        return [clip.pixels[:, frame.index] for frame in task.frames or (FIRST,)]
     given = [clip.beside[media.name] for media in task.media if media.kind == "image" and media.name in clip.beside]
     return given[-1:]
 
@@ -89,6 +91,24 @@ def _known_frames(encoders: VisualEncoders, feature: InputFeature) -> FeatureMak
         del columns
         known = {index: clip.pixels[None, :, index] for index in indices}
         return condition_latents(vae.encode, known, clip.num_frames)[0]
+
+    return make
+
+
+def _known_pixels(encoders: VisualEncoders, feature: InputFeature) -> FeatureMaker:
+    """The mask of the given pixels and the latents of a video of them, by a mask that is listed or one that is drawn.
+
+    Where nothing is given all is zero for 9 in 10 samples, as models are told that they make all of a video.
+    """
+    del feature
+    vae = encoders.conditions
+
+    def make(clip: Clip, columns: Mapping[str, float]) -> Tensor:
+        del columns
+        size, mask = _size(clip), clip.beside.get("mask")
+        mask = random_mask(size, *clip.key) if mask is None else mask
+        is_zero = draw_zeroing(ZEROED, *clip.key)
+        return inpaint_condition(vae.encode, size, clip.pixels, mask, nothing_known_is_zero=is_zero)
 
     return make
 
@@ -156,6 +176,7 @@ def _column(encoders: VisualEncoders, feature: InputFeature) -> FeatureMaker:
 _MAKERS: dict[Source, Callable[[VisualEncoders, InputFeature], FeatureMaker]] = {
     Source.IMAGE_ENCODER: _image_features,
     Source.KNOWN_FRAMES: _known_frames,
+    Source.KNOWN_PIXELS: _known_pixels,
     Source.COLUMN: _column,
     Source.CONTROL_VIDEO: _control_video,
     Source.REFERENCE_IMAGE: _reference_image,

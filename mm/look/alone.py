@@ -7,7 +7,7 @@ from pathlib import Path
 from mm.config.model import WAN_14B, WanConfig, of_task
 from mm.config.run.data import FeatureSet
 from mm.config.storage import Location, Remote
-from mm.config.tasks.registry import TASKS
+from mm.config.tasks.registry import FEATURE_TASKS, TASKS
 from mm.config.tasks.task import Entry, Sizes
 from mm.data.dataset import FeatureDataset, FeaturePlace, open_features
 from mm.data.features import LISTING, Header, read_header
@@ -35,7 +35,7 @@ def open_alone(store: Location) -> FeatureDataset:
             the header of its first sample raises.
     """
     recipe = load_recipe(store)
-    released = of_task(WAN_14B, TASKS[recipe.task])
+    released = of_task(WAN_14B, TASKS[FEATURE_TASKS[recipe.task].trains])
     dataset = open_features(features_of_store(store), released)
     if not len(dataset):
         raise DataError("DATA-010", f"{store} holds no samples.", "Extract features into it.")

@@ -230,6 +230,7 @@ def _nothing(asked: _Asked, value: Tensor) -> list[Strip]:
 
 _VIEWS: dict[Source, Callable[[_Asked, Tensor], list[Strip]]] = {
     Source.KNOWN_FRAMES: _known_frames,
+    Source.KNOWN_PIXELS: _known_frames,
     Source.IMAGE_ENCODER: _image_tokens,
     Source.COLUMN: _nothing,
     Source.CONTROL_VIDEO: _latents,

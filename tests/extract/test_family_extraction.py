@@ -21,8 +21,10 @@ from mm.data.transforms import resize_and_crop
 from mm.drops import draw_reference_frame
 from mm.errors import DataError
 from mm.wan.conditions.control import control_condition, reference_latents
+from mm.wan.conditions.inpaint import inpaint_condition
 from mm.wan.conditions.known_frames import condition_latents
 from mm.wan.conditions.pixels import ClipSize
+from mm.wan.conditions.random_masks import draw_zeroing, random_mask
 from mm.wan.conditions.vace import blanked, vace_context
 from mm.wan.encoders import VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
@@ -264,3 +266,29 @@ def test_control_videos_that_do_not_fit(control: dict[str, int], id: str | None,
     with pytest.raises(DataError, match=f"1 of 2 samples cannot be used: 1 {id}"):
         doctor_data([str(place.run_file("fun_control")), "--output", str(place.home / "report")])
     assert place.extract("fun_control", on_bad_sample="skip:max=50%").keys() == {"a"}
+
+
+def test_inpainting_by_drawn_masks_and_listed_ones(
+    place: Place, vae: VideoEncoder, image_encoder: ImageEncoder
+) -> None:
+    """Masks of several kinds are drawn by key; of a listed one white is made anew."""
+    place.rows = [
+        {"path": f"videos/{name}.mp4", "cap": f"{name}{cut}", "cut": [cut]} for cut in range(5) for name in "ab"
+    ]
+    place.rows.append({"path": "videos/a.mp4", "cap": "listed", "mask": "control/a.mp4"})
+    kinds = set()
+    found = place.extract("fun_inp")
+    assert len(found) == 11
+    for name, (tensors, start) in found.items():
+        path = f"videos/{name[0]}.mp4" if name != "listed" else "videos/a.mp4"
+        sample = next(row["sample"] for row in listed(place.home / "store") if row["cap"] == name)
+        clip = pixels(place.home / "set" / path, start)
+        mask = random_mask(SIZE, SEED, sample, 0)
+        if name == "listed":
+            mask = (pixels(place.home / "set/control/a.mp4", start).mean(0) / 2 + 0.5).clamp(0, 1)
+        is_zero = draw_zeroing(0.9, SEED, sample, 0)
+        expected = inpaint_condition(vae.encode, SIZE, clip, mask, nothing_known_is_zero=is_zero)
+        assert torch.equal(tensors["condition"], expected), name
+        assert torch.equal(tensors["image_features"], image_encoder.encode(clip[None, :, 0])[0])
+        kinds.add((bool(mask.all()), bool(mask[0].any()), bool(mask[-1].any())))
+    assert len(kinds) > 2, "masks of one kind prove little"

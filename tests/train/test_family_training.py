@@ -28,7 +28,7 @@ from mm.drops import DropRates, draw_kept
 from mm.errors import ConfigError
 from mm.wan.model import WanModel
 
-TASKS = ["fun_control", "fun_control_ref", "wan22_i2v", "vace"]
+TASKS = ["fun_control", "fun_control_ref", "wan22_i2v", "vace", "fun_inp"]
 BATCH = {"micro_batch_size": 2, "global_batch_size": 4}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "cp2": {"context_parallel_size": 2},
@@ -39,7 +39,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "optimization_level": 2,
     },
 }
-ONE_LAYOUT = {"fun_control": "pp2", "fun_control_ref": "cp2", "wan22_i2v": "tp2", "vace": "pp2"}
+ONE_LAYOUT = {"fun_control": "pp2", "fun_control_ref": "cp2", "wan22_i2v": "tp2", "vace": "pp2", "fun_inp": "cp2"}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
 
 
 def layouts_equal_one_process(home: Path, folder: Path, task: str, names: list[str]) -> None:
-    rates = {"control": 0.5, "start": 0.5, "image": 0.5} if task.startswith("fun_") else {}
+    rates = {"control": 0.5, "start": 0.5, "image": 0.5} if task.startswith("fun_control") else {}
     flags = files(home, task, train_iters=3, mm_data=dropping(home, task, folder, **rates))
     commands = [words(home, folder / name, **flags, **LAYOUTS[name]) for name in names]
     run_ranks(2, train_one_after_the_other, commands, timeout_s=240)

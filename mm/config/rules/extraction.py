@@ -97,14 +97,14 @@ def _frames_have_others_behind_them(run: ExtractionRun) -> Iterator[Problem]:
     """CFG-075: a clip of one frame is its own first frame."""
     clip, words = run.data.clip, run.origins
     for name, frames in (("num_frames", clip.num_frames), ("min_num_frames", clip.min_num_frames)):
-        if run.task.frames and frames is not None and frames <= TEMPORAL_STRIDE:
+        if run.task.fewest_latent_frames > 1 and frames is not None and frames <= TEMPORAL_STRIDE:
             yield Problem(
                 "CFG-075",
                 f"{words[f'data.clip.{name}'].name} is {frames}: a clip of one frame is its own first frame, and "
                 f"{run.task.name} has nothing to learn.",
                 f"Use at least {TEMPORAL_STRIDE + 1}.",
             )
-    if run.task.frames and fewest_of_rule(clip) <= TEMPORAL_STRIDE < clip.num_frames:
+    if run.task.fewest_latent_frames > 1 and fewest_of_rule(clip) <= TEMPORAL_STRIDE < clip.num_frames:
         yield Problem(
             "CFG-075",
             f"{words['data.clip.shape'].name} gives some clips one frame, which is their own first: {run.task.name} "

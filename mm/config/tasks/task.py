@@ -32,6 +32,7 @@ class Source(Enum):
 
     IMAGE_ENCODER = "the image encoder, of the frames that are given"
     KNOWN_FRAMES = "the VAE, of a video that is grey between the frames that are given; a mask of them in front"
+    KNOWN_PIXELS = "the VAE, of a video that is grey where a mask gives its pixels free; the mask in front"
     COLUMN = "a number beside the video, as it is"
     CONTROL_VIDEO = "the VAE, of a control video; behind it the latents of a start image, zeros after the first frame"
     START_IMAGE = "the VAE, of a start image, zeros after the first frame"
@@ -164,6 +165,8 @@ class Task:
         latent_channels: of its models' latents, where they alone have so many, by which weights are known too.
         recipe: fields of a feature store's recipe that it has beside those of all tasks.
         negative: what stands before the release's negative prompt.
+        models_of: the task whose models are trained on its features, where these differ from that one's in how they
+            are made alone. No model is of such a task.
         is_extracted, is_generated: whether features of it are made for training, and clips generated. Models of all
             tasks are loaded, converted and called.
         with_video, with_last_frame: what generation is called from given videos, or with a last frame too, where its
@@ -180,10 +183,16 @@ class Task:
     latent_channels: int | None = None
     recipe: frozenset[str] = frozenset()
     negative: str = ""
+    models_of: str | None = None
     is_extracted: bool = True
     is_generated: bool = True
     with_video: str | None = None
     with_last_frame: str | None = None
+
+    @property
+    def trains(self) -> str:
+        """The task whose models are trained on its features."""
+        return self.models_of or self.name
 
     @property
     def frames(self) -> tuple[Frame, ...]:
@@ -203,7 +212,7 @@ class Task:
     @property
     def fewest_latent_frames(self) -> int:
         """Frames that a clip's latents must have so that something is left to learn where frames are given."""
-        return 2 if self.frames else 1
+        return 2 if self.made_by(Source.KNOWN_FRAMES) or self.made_by(Source.KNOWN_PIXELS) else 1
 
     @property
     def leading_frames(self) -> int:

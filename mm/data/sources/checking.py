@@ -132,8 +132,10 @@ class RowReader:
                 is_path_wrong = any(problem.id == "DATA-063" for problem in problems)  # which may be that role's
                 beside = beside_problems(sample, tuple(self._media.values()), found.place)
                 problems += [one for one in beside if not (one.id == "DATA-245" and is_path_wrong)]
-                if task is not None and task.frames and taken.kind == "image":
-                    message = f"{found.place}: {file} is an image; the one frame that it has is given in {task.name}."
+                if task is not None and task.fewest_latent_frames > 1 and taken.kind == "image":
+                    message = (
+                        f"{found.place}: {file} is an image, and {task.name} learns from what follows a first frame."
+                    )
                     problems.append(Problem("DATA-047", message, "Leave the row out; clips need at least 5 frames."))
                 require_regular_file(file, found.place)
             except DataError as error:

@@ -1,4 +1,4 @@
-"""What a training sample of a Fun-V1.1-Control model is shown. Source: VideoX-Fun's trainer.
+"""Conditions of a training sample of a Fun-V1.1-Control model. Source: VideoX-Fun's trainer.
 
 Shapes: C latent channels, F H W latent frames, height and width.
 """
