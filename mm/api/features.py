@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mm.api.arguments import VideoInput, as_pixels, column_problems
@@ -23,6 +23,7 @@ from mm.device.backend import DeviceKind, select
 from mm.errors import ConfigError, DataError, Problem, raise_all
 from mm.extract.encode import ClipEncoder
 from mm.extract.sources import VisualEncoders
+from mm.wan.conditions.computed import computed
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ def extract_features(
     encoder, found = ClipEncoder(text, visual), []
     for index, (row, sample) in enumerate(zip(given, samples, strict=True)):
         clip = _clip(row, index, sample, preprocess, seed, declared)
-        found.append(encoder.encode(clip, encoder.prompt(row.caption), row.columns))
+        feature = encoder.encode(clip, encoder.prompt(row.caption), row.columns)
+        one = {name: value[None] for name, value in feature.features.items()}
+        found.append(replace(feature, features={name: value[0] for name, value in computed(one, declared).items()}))
     return found
 
 

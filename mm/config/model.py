@@ -123,6 +123,11 @@ class WanConfig(Section):
         sizes = self.feature_sizes(latent)
         return {feature.name: feature.shape(sizes) for feature in self.task.features}
 
+    def stored_shapes(self, latent: tuple[int, int, int]) -> dict[str, Shape]:
+        """Shapes of one sample's features in stores by name, given F, H, W of its latents."""
+        sizes = self.feature_sizes(latent)
+        return {feature.name: (feature.stored or feature.shape)(sizes) for feature in self.task.stored}
+
     def feature_sizes(self, latent: tuple[int, int, int] = (1, 1, 1)) -> Sizes:
         """Sizes that shapes of features are made of, given F, H, W of latents."""
         return Sizes(self.out_dim, latent, self.image_dim, self.clip_token_len or 0)

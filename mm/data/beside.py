@@ -25,7 +25,8 @@ from mm.data.sources.cells import kind_of
 from mm.data.transforms import to_shape
 from mm.data.video import Reader, VideoInfo, probe, read_frames
 from mm.drops import draw_reference_frame
-from mm.errors import DataError
+from mm.errors import ConfigError, DataError, Problem, raise_all
+from mm.poses import NUMBERS_A_ROW, read_poses, rows_of_frames
 
 FIRST_FRAME_SHARE = 0.4
 """Share of clips whose drawn image is the first frame. Source: `control_ref_image` `random` of VideoX-Fun's trainer."""
@@ -37,7 +38,8 @@ class Taken:
 
     Attributes:
         kind: of the file. height, width: of its picture as it is shown. shape: that it was brought to.
-        indices: numbers of its frames. reader: as `mm.config.run.extraction.SourceClip.reader`.
+        indices: numbers of its frames. of: frames of the whole video.
+        reader: as `mm.config.run.extraction.SourceClip.reader`.
     """
 
     kind: Kind
@@ -45,6 +47,7 @@ class Taken:
     width: Fraction
     shape: Shape
     indices: Sequence[int]
+    of: int
     reader: Reader
 
 
@@ -58,11 +61,12 @@ def read_beside(
         seed, draw: of the frame that is drawn.
 
     Returns:
-        Of a video [3, F, H, W], of an image [3, H, W], in [-1, 1]; of a mask [F, H, W] from 0 to 1.
+        Of a video [3, F, H, W], of an image [3, H, W], in [-1, 1]; of a mask [F, H, W] from 0 to 1; of a camera's path
+        [F + 1, 19] fp64, its first row the part of the picture.
 
     Raises:
-        DataError: what `mm.data.video` and `mm.data.image` raise; DATA-248 for a video that ends before the clip, and
-            DATA-249 for one whose picture has another aspect.
+        DataError: what `mm.data.video` and `mm.data.image` raise; DATA-248 for a video that ends before the clip,
+            DATA-249 for one whose picture has another aspect, and DATA-251 for a malformed pose file.
     """
     found = {one.name: _READ[one.kind](sample.roles[one.name], taken) for one in media if sample.roles.get(one.name)}
     images = {one.from_clip: one.name for one in media if one.kind == "image" and one.from_clip is not None}
@@ -79,7 +83,7 @@ def drawn_frame(num_frames: int, sample: str, seed: int, draw: int) -> int:
 
 def numbers_of(one: Media, pixels: int) -> int:
     """Numbers that a role's tensor has at most beside a clip of so many pixels in all frames."""
-    return 3 * pixels if one.kind in ("video", "image") else pixels
+    return 3 * pixels if one.kind in ("video", "image") else max(pixels, 4 * NUMBERS_A_ROW)
 
 
 def check_beside(sample: VideoSample, media: Sequence[Media], taken: Taken) -> None:
@@ -138,4 +142,33 @@ def _mask(files: Sequence[Path], taken: Taken) -> Tensor:
     return grey.expand(len(taken.indices), -1, -1).clamp(0, 1)
 
 
-_READ: Mapping[MediaKind, Callable[[Sequence[Path], Taken], Tensor]] = {"video": _video, "image": _image, "mask": _mask}
+def _poses(files: Sequence[Path], taken: Taken) -> Tensor:
+    """[F + 1, 19] fp64: the clip's part of the picture (`view_row`), and a row for each of its frames."""
+    (file,) = files
+    rows = rows_of_frames(poses_of(file), taken.of, taken.indices)
+    return torch.cat((view_row(taken.shape), rows))
+
+
+def poses_of(file: Path) -> Tensor:
+    """Rows of a pose file, [poses, 19] fp64; raises DATA-251 for each line that is wrong, and DATA-001."""
+    try:
+        return read_poses(file)
+    except ConfigError as error:
+        problems = [Problem("DATA-251", problem.message, problem.remedy) for problem in error.problems]
+        raise_all(DataError, problems)
+        raise
+
+
+def view_row(shape: Shape) -> Tensor:
+    """[1, 19] fp64: height and width of the clip, those that the picture was resized to, top and left, and zeros."""
+    row = torch.zeros(1, NUMBERS_A_ROW, dtype=torch.float64)
+    row[0, :6] = torch.tensor((shape.height, shape.width, *shape.cover, *shape.corner))
+    return row
+
+
+_READ: Mapping[MediaKind, Callable[[Sequence[Path], Taken], Tensor]] = {
+    "video": _video,
+    "image": _image,
+    "mask": _mask,
+    "poses": _poses,
+}

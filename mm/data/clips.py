@@ -78,9 +78,17 @@ def load_clip(
     if len(once) < len(indices):
         frames = frames[torch.tensor([once.index(index) for index in indices])]
     pixels = frames.transpose(0, 1)
-    of_video = Taken(sample.kind, info.height, info.width * info.pixel_aspect, shape, indices, preprocess.reader)
+    of_video = Taken(
+        sample.kind, info.height, info.width * info.pixel_aspect, shape, indices, info.num_frames, preprocess.reader
+    )
     beside = read_beside(sample, media, pixels, of_video, seed, draw)
     return Clip(pixels, indices[0], info.read_by, _taken(preprocess, shape, indices), beside, (seed, sample.id, draw))
+
+
+def _part(info: VideoInfo, shape: Shape, indices: Sequence[int], preprocess: SourceClip) -> Taken:
+    """The part of a video that a clip is."""
+    width = info.width * info.pixel_aspect
+    return Taken("video", info.height, width, shape, indices, info.num_frames, preprocess.reader)
 
 
 def _load_image(sample: VideoSample, preprocess: SourceClip, seed: int, draw: int, media: Sequence[Media] = ()) -> Clip:
@@ -89,7 +97,7 @@ def _load_image(sample: VideoSample, preprocess: SourceClip, seed: int, draw: in
     _check_image(sample, height, width)
     shape = _shape_of(sample, preprocess, height, width, 1, (seed, draw))
     clip = to_shape(pixels.permute(2, 0, 1).unsqueeze(0), shape).transpose(0, 1)
-    of_image = Taken(sample.kind, height, Fraction(width), shape, [0], preprocess.reader)
+    of_image = Taken(sample.kind, height, Fraction(width), shape, [0], 1, preprocess.reader)
     beside = read_beside(sample, media, clip, of_image, seed, draw)
     return Clip(clip, 0, _PILLOW, _taken(preprocess, shape, [0]), beside, (seed, sample.id, draw))
 
@@ -105,7 +113,7 @@ def clip_of_frames(
     shape = _shape_of(sample, preprocess, frames.shape[1], frames.shape[2], len(frames), (seed, 0))
     indices = choose_frames(sample, len(frames), preprocess, seed, most=shape.frames)
     pixels = to_shape(frames[list(indices)].permute(0, 3, 1, 2), shape).transpose(0, 1)
-    given = Taken("video", frames.shape[1], Fraction(frames.shape[2]), shape, indices, preprocess.reader)
+    given = Taken("video", frames.shape[1], Fraction(frames.shape[2]), shape, indices, len(frames), preprocess.reader)
     beside = read_beside(sample, media, pixels, given, seed, 0)
     return Clip(pixels, indices[0], "memory", _taken(preprocess, shape, indices), beside, (seed, sample.id, 0))
 
@@ -217,8 +225,7 @@ class CheckClip:
             read_by = _PILLOW
         elif self.quick:
             info, shape, indices = _plan_clip(sample, self.preprocess, self.seed)
-            width = info.width * info.pixel_aspect
-            check_beside(sample, self.media, Taken("video", info.height, width, shape, indices, self.preprocess.reader))
+            check_beside(sample, self.media, _part(info, shape, indices, self.preprocess))
             read_by = info.read_by
         else:
             read_by = load_clip(sample, self.preprocess, self.seed, media=self.media).read_by

@@ -299,7 +299,8 @@ def _most_bytes(dataset: FeatureDataset, micro_batch_size: int, text_len: int, *
     shapes: Sequence[tuple[int, ...]] = [largest, (text_len, model.text_dim)]
     if with_noise:
         shapes = [*shapes, largest]
-    shapes = [*shapes, *model.feature_shapes(largest[1:]).values()]
+    stored = model.stored_shapes(largest[1:])
+    shapes = [*shapes, *stored.values(), *(stored[one.name] for one in model.task.stored if one.stored)]  # of 64 bits
     return bytes_to_share(*((micro_batch_size, *shape) for shape in shapes))
 
 

@@ -32,6 +32,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES: dict[str, str] = {"red": "circle", "green": "square", "blue": "triangle", "yellow": "diamond"}
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
+OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
+"""Direction in which a camera turns for what it sees to move so."""
+
 
 @dataclass(frozen=True, slots=True)
 class DemoClip:

@@ -19,6 +19,7 @@ from mm.demo.clips import (
     DIRECTIONS,
     FPS,
     NUM_FRAMES,
+    OPPOSITE,
     SIZE,
     DemoClip,
     Frames,
@@ -31,6 +32,7 @@ from mm.demo.components import MODEL_NAMES, encoders_of, is_whole, write_model, 
 from mm.demo.configs import annotation_name, write_configs
 from mm.demo.video import write_video
 from mm.errors import ConfigError
+from mm.poses import direction_rows
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ def write_demo(out: Path, clips_per_caption: int = 1) -> None:
         weights/Wan2.1-T2V-Tiny-Diffusers/   the tiny models in the HF layout (components.py); -I2V- and -FLF2V- too
         dataset/data.json, dataset/videos/   captioned clips, 16 times `clips_per_caption`
         dataset/control/, dataset/masks/     the clips' edges, white on black; a block that moves, white on black
+        dataset/poses/                       a camera's path for each clip, with which its shape moves so
         dataset/data_*.json                  the same list with the columns and files of each task that has some
         configs/                             the files that configure extraction, training and generation on them;
                                              in folders named after the tasks those of the other models
@@ -132,7 +135,12 @@ def _write_beside(folder: Path, path: str, frames: Frames) -> dict[str, str]:
     mask = path.replace("videos/", "masks/")
     (folder / "masks").mkdir(exist_ok=True)
     write_video(folder / mask, moving_block(len(frames)), FPS)
-    return {"control": control, "mask": mask}
+    poses = str(Path(path.replace("videos/", "poses/")).with_suffix(".txt"))
+    (folder / "poses").mkdir(exist_ok=True)
+    direction = OPPOSITE[Path(path).stem.rpartition("_")[2]].title()
+    lines = (" ".join(f"{number:.9g}" for number in row) for row in direction_rows(direction, len(frames)).tolist())
+    (folder / poses).write_text("\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    return {"control": control, "mask": mask, "camera": poses}
 
 
 def _value(column: Column, index: int) -> int:

@@ -16,7 +16,7 @@ from mm.config.tasks.frames import CLIP_TOKEN_LEN, FIRST
 from mm.config.tasks.task import InputFeature, Source, Task
 from mm.data.clips import Clip
 from mm.errors import DataError
-from mm.wan.conditions.control import control_condition, reference_latents
+from mm.wan.conditions.control import control_condition, reference_latents, start_condition
 from mm.wan.conditions.inpaint import inpaint_condition
 from mm.wan.conditions.known_frames import condition_latents
 from mm.wan.conditions.pixels import ClipSize
@@ -140,6 +140,29 @@ def _reference_image(encoders: VisualEncoders, feature: InputFeature) -> Feature
     return make
 
 
+def _start_image(encoders: VisualEncoders, feature: InputFeature) -> FeatureMaker:
+    """Latents of the start image."""
+    del feature
+    vae = encoders.conditions
+
+    def make(clip: Clip, columns: Mapping[str, float]) -> Tensor:
+        del columns
+        return start_condition(vae.encode, _size(clip), clip.beside["first_frame"])
+
+    return make
+
+
+def _camera_path(encoders: VisualEncoders, feature: InputFeature) -> FeatureMaker:
+    """The path as it was read; rays, 10,000 times as many numbers, are made of it where the model is given them."""
+    del encoders, feature
+
+    def make(clip: Clip, columns: Mapping[str, float]) -> Tensor:
+        del columns
+        return clip.beside["camera"]
+
+    return make
+
+
 def _edited_video(encoders: VisualEncoders, feature: InputFeature) -> FeatureMaker:
     """Latents of what the mask keeps of a video and of what it gives free, and the mask.
 
@@ -181,4 +204,6 @@ _MAKERS: dict[Source, Callable[[VisualEncoders, InputFeature], FeatureMaker]] = 
     Source.CONTROL_VIDEO: _control_video,
     Source.REFERENCE_IMAGE: _reference_image,
     Source.EDITED_VIDEO: _edited_video,
+    Source.START_IMAGE: _start_image,
+    Source.CAMERA_PATH: _camera_path,
 }

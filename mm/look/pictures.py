@@ -236,4 +236,6 @@ _VIEWS: dict[Source, Callable[[_Asked, Tensor], list[Strip]]] = {
     Source.CONTROL_VIDEO: _latents,
     Source.REFERENCE_IMAGE: _latents,
     Source.EDITED_VIDEO: _context,
+    Source.START_IMAGE: _latents,
+    Source.CAMERA_PATH: _nothing,
 }

@@ -20,7 +20,9 @@ from mm.cli.doctor_data import main as doctor_data
 from mm.data.transforms import resize_and_crop
 from mm.drops import draw_reference_frame
 from mm.errors import DataError
-from mm.wan.conditions.control import control_condition, reference_latents
+from mm.poses import parse_poses, rows_of_frames
+from mm.wan.conditions.camera import View, camera_channels, channels_of_path
+from mm.wan.conditions.control import control_condition, reference_latents, start_condition
 from mm.wan.conditions.inpaint import inpaint_condition
 from mm.wan.conditions.known_frames import condition_latents
 from mm.wan.conditions.pixels import ClipSize
@@ -191,6 +193,41 @@ def test_vace_sees_what_the_mask_keeps_of_the_clip_or_a_video_of_its_own(place: 
         video = blanked(clip, mask) if beside is None and mask is not None else beside
         assert torch.equal(tensors["vace_context"], vace_context(vae.encode, SIZE, video, mask)), name
         assert torch.equal(tensors["latents"], vae.encode(clip[None])[0]) and "vace_scale" not in tensors
+
+
+POSES = ["", *(f"{n} 0.5 0.9 0.5 0.5 0 0 1 0 {n / 50} 0 0 1 0 {n / 9} 0 0 1 {-n / 4}" for n in range(5))]
+
+
+def test_a_cameras_path_is_stretched_over_the_video(
+    place: Place, vae: VideoEncoder, image_encoder: ImageEncoder
+) -> None:
+    """Rows of the clip's own frames, and the part of the picture: resized 48x64 to 36x48, of which the middle is taken."""
+    (place.home / "set/path.txt").write_text("\n".join(POSES) + "\n")
+    for row in place.rows:
+        row["camera"] = "path.txt"
+    for number, (name, (tensors, start)) in enumerate(place.extract("fun_camera").items()):
+        clip = pixels(place.home / f"set/videos/{name}.mp4", start)
+        assert torch.equal(tensors["condition"], start_condition(vae.encode, SIZE, clip[:, 0]))
+        assert torch.equal(tensors["image_features"], image_encoder.encode(clip[None, :, 0])[0])
+        assert tensors["camera"].dtype == torch.float64
+        rows = rows_of_frames(parse_poses("\n".join(POSES), "path"), 14 + number, range(start, start + 9))
+        assert torch.equal(tensors["camera"][1:], rows)
+        expected = camera_channels(rows, View(32, 48, (36, 48), (2, 0)))
+        assert torch.equal(channels_of_path(tensors["camera"]), expected) and expected.shape == (24, 3, 32, 48)
+
+
+def test_pose_files_that_are_malformed(place: Place) -> None:
+    (place.home / "set/short.txt").write_text("\n".join([*POSES, "1 2 3"]) + "\n")
+    (place.home / "set/flat.txt").write_text("\n".join(POSES).replace(" 0.9 ", " 0 ") + "\n")
+    (place.home / "set/path.mp4").write_text("\n")
+    for row, name in zip(place.rows, ("short.txt", "flat.txt"), strict=True):
+        row["camera"] = name
+    place.rows += [{"path": "videos/a.mp4", "cap": "x"}, {"path": "videos/b.mp4", "cap": "x", "camera": "look.png"}]
+    with pytest.raises(DataError) as caught:
+        place.extract("fun_camera")
+    told = [problem.id for problem in caught.value.problems]
+    assert told == ["DATA-251", *["DATA-251"] * 5, "DATA-245", "DATA-247"]
+    assert "short.txt" in str(caught.value) and "flat.txt" in str(caught.value)
 
 
 def test_references_of_vace_are_refused(place: Place) -> None:

@@ -28,7 +28,7 @@ from mm.drops import DropRates, draw_kept
 from mm.errors import ConfigError
 from mm.wan.model import WanModel
 
-TASKS = ["fun_control", "fun_control_ref", "wan22_i2v", "vace", "fun_inp"]
+TASKS = ["fun_control", "fun_control_ref", "wan22_i2v", "vace", "fun_inp", "fun_camera"]
 BATCH = {"micro_batch_size": 2, "global_batch_size": 4}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "cp2": {"context_parallel_size": 2},
@@ -39,7 +39,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "optimization_level": 2,
     },
 }
-ONE_LAYOUT = {"fun_control": "pp2", "fun_control_ref": "cp2", "wan22_i2v": "tp2", "vace": "pp2", "fun_inp": "cp2"}
+ONE_LAYOUT = {
+    "fun_control": "pp2",
+    "fun_control_ref": "cp2",
+    "wan22_i2v": "tp2",
+    "vace": "pp2",
+    "fun_inp": "cp2",
+    "fun_camera": "cp2",
+}
 
 
 @pytest.fixture(scope="module")

@@ -127,6 +127,7 @@ class InputFeature:
         error, remedy: id and remedy where the model is given another shape.
         parts: of one that enters as channels, what these are, by word, and how many of each.
         mindspeed: its name in MindSpeed-MM's feature files, where these have it.
+        stored: shape in stores where that is another one: of what it is computed from when the model is given it.
         dropped_as: words of the conditions that training drops for some samples (ConditionDropout in
             mm/config/run/data.py): of a feature with parts these parts, of another one the whole. Zeros stand for them.
         dropped_with_caption: zeros take its place where a sample's caption is dropped in training. Without, it stays:
@@ -145,6 +146,7 @@ class InputFeature:
     module: str | None = None
     parts: Callable[[Sizes], dict[str, int]] | None = None
     mindspeed: str | None = None
+    stored: Callable[[Sizes], Shape] | None = None
     dropped_as: tuple[str, ...] = ()
     dropped_with_caption: bool = False
     optional: bool = False

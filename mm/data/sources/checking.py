@@ -11,6 +11,7 @@ from pathlib import Path
 from mm.config.data import DataSource, data_sources, default_folder
 from mm.config.run.extraction import SourceSection
 from mm.config.tasks.task import Column, Media, MediaKind, Task
+from mm.data.beside import poses_of
 from mm.data.files import path_below, require_regular_file
 from mm.data.metadata import Kind, VideoSample
 from mm.data.sources.base import OpenSource, RowKey, SourceRow
@@ -32,7 +33,7 @@ class CheckedRow:
         place: how to call the row in messages.
         sample: what it describes; None where that cannot be told.
         problems: DATA-001 for a missing file; DATA-047 for an image where the task has given frames; DATA-060 to
-            DATA-064 for the row itself; DATA-245 to DATA-247 and DATA-250 for the files beside its target.
+            DATA-064 for the row itself; DATA-245 to DATA-247 DATA-250 and DATA-251 for the files beside its target.
         row: as it stands in its table, where it has one and that is asked for.
     """
 
@@ -157,7 +158,8 @@ def beside_problems(sample: VideoSample, media: Sequence[Media], place: str) -> 
     """Problems of the files beside a target, by what the task takes.
 
     DATA-245 for a role that is not given, DATA-246 for several files where one is taken, DATA-247 for a file of another
-    kind, DATA-250 for a role of generation alone, DATA-001 for a file that is not there.
+    kind, DATA-250 for a role of generation alone, DATA-251 for each malformed line of a pose file, DATA-001 for a file
+    that is not there.
     """
     for one in media:
         files = sample.roles.get(one.name, ())
@@ -179,6 +181,8 @@ def beside_problems(sample: VideoSample, media: Sequence[Media], place: str) -> 
                 yield Problem("DATA-247", f"{found}: {wanted}.", "Correct the path, or give the file its own ending.")
             try:
                 require_regular_file(file, place)
+                if one.kind == "poses" and _is_of_kind(file, one.kind, sample.kind):
+                    poses_of(file)
             except DataError as error:
                 yield from error.problems
 
