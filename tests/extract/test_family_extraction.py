@@ -201,7 +201,7 @@ POSES = ["", *(f"{n} 0.5 0.9 0.5 0.5 0 0 1 0 {n / 50} 0 0 1 0 {n / 9} 0 0 1 {-n 
 def test_a_cameras_path_is_stretched_over_the_video(
     place: Place, vae: VideoEncoder, image_encoder: ImageEncoder
 ) -> None:
-    """Rows of the clip's own frames, and the part of the picture: resized 48x64 to 36x48, of which the middle is taken."""
+    """Rows of the clip's own frames, and the part of the picture: the middle of 36x48, to which 48x64 was resized."""
     (place.home / "set/path.txt").write_text("\n".join(POSES) + "\n")
     for row in place.rows:
         row["camera"] = "path.txt"

@@ -26,6 +26,7 @@ from mm.dialects.mindspeed.pretrain_json import PretrainModel
 from mm.diffusion.flow import FlowMatching
 from mm.drops import DropRates, draw_kept
 from mm.errors import ConfigError
+from mm.wan.conditions.camera import channels_of_path
 from mm.wan.model import WanModel
 
 TASKS = ["fun_control", "fun_control_ref", "wan22_i2v", "vace", "fun_inp", "fun_camera"]
@@ -39,14 +40,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "optimization_level": 2,
     },
 }
-ONE_LAYOUT = {
-    "fun_control": "pp2",
-    "fun_control_ref": "cp2",
-    "wan22_i2v": "tp2",
-    "vace": "pp2",
-    "fun_inp": "cp2",
-    "fun_camera": "cp2",
-}
+ONE_LAYOUT = dict(zip(TASKS, ("pp2", "cp2", "tp2", "pp2", "tp2", "cp2"), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +88,8 @@ def test_the_first_loss_is_that_of_the_model_with_these_features(home: Path, tmp
         noisy = (1 - sigma) * clean + sigma * noise
         text = F.pad(held["prompt"], (0, 0, 0, section.predictor.text_len - len(held["prompt"])))[None]
         features = {feature.name: held[feature.name][None] for feature in model.config.task.stored}
+        if "camera" in features:
+            features["camera"] = channels_of_path(held["camera"])[None]
         with torch.no_grad():
             velocity = model.velocity(noisy, timestep, text, **features)
         losses.append(float((velocity - (noise - clean)).square().mean()))
