@@ -18,6 +18,7 @@ from training_runs import bits, metrics, run, words
 from mm.cli import train as train_command
 from mm.config.base import load
 from mm.config.run.data import ConditionDropout, FeatureSet
+from mm.config.tasks.registry import FEATURE_TASKS
 from mm.data.dataset import open_features
 from mm.data.loader import FeatureBatch, feature_batches
 from mm.data.sampler import BatchPlan
@@ -26,6 +27,7 @@ from mm.dialects.mindspeed.pretrain_json import PretrainModel
 from mm.diffusion.flow import FlowMatching
 from mm.drops import DropRates, draw_kept
 from mm.errors import ConfigError
+from mm.look.pictures import FalseColourEye, feature_strips
 from mm.wan.conditions.camera import channels_of_path
 from mm.wan.model import WanModel
 
@@ -188,3 +190,23 @@ def test_a_condition_that_is_not_there_cannot_be_dropped(home: Path, tmp_path: P
         run(home, None, **files(home, "wan22_i2v", mm_data=dropping(home, "wan22_i2v", tmp_path, image=0.1)))
     with pytest.raises(ConfigError, match=r"CFG-005.*control"):
         run(home, None, **files(home, "fun_control", mm_data=dropping(home, "fun_control", tmp_path, control=1.5)))
+
+
+STRIPS = {
+    "fun_control": ["image features", "control", "start"],
+    "fun_control_ref": ["image features", "control", "start", "reference latents"],
+    "wan22_i2v": ["condition latents", "mask"],
+    "vace": ["kept", "free", "mask"],
+    "fun_inp": ["image features", "condition latents", "mask"],
+    "fun_camera": ["image features", "start"],
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_a_task_is_given_is_drawn(home: Path, task: str) -> None:
+    """In false colours, as `mm data look` does without a VAE: a strip for each part, of as many latent frames."""
+    features = next(iter(stored(home / f"features_{task}").values()))
+    strips = feature_strips(FalseColourEye(), FEATURE_TASKS[task], features, 9)
+    assert [strip.title for strip in strips] == STRIPS[task]
+    of_clips = {"control", "start", "kept", "free", "mask", "condition latents"}
+    assert all(len(strip.frames) == (3 if strip.title in of_clips else 1) for strip in strips)

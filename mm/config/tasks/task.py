@@ -125,7 +125,7 @@ class InputFeature:
         shape: of one sample's, from the sizes.
         module: the module of the model that it goes through (`mm.wan.embeddings`); None where it is used as it is.
         error, remedy: id and remedy where the model is given another shape.
-        parts: of one that enters as channels, what these are, by word, and how many of each.
+        parts: of one that has several in its channels, what these are, by word, and how many of each.
         mindspeed: its name in MindSpeed-MM's feature files, where these have it.
         stored: shape in stores where that is another one: of what it is computed from when the model is given it.
         dropped_as: words of the conditions that training drops for some samples (ConditionDropout in

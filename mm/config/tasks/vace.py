@@ -34,6 +34,7 @@ VACE = Task(
             source=Source.EDITED_VIDEO,
             entry=Entry.SIDE_BLOCKS,
             shape=_context,
+            parts=parts,
             module="vace_patch_embedding",
             error="CFG-272",
             remedy="Give latents of what the mask keeps, of what it gives free, and 64 mask channels, in the size of "
