@@ -11,7 +11,7 @@ import torch
 from extracted import extract
 from orders import sample_at
 from ranks import run_ranks
-from store_content import listed, stored
+from store_content import is_finished, listed, stored
 from torch.nn import functional as F
 from training_runs import bits, metrics, run, words
 
@@ -32,6 +32,10 @@ from mm.wan.conditions.camera import channels_of_path
 from mm.wan.model import WanModel
 
 TASKS = ["fun_control", "fun_control_ref", "wan22_i2v", "vace", "fun_inp", "fun_camera"]
+EVERY_DAY = [
+    task if task in ("fun_control_ref", "vace", "fun_camera") else pytest.param(task, marks=pytest.mark.nightly)
+    for task in TASKS
+]
 BATCH = {"micro_batch_size": 2, "global_batch_size": 4}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "cp2": {"context_parallel_size": 2},
@@ -47,13 +51,24 @@ ONE_LAYOUT = dict(zip(TASKS, ("pp2", "cp2", "tp2", "pp2", "tp2", "cp2"), strict=
 
 @pytest.fixture(scope="module")
 def home(demo: Path) -> Path:
-    """The embedded default with the features of every task here."""
-    for task in TASKS:
-        extract(demo / "configs" / task)
     return demo
 
 
+def features_of(home: Path, task: str) -> Path:
+    """The store of a task's features, made by the first test that needs it."""
+    store = home / f"features_{task}"
+    if not is_finished(store):
+        extract(home / "configs" / task)
+    return store
+
+
 def files(home: Path, task: str, **flags: Any) -> dict[str, Any]:
+    """Flags that train the task's tiny model on its features."""
+    features_of(home, task)
+    return flags_of(home, task, **flags)
+
+
+def flags_of(home: Path, task: str, **flags: Any) -> dict[str, Any]:
     configs = home / "configs" / task
     return {
         "mm_data": configs / "feature_data.json",
@@ -73,13 +88,13 @@ def dropping(home: Path, task: str, folder: Path, **rates: float) -> Path:
     return folder / "feature_data.json"
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", EVERY_DAY)
 def test_the_first_loss_is_that_of_the_model_with_these_features(home: Path, tmp_path: Path, task: str) -> None:
     """By hand: the files of the store into the model, and the mean of four losses."""
     row = run(home, tmp_path, train_iters=1, **files(home, task))[0]
     section = load(PretrainModel, home / "configs" / task / "pretrain_model.json")
     model, flow = WanModel.from_pretrained(files(home, task)["load"]), FlowMatching(section.diffusion)
-    rows, tensors = listed(home / f"features_{task}"), stored(home / f"features_{task}")
+    rows, tensors = listed(features_of(home, task)), stored(features_of(home, task))
     losses = []
     for position in range(4):
         sample = rows[sample_at(position, len(rows), seed=1234)[0]]["sample"]
@@ -120,7 +135,7 @@ def layouts_equal_one_process(home: Path, folder: Path, task: str, names: list[s
         same(metrics(folder / name), single)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", EVERY_DAY)
 def test_two_processes_equal_one(home: Path, tmp_path: Path, task: str) -> None:
     layouts_equal_one_process(home, tmp_path, task, [ONE_LAYOUT[task]])
 
@@ -150,7 +165,7 @@ def test_four_steps_are_two_and_two(home: Path, tmp_path: Path, task: str) -> No
 
 def batches(home: Path, task: str, rates: dict[str, float], caption: float = 0.0) -> Iterator[FeatureBatch]:
     model = load(PretrainModel, home / "configs" / task / "pretrain_model.json").predictor
-    store = home / f"features_{task}"
+    store = features_of(home, task)
     (store / "list.txt").write_text(f"{store}\n")
     dataset = open_features(FeatureSet(path=str(store / "list.txt")), model)
     found = feature_batches(
@@ -167,7 +182,7 @@ def batches(home: Path, task: str, rates: dict[str, float], caption: float = 0.0
 def test_conditions_are_dropped_each_by_itself(home: Path) -> None:
     """By the draws of the sample's key; of `condition` the channels of that part alone, and nothing of the rest."""
     rates = {"control": 0.4, "start": 0.3, "reference": 0.5, "image": 0.2}
-    whole, seen = stored(home / "features_fun_control_ref"), set[tuple[bool, ...]]()
+    whole, seen = stored(features_of(home, "fun_control_ref")), set[tuple[bool, ...]]()
     for batch in batches(home, "fun_control_ref", rates, caption=0.3):
         for row, (name, draw) in enumerate(zip(batch["sample"], batch["draw"], strict=True)):
             kept = draw_kept(DropRates(text=0.3, **rates), 5, name, draw)
@@ -185,11 +200,11 @@ def test_conditions_are_dropped_each_by_itself(home: Path) -> None:
 
 def test_a_condition_that_is_not_there_cannot_be_dropped(home: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"CFG-279.*reference.*fun_control control and image and start can be"):
-        run(home, None, **files(home, "fun_control", mm_data=dropping(home, "fun_control", tmp_path, reference=0.1)))
+        run(home, None, **flags_of(home, "fun_control", mm_data=dropping(home, "fun_control", tmp_path, reference=0.1)))
     with pytest.raises(ConfigError, match=r"CFG-279.*wan22_i2v nothing beside the caption can be dropped"):
-        run(home, None, **files(home, "wan22_i2v", mm_data=dropping(home, "wan22_i2v", tmp_path, image=0.1)))
+        run(home, None, **flags_of(home, "wan22_i2v", mm_data=dropping(home, "wan22_i2v", tmp_path, image=0.1)))
     with pytest.raises(ConfigError, match=r"CFG-005.*control"):
-        run(home, None, **files(home, "fun_control", mm_data=dropping(home, "fun_control", tmp_path, control=1.5)))
+        run(home, None, **flags_of(home, "fun_control", mm_data=dropping(home, "fun_control", tmp_path, control=1.5)))
 
 
 STRIPS = {
@@ -202,10 +217,10 @@ STRIPS = {
 }
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", EVERY_DAY)
 def test_what_a_task_is_given_is_drawn(home: Path, task: str) -> None:
     """In false colours, as `mm data look` does without a VAE: a strip for each part, of as many latent frames."""
-    features = next(iter(stored(home / f"features_{task}").values()))
+    features = next(iter(stored(features_of(home, task)).values()))
     strips = feature_strips(FalseColourEye(), FEATURE_TASKS[task], features, 9)
     assert [strip.title for strip in strips] == STRIPS[task]
     of_clips = {"control", "start", "kept", "free", "mask", "condition latents"}
