@@ -78,10 +78,7 @@ def load_clip(
     if len(once) < len(indices):
         frames = frames[torch.tensor([once.index(index) for index in indices])]
     pixels = frames.transpose(0, 1)
-    of_video = Taken(
-        sample.kind, info.height, info.width * info.pixel_aspect, shape, indices, info.num_frames, preprocess.reader
-    )
-    beside = read_beside(sample, media, pixels, of_video, seed, draw)
+    beside = read_beside(sample, media, pixels, _part(info, shape, indices, preprocess), seed, draw)
     return Clip(pixels, indices[0], info.read_by, _taken(preprocess, shape, indices), beside, (seed, sample.id, draw))
 
 
@@ -89,6 +86,29 @@ def _part(info: VideoInfo, shape: Shape, indices: Sequence[int], preprocess: Sou
     """The part of a video that a clip is."""
     width = info.width * info.pixel_aspect
     return Taken("video", info.height, width, shape, indices, info.num_frames, preprocess.reader)
+
+
+class ClipFacts(NamedTuple):
+    """Facts of a clip that was not decoded: number of its first frame in the video, frames, height and width."""
+
+    start: int
+    frames: int
+    height: int
+    width: int
+
+
+def clip_facts(
+    sample: VideoSample, preprocess: SourceClip, seed: int, draw: int = 0, media: Sequence[Media] = ()
+) -> ClipFacts:
+    """Facts of the clip that `load_clip` gives, without decoding it; raises what that raises before it decodes."""
+    if sample.kind == "image":
+        size = probe_image(sample.file)
+        _check_image(sample, *size)
+        shape = _shape_of(sample, preprocess, *size, 1, (seed, draw))
+        return ClipFacts(0, 1, shape.height, shape.width)
+    info, shape, indices = _plan_clip(sample, preprocess, seed, draw)
+    check_beside(sample, media, _part(info, shape, indices, preprocess))
+    return ClipFacts(indices[0], len(indices), shape.height, shape.width)
 
 
 def _load_image(sample: VideoSample, preprocess: SourceClip, seed: int, draw: int, media: Sequence[Media] = ()) -> Clip:
@@ -164,9 +184,7 @@ class _ReadClip:
     def __call__(self, job: tuple[VideoSample, int], /) -> Parcel:
         sample, draw = job
         clip = load_clip(sample, self.preprocess, self.seed, draw, self.media)
-        facts = {"start": clip.start, "read_by": clip.read_by, "key": list(clip.key)}
-        tensors = {_PIXELS: clip.pixels} | {f"{_BESIDE}{role}": value for role, value in clip.beside.items()}
-        return Parcel(tensors, facts if clip.taken is None else facts | {"taken": clip.taken})
+        return Parcel(*in_parts(clip))
 
     def describe(self, job: tuple[VideoSample, int], /) -> str:
         return str(job[0].file)
@@ -186,25 +204,34 @@ def read_clips(
     A sample whose clip cannot be read gives the error that `load_clip` raises, DATA-070 when it takes longer than
     `time_limit` seconds, or DATA-071 when its reader died twice.
     """
-    pixels = most_pixels(preprocess)
-    beside = [(numbers_of(one, pixels),) for one in media]
     outcomes = read_in_order(
         _ReadClip(preprocess, seed, media),
         jobs,
         num_workers=num_workers,
         time_limit=time_limit,
-        buffer_bytes=bytes_to_share((3, pixels), *beside),
+        buffer_bytes=clip_bytes(preprocess, media),
     )
     for _, outcome in outcomes:
-        yield outcome if isinstance(outcome, DataError) else _clip_of(outcome)
+        yield outcome if isinstance(outcome, DataError) else of_parts(outcome.tensors, outcome.facts)
 
 
-def _clip_of(parcel: Parcel) -> Clip:
-    """The clip that `_ReadClip` read."""
-    of_roles = (name for name in parcel.tensors if name.startswith(_BESIDE))
-    beside = {name.removeprefix(_BESIDE): parcel.tensors[name] for name in of_roles}
-    facts = {**parcel.facts, "key": tuple(parcel.facts["key"])}
-    return Clip(parcel.tensors[_PIXELS], **facts, beside=beside)
+def in_parts(clip: Clip) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a clip by name, and the rest, which JSON can spell."""
+    facts = {"start": clip.start, "read_by": clip.read_by, "key": list(clip.key)}
+    tensors = {_PIXELS: clip.pixels} | {f"{_BESIDE}{role}": value for role, value in clip.beside.items()}
+    return tensors, facts if clip.taken is None else facts | {"taken": clip.taken}
+
+
+def of_parts(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Clip:
+    """The clip that `in_parts` took apart."""
+    beside = {name.removeprefix(_BESIDE): value for name, value in tensors.items() if name.startswith(_BESIDE)}
+    return Clip(tensors[_PIXELS], **{**facts, "key": tuple(facts["key"])}, beside=beside)
+
+
+def clip_bytes(preprocess: SourceClip, media: Sequence[Media]) -> int:
+    """The most bytes that the tensors of a clip take, with what is beside it."""
+    pixels = most_pixels(preprocess)
+    return bytes_to_share((3, pixels), *((numbers_of(one, pixels),) for one in media))
 
 
 @dataclass(frozen=True)
@@ -219,9 +246,7 @@ class CheckClip:
     def __call__(self, sample: VideoSample, /) -> Parcel:
         """Tells which library reads the clip; raises what `load_clip` raises."""
         if self.quick and sample.kind == "image":
-            size = probe_image(sample.file)
-            _check_image(sample, *size)
-            _shape_of(sample, self.preprocess, *size, 1, (self.seed, 0))
+            clip_facts(sample, self.preprocess, self.seed)
             read_by = _PILLOW
         elif self.quick:
             info, shape, indices = _plan_clip(sample, self.preprocess, self.seed)
