@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from extracted import extract
 from orders import sample_at
 from ranks import run_ranks
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from training_runs import bits, metrics, run, words
 
 from mm.cli import train as train_command
+from mm.cli import translate as translate_command
 from mm.config.base import load
 from mm.config.run.data import ConditionDropout, FeatureSet
 from mm.config.tasks.registry import FEATURE_TASKS
@@ -161,6 +163,27 @@ def test_four_steps_are_two_and_two(home: Path, tmp_path: Path, task: str) -> No
         changed = dropping(home, task, tmp_path / "other", reference=0.5, control=0.4)
         with pytest.raises(ConfigError, match=r"CFG-160.*condition_dropout.control of --mm-data was 0.3 and is 0.4"):
             run(home, tmp_path / "stopped", **{**flags, "train_iters": 6, "mm_data": changed})
+
+
+def test_live_training_is_training_from_a_store(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is beside a clip goes with it to the process that has the encoders, and conditions are dropped as ever."""
+    task, configs = "fun_control_ref", home / "configs" / "fun_control_ref"
+    flags = files(home, task, train_iters=2, mm_data=dropping(home, task, tmp_path, reference=0.4, control=0.4))
+    expected = run(home, tmp_path / "before", **flags)
+    capsys.readouterr()
+    named = {"mm-data": "data.json", "mm-model": "model_wan.json", "mm-tool": "tools.json"}
+    translate_command.main(
+        ["--", "mm", "extract", *(word for flag, name in named.items() for word in (f"--{flag}", str(configs / name)))]
+    )
+    extraction = yaml.safe_load(capsys.readouterr().out)
+    extraction["output"]["path"] = str(tmp_path / "store")
+    (tmp_path / "live.yaml").write_text(yaml.safe_dump(extraction))
+    (tmp_path / "stores.txt").write_text(f"{tmp_path / 'store'}\n")
+    values = json.loads((tmp_path / "feature_data.json").read_text())
+    values["dataset_param"]["basic_parameters"]["data_path"] = str(tmp_path / "stores.txt")
+    (tmp_path / "feature_data.json").write_text(json.dumps(values))
+    found = run(home, tmp_path / "run", **{**flags, "live": [tmp_path / "live.yaml"]})
+    assert bits(found) == bits(expected)
 
 
 def batches(home: Path, task: str, rates: dict[str, float], caption: float = 0.0) -> Iterator[FeatureBatch]:

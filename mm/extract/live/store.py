@@ -19,6 +19,7 @@ from mm.data.listing import Digest, ListedSample, RowsOfDraw
 from mm.data.metadata import VideoSample
 from mm.data.open_store import SampleTensors
 from mm.data.place import ClipPlace, FeaturePlace, Place
+from mm.data.replacing import may_be_replaced
 from mm.data.sources.checking import RowReader
 from mm.data.store.blobs import Blob, parsed_feature
 from mm.data.store.shard import LatentShape
@@ -81,7 +82,7 @@ class LiveStore:
         return clip_bytes(self._run.data.clip, self._run.task.media)
 
     def name(self, row: int) -> str:
-        """The sample's id; this and all that follow raise what `mm.extract.live.index.samples_of` raises."""
+        """The sample's id; this and all that follow raise what `mm.extract.rows.rows_of` raises."""
         return self._sample(row).id
 
     def latent_shape(self, row: int) -> LatentShape:
@@ -158,7 +159,12 @@ class LiveStore:
         _, number = self._draw(place.row)
         blobs = self._kept.find(self._index.planned(number), place.draw, place.origin)
         if blobs is not None:
-            return read_sample(self._place_of(blobs, place.sample, place.latent_shape), model)
+            try:
+                return read_sample(self._place_of(blobs, place.sample, place.latent_shape), model)
+            except DataError as error:
+                if not may_be_replaced(error):
+                    raise
+                self._kept.lose(blobs)
         return self._maker.make(place, clip, model)
 
     @property
