@@ -26,7 +26,7 @@ from mm.generate.media_inputs import (
     pixels_frame,
 )
 from mm.generate.sources import camera_rows
-from mm.wan.conditions.poses import rows_of_frames
+from mm.poses import rows_of_frames
 
 Pixels: TypeAlias = NDArray[np.uint8] | Tensor
 ImageInput: TypeAlias = str | Path | Image.Image | Pixels

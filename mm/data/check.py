@@ -134,7 +134,8 @@ def check_videos(
         else:
             names: _Names = (row.sample.id, str(row.sample.file)) if row.sample is not None else (None, None)
             checked.add(row.source, row.number, names, problems)
-    readers = _read_all(CheckClip(preprocess, seed, quick), jobs, lists, num_workers, time_limit, done)
+    media = () if task is None else task.media
+    readers = _read_all(CheckClip(preprocess, seed, quick, media), jobs, lists, num_workers, time_limit, done)
     good = [job.what for job in jobs if job.number not in lists[job.data_set].bad]
     return CheckedData(lists, readers["pyav"] if preprocess.reader == "decord" else 0, good)
 

@@ -19,6 +19,7 @@ from mm.config.data import StoreSource, store_sources
 from mm.config.model import WanConfig
 from mm.config.run.data import FeatureSet
 from mm.config.storage import Location, Remote
+from mm.config.tasks.registry import FEATURE_TASKS
 from mm.data.features import EMPTY_PROMPT_ID, LISTING, OTHER_TASK, Feature, read_feature
 from mm.data.files import path_below
 from mm.data.listing import FeatureStore, LatentShape, ListedSample, RowsOfDraw, open_feature_store
@@ -325,7 +326,7 @@ def checked_sources(features: FeatureSet, model: WanConfig) -> list[tuple[StoreS
     _check_named_once(sources)
     for source in sources:
         recipe = load_recipe(source.folder)
-        if recipe.task != model.task.name:
+        if FEATURE_TASKS[recipe.task].trains != model.task.name:
             message = f"The features in {source.folder} are of the task {recipe.task}, the model is {model.task.name}."
             raise DataError("DATA-046", message, OTHER_TASK)
         remedy = "Correct preprocess_parameters or tokenizer_config, or extract the features again with these values."

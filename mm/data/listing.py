@@ -13,7 +13,7 @@ from typing import Annotated, Any, Protocol
 from pydantic import AfterValidator, ConfigDict, Field
 
 from mm.config.base import Section, parse
-from mm.config.tasks.registry import DEFAULT, TaskName
+from mm.config.tasks.registry import DEFAULT, FeatureTaskName
 from mm.data.features import EMPTY_PROMPT, EXTRACT_AGAIN, FEATURES, LISTING
 from mm.data.files import raise_limited, read_rows, write_atomically
 from mm.data.place import FeaturePlace
@@ -61,7 +61,7 @@ class FeatureRow(Section):
     sample_size: str
     latent_shape: Annotated[LatentShape, AfterValidator(_possible)]
     text_tokens: int = Field(ge=1)
-    task: TaskName = DEFAULT.name
+    task: FeatureTaskName = DEFAULT.name
     video: str | None = None
     taken: dict[str, Any] | None = None
 

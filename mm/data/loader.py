@@ -6,8 +6,9 @@ import logging
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mm.config.bad_samples import FAIL, OnBadSample
 from mm.config.model import WanConfig
-from mm.config.run.data import MinBucket, Mixture
+from mm.config.run.data import ConditionDropout, MinBucket, Mixture
 from mm.data.balance import sequence_cost
 from mm.data.dataset import FeatureDataset, read_empty_prompt, read_sample
 from mm.data.open_store import SampleTensors
@@ -27,8 +28,9 @@ from mm.data.replacing import Replaced, check_replaced, may_be_replaced
 from mm.data.sampler import BatchPlan, DealtStep, MicroBatchSampler
 from mm.data.store.blobs import Blob
 from mm.data.workers import Outcome, Parcel, as_error, as_facts, bytes_to_share, read_in_order
+from mm.drops import DropRates, Kept, draw_kept
 from mm.errors import DataError
-from mm.rng import generator, training_noise
+from mm.rng import training_noise
 
 if TYPE_CHECKING:  # libraries that decode, which few trainings need
     from mm.data.clips import Clip
@@ -36,6 +38,7 @@ if TYPE_CHECKING:  # libraries that decode, which few trainings need
 logger = logging.getLogger(__name__)
 
 ONE_SOURCE = Mixture()
+NOTHING_DROPPED = ConditionDropout()
 
 
 class _Notes(TypedDict, total=False):
@@ -78,6 +81,7 @@ def feature_batches(
     seed: int,
     consumed_samples: int = 0,
     caption_dropout: float = 0.0,
+    condition_dropout: ConditionDropout = NOTHING_DROPPED,
     shuffle: bool = True,
     mixture: Mixture = ONE_SOURCE,
     min_bucket: MinBucket = "error",
@@ -98,6 +102,7 @@ def feature_batches(
         seed: decides order and caption dropout.
         consumed_samples: samples that all replicas together trained on before.
         caption_dropout: probability of the empty caption, drawn for each (sample, epoch).
+        condition_dropout: likewise of zeros for what the task has beside it.
         shuffle: a new order each epoch, else the listings' order.
         mixture: how the stores are mixed. min_bucket: what becomes of shapes with few samples.
         num_steps: steps that will be asked for, those taken before included; None for no end.
@@ -119,7 +124,8 @@ def feature_batches(
     if caption_dropout > 0:
         dataset.empty_prompt()  # a damaged one is told now, and not when a caption happens to be dropped
         empty = dataset.empty_prompt_file()
-    draws = _Draws(dataset, order, seed, caption_dropout, on_bad_sample)
+    rates = DropRates(text=caption_dropout, **condition_dropout.model_dump())
+    draws = _Draws(dataset, order, seed, rates, on_bad_sample)
     sampler = dealt_groups(dataset, order, plan, consumed_samples, dealt)
     work = _ReadBatch(dataset.model, text_len, empty, seed if with_noise else None)
     outcomes = read_in_order(
@@ -135,12 +141,12 @@ def feature_batches(
 
 @dataclass(frozen=True, slots=True)
 class _Draw:
-    """A sample as planned: its id, where it is, whether its caption is dropped, what it stands in for."""
+    """A sample as planned: its id, where it is, what it is shown without, what it stands in for."""
 
     name: str
     sample: PlannedSample
     place: Place
-    without_caption: bool
+    kept: Kept
     instead_of: Replaced | None = None
     first_index: int = -1  # of the sample that it stands in for
 
@@ -149,22 +155,19 @@ class _Draws:
     """Decides what is read: a function of the seed, the plan and which files are damaged."""
 
     def __init__(
-        self, dataset: FeatureDataset, plan: SamplingPlan, seed: int, caption_dropout: float, policy: OnBadSample
+        self, dataset: FeatureDataset, plan: SamplingPlan, seed: int, rates: DropRates, policy: OnBadSample
     ) -> None:
         self._dataset = dataset
         self._plan = plan
         self._seed = seed
-        self._caption_dropout = caption_dropout
+        self._rates = rates
         self._policy = policy
         self._replaced_in_epoch: Counter[int] = Counter()
 
     def draw(self, sample: PlannedSample, instead_of: Replaced | None = None, first_index: int = -1) -> _Draw:
         name = self._dataset.name(sample.index)
-        dropped = False
-        if self._caption_dropout > 0:
-            chance = torch.rand((), generator=generator(self._seed, "caption_dropout", name, sample.draw))
-            dropped = float(chance) < self._caption_dropout
-        return _Draw(name, sample, self._dataset.place(sample.index), dropped, instead_of, first_index)
+        kept = draw_kept(self._rates, self._seed, name, sample.draw)
+        return _Draw(name, sample, self._dataset.place(sample.index), kept, instead_of, first_index)
 
     def without_bad_sample(self, batch: list[_Draw], outcome: Outcome) -> list[_Draw] | None:
         """The micro-batch with another place of a sample that cannot be read, where it can be made; else with the next
@@ -204,7 +207,7 @@ class _Draws:
     @property
     def features(self) -> list[str]:
         """Names of the features that the model's task declares."""
-        return [feature.name for feature in self._dataset.model.task.features]
+        return [feature.name for feature in self._dataset.model.task.stored]
 
     def note_replaced(self, batch: list[_Draw]) -> list[str]:
         """Count and log what was replaced in a micro-batch that is handed out now; returns the ids."""
@@ -248,10 +251,11 @@ class _ReadBatch:
         return Parcel(self.stacked(batch, list(samples.values())), {})
 
     def stacked(self, batch: list[_Draw], samples: list[SampleTensors]) -> dict[str, Tensor]:
-        """Tensors of a micro-batch, with their captions dropped where that was drawn, padded, and with noise."""
+        """Tensors of a micro-batch, without the captions and conditions that are dropped, padded, and with noise."""
         for draw, sample in zip(batch, samples, strict=True):
-            if draw.without_caption and self.empty is not None:
+            if not draw.kept.text and self.empty is not None:
                 self._drop_caption(sample, self.empty)
+            drop_conditions(sample["features"], self.model, draw.kept)
         stacked = {
             "latents": _stacked([sample["latents"] for sample in samples]),
             "text": _stacked([F.pad(s["prompt"], (0, 0, 0, self.text_len - len(s["prompt"]))) for s in samples]),
@@ -278,24 +282,41 @@ class _ReadBatch:
 def _load_clip(place: ClipPlace) -> Clip:
     from mm.data.clips import load_clip
 
-    return load_clip(place.sample, place.clip, place.seed, place.draw)
+    return load_clip(place.sample, place.clip, place.seed, place.draw, place.media)
 
 
 def _apart(samples: Mapping[int, SampleTensors], clips: Mapping[int, Clip]) -> Parcel:
     """Samples and clips of a micro-batch, not stacked: tensors by number and name."""
-    tensors: dict[str, Tensor] = {f"{number} pixels": clip.pixels for number, clip in clips.items()}
+    from mm.data.clips import in_parts
+
+    tensors, facts = dict[str, Tensor](), dict[str, Any]()
+    for number, clip in clips.items():
+        parts, facts[str(number)] = in_parts(clip)
+        tensors |= {f"{number} {name}": value for name, value in parts.items()}
     for number, sample in samples.items():
         for name, value in {"latents": sample["latents"], "prompt": sample["prompt"], **sample["features"]}.items():
             tensors[f"{number} {name}"] = value
-    facts = {str(number): [clip.start, clip.read_by, clip.taken] for number, clip in clips.items()}
     return Parcel(tensors, {"clips": facts})
 
 
 def _clip_in(parcel: Parcel, number: int) -> Clip:
-    from mm.data.clips import Clip
+    from mm.data.clips import of_parts
 
-    start, read_by, taken = parcel.facts["clips"][str(number)]
-    return Clip(parcel.tensors[f"{number} pixels"], start, read_by, taken)
+    begin = f"{number} "
+    tensors = {name.removeprefix(begin): value for name, value in parcel.tensors.items() if name.startswith(begin)}
+    return of_parts(tensors, parcel.facts["clips"][str(number)])
+
+
+def drop_conditions(features: Mapping[str, Tensor], model: WanConfig, kept: Kept) -> None:
+    """Put zeros in the place of the conditions of a sample that are dropped; `features` are changed."""
+    for feature in model.task.stored:
+        value = features[feature.name]
+        parts = {} if feature.parts is None else feature.parts(model.feature_sizes())
+        begins = dict(zip(parts, accumulate(parts.values(), initial=0), strict=False))
+        for word in feature.dropped_as:
+            if not getattr(kept, word):
+                begin, length = begins.get(word, 0), parts.get(word, len(value))
+                value[begin : begin + length].zero_()
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
@@ -324,7 +345,7 @@ def _batches(
                 "draw": [draw.sample.draw for draw in drawn],
                 "features": {name: tensors[name] for name in draws.features},
                 "index": [draw.sample.index for draw in drawn],
-                "without_caption": [draw.without_caption for draw in drawn],
+                "without_caption": [not draw.kept.text for draw in drawn],
             }
             if "noise" in tensors:
                 batch["noise"] = tensors["noise"]
@@ -349,7 +370,8 @@ def _most_bytes(dataset: FeatureDataset, micro_batch_size: int, text_len: int, *
     shapes: Sequence[tuple[int, ...]] = [largest, (text_len, model.text_dim)]
     if with_noise:
         shapes = [*shapes, largest]
-    shapes = [*shapes, *model.feature_shapes(largest[1:]).values()]
+    stored = model.stored_shapes(largest[1:])
+    shapes = [*shapes, *stored.values(), *(stored[one.name] for one in model.task.stored if one.stored)]  # of 64 bits
     clips = micro_batch_size * dataset.clip_bytes  # in place of some samples
     return clips + bytes_to_share(*((micro_batch_size, *shape) for shape in shapes))
 

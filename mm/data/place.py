@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mm.config.run.extraction import SourceClip
 from mm.config.storage import Location
+from mm.config.tasks.task import Media
 from mm.data.features import Origin
 from mm.data.metadata import VideoSample
 from mm.data.store.blobs import Blob
@@ -42,7 +43,7 @@ class ClipPlace:
         folder: the store that its features belong to.
         sample, draw: whose clip, and which of them. clip, seed: what is taken of the video.
         caption: that goes with it. origin: what its features will say of themselves. latent_shape: that they will have.
-        row: of the sample in the store.
+        row: of the sample in the store. media: that the task takes beside the clip.
     """
 
     folder: Location
@@ -54,6 +55,7 @@ class ClipPlace:
     origin: Origin
     latent_shape: LatentShape
     row: int
+    media: tuple[Media, ...] = ()
 
     def __str__(self) -> str:
         return str(self.sample.file)

@@ -25,6 +25,7 @@ FAULTS_OF_A_CLIP = frozenset(
         *("DATA-096", "DATA-097", "DATA-098", "DATA-099"),
         *("DATA-086", "DATA-110", "DATA-175"),
         *("DATA-160", "DATA-161", "DATA-162"),
+        *("DATA-248", "DATA-249"),
     }
 )
 """Of samples whose features are made while training goes on."""

@@ -9,7 +9,7 @@ from typing import Any
 from mm.config.bad_samples import OnBadSample
 from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
 from mm.config.run.extraction import SourceClip
-from mm.config.tasks.registry import TaskName
+from mm.config.tasks.registry import FeatureTaskName
 from mm.data.clips import check_announced_length
 from mm.data.features import FEATURES, Origin, feature_name, text_hash, video_fingerprint
 from mm.data.files import MAX_PROBLEMS_SHOWN, raise_limited
@@ -34,8 +34,9 @@ def check_rows(rows: Iterable[CheckedRow], clip: SourceClip, policy: OnBadSample
     """Refuse rows that are wrong, and where bad samples stop the work also those whose video is known to be bad.
 
     Raises:
-        DataError: DATA-060 for all rows that cannot be read at all; else DATA-001, DATA-047 and DATA-061 to DATA-064
-            for rows; else DATA-004 and DATA-160 for videos that are too short or long by their own annotation.
+        DataError: DATA-060 for all rows that cannot be read at all; else DATA-001, DATA-047, DATA-061 to DATA-064
+            and DATA-245 to DATA-247 for rows; else DATA-004 and DATA-160 for videos that are too short or long by their
+            own annotation.
     """
     unread, wrong, short = list[Problem](), list[Problem](), list[Problem]()
     skippable = FAULTS_OF_A_VIDEO if policy.skips else frozenset()
@@ -70,18 +71,20 @@ def usable(row: CheckedRow, clip: SourceClip) -> VideoSample | BadClip:
 
 
 def source_word(sample: VideoSample, draw: int = 0, fingerprint: str | None = None) -> str:
-    """Word for all that a draw's clip is made from: the video, its cut, the task's columns, and the draw.
+    """Word for all that a draw's clip is made from: the video, its cut, the task's columns and media, and the draw.
 
     Args:
         sample, draw: whose. fingerprint: of the video; None looks at it.
 
     Raises:
-        DataError: DATA-001 for a video that cannot be read.
+        DataError: DATA-001 for a file that cannot be read.
     """
     cut = f"@{sample.annotation.cut_name}" if sample.annotation.cut else ""
     columns = "".join(f"#{name}={value!r}" for name, value in sample.columns.items())
+    listed = ((role, file) for role, files in sorted(sample.roles.items()) for file in files)
+    beside = "".join(f"+{role}={video_fingerprint(file)}" for role, file in listed)
     video = video_fingerprint(sample.file) if fingerprint is None else fingerprint
-    return f"{video}{cut}{columns}{f'~{draw}' if draw else ''}"
+    return f"{video}{cut}{columns}{beside}{f'~{draw}' if draw else ''}"
 
 
 def origin_of(sample: VideoSample, draw: int, caption: str, recipe_key: str, fingerprint: str | None = None) -> Origin:
@@ -97,7 +100,7 @@ def listed_row(
     *,
     start_frame: int,
     text_tokens: int,
-    task: TaskName,
+    task: FeatureTaskName,
     taken: Mapping[str, Any] | None = None,
 ) -> FeatureRow:
     """Row of a store's list for a draw of a sample.

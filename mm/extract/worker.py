@@ -118,6 +118,7 @@ class Worker:
             self._run.extraction.seed,
             num_workers=self._run.data.workers,
             time_limit=self._run.data.read_timeout,
+            media=self._run.task.media,
         )
         with closing(clips):
             ahead = _Ahead(clips, self.tally.readers)

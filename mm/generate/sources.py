@@ -19,12 +19,12 @@ from mm.config.model import WanConfig
 from mm.config.tasks.task import Frame, InputFeature, Source, Task
 from mm.errors import ConfigError
 from mm.generate.camera_line import is_move, read_move
+from mm.poses import SPEED, direction_rows, read_poses, rows_of_frames
 from mm.wan.conditions.camera import View, camera_channels
 from mm.wan.conditions.control import control_condition, reference_latents, start_condition
 from mm.wan.conditions.inpaint import inpaint_condition
 from mm.wan.conditions.known_frames import condition_latents
 from mm.wan.conditions.pixels import ClipSize
-from mm.wan.conditions.poses import SPEED, direction_rows, read_poses, rows_of_frames
 from mm.wan.conditions.vace import vace_context
 from mm.wan.encoders import VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
@@ -40,7 +40,7 @@ class Given:
         mask: [frames, height, width] from 0 to 1, 1 where the video is made anew.
         control: [3, frames, height, width], what the clip follows.
         references: [3, height, width] each, of any size where there may be several.
-        camera: [frames, 19], rows of the path (`mm.wan.conditions.poses`). settings: features that are set, by name.
+        camera: [frames, 19], rows of the path (`mm.poses`). settings: features that are set, by name.
         text_only: a model that sees frames is shown none.
     """
 
@@ -67,7 +67,7 @@ def camera_rows(line: str, num_frames: int) -> Tensor:
         line: the file, or a direction and perhaps a speed. num_frames: of the clip.
 
     Raises:
-        DataError, ConfigError: what `mm.wan.conditions.poses` raises.
+        DataError, ConfigError: what `mm.poses` raises.
     """
     if not is_move(line):
         return rows_of_frames(read_poses(Path(line)), num_frames, range(num_frames))

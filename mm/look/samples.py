@@ -12,12 +12,12 @@ from torch import Tensor
 
 from mm.config.bad_samples import FAIL, OnBadSample
 from mm.config.data import TEMPORAL_STRIDE
-from mm.config.run.data import MinBucket, Mixture
+from mm.config.run.data import ConditionDropout, MinBucket, Mixture
 from mm.config.tasks.task import Task
 from mm.data.balance import cost_of_model
 from mm.data.dataset import FeatureDataset
 from mm.data.listing import LatentShape, ListedSample
-from mm.data.loader import ONE_SOURCE, FeatureBatch, dealt_groups, feature_batches
+from mm.data.loader import NOTHING_DROPPED, ONE_SOURCE, FeatureBatch, dealt_groups, feature_batches
 from mm.data.plan import PlannedSample, SamplingPlan
 from mm.data.planning import SourceOfData, sources_of
 from mm.data.recipe import Recipe
@@ -33,13 +33,14 @@ class Drawing:
 
     Attributes:
         batches: sizes of the global batch and of micro-batches, and the replicas and stages of the layout.
-        seed, caption_dropout, shuffle, mixture, min_bucket, on_bad_sample: of the run.
+        seed, caption_dropout, condition_dropout, shuffle, mixture, min_bucket, on_bad_sample: of the run.
         first_step: to show, counted from 1. steps: of the whole training; None where no run says it.
     """
 
     batches: BatchPlan
     seed: int
     caption_dropout: float = 0.0
+    condition_dropout: ConditionDropout = NOTHING_DROPPED
     shuffle: bool = True
     mixture: Mixture = ONE_SOURCE
     min_bucket: MinBucket = "error"
@@ -109,6 +110,7 @@ def read_batches(
         seed=drawing.seed,
         consumed_samples=drawing.consumed_samples,
         caption_dropout=drawing.caption_dropout,
+        condition_dropout=drawing.condition_dropout,
         shuffle=drawing.shuffle,
         mixture=drawing.mixture,
         min_bucket=drawing.min_bucket,

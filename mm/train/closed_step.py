@@ -115,6 +115,7 @@ def _steps(run: Run, progress: Progress) -> Generator[StepBatches]:
         seed=sections.training.seed,
         consumed_samples=progress.consumed_samples,
         caption_dropout=sections.data.caption_dropout,
+        condition_dropout=sections.data.condition_dropout,
         shuffle=sections.data.shuffle,
         mixture=sections.data.mixture,
         min_bucket=sections.data.min_bucket,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm.config.model import WanConfig
-from mm.config.tasks.task import Entry
+from mm.config.tasks.task import Entry, Task
 from mm.data.loader import FeatureBatch
 from mm.data.packed import MicroBatch, is_packed, segments_of
 from mm.device.copies import to_device
@@ -27,6 +27,7 @@ from mm.parallel.schedule import LossFunction, forward_backward
 from mm.parallel.stage import WanStage
 from mm.train.memory_breakdown import Phase
 from mm.train.parts import Part, draw_parts, frames_of_parts, learned_elements, noisy_latents, timesteps_of_runs
+from mm.wan.conditions.computed import computed
 from mm.wan.inputs import ModelInputs, PackedInputs
 from mm.wan.packed import joined
 from mm.wan.patches import patchify, token_grid
@@ -194,7 +195,7 @@ def forward_micro_batch(
     if stage.first or stage.last:
         noisy, target = _noisy_and_target(stage, segments, flow, parallel, seed, parts)
     inputs = [
-        _inputs(stage, segment, latents, own, device)
+        _inputs(stage, parallel.wan.task, segment, latents, own, device)
         for segment, latents, own in zip(segments, noisy, parts, strict=True)
     ]
     output = module(PackedInputs(tuple(inputs)) if is_packed(batch) else inputs[0])
@@ -206,13 +207,18 @@ def forward_micro_batch(
 
 
 def _inputs(
-    stage: WanStage, segment: FeatureBatch, latents: Tensor, parts: Sequence[Part], device: torch.device
+    stage: WanStage,
+    task: Task,
+    segment: FeatureBatch,
+    latents: Tensor,
+    parts: Sequence[Part],
+    device: torch.device,
 ) -> ModelInputs:
     """Inputs of one stage; those after the first need the shapes of latents and text, and which features there are."""
     timestep, runs = timesteps_of_runs(parts)
     if not stage.first:
         return ModelInputs(latents, timestep, segment["text"], segment["features"], runs)
-    features = {name: to_device(value, device) for name, value in segment["features"].items()}
+    features = {name: to_device(value, device) for name, value in computed(segment["features"], task).items()}
     return ModelInputs(latents, timestep, to_device(segment["text"], device), features, runs)
 
 

@@ -13,6 +13,7 @@ from family import FRAMES, SIDE, SIZE, inference_json, noise, pixels, write_imag
 from family import write_video as video_file
 from generation_runs import generate_here
 from kept_frames import keeping_frames, largest_difference
+from mm.wan.conditions.poses import direction_rows, parse_poses, rows_of_frames
 from ranks import run_ranks
 from torch import Tensor
 
@@ -28,7 +29,6 @@ from mm.wan.conditions.control import control_condition, reference_latents, star
 from mm.wan.conditions.inpaint import inpaint_condition
 from mm.wan.conditions.known_frames import condition_latents
 from mm.wan.conditions.pixels import ClipSize
-from mm.wan.conditions.poses import direction_rows, parse_poses, rows_of_frames
 from mm.wan.conditions.vace import vace_context
 from mm.wan.encoders import VideoEncoder
 from mm.wan.image_encoder import ImageEncoder

@@ -203,7 +203,7 @@ def test_the_run_of_a_file(demo: Path, tmp_path: Path, capsys: pytest.CaptureFix
 def test_what_a_task_is_given_is_drawn(demo_of_images: Path, tmp_path: Path) -> None:
     demo = demo_of_images
     for task, given in (("i2v", (0,)), ("flf2v", (0, 8))):
-        vae = next((demo / "weights").glob(f"*-{task.upper()}-*")) / "vae"
+        vae = next((demo / "weights").glob(f"Wan2.1-{task.upper()}-*")) / "vae"
         words = [demo / f"features_{task}", "--vae", vae, "--batches", 1, "--frames", 9]
         with keeping_pictures() as pictures:
             page = look(tmp_path / f"{task}.html", *words)

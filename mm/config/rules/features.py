@@ -52,9 +52,21 @@ def _shares_end_after_they_begin(run: TrainingRun) -> Iterator[Problem]:
             yield Problem("CFG-203", found + more, "Raise its end_step, or remove the share.")
 
 
+def _what_is_dropped_is_there(run: TrainingRun) -> Iterator[Problem]:
+    """CFG-279: a condition that the model's task does not have."""
+    task = run.model.shape.task
+    for name in run.data.condition_dropout.rates.keys() - task.dropped:
+        word = run.origins[f"data.condition_dropout.{name}"]
+        has = " and ".join(sorted(task.dropped)) or "nothing beside the caption"
+        found = f"{word.place()} has no effect: of {task.name} {has} can be dropped."
+        caption = run.origins["data.caption_dropout"].name
+        yield Problem("CFG-279", found, f"Remove it; captions are dropped by {caption}.")
+
+
 FEATURE_RULES: tuple[Callable[[TrainingRun], Iterator[Problem]], ...] = (
     _features_have_a_clip,
     _features_are_listed,
     _held_out_features_can_be,
     _shares_end_after_they_begin,
+    _what_is_dropped_is_there,
 )

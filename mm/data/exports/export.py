@@ -10,7 +10,7 @@ from typing import Literal
 from mm.config.base import Section
 from mm.config.exports import ExportFormat
 from mm.config.storage import Location
-from mm.config.tasks.registry import TASKS
+from mm.config.tasks.registry import FEATURE_TASKS
 from mm.data.exports import parquet, webdataset
 from mm.data.exports.samples import ListedSample, listed_samples
 from mm.data.files import TEMPORARY_PREFIX, remove_temporaries, write_error
@@ -128,7 +128,7 @@ def _write_part(store: ShardStore, recipe: Recipe, target: Location, part: _Part
             if to == "webdataset":
                 webdataset.write_tar(temporary, samples(), recipe.key)
             elif to == "parquet":
-                names = ["latents", "prompt", "prompt_mask", *(one.name for one in TASKS[recipe.task].features)]
+                names = ["latents", "prompt", "prompt_mask", *(one.name for one in FEATURE_TASKS[recipe.task].stored)]
                 parquet.write_samples(temporary, samples(), recipe.key, names)
             else:
                 parquet.write_listing(temporary, samples())

@@ -134,6 +134,7 @@ def _data(data: TrainData) -> Mapping[str, Any]:
     return {
         "features": features(data.dataset_param),
         "caption_dropout": clip.cfg,
+        "condition_dropout": clip.condition_dropout,
         "shuffle": loading.shuffle,
         "pin_memory": loading.pin_memory,
         "mixture": loading.mixture,

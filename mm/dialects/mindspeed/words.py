@@ -7,7 +7,7 @@ from typing import Any
 from mm.config.diffusion import DiffusionConfig
 from mm.config.layerzero import ZeroConfig
 from mm.config.model import WanConfig
-from mm.config.run.data import Mixture
+from mm.config.run.data import ConditionDropout, Mixture
 from mm.config.run.origins import Origins, Word
 from mm.config.storage import Storage
 from mm.config.unread import read_or
@@ -98,6 +98,9 @@ def _keys_of_data(path: str, file: str, file_word: str) -> dict[str, Word]:
         words[f"{path}.tokenizer.{name}"] = key(name, "dataset_param.tokenizer_config")
     if path == "data.features":
         words["data.caption_dropout"] = Word("cfg", file, "cfg", file_word, is_json=True)
+        words["data.condition_dropout"] = key("condition_dropout", clip)
+        for name in ConditionDropout.model_fields:
+            words[f"data.condition_dropout.{name}"] = key(name, f"{clip}.condition_dropout")
         words["data.shuffle"] = Word("shuffle", file, "shuffle", file_word, is_json=True)
         words["data.pin_memory"] = key("pin_memory", "dataloader_param")
         words["data.mixture"] = key("mixture", "dataloader_param")

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from mm.config.bad_samples import OnBadSample
 from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
 from mm.config.run.extraction import ExtractionRun, SourceClip
+from mm.config.tasks.task import Media
 from mm.data.clips import clip_facts
 from mm.data.files import raise_limited
 from mm.data.listing import FeatureRow, RowsOfDraw
@@ -133,7 +134,7 @@ def write_index(run: ExtractionRun, store: Path, plan: Plan, reader: RowReader, 
     found, bad = _Columns(run, plan), list[BadClip]()
     jobs = _Jobs(run, plan, reader, policy)
     outcomes = read_in_order(
-        _Facts(run.data.clip, run.extraction.seed, plan.draws),
+        _Facts(run.data.clip, run.extraction.seed, plan.draws, run.task.media),
         jobs,
         num_workers=run.data.workers,
         time_limit=run.data.read_timeout * plan.draws,
@@ -209,10 +210,11 @@ class _Facts:
     clip: SourceClip
     seed: int
     draws: int
+    media: Sequence[Media]
 
     def __call__(self, sample: VideoSample, /) -> Parcel:
         draws = range(self.draws)
-        clips = [list(clip_facts(sample, self.clip, self.seed, draw)) for draw in draws]
+        clips = [list(clip_facts(sample, self.clip, self.seed, draw, self.media)) for draw in draws]
         return Parcel({}, {"clips": clips, "words": [source_word(sample, draw) for draw in draws]})
 
     def describe(self, sample: VideoSample, /) -> str:

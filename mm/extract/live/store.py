@@ -12,7 +12,7 @@ from torch import Tensor
 from mm.config.data import TEMPORAL_STRIDE
 from mm.config.model import WanConfig
 from mm.config.run.extraction import ExtractionRun
-from mm.data.clips import Clip
+from mm.data.clips import Clip, clip_bytes
 from mm.data.dataset import as_listed, read_sample
 from mm.data.features import Feature, Origin, serialised
 from mm.data.listing import Digest, ListedSample, RowsOfDraw
@@ -20,12 +20,10 @@ from mm.data.metadata import VideoSample
 from mm.data.open_store import SampleTensors
 from mm.data.place import ClipPlace, FeaturePlace, Place
 from mm.data.replacing import may_be_replaced
-from mm.data.shapes.choose import most_pixels
 from mm.data.sources.checking import RowReader
 from mm.data.store.blobs import Blob, parsed_feature
 from mm.data.store.shard import LatentShape
 from mm.data.store.writer import prompt_blob
-from mm.data.workers import bytes_to_share
 from mm.errors import DataError
 from mm.extract.encode import ClipEncoder
 from mm.extract.live.index import LiveIndex
@@ -80,8 +78,8 @@ class LiveStore:
 
     @property
     def clip_bytes(self) -> int:
-        """The most bytes that a clip's pixels take."""
-        return bytes_to_share((3, most_pixels(self._run.data.clip)))
+        """The most bytes that a clip takes, with what is beside it."""
+        return clip_bytes(self._run.data.clip, self._run.task.media)
 
     def name(self, row: int) -> str:
         """The sample's id; this and all that follow raise what `mm.extract.rows.rows_of` raises."""
@@ -137,7 +135,8 @@ class LiveStore:
         if blobs is not None:
             return self._place_of(blobs, sample, self.latent_shape(row))
         clip, seed = self._run.data.clip, self._run.extraction.seed
-        return ClipPlace(self.folder, sample, draw, clip, seed, caption, origin, self.latent_shape(row), row)
+        shape, media = self.latent_shape(row), self._run.task.media
+        return ClipPlace(self.folder, sample, draw, clip, seed, caption, origin, shape, row, media)
 
     def place_again(self, row: int, lost: Place) -> Place | None:
         """Another place of a sample whose kept features cannot be read; None for a clip that cannot be."""
