@@ -13,8 +13,8 @@ from torch import Tensor
 from mm.config.run.extraction import SourceClip
 from mm.config.run.shapes import FrameRule
 from mm.config.tasks.task import Media
+from mm.data.annotation_check import check_annotation, check_image
 from mm.data.beside import Taken, check_beside, numbers_of, read_beside
-from mm.data.files import raise_limited
 from mm.data.image import probe_image, read_image
 from mm.data.metadata import VideoSample
 from mm.data.shapes.choose import choose_shape, fewest_frames, most_pixels
@@ -23,7 +23,7 @@ from mm.data.shapes.shape import Shape, left_out
 from mm.data.transforms import to_shape
 from mm.data.video import VideoInfo, probe, read_frames
 from mm.data.workers import Parcel, bytes_to_share, read_in_order
-from mm.errors import DataError, Problem
+from mm.errors import DataError
 from mm.rng import generator
 
 _PILLOW = "pillow"
@@ -103,7 +103,7 @@ def clip_facts(
     """Facts of the clip that `load_clip` gives, without decoding it; raises what that raises before it decodes."""
     if sample.kind == "image":
         size = probe_image(sample.file)
-        _check_image(sample, *size)
+        check_image(sample, *size)
         shape = _shape_of(sample, preprocess, *size, 1, (seed, draw))
         return ClipFacts(0, 1, shape.height, shape.width)
     info, shape, indices = _plan_clip(sample, preprocess, seed, draw)
@@ -114,7 +114,7 @@ def clip_facts(
 def _load_image(sample: VideoSample, preprocess: SourceClip, seed: int, draw: int, media: Sequence[Media] = ()) -> Clip:
     pixels = read_image(sample.file)
     height, width = pixels.shape[:2]
-    _check_image(sample, height, width)
+    check_image(sample, height, width)
     shape = _shape_of(sample, preprocess, height, width, 1, (seed, draw))
     clip = to_shape(pixels.permute(2, 0, 1).unsqueeze(0), shape).transpose(0, 1)
     of_image = Taken(sample.kind, height, Fraction(width), shape, [0], 1, preprocess.reader)
@@ -349,47 +349,6 @@ def check_announced_length(sample: VideoSample, preprocess: SourceClip) -> None:
         return
     if announced > 1 or preprocess.shape is None:  # a shape rule takes one frame for an image
         choose_frames(sample, announced, preprocess, seed=0, most=fewest_frames(preprocess))
-
-
-def check_annotation(sample: VideoSample, info: VideoInfo) -> None:
-    """Compare what the annotation says with the video.
-
-    `num_frames` is compared only where there is no `cut`, which may be counted or not. `resolution` may be that of the
-    picture as it is stored upright or, where pixels are not square, as it is shown: tools tell either.
-
-    Raises:
-        DataError: DATA-005, all differences at once.
-    """
-    shown = _Size(*info.shown_size)
-    _compare(sample, info.num_frames, _Size(info.height, info.width), shown)
-
-
-def _check_image(sample: VideoSample, height: int, width: int) -> None:
-    """`check_annotation` of an image."""
-    size = _Size(height, width)
-    _compare(sample, 1, size, size)
-
-
-class _Size(NamedTuple):
-    height: int
-    width: int
-
-
-def _compare(sample: VideoSample, num_frames: int, stored: _Size, shown: _Size) -> None:
-    said = sample.annotation
-    problems = []
-    if said.num_frames is not None and said.cut is None and said.num_frames != num_frames:
-        problems.append(_differs(sample, f"num_frames {said.num_frames}", f"{num_frames} frames"))
-    if said.resolution is not None and (said.resolution.height, said.resolution.width) not in (stored, shown):
-        claimed = f"height {said.resolution.height}, width {said.resolution.width}"
-        as_shown = "" if stored == shown else f", shown as {shown.height} x {shown.width}"
-        problems.append(_differs(sample, claimed, f"height {stored.height}, width {stored.width}{as_shown}"))
-    raise_limited(problems)
-
-
-def _differs(sample: VideoSample, claimed: str, found: str) -> Problem:
-    message = f"{sample.file}: the annotation says {claimed}, the {sample.kind} has {found}."
-    return Problem("DATA-005", message, f"Correct the annotation, or replace the {sample.kind} if it is the wrong one.")
 
 
 def _cut(sample: VideoSample, num_available: int) -> tuple[int, int]:

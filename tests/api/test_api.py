@@ -161,7 +161,7 @@ def test_features_are_those_of_the_command(stores: Path, no_process_group: None,
 
 def test_media_that_cannot_be(stores: Path) -> None:
     video, loaded = stores / "dataset" / rows_of(stores, "t2v", 1)[0]["path"], encoders(stores, "i2v")
-    with pytest.raises(MMError, match=r"DATA-245: Row 0 names no file of the role control.*DATA-245: Row 1"):
+    with pytest.raises(MMError, match=r"(?s)DATA-245: Row 0 names no file of the role control.*DATA-245: Row 1"):
         mm.extract_features([(video, "x"), (video, "y")], loaded, task="fun_control", size=SIZE, device="cpu")
     row = mm.VideoRow(video, "x", media={"depth": video})
     with pytest.raises(MMError, match=r"CFG-200.*'depth'.*it takes control, first_frame"):
