@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from mm.generate.experts import TwoExperts, boundary_of, require_experts_in_plac
 from mm.generate.finished import finished_clips, require_same_weights
 from mm.generate.pipeline import Velocity
 from mm.generate.render import Processes, Renderer, batches_of_replica, usable_rows
+from mm.generate.rows import GenerationRow
 from mm.generate.video import clip_path, prepare_folder, write_clip
 from mm.generate.weights import GenerationWeights, open_generation_weights
 from mm.parallel.apply import apply_frozen
@@ -23,6 +25,9 @@ from mm.parallel.velocity import ParallelVelocity
 from mm.wan.encoders import DTYPES
 
 log = logging.getLogger(__name__)
+
+Weights = tuple[GenerationWeights, GenerationWeights | None]
+"""Of the transformer, or of both experts, the one for much noise first."""
 
 
 def generate_clips(
@@ -49,14 +54,31 @@ def generate_clips(
             cannot be used.
         CheckpointError: CKPT-010 to CKPT-021 for weights that cannot be used.
     """
-    backend = processes.backend
     rows, bad = usable_rows(generation, processes)
     folder = Path(generation.output.path)
     prepare_folder(folder)
-    weights, low = _open_weights(generation, processes)
+    weights = _open_weights(generation, processes)
+    finished = _finished_by_any(folder, rows, generation, weights, processes)
+    together = generation.zero is not None
+    batches = batches_of_replica(rows, processes, generation.batch.size, together=together, finished=finished)
+    paths = _render(generation, processes, weights, Renderer(generation, processes, batches), finished)
+    processes.comm.barrier()
+    log.info("%d clips are in %s", len(rows), folder)
+    raise_all(DataError, [row.problem for row in bad])
+    return paths
+
+
+def _finished_by_any(
+    folder: Path,
+    rows: Sequence[GenerationRow],
+    generation: GenerationRun,
+    weights: Weights,
+    processes: Processes,
+) -> dict[int, str]:
+    """`finished_clips` of all ranks together, the same on each; none where clips are to be made anew."""
     finished: dict[int, str] = {}
     if not generation.output.overwrite:
-        about = cache(lambda: describe_run(generation, weights, backend.kind, low))  # reads the encoders' folders
+        about = cache(lambda: describe_run(generation, processes.backend.kind, *weights))  # reads the encoders' folders
         finished = finished_clips(folder, rows, lambda row: {**describe_row(row, generation), **about()})
     # nobody writes before everybody has looked; a folder on one node alone is seen by its ranks only
     for part in processes.comm.all_gather_object([list(clip) for clip in finished.items()]):
@@ -65,16 +87,28 @@ def generate_clips(
         log.info(
             "%d of %d clips are in %s already, of this very command; they are kept", len(finished), len(rows), folder
         )
-    batches = batches_of_replica(
-        rows, processes, generation.batch.size, together=generation.zero is not None, finished=finished
-    )
-    renderer = Renderer(generation, processes, batches)
+    return finished
+
+
+def _render(
+    generation: GenerationRun,
+    processes: Processes,
+    weights: Weights,
+    renderer: Renderer,
+    finished: Mapping[int, str],
+) -> list[Path]:
+    """Read the model, render the clips that are missing, and write each; returns the paths that this rank wrote.
+
+    Raises:
+        DataError: DATA-050 for finished clips of other weights than these.
+    """
+    backend, folder = processes.backend, Path(generation.output.path)
     video = renderer.load_video_encoder()
-    velocity = _velocity(generation, processes, weights, low)
+    velocity = _velocity(generation, processes, weights)
     if finished:
-        read = processes.comm.all_gather_object(fingerprint_of(weights, low) if processes.writes else None)
+        read = processes.comm.all_gather_object(fingerprint_of(*weights) if processes.writes else None)
         require_same_weights(folder, finished, [fingerprint for fingerprint in read if fingerprint is not None])
-    description = describe_run(generation, weights, backend.kind, low)
+    description = describe_run(generation, backend.kind, *weights)
     paths = []
     shown = generation.logging.progress_bar and processes.comm.rank == 0
     with tqdm(total=renderer.num_steps, desc="generating", unit="step", disable=not shown or None) as bar:
@@ -84,16 +118,10 @@ def generate_clips(
             path = clip_path(folder, row.index)
             write_clip(path, frames, generation.output.fps, {**describe_row(row, generation), **description})
             paths.append(path)
-    processes.comm.barrier()
-    log.info("%d clips are in %s", len(rows), folder)
-    raise_all(DataError, [row.problem for row in bad])
     return paths
 
 
-def _open_weights(
-    generation: GenerationRun, processes: Processes
-) -> tuple[GenerationWeights, GenerationWeights | None]:
-    """Weights of the transformer, or of both experts, the one for much noise first."""
+def _open_weights(generation: GenerationRun, processes: Processes) -> Weights:
     expected = Expected(generation.wan, lambda name: generation.origins[f"model.shape.{name}"], "CFG-065")
     model, dtype = generation.model, DTYPES[generation.model.precision]
     # only whoever writes clips tells what made them
@@ -106,13 +134,12 @@ def _open_weights(
     return weights, low
 
 
-def _velocity(
-    generation: GenerationRun, processes: Processes, weights: GenerationWeights, low: GenerationWeights | None
-) -> Velocity:
+def _velocity(generation: GenerationRun, processes: Processes, weights: Weights) -> Velocity:
     """The transformer on the mesh, or both experts, which share it."""
     model, dtype = generation.model, DTYPES[generation.model.precision]
     place = generation.wan, processes.mesh, processes.backend, dtype
-    high = ParallelVelocity(apply_frozen(*place, weights.value_of, generation.zero))
+    first, low = weights
+    high = ParallelVelocity(apply_frozen(*place, first.value_of, generation.zero))
     if low is None or model.low_noise is None:
         return high
     other = ParallelVelocity(apply_frozen(*place, low.value_of, generation.zero))
