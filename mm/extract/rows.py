@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mm.config.bad_samples import OnBadSample
-from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
+from mm.config.data import TEMPORAL_STRIDE
 from mm.config.run.extraction import SourceClip
-from mm.config.tasks.registry import FeatureTaskName
+from mm.config.tasks.registry import FEATURE_TASKS, FeatureTaskName
 from mm.data.clips import check_announced_length
 from mm.data.features import FEATURES, Origin, feature_name, text_hash, video_fingerprint
 from mm.data.files import MAX_PROBLEMS_SHOWN, raise_limited
@@ -110,7 +110,7 @@ def listed_row(
         latent_shape: (C, F, H, W). start_frame, taken: of the clip. task: of the store.
     """
     _, frames, height, width = latent_shape
-    num_frames = (frames - 1) * TEMPORAL_STRIDE + 1
+    num_frames, pixels = (frames - 1) * TEMPORAL_STRIDE + 1, FEATURE_TASKS[task].latent_pixels
     return FeatureRow(
         sample=sample.id,
         file=f"{FEATURES}/{feature_name(sample.id)}",
@@ -118,7 +118,7 @@ def listed_row(
         cap=caption,
         start_frame_idx=start_frame,
         sample_num_frames=num_frames,
-        sample_size=f"{num_frames}x{height * LATENT_PIXELS}x{width * LATENT_PIXELS}",
+        sample_size=f"{num_frames}x{height * pixels}x{width * pixels}",
         latent_shape=latent_shape,
         text_tokens=text_tokens,
         task=task,

@@ -22,7 +22,7 @@ from mm.generate.weights import GenerationWeights
 
 
 def describe_run(
-    generation: GenerationRun, weights: GenerationWeights, device: str, low: GenerationWeights | None = None
+    generation: GenerationRun, device: str, weights: GenerationWeights, low: GenerationWeights | None
 ) -> dict[str, Any]:
     """Description that all clips of a run share.
 

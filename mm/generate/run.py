@@ -26,6 +26,9 @@ from mm.wan.encoders import DTYPES
 
 log = logging.getLogger(__name__)
 
+Weights = tuple[GenerationWeights, GenerationWeights | None]
+"""Of the transformer, or of both experts, the one for much noise first."""
+
 
 def generate_clips(
     generation: GenerationRun,
@@ -54,37 +57,31 @@ def generate_clips(
     rows, bad = usable_rows(generation, processes)
     folder = Path(generation.output.path)
     prepare_folder(folder)
-    weights, low = _open_weights(generation, processes)
-    finished = _finished_by_any(folder, rows, generation, (weights, low), processes)
+    weights = _open_weights(generation, processes)
+    finished = _finished_by_any(folder, rows, generation, weights, processes)
     together = generation.zero is not None
     alike = partial(row_frames_in_front, generation.wan.task)
     batches = batches_of_replica(
         rows, processes, generation.batch.size, together=together, finished=finished, alike=alike
     )
-    paths = _render(generation, processes, (weights, low), Renderer(generation, processes, batches), finished)
+    paths = _render(generation, processes, weights, Renderer(generation, processes, batches), finished)
     processes.comm.barrier()
     log.info("%d clips are in %s", len(rows), folder)
     raise_all(DataError, [row.problem for row in bad])
     return paths
 
 
-Experts = tuple[GenerationWeights, GenerationWeights | None]
-"""Weights of the transformer, or of both experts, the one for much noise first."""
-
-
 def _finished_by_any(
     folder: Path,
     rows: Sequence[GenerationRow],
     generation: GenerationRun,
-    experts: Experts,
+    weights: Weights,
     processes: Processes,
 ) -> dict[int, str]:
     """`finished_clips` of all ranks together, the same on each; none where clips are to be made anew."""
     finished: dict[int, str] = {}
     if not generation.output.overwrite:
-        weights, low = experts
-        kind = processes.backend.kind
-        about = cache(lambda: describe_run(generation, weights, kind, low))  # reads the encoders' folders
+        about = cache(lambda: describe_run(generation, processes.backend.kind, *weights))  # reads the encoders' folders
         finished = finished_clips(folder, rows, lambda row: {**describe_row(row, generation), **about()})
     # nobody writes before everybody has looked; a folder on one node alone is seen by its ranks only
     for part in processes.comm.all_gather_object([list(clip) for clip in finished.items()]):
@@ -99,7 +96,7 @@ def _finished_by_any(
 def _render(
     generation: GenerationRun,
     processes: Processes,
-    experts: Experts,
+    weights: Weights,
     renderer: Renderer,
     finished: Mapping[int, str],
 ) -> list[Path]:
@@ -110,12 +107,11 @@ def _render(
     """
     backend, folder = processes.backend, Path(generation.output.path)
     video = renderer.load_video_encoder()
-    weights, low = experts
-    velocity = _velocity(generation, processes, weights, low)
+    velocity = _velocity(generation, processes, weights)
     if finished:
-        read = processes.comm.all_gather_object(fingerprint_of(weights, low) if processes.writes else None)
+        read = processes.comm.all_gather_object(fingerprint_of(*weights) if processes.writes else None)
         require_same_weights(folder, finished, [fingerprint for fingerprint in read if fingerprint is not None])
-    description = describe_run(generation, weights, backend.kind, low)
+    description = describe_run(generation, backend.kind, *weights)
     paths = []
     shown = generation.logging.progress_bar and processes.comm.rank == 0
     with tqdm(total=renderer.num_steps, desc="generating", unit="step", disable=not shown or None) as bar:
@@ -128,8 +124,7 @@ def _render(
     return paths
 
 
-def _open_weights(generation: GenerationRun, processes: Processes) -> Experts:
-    """Weights of the transformer, or of both experts, open."""
+def _open_weights(generation: GenerationRun, processes: Processes) -> Weights:
     expected = Expected(generation.wan, lambda name: generation.origins[f"model.shape.{name}"], "CFG-065")
     model, dtype = generation.model, DTYPES[generation.model.precision]
     # only whoever writes clips tells what made them
@@ -142,13 +137,12 @@ def _open_weights(generation: GenerationRun, processes: Processes) -> Experts:
     return weights, low
 
 
-def _velocity(
-    generation: GenerationRun, processes: Processes, weights: GenerationWeights, low: GenerationWeights | None
-) -> Velocity:
+def _velocity(generation: GenerationRun, processes: Processes, weights: Weights) -> Velocity:
     """The transformer on the mesh, or both experts, which share it."""
     model, dtype = generation.model, DTYPES[generation.model.precision]
     place = generation.wan, processes.mesh, processes.backend, dtype
-    high = ParallelVelocity(apply_frozen(*place, weights.value_of, generation.zero))
+    first, low = weights
+    high = ParallelVelocity(apply_frozen(*place, first.value_of, generation.zero))
     if low is None or model.low_noise is None:
         return high
     other = ParallelVelocity(apply_frozen(*place, low.value_of, generation.zero))

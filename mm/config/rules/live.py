@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE, store_sources
+from mm.config.data import TEMPORAL_STRIDE, store_sources
 from mm.config.rules.extraction import EXTRACTION_RULES
 from mm.config.run.data import Clip
 from mm.config.run.extraction import ExtractionRun
@@ -105,7 +105,8 @@ def _bytes_of_a_sample(clip: Clip | None, run: TrainingRun) -> int:
         return _FEWEST_BYTES
     height, width = clip.fixed_size
     frames = (clip.num_frames - 1) // TEMPORAL_STRIDE + 1
-    values = run.wan.noise_channels * frames * (height // LATENT_PIXELS) * (width // LATENT_PIXELS)
+    pixels = run.wan.task.latent_pixels
+    values = run.wan.noise_channels * frames * (height // pixels) * (width // pixels)
     return 2 * values + _FEWEST_BYTES
 
 

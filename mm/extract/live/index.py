@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mm.config.bad_samples import OnBadSample
-from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
+from mm.config.data import TEMPORAL_STRIDE
 from mm.config.run.extraction import ExtractionRun, SourceClip
 from mm.config.tasks.task import Media
 from mm.data.clips import clip_facts
@@ -249,11 +249,12 @@ class _Columns:
             sample, caption = row.sample, row.sample.caption(self._run.extraction.seed, draw)
             tokens = self._count(caption)
             latent_frames = (frames - 1) // TEMPORAL_STRIDE + 1
-            shape = (LATENT_CHANNELS, latent_frames, height // LATENT_PIXELS, width // LATENT_PIXELS)
+            task = self._run.task
+            channels, pixels = task.latent_channels or LATENT_CHANNELS, task.latent_pixels
+            shape = (channels, latent_frames, height // pixels, width // pixels)
             self._latents.extend(shape)
             self._tokens.append(tokens)
-            task = self._run.task.name
-            listed = listed_row(sample, word, caption, shape, start_frame=start, text_tokens=tokens, task=task)
+            listed = listed_row(sample, word, caption, shape, start_frame=start, text_tokens=tokens, task=task.name)
             self._listed[draw].append(listed)
 
     def write(self, path: Path) -> None:
