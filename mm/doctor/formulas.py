@@ -212,9 +212,8 @@ def _gradients(
     else:
         found.append({("dp_cp", ALL_REDUCE): CallTotals(0, 2 * share * (low + exact) * FP32)})
     if layout.tp_size > 1:
-        found.append(
-            {("tp", ALL_REDUCE): CallTotals(0, 2 * (layout.tp_size - 1) / layout.tp_size * _copies(block, layout, zero))}
-        )
+        copies = _copies(block, layout, zero)
+        found.append({("tp", ALL_REDUCE): CallTotals(0, 2 * (layout.tp_size - 1) / layout.tp_size * copies)})
     world = layout.world_size
     names = len(block) * layout.pp_size  # every rank adds up the squares of every parameter of the model
     found.append({("world", ALL_REDUCE): CallTotals(0, 2 * (world - 1) / world * names * FP32)})
@@ -224,9 +223,7 @@ def _gradients(
 def _copies(block: Shapes, layout: Layout, zero: ZeroConfig | None) -> float:
     """Bytes of a block's gradients that tensor-parallel ranks add up; not modelled with the distributed optimizer."""
     sizes = {
-        name: math.prod(shape)
-        for name, shape in block.items()
-        if gradient_is_partial(name, layout.sequence_parallel)
+        name: math.prod(shape) for name, shape in block.items() if gradient_is_partial(name, layout.sequence_parallel)
     }
     kept = {name: size if zero is None or keep_fp32(name) else size / zero.zero3_size for name, size in sizes.items()}
     return sum(kept.values()) * FP32
