@@ -194,15 +194,16 @@ def batches(row: Row) -> list[MicroBatch]:
 
 def _samples(row: Row, count: int) -> list[FeatureBatch]:
     source, wan = torch.Generator().manual_seed(0), row.wan
-    made = []
+    shapes, made = wan.feature_shapes(row.latent), []
+    # All samples have the same: what waits on the host for its turn, as large as a camera's rays, is no device memory.
+    features = {name: torch.randn(1, *shape, generator=source) for name, shape in shapes.items()}
     for index in range(count):
-        shapes = wan.feature_shapes(row.latent)
         batch = FeatureBatch(
             latents=torch.randn(1, wan.noise_channels, *row.latent, generator=source),
             text=torch.randn(1, wan.text_len, wan.text_dim, generator=source),
             sample=[f"clip {index}"],
             draw=[0],
-            features={name: torch.randn(1, *shape, generator=source) for name, shape in shapes.items()},
+            features=features,
         )
         made.append(batch)
     return made
