@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.config.model import WanConfig
-from mm.config.tasks.task import Entry, InputFeature
+from mm.config.tasks.task import Entry
 from mm.ops.elementwise import autograd as ops
 from mm.wan.block import Layer, SideBlock, WanBlock
 from mm.wan.embeddings import EMBEDDINGS, PatchEmbedding
@@ -29,11 +29,12 @@ from mm.wan.folder import WeightFolder
 from mm.wan.initial import initial_value
 from mm.wan.inputs import Inputs, ModelInputs, PackedInputs, runs_of
 from mm.wan.layers import ModuleFactories, Streams
-from mm.wan.packed import PackedTokens, Run, by_run, joined
-from mm.wan.patches import patchify, token_grid, unpatchify, window
+from mm.wan.packed import PackedTokens, Run, by_run
+from mm.wan.patches import token_grid, unpatchify, window
 from mm.wan.precision import keep_fp32
 from mm.wan.rope import Grid, Positions, RotaryTables
 from mm.wan.sinusoid import timestep_sinusoid
+from mm.wan.token_embedding import embed_tokens
 
 ModelT = TypeVar("ModelT", bound="WanModel")
 
@@ -195,74 +196,8 @@ class WanModel(nn.Module):
         return velocity
 
     def embed_tokens(self, inputs: Inputs, runs: Sequence[Run]) -> Streams:
-        """Tokens as the streams that blocks run on, [B, places of all runs, D] each.
-
-        Each embedder is called once, whatever the tokens are: sharded ones wait for other ranks.
-
-        Args:
-            inputs: the samples. runs: which tokens of them, counted from the first one in front of the video's; behind
-                the last one are zeros.
-        """
-        parts = [self._parts_of(inputs.samples[run.sample], run) for run in runs]
-        video = self.patch_embedding(self._patches(inputs, [own for _, own in parts], Entry.CHANNELS))
-        for feature in self._entering(Entry.HIDDEN, inputs):
-            video = video + joined(self._added(feature, inputs, [own for _, own in parts]), 1)
-        sides = [
-            self.get_submodule(str(feature.module))(self._patches(inputs, [own for _, own in parts], feature.entry))
-            for feature in self._entering(Entry.SIDE_BLOCKS, inputs)
-        ]
-        for feature in self._entering(Entry.TOKENS, inputs):
-            ahead = self.get_submodule(str(feature.module))(
-                self._patches(inputs, [front for front, _ in parts], feature.entry)
-            )
-            counts = [[own.places for own in each] for each in zip(*parts, strict=True)]
-            split = (x.split(count, dim=1) for x, count in zip((ahead, video), counts, strict=True))
-            video = joined([tokens for pair in zip(*split, strict=True) for tokens in pair], 1)
-        return video, *sides
-
-    def _parts_of(self, sample: ModelInputs, run: Run) -> tuple[Run, Run]:
-        """The tokens of a run that are in front of the video's, and those that are the video's, each counted apart."""
-        _, rows, columns = self.token_grid(sample)
-        front = sample.leading_frames(self.config) * rows * columns
-        ahead = min(max(front - run.start, 0), run.places)
-        return (
-            Run(run.sample, min(run.start, front), ahead, front),
-            Run(run.sample, max(run.start - front, 0), run.places - ahead, run.num_tokens - front),
-        )
-
-    def _patches(self, inputs: Inputs, runs: Sequence[Run], entry: Entry) -> Tensor:
-        """Patches of the latents that enter at a place, for some tokens."""
-        (pt, *_), size = self.config.patch_size, self.config.patch_size
-        whole = []
-        for sample in inputs.samples:
-            latents = sample.with_channels(self.config)
-            if entry is not Entry.CHANNELS:
-                (feature,) = self._entering(entry, inputs)
-                latents = sample.features[feature.name]
-            if entry is Entry.TOKENS:  # one frame, whose embedder has no axis of them
-                latents = latents.unsqueeze(2)
-            whole.append(patchify(latents, (1, *size[1:]) if entry is Entry.TOKENS else (pt, *size[1:])))
-        return joined([window(whole[run.sample], 1, run.start, run.places) for run in runs], 1)
-
-    def _added(self, feature: InputFeature, inputs: Inputs, runs: Sequence[Run]) -> list[Tensor]:
-        """Change of some tokens by a module, [B, places, D] of each run; it sees the frames that these lie in alone."""
-        rays, starts = [], []
-        for run in runs:
-            sample = inputs.samples[run.sample]
-            _, rows, columns = token_grid(_size_of(sample.latents), self.config.patch_size)
-            frame = rows * columns
-            first, last = run.start // frame, max(run.start + run.places - 1, run.start) // frame
-            value = sample.features[feature.name]
-            first = min(first, value.shape[2] - 1)  # of a run of padding
-            rays.append(value[:, :, first : last + 1])
-            starts.append(run.start - first * frame)
-        added: list[Tensor] = self.get_submodule(str(feature.module))(rays)
-        each = zip(added, starts, runs, strict=True)
-        return [window(tokens, 1, start, run.places) for tokens, start, run in each]
-
-    def _entering(self, entry: Entry, inputs: Inputs) -> list[InputFeature]:
-        given = inputs.samples[0].features
-        return [feature for feature in self.config.task.entering(entry) if feature.name in given]
+        """Tokens as the streams that blocks run on (`mm.wan.token_embedding.embed_tokens`)."""
+        return embed_tokens(self.config, self.get_submodule, inputs, runs)
 
     def packed_tokens(self, inputs: Inputs, queries: Sequence[int]) -> PackedTokens | None:
         """Shares of the samples in the tokens at hand (`PackedTokens.of_counts`); None of a batch."""
@@ -287,7 +222,8 @@ class WanModel(nn.Module):
         Raises:
             ConfigError: CFG-040 as `mm.wan.patches.token_grid`.
         """
-        frames, height, width = token_grid(_size_of(sample.latents), self.config.patch_size)
+        frames, height, width = sample.latents.shape[2:]
+        frames, height, width = token_grid((frames, height, width), self.config.patch_size)
         return frames + sample.leading_frames(self.config), height, width
 
     def latents_of(self, sample: ModelInputs, tokens: Tensor) -> Tensor:
@@ -354,8 +290,3 @@ def whole_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters of a model by native name, in the model's order."""
     with torch.device("meta"):
         return {name: tuple(parameter.shape) for name, parameter in WanModel(config).named_parameters()}
-
-
-def _size_of(latents: Tensor) -> tuple[int, int, int]:
-    frames, height, width = latents.shape[2:]
-    return frames, height, width

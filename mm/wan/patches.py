@@ -10,8 +10,11 @@ from torch import Tensor
 from mm.errors import ConfigError
 from mm.wan.rope import Grid
 
+Size = tuple[int, int, int]
+"""F, H, W of latents, or of a patch."""
 
-def token_grid(latent_size: tuple[int, int, int], patch_size: tuple[int, int, int]) -> Grid:
+
+def token_grid(latent_size: Size, patch_size: Size) -> Grid:
     """Tokens along (frames, rows, columns) of a latent of size (F, H, W).
 
     Raises:

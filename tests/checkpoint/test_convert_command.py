@@ -35,7 +35,9 @@ def test_what_cannot_work_is_said_with_an_id(tmp_path, capsys, words, code, text
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("script", ["tools/convert_ckpt.py", "examples/wan2.1/convert_ckpt.py"])
+@pytest.mark.parametrize(
+    "script", ["tools/convert_ckpt.py", pytest.param("examples/wan2.1/convert_ckpt.py", marks=pytest.mark.nightly)]
+)
 def test_the_scripts_run_from_any_folder(original, tmp_path, script):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     words = ["--source_path", original, "--target_path", "out", "--mode", "convert_to_mm"]

@@ -8,6 +8,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import parity
@@ -43,6 +44,11 @@ ROWS = [
     parity.Row(Layout(4, pp_size=2, vp_size=2, stages=even_stages(4, 2, 2))),
     parity.Row(Layout(4, pp_size=2, stages=even_stages(4, 2), cp_size=2, ulysses_size=2)),
 ]
+EVERY_DAY = [ROWS[0], ROWS[3], ROWS[4], ROWS[7], ROWS[8]]
+"""Every axis; the others are nightly."""
+every_row = pytest.mark.parametrize(
+    "row", [pytest.param(row, id=row.id, marks=[] if row in EVERY_DAY else [pytest.mark.nightly]) for row in ROWS]
+)
 
 Key = tuple[str, int, str, int]
 """(stream, seed, sample, draw)."""
@@ -78,11 +84,11 @@ def hashing() -> Iterator[Hashes]:
         yield hashes
 
 
-def draw_on_this_rank() -> dict[str, tuple[dict[str, int], Hashes]]:
-    """Coordinates and hashes of this rank under every row."""
+def draw_on_this_rank(every_day: bool) -> dict[str, tuple[dict[str, int], Hashes]]:
+    """Coordinates and hashes of this rank under the rows of every day, or under the others."""
     backend, found = select("cpu"), {}
     with Job(process_place(), backend.collective, backend.device, 2):
-        for row in ROWS:
+        for row in (row for row in ROWS if (row in EVERY_DAY) == every_day):
             found[row.id] = run_row(row, backend)
     return found
 
@@ -116,9 +122,9 @@ def one_process() -> Hashes:
     return dict(hashes)
 
 
-@pytest.fixture(scope="module")
-def ranks() -> list[dict[str, tuple[dict[str, int], Hashes]]]:
-    return run_ranks(PROCESSES, draw_on_this_rank, timeout_s=240)
+@cache
+def ranks(every_day: bool) -> list[dict[str, tuple[dict[str, int], Hashes]]]:
+    return run_ranks(PROCESSES, draw_on_this_rank, every_day, timeout_s=240)
 
 
 def test_one_process_draws_anew_for_every_sample_step_and_seed(one_process: Hashes) -> None:
@@ -134,17 +140,17 @@ def test_one_process_draws_anew_for_every_sample_step_and_seed(one_process: Hash
     assert len(values) == len(set(values)) == len(expected)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
-def test_every_rank_draws_what_one_process_draws(row: parity.Row, one_process: Hashes, ranks: list[Any]) -> None:
-    for rank in ranks:
+@every_row
+def test_every_rank_draws_what_one_process_draws(row: parity.Row, one_process: Hashes) -> None:
+    for rank in ranks(row in EVERY_DAY):
         _, hashes = rank[row.id]
         assert hashes == {key: one_process[key] for key in hashes}
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
-def test_every_rank_draws_for_its_samples_and_no_others(row: parity.Row, ranks: list[Any]) -> None:
+@every_row
+def test_every_rank_draws_for_its_samples_and_no_others(row: parity.Row) -> None:
     """Ranks that share samples draw for the same ones; replicas share none. Only the pipeline's ends need noise."""
-    for rank in ranks:
+    for rank in ranks(row in EVERY_DAY):
         coordinates, hashes = rank[row.id]
         ends = coordinates["pp"] in (0, row.layout.pp_size - 1)
         mine = SAMPLES[coordinates["dp"] :: row.layout.dp_size]

@@ -115,7 +115,7 @@ def compare_here(rows: list[Row], plans: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-SOME = [LAYOUTS[2], LAYOUTS[6]], ["none", "pairs", "mixed", "keep pairs"]
+SOME = [LAYOUTS[2], replace(LAYOUTS[6], micro_batch_size=2)], ["none", "pairs", "mixed", "keep pairs"]
 ALL = LAYOUTS, list(PLANS)
 
 

@@ -80,12 +80,17 @@ def test_stops_and_names_the_sample(overflowing: tuple[Path, str], tmp_path: Pat
     assert saved == [f"iter_{row['step']:07d}" for row in rows]
 
 
+OVERLAPPED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+
+
 @pytest.mark.parametrize(
     "layout",
-    [{}, {"pipeline_model_parallel_size": 2}, {"use_distributed_optimizer": True, "overlap_grad_reduce": True,
-     "overlap_param_gather": True}],
-    ids=["dp2", "pp2", "dp2-distributed-overlap"],
-)  # fmt: skip
+    [
+        pytest.param({}, id="dp2", marks=pytest.mark.nightly),
+        pytest.param({"pipeline_model_parallel_size": 2}, id="pp2"),
+        pytest.param(OVERLAPPED, id="dp2-distributed-overlap"),
+    ],
+)
 def test_two_processes_skip_alike(overflowing: tuple[Path, str], tmp_path: Path, layout: dict[str, Any]) -> None:
     home, bad = overflowing
     save = tmp_path / "run"

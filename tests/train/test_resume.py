@@ -30,7 +30,12 @@ def model_json(demo: Path, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("row", ROWS)
+EVERY_DAY = ("fp32", "bf16-distributed-optimizer", "accumulation")
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=[] if row in EVERY_DAY else [pytest.mark.nightly]) for row in ROWS]
+)
 def test_ten_steps_are_five_and_five(demo: Path, tmp_path: Path, model_json: Path, row: str) -> None:
     flags = {**SCHEDULE, **ROWS[row], "mm_model": model_json}
     straight = run(demo, tmp_path / "straight", train_iters=10, **flags)

@@ -145,6 +145,7 @@ def wait_for_steps(process: subprocess.Popen[str], save: Path, count: int) -> No
         time.sleep(0.1)
 
 
+@pytest.mark.nightly
 def test_a_stranger_ends_no_job(job: tuple[subprocess.Popen[str], Path, int]) -> None:
     """He writes every message he can think of, under every key that there is; then the job stops as it is asked to."""
     process, save, port = job

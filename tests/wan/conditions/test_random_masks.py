@@ -39,6 +39,14 @@ def is_block(frame: torch.Tensor) -> bool:
     return int(frame.sum()) == tall * wide
 
 
+def is_uneven(frame: torch.Tensor) -> bool:
+    """Tell an ellipse that is no circle, inside the borders, which cut circles too."""
+    if not frame.any() or is_block(frame):
+        return False
+    top, left, tall, wide = box(frame)
+    return 0 < top < 32 - tall and 0 < left < frame.shape[1] - wide and tall != wide
+
+
 def same_in_all(frames: torch.Tensor) -> bool:
     return bool((frames == frames[0]).all())
 
@@ -181,6 +189,16 @@ def test_clips_have_each_kind_at_its_share() -> None:
     assert share(lambda mask: bool(mask[0].any()) and not mask[1:].any() and not is_block(mask[0])) == near(0.15)
     frames = share(lambda mask: set(whole(mask)) == {0, 1} and whole(mask) not in begins + ends)
     assert frames == near(0.05 * (1 - 8 / 512 - 2 / 512))
+
+
+def test_two_of_three_round_masks_are_ellipses() -> None:
+    """Told by those that no border cuts and that are no circles."""
+    size = ClipSize(5, 32, 128)
+    drawn = (random_mask(size, 3, number, 0) for number in range(2500))
+    rounds = [mask[0] for mask in drawn if mask[0].any() and not mask[1:].any() and not is_block(mask[0])]
+    found = sum(map(is_uneven, rounds)) / len(rounds)
+    expected = 2 / 3 * sum(is_uneven(mask[0]) for mask in masks("ellipse", size)) / MANY
+    assert found == pytest.approx(expected, abs=0.07)
 
 
 def test_images_have_their_own_shares() -> None:
