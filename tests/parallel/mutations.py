@@ -1,5 +1,5 @@
 """Defects of parallel training, made on purpose: nine classes, N1 to N9, that published trainers shipped, and N10 to
-N13, which samples in one sequence add.
+N13, which samples in one sequence add. Those that other models of the family add are in `family_mutations`.
 
 A mutation replaces one function by a wrong one. Each goes with the layouts on which it is a defect and the measures of
 the parity comparison that must see it (`test_mutations`).
@@ -30,7 +30,7 @@ from mm.parallel.boundary import BoundaryShape
 from mm.parallel.tokens import Run, TokenShare
 from mm.train import step
 from mm.wan import block as wan_block
-from mm.wan import layers, model
+from mm.wan import layers, model, token_embedding
 from mm.wan.model import Conditions, WanModel
 from mm.wan.packed import PackedTokens, by_run
 from mm.wan.rope import RotaryTables
@@ -263,7 +263,7 @@ def input_and_target_agree_on_tokens_that_are_not_where_their_positions_are(patc
 @mutation("N7", "ulysses2", caught_by="loss gradient norm")
 def input_and_target_agree_on_a_wrong_order_inside_a_patch(patch: pytest.MonkeyPatch) -> None:
     patchify = step.patchify
-    for module in (step, model):
+    for module in (step, token_embedding):
         patch.setattr(module, "patchify", lambda latents, size: patchify(latents, size).flip(-1))
 
 
