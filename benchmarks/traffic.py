@@ -26,6 +26,7 @@ def lines(row: Row, found: dict[tuple[str, str], tuple[float, float]]) -> list[l
     expected = formulas.layer(
         row.wan, row.layout, row.options, row.zero,
         tokens=row.tokens, itemsize=row.dtype.itemsize, micro_batches=row.micro_batches,
+        side_block=row.side_block,
     )  # fmt: skip
     return [
         [f"`{row.id}`", axis, operation, f"{calls:g}", f"{sent:,.0f}", f"{expected[axis, operation].bytes:,.0f}",

@@ -166,7 +166,7 @@ def _packs(sections: TrainingRun, layout: Layout, latent: tuple[int, int, int]) 
     budget, samples = sections.data.pack_tokens, sections.micro_batches_of_step(layout.dp_size)
     if budget is None:
         return None, samples
-    tokens, word = math.prod(latent) // math.prod(sections.wan.patch_size), sections.origins["data.pack_tokens"]
+    tokens, word = sections.wan.num_tokens(latent), sections.origins["data.pack_tokens"]
     if tokens > budget:
         found = f"A sample of these latents has {tokens:,} tokens, more than {word.with_value(budget)}."
         raise ConfigError("CFG-207", found, f"Raise it to at least {tokens}, or give a smaller --latent-size.")

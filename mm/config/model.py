@@ -10,9 +10,15 @@ from pydantic import Field, model_validator
 
 from mm.config.base import Section
 from mm.config.tasks.flf2v import FLF2V
+from mm.config.tasks.fun_camera import FUN_CAMERA
+from mm.config.tasks.fun_control import FUN_CONTROL
+from mm.config.tasks.fun_control_ref import FUN_CONTROL_REF
 from mm.config.tasks.i2v import I2V
 from mm.config.tasks.registry import DEFAULT, TASKS, TaskName, named
+from mm.config.tasks.speedcontrol import SPEEDCONTROL
 from mm.config.tasks.task import Entry, Shape, Sizes, Task
+from mm.config.tasks.vace import VACE
+from mm.config.tasks.wan22_i2v import WAN22_I2V
 
 Precision = Literal["fp32", "bf16", "fp16"]
 TASK_FIELD = "model_type"
@@ -201,3 +207,22 @@ def of_task(text_to_video: WanConfig, task: Task, **sizes: object) -> WanConfig:
 WAN_I2V_1_3B = of_task(WAN_1_3B, I2V)
 WAN_I2V_14B = of_task(WAN_14B, I2V)
 WAN_FLF2V_14B = of_task(WAN_14B, FLF2V)
+WAN_VACE_14B = of_task(WAN_14B, VACE, vace_layers=tuple(range(0, 40, 5)))
+PUBLISHED = {
+    "Wan2.1 T2V 1.3B": WAN_1_3B,
+    "Wan2.1 T2V 14B": WAN_14B,
+    "Wan2.1 Fun-InP 1.3B": WAN_I2V_1_3B,
+    "Wan2.1 I2V 14B": WAN_I2V_14B,
+    "Wan2.1 FLF2V 14B": WAN_FLF2V_14B,
+    "Wan2.1 SpeedControl 1.3B": of_task(WAN_1_3B, SPEEDCONTROL),
+    **{
+        f"Wan2.1 {task.title} {size}": of_task(model, task)
+        for task in (FUN_CONTROL, FUN_CONTROL_REF, FUN_CAMERA)
+        for size, model in (("1.3B", WAN_1_3B), ("14B", WAN_14B))
+    },
+    "Wan2.1 VACE 1.3B": of_task(WAN_1_3B, VACE),
+    "Wan2.1 VACE 14B": WAN_VACE_14B,
+    "Wan2.2 I2V A14B": of_task(WAN_14B, WAN22_I2V),
+}
+"""Published models by name; of those with one shape the first: Wan2.2's text-to-video experts are Wan2.1's T2V 14B, and
+the 14B of Fun-InP is I2V's."""

@@ -30,11 +30,14 @@ def cost_of_model(model: WanConfig) -> SequenceCost:
 
     A block has four D x D linears of self attention and two of cross attention for each token of the video, the
     feed-forward's two, the products of cross attention with text and image tokens, and those of self attention with
-    each other. Backward takes twice as much of each, which changes no ratio.
+    each other. Side blocks have as much, and a D x D linear of their hint; the first one has another. Backward takes
+    twice as much of each, which changes no ratio.
     """
-    width, layers = model.hidden_size, model.num_layers
+    width, sides = model.hidden_size, len(model.side_blocks)
+    layers, projections = model.num_layers + sides, sides + 1 if sides else 0
     context = model.text_len + model.image_tokens
-    alpha = layers * 2 * (6 * width**2 + 2 * width * model.ffn_dim + 2 * context * width)
+    block = 6 * width**2 + 2 * width * model.ffn_dim + 2 * context * width
+    alpha = 2 * (layers * block + projections * width**2)
     return SequenceCost(float(alpha), float(layers * 4 * width))
 
 

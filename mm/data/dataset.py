@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from math import lcm, prod
+from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,8 +118,9 @@ class FeatureDataset(Dataset[FeatureItem]):
         return self.tokens_of(self.latent_shape(index))
 
     def tokens_of(self, shape: LatentShape) -> int:
-        """Transformer tokens of latents of a shape (C, F, H, W)."""
-        return prod(shape[1:]) // prod(self.model.patch_size)
+        """Transformer tokens of latents of a shape (C, F, H, W), those in front of the video's too."""
+        _, frames, height, width = shape
+        return self.model.num_tokens((frames, height, width))
 
     def token_counts(self) -> set[int]:
         """The numbers of transformer tokens that samples have."""

@@ -7,7 +7,6 @@ the loss and the gradient norm, whose messages are still sent.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,7 +45,6 @@ from mm.parallel.stage import WanStage
 from mm.parallel.trainable_extension import TrainableExtension
 from mm.train.state import saved_bytes
 from mm.train.step import forward_micro_batch, lengths_of
-from mm.wan.patches import token_grid
 
 _SETTINGS = UpdateSettings(
     lr=1.0,
@@ -105,7 +103,7 @@ class DryRunJob:
     @property
     def sequence(self) -> list[int]:
         """Tokens of each sample of a sequence."""
-        return [math.prod(token_grid(self.latent, self.wan.patch_size))] * (self.packed or 1)
+        return [self.wan.num_tokens(self.latent)] * (self.packed or 1)
 
 
 @dataclass(frozen=True)

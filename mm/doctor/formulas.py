@@ -12,6 +12,7 @@ forward and backward (2 in bf16). A block sends, in forward (forward and backwar
 | q/k norms on tensor ranks | 4 bytes a token and norm, all-reduced (twice) | 4 (8), 5 (10) with images |
 | layer-zero | N_l e (P-1)/P (twice that, and the gradients once) | 1 (3) |
 
+A side block sends what a block sends; with its projections it has more parameters. Tokens in front of the video's count in s.
 Cross attention under context parallelism sends nothing: every rank has the text and the images. Sources: Jacobs et al. 2023
 (arXiv 2309.14509) section 3.2; Liu et al. 2023 (arXiv 2310.01889); Fang and Zhao 2024 (arXiv 2405.07719) table 2;
 Korthikanti et al. 2022 (arXiv 2205.05198) section 4.2; Rajbhandari et al. 2020 (arXiv 1910.02054) section 7.
@@ -20,16 +21,21 @@ Korthikanti et al. 2022 (arXiv 2205.05198) section 4.2; Rajbhandari et al. 2020 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
 from mm.config.model import WanConfig
+from mm.config.tasks.task import Shape
 from mm.doctor.traffic import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, SEND, CallTotals, Traffic
 from mm.parallel.apply import DataParallelOptions
 from mm.parallel.boundary import TIME_ROWS
 from mm.parallel.placement import place, whole_shapes
 from mm.parallel.tensor import gradient_is_partial
 from mm.wan.precision import keep_fp32
+
+Shapes = Mapping[str, Shape]
+"""Whole shapes of parameters by native name."""
 
 FP32 = 4
 """Bytes of an element of reduced gradients, norms' statistics and the ring's gradient sums."""
@@ -85,15 +91,18 @@ def tensor(
     }
 
 
-def boundary(tokens: float, context_tokens: int, width: int, itemsize: int) -> float:
+def boundary(tokens: float, context_tokens: int, width: int, itemsize: int, *, side_blocks: bool = False) -> float:
     """Bytes over one pipeline boundary in one direction for one sample.
 
-    The hidden state, the embedded images and text, the time conditions in fp32.
+    The hidden state, as much again of the side blocks' stream, the embedded images and text, the time conditions in
+    fp32.
 
     Args:
         tokens: of a rank. context_tokens: I + L. width: D. itemsize: bytes of an element.
+        side_blocks: whether the model has some, wherever they are.
     """
-    return (tokens + context_tokens) * width * itemsize + TIME_ROWS * width * FP32
+    streams = 2 if side_blocks else 1
+    return (streams * tokens + context_tokens) * width * itemsize + TIME_ROWS * width * FP32
 
 
 def pipeline(layout: Layout, pp_rank: int, bytes_each: float, micro_batches: int) -> Traffic:
@@ -122,17 +131,34 @@ def layer(
     tokens: float,
     itemsize: int,
     micro_batches: int,
+    side_block: int | None = None,
 ) -> Traffic:
-    """Traffic of a rank in a step for one of its blocks, one sample a micro-batch, by axis and operation.
+    """Traffic of a rank in a step for one of its layers, one sample a micro-batch, by axis and operation.
 
-    Calls are those that a block adds; DDP and the optimizer put all blocks into the same calls.
+    A layer is a block, and the side block whose hint it takes. Calls are those that a layer adds; DDP and the optimizer
+    put all layers into the same calls.
 
     Args:
         wan, layout, options, zero: the run.
         tokens: of a sample; with padding the result is exact, without it the counted bytes are a little more.
         itemsize: bytes of an element in forward and backward.
         micro_batches: of one replica in a step.
+        side_block: number of the layer's side block; None where it has none.
     """
+    blocks = [_shapes_below(wan, "blocks.0.")]
+    if side_block is not None:
+        blocks.append(_shapes_below(wan, f"vace_blocks.{side_block}."))
+    each = [_passes(wan, layout, zero, block, tokens=tokens, itemsize=itemsize) for block in blocks]
+    every_pass = {
+        key: CallTotals(sent.calls * micro_batches, sent.bytes * micro_batches) for key, sent in _sum(each).items()
+    }
+    return _sum([every_pass, *(_gradients(layout, options, zero, block, itemsize) for block in blocks)])
+
+
+def _passes(
+    wan: WanConfig, layout: Layout, zero: ZeroConfig | None, block: Shapes, *, tokens: float, itemsize: int
+) -> Traffic:
+    """Traffic of a block's forward and backward for one sample; arguments as for `layer`."""
     parts: list[Traffic] = []
     if layout.ulysses_size > 1:
         parts.append(ulysses(tokens, wan.hidden_size / layout.tp_size, layout.ulysses_size, layout.ring_size, itemsize))
@@ -143,17 +169,13 @@ def layer(
         axis = wan.hidden_size, layout.tp_size, layout.sequence_parallel
         parts.append(tensor(chunk, wan.text_len, *axis, itemsize=itemsize, image_tokens=wan.image_tokens))
     if zero is not None:
-        parts.append(_layerzero_passes(wan, layout, zero, itemsize))
-    every_pass = [
-        {key: CallTotals(sent.calls * micro_batches, sent.bytes * micro_batches) for key, sent in part.items()}
-        for part in parts
-    ]
-    return _sum([*every_pass, _gradients(wan, layout, options, zero, itemsize)])
+        parts.append(_layerzero_passes(layout, zero, block, itemsize))
+    return _sum(parts)
 
 
-def _layerzero_passes(wan: WanConfig, layout: Layout, zero: ZeroConfig, itemsize: int) -> Traffic:
+def _layerzero_passes(layout: Layout, zero: ZeroConfig, block: Shapes, itemsize: int) -> Traffic:
     """Parameters gathered in forward and again in backward, gradients scattered, and added up across the groups."""
-    sharded, _ = block_elements(wan, layout)
+    sharded, _ = _elements(block, layout)
     reduced = sharded * (FP32 if zero.reduce_dtype == "fp32" else 2)
     share = (zero.zero3_size - 1) / zero.zero3_size
     groups = layout.dp_cp_size // zero.zero3_size
@@ -167,10 +189,10 @@ def _layerzero_passes(wan: WanConfig, layout: Layout, zero: ZeroConfig, itemsize
 
 
 def _gradients(
-    wan: WanConfig, layout: Layout, options: DataParallelOptions, zero: ZeroConfig | None, itemsize: int
+    layout: Layout, options: DataParallelOptions, zero: ZeroConfig | None, block: Shapes, itemsize: int
 ) -> Traffic:
     """Messages that come once a step: gradients of replicas, of copies on tensor-parallel ranks, and the norm."""
-    low, exact = block_elements(wan, layout)
+    low, exact = _elements(block, layout)
     share = (layout.dp_cp_size - 1) / layout.dp_cp_size
     found: list[Traffic] = []
     if zero is not None:
@@ -190,35 +212,32 @@ def _gradients(
     else:
         found.append({("dp_cp", ALL_REDUCE): CallTotals(0, 2 * share * (low + exact) * FP32)})
     if layout.tp_size > 1:
-        found.append(
-            {("tp", ALL_REDUCE): CallTotals(0, 2 * (layout.tp_size - 1) / layout.tp_size * _copies(wan, layout, zero))}
-        )
+        copies = _copies(block, layout, zero)
+        found.append({("tp", ALL_REDUCE): CallTotals(0, 2 * (layout.tp_size - 1) / layout.tp_size * copies)})
     world = layout.world_size
-    names = len(_block(wan)) * layout.pp_size  # every rank adds up the squares of every parameter of the model
+    names = len(block) * layout.pp_size  # every rank adds up the squares of every parameter of the model
     found.append({("world", ALL_REDUCE): CallTotals(0, 2 * (world - 1) / world * names * FP32)})
     return {key: sent for key, sent in _sum(found).items() if sent.bytes}
 
 
-def _copies(wan: WanConfig, layout: Layout, zero: ZeroConfig | None) -> float:
+def _copies(block: Shapes, layout: Layout, zero: ZeroConfig | None) -> float:
     """Bytes of a block's gradients that tensor-parallel ranks add up; not modelled with the distributed optimizer."""
     sizes = {
-        name: math.prod(shape)
-        for name, shape in _block(wan).items()
-        if gradient_is_partial(name, layout.sequence_parallel)
+        name: math.prod(shape) for name, shape in block.items() if gradient_is_partial(name, layout.sequence_parallel)
     }
     kept = {name: size if zero is None or keep_fp32(name) else size / zero.zero3_size for name, size in sizes.items()}
     return sum(kept.values()) * FP32
 
 
-def block_elements(wan: WanConfig, layout: Layout) -> tuple[int, int]:
+def _elements(block: Shapes, layout: Layout) -> tuple[int, int]:
     """A tensor-parallel rank's parameters of one block: those in the training dtype, and those that stay fp32."""
-    sizes = {name: math.prod(place(name, shape, 0, layout.tp_size).shape) for name, shape in _block(wan).items()}
+    sizes = {name: math.prod(place(name, shape, 0, layout.tp_size).shape) for name, shape in block.items()}
     exact = sum(size for name, size in sizes.items() if keep_fp32(name))
     return sum(sizes.values()) - exact, exact
 
 
-def _block(wan: WanConfig) -> dict[str, tuple[int, ...]]:
-    return {name: shape for name, shape in whole_shapes(wan).items() if name.startswith("blocks.0.")}
+def _shapes_below(wan: WanConfig, prefix: str) -> Shapes:
+    return {name: shape for name, shape in whole_shapes(wan).items() if name.startswith(prefix)}
 
 
 def _sum(parts: list[Traffic]) -> Traffic:

@@ -16,19 +16,11 @@ from mm.checkpoint.identify import Found, identify
 from mm.checkpoint.mismatch import require_exactly
 from mm.checkpoint.safetensor_file import DTYPE_NAMES
 from mm.checkpoint.weights import open_weights
-from mm.config.model import WAN_1_3B, WAN_14B, WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B, WanConfig
+from mm.config.model import PUBLISHED, WanConfig
 from mm.errors import CheckpointError, DataError, MMError
 from mm.lora.convert import read_any
 from mm.wan.config_json import infer_config
 from mm.wan.model import whole_shapes
-
-PUBLISHED = {
-    "Wan2.1 T2V 1.3B": WAN_1_3B,
-    "Wan2.1 T2V 14B": WAN_14B,
-    "Wan2.1 Fun-InP 1.3B": WAN_I2V_1_3B,
-    "Wan2.1 I2V 14B": WAN_I2V_14B,
-    "Wan2.1 FLF2V 14B": WAN_FLF2V_14B,
-}
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from mm.activation import offload
 from mm.activation.host_pool import StepShape, make_offloader
 from mm.activation.offload import Offloader, TransferEvent, aligned_bytes
 from mm.activation.recompute import block_runner
 from mm.config.layout import Layout
-from mm.config.model import WanConfig
+from mm.config.model import WanConfig, of_task
 from mm.config.place import process_place
-from mm.config.recompute import Recompute
+from mm.config.recompute import Kept, Recompute
+from mm.config.tasks.fun_control_ref import FUN_CONTROL_REF
+from mm.config.tasks.vace import VACE
 from mm.device.backend import select
 from mm.device.queues import HostQueues, Queue, queues_of
 from mm.errors import ConfigError
@@ -163,6 +166,43 @@ def test_pool_is_made_once() -> None:
     for _ in range(3):
         gradients(offloader, KEEP, 2)
     assert made == [2 * (LAYERS - 1) * SLOT]
+
+
+@pytest.mark.parametrize(
+    ("wan", "kept", "group_size"),
+    [
+        (of_task(WAN, VACE, vace_layers=(0, 2, 3)), "O", 1),
+        (of_task(WAN, VACE, vace_layers=(0, 2, 3)), "q,k,v,O", 2),
+        (of_task(WAN, FUN_CONTROL_REF, img_dim=8, clip_token_len=3), "O", 1),
+    ],
+    ids=["side blocks", "side blocks, pairs", "reference"],
+)
+def test_a_slot_is_as_large_as_what_waits_in_it(
+    monkeypatch: pytest.MonkeyPatch, wan: WanConfig, kept: Kept, group_size: int
+) -> None:
+    """With side blocks there are two streams and their attention too; a reference makes every stream longer."""
+    used, place = [], offload._Layer.place
+
+    def watched(layer: Any, tensor: Tensor) -> Tensor:
+        found = place(layer, tensor)
+        used.append(layer.used)
+        return found
+
+    monkeypatch.setattr(offload._Layer, "place", watched)
+    size = (2, 6, 8)
+    plan = Recompute(group_size=group_size, full_layers=0, keep_layers=None, kept=kept, offload=True)
+    backend = select("cpu")
+    with Job(process_place(), "gloo", backend.device, 1), build_mesh(Layout(1), 1, "cpu") as mesh:
+        step = StepShape(1, wan.num_tokens(size), micro_batches=1, dtype=torch.float32)
+        offloader = make_offloader(plan, wan, mesh, backend, step)
+    assert offloader is not None
+    model = WanModel(wan, ModuleFactories(run_blocks=block_runner(plan, offloader)))
+    model.init_weights(0)
+    features = {name: torch.randn(1, *shape) for name, shape in wan.feature_shapes(size).items()}
+    noisy = torch.randn(1, wan.noise_channels, *size)
+    model.velocity(noisy, torch.rand(1) * 1000, torch.randn(1, 4, 8), **features).square().mean().backward()
+    assert max(used) == offloader.slot_bytes
+    assert offloader.fewest_free == 0
 
 
 def test_too_little_host_memory_is_told_before_it_is_taken() -> None:

@@ -196,22 +196,39 @@ def test_what_is_wrong_with_an_adapter_is_said(tmp_path):
     assert "1 keys of DoRA" in looked_at(tmp_path / "x.safetensors", 65)["problems"][0]
 
 
-def test_a_published_model_is_called_by_its_name(tmp_path):
-    """From its shapes alone, which MindSpeed-MM's files have; tensors of no size stand for the weights."""
-    from mm.config.model import WAN_1_3B
-    from mm.wan.model import WanModel
+@pytest.mark.parametrize(
+    ("name", "tensors", "parameters"),
+    [
+        ("Wan2.1 T2V 1.3B", 825, 1_418_996_800),
+        ("Wan2.1 Fun-InP 1.3B", 983, 1_564_428_608),
+        ("Wan2.1 Fun-Control 1.3B", 983, 1_564_502_336),
+        ("Wan2.1 Fun-Control 14B", 1303, 16_395_124_544),
+        ("Wan2.1 Fun-V1.1-Control 14B", 1305, 16_395_457_344),
+        ("Wan2.1 Fun-V1.1-Control-Camera 1.3B", 989, 1_616_313_152),
+        ("Wan2.1 Fun-V1.1-Control-Camera 14B", 1309, 16_898_128_704),
+        ("Wan2.1 VACE 1.3B", 1264, 1_418_996_800 + 734_975_232),
+        ("Wan2.1 VACE 14B", 1331, 14_288_491_584 + 3_049_101_312),
+        ("Wan2.2 I2V A14B", 1095, 14_288_901_184),
+    ],
+)
+def test_a_published_model_is_called_by_its_name(tmp_path, name, tensors, parameters):
+    """From its shapes alone, which MindSpeed-MM's files have; tensors of no size stand for the weights.
 
-    with torch.device("meta"):
-        shapes = {name: value.shape for name, value in WanModel(WAN_1_3B).named_parameters()}
+    The numbers are those of the published files.
+    """
+    from mm.config.model import PUBLISHED
+    from mm.wan.model import whole_shapes
+
+    shapes = whole_shapes(PUBLISHED[name])
     folder = tmp_path / "mm" / "iter_0000700" / "mp_rank_00"
     folder.mkdir(parents=True)
     from mm.wan.names import native_to_mindspeed
 
-    state = {native_to_mindspeed(name): torch.zeros(1).expand(shape) for name, shape in shapes.items()}
+    state = {native_to_mindspeed(key): torch.zeros(1).expand(shape) for key, shape in shapes.items()}
     torch.save({"model": state}, folder / "model_optim_rng.pt")
     found = looked_at(folder.parent)
-    assert (found["model"], found["step"]) == ("Wan2.1 T2V 1.3B", 700)
-    assert (found["num_tensors"], found["num_parameters"]) == (825, 1_418_996_800)
+    assert (found["model"], found["step"]) == (name, 700)
+    assert (found["num_tensors"], found["num_parameters"]) == (tensors, parameters)
     assert found["problems"] == []
 
 

@@ -8,6 +8,8 @@ import torch
 from feature_stores import MODEL, RECIPE, feature, feature_set, write_store
 from safetensors.torch import save_file
 
+from mm.config.model import of_task
+from mm.config.tasks.fun_control_ref import FUN_CONTROL_REF
 from mm.data.dataset import FeatureDataset, open_features
 from mm.data.features import text_hash, video_fingerprint
 from mm.data.listing import open_feature_store
@@ -88,6 +90,8 @@ def test_data_set_of_two_stores(tmp_path: Path) -> None:
     assert [dataset.name(index) for index in range(len(dataset))] == names
     assert {dataset.num_tokens(index) for index in range(5)} == dataset.token_counts() == {3 * 4 * 4}
     assert {dataset.latent_shape(index) for index in range(5)} == {(16, 3, 8, 8)}
+    with_reference = of_task(MODEL, FUN_CONTROL_REF)
+    assert dataset.with_model(with_reference).token_counts() == {4 * 4 * 4}, "a frame of the reference image in front"
     with pytest.raises(IndexError):
         dataset.name(5)
     item = dataset[4]

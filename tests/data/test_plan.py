@@ -277,11 +277,15 @@ def test_a_mixture_of_images_and_clips_is_dealt_evenly(stages: int) -> None:
 
 def test_costs_are_the_operations_of_the_blocks() -> None:
     """Of Wan2.1 1.3B at 32,760 tokens, counted by hand for one block: linears, cross attention, self attention."""
-    from mm.config.model import WanConfig
+    from mm.config.model import WAN_1_3B, of_task
+    from mm.config.tasks.vace import VACE
 
-    cost = cost_of_model(WanConfig(hidden_size=1536, ffn_dim=8960, num_heads=12, num_layers=30))
+    cost = cost_of_model(WAN_1_3B)
     tokens = 32_760
     linears = 2 * tokens * (6 * 1536 * 1536 + 2 * 1536 * 8960)
     cross, itself = 4 * tokens * 512 * 1536, 4 * tokens * tokens * 1536
     assert cost(tokens) == 30 * (linears + cross + itself)
+    sides = of_task(WAN_1_3B, VACE)
+    projections = (15 + 1) * 2 * tokens * 1536 * 1536
+    assert cost_of_model(sides)(tokens) == 45 * (linears + cross + itself) + projections
     assert SequenceCost(2.0, 3.0)(10) == 320

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mm.config.model import WAN_1_3B, WAN_14B, WanConfig
+from mm.config.model import WAN_1_3B, WAN_14B, WanConfig, of_task
+from mm.config.tasks.vace import VACE
 from mm.errors import ConfigError
 from mm.lora.targets import Sizes, linears_of, target_linears
 from mm.wan.model import WanModel
@@ -68,3 +69,19 @@ def test_bad_words_are_told_together_with_close_ones():
 def test_no_words_are_refused():
     with pytest.raises(ConfigError, match="CFG-100"):
         target_linears([], SMALL)
+
+
+def test_side_blocks_have_adapters_as_blocks_do():
+    sizes = linears(of_task(WAN_1_3B, VACE))
+    targets = target_linears(GUIDE, sizes)
+    assert len(targets) == 300 + 15 * 10
+    assert sizes["vace_blocks.14.ffn.0"] == (8960, 1536)
+    assert target_linears(DIFFUSERS, sizes) == target_linears(DIFFSYNTH, sizes) == targets
+    assert target_linears(["vace_blocks.3.attn1.to_q"], sizes) == ["vace_blocks.3.self_attn.q"]
+
+
+@pytest.mark.parametrize("word", ["after_proj", "vace_blocks.0.before_proj", "vace_blocks.0.proj_in"])
+def test_projections_of_side_blocks_have_no_adapters(word):
+    """Every tensor-parallel rank has them whole, and gradients of adapters are added up over the ranks."""
+    with pytest.raises(ConfigError, match="CFG-100"):
+        target_linears([word], linears(of_task(WAN_1_3B, VACE)))

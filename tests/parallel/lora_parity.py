@@ -41,6 +41,7 @@ RANK, ALPHA = 4, 6.0
 ALL = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 FIRST = ("blocks.0.self_attn.q", "blocks.0.cross_attn.o")
 IMAGES = ("k_img", "v_img", "self_attn.v")
+BLOCKS = ("blocks.", "vace_blocks.")
 LAST = ("blocks.{last}.cross_attn.k", "blocks.{last}.ffn.2")
 
 
@@ -78,7 +79,7 @@ def start(name: str, shape: tuple[int, ...], base_dtype: LowBit | None) -> Tenso
         return 0.2 * torch.randn(*shape, generator=torch.Generator().manual_seed(len(name) + shape[0]))
     if kind == "lora_A":
         return initial_adapter_value(name, shape, SEED)
-    if base_dtype is None or not name.startswith("blocks.") or kind == "bias" or not _is_matrix(name, shape):
+    if base_dtype is None or not name.startswith(BLOCKS) or kind == "bias" or not _is_matrix(name, shape):
         return value_of(name, shape)
     weight = f"{module}.weight"
     quantised, scale = quantise(value_of(weight, _SHAPES[weight]), base_dtype)
@@ -117,7 +118,7 @@ def peft_run(row: LoRARow) -> WholeTrace:
     for name, value in model.state_dict().items():
         native, shape = diffusers_to_native(name), tuple(value.shape)
         found = start(native, shape, row.base_dtype)
-        if row.base_dtype is not None and native.startswith("blocks.") and _is_matrix(native, shape):
+        if row.base_dtype is not None and native.startswith(BLOCKS) and _is_matrix(native, shape):
             found = found.float() * start(f"{native}_scale", shape[:1], row.base_dtype).unsqueeze(1)
         state[name] = found
     model.load_state_dict(state)

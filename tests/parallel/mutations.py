@@ -1,6 +1,6 @@
 """Defects of parallel training, made on purpose: nine classes, N1 to N9, that published trainers shipped.
 
-`packed_mutations` has N10 to N13, which samples in one sequence add.
+`packed_mutations` has N10 to N13, which samples in one sequence add, and `family_mutations` those of other models.
 
 A mutation replaces one function by a wrong one. Each goes with the layouts on which it is a defect and the measures of
 the parity comparison that must see it (`test_mutations`).

@@ -11,7 +11,7 @@ import torch
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
-from traffic_rows import SETTINGS, Row, batches, row, with_images
+from traffic_rows import SETTINGS, Row, batches, of, row, with_images
 
 from mm.activation.host_pool import StepShape, make_offloader
 from mm.activation.recompute import block_runner
@@ -54,9 +54,17 @@ ROWS = [
     replace(deep(row(4, tp_size=2, sequence_parallel=True, pp_size=2)), packed=2, micro_batches=4),
     replace(deep(row(4, cp_size=2, zero=2), torch.bfloat16), packed=2),
     replace(deep(row(4, cp_size=2, pp_size=2)), packed=2, recompute=replace(KEEP, offload=True)),
+    of(deep(row(4, tp_size=2, sequence_parallel=True, pp_size=2)), "vace"),
+    replace(of(deep(row(4, pp_size=2, vp_size=2, distopt=True)), "vace"), recompute=replace(KEEP, offload=True)),
+    of(deep(row(4, zero=2), torch.bfloat16), "vace", side_every=2),
+    of(deep(row(4, cp_size=4, ulysses_size=2), torch.bfloat16), "fun_control_ref"),
+    of(deep(row(4, pp_size=2, zero=2, cp_size=2)), "fun_control_ref"),
+    # Blocks enough to outweigh the workspace of the CPU's convolutions, a copy of a weight, which a device's need not.
+    of(deep(row(4, tp_size=2, pp_size=2)).with_layers(6), "fun_camera"),
+    replace(of(deep(row(4, cp_size=4)).with_layers(6), "fun_camera"), recompute=Recompute()),
 ]
-SHORT = [ROWS[1], ROWS[8], ROWS[11]]
-"""With every axis, images and packs between them; the others are nightly."""
+SHORT = [ROWS[1], ROWS[8], ROWS[11], ROWS[14]]
+"""With every axis, images, packs and side blocks between them; the others are nightly."""
 RANKS = [
     pytest.param(row, rank, id=f"{row.id}-rank {rank}", marks=[] if row in SHORT else [pytest.mark.nightly])
     for row in ROWS

@@ -63,6 +63,16 @@ ROWS = [
     LoRARow(zero(4, 2, **sp(2))),
     LoRARow(zero(4, 2, **pp(2, 2)), FIRST),
     LoRARow(images(4, **sp(2), **pp(2, 2)), IMAGES),
+    # side blocks, which have adapters as blocks do, and a reference image in front of the video
+    LoRARow(Row(layout(1), model_type="vace", recompute=OFFLOAD)),
+    LoRARow(Row(layout(2, **sp(2)), model_type="vace"), ALL, "int8"),
+    LoRARow(Row(layout(2, tp_size=2), model_type="vace")),
+    LoRARow(Row(layout(2, **pp(2)), samples=MIXED, model_type="vace", recompute=FULL)),
+    LoRARow(Row(layout(4, **usp(2, 2)), samples=MIXED, model_type="vace")),
+    LoRARow(Row(layout(4, **pp(2, 2), **sp(2)), SHARDED, model_type="vace", recompute=KEEP)),
+    LoRARow(Row(layout(2, **ulysses(2)), samples=MIXED, model_type="fun_control_ref")),
+    LoRARow(Row(layout(2, **pp(2)), model_type="fun_control_ref"), IMAGES),
+    LoRARow(Row(layout(4, **sp(2), **ring(2)), model_type="fun_control_ref", recompute=FULL), IMAGES),
     # samples that share a sequence
     LoRARow(Row(layout(1), samples=ANY, packs=((3, 1),), recompute=OFFLOAD)),
     LoRARow(Row(layout(2, **sp(2)), samples=ANY, packs=((4,),)), ALL, "int8"),
@@ -83,6 +93,7 @@ EVERY_DAY = [
     LoRARow(Row(layout(2, **pp(2, 2)), OVERLAPPED, recompute=OFFLOAD)),
     LoRARow(zero(2, 1, SHARDED), LAST),
     LoRARow(speeds(2, **pp(2)), LAST),
+    LoRARow(Row(layout(2, **sp(2)), model_type="vace"), ALL, "int8"),
 ]
 """The others are nightly."""
 

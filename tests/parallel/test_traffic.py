@@ -45,6 +45,7 @@ def test_a_block_sends_what_the_formulas_say(row: Row) -> None:
     expected = formulas.layer(
         row.wan, row.layout, row.options, row.zero,
         tokens=padded(row), itemsize=row.dtype.itemsize, micro_batches=row.micro_batches,
+        side_block=row.side_block,
     )  # fmt: skip
     for few, more in of_ranks(row):
         found = a_layer(row, few, more)
@@ -58,7 +59,10 @@ def test_a_block_sends_what_the_formulas_say(row: Row) -> None:
 def test_a_boundary_is_crossed_once_in_each_direction(row: Row) -> None:
     layout = row.layout
     tokens = padded(row) / layout.token_parts
-    each = formulas.boundary(tokens, row.wan.image_tokens + row.wan.text_len, row.wan.hidden_size, row.dtype.itemsize)
+    each = formulas.boundary(
+        tokens, row.wan.image_tokens + row.wan.text_len, row.wan.hidden_size, row.dtype.itemsize,
+        side_blocks=bool(row.wan.side_blocks),
+    )  # fmt: skip
     for rank, (few, more) in enumerate(of_ranks(row)):
         pp_rank = rank // (layout.world_size // layout.pp_size)
         for found in (few, more):

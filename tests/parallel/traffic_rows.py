@@ -8,9 +8,10 @@ import torch
 from mm.config.diffusion import DiffusionConfig
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout, even_stages
-from mm.config.model import WanConfig
+from mm.config.model import WanConfig, of_task
 from mm.config.place import process_place
 from mm.config.recompute import Recompute
+from mm.config.tasks.registry import TASKS
 from mm.data.loader import FeatureBatch
 from mm.data.packed import MicroBatch, pack
 from mm.device.backend import select
@@ -48,12 +49,14 @@ class Row:
     wan: WanConfig = WAN
     recompute: Recompute | None = None
     packed: int | None = None
+    side_every: int = 0
+    """Every such block takes a hint of a side block; 0 for models without."""
 
     @property
     def id(self) -> str:
         parts = [self.layout.name()]
-        if self.wan.image_tokens:
-            parts.append(self.wan.model_type)
+        if self.wan.model_type != "t2v":
+            parts.append(self.wan.model_type + ("-first" if self.side_every > 1 else ""))
         if self.zero is not None:
             parts.append(f"x{self.layout.dp_cp_size // self.zero.zero3_size}")
         if self.options.use_distributed_optimizer:
@@ -67,11 +70,17 @@ class Row:
 
     @property
     def tokens(self) -> int:
-        return self.latent[0] * self.latent[1] * self.latent[2] // 4
+        return self.wan.num_tokens(self.latent)
+
+    @property
+    def side_block(self) -> int | None:
+        """Number of a side block that a further layer has."""
+        return 1 if self.side_every == 1 else None
 
     def with_layers(self, num_layers: int) -> "Row":
         layout = replace(self.layout, stages=even_stages(num_layers, self.layout.pp_size, self.layout.vp_size))
-        wan = WanConfig.model_validate({**self.wan.model_dump(), "num_layers": num_layers})
+        sides = {"vace_layers": tuple(range(0, num_layers, self.side_every))} if self.side_every else {}
+        wan = WanConfig.model_validate({**self.wan.model_dump(), "num_layers": num_layers, **sides})
         return replace(self, layout=layout, wan=wan)
 
 
@@ -84,9 +93,22 @@ def row(world_size: int, *, distopt: bool = False, zero: int | None = None, late
     )
 
 
+IMAGE_SIZES = {"img_dim": 128, "clip_token_len": 5}
+
+
 def with_images(row: Row) -> Row:
-    images = {"model_type": "i2v", "in_dim": 36, "img_dim": 128, "clip_token_len": 5}
-    return replace(row, wan=WanConfig.model_validate({**row.wan.model_dump(), **images}))
+    return of(row, "i2v")
+
+
+def of(row: Row, task: str, side_every: int = 1) -> Row:
+    """The row with a model of another task."""
+    declared = TASKS[task]
+    channels = declared.latent_channels or 16
+    shape = row.wan.model_copy(update={"in_dim": channels, "out_dim": channels})
+    sides = {"vace_layers": tuple(range(0, row.wan.num_layers, side_every))}
+    sizes = {name: {**IMAGE_SIZES, **sides}[name] for name in declared.sizes}
+    wan = of_task(shape, declared, **sizes)
+    return replace(row, wan=wan, side_every=side_every if wan.side_blocks else 0)
 
 
 FOUR = [
@@ -110,8 +132,30 @@ FOUR = [
     with_images(row(4, tp_size=2)),
     with_images(row(4, tp_size=2, sequence_parallel=True, pp_size=2)),
 ]
-MORE_FOUR = FOUR[1::2]
-FOUR = FOUR[::2]
+FAMILY = [
+    of(row(4, tp_size=2, sequence_parallel=True, pp_size=2), "vace"),
+    of(row(4, tp_size=2, sequence_parallel=True, cp_size=2, ulysses_size=2), "fun_control_ref"),
+    of(row(4, zero=2, cp_size=2, pp_size=2), "vace"),
+]
+MORE_FAMILY = [
+    of(row(4, cp_size=4, ulysses_size=2), "vace"),
+    of(row(4, tp_size=2), "vace"),
+    of(row(4, pp_size=2, vp_size=2), "vace"),
+    of(row(4, tp_size=2, pp_size=2), "vace", side_every=99),
+    of(row(4, zero=2, distopt=True), "vace"),
+    of(row(4, cp_size=4), "fun_control_ref"),
+    of(row(4, tp_size=2, pp_size=2), "fun_control_ref"),
+    of(row(4, zero=2, cp_size=2, ulysses_size=2), "fun_control_ref"),
+    of(row(4, pp_size=2, vp_size=2), "fun_control_ref"),
+    of(row(4, cp_size=4, ulysses_size=2), "fun_camera"),
+    of(row(4, tp_size=2, sequence_parallel=True, pp_size=2), "fun_camera"),
+    of(row(4, zero=2, distopt=True), "fun_camera"),
+    *(of(row(4, tp_size=2, cp_size=2), task) for task in ("fun_control", "wan22_i2v", "ti2v", "speedcontrol")),
+    *(of(row(4, zero=2, pp_size=2), task) for task in ("fun_control", "wan22_i2v", "ti2v", "speedcontrol")),
+]
+"""Models whose features enter in other ways: with side blocks, and with tokens in front of the video's."""
+MORE_FOUR = FOUR[1::2] + MORE_FAMILY
+FOUR = FOUR[::2] + FAMILY
 """Every second row, which leaves every axis; the others are nightly."""
 EIGHT = [
     row(8, tp_size=2, sequence_parallel=True, cp_size=2, ulysses_size=2, pp_size=2, vp_size=2),
@@ -150,15 +194,16 @@ def batches(row: Row) -> list[MicroBatch]:
 
 def _samples(row: Row, count: int) -> list[FeatureBatch]:
     source, wan = torch.Generator().manual_seed(0), row.wan
-    made = []
+    shapes, made = wan.feature_shapes(row.latent), []
+    # All samples have the same: what waits on the host for its turn, as large as a camera's rays, is no device memory.
+    features = {name: torch.randn(1, *shape, generator=source) for name, shape in shapes.items()}
     for index in range(count):
-        shapes = wan.feature_shapes(row.latent)
         batch = FeatureBatch(
-            latents=torch.randn(1, 16, *row.latent, generator=source),
+            latents=torch.randn(1, wan.noise_channels, *row.latent, generator=source),
             text=torch.randn(1, wan.text_len, wan.text_dim, generator=source),
             sample=[f"clip {index}"],
             draw=[0],
-            features={name: torch.randn(1, *shape, generator=source) for name, shape in shapes.items()},
+            features=features,
         )
         made.append(batch)
     return made

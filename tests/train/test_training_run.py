@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_runs import WEIGHTS, bits, run
 
 from mm.cli import plot as plot_command
-from mm.config.model import WAN_1_3B, WanConfig
+from mm.config.model import WAN_1_3B, WanConfig, of_task
+from mm.config.tasks.registry import TASKS
 from mm.diffusion.flow import FlowMatching
 from mm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from mm.train import closed_step
 from mm.train.flops import train_flops
+from mm.wan.model import WanModel
 
 FIELDS = [
     "step", "loss", "loss_hex", "grad_norm", "grad_norm_hex", "lr", "consumed_samples", "tokens_per_s", "tflops",
@@ -156,6 +160,26 @@ def test_flops_of_a_block_with_images() -> None:
         block(torch.zeros(1, tokens, d), torch.zeros(1, c, d), torch.zeros(1, 6, d), rotary)
     attention = 4 * tokens * tokens * d + 4 * tokens * c * d
     assert train_flops(config, tokens) == 3 * (counter.get_total_flops() + attention)
+
+
+@pytest.mark.parametrize(
+    ("task", "sizes"),
+    [("vace", {"vace_layers": (0, 2)}), ("fun_control_ref", {"img_dim": 8, "clip_token_len": 3})],
+)
+def test_flops_of_a_model_with_all_that_its_blocks_see(task: str, sizes: dict[str, Any]) -> None:
+    """Of the model itself; what is outside of blocks is counted by hand and taken off."""
+    shape = WanConfig(text_len=6, text_dim=8, hidden_size=32, ffn_dim=48, num_heads=2, num_layers=3, freq_dim=8)
+    config, size = of_task(shape, TASKS[task], **sizes), (2, 6, 8)
+    model = WanModel(config)
+    features = {name: torch.zeros(1, *each) for name, each in config.feature_shapes(size).items()}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.velocity(torch.zeros(1, 16, *size), torch.zeros(1), torch.zeros(1, 6, 8), **features)
+    of_modules = {name.removeprefix("WanModel."): sum(each.values()) for name, each in counter.flop_counts.items()}
+    of_blocks = sum(flops for name, flops in of_modules.items() if re.fullmatch(r"(vace_)?blocks\.\d+", name))
+    assert of_blocks > 0
+    tokens, d, c = config.num_tokens(size), 32, 6 + config.image_tokens
+    attention = (3 + len(config.side_blocks)) * (4 * tokens * tokens * d + 4 * tokens * c * d)
+    assert train_flops(config, tokens) == 3 * (of_blocks + attention)
 
 
 def test_flops_of_the_published_shape() -> None:

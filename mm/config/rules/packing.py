@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 from mm.config.run.training import TrainingRun
@@ -41,7 +40,7 @@ def _clips_fit_into_packs(run: TrainingRun) -> Iterator[Problem]:
     size = clip.latent_size(pixels) if budget is not None and clip is not None and is_given(clip) else None
     if budget is None or size is None:
         return
-    tokens = math.prod(size) // math.prod(run.wan.patch_size)
+    tokens = run.wan.num_tokens(size)
     if tokens > budget:
         yield Problem(
             "CFG-207",
