@@ -15,9 +15,10 @@ from mm.config.run.data import FeatureSet
 from mm.config.run.extraction import SourceClip
 from mm.config.tasks.task import Task
 from mm.data.clips import CheckClip, check_announced_length
-from mm.data.dataset import FeatureDataset, FeaturePlace, checked_sources, local_store, read_sample
+from mm.data.dataset import FeatureDataset, checked_sources, local_store, read_sample
 from mm.data.listing import FeatureStore, RowChecker
 from mm.data.metadata import VideoSample
+from mm.data.place import FeaturePlace
 from mm.data.recipe import Recipe
 from mm.data.sources.checking import iterate_rows
 from mm.data.store.catalog import is_sharded
@@ -197,7 +198,7 @@ def _shard_jobs(checked: CheckedList, data_set: int, dataset: FeatureDataset) ->
     """The samples of a store of shards to read; those of a shard that cannot be opened are noted."""
     for index in range(len(dataset)):
         try:
-            place = dataset.place(index)
+            place = dataset.stored_place(index)
         except DataError as error:
             checked.add(data_set, index + 1, (None, None), error.problems)
             continue

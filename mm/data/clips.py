@@ -68,6 +68,26 @@ def load_clip(sample: VideoSample, preprocess: SourceClip, seed: int, draw: int 
     return Clip(frames.transpose(0, 1), indices[0], info.read_by, _taken(preprocess, shape, indices))
 
 
+class ClipFacts(NamedTuple):
+    """Facts of a clip that was not decoded: number of its first frame in the video, frames, height and width."""
+
+    start: int
+    frames: int
+    height: int
+    width: int
+
+
+def clip_facts(sample: VideoSample, preprocess: SourceClip, seed: int, draw: int = 0) -> ClipFacts:
+    """Facts of the clip that `load_clip` gives, without decoding it; raises what that raises before it decodes."""
+    if sample.kind == "image":
+        size = probe_image(sample.file)
+        _check_image(sample, *size)
+        shape = _shape_of(sample, preprocess, *size, 1, (seed, draw))
+        return ClipFacts(0, 1, shape.height, shape.width)
+    _, shape, indices = _plan_clip(sample, preprocess, seed, draw)
+    return ClipFacts(indices[0], len(indices), shape.height, shape.width)
+
+
 def _load_image(sample: VideoSample, preprocess: SourceClip, seed: int, draw: int) -> Clip:
     pixels = read_image(sample.file)
     height, width = pixels.shape[:2]
@@ -176,9 +196,7 @@ class CheckClip:
     def __call__(self, sample: VideoSample, /) -> Parcel:
         """Tells which library reads the clip; raises what `load_clip` raises."""
         if self.quick and sample.kind == "image":
-            size = probe_image(sample.file)
-            _check_image(sample, *size)
-            _shape_of(sample, self.preprocess, *size, 1, (self.seed, 0))
+            clip_facts(sample, self.preprocess, self.seed)
             read_by = _PILLOW
         elif self.quick:
             read_by = _plan_clip(sample, self.preprocess, self.seed)[0].read_by

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,10 @@ from mm.config.bad_samples import FAIL, OnBadSample
 from mm.config.model import WanConfig
 from mm.config.run.data import MinBucket, Mixture
 from mm.data.balance import sequence_cost
-from mm.data.dataset import FeatureDataset, FeaturePlace, SampleTensors, read_empty_prompt, read_sample
+from mm.data.dataset import FeatureDataset, read_empty_prompt, read_sample
+from mm.data.open_store import SampleTensors
 from mm.data.packing import PackSampler
+from mm.data.place import ClipPlace, Place
 from mm.data.plan import PlannedSample, SamplingPlan
 from mm.data.planning import sampling_plan
 from mm.data.replacing import Replaced, check_replaced, may_be_replaced
@@ -27,6 +29,9 @@ from mm.data.store.blobs import Blob
 from mm.data.workers import Outcome, Parcel, as_error, as_facts, bytes_to_share, read_in_order
 from mm.errors import DataError
 from mm.rng import generator, training_noise
+
+if TYPE_CHECKING:  # libraries that decode, which few trainings need
+    from mm.data.clips import Clip
 
 logger = logging.getLogger(__name__)
 
@@ -116,16 +121,16 @@ def feature_batches(
         empty = dataset.empty_prompt_file()
     draws = _Draws(dataset, order, seed, caption_dropout, on_bad_sample)
     sampler = dealt_groups(dataset, order, plan, consumed_samples, dealt)
+    work = _ReadBatch(dataset.model, text_len, empty, seed if with_noise else None)
     outcomes = read_in_order(
-        _ReadBatch(dataset.model, text_len, empty, seed if with_noise else None),
+        work,
         ([draws.draw(sample) for sample in group] for group in sampler),
         num_workers=num_workers,
         time_limit=read_timeout,
         buffer_bytes=_most_bytes(dataset, max(mixture.sizes(plan.micro_batch_size)), text_len, with_noise=with_noise),
         again=draws.without_bad_sample,
     )
-    names = [feature.name for feature in dataset.model.task.features]
-    return _batches(outcomes, draws, names, pin_memory)
+    return _batches(outcomes, work, draws, pin_memory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +139,7 @@ class _Draw:
 
     name: str
     sample: PlannedSample
-    place: FeaturePlace
+    place: Place
     without_caption: bool
     instead_of: Replaced | None = None
     first_index: int = -1  # of the sample that it stands in for
@@ -162,20 +167,44 @@ class _Draws:
         return _Draw(name, sample, self._dataset.place(sample.index), dropped, instead_of, first_index)
 
     def without_bad_sample(self, batch: list[_Draw], outcome: Outcome) -> list[_Draw] | None:
-        """The micro-batch with the next sample of the epoch in place of a damaged one, where the policy allows that."""
+        """The micro-batch with another place of a sample that cannot be read, where it can be made; else with the next
+        sample of the epoch in place of a damaged one, where the policy allows that.
+        """
         bad = _bad_sample(outcome)
-        if bad is None or not self._policy.skips:
+        if bad is None or not may_be_replaced(bad[1]):
             return None
         number, error = bad
-        if not may_be_replaced(error):
-            return None
         old = batch[number]
+        place = self._dataset.place_again(old.sample.index, old.place)
+        if place is not None:
+            logger.warning("%s is made again: %s", old.name, error.problems[0])
+            return [*batch[:number], replace(old, place=place), *batch[number + 1 :]]
+        if not self._policy.skips:
+            return None
         first = old.sample.index if old.instead_of is None else old.first_index
         sample = self._plan.next_in_epoch(old.sample)
         if sample.index == first:  # once around: no sample is whole
             return None
         new = self.draw(sample, old.instead_of or Replaced(old.name, error.problems[0]), first)
         return [*batch[:number], new, *batch[number + 1 :]]
+
+    def complete(self, batch: list[_Draw], parcel: Parcel) -> list[SampleTensors]:
+        """The samples of a micro-batch of which some came as clips: their features are made here, one by one."""
+        names = ["latents", "prompt", *self.features]
+        samples: list[SampleTensors] = []
+        for number, draw in enumerate(batch):
+            if isinstance(draw.place, ClipPlace):
+                samples.append(self._dataset.make(draw.place, _clip_in(parcel, number)))
+            else:
+                tensors = {name: parcel.tensors[f"{number} {name}"] for name in names}
+                features = {name: tensors[name] for name in names[2:]}
+                samples.append({"latents": tensors["latents"], "prompt": tensors["prompt"], "features": features})
+        return samples
+
+    @property
+    def features(self) -> list[str]:
+        """Names of the features that the model's task declares."""
+        return [feature.name for feature in self._dataset.model.task.features]
 
     def note_replaced(self, batch: list[_Draw]) -> list[str]:
         """Count and log what was replaced in a micro-batch that is handed out now; returns the ids."""
@@ -204,14 +233,25 @@ class _ReadBatch:
     noise_seed: int | None
 
     def __call__(self, batch: list[_Draw], /) -> Parcel:
-        samples: list[SampleTensors] = []
+        samples: dict[int, SampleTensors] = {}
+        clips: dict[int, Clip] = {}
         for number, draw in enumerate(batch):
             try:
-                samples.append(read_sample(draw.place, self.model))
+                if isinstance(draw.place, ClipPlace):
+                    clips[number] = _load_clip(draw.place)
+                else:
+                    samples[number] = read_sample(draw.place, self.model)
             except DataError as error:
                 return Parcel({}, {"bad": number, "problems": as_facts(error.problems)})
+        if clips:  # the features of some are made by the process that has the encoders, which then stacks
+            return _apart(samples, clips)
+        return Parcel(self.stacked(batch, list(samples.values())), {})
+
+    def stacked(self, batch: list[_Draw], samples: list[SampleTensors]) -> dict[str, Tensor]:
+        """Tensors of a micro-batch, with their captions dropped where that was drawn, padded, and with noise."""
+        for draw, sample in zip(batch, samples, strict=True):
             if draw.without_caption and self.empty is not None:
-                self._drop_caption(samples[-1], self.empty)
+                self._drop_caption(sample, self.empty)
         stacked = {
             "latents": _stacked([sample["latents"] for sample in samples]),
             "text": _stacked([F.pad(s["prompt"], (0, 0, 0, self.text_len - len(s["prompt"]))) for s in samples]),
@@ -223,7 +263,7 @@ class _ReadBatch:
             stacked["noise"] = _stacked(
                 [training_noise(self.noise_seed, draw.name, draw.sample.draw, shape) for draw in batch]
             )
-        return Parcel(stacked, {})
+        return stacked
 
     def _drop_caption(self, sample: SampleTensors, empty: tuple[Path | Blob, str]) -> None:
         sample["prompt"] = read_empty_prompt(*empty, self.model)
@@ -232,7 +272,30 @@ class _ReadBatch:
                 sample["features"][feature.name].zero_()
 
     def describe(self, batch: list[_Draw], /) -> str:
-        return ", ".join(f"{draw.place.folder / draw.place.file} ({draw.name})" for draw in batch)
+        return ", ".join(f"{draw.place} ({draw.name})" for draw in batch)
+
+
+def _load_clip(place: ClipPlace) -> Clip:
+    from mm.data.clips import load_clip
+
+    return load_clip(place.sample, place.clip, place.seed, place.draw)
+
+
+def _apart(samples: Mapping[int, SampleTensors], clips: Mapping[int, Clip]) -> Parcel:
+    """Samples and clips of a micro-batch, not stacked: tensors by number and name."""
+    tensors: dict[str, Tensor] = {f"{number} pixels": clip.pixels for number, clip in clips.items()}
+    for number, sample in samples.items():
+        for name, value in {"latents": sample["latents"], "prompt": sample["prompt"], **sample["features"]}.items():
+            tensors[f"{number} {name}"] = value
+    facts = {str(number): [clip.start, clip.read_by, clip.taken] for number, clip in clips.items()}
+    return Parcel(tensors, {"clips": facts})
+
+
+def _clip_in(parcel: Parcel, number: int) -> Clip:
+    from mm.data.clips import Clip
+
+    start, read_by, taken = parcel.facts["clips"][str(number)]
+    return Clip(parcel.tensors[f"{number} pixels"], start, read_by, taken)
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
@@ -241,7 +304,7 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
 
 
 def _batches(
-    outcomes: Generator[tuple[list[_Draw], Outcome]], draws: _Draws, names: Sequence[str], pin_memory: bool
+    outcomes: Generator[tuple[list[_Draw], Outcome]], work: _ReadBatch, draws: _Draws, pin_memory: bool
 ) -> Generator[FeatureBatch]:
     try:
         for drawn, outcome in outcomes:
@@ -250,13 +313,16 @@ def _batches(
                 raise bad[1]
             if isinstance(outcome, DataError):
                 raise outcome
-            tensors = {name: tensor.pin_memory() if pin_memory else tensor for name, tensor in outcome.tensors.items()}
+            found = outcome.tensors
+            if "clips" in outcome.facts:
+                found = work.stacked(drawn, draws.complete(drawn, outcome))
+            tensors = {name: tensor.pin_memory() if pin_memory else tensor for name, tensor in found.items()}
             batch: FeatureBatch = {
                 "latents": tensors["latents"],
                 "text": tensors["text"],
                 "sample": [draw.name for draw in drawn],
                 "draw": [draw.sample.draw for draw in drawn],
-                "features": {name: tensors[name] for name in names},
+                "features": {name: tensors[name] for name in draws.features},
                 "index": [draw.sample.index for draw in drawn],
                 "without_caption": [draw.without_caption for draw in drawn],
             }
@@ -284,7 +350,8 @@ def _most_bytes(dataset: FeatureDataset, micro_batch_size: int, text_len: int, *
     if with_noise:
         shapes = [*shapes, largest]
     shapes = [*shapes, *model.feature_shapes(largest[1:]).values()]
-    return bytes_to_share(*((micro_batch_size, *shape) for shape in shapes))
+    clips = micro_batch_size * dataset.clip_bytes  # in place of some samples
+    return clips + bytes_to_share(*((micro_batch_size, *shape) for shape in shapes))
 
 
 def dealt_groups(

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 SHARD_BYTES = 512 * 10**6
 FEWEST_SHARDS = 64
-_LATENT_CHANNELS = 16
+LATENT_CHANNELS = 16
 _TEXT_BYTES = 500_000  # a caption of 60 tokens, 4096 numbers of 2 bytes each
 _PLANNING = "plan"
 
@@ -77,7 +77,7 @@ def shard_rows(run: ExtractionRun, num_rows: int) -> int:
     """
     if run.extraction.shard_rows is not None:
         return run.extraction.shard_rows
-    channels = _LATENT_CHANNELS + (_LATENT_CHANNELS + MASK_CHANNELS if run.task.frames else 0)
+    channels = LATENT_CHANNELS + (LATENT_CHANNELS + MASK_CHANNELS if run.task.frames else 0)
     numbers = channels * most_pixels(run.data.clip) // (TEMPORAL_STRIDE * LATENT_PIXELS**2)
     sample_bytes = numbers * (4 if run.encoders.vae.precision == "fp32" else 2) + _TEXT_BYTES
     few = 1 << max(0, (num_rows // FEWEST_SHARDS).bit_length() - 1)

@@ -83,7 +83,7 @@ def extract(run: ExtractionRun, *, device: torch.device, rank: int = 0, world_si
         if manifest is None:
             done, skips = runs_done(store, plan), skipping.counts()
             complete = sum(plan.rows_in(row) - skips.get(row, 0) for row in done)
-            encoders = cache(partial(_open_encoders, run.encoders, run.task, device))
+            encoders = cache(partial(open_encoders, run.encoders, run.task, device))
             worker = Worker(run, store, plan, reader, ShardMaker(store, plan, recipe, encoders), skipping)
             tally = worker.tally
             runs = Runs(store, plan, claims, run.extraction.share, rank * plan.num_runs // world_size)
@@ -129,7 +129,7 @@ def _report(store: Path, manifest: Manifest | None, tally: Tally, complete: int,
     return ExtractReport(manifest.samples, tally.encoded, reused, skipped)
 
 
-def _open_encoders(named: EncodersSection, task: Task, device: torch.device) -> ClipEncoder:
+def open_encoders(named: EncodersSection, task: Task, device: torch.device) -> ClipEncoder:
     """Load all encoders of an extraction.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from mm.errors import DataError, raise_all
 from mm.generate.describe import describe_row, describe_run
 from mm.generate.finished import finished_clips, require_same_weights
 from mm.generate.render import Processes, Renderer, batches_of_replica, usable_rows
-from mm.generate.rows import row_frames_in_front
+from mm.generate.rows import GenerationRow, row_frames_in_front
 from mm.generate.video import clip_path, prepare_folder, write_clip
-from mm.generate.weights import open_generation_weights
+from mm.generate.weights import GenerationWeights, open_generation_weights
 from mm.parallel.apply import apply_frozen
 from mm.parallel.velocity import ParallelVelocity
 from mm.wan.encoders import DTYPES
@@ -47,23 +48,41 @@ def generate_clips(
             to DATA-093 for weights that cannot be used.
         CheckpointError: CKPT-010 to CKPT-021 for weights that cannot be used.
     """
-    backend = processes.backend
     rows, bad = usable_rows(generation, processes)
     folder = Path(generation.output.path)
     prepare_folder(folder)
-    wan, dtype = generation.wan, DTYPES[generation.model.precision]
     # only whoever writes clips tells what made them
     weights = open_generation_weights(
         generation.model.weights or "",
         generation.model.adapters,
-        Expected(wan, lambda name: generation.origins[f"model.shape.{name}"], "CFG-065"),
-        dtype,
+        Expected(generation.wan, lambda name: generation.origins[f"model.shape.{name}"], "CFG-065"),
+        DTYPES[generation.model.precision],
         processes.writes,
         processes.comm,
     )
+    finished = _finished_by_any(folder, rows, generation, weights, processes)
+    together = generation.zero is not None
+    alike = partial(row_frames_in_front, generation.wan.task)
+    size = generation.batch.size
+    batches = batches_of_replica(rows, processes, size, together=together, finished=finished, alike=alike)
+    paths = _render(generation, processes, weights, Renderer(generation, processes, batches), finished)
+    processes.comm.barrier()
+    log.info("%d clips are in %s", len(rows), folder)
+    raise_all(DataError, [row.problem for row in bad])
+    return paths
+
+
+def _finished_by_any(
+    folder: Path,
+    rows: Sequence[GenerationRow],
+    generation: GenerationRun,
+    weights: GenerationWeights,
+    processes: Processes,
+) -> dict[int, str]:
+    """`finished_clips` of all ranks together, the same on each; none where clips are to be made anew."""
     finished: dict[int, str] = {}
     if not generation.output.overwrite:
-        about = cache(lambda: describe_run(generation, weights, backend.kind))  # reads the encoders' folders
+        about = cache(lambda: describe_run(generation, weights, processes.backend.kind))  # reads the encoders' folders
         finished = finished_clips(folder, rows, lambda row: {**describe_row(row, generation), **about()})
     # nobody writes before everybody has looked; a folder on one node alone is seen by its ranks only
     for part in processes.comm.all_gather_object([list(clip) for clip in finished.items()]):
@@ -72,17 +91,25 @@ def generate_clips(
         log.info(
             "%d of %d clips are in %s already, of this very command; they are kept", len(finished), len(rows), folder
         )
-    batches = batches_of_replica(
-        rows,
-        processes,
-        generation.batch.size,
-        together=generation.zero is not None,
-        finished=finished,
-        alike=partial(row_frames_in_front, wan.task),
-    )
-    renderer = Renderer(generation, processes, batches)
+    return finished
+
+
+def _render(
+    generation: GenerationRun,
+    processes: Processes,
+    weights: GenerationWeights,
+    renderer: Renderer,
+    finished: Mapping[int, str],
+) -> list[Path]:
+    """Read the model, render the clips that are missing, and write each; returns the paths that this rank wrote.
+
+    Raises:
+        DataError: DATA-050 for finished clips of other weights than these.
+    """
+    backend, folder = processes.backend, Path(generation.output.path)
     video = renderer.load_video_encoder()
-    parallel = apply_frozen(wan, processes.mesh, backend, dtype, weights.value_of, generation.zero)
+    dtype = DTYPES[generation.model.precision]
+    parallel = apply_frozen(generation.wan, processes.mesh, backend, dtype, weights.value_of, generation.zero)
     if finished:
         read = processes.comm.all_gather_object(weights.fingerprint() if processes.writes else None)
         require_same_weights(folder, finished, [fingerprint for fingerprint in read if fingerprint is not None])
@@ -96,7 +123,4 @@ def generate_clips(
             path = clip_path(folder, row.index)
             write_clip(path, frames, generation.output.fps, {**describe_row(row, generation), **description})
             paths.append(path)
-    processes.comm.barrier()
-    log.info("%d clips are in %s", len(rows), folder)
-    raise_all(DataError, [row.problem for row in bad])
     return paths

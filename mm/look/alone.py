@@ -9,9 +9,10 @@ from mm.config.run.data import FeatureSet
 from mm.config.storage import Location, Remote
 from mm.config.tasks.registry import TASKS
 from mm.config.tasks.task import Entry
-from mm.data.dataset import FeatureDataset, FeaturePlace, open_features
+from mm.data.dataset import FeatureDataset, open_features
 from mm.data.features import LISTING, Header, read_header
 from mm.data.files import path_below
+from mm.data.place import FeaturePlace
 from mm.data.recipe import load_recipe
 from mm.data.store.blobs import read_tensors
 from mm.errors import DataError
@@ -39,7 +40,9 @@ def open_alone(store: Location) -> FeatureDataset:
     dataset = open_features(features_of_store(store), released)
     if not len(dataset):
         raise DataError("DATA-010", f"{store} holds no samples.", "Extract features into it.")
-    shapes = {name: shape for header in _headers(dataset.place(0)) for name, (_, shape) in header.tensors.items()}
+    shapes = {
+        name: shape for header in _headers(dataset.stored_place(0)) for name, (_, shape) in header.tensors.items()
+    }
     return dataset.with_model(_taking(shapes, released, recipe.max_text_tokens))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
@@ -19,7 +20,7 @@ from mm.data.loader import ONE_SOURCE, FeatureBatch, dealt_groups, feature_batch
 from mm.data.plan import PlannedSample, SamplingPlan
 from mm.data.planning import SourceOfData, sources_of
 from mm.data.recipe import Recipe
-from mm.data.sampler import BatchPlan
+from mm.data.sampler import BatchPlan, DealtStep
 from mm.look.facts import LookedBatch, LookedSample
 from mm.look.pictures import Eye, clip_strip, feature_strips, numbers_of
 from mm.wan.encoders import clean_text
@@ -72,19 +73,7 @@ def looked_batches(
     if drawing.steps is not None:
         count = min(count, (drawing.steps - drawing.first_step + 1) * alone.groups_of_step)
     planned = islice(_dealt(dataset, drawing, plan, alone), count)
-    read = feature_batches(
-        dataset,
-        alone,
-        text_len=dataset.model.text_len,
-        seed=drawing.seed,
-        consumed_samples=drawing.consumed_samples,
-        caption_dropout=drawing.caption_dropout,
-        shuffle=drawing.shuffle,
-        mixture=drawing.mixture,
-        min_bucket=drawing.min_bucket,
-        num_steps=drawing.steps,
-        on_bad_sample=drawing.on_bad_sample,
-    )
+    read = read_batches(dataset, drawing, alone)
     sources = [source.where for source in drawing.sources_of(dataset) if source.buckets]
     replicas = _replicas(dataset, drawing, plan, count)
     with closing(read):
@@ -99,6 +88,33 @@ def looked_batches(
                 samples=[viewer.sample(batch, row) for row in range(len(batch["sample"]))],
                 replaced=batch.get("replaced", []),
             )
+
+
+def read_batches(
+    dataset: FeatureDataset, drawing: Drawing, batches: BatchPlan, dealt: deque[DealtStep] | None = None
+) -> Generator[FeatureBatch]:
+    """Micro-batches of one replica as the training reads them, of packs its samples one by one.
+
+    Args:
+        dataset: the features. drawing: what is drawn of them. batches: the replica. dealt: as for `feature_batches`.
+
+    Raises:
+        ConfigError, DataError: what `mm.data.loader.feature_batches` raises.
+    """
+    return feature_batches(
+        dataset,
+        batches,
+        text_len=dataset.model.text_len,
+        seed=drawing.seed,
+        consumed_samples=drawing.consumed_samples,
+        caption_dropout=drawing.caption_dropout,
+        shuffle=drawing.shuffle,
+        mixture=drawing.mixture,
+        min_bucket=drawing.min_bucket,
+        num_steps=drawing.steps,
+        on_bad_sample=drawing.on_bad_sample,
+        dealt=dealt,
+    )
 
 
 def _dealt(

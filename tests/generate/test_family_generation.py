@@ -11,9 +11,9 @@ import pytest
 import torch
 from family import FRAMES, SIDE, SIZE, inference_json, noise, pixels, write_image, write_lines, write_transformer
 from family import write_video as video_file
+from generation_runs import generate_here
 from kept_frames import keeping_frames, largest_difference
 from ranks import run_ranks
-from test_generate_command import generate_here
 from torch import Tensor
 
 import mm

@@ -10,6 +10,7 @@ from mm.config.output import require_writable_folder
 from mm.config.rules.adapters import ADAPTER_RULES
 from mm.config.rules.around import AROUND_RULES
 from mm.config.rules.features import FEATURE_RULES
+from mm.config.rules.live import LIVE_RULES
 from mm.config.rules.packing import PACKING_RULES
 from mm.config.rules.parallel import PARALLEL_RULES
 from mm.config.rules.recompute import RECOMPUTE_RULES
@@ -120,6 +121,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     *PARALLEL_RULES,
     *FEATURE_RULES,
     *PACKING_RULES,
+    *LIVE_RULES,
     _weights_are_named,
     *SAVING_RULES,
     _bad_samples_are_said,

@@ -14,11 +14,11 @@ from mm.config.tasks.registry import TASKS
 from mm.data.exports import parquet, webdataset
 from mm.data.exports.samples import ListedSample, listed_samples
 from mm.data.files import TEMPORARY_PREFIX, remove_temporaries, write_error
-from mm.data.recipe import Recipe, load_recipe
+from mm.data.recipe import Recipe
 from mm.data.remote.reading import load_section, names_in
 from mm.data.remote.writing import new_file, write_bytes
 from mm.data.store.catalog import check_shards_are_there
-from mm.data.store.copying import finished_catalog
+from mm.data.store.copying import finished_store
 from mm.data.store.opened import ShardStore
 from mm.errors import ConfigError, DataError
 
@@ -63,8 +63,7 @@ def export(source: Location, target: Location, to: ExportFormat, done: Callable[
             something else, what opening the store and reading its samples raises, DATA-018 and DATA-019 where the disk
             refuses; of object storage what `mm.data.remote.client.attempt` raises.
     """
-    recipe = load_recipe(source)
-    catalog = finished_catalog(source, recipe.key)
+    recipe, catalog = finished_store(source)
     check_shards_are_there(source, catalog.manifest)
     store = ShardStore(source, recipe.key, catalog)
     parts = _parts(to, store.num_shards)

@@ -25,7 +25,7 @@ _SHARED = {
     "training.device": Flag("device"),
 }
 """Flags that stand for a value of another section in generation."""
-_OPTIONAL = ("adapters", "evaluation", "validation")
+_OPTIONAL = ("adapters", "evaluation", "validation", "live")
 """Sections that are there where their flags are given."""
 ALL_TRAIN_FLAGS = _SHARED | flags_by_path(TrainFlags)
 TRAIN_FLAGS = {path: flag for path, flag in ALL_TRAIN_FLAGS.items() if path.partition(".")[0] not in _OPTIONAL}
@@ -34,6 +34,7 @@ _SECTIONS = {
     "adapters": Word("--lora-r"),
     "evaluation": Word("--eval-interval"),
     "validation": Word("--validation-interval"),
+    "live": Word("--live"),
     "evaluation.features": Word("--eval-data"),
 }
 _CLIP = {"num_frames": "num_frames", "frame_interval": "frame_interval", "height": "max_height", "width": "max_width"}
