@@ -61,9 +61,8 @@ def generate_clips(
     finished = _finished_by_any(folder, rows, generation, weights, processes)
     together = generation.zero is not None
     alike = partial(row_frames_in_front, generation.wan.task)
-    batches = batches_of_replica(
-        rows, processes, generation.batch.size, together=together, finished=finished, alike=alike
-    )
+    size = generation.batch.size
+    batches = batches_of_replica(rows, processes, size, together=together, finished=finished, alike=alike)
     paths = _render(generation, processes, weights, Renderer(generation, processes, batches), finished)
     processes.comm.barrier()
     log.info("%d clips are in %s", len(rows), folder)
