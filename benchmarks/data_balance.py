@@ -4,10 +4,12 @@
 
 Samples are drawn as of a public video set: 20 % images, else clips of 17 to 129 frames (4k + 1, uniform), at 240p,
 368p, 480p or 720p (uniform). The cost is the cost model of Wan2.1 1.3B or 14B (`mm.data.balance.cost_of_model`). A step
-takes as long as its dearest replica; with a pipeline of equally long stages every pass of every stage under 1F1B is
-simulated, waiting included. Packs have a token budget (default: twice the longest sample of the mixture); filled is the
-share of the budgets that the samples' tokens are. Throughput is predicted from costs, not measured; what fewer, longer
-calls of kernels gain is not in it.
+takes as long as its dearest replica. With a pipeline of equally long stages "model" counts the dearest micro-batch once
+for each stage (`mm.data.balance.replica_time`), and "simulated" follows every pass of every stage under 1F1B, waiting
+included. "bound" is the simulated step over what no dealing of its samples can go below (`least_time`: the mean of the
+costs, or the dearest clip's way through all stages and back). Packs have a token budget (default: twice the longest
+sample of the mixture); filled is the share of the budgets that the samples' tokens are. Throughput is predicted from
+costs, not measured; what fewer, longer calls of kernels gain is not in it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from mm.config.model import WanConfig
-from mm.data.balance import SequenceCost, cost_of_model, deal
+from mm.data.balance import SequenceCost, cost_of_model, deal, least_time, replica_time
 from mm.data.packing import pack_step
 
 MODELS = {
@@ -80,7 +82,7 @@ def dealt(
 
 
 def main() -> None:
-    """Print the dearest replica over the mean, three ways of dealing, the mean and the worst of all steps."""
+    """Print the dearest replica over the mean and over the bound, three ways of dealing, mean and worst of steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicas", type=int, default=64)
     parser.add_argument("--micro-batches", type=int, default=16)
@@ -91,14 +93,15 @@ def main() -> None:
     replicas, count = args.replicas, args.replicas * args.micro_batches
     print(f"{replicas} replicas x {args.micro_batches} samples, {args.steps} steps; time of the dearest replica / mean")
     print(f"packed: sequences of at most {args.pack:,} tokens")
-    columns = f"{'model':6} {'stages':>6} {'dealt':8} {'mean':>7} {'worst':>7} {'passes':>6} {'filled':>7}"
+    columns = f"{'cost':6} {'stages':>6} {'dealt':8} {'model':>7} {'simul.':>7} {'worst':>7} {'bound':>7} {'worst':>7} "
+    columns += f"{'passes':>6} {'filled':>7}"
     print(f"{columns}  throughput, predicted")
     for name, model in MODELS.items():
         cost = cost_of_model(model)
         for stages in (1, args.stages):
             rng = random.Random(1)  # noqa: S311
             dearest: defaultdict[str, list[float]] = defaultdict(list)
-            ratios: defaultdict[str, list[float]] = defaultdict(list)
+            ratios, by_model, by_bound = (defaultdict[str, list[float]](list) for _ in range(3))
             passes: defaultdict[str, list[int]] = defaultdict(list)
             filled = []
             for _ in range(args.steps):
@@ -106,13 +109,18 @@ def main() -> None:
                 for way, costs in dealt(tokens, cost, replicas, stages, args.pack).items():
                     times = [pipeline_time(of_replica, stages) for of_replica in costs]
                     dearest[way].append(max(times))
+                    counted = [replica_time(of_replica, stages) for of_replica in costs]
+                    by_model[way].append(max(counted) * replicas / sum(counted))
+                    least = least_time([cost(number) for number in tokens], replicas, stages)
+                    by_bound[way].append(max(times) * stages / least)
                     ratios[way].append(max(times) * replicas / sum(times))
                     passes[way].append(len(costs[0]))
                 filled.append(sum(tokens) / (passes["packed"][-1] * replicas * args.pack))
             for way, values in ratios.items():
                 gain = sum(dearest["in turn"]) / sum(dearest[way])
                 share = f"{fmean(filled):7.1%}" if way == "packed" else " " * 7
-                numbers = f"{fmean(values):7.4f} {max(values):7.4f} {fmean(passes[way]):6.1f} {share}"
+                numbers = f"{fmean(by_model[way]):7.4f} {fmean(values):7.4f} {max(values):7.4f} "
+                numbers += f"{fmean(by_bound[way]):7.4f} {max(by_bound[way]):7.4f} {fmean(passes[way]):6.1f} {share}"
                 print(f"{name:6} {stages:6} {way:8} {numbers}  x {gain:.2f}")
 
 

@@ -132,10 +132,10 @@ def measure(store: Path) -> dict[str, float]:
     total, most = time.perf_counter() - began, resident(most=True) - before
     began = time.perf_counter()
     drawn = np.random.default_rng(0).integers(0, 2**62, 1000)
-    buckets = list(data.buckets().items())
+    rows, buckets = data.of_draw(0), list(data.buckets().items())
     for number in drawn.tolist():
         shape, count = buckets[number % len(buckets)]
-        if data.latent_shape(data.in_bucket(shape, number % count)) != shape:
+        if data.latent_shape(rows.in_bucket(shape, number % count)) != shape:
             raise SystemExit("a bucket holds a sample of another shape")
     per_draw = (time.perf_counter() - began) / len(drawn)
     return {

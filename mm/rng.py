@@ -17,6 +17,7 @@ from torch import Tensor
 Stream = Literal[
     "noise",
     "timestep",
+    "given_frame",
     "caption_dropout",
     "control_dropout",
     "start_dropout",

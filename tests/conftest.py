@@ -12,7 +12,7 @@ import pytest
 from extracted import extract
 
 if TYPE_CHECKING:
-    from object_storage import S3
+    from object_storage import S3, Proxy
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -60,6 +60,22 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[S3]":
 
     with s3_server(tmp_path_factory.mktemp("s3")) as server:
         yield server
+
+
+@pytest.fixture
+def s3_environment(s3: "S3", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What commands need to reach that server, and a cache of the test's own."""
+    for name, value in {**s3.environment, "XDG_CACHE_HOME": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def proxy(s3: "S3") -> "Iterator[Proxy]":
+    """A proxy before the server, which can fail."""
+    from object_storage import proxy_before
+
+    with proxy_before(s3) as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

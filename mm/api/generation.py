@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from mm.api.arguments import ImageInput, VideoInput, image_of, video_of
+from mm.api.arguments import (
+    CameraInput,
+    ImageInput,
+    MaskInput,
+    VideoInput,
+    camera_of,
+    image_of,
+    mask_of,
+    picture_of,
+    video_of,
+)
 from mm.api.encoders import Encoders, name_of
 from mm.api.generation_rules import Asked, generation_problems
 from mm.api.model import load_model
 from mm.config.run.generation import NEGATIVE_PROMPT
+from mm.config.run.listed import LISTS, sees_images
 from mm.config.tasks.registry import TASKS
-from mm.config.tasks.task import Source, Task
+from mm.config.tasks.task import ListName, Task
 from mm.diffusion.samplers import Solver
 from mm.errors import ConfigError, raise_all
 from mm.generate.fit import require_image_encoder_fits, require_text_fits, require_vae_fits
 from mm.generate.sampling import ClipConditions, ClipPlan, SamplerSettings, decode, encode_prompts, sample
-from mm.generate.sources import EarlyFeatures, Given
+from mm.generate.sources import EarlyFeatures, Given, frames_in_front
 from mm.wan.model import WanModel
 
 
@@ -27,8 +40,14 @@ def generate_videos(
     prompts: str | Sequence[str],
     encoders: Encoders | str | Path | None = None,
     *,
-    images: Sequence[ImageInput | Sequence[ImageInput]] | None = None,
-    videos: Sequence[VideoInput] | None = None,
+    images: Sequence[ImageInput | Sequence[ImageInput] | None] | None = None,
+    videos: Sequence[VideoInput | None] | None = None,
+    controls: Sequence[VideoInput] | None = None,
+    references: Sequence[ImageInput | Sequence[ImageInput] | None] | None = None,
+    cameras: Sequence[CameraInput] | None = None,
+    masks: Sequence[MaskInput | None] | None = None,
+    text_only: bool = False,
+    vace_scale: float | None = None,
     columns: Mapping[str, Sequence[float]] | None = None,
     negative_prompt: str | None = None,
     size: tuple[int, int, int] = (81, 480, 832),
@@ -48,7 +67,13 @@ def generate_videos(
         prompts: what the videos show.
         encoders: the encoders, or the folder that has them; None takes those beside the transformer of `model`.
         images: for models with given frames, of each prompt: one, or (first, last). Files, Pillow's, uint8 [H, W, 3].
-        videos: what the videos are made from, of each prompt: files or uint8 [F, H, W, 3]; needs `strength`.
+        videos: what the videos are made from, of each prompt: files or uint8 [F, H, W, 3]; needs `strength`. With
+            `masks`, and for models with side blocks, what is edited.
+        controls: what the videos follow frame by frame. references: what is to be seen in them; several where models
+            have side blocks. cameras: pose files, directions such as "Left 0.02", or rows [poses, 19].
+        masks: white where `videos` are made anew: files of videos or images, uint8 [F, H, W] or [H, W].
+            In these lists None stands for nothing where the model can do without.
+        text_only: a model that sees frames is shown none. vace_scale: a factor on what side blocks add.
         columns: the task's numbers by name, one for each prompt.
         negative_prompt: what guidance leads away from; None is the Wan2.1 release's for the task.
         size: frames (4k + 1), height and width (multiples of 16).
@@ -63,8 +88,8 @@ def generate_videos(
         For each prompt its frames, uint8 [F, H, W, 3], on the CPU.
 
     Raises:
-        ConfigError: CFG-060, CFG-061, CFG-063, CFG-120, CFG-121, CFG-123 and CFG-200 for arguments, all at once;
-            CFG-064 and CFG-066 for encoders of another model.
+        ConfigError: CFG-060, CFG-061, CFG-063, CFG-120, CFG-121, CFG-123, CFG-200 and CFG-280 for arguments, all at
+            once; CFG-250 to CFG-258 and CFG-281 for conditions; CFG-064 and CFG-066 for encoders of another model.
         DataError: DATA-001 to DATA-007, DATA-086, DATA-087 and DATA-110 for images and videos, DATA-040 to DATA-043
             for encoders, DATA-055 and DATA-056 for the VAE's and the transformer's output.
     """
@@ -72,11 +97,12 @@ def generate_videos(
     loaded = load_model(model) if isinstance(model, (str, Path)) else model
     asked = Asked(
         tuple([prompts] if isinstance(prompts, str) else prompts),
-        None if images is None else tuple(tuple(one) if isinstance(one, (list, tuple)) else (one,) for one in images),
-        None if videos is None else tuple(videos),
+        _lists(images, videos, controls, references, cameras, masks),
         columns or {},
         strength,
         batch_size,
+        text_only,
+        {} if vace_scale is None else {"vace_scale": vace_scale},
     )
     task = _row_task(loaded.config.task, asked)
     settings = SamplerSettings(solver, steps, shift, guidance_scale, batched_guidance, strength=strength or 1.0)
@@ -93,9 +119,20 @@ def _encoders(given: Encoders | str | Path | None, beside: str | Path | None) ->
     return place if isinstance(place, Encoders) else Encoders.of(place)
 
 
+def _lists(*given: Sequence[Any] | None) -> dict[ListName, tuple[tuple[Any, ...], ...]]:
+    """Lists that are given, in the order of `LISTS`, with the values of each prompt."""
+    pairs = zip(LISTS, given, strict=True)
+    return {name: tuple(map(_several, values)) for name, values in pairs if values is not None}
+
+
+def _several(given: Any) -> tuple[Any, ...]:
+    """Values of a list that one prompt is given."""
+    return () if given is None else tuple(given) if isinstance(given, (list, tuple)) else (given,)
+
+
 def _row_task(task: Task, asked: Asked) -> Task:
     """The task whose frames are given: the model's, or, where there is a last one too, that of both."""
-    both = task.with_last_frame is not None and asked.images is not None and any(len(of) > 1 for of in asked.images)
+    both = task.with_last_frame is not None and any(len(of) > 1 for of in asked.lists.get("images", ()))
     return TASKS[task.with_last_frame] if both and task.with_last_frame is not None else task
 
 
@@ -103,30 +140,49 @@ def _generate(model: WanModel, asked: Asked, plan: ClipPlan, encoders: Encoders,
     """Each encoder is on the device only while it is needed; the VAE stays."""
     given = [_given(asked, index, plan) for index in range(len(asked.prompts))]
     texts, without = _encode_texts(asked.prompts, negative, plan, encoders)
-    early = _early_features(given, plan, encoders)
+    early = _early_features(given, asked, plan, encoders)
     vae = encoders.load_vae(plan.device)
     require_vae_fits(name_of(encoders.vae, "VAE"), vae, plan.wan)
     found: list[Tensor] = []
-    for start in range(0, len(texts), asked.batch_size):
-        conditions = [
-            ClipConditions(index, texts[index], early[index], given[index], _video(asked, index, plan))
-            for index in range(start, min(start + asked.batch_size, len(texts)))
-        ]
-        latents = sample(model, vae, plan, conditions, without)
-        found += decode(vae, latents, plan.size, name_of(encoders.vae, "VAE"))
+    alike = groupby(range(len(texts)), lambda index: frames_in_front(plan.wan.task, given[index]))
+    for indices in (list(run) for _, run in alike):
+        for start in range(0, len(indices), asked.batch_size):
+            batch = indices[start : start + asked.batch_size]
+            conditions = [ClipConditions(index, texts[index], early[index], given[index]) for index in batch]
+            latents = sample(model, vae, plan, conditions, without)
+            found += decode(vae, latents, plan.size, name_of(encoders.vae, "VAE"))
     return found
 
 
 def _given(asked: Asked, index: int, plan: ClipPlan) -> Given:
-    """Images and numbers of a prompt."""
-    _, height, width = plan.size
-    of_prompt = asked.images[index] if asked.images is not None else ()
-    frames = tuple(image_of(image, f"An image of prompt {index}", height, width) for image in of_prompt)
-    return Given(frames, {name: float(numbers[index]) for name, numbers in asked.columns.items()})
+    """Inputs of a prompt's clip, as values."""
+    frames, height, width = plan.size
+    of_prompt = {name: given[index] for name, given in asked.lists.items()}
+    several = any(media.kind == "images" for media in plan.wan.task.media)
 
+    def pixels(image: ImageInput) -> Tensor:
+        return image_of(image, f"An image of prompt {index}", height, width)
 
-def _video(asked: Asked, index: int, plan: ClipPlan) -> Tensor | None:
-    return None if asked.videos is None else video_of(asked.videos[index], f"The video of prompt {index}", plan.size)
+    def video(name: ListName) -> Tensor | None:
+        what = f"A video of prompt {index}"
+        return next((video_of(one, what, plan.size) for one in of_prompt.get(name, ())), None)
+
+    edited = next(iter(of_prompt.get("videos", ())), None)
+    masks = (mask_of(one, f"The mask of prompt {index}", edited, plan.size) for one in of_prompt.get("masks", ()))
+    return Given(
+        images=tuple(map(pixels, of_prompt.get("images", ()))),
+        columns={name: float(numbers[index]) for name, numbers in asked.columns.items()},
+        video=video("videos"),
+        mask=next(masks, None),
+        control=video("controls"),
+        references=tuple(
+            picture_of(image, f"A reference of prompt {index}") if several else pixels(image)
+            for image in of_prompt.get("references", ())
+        ),
+        camera=next((camera_of(one, frames) for one in of_prompt.get("cameras", ())), None),
+        settings=asked.settings,
+        text_only=asked.text_only,
+    )
 
 
 def _encode_texts(
@@ -142,10 +198,12 @@ def _encode_texts(
     return texts, without
 
 
-def _early_features(given: Sequence[Given], plan: ClipPlan, encoders: Encoders) -> list[dict[str, Tensor]]:
+def _early_features(
+    given: Sequence[Given], asked: Asked, plan: ClipPlan, encoders: Encoders
+) -> list[dict[str, Tensor]]:
     encoder = None
-    if plan.wan.task.made_by(Source.IMAGE_ENCODER):
+    if sees_images(plan.wan.task, frozenset(asked.lists), asked.shown):
         encoder = encoders.load_image_encoder(plan.device)
         require_image_encoder_fits(name_of(encoders.image_encoder, "image encoder"), encoder, plan.wan)
-    early = EarlyFeatures(plan.wan.task, encoder)
+    early = EarlyFeatures(plan.wan, encoder)
     return [early.of(of_prompt) for of_prompt in given]

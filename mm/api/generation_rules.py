@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from mm.api.arguments import ImageInput, VideoInput, column_problems
+from mm.api.arguments import column_problems
+from mm.config.data import TEMPORAL_STRIDE
 from mm.config.rules.generation import size_problems
-from mm.config.rules.tasks import not_made
-from mm.config.run.generation import VAE_STRIDE
-from mm.config.tasks.task import Task
+from mm.config.rules.tasks import not_generated
+from mm.config.run.listed import LISTS, Listed, Shown, lists_of
+from mm.config.tasks.task import ListName, Source, Task
 from mm.errors import Problem
 from mm.generate.sampling import ClipPlan
 
@@ -19,30 +21,39 @@ class Asked:
     """Arguments of a generation, as they were given.
 
     Attributes:
-        prompts, images, videos: one for each video. columns: the same of each task's number, by name.
+        prompts: one for each video. lists: what goes with them, by the list's name, for each video none, one or more.
+        columns: the same of each task's number, by name.
         strength: with videos. batch_size: prompts in one forward.
+        text_only: a model that sees frames is shown none. settings: features that are set, by name.
     """
 
     prompts: tuple[str, ...]
-    images: tuple[tuple[ImageInput, ...], ...] | None
-    videos: tuple[VideoInput, ...] | None
+    lists: Mapping[ListName, tuple[tuple[Any, ...], ...]]
     columns: Mapping[str, Sequence[float]]
     strength: float | None
     batch_size: int
+    text_only: bool = False
+    settings: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def shown(self) -> Shown:
+        """Way in which a model with given frames is told them."""
+        return Shown(masked="masks" in self.lists, nothing=self.text_only)
 
 
 def generation_problems(asked: Asked, plan: ClipPlan, task: Task) -> Iterator[Problem]:
-    """CFG-060, CFG-061, CFG-063, CFG-120, CFG-121, CFG-123 and CFG-200.
+    """CFG-060, CFG-061, CFG-063, CFG-120, CFG-121, CFG-123, CFG-200 and CFG-280.
 
     Args:
         asked: what. plan: how. task: whose frames are given.
     """
-    yield from size_problems(plan.size, plan.wan.patch_size, "size")
+    yield from size_problems(plan.size, plan.wan.patch_size, plan.wan.task, "size")
     yield from _number_problems(asked, plan)
     yield from _length_problems(asked)
-    yield from not_made(plan.wan.task)
-    yield from _frame_problems(asked, plan, task)
-    yield from _video_problems(asked, plan)
+    yield from not_generated(plan.wan.task)
+    yield from _list_problems(asked, plan, task)
+    yield from _setting_problems(asked, plan)
+    yield from _video_problems(asked, plan, task)
     for index in range(len(asked.prompts)):
         of_prompt = {name: numbers[index] for name, numbers in asked.columns.items() if index < len(numbers)}
         yield from column_problems(plan.wan.task, of_prompt, f"Prompt {index}")
@@ -64,33 +75,67 @@ def _number_problems(asked: Asked, plan: ClipPlan) -> Iterator[Problem]:
 
 
 def _length_problems(asked: Asked) -> Iterator[Problem]:
-    lists = {"images": asked.images, "videos": asked.videos, **asked.columns}
+    lists: dict[str, Sequence[Any]] = dict((*asked.lists.items(), *asked.columns.items()))
     for name, given in lists.items():
-        if given is not None and len(given) != len(asked.prompts):
+        if len(given) != len(asked.prompts):
             found = f"There are {len(asked.prompts)} prompts and {len(given)} of {name}."
             yield Problem("CFG-200", found, "Give one for each prompt, in the same order.")
 
 
-def _frame_problems(asked: Asked, plan: ClipPlan, task: Task) -> Iterator[Problem]:
-    expected = len(task.frames)
-    what = f"{plan.wan.task.title} models take {expected or 'no'} image{'' if expected == 1 else 's'}"
-    for index, given in enumerate(asked.images or [()] * len(asked.prompts)):
-        if len(given) != expected:
-            yield Problem("CFG-120", f"Prompt {index} has {len(given)} images; {what}.", "Correct images=.")
-    if expected > 1 and plan.size[0] < VAE_STRIDE[0] + 1:
+def _list_problems(asked: Asked, plan: ClipPlan, task: Task) -> Iterator[Problem]:
+    """CFG-120, CFG-123 and CFG-280 for what the model's task takes of each list."""
+    ways = [name for name in ("images", "masks") if name in asked.lists] + ["text_only"] * asked.text_only
+    if plan.wan.task.with_mask and len(ways) > 1:
+        found = f"{' and '.join(ways)} say each what the model sees of its clip."
+        yield Problem("CFG-280", found, "Give one of them.")
+        return
+    title, takes = plan.wan.task.title, lists_of(task, asked.shown)
+    for name in LISTS:
+        listed, given = takes.get(name), asked.lists.get(name)
+        if listed is None:
+            if given is not None:
+                yield Problem("CFG-120", f"{title} models take no {name}.", f"Leave {name}= out.")
+        elif given is not None or listed.needed:
+            for index, of_prompt in enumerate(given or [()] * len(asked.prompts)):
+                if not _as_many(len(of_prompt), listed):
+                    what = f"{title} models take {_in_words(listed)}"
+                    found = f"Prompt {index} has {len(of_prompt)} {name}; {what}."
+                    yield Problem("CFG-120", found, f"Correct {name}=.")
+    if len(task.frames) > 1 and plan.size[0] < TEMPORAL_STRIDE + 1:
         found = f"A clip of {plan.size[0]} frames has no first and last one."
-        yield Problem("CFG-123", found, f"Use {VAE_STRIDE[0] + 1} frames or more.")
+        yield Problem("CFG-123", found, f"Use {TEMPORAL_STRIDE + 1} frames or more.")
 
 
-def _video_problems(asked: Asked, plan: ClipPlan) -> Iterator[Problem]:
-    if asked.videos is None:
+def _as_many(count: int, listed: Listed) -> bool:
+    return listed.fewest <= count and (listed.most is None or count <= listed.most)
+
+
+def _in_words(listed: Listed) -> str:
+    """`1`, `0 to 1` or `any number`."""
+    if listed.most is None:
+        return "any number"
+    return f"{listed.most}" if listed.fewest == listed.most else f"{listed.fewest} to {listed.most}"
+
+
+def _setting_problems(asked: Asked, plan: ClipPlan) -> Iterator[Problem]:
+    """CFG-120 for settings that the model's task does not have."""
+    task = plan.wan.task
+    for name in sorted(asked.settings.keys() - {feature.name for feature in task.made_by(Source.SETTING)}):
+        yield Problem("CFG-120", f"{task.title} models take no {name}.", f"Leave {name}= out.")
+    if asked.text_only and not task.with_mask:
+        yield Problem("CFG-120", f"{task.title} models take no text_only.", "Leave text_only= out.")
+
+
+def _video_problems(asked: Asked, plan: ClipPlan, task: Task) -> Iterator[Problem]:
+    """CFG-121: a strength belongs to videos that clips begin as, not to those that the model sees."""
+    if "videos" not in asked.lists:
         if asked.strength is not None:
             yield Problem("CFG-121", "strength has no effect without videos.", "Leave it out, or give videos=.")
-        return
-    if plan.wan.task.with_video is None:
-        found = f"{plan.wan.task.title} models take no videos."
-        yield Problem("CFG-120", found, "Leave videos out, or load a text-to-video model.")
-    if asked.strength is None:
+    elif plan.wan.task.with_video is None and "videos" in lists_of(task, asked.shown):
+        if asked.strength is not None:
+            found = f"strength has no effect on {plan.wan.task.title} models."
+            yield Problem("CFG-121", found, "Leave it out.")
+    elif asked.strength is None:
         found = "videos are given without strength."
         yield Problem("CFG-121", found, "Give it, for example 0.7: how much of the video is made anew.")
     elif not 0 < asked.strength <= 1 or int(plan.settings.num_steps * asked.strength) < 1:

@@ -115,6 +115,8 @@ def _print_progress(progress: Progress) -> None:
     expired = len(progress.running) - len(live)
     counts = f"{progress.done} of {progress.runs} shards done, {len(live)} running, {expired} left by a worker"
     print(f"{counts}, {len(progress.failed)} failed, {progress.to_do} to do; {progress.skipped} clips left out")
+    if progress.kept:
+        print(f"{progress.kept} samples are kept to be copied: made by trainings (--live), or of former shards")
     for one in progress.running:
         gone = ", which is gone" if one.is_expired else ""
         when = f"since {one.since_s / 60:.1f} min, seen {one.seen_s:.0f} s ago"

@@ -164,16 +164,20 @@ def _of_run(sections: TrainingRun, flags: LookRunOptions, argv: Sequence[str]) -
     data, layout, wan = sections.data, layout_of(sections), sections.wan
     dataset = open_features(data.features, wan)
     batch = sections.samples_of_step(layout.dp_size)
-    packs, num_replicas, num_stages = [], layout.dp_size, layout.pp_size
-    if data.pack_tokens is not None:  # which samples share a sequence depends on the layout
-        packs = [("packs", f"at most {data.pack_tokens:,} tokens; shown sample by sample, as planned")]
-        num_replicas, num_stages = 1, 1
+    packs = [] if data.pack_tokens is None else [("packs", f"at most {data.pack_tokens:,} tokens in a sequence")]
     drawing = Drawing(
         batches=BatchPlan(
-            batch, data.micro_batch_size, dp_size=num_replicas, num_stages=num_stages, pair_cost=data.pair_cost
+            batch,
+            data.micro_batch_size,
+            dp_size=layout.dp_size,
+            num_stages=layout.pp_size,
+            pack_tokens=data.pack_tokens,
+            pair_cost=data.pair_cost,
+            multiple=layout.micro_batches_come_in,
         ),
         seed=sections.training.seed,
         caption_dropout=data.caption_dropout,
+        condition_dropout=data.condition_dropout,
         shuffle=data.shuffle,
         mixture=data.mixture,
         min_bucket=data.min_bucket,
@@ -194,6 +198,7 @@ def _of_run(sections: TrainingRun, flags: LookRunOptions, argv: Sequence[str]) -
             ("seed", str(sections.training.seed)),
             ("order", "shuffled" if data.shuffle else "as listed"),
             ("captions dropped", f"{data.caption_dropout:.1%}"),
+            *((f"{name} dropped", f"{rate:.1%}") for name, rate in data.condition_dropout.rates.items()),
             ("bad samples", data.on_bad_sample),
             ("costs", f"of the run's model, {wan.num_layers} blocks of width {wan.hidden_size}"),
         ],

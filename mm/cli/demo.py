@@ -10,7 +10,7 @@ from pydantic import Field
 
 from mm.cli.entry import run
 from mm.config.flags import Flags, parse_flags
-from mm.config.tasks.registry import MADE
+from mm.config.tasks.registry import EXTRACTED
 from mm.demo.write import write_demo
 
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     """Run the command with the words after its name."""
     flags = parse_flags(DemoFlags, argv, program="mm demo")
     write_demo(flags.out, flags.clips_per_caption)
-    first, *others = MADE.values()
+    first, *others = EXTRACTED.values()
     titles = f"{', '.join(task.title for task in (first, *others[:-1]))} and {others[-1].title}"
     print(f"{flags.out}/weights/   tiny Wan2.1 {titles} in the HF folder layout")
     print(f"{flags.out}/dataset/   {16 * flags.clips_per_caption} captioned clips")
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"{flags.out}/prompts.txt   16 captions to generate from")
     for column in (column for task in others for column in task.columns):
         print(f"{flags.out}/{column.name}.txt   {column.expected} for each caption")
-    lists = ", ".join(f"{flags.out}/images_{task.name}.txt" for task in others if task.frames)
+    lists = ", ".join(f"{flags.out}/images_{task.name}.txt" for task in others if task.frames and task.is_generated)
     print(f"{lists}   images to generate from, one line a caption")
 
 

@@ -20,6 +20,7 @@ from mm.config.layout import Layout, layout_of
 from mm.config.model import WanConfig
 from mm.config.place import process_place
 from mm.config.recompute import recompute_of
+from mm.config.rules.live import live_extractions
 from mm.config.rules.training import check_training
 from mm.config.run.file import load_run, of_kind
 from mm.config.run.training import TrainingRun
@@ -118,6 +119,7 @@ def _check(argv: Sequence[str]) -> None:
         save_optimizer=sections.checkpoint.save_optimizer,
         optimizer=sections.optimizer.name,
         packed=packed,
+        encoder_bytes=_encoder_bytes(sections),
     )
     report = dry_run(job, flags.rank)
     notes = {"compile": _UNCOMPILED} if sections.memory.compile_blocks else {}
@@ -135,10 +137,20 @@ def _asked(argv: Sequence[str]) -> tuple[TrainingRun, DoctorOptions]:
     return translate(flags, read_files(flags, reading)), flags
 
 
+def _encoder_bytes(sections: TrainingRun) -> int:
+    """Bytes of the encoders of a run that makes features; stores of the same encoders share them."""
+    if sections.live is None:
+        return 0
+    from mm.extract.live.encoder_bytes import encoder_bytes
+
+    named = {(run.task.name, run.encoders.model_dump_json()): run for run in live_extractions(sections)}
+    return sum(map(encoder_bytes, named.values()))
+
+
 def _largest_clip(sections: TrainingRun) -> tuple[int, int, int]:
     """Latents of the clip that the features have; CFG-047 where the run does not say one size for all."""
     clip = sections.data.features.clip
-    size = None if clip is None else clip.latent_size
+    size = None if clip is None else clip.latent_size(sections.wan.task.latent_pixels)
     if size is None:
         found = f"{sections.word('data.features.clip')} says no size that all samples have."
         raise ConfigError("CFG-047", found, "Give the latents of one as --latent-size F H W, such as 21 60 104.")

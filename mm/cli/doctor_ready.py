@@ -7,7 +7,7 @@ import logging
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,15 @@ from tabulate import tabulate
 
 from mm.config.layout import Layout
 from mm.config.place import ProcessPlace
+from mm.config.rules.live import live_extractions
 from mm.config.run.training import TrainingRun
 from mm.config.units import format_bytes
 from mm.errors import ConfigError, DataError, MMError, Problem, raise_all
 from mm.isolated import command_of
 
 if TYPE_CHECKING:
+    from mm.config.storage import Location
+    from mm.data.open_store import MakingStore
     from mm.doctor.preflight import Finding
     from mm.lora.plan import LoRAPlan
 
@@ -69,7 +72,9 @@ def check(
     budget = sections.data.pack_tokens
     one_size = layout.pp_size > 1 and not sections.parallel.variable_sizes and budget is None
     batch = sections.samples_of_step(layout.dp_size)
-    if where.local_rank == 0:  # once a node: its disks, its memory
+    if where.local_rank == 0 and sections.live is not None:
+        findings += preflight.attempt("features", lambda: preflight.live(live_extractions(sections)))
+    elif where.local_rank == 0:  # once a node: its disks, its memory
         findings += preflight.attempt(
             "features",
             lambda: preflight.features(
@@ -107,7 +112,15 @@ def _resumed(
 
     if any(found.check in ("features", "checkpoints") and found.verdict == "no" for found in findings):
         return []
-    return resume(sections, open_features(sections.data.features, sections.wan), layout.dp_size, lora)
+    made: Mapping[Location, MakingStore] = {}
+    if sections.live is not None:
+        from mm.extract.live.opening import LiveStores
+
+        try:
+            made = LiveStores(live_extractions(sections)).by_folder
+        except DataError:  # no run has looked at the rows as they are yet
+            return []
+    return resume(sections, open_features(sections.data.features, sections.wan, made), layout.dp_size, lora)
 
 
 def _draws(sections: TrainingRun, samples: int) -> str | None:
@@ -120,6 +133,8 @@ def _draws(sections: TrainingRun, samples: int) -> str | None:
 
     data, seed = sections.data, sections.training.seed
     batches = BatchPlan(samples, data.micro_batch_size)
+    if sections.live is not None:  # the run itself looks at the clips, and writes what it finds into their stores
+        return None
     try:
         dataset = open_features(data.features, sections.wan)
         plan = sampling_plan(

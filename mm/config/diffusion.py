@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -26,6 +27,10 @@ class DiffusionConfig(Section):
         logit_mean, logit_std: of that normal, only with `logit_normal`. A mean above 0 draws more noise; VideoX-Fun's
             and diffusers' training scripts count the grid from noise to data: their mean is the negative of this one.
         loss_weighting: `gaussian` favours the middle timesteps; `none` weighs all alike.
+        first_frame_share: share of samples that are given their first latent frame clean, of tasks that have it; None
+            for that of the task.
+        band_from, band_below: noise levels that are drawn, from the first on and below the second, such as those of one
+            of two experts; None for no limit. Chances within them, and weights, are as without.
     """
 
     model_id: Literal["wan_flow_match_scheduler"] = "wan_flow_match_scheduler"
@@ -37,6 +42,9 @@ class DiffusionConfig(Section):
     logit_mean: float = 0.0
     logit_std: float = Field(1.0, gt=0)
     loss_weighting: LossWeighting = "gaussian"
+    first_frame_share: float | None = Field(None, ge=0, le=1)
+    band_from: float | None = Field(None, ge=0, le=1)
+    band_below: float | None = Field(None, ge=0, le=1)
 
     @model_validator(mode="after")
     def _logit_keys_need_logit_normal(self) -> DiffusionConfig:
@@ -47,3 +55,16 @@ class DiffusionConfig(Section):
                 f'"{self.timestep_sampling}"; remove it or choose "logit_normal"'
             )
         return self
+
+    @property
+    def band(self) -> tuple[float, float]:
+        """Limits of the noise levels that are drawn: the first is one, the second is above all."""
+        low, high = self.band_from, self.band_below
+        return 0.0 if low is None else low, math.inf if high is None else high
+
+    def levels(self) -> list[float]:
+        """The grid's noise levels, shifted, downwards."""
+        count = self.num_train_timesteps
+        parts = count if self.extra_one_step else count - 1
+        even = (1 - (1 - self.sigma_min) * index / parts for index in range(count))
+        return [self.shift * level / (1 + (self.shift - 1) * level) for level in even]

@@ -96,7 +96,7 @@ class WanConfig(Section):
     @property
     def image_tokens(self) -> int:
         """Tokens in front of the text's, of all features that enter there; 0 without images."""
-        return self.task.context_tokens(self._sizes())
+        return self.task.context_tokens(self.feature_sizes())
 
     @property
     def side_blocks(self) -> dict[int, int]:
@@ -106,7 +106,7 @@ class WanConfig(Section):
     @property
     def side_channels(self) -> int:
         """Channels of the side blocks' context; 0 without."""
-        return sum(feature.shape(self._sizes())[0] for feature in self.task.entering(Entry.SIDE_BLOCKS))
+        return sum(feature.shape(self.feature_sizes())[0] for feature in self.task.entering(Entry.SIDE_BLOCKS))
 
     @property
     def noise_channels(self) -> int:
@@ -116,7 +116,7 @@ class WanConfig(Section):
     @property
     def condition_channels(self) -> int:
         """Channels of the task's features behind the noisy ones; 0 where there are none."""
-        return self.task.channels(self._sizes())
+        return self.task.channels(self.feature_sizes())
 
     def num_tokens(self, latent: tuple[int, int, int]) -> int:
         """Tokens of one sample with all of its features, given F, H, W of its latents: also those nobody predicts."""
@@ -126,10 +126,16 @@ class WanConfig(Section):
 
     def feature_shapes(self, latent: tuple[int, int, int]) -> dict[str, Shape]:
         """Shapes of one sample's features by name, optional ones too, given F, H, W of its latents."""
-        sizes = self._sizes(latent)
+        sizes = self.feature_sizes(latent)
         return {feature.name: feature.shape(sizes) for feature in self.task.features}
 
-    def _sizes(self, latent: tuple[int, int, int] = (1, 1, 1)) -> Sizes:
+    def stored_shapes(self, latent: tuple[int, int, int]) -> dict[str, Shape]:
+        """Shapes of one sample's features in stores by name, given F, H, W of its latents."""
+        sizes = self.feature_sizes(latent)
+        return {feature.name: (feature.stored or feature.shape)(sizes) for feature in self.task.stored}
+
+    def feature_sizes(self, latent: tuple[int, int, int] = (1, 1, 1)) -> Sizes:
+        """Sizes that shapes of features are made of, given F, H, W of latents."""
         return Sizes(self.out_dim, latent, self.image_dim, self.clip_token_len or 0)
 
     def differing_fields(self, other: WanConfig) -> list[str]:
@@ -174,10 +180,10 @@ class WanConfig(Section):
         if added and self.in_dim != self.out_dim + added:
             raise ValueError(
                 f"in_dim of {name_of_task} models with out_dim {self.out_dim} is {self.out_dim + added} "
-                f"({self.out_dim} noisy, {task.channels_in_words(self._sizes())} channels), not {self.in_dim}"
+                f"({self.out_dim} noisy, {task.channels_in_words(self.feature_sizes())} channels), not {self.in_dim}"
             )
         more = self.in_dim - self.out_dim
-        others = [other for other in TASKS.values() if more and other.channels(self._sizes()) == more]
+        others = [other for other in TASKS.values() if more and other.channels(self.feature_sizes()) == more]
         if not added and self.out_dim == 16 and others:
             of_others = named(others, " and ")
             raise ValueError(f"in_dim {self.in_dim} is that of {of_others} models, and model_type is {name_of_task}")

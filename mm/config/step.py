@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from mm.config.base import Section
 from mm.config.optimizer import OptimizerName
@@ -82,7 +82,7 @@ class StepSettings(Section):
     Attributes:
         global_batch_size: samples of a step, of all replicas.
         schedule, optimizer: as above. objective: every key of that section.
-        caption_dropout: share of captions left out.
+        caption_dropout: share of captions left out. condition_dropout: shares above zero of other conditions.
         data: the features. held_out: those of its evaluation, which no step sees.
         bf16: precision of model and activations. ema_decay: of the average, or None.
         pack_tokens: tokens of packed sequences, or None. The only one that decides nothing but rounding.
@@ -93,6 +93,7 @@ class StepSettings(Section):
     optimizer: OptimizerSettings
     objective: dict[str, Any]
     caption_dropout: float
+    condition_dropout: dict[str, float] = Field(default_factory=dict)
     data: DataSettings
     held_out: DataSettings | None
     bf16: bool
@@ -134,6 +135,7 @@ def step_settings(
         optimizer=OptimizerSettings(**optimizer),
         objective=run.objective.model_dump(mode="json"),
         caption_dropout=run.data.caption_dropout,
+        condition_dropout=run.data.condition_dropout.rates,
         data=features,
         held_out=held_out,
         bf16=run.model.precision == "bf16",
@@ -173,6 +175,9 @@ def changes(before: StepSettings, now: StepSettings, words: Origins) -> Iterator
         yield from _differing("objective", name, before.objective.get(key), now.objective.get(key))
     dropout, shuffle = words["data.caption_dropout"].of(), words["data.shuffle"].of()
     yield from _differing("objective", dropout, before.caption_dropout, now.caption_dropout)
+    for key in sorted({*before.condition_dropout, *now.condition_dropout}):
+        rates = (side.condition_dropout.get(key, 0.0) for side in (before, now))
+        yield from _differing("objective", words[f"data.condition_dropout.{key}"].of(), *rates)
     yield from _of_data("data", words.whole("data.features"), before.data, now.data)
     yield from _differing("data", shuffle, before.data.shuffle, now.data.shuffle)
     if before.data.shuffle == now.data.shuffle:

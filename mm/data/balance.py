@@ -51,13 +51,31 @@ def sequence_cost(model: WanConfig, pair_cost: float | None) -> SequenceCost:
     return cost_of_model(model) if pair_cost is None else SequenceCost(1.0, pair_cost)
 
 
+def replica_time(costs: Sequence[float], num_stages: int = 1) -> float:
+    """Time of one replica's step, in the unit of its micro-batches' costs.
+
+    In a pipeline a micro-batch is in one of `num_stages` equally long stages at a time, and the others wait before and
+    after the dearest one, which so counts once for each stage: sum + (stages - 1) max, exact where all cost the same.
+    """
+    return sum(costs) + (num_stages - 1) * max(costs)
+
+
+def least_time(of_samples: Sequence[float], num_replicas: int, num_stages: int = 1) -> float:
+    """Bound below which no dealing and no packing of a step's samples lets its slowest replica come.
+
+    One replica has no less than the mean; and the dearest sample passes every stage, forward and backward, one after
+    the other.
+    """
+    return max(sum(of_samples) / num_replicas, num_stages * max(of_samples))
+
+
 def deal(costs: Sequence[float], num_replicas: int, num_stages: int = 1) -> list[list[int]]:
     """Deal micro-batches to replicas, equally many to each, so that all take about as long.
 
     The dearest go first, each to the replica with the least so far among those with room (Graham 1969, "Bounds on
     Multiprocessing Timing Anomalies"). Where all cost the same, replica r gets those at r, r + replicas and so on.
-    In a pipeline a micro-batch is in one stage at a time, so that the others idle before and after the dearest one: it
-    counts once for each stage. There a replica's cheapest come first and last, where the pipeline fills and empties.
+    In a pipeline a replica's first, which is its dearest, counts once for each stage (`replica_time`). Its cheapest
+    come first and last there, where the pipeline fills and empties.
 
     Args:
         costs: of the micro-batches of a step. num_replicas: divides their number. num_stages: of the pipeline.

@@ -15,9 +15,10 @@ from mm.config.run.data import FeatureSet
 from mm.config.run.extraction import SourceClip
 from mm.config.tasks.task import Task
 from mm.data.clips import CheckClip, check_announced_length
-from mm.data.dataset import FeatureDataset, FeaturePlace, checked_sources, local_store, read_sample
+from mm.data.dataset import FeatureDataset, checked_sources, local_store, read_sample
 from mm.data.listing import FeatureStore, RowChecker
 from mm.data.metadata import VideoSample
+from mm.data.place import FeaturePlace
 from mm.data.recipe import Recipe
 from mm.data.sources.checking import iterate_rows
 from mm.data.store.catalog import is_sharded
@@ -133,7 +134,8 @@ def check_videos(
         else:
             names: _Names = (row.sample.id, str(row.sample.file)) if row.sample is not None else (None, None)
             checked.add(row.source, row.number, names, problems)
-    readers = _read_all(CheckClip(preprocess, seed, quick), jobs, lists, num_workers, time_limit, done)
+    media = () if task is None else task.media
+    readers = _read_all(CheckClip(preprocess, seed, quick, media), jobs, lists, num_workers, time_limit, done)
     good = [job.what for job in jobs if job.number not in lists[job.data_set].bad]
     return CheckedData(lists, readers["pyav"] if preprocess.reader == "decord" else 0, good)
 
@@ -197,7 +199,7 @@ def _shard_jobs(checked: CheckedList, data_set: int, dataset: FeatureDataset) ->
     """The samples of a store of shards to read; those of a shard that cannot be opened are noted."""
     for index in range(len(dataset)):
         try:
-            place = dataset.place(index)
+            place = dataset.stored_place(index)
         except DataError as error:
             checked.add(data_set, index + 1, (None, None), error.problems)
             continue

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from mm.config.run.extraction import SourceClip
 from mm.config.run.shapes import FrameRule
-from mm.data.files import raise_limited
+from mm.config.tasks.task import Media
+from mm.data.annotation_check import check_annotation, check_image
+from mm.data.beside import Taken, check_beside, numbers_of, read_beside
 from mm.data.image import probe_image, read_image
 from mm.data.metadata import VideoSample
 from mm.data.shapes.choose import choose_shape, fewest_frames, most_pixels
@@ -21,10 +23,11 @@ from mm.data.shapes.shape import Shape, left_out
 from mm.data.transforms import to_shape
 from mm.data.video import VideoInfo, probe, read_frames
 from mm.data.workers import Parcel, bytes_to_share, read_in_order
-from mm.errors import DataError, Problem
+from mm.errors import DataError
 from mm.rng import generator
 
 _PILLOW = "pillow"
+_PIXELS, _BESIDE = "pixels", "beside "
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,16 @@ class Clip:
         read_by: the library that read it, decord, pyav or pillow.
         taken: what a rule chose: the frames' numbers, the size that the picture was resized to, and the top and left
             of the clip in it; None where the clip is of one size and its frames follow from `start`.
+        key: the seed, the sample's id and the draw, by which all is drawn that is drawn of it.
+        beside: what the task takes beside it, by role, as `mm.data.beside.read_beside` gives it.
     """
 
     pixels: Tensor
     start: int
     read_by: str
     taken: dict[str, Any] | None = None
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+    key: tuple[int, str, int] = (0, "", 0)
 
     @property
     def num_frames(self) -> int:
@@ -50,43 +57,85 @@ class Clip:
         return self.pixels.shape[1]
 
 
-def load_clip(sample: VideoSample, preprocess: SourceClip, seed: int, draw: int = 0) -> Clip:
+def load_clip(
+    sample: VideoSample, preprocess: SourceClip, seed: int, draw: int = 0, media: Sequence[Media] = ()
+) -> Clip:
     """Read, resize and crop a clip of a sample, its first or another `draw`; an image gives a clip of one frame.
+
+    With it comes what the task takes beside it, its `media`.
 
     Raises:
         DataError: what `mm.data.video` and `mm.data.image` raise, DATA-004 when the video is too short, DATA-005 when
             it is not what its annotation says, DATA-160 and DATA-161 what `mm.data.shapes.choose.choose_shape` raises,
-            DATA-160 for a video that is too long, DATA-162 for one without times.
+            DATA-160 for a video that is too long, DATA-162 for one without times; of media what
+            `mm.data.beside.read_beside` raises.
     """
     if sample.kind == "image":
-        return _load_image(sample, preprocess, seed, draw)
+        return _load_image(sample, preprocess, seed, draw, media)
     info, shape, indices = _plan_clip(sample, preprocess, seed, draw)
     once = sorted(set(indices))  # a rate above the video's takes frames more than once
     frames = torch.cat([to_shape(chunk, shape) for chunk in read_frames(sample.file, info, once, preprocess.reader)])
     if len(once) < len(indices):
         frames = frames[torch.tensor([once.index(index) for index in indices])]
-    return Clip(frames.transpose(0, 1), indices[0], info.read_by, _taken(preprocess, shape, indices))
+    pixels = frames.transpose(0, 1)
+    beside = read_beside(sample, media, pixels, _part(info, shape, indices, preprocess), seed, draw)
+    return Clip(pixels, indices[0], info.read_by, _taken(preprocess, shape, indices), beside, (seed, sample.id, draw))
 
 
-def _load_image(sample: VideoSample, preprocess: SourceClip, seed: int, draw: int) -> Clip:
+def _part(info: VideoInfo, shape: Shape, indices: Sequence[int], preprocess: SourceClip) -> Taken:
+    """The part of a video that a clip is."""
+    width = info.width * info.pixel_aspect
+    return Taken("video", info.height, width, shape, indices, info.num_frames, preprocess.reader)
+
+
+class ClipFacts(NamedTuple):
+    """Facts of a clip that was not decoded: number of its first frame in the video, frames, height and width."""
+
+    start: int
+    frames: int
+    height: int
+    width: int
+
+
+def clip_facts(
+    sample: VideoSample, preprocess: SourceClip, seed: int, draw: int = 0, media: Sequence[Media] = ()
+) -> ClipFacts:
+    """Facts of the clip that `load_clip` gives, without decoding it; raises what that raises before it decodes."""
+    if sample.kind == "image":
+        size = probe_image(sample.file)
+        check_image(sample, *size)
+        shape = _shape_of(sample, preprocess, *size, 1, (seed, draw))
+        return ClipFacts(0, 1, shape.height, shape.width)
+    info, shape, indices = _plan_clip(sample, preprocess, seed, draw)
+    check_beside(sample, media, _part(info, shape, indices, preprocess))
+    return ClipFacts(indices[0], len(indices), shape.height, shape.width)
+
+
+def _load_image(sample: VideoSample, preprocess: SourceClip, seed: int, draw: int, media: Sequence[Media] = ()) -> Clip:
     pixels = read_image(sample.file)
     height, width = pixels.shape[:2]
-    _check_image(sample, height, width)
+    check_image(sample, height, width)
     shape = _shape_of(sample, preprocess, height, width, 1, (seed, draw))
-    frame = to_shape(pixels.permute(2, 0, 1).unsqueeze(0), shape)
-    return Clip(frame.transpose(0, 1), 0, _PILLOW, _taken(preprocess, shape, [0]))
+    clip = to_shape(pixels.permute(2, 0, 1).unsqueeze(0), shape).transpose(0, 1)
+    of_image = Taken(sample.kind, height, Fraction(width), shape, [0], 1, preprocess.reader)
+    beside = read_beside(sample, media, clip, of_image, seed, draw)
+    return Clip(clip, 0, _PILLOW, _taken(preprocess, shape, [0]), beside, (seed, sample.id, draw))
 
 
-def clip_of_frames(frames: Tensor, sample: VideoSample, preprocess: SourceClip, seed: int) -> Clip:
+def clip_of_frames(
+    frames: Tensor, sample: VideoSample, preprocess: SourceClip, seed: int, media: Sequence[Media] = ()
+) -> Clip:
     """The clip of a video that is in memory, uint8 [F, H, W, 3]; chosen, resized and cropped as `load_clip` does.
 
     Raises:
-        DataError: DATA-004 when it is too short.
+        DataError: DATA-004 when it is too short; of media what `mm.data.beside.read_beside` raises.
     """
     shape = _shape_of(sample, preprocess, frames.shape[1], frames.shape[2], len(frames), (seed, 0))
     indices = choose_frames(sample, len(frames), preprocess, seed, most=shape.frames)
-    pixels = to_shape(frames[list(indices)].permute(0, 3, 1, 2), shape)
-    return Clip(pixels.transpose(0, 1), indices[0], "memory", _taken(preprocess, shape, indices))
+    pixels = to_shape(frames[list(indices)].permute(0, 3, 1, 2), shape).transpose(0, 1)
+    given = Taken("video", frames.shape[1], Fraction(frames.shape[2]), shape, indices, len(frames), preprocess.reader)
+    beside = read_beside(sample, media, pixels, given, seed, 0)
+    return Clip(pixels, indices[0], "memory", _taken(preprocess, shape, indices), beside, (seed, sample.id, 0))
 
 
 def _plan_clip(
@@ -130,12 +179,12 @@ class _ReadClip:
 
     preprocess: SourceClip
     seed: int
+    media: Sequence[Media]
 
     def __call__(self, job: tuple[VideoSample, int], /) -> Parcel:
         sample, draw = job
-        clip = load_clip(sample, self.preprocess, self.seed, draw)
-        facts = {"start": clip.start, "read_by": clip.read_by}
-        return Parcel({"pixels": clip.pixels}, facts if clip.taken is None else facts | {"taken": clip.taken})
+        clip = load_clip(sample, self.preprocess, self.seed, draw, self.media)
+        return Parcel(*in_parts(clip))
 
     def describe(self, job: tuple[VideoSample, int], /) -> str:
         return str(job[0].file)
@@ -148,6 +197,7 @@ def read_clips(
     *,
     num_workers: int,
     time_limit: float,
+    media: Sequence[Media] = (),
 ) -> Generator[Clip | DataError]:
     """The clips of samples and draws, in order, read ahead by `num_workers` processes; jobs are taken as they are read.
 
@@ -155,14 +205,33 @@ def read_clips(
     `time_limit` seconds, or DATA-071 when its reader died twice.
     """
     outcomes = read_in_order(
-        _ReadClip(preprocess, seed),
+        _ReadClip(preprocess, seed, media),
         jobs,
         num_workers=num_workers,
         time_limit=time_limit,
-        buffer_bytes=bytes_to_share((3, most_pixels(preprocess))),
+        buffer_bytes=clip_bytes(preprocess, media),
     )
     for _, outcome in outcomes:
-        yield outcome if isinstance(outcome, DataError) else Clip(outcome.tensors["pixels"], **outcome.facts)
+        yield outcome if isinstance(outcome, DataError) else of_parts(outcome.tensors, outcome.facts)
+
+
+def in_parts(clip: Clip) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a clip by name, and the rest, which JSON can spell."""
+    facts = {"start": clip.start, "read_by": clip.read_by, "key": list(clip.key)}
+    tensors = {_PIXELS: clip.pixels} | {f"{_BESIDE}{role}": value for role, value in clip.beside.items()}
+    return tensors, facts if clip.taken is None else facts | {"taken": clip.taken}
+
+
+def of_parts(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Clip:
+    """The clip that `in_parts` took apart."""
+    beside = {name.removeprefix(_BESIDE): value for name, value in tensors.items() if name.startswith(_BESIDE)}
+    return Clip(tensors[_PIXELS], **{**facts, "key": tuple(facts["key"])}, beside=beside)
+
+
+def clip_bytes(preprocess: SourceClip, media: Sequence[Media]) -> int:
+    """The most bytes that the tensors of a clip take, with what is beside it."""
+    pixels = most_pixels(preprocess)
+    return bytes_to_share((3, pixels), *((numbers_of(one, pixels),) for one in media))
 
 
 @dataclass(frozen=True)
@@ -172,18 +241,19 @@ class CheckClip:
     preprocess: SourceClip
     seed: int
     quick: bool
+    media: Sequence[Media] = ()
 
     def __call__(self, sample: VideoSample, /) -> Parcel:
         """Tells which library reads the clip; raises what `load_clip` raises."""
         if self.quick and sample.kind == "image":
-            size = probe_image(sample.file)
-            _check_image(sample, *size)
-            _shape_of(sample, self.preprocess, *size, 1, (self.seed, 0))
+            clip_facts(sample, self.preprocess, self.seed)
             read_by = _PILLOW
         elif self.quick:
-            read_by = _plan_clip(sample, self.preprocess, self.seed)[0].read_by
+            info, shape, indices = _plan_clip(sample, self.preprocess, self.seed)
+            check_beside(sample, self.media, _part(info, shape, indices, self.preprocess))
+            read_by = info.read_by
         else:
-            read_by = load_clip(sample, self.preprocess, self.seed).read_by
+            read_by = load_clip(sample, self.preprocess, self.seed, media=self.media).read_by
         return Parcel({}, {"read_by": read_by})
 
     def describe(self, sample: VideoSample, /) -> str:
@@ -279,47 +349,6 @@ def check_announced_length(sample: VideoSample, preprocess: SourceClip) -> None:
         return
     if announced > 1 or preprocess.shape is None:  # a shape rule takes one frame for an image
         choose_frames(sample, announced, preprocess, seed=0, most=fewest_frames(preprocess))
-
-
-def check_annotation(sample: VideoSample, info: VideoInfo) -> None:
-    """Compare what the annotation says with the video.
-
-    `num_frames` is compared only where there is no `cut`, which may be counted or not. `resolution` may be that of the
-    picture as it is stored upright or, where pixels are not square, as it is shown: tools tell either.
-
-    Raises:
-        DataError: DATA-005, all differences at once.
-    """
-    shown = _Size(*info.shown_size)
-    _compare(sample, info.num_frames, _Size(info.height, info.width), shown)
-
-
-def _check_image(sample: VideoSample, height: int, width: int) -> None:
-    """`check_annotation` of an image."""
-    size = _Size(height, width)
-    _compare(sample, 1, size, size)
-
-
-class _Size(NamedTuple):
-    height: int
-    width: int
-
-
-def _compare(sample: VideoSample, num_frames: int, stored: _Size, shown: _Size) -> None:
-    said = sample.annotation
-    problems = []
-    if said.num_frames is not None and said.cut is None and said.num_frames != num_frames:
-        problems.append(_differs(sample, f"num_frames {said.num_frames}", f"{num_frames} frames"))
-    if said.resolution is not None and (said.resolution.height, said.resolution.width) not in (stored, shown):
-        claimed = f"height {said.resolution.height}, width {said.resolution.width}"
-        as_shown = "" if stored == shown else f", shown as {shown.height} x {shown.width}"
-        problems.append(_differs(sample, claimed, f"height {stored.height}, width {stored.width}{as_shown}"))
-    raise_limited(problems)
-
-
-def _differs(sample: VideoSample, claimed: str, found: str) -> Problem:
-    message = f"{sample.file}: the annotation says {claimed}, the {sample.kind} has {found}."
-    return Problem("DATA-005", message, f"Correct the annotation, or replace the {sample.kind} if it is the wrong one.")
 
 
 def _cut(sample: VideoSample, num_available: int) -> tuple[int, int]:

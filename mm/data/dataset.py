@@ -6,12 +6,11 @@ import hashlib
 import os
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from math import lcm
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -20,49 +19,28 @@ from mm.config.data import StoreSource, store_sources
 from mm.config.model import WanConfig
 from mm.config.run.data import FeatureSet
 from mm.config.storage import Location, Remote
-from mm.data.features import EMPTY_PROMPT_ID, LISTING, OTHER_TASK, read_feature
+from mm.config.tasks.registry import FEATURE_TASKS
+from mm.data.features import EMPTY_PROMPT_ID, LISTING, OTHER_TASK, Feature, read_feature
 from mm.data.files import path_below
 from mm.data.listing import FeatureStore, LatentShape, ListedSample, RowsOfDraw, open_feature_store
+from mm.data.open_store import MakingStore, SampleTensors, Store
+from mm.data.place import ClipPlace, FeaturePlace, Place
 from mm.data.recipe import Recipe, check_recipe, expected_in_training, load_recipe
 from mm.data.store.blobs import Blob, read_prompt_blob, read_sample_blobs
 from mm.data.store.catalog import is_sharded
 from mm.data.store.opened import ShardStore, open_shards
 from mm.errors import ConfigError, DataError, Problem, raise_all
 
+if TYPE_CHECKING:  # libraries that decode, which few trainings need
+    from mm.data.clips import Clip
+
 ENCODER_FIELDS = ("vae", "text_encoder", "tokenizer", "text_cleaning", "crop", "image_encoder")
-
-
-class SampleTensors(TypedDict):
-    """Tensors that a feature file gives training: latents [16, F, H, W], prompt [L, D], the task's features by name."""
-
-    latents: Tensor
-    prompt: Tensor
-    features: dict[str, Tensor]
 
 
 class FeatureItem(SampleTensors):
     """One sample: its tensors, and its index in the data set."""
 
     sample: int
-
-
-@dataclass(frozen=True, slots=True)
-class FeaturePlace:
-    """All that is needed to read one sample, small enough to be sent to another process.
-
-    Attributes:
-        folder, file: the store and the file below it.
-        blobs: of a store of shards, where the sample and its caption's embedding are in such files.
-        sample, recipe_key: what the file must say of itself.
-        latent_shape: as listed.
-    """
-
-    folder: Location
-    file: str
-    sample: str
-    recipe_key: str
-    latent_shape: LatentShape
-    blobs: tuple[Blob, Blob] | None = None
 
 
 def read_sample(place: FeaturePlace, model: WanConfig) -> SampleTensors:
@@ -80,9 +58,18 @@ def read_sample(place: FeaturePlace, model: WanConfig) -> SampleTensors:
         assert isinstance(place.folder, Path)  # noqa: S101  stores of one file a sample are local
         file = path_below(place.folder, place.file, str(place.folder / LISTING))
         feature = read_feature(file, model, origin)
+    return as_listed(feature, place, str(file))
+
+
+def as_listed(feature: Feature, place: Place, where: str) -> SampleTensors:
+    """The tensors of a sample; `where` names it in the message.
+
+    Raises:
+        DataError: DATA-012 when the latents are not of the shape that is listed.
+    """
     if feature.latents is None or tuple(feature.latents.shape) != place.latent_shape:
         found = None if feature.latents is None else list(feature.latents.shape)
-        message = f"{file}: latents are {found}, {place.folder} lists {list(place.latent_shape)}."
+        message = f"{where}: latents are {found}, {place.folder} lists {list(place.latent_shape)}."
         raise DataError("DATA-012", message, "Run feature extraction again.")
     return {"latents": feature.latents, "prompt": feature.prompt, "features": dict(feature.features)}
 
@@ -100,8 +87,12 @@ class FeatureDataset(Dataset[FeatureItem]):
     Reading checks each sample against the model. Samples of one latent shape form a bucket.
     """
 
-    def __init__(self, stores: Sequence[FeatureStore | ShardStore], model: WanConfig) -> None:
+    def __init__(
+        self, stores: Sequence[Store], model: WanConfig, made: Mapping[Location, MakingStore] | None = None
+    ) -> None:
+        """Take stores, and by their folders those of them whose features are made when they are asked for."""
         self._stores = stores
+        self._made = made or {}
         self.model = model
         self._first = list(accumulate((len(store) for store in stores), initial=0))  # index of each store's first
 
@@ -109,8 +100,8 @@ class FeatureDataset(Dataset[FeatureItem]):
         return self._first[-1]
 
     def __getitem__(self, index: int) -> FeatureItem:
-        """Read one sample; raises what `read_sample` raises."""
-        return {**read_sample(self.place(index), self.model), "sample": index}
+        """Read one sample; raises what `stored_place` and `read_sample` raise."""
+        return {**read_sample(self.stored_place(index), self.model), "sample": index}
 
     def name(self, index: int) -> str:
         """Stable name of a sample, the key of its random numbers; of the stores after the first it begins with `N:`."""
@@ -145,13 +136,32 @@ class FeatureDataset(Dataset[FeatureItem]):
         store, row = self._find(index)
         return self._stores[store].listed(row)
 
-    def place(self, index: int) -> FeaturePlace:
-        """Place of one sample in its store."""
-        number, row = self._find(index)
-        store = self._stores[number]
-        shape = store.latent_shape(row)
-        name, blobs = store.name(row), store.blobs_of(row)
-        return FeaturePlace(store.folder, store.file_of(row), name, store.recipe_key, shape, blobs)
+    def place(self, index: int) -> Place:
+        """Place of one sample."""
+        store, row = self._find(index)
+        return self._stores[store].place(row)
+
+    def stored_place(self, index: int) -> FeaturePlace:
+        """Place of one sample's features; raises KeyError where they are not made yet."""
+        place = self.place(index)
+        if isinstance(place, ClipPlace):
+            raise KeyError(f"the features of {self.name(index)} are not made yet")
+        return place
+
+    def place_again(self, index: int, lost: Place) -> Place | None:
+        """Another place of a sample whose features cannot be read from one; None where there is none."""
+        store, row = self._find(index)
+        making = self._made.get(self._stores[store].folder)
+        return None if making is None else making.place_again(row, lost)
+
+    def make(self, place: ClipPlace, clip: Clip) -> SampleTensors:
+        """Features of a clip."""
+        return self._made[place.folder].make(place, clip, self.model)
+
+    @property
+    def clip_bytes(self) -> int:
+        """The most bytes that pixels of a clip take whose features are yet to be made; 0 where there are none."""
+        return max((store.clip_bytes for store in self._made.values()), default=0)
 
     def shapes(self) -> Counter[LatentShape]:
         """Number of samples with each latent shape, in the order of the shapes' first samples."""
@@ -163,7 +173,7 @@ class FeatureDataset(Dataset[FeatureItem]):
 
     def with_model(self, model: WanConfig) -> FeatureDataset:
         """The same samples for another model."""
-        return FeatureDataset(self._stores, model)
+        return FeatureDataset(self._stores, model, self._made)
 
     @property
     def draws(self) -> int:
@@ -178,7 +188,7 @@ class FeatureDataset(Dataset[FeatureItem]):
     def parts(self) -> Iterator[tuple[Location, int, FeatureDataset]]:
         """Each store's folder, the index of its first sample here, and a data set of it alone."""
         for first, store in zip(self._first, self._stores, strict=False):
-            yield store.folder, first, FeatureDataset([store], self.model)
+            yield store.folder, first, FeatureDataset([store], self.model, self._made)
 
     def _find(self, index: int) -> tuple[int, int]:
         """A sample's store and its row there."""
@@ -257,15 +267,25 @@ class DatasetDraw:
         raise IndexError(f"there is no sample {k} of latents {list(shape)}")
 
 
-def open_features(features: FeatureSet, model: WanConfig) -> FeatureDataset:
+def open_features(
+    features: FeatureSet, model: WanConfig, made: Mapping[Location, MakingStore] | None = None
+) -> FeatureDataset:
     """Open the stores that a set names.
+
+    Args:
+        features: the set. model: that is to take them.
+        made: by their folders those of the stores whose features are made when they are asked for.
 
     Raises:
         ConfigError, DataError: what `checked_sources` raises.
         DataError: DATA-010, DATA-011 or DATA-064 for a store that is incomplete, DATA-046 for a sample of another task
             than its store; of shards what `mm.data.store.opened.open_shards` raises.
     """
-    return FeatureDataset([_opened(*found) for found in checked_sources(features, model)], model)
+    given = made or {}
+    stores = [
+        given.get(source.folder) or _opened(source, recipe) for source, recipe in checked_sources(features, model)
+    ]
+    return FeatureDataset(stores, model, given)
 
 
 def _opened(source: StoreSource, recipe: Recipe) -> FeatureStore | ShardStore:
@@ -287,7 +307,8 @@ def local_store(source: StoreSource) -> tuple[Path, Path]:
     return source.folder, source.annotation
 
 
-def _sources(features: FeatureSet) -> list[StoreSource]:
+def sources_of_set(features: FeatureSet) -> list[StoreSource]:
+    """The stores that a set names; raises what `mm.config.data.store_sources` raises."""
     return store_sources(features.path, features.folder, LISTING, features.storage)
 
 
@@ -302,11 +323,11 @@ def checked_sources(features: FeatureSet, model: WanConfig) -> list[tuple[StoreS
     """
     expected = expected_in_training(features)
     found: list[tuple[StoreSource, Recipe]] = []
-    sources = _sources(features)
+    sources = sources_of_set(features)
     _check_named_once(sources)
     for source in sources:
         recipe = load_recipe(source.folder)
-        if recipe.task != model.task.name:
+        if FEATURE_TASKS[recipe.task].trains != model.task.name:
             message = f"The features in {source.folder} are of the task {recipe.task}, the model is {model.task.name}."
             raise DataError("DATA-046", message, OTHER_TASK)
         remedy = "Correct preprocess_parameters or tokenizer_config, or extract the features again with these values."

@@ -40,7 +40,14 @@ LISTING = "data.jsonl"
 EMPTY_PROMPT = "empty_prompt.safetensors"
 EMPTY_PROMPT_ID = "empty_prompt"
 PRECISIONS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_DTYPES = {**PRECISIONS, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+_DTYPES = {
+    **PRECISIONS,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 _MAX_HEADER_BYTES = 2**20
 OTHER_TASK = (
@@ -51,7 +58,7 @@ EXTRACT_AGAIN = "Delete the file and run feature extraction again; it makes only
 
 
 def _features_of(task: Task) -> set[str]:
-    return {feature.name for feature in task.features}
+    return {feature.name for feature in task.stored}
 
 
 _ALL_FEATURES = set[str]().union(*map(_features_of, TASKS.values()))
@@ -317,9 +324,11 @@ def _header_problems(header: Header, place: str, model: WanConfig, again: str) -
     if set(header.tensors) != wanted:
         wrong(f"it holds {', '.join(sorted(header.tensors))}, expected {', '.join(sorted(wanted))}")
         return problems
+    exact = {feature.name for feature in model.task.stored if feature.stored is not None}
     for name in sorted(wanted - {"prompt_mask"}):
-        if header.tensors[name][0] not in PRECISIONS:
-            wrong(f"{name} is {header.tensors[name][0]}, expected one of {', '.join(PRECISIONS)}")
+        expected = ["F64"] if name in exact else list(PRECISIONS)
+        if header.tensors[name][0] not in expected:
+            wrong(f"{name} is {header.tensors[name][0]}, expected one of {', '.join(expected)}")
     prompt, mask = header.tensors["prompt"][1], header.tensors["prompt_mask"]
     if len(prompt) != 2 or prod(prompt) < 1 or prompt[1] != model.text_dim:
         wrong(f"prompt is {list(prompt)}, expected [tokens, {model.text_dim}]")
@@ -346,7 +355,7 @@ def _feature_problems(header: Header, place: str, model: WanConfig) -> Iterator[
         message = f"{place}: the clip is one frame, and in {model.task.name} that is known: there is nothing to learn."
         yield Problem("DATA-047", message, "Leave the sample out; clips need at least 5 frames.")
     remedy = "Extract again with the encoders that belong to the model, or correct pretrain_model.json."
-    for name, shape in model.feature_shapes((frames, height, width)).items():
+    for name, shape in model.stored_shapes((frames, height, width)).items():
         if header.tensors[name][1] != shape:
             found = list(header.tensors[name][1])
             yield Problem("DATA-048", f"{place}: {name} is {found}, the model takes {list(shape)}.", remedy)

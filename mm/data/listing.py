@@ -13,9 +13,10 @@ from typing import Annotated, Any, Protocol
 from pydantic import AfterValidator, ConfigDict, Field
 
 from mm.config.base import Section, parse
-from mm.config.tasks.registry import DEFAULT, TaskName
+from mm.config.tasks.registry import DEFAULT, FeatureTaskName
 from mm.data.features import EMPTY_PROMPT, EXTRACT_AGAIN, FEATURES, LISTING
 from mm.data.files import raise_limited, read_rows, write_atomically
+from mm.data.place import FeaturePlace
 from mm.errors import ConfigError, DataError, Problem
 
 LatentShape = tuple[int, int, int, int]  # C, F, H, W
@@ -60,7 +61,7 @@ class FeatureRow(Section):
     sample_size: str
     latent_shape: Annotated[LatentShape, AfterValidator(_possible)]
     text_tokens: int = Field(ge=1)
-    task: TaskName = DEFAULT.name
+    task: FeatureTaskName = DEFAULT.name
     video: str | None = None
     taken: dict[str, Any] | None = None
 
@@ -126,10 +127,6 @@ class FeatureStore:
         """The sample's video, caption and clip."""
         return ListedSample.model_validate(self.rows[row].model_dump())
 
-    def file_of(self, row: int) -> str:
-        """The sample's file, below the folder."""
-        return self.rows[row].file
-
     draws = 1
     """Of each sample."""
 
@@ -152,8 +149,10 @@ class FeatureStore:
             content = (row.sample, row.cap, row.start_frame_idx, row.latent_shape, row.text_tokens, row.video)
             digest.update(f"{json.dumps(content)}\n".encode())
 
-    def blobs_of(self, row: int) -> None:
-        """Nothing: a sample is a whole file."""
+    def place(self, row: int) -> FeaturePlace:
+        """Place of the sample."""
+        listed = self.rows[row]
+        return FeaturePlace(self.folder, listed.file, listed.sample, self.recipe_key, listed.latent_shape)
 
     def empty_prompt(self) -> Path:
         """The file of the empty caption's embedding."""

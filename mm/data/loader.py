@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -15,22 +16,29 @@ from torch import Tensor
 
 from mm.config.bad_samples import FAIL, OnBadSample
 from mm.config.model import WanConfig
-from mm.config.run.data import MinBucket, Mixture
+from mm.config.run.data import ConditionDropout, MinBucket, Mixture
 from mm.data.balance import sequence_cost
-from mm.data.dataset import FeatureDataset, FeaturePlace, SampleTensors, read_empty_prompt, read_sample
+from mm.data.dataset import FeatureDataset, read_empty_prompt, read_sample
+from mm.data.open_store import SampleTensors
 from mm.data.packing import PackSampler
+from mm.data.place import ClipPlace, Place
 from mm.data.plan import PlannedSample, SamplingPlan
 from mm.data.planning import sampling_plan
 from mm.data.replacing import Replaced, check_replaced, may_be_replaced
 from mm.data.sampler import BatchPlan, DealtStep, MicroBatchSampler
 from mm.data.store.blobs import Blob
 from mm.data.workers import Outcome, Parcel, as_error, as_facts, bytes_to_share, read_in_order
+from mm.drops import DropRates, Kept, draw_kept
 from mm.errors import DataError
-from mm.rng import generator, training_noise
+from mm.rng import training_noise
+
+if TYPE_CHECKING:  # libraries that decode, which few trainings need
+    from mm.data.clips import Clip
 
 logger = logging.getLogger(__name__)
 
 ONE_SOURCE = Mixture()
+NOTHING_DROPPED = ConditionDropout()
 
 
 class _Notes(TypedDict, total=False):
@@ -73,6 +81,7 @@ def feature_batches(
     seed: int,
     consumed_samples: int = 0,
     caption_dropout: float = 0.0,
+    condition_dropout: ConditionDropout = NOTHING_DROPPED,
     shuffle: bool = True,
     mixture: Mixture = ONE_SOURCE,
     min_bucket: MinBucket = "error",
@@ -93,6 +102,7 @@ def feature_batches(
         seed: decides order and caption dropout.
         consumed_samples: samples that all replicas together trained on before.
         caption_dropout: probability of the empty caption, drawn for each (sample, epoch).
+        condition_dropout: likewise of zeros for what the task has beside it.
         shuffle: a new order each epoch, else the listings' order.
         mixture: how the stores are mixed. min_bucket: what becomes of shapes with few samples.
         num_steps: steps that will be asked for, those taken before included; None for no end.
@@ -114,28 +124,29 @@ def feature_batches(
     if caption_dropout > 0:
         dataset.empty_prompt()  # a damaged one is told now, and not when a caption happens to be dropped
         empty = dataset.empty_prompt_file()
-    draws = _Draws(dataset, order, seed, caption_dropout, on_bad_sample)
+    rates = DropRates(text=caption_dropout, **condition_dropout.model_dump())
+    draws = _Draws(dataset, order, seed, rates, on_bad_sample)
     sampler = dealt_groups(dataset, order, plan, consumed_samples, dealt)
+    work = _ReadBatch(dataset.model, text_len, empty, seed if with_noise else None)
     outcomes = read_in_order(
-        _ReadBatch(dataset.model, text_len, empty, seed if with_noise else None),
+        work,
         ([draws.draw(sample) for sample in group] for group in sampler),
         num_workers=num_workers,
         time_limit=read_timeout,
         buffer_bytes=_most_bytes(dataset, max(mixture.sizes(plan.micro_batch_size)), text_len, with_noise=with_noise),
         again=draws.without_bad_sample,
     )
-    names = [feature.name for feature in dataset.model.task.features]
-    return _batches(outcomes, draws, names, pin_memory)
+    return _batches(outcomes, work, draws, pin_memory)
 
 
 @dataclass(frozen=True, slots=True)
 class _Draw:
-    """A sample as planned: its id, where it is, whether its caption is dropped, what it stands in for."""
+    """A sample as planned: its id, where it is, what it is shown without, what it stands in for."""
 
     name: str
     sample: PlannedSample
-    place: FeaturePlace
-    without_caption: bool
+    place: Place
+    kept: Kept
     instead_of: Replaced | None = None
     first_index: int = -1  # of the sample that it stands in for
 
@@ -144,38 +155,59 @@ class _Draws:
     """Decides what is read: a function of the seed, the plan and which files are damaged."""
 
     def __init__(
-        self, dataset: FeatureDataset, plan: SamplingPlan, seed: int, caption_dropout: float, policy: OnBadSample
+        self, dataset: FeatureDataset, plan: SamplingPlan, seed: int, rates: DropRates, policy: OnBadSample
     ) -> None:
         self._dataset = dataset
         self._plan = plan
         self._seed = seed
-        self._caption_dropout = caption_dropout
+        self._rates = rates
         self._policy = policy
         self._replaced_in_epoch: Counter[int] = Counter()
 
     def draw(self, sample: PlannedSample, instead_of: Replaced | None = None, first_index: int = -1) -> _Draw:
         name = self._dataset.name(sample.index)
-        dropped = False
-        if self._caption_dropout > 0:
-            chance = torch.rand((), generator=generator(self._seed, "caption_dropout", name, sample.draw))
-            dropped = float(chance) < self._caption_dropout
-        return _Draw(name, sample, self._dataset.place(sample.index), dropped, instead_of, first_index)
+        kept = draw_kept(self._rates, self._seed, name, sample.draw)
+        return _Draw(name, sample, self._dataset.place(sample.index), kept, instead_of, first_index)
 
     def without_bad_sample(self, batch: list[_Draw], outcome: Outcome) -> list[_Draw] | None:
-        """The micro-batch with the next sample of the epoch in place of a damaged one, where the policy allows that."""
+        """The micro-batch with another place of a sample that cannot be read, where it can be made; else with the next
+        sample of the epoch in place of a damaged one, where the policy allows that.
+        """
         bad = _bad_sample(outcome)
-        if bad is None or not self._policy.skips:
+        if bad is None or not may_be_replaced(bad[1]):
             return None
         number, error = bad
-        if not may_be_replaced(error):
-            return None
         old = batch[number]
+        place = self._dataset.place_again(old.sample.index, old.place)
+        if place is not None:
+            logger.warning("%s is made again: %s", old.name, error.problems[0])
+            return [*batch[:number], replace(old, place=place), *batch[number + 1 :]]
+        if not self._policy.skips:
+            return None
         first = old.sample.index if old.instead_of is None else old.first_index
         sample = self._plan.next_in_epoch(old.sample)
         if sample.index == first:  # once around: no sample is whole
             return None
         new = self.draw(sample, old.instead_of or Replaced(old.name, error.problems[0]), first)
         return [*batch[:number], new, *batch[number + 1 :]]
+
+    def complete(self, batch: list[_Draw], parcel: Parcel) -> list[SampleTensors]:
+        """The samples of a micro-batch of which some came as clips: their features are made here, one by one."""
+        names = ["latents", "prompt", *self.features]
+        samples: list[SampleTensors] = []
+        for number, draw in enumerate(batch):
+            if isinstance(draw.place, ClipPlace):
+                samples.append(self._dataset.make(draw.place, _clip_in(parcel, number)))
+            else:
+                tensors = {name: parcel.tensors[f"{number} {name}"] for name in names}
+                features = {name: tensors[name] for name in names[2:]}
+                samples.append({"latents": tensors["latents"], "prompt": tensors["prompt"], "features": features})
+        return samples
+
+    @property
+    def features(self) -> list[str]:
+        """Names of the features that the model's task declares."""
+        return [feature.name for feature in self._dataset.model.task.stored]
 
     def note_replaced(self, batch: list[_Draw]) -> list[str]:
         """Count and log what was replaced in a micro-batch that is handed out now; returns the ids."""
@@ -204,14 +236,26 @@ class _ReadBatch:
     noise_seed: int | None
 
     def __call__(self, batch: list[_Draw], /) -> Parcel:
-        samples: list[SampleTensors] = []
+        samples: dict[int, SampleTensors] = {}
+        clips: dict[int, Clip] = {}
         for number, draw in enumerate(batch):
             try:
-                samples.append(read_sample(draw.place, self.model))
+                if isinstance(draw.place, ClipPlace):
+                    clips[number] = _load_clip(draw.place)
+                else:
+                    samples[number] = read_sample(draw.place, self.model)
             except DataError as error:
                 return Parcel({}, {"bad": number, "problems": as_facts(error.problems)})
-            if draw.without_caption and self.empty is not None:
-                self._drop_caption(samples[-1], self.empty)
+        if clips:  # the features of some are made by the process that has the encoders, which then stacks
+            return _apart(samples, clips)
+        return Parcel(self.stacked(batch, list(samples.values())), {})
+
+    def stacked(self, batch: list[_Draw], samples: list[SampleTensors]) -> dict[str, Tensor]:
+        """Tensors of a micro-batch, without the captions and conditions that are dropped, padded, and with noise."""
+        for draw, sample in zip(batch, samples, strict=True):
+            if not draw.kept.text and self.empty is not None:
+                self._drop_caption(sample, self.empty)
+            drop_conditions(sample["features"], self.model, draw.kept)
         stacked = {
             "latents": _stacked([sample["latents"] for sample in samples]),
             "text": _stacked([F.pad(s["prompt"], (0, 0, 0, self.text_len - len(s["prompt"]))) for s in samples]),
@@ -223,7 +267,7 @@ class _ReadBatch:
             stacked["noise"] = _stacked(
                 [training_noise(self.noise_seed, draw.name, draw.sample.draw, shape) for draw in batch]
             )
-        return Parcel(stacked, {})
+        return stacked
 
     def _drop_caption(self, sample: SampleTensors, empty: tuple[Path | Blob, str]) -> None:
         sample["prompt"] = read_empty_prompt(*empty, self.model)
@@ -232,7 +276,47 @@ class _ReadBatch:
                 sample["features"][feature.name].zero_()
 
     def describe(self, batch: list[_Draw], /) -> str:
-        return ", ".join(f"{draw.place.folder / draw.place.file} ({draw.name})" for draw in batch)
+        return ", ".join(f"{draw.place} ({draw.name})" for draw in batch)
+
+
+def _load_clip(place: ClipPlace) -> Clip:
+    from mm.data.clips import load_clip
+
+    return load_clip(place.sample, place.clip, place.seed, place.draw, place.media)
+
+
+def _apart(samples: Mapping[int, SampleTensors], clips: Mapping[int, Clip]) -> Parcel:
+    """Samples and clips of a micro-batch, not stacked: tensors by number and name."""
+    from mm.data.clips import in_parts
+
+    tensors, facts = dict[str, Tensor](), dict[str, Any]()
+    for number, clip in clips.items():
+        parts, facts[str(number)] = in_parts(clip)
+        tensors |= {f"{number} {name}": value for name, value in parts.items()}
+    for number, sample in samples.items():
+        for name, value in {"latents": sample["latents"], "prompt": sample["prompt"], **sample["features"]}.items():
+            tensors[f"{number} {name}"] = value
+    return Parcel(tensors, {"clips": facts})
+
+
+def _clip_in(parcel: Parcel, number: int) -> Clip:
+    from mm.data.clips import of_parts
+
+    begin = f"{number} "
+    tensors = {name.removeprefix(begin): value for name, value in parcel.tensors.items() if name.startswith(begin)}
+    return of_parts(tensors, parcel.facts["clips"][str(number)])
+
+
+def drop_conditions(features: Mapping[str, Tensor], model: WanConfig, kept: Kept) -> None:
+    """Put zeros in the place of the conditions of a sample that are dropped; `features` are changed."""
+    for feature in model.task.stored:
+        value = features[feature.name]
+        parts = {} if feature.parts is None else feature.parts(model.feature_sizes())
+        begins = dict(zip(parts, accumulate(parts.values(), initial=0), strict=False))
+        for word in feature.dropped_as:
+            if not getattr(kept, word):
+                begin, length = begins.get(word, 0), parts.get(word, len(value))
+                value[begin : begin + length].zero_()
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
@@ -241,7 +325,7 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
 
 
 def _batches(
-    outcomes: Generator[tuple[list[_Draw], Outcome]], draws: _Draws, names: Sequence[str], pin_memory: bool
+    outcomes: Generator[tuple[list[_Draw], Outcome]], work: _ReadBatch, draws: _Draws, pin_memory: bool
 ) -> Generator[FeatureBatch]:
     try:
         for drawn, outcome in outcomes:
@@ -250,15 +334,18 @@ def _batches(
                 raise bad[1]
             if isinstance(outcome, DataError):
                 raise outcome
-            tensors = {name: tensor.pin_memory() if pin_memory else tensor for name, tensor in outcome.tensors.items()}
+            found = outcome.tensors
+            if "clips" in outcome.facts:
+                found = work.stacked(drawn, draws.complete(drawn, outcome))
+            tensors = {name: tensor.pin_memory() if pin_memory else tensor for name, tensor in found.items()}
             batch: FeatureBatch = {
                 "latents": tensors["latents"],
                 "text": tensors["text"],
                 "sample": [draw.name for draw in drawn],
                 "draw": [draw.sample.draw for draw in drawn],
-                "features": {name: tensors[name] for name in names},
+                "features": {name: tensors[name] for name in draws.features},
                 "index": [draw.sample.index for draw in drawn],
-                "without_caption": [draw.without_caption for draw in drawn],
+                "without_caption": [not draw.kept.text for draw in drawn],
             }
             if "noise" in tensors:
                 batch["noise"] = tensors["noise"]
@@ -283,8 +370,10 @@ def _most_bytes(dataset: FeatureDataset, micro_batch_size: int, text_len: int, *
     shapes: Sequence[tuple[int, ...]] = [largest, (text_len, model.text_dim)]
     if with_noise:
         shapes = [*shapes, largest]
-    shapes = [*shapes, *model.feature_shapes(largest[1:]).values()]
-    return bytes_to_share(*((micro_batch_size, *shape) for shape in shapes))
+    stored = model.stored_shapes(largest[1:])
+    shapes = [*shapes, *stored.values(), *(stored[one.name] for one in model.task.stored if one.stored)]  # of 64 bits
+    clips = micro_batch_size * dataset.clip_bytes  # in place of some samples
+    return clips + bytes_to_share(*((micro_batch_size, *shape) for shape in shapes))
 
 
 def dealt_groups(

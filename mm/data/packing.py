@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import heapq
-import math
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from itertools import count
 
-from mm.data.balance import SequenceCost, deal
+from mm.data.balance import SequenceCost, deal, least_time, replica_time
 from mm.data.dataset import FeatureDataset
 from mm.data.files import raise_limited
 from mm.data.plan import PlannedSample, SamplingPlan
@@ -16,7 +15,7 @@ from mm.data.sampler import BatchPlan, DealtStep
 from mm.errors import Problem
 
 _CLOSE = 1.02
-"""Of the dearest replica's cost to the mean: replicas that differ by less gain little from more sequences."""
+"""Of the slowest replica's time to the least that it can be: nearer ones gain little from more sequences."""
 
 
 class PackSampler:
@@ -74,9 +73,10 @@ def pack_step(
     """Pack the samples of one step into few sequences, as many for each replica, each of at most `budget` tokens.
 
     The dearest sample goes first, each into the sequence that costs least so far among those with room for it (Graham
-    1969, as `mm.data.balance.deal`). Where one finds no room, or the dearest replica then costs more than `_CLOSE`
-    times the mean, every replica gets more sequences, a quarter more each time; where nothing comes close, what came
-    closest is taken. One sample in each is the most that it takes, which is why samples must fill all replicas alike.
+    1969, as `mm.data.balance.deal`). Where one finds no room, every replica gets more sequences, a quarter more each
+    time, until the slowest replica takes no more than `_CLOSE` times what it must (`mm.data.balance.least_time`). Where
+    nothing comes so close, as few are taken as come that close to the best of all. One sample in each is the most that
+    it takes, which is why samples must fill all replicas alike.
 
     Args:
         num_tokens: of each sample, none above the budget; as many as a multiple of replicas x `multiple`.
@@ -88,21 +88,24 @@ def pack_step(
     """
     order = sorted(range(len(num_tokens)), key=lambda number: -num_tokens[number])
     of_sample = [cost(number) for number in num_tokens]
-    mean, most = sum(of_sample) / num_replicas, len(num_tokens) // num_replicas
+    bound, most = least_time(of_sample, num_replicas, num_stages), len(num_tokens) // num_replicas
     least = -(-sum(num_tokens) // (budget * num_replicas))
     of_replica = -(-least // multiple) * multiple
-    dearest, found = math.inf, list[list[list[int]]]()
-    while dearest > _CLOSE * mean and of_replica <= most:
+    found: list[tuple[float, list[list[list[int]]]]] = []
+    while of_replica <= most:
         packs = _packed(order, num_tokens, budget, of_sample, of_replica * num_replicas)
         if packs is not None:
             costs = [sum(of_sample[number] for number in pack) for pack in packs]
             dealt = deal(costs, num_replicas, num_stages)
-            this = max(sum(costs[which] for which in own) for own in dealt)
-            if this < dearest:
-                dearest, found = this, [[sorted(packs[which]) for which in own] for own in dealt]
+            slowest = max(replica_time([costs[which] for which in own], num_stages) for own in dealt)
+            found.append((slowest, [[sorted(packs[which]) for which in own] for own in dealt]))
+            if slowest <= _CLOSE * bound:
+                break
         more = max(multiple, of_replica // 4 // multiple * multiple)
         of_replica = min(of_replica + more, most) if of_replica < most else most + 1
-    return found
+    best = min(slowest for slowest, _ in found)
+    close = _CLOSE * (bound if best <= _CLOSE * bound else best)
+    return next(packs for slowest, packs in found if slowest <= close)
 
 
 def _packed(

@@ -18,7 +18,7 @@ from mm.config.run.data import FeatureSet
 from mm.config.run.extraction import ExtractionRun
 from mm.config.run.shapes import FrameRule
 from mm.config.storage import Location
-from mm.config.tasks.registry import ALL_RECIPE_FIELDS, DEFAULT, TASKS, TaskName
+from mm.config.tasks.registry import ALL_RECIPE_FIELDS, DEFAULT, FEATURE_TASKS, FeatureTaskName
 from mm.data.files import write_atomically
 from mm.data.remote.reading import load_section, require_bucket
 from mm.errors import ConfigError, DataError
@@ -46,11 +46,11 @@ class Recipe(Section):
         seed: decides starts of clips and choices between captions.
         task: what the features are for.
         image_encoder, condition_tile_size, condition_tile_stride: the fingerprint of the image encoder's folder, and
-            the tiles of the known frames' latents; of tasks that declare them (`Task.recipe`).
+            the tiles of the latents that it is conditioned on; of tasks that declare them (`Task.recipe`).
     """
 
     format_version: int = FORMAT_VERSION
-    task: TaskName = DEFAULT.name
+    task: FeatureTaskName = DEFAULT.name
     vae: str
     text_encoder: str
     tokenizer: str
@@ -77,7 +77,7 @@ class Recipe(Section):
     def key(self) -> str:
         """Sixteen hexadecimal digits that differ when any field does."""
         # without the fields of other tasks, so that a task that comes later changes no key
-        unused = ALL_RECIPE_FIELDS - TASKS[self.task].recipe
+        unused = ALL_RECIPE_FIELDS - FEATURE_TASKS[self.task].recipe
         return hashlib.sha256(self.model_dump_json(exclude={*unused, *self.unsaid}).encode()).hexdigest()[:16]
 
     @property
@@ -94,7 +94,8 @@ def extraction_recipe(run: ExtractionRun) -> Recipe:
     """
     encoders, clip = run.encoders, run.data.clip
     tiles, image = encoders.vae.tiles_of_clips(), encoders.image
-    condition_tiles = encoders.vae.tiles_of_conditions() if image else None
+    has_conditions = "condition_tile_size" in run.task.recipe
+    condition_tiles = encoders.vae.tiles_of_conditions() if has_conditions else None
     return Recipe(
         task=run.task.name,
         vae=folder_fingerprint(Path(encoders.vae.from_pretrained)),

@@ -19,6 +19,16 @@ from mm.errors import DataError, Problem
 FAULTS_OF_A_FEATURE_FILE = frozenset(
     {"DATA-011", "DATA-012", "DATA-013", "DATA-016", "DATA-017", "DATA-048", "DATA-152", "DATA-153"}
 )
+FAULTS_OF_A_CLIP = frozenset(
+    {
+        *("DATA-001", "DATA-002", "DATA-003", "DATA-004", "DATA-005", "DATA-006"),
+        *("DATA-096", "DATA-097", "DATA-098", "DATA-099"),
+        *("DATA-086", "DATA-110", "DATA-175"),
+        *("DATA-160", "DATA-161", "DATA-162"),
+        *("DATA-248", "DATA-249"),
+    }
+)
+"""Of samples whose features are made while training goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +40,8 @@ class Replaced:
 
 
 def may_be_replaced(error: DataError) -> bool:
-    """Recognise an error about the content of a feature file, which every rank sees alike."""
-    return all(problem.id in FAULTS_OF_A_FEATURE_FILE for problem in error.problems)
+    """Recognise an error about the content of a feature file or a video, which every rank sees alike."""
+    return all(problem.id in FAULTS_OF_A_FEATURE_FILE | FAULTS_OF_A_CLIP for problem in error.problems)
 
 
 def check_replaced(num_replaced: int, consumed_samples: int, num_samples: int, policy: OnBadSample) -> None:

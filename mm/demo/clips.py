@@ -32,6 +32,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES: dict[str, str] = {"red": "circle", "green": "square", "blue": "triangle", "yellow": "diamond"}
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
+OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
+"""Direction in which a camera turns for what it sees to move so."""
+
 
 @dataclass(frozen=True, slots=True)
 class DemoClip:
@@ -77,6 +80,25 @@ def draw_frame(colour: str, x: float, y: float) -> Frames:
     coverage = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
     picture = coverage * np.array(COLOURS[colour]) + (1 - coverage) * np.array(BACKGROUND)
     return np.rint(picture).astype(np.uint8)
+
+
+def edges(frames: Frames) -> Frames:
+    """Edges of the shapes in frames, white on black, uint8 as they are: where a neighbour's colour differs by much."""
+    values = frames.astype(np.int16)
+    steps = np.zeros(frames.shape[:3], np.int16)
+    for axis in (1, 2):
+        differences = np.abs(np.diff(values, axis=axis)).max(-1)
+        steps = np.maximum(steps, np.pad(differences, [(0, 0), *[(0, int(one == axis)) for one in (1, 2)]]))
+    return np.repeat(np.where(steps > 32, 255, 0).astype(np.uint8)[..., None], 3, axis=3)
+
+
+def moving_block(num_frames: int) -> Frames:
+    """Mask of a video: a block half as high and wide as the picture, white on black, that moves from left to right."""
+    frames = np.zeros((num_frames, SIZE, SIZE, 3), np.uint8)
+    for number in range(num_frames):
+        left = round(number / max(1, num_frames - 1) * SIZE / 2)
+        frames[number, SIZE // 4 : SIZE // 4 + SIZE // 2, left : left + SIZE // 2] = 255
+    return frames
 
 
 # Signed distance in pixels from the edge of a shape of half extent RADIUS around (0, 0), negative inside.

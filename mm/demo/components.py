@@ -12,6 +12,9 @@ image_encoder/    CLIPVisionModel, 3 layers of width 32 on 224 pixels, which giv
 image_processor/  CLIP's, unchanged
 and diffusers.WanImageToVideoPipeline loads them. The transformer of speed control has the motion controller besides,
 which diffusers leaves out.
+
+Models that no pipeline of diffusers has, those of VideoX-Fun and Wan2.2, are a transformer/ alone, with native names:
+the blocks of the model of text, or of images, that has the encoders they go with (`encoders_of`).
 """
 
 from __future__ import annotations
@@ -38,17 +41,44 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from mm.checkpoint.weights import open_weights
 from mm.config.model import of_task
 from mm.config.tasks.frames import CLIP_TOKEN_LEN
-from mm.config.tasks.registry import DEFAULT, MADE
-from mm.config.tasks.task import Sizes, Task
+from mm.config.tasks.registry import DEFAULT, EXTRACTED
+from mm.config.tasks.task import Sizes, Source, Task
 from mm.demo.clips import all_captions
 from mm.rng import key
-from mm.wan.config_json import read_config, wan_config_to_diffusers
+from mm.wan.config_json import read_config, wan_config_to_diffusers, wan_config_to_original
 from mm.wan.initial import initial_value
 from mm.wan.model import WanModel
 
-MODEL_NAMES = {task.name: f"Wan2.1-{task.title}-Tiny-Diffusers" for task in MADE.values()}
+
+def sees_images(task: Task) -> bool:
+    """Tell whether a task has features of an image encoder."""
+    return bool(task.made_by(Source.IMAGE_ENCODER))
+
+
+def is_whole(task: Task) -> bool:
+    """Tell whether a task's tiny model is a whole folder: pipelines of diffusers take captions, or captions with frames
+    of the clip that the image encoder sees.
+    """
+    return not task.media and bool(task.frames) == sees_images(task)
+
+
+def encoders_of(task: Task) -> Task:
+    """The task whose tiny model has the encoders that a task's features are made with."""
+    whole = (other for other in EXTRACTED.values() if is_whole(other) and sees_images(other) == sees_images(task))
+    return task if is_whole(task) else next(whole)
+
+
+def _model_name(task: Task) -> str:
+    if is_whole(task):
+        return f"Wan2.1-{task.title}-Tiny-Diffusers"
+    title = task.title.replace(" ", "-")
+    return f"{title}-Tiny" if title.startswith("Wan") else f"Wan2.1-{title}-Tiny"
+
+
+MODEL_NAMES = {task.name: _model_name(EXTRACTED[task.trains]) for task in EXTRACTED.values()}
 SEED = 0
 TEXT_DIM = 64
 IMAGE_DIM = 32
@@ -69,6 +99,35 @@ TRANSFORMER: dict[str, Any] = {
     "eps": 1e-6,
     "rope_max_seq_len": 1024,
 }
+
+
+def tiny_sizes(task: Task) -> dict[str, Any]:
+    """Sizes that the tiny models of a task have where its released ones have others."""
+    known = {"img_dim": IMAGE_DIM, "clip_token_len": CLIP_TOKEN_LEN, "vace_layers": (0, 2)}
+    return {name: known[name] for name in task.sizes}
+
+
+def write_variant(folder: Path, task: Task, like: Path) -> None:
+    """Write a transformer of a task that has no folder of its own: weights of `like`, the folder of another one's, and
+    what that lacks. Channels that it does not have are zero at first, other parameters as at a start from nothing.
+    """
+    source = open_weights(like)
+    config = source.config()
+    assert config is not None  # noqa: S101  it is a folder
+    wan = of_task(of_task(config, DEFAULT, img_dim=None, clip_token_len=None), task, **tiny_sizes(task))
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in WanModel(wan).named_parameters()}
+    known = source.shapes()
+    values = {name: initial_value(name, shape, SEED) for name, shape in shapes.items() if name not in known}
+    for name in shapes.keys() & known.keys():
+        value = source.read(name)
+        if name == "patch_embedding.weight":
+            value = torch.zeros(shapes[name]).index_copy_(1, torch.arange(16), value[:, :16].float())
+        values[name] = value.contiguous()
+    folder.mkdir(parents=True)
+    save_file(values, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    content = json.dumps(wan_config_to_original(wan), indent=2) + "\n"
+    (folder / "config.json").write_text(content, encoding="utf-8")
 
 
 def write_model(folder: Path, task: Task = DEFAULT) -> None:

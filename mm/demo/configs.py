@@ -8,10 +8,10 @@ from typing import Any
 
 from mm.config.data import data_source_line
 from mm.config.tasks.frames import CLIP_TOKEN_LEN
-from mm.config.tasks.registry import DEFAULT, MADE
-from mm.config.tasks.task import Task
+from mm.config.tasks.registry import DEFAULT, EXTRACTED
+from mm.config.tasks.task import Sizes, Task
 from mm.demo.clips import FPS, NUM_FRAMES, SIZE
-from mm.demo.components import FLOW_SHIFT, MODEL_NAMES, transformer_config
+from mm.demo.components import FLOW_SHIFT, IMAGE_DIM, MODEL_NAMES, TRANSFORMER, encoders_of, sees_images, tiny_sizes
 
 
 def text_len(task: Task) -> int:
@@ -20,12 +20,12 @@ def text_len(task: Task) -> int:
     They have up to 8, and padding to 512 costs more than the video itself; but with images diffusers takes the last 512
     tokens for text, whatever they are.
     """
-    return 512 if task.frames else 32
+    return 512 if sees_images(task) else 32
 
 
 def annotation_name(task: Task) -> str:
-    """The data set's list, which has the columns of the task if it has some."""
-    return f"data_{task.name}.json" if task.columns else "data.json"
+    """The data set's list, which has the columns and files of the task if it has some."""
+    return f"data_{task.name}.json" if task.columns or task.media else "data.json"
 
 
 def write_configs(folder: Path, home: Path) -> None:
@@ -37,7 +37,7 @@ def write_configs(folder: Path, home: Path) -> None:
         home: where the embedded default will stand; the files hold absolute paths below it.
     """
     home = home.absolute()
-    for task in MADE.values():
+    for task in EXTRACTED.values():
         below, features = ("", "features") if task is DEFAULT else (task.name, f"features_{task.name}")
         target = folder / below
         target.mkdir()
@@ -52,13 +52,14 @@ def write_configs(folder: Path, home: Path) -> None:
 
 
 def _files(home: Path, task: Task, configs: Path, features: Path) -> dict[str, Any]:
-    weights = home / "weights" / MODEL_NAMES[task.name]
+    weights = home / "weights" / MODEL_NAMES[encoders_of(task).name]
+    transformer = home / "weights" / MODEL_NAMES[task.name] / "transformer"
     clip = {"num_frames": NUM_FRAMES, "frame_interval": 1, "max_height": SIZE, "max_width": SIZE}
     tokenizer = {"from_pretrained": str(weights / "tokenizer"), "model_max_length": text_len(task)}
     vae = {"model_id": "wan_video_vae", "from_pretrained": str(weights / "vae"), "dtype": "fp32"}
     text_encoder = {"model_id": "UMT5", "from_pretrained": str(weights / "text_encoder"), "dtype": "fp32"}
     predictor = _predictor(task)
-    processor = {"i2v_processor": {"image_encoder": str(weights / "image_encoder")}} if task.frames else {}
+    processor = {"i2v_processor": {"image_encoder": str(weights / "image_encoder")}} if sees_images(task) else {}
     files: dict[str, Any] = {
         "data.json": {
             "dataset_param": {
@@ -78,12 +79,14 @@ def _files(home: Path, task: Task, configs: Path, features: Path) -> dict[str, A
             }
         },
         "pretrain_model.json": {
-            "task": task.name,
+            "task": task.trains,
             "predictor": predictor,
             "diffusion": {"shift": FLOW_SHIFT, "loss_weighting": "none"},
         },
     }
     given: dict[str, Any] = {}
+    if not task.is_generated:
+        return files
     if task.frames:
         encoder = {"from_pretrained": str(weights / "image_encoder"), "dtype": "fp32"}
         given = {"image": str(home / f"images_{task.name}.txt"), "image_encoder": encoder}
@@ -98,7 +101,7 @@ def _files(home: Path, task: Task, configs: Path, features: Path) -> dict[str, A
         "ae": vae,
         "tokenizer": tokenizer,
         "text_encoder": text_encoder,
-        "predictor": {**predictor, "from_pretrained": str(weights / "transformer")},
+        "predictor": {**predictor, "from_pretrained": str(transformer)},
         "diffusion": {"num_inference_steps": 20, "flow_shift": FLOW_SHIFT, "guidance_scale": 1.0},
         **given,
     }
@@ -106,21 +109,21 @@ def _files(home: Path, task: Task, configs: Path, features: Path) -> dict[str, A
 
 
 def _predictor(task: Task) -> dict[str, Any]:
-    shape = transformer_config(task)
-    images = {"img_dim": shape["image_dim"], "clip_token_len": CLIP_TOKEN_LEN} if task.frames else {}
+    shape = TRANSFORMER
+    sizes = Sizes(shape["out_channels"], (1, 1, 1), IMAGE_DIM, CLIP_TOKEN_LEN)
     return {
         "model_id": "wandit",
         "dtype": "fp32",
-        "model_type": task.name,
+        "model_type": task.trains,
         "patch_size": list(shape["patch_size"]),
         "text_len": text_len(task),
         "text_dim": shape["text_dim"],
-        "in_dim": shape["in_channels"],
+        "in_dim": shape["out_channels"] + task.channels(sizes),
         "out_dim": shape["out_channels"],
         "hidden_size": shape["num_attention_heads"] * shape["attention_head_dim"],
         "ffn_dim": shape["ffn_dim"],
         "num_heads": shape["num_attention_heads"],
         "num_layers": shape["num_layers"],
         "freq_dim": shape["freq_dim"],
-        **images,
+        **tiny_sizes(task),
     }

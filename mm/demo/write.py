@@ -12,13 +12,27 @@ from PIL import Image
 from mm.checkpoint.files import remove_folder, temporary_name
 from mm.config.output import require_writable_folder
 from mm.config.path_line import require_writable_as_text, write_paths
-from mm.config.tasks.registry import MADE
-from mm.config.tasks.task import Column
-from mm.demo.clips import COLOURS, DIRECTIONS, FPS, NUM_FRAMES, SIZE, DemoClip, all_captions, all_clips
-from mm.demo.components import MODEL_NAMES, write_model
+from mm.config.tasks.registry import EXTRACTED
+from mm.config.tasks.task import Column, Task
+from mm.demo.clips import (
+    COLOURS,
+    DIRECTIONS,
+    FPS,
+    NUM_FRAMES,
+    OPPOSITE,
+    SIZE,
+    DemoClip,
+    Frames,
+    all_captions,
+    all_clips,
+    edges,
+    moving_block,
+)
+from mm.demo.components import MODEL_NAMES, encoders_of, is_whole, write_model, write_variant
 from mm.demo.configs import annotation_name, write_configs
 from mm.demo.video import write_video
 from mm.errors import ConfigError
+from mm.poses import direction_rows
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +42,9 @@ def write_demo(out: Path, clips_per_caption: int = 1) -> None:
 
         weights/Wan2.1-T2V-Tiny-Diffusers/   the tiny models in the HF layout (components.py); -I2V- and -FLF2V- too
         dataset/data.json, dataset/videos/   captioned clips, 16 times `clips_per_caption`
-        dataset/data_*.json                  the same list with the columns of each task that has some
+        dataset/control/, dataset/masks/     the clips' edges, white on black; a block that moves, white on black
+        dataset/poses/                       a camera's path for each clip, with which its shape moves so
+        dataset/data_*.json                  the same list with the columns and files of each task that has some
         configs/                             the files that configure extraction, training and generation on them;
                                              in folders named after the tasks those of the other models
         prompts.txt                          the 16 captions, one a line
@@ -48,12 +64,16 @@ def write_demo(out: Path, clips_per_caption: int = 1) -> None:
     partial = place.parent / temporary_name(place.name)
     try:
         partial.mkdir(parents=True)
-        for task in MADE.values():
-            write_model(partial / "weights" / MODEL_NAMES[task.name], task)
+        weights = partial / "weights"
+        for task in filter(is_whole, EXTRACTED.values()):
+            write_model(weights / MODEL_NAMES[task.name], task)
+        for task in (task for task in EXTRACTED.values() if not is_whole(task) and task.models_of is None):
+            like = weights / MODEL_NAMES[encoders_of(task).name] / "transformer"
+            write_variant(weights / MODEL_NAMES[task.name] / "transformer", task, like)
         _write_dataset(partial / "dataset", clips_per_caption)
         write_configs(partial / "configs", out)
         (partial / "prompts.txt").write_text("\n".join(all_captions()) + "\n", encoding="utf-8")
-        for column in (column for task in MADE.values() for column in task.columns):
+        for column in (column for task in EXTRACTED.values() for column in task.columns):
             numbers = [str(_value(column, index)) for index in range(len(all_captions()))]
             (partial / f"{column.name}.txt").write_text("\n".join(numbers) + "\n", encoding="utf-8")
         _write_images(partial, out.absolute(), clips_per_caption)
@@ -63,7 +83,7 @@ def write_demo(out: Path, clips_per_caption: int = 1) -> None:
         raise ConfigError(
             "CFG-081",
             f"The embedded default cannot be written to {out}: {error}.",
-            "Check the path, its permissions and the free space (40 MiB); nothing was left behind.",
+            "Check the path, its permissions and the free space (70 MiB); nothing was left behind.",
         ) from error
     finally:
         if partial.exists():
@@ -82,7 +102,8 @@ def _write_dataset(folder: Path, clips_per_caption: int) -> None:
     """`data.json` in the format of feature extraction, and the videos it lists."""
     (folder / "videos").mkdir(parents=True)
     rows = []
-    for index, clip in enumerate(all_clips(clips_per_caption)):
+    clips = all_clips(clips_per_caption)
+    for index, clip in enumerate(clips):
         path = f"videos/{index:04d}_{clip.colour}_{clip.direction}.mp4"
         write_video(folder / path, clip.draw(), FPS)
         rows.append(
@@ -94,11 +115,32 @@ def _write_dataset(folder: Path, clips_per_caption: int) -> None:
                 "resolution": {"height": SIZE, "width": SIZE},
             }
         )
-    for task in MADE.values():
+    beside = [_write_beside(folder, str(row["path"]), clip.draw()) for row, clip in zip(rows, clips, strict=True)]
+    for task in EXTRACTED.values():
+        roles = {media.name for media in task.media}
         listed = [
-            row | {column.name: _value(column, index) for column in task.columns} for index, row in enumerate(rows)
+            row
+            | {column.name: _value(column, index) for column in task.columns}
+            | {name: path for name, path in beside[index].items() if name in roles}
+            for index, row in enumerate(rows)
         ]
         (folder / annotation_name(task)).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_beside(folder: Path, path: str, frames: Frames) -> dict[str, str]:
+    """Write the files beside a clip, drawn of its frames; returns their paths by role."""
+    control = path.replace("videos/", "control/")
+    (folder / "control").mkdir(exist_ok=True)
+    write_video(folder / control, edges(frames), FPS)
+    mask = path.replace("videos/", "masks/")
+    (folder / "masks").mkdir(exist_ok=True)
+    write_video(folder / mask, moving_block(len(frames)), FPS)
+    poses = str(Path(path.replace("videos/", "poses/")).with_suffix(".txt"))
+    (folder / "poses").mkdir(exist_ok=True)
+    direction = OPPOSITE[Path(path).stem.rpartition("_")[2]].title()
+    lines = (" ".join(f"{number:.9g}" for number in row) for row in direction_rows(direction, len(frames)).tolist())
+    (folder / poses).write_text("\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    return {"control": control, "mask": mask, "camera": poses}
 
 
 def _value(column: Column, index: int) -> int:
@@ -112,7 +154,7 @@ def _write_images(folder: Path, home: Path, variant: int) -> None:
     They are of a variant of each clip that the data set does not hold, so that no image is one of training.
     """
     (folder / "images").mkdir()
-    lines: dict[str, list[str]] = {task.name: [] for task in MADE.values() if task.frames}
+    lines: dict[str, list[str]] = {task.name: [] for task in _with_images()}
     for index, (colour, direction) in enumerate((c, d) for c in COLOURS for d in DIRECTIONS):
         frames = DemoClip(colour, direction, variant).draw()
         names = [f"images/{index:04d}_{colour}_{direction}_{which}.png" for which in ("first", "last")]
@@ -120,9 +162,14 @@ def _write_images(folder: Path, home: Path, variant: int) -> None:
             Image.fromarray(frame).save(folder / name)
         paths = [str(home / name) for name in names]
         for task, listed in lines.items():
-            listed.append(write_paths(paths[: len(MADE[task].frames)], ", "))
+            listed.append(write_paths(paths[: len(EXTRACTED[task].frames)], ", "))
     for task, listed in lines.items():
         (folder / f"images_{task}.txt").write_text("\n".join(listed) + "\n", encoding="utf-8")
+
+
+def _with_images() -> list[Task]:
+    """The tasks that generate from frames."""
+    return [task for task in EXTRACTED.values() if task.frames and task.is_generated]
 
 
 def _force_to_disk(folder: Path) -> None:

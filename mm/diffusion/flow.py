@@ -32,6 +32,8 @@ class FlowMatching:
         self._grid = _sigma_grid(config)
         timesteps = config.num_train_timesteps * self._grid
         bells = self._bell(timesteps)
+        low, high = config.band
+        self._drawn = self._grid[(self._grid >= low) & (self._grid < high)]
         self._bell_floor = bells.min()
         self._bell_mean = (bells - self._bell_floor).mean()
         self.sigmas = self._grid.float()
@@ -66,6 +68,22 @@ class FlowMatching:
             [training_noise(seed, sample, draw, shape) for sample, draw in zip(samples, draws, strict=True)]
         )
 
+    def draw_given_frames(
+        self, seed: int, samples: Sequence[SampleId], draws: Sequence[int], usual_share: float
+    ) -> Tensor:
+        """Draw which samples are given their first latent frame clean; keyed as in `draw_timesteps`.
+
+        Args:
+            seed, samples, draws: as there.
+            usual_share: of the samples that are, where the configuration says nothing else.
+
+        Returns:
+            [B] fp32 on the CPU, 1 where it is given, else 0.
+        """
+        share = usual_share if self.config.first_frame_share is None else self.config.first_frame_share
+        each = [generator(seed, "given_frame", sample, draw) for sample, draw in zip(samples, draws, strict=True)]
+        return (torch.stack([torch.rand((), generator=source) for source in each]) < share).float()
+
     def noisy(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """x = (1 - sigma) x0 + sigma noise in fp32; x0 and noise [B, ...], sigma [B]."""
         sigma = sigma.to(device=x0.device, dtype=torch.float32).view(-1, *[1] * (x0.dim() - 1))
@@ -76,7 +94,7 @@ class FlowMatching:
         return noise.float() - x0.float()
 
     def loss(
-        self, prediction: Tensor, target: Tensor, weight: Tensor, elements: int | None = None
+        self, prediction: Tensor, target: Tensor, weight: Tensor, elements: int | Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Weighted mean squared error in fp32.
 
@@ -84,14 +102,14 @@ class FlowMatching:
             prediction: [B, ...] velocity from the model, any floating type.
             target: [B, ...] from `target`.
             weight: [B] from `draw_timesteps`.
-            elements: of a whole sample, when `prediction` is only a part of it: the losses of the parts then add up
-                to the loss of the whole. Default: those at hand.
+            elements: of a whole sample, or [B] of each, when `prediction` is only a part of it: the losses of the parts
+                then add up to the loss of the whole. Default: those at hand.
 
         Returns:
             The batch's loss (scalar: mean of the samples' losses) and the samples' losses [B], both weighted.
         """
         squared = (prediction.float() - target.float()).square().flatten(1)
-        mean = squared.sum(dim=1) / (elements or squared.shape[1])
+        mean = squared.sum(dim=1) / (squared.shape[1] if elements is None else elements)
         per_sample = mean * weight.to(device=squared.device, dtype=torch.float32)
         return per_sample.mean(), per_sample
 
@@ -110,11 +128,21 @@ class FlowMatching:
         return torch.exp(-2 * ((timestep - steps / 2) / steps) ** 2)
 
     def _draw_grid(self, source: torch.Generator) -> Tensor:
-        return self._grid[torch.randint(len(self._grid), (), generator=source)]
+        return self._drawn[torch.randint(len(self._drawn), (), generator=source)]
 
     def _draw_logit_normal(self, source: torch.Generator) -> Tensor:
-        normal = torch.randn((), generator=source, dtype=torch.float64)
+        if self.config.band_from is None and self.config.band_below is None:
+            normal = torch.randn((), generator=source, dtype=torch.float64)
+        else:
+            normal = self._normal_of_the_band(torch.rand((), generator=source, dtype=torch.float64))
         return shift_sigma(torch.sigmoid(self.config.logit_mean + self.config.logit_std * normal), self.config.shift)
+
+    def _normal_of_the_band(self, chance: Tensor) -> Tensor:
+        """The normal number below which that share of the band's are."""
+        limits = torch.tensor(self.config.band, dtype=torch.float64).clamp(0, 1)
+        even = limits / (self.config.shift - (self.config.shift - 1) * limits)  # `shift_sigma` undone
+        low, high = torch.special.ndtr((torch.logit(even) - self.config.logit_mean) / self.config.logit_std)
+        return torch.special.ndtri(low + chance * (high - low))
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:

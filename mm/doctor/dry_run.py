@@ -37,8 +37,9 @@ from mm.optim.optimizer import Optimizer
 from mm.optim.settings import UpdateSettings
 from mm.optim.step_statistics import message_size
 from mm.parallel.apply import DataParallelOptions, ParallelModel, apply
-from mm.parallel.mesh import build_mesh
+from mm.parallel.mesh import Mesh, build_mesh
 from mm.parallel.placement import local
+from mm.parallel.replica import leads_replica
 from mm.parallel.schedule import LossFunction, forward_backward
 from mm.parallel.stage import WanStage
 from mm.parallel.trainable_extension import TrainableExtension
@@ -73,6 +74,7 @@ class DryRunJob:
         latent: F, H, W of a sample's latents. micro_batch_size: samples in a forward, beside each other.
         micro_batches: of one replica in a step. optimizer: its name.
         packed: samples that share a sequence, a micro-batch each; None where every sample has its own.
+        encoder_bytes: of encoders that stand on the first rank of each replica, beside the model.
         async_save: whether checkpoints are written in the background. save_optimizer: with the optimizer's state.
     """
 
@@ -91,6 +93,7 @@ class DryRunJob:
     save_optimizer: bool = True
     optimizer: OptimizerName = "adamw"
     packed: int | None = None
+    encoder_bytes: int = 0
 
     @property
     def samples(self) -> int:
@@ -191,7 +194,7 @@ def dry_run(job: DryRunJob, rank: int) -> Report:
             parameter_bytes=tracked.now(memory.PARAMETERS),
             gradient_bytes=tracked.peak(start).get(memory.GRADIENTS, 0),
             optimizer_bytes=tracked.now(memory.OPTIMIZER),
-            peak=tracked.peak(start),
+            peak=tracked.peak(start) | _encoders(job, mesh),
             host_bytes=tracked.now(memory.HOST),
             save_bytes=saved_bytes(optimizer, with_optimizer=job.save_optimizer) if job.async_save else 0,
             traffic=_sum(_of_all(passes, runs, job.micro_batches), update),
@@ -202,6 +205,10 @@ def dry_run(job: DryRunJob, rank: int) -> Report:
             rank_tokens=places,
             real_tokens=sum(run.real for run in mesh.tokens.runs(job.sequence)),
         )
+
+
+def _encoders(job: DryRunJob, mesh: Mesh) -> dict[str, int]:
+    return {"encoders": job.encoder_bytes} if job.encoder_bytes and leads_replica(mesh) else {}
 
 
 def _elements(parameters: Mapping[str, Tensor]) -> int:
@@ -270,6 +277,12 @@ class _Undrawn(FlowMatching):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Three [B]."""
         return torch.empty(len(samples)), torch.empty(len(samples)), torch.empty(len(samples))
+
+    def draw_given_frames(
+        self, seed: int, samples: Sequence[SampleId], draws: Sequence[int], usual_share: float
+    ) -> Tensor:
+        """[B]."""
+        return torch.empty(len(samples))
 
 
 def _label_model(tracked: TrackMemory, parallel: ParallelModel) -> None:

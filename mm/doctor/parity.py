@@ -26,6 +26,7 @@ from mm.data.loader import FeatureBatch
 from mm.data.packed import MicroBatch, pack
 from mm.device.backend import Backend
 from mm.diffusion.flow import FlowMatching
+from mm.doctor.plain_loss import plain_loss
 from mm.ops.attention.segments import consecutive
 from mm.optim.make import make_optimizer
 from mm.optim.optimizer import Optimizer
@@ -36,7 +37,6 @@ from mm.parallel.mesh import Mesh
 from mm.parallel.placement import Placement
 from mm.train.step import SampleCounts, compute_gradients
 from mm.wan.initial import initial_value
-from mm.wan.inputs import ModelInputs
 from mm.wan.model import WanModel
 
 SEED, STEPS, DECAY_SAMPLES, EPSILON = 5, 2, 8, 1e-2
@@ -251,7 +251,7 @@ def run_on_one_device(
         optimizer.zero_grad()
         losses = []
         for sample in global_batch(wan, sizes, count, step, text_lengths):
-            losses.append(_loss(model, flow, sample, device) / count)
+            losses.append(plain_loss(model, flow, sample, SEED, device) / count)
             losses[-1].backward()
         trace.losses.append(float(torch.stack([loss.detach().cpu() for loss in losses]).double().sum()))
         trace.gradients.append({name: p.grad.clone() for name, p in named.items() if p.grad is not None})
@@ -259,17 +259,6 @@ def run_on_one_device(
         optimizer.step()
     trace.weights = {name: p.detach().clone() for name, p in named.items()}
     return trace
-
-
-def _loss(model: WanModel, flow: FlowMatching, sample: FeatureBatch, device: torch.device) -> Tensor:
-    """Weighted, of one sample."""
-    sigma, timestep, weight = flow.draw_timesteps(SEED, sample["sample"], sample["draw"])
-    noise = flow.draw_noise(SEED, sample["sample"], sample["draw"], sample["latents"].shape[1:])
-    noisy = flow.noisy(sample["latents"], noise, sigma)
-    inputs = ModelInputs(noisy, timestep, sample["text"], sample["features"])
-    velocity = model(inputs.each(lambda value: value.to(device)))
-    difference = velocity - (noise - sample["latents"]).to(device)
-    return difference.square().mean() * float(weight[0])
 
 
 def own_pieces(optimizer: Optimizer, what: str) -> dict[str, list[GradientPiece]]:

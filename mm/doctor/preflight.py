@@ -29,12 +29,15 @@ from mm.checkpoint.identify import identify
 from mm.checkpoint.lock import holder_of
 from mm.checkpoint.weights import open_weights
 from mm.config.model import WanConfig
+from mm.config.run.extraction import ExtractionRun
 from mm.config.run.origins import Origins
 from mm.config.run.training import TrainingRun
 from mm.config.units import GIB, format_bytes
 from mm.data.dataset import FeatureDataset
 from mm.data.packing import check_budget
 from mm.data.plan import SamplingPlan
+from mm.data.recipe import extraction_recipe
+from mm.data.store.catalog import is_sharded
 from mm.device.backend import Backend
 from mm.diffusion.flow import FlowMatching
 from mm.errors import MMError
@@ -135,6 +138,25 @@ def features(
         remedy = f"A step takes {global_batch_size}, so that samples repeat within it: add samples, or lower it."
         return [Finding("features", "look", found, remedy)]
     return [Finding("features", "ok", found)]
+
+
+def live(runs: Sequence[ExtractionRun]) -> list[Finding]:
+    """The stores whose features the run makes: their encoders, whether they may be gone on with, and what they hold.
+
+    Raises:
+        DataError: DATA-040 and DATA-042 for encoders, DATA-014 and DATA-068 for a store that was made otherwise.
+    """
+    from mm.extract.live.parts import kept_bytes
+    from mm.extract.store import check_store
+
+    findings = []
+    for run in runs:
+        store = Path(run.output.path)
+        check_store(store, extraction_recipe(run), run.output.overwrite, run.origins)
+        state = "finished" if is_sharded(store) else f"{format_bytes(kept_bytes(store))} of features are kept"
+        found = f"those of {store} are made by the run ({state}); their rows and clips are looked at when it begins"
+        findings.append(Finding("features", "ok", found))
+    return findings
 
 
 def weights(sections: TrainingRun) -> list[Finding]:

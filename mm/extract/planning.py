@@ -14,7 +14,7 @@ from pathlib import Path
 from mm.config.bad_samples import OnBadSample
 from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
 from mm.config.run.extraction import ExtractionRun
-from mm.config.tasks.frames import MASK_CHANNELS
+from mm.config.tasks.task import Entry, Sizes
 from mm.data.recipe import Recipe
 from mm.data.shapes.choose import most_pixels
 from mm.data.sources.checking import RowReader
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 SHARD_BYTES = 512 * 10**6
 FEWEST_SHARDS = 64
-_LATENT_CHANNELS = 16
+LATENT_CHANNELS = 16
 _TEXT_BYTES = 500_000  # a caption of 60 tokens, 4096 numbers of 2 bytes each
 _PLANNING = "plan"
 
@@ -77,7 +77,10 @@ def shard_rows(run: ExtractionRun, num_rows: int) -> int:
     """
     if run.extraction.shard_rows is not None:
         return run.extraction.shard_rows
-    channels = _LATENT_CHANNELS + (_LATENT_CHANNELS + MASK_CHANNELS if run.task.frames else 0)
+    sizes = Sizes(LATENT_CHANNELS, (1, 1, 1), 0, 0)
+    entries = (Entry.CHANNELS, Entry.SIDE_BLOCKS)
+    added = (feature for entry in entries for feature in run.task.entering(entry))
+    channels = LATENT_CHANNELS + sum(feature.shape(sizes)[0] for feature in added)
     numbers = channels * most_pixels(run.data.clip) // (TEMPORAL_STRIDE * LATENT_PIXELS**2)
     sample_bytes = numbers * (4 if run.encoders.vae.precision == "fp32" else 2) + _TEXT_BYTES
     few = 1 << max(0, (num_rows // FEWEST_SHARDS).bit_length() - 1)

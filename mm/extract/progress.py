@@ -6,13 +6,17 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from mm.data.store.catalog import is_sharded
-from mm.data.store.shard import INDEX, shard_folder
+from mm.data.store.shard import INDEX, KIND, shard_folder
+from mm.data.store.table import read_table_header
+from mm.errors import DataError
 from mm.extract.claims import CLAIMS, all_claims
-from mm.extract.plan import Plan, open_plan
+from mm.extract.former import FORMER
+from mm.extract.plan import PLAN, TABLE, Plan, open_plan
 from mm.extract.skipping import SKIPS, skip_counts
 from mm.extract.store import WORK, runs_done
 from mm.extract.worker import FAILED, claim_name
@@ -53,7 +57,9 @@ class Progress:
         runs, rows: of the plan; a run of rows is a shard of each draw. done, rows_done: of these are complete.
         running, failed: runs that are claimed, and that were given up and not made since.
         skipped: clips left out so far.
-        rate: rows a second in the last hour of work; None where no two shards tell. elapsed_s: since the first shard.
+        kept: samples that are copied and not encoded: those that trainings made (--live), and of former shards.
+        rate: rows a second in the last hour of work; None where no two runs tell. elapsed_s: since the first run was
+            done. Both are of the work by this plan: what was made by one before it, as of fewer draws, is left out.
     """
 
     runs: int
@@ -63,6 +69,7 @@ class Progress:
     running: Sequence[Running]
     failed: Sequence[Failed]
     skipped: int
+    kept: int
     rate: float | None
     elapsed_s: float
 
@@ -98,9 +105,18 @@ def extraction_progress(store: Path) -> Progress | None:
         running=_running(store, done, now),
         failed=_failed(store, done),
         skipped=sum(counts.values()),
+        kept=_kept(store),
         rate=rate,
         elapsed_s=elapsed,
     )
+
+
+def _kept(store: Path) -> int:
+    total = 0
+    for index in (store / FORMER).glob(f"[!.]*/{INDEX}"):
+        with suppress(DataError, KeyError, TypeError, ValueError):
+            total += int(read_table_header(index, KIND, "").about["samples"])
+    return total
 
 
 def _running(store: Path, done: set[int], now: float) -> list[Running]:
@@ -124,14 +140,20 @@ def _failed(store: Path, done: set[int]) -> list[Failed]:
 
 
 def _rate(store: Path, plan: Plan, done: set[int], now: float) -> tuple[float | None, float]:
-    """Rows a second, and seconds since the first shard."""
-    times = sorted((os.stat(shard_folder(store, run) / INDEX).st_mtime, plan.rows_in(run)) for run in done)
+    """Rows a second, and seconds since the first run of rows was done, by this plan."""
+    planned = os.stat(store / PLAN / TABLE).st_mtime
+    times = sorted((at, plan.rows_in(run)) for run in done if (at := _done_at(store, plan, run)) >= planned)
     if not times:
         return None, 0.0
     last = [(at, rows) for at, rows in times if at >= times[-1][0] - _RATE_S]
     span = last[-1][0] - last[0][0]
     rate = sum(rows for _, rows in last[1:]) / span if span > 0 else None
     return rate, max(0.0, now - times[0][0])
+
+
+def _done_at(store: Path, plan: Plan, run: int) -> float:
+    """Time of the last shard of a run, which has one of each draw."""
+    return max(os.stat(shard_folder(store, shard) / INDEX).st_mtime for shard in plan.shards_of(run))
 
 
 def _server_time(store: Path) -> float:

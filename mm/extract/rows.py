@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from mm.config.bad_samples import OnBadSample
+from mm.config.data import TEMPORAL_STRIDE
 from mm.config.run.extraction import SourceClip
+from mm.config.tasks.registry import FEATURE_TASKS, FeatureTaskName
 from mm.data.clips import check_announced_length
-from mm.data.features import Origin, text_hash, video_fingerprint
+from mm.data.features import FEATURES, Origin, feature_name, text_hash, video_fingerprint
 from mm.data.files import MAX_PROBLEMS_SHOWN, raise_limited
+from mm.data.listing import FeatureRow, LatentShape
 from mm.data.metadata import VideoSample
-from mm.data.sources.checking import CheckedRow
+from mm.data.sources.checking import CheckedRow, RowReader
 from mm.errors import DataError, Problem
+from mm.extract.plan import Plan
 from mm.extract.skipping import FAULTS_OF_A_VIDEO, BadClip
+
+
+def rows_of(plan: Plan, run: int, reader: RowReader) -> list[CheckedRow]:
+    """The rows of a run; raises DATA-150 for a plan that is damaged."""
+    rows = []
+    for row in plan.rows(run):
+        listed = reader.row_of(row.source, row.text, row.line)
+        rows.append(reader.check(row.source, row.number, listed, row.kind))
+    return rows
 
 
 def check_rows(rows: Iterable[CheckedRow], clip: SourceClip, policy: OnBadSample) -> None:
     """Refuse rows that are wrong, and where bad samples stop the work also those whose video is known to be bad.
 
     Raises:
-        DataError: DATA-060 for all rows that cannot be read at all; else DATA-001, DATA-047 and DATA-061 to DATA-064
-            for rows; else DATA-004 and DATA-160 for videos that are too short or long by their own annotation.
+        DataError: DATA-060 for all rows that cannot be read at all; else DATA-001, DATA-047, DATA-061 to DATA-064
+            and DATA-245 to DATA-247 for rows; else DATA-004 and DATA-160 for videos that are too short or long by their
+            own annotation.
     """
     unread, wrong, short = list[Problem](), list[Problem](), list[Problem]()
     skippable = FAULTS_OF_A_VIDEO if policy.skips else frozenset()
@@ -55,20 +70,61 @@ def usable(row: CheckedRow, clip: SourceClip) -> VideoSample | BadClip:
     return BadClip.of(row.sample.id, row.sample.file, problems[0]) if problems else row.sample
 
 
-def source_word(sample: VideoSample, draw: int = 0) -> str:
-    """Word for all that a draw's clip is made from: the video, its cut, the task's columns, and the draw.
+def source_word(sample: VideoSample, draw: int = 0, fingerprint: str | None = None) -> str:
+    """Word for all that a draw's clip is made from: the video, its cut, the task's columns and media, and the draw.
+
+    Args:
+        sample, draw: whose. fingerprint: of the video; None looks at it.
 
     Raises:
-        DataError: DATA-001 for a video that cannot be read.
+        DataError: DATA-001 for a file that cannot be read.
     """
     cut = f"@{sample.annotation.cut_name}" if sample.annotation.cut else ""
     columns = "".join(f"#{name}={value!r}" for name, value in sample.columns.items())
-    return f"{video_fingerprint(sample.file)}{cut}{columns}{f'~{draw}' if draw else ''}"
+    listed = ((role, file) for role, files in sorted(sample.roles.items()) for file in files)
+    beside = "".join(f"+{role}={video_fingerprint(file)}" for role, file in listed)
+    video = video_fingerprint(sample.file) if fingerprint is None else fingerprint
+    return f"{video}{cut}{columns}{beside}{f'~{draw}' if draw else ''}"
 
 
-def origin_of(sample: VideoSample, draw: int, caption: str, recipe_key: str) -> Origin:
-    """Source of a draw's features; raises what `source_word` raises."""
-    return Origin(sample.id, recipe_key, text_hash(caption), source_word(sample, draw))
+def origin_of(sample: VideoSample, draw: int, caption: str, recipe_key: str, fingerprint: str | None = None) -> Origin:
+    """Source of a draw's features; takes and raises what `source_word` does."""
+    return Origin(sample.id, recipe_key, text_hash(caption), source_word(sample, draw, fingerprint))
+
+
+def listed_row(
+    sample: VideoSample,
+    origin_video: str,
+    caption: str,
+    latent_shape: LatentShape,
+    *,
+    start_frame: int,
+    text_tokens: int,
+    task: FeatureTaskName,
+    taken: Mapping[str, Any] | None = None,
+) -> FeatureRow:
+    """Row of a store's list for a draw of a sample.
+
+    Args:
+        sample: whose. origin_video: `source_word` of the draw. caption: that was embedded, to so many `text_tokens`.
+        latent_shape: (C, F, H, W). start_frame, taken: of the clip. task: of the store.
+    """
+    _, frames, height, width = latent_shape
+    num_frames, pixels = (frames - 1) * TEMPORAL_STRIDE + 1, FEATURE_TASKS[task].latent_pixels
+    return FeatureRow(
+        sample=sample.id,
+        file=f"{FEATURES}/{feature_name(sample.id)}",
+        path=sample.annotation.path,
+        cap=caption,
+        start_frame_idx=start_frame,
+        sample_num_frames=num_frames,
+        sample_size=f"{num_frames}x{height * pixels}x{width * pixels}",
+        latent_shape=latent_shape,
+        text_tokens=text_tokens,
+        task=task,
+        video=origin_video,
+        taken=None if taken is None else dict(taken),
+    )
 
 
 def _of_length(row: CheckedRow, clip: SourceClip) -> tuple[Problem, ...]:

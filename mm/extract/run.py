@@ -33,7 +33,7 @@ from mm.extract.skipping import SKIPPED, SKIPS, Skipping, num_skipped
 from mm.extract.sources import VisualEncoders
 from mm.extract.store import WORK, check_store, finish, held_by_others, hold_against_plan, runs_done
 from mm.extract.worker import Runs, Tally, Worker
-from mm.wan.encoders import TextEncoder, VideoEncoder
+from mm.wan.encoders import TextEncoder, VideoEncoder, require_stride
 from mm.wan.image_encoder import ImageEncoder
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def extract(run: ExtractionRun, *, device: torch.device, rank: int = 0, world_si
         if manifest is None:
             done, skips = runs_done(store, plan), skipping.counts()
             complete = sum(plan.rows_in(row) - skips.get(row, 0) for row in done)
-            encoders = cache(partial(_open_encoders, run.encoders, run.task, device))
+            encoders = cache(partial(open_encoders, run.encoders, run.task, device))
             worker = Worker(run, store, plan, reader, ShardMaker(store, plan, recipe, encoders), skipping)
             tally = worker.tally
             runs = Runs(store, plan, claims, run.extraction.share, rank * plan.num_runs // world_size)
@@ -129,7 +129,7 @@ def _report(store: Path, manifest: Manifest | None, tally: Tally, complete: int,
     return ExtractReport(manifest.samples, tally.encoded, reused, skipped)
 
 
-def _open_encoders(named: EncodersSection, task: Task, device: torch.device) -> ClipEncoder:
+def open_encoders(named: EncodersSection, task: Task, device: torch.device) -> ClipEncoder:
     """Load all encoders of an extraction.
 
     Raises:
@@ -137,6 +137,7 @@ def _open_encoders(named: EncodersSection, task: Task, device: torch.device) -> 
     """
     vae = named.vae
     video = VideoEncoder.from_pretrained(Path(vae.from_pretrained), vae.precision, device, vae.tiles_of_clips())
+    require_stride(vae.from_pretrained, video, task)
     text = TextEncoder.from_pretrained(
         Path(named.text.from_pretrained),
         Path(named.tokenizer.from_pretrained),

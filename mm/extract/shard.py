@@ -10,9 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
 from mm.data.clips import Clip
-from mm.data.features import FEATURES, Feature, Origin, feature_name
+from mm.data.features import Feature, Origin
 from mm.data.listing import FeatureRow
 from mm.data.metadata import VideoSample
 from mm.data.recipe import Recipe
@@ -21,6 +20,7 @@ from mm.errors import DataError
 from mm.extract.encode import ClipEncoder
 from mm.extract.former import FormerSample, read_former, read_former_prompt
 from mm.extract.plan import Plan, plan_key
+from mm.extract.rows import listed_row
 from mm.extract.skipping import SKIPPED, BadClip, Skipping, may_be_skipped
 
 
@@ -208,18 +208,13 @@ def _row(task: DrawTask, feature: Feature, text_tokens: int, recipe: Recipe) -> 
     latents = feature.latents
     assert latents is not None  # noqa: S101  only the empty caption has none
     channels, frames, height, width = latents.shape
-    num_frames = (frames - 1) * TEMPORAL_STRIDE + 1
-    return FeatureRow(
-        sample=task.sample.id,
-        file=f"{FEATURES}/{feature_name(task.sample.id)}",
-        path=task.sample.annotation.path,
-        cap=task.caption,
-        start_frame_idx=feature.start_frame,
-        sample_num_frames=num_frames,
-        sample_size=f"{num_frames}x{height * LATENT_PIXELS}x{width * LATENT_PIXELS}",
-        latent_shape=(channels, frames, height, width),
+    return listed_row(
+        task.sample,
+        task.origin.video,
+        task.caption,
+        (channels, frames, height, width),
+        start_frame=feature.start_frame,
         text_tokens=text_tokens,
         task=recipe.task,
-        video=task.origin.video,
-        taken=None if feature.taken is None else dict(feature.taken),
+        taken=feature.taken,
     )

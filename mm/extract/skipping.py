@@ -14,18 +14,12 @@ from pathlib import Path
 
 from mm.config.bad_samples import OnBadSample
 from mm.data.files import MAX_PROBLEMS_SHOWN, make_folder, raise_limited, write_atomically
+from mm.data.replacing import FAULTS_OF_A_CLIP
 from mm.errors import DataError, Problem
 
 SKIPPED = "skipped.jsonl"
 SKIPS = "skipped"
-FAULTS_OF_A_VIDEO = frozenset(
-    {
-        *("DATA-001", "DATA-002", "DATA-003", "DATA-004", "DATA-005", "DATA-006"),
-        *("DATA-070", "DATA-071", "DATA-096", "DATA-097", "DATA-098", "DATA-099"),
-        *("DATA-086", "DATA-110", "DATA-175"),
-        *("DATA-160", "DATA-161", "DATA-162"),
-    }
-)
+FAULTS_OF_A_VIDEO = FAULTS_OF_A_CLIP | {"DATA-070", "DATA-071"}
 
 
 @dataclass(frozen=True, slots=True)

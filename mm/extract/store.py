@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 from mm.config.bad_samples import OnBadSample
@@ -18,7 +19,7 @@ from mm.data.store.catalog import MANIFEST, Manifest, finish_store, is_sharded
 from mm.data.store.shard import BODY, INDEX, KIND, SHARDS, check_body, shard_folder
 from mm.data.store.table import NO_DAMAGE, read_table_header
 from mm.errors import DataError
-from mm.extract.claims import CLAIMS, LEASE_S, all_claims
+from mm.extract.claims import CLAIMS, LEASE_S, Claim, all_claims
 from mm.extract.former import FORMER, put_aside
 from mm.extract.plan import PLAN, Plan
 from mm.extract.skipping import SKIPPED, BadClip, Skipping, read_bad_clips, too_many, write_skipped
@@ -149,7 +150,7 @@ def finish(store: Path, plan: Plan, policy: OnBadSample) -> Manifest | None:
         put_aside(store, extra)
     write_skipped(store, bad)
     manifest = finish_store(store, plan.num_shards, plan.recipe, plan.draws)
-    for name in (WORK, FORMER):
+    for name in () if live_claims(store) else (WORK, FORMER):
         shutil.rmtree(store / name, ignore_errors=True)
     finished = (store / MANIFEST).stat().st_mtime
     for path in [*(store / SHARDS).glob(f"{TEMPORARY_PREFIX}*"), *store.glob(f"{TEMPORARY_PREFIX}*")]:
@@ -165,6 +166,18 @@ def remove_left_behind(store: Path, plan: Plan, run: int) -> None:
     for shard in plan.shards_of(run):
         for path in (store / SHARDS).glob(f"{TEMPORARY_PREFIX}{shard:08d}-*"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def live_name(token: str) -> str:
+    """Name of the claim of a process of a training that keeps features in parts, by the word that it alone has."""
+    return f"live-{token}"
+
+
+def live_claims(store: Path) -> list[Claim]:
+    """Claims of the trainings that keep features in parts of a store, as far as they live."""
+    claims = [claim for claim in all_claims(store / WORK / CLAIMS) if claim.name.startswith(live_name(""))]
+    newest = max((claim.touched for claim in claims), default=0.0)
+    return [claim for claim in claims if not claim.is_stale(max(newest, time.time()))]
 
 
 def held_by_others(store: Path) -> int:

@@ -22,7 +22,7 @@ from mm.errors import DataError, DataWriteError
 from mm.extract.claims import Claims
 from mm.extract.former import Former
 from mm.extract.plan import Plan
-from mm.extract.rows import check_rows, origin_of, usable
+from mm.extract.rows import check_rows, origin_of, rows_of, usable
 from mm.extract.shard import DrawTask, RunTask, ShardMaker
 from mm.extract.skipping import BadClip, Skipping
 from mm.extract.store import WORK, present_shards, remove_left_behind, runs_done
@@ -118,6 +118,7 @@ class Worker:
             self._run.extraction.seed,
             num_workers=self._run.data.workers,
             time_limit=self._run.data.read_timeout,
+            media=self._run.task.media,
         )
         with closing(clips):
             ahead = _Ahead(clips, self.tally.readers)
@@ -153,11 +154,7 @@ class Worker:
         Raises:
             DataError: what `mm.extract.rows.check_rows` raises, and DATA-150 for a plan that is damaged.
         """
-        clip, reader = self._run.data.clip, self._reader
-        rows = []
-        for row in self._plan.rows(run):
-            listed = reader.row_of(row.source, row.text, row.line)
-            rows.append(reader.check(row.source, row.number, listed, row.kind))
+        clip, rows = self._run.data.clip, rows_of(self._plan, run, self._reader)
         check_rows(rows, clip, self._policy)
         return RunTask(run, [self._draws(usable(row, clip)) for row in rows])
 

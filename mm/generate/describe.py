@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +13,23 @@ import torch
 import mm
 from mm.checkpoint.safetensor_file import hash_file
 from mm.config.run.encoders import EncodersSection
-from mm.config.run.generation import GenerationRun
+from mm.config.run.generation import AdapterFile, GenerationRun
 from mm.data.recipe import folder_fingerprint
+from mm.generate.camera_line import is_move
+from mm.generate.experts import boundary_of
 from mm.generate.rows import GenerationRow
 from mm.generate.weights import GenerationWeights
 
 
-def describe_run(generation: GenerationRun, weights: GenerationWeights, device: str) -> dict[str, Any]:
+def describe_run(
+    generation: GenerationRun, device: str, weights: GenerationWeights, low: GenerationWeights | None
+) -> dict[str, Any]:
     """Description that all clips of a run share.
 
     Args:
         generation: the configuration.
         weights: of the transformer; its fingerprint is right when all of them have been read.
-        device: kind of device.
+        device: kind of device. low: of the expert for little noise; its fingerprint is part of the transformer's.
     """
     sampling = generation.sampling
     sampler: dict[str, Any] = {"sample_solver": sampling.solver}
@@ -37,7 +43,7 @@ def describe_run(generation: GenerationRun, weights: GenerationWeights, device: 
     }
     return {
         "task": generation.task,
-        "negative_prompt": generation.negative_text if sampling.guided else None,
+        "negative_prompt": generation.negative_text if generation.guided else None,
         "seed": generation.generation.seed,
         "input_size": list(generation.output.size),
         "fps": generation.output.fps,
@@ -46,11 +52,9 @@ def describe_run(generation: GenerationRun, weights: GenerationWeights, device: 
         "flow_shift": sampling.shift,
         "guidance_scale": sampling.guidance_scale,
         "batched_guidance": sampling.batched_guidance,
-        "transformer": transformer | {"fingerprint": weights.fingerprint()},
-        "lora": [
-            section.model_dump() | {"fingerprint": digits}
-            for section, digits in zip(generation.model.adapters, weights.adapter_fingerprints(), strict=True)
-        ],
+        "transformer": transformer | {"fingerprint": fingerprint_of(weights, low)},
+        "lora": _adapters(generation.model.adapters, weights),
+        **({} if low is None else _low_noise(generation, low)),
         **_encoders(generation.encoders),
         "layout": generation.layout.name(),
         "device": device,
@@ -59,17 +63,53 @@ def describe_run(generation: GenerationRun, weights: GenerationWeights, device: 
     }
 
 
+def _adapters(sections: Sequence[AdapterFile], weights: GenerationWeights) -> list[dict[str, Any]]:
+    each = zip(sections, weights.adapter_fingerprints(), strict=True)
+    return [section.model_dump() | {"fingerprint": digits} for section, digits in each]
+
+
+def _low_noise(generation: GenerationRun, weights: GenerationWeights) -> dict[str, Any]:
+    section = generation.model.low_noise
+    assert section is not None  # noqa: S101  whose weights these are
+    about = {
+        "path": str(weights.source.path),
+        "format": weights.source.label,
+        "lora": _adapters(section.adapters, weights),
+        "boundary": boundary_of(section, generation.origins),
+        "guidance_scale": section.guidance_scale,
+    }
+    return {"low_noise": about}
+
+
+def fingerprint_of(weights: GenerationWeights, low: GenerationWeights | None) -> str:
+    """Sixteen hexadecimal digits of a transformer, or of two experts together; of none that was not read."""
+    if low is None:
+        return weights.fingerprint()
+    return hashlib.sha256(f"{weights.fingerprint()} {low.fingerprint()}".encode()).hexdigest()[:16]
+
+
 def describe_row(row: GenerationRow, run: GenerationRun) -> dict[str, Any]:
     """Description of one clip alone."""
     about: dict[str, Any] = {"prompt": row.prompt, "prompt_index": row.index}
-    if row.images:
-        about["images"] = [{"path": str(path), "fingerprint": hash_file(path)[:16]} for path in row.images]
     if row.columns:
         about["columns"] = dict(row.columns)
-    if row.video is not None:
-        about["video"] = {"path": str(row.video), "fingerprint": hash_file(row.video)[:16]}
-        about |= {"strength": run.inputs.strength, "start_frame": run.inputs.start_frame or 0}
-    return about
+    for name, paths in row.files.items():
+        if name == "videos":
+            about["video"] = _file(paths[0])
+            about["start_frame"] = run.inputs.start_frame or 0
+            if run.wan.task.with_video:
+                about["strength"] = run.inputs.strength
+        elif name == "cameras":
+            about["camera"] = paths[0] if is_move(paths[0]) else _file(paths[0])
+        else:
+            about[name] = [_file(path) for path in paths]
+    if run.inputs.text_only:
+        about["text_only"] = True
+    return about | run.inputs.settings
+
+
+def _file(path: str) -> dict[str, str]:
+    return {"path": path, "fingerprint": hash_file(Path(path))[:16]}
 
 
 def _encoders(named: EncodersSection) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mm.config.model import WanConfig
 from mm.errors import ConfigError, Problem, raise_all
-from mm.wan.encoders import VideoEncoder
+from mm.wan.encoders import VideoEncoder, require_stride
 from mm.wan.image_encoder import ImageEncoder
 
 
@@ -28,9 +28,10 @@ def require_image_encoder_fits(name: str, encoder: ImageEncoder, wan: WanConfig)
 
 
 def require_vae_fits(name: str, video: VideoEncoder, wan: WanConfig) -> None:
-    """CFG-066 for a VAE of another number of channels."""
+    """CFG-066 for a VAE of another number of channels, and DATA-260 for one of another stride."""
     channels = len(video.vae.config.latents_mean)
     _require_equal([(f"The number of channels of {name}", channels, "out_dim", wan.out_dim)])
+    require_stride(name, video, wan.task)
 
 
 def _require_equal(parts: Sequence[tuple[str, int, str, int | None]]) -> None:

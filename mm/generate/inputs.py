@@ -1,33 +1,42 @@
-"""The files that a row names, read: images and a video as pixels of the clips' size."""
+"""The files that a row names, read: pixels of the clips' size, masks and camera paths."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from torch import Tensor
 
 from mm.config.run.generation import GenerationRun
-from mm.generate.media_inputs import load_image, load_video
+from mm.generate.media_inputs import load_image, load_mask, load_picture, load_video
 from mm.generate.rows import GenerationRow
-from mm.generate.sources import Given
+from mm.generate.sources import Given, camera_rows
 
 
 def load_given(run: GenerationRun, row: GenerationRow) -> Given:
-    """A row's images and numbers; raises what `load_image` raises."""
-    height, width = run.output.height, run.output.width
-    return Given(tuple(load_image(path, height, width) for path in row.images), row.columns)
-
-
-def load_given_video(run: GenerationRun, row: GenerationRow) -> Tensor | None:
-    """The frames of a row's video, [3, F, H, W] pixels in [-1, 1], if it has one; raises what `load_video` raises."""
-    if row.video is None:
-        return None
-    return load_video(row.video, run.inputs.start_frame or 0, *run.output.size)
-
-
-def check_given(run: GenerationRun, row: GenerationRow) -> None:
-    """Read all that a row names, so that hours of work do not end at a damaged file.
+    """Inputs of a row's clip, as values.
 
     Raises:
         DataError: what `load_image` and `load_video` raise.
+        ConfigError: what `camera_rows` and `load_mask` raise.
     """
-    load_given(run, row)
-    load_given_video(run, row)
+    frames, height, width = run.output.size
+    start, edited = run.inputs.start_frame or 0, row.path("videos")
+    control, mask = row.path("controls"), row.path("masks")
+    return Given(
+        images=tuple(load_image(path, height, width) for path in row.paths("images")),
+        columns=row.columns,
+        video=None if edited is None else load_video(edited, start, *run.output.size),
+        mask=None if mask is None else load_mask(mask, edited, start, run.output.size),
+        control=None if control is None else load_video(control, 0, *run.output.size),
+        references=tuple(_reference(run, path) for path in row.paths("references")),
+        camera=None if row.camera is None else camera_rows(row.camera, frames),
+        settings=run.inputs.settings,
+        text_only=run.inputs.text_only,
+    )
+
+
+def _reference(run: GenerationRun, path: Path) -> Tensor:
+    """A reference: a frame, or, where a line may have several, a picture of its own size."""
+    if run.row_lists["references"].kind == "images":
+        return load_picture(path)
+    return load_image(path, run.output.height, run.output.width)

@@ -59,7 +59,7 @@ def denoise(
     text: Tensor,
     negative: Tensor | None,
     sampler: Sampler,
-    guidance_scale: float,
+    guidance_scale: float | Callable[[float], float],
     *,
     features: Mapping[str, Tensor] | None = None,
     batched_guidance: bool = False,
@@ -74,9 +74,9 @@ def denoise(
         model: the transformer.
         latents: [B, C, F, H, W], what the sampler begins with, on the model's device.
         text: [B, L, text_dim], padded text features of the prompts.
-        negative: the same of the negative prompt; may be None when guidance_scale is 1.
+        negative: the same of the negative prompt; may be None where guidance_scale is always 1.
         sampler: new, from `mm.diffusion.samplers.make_sampler`.
-        guidance_scale: strength of the guidance.
+        guidance_scale: strength of the guidance, or a function that tells it of a timestep.
         features: what the model's task declares, as in `ModelInputs`; the same for both prompts.
         batched_guidance: both prompts in one pass of twice the batch, instead of two passes one after the other.
         on_step: called after every step; what it returns is ignored.
@@ -87,16 +87,17 @@ def denoise(
     Raises:
         DataError: DATA-056 when the latents are no longer finite numbers.
     """
-    guided = guidance_scale != 1
-    if negative is None and guided:
-        raise ValueError("guidance needs the negative prompt's features")
-    texts = [text, negative] if negative is not None and guided else [text]
     latents = latents.float()
     for t in sampler.timesteps:
+        scale = guidance_scale(float(t)) if callable(guidance_scale) else guidance_scale
+        guided = scale != 1
+        if negative is None and guided:
+            raise ValueError("guidance needs the negative prompt's features")
+        texts = [text, negative] if negative is not None and guided else [text]
         velocities = _velocities(model, latents, t, texts, features or {}, batched_guidance)
         velocity = velocities[0]
         if guided:
-            velocity = velocities[1] + guidance_scale * (velocity - velocities[1])
+            velocity = velocities[1] + scale * (velocity - velocities[1])
         latents = sampler.step(velocity, t, latents)
         on_step()
     if not torch.isfinite(latents).all():

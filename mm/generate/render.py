@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,15 @@ from torch import Tensor
 
 from mm.checkpoint.comm import Comm
 from mm.config.run.generation import GenerationRun
-from mm.config.tasks.task import Source
 from mm.device.backend import Backend
-from mm.errors import DataError, Problem, raise_all
+from mm.errors import DataError, MMError, Problem, raise_all
+from mm.generate.experts import boundary_of
 from mm.generate.fit import require_image_encoder_fits, require_text_fits, require_vae_fits
-from mm.generate.inputs import check_given, load_given, load_given_video
+from mm.generate.inputs import load_given
 from mm.generate.pipeline import Velocity
 from mm.generate.rows import BadRow, GenerationRow, read_rows
 from mm.generate.sampling import ClipConditions, ClipPlan, SamplerSettings, decode, encode_prompts, sample
-from mm.generate.sources import EarlyFeatures
+from mm.generate.sources import EARLY_SOURCES, EarlyFeatures
 from mm.parallel.mesh import Mesh
 from mm.wan.encoders import TextEncoder, VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
@@ -60,8 +61,8 @@ def usable_rows(run: GenerationRun, processes: Processes) -> tuple[list[Generati
     found = list(map(_report, bad))
     for row in rows[mesh.dp_rank :: mesh.layout.dp_size]:
         try:
-            check_given(run, row)
-        except DataError as error:
+            load_given(run, row)  # so that hours of work do not end at a damaged file
+        except MMError as error:
             found += [[row.index, p.id, f"Row {row.index}: {p.message}", p.remedy] for p in error.problems]
     together = {(report[0], report[1]): report for part in processes.comm.all_gather_object(found) for report in part}
     bad = [BadRow(index, Problem(*texts)) for index, *texts in (together[key] for key in sorted(together))]
@@ -87,7 +88,12 @@ class Batch:
 
 
 def batches_of_replica(
-    rows: Sequence[GenerationRow], processes: Processes, size: int, together: bool, finished: Collection[int] = ()
+    rows: Sequence[GenerationRow],
+    processes: Processes,
+    size: int,
+    together: bool,
+    finished: Collection[int] = (),
+    alike: Callable[[GenerationRow], int] = lambda row: 0,
 ) -> list[Batch]:
     """This replica's rows in batches of `size`.
 
@@ -98,12 +104,14 @@ def batches_of_replica(
         together: every replica has as many batches, because weights are gathered over all of them.
         finished: indices of rows that need no clip. A batch of such rows alone is left out; the others stay as they
             are, so that a clip has the neighbours that it would have had.
+        alike: what rows of a batch have in common.
     """
     layout, dp_rank = processes.mesh.layout, processes.mesh.dp_rank
 
     def batches(replica: int) -> list[Batch]:
         mine = list(rows[replica :: layout.dp_size])
-        cut = [mine[start : start + size] for start in range(0, len(mine), size)]
+        runs = [list(run) for _, run in groupby(mine, alike)]
+        cut = [run[start : start + size] for run in runs for start in range(0, len(run), size)]
         return [Batch(batch, True) for batch in cut if any(row.index not in finished for row in batch)]
 
     found = batches(dp_rank)
@@ -175,13 +183,13 @@ class Renderer:
 
     def _conditions(self, row: GenerationRow) -> ClipConditions:
         """Conditions of a row's clip; its files are read again, so that they need not stay in memory."""
-        given, video = load_given(self._run, row), load_given_video(self._run, row)
-        return ClipConditions(row.index, self._text[row.index], self._early[row.index], given, video)
+        given = load_given(self._run, row)
+        return ClipConditions(row.index, self._text[row.index], self._early[row.index], given)
 
 
 def clip_plan(run: GenerationRun, device: torch.device) -> ClipPlan:
     """Plan that all clips of a generation share."""
-    sampling = run.sampling
+    sampling, low = run.sampling, run.model.low_noise
     settings = SamplerSettings(
         solver=sampling.solver,
         num_steps=sampling.steps,
@@ -191,6 +199,8 @@ def clip_plan(run: GenerationRun, device: torch.device) -> ClipPlan:
         solver_order=sampling.solver_order or 2,
         solver_type=sampling.solver_type or "bh2",
         strength=run.inputs.strength or 1.0,
+        boundary=None if low is None else boundary_of(low, run.origins),
+        low_guidance_scale=None if low is None else low.guidance_scale,
     )
     return ClipPlan(run.wan, device, run.row_task.frames, run.output.size, run.generation.seed, settings)
 
@@ -211,7 +221,7 @@ def _encode_text(
         named.tokenizer.model_max_length,
     )
     prompts = [row.prompt for row in rows]
-    texts, negative = encode_prompts(encoder, prompts, run.negative_text if run.sampling.guided else None)
+    texts, negative = encode_prompts(encoder, prompts, run.negative_text if run.guided else None)
     if texts:
         require_text_fits(named.text.from_pretrained, texts[0], run.wan)
     return dict(zip((row.index for row in rows), texts, strict=True)), negative
@@ -221,9 +231,11 @@ def _encode_early(
     run: GenerationRun, rows: Sequence[GenerationRow], device: torch.device
 ) -> dict[int, dict[str, Tensor]]:
     """The features of each row that need no VAE, by its index; the image encoder is dropped afterwards."""
-    task, section, encoder = run.wan.task, run.encoders.image, None
-    if task.made_by(Source.IMAGE_ENCODER) and section is not None:
+    section, encoder = run.encoders.image, None
+    if not any(feature.source in EARLY_SOURCES for feature in run.wan.task.features):
+        return {row.index: {} for row in rows}
+    if run.sees_images and section is not None:
         encoder = ImageEncoder.from_pretrained(Path(section.from_pretrained), run.encoders.image_precision, device)
         require_image_encoder_fits(section.from_pretrained, encoder, run.wan)
-    early = EarlyFeatures(task, encoder)
+    early = EarlyFeatures(run.wan, encoder)
     return {row.index: early.of(load_given(run, row)) for row in rows}

@@ -16,7 +16,10 @@ from pathlib import Path
 from mm.config.inputs import missing_parts
 from mm.config.path_line import LineError, read_paths
 from mm.config.run.generation import GenerationRun
+from mm.config.run.listed import LISTS, Listed
+from mm.config.tasks.task import ListName, Task
 from mm.errors import DataError, Problem, raise_all
+from mm.generate.camera_line import is_move
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +33,32 @@ class GenerationRow:
     Attributes:
         index: its number, which names the clip and keys its noise.
         prompt: what it shows.
-        images: the frames that are given. video: what it is made from. columns: the task's numbers, by name.
+        files: what stands in its lines of the lists, by the list's name; not those whose line is blank.
+        columns: the task's numbers, by name.
     """
 
     index: int
     prompt: str
-    images: tuple[Path, ...] = ()
-    video: Path | None = None
+    files: Mapping[ListName, tuple[str, ...]] = field(default_factory=dict)
     columns: Mapping[str, float] = field(default_factory=dict)
+
+    def paths(self, name: ListName) -> tuple[Path, ...]:
+        """Paths of one list."""
+        return tuple(map(Path, self.files.get(name, ())))
+
+    def path(self, name: ListName) -> Path | None:
+        """The path of a list of which each line has one at most."""
+        return next(iter(self.paths(name)), None)
+
+    @property
+    def camera(self) -> str | None:
+        """The pose file, or the direction and its speed."""
+        return next(iter(self.files.get("cameras", ())), None)
+
+
+def row_frames_in_front(task: Task, row: GenerationRow) -> int:
+    """Latent frames in front of a row's clip, which rows of a batch must have in common."""
+    return sum(len(row.files.get(media.listed, ())) for media in task.media if media.in_front)
 
 
 @dataclass(frozen=True)
@@ -67,21 +88,31 @@ def read_rows(run: GenerationRun) -> tuple[list[GenerationRow], list[BadRow]]:
 
 
 def _lists(run: GenerationRun) -> dict[str, str]:
-    """The files that go with the prompts, by what is in their lines: an image, a video, a column's number."""
-    media = {"video": run.inputs.videos, "image": run.inputs.images}
-    return {kind: file for kind, file in media.items() if file is not None} | run.inputs.columns
+    """The files that go with the prompts, by the list's name or the column's."""
+    return dict((*run.inputs.lists.items(), *run.inputs.columns.items()))
+
+
+def _word(name: str) -> str:
+    """Word for a line of a list: an image, or a column's number."""
+    return name.removesuffix("s") if name in LISTS else name
 
 
 def _matched(run: GenerationRun, lists: Mapping[str, str]) -> tuple[list[GenerationRow], list[BadRow]]:
     """`read_rows` where other files go with the prompts."""
     prompts = _read_lines(Path(run.inputs.prompts), "prompt")
-    lines = {kind: _read_lines(Path(file), kind) for kind, file in lists.items()}
-    for kind, others in lines.items():
+    lines = {}
+    for name, file in lists.items():
+        listed = run.row_lists.get(name) if name in LISTS else None
+        others = _read_lines(Path(file), _word(name), may_end_blank=listed is not None and not listed.fewest)
+        while len(others) > len(prompts) and not others[-1]:
+            others.pop()
+        lines[name] = others
+    for name, others in lines.items():
         if len(prompts) != len(others):
             raise DataError(
                 "DATA-084",
-                f"{run.inputs.prompts} has {len(prompts)} lines, and {lists[kind]} {len(others)}.",
-                f"Write one {kind} for each prompt, in the same order.",
+                f"{run.inputs.prompts} has {len(prompts)} lines, and {lists[name]} {len(others)}.",
+                f"Write one {_word(name)} for each prompt, in the same order.",
             )
     together = [row for row in zip(prompts, *lines.values(), strict=True) if any(row)]
     good, bad = [], []
@@ -119,7 +150,7 @@ def require_inputs(run: GenerationRun) -> None:
 
 
 def _missing_files(row: GenerationRow) -> list[Problem]:
-    files = [*row.images, *([] if row.video is None else [row.video])]
+    files = [path for name, paths in row.files.items() for path in paths if name != "cameras" or not is_move(path)]
     remedy = "Correct the path, or add the file."
     return [
         Problem("DATA-001", f"Row {row.index}: {file} does not exist.", remedy)
@@ -145,9 +176,13 @@ def _row(index: int, prompt: str, others: Mapping[str, str], run: GenerationRun)
     """A row, or why it is none (DATA-085)."""
     if not prompt:
         return _bad(index, "no prompt", "Write one, or remove both lines.")
-    given = _media(index, others, run)
-    if isinstance(given, BadRow):
-        return given
+    files: dict[ListName, tuple[str, ...]] = {}
+    for name, listed in run.row_lists.items():
+        if name in others:
+            given = _paths(index, name, others[name], listed, run)
+            if isinstance(given, BadRow):
+                return given
+            files[name] = given
     columns: dict[str, float] = {}
     for column in run.row_task.columns:
         text = others[column.name]
@@ -156,26 +191,22 @@ def _row(index: int, prompt: str, others: Mapping[str, str], run: GenerationRun)
             found = f'"{text}"' if text else "nothing"
             return _bad(index, f"{found} where {column.name} should be", f"Write {column.expected}.")
         columns[column.name] = value
-    if run.inputs.videos is not None:
-        return GenerationRow(index, prompt, video=given[0], columns=columns)
-    return GenerationRow(index, prompt, images=given, columns=columns)
+    return GenerationRow(index, prompt, {name: given for name, given in files.items() if given}, columns)
 
 
-def _media(index: int, others: Mapping[str, str], run: GenerationRun) -> tuple[Path, ...] | BadRow:
-    """The given video, or the given frames; nothing where the task has none."""
-    frames = run.row_task.frames
-    wanted, what = len(frames), "one image" if len(frames) == 1 else "two images"
-    if run.inputs.videos is not None:
-        wanted, what = 1, "one video"
-    if not wanted:
+def _paths(index: int, name: ListName, text: str, listed: Listed, run: GenerationRun) -> tuple[str, ...] | BadRow:
+    """The paths of a line."""
+    if not text and not listed.fewest:
         return ()
-    text = others["image" if run.inputs.videos is None else "video"]
+    frames = run.row_task.frames
+    what = f"one {_word(name)}" if listed.most == 1 else "two images" if name == "images" else name
     if not text:
         return _bad(index, f"nothing where {what} should be", "Write the path, or remove both lines.")
+    counts = range(1, text.count(",") + 2) if listed.most is None else (listed.most,)
     try:
-        return tuple(map(Path, read_paths(text, (wanted,), lambda paths: all(map(os.path.isfile, paths)))))
+        return read_paths(text, counts, lambda paths: all(map(os.path.isfile, paths)))
     except LineError as error:
-        expected = ", ".join(f"{frame.name}.png" for frame in frames) if wanted > 1 else '"a, b.png"'
+        expected = ", ".join(f"{frame.name}.png" for frame in frames) if (listed.most or 1) > 1 else '"a, b.png"'
         remedy = f"Write {expected}; a path with a comma in it goes into double quotes."
         return _bad(index, f'"{text}" where {what} should be; it {error}', remedy)
 
@@ -184,8 +215,12 @@ def _bad(index: int, found: str, remedy: str) -> BadRow:
     return BadRow(index, Problem("DATA-085", f"Row {index} has {found}.", remedy))
 
 
-def _read_lines(path: Path, what: str) -> list[str]:
+def _read_lines(path: Path, what: str, may_end_blank: bool = False) -> list[str]:
     """The lines of a UTF-8 text file, with or without a byte order mark, with any line ends, without blank last ones.
+
+    Args:
+        path: the file. what: is in its lines.
+        may_end_blank: blank last lines stay, because they say something.
 
     Raises:
         DataError: DATA-053 when the file cannot be read, DATA-054 when it holds nothing.
@@ -201,6 +236,8 @@ def _read_lines(path: Path, what: str) -> list[str]:
         ) from None
     while lines and not lines[-1]:
         lines.pop()
+        if may_end_blank:
+            break  # it was the end of the line before
     if not any(lines):
         raise DataError("DATA-054", f"{path} holds no {what}.", f"Write one {what} a line.")
     return lines

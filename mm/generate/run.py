@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from functools import cache
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -11,16 +12,22 @@ from tqdm import tqdm
 from mm.checkpoint.mismatch import Expected
 from mm.config.run.generation import GenerationRun
 from mm.errors import DataError, raise_all
-from mm.generate.describe import describe_row, describe_run
+from mm.generate.describe import describe_row, describe_run, fingerprint_of
+from mm.generate.experts import TwoExperts, boundary_of, require_experts_in_place
 from mm.generate.finished import finished_clips, require_same_weights
+from mm.generate.pipeline import Velocity
 from mm.generate.render import Processes, Renderer, batches_of_replica, usable_rows
+from mm.generate.rows import GenerationRow, row_frames_in_front
 from mm.generate.video import clip_path, prepare_folder, write_clip
-from mm.generate.weights import open_generation_weights
+from mm.generate.weights import GenerationWeights, open_generation_weights
 from mm.parallel.apply import apply_frozen
 from mm.parallel.velocity import ParallelVelocity
 from mm.wan.encoders import DTYPES
 
 log = logging.getLogger(__name__)
+
+Weights = tuple[GenerationWeights, GenerationWeights | None]
+"""Of the transformer, or of both experts, the one for much noise first."""
 
 
 def generate_clips(
@@ -39,30 +46,42 @@ def generate_clips(
         The clips' paths that this rank wrote, in the order of the rows.
 
     Raises:
-        ConfigError: CFG-065 and CFG-066 when the parts of the model do not fit each other or the configuration.
-        DataError: DATA-001 to DATA-007, DATA-085 to DATA-087, DATA-096 to DATA-099 and DATA-110 for rows that could not
-            be used, after all others are done; DATA-050 when a clip exists that another command has made, DATA-051 to
-            DATA-056 and DATA-084 for prompts and clips, DATA-020 to DATA-045 and DATA-090 to DATA-093 for weights that
-            cannot be used.
+        ConfigError: CFG-065 and CFG-066 when the parts of the model do not fit each other or the configuration; CFG-294
+            and CFG-295 for two experts without a boundary, or in each other's place.
+        DataError: DATA-001 to DATA-007, DATA-085 to DATA-087, DATA-096 to DATA-099, DATA-110, CFG-250 to CFG-257 and
+            CFG-281 for rows that could not be used, after all others are done; DATA-050 when a clip exists that another
+            command has made, DATA-051 to DATA-056 and DATA-084 for prompts and clips, DATA-020 to DATA-045 and DATA-090
+            to DATA-093 for weights that cannot be used.
         CheckpointError: CKPT-010 to CKPT-021 for weights that cannot be used.
     """
-    backend = processes.backend
     rows, bad = usable_rows(generation, processes)
     folder = Path(generation.output.path)
     prepare_folder(folder)
-    wan, dtype = generation.wan, DTYPES[generation.model.precision]
-    # only whoever writes clips tells what made them
-    weights = open_generation_weights(
-        generation.model.weights or "",
-        generation.model.adapters,
-        Expected(wan, lambda name: generation.origins[f"model.shape.{name}"], "CFG-065"),
-        dtype,
-        processes.writes,
-        processes.comm,
+    weights = _open_weights(generation, processes)
+    finished = _finished_by_any(folder, rows, generation, weights, processes)
+    together = generation.zero is not None
+    alike = partial(row_frames_in_front, generation.wan.task)
+    batches = batches_of_replica(
+        rows, processes, generation.batch.size, together=together, finished=finished, alike=alike
     )
+    paths = _render(generation, processes, weights, Renderer(generation, processes, batches), finished)
+    processes.comm.barrier()
+    log.info("%d clips are in %s", len(rows), folder)
+    raise_all(DataError, [row.problem for row in bad])
+    return paths
+
+
+def _finished_by_any(
+    folder: Path,
+    rows: Sequence[GenerationRow],
+    generation: GenerationRun,
+    weights: Weights,
+    processes: Processes,
+) -> dict[int, str]:
+    """`finished_clips` of all ranks together, the same on each; none where clips are to be made anew."""
     finished: dict[int, str] = {}
     if not generation.output.overwrite:
-        about = cache(lambda: describe_run(generation, weights, backend.kind))  # reads the encoders' folders
+        about = cache(lambda: describe_run(generation, processes.backend.kind, *weights))  # reads the encoders' folders
         finished = finished_clips(folder, rows, lambda row: {**describe_row(row, generation), **about()})
     # nobody writes before everybody has looked; a folder on one node alone is seen by its ranks only
     for part in processes.comm.all_gather_object([list(clip) for clip in finished.items()]):
@@ -71,26 +90,60 @@ def generate_clips(
         log.info(
             "%d of %d clips are in %s already, of this very command; they are kept", len(finished), len(rows), folder
         )
-    batches = batches_of_replica(
-        rows, processes, generation.batch.size, together=generation.zero is not None, finished=finished
-    )
-    renderer = Renderer(generation, processes, batches)
+    return finished
+
+
+def _render(
+    generation: GenerationRun,
+    processes: Processes,
+    weights: Weights,
+    renderer: Renderer,
+    finished: Mapping[int, str],
+) -> list[Path]:
+    """Read the model, render the clips that are missing, and write each; returns the paths that this rank wrote.
+
+    Raises:
+        DataError: DATA-050 for finished clips of other weights than these.
+    """
+    backend, folder = processes.backend, Path(generation.output.path)
     video = renderer.load_video_encoder()
-    parallel = apply_frozen(wan, processes.mesh, backend, dtype, weights.value_of, generation.zero)
+    velocity = _velocity(generation, processes, weights)
     if finished:
-        read = processes.comm.all_gather_object(weights.fingerprint() if processes.writes else None)
+        read = processes.comm.all_gather_object(fingerprint_of(*weights) if processes.writes else None)
         require_same_weights(folder, finished, [fingerprint for fingerprint in read if fingerprint is not None])
-    description = describe_run(generation, weights, backend.kind)
+    description = describe_run(generation, backend.kind, *weights)
     paths = []
     shown = generation.logging.progress_bar and processes.comm.rank == 0
     with tqdm(total=renderer.num_steps, desc="generating", unit="step", disable=not shown or None) as bar:
-        for row, frames in renderer.clips(ParallelVelocity(parallel), video, bar.update):
+        for row, frames in renderer.clips(velocity, video, bar.update):
             if row.index in finished:
                 continue
             path = clip_path(folder, row.index)
             write_clip(path, frames, generation.output.fps, {**describe_row(row, generation), **description})
             paths.append(path)
-    processes.comm.barrier()
-    log.info("%d clips are in %s", len(rows), folder)
-    raise_all(DataError, [row.problem for row in bad])
     return paths
+
+
+def _open_weights(generation: GenerationRun, processes: Processes) -> Weights:
+    expected = Expected(generation.wan, lambda name: generation.origins[f"model.shape.{name}"], "CFG-065")
+    model, dtype = generation.model, DTYPES[generation.model.precision]
+    # only whoever writes clips tells what made them
+    how = expected, dtype, processes.writes, processes.comm
+    weights = open_generation_weights(model.weights or "", model.adapters, *how)
+    if model.low_noise is None:
+        return weights, None
+    low = open_generation_weights(model.low_noise.weights, model.low_noise.adapters, *how)
+    require_experts_in_place(weights.source.path, low.source.path, boundary_of(model.low_noise, generation.origins))
+    return weights, low
+
+
+def _velocity(generation: GenerationRun, processes: Processes, weights: Weights) -> Velocity:
+    """The transformer on the mesh, or both experts, which share it."""
+    model, dtype = generation.model, DTYPES[generation.model.precision]
+    place = generation.wan, processes.mesh, processes.backend, dtype
+    first, low = weights
+    high = ParallelVelocity(apply_frozen(*place, first.value_of, generation.zero))
+    if low is None or model.low_noise is None:
+        return high
+    other = ParallelVelocity(apply_frozen(*place, low.value_of, generation.zero))
+    return TwoExperts(high, other, boundary_of(model.low_noise, generation.origins))

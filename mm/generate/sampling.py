@@ -17,8 +17,11 @@ from mm.config.run.generation import latent_size
 from mm.config.tasks.task import Frame
 from mm.diffusion.samplers import Sampler, Solver, make_sampler
 from mm.errors import DataError
+from mm.generate.experts import is_high
+from mm.generate.given_frame import GivenFirstFrame
 from mm.generate.pipeline import Velocity, denoise, initial_latents, noisy_latents, pad_text, to_frames
-from mm.generate.sources import Given, late_features
+from mm.generate.sources import Given, LateFeatures, frames_in_front
+from mm.wan.conditions.pixels import ClipSize
 from mm.wan.encoders import TextEncoder, VideoEncoder
 
 PixelSize = tuple[int, int, int]
@@ -33,6 +36,8 @@ class SamplerSettings:
         solver, num_steps, shift, solver_order, solver_type, strength: as for `mm.diffusion.samplers.make_sampler`.
         guidance_scale: of classifier-free guidance; exactly 1 leaves the negative prompt out.
         batched_guidance: both prompts in one pass of twice the batch, instead of two passes.
+        boundary, low_guidance_scale: of two experts, the noise level from which on the first is asked, and the scale
+            below it; None where there is one transformer.
     """
 
     solver: Solver
@@ -43,6 +48,13 @@ class SamplerSettings:
     solver_order: int = 2
     solver_type: Literal["bh1", "bh2"] = "bh2"
     strength: float = 1.0
+    boundary: float | None = None
+    low_guidance_scale: float | None = None
+
+    def guidance(self, timestep: float) -> float:
+        """Guidance scale at a timestep."""
+        low = self.boundary is not None and not is_high(timestep, self.boundary)
+        return self.low_guidance_scale if low and self.low_guidance_scale is not None else self.guidance_scale
 
     def sampler(self, device: torch.device) -> Sampler:
         """A new one, for one batch of latents on a device."""
@@ -80,10 +92,10 @@ class ClipPlan:
     seed: int
     settings: SamplerSettings
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        """(C, F, H, W) of a clip's noise."""
-        return self.wan.noise_channels, *latent_size(self.size)
+    def latent_shape(self, in_front: int) -> tuple[int, int, int, int]:
+        """(C, F, H, W) of a clip's noise, with so many latent frames in front."""
+        frames, height, width = latent_size(self.size, self.wan.task.latent_pixels)
+        return self.wan.noise_channels, in_front + frames, height, width
 
 
 @dataclass(frozen=True)
@@ -94,14 +106,13 @@ class ClipConditions:
         index: keys its noise.
         text: [L, text_dim] of its prompt, L at most `text_len`.
         early: the features that need no VAE, [*shape] by name (`mm.generate.sources.EarlyFeatures`).
-        given: images and numbers. video: what it is made from, [3, frames, height, width] in [-1, 1], or None.
+        given: images, videos and numbers.
     """
 
     index: int
     text: Tensor
     early: Mapping[str, Tensor]
     given: Given
-    video: Tensor | None = None
 
 
 def encode_prompts(
@@ -128,7 +139,7 @@ def sample(
 
     Args:
         model: the transformer. video: the VAE, for images and videos that are given.
-        plan: what the clips share. clips: B of them.
+        plan: what the clips share. clips: B of them, with as many latent frames in front.
         negative: [L, text_dim] of the negative prompt; may be None when the guidance scale is 1.
         on_step: called after every step; what it returns is ignored.
 
@@ -140,25 +151,41 @@ def sample(
     """
     settings, text_len, device = plan.settings, plan.wan.text_len, plan.device
     sampler = settings.sampler(device)
-    latents = initial_latents(plan.seed, [clip.index for clip in clips], plan.latent_shape).to(device)
-    videos = [clip.video for clip in clips if clip.video is not None]
-    if videos:
+    given = [clip.given for clip in clips]
+    in_front = max((frames_in_front(plan.wan.task, of) for of in given), default=0)
+    latents = initial_latents(plan.seed, [clip.index for clip in clips], plan.latent_shape(in_front)).to(device)
+    videos = [of.video for of in given if of.video is not None]
+    if videos and plan.wan.task.with_video:
         latents = noisy_latents(video.encode(torch.stack(videos)), latents, sampler.first_sigma)
     features = {
         name: torch.stack([clip.early[name] for clip in clips]).to(device) for name in (clips[0].early if clips else ())
     }
-    features |= late_features(plan.wan.task, video, [clip.given for clip in clips], plan.frames, plan.size[0])
-    return denoise(
-        model,
+    late = LateFeatures(plan.wan, video, ClipSize(*plan.size), plan.frames).of(given)
+    features |= {name: feature.to(device) for name, feature in late.items()}
+    with_first = _given_first_frame(model, video, plan, clips)
+    found = denoise(
+        with_first or model,
         latents,
         pad_text([clip.text for clip in clips], text_len).to(device),
         None if negative is None else pad_text([negative] * len(clips), text_len).to(device),
         sampler,
-        settings.guidance_scale,
+        settings.guidance,
         features=features,
         batched_guidance=settings.batched_guidance,
         on_step=on_step,
     )
+    return found[:, :, in_front:] if with_first is None else with_first.in_clip(found)
+
+
+def _given_first_frame(
+    model: Velocity, video: VideoEncoder, plan: ClipPlan, clips: Sequence[ClipConditions]
+) -> GivenFirstFrame | None:
+    """The transformer that sees the first frames of clips, of tasks for which these are part of the latents."""
+    images = [clip.given.images[0] for clip in clips if clip.given.images]
+    if not images or not plan.wan.task.first_frame_share:
+        return None
+    first = video.encode(torch.stack(images).unsqueeze(2)).to(plan.device)
+    return GivenFirstFrame(model, first, plan.wan.patch_size)
 
 
 def decode(video: VideoEncoder, latents: Tensor, size: PixelSize, name: str) -> Tensor:
@@ -175,6 +202,6 @@ def decode(video: VideoEncoder, latents: Tensor, size: PixelSize, name: str) -> 
         raise DataError(
             "DATA-055",
             f"{name} made clips of {tuple(frames.shape[1:4])} where (frames, height, width) {size} were expected.",
-            "Use the VAE of a Wan2.1 model (stride 4x8x8).",
+            "Use the VAE of the transformer's model.",
         )
     return frames

@@ -7,11 +7,12 @@ from pathlib import Path
 from mm.config.model import WAN_14B, WanConfig, of_task
 from mm.config.run.data import FeatureSet
 from mm.config.storage import Location, Remote
-from mm.config.tasks.registry import TASKS
-from mm.config.tasks.task import Entry
-from mm.data.dataset import FeatureDataset, FeaturePlace, open_features
+from mm.config.tasks.registry import FEATURE_TASKS, TASKS
+from mm.config.tasks.task import Entry, Sizes
+from mm.data.dataset import FeatureDataset, open_features
 from mm.data.features import LISTING, Header, read_header
 from mm.data.files import path_below
+from mm.data.place import FeaturePlace
 from mm.data.recipe import load_recipe
 from mm.data.store.blobs import read_tensors
 from mm.errors import DataError
@@ -35,11 +36,13 @@ def open_alone(store: Location) -> FeatureDataset:
             the header of its first sample raises.
     """
     recipe = load_recipe(store)
-    released = of_task(WAN_14B, TASKS[recipe.task])
+    released = of_task(WAN_14B, TASKS[FEATURE_TASKS[recipe.task].trains])
     dataset = open_features(features_of_store(store), released)
     if not len(dataset):
         raise DataError("DATA-010", f"{store} holds no samples.", "Extract features into it.")
-    shapes = {name: shape for header in _headers(dataset.place(0)) for name, (_, shape) in header.tensors.items()}
+    shapes = {
+        name: shape for header in _headers(dataset.stored_place(0)) for name, (_, shape) in header.tensors.items()
+    }
     return dataset.with_model(_taking(shapes, released, recipe.max_text_tokens))
 
 
@@ -52,7 +55,10 @@ def _taking(shapes: dict[str, tuple[int, ...]], released: WanConfig, text_len: i
     for feature in task.entering(Entry.CONTEXT):
         tokens = shapes.get(feature.name, ())
         if len(tokens) == 2:
-            changed |= {"clip_token_len": tokens[0] // len(task.frames), "img_dim": tokens[1]}
+            changed |= {
+                "clip_token_len": tokens[0] // feature.shape(Sizes(1, (1, 1, 1), 1, 1))[0],
+                "img_dim": tokens[1],
+            }
     return WanConfig.model_validate(released.model_dump() | changed)
 
 

@@ -15,6 +15,7 @@ from mm.data.planning import sampling_plan
 from mm.data.recipe import UNKNOWN, Recipe, folder_fingerprint
 from mm.errors import DataError
 from mm.look.facts import Looked, LookedBatch
+from mm.look.packs import looked_packs
 from mm.look.pictures import Eye, open_eye
 from mm.look.samples import Drawing, Viewer, looked_batches
 from mm.look.tables import bucket_rows, histograms, recipe_rows, skipped_of, small_in_words, source_rows
@@ -64,7 +65,11 @@ def collect(question: Question, eye: Eye, vae: Path | None, done: Callable[[], N
     stretch, sources = source_rows(dataset, drawing, plan)
     viewer = Viewer(dataset, recipes, eye, question.num_frames)
     batches: list[LookedBatch] = []
-    for batch in looked_batches(dataset, drawing, plan, viewer, question.num_batches):
+    if drawing.batches.pack_tokens is not None:
+        found = looked_packs(dataset, drawing, viewer, question.num_batches)
+    else:
+        found = looked_batches(dataset, drawing, plan, viewer, question.num_batches)
+    for batch in found:
         batches.append(batch)
         done()
     skipped = [skipped_of(source.folder) for source, _ in question.sources]

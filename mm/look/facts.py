@@ -72,7 +72,8 @@ class LookedBatch:
     Attributes:
         step, number, count: the step, counted from 1, its how-manieth micro-batch of how many.
         replica: that computes it; None where there is one.
-        source: of the mixture. samples: in their order. replaced: ids in whose place others stand.
+        source: of the mixture; empty where samples of several may share it. samples: in their order.
+        replaced: ids in whose place others stand. budget: tokens of a sequence that its samples share, or None.
     """
 
     step: int
@@ -82,6 +83,12 @@ class LookedBatch:
     source: str
     samples: Sequence[LookedSample]
     replaced: Sequence[str]
+    budget: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Transformer tokens of all its samples."""
+        return sum(sample.tokens for sample in self.samples)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,13 @@ from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
 from mm.config.model import Precision
 from mm.config.run.encoders import Tiles
 from mm.config.tasks.frames import MASK_CHANNELS
-from mm.config.tasks.task import InputFeature, Source, Task
+from mm.config.tasks.task import InputFeature, Sizes, Source, Task
 from mm.generate.sampling import decode
 from mm.look.facts import Frame, Strip
 from mm.wan.encoders import VideoEncoder
+
+_CHANNELS = 16
+"""Of latents."""
 
 
 class Eye(Protocol):
@@ -44,7 +47,8 @@ class DecodingEye:
     def frames(self, latents: Tensor) -> Tensor:
         """Frames; raises DATA-055 for a VAE of another stride than Wan's."""
         _, frames, height, width = latents.shape
-        size = ((frames - 1) * TEMPORAL_STRIDE + 1, height * LATENT_PIXELS, width * LATENT_PIXELS)
+        stride = self.video.spatial_stride
+        size = ((frames - 1) * TEMPORAL_STRIDE + 1, height * stride, width * stride)
         return decode(self.video, latents.unsqueeze(0), size, self.name)[0]
 
     def moment(self, frame: int) -> tuple[str, int]:
@@ -122,9 +126,14 @@ def feature_strips(eye: Eye, task: Task, features: Mapping[str, Tensor], most: i
     """
     return [
         strip
-        for feature in task.features
-        for strip in _VIEWS[feature.source](_Asked(eye, feature, len(task.frames), most), features[feature.name])
+        for feature in task.stored
+        for strip in _VIEWS[feature.source](_Asked(eye, feature, _images_of(feature), most), features[feature.name])
     ]
+
+
+def _images_of(feature: InputFeature) -> int:
+    """Images whose tokens a feature has; 1 of others."""
+    return feature.shape(Sizes(1, (1, 1, 1), 1, 1))[0] if feature.source is Source.IMAGE_ENCODER else 1
 
 
 def numbers_of(task: Task, features: Mapping[str, Tensor]) -> dict[str, float]:
@@ -134,7 +143,7 @@ def numbers_of(task: Task, features: Mapping[str, Tensor]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Asked:
-    """One feature that is to be shown: how, its declaration, the images that the task has, and the frames to show."""
+    """One feature to be shown: how, its declaration, the images that it has tokens of, and the frames to show."""
 
     eye: Eye
     feature: InputFeature
@@ -185,6 +194,35 @@ def _image_tokens(asked: _Asked, value: Tensor) -> list[Strip]:
     return [Strip(asked.feature.title.lower(), frames, note)]
 
 
+def _latents(asked: _Asked, value: Tensor) -> list[Strip]:
+    """Latents, of several parts each by itself; of one frame without the axis of frames, too."""
+    if value.ndim == 3:
+        value = value.unsqueeze(1)
+    parts = {} if asked.feature.parts is None else asked.feature.parts(Sizes(_CHANNELS, (1, 1, 1), 0, 0))
+    split = value.split(list(parts.values())) if parts else (value,)
+    strips = []
+    for name, latents in zip(parts or {asked.feature.title.lower(): 0}, split, strict=True):
+        frames = asked.eye.frames(latents)
+        shown_frames = [Frame(frames[n].numpy(), asked.eye.moment(n)[0]) for n in shown(len(frames), asked.most)]
+        strips.append(Strip(name, shown_frames, "" if bool(latents.any()) else "nothing is given"))
+    return strips
+
+
+def _context(asked: _Asked, value: Tensor) -> list[Strip]:
+    """Latents of what stays and of what changes; of the mask the mean of its channels, white where all changes."""
+    assert asked.feature.parts is not None  # noqa: S101  as it is declared
+    parts = asked.feature.parts(Sizes(_CHANNELS, (1, 1, 1), 0, 0))
+    strips = []
+    for name, part in zip(parts, value.float().split(list(parts.values())), strict=True):
+        if name == "mask":
+            frames = _mask_frames(part.mean(0, keepdim=True), part.shape[1], torch.Size(8 * n for n in part.shape[2:]))
+        else:
+            frames = asked.eye.frames(part)
+        numbers = shown(len(frames), asked.most)
+        strips.append(Strip(name, [Frame(frames[n].numpy(), asked.eye.moment(n)[0]) for n in numbers]))
+    return strips
+
+
 def _nothing(asked: _Asked, value: Tensor) -> list[Strip]:
     """No picture: a number is shown as one."""
     del asked, value
@@ -193,6 +231,12 @@ def _nothing(asked: _Asked, value: Tensor) -> list[Strip]:
 
 _VIEWS: dict[Source, Callable[[_Asked, Tensor], list[Strip]]] = {
     Source.KNOWN_FRAMES: _known_frames,
+    Source.KNOWN_PIXELS: _known_frames,
     Source.IMAGE_ENCODER: _image_tokens,
     Source.COLUMN: _nothing,
+    Source.CONTROL_VIDEO: _latents,
+    Source.REFERENCE_IMAGE: _latents,
+    Source.EDITED_VIDEO: _context,
+    Source.START_IMAGE: _latents,
+    Source.CAMERA_PATH: _nothing,
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
@@ -10,16 +11,17 @@ from itertools import islice, pairwise
 from torch import Tensor
 
 from mm.config.bad_samples import FAIL, OnBadSample
-from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
-from mm.config.run.data import MinBucket, Mixture
+from mm.config.data import TEMPORAL_STRIDE
+from mm.config.run.data import ConditionDropout, MinBucket, Mixture
+from mm.config.tasks.task import Task
 from mm.data.balance import cost_of_model
 from mm.data.dataset import FeatureDataset
 from mm.data.listing import LatentShape, ListedSample
-from mm.data.loader import ONE_SOURCE, FeatureBatch, dealt_groups, feature_batches
+from mm.data.loader import NOTHING_DROPPED, ONE_SOURCE, FeatureBatch, dealt_groups, feature_batches
 from mm.data.plan import PlannedSample, SamplingPlan
 from mm.data.planning import SourceOfData, sources_of
 from mm.data.recipe import Recipe
-from mm.data.sampler import BatchPlan
+from mm.data.sampler import BatchPlan, DealtStep
 from mm.look.facts import LookedBatch, LookedSample
 from mm.look.pictures import Eye, clip_strip, feature_strips, numbers_of
 from mm.wan.encoders import clean_text
@@ -31,13 +33,14 @@ class Drawing:
 
     Attributes:
         batches: sizes of the global batch and of micro-batches, and the replicas and stages of the layout.
-        seed, caption_dropout, shuffle, mixture, min_bucket, on_bad_sample: of the run.
+        seed, caption_dropout, condition_dropout, shuffle, mixture, min_bucket, on_bad_sample: of the run.
         first_step: to show, counted from 1. steps: of the whole training; None where no run says it.
     """
 
     batches: BatchPlan
     seed: int
     caption_dropout: float = 0.0
+    condition_dropout: ConditionDropout = NOTHING_DROPPED
     shuffle: bool = True
     mixture: Mixture = ONE_SOURCE
     min_bucket: MinBucket = "error"
@@ -72,19 +75,7 @@ def looked_batches(
     if drawing.steps is not None:
         count = min(count, (drawing.steps - drawing.first_step + 1) * alone.groups_of_step)
     planned = islice(_dealt(dataset, drawing, plan, alone), count)
-    read = feature_batches(
-        dataset,
-        alone,
-        text_len=dataset.model.text_len,
-        seed=drawing.seed,
-        consumed_samples=drawing.consumed_samples,
-        caption_dropout=drawing.caption_dropout,
-        shuffle=drawing.shuffle,
-        mixture=drawing.mixture,
-        min_bucket=drawing.min_bucket,
-        num_steps=drawing.steps,
-        on_bad_sample=drawing.on_bad_sample,
-    )
+    read = read_batches(dataset, drawing, alone)
     sources = [source.where for source in drawing.sources_of(dataset) if source.buckets]
     replicas = _replicas(dataset, drawing, plan, count)
     with closing(read):
@@ -99,6 +90,34 @@ def looked_batches(
                 samples=[viewer.sample(batch, row) for row in range(len(batch["sample"]))],
                 replaced=batch.get("replaced", []),
             )
+
+
+def read_batches(
+    dataset: FeatureDataset, drawing: Drawing, batches: BatchPlan, dealt: deque[DealtStep] | None = None
+) -> Generator[FeatureBatch]:
+    """Micro-batches of one replica as the training reads them, of packs its samples one by one.
+
+    Args:
+        dataset: the features. drawing: what is drawn of them. batches: the replica. dealt: as for `feature_batches`.
+
+    Raises:
+        ConfigError, DataError: what `mm.data.loader.feature_batches` raises.
+    """
+    return feature_batches(
+        dataset,
+        batches,
+        text_len=dataset.model.text_len,
+        seed=drawing.seed,
+        consumed_samples=drawing.consumed_samples,
+        caption_dropout=drawing.caption_dropout,
+        condition_dropout=drawing.condition_dropout,
+        shuffle=drawing.shuffle,
+        mixture=drawing.mixture,
+        min_bucket=drawing.min_bucket,
+        num_steps=drawing.steps,
+        on_bad_sample=drawing.on_bad_sample,
+        dealt=dealt,
+    )
 
 
 def _dealt(
@@ -146,7 +165,7 @@ class Viewer:
         index, latents = batch["index"][row], batch["latents"][row]
         place, listed = self.dataset.place(index), self.dataset.listed(index)
         recipe = self.recipes[str(place.folder)]
-        size = pixel_size(place.latent_shape)
+        size = pixel_size(place.latent_shape, self.dataset.model.task)
         sources = source_frames(listed, recipe, size[0])
         task = self.dataset.model.task
         features: dict[str, Tensor] = {name: value[row] for name, value in batch["features"].items()}
@@ -173,10 +192,10 @@ class Viewer:
         )
 
 
-def pixel_size(shape: LatentShape) -> tuple[int, int, int]:
+def pixel_size(shape: LatentShape, task: Task) -> tuple[int, int, int]:
     """Frames, height and width of a clip by the shape of its latents."""
     _, frames, height, width = shape
-    return (frames - 1) * TEMPORAL_STRIDE + 1, height * LATENT_PIXELS, width * LATENT_PIXELS
+    return (frames - 1) * TEMPORAL_STRIDE + 1, height * task.latent_pixels, width * task.latent_pixels
 
 
 def source_frames(listed: ListedSample, recipe: Recipe, count: int) -> Sequence[int]:

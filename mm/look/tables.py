@@ -80,7 +80,7 @@ def bucket_rows(dataset: FeatureDataset, drawing: Drawing, sources: Sequence[Sou
     rows = [
         BucketRow(
             source=name,
-            size=pixel_size(shape),
+            size=pixel_size(shape, dataset.model.task),
             samples=count,
             tokens=dataset.tokens_of(shape),
             cost=cost(dataset.tokens_of(shape)),
@@ -99,7 +99,7 @@ def histograms(dataset: FeatureDataset) -> list[Histogram]:
     sizes: Counter[tuple[int, int]] = Counter()
     lengths: Counter[int] = Counter()
     for shape, count in dataset.shapes().items():
-        frames, height, width = pixel_size(shape)
+        frames, height, width = pixel_size(shape, dataset.model.task)
         sizes[height, width] += count
         lengths[frames] += count
     everything = f"of all {len(dataset):,} samples"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 OPENING, SAVE_BEFORE, LAST_SAVE = "waiting for the folder's lock", "waiting for the save before", "the last save"
+PREPARING = "looking at the clips whose features are to be made"
 """Phases around the steps that have a limit of their own, or none."""
 
 

@@ -13,6 +13,7 @@ from mm.activation.host_pool import StepShape
 from mm.activation.offload import Offloader
 from mm.checkpoint.comm import Comm, on_rank_zero
 from mm.checkpoint.directory import Verify, require_kind
+from mm.checkpoint.expert_band import require_band
 from mm.checkpoint.files import replace_text, writing_errors
 from mm.checkpoint.formats.found import Wanted
 from mm.checkpoint.identify import Found, identify, latest_checkpoint
@@ -94,11 +95,13 @@ def why_not_compiled(run: Run) -> str | None:
 
 
 def open_adapters(run: Run) -> AdapterRun | None:
-    """Read the base model's record and plan the adapters; None where all parameters are trained."""
+    """Read the base model's record and plan the adapters; None where all parameters are trained; CFG-293."""
     adapters = run.sections.adapters
     if run.lora is None or adapters is None:
         return None
-    return open_base(run.lora, Path(adapters.base), expected_model(run.sections), run.comm)
+    opened = open_base(run.lora, Path(adapters.base), expected_model(run.sections), run.comm)
+    _require_band(run, opened.base.path)
+    return opened
 
 
 def build_model(run: Run, adapters: AdapterRun | None, run_blocks: BlockRunner, compiled: bool) -> ParallelModel:
@@ -232,11 +235,17 @@ def start_or_resume(run: Run, adapters: AdapterRun | None, optimizer: Optimizer,
         return Progress()
     if goes_on:
         return _resume(run, found, adapters, optimizer, steps)
+    _require_band(run, found.path)
     if adapters is not None:
         load_adapters(found, adapters, optimizer, run.sections.origins)
     else:
         load_weights(found, optimizer, expected_model(run.sections), run.comm)
     return Progress()
+
+
+def _require_band(run: Run, path: Path) -> None:
+    objective, words = run.sections.objective, run.sections.origins
+    on_rank_zero(run.comm, lambda: require_band(path, objective, words))
 
 
 def starting_point(sections: TrainingRun, comm: Comm, verify: Verify) -> tuple[Found | None, bool]:

@@ -16,6 +16,7 @@ from mm.diffusion.flow import FlowMatching
 from mm.optim.optimizer import Optimizer
 from mm.parallel.apply import ParallelModel
 from mm.train.callbacks.base import StepDone
+from mm.train.live import shared_steps
 from mm.train.memory_breakdown import Phase
 from mm.train.numerics import NumericsGuard
 from mm.train.run import Run
@@ -98,7 +99,7 @@ def _replaced(run: Run, batches: Sequence[MicroBatch], progress: Progress, train
 
 def _steps(run: Run, progress: Progress) -> Generator[StepBatches]:
     sections, layout = run.sections, run.mesh.layout
-    return step_batches(
+    steps = step_batches(
         run.dataset,
         BatchPlan(
             run.global_batch_size,
@@ -114,6 +115,7 @@ def _steps(run: Run, progress: Progress) -> Generator[StepBatches]:
         seed=sections.training.seed,
         consumed_samples=progress.consumed_samples,
         caption_dropout=sections.data.caption_dropout,
+        condition_dropout=sections.data.condition_dropout,
         shuffle=sections.data.shuffle,
         mixture=sections.data.mixture,
         min_bucket=sections.data.min_bucket,
@@ -124,3 +126,4 @@ def _steps(run: Run, progress: Progress) -> Generator[StepBatches]:
         pin_memory=sections.data.pin_memory and run.backend.kind != "cpu",
         with_noise=run.mesh.pp_rank in (0, layout.pp_size - 1),  # stages between do not see it
     )
+    return steps if run.live is None else shared_steps(steps, run.mesh, run.backend)

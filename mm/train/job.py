@@ -6,11 +6,12 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mm.checkpoint.comm import Comm, ProcessGroupComm, SingleProcess
 from mm.config.layout import layout_of
 from mm.config.place import ProcessPlace
+from mm.config.rules.live import budget_bytes
 from mm.config.run.generation import GenerationRun
 from mm.config.run.training import TrainingRun
 from mm.data.dataset import open_features
@@ -18,18 +19,24 @@ from mm.device.backend import Backend, deterministic, select
 from mm.lora.plan import plan_of
 from mm.ops.elementwise.dispatch import choice_of
 from mm.parallel.mesh import build_mesh
+from mm.parallel.replica import leads_replica
 from mm.stopping import StopRequest
 from mm.supervise.job import Job
 from mm.supervise.mailbox import Mailbox
 from mm.supervise.watchdog import ANSWER_S, Watchdog
 from mm.train.callbacks.base import Callback
+from mm.train.live import live_stores
 from mm.train.loop import train
 from mm.train.run import Run, watch_limits
 from mm.train.sinks.base import Sink
 from mm.train.state import Progress
 
+if TYPE_CHECKING:
+    from mm.extract.live.opening import LiveStores
+
 SAVING_MINUTES = 24 * 60
-"""How long ranks wait for the slowest one's disk in a background save; a process that is gone ends it at once."""
+"""How long ranks wait for the slowest one's disk in a background save, and for the look at clips whose features are to
+be made; a process that is gone ends it at once."""
 
 
 def train_in_job(
@@ -56,7 +63,8 @@ def train_in_job(
     for note in sections.notes:
         logging.getLogger(__name__).info("%s", note)
     lora = plan_of(sections.adapters, sections.wan, sections.origins["adapters.targets"].name)
-    dataset = open_features(sections.data.features, sections.wan)
+    dataset = None if sections.live is not None else open_features(sections.data.features, sections.wan)
+    live: LiveStores | None = None
     evaluation = sections.evaluation
     held_out = open_features(evaluation.features, sections.wan) if evaluation is not None else None
     backend = select(sections.training.device, where.local_rank, where.world_size)
@@ -76,6 +84,10 @@ def train_in_job(
         )
         mesh = stack.enter_context(build_mesh(layout_of(sections), timeout, backend.kind))
         comm, saving = _comms(sections, where, job, backend)
+        if dataset is None:
+            patient = SingleProcess() if where.world_size == 1 else ProcessGroupComm(job.host_group(SAVING_MINUTES))
+            live = stack.enter_context(live_stores(sections, mesh, backend, patient, watch))
+            dataset = open_features(sections.data.features, sections.wan, live.by_folder)
         run = Run(
             sections,
             dataset,
@@ -89,8 +101,12 @@ def train_in_job(
             saving=saving,
             held_out=held_out,
             validation=validation,
+            live=live,
         )
-        return train(run, callbacks, sinks)
+        progress = train(run, callbacks, sinks)
+    if live is not None and leads_replica(mesh):
+        live.finish(backend.device, budget_bytes(sections))
+    return progress
 
 
 def _configuration(sections: TrainingRun, backend: Backend, validation: GenerationRun | None) -> dict[str, Any]:

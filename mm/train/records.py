@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.jsonl"
+LIVE_FILE = "live.jsonl"
 
 RowT = TypeVar("RowT")
 
@@ -204,6 +205,35 @@ class RenderedClips(Record):
         return f"step {self.step} | {len(self.paths)} clips in {self.paths[0].parent}"
 
 
+@dataclass(frozen=True)
+class LiveSamples(Record):
+    """One line of live.jsonl: samples of a step by where their features came from, of all replicas.
+
+    Attributes:
+        encoded: made in this step. kept: of these, those that were kept; the others are made again when they come
+            again. read: those that had been kept before.
+    """
+
+    group = "live"
+    file = LIVE_FILE
+
+    encoded: int
+    kept: int
+    read: int
+
+    def numbers(self) -> Mapping[str, float]:
+        """All of them."""
+        return {"encoded": self.encoded, "kept": self.kept, "read": self.read}
+
+    def line(self) -> None:
+        """None: the last line of the run says it for all steps."""
+
+
+def read_live(path: Path) -> list[LiveSamples]:
+    """Read live.jsonl as `read_metrics` reads its file, with the same errors."""
+    return _read_lines(path, lambda line: LiveSamples(**json.loads(line)))
+
+
 def read_evaluations(path: Path) -> list[StepEvaluation]:
     """Read evaluation.jsonl as `read_metrics` reads its file, with the same errors."""
     return _read_lines(path, StepEvaluation.from_json)
@@ -238,6 +268,7 @@ def drop_repeated_steps(folder: Path, first_step: int) -> list[StepMetrics]:
     """
     before = _keep_before(folder / METRICS_FILE, read_metrics, first_step)
     _keep_before(folder / EVALUATION_FILE, read_evaluations, first_step)
+    _keep_before(folder / LIVE_FILE, read_live, first_step)
     return before
 
 

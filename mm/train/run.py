@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,8 +19,11 @@ from mm.lora.plan import LoRAPlan
 from mm.parallel.apply import DataParallelOptions
 from mm.parallel.mesh import Mesh
 from mm.stopping import StopRequest
-from mm.supervise.limits import LAST_SAVE, OPENING, SAVE_BEFORE, Limits
+from mm.supervise.limits import LAST_SAVE, OPENING, PREPARING, SAVE_BEFORE, Limits
 from mm.supervise.watchdog import Watchdog
+
+if TYPE_CHECKING:  # the encoders' libraries
+    from mm.extract.live.opening import LiveStores
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Run:
         saving: the ranks over a group of their own, for saves in the background; None saves in the loop.
         watch: over this process. stop: notes signals; None where they end the process.
         held_out: the features of its evaluation, or None. validation: what is rendered meanwhile, or None.
+        live: the stores among `dataset` whose features this run makes, or None.
     """
 
     sections: TrainingRun
@@ -48,6 +53,7 @@ class Run:
     saving: Comm | None = None
     held_out: FeatureDataset | None = None
     validation: GenerationRun | None = None
+    live: LiveStores | None = None
 
     @property
     def global_batch_size(self) -> int:
@@ -89,9 +95,14 @@ def expected_model(sections: TrainingRun) -> Expected:
 def watch_limits(sections: TrainingRun) -> Limits:
     """Limits of the watch; where what a phase waits for has a limit of its own, longer than that."""
     ceiling = 0.9 * 60 * sections.supervision.timeout_minutes
-    patience = {OPENING: 2 * DEFAULT_TIMES.stale_s, SAVE_BEFORE: ceiling, LAST_SAVE: float("inf")}
+    patience = {
+        OPENING: 2 * DEFAULT_TIMES.stale_s,
+        SAVE_BEFORE: ceiling,
+        LAST_SAVE: float("inf"),
+        PREPARING: float("inf"),
+    }
     hang_timeout, data = sections.supervision.hang_timeout, sections.data
-    if hang_timeout is None and data.workers > 0:
+    if hang_timeout is None and (data.workers > 0 or sections.live is not None):
         patience["waiting for data"] = data.read_timeout + 60
     return Limits(hang_timeout, ceiling, patience)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm.config.model import WanConfig
-from mm.config.tasks.task import Entry
+from mm.config.tasks.task import Entry, Task
 from mm.data.loader import FeatureBatch
 from mm.data.packed import MicroBatch, is_packed, segments_of
 from mm.device.copies import to_device
@@ -26,6 +26,8 @@ from mm.parallel.boundary import SequenceLengths
 from mm.parallel.schedule import LossFunction, forward_backward
 from mm.parallel.stage import WanStage
 from mm.train.memory_breakdown import Phase
+from mm.train.parts import Part, draw_parts, frames_of_parts, learned_elements, noisy_latents, timesteps_of_runs
+from mm.wan.conditions.computed import computed
 from mm.wan.inputs import ModelInputs, PackedInputs
 from mm.wan.packed import joined
 from mm.wan.patches import patchify, token_grid
@@ -166,7 +168,8 @@ def lengths_of(batch: MicroBatch, wan: WanConfig) -> SequenceLengths:
     segments = segments_of(batch)
     tokens = tuple(sum(token_counts(segment, wan)) for segment in segments)
     text_tokens = tuple(segment["text"].shape[1] for segment in segments)
-    return SequenceLengths(len(segments[0]["sample"]), tokens, text_tokens)
+    runs = tuple(len(frames_of_parts(segment, wan)) for segment in segments)
+    return SequenceLengths(len(segments[0]["sample"]), tokens, text_tokens, runs)
 
 
 def token_counts(segment: FeatureBatch, wan: WanConfig) -> tuple[int, int]:
@@ -187,32 +190,36 @@ def forward_micro_batch(
     elementwise operators round as the CPU's do.
     """
     device, segments = parallel.backend.device, segments_of(batch)
-    counts = [len(segment["sample"]) for segment in segments]
-    drawn = torch.stack(flow.draw_timesteps(seed, batch["sample"], batch["draw"]))
-    sigmas, timesteps, weights = (each.split(counts) for each in to_device(drawn, device))
+    parts = draw_parts(flow, segments, parallel.wan, seed, device)
     noisy, target = [segment["latents"] for segment in segments], torch.empty(0)
     if stage.first or stage.last:
-        noisy, target = _noisy_and_target(stage, segments, flow, parallel, seed, sigmas)
+        noisy, target = _noisy_and_target(stage, segments, flow, parallel, seed, parts)
     inputs = [
-        _inputs(stage, segment, latents, timestep, device)
-        for segment, latents, timestep in zip(segments, noisy, timesteps, strict=True)
+        _inputs(stage, parallel.wan.task, segment, latents, own, device)
+        for segment, latents, own in zip(segments, noisy, parts, strict=True)
     ]
     output = module(PackedInputs(tuple(inputs)) if is_packed(batch) else inputs[0])
 
     def loss_function(velocity: Tensor) -> tuple[Tensor, Tensor]:
-        return _loss(flow, parallel, segments, velocity, target, weights)
+        return _loss(flow, parallel, segments, velocity, target, parts)
 
     return output, loss_function
 
 
 def _inputs(
-    stage: WanStage, segment: FeatureBatch, latents: Tensor, timestep: Tensor, device: torch.device
+    stage: WanStage,
+    task: Task,
+    segment: FeatureBatch,
+    latents: Tensor,
+    parts: Sequence[Part],
+    device: torch.device,
 ) -> ModelInputs:
     """Inputs of one stage; those after the first need the shapes of latents and text, and which features there are."""
+    timestep, runs = timesteps_of_runs(parts)
     if not stage.first:
-        return ModelInputs(latents, timestep, segment["text"], segment["features"])
-    features = {name: to_device(value, device) for name, value in segment["features"].items()}
-    return ModelInputs(latents, timestep, to_device(segment["text"], device), features)
+        return ModelInputs(latents, timestep, segment["text"], segment["features"], runs)
+    features = {name: to_device(value, device) for name, value in computed(segment["features"], task).items()}
+    return ModelInputs(latents, timestep, to_device(segment["text"], device), features, runs)
 
 
 def _loss(
@@ -221,7 +228,7 @@ def _loss(
     segments: Sequence[FeatureBatch],
     velocity: Tensor,
     target: Tensor,
-    weights: Sequence[Tensor],
+    parts: Sequence[Sequence[Part]],
 ) -> tuple[Tensor, Tensor]:
     """This rank's part of the mean of the samples' losses, and of each of them; padding takes no part."""
     counts = [token_counts(segment, parallel.wan) for segment in segments]
@@ -229,12 +236,15 @@ def _loss(
     of_samples = [velocity.new_zeros(len(segment["sample"])) for segment in segments]
     start = 0
     for run in parallel.mesh.tokens.runs([sum(each) for each in counts]):
-        unpredicted = min(max(counts[run.sample][0] - run.start, 0), run.real)
-        here = slice(start + unpredicted, start + run.real)
-        elements = math.prod(segments[run.sample]["latents"].shape[1:])
-        loss, own = flow.loss(velocity[:, here], target[:, here], weights[run.sample], elements)
-        losses.append(loss)
-        of_samples[run.sample] = own.detach()
+        elements = learned_elements(parts[run.sample], segments[run.sample]["latents"])
+        begin, _ = counts[run.sample]
+        for part in parts[run.sample]:
+            end = begin + part.tokens
+            first, stop = (start + min(max(token - run.start, 0), run.real) for token in (begin, end))
+            loss, own = flow.loss(velocity[:, first:stop], target[:, first:stop], part.weight, elements)
+            losses.append(loss)
+            of_samples[run.sample] += own.detach()
+            begin = end
         start += run.places
     return torch.stack(losses).sum() / len(segments), joined(of_samples, 0)
 
@@ -245,15 +255,15 @@ def _noisy_and_target(
     flow: FlowMatching,
     parallel: ParallelModel,
     seed: int,
-    sigmas: Sequence[Tensor],
+    parts: Sequence[Sequence[Part]],
 ) -> tuple[list[Tensor], Tensor]:
     """Noisy latents [B, C, F, H, W] of each on the first stage, this rank's tokens of the target on the last.
 
     What a stage does not need is left empty. Clean latents and noise live no longer than this call.
     """
     noisy, targets = [], []
-    for segment, sigma in zip(segments, sigmas, strict=True):
-        latents, target = _noisy_and_whole_target(stage, segment, flow, parallel, seed, sigma)
+    for segment, own in zip(segments, parts, strict=True):
+        latents, target = _noisy_and_whole_target(stage, segment, flow, parallel, seed, own)
         noisy.append(latents)
         ahead, _ = token_counts(segment, parallel.wan)
         targets.append(F.pad(target, (0, 0, ahead, 0)) if ahead and stage.last else target)
@@ -261,7 +271,12 @@ def _noisy_and_target(
 
 
 def _noisy_and_whole_target(
-    stage: WanStage, batch: FeatureBatch, flow: FlowMatching, parallel: ParallelModel, seed: int, sigma: Tensor
+    stage: WanStage,
+    batch: FeatureBatch,
+    flow: FlowMatching,
+    parallel: ParallelModel,
+    seed: int,
+    parts: Sequence[Part],
 ) -> tuple[Tensor, Tensor]:
     """`_noisy_and_target` of samples of one shape, with all tokens of the target."""
     device = parallel.backend.device
@@ -270,7 +285,7 @@ def _noisy_and_whole_target(
     if noise is None:
         noise = flow.draw_noise(seed, batch["sample"], batch["draw"], clean.shape[1:])
     noise = to_device(noise, device)
-    latents = flow.noisy(clean, noise, sigma) if stage.first else batch["latents"]
+    latents = noisy_latents(flow, clean, noise, parts) if stage.first else batch["latents"]
     if not stage.last:
         return latents, torch.empty(0)
     return latents, patchify(flow.target(clean, noise), parallel.wan.patch_size)

@@ -20,6 +20,7 @@ from transformers import UMT5EncoderModel
 
 from mm.config.model import Precision
 from mm.config.run.encoders import Tiles
+from mm.config.tasks.task import Task
 from mm.device.precision import true_fp32
 from mm.errors import DataError
 from mm.wan.component import load_strictly
@@ -29,7 +30,7 @@ from mm.wan.tokenizer import TextTokenizer, open_tokenizer
 log = logging.getLogger(__name__)
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SPATIAL_STRIDE = 8  # pixels per latent pixel
+SPATIAL_STRIDE = 8  # pixels per latent pixel of all VAEs but one
 TEMPORAL_STRIDE = 4  # frames per latent frame after the first
 
 
@@ -38,6 +39,9 @@ class VideoEncoder:
 
     Latents are the posterior's mode, shifted and scaled per channel by the `latents_mean` and `latents_std` of the
     VAE's own configuration, so the same video always gives the same latents (Wan2.1 report, arXiv 2503.20314).
+
+    Attributes:
+        spatial_stride: pixels per latent pixel: 8, or 16 of Wan2.2's TI2V-5B, which first makes channels of 2x2.
     """
 
     def __init__(self, vae: AutoencoderKLWan, tiling: Tiles | None = None) -> None:
@@ -52,6 +56,8 @@ class VideoEncoder:
         self._mean = torch.tensor(vae.config.latents_mean, device=vae.device).view(per_channel)
         self._std = torch.tensor(vae.config.latents_std, device=vae.device).view(per_channel)
         self._tiling = tiling
+        halvings, patch = len(vae.config.dim_mult) - 1, vae.config.patch_size or 1
+        self.spatial_stride = max(2**halvings * patch, SPATIAL_STRIDE)
 
     @classmethod
     def from_pretrained(
@@ -71,40 +77,54 @@ class VideoEncoder:
         """Pixels to normalised latents.
 
         Args:
-            video: [B, 3, F, H, W] in [-1, 1]; F = 4k + 1, H and W multiples of 8.
+            video: [B, 3, F, H, W] in [-1, 1]; F = 4k + 1, H and W multiples of the stride.
 
         Returns:
-            [B, C, (F - 1) / 4 + 1, H / 8, W / 8] in the VAE's precision.
+            [B, C, (F - 1) / 4 + 1, H / stride, W / stride] in the VAE's precision.
 
         Raises:
-            DataError: DATA-044 when the VAE gives another shape, so that it is not a Wan2.1 VAE.
+            DataError: DATA-044 when the VAE gives another shape, so that it is no VAE of Wan.
         """
         mode = self._whole_or_tiled(
             lambda pixels: self.vae.encode(pixels).latent_dist.mode(),
             video.to(self.vae.device, self.vae.dtype),
-            (SPATIAL_STRIDE, 1),
+            (self.spatial_stride, 1),
         )
         latents = (mode.float() - self._mean) / self._std
         batch, _, frames, height, width = video.shape
-        size = ((frames - 1) // TEMPORAL_STRIDE + 1, height // SPATIAL_STRIDE, width // SPATIAL_STRIDE)
+        size = ((frames - 1) // TEMPORAL_STRIDE + 1, height // self.spatial_stride, width // self.spatial_stride)
         expected = (batch, len(self.vae.config.latents_mean), *size)
         if latents.shape != expected:
             message = f"The VAE turned {list(video.shape)} into {list(latents.shape)}, expected {list(expected)}."
-            raise DataError("DATA-044", message, "Use the VAE of a Wan2.1 model (stride 4x8x8).")
+            raise DataError("DATA-044", message, "Use the VAE of a Wan model (stride 4x8x8, or 4x16x16).")
         return latents.to(self.vae.dtype)
 
     @torch.no_grad()
     @true_fp32()
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents [B, C, F, H, W] to pixels [B, 3, 4(F - 1) + 1, 8H, 8W] in [-1, 1], VAE's precision."""
+        """Normalised latents [B, C, F, H, W] to pixels [B, 3, 4(F - 1) + 1, stride H, stride W] in [-1, 1]."""
         raw = latents.to(self.vae.device).float() * self._std + self._mean
         video = self._whole_or_tiled(
-            lambda tile: self.vae.decode(tile).sample, raw.to(self.vae.dtype), (1, SPATIAL_STRIDE)
+            lambda tile: self.vae.decode(tile).sample, raw.to(self.vae.dtype), (1, self.spatial_stride)
         )
         return video.clamp(-1, 1)
 
     def _whole_or_tiled(self, apply: Callable[[Tensor], Tensor], x: Tensor, units: tuple[int, int]) -> Tensor:
         return apply(x) if self._tiling is None else in_tiles(self.vae, apply, x, self._tiling, units)
+
+
+def require_stride(name: str, video: VideoEncoder, task: Task) -> None:
+    """Check that a VAE is of the stride of a task's models.
+
+    Raises:
+        DataError: DATA-260 for another one.
+    """
+    found, expected = video.spatial_stride, task.latent_pixels
+    if found != expected:
+        message = (
+            f"{name} has a latent pixel for {found}x{found} pixels, {task.title} models for {expected}x{expected}."
+        )
+        raise DataError("DATA-260", message, "Use the VAE of the transformer's model.")
 
 
 class TextEncoder:

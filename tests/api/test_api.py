@@ -20,9 +20,9 @@ import mm.api
 import mm.generate.run
 from mm.api.arguments import as_pixels
 from mm.cli.generate import main as generate_command
-from mm.config.tasks.registry import MADE, TASKS
+from mm.config.tasks.registry import TASKS
 from mm.data.video import probe, read_frames
-from mm.demo.components import MODEL_NAMES
+from mm.demo.components import MODEL_NAMES, encoders_of
 from mm.demo.configs import text_len
 from mm.errors import MMError
 from mm.wan.encoders import TextEncoder, VideoEncoder
@@ -45,7 +45,8 @@ def no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def stores(demo_of_images: Path) -> Path:
     """The embedded default with the features of every task."""
-    extract(demo_of_images / "configs" / "speedcontrol")
+    for task in ("speedcontrol", "fun_control"):
+        extract(demo_of_images / "configs" / task)
     return demo_of_images
 
 
@@ -54,13 +55,17 @@ def folder_of(demo: Path, task: str) -> Path:
 
 
 def encoders(demo: Path, task: str = "t2v") -> mm.Encoders:
-    return mm.Encoders.of(folder_of(demo, task), text_dtype="fp32")
+    return mm.Encoders.of(folder_of(demo, encoders_of(TASKS[task]).name), text_dtype="fp32")
 
 
 def rows_of(demo: Path, task: str, count: int) -> list[dict[str, Any]]:
-    name = f"data_{task}.json" if TASKS[task].columns else "data.json"
+    name = f"data_{task}.json" if TASKS[task].columns or TASKS[task].media else "data.json"
     rows: list[dict[str, Any]] = json.loads((demo / "dataset" / name).read_text())
     return rows[:count]
+
+
+def media_of(demo: Path, row: dict[str, Any], task: str) -> dict[str, Path]:
+    return {media.name: demo / "dataset" / row[media.name] for media in TASKS[task].media if media.name in row}
 
 
 def columns_of(row: dict[str, Any], task: str) -> dict[str, float]:
@@ -132,15 +137,15 @@ def test_an_adapter_counts_by_its_strength(demo: Path, tmp_path: Path, no_proces
 # --- features
 
 
-@pytest.mark.parametrize("task", sorted(MADE))
+@pytest.mark.parametrize("task", ["flf2v", "fun_control", "i2v", "speedcontrol", "t2v"])
 def test_features_are_those_of_the_command(stores: Path, no_process_group: None, task: str) -> None:
     rows = rows_of(stores, task, 2)
     videos = [stores / "dataset" / row["path"] for row in rows]
     info = probe(videos[1])
     in_memory = torch.cat(list(read_frames(videos[1], info, range(info.num_frames)))).permute(0, 2, 3, 1)
     given = [
-        mm.VideoRow(videos[0], rows[0]["cap"], columns_of(rows[0], task)),
-        mm.VideoRow(in_memory.numpy(), rows[1]["cap"], columns_of(rows[1], task)),
+        mm.VideoRow(videos[0], rows[0]["cap"], columns_of(rows[0], task), media_of(stores, rows[0], task)),
+        mm.VideoRow(in_memory.numpy(), rows[1]["cap"], columns_of(rows[1], task), media_of(stores, rows[1], task)),
     ]
     found = mm.extract_features(
         given, encoders(stores, task), task=task, size=SIZE, max_text_tokens=text_len(TASKS[task]), device="cpu"
@@ -152,6 +157,15 @@ def test_features_are_those_of_the_command(stores: Path, no_process_group: None,
         assert of_command.keys() - {"prompt_mask"} == named.keys()
         for name, value in named.items():
             assert value is not None and torch.equal(value, of_command[name]), name
+
+
+def test_media_that_cannot_be(stores: Path) -> None:
+    video, loaded = stores / "dataset" / rows_of(stores, "t2v", 1)[0]["path"], encoders(stores, "i2v")
+    with pytest.raises(MMError, match=r"(?s)DATA-245: Row 0 names no file of the role control.*DATA-245: Row 1"):
+        mm.extract_features([(video, "x"), (video, "y")], loaded, task="fun_control", size=SIZE, device="cpu")
+    row = mm.VideoRow(video, "x", media={"depth": video})
+    with pytest.raises(MMError, match=r"CFG-200.*'depth'.*it takes control, first_frame"):
+        mm.extract_features([row], loaded, task="fun_control", size=SIZE, device="cpu")
 
 
 def test_a_clip_of_a_longer_video_in_memory(demo: Path, no_process_group: None) -> None:

@@ -124,6 +124,38 @@ def test_rules(words: list[str], model: dict[str, Any], world_size: int, expecte
     assert found == expected
 
 
+def test_a_share_of_given_frames_needs_a_task_that_has_them() -> None:
+    values = {"predictor": {"hidden_size": 48, "ffn_dim": 64, "num_heads": 4, "num_layers": 4}}
+    model = parse(PretrainModel, {**values, "diffusion": {"first_frame_share": 0.5}}, "m.json")
+    with pytest.raises(ConfigError, match=r"CFG-290: .*first_frame_share.*0\.5"):
+        check_training(translated(flags(), model))
+    of_48 = {"model_type": "ti2v", "in_dim": 48, "out_dim": 48}
+    values["predictor"] |= of_48
+    check_training(
+        translated(flags(), parse(PretrainModel, {**values, "diffusion": {"first_frame_share": 0}}, "m.json"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "expected"),
+    [
+        ({"band_from": 0.875}, []),
+        ({"band_below": 0.875, "timestep_sampling": "logit_normal"}, []),
+        ({"band_from": 0.9, "band_below": 0.9}, ["CFG-291"]),
+        ({"band_from": 0.9991, "band_below": 0.9999, "shift": 1.0}, ["CFG-291"]),
+        ({"band_from": 0.9991, "band_below": 0.9999, "timestep_sampling": "logit_normal"}, []),
+    ],
+)
+def test_bands_of_noise_levels(diffusion: dict[str, Any], expected: list[str]) -> None:
+    predictor = {"hidden_size": 48, "ffn_dim": 64, "num_heads": 4, "num_layers": 4}
+    model, found = parse(PretrainModel, {"predictor": predictor, "diffusion": diffusion}, "m.json"), []
+    try:
+        check_training(translated(flags(), model))
+    except ConfigError as error:
+        found = ids(error)
+    assert found == expected
+
+
 def test_training_without_weights_must_be_meant() -> None:
     with pytest.raises(ConfigError, match="CFG-023"):
         check_training(translated(flags(without="--load"), pretrain_model()))

@@ -22,9 +22,9 @@ from typing import Any
 import av
 import torch
 from feature_samples import moving_square, write_clip, write_sound
+from feature_stores import MODEL, RECIPE, feature, feature_set, train_data, write_store
 from numbered_clips import with_edits, with_matrix, write_numbered
 from safetensors.torch import save
-from test_feature_store import MODEL, RECIPE, feature, feature_set, train_data, write_store
 from test_image_features import with_images
 
 from mm.cli import doctor, train

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_feature_store import MODEL, feature_set, write_store
-from test_shards import KEY, opened, write_shards
+from feature_stores import MODEL, feature_set, write_store
+from shard_stores import KEY, opened, write_shards
 
+from mm.cli import data as data_command
 from mm.config.run.data import Mixture, SourceShare
 from mm.data.dataset import FeatureDataset, open_features
 from mm.data.features import Feature
@@ -109,3 +110,28 @@ def test_the_page_counts_a_sample_once_whatever_its_draws(tmp_path: Path) -> Non
     assert [row.passes for row in rows] == pytest.approx([4096 / 14] * 2, rel=1e-3)
     shares = [row.share_of_samples for row in bucket_rows(dataset, drawing, rows) if row.source == str(stores[0])]
     assert sum(shares) == pytest.approx(COUNT / 14, rel=1e-3)
+
+
+def test_exports_say_which_draw_a_sample_is(tmp_path: Path) -> None:
+    """Latents are sample + draw / 8; read by pyarrow and webdataset."""
+    import pyarrow.parquet
+    import webdataset
+
+    store = write(tmp_path / "s", one=True)
+    for to in ("parquet", "listing", "webdataset"):
+        data_command.main(["export", str(store), str(tmp_path / to), "--to", to])
+    rows = [
+        row
+        for file in sorted((tmp_path / "parquet").glob("0*.parquet"))
+        for row in pyarrow.parquet.read_table(file).to_pylist()
+    ]
+    said = [(row["sample"], row["draw"]) for row in rows]
+    assert said == [(f"s{sample}", draw) for draw in range(DRAWS) for sample in range(COUNT)]
+    for row in rows:
+        value = torch.frombuffer(bytearray(row["latents"]), dtype=torch.float32)[0]
+        assert float(value) == int(row["sample"][1:]) + row["draw"] / 8
+    listed = pyarrow.parquet.read_table(tmp_path / "listing" / "listing.parquet").to_pylist()
+    assert [(row["sample"], row["draw"]) for row in listed] == said
+    tars = sorted(map(str, (tmp_path / "webdataset").glob("*.tar")))
+    shown = webdataset.WebDataset(tars, shardshuffle=False).decode()
+    assert [(one["json"]["sample"], one["json"]["draw"]) for one in shown] == said

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ import pytest
 import safetensors.torch
 import torch
 import webdataset
-from object_storage import BUCKET, S3, Proxy, proxy_before, status
-from test_feature_store import RECIPE, write_store
-from test_shards import body, content, flip, random_shards, write_shards
+from feature_stores import RECIPE, write_store
+from object_storage import BUCKET, S3, Proxy, status
+from shard_stores import SEED, body, content, flip, random_shards, write_shards
 
 from mm.cli import data
 from mm.data.features import EMPTY_PROMPT, FEATURES, feature_name
@@ -26,26 +25,8 @@ from mm.data.recipe import save_recipe
 from mm.data.store.repack import repack
 from mm.errors import ConfigError, DataError
 
-SEED = 2
+pytestmark = pytest.mark.usefixtures("s3_environment")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
-
-
-@pytest.fixture(autouse=True)
-def environment(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {**s3.environment, "XDG_CACHE_HOME": str(tmp_path / "cache")}.items():
-        monkeypatch.setenv(name, value)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    write_shards(tmp_path / "s", random_shards(SEED))
-    return tmp_path / "s"
-
-
-@pytest.fixture
-def proxy(s3: S3) -> Iterator[Proxy]:
-    with proxy_before(s3) as found:
-        yield found
 
 
 def samples() -> list[Any]:
@@ -176,7 +157,7 @@ def test_a_webdataset_is_a_store_of_files_again(store: Path, tmp_path: Path) -> 
             members = {entry.name: tar.extractfile(entry) for entry in tar.getmembers()}
             for key in sorted({name.partition(".")[0] for name in members}):
                 said = json.loads(members[f"{key}.json"].read())  # type: ignore[union-attr]
-                said.pop("index")
+                assert (said.pop("index"), said.pop("draw")) == (int(key), 0)
                 name = feature_name(said["sample"])
                 said["latent_shape"] = tuple(said["latent_shape"])
                 rows.append(FeatureRow(**said, file=f"{FEATURES}/{name}"))

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from feature_stores import MODEL, ORIGIN, RECIPE, feature, feature_set, metadata, tensors, write_store
 from safetensors.torch import load_file, save_file
-from test_feature_store import MODEL, ORIGIN, RECIPE, feature, feature_set, metadata, tensors, write_store
 
 from mm.config.model import WanConfig
 from mm.config.tasks.registry import TASKS as DECLARED

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_feature_store import MODEL, feature, feature_set, write_store
+from feature_stores import MODEL, feature, feature_set, write_store
 
 from mm.config.run.data import Mixture, SourceShare
 from mm.config.step import DataSettings

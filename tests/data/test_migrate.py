@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_feature_store import MODEL, feature_set
+from feature_stores import MODEL, feature_set
 from test_image_features import with_images
 
 from mm.cli import migrate as migrate_command

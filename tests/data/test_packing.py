@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_feature_store import MODEL, feature_set, write_store
+from feature_stores import MODEL, feature_set, write_store
 
 from mm.config.bad_samples import parse_on_bad_sample
 from mm.data.balance import SequenceCost
@@ -64,6 +64,18 @@ def test_the_best_of_all_ways() -> None:
     """9 + 1, 8 + 2 and 7 + 3 fill three sequences of 10, which no other way does."""
     packs = pack_step([1, 2, 3, 9, 8, 7], 10, SequenceCost(1.0, 0.0), num_replicas=3)
     assert sorted(pack for replica in packs for pack in replica) == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_a_pipeline_gets_more_and_shorter_sequences() -> None:
+    """Sixteen samples alike fit into two sequences; four stages then idle most of the time.
+
+    One replica of n equal sequences and p stages takes (n + p - 1) / n of the work.
+    """
+    for stages, times in ((1, 1), (2, 17 / 16), (4, 19 / 16)):
+        (packs,) = pack_step([10] * 16, 80, SequenceCost(1.0, 0.0), num_replicas=1, num_stages=stages)
+        taken = (len(packs) + stages - 1) / len(packs)
+        assert times <= taken <= 1.02 * times
+    assert len(packs) > 2
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,16 @@
 """The sampling plan: every sample as often as it should come, in any order of asking, the same for every layout."""
 
 import hashlib
+import itertools
 import math
+import random
 from collections import Counter, deque
 from fractions import Fraction
 from itertools import chain, islice, pairwise
 
 import pytest
 
-from mm.data.balance import SequenceCost, cost_of_model, deal
+from mm.data.balance import SequenceCost, cost_of_model, deal, least_time, replica_time
 from mm.data.bijection import KeyedBijection
 from mm.data.plan import Bucket, PlannedSample, PlannedSource, SamplingPlan
 from mm.data.sampler import BatchPlan, DealtStep, MicroBatchSampler
@@ -242,6 +244,35 @@ def test_in_a_pipeline_the_dearest_counts_for_every_stage_and_the_cheapest_are_a
     assert deal([1.0, 5.0, 2.0, 4.0, 3.0], 1, num_stages=2) == [[0, 4, 1, 3, 2]]  # 1 3 5 4 2
     assert deal([2.0] * 6, 2, num_stages=4) == [[0, 2, 4], [1, 3, 5]]
     assert deal(costs, 2, num_stages=3) == [[5, 0, 4], [3, 1, 2]]  # 30 + 5 and 18 + 9
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_no_dealing_goes_below_the_least_time(stages: int) -> None:
+    """Of all dealings of six to two replicas; of micro-batches that cost the same the count of passes is known."""
+    draw = random.Random(stages)
+    for _ in range(20):
+        costs = [float(draw.randint(1, 90)) for _ in range(6)]
+        times = [
+            max(replica_time([costs[i] for i in part], stages) for part in (one, set(range(6)) - set(one)))
+            for one in itertools.combinations(range(6), 3)
+        ]
+        dealt = max(replica_time([costs[i] for i in part], stages) for part in deal(costs, 2, stages))
+        assert least_time(costs, 2, stages) <= min(times) <= dealt
+    assert replica_time([2.0] * 5, stages) == (5 + stages - 1) * 2.0
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_a_mixture_of_images_and_clips_is_dealt_evenly(stages: int) -> None:
+    """64 replicas of 16 samples as of a public video set; the dearest replica is within 3 % of the mean, the dearest
+    micro-batch of each counted for every stage, or at what the dearest clip alone takes.
+    """
+    draw, cost = random.Random(7), SequenceCost(14_000.0, 1.0)
+    sizes = [26 * 15, 40 * 23, 52 * 30, 80 * 45]
+    for _ in range(3):
+        frames = [1 if draw.random() < 0.2 else draw.randrange(5, 34) for _ in range(64 * 16)]
+        costs = [cost(draw.choice(sizes) * number) for number in frames]
+        times = [replica_time([costs[i] for i in own], stages) for own in deal(costs, 64, stages)]
+        assert max(times) <= max(1.03 * sum(times) / 64, 1.01 * least_time(costs, 64, stages))
 
 
 def test_costs_are_the_operations_of_the_blocks() -> None:

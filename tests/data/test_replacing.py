@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from feature_stores import MODEL, feature_set, write_store
 from orders import epoch_order
-from test_feature_store import MODEL, feature_set, write_store
 
 from mm.config.bad_samples import FAIL, OnBadSample, parse_on_bad_sample
 from mm.data.dataset import FeatureDataset, open_features

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_feature_store import MODEL, feature_set
-from test_shards import body, content, flip, index, lie, nothing, read_all, row, write_shards
+from feature_stores import MODEL, feature_set
+from shard_stores import body, content, flip, index, lie, nothing, read_all, row, write_shards
 
 from mm.data.dataset import open_features
 from mm.data.features import Feature, Origin, text_hash

@@ -248,6 +248,19 @@ def test_a_task_with_a_column_has_no_place_for_it(home: Path) -> None:
 PARQUET = {"path": "captions.parquet", "filename_column": "file", "caption_column": "text"}
 
 
+@pytest.mark.parametrize("empty", [None, float("nan")])
+def test_rows_of_a_parquet_table_that_name_no_file(empty: float | None, home: Path) -> None:
+    """pandas writes NaN where a column of numbers has an empty cell; no file is called nan, and no caption is."""
+    files = pyarrow.array([1.0, empty], pyarrow.float64()) if empty else pyarrow.array(["a_red", empty])
+    parquet.write_table(pyarrow.table({"file": files, "text": ["of one", "of none"]}), home / "captions.parquet")
+    with pytest.raises(DataError, match=rf"DATA-061: \S+ row 2: file is {empty}, and no name"):
+        read(home, FILMS | {"caption_strategy": "parquet", "parquet": PARQUET})
+    captions = pyarrow.table({"file": ["b", "a_red"], "text": [float("nan"), float("nan")]})
+    parquet.write_table(captions, home / "captions.parquet")
+    told = problems(home, FILMS | {"caption_strategy": "parquet", "parquet": PARQUET})
+    assert len(told) == 2 and all(problem.startswith("DATA-062") for problem in told)
+
+
 def test_captions_of_a_parquet_table(home: Path) -> None:
     columns = {"file": ["b", "a_red"], "text": ["of b", None], "other": ["x", "of a"]}
     parquet.write_table(pyarrow.table(columns), home / "captions.parquet")

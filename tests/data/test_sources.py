@@ -14,6 +14,7 @@ from annotated import check_rows, load_samples
 from mm.config.data import DataSource, SourceFormat
 from mm.config.tasks.i2v import I2V
 from mm.config.tasks.speedcontrol import SPEEDCONTROL
+from mm.config.tasks.t2v import T2V
 from mm.data.metadata import VideoSample
 from mm.data.sources.checking import iterate_rows
 from mm.errors import DataError
@@ -192,10 +193,10 @@ def test_columns_of_no_format_or_of_several(rows: list[Any], form: str, names: s
 
 def test_what_is_recognised_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    read(folder, DIFFSYNTH)
+    check_rows([DataSource(folder, write(folder, DIFFSYNTH, "json"), None)], T2V)
     assert f"{folder / 'metadata.json'} is read as diffsynth, which its first row tells" in caplog.messages
-    (left_out,) = (message for message in caplog.messages if "no task takes files" in message)
-    assert left_out.endswith("of the roles control, mask, reference; they are left out")
+    (left_out,) = (message for message in caplog.messages if "takes no files" in message)
+    assert left_out.endswith("the task t2v takes no files of the roles control, mask, reference; they are left out")
 
 
 GOOD = {"file_path": "videos/a.mp4", "text": "x", "type": "video"}

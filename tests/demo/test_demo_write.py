@@ -43,7 +43,9 @@ def test_every_stage_takes_a_folder_of_any_name(tmp_path: Path, capsys: pytest.C
     for task, images in (("i2v", 1), ("flf2v", 2), ("speedcontrol", 0)):
         rows, bad = read_rows(load_generation(GenerateFlags(mm_model=str(configs / task / "inference_model.json"))))
         assert len(rows) == 16 and not bad
-        assert all(len(row.images) == images and all(path.is_file() for path in row.images) for row in rows)
+        assert all(
+            len(row.paths("images")) == images and all(path.is_file() for path in row.paths("images")) for row in rows
+        )
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "cr\rname"])

@@ -190,9 +190,59 @@ def test_shift_keeps_the_ends():
         ({"timestep_sampling": "uniform"}, "CFG-005"),
         ({"logit_mean": 0.0}, "CFG-005"),
         ({"sigma_max": 1.0}, "CFG-003"),
+        ({"first_frame_share": 1.5}, "CFG-005"),
+        ({"band_from": 1.5}, "CFG-005"),
     ],
 )
 def test_bad_sections_are_refused(values, id):
     with pytest.raises(ConfigError) as caught:
         parse(DiffusionConfig, values, "pretrain_model.json: diffusion")
     assert caught.value.id == id
+
+
+@pytest.mark.parametrize(
+    ("band", "expected"),
+    [({"band_from": 0.875}, (0.875, 1.0, 417)), ({"band_below": 0.875}, (0.0, 0.875, 583))],
+    ids=["high", "low"],
+)
+def test_an_expert_s_band_of_the_grid(band, expected):
+    """Where DiffSynth-Studio's recipe of Wan2.2 T2V-A14B cuts the grid: 0.417 of it is above 0.875."""
+    low, high, count = expected
+    flow = FlowMatching(DiffusionConfig(**band))
+    sigma, timestep, weight = flow.draw_timesteps(3, range(6000), [0] * 6000)
+    assert low <= sigma.min() < sigma.max() <= high
+    assert set(sigma.tolist()) <= {level for level in flow.sigmas.tolist() if low <= level <= high}
+    assert abs(len(set(sigma.tolist())) - count) <= 2
+    whole = FlowMatching(DiffusionConfig())
+    same = whole.weight_of(timestep.double()).float()
+    torch.testing.assert_close(weight, same, rtol=0, atol=1e-6, msg="weights are those of the whole grid")
+
+
+@pytest.mark.parametrize("band", [{"band_from": 0.9}, {"band_below": 0.9}, {"band_from": 0.7, "band_below": 0.9}])
+def test_a_band_of_logit_normal_is_what_is_left_of_it(band):
+    """The distribution inside the band is that of draws without a band that happen to be in it."""
+    settings = {"timestep_sampling": "logit_normal", "logit_mean": 0.3, "logit_std": 1.2, "shift": 3.0}
+    drawn = FlowMatching(DiffusionConfig(**settings, **band)).draw_timesteps(3, range(8000), [0] * 8000)[0]
+    whole = FlowMatching(DiffusionConfig(**settings)).draw_timesteps(3, range(20000), [0] * 20000)[0]
+    low, high = DiffusionConfig(**settings, **band).band
+    inside = whole[(whole >= low) & (whole < high)]
+    assert low <= drawn.min() < drawn.max() < high + 1e-6
+    points = torch.linspace(0.1, 0.9, 9)
+    torch.testing.assert_close(drawn.quantile(points), inside.quantile(points), rtol=0, atol=0.012)
+
+
+def test_which_samples_are_given_their_first_frame():
+    flow = FlowMatching(DiffusionConfig())
+    drawn = flow.draw_given_frames(1, range(4000), [0] * 4000, 0.5)
+    assert set(drawn.tolist()) == {0.0, 1.0}
+    assert 0.47 < drawn.mean() < 0.53
+    assert torch.equal(flow.draw_given_frames(1, [7], [0], 0.5), drawn[7:8]), "a sample's own"
+    assert not torch.equal(flow.draw_given_frames(1, range(4000), [1] * 4000, 0.5), drawn), "again in each epoch"
+    sigma = flow.draw_timesteps(1, range(4000), [0] * 4000)[0]
+    assert abs(float(torch.corrcoef(torch.stack((drawn, sigma)))[0, 1])) < 0.06, "a stream of its own"
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_share_that_is_set_is_the_one(share):
+    flow = FlowMatching(DiffusionConfig(first_frame_share=share))
+    assert flow.draw_given_frames(1, range(200), [0] * 200, 0.5).tolist() == [share] * 200

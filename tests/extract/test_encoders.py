@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import AutoencoderKLWan, WanPipeline
 from feature_samples import make_text_encoder, make_tokenizer, make_vae
 from safetensors.torch import load_file, save_file
 
 from mm.config.run.encoders import Tiles
+from mm.config.tasks.registry import TASKS
 from mm.errors import DataError
-from mm.wan.encoders import TextEncoder, VideoEncoder, clean_text
+from mm.wan.encoders import TextEncoder, VideoEncoder, clean_text, require_stride
 from mm.wan.tokenizer import open_tokenizer
 
 CPU = torch.device("cpu")
@@ -134,14 +135,59 @@ def test_precision(dtype: Any, weights: Path) -> None:
 
 
 def test_a_vae_of_another_stride_is_refused() -> None:
-    from diffusers import AutoencoderKLWan
-
     torch.manual_seed(0)
     vae = AutoencoderKLWan(
         base_dim=8, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[True, True], scale_factor_spatial=4
     )
     with pytest.raises(DataError, match="DATA-044"):
         VideoEncoder(vae).encode(video())
+
+
+def vae_of_wan22() -> AutoencoderKLWan:
+    """The kind of Wan2.2's TI2V-5B, small: 2x2 pixels become channels before three halvings; 48 channels of latents."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(
+        base_dim=8, decoder_base_dim=12, z_dim=48, dim_mult=[1, 2, 4, 4], num_res_blocks=1, is_residual=True,
+        in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16,
+        latents_mean=[0.01 * channel for channel in range(48)], latents_std=[0.5 + 0.02 * c for c in range(48)],
+    )  # fmt: skip
+    return vae.eval()
+
+
+def test_latents_of_wan22_s_vae_are_those_of_diffusers(tmp_path: Path) -> None:
+    """Against the VAE itself, normalised as diffusers' pipelines do, and its own pixels back."""
+    vae_of_wan22().save_pretrained(tmp_path)
+    encoder, vae = VideoEncoder.from_pretrained(tmp_path, "fp32", CPU), AutoencoderKLWan.from_pretrained(tmp_path)
+    pixels = video(9, 64, 96)
+    mean, std = (torch.tensor(vae.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    with torch.no_grad():
+        expected = (vae.encode(pixels).latent_dist.mode() - mean) / std
+        decoded = vae.decode(expected * std + mean).sample
+    latents = encoder.encode(pixels)
+    assert latents.shape == (1, 48, 3, 4, 6)
+    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(encoder.decode(latents), decoded, rtol=0, atol=1e-6)
+    assert decoded.shape == pixels.shape
+
+
+def test_tiles_of_wan22_s_vae_are_counted_in_its_latent_pixels() -> None:
+    """A tile as large as the frame gives the frame; smaller ones give as many latents."""
+    vae, pixels = vae_of_wan22(), video(5, 64, 96)
+    whole = VideoEncoder(vae).encode(pixels)
+    assert torch.equal(VideoEncoder(vae, Tiles(size=(4, 6), stride=(4, 6))).encode(pixels), whole)
+    tiled = VideoEncoder(vae, Tiles(size=(3, 4), stride=(2, 2)))
+    assert tiled.encode(pixels).shape == whole.shape
+    assert tiled.decode(whole).shape == pixels.shape
+
+
+def test_a_vae_of_another_models_stride_is_named(weights: Path) -> None:
+    small, large = VideoEncoder.from_pretrained(weights / "vae", "fp32", CPU), VideoEncoder(vae_of_wan22())
+    for encoder, task in ((small, TASKS["t2v"]), (large, TASKS["ti2v"])):
+        require_stride("vae", encoder, task)
+    with pytest.raises(DataError, match=r"DATA-260: vae has a latent pixel for 8x8 pixels, .*16x16"):
+        require_stride("vae", small, TASKS["ti2v"])
+    with pytest.raises(DataError, match=r"DATA-260: vae has a latent pixel for 16x16 pixels, .*8x8"):
+        require_stride("vae", large, TASKS["t2v"])
 
 
 def load(folder: Path, part: str) -> object:

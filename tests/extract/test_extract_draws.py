@@ -1,5 +1,7 @@
 """`--draws K`: each sample encoded K times, with another start, caption and shape; the first is that of no draws."""
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from mm.data.dataset import FeatureDataset
 from mm.data.recipe import load_recipe
 from mm.data.store.catalog import read_manifest
 from mm.errors import DataError
+from mm.extract.progress import extraction_progress
 from mm.extract.run import ExtractReport
 
 ROWS: list[dict[str, Any]] = [
@@ -112,3 +115,22 @@ def test_parts_make_the_same_draws(files: dict[str, Path], tmp_path: Path, weigh
     for part in (3, 1, 2):
         run(other, draws=2, shard_of=f"{part}/3")
     assert content(tmp_path / "p") == content(tmp_path / "store")
+
+
+def test_the_rate_is_that_of_the_draws_that_were_added(files: dict[str, Path], tmp_path: Path) -> None:
+    """The shards of the first draw are an hour older than the plan; those of the second came 10 s after each other."""
+    store = tmp_path / "store"
+    run(files, shard_rows=2)
+    run(files, draws=2, shard_rows=2)
+    (store / "manifest.json").unlink()
+    planned = int(time.time()) - 100
+    os.utime(store / "plan" / "plan.bin", (planned, planned))
+    for shard in range(6):
+        at = planned + 10 * (shard - 2) if shard >= 3 else planned - 3600 + shard
+        os.utime(store / "shards" / f"{shard:08d}" / "index.bin", (at, at))
+    progress = extraction_progress(store)
+    assert progress is not None and (progress.done, progress.rows_done, progress.left_s) == (3, 6, 0.0)
+    assert progress.rate == 4 / 20 and 90 <= progress.elapsed_s < 90 + 600
+    os.utime(store / "plan" / "plan.bin")  # planned anew: nothing of this work is done
+    progress = extraction_progress(store)
+    assert progress is not None and (progress.rate, progress.left_s, progress.elapsed_s) == (None, None, 0.0)

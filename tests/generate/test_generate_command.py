@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,109 +11,20 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-from kept_frames import keeping_frames, largest_difference
-from ranks import run_ranks
+from generation_runs import GUIDANCE, NEGATIVE, PROMPTS, SEED, SHIFT, SIZE, STEPS, contents, generate, settings
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, UMT5EncoderModel
 from wans_grids import UniPCOnWansGrid
 
-import mm.generate.run
 from mm.checkpoint.store import save, whole_piece, writing
 from mm.checkpoint.weights import open_weights
-from mm.cli.entry import run
 from mm.cli.generate import main
-from mm.demo.components import write_model
 from mm.errors import DataError
 from mm.generate.pipeline import initial_latents
 from mm.generate.weights import with_adapters
 from mm.lora.adapter import Adapter, Update
 from mm.lora.files import write_adapter
 from mm.wan.model import WanModel
-
-EXAMPLES = Path(__file__).parents[2] / "examples/wan2.1"
-PROMPTS = ["a red disc moves left", "a blue disc moves up", "something else"]
-SIZE, STEPS, SHIFT, GUIDANCE, SEED = [9, 32, 48], 3, 3.0, 4.0, 11
-NEGATIVE = "a green disc"
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights") / "tiny"
-    write_model(folder)
-    return folder
-
-
-def settings(weights):
-    """inference_model.json for the tiny model, everything in fp32."""
-    shape = json.loads((weights / "transformer/config.json").read_text())
-    return {
-        "prompt": "prompts.txt",
-        "negative_prompt": NEGATIVE,
-        "save_path": "clips",
-        "fps": 8,
-        "seed": SEED,
-        "pipeline_config": {"input_size": SIZE},
-        "ae": {"from_pretrained": str(weights / "vae"), "dtype": "fp32"},
-        "tokenizer": {"from_pretrained": str(weights / "tokenizer")},
-        "text_encoder": {"from_pretrained": str(weights / "text_encoder"), "dtype": "fp32"},
-        "predictor": {
-            "dtype": "fp32",
-            "text_dim": shape["text_dim"],
-            "hidden_size": shape["num_attention_heads"] * shape["attention_head_dim"],
-            "ffn_dim": shape["ffn_dim"],
-            "num_heads": shape["num_attention_heads"],
-            "num_layers": shape["num_layers"],
-            "freq_dim": shape["freq_dim"],
-        },
-        "diffusion": {"num_inference_steps": STEPS, "flow_shift": SHIFT, "guidance_scale": GUIDANCE},
-    }
-
-
-@pytest.fixture
-def workplace(tmp_path, weights, monkeypatch):
-    """A folder with inference_model.json and prompts.txt, which the test runs in."""
-    monkeypatch.chdir(tmp_path)
-    Path("prompts.txt").write_text("\n".join(PROMPTS))
-    Path("model.json").write_text(json.dumps(settings(weights)))
-    return tmp_path
-
-
-@pytest.fixture
-def frames(monkeypatch):
-    """The frames of every clip that is written, by its name."""
-    seen = {}
-    write = mm.generate.run.write_clip
-
-    def write_and_keep(path, clip, *rest):
-        seen[path.name] = clip.numpy()
-        write(path, clip, *rest)
-
-    monkeypatch.setattr(mm.generate.run, "write_clip", write_and_keep)
-    return seen
-
-
-def generate(weights, *words):
-    main(["--mm-model", "model.json", "--load", str(weights / "transformer"), "--device", "cpu", *words])
-
-
-def failure(capfd, *words):
-    """Exit code and the error lines of a run that fails."""
-    code = run(main, ["--mm-model", "model.json", "--device", "cpu", "--no-progress-bar", *words])
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error ")]
-    assert lines and all(" Fix: " in line for line in lines)
-    return code, [line.split()[1].rstrip(":") for line in lines]
-
-
-def contents(folder):
-    """Of each file. Of clips that they are whole: x264 does not give the same bytes each time on every CPU."""
-    return {
-        path.name: _frames_of(path) if path.suffix == ".mp4" else path.read_bytes() for path in Path(folder).iterdir()
-    }
-
-
-def _frames_of(path):
-    with av.open(str(path)) as container:
-        return sum(1 for _ in container.decode(video=0))
 
 
 class Terminal(io.StringIO):
@@ -278,146 +187,6 @@ def test_bf16_runs(workplace, weights, frames):
         assert 0 < np.abs(clip.astype(int) - low[name]).mean() < 8
 
 
-@pytest.mark.parametrize(
-    ("section", "change", "code", "ids"),
-    [
-        ("predictor", {"num_heads": 2}, 64, ["CFG-065"]),
-        ("predictor", {"num_layers": 3, "ffn_dim": 256}, 64, ["CFG-065", "CFG-065"]),
-        ("pipeline_config", {"input_size": [8, 32, 40]}, 64, ["CFG-060", "CFG-061"]),
-        ("ae", {"from_pretrained": "nowhere"}, 65, ["DATA-040"]),
-        ("text_encoder", {"from_pretrained": "nowhere"}, 65, ["DATA-040"]),
-        ("tokenizer", {"from_pretrained": "nowhere"}, 65, ["DATA-043"]),
-        ("ae", {"tiling_param": {"tile_size": [8, 8], "tile_stride": [4, 4]}}, 64, ["CFG-005"]),
-    ],
-)
-def test_configurations_that_cannot_work(workplace, weights, capfd, section, change, code, ids):
-    values = settings(weights)
-    values[section] |= change
-    Path("model.json").write_text(json.dumps(values))
-    assert failure(capfd, "--load", str(weights / "transformer")) == (code, ids)
-    assert not Path("clips").exists() or not contents("clips")
-
-
-def test_parts_of_different_models(workplace, weights, capfd):
-    values = settings(weights)
-    values["predictor"] |= {"text_dim": 32}
-    Path("model.json").write_text(json.dumps(values))
-    model = WanModel(WanModel.from_pretrained(weights / "transformer").config.model_copy(update={"text_dim": 32}))
-    model.init_weights(0)
-    Path("other").mkdir()
-    save_file(model.state_dict(), "other/model.safetensors")
-    Path("other/config.json").write_text(json.dumps(model.config.model_dump(mode="json")))
-    assert failure(capfd, "--load", "other") == (64, ["CFG-066"])
-
-
-def test_a_vae_of_another_stride(workplace, weights, capfd):
-    vae = AutoencoderKLWan(
-        base_dim=8, z_dim=16, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True]
-    )
-    vae.save_pretrained("vae")
-    values = settings(weights)
-    values["ae"]["from_pretrained"] = "vae"
-    Path("model.json").write_text(json.dumps(values))
-    assert failure(capfd, "--load", str(weights / "transformer")) == (65, ["DATA-055"])
-    assert contents("clips") == {}
-
-
-def test_weights_that_are_not_there(workplace, weights, capfd):
-    assert failure(capfd, "--load", "nowhere")[0] in (65, 74)
-    Path("empty").mkdir()
-    assert failure(capfd, "--load", "empty")[0] in (65, 74)
-    assert failure(capfd) == (64, ["CFG-062"])
-
-
-def test_prompts_that_are_not_there(workplace, weights, capfd):
-    assert failure(capfd, "--load", str(weights / "transformer"), "--prompt", "no.txt") == (65, ["DATA-053"])
-    assert not Path("clips").exists()
-
-
-def pixels(path):
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(int)
-
-
-def generate_here(folder, weights, words):
-    """One process of several."""
-    os.chdir(folder)
-    with keeping_frames(mm.generate.run):
-        main(["--mm-model", "model.json", "--load", weights, "--device", "cpu", "--no-progress-bar", *words])
-
-
-LAYERZERO = ["--layerzero", "--layerzero-config", "zero.yaml"]
-
-
-@pytest.mark.parametrize(
-    ("ranks", "words", "layout"),
-    [
-        (2, ["--context-parallel-size", "2"], "cp2(u2)"),
-        pytest.param(2, LAYERZERO, "dp2-zero2", marks=pytest.mark.nightly),
-        pytest.param(
-            2, ["--context-parallel-size", "2", "--context-parallel-algo", "megatron_cp_algo"], "cp2(r2)",
-            marks=pytest.mark.nightly,
-        ),
-        pytest.param(2, ["--tensor-model-parallel-size", "2"], "tp2", marks=pytest.mark.nightly),
-        pytest.param(2, [], "dp2", marks=pytest.mark.nightly),
-        pytest.param(
-            4, ["--context-parallel-size", "2", "--batched-guidance", *LAYERZERO], "dp2-cp2(u2)-zero2",
-            marks=pytest.mark.nightly,
-        ),
-        pytest.param(
-            4, ["--context-parallel-size", "4", "--context-parallel-algo", "hybrid_cp_algo",
-                "--ulysses-degree-in-cp", "2"], "cp4(u2xr2)", marks=pytest.mark.nightly,
-        ),
-    ],
-)  # fmt: skip
-def test_several_processes_make_the_clips_of_one(workplace, weights, ranks, words, layout):
-    """Three prompts over the replicas: with two of them one has nothing to do in the second round."""
-    Path("zero.yaml").write_text("zero3_size: 2\n")
-    with keeping_frames(mm.generate.run):
-        generate(weights, "--save-path", "one")
-    folder = str(weights / "transformer")
-    run_ranks(ranks, generate_here, str(workplace), folder, [*words, "--save-path", "many"])
-    assert contents("one").keys() == contents("many").keys()
-    assert largest_difference(Path("one"), Path("many")) <= 1  # where rounding to whole numbers is near its edge
-    for index in range(len(PROMPTS)):
-        name = f"video_{index:04d}"
-        one, many = (json.loads(Path(folder, f"{name}.json").read_text()) for folder in ("one", "many"))
-        assert (one.pop("layout"), many.pop("layout")) == ("single", layout)
-        assert many.pop("batched_guidance") == ("--batched-guidance" in words)
-        del one["batched_guidance"]
-        assert one == many  # the fingerprint of the weights too
-
-
-@pytest.mark.parametrize(
-    ("ranks", "words"),
-    [(2, LAYERZERO), pytest.param(2, ["--context-parallel-size", "2"], marks=pytest.mark.nightly)],
-)
-def test_several_processes_go_on_where_they_were_stopped(workplace, weights, ranks, words):
-    """With layer-zero every replica takes part in every batch, also the one that has nothing left to do."""
-    Path("zero.yaml").write_text("zero3_size: 2\n")
-    folder = str(weights / "transformer")
-    run_ranks(ranks, generate_here, str(workplace), folder, words)
-    whole = contents("clips")
-    Path("clips/video_0001.mp4").unlink()
-    Path("clips/video_0001.npy").unlink()
-    times = {path.name: path.stat().st_mtime_ns for path in Path("clips").iterdir()}
-    run_ranks(ranks, generate_here, str(workplace), folder, words)
-    assert contents("clips") == whole
-    kept = [name for name, time in times.items() if Path("clips", name).stat().st_mtime_ns == time]
-    kept_clips = sorted(name for name in kept if not name.endswith(".npy"))
-    assert kept_clips == ["video_0000.json", "video_0000.mp4", "video_0002.json", "video_0002.mp4"]
-
-
-def test_layouts_that_cannot_work(workplace, weights, capfd):
-    load = ["--load", str(weights / "transformer")]
-    assert failure(capfd, *load, "--tensor-model-parallel-size", "3") == (64, ["CFG-032", "CFG-033"])
-    assert failure(capfd, *load, *LAYERZERO) == (64, ["CFG-001"])
-    Path("zero.yaml").write_text("param_dtype: bf16\n")
-    assert failure(capfd, *load, *LAYERZERO) == (64, ["CFG-045", "CFG-045"])
-    assert failure(capfd, *load, "--pipeline-model-parallel-size", "2") == (64, ["CFG-008"])
-    assert not Path("clips").exists()
-
-
 def test_adapters_are_added_to_the_weights(workplace, weights, frames):
     """An adapter at strength s and its opposite cancel; one alone is the merged model's clip."""
     Path("prompts.txt").write_text(PROMPTS[0])
@@ -448,21 +217,3 @@ def test_adapters_are_added_to_the_weights(workplace, weights, frames):
     both = ["--lora", "lora.safetensors", "lora.safetensors", "--lora-strength", "0.5", "-0.5"]
     generate(weights, "--overwrite", *both)
     assert np.abs(frames["video_0000.mp4"].astype(int) - plain).max() <= 1
-
-
-def test_adapters_that_cannot_work(workplace, weights, capfd):
-    load = ["--load", str(weights / "transformer")]
-    assert failure(capfd, *load, "--lora", "a", "--lora-strength", "1", "2") == (64, ["CFG-122"])
-    assert failure(capfd, *load, "--lora-strength", "1") == (64, ["CFG-122"])
-    update = Update(torch.zeros(2, 64), torch.zeros(64, 2), 1.0)
-    write_adapter(Path("other.safetensors"), Adapter({"blocks.0.self_attn.q": update}), "peft")
-    assert failure(capfd, *load, "--lora", "other.safetensors") == (65, ["DATA-093"])
-
-
-def test_a_script_hands_on_the_exit_code(workplace, weights):
-    environment = os.environ | {"MM_MODEL": "model.json", "LOAD_PATH": str(weights / "transformer"), "PROMPT": "no.txt"}
-    script = str(EXAMPLES / "1.3b/t2v/inference.sh")
-    result = subprocess.run(["bash", script, "--device", "cpu"], env=environment, capture_output=True, text=True)
-    assert result.returncode == 65
-    assert "error DATA-053" in result.stderr
-    assert "Traceback" not in result.stderr

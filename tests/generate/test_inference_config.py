@@ -56,7 +56,7 @@ def test_shipped_files(script, shape, size):
     assert config.wan == shape
     assert config.task == script.split("/")[1]
     assert config.output.size == size
-    assert latent_size(size) == ((size[0] + 3) // 4, size[1] // 8, size[2] // 8)
+    assert latent_size(size, 8) == ((size[0] + 3) // 4, size[1] // 8, size[2] // 8)
     assert (config.sampling.solver, config.sampling.steps, config.output.fps) == ("unipc", 50, 16)
     shift, guidance = {"flf2v": (16.0, 5.5)}.get(config.task, (5.0 if size[1] == 720 else 3.0, 5.0))
     assert (config.sampling.shift, config.sampling.guidance_scale) == (shift, guidance)
@@ -77,7 +77,7 @@ def test_flags_win_over_the_file(tmp_path):
     flags = parse_flags(GenerateFlags, words, program="generate")
     config = load(tmp_path, values, **flags.model_dump(exclude={"mm_model"}))
     assert (config.inputs.prompts, config.negative_text, config.output.path) == ("p.txt", "", "out")
-    assert (config.generation.seed, config.output.fps, latent_size(config.output.size)) == (7, 8, (3, 8, 12))
+    assert (config.generation.seed, config.output.fps, latent_size(config.output.size, 8)) == (7, 8, (3, 8, 12))
     sampling = config.sampling
     assert (sampling.solver, sampling.steps) == ("euler", 3)
     assert (sampling.shift, sampling.guidance_scale) == (8.0, 1.0)
@@ -89,7 +89,7 @@ def test_flags_can_supply_what_the_file_lacks(tmp_path):
     del values["prompt"], values["save_path"], values["pipeline_config"]
     assert [problem.id for problem in refused(tmp_path, values)] == ["CFG-004"] * 3
     config = load(tmp_path, values, prompt="p", save_path="s", input_size=[5, 32, 32])
-    assert latent_size(config.output.size) == (2, 4, 4)
+    assert latent_size(config.output.size, 8) == (2, 4, 4)
 
 
 def test_weights_from_the_file_or_the_flag(tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_generate_command import settings, weights  # noqa: F401  (a fixture)
+from generation_runs import settings
 
 from mm.cli import generate as generate_command
 from mm.cli import run as run_command
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def command(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:  # noqa: F811
+def command(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The words of a generation of two clips, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("a red disc moves left\na blue disc moves up\n")
@@ -61,7 +61,7 @@ def test_clips_of_the_flags_are_clips_of_the_file(
     assert said == others
 
 
-def test_what_is_beside_a_clip_is_what_earlier_versions_wrote(command: list[str], weights: Path) -> None:  # noqa: F811
+def test_what_is_beside_a_clip_is_what_earlier_versions_wrote(command: list[str], weights: Path) -> None:
     """Otherwise a folder that was begun by one of them could not be gone on with."""
     generate_command.main(command)
     said = json.loads(Path("clips/video_0001.json").read_text())

@@ -10,9 +10,9 @@ from mm.config.recompute import Recompute
 FULL = Recompute()
 OFFLOAD = Recompute(full_layers=0, keep_layers=None, kept="q,k,v,O", offload=True)
 
-TASKS = ["fun_control_ref", "fun_camera", "vace"]
+TASKS = ["fun_control_ref", "fun_camera", "vace", "ti2v"]
 """Those with an entry of their own."""
-OTHERS = ["fun_control", "wan22_i2v", "ti2v"]
+OTHERS = ["fun_control", "wan22_i2v"]
 """Those whose features enter as those of other tasks do."""
 
 

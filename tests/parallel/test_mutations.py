@@ -11,7 +11,8 @@ from typing import Any
 import family_mutations
 import parity
 import pytest
-from mutations import MUTATIONS, Mutation
+from mutations import Mutation
+from packed_mutations import MUTATIONS
 from parity import ANY, EVEN, Row, WholeTrace, compare, over_limits, parallel_run, plain_run
 from ranks import run_ranks
 

@@ -16,11 +16,7 @@ from mm.cli import data
 from mm.config.flags import as_words
 from mm.errors import DataError
 
-
-@pytest.fixture(autouse=True)
-def environment(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {**s3.environment, "XDG_CACHE_HOME": str(tmp_path / "cache")}.items():
-        monkeypatch.setenv(name, value)
+pytestmark = pytest.mark.usefixtures("s3_environment")
 
 
 @pytest.fixture(scope="module")

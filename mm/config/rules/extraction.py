@@ -9,9 +9,10 @@ from mm.config.data import TEMPORAL_STRIDE, default_folder
 from mm.config.rules.encoders import tile_problems
 from mm.config.rules.shapes import fewest_of_rule, frame_problems
 from mm.config.rules.sources import TABLES, clip_problems, list_problems
-from mm.config.rules.tasks import not_made
+from mm.config.rules.tasks import not_extracted
 from mm.config.run.extraction import ExtractionRun
-from mm.config.tasks.registry import DEFAULT, MADE, named
+from mm.config.tasks.registry import DEFAULT, EXTRACTED, named
+from mm.config.tasks.task import Source
 from mm.config.unread import broken
 from mm.errors import ConfigError, Problem, raise_all
 
@@ -27,7 +28,7 @@ def check_extraction(run: ExtractionRun) -> None:
 
 def _clips_can_be(run: ExtractionRun) -> Iterator[Problem]:
     """CFG-050, CFG-051, CFG-210 and CFG-211."""
-    yield from clip_problems(run.data.clip, run.origins, "data.clip")
+    yield from clip_problems(run.data.clip, run.origins, "data.clip", run.task)
 
 
 def _frames_can_be_taken(run: ExtractionRun) -> Iterator[Problem]:
@@ -71,10 +72,11 @@ def _tiles_cover_the_frame(run: ExtractionRun) -> Iterator[Problem]:
 
 
 def _images_have_their_encoder(run: ExtractionRun) -> Iterator[Problem]:
-    """CFG-074: tasks with given frames have an image encoder, and only they."""
+    """CFG-074: tasks with features of an image encoder have one, and only they."""
     words, task, given = run.origins, run.task, run.encoders.image is not None
     image, said = words["encoders.image"], words["extraction.task"]
-    if task.frames and not given:
+    seen = task.made_by(Source.IMAGE_ENCODER)
+    if seen and not given:
         folder = words["encoders.image.from_pretrained"]
         yield Problem(
             "CFG-074",
@@ -82,8 +84,8 @@ def _images_have_their_encoder(run: ExtractionRun) -> Iterator[Problem]:
             f"Add {folder.key or folder.name}, the folder image_encoder of an I2V or FLF2V model; or set {said.name} "
             f"to {DEFAULT.name}.",
         )
-    if given and not task.frames:
-        others = named(other for other in MADE.values() if other.frames)
+    if given and not seen:
+        others = named(other for other in EXTRACTED.values() if other.made_by(Source.IMAGE_ENCODER))
         yield Problem(
             "CFG-074",
             f"{image.place()} has no effect with the task {task.name}.",
@@ -95,14 +97,14 @@ def _frames_have_others_behind_them(run: ExtractionRun) -> Iterator[Problem]:
     """CFG-075: a clip of one frame is its own first frame."""
     clip, words = run.data.clip, run.origins
     for name, frames in (("num_frames", clip.num_frames), ("min_num_frames", clip.min_num_frames)):
-        if run.task.frames and frames is not None and frames <= TEMPORAL_STRIDE:
+        if run.task.fewest_latent_frames > 1 and frames is not None and frames <= TEMPORAL_STRIDE:
             yield Problem(
                 "CFG-075",
                 f"{words[f'data.clip.{name}'].name} is {frames}: a clip of one frame is its own first frame, and "
                 f"{run.task.name} has nothing to learn.",
                 f"Use at least {TEMPORAL_STRIDE + 1}.",
             )
-    if run.task.frames and fewest_of_rule(clip) <= TEMPORAL_STRIDE < clip.num_frames:
+    if run.task.fewest_latent_frames > 1 and fewest_of_rule(clip) <= TEMPORAL_STRIDE < clip.num_frames:
         yield Problem(
             "CFG-075",
             f"{words['data.clip.shape'].name} gives some clips one frame, which is their own first: {run.task.name} "
@@ -133,7 +135,7 @@ def _part_can_be(run: ExtractionRun) -> Iterator[Problem]:
 
 def _task_is_made(run: ExtractionRun) -> Iterator[Problem]:
     """CFG-274."""
-    yield from not_made(run.task)
+    yield from not_extracted(run.task)
 
 
 EXTRACTION_RULES: tuple[Callable[[ExtractionRun], Iterator[Problem]], ...] = (

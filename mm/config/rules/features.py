@@ -8,6 +8,7 @@ from mm.config.rules.sources import LISTINGS, clip_problems, list_problems
 from mm.config.run.data import FeatureSet
 from mm.config.run.origins import Origins
 from mm.config.run.training import TrainingRun
+from mm.config.tasks.task import Task
 from mm.config.unread import is_given
 from mm.errors import Problem
 
@@ -15,7 +16,7 @@ from mm.errors import Problem
 def _features_have_a_clip(run: TrainingRun) -> Iterator[Problem]:
     """CFG-050 and CFG-051 of the features that are trained on."""
     if is_given(clip := run.data.features.clip):
-        yield from clip_problems(clip, run.origins, "data.features.clip")
+        yield from clip_problems(clip, run.origins, "data.features.clip", run.wan.task)
 
 
 def _features_are_listed(run: TrainingRun) -> Iterator[Problem]:
@@ -27,17 +28,17 @@ def _features_are_listed(run: TrainingRun) -> Iterator[Problem]:
 def _held_out_features_can_be(run: TrainingRun) -> Iterator[Problem]:
     """CFG-050, CFG-051 and CFG-053 of the features that are held out."""
     if run.evaluation is not None:
-        yield from feature_problems(run.evaluation.features, run.origins, "evaluation.features")
+        yield from feature_problems(run.evaluation.features, run.origins, "evaluation.features", run.wan.task)
 
 
-def feature_problems(features: FeatureSet, words: Origins, path: str) -> Iterator[Problem]:
+def feature_problems(features: FeatureSet, words: Origins, path: str, task: Task) -> Iterator[Problem]:
     """Problems of one set.
 
     Args:
-        features: the set. words: of the run. path: of the set in it.
+        features: the set. words: of the run. path: of the set in it. task: of the model.
     """
     if is_given(features.clip):
-        yield from clip_problems(features.clip, words, f"{path}.clip")
+        yield from clip_problems(features.clip, words, f"{path}.clip", task)
     yield from list_problems(features.path, features.folder, words, path, endings=LISTINGS)
 
 
@@ -51,9 +52,21 @@ def _shares_end_after_they_begin(run: TrainingRun) -> Iterator[Problem]:
             yield Problem("CFG-203", found + more, "Raise its end_step, or remove the share.")
 
 
+def _what_is_dropped_is_there(run: TrainingRun) -> Iterator[Problem]:
+    """CFG-279: a condition that the model's task does not have."""
+    task = run.model.shape.task
+    for name in run.data.condition_dropout.rates.keys() - task.dropped:
+        word = run.origins[f"data.condition_dropout.{name}"]
+        has = " and ".join(sorted(task.dropped)) or "nothing beside the caption"
+        found = f"{word.place()} has no effect: of {task.name} {has} can be dropped."
+        caption = run.origins["data.caption_dropout"].name
+        yield Problem("CFG-279", found, f"Remove it; captions are dropped by {caption}.")
+
+
 FEATURE_RULES: tuple[Callable[[TrainingRun], Iterator[Problem]], ...] = (
     _features_have_a_clip,
     _features_are_listed,
     _held_out_features_can_be,
     _shares_end_after_they_begin,
+    _what_is_dropped_is_there,
 )

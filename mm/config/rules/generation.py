@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+from mm.config.data import TEMPORAL_STRIDE
 from mm.config.model import TASK_FIELD
 from mm.config.rules.encoders import tile_problems
 from mm.config.rules.mesh import MESH_RULES
-from mm.config.rules.tasks import not_made
-from mm.config.run.generation import VAE_STRIDE, GenerationRun
-from mm.config.tasks.registry import MADE, named
+from mm.config.rules.tasks import not_generated
+from mm.config.run.generation import GenerationRun
+from mm.config.run.listed import LISTS, every_list_of
+from mm.config.tasks.registry import GENERATED, SETTINGS, named
+from mm.config.tasks.task import Source, Task
 from mm.config.unread import broken, is_given
 from mm.errors import ConfigError, Problem, raise_all
 
@@ -47,7 +50,7 @@ def _solver_values_have_their_solver(run: GenerationRun) -> Iterator[Problem]:
 
 def _guidance_is_there(run: GenerationRun) -> Iterator[Problem]:
     """CFG-063: batching the two passes of guidance needs guidance."""
-    if run.sampling.batched_guidance and not run.sampling.guided:
+    if run.sampling.batched_guidance and not run.guided:
         batched, scale = run.origins["sampling.batched_guidance"], run.origins["sampling.guidance_scale"]
         found = f"{batched.place()} has no effect with {scale.with_value(1)}."
         yield Problem("CFG-063", found, f"Remove it, or choose another {scale.name}.")
@@ -67,39 +70,77 @@ def _prompts_fit(run: GenerationRun) -> Iterator[Problem]:
 
 
 def _inputs_fit_the_model(run: GenerationRun) -> Iterator[Problem]:
-    """CFG-120: a model gets the images that it was trained with, and nothing that it cannot take."""
+    """CFG-120: a model gets what it was trained with, and nothing that it cannot take."""
+    if len(_ways_to_show(run)) > 1:
+        return  # CFG-280
     task, inputs, words = run.wan.task, run.inputs, run.origins
-    of_images = {"inputs.images", "encoders.image", "inputs.last_frame"}
-    columns = {f"inputs.columns.{column.name}": column.name in inputs.columns for column in task.columns}
+    columns = {f"inputs.columns.{name}": name for name in (*(column.name for column in task.columns), *inputs.columns)}
     given = {
-        **columns,
-        **{f"inputs.columns.{name}": True for name in inputs.columns},
-        "inputs.images": inputs.images is not None,
+        **{path: name in inputs.columns for path, name in columns.items()},
+        **{f"inputs.{name}": name in inputs.lists for name in LISTS},
         "encoders.image": run.encoders.image is not None,
         "inputs.last_frame": inputs.last_frame,
-        "inputs.videos": inputs.videos is not None,
+        "inputs.text_only": inputs.text_only,
+        **{f"inputs.{name}": name in inputs.settings for name in SETTINGS},
     }
-    needed = columns.keys() | ({"inputs.images", "encoders.image"} if task.frames else set())
-    useless = {f"inputs.columns.{name}" for name in inputs.columns} - columns.keys()
-    useless |= (set() if task.frames else of_images) | (set() if task.with_video else {"inputs.videos"})
+    needed = {f"inputs.columns.{column.name}" for column in task.columns}
+    needed |= {f"inputs.{name}" for name, listed in run.row_lists.items() if listed.needed}
+    needed |= {"encoders.image"} if run.sees_images else set()
+    taken = {f"inputs.{name}" for name in (*run.row_lists, *(of.name for of in task.made_by(Source.SETTING)))} | needed
+    taken |= {"inputs.last_frame"} if task.frames else set()
+    taken |= {"inputs.text_only"} if task.with_mask else set()
+    taken |= {"encoders.image"} if task.made_by(Source.IMAGE_ENCODER) else set()
     source = words[f"model.shape.{TASK_FIELD}"]
     said = f"{source.file}: {source.key or source.name} is {task.name}"
     missing = [path for path in given if path in needed and not given[path]]
     if missing:
-        found = f"{said}, which needs {' and '.join(words[path].name for path in missing)}."
-        how = f"Give {' and '.join(words[path].name for path in missing)}"
-        yield Problem("CFG-120", found, f"{how}, or use the weights of a text-to-video model.")
-    extra = [path for path in given if path in useless and given[path]]
+        names = " and ".join(words[path].name for path in missing)
+        how = f"Give {names}, or use the weights of a text-to-video model."
+        yield Problem("CFG-120", f"{said}, which needs {names}.", how)
+    extra = [path for path in given if path not in taken and given[path]]
     if extra:
         found = f"{said} (in_dim {run.wan.in_dim}), which takes no "
         found += f"{' and no '.join(words[path].name for path in extra)}."
-        wanted = "with_video" if "inputs.videos" in extra else "frames" if of_images & set(extra) else "columns"
-        works = [other for other in MADE.values() if getattr(other, wanted)]
+        works = [other for other in GENERATED.values() if all(_takes(other, path) for path in extra)]
         yield Problem("CFG-120", found, "Remove it" + (f", or use a model of {named(works)}." if works else "."))
 
 
+def _takes(task: Task, path: str) -> bool:
+    """Tell whether models of a task can be given the value at a path of `inputs` or `encoders`."""
+    name = path.removeprefix("inputs.")
+    if path == "encoders.image":
+        return bool(task.made_by(Source.IMAGE_ENCODER))
+    if name.startswith("columns."):
+        return name.removeprefix("columns.") in {column.name for column in task.columns}
+    if name == "last_frame":
+        return task.with_last_frame is not None
+    if name == "text_only":
+        return task.with_mask
+    return name in every_list_of(task) | {feature.name for feature in task.made_by(Source.SETTING)}
+
+
+def _ways_to_show(run: GenerationRun) -> list[str]:
+    """Paths of the ways in which a model with given frames is told what it sees, where it can be told in several."""
+    inputs = run.inputs
+    if not run.wan.task.with_mask:
+        return []
+    ways = {"images": inputs.images is not None, "masks": inputs.masks is not None, "text_only": inputs.text_only}
+    return [f"inputs.{name}" for name, is_given in ways.items() if is_given]
+
+
+def _one_way_to_show(run: GenerationRun) -> Iterator[Problem]:
+    """CFG-280: frames, or a video and its mask, or nothing."""
+    ways = [run.origins[path].name for path in _ways_to_show(run)]
+    if len(ways) > 1:
+        found = f"{' and '.join(ways)} say each what the model sees of its clip."
+        yield Problem("CFG-280", found, "Give one of them.")
+
+
 def _videos_have_a_strength(run: GenerationRun) -> Iterator[Problem]:
-    """CFG-121: strength and start_frame belong to given videos, and some of the steps are taken."""
+    """CFG-121: strength and start_frame belong to given videos, and some of the steps are taken.
+
+    Clips have no strength where the model sees the videos themselves.
+    """
     inputs, words, steps = run.inputs, run.origins, run.sampling.steps
     videos, strength = words["inputs.videos"], words["inputs.strength"]
     if inputs.videos is None:
@@ -107,6 +148,10 @@ def _videos_have_a_strength(run: GenerationRun) -> Iterator[Problem]:
             if is_given(getattr(inputs, name)):
                 found = f"{words[f'inputs.{name}'].place()} has no effect without {videos.name}."
                 yield Problem("CFG-121", found, f"Remove it, or give {videos.name}.")
+    elif _sees_videos(run):
+        if is_given(inputs.strength):
+            found = f"{strength.place()} has no effect on a model that sees {videos.name}."
+            yield Problem("CFG-121", found, "Remove it.")
     elif inputs.strength is None:
         found = f"{videos.place()} is given without {strength.name}."
         yield Problem(
@@ -120,17 +165,22 @@ def _videos_have_a_strength(run: GenerationRun) -> Iterator[Problem]:
         )
 
 
+def _sees_videos(run: GenerationRun) -> bool:
+    """Tell whether given videos are what the model sees, and not what its clips begin as."""
+    return "videos" in run.row_lists and run.wan.task.with_video is None
+
+
 def _frames_have_a_middle(run: GenerationRun) -> Iterator[Problem]:
     """CFG-123: a first and a last frame are two frames."""
     frames = run.output.num_frames
-    if len(run.row_task.frames) > 1 and frames < VAE_STRIDE[0] + 1:
+    if len(run.row_task.frames) > 1 and frames < TEMPORAL_STRIDE + 1:
         found = f"{run.origins['output.num_frames'].place()}: a clip of {frames} frames has no first and last one."
-        yield Problem("CFG-123", found, f"Use {VAE_STRIDE[0] + 1} frames or more.")
+        yield Problem("CFG-123", found, f"Use {TEMPORAL_STRIDE + 1} frames or more.")
 
 
 def _size_is_possible(run: GenerationRun) -> Iterator[Problem]:
     """CFG-060, CFG-061: a size that the VAE and the patches can make."""
-    yield from size_problems(run.output.size, run.wan.patch_size, run.origins["output.num_frames"].name)
+    yield from size_problems(run.output.size, run.wan.patch_size, run.wan.task, run.origins["output.num_frames"].name)
 
 
 def _tiles_cover_the_frame(run: GenerationRun) -> Iterator[Problem]:
@@ -138,18 +188,20 @@ def _tiles_cover_the_frame(run: GenerationRun) -> Iterator[Problem]:
     yield from tile_problems(run.encoders.vae, run.origins)
 
 
-def size_problems(size: tuple[int, int, int], patch_size: tuple[int, int, int], name_of_size: str) -> Iterator[Problem]:
+def size_problems(
+    size: tuple[int, int, int], patch_size: tuple[int, int, int], task: Task, name_of_size: str
+) -> Iterator[Problem]:
     """CFG-060 and CFG-061 for a clip's frames, height and width that the VAE and the patches cannot make."""
     frames, height, width = size
-    stride, patch = VAE_STRIDE, patch_size
-    if frames < 1 or (frames - 1) % stride[0]:
-        below = max(1, (frames - 1) // stride[0] * stride[0] + 1)
+    if frames < 1 or (frames - 1) % TEMPORAL_STRIDE:
+        below = max(1, (frames - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1)
         yield Problem(
             "CFG-060",
             f"{name_of_size} asks for {frames} frames; the VAE makes 4k + 1.",
-            f"Use {below} or {below + stride[0]}.",
+            f"Use {below} or {below + TEMPORAL_STRIDE}.",
         )
-    for name, pixels, multiple in (("height", height, stride[1] * patch[1]), ("width", width, stride[2] * patch[2])):
+    for name, pixels, patch in (("height", height, patch_size[1]), ("width", width, patch_size[2])):
+        multiple = task.latent_pixels * patch
         if pixels < multiple or pixels % multiple:
             below = max(multiple, pixels // multiple * multiple)
             yield Problem(
@@ -159,13 +211,13 @@ def size_problems(size: tuple[int, int, int], patch_size: tuple[int, int, int], 
             )
 
 
-def _task_is_made(run: GenerationRun) -> Iterator[Problem]:
+def _task_is_generated(run: GenerationRun) -> Iterator[Problem]:
     """CFG-274."""
-    yield from not_made(run.wan.task)
+    yield from not_generated(run.wan.task)
 
 
 GENERATION_RULES: tuple[Callable[[GenerationRun], Iterator[Problem]], ...] = (
-    _task_is_made,
+    _task_is_generated,
     _size_is_possible,
     _weights_are_named,
     _solver_values_have_their_solver,
@@ -173,6 +225,7 @@ GENERATION_RULES: tuple[Callable[[GenerationRun], Iterator[Problem]], ...] = (
     _prompts_fit,
     _tiles_cover_the_frame,
     _inputs_fit_the_model,
+    _one_way_to_show,
     _videos_have_a_strength,
     _frames_have_a_middle,
     *MESH_RULES,

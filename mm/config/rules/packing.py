@@ -36,7 +36,8 @@ def _packs_are_the_micro_batches(run: TrainingRun) -> Iterator[Problem]:
 def _clips_fit_into_packs(run: TrainingRun) -> Iterator[Problem]:
     """CFG-207: a clip that no sequence takes, where all have one size; of others the features tell (DATA-077)."""
     budget, clip, words = run.data.pack_tokens, run.data.features.clip, run.origins
-    size = clip.latent_size if budget is not None and clip is not None and is_given(clip) else None
+    pixels = run.wan.task.latent_pixels
+    size = clip.latent_size(pixels) if budget is not None and clip is not None and is_given(clip) else None
     if budget is None or size is None:
         return
     tokens = run.wan.num_tokens(size)

@@ -8,7 +8,7 @@ from math import isclose
 from mm.config.data import SIZE_MULTIPLE, TEMPORAL_STRIDE
 from mm.config.run.data import Clip
 from mm.config.run.extraction import SourceClip
-from mm.config.run.origins import Origins
+from mm.config.run.origins import Origins, Word
 from mm.config.run.shapes import AspectWeight, MaxPixels, RatioBuckets, Resolution, ShapeRule, TokenLength
 from mm.errors import Problem
 
@@ -16,26 +16,35 @@ _Found = Iterator[tuple[str, str, str]]
 """Key of a rule, what is wrong with it, and what to do."""
 
 
-def shape_problems(rule: ShapeRule, words: Origins, path: str) -> Iterator[Problem]:
-    """CFG-211: values of a shape rule that make no sense together.
+def shape_problems(rule: ShapeRule, words: Origins, path: str, size_multiple: int) -> Iterator[Problem]:
+    """CFG-211: values of a shape rule that make no sense together; CFG-292: a rule that cannot make such sizes.
 
     Args:
-        rule: the rule. words: of the run. path: of the rule in it.
+        rule: the rule. words: of the run. path: of the rule in it. size_multiple: of the sides of all samples.
     """
     match rule:
         case RatioBuckets():
             found = _of_ratio_buckets(rule)
+            yield from _only_sixteens(words[path], rule.rule, size_multiple)
         case TokenLength():
             found = _of_token_length(rule)
+            yield from _only_sixteens(words[path], rule.rule, size_multiple)
         case Resolution():
-            found = _of_resolution(rule)
+            found = _of_resolution(rule, size_multiple)
         case MaxPixels():
-            found = _of_max_pixels(rule)
+            found = _of_max_pixels(rule, size_multiple)
         case _:  # one that could not be read
             return
     for key, what, remedy in found:
         word = words[f"{path}.{key}"]
         yield Problem("CFG-211", f"{word.file}: {word.name} {what}.", remedy)
+
+
+def _only_sixteens(word: Word, rule: str, size_multiple: int) -> Iterator[Problem]:
+    if size_multiple != SIZE_MULTIPLE:
+        found = f"{word.place()} is {rule}, whose sides are multiples of {SIZE_MULTIPLE}; this task's VAE and patches"
+        how = "Give height and width, or one of the rules max_pixels and pixel, pixel_area and area."
+        yield Problem("CFG-292", f"{found} take multiples of {size_multiple}.", how)
 
 
 def frame_problems(clip: SourceClip, words: Origins, path: str) -> Iterator[Problem]:
@@ -70,9 +79,10 @@ def _of_token_length(rule: TokenLength) -> _Found:
         yield "token_side", what, "Use at most max_side, or the rule ratio_buckets."
 
 
-def _of_resolution(rule: Resolution) -> _Found:
-    if rule.alignment % SIZE_MULTIPLE:
-        yield "alignment", f"is {rule.alignment}, not a multiple of {SIZE_MULTIPLE}", "Use 16, 32 or 64."
+def _of_resolution(rule: Resolution, size_multiple: int) -> _Found:
+    if rule.alignment % size_multiple:
+        works = "16, 32 or 64" if size_multiple == SIZE_MULTIPLE else f"{size_multiple} or {2 * size_multiple}"
+        yield "alignment", f"is {rule.alignment}, not a multiple of {size_multiple}", f"Use {works}."
     if rule.rule != "area" and rule.resolution < rule.alignment:
         what = f"is {rule.resolution:g} pixels, less than alignment {rule.alignment}"
         yield "resolution", what, "Raise it; area is in megapixels, the other rules in pixels of an edge."
@@ -130,9 +140,9 @@ def _of_aspects(rule: Resolution) -> _Found:
         yield "crop_aspect_buckets", f"has weights of {sum(weights):g} together", "Give weights that add up to 1."
 
 
-def _of_max_pixels(rule: MaxPixels) -> _Found:
-    if rule.multiple % SIZE_MULTIPLE:
-        yield "multiple", f"is {rule.multiple}, not a multiple of {SIZE_MULTIPLE}", "Use 16."
+def _of_max_pixels(rule: MaxPixels, size_multiple: int) -> _Found:
+    if rule.multiple % size_multiple:
+        yield "multiple", f"is {rule.multiple}, not a multiple of {size_multiple}", f"Use {size_multiple}."
     if rule.max_pixels < rule.multiple**2:
         what = f"is {rule.max_pixels}, less than one square of multiple {rule.multiple}"
         yield "max_pixels", what, "Raise it; 480 x 832 has 399360."

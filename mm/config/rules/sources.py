@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mm.config.data import SIZE_MULTIPLE, TEMPORAL_STRIDE
+from mm.config.data import TEMPORAL_STRIDE
 from mm.config.rules.shapes import shape_problems
 from mm.config.run.data import Clip
 from mm.config.run.origins import Origins
 from mm.config.run.shapes import LARGEST_SIDE
 from mm.config.storage import is_address
+from mm.config.tasks.task import Task
 from mm.errors import Problem
 
 
-def clip_problems(clip: Clip, words: Origins, path: str) -> Iterator[Problem]:
+def clip_problems(clip: Clip, words: Origins, path: str, task: Task) -> Iterator[Problem]:
     """CFG-050 and CFG-051: a clip that the VAE can encode; CFG-004, CFG-210 and CFG-211: a size that is said once.
 
     Args:
-        clip: the section. words: of the run. path: of the clip in it.
+        clip: the section. words: of the run. path: of the clip in it. task: that it is for.
     """
     yield from _frame_problems(clip, words, path)
-    yield from _size_problems(clip, words, path)
+    yield from _size_problems(clip, words, path, task)
 
 
 def _frame_problems(clip: Clip, words: Origins, path: str) -> Iterator[Problem]:
@@ -38,10 +39,10 @@ def _frame_problems(clip: Clip, words: Origins, path: str) -> Iterator[Problem]:
         yield Problem("CFG-050", found, "Use fewer; Wan2.1 was trained on 81.")
 
 
-def _size_problems(clip: Clip, words: Origins, path: str) -> Iterator[Problem]:
-    rule = words[f"{path}.shape"]
+def _size_problems(clip: Clip, words: Origins, path: str, task: Task) -> Iterator[Problem]:
+    rule, multiple = words[f"{path}.shape"], 2 * task.latent_pixels
     if clip.shape is not None:
-        yield from shape_problems(clip.shape, words, f"{path}.shape")
+        yield from shape_problems(clip.shape, words, f"{path}.shape", multiple)
     for name, size in (("height", clip.height), ("width", clip.width)):
         word = words[f"{path}.{name}"]
         if size is None:
@@ -51,10 +52,10 @@ def _size_problems(clip: Clip, words: Origins, path: str) -> Iterator[Problem]:
         elif clip.shape is not None:
             found = f"{word.file}: {word.name} has no effect beside {rule.name}, which gives each sample its size."
             yield Problem("CFG-210", found, f"Remove it, or {rule.name}.")
-        elif size % SIZE_MULTIPLE:
-            below = size // SIZE_MULTIPLE * SIZE_MULTIPLE
-            near = f"{below} or {below + SIZE_MULTIPLE}" if below else f"{SIZE_MULTIPLE}"
-            found = f"{word.file}: {word.name} is {size}, not a multiple of {SIZE_MULTIPLE}."
+        elif size % multiple:
+            below = size // multiple * multiple
+            near = f"{below} or {below + multiple}" if below else f"{multiple}"
+            found = f"{word.file}: {word.name} is {size}, not a multiple of {multiple}."
             yield Problem("CFG-051", found, f"Use {near}.")
         elif size > LARGEST_SIDE:
             found = f"{word.file}: {word.name} is {size}, and pictures have at most {LARGEST_SIDE} pixels a side."

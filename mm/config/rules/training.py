@@ -10,6 +10,7 @@ from mm.config.output import require_writable_folder
 from mm.config.rules.adapters import ADAPTER_RULES
 from mm.config.rules.around import AROUND_RULES
 from mm.config.rules.features import FEATURE_RULES
+from mm.config.rules.live import LIVE_RULES
 from mm.config.rules.packing import PACKING_RULES
 from mm.config.rules.parallel import PARALLEL_RULES
 from mm.config.rules.recompute import RECOMPUTE_RULES
@@ -88,6 +89,25 @@ def _epsilon_is_used(run: TrainingRun) -> Iterator[Problem]:
         yield Problem("CFG-029", f"{words['optimizer.eps'].name} has no effect with {chosen}.", "Remove one of them.")
 
 
+def _first_frames_are_given(run: TrainingRun) -> Iterator[Problem]:
+    """CFG-290: a share of clean first frames in a task that has none."""
+    share, task = run.objective.first_frame_share, run.wan.task
+    if share is not None and not task.first_frame_share:
+        word = run.origins["objective.first_frame_share"]
+        found = f"{word.with_value(share)} has no effect: {run.wan.task_in_words}, which is never given a clean frame."
+        yield Problem("CFG-290", found, "Remove it.")
+
+
+def _band_has_levels(run: TrainingRun) -> Iterator[Problem]:
+    """CFG-291: a band of noise levels from which nothing can be drawn."""
+    objective, words = run.objective, run.origins
+    low, high = objective.band
+    on_grid = objective.timestep_sampling == "grid"
+    if low >= high or (on_grid and not any(low <= level < high for level in objective.levels())):
+        names = words["objective.band_from"].with_value(low), words["objective.band_below"].with_value(high)
+        yield Problem("CFG-291", f"No noise level is in the band of {' and '.join(names)}.", "Widen the band.")
+
+
 def _overlap_needs_distributed_optimizer(run: TrainingRun) -> Iterator[Problem]:
     """CFG-026: parameters are gathered only where they are sharded, and only behind the gradients."""
     cut = run.parallel
@@ -120,12 +140,15 @@ TRAINING_RULES: tuple[Rule, ...] = (
     *PARALLEL_RULES,
     *FEATURE_RULES,
     *PACKING_RULES,
+    *LIVE_RULES,
     _weights_are_named,
     *SAVING_RULES,
     _bad_samples_are_said,
     *AROUND_RULES,
     _schedule_fits,
     _epsilon_is_used,
+    _first_frames_are_given,
+    _band_has_levels,
     _overlap_needs_distributed_optimizer,
     _compiled_blocks_wait_for_nothing,
     *RECOMPUTE_RULES,

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from mm.config.base import Section
-from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
+from mm.config.data import TEMPORAL_STRIDE
 from mm.config.run.encoders import TokenizerSection
 from mm.config.run.shapes import ShapeRule
 from mm.config.storage import Storage
@@ -35,13 +35,12 @@ class Clip(Section):
             raise ValueError("the clip has no fixed size")
         return self.height, self.width
 
-    @property
-    def latent_size(self) -> tuple[int, int, int] | None:
-        """F, H, W of the latents; None where they have several sizes."""
+    def latent_size(self, latent_pixels: int) -> tuple[int, int, int] | None:
+        """F, H, W of the latents, whose pixels stand for so many rows; None where they have several sizes."""
         if self.shape is not None:
             return None
         height, width = self.fixed_size
-        return (self.num_frames - 1) // TEMPORAL_STRIDE + 1, height // LATENT_PIXELS, width // LATENT_PIXELS
+        return (self.num_frames - 1) // TEMPORAL_STRIDE + 1, height // latent_pixels, width // latent_pixels
 
 
 class FeatureSet(Section):
@@ -99,11 +98,31 @@ class Mixture(Section):
         return {micro_batch_size, *(share.micro_batch_size or micro_batch_size for share in self.shares)}
 
 
+class ConditionDropout(Section):
+    """Shares of samples that are trained without a condition, each drawn by itself; zeros take its place.
+
+    Attributes:
+        control: of the control video. start: of the start image. reference: of the reference image.
+        image: of the image encoder's features.
+    """
+
+    control: float = Field(0.0, ge=0, le=1)
+    start: float = Field(0.0, ge=0, le=1)
+    reference: float = Field(0.0, ge=0, le=1)
+    image: float = Field(0.0, ge=0, le=1)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Those that are above zero."""
+        return {name: rate for name in type(self).model_fields if (rate := getattr(self, name))}
+
+
 class DataSection(Section):
     """Walk of training through the features.
 
     Attributes:
         features: which. caption_dropout: share of samples that are trained with the empty caption.
+        condition_dropout: shares of those that are trained without what the task has beside it.
         shuffle: a new order each epoch, drawn from the seed; otherwise the order of the listing.
         mixture: shares of the stores.
         min_bucket: what becomes of samples of a shape of which a store has fewer than a micro-batch takes: an `error`;
@@ -121,6 +140,7 @@ class DataSection(Section):
 
     features: FeatureSet
     caption_dropout: float = Field(0.0, ge=0, le=1)
+    condition_dropout: ConditionDropout = ConditionDropout()
     shuffle: bool = True
     mixture: Mixture = Mixture()
     min_bucket: MinBucket = "error"

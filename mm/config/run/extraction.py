@@ -13,7 +13,7 @@ from mm.config.run.data import Clip
 from mm.config.run.encoders import EncodersSection
 from mm.config.run.shapes import FrameRule
 from mm.config.storage import Storage
-from mm.config.tasks.registry import DEFAULT, TASKS, TaskName
+from mm.config.tasks.registry import DEFAULT, FEATURE_TASKS, FeatureTaskName
 from mm.config.tasks.task import Task
 
 
@@ -29,7 +29,7 @@ class ExtractionSection(Section):
         shard_of: `37/200`, the 37th of 200 parts of the shards, which alone are made; None, any that nobody makes.
     """
 
-    task: TaskName = DEFAULT.name
+    task: FeatureTaskName = DEFAULT.name
     seed: int = Field(1234, ge=0)
     device: Literal["cpu", "cuda", "npu"] | None = None
     draws: int = Field(1, ge=1)
@@ -127,4 +127,4 @@ class ExtractionRun(ExtractionSections, Run):
     @property
     def task(self) -> Task:
         """Task that the features are for."""
-        return TASKS[self.extraction.task]
+        return FEATURE_TASKS[self.extraction.task]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from mm.config.base import Section
+from mm.config.data import TEMPORAL_STRIDE
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout, mesh_layout
 from mm.config.model import Precision, WanConfig
 from mm.config.run.encoders import EncodersSection
+from mm.config.run.listed import LISTS, Listed, Shown, lists_of, sees_images
 from mm.config.run.mesh import MeshRun
 from mm.config.run.parallel import MeshSection
 from mm.config.tasks.registry import TASKS
-from mm.config.tasks.task import Task
+from mm.config.tasks.task import ListName, Task
 
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
@@ -24,14 +27,11 @@ NEGATIVE_PROMPT = (
 """Of the Wan2.1 release, which its models are meant to be used with: wan/configs/shared_config.py for text alone. Tasks
 put something before it (`Task.negative`)."""
 
-# Pixels that one latent stands for: frames after the first, rows, columns. Fixed by the Wan2.1 VAE.
-VAE_STRIDE = (4, 8, 8)
 
-
-def latent_size(size: tuple[int, int, int]) -> tuple[int, int, int]:
-    """(F, H, W) of the latents of a clip of so many frames, rows and columns."""
+def latent_size(size: tuple[int, int, int], latent_pixels: int) -> tuple[int, int, int]:
+    """(F, H, W) of the latents of a clip of so many frames, rows and columns; a latent pixel is as high as so many."""
     frames, height, width = size
-    return (frames - 1) // VAE_STRIDE[0] + 1, height // VAE_STRIDE[1], width // VAE_STRIDE[2]
+    return (frames - 1) // TEMPORAL_STRIDE + 1, height // latent_pixels, width // latent_pixels
 
 
 class GenerationSection(Section):
@@ -52,18 +52,35 @@ class AdapterFile(Section):
     strength: float = 1.0
 
 
+class LowNoiseExpert(Section):
+    """The expert for little noise, of the other one's shape.
+
+    Attributes:
+        weights: in any known format. adapters: added to them, in this order.
+        boundary: noise level from which on the other expert is asked; None for what the weights' folder records.
+        guidance_scale: of this one; None for the other one's.
+    """
+
+    weights: str = Field(min_length=1)
+    adapters: tuple[AdapterFile, ...] = ()
+    boundary: float | None = Field(None, gt=0, lt=1)
+    guidance_scale: float | None = Field(None, ge=0)
+
+
 class TransformerSection(Section):
     """The transformer.
 
     Attributes:
         shape: sizes, and the task that its weights are for. precision: of parameters and activations.
         weights: in any known format. adapters: added to them, in this order.
+        low_noise: the second of two experts, for little noise; None where there is one transformer.
     """
 
     shape: WanConfig
     precision: Precision
     weights: str | None = Field(None, min_length=1)
     adapters: tuple[AdapterFile, ...] = ()
+    low_noise: LowNoiseExpert | None = None
 
 
 class SamplingSection(Section):
@@ -98,21 +115,49 @@ class InputsSection(Section):
         prompts: a text file, one prompt a line.
         images: a text file, one image a line for each prompt, or two with a comma between (first, last).
         videos: a text file, one video a line for each prompt; the clips are made from these.
+        controls: a text file, one video a line for each prompt, which the clips follow frame by frame.
+        references: a text file, images of what is to be seen, a line for each prompt, with commas between.
+        cameras: a text file, one pose file a line for each prompt, or a direction and a speed: `Left 0.02`.
+        masks: a text file, one video or image a line for each prompt, white where `videos` are to be made anew.
         columns: text files, one number a line for each prompt, by the names of the columns that the task declares.
         negative_prompt: what guidance leads away from; None is the Wan2.1 release's for the task.
         last_frame: a model that sees the first frame alone is given the last one too.
         strength: with videos, the share of the steps that are taken, above 0 (the given clip) to 1 (a new one).
         start_frame: with videos, the first frame that is taken of them.
+        text_only: a model that sees frames is shown none.
+        vace_scale: a factor on what side blocks add; None is 1.
     """
 
     prompts: str = Field(min_length=1)
     images: str | None = Field(None, min_length=1)
     videos: str | None = Field(None, min_length=1)
+    controls: str | None = Field(None, min_length=1)
+    references: str | None = Field(None, min_length=1)
+    cameras: str | None = Field(None, min_length=1)
+    masks: str | None = Field(None, min_length=1)
     columns: dict[str, str] = Field(default_factory=dict)
     negative_prompt: str | None = None
     last_frame: bool = False
     strength: float | None = None
     start_frame: int | None = Field(None, ge=0)
+    text_only: bool = False
+    vace_scale: float | None = None
+
+    @property
+    def lists(self) -> dict[ListName, str]:
+        """The lists that are given beside prompts and numbers, with their files."""
+        files = {name: getattr(self, name) for name in LISTS}
+        return {name: file for name, file in files.items() if file is not None}
+
+    @property
+    def shown(self) -> Shown:
+        """Way in which a model with given frames is told them."""
+        return Shown(masked=self.masks is not None, nothing=self.text_only)
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """Features that are numbers which are set, by name (`Source.SETTING`)."""
+        return {} if self.vace_scale is None else {"vace_scale": self.vace_scale}
 
 
 class ClipsSection(Section):
@@ -206,10 +251,26 @@ class GenerationRun(GenerationSections, MeshRun):
         return TASKS[task.with_last_frame] if task.with_last_frame and self.inputs.last_frame else task
 
     @property
+    def row_lists(self) -> Mapping[ListName, Listed]:
+        """The lists that the model takes."""
+        return lists_of(self.row_task, self.inputs.shown)
+
+    @property
+    def sees_images(self) -> bool:
+        """True where the image encoder is asked."""
+        return sees_images(self.wan.task, frozenset(self.inputs.lists), self.inputs.shown)
+
+    @property
     def task(self) -> str:
         """Task in one word: its name, or what it is called from given videos."""
         from_video = None if self.inputs.videos is None else self.wan.task.with_video
         return from_video or self.row_task.name
+
+    @property
+    def guided(self) -> bool:
+        """True where the negative prompt takes part in any step."""
+        low = self.model.low_noise
+        return self.sampling.guided or (low is not None and low.guidance_scale not in (None, 1))
 
     @property
     def negative_text(self) -> str:

@@ -16,6 +16,7 @@ from mm.config.run.around import (
 )
 from mm.config.run.checkpoint import AdapterSection, CheckpointSection
 from mm.config.run.data import DataSection
+from mm.config.run.live import LiveSection
 from mm.config.run.memory import MemorySection
 from mm.config.run.mesh import MeshRun
 from mm.config.run.model import ModelSection
@@ -37,6 +38,7 @@ class TrainingSections(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     evaluation: EvaluationSection | None = None
     validation: ValidationSection | None = None
+    live: LiveSection | None = None
     supervision: SupervisionSection = SupervisionSection()
     logging: LoggingSection = LoggingSection()
 

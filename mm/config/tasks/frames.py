@@ -15,7 +15,8 @@ IMG_DIM, CLIP_TOKEN_LEN = 1280, 257
 
 FIRST, LAST = Frame("first", 0), Frame("last", -1)
 SIZES = {"img_dim": IMG_DIM, "clip_token_len": CLIP_TOKEN_LEN}
-RECIPE = frozenset({"image_encoder", "condition_tile_size", "condition_tile_stride"})
+CONDITION_TILES = frozenset({"condition_tile_size", "condition_tile_stride"})
+RECIPE = frozenset({"image_encoder"}) | CONDITION_TILES
 SHAKING, CUT = "镜头晃动，", "镜头切换，"  # wan_i2v_14B.py and __init__.py of the release
 
 
@@ -41,6 +42,7 @@ def image_tokens(num_images: int) -> InputFeature:
         remedy="Give features of the image encoder this model was trained with, of one image for each latent in "
         "i2v and of two, first and last, in flf2v.",
         mindspeed="i2v_clip_feature",
+        dropped_as=("image",),
     )
 
 

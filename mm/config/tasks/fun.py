@@ -5,6 +5,7 @@ Shapes: C latent channels, F H W latent frames, height and width. Source: VideoX
 
 from __future__ import annotations
 
+from mm.config.tasks.frames import RECIPE as RECIPE
 from mm.config.tasks.frames import SIZES as SIZES
 from mm.config.tasks.frames import image_tokens
 from mm.config.tasks.task import Entry, InputFeature, Media, Shape, Sizes, Source
@@ -13,8 +14,8 @@ PIXELS_OF_A_LATENT = 8
 """Rows and columns of pixels that the VAE puts into one of a latent."""
 
 
-CONTROL = Media("control", "video")
-START = Media("first_frame", "image", required=False, from_clip=True)
+CONTROL = Media("control", "video", listed="controls")
+START = Media("first_frame", "image", listed="images", required=False, from_clip="first frame")
 
 
 def _control_and_start(sizes: Sizes) -> dict[str, int]:
@@ -39,6 +40,7 @@ CONTROL_FEATURES = (
         entry=Entry.CHANNELS,
         shape=_control_condition,
         parts=_control_and_start,
+        dropped_as=("control", "start"),
         error="CFG-059",
         remedy="Give the control video's latents and behind their channels those of the start image (zeros after its "
         "frame, or everywhere), in the size of the noisy latents.",
@@ -53,6 +55,7 @@ START_FEATURES = (
         entry=Entry.CHANNELS,
         shape=_start_condition,
         parts=lambda sizes: {"start": sizes.channels},
+        dropped_as=("start",),
         error="CFG-059",
         remedy="Give the start image's latents, zeros after its frame, in the size of the noisy latents.",
     ),

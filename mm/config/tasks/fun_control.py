@@ -3,7 +3,7 @@
 Source: VideoX-Fun's Wan2.1-Fun-Control models.
 """
 
-from mm.config.tasks.fun import CONTROL, CONTROL_FEATURES, SIZES, START
+from mm.config.tasks.fun import CONTROL, CONTROL_FEATURES, RECIPE, SIZES, START
 from mm.config.tasks.task import Task
 
 FUN_CONTROL = Task(
@@ -13,5 +13,5 @@ FUN_CONTROL = Task(
     features=CONTROL_FEATURES,
     sizes=SIZES,
     marks=frozenset({"img_emb.proj.0.weight"}),
-    only_called=True,
+    recipe=RECIPE,
 )

@@ -13,4 +13,5 @@ I2V = Task(
     recipe=RECIPE,
     negative=SHAKING,
     with_last_frame="flf2v",
+    with_mask=True,
 )

@@ -32,6 +32,7 @@ class Source(Enum):
 
     IMAGE_ENCODER = "the image encoder, of the frames that are given"
     KNOWN_FRAMES = "the VAE, of a video that is grey between the frames that are given; a mask of them in front"
+    KNOWN_PIXELS = "the VAE, of a video that is grey where a mask gives its pixels free; the mask in front"
     COLUMN = "a number beside the video, as it is"
     CONTROL_VIDEO = "the VAE, of a control video; behind it the latents of a start image, zeros after the first frame"
     START_IMAGE = "the VAE, of a start image, zeros after the first frame"
@@ -76,6 +77,9 @@ class Column:
 
 
 MediaKind = Literal["video", "image", "images", "mask", "poses"]
+ListName = Literal["images", "videos", "controls", "references", "cameras", "masks"]
+"""Lists of a generation, of what goes with its prompts line by line."""
+FromClip = Literal["first frame", "other frame", "whole"]
 
 
 @dataclass(frozen=True)
@@ -85,14 +89,21 @@ class Media:
     Attributes:
         name: in tables (`mm.data.metadata.VideoSample.roles`), messages and files of generation.
         kind: a video, one image, several images, a video or image of a mask, or a file of camera poses.
+        listed: the list of a generation that it stands in.
         required: whether every row gives it. Without, models are called with what stands for nothing given.
-        from_clip: whether training takes it from the clip itself where a row lists no file.
+        from_clip: what of the clip itself training takes where a row lists no file. A clip gives one image at most: of
+            a task that can take another frame than the first, one of both is drawn.
+        is_trained: whether features are made of it; otherwise generation alone takes it.
+        in_front: each image is a latent frame in front of the clip's, which the sampler has and nobody decodes.
     """
 
     name: str
     kind: MediaKind
+    listed: ListName
     required: bool = True
-    from_clip: bool = False
+    from_clip: FromClip | None = None
+    is_trained: bool = True
+    in_front: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,8 +131,11 @@ class InputFeature:
         shape: of one sample's, from the sizes.
         module: the module of the model that it goes through (`mm.wan.embeddings`); None where it is used as it is.
         error, remedy: id and remedy where the model is given another shape.
-        parts: of one that enters as channels, what these are, by word, and how many of each.
+        parts: of one that has several in its channels, what these are, by word, and how many of each.
         mindspeed: its name in MindSpeed-MM's feature files, where these have it.
+        stored: shape in stores where that is another one: of what it is computed from when the model is given it.
+        dropped_as: words of the conditions that training drops for some samples (ConditionDropout in
+            mm/config/run/data.py): of a feature with parts these parts, of another one the whole. Zeros stand for them.
         dropped_with_caption: zeros take its place where a sample's caption is dropped in training. Without, it stays:
             guidance is about the caption alone.
         optional: models run without it too, as if its path into them were not there. All samples of a batch have it or
@@ -138,6 +152,8 @@ class InputFeature:
     module: str | None = None
     parts: Callable[[Sizes], dict[str, int]] | None = None
     mindspeed: str | None = None
+    stored: Callable[[Sizes], Shape] | None = None
+    dropped_as: tuple[str, ...] = ()
     dropped_with_caption: bool = False
     optional: bool = False
 
@@ -155,10 +171,16 @@ class Task:
         positions: image tokens get learned positions, which tell the images apart.
         marks: parameters by which weights of it are known, native names.
         latent_channels: of its models' latents, where they alone have so many, by which weights are known too.
+        latent_pixels: rows and columns of pixels that a latent pixel of its VAE stands for.
+        first_frame_share: share of samples whose first latent frame is given clean in training where nothing else is
+            said; 0 for tasks that never are. The others train without it, and so do single frames.
         recipe: fields of a feature store's recipe that it has beside those of all tasks.
         negative: what stands before the release's negative prompt.
-        only_called: models of it are loaded, converted and called; its features are not made yet, so that neither
-            extraction nor generation knows it.
+        models_of: the task whose models are trained on its features, where these differ from that one's in how they
+            are made alone. No model is of such a task.
+        is_extracted, is_generated: whether features of it are made for training, and clips generated. Models of all
+            tasks are loaded, converted and called.
+        with_mask: generation may give its models any pixels, by a video and a mask, or none at all, instead of frames.
         with_video, with_last_frame: what generation is called from given videos, or with a last frame too, where its
             models can do that. The latter is a task, whose rows are taken.
     """
@@ -171,11 +193,21 @@ class Task:
     positions: bool = False
     marks: frozenset[str] = frozenset()
     latent_channels: int | None = None
+    latent_pixels: int = 8
+    first_frame_share: float = 0.0
     recipe: frozenset[str] = frozenset()
     negative: str = ""
-    only_called: bool = False
+    models_of: str | None = None
+    is_extracted: bool = True
+    is_generated: bool = True
+    with_mask: bool = False
     with_video: str | None = None
     with_last_frame: str | None = None
+
+    @property
+    def trains(self) -> str:
+        """The task whose models are trained on its features."""
+        return self.models_of or self.name
 
     @property
     def frames(self) -> tuple[Frame, ...]:
@@ -195,7 +227,7 @@ class Task:
     @property
     def fewest_latent_frames(self) -> int:
         """Frames that a clip's latents must have so that something is left to learn where frames are given."""
-        return 2 if self.frames else 1
+        return 2 if self.made_by(Source.KNOWN_FRAMES) or self.made_by(Source.KNOWN_PIXELS) else 1
 
     @property
     def leading_frames(self) -> int:
@@ -206,6 +238,16 @@ class Task:
     def modules(self) -> tuple[str, ...]:
         """Names of the modules that its features go through."""
         return tuple(feature.module for feature in self.features if feature.module is not None)
+
+    @property
+    def stored(self) -> tuple[InputFeature, ...]:
+        """The features that extraction makes."""
+        return tuple(feature for feature in self.features if feature.source is not Source.SETTING)
+
+    @property
+    def dropped(self) -> frozenset[str]:
+        """Words of the conditions that training may drop."""
+        return frozenset(word for feature in self.features for word in feature.dropped_as)
 
     def entering(self, entry: Entry) -> tuple[InputFeature, ...]:
         """The features that enter at one place."""

@@ -8,7 +8,10 @@ from mm.config.tasks.task import Media, Task
 TI2V = Task(
     name="ti2v",
     title="Wan2.2 TI2V",
-    roles=(Media("first_frame", "image", required=False, from_clip=True),),
+    roles=(Media("first_frame", "image", listed="images", required=False, from_clip="first frame"),),
     latent_channels=48,
-    only_called=True,
+    latent_pixels=16,
+    first_frame_share=0.5,  # both of what its name says
+    is_extracted=False,
+    is_generated=False,
 )

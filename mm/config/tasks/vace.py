@@ -5,6 +5,7 @@ Source: VACE (arXiv 2503.07598) and its released models.
 
 from __future__ import annotations
 
+from mm.config.tasks.frames import CONDITION_TILES
 from mm.config.tasks.fun import PIXELS_OF_A_LATENT
 from mm.config.tasks.task import Entry, InputFeature, Media, Shape, Sizes, Source, Task
 
@@ -22,9 +23,9 @@ VACE = Task(
     name="vace",
     title="VACE",
     roles=(
-        Media("vace_video", "video", required=False, from_clip=True),
-        Media("mask", "mask", required=False),
-        Media("vace_reference", "images", required=False),
+        Media("vace_video", "video", listed="videos", required=False, from_clip="whole"),
+        Media("mask", "mask", listed="masks", required=False),
+        Media("vace_reference", "images", listed="references", required=False, is_trained=False, in_front=True),
     ),
     features=(
         InputFeature(
@@ -33,6 +34,7 @@ VACE = Task(
             source=Source.EDITED_VIDEO,
             entry=Entry.SIDE_BLOCKS,
             shape=_context,
+            parts=parts,
             module="vace_patch_embedding",
             error="CFG-272",
             remedy="Give latents of what the mask keeps, of what it gives free, and 64 mask channels, in the size of "
@@ -51,5 +53,5 @@ VACE = Task(
     ),
     sizes={"vace_layers": tuple(range(0, 30, 2))},
     marks=frozenset({"vace_patch_embedding.weight"}),
-    only_called=True,
+    recipe=CONDITION_TILES,
 )

@@ -3,7 +3,7 @@
 Source: the released Wan2.2-I2V-A14B weights.
 """
 
-from mm.config.tasks.frames import FIRST, known_frames
+from mm.config.tasks.frames import CONDITION_TILES, FIRST, known_frames
 from mm.config.tasks.task import Task
 
 WAN22_I2V = Task(
@@ -11,5 +11,5 @@ WAN22_I2V = Task(
     title="Wan2.2 I2V",
     roles=(FIRST,),
     features=(known_frames(),),
-    only_called=True,
+    recipe=CONDITION_TILES,
 )

@@ -10,15 +10,15 @@ from typing import Literal
 from mm.config.base import Section
 from mm.config.exports import ExportFormat
 from mm.config.storage import Location
-from mm.config.tasks.registry import TASKS
+from mm.config.tasks.registry import FEATURE_TASKS
 from mm.data.exports import parquet, webdataset
 from mm.data.exports.samples import ListedSample, listed_samples
 from mm.data.files import TEMPORARY_PREFIX, remove_temporaries, write_error
-from mm.data.recipe import Recipe, load_recipe
+from mm.data.recipe import Recipe
 from mm.data.remote.reading import load_section, names_in
 from mm.data.remote.writing import new_file, write_bytes
 from mm.data.store.catalog import check_shards_are_there
-from mm.data.store.copying import finished_catalog
+from mm.data.store.copying import finished_store
 from mm.data.store.opened import ShardStore
 from mm.errors import ConfigError, DataError
 
@@ -63,8 +63,7 @@ def export(source: Location, target: Location, to: ExportFormat, done: Callable[
             something else, what opening the store and reading its samples raises, DATA-018 and DATA-019 where the disk
             refuses; of object storage what `mm.data.remote.client.attempt` raises.
     """
-    recipe = load_recipe(source)
-    catalog = finished_catalog(source, recipe.key)
+    recipe, catalog = finished_store(source)
     check_shards_are_there(source, catalog.manifest)
     store = ShardStore(source, recipe.key, catalog)
     parts = _parts(to, store.num_shards)
@@ -129,7 +128,7 @@ def _write_part(store: ShardStore, recipe: Recipe, target: Location, part: _Part
             if to == "webdataset":
                 webdataset.write_tar(temporary, samples(), recipe.key)
             elif to == "parquet":
-                names = ["latents", "prompt", "prompt_mask", *(one.name for one in TASKS[recipe.task].features)]
+                names = ["latents", "prompt", "prompt_mask", *(one.name for one in FEATURE_TASKS[recipe.task].stored)]
                 parquet.write_samples(temporary, samples(), recipe.key, names)
             else:
                 parquet.write_listing(temporary, samples())

@@ -1,10 +1,11 @@
 """Parquet: a file for each shard with its samples, or one for all that lists them.
 
-Columns of both: `index` int64, `sample`, `caption`, `path`, `size`, `task` and `video` string, `start_frame`,
-`num_frames` and `text_tokens` int32, `latent_shape` list of int32, `taken` string (JSON; null where no shape rule
-chose). A list has `shard` int32, `offset` and `length` int64 beside them, the place of the sample in the store. A file
-of samples has three columns for each tensor NAME (latents, prompt, prompt_mask and those of the task): NAME binary, its
-elements in their order, little-endian; `NAME_shape` list of int32; `NAME_dtype` string as safetensors spells it.
+Columns of both: `index` int64, `sample`, `caption`, `path`, `size`, `task` and `video` string, `draw` (which of the
+sample's it is, from 0), `start_frame`, `num_frames` and `text_tokens` int32, `latent_shape` list of int32, `taken`
+string (JSON; null where no shape rule chose). A list has `shard` int32, `offset` and `length` int64 beside them, the
+place of the sample in the store. A file of samples has three columns for each tensor NAME (latents, prompt, prompt_mask
+and those of the task): NAME binary, its elements in their order, little-endian; `NAME_shape` list of int32;
+`NAME_dtype` string as safetensors spells it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def write_listing(path: Path, samples: Iterable[ListedSample]) -> None:
 _ROW = [
     ("index", "int64"),
     *((name, "string") for name in ("sample", "caption", "path", "size", "task", "video", "taken")),
-    *((name, "int32") for name in ("start_frame", "num_frames", "text_tokens")),
+    *((name, "int32") for name in ("draw", "start_frame", "num_frames", "text_tokens")),
     ("latent_shape", "list"),
 ]
 
@@ -72,6 +73,7 @@ def _row(sample: ListedSample) -> dict[str, Any]:
         "task": said["task"],
         "video": said.get("video"),
         "taken": None if taken is None else json.dumps(taken, ensure_ascii=False),
+        "draw": sample.draw,
         "start_frame": said["start_frame_idx"],
         "num_frames": said["sample_num_frames"],
         "text_tokens": said["text_tokens"],

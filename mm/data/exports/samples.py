@@ -22,12 +22,14 @@ class ListedSample:
     """A sample as it is listed.
 
     Attributes:
-        index: of it in the store. shard: its number. row: what its listing says (`mm.data.listing.FeatureRow`).
+        index: of it in the store. shard: its number. draw: which of the sample's it is, from 0.
+        row: what its listing says (`mm.data.listing.FeatureRow`).
         blobs: places of the sample and of its caption's embedding.
     """
 
     index: int
     shard: int
+    draw: int
     row: Mapping[str, Any]
     blobs: tuple[Blob, Blob]
 
@@ -53,4 +55,5 @@ def listed_samples(store: ShardStore, number: int) -> Iterator[ListedSample]:
     if names != [shard.name(row) for row in range(len(shard))]:
         raise DataError("DATA-151", f"{place} lists other samples than its shard holds.", REMEDY)
     for row, said in enumerate(rows):
-        yield ListedSample(first + row, number, said, store.blobs_of(first + row))
+        draw = (first + row) * store.draws // len(store)
+        yield ListedSample(first + row, number, draw, said, store.blobs_of(first + row))

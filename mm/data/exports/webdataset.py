@@ -1,6 +1,6 @@
 """WebDataset: a tar file for each shard, in it three files a sample that share a name.
 
-    000000037.json         what is listed of the sample: its id, caption, clip, shape
+    000000037.json         what is listed of the sample: its id, draw, caption, clip, shape
     000000037.txt          the caption
     000000037.safetensors  latents, prompt, prompt_mask and what the task has beside them
 
@@ -33,8 +33,8 @@ def write_tar(path: Path, samples: Iterable[ListedSample], recipe_key: str) -> N
             header, tensors = sample.read(recipe_key)
             feature = Feature(None, tensors["prompt"], header.start_frame, {}, header.taken)
             content = serialised(tensors, header.origin, feature, sample.row["sample"])
-            said = json.dumps({"index": sample.index, **sample.row}, ensure_ascii=False, sort_keys=True)
-            _add(tar, sample.index, "json", said.encode())
+            said = {"index": sample.index, "draw": sample.draw, **sample.row}
+            _add(tar, sample.index, "json", json.dumps(said, ensure_ascii=False, sort_keys=True).encode())
             _add(tar, sample.index, "txt", str(sample.row["cap"]).encode())
             _add(tar, sample.index, "safetensors", content)
 

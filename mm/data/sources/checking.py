@@ -6,13 +6,16 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from mm.config.data import DataSource, data_sources, default_folder
 from mm.config.run.extraction import SourceSection
-from mm.config.tasks.task import Column, Task
+from mm.config.tasks.task import Column, Media, MediaKind, Task
+from mm.data.beside import poses_of
 from mm.data.files import path_below, require_regular_file
-from mm.data.metadata import VideoSample
+from mm.data.metadata import Kind, VideoSample
 from mm.data.sources.base import OpenSource, RowKey, SourceRow
+from mm.data.sources.cells import kind_of
 from mm.data.sources.naming import LISTED_BEFORE, RowNames, sample_id
 from mm.data.sources.registry import dialect_of
 from mm.data.tables import TableRow
@@ -30,7 +33,7 @@ class CheckedRow:
         place: how to call the row in messages.
         sample: what it describes; None where that cannot be told.
         problems: DATA-001 for a missing file; DATA-047 for an image where the task has given frames; DATA-060 to
-            DATA-064 for the row itself.
+            DATA-064 for the row itself; DATA-245 to DATA-247 DATA-250 and DATA-251 for the files beside its target.
         row: as it stands in its table, where it has one and that is asked for.
     """
 
@@ -83,6 +86,7 @@ class RowReader:
         """Open them; arguments and errors are those of `iterate_rows`."""
         columns: tuple[Column, ...] = task.columns if task is not None else ()
         self.sources, self._task = sources, task
+        self._media = {media.name: media for media in (task.media if task is not None else ())}
         self._open: list[OpenSource] = [dialect_of(source).open(source, columns) for source in sources]
         self._told: list[set[str]] = [set() for _ in sources]
 
@@ -124,10 +128,15 @@ class RowReader:
                     raise DataError("DATA-064", f"{found.place}: {said}", "Keep one of the two rows.")
                 name = f"{source}:{taken.name}" if source else taken.name
                 name = sample_id(name, annotation.cut_name, json.dumps(annotation.captions), kind)
-                kept = annotation, taken.columns, taken.kind, taken.roles
-                sample = VideoSample(name, file, annotation.captions, *kept)
-                if task is not None and task.frames and taken.kind == "image":
-                    message = f"{found.place}: {file} is an image; the one frame that it has is given in {task.name}."
+                roles = {role: files for role, files in taken.roles.items() if task is None or role in self._media}
+                sample = VideoSample(name, file, annotation.captions, annotation, taken.columns, taken.kind, roles)
+                is_path_wrong = any(problem.id == "DATA-063" for problem in problems)  # which may be that role's
+                beside = beside_problems(sample, tuple(self._media.values()), found.place)
+                problems += [one for one in beside if not (one.id == "DATA-245" and is_path_wrong)]
+                if task is not None and task.fewest_latent_frames > 1 and taken.kind == "image":
+                    message = (
+                        f"{found.place}: {file} is an image, and {task.name} learns from what follows a first frame."
+                    )
                     problems.append(Problem("DATA-047", message, "Leave the row out; clips need at least 5 frames."))
                 require_regular_file(file, found.place)
             except DataError as error:
@@ -135,9 +144,63 @@ class RowReader:
         return CheckedRow(source, number, found.place, sample, tuple(problems), found.row)
 
     def _tell_roles(self, source: int, row: SourceRow) -> None:
-        """Say once for each role that nothing takes its files."""
-        new = set() if row.taken is None else row.taken.roles.keys() - self._told[source]
+        """Say once for each role that the task does not take its files."""
+        if row.taken is None or self._task is None:
+            return
+        new = row.taken.roles.keys() - self._media.keys() - self._told[source]
         if new:
-            message = "%s: no task takes files of the roles %s; they are left out"
-            log.info(message, self.sources[source].annotation, ", ".join(sorted(new)))
+            message = "%s: the task %s takes no files of the roles %s; they are left out"
+            log.info(message, self.sources[source].annotation, self._task.name, ", ".join(sorted(new)))
             self._told[source] |= new
+
+
+def beside_problems(sample: VideoSample, media: Sequence[Media], place: str) -> Iterator[Problem]:
+    """Problems of the files beside a target, by what the task takes.
+
+    DATA-245 for a role that is not given, DATA-246 for several files where one is taken, DATA-247 for a file of another
+    kind, DATA-250 for a role of generation alone, DATA-251 for each malformed line of a pose file, DATA-001 for a file
+    that is not there.
+    """
+    for one in media:
+        files = sample.roles.get(one.name, ())
+        if not files and one.required and one.from_clip is None:
+            found = (
+                f"{place} names no file of the role {one.name}, which every row of this task has: {_NAMED[one.kind]}."
+            )
+            yield Problem("DATA-245", found, "Add it (docs/data.md names the column), or leave the row out.")
+        if len(files) > 1 and one.kind != "images":
+            found = f"{place} names {len(files)} files of the role {one.name}, and one is taken."
+            yield Problem("DATA-246", found, "Keep one of them.")
+        if files and not one.is_trained:
+            found = f"{place} names files of the role {one.name}, and no features are made of them yet."
+            yield Problem("DATA-250", found, "Remove them; in generation they are taken.")
+        for file in files:
+            if not _is_of_kind(file, one.kind, sample.kind):
+                wanted = _NAMED["image" if one.kind == "video" and sample.kind == "image" else one.kind]
+                found = f"{place}: by its ending {file} is not what the role {one.name} takes beside this {sample.kind}"
+                yield Problem("DATA-247", f"{found}: {wanted}.", "Correct the path, or give the file its own ending.")
+            try:
+                require_regular_file(file, place)
+                if one.kind == "poses" and _is_of_kind(file, one.kind, sample.kind):
+                    poses_of(file)
+            except DataError as error:
+                yield from error.problems
+
+
+_NAMED: dict[MediaKind, str] = {
+    "video": "a video",
+    "image": "an image",
+    "images": "images",
+    "mask": "a video or an image",
+    "poses": "a file of camera poses, .txt",
+}
+
+
+def _is_of_kind(file: Path, kind: MediaKind, target: Kind) -> bool:
+    """Tell whether a file may have a role, by its ending: beside an image no video is taken, but another image."""
+    found = kind_of(str(file))
+    if kind == "poses":
+        return file.suffix.lower() == ".txt"
+    if kind in ("video", "mask") and target == "image":
+        return found == "image"
+    return found in {"video": ("video",), "mask": ("video", "image")}.get(kind, ("image",))

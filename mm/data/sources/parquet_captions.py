@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pyarrow import ArrowException
 from pyarrow.parquet import ParquetFile
 
-from mm.data.files import path_below, require_regular_file
+from mm.data.files import path_below, raise_limited, require_regular_file
 from mm.errors import DataError, Problem, raise_all
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ def parquet_captions(folder: Path, fields: ParquetFields | None, place: str) -> 
         folder: that the table's path starts from. fields: the entry's. place: how to call the entry.
 
     Raises:
-        DataError: DATA-060 for a table that cannot be read or lacks a column,
-            DATA-001 and DATA-063 for its path.
+        DataError: DATA-060 for a table that cannot be read or lacks a column, DATA-061 for rows that name no file, as
+            pandas' NaN, DATA-001 and DATA-063 for its path.
     """
     if fields is None:
         raise ValueError("an entry without its table was let pass")
@@ -34,6 +34,8 @@ def parquet_captions(folder: Path, fields: ParquetFields | None, place: str) -> 
     wanted = [fields.filename_column, fields.caption_column]
     wanted += [fields.fallback_caption_column] if fields.fallback_caption_column is not None else []
     captions: dict[str, str] = {}
+    nameless: list[str] = []
+    number = 0
     try:
         table = ParquetFile(path)
         lacking = [name for name in wanted if name not in table.schema_arrow.names]
@@ -43,11 +45,15 @@ def parquet_captions(folder: Path, fields: ParquetFields | None, place: str) -> 
         for batch in table.iter_batches(batch_size=_ROWS, columns=wanted):
             columns = [batch.column(name).to_pylist() for name in wanted]
             for file, *texts in zip(*columns, strict=True):
+                number += 1
+                if not isinstance(file, str | int) or file == "":
+                    nameless.append(f"{path} row {number}: {fields.filename_column} is {file!r:.80}, and no name.")
                 caption = next((text for text in texts if _says(text)), None)
                 if caption is not None:
                     captions[str(file)] = caption
     except (OSError, ArrowException) as error:
         raise DataError("DATA-060", f"{path} cannot be read ({error}).", "Check that it is a Parquet file.") from None
+    raise_limited([Problem("DATA-061", message, "Name the file, or remove the row.") for message in nameless])
     return captions
 
 

@@ -147,7 +147,7 @@ def _notes(entry: Entry) -> Iterator[str]:
     if entry.crop_aspect_buckets and not entry.crop:
         yield "crop_aspect and crop_aspect_buckets have no effect without crop"
     if entry.conditions:
-        yield f"the files of {', '.join(entry.conditions)} go with its own; no task takes them so far"
+        yield f"the files of {', '.join(entry.conditions)} go with its own, for tasks that take them"
     if entry.dataset_type == "image":
         return
     most = _most_frames(video)

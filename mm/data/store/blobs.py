@@ -47,6 +47,21 @@ def read_sample_blobs(sample: Blob, prompt: Blob, model: WanConfig, origin: tupl
     return checked_feature(header, tensors, name, REMEDY)
 
 
+def parsed_feature(sample: bytes, prompt: bytes, name: str, model: WanConfig) -> Feature:
+    """A sample from the contents of its blob and its caption's, checked as those that are read.
+
+    Args:
+        sample, prompt: the contents. name: of the sample, for messages. model: the transformer that is to take it.
+
+    Raises:
+        DataError: as `read_sample_blobs`.
+    """
+    both = (_parsed(memoryview(bytearray(content)), name) for content in (sample, prompt))
+    header, tensors = _both(*both)
+    check_header(header, name, model, REMEDY)
+    return checked_feature(header, tensors, name, REMEDY)
+
+
 def read_raw_blobs(sample: Blob, prompt: Blob, origin: tuple[str, str]) -> tuple[Header, dict[str, Tensor]]:
     """Read one sample and its caption's embedding, whatever model is to take them.
 
@@ -69,8 +84,16 @@ def read_raw_blobs(sample: Blob, prompt: Blob, origin: tuple[str, str]) -> tuple
             f"{prompt} holds caption {found.caption} of recipe {found.recipe}, expected {expected.caption} of {name}."
         )
         raise DataError("DATA-016", message, REMEDY)
+    return _both((header, tensors), (about_prompt, of_prompt))
+
+
+def _both(
+    sample: tuple[Header, dict[str, Tensor]], prompt: tuple[Header, dict[str, Tensor]]
+) -> tuple[Header, dict[str, Tensor]]:
+    """A sample with its caption's embedding."""
+    header, about_prompt = sample[0], prompt[0]
     both = Header({**header.tensors, **about_prompt.tensors}, header.origin, header.start_frame, header.taken)
-    return both, {**tensors, **of_prompt}
+    return both, {**sample[1], **prompt[1]}
 
 
 def _name(sample: Blob, origin: tuple[str, str]) -> str:
@@ -126,7 +149,10 @@ def read_tensors(blob: Blob, name: str) -> tuple[Header, dict[str, Tensor]]:
     Raises:
         DataError: what `read_blob` raises, DATA-153 for one that is no feature.
     """
-    content = read_blob(blob, name)
+    return _parsed(read_blob(blob, name), name)
+
+
+def _parsed(content: memoryview, name: str) -> tuple[Header, dict[str, Tensor]]:
     try:
         return parse_feature(content)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:  # RecursionError is the first

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from mm.config.storage import Location, Remote
 from mm.data.files import TEMPORARY_PREFIX, make_folder, remove_temporaries, sync_folder, write_error
-from mm.data.recipe import RECIPE_FILE, load_recipe
+from mm.data.recipe import RECIPE_FILE, Recipe, load_recipe
 from mm.data.remote.reading import download, names_in, read_bytes
 from mm.data.remote.writing import deliver, room_for, write_bytes
 from mm.data.store.blobs import REMEDY, read_blob
@@ -34,8 +34,7 @@ def copy_store(source: Location, target: Location, done: Callable[[int, int], No
             something else, what opening the source and reading its blobs raises, DATA-018 and DATA-019 where the disk
             refuses; of object storage what `mm.data.remote.client.attempt` raises.
     """
-    recipe = load_recipe(source)
-    catalog = finished_catalog(source, recipe.key)
+    recipe, catalog = finished_store(source)
     manifest = catalog.manifest
     _check_target(source, target, manifest)
     if isinstance(target, Path):
@@ -55,16 +54,17 @@ def copy_store(source: Location, target: Location, done: Callable[[int, int], No
     return manifest
 
 
-def finished_catalog(store: Location, recipe_key: str) -> Catalog:
-    """The catalog of a store that must be one of shards, and finished.
+def finished_store(store: Location) -> tuple[Recipe, Catalog]:
+    """The recipe and the catalog of a store that must be one of shards, and finished.
 
     Raises:
-        DataError: DATA-186 where it is not, and what `open_catalog` raises.
+        DataError: DATA-186 where it is not, and what `load_recipe` and `open_catalog` raise.
     """
+    recipe = load_recipe(store)
     if not is_sharded(store):
         remedy = "Finish it first; mm migrate shards makes one of a store of one file a sample."
         raise DataError("DATA-186", f"{store} is no finished store of shards.", remedy)
-    return open_catalog(store, recipe_key)
+    return recipe, open_catalog(store, recipe.key)
 
 
 def _check_target(source: Location, target: Location, manifest: Manifest) -> None:

@@ -6,6 +6,7 @@ from collections import Counter, OrderedDict
 
 from mm.config.storage import Location
 from mm.data.listing import Digest, ListedSample, RowsOfDraw
+from mm.data.place import FeaturePlace
 from mm.data.store.blobs import Blob
 from mm.data.store.catalog import Catalog, check_shards_are_there, open_catalog
 from mm.data.store.rows import listed_sample
@@ -64,6 +65,11 @@ class ShardStore:
         """The body that holds the sample, below the folder."""
         number, _ = self._catalog.find(row)
         return f"{SHARDS}/{shard_folder(self.folder, number).name}/{BODY}"
+
+    def place(self, row: int) -> FeaturePlace:
+        """Place of the sample."""
+        shape, name = self.latent_shape(row), self.name(row)
+        return FeaturePlace(self.folder, self.file_of(row), name, self.recipe_key, shape, self.blobs_of(row))
 
     def blobs_of(self, row: int) -> tuple[Blob, Blob]:
         """Places of the sample and of its caption's embedding."""

@@ -20,7 +20,7 @@ from mm.data.files import TEMPORARY_PREFIX, make_folder, sync_folder, write_atom
 from mm.data.listing import FeatureRow
 from mm.data.store.blobs import PROMPT_ID
 from mm.data.store.checksum import DIGEST_BYTES, checksum_of
-from mm.data.store.shard import BODY, INDEX, KIND, LISTING, PROMPT, SAMPLE, SHARDS, LatentShape, shard_folder
+from mm.data.store.shard import BODY, INDEX, KIND, LISTING, PROMPT, SAMPLE, LatentShape, shard_folder
 from mm.data.store.table import aligned, write_table
 
 
@@ -45,16 +45,18 @@ class ShardWriter:
     The bytes are a function of what is added, in which order.
     """
 
-    def __init__(self, store: Path, number: int, recipe_key: str) -> None:
+    def __init__(self, store: Path, number: int, recipe_key: str, target: Path | None = None) -> None:
         """
         Args:
             store: its folder. number: of the shard. recipe_key: of the store.
+            target: the folder that it becomes; None, the one of its number in the store.
 
         Raises:
             DataError: DATA-018 and DATA-019 when nothing can be written there; so do the methods.
         """
-        self._store, self._number, self._recipe_key = store, number, recipe_key
-        self._folder = store / SHARDS / f"{TEMPORARY_PREFIX}{number:08d}-{uuid4().hex[:12]}"
+        self._recipe_key = recipe_key
+        self._target = shard_folder(store, number) if target is None else target
+        self._folder = self._target.with_name(f"{TEMPORARY_PREFIX}{self._target.name}-{uuid4().hex[:12]}")
         make_folder(self._folder, "the store's folder")
         try:
             self._body = open(self._folder / BODY, "xb")  # noqa: SIM115  closed by `commit` or by leaving
@@ -142,7 +144,7 @@ class ShardWriter:
             **(said or {}),
         }
         write_table(self._folder / INDEX, KIND, about, columns)
-        target = shard_folder(self._store, self._number)
+        target = self._target
         try:
             if not target.exists():
                 os.rename(self._folder, target)

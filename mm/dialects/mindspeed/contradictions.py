@@ -123,12 +123,20 @@ def _evaluation_is_complete(flags: TrainFlags, model: PretrainModel) -> Iterator
         yield Problem("CFG-124", "--validation-interval needs --save, where the clips go.", "Give --save.")
 
 
+def _budget_is_of_features_that_are_made(flags: TrainFlags, model: PretrainModel) -> Iterator[Problem]:
+    """CFG-245: a budget of nothing."""
+    del model
+    if flags.live_budget is not None and not flags.live:
+        yield Problem("CFG-245", "--live-budget has no effect without --live.", "Give --live, or remove it.")
+
+
 _ALL: tuple[Callable[[TrainFlags, PretrainModel], Iterator[Problem]], ...] = (
     _layerzero_has_its_file,
     _several_tensors_have_a_pipeline,
     _task_agrees,
     _precision_agrees,
     _evaluation_is_complete,
+    _budget_is_of_features_that_are_made,
     _flags_of_adapters_belong_together,
     _adapters_are_in_range,
 )

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from mm.config.base import Section
-from mm.config.run.data import Mixture
+from mm.config.run.data import ConditionDropout, Mixture
 from mm.config.storage import Storage
 from mm.dialects.mindspeed.encoder_json import TokenizerConfig
 
@@ -79,9 +79,12 @@ class FeaturePreprocess(Preprocess):
 
     Attributes:
         cfg: probability that a sample is trained with the empty caption, which classifier-free guidance needs.
+        condition_dropout: probabilities that it is trained without its `control` video, its `start` or `reference`
+            image, or the `image` encoder's features; a key of this project's own.
     """
 
     cfg: float = Field(0.0, ge=0, le=1)
+    condition_dropout: ConditionDropout = ConditionDropout()
 
 
 class RawDataset(Section):

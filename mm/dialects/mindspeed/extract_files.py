@@ -8,7 +8,7 @@ from pydantic import Field
 
 from mm.config.base import Section
 from mm.config.flags import Flags
-from mm.config.tasks.registry import TaskName
+from mm.config.tasks.registry import FeatureTaskName
 from mm.dialects.mindspeed.encoder_json import AutoencoderConfig, TextEncoderConfig
 from mm.dialects.mindspeed.flag_paths import sets
 
@@ -39,7 +39,7 @@ class ExtractAutoencoder(AutoencoderConfig):
 class ExtractModel(Section):
     """`feature_extract/model_wan.json`. `task` may be said here, in tools.json, or in both."""
 
-    task: TaskName | None = None
+    task: FeatureTaskName | None = None
     ae: ExtractAutoencoder
     text_encoder: TextEncoderConfig
 
@@ -57,7 +57,7 @@ class ExtractTools(Section):
     """`feature_extract/tools.json`. `task` may be said here, in model_wan.json, or in both."""
 
     sorafeature: SoraFeature
-    task: TaskName | None = None
+    task: FeatureTaskName | None = None
 
 
 class ExtractFlags(Flags):

@@ -15,8 +15,8 @@ from mm.config.run.encoders import (
     TextEncoderSection,
     VideoEncoderSection,
 )
-from mm.config.run.generation import AdapterFile, GenerationRun, GenerationSections
-from mm.config.unread import UNREAD, Unread, broken, built, if_read, parse_parts, read_or, whole
+from mm.config.run.generation import AdapterFile, GenerationRun, GenerationSections, LowNoiseExpert
+from mm.config.unread import UNREAD, Unread, broken, built, if_read, is_given, parse_parts, read_or, whole
 from mm.dialects.mindspeed.accepted import settle
 from mm.dialects.mindspeed.accepted_flags import ACCEPTED_GENERATE_FLAGS
 from mm.dialects.mindspeed.as_done_here import mesh_as_done_here
@@ -24,7 +24,7 @@ from mm.dialects.mindspeed.contradictions import layerzero_has_its_file
 from mm.dialects.mindspeed.extraction import tokenizer
 from mm.dialects.mindspeed.generate_flags import GenerateFlags
 from mm.dialects.mindspeed.generate_words import GENERATION_WORDS, generation_origins
-from mm.dialects.mindspeed.inference_json import InferenceModel, PipelineSection
+from mm.dialects.mindspeed.inference_json import InferenceModel, LoraSection, PipelineSection
 from mm.dialects.mindspeed.inference_retired import RETIRED_GENERATE_FLAGS, RETIRED_INFERENCE_KEYS
 from mm.dialects.mindspeed.reading import Reading
 from mm.dialects.mindspeed.words import MESH_FLAGS
@@ -90,17 +90,24 @@ def _sections(flags: GenerateFlags, model: InferenceModel) -> dict[str, dict[str
             "shape": if_read(lambda: whole(predictor, WanConfig.model_fields).wan()),
             "precision": predictor.dtype,
             "weights": predictor.from_pretrained,
-            "adapters": if_read(lambda: tuple(AdapterFile(path=one.path, strength=one.strength) for one in model.lora)),
+            "adapters": if_read(lambda: _adapters(model.lora)),
+            "low_noise": if_read(lambda: _low_noise(model)),
         },
         "inputs": {
             "prompts": model.prompt,
             "images": model.image,
             "videos": model.video,
+            "controls": model.control,
+            "references": model.reference,
+            "cameras": model.camera,
+            "masks": model.mask,
             "columns": model.columns,
             "negative_prompt": model.negative_prompt,
             "last_frame": pipeline.dual_image,
             "strength": pipeline.strength,
             "start_frame": pipeline.start_frame,
+            "text_only": pipeline.text_only,
+            "vace_scale": pipeline.vace_scale,
         },
         "sampling": {
             "solver": if_read(lambda: diffusion.solver),
@@ -121,6 +128,23 @@ def _sections(flags: GenerateFlags, model: InferenceModel) -> dict[str, dict[str
         "supervision": {"timeout_minutes": flags.distributed_timeout_minutes},
         "logging": {"progress_bar": if_read(lambda: not flags.no_progress_bar)},
     }
+
+
+def _adapters(lora: Sequence[LoraSection]) -> tuple[AdapterFile, ...]:
+    return tuple(AdapterFile(path=one.path, strength=one.strength) for one in lora)
+
+
+def _low_noise(model: InferenceModel) -> LowNoiseExpert | None:
+    low = model.low_noise
+    if not is_given(low):
+        return None
+    values = {
+        "weights": low.from_pretrained,
+        "adapters": if_read(lambda: _adapters(low.lora)),
+        "boundary": low.boundary,
+        "guidance_scale": low.guidance_scale,
+    }
+    return built(LowNoiseExpert, values)
 
 
 def _size(pipeline: PipelineSection) -> dict[str, int]:
@@ -172,7 +196,8 @@ def _unread_flags(flags: GenerateFlags) -> Iterator[str]:
             yield path
 
 
-_SAME_NAME = ("prompt", "image", "video", "negative_prompt", "save_path", "seed", "fps")
+_LISTS = ("prompt", "image", "video", "control", "reference", "camera", "mask")
+_SAME_NAME = (*_LISTS, "negative_prompt", "save_path", "seed", "fps")
 _SOLVERS = {"unipc": "UniPCMultistepScheduler", "euler": "FlowMatchEulerDiscreteScheduler", None: None}
 
 
@@ -183,7 +208,12 @@ def _with_flags(values: Any, flags: GenerateFlags) -> Any:
     said = {name: read_or(getattr(flags, name), None) for name in GenerateFlags.model_fields}
     given = {
         (): {name: said[name] for name in _SAME_NAME},
-        ("pipeline_config",): {"input_size": said["input_size"] or None, "strength": said["strength"]},
+        ("pipeline_config",): {
+            "input_size": said["input_size"] or None,
+            "strength": said["strength"],
+            "text_only": said["text_only"] or None,
+            "vace_scale": said["vace_scale"],
+        },
         ("diffusion",): {
             "model_id": _SOLVERS[said["sample_solver"]],
             "num_inference_steps": said["num_inference_steps"],

@@ -35,11 +35,27 @@ class GenerateFlags(MeshFlags):
         None, description="text file, one image a line, or first and last with a comma between; default: from the json"
     )
     video: str | None = Field(None, description="text file, one video a line; default: from the json")
+    control: str | None = Field(
+        None, description="text file, one video a line that clips follow frame by frame; default: from the json"
+    )
+    reference: str | None = Field(
+        None, description="text file, images of what is to be seen, a line a prompt; default: from the json"
+    )
+    camera: str | None = Field(
+        None, description="text file, one pose file a line, or a direction and a speed; default: from the json"
+    )
+    mask: str | None = Field(
+        None, description="text file, one mask a line, white where the video is made anew; default: from the json"
+    )
     columns: list[str] = Field(
         [], description="NAME=FILE: numbers that the task takes, one a line for each prompt; default: from the json"
     )
     strength: float | None = Field(
         None, description="share of the steps taken from a given video, above 0 to 1; default: from the json"
+    )
+    text_only: bool = Field(False, description="a model that sees frames is shown none")
+    vace_scale: float | None = Field(
+        None, description="factor on what the side blocks add; default: from the json, else 1"
     )
     lora: list[str] = Field([], description="adapter files to add to the weights; default: from the json")
     lora_strength: list[float] = Field([], description="factor on each adapter of --lora; default: 1")

@@ -53,6 +53,22 @@ class LoraSection(Section):
     strength: float = 1.0
 
 
+class LowNoiseSection(Section):
+    """The `low_noise` section: the second of two experts, for little noise; `predictor` and `--load` say the other.
+
+    Attributes:
+        from_pretrained: its weights. lora: adapters that are added to them.
+        boundary: noise level from which on the other expert is asked; what model_index.json beside the weights' folder
+            has, where it is not said.
+        guidance_scale: of this expert; the other one's where it is not said.
+    """
+
+    from_pretrained: str = Field(min_length=1)
+    lora: tuple[LoraSection, ...] = ()
+    boundary: float | None = Field(None, gt=0, lt=1)
+    guidance_scale: float | None = Field(None, ge=0)
+
+
 class InferenceDiffusion(Section):
     """The `diffusion` section: how the velocity is integrated.
 
@@ -86,13 +102,17 @@ class PipelineSection(Section):
         input_size: frames, height and width of the clips in pixels.
         dual_image: a model that sees the first frame alone is given the last one too.
         strength: video to video: the share of the steps that are taken, above 0 (the given clip) to 1 (a new one).
-        start_frame: video to video: the first frame that is taken of the given videos.
+        start_frame: the first frame that is taken of the given videos.
+        text_only: a model that sees frames is shown none.
+        vace_scale: a factor on what side blocks add; None is 1.
     """
 
     input_size: tuple[int, int, int]
     dual_image: bool = False
     strength: float | None = None
     start_frame: int | None = Field(None, ge=0)
+    text_only: bool = False
+    vace_scale: float | None = None
 
 
 class InferenceModel(Section):
@@ -102,10 +122,15 @@ class InferenceModel(Section):
         prompt: a text file, one prompt a line.
         image: a text file, one image a line for each prompt, or two with a comma between (first, last).
         video: a text file, one video a line for each prompt; the clips are made from these.
+        control: a text file, one video a line for each prompt, which the clips follow frame by frame.
+        reference: a text file, images of what is to be seen, a line for each prompt, with commas between.
+        camera: a text file, one pose file a line for each prompt, or a direction and a speed.
+        mask: a text file, one video or image a line for each prompt, white where `video` is to be made anew.
         columns: text files, one number a line for each prompt, by the names of the columns that the task declares.
         negative_prompt: what guidance leads away from; None is the Wan2.1 release's for the task.
         save_path: folder for the clips. fps: frames a second of the clips.
         lora: adapters that are added to the transformer's weights, in this order.
+        low_noise: the expert for little noise, where there are two.
         seed: with the prompt's index it decides the initial noise.
     """
 
@@ -113,6 +138,10 @@ class InferenceModel(Section):
     prompt: str = Field(min_length=1)
     image: str | None = Field(None, min_length=1)
     video: str | None = Field(None, min_length=1)
+    control: str | None = Field(None, min_length=1)
+    reference: str | None = Field(None, min_length=1)
+    camera: str | None = Field(None, min_length=1)
+    mask: str | None = Field(None, min_length=1)
     columns: dict[str, str] = Field(default_factory=dict)
     negative_prompt: str | None = None
     save_path: str = Field(min_length=1)
@@ -125,4 +154,5 @@ class InferenceModel(Section):
     image_encoder: ImageEncoderSection | None = None
     predictor: InferencePredictor
     lora: tuple[LoraSection, ...] = ()
+    low_noise: LowNoiseSection | None = None
     diffusion: InferenceDiffusion

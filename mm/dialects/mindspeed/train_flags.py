@@ -91,6 +91,15 @@ class TrainFlags(MeshFlags):
         "error",
         description="samples of a shape of which a store has fewer than a micro-batch takes: drop them, or repeat some",
     )
+    live: list[str] = sets(
+        "live.extractions",
+        [],
+        description="make the features while training, as these files of extractions say (mm run's), and keep them in "
+        "their stores, which --mm-data names",
+    )
+    live_budget: str | None = sets(
+        "live.budget", None, description="the most that kept features may take on the disk: 20GB; default: no limit"
+    )
     seed: int = sets(
         "training.seed", 1234, ge=0, description="seed of noise, timesteps, sample order and caption dropout"
     )

@@ -13,6 +13,7 @@ from mm.config.run.around import EvaluationSection, ValidationSection
 from mm.config.run.checkpoint import AdapterSection
 from mm.config.run.data import Clip, FeatureSet
 from mm.config.run.encoders import TokenizerSection
+from mm.config.run.live import LiveSection
 from mm.config.run.training import TrainingRun, TrainingSections
 from mm.config.unread import UNREAD, built, if_read, read_or, whole
 from mm.dialects.mindspeed.accepted_flags import ACCEPTED_TRAIN_FLAGS
@@ -112,6 +113,7 @@ def translate(flags: TrainFlags, files: TrainFiles, world_size: int = 1) -> Trai
             "adapters": if_read(lambda: _adapters(flags)),
             "evaluation": if_read(lambda: _evaluation(flags, files.held_out)),
             "validation": if_read(lambda: _validation(flags)),
+            "live": if_read(lambda: _live(flags)),
             **{name: built(kinds[name], given) for name, given in values.items()},
         },
     )
@@ -132,6 +134,7 @@ def _data(data: TrainData) -> Mapping[str, Any]:
     return {
         "features": features(data.dataset_param),
         "caption_dropout": clip.cfg,
+        "condition_dropout": clip.condition_dropout,
         "shuffle": loading.shuffle,
         "pin_memory": loading.pin_memory,
         "mixture": loading.mixture,
@@ -198,3 +201,9 @@ def _validation(flags: TrainFlags) -> ValidationSection | None:
         return None  # CFG-124 tells of some without the others
     values = {"interval": interval, "prompts": prompts, "images": flags.validation_images, "config": config}
     return built(ValidationSection, values)
+
+
+def _live(flags: TrainFlags) -> LiveSection | None:
+    if not flags.live:
+        return None  # CFG-245 tells of a budget without it
+    return built(LiveSection, {"extractions": tuple(flags.live), "budget": flags.live_budget})

@@ -53,6 +53,8 @@ def _is_the_model(both: tuple[TrainingRun, GenerationRun]) -> Iterator[Problem]:
         others[f"predictor.dtype {rendering.dtype}"] = f"the model is trained in {run.dtype}"
     if rendering.model.adapters:
         others["lora"] = "the model is rendered as it is trained"
+    if rendering.model.low_noise is not None:
+        others["low_noise"] = "the model in training is rendered alone"
     asked = run.validation
     for has, instead in others.items():
         name = asked.config if asked is not None else ""

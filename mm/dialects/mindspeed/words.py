@@ -7,7 +7,7 @@ from typing import Any
 from mm.config.diffusion import DiffusionConfig
 from mm.config.layerzero import ZeroConfig
 from mm.config.model import WanConfig
-from mm.config.run.data import Mixture
+from mm.config.run.data import ConditionDropout, Mixture
 from mm.config.run.origins import Origins, Word
 from mm.config.storage import Storage
 from mm.config.unread import read_or
@@ -25,7 +25,7 @@ _SHARED = {
     "training.device": Flag("device"),
 }
 """Flags that stand for a value of another section in generation."""
-_OPTIONAL = ("adapters", "evaluation", "validation")
+_OPTIONAL = ("adapters", "evaluation", "validation", "live")
 """Sections that are there where their flags are given."""
 ALL_TRAIN_FLAGS = _SHARED | flags_by_path(TrainFlags)
 TRAIN_FLAGS = {path: flag for path, flag in ALL_TRAIN_FLAGS.items() if path.partition(".")[0] not in _OPTIONAL}
@@ -34,6 +34,7 @@ _SECTIONS = {
     "adapters": Word("--lora-r"),
     "evaluation": Word("--eval-interval"),
     "validation": Word("--validation-interval"),
+    "live": Word("--live"),
     "evaluation.features": Word("--eval-data"),
 }
 _CLIP = {"num_frames": "num_frames", "frame_interval": "frame_interval", "height": "max_height", "width": "max_width"}
@@ -97,6 +98,9 @@ def _keys_of_data(path: str, file: str, file_word: str) -> dict[str, Word]:
         words[f"{path}.tokenizer.{name}"] = key(name, "dataset_param.tokenizer_config")
     if path == "data.features":
         words["data.caption_dropout"] = Word("cfg", file, "cfg", file_word, is_json=True)
+        words["data.condition_dropout"] = key("condition_dropout", clip)
+        for name in ConditionDropout.model_fields:
+            words[f"data.condition_dropout.{name}"] = key(name, f"{clip}.condition_dropout")
         words["data.shuffle"] = Word("shuffle", file, "shuffle", file_word, is_json=True)
         words["data.pin_memory"] = key("pin_memory", "dataloader_param")
         words["data.mixture"] = key("mixture", "dataloader_param")

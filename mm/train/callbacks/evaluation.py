@@ -23,6 +23,7 @@ from mm.parallel.velocity import ParallelVelocity
 from mm.rng import generator
 from mm.train.callbacks.base import Every, ModelCheck
 from mm.train.records import EVALUATION_FILE, Record, StepEvaluation, read_evaluations
+from mm.wan.conditions.first_frame import learned_frames, with_given_frame
 from mm.wan.inputs import ModelInputs
 
 TIMESTEPS = tuple(range(50, 1000, 100))
@@ -92,12 +93,18 @@ def _samples_of_replica(parallel: ParallelModel, dataset: FeatureDataset) -> Ite
 
 
 def _loss(parallel: ParallelModel, batch: FeatureBatch, timestep: int) -> float:
-    """Mean squared error of the velocity of one sample."""
+    """Mean squared error of the velocity of one sample; where its task has it, the first latent frame is given."""
     device, flow = parallel.backend.device, FlowMatching(DiffusionConfig())
     clean = batch["latents"].float()
     random = generator(_SEED, "evaluation_noise", batch["sample"][0], timestep)
     noise = torch.randn(clean.shape, generator=random)
     noisy = flow.noisy(clean, noise, torch.tensor([timestep / 1000]))
     inputs = ModelInputs(noisy, torch.tensor([float(timestep)]), batch["text"], batch["features"])
+    learned = torch.ones(clean.shape[2], dtype=torch.bool)
+    if parallel.wan.task.first_frame_share and clean.shape[2] > 1:
+        inputs, learned = (
+            with_given_frame(inputs, clean[:, :, :1], parallel.wan.patch_size),
+            learned_frames(len(learned)),
+        )
     velocity = ParallelVelocity(parallel)(inputs.each(lambda value: value.to(device)))
-    return float((velocity.float().cpu() - flow.target(clean, noise)).square().mean())
+    return float((velocity.float().cpu() - flow.target(clean, noise))[:, :, learned].square().mean())

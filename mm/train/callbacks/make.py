@@ -7,9 +7,11 @@ from pathlib import Path
 
 from mm.checkpoint.comm import Comm
 from mm.config.run.around import validation_folder
+from mm.parallel.replica import leads_replica
 from mm.train.callbacks.base import Callback, ModelCheck
 from mm.train.callbacks.checkpointing import Checkpointing, SaveOutcome
 from mm.train.callbacks.evaluation import Evaluation
+from mm.train.callbacks.live import LiveCounts
 from mm.train.callbacks.metrics import Metrics
 from mm.train.callbacks.replica_hash import ReplicaHash
 from mm.train.callbacks.stopping import Stopping
@@ -31,6 +33,8 @@ def make_callbacks(
     if checkpointing is not None:
         callbacks.append(SaveOutcome(checkpointing))
     callbacks.append(Metrics(run, losses))
+    if run.live is not None:
+        callbacks.append(LiveCounts(run, run.live.made, leads=leads_replica(run.mesh)))
     if asked.straggler_interval is not None and run.comm.world_size > 1:
         callbacks.append(Stragglers(run.watch, run.mesh, run.backend, asked.straggler_interval))
     if asked.replica_hash_interval is not None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mm.errors import ConfigError
+from mm.poses import CENTRES, FOCAL_LENGTHS, MATRIX, NUMBERS_A_ROW
 from mm.wan.conditions.pixels import group_frames
-from mm.wan.conditions.poses import CENTRES, FOCAL_LENGTHS, MATRIX, NUMBERS_A_ROW
 
 SOURCE_ASPECT = 16 / 9
 """Width by height of the pictures that paths of RealEstate10K and CameraCtrl belong to."""
@@ -47,7 +47,7 @@ def camera_channels(rows: Tensor, view: View) -> Tensor:
     """Channels that a Control-Camera model's adapter takes, of a clip.
 
     Args:
-        rows: [frames, 19] of the clip's frames, 4k + 1, as `mm.wan.conditions.poses` gives them. view: its part of the
+        rows: [frames, 19] of the clip's frames, 4k + 1, as `mm.poses` gives them. view: its part of the
             picture.
 
     Returns:
@@ -61,11 +61,22 @@ def camera_channels(rows: Tensor, view: View) -> Tensor:
     return grouped.permute(2, 1, 0, 3, 4).flatten(0, 1)
 
 
+def channels_of_path(path: Tensor) -> Tensor:
+    """Channels of a path as stores have it (`mm.data.beside`), [24, F, height, width] fp32.
+
+    Args:
+        path: [frames + 1, 19] fp64; the first row has height and width of the clip, those that the picture was resized
+            to, and top and left of the clip in it.
+    """
+    height, width, *cover, top, left = map(int, path[0, :6].tolist())
+    return camera_channels(path[1:], View(height, width, (cover[0], cover[1]), (top, left)))
+
+
 def plucker_rays(rows: Tensor, view: View) -> Tensor:
     """Rays through the middle of each pixel, computed in fp64.
 
     Args:
-        rows: [frames, 19], see `mm.wan.conditions.poses`. view: what part of the picture the pixels are.
+        rows: [frames, 19], see `mm.poses`. view: what part of the picture the pixels are.
 
     Returns:
         [frames, 6, height, width] fp32: moments, then directions.

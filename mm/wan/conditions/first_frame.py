@@ -9,10 +9,13 @@ Shapes: B batch, C latent channels, F H W latent frames, height and width, T tok
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from mm.errors import ConfigError
+from mm.wan.inputs import ModelInputs, runs_of
 
 
 def with_clean_first_frame(latents: Tensor, first: Tensor) -> Tensor:
@@ -44,6 +47,20 @@ def token_timesteps(timestep: Tensor, latent_size: tuple[int, int, int], patch_s
     of_frames = timestep[:, None].repeat(1, frames)
     of_frames[:, 0] = 0
     return of_frames.repeat_interleave(height * width, dim=1)
+
+
+def with_given_frame(inputs: ModelInputs, first: Tensor, patch_size: tuple[int, int, int]) -> ModelInputs:
+    """Inputs that are given their first latent frame: it is clean, and its tokens have timestep 0.
+
+    Args:
+        inputs: of one timestep a sample. first, patch_size: as above.
+
+    Raises:
+        ConfigError: CFG-259 as above.
+    """
+    frames, height, width = inputs.latents.shape[2:]
+    timestep, runs = runs_of(token_timesteps(inputs.timestep, (frames, height, width), patch_size))
+    return replace(inputs, latents=with_clean_first_frame(inputs.latents, first), timestep=timestep, runs=runs)
 
 
 def learned_frames(num_latent_frames: int) -> Tensor:

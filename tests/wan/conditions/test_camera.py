@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from mm.errors import ConfigError, DataError
+from mm.poses import ORIGIN, SPEED, direction_rows, parse_poses, read_poses, rows_of_frames
 from mm.wan.conditions.camera import View, camera_channels, plucker_rays
-from mm.wan.conditions.poses import ORIGIN, SPEED, direction_rows, parse_poses, read_poses, rows_of_frames
 
 PATHS = ("pan", "zoom", "turn")
 SIZES = ((12, 20), (8, 24))

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from mm.errors import ConfigError
-from mm.wan.conditions.first_frame import learned_frames, token_timesteps, with_clean_first_frame
+from mm.wan.conditions.first_frame import (
+    learned_frames,
+    token_timesteps,
+    with_clean_first_frame,
+    with_given_frame,
+)
+from mm.wan.inputs import ModelInputs
 
 Numbers = dict[str, torch.Tensor]
 Pixels = Callable[[str], torch.Tensor]
@@ -42,3 +48,11 @@ def test_the_first_frame_is_not_learned() -> None:
 def test_a_first_frame_that_does_not_fit(shape: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match=r"CFG-259: .*expected \[1, 48, 1, 4, 6\]"):
         with_clean_first_frame(torch.zeros(1, 48, 3, 4, 6), torch.zeros(shape))
+
+
+def test_inputs_with_a_given_frame_have_two_runs() -> None:
+    noisy, first = torch.ones(2, 48, 3, 4, 6), torch.full((2, 48, 1, 4, 6), 7.0)
+    found = with_given_frame(ModelInputs(noisy, torch.tensor([999.0, 250.5]), torch.zeros(2, 3, 8)), first, (1, 2, 2))
+    assert found.runs == (6, 12)
+    assert found.timestep.tolist() == [[0, 999], [0, 250.5]]
+    assert found.latents[0, 0, :, 0, 0].tolist() == [7, 1, 1]

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mm.drops import DropRates, Kept, draw_kept, draw_reference_frame
 from mm.errors import ConfigError
 from mm.rng import generator
-from mm.wan.conditions.routing import DropRates, Kept, draw_kept, draw_reference_frame, v11_control_inputs
+from mm.wan.conditions.routing import v11_control_inputs
 
 NAMES = ("text", "control", "start", "reference", "image")
 

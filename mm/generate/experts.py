@@ -1,0 +1,78 @@
+"""Two experts as one transformer: each noise level goes to the one that was trained on it.
+
+Wan2.2's A14B models are two of one shape: diffusers' folders have the one for much noise in `transformer` and the one
+for little in `transformer_2`, and record the noise level between them as `boundary_ratio`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from mm.checkpoint.expert_band import recorded_band, recorded_boundary
+from mm.config.run.generation import LowNoiseExpert
+from mm.config.run.origins import Origins
+from mm.errors import ConfigError
+from mm.generate.pipeline import Velocity
+from mm.wan.inputs import ModelInputs
+
+TRAIN_TIMESTEPS = 1000
+"""Timestep of pure noise."""
+
+
+@dataclass(frozen=True)
+class TwoExperts:
+    """Velocity of two transformers, called as one is.
+
+    Attributes:
+        high: at noise levels from `boundary` on. low: below it.
+        boundary: noise level; 0.875 of the released T2V-A14B, 0.9 of I2V-A14B.
+    """
+
+    high: Velocity
+    low: Velocity
+    boundary: float
+
+    def __call__(self, inputs: ModelInputs) -> Tensor:
+        """The velocity of samples that have one noise level; raises what the transformers raise."""
+        of_noise = float(inputs.timestep.max())  # a frame that is given clean is at 0, whatever the others are
+        expert = self.high if is_high(of_noise, self.boundary) else self.low
+        return expert(inputs)
+
+
+def boundary_of(low: LowNoiseExpert, words: Origins) -> float:
+    """Noise level between two experts: the one that is said, or what is recorded beside the weights.
+
+    Raises:
+        ConfigError: CFG-294 where neither is there.
+    """
+    found = low.boundary if low.boundary is not None else recorded_boundary(Path(low.weights))
+    if found is None:
+        word = words["model.low_noise.boundary"]
+        message = f"Nothing says at which noise level {low.weights} begins: {word.full()} is missing."
+        raise ConfigError("CFG-294", message, "Give it: 0.875 of Wan2.2's T2V-A14B, 0.9 of I2V-A14B.")
+    return found
+
+
+def require_experts_in_place(high: Path, low: Path, boundary: float) -> None:
+    """Check that two experts were trained on the noise levels that they are asked for.
+
+    Raises:
+        ConfigError: CFG-295 where what is recorded of one says that it is the other.
+    """
+    of_high, of_low = recorded_band(high), recorded_band(low)
+    named = []
+    if of_high is not None and of_high[1] <= boundary:
+        named.append(f"{high}, which is asked from noise level {boundary:g} on, was trained below {of_high[1]:g}")
+    if of_low is not None and of_low[0] >= boundary:
+        named.append(f"{low}, which is asked below noise level {boundary:g}, was trained from {of_low[0]:g} on")
+    if named:
+        remedy = "Exchange them: diffusers' transformer is the expert for much noise, transformer_2 that for little."
+        raise ConfigError("CFG-295", f"The experts are swapped: {'; '.join(named)}.", remedy)
+
+
+def is_high(timestep: float, boundary: float) -> bool:
+    """Tell whether a timestep belongs to the expert for much noise."""
+    return timestep >= boundary * TRAIN_TIMESTEPS
