@@ -70,7 +70,7 @@ def convert_to_mm(source_path: Path, target: Path, stages: Stages | None = None,
     """
     _require_place_for_release(target)
     source = open_weights(source_path, averaged=averaged)
-    _write_release(source, target, _known_config(source), stages)
+    _write_release(source, target, known_config(source), stages)
 
 
 def resplit(source_path: Path, target: Path, stages: Stages) -> None:
@@ -195,7 +195,7 @@ def _write_hf(
     max_shard_bytes: int,
 ) -> None:
     original = None if like is None else WeightFolder.open(like)
-    config = _known_config(source) if original is None else _agreed_config(source, original)
+    config = known_config(source) if original is None else _agreed_config(source, original)
     shapes = _checked(source, config)
     _require_space(target, _entries(source, shapes))
     with place as folder:
@@ -230,7 +230,7 @@ def convert_to_native(source_path: Path, target: Path, *, averaged: bool = False
 def write_as_native(source: WeightSource, target: Path) -> None:
     """`convert_to_native` of weights that are open already."""
     require_absent(target)
-    config = _known_config(source)
+    config = known_config(source)
     shapes = _checked(source, config)
     _require_space(target, _entries(source, shapes))
     with new_folder(target) as folder:
@@ -260,7 +260,7 @@ def zero_to_bf16(
             f"{source.path} holds {source.label}, not a training checkpoint.",
             "Give the --save folder of a training run; convert other formats with --mode convert_to_native.",
         )
-    config = _known_config(source)
+    config = known_config(source)
     shapes = _checked(source, config)
     entries = [Entry(name, torch.bfloat16, shape, partial(_in_bf16, source, name)) for name, shape in shapes.items()]
     _require_space(target, entries)
@@ -273,7 +273,12 @@ def _in_bf16(source: WeightSource, name: str) -> torch.Tensor:
     return rounded(name, source.read(name), torch.bfloat16)
 
 
-def _known_config(source: WeightSource) -> WanConfig:
+def known_config(source: WeightSource) -> WanConfig:
+    """The configuration that weights have.
+
+    Raises:
+        CheckpointError: CKPT-023 where they have none.
+    """
     config = source.config()
     if config is None:
         raise CheckpointError(

@@ -17,14 +17,17 @@ from mm.cli.entry import run
 from mm.config.base import hint
 from mm.config.flags import Flags, parse_flags, words_of_process
 from mm.config.output import require_writable_file, require_writable_folder
+from mm.config.tasks.registry import TASKS
+from mm.config.tasks.task import Entry
 from mm.errors import ConfigError, Problem, raise_all
 
 TO_MM, TO_HF, TO_NATIVE, RESPLIT = "convert_to_mm", "convert_to_hf", "convert_to_native", "resplit"
 LAYERZERO_TO_MM, ZERO_TO_BF16, INSPECT = "layerzero_to_mm", "zero_to_bf16", "inspect"
 MERGE_LORA, LORA_TO_HF = "merge_lora", "lora_to_hf"
+WIDEN = "widen"
 LORA_TO_COMFYUI, LORA_TO_MM = "lora_to_comfyui", "lora_to_mm"
 MODES = (
-    *(TO_MM, TO_HF, TO_NATIVE, RESPLIT, LAYERZERO_TO_MM),
+    *(TO_MM, TO_HF, TO_NATIVE, RESPLIT, LAYERZERO_TO_MM, WIDEN),
     *(MERGE_LORA, LORA_TO_HF, LORA_TO_COMFYUI, LORA_TO_MM, ZERO_TO_BF16, INSPECT),
 )
 
@@ -32,7 +35,9 @@ _USED_BY = {
     "target_path": tuple(mode for mode in MODES if mode != INSPECT),
     "base_path": (MERGE_LORA,),
     "lora_strength": (MERGE_LORA,),
-    "to": (MERGE_LORA,),
+    "to": (MERGE_LORA, WIDEN),
+    "task": (WIDEN,),
+    "seed": (WIDEN,),
     "ckpt_path": (TO_HF, MERGE_LORA),
     "pp_vpp_layers": (TO_MM, RESPLIT, LAYERZERO_TO_MM),
     "max_shard_size": (TO_HF, MERGE_LORA, ZERO_TO_BF16),
@@ -40,7 +45,16 @@ _USED_BY = {
     "weights": tuple(mode for mode in MODES if mode not in (RESPLIT, LAYERZERO_TO_MM, INSPECT)),
 }
 """Flags that only some modes use, and these modes."""
-_NEEDED_BY = {"target_path": _USED_BY["target_path"], "base_path": (MERGE_LORA,), "pp_vpp_layers": (RESPLIT,)}
+_NEEDED_BY = {
+    "target_path": _USED_BY["target_path"],
+    "base_path": (MERGE_LORA,),
+    "pp_vpp_layers": (RESPLIT,),
+    "task": (WIDEN,),
+}
+_WIDENED = [name for name, task in TASKS.items() if task.features and not task.entering(Entry.SIDE_BLOCKS)]
+"""Tasks that a model can be made for. Side blocks begin as copies of blocks, which is another conversion."""
+_SEED = 1234
+"""Of initial values, as of training from scratch."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -62,7 +76,15 @@ class ConvertFlags(Flags):
     )
     base_path: Path | None = Field(None, description="merge_lora: the base model, in any format")
     lora_strength: float | None = Field(None, description="merge_lora: factor on the adapter; default: 1")
-    to: Literal["hf", "native"] | None = Field(None, description="merge_lora: format of the result; default: hf")
+    to: Literal["hf", "native"] | None = Field(
+        None, description="merge_lora and widen: format of the result; default: hf, of widen native"
+    )
+    task: str | None = Field(
+        None,
+        description="widen: what the model becomes a start point for; new input channels have weights of zero, and "
+        f"parts that the model lacks begin at their initial values: {', '.join(_WIDENED)}",
+    )
+    seed: int | None = Field(None, ge=0, description="widen: of those values; default: 1234")
     ckpt_path: Path | None = Field(
         None,
         description="convert_to_hf and merge_lora to hf: the original Hugging Face transformer folder, whose file "
@@ -93,7 +115,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: CFG-004 to CFG-007 for flags; CFG-071 for another mode, CFG-073 for a flag without effect with the
             mode, CFG-107 for one that it needs, CFG-108 for a malformed --pp_vpp_layers, CFG-109 for a malformed
-            --max_shard_size, CFG-131 for a target where nothing can be written.
+            --max_shard_size, CFG-131 for a target where nothing can be written, CFG-300 for a task of --mode widen.
         CheckpointError, DataError: from `mm.checkpoint.convert`, `mm.lora.convert` and `mm.lora.inspection`.
     """
     flags = parse_flags(ConvertFlags, argv, program="convert_ckpt.py", spelling=SPELLING)
@@ -126,6 +148,7 @@ def _actions(flags: ConvertFlags, target: Path) -> dict[str, Callable[[], None]]
     stages = None if flags.pp_vpp_layers is None else parse_split(flags.pp_vpp_layers)
     size = None if flags.max_shard_size is None else parse_size(flags.max_shard_size)
     from mm.checkpoint import convert  # only now: torch takes a second to import
+    from mm.checkpoint.widen import widened
     from mm.lora import convert as lora
 
     source, hf_size = flags.source_path, size or convert.HF_SHARD_BYTES
@@ -139,6 +162,14 @@ def _actions(flags: ConvertFlags, target: Path) -> dict[str, Callable[[], None]]
         else:
             convert.write_as_hf(merged, target, flags.ckpt_path, hf_size)
 
+    def widen() -> None:
+        wide = widened(source, TASKS[str(flags.task)], _SEED if flags.seed is None else flags.seed, averaged=averaged)
+        if flags.to == "hf":
+            convert.write_as_hf(wide, target)
+        else:
+            convert.write_as_native(wide, target)
+        wide.log_what_is_new()
+
     return {
         TO_MM: lambda: convert.convert_to_mm(source, target, stages, averaged=averaged),
         TO_HF: lambda: convert.convert_to_hf(source, target, flags.ckpt_path, hf_size, averaged=averaged),
@@ -146,6 +177,7 @@ def _actions(flags: ConvertFlags, target: Path) -> dict[str, Callable[[], None]]
         RESPLIT: lambda: convert.resplit(source, target, stages or ()),
         LAYERZERO_TO_MM: lambda: convert.layerzero_to_mm(source, target, stages),
         MERGE_LORA: merge,
+        WIDEN: widen,
         LORA_TO_HF: lambda: lora.write_file(source, target, "peft", averaged=averaged),
         LORA_TO_COMFYUI: lambda: lora.write_file(source, target, "comfyui", averaged=averaged),
         LORA_TO_MM: lambda: lora.lora_to_mm(source, target, averaged=averaged),
@@ -186,6 +218,9 @@ def _problems(flags: ConvertFlags) -> list[Problem]:
             )
         if not given and mode in _NEEDED_BY.get(name, ()):
             problems.append(Problem("CFG-107", f"--mode {mode} needs --{name}.", "Give it; see --help."))
+    if mode == WIDEN and flags.task is not None and flags.task not in _WIDENED:
+        found = f'--task "{flags.task}" is none that models can be made wider for.{hint(flags.task, _WIDENED)}'
+        problems.append(Problem("CFG-300", found, f"Use one of {', '.join(_WIDENED)}."))
     shapes_new_files = flags.ckpt_path is None and flags.to != "native"
     if flags.to == "native" and flags.ckpt_path is not None:
         problems.append(Problem("CFG-073", "--ckpt_path has no effect with --to native.", "Remove one of the two."))
