@@ -8,6 +8,7 @@ x = (1 - sigma) x0 + sigma e, and the model learns the velocity dx/dsigma = e - 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,13 +33,17 @@ class FlowMatching:
         self._grid = _sigma_grid(config)
         timesteps = config.num_train_timesteps * self._grid
         bells = self._bell(timesteps)
-        low, high = config.band
-        self._drawn = self._grid[(self._grid >= low) & (self._grid < high)]
         self._bell_floor = bells.min()
         self._bell_mean = (bells - self._bell_floor).mean()
         self.sigmas = self._grid.float()
         self.timesteps = timesteps.float()
         self.weights = self.weight_of(timesteps).float()
+
+    @cached_property
+    def _drawn(self) -> Tensor:
+        """Noise levels of the grid that lie in the band; found when one is drawn, since dry runs draw none."""
+        low, high = self.config.band
+        return self._grid[(self._grid >= low) & (self._grid < high)]
 
     def draw_timesteps(
         self, seed: int, samples: Sequence[SampleId], draws: Sequence[int]

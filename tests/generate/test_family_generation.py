@@ -13,7 +13,6 @@ from family import FRAMES, SIDE, SIZE, inference_json, noise, pixels, write_imag
 from family import write_video as video_file
 from generation_runs import generate_here
 from kept_frames import keeping_frames, largest_difference
-from mm.wan.conditions.poses import direction_rows, parse_poses, rows_of_frames
 from ranks import run_ranks
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from mm.cli.generate import main
 from mm.config.tasks.registry import TASKS
 from mm.demo.components import write_model
 from mm.errors import MMError
+from mm.poses import direction_rows, parse_poses, rows_of_frames
 from mm.wan.conditions.camera import View, camera_channels
 from mm.wan.conditions.control import control_condition, reference_latents, start_condition
 from mm.wan.conditions.inpaint import inpaint_condition
