@@ -91,7 +91,9 @@ def tensor(
     }
 
 
-def boundary(tokens: float, context_tokens: int, width: int, itemsize: int, *, side_blocks: bool = False) -> float:
+def boundary(
+    tokens: float, context_tokens: int, width: int, itemsize: int, *, side_blocks: bool = False, runs: int = 1
+) -> float:
     """Bytes over one pipeline boundary in one direction for one sample.
 
     The hidden state, as much again of the side blocks' stream, the embedded images and text, the time conditions in
@@ -99,10 +101,10 @@ def boundary(tokens: float, context_tokens: int, width: int, itemsize: int, *, s
 
     Args:
         tokens: of a rank. context_tokens: I + L. width: D. itemsize: bytes of an element.
-        side_blocks: whether the model has some, wherever they are.
+        side_blocks: whether the model has some, wherever they are. runs: of tokens with one timestep.
     """
     streams = 2 if side_blocks else 1
-    return (streams * tokens + context_tokens) * width * itemsize + TIME_ROWS * width * FP32
+    return (streams * tokens + context_tokens) * width * itemsize + runs * TIME_ROWS * width * FP32
 
 
 def pipeline(layout: Layout, pp_rank: int, bytes_each: float, micro_batches: int) -> Traffic:
