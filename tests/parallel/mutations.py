@@ -28,6 +28,7 @@ from mm.parallel import context, ring, stage, tensor, ulysses
 from mm.parallel.boundary import BoundaryShape
 from mm.parallel.tokens import Run, TokenShare
 from mm.train import step
+from mm.train.parts import Part
 from mm.wan import token_embedding
 from mm.wan.model import Conditions, WanModel
 from mm.wan.rope import RotaryTables
@@ -279,6 +280,14 @@ def ring_sees_padding(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("N8", "ulysses2", "ring2", "tp2sp", caught_by="loss gradient norm")
 def loss_counts_padding(patch: pytest.MonkeyPatch) -> None:
+    draw = step.draw_parts
+
+    def wrong(*args: Any) -> list[tuple[Part, ...]]:
+        """The last part of each sample as long as any padding."""
+        longer = [(*parts, dataclasses.replace(last, tokens=2 * last.tokens)) for *parts, last in draw(*args)]
+        return [tuple(parts) for parts in longer]
+
+    patch.setattr(step, "draw_parts", wrong)
     patch.setattr(Run, "real", property(lambda self: self.places))
 
 
