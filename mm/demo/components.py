@@ -128,6 +128,7 @@ def write_variant(folder: Path, task: Task, like: Path) -> None:
     save_file(values, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     content = json.dumps(wan_config_to_original(wan), indent=2) + "\n"
     (folder / "config.json").write_text(content, encoding="utf-8")
+    _give_mode_of(folder / "config.json", folder)
 
 
 def write_model(folder: Path, task: Task = DEFAULT) -> None:
@@ -149,9 +150,14 @@ def write_model(folder: Path, task: Task = DEFAULT) -> None:
         pipeline = WanPipeline(**parts)
     pipeline.save_pretrained(folder)
     _add_modules(folder / "transformer", task)
-    mode = (folder / "model_index.json").stat().st_mode & 0o777
-    for file in folder.rglob("*.safetensors"):
-        file.chmod(mode)  # their writer lets nobody but the owner read them, whatever the umask
+    _give_mode_of(folder / "model_index.json", folder)
+
+
+def _give_mode_of(file: Path, folder: Path) -> None:
+    """Give weights the mode of another file: their writer lets nobody but the owner read them, whatever the umask."""
+    mode = file.stat().st_mode & 0o777
+    for weights in folder.rglob("*.safetensors"):
+        weights.chmod(mode)
 
 
 def _add_modules(folder: Path, task: Task) -> None:
