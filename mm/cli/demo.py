@@ -11,6 +11,7 @@ from pydantic import Field
 from mm.cli.entry import run
 from mm.config.flags import Flags, parse_flags
 from mm.config.tasks.registry import EXTRACTED
+from mm.demo.configs import list_names
 from mm.demo.write import write_demo
 
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     write_demo(flags.out, flags.clips_per_caption)
     first, *others = EXTRACTED.values()
     titles = f"{', '.join(task.title for task in (first, *others[:-1]))} and {others[-1].title}"
-    print(f"{flags.out}/weights/   tiny Wan2.1 {titles} in the HF folder layout")
+    print(f"{flags.out}/weights/   tiny models, folders of diffusers or transformers alone: {titles}")
     print(f"{flags.out}/dataset/   {16 * flags.clips_per_caption} captioned clips")
     print(f"{flags.out}/configs/   the files that configure extraction, training and generation on them")
     print(f"{', '.join(f'{flags.out}/configs/{task.name}/' for task in others)}   the same for the other tasks")
@@ -36,6 +37,9 @@ def main(argv: Sequence[str]) -> None:
         print(f"{flags.out}/{column.name}.txt   {column.expected} for each caption")
     lists = ", ".join(f"{flags.out}/images_{task.name}.txt" for task in others if task.frames and task.is_generated)
     print(f"{lists}   images to generate from, one line a caption")
+    named = {name for task in others if task.is_generated and task.media for name in list_names(task).values()}
+    beside = ", ".join(f"{flags.out}/{name}" for name in sorted(named))
+    print(f"{beside}   what else models are given, likewise")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,19 @@ def annotation_name(task: Task) -> str:
     return f"data_{task.name}.json" if task.columns or task.media else "data.json"
 
 
+def list_names(task: Task) -> dict[str, str]:
+    """Names of the lists that clips of a task are generated from, by the key of inference_model.json.
+
+    Start images that models can do without are left out: a control video says where things are.
+    """
+    found = {"image": f"images_{task.name}.txt"} if task.frames else {}
+    for media in task.media:
+        if media.required or media.from_clip != "first frame":
+            key = media.listed.removesuffix("s")
+            found[key] = f"{media.listed}.txt"
+    return found
+
+
 def write_configs(folder: Path, home: Path) -> None:
     """Write every configuration file of a run on the embedded default, under the same names for every task.
 
@@ -84,12 +97,11 @@ def _files(home: Path, task: Task, configs: Path, features: Path) -> dict[str, A
             "diffusion": {"shift": FLOW_SHIFT, "loss_weighting": "none"},
         },
     }
-    given: dict[str, Any] = {}
     if not task.is_generated:
         return files
-    if task.frames:
-        encoder = {"from_pretrained": str(weights / "image_encoder"), "dtype": "fp32"}
-        given = {"image": str(home / f"images_{task.name}.txt"), "image_encoder": encoder}
+    given: dict[str, Any] = {key: str(home / name) for key, name in list_names(task).items()}
+    if sees_images(task):
+        given["image_encoder"] = {"from_pretrained": str(weights / "image_encoder"), "dtype": "fp32"}
     if task.columns:
         given["columns"] = {column.name: str(home / f"{column.name}.txt") for column in task.columns}
     files["inference_model.json"] = {

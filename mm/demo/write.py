@@ -29,7 +29,7 @@ from mm.demo.clips import (
     moving_block,
 )
 from mm.demo.components import MODEL_NAMES, encoders_of, is_whole, write_model, write_variant
-from mm.demo.configs import annotation_name, write_configs
+from mm.demo.configs import annotation_name, list_names, write_configs
 from mm.demo.video import write_video
 from mm.errors import ConfigError
 from mm.poses import direction_rows
@@ -149,22 +149,33 @@ def _value(column: Column, index: int) -> int:
 
 
 def _write_images(folder: Path, home: Path, variant: int) -> None:
-    """Images to generate from, and the lists that name them where they will stand, below `home`.
+    """Images and other files to generate from, and the lists that name them where they will stand, below `home`.
 
-    They are of a variant of each clip that the data set does not hold, so that no image is one of training.
+    They are of a variant of each clip that the data set does not hold, so that none is one of training.
     """
     (folder / "images").mkdir()
+    (folder / "inputs" / "videos").mkdir(parents=True)
     lines: dict[str, list[str]] = {task.name: [] for task in _with_images()}
+    beside: dict[str, list[str]] = {}
     for index, (colour, direction) in enumerate((c, d) for c in COLOURS for d in DIRECTIONS):
         frames = DemoClip(colour, direction, variant).draw()
         names = [f"images/{index:04d}_{colour}_{direction}_{which}.png" for which in ("first", "last")]
         for name, frame in zip(names, (frames[0], frames[-1]), strict=True):
             Image.fromarray(frame).save(folder / name)
         paths = [str(home / name) for name in names]
+        video = f"videos/{index:04d}_{colour}_{direction}.mp4"
+        write_video(folder / "inputs" / video, frames, FPS)
+        roles = {"video": video, **_write_beside(folder / "inputs", video, frames)}
+        files = {name: str(home / "inputs" / path) for name, path in roles.items()}
+        for name, path in {**files, "image": paths[0], "reference": paths[0]}.items():
+            beside.setdefault(name, []).append(write_paths([path], ", "))
         for task, listed in lines.items():
             listed.append(write_paths(paths[: len(EXTRACTED[task].frames)], ", "))
     for task, listed in lines.items():
         (folder / f"images_{task}.txt").write_text("\n".join(listed) + "\n", encoding="utf-8")
+    named = {key: name for task in EXTRACTED.values() if task.media for key, name in list_names(task).items()}
+    for key, name in named.items():
+        (folder / name).write_text("\n".join(beside[key]) + "\n", encoding="utf-8")
 
 
 def _with_images() -> list[Task]:

@@ -40,12 +40,17 @@ def test_every_stage_takes_a_folder_of_any_name(tmp_path: Path, capsys: pytest.C
     data, model = configs / "feature_data.json", configs / "pretrain_model.json"
     doctor_data.main(["--mm-data", str(data), "--mm-model", str(model), "--num-workers", "1"])
     assert "16 samples, all of them can be used" in capsys.readouterr().out
-    for task, images in (("i2v", 1), ("flf2v", 2), ("speedcontrol", 0)):
+    of_other = {"fun_control": 0, "fun_control_ref": 0, "fun_camera": 1, "vace": 0, "wan22_i2v": 1}
+    for task, images in {"i2v": 1, "flf2v": 2, "speedcontrol": 0, **of_other}.items():
         rows, bad = read_rows(load_generation(GenerateFlags(mm_model=str(configs / task / "inference_model.json"))))
         assert len(rows) == 16 and not bad
         assert all(
             len(row.paths("images")) == images and all(path.is_file() for path in row.paths("images")) for row in rows
         )
+        asked = json.loads((configs / task / "inference_model.json").read_text())
+        for name in asked.keys() & {"control", "reference", "mask", "camera", "video"}:
+            listed = [row.paths(f"{name}s") for row in rows]
+            assert all(len(paths) == 1 and paths[0].is_file() for paths in listed), (task, name)
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "cr\rname"])
