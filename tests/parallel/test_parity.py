@@ -6,22 +6,15 @@ gradient norm equal to the norm of the gathered gradients. Starting processes is
 of processes share one start.
 """
 
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
-from parity import EVEN, MIXED, ODD, Row, over_limits, run_rows
-from ranks import run_ranks
+from matrix import Matrix
+from parity import EVEN, MIXED, ODD, Row
 
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout, even_stages
-from mm.config.place import process_place
-from mm.device.backend import select
-from mm.doctor.parity import RelativeErrors
 from mm.parallel.apply import DataParallelOptions
-from mm.supervise.job import Job
 
 PLAIN = DataParallelOptions()
 SHARDED = DataParallelOptions(use_distributed_optimizer=True)
@@ -146,45 +139,9 @@ EVERY_DAY = [row for row in ROWS if row.layout.world_size <= 3] + [
 ]
 """The others are nightly: pairs of axes are many, and eight processes on two cores take minutes."""
 
-
-def rows_of(world_size: int, every_day: bool) -> list[Row]:
-    return [row for row in ROWS if row.layout.world_size == world_size and (row in EVERY_DAY) == every_day]
+MATRIX = Matrix(ROWS, EVERY_DAY)
 
 
-def work(world_size: int, every_day: bool) -> dict[str, RelativeErrors]:
-    backend = select("cpu")
-    with Job(process_place(), backend.collective, backend.device, 2):
-        return run_rows(rows_of(world_size, every_day), backend)
-
-
-@pytest.fixture(scope="module")
-def results() -> dict[tuple[int, bool], dict[str, RelativeErrors]]:
-    return {}
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        pytest.param(
-            row,
-            id=f"{row.layout.world_size}-{row.id}",
-            marks=[] if row in EVERY_DAY else [pytest.mark.nightly],
-        )
-        for row in ROWS
-    ],
-)
-def test_equals_one_process(row: Row, results: dict[tuple[int, bool], dict[str, RelativeErrors]]) -> None:
-    world, every_day = row.layout.world_size, row in EVERY_DAY
-    if (world, every_day) not in results:
-        results[world, every_day] = run_ranks(world, work, world, every_day, timeout_s=400)[0]
-    errors = results[world, every_day][row.id]
-    record(row, errors)
-    assert over_limits(row, errors) == {}
-
-
-def record(row: Row, errors: RelativeErrors) -> None:
-    """Append the row to the file that MM_PARITY_TABLE names; docs/parallelism.md shows it."""
-    path = os.environ.get("MM_PARITY_TABLE")
-    if path:
-        with Path(path).open("a") as table:
-            table.write(json.dumps({"processes": row.layout.world_size, "layout": row.id, **vars(errors)}) + "\n")
+@pytest.mark.parametrize("row", MATRIX.cases())
+def test_equals_one_process(row: Row) -> None:
+    MATRIX.check(row)
