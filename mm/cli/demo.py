@@ -16,7 +16,7 @@ from mm.demo.write import write_demo
 
 
 class DemoFlags(Flags):
-    """Write the embedded default: tiny models of every task, captioned clips, prompts and what else models are given."""
+    """Write the embedded default: tiny models of every task, captioned clips, prompts and what else they take."""
 
     out: Path = Field(description="folder to write; must not exist or be empty")
     clips_per_caption: int = Field(1, ge=1, le=1000, description="clips of each of the 16 captions")
