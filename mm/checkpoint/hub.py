@@ -34,9 +34,8 @@ def download(files: ModelFiles, folder: Path) -> list[Path]:
     repository = f"{_OWNERS.get(owner, owner)}/{name}"
     home = files.home(folder)
     log.info("%s: fetching %s of %s", home, files.pattern, repository)
-    pattern = files.pattern if not files.pattern.endswith("/*") else files.pattern + "*"
     try:
-        snapshot_download(repository, allow_patterns=[pattern, f"{files.pattern}/*"], local_dir=str(home))
+        snapshot_download(repository, allow_patterns=[files.pattern, f"{files.pattern}/*"], local_dir=str(home))
     except Exception as error:  # the library, its transport and the system raise errors of unrelated types
         place = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         raise ConfigError(
@@ -44,4 +43,7 @@ def download(files: ModelFiles, folder: Path) -> list[Path]:
             f"{repository} cannot be fetched from {place} ({first_line(error)}).",
             f"Put its files into {home} yourself and set skip_download=True, or name a mirror in HF_ENDPOINT.",
         ) from None
-    return files.find(folder, shared=False)
+    found = files.present(folder)
+    if not found:
+        raise ConfigError("CFG-401", f"Nothing in {repository} matches {files.pattern}.", "Correct the pattern.")
+    return found
