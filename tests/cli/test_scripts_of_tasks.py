@@ -213,6 +213,17 @@ def _released(name: str) -> str:
     return f"Wan2.2-{name.split('_')[0].upper()}-A14B-Diffusers"
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "finetune_lora"])
+def test_scripts_of_ti2v_name_its_files(tmp_path: Path, stage: str) -> None:
+    folder = EXAMPLES / "wan2.2" / "ti2v_5b"
+    _, module, words = words_of(folder / f"{stage}.sh", tmp_path, NPUS_PER_NODE="1")
+    flags = parse_flags(TrainFlags, words, program=module)
+    assert Path(flags.mm_model).samefile(folder / "pretrain_model.json")
+    assert Path(flags.mm_data).samefile(FEATURES / "ti2v" / "feature_data.json")
+    loaded = flags.load_base_model if flags.lora else flags.load
+    assert loaded is not None and Path(loaded).parts[-2:] == ("Wan2.2-TI2V-5B-Diffusers", "transformer")
+
+
 def test_an_expert_that_does_not_exist(tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", EXAMPLES / "wan2.2" / "t2v_a14b" / "pretrain.sh"],
@@ -277,7 +288,8 @@ def test_the_script_of_extraction_takes_every_task(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr[:13]) == (64, "error ENV-005")
-    assert set(done.stderr.partition("use one of ")[2].rstrip(".\n").split()) == set(EXTRACTED)
+    named = set(done.stderr.partition("use one of ")[2].rstrip(".\n").split())
+    assert set(EXTRACTED) <= named <= set(FEATURE_TASKS)
     assert not (tmp_path / "logs").exists()
 
 

@@ -4,7 +4,7 @@
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 TASK=${TASK:-t2v}                     # the files of another one are in the folder of its name; without a data.json, t2v's
-tasks="t2v i2v flf2v speedcontrol fun_inp fun_control fun_control_ref fun_camera vace wan22_i2v"
+tasks="t2v i2v flf2v speedcontrol fun_inp fun_control fun_control_ref fun_camera vace wan22_i2v ti2v"
 case " $tasks " in
     *" $TASK "*) files=$here/$TASK ;;
     *) echo "error ENV-005: TASK is $TASK. Fix: use one of $tasks." >&2; exit 64 ;;
