@@ -80,7 +80,7 @@ GIVEN = {
     "control": {"controls"},
     "control_ref": {"controls", "references"},
     "camera": {"images", "camera"},
-    "vace": {"video", "masks"},
+    "vace": {"video", "masks", "references"},
     "speedcontrol": {"columns"},
 }
 """Folders of scripts, and what is beside the prompt of their clips."""
