@@ -17,6 +17,7 @@ from mm.config.tasks.i2v import I2V
 from mm.config.tasks.registry import DEFAULT, TASKS, TaskName, named
 from mm.config.tasks.speedcontrol import SPEEDCONTROL
 from mm.config.tasks.task import Entry, Shape, Sizes, Task
+from mm.config.tasks.ti2v import TI2V
 from mm.config.tasks.vace import VACE
 from mm.config.tasks.wan22_i2v import WAN22_I2V
 
@@ -207,6 +208,9 @@ def of_task(text_to_video: WanConfig, task: Task, **sizes: object) -> WanConfig:
 WAN_I2V_1_3B = of_task(WAN_1_3B, I2V)
 WAN_I2V_14B = of_task(WAN_14B, I2V)
 WAN_FLF2V_14B = of_task(WAN_14B, FLF2V)
+WAN_TI2V_5B = WanConfig(
+    model_type=TI2V.name, in_dim=48, out_dim=48, hidden_size=3072, ffn_dim=14336, num_heads=24, num_layers=30
+)
 WAN_VACE_14B = of_task(WAN_14B, VACE, vace_layers=tuple(range(0, 40, 5)))
 PUBLISHED = {
     "Wan2.1 T2V 1.3B": WAN_1_3B,
@@ -223,6 +227,7 @@ PUBLISHED = {
     "Wan2.1 VACE 1.3B": of_task(WAN_1_3B, VACE),
     "Wan2.1 VACE 14B": WAN_VACE_14B,
     "Wan2.2 I2V A14B": of_task(WAN_14B, WAN22_I2V),
+    "Wan2.2 TI2V 5B": WAN_TI2V_5B,
 }
 """Published models by name; of those with one shape the first: Wan2.2's text-to-video experts are Wan2.1's T2V 14B, and
 the 14B of Fun-InP is I2V's."""

@@ -83,6 +83,8 @@ SEED = 0
 TEXT_DIM = 64
 IMAGE_DIM = 32
 FLOW_SHIFT = 3.0
+VAE_ASSETS = {8: "tiny_vae", 16: "tiny_vae_16"}
+"""Names of the trained VAEs in the package's assets, by the pixels of a latent pixel."""
 
 TRANSFORMER: dict[str, Any] = {
     "patch_size": (1, 2, 2),
