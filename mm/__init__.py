@@ -7,6 +7,7 @@ if TYPE_CHECKING:  # they need torch, and are imported when they are first asked
     from mm.api import (
         Converted,
         Encoders,
+        Residency,
         TrainingResult,
         VideoRow,
         convert_weights,
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Converted",
     "Encoders",
+    "Residency",
     "TrainingResult",
     "VideoRow",
     "convert_weights",

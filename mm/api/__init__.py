@@ -10,10 +10,12 @@ from mm.api.generation import generate_videos
 from mm.api.model import load_model
 from mm.api.training import TrainingResult, train_model
 from mm.api.weights import Converted, convert_weights, inspect_weights
+from mm.config.run.residency import Residency
 
 __all__ = [
     "Converted",
     "Encoders",
+    "Residency",
     "TrainingResult",
     "VideoRow",
     "convert_weights",

@@ -25,6 +25,7 @@ from mm.api.generation_rules import Asked, generation_problems
 from mm.api.model import load_model
 from mm.config.run.generation import NEGATIVE_PROMPT
 from mm.config.run.listed import LISTS, sees_images
+from mm.config.run.residency import Residency
 from mm.config.tasks.registry import TASKS
 from mm.config.tasks.task import ListName, Task
 from mm.diffusion.samplers import Solver
@@ -59,6 +60,7 @@ def generate_videos(
     batched_guidance: bool = False,
     batch_size: int = 1,
     seed: int = 42,
+    residency: Residency | None = None,
 ) -> list[Tensor]:
     """Generate a video for each prompt as `mm generate` does, and write nothing.
 
@@ -83,18 +85,25 @@ def generate_videos(
         batched_guidance: both prompts in one pass of twice the batch.
         batch_size: prompts that go through the transformer together.
         seed: with a prompt's number it decides the noise.
+        residency: where the weights of a model that is given as a folder are, as for `load_model`.
 
     Returns:
         For each prompt its frames, uint8 [F, H, W, 3], on the CPU.
 
     Raises:
         ConfigError: CFG-060, CFG-061, CFG-063, CFG-120, CFG-121, CFG-123, CFG-200 and CFG-280 for arguments, all at
-            once; CFG-250 to CFG-258 and CFG-281 for conditions; CFG-064 and CFG-066 for encoders of another model.
+            once; CFG-371 to CFG-374 for the residency; CFG-250 to CFG-258 and CFG-281 for conditions; CFG-064 and
+            CFG-066 for encoders of another model.
         DataError: DATA-001 to DATA-007, DATA-086, DATA-087 and DATA-110 for images and videos, DATA-040 to DATA-043
             for encoders, DATA-055 and DATA-056 for the VAE's and the transformer's output.
     """
     beside = model if isinstance(model, (str, Path)) else None
-    loaded = load_model(model) if isinstance(model, (str, Path)) else model
+    if beside is None and residency is not None:
+        found = "residency has no effect on a model that is loaded."
+        raise ConfigError("CFG-372", found, "Give it to load_model, or leave it out.")
+    loaded = model
+    if isinstance(loaded, (str, Path)):
+        loaded = load_model(loaded, residency=residency, clip=size, batch_size=batch_size * (1 + batched_guidance))
     asked = Asked(
         tuple([prompts] if isinstance(prompts, str) else prompts),
         _lists(images, videos, controls, references, cameras, masks),
