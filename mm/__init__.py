@@ -7,14 +7,17 @@ if TYPE_CHECKING:  # they need torch, and are imported when they are first asked
     from mm.api import (
         Converted,
         Encoders,
+        ModelConfig,
         Residency,
         TrainingResult,
         VideoRow,
+        WanVideoPipeline,
         convert_weights,
         extract_features,
         generate_videos,
         inspect_weights,
         load_model,
+        save_video,
         train_model,
     )
 
@@ -23,14 +26,17 @@ __version__ = "0.1.0"
 __all__ = [
     "Converted",
     "Encoders",
+    "ModelConfig",
     "Residency",
     "TrainingResult",
     "VideoRow",
+    "WanVideoPipeline",
     "convert_weights",
     "extract_features",
     "generate_videos",
     "inspect_weights",
     "load_model",
+    "save_video",
     "train_model",
 ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ def generate_videos(
     batched_guidance: bool = False,
     batch_size: int = 1,
     seed: int = 42,
+    noise: Sequence[Tensor] | None = None,
+    on_step: Callable[[], object] = lambda: None,
     residency: Residency | None = None,
 ) -> list[Tensor]:
     """Generate a video for each prompt as `mm generate` does, and write nothing.
@@ -81,29 +83,22 @@ def generate_videos(
         size: frames (4k + 1), height and width (multiples of 16).
         steps, shift, solver: of the sampler; shift 3 for 480p and 5 for 720p are usual.
         guidance_scale: of classifier-free guidance; exactly 1 leaves the negative prompt out.
+        batched_guidance: both prompts in one pass of twice the batch. residency: as for `load_model`, of a folder.
         strength: with `videos`, the share of the steps that are taken, above 0 to 1.
-        batched_guidance: both prompts in one pass of twice the batch.
-        batch_size: prompts that go through the transformer together.
-        seed: with a prompt's number it decides the noise.
-        residency: where the weights of a model that is given as a folder are, as for `load_model`.
+        batch_size: prompts that go through the transformer together. seed: with a prompt's number, of the noise.
+        noise: other noise for each prompt, [C, latent frames with those in front, H, W]. on_step: called after steps.
 
     Returns:
         For each prompt its frames, uint8 [F, H, W, 3], on the CPU.
 
     Raises:
         ConfigError: CFG-060, CFG-061, CFG-063, CFG-120, CFG-121, CFG-123, CFG-200 and CFG-280 for arguments, all at
-            once; CFG-371 to CFG-374 for the residency; CFG-250 to CFG-258 and CFG-281 for conditions; CFG-064 and
-            CFG-066 for encoders of another model.
+            once; CFG-371 to CFG-374: residency; CFG-250 to CFG-258, CFG-281: conditions; CFG-064, CFG-066: encoders.
         DataError: DATA-001 to DATA-007, DATA-086, DATA-087 and DATA-110 for images and videos, DATA-040 to DATA-043
             for encoders, DATA-055 and DATA-056 for the VAE's and the transformer's output.
     """
-    beside = model if isinstance(model, (str, Path)) else None
-    if beside is None and residency is not None:
-        found = "residency has no effect on a model that is loaded."
-        raise ConfigError("CFG-372", found, "Give it to load_model, or leave it out.")
-    loaded = model
-    if isinstance(loaded, (str, Path)):
-        loaded = load_model(loaded, residency=residency, clip=size, batch_size=batch_size * (1 + batched_guidance))
+    at = model if isinstance(model, (str, Path)) else None
+    loaded = _loaded(model, residency, size, batch_size * (1 + batched_guidance))
     asked = Asked(
         tuple([prompts] if isinstance(prompts, str) else prompts),
         _lists(images, videos, controls, references, cameras, masks),
@@ -112,13 +107,25 @@ def generate_videos(
         batch_size,
         text_only,
         {} if vace_scale is None else {"vace_scale": vace_scale},
+        None if noise is None else tuple(noise),
     )
     task = _row_task(loaded.config.task, asked)
     settings = SamplerSettings(solver, steps, shift, guidance_scale, batched_guidance, strength=strength or 1.0)
     plan = ClipPlan(loaded.config, next(loaded.parameters()).device, task.frames, size, seed, settings)
     raise_all(ConfigError, list(generation_problems(asked, plan, task)))
     negative = task.negative + NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
-    return _generate(loaded, asked, plan, _encoders(encoders, beside), None if guidance_scale == 1 else negative)
+    return _generate(loaded, asked, plan, _encoders(encoders, at), None if guidance_scale == 1 else negative, on_step)
+
+
+def _loaded(
+    model: WanModel | str | Path, residency: Residency | None, clip: tuple[int, int, int], batch_size: int
+) -> WanModel:
+    if isinstance(model, (str, Path)):
+        return load_model(model, residency=residency, clip=clip, batch_size=batch_size)
+    if residency is not None:
+        found = "residency has no effect on a model that is loaded."
+        raise ConfigError("CFG-372", found, "Give it to load_model, or leave it out.")
+    return model
 
 
 def _encoders(given: Encoders | str | Path | None, beside: str | Path | None) -> Encoders:
@@ -145,7 +152,14 @@ def _row_task(task: Task, asked: Asked) -> Task:
     return TASKS[task.with_last_frame] if both and task.with_last_frame is not None else task
 
 
-def _generate(model: WanModel, asked: Asked, plan: ClipPlan, encoders: Encoders, negative: str | None) -> list[Tensor]:
+def _generate(
+    model: WanModel,
+    asked: Asked,
+    plan: ClipPlan,
+    encoders: Encoders,
+    negative: str | None,
+    on_step: Callable[[], object],
+) -> list[Tensor]:
     """Each encoder is on the device only while it is needed; the VAE stays."""
     given = [_given(asked, index, plan) for index in range(len(asked.prompts))]
     texts, without = _encode_texts(asked.prompts, negative, plan, encoders)
@@ -157,8 +171,11 @@ def _generate(model: WanModel, asked: Asked, plan: ClipPlan, encoders: Encoders,
     for indices in (list(run) for _, run in alike):
         for start in range(0, len(indices), asked.batch_size):
             batch = indices[start : start + asked.batch_size]
-            conditions = [ClipConditions(index, texts[index], early[index], given[index]) for index in batch]
-            latents = sample(model, vae, plan, conditions, without)
+            conditions = [
+                ClipConditions(index, texts[index], early[index], given[index], asked.noise_of(index))
+                for index in batch
+            ]
+            latents = sample(model, vae, plan, conditions, without, on_step=on_step)
             found += decode(vae, latents, plan.size, name_of(encoders.vae, "VAE"))
     return found
 

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from mm.checkpoint.mismatch import require_exactly
-from mm.checkpoint.weights import open_weights
+from mm.checkpoint.weights import WeightSource, open_weights
 from mm.config.model import Precision, WanConfig
 from mm.config.place import process_place
 from mm.config.rules.residency import residency_problems
 from mm.config.run.generation import AdapterFile, latent_size
 from mm.config.run.residency import Residency
 from mm.config.tasks.registry import TaskName
-from mm.device.backend import DeviceKind, free_host_bytes, select
+from mm.device.backend import Backend, DeviceKind, free_host_bytes, select
 from mm.errors import ConfigError, raise_all
-from mm.generate.weights import with_adapters
+from mm.generate.weights import GenerationWeights, with_adapters
 from mm.parallel.apply import ValueOf, WriteValue
 from mm.residency.budget import forward_bytes, plan_weights
 from mm.residency.hold import WeightValues, hold_weights
@@ -71,6 +71,24 @@ def load_model(
     raise_all(ConfigError, list(residency_problems(residency, lambda field: f"residency.{field}")))
     inside = Path(path) / "transformer"
     source = open_weights(inside if inside.is_dir() else path, averaged=averaged)
+    pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
+    sections = [AdapterFile(path=str(one), strength=strength) for one, strength in pairs]
+    config = config_of(source, task, text_len)
+    weights = with_adapters(source, sections, config, DTYPES[dtype], fingerprinted=False, fp8=residency.fp8)
+    working = 0
+    if clip is not None:
+        tokens = config.num_tokens(latent_size(clip, config.task.latent_pixels))
+        working = forward_bytes(config, tokens, batch_size, DTYPES[dtype].itemsize)
+    return model_of(weights, config, DTYPES[dtype], select(device), residency, working)
+
+
+def config_of(source: WeightSource, task: TaskName | None = None, text_len: int | None = None) -> WanConfig:
+    """Configuration of weights that are a whole model.
+
+    Raises:
+        ConfigError: CFG-201 for weights of another task than `task`.
+        CheckpointError: CKPT-011 for tensors of another model.
+    """
     config = source.config() or infer_config(source.shapes(), source.path)
     if task is not None and config.task.name != task:
         found = f"{source.path} holds weights of {config.task.name}, and task is {task}."
@@ -78,20 +96,34 @@ def load_model(
     if text_len is not None:
         config = WanConfig.model_validate({**config.model_dump(), "text_len": text_len})
     require_exactly(source, whole_shapes(config))
-    pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
-    sections = [AdapterFile(path=str(one), strength=strength) for one, strength in pairs]
-    weights = with_adapters(source, sections, config, DTYPES[dtype], False, fp8=residency.fp8)
-    backend = select(device)
+    return config
+
+
+def model_of(
+    weights: GenerationWeights,
+    config: WanConfig,
+    dtype: torch.dtype,
+    backend: Backend,
+    residency: Residency | None = None,
+    beside: int = 0,
+) -> WanModel:
+    """A model in evaluation mode with these weights, which need no gradient; one tensor at a time is read.
+
+    Args:
+        weights: of the model, in fp8 where `residency` says so. config: the model. dtype: of the bulk of the weights.
+        backend: the device. residency: where they are, checked; None puts all on the device.
+        beside: bytes of the device that a limit leaves to others (`mm.residency.budget.plan_weights`).
+
+    Raises:
+        ConfigError: CFG-373 and CFG-374 for limits that cannot be kept.
+    """
     with torch.device("meta"):
         model = WanModel(config)
-    model.to_precision(DTYPES[dtype]).requires_grad_(False)
+    model.to_precision(dtype).requires_grad_(False)
     if weights.fp8 is not None:
         weights.fp8.prepare(model)
-    working = 0
-    if clip is not None:
-        tokens = config.num_tokens(latent_size(clip, config.task.latent_pixels))
-        working = forward_bytes(config, tokens, batch_size, DTYPES[dtype].itemsize)
-    plan = plan_weights(model, residency, working, free_host_bytes() // process_place().local_world_size)
+    free_host = free_host_bytes() // process_place().local_world_size
+    plan = plan_weights(model, residency or Residency(), beside, free_host)
     hold_weights(model, plan, backend, WeightValues(_writer(weights.value_of), _writer(weights.again())))
     return model.eval()
 
