@@ -127,11 +127,12 @@ def _open_weights(generation: GenerationRun, processes: Processes) -> Weights:
     expected = Expected(generation.wan, lambda name: generation.origins[f"model.shape.{name}"], "CFG-065")
     model, dtype = generation.model, DTYPES[generation.model.precision]
     # only whoever writes clips tells what made them
-    how = expected, dtype, processes.writes, processes.comm, generation.residency.fp8
-    weights = open_generation_weights(model.weights or "", model.adapters, *how)
+    fp8 = generation.residency.fp8
+    how = expected, dtype, processes.writes, processes.comm
+    weights = open_generation_weights(model.weights or "", model.adapters, *how, fp8=fp8)
     if model.low_noise is None:
         return weights, None
-    low = open_generation_weights(model.low_noise.weights, model.low_noise.adapters, *how)
+    low = open_generation_weights(model.low_noise.weights, model.low_noise.adapters, *how, fp8=fp8)
     require_experts_in_place(weights.source.path, low.source.path, boundary_of(model.low_noise, generation.origins))
     return weights, low
 

@@ -140,6 +140,7 @@ def open_generation_weights(
     dtype: torch.dtype,
     fingerprinted: bool = True,
     comm: Comm | None = None,
+    *,
     fp8: Fp8Kind | None = None,
 ) -> GenerationWeights:
     """Open weights and adapters and check that they fit the model and each other; no weight of the model is read.
@@ -161,7 +162,7 @@ def open_generation_weights(
     comm = comm or SingleProcess()
     source = open_weights(identify(path, comm))
     on_rank_zero(comm, lambda: expected.require(source))
-    return with_adapters(source, adapters, expected.config, dtype, fingerprinted, comm, fp8)
+    return with_adapters(source, adapters, expected.config, dtype, fingerprinted, comm, fp8=fp8)
 
 
 def with_adapters(
@@ -171,6 +172,7 @@ def with_adapters(
     dtype: torch.dtype,
     fingerprinted: bool,
     comm: Comm | None = None,
+    *,
     fp8: Fp8Kind | None = None,
 ) -> GenerationWeights:
     """`open_generation_weights` of weights that are open and known to be of the model `wan`.

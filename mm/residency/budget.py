@@ -72,14 +72,14 @@ def forward_bytes(wan: WanConfig, num_tokens: int, batch: int, itemsize: int) ->
     """Device memory that a forward without gradients takes at most beside weights, inputs and messages.
 
     Counted with operators that make their fp32 steps one by one, as on devices without kernels of their own
-    (`tests/residency/test_budget.py`): 17 tensors as large as the hidden state where queries and keys are normalised,
-    or three of the feed-forward's width and three more. A side stream has 11 more.
+    (`tests/residency/test_budget.py`): 19 tensors as large as the hidden state where queries and keys are normalised,
+    or three of the feed-forward's width and five more. A side stream has 12 more.
 
     Args:
         wan: the model. num_tokens: of this rank. batch: samples of a forward. itemsize: of the hidden state's elements.
     """
-    width = max(17 * wan.hidden_size, 3 * wan.ffn_dim + 3 * wan.hidden_size)
-    return batch * num_tokens * itemsize * (width + (11 * wan.hidden_size if wan.side_blocks else 0))
+    width = max(19 * wan.hidden_size, 3 * wan.ffn_dim + 5 * wan.hidden_size)
+    return batch * num_tokens * itemsize * (width + (12 * wan.hidden_size if wan.side_blocks else 0))
 
 
 def _tell(plan: WeightPlan, model: WanModel) -> None:
