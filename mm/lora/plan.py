@@ -25,8 +25,6 @@ from mm.parallel.placement import Shape, whole_shapes
 from mm.parallel.trainable_extension import TrainableExtension
 from mm.wan.model import WanModel
 
-_SCALE = "weight_scale"
-
 
 @dataclass(frozen=True)
 class LoRAPlan:

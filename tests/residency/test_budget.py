@@ -80,4 +80,4 @@ def test_a_forward_takes_no_more_than_it_is_given(ffn_dim: int, sides: bool, dty
         model.velocity(latents, torch.tensor([5.0]), text, **features)
     used = sum(memory.peak().values())
     bound = forward_bytes(wan, wan.num_tokens(size), 1, dtype.itemsize)
-    assert used <= bound < 1.5 * used
+    assert used <= bound < 1.6 * used  # fp32 makes no fp32 copies, and needs the least of it
