@@ -25,6 +25,7 @@ from mm.api.generation_rules import Asked, generation_problems
 from mm.api.model import load_model
 from mm.config.run.generation import NEGATIVE_PROMPT
 from mm.config.run.listed import LISTS, sees_images
+from mm.config.run.residency import Residency
 from mm.config.tasks.registry import TASKS
 from mm.config.tasks.task import ListName, Task
 from mm.diffusion.samplers import Solver
@@ -61,6 +62,7 @@ def generate_videos(
     seed: int = 42,
     noise: Sequence[Tensor] | None = None,
     on_step: Callable[[], object] = lambda: None,
+    residency: Residency | None = None,
 ) -> list[Tensor]:
     """Generate a video for each prompt as `mm generate` does, and write nothing.
 
@@ -81,7 +83,7 @@ def generate_videos(
         size: frames (4k + 1), height and width (multiples of 16).
         steps, shift, solver: of the sampler; shift 3 for 480p and 5 for 720p are usual.
         guidance_scale: of classifier-free guidance; exactly 1 leaves the negative prompt out.
-        batched_guidance: both prompts in one pass of twice the batch.
+        batched_guidance: both prompts in one pass of twice the batch. residency: as for `load_model`, of a folder.
         strength: with `videos`, the share of the steps that are taken, above 0 to 1.
         batch_size: prompts that go through the transformer together. seed: with a prompt's number, of the noise.
         noise: other noise for each prompt, [C, latent frames with those in front, H, W]. on_step: called after steps.
@@ -91,12 +93,12 @@ def generate_videos(
 
     Raises:
         ConfigError: CFG-060, CFG-061, CFG-063, CFG-120, CFG-121, CFG-123, CFG-200 and CFG-280 for arguments, all at
-            once; CFG-250 to CFG-258 and CFG-281 for conditions; CFG-064 and CFG-066 for encoders of another model.
+            once; CFG-371 to CFG-374: residency; CFG-250 to CFG-258, CFG-281: conditions; CFG-064, CFG-066: encoders.
         DataError: DATA-001 to DATA-007, DATA-086, DATA-087 and DATA-110 for images and videos, DATA-040 to DATA-043
             for encoders, DATA-055 and DATA-056 for the VAE's and the transformer's output.
     """
-    beside = model if isinstance(model, (str, Path)) else None
-    loaded = load_model(model) if isinstance(model, (str, Path)) else model
+    at = model if isinstance(model, (str, Path)) else None
+    loaded = _loaded(model, residency, size, batch_size * (1 + batched_guidance))
     asked = Asked(
         tuple([prompts] if isinstance(prompts, str) else prompts),
         _lists(images, videos, controls, references, cameras, masks),
@@ -112,9 +114,18 @@ def generate_videos(
     plan = ClipPlan(loaded.config, next(loaded.parameters()).device, task.frames, size, seed, settings)
     raise_all(ConfigError, list(generation_problems(asked, plan, task)))
     negative = task.negative + NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
-    return _generate(
-        loaded, asked, plan, _encoders(encoders, beside), None if guidance_scale == 1 else negative, on_step
-    )
+    return _generate(loaded, asked, plan, _encoders(encoders, at), None if guidance_scale == 1 else negative, on_step)
+
+
+def _loaded(
+    model: WanModel | str | Path, residency: Residency | None, clip: tuple[int, int, int], batch_size: int
+) -> WanModel:
+    if isinstance(model, (str, Path)):
+        return load_model(model, residency=residency, clip=clip, batch_size=batch_size)
+    if residency is not None:
+        found = "residency has no effect on a model that is loaded."
+        raise ConfigError("CFG-372", found, "Give it to load_model, or leave it out.")
+    return model
 
 
 def _encoders(given: Encoders | str | Path | None, beside: str | Path | None) -> Encoders:

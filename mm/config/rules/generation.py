@@ -9,6 +9,7 @@ from mm.config.data import TEMPORAL_STRIDE
 from mm.config.model import TASK_FIELD
 from mm.config.rules.encoders import tile_problems
 from mm.config.rules.mesh import MESH_RULES
+from mm.config.rules.residency import residency_rules
 from mm.config.rules.tasks import not_generated
 from mm.config.run.generation import GenerationRun
 from mm.config.run.listed import LISTS, every_list_of
@@ -228,5 +229,6 @@ GENERATION_RULES: tuple[Callable[[GenerationRun], Iterator[Problem]], ...] = (
     _one_way_to_show,
     _videos_have_a_strength,
     _frames_have_a_middle,
+    residency_rules,
     *MESH_RULES,
 )
