@@ -11,7 +11,6 @@ from mm.api.encoders import Encoders, name_of
 from mm.config.data import MAX_TEXT_TOKENS, TEMPORAL_STRIDE
 from mm.config.model import WAN_1_3B
 from mm.config.rules.generation import size_problems
-from mm.config.rules.tasks import not_extracted
 from mm.config.run.extraction import SourceClip
 from mm.config.tasks.registry import DEFAULT, FEATURE_TASKS, FeatureTaskName
 from mm.config.tasks.task import Source, Task
@@ -24,6 +23,7 @@ from mm.errors import ConfigError, DataError, Problem, raise_all
 from mm.extract.encode import ClipEncoder
 from mm.extract.sources import VisualEncoders
 from mm.wan.conditions.computed import computed
+from mm.wan.encoders import require_stride
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,14 @@ def extract_features(
         ConfigError: CFG-060 and CFG-061 for the size, CFG-075 for a clip that is no longer than what is given of it,
             CFG-120 for columns, CFG-200 for other arguments; all rows' at once.
         DataError: DATA-245 to DATA-247 and DATA-250 for media, all rows' at once; DATA-004 for a video that is too
-            short, what `mm.data.clips.load_clip` raises, DATA-040 to DATA-045 for encoders.
+            short, what `mm.data.clips.load_clip` raises, DATA-040 to DATA-045 for encoders, DATA-260 for a VAE of
+            another stride than the task's models have.
     """
     declared = FEATURE_TASKS[task]
     if not isinstance(encoders, Encoders):
         encoders = Encoders.of(encoders)
     given = [row if isinstance(row, VideoRow) else VideoRow(*row) for row in rows]
-    problems = [*not_extracted(declared), *size_problems(size, WAN_1_3B.patch_size, declared, "size")]
+    problems = [*size_problems(size, WAN_1_3B.patch_size, declared, "size")]
     for index, row in enumerate(given):
         problems += [*column_problems(declared, row.columns, f"Row {index}"), *_unknown_roles(declared, row, index)]
     problems += _nothing_to_learn(declared, min(size[0], min_num_frames or size[0]))
@@ -99,6 +100,7 @@ def extract_features(
     )
     place = select(device).device
     video, text = encoders.load_vae(place), encoders.load_text_encoder(place, max_text_tokens)
+    require_stride(name_of(encoders.vae, "VAE"), video, declared)
     visual = VisualEncoders(declared, video, video)
     if declared.made_by(Source.IMAGE_ENCODER):
         name = name_of(encoders.image_encoder, "image encoder")

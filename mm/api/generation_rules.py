@@ -9,7 +9,6 @@ from typing import Any
 from mm.api.arguments import column_problems
 from mm.config.data import TEMPORAL_STRIDE
 from mm.config.rules.generation import size_problems
-from mm.config.rules.tasks import not_generated
 from mm.config.run.listed import LISTS, Listed, Shown, lists_of
 from mm.config.tasks.task import ListName, Source, Task
 from mm.errors import Problem
@@ -50,7 +49,6 @@ def generation_problems(asked: Asked, plan: ClipPlan, task: Task) -> Iterator[Pr
     yield from size_problems(plan.size, plan.wan.patch_size, plan.wan.task, "size")
     yield from _number_problems(asked, plan)
     yield from _length_problems(asked)
-    yield from not_generated(plan.wan.task)
     yield from _list_problems(asked, plan, task)
     yield from _setting_problems(asked, plan)
     yield from _video_problems(asked, plan, task)
@@ -83,12 +81,15 @@ def _length_problems(asked: Asked) -> Iterator[Problem]:
 
 
 def _list_problems(asked: Asked, plan: ClipPlan, task: Task) -> Iterator[Problem]:
-    """CFG-120, CFG-123 and CFG-280 for what the model's task takes of each list."""
+    """CFG-120, CFG-123, CFG-280 and CFG-306 for what the model's task takes of each list."""
     ways = [name for name in ("images", "masks") if name in asked.lists] + ["text_only"] * asked.text_only
     if plan.wan.task.with_mask and len(ways) > 1:
         found = f"{' and '.join(ways)} say each what the model sees of its clip."
         yield Problem("CFG-280", found, "Give one of them.")
         return
+    if plan.wan.force_2_1_time_embedding and "images" in asked.lists:
+        found = "With force_2_1_time_embedding nothing tells the model of the frames that images= gives."
+        yield Problem("CFG-306", found, "Leave images= out.")
     title, takes = plan.wan.task.title, lists_of(task, asked.shown)
     for name in LISTS:
         listed, given = takes.get(name), asked.lists.get(name)
