@@ -10,7 +10,7 @@ from pydantic import Field
 
 from mm.cli.entry import run
 from mm.config.flags import Flags, parse_flags
-from mm.config.tasks.registry import FEATURE_TASKS
+from mm.config.tasks.registry import EXTRACTED
 from mm.demo.configs import list_names
 from mm.demo.write import write_demo
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
     """Run the command with the words after its name."""
     flags = parse_flags(DemoFlags, argv, program="mm demo")
     write_demo(flags.out, flags.clips_per_caption)
-    first, *others = FEATURE_TASKS.values()
+    first, *others = EXTRACTED.values()
     titles = f"{', '.join(task.title for task in (first, *others[:-1]))} and {others[-1].title}"
     print(f"{flags.out}/weights/   tiny models, folders of diffusers or transformers alone: {titles}")
     print(f"{flags.out}/dataset/   {16 * flags.clips_per_caption} captioned clips")

@@ -8,7 +8,7 @@ from typing import Any
 
 from mm.config.data import data_source_line
 from mm.config.tasks.frames import CLIP_TOKEN_LEN
-from mm.config.tasks.registry import DEFAULT, FEATURE_TASKS
+from mm.config.tasks.registry import DEFAULT, EXTRACTED
 from mm.config.tasks.task import Sizes, Task
 from mm.demo.clips import FPS, NUM_FRAMES, SIZE
 from mm.demo.components import (
@@ -59,7 +59,7 @@ def write_configs(folder: Path, home: Path) -> None:
         home: where the embedded default will stand; the files hold absolute paths below it.
     """
     home = home.absolute()
-    for task in FEATURE_TASKS.values():
+    for task in EXTRACTED.values():
         below, features = ("", "features") if task is DEFAULT else (task.name, f"features_{task.name}")
         target = folder / below
         target.mkdir()
