@@ -32,7 +32,7 @@ from mm.diffusion.samplers import Solver
 from mm.errors import ConfigError, raise_all
 from mm.generate.fit import require_image_encoder_fits, require_text_fits, require_vae_fits
 from mm.generate.sampling import ClipConditions, ClipPlan, SamplerSettings, decode, encode_prompts, sample
-from mm.generate.sources import EarlyFeatures, Given, frames_in_front
+from mm.generate.sources import EarlyFeatures, Given, kind_of_clip
 from mm.wan.model import WanModel
 
 
@@ -80,7 +80,7 @@ def generate_videos(
         text_only: a model that sees frames is shown none. vace_scale: a factor on what side blocks add.
         columns: the task's numbers by name, one for each prompt.
         negative_prompt: what guidance leads away from; None is the Wan2.1 release's for the task.
-        size: frames (4k + 1), height and width (multiples of 16).
+        size: frames (4k + 1), height and width (multiples of 16, or of 32 for VAEs of stride 16).
         steps, shift, solver: of the sampler; shift 3 for 480p and 5 for 720p are usual.
         guidance_scale: of classifier-free guidance; exactly 1 leaves the negative prompt out.
         batched_guidance: both prompts in one pass of twice the batch. residency: as for `load_model`, of a folder.
@@ -92,7 +92,7 @@ def generate_videos(
         For each prompt its frames, uint8 [F, H, W, 3], on the CPU.
 
     Raises:
-        ConfigError: CFG-060, CFG-061, CFG-063, CFG-120, CFG-121, CFG-123, CFG-200 and CFG-280 for arguments, all at
+        ConfigError: CFG-060, CFG-061, CFG-063, CFG-120, CFG-121, CFG-123, CFG-200, CFG-280, CFG-306: arguments, all at
             once; CFG-371 to CFG-374: residency; CFG-250 to CFG-258, CFG-281: conditions; CFG-064, CFG-066: encoders.
         DataError: DATA-001 to DATA-007, DATA-086, DATA-087 and DATA-110 for images and videos, DATA-040 to DATA-043
             for encoders, DATA-055 and DATA-056 for the VAE's and the transformer's output.
@@ -167,7 +167,7 @@ def _generate(
     vae = encoders.load_vae(plan.device)
     require_vae_fits(name_of(encoders.vae, "VAE"), vae, plan.wan)
     found: list[Tensor] = []
-    alike = groupby(range(len(texts)), lambda index: frames_in_front(plan.wan.task, given[index]))
+    alike = groupby(range(len(texts)), lambda index: kind_of_clip(plan.wan.task, given[index]))
     for indices in (list(run) for _, run in alike):
         for start in range(0, len(indices), asked.batch_size):
             batch = indices[start : start + asked.batch_size]

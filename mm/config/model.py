@@ -26,6 +26,8 @@ TASK_FIELD = "model_type"
 _MOST = 2**20  # far beyond any model; what configurations of strangers say is built, on the meta device at least
 _MOST_BLOCKS = 1000
 _MOST_OF_A_PATCH = 64
+_OF_A_RUN = frozenset({"text_len", "clip_token_len", "force_2_1_time_embedding"})
+"""Fields of a shape in which weights of one model may be used differently."""
 
 
 def task_named_in(values: Mapping[str, Any]) -> Task | None:
@@ -49,6 +51,8 @@ class WanConfig(Section):
             channels of the task's features.
         img_dim: width of the image encoder's features; for tasks with images only.
         clip_token_len: tokens that the image encoder makes of one image; for tasks with images only.
+        force_2_1_time_embedding: one timestep a sample, as Wan2.1's models have, of models that may have one for each
+            token: a run's choice, not of weights. Nothing then tells a given first frame from noise, so none is given.
         vace_layers: blocks that take the hint of a side block, one each; for VACE only. The first is block 0.
         hidden_size: D; ffn_dim: width inside the feed-forward; num_heads: N; num_layers: number of blocks.
         freq_dim: width of the sinusoidal timestep embedding.
@@ -64,6 +68,7 @@ class WanConfig(Section):
     out_dim: int = Field(16, ge=1, le=_MOST)
     img_dim: int | None = Field(None, ge=1, le=_MOST)
     clip_token_len: int | None = Field(None, ge=1, le=_MOST)
+    force_2_1_time_embedding: bool = False
     vace_layers: tuple[int, ...] | None = None
     hidden_size: int = Field(ge=1, le=_MOST)
     ffn_dim: int = Field(ge=1, le=_MOST)
@@ -83,6 +88,11 @@ class WanConfig(Section):
     def task(self) -> Task:
         """The declaration of the task."""
         return TASKS[self.model_type]
+
+    @property
+    def first_frame_share(self) -> float:
+        """Share of samples whose first latent frame is given clean where nothing else is said; 0 where none can be."""
+        return 0.0 if self.force_2_1_time_embedding else self.task.first_frame_share
 
     @property
     def task_in_words(self) -> str:
@@ -142,11 +152,11 @@ class WanConfig(Section):
     def differing_fields(self, other: WanConfig) -> list[str]:
         """Fields in which weights of the two models differ.
 
-        `text_len` and `clip_token_len` are none of them: how far captions are padded and how finely images are cut is
-        a run's choice, and Hugging Face folders do not record it. (The learned positions of flf2v have a row for each
-        image token; weights with another number of them differ in a tensor's shape.)
+        Those of `_OF_A_RUN` are none of them: how far captions are padded, how finely images are cut and how many
+        timesteps a sample has is a run's choice, and Hugging Face folders do not record it. (The learned positions of
+        flf2v have a row for each image token; weights with another number of them differ in a tensor's shape.)
         """
-        fields = (name for name in WanConfig.model_fields if name not in ("text_len", "clip_token_len"))
+        fields = (name for name in WanConfig.model_fields if name not in _OF_A_RUN)
         return [name for name in fields if getattr(self, name) != getattr(other, name)]
 
     @model_validator(mode="after")
@@ -168,6 +178,11 @@ class WanConfig(Section):
                 raise ValueError(f"{name} {value} has no effect in {name_of_task} models; remove it")
         if task.latent_channels not in (None, self.out_dim):
             raise ValueError(f"out_dim of {name_of_task} models is {task.latent_channels}, not {self.out_dim}")
+        if self.force_2_1_time_embedding and not task.first_frame_share:
+            raise ValueError(
+                f"force_2_1_time_embedding has no effect in {name_of_task} models, which have one timestep a sample; "
+                "remove it"
+            )
         layers = self.vace_layers
         if layers and (list(layers) != sorted(set(layers)) or layers[0] != 0 or layers[-1] >= self.num_layers):
             raise ValueError(

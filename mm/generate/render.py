@@ -94,7 +94,7 @@ def batches_of_replica(
     size: int,
     together: bool,
     finished: Collection[int] = (),
-    alike: Callable[[GenerationRow], int] = lambda row: 0,
+    alike: Callable[[GenerationRow], object] = lambda row: None,
 ) -> list[Batch]:
     """This replica's rows in batches of `size`.
 

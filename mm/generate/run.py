@@ -18,7 +18,7 @@ from mm.generate.finished import finished_clips, require_same_weights
 from mm.generate.held import held_velocity, parameter_bytes
 from mm.generate.pipeline import Velocity
 from mm.generate.render import Processes, Renderer, batches_of_replica, usable_rows
-from mm.generate.rows import GenerationRow, row_frames_in_front
+from mm.generate.rows import GenerationRow, row_kind
 from mm.generate.video import clip_path, prepare_folder, write_clip
 from mm.generate.weights import GenerationWeights, open_generation_weights
 from mm.wan.encoders import DTYPES
@@ -60,7 +60,7 @@ def generate_clips(
     weights = _open_weights(generation, processes)
     finished = _finished_by_any(folder, rows, generation, weights, processes)
     together = generation.zero is not None
-    alike = partial(row_frames_in_front, generation.wan.task)
+    alike = partial(row_kind, generation.wan.task)
     size = generation.batch.size
     batches = batches_of_replica(rows, processes, size, together=together, finished=finished, alike=alike)
     paths = _render(generation, processes, weights, Renderer(generation, processes, batches), finished)

@@ -223,6 +223,23 @@ def test_our_own_loaders_read_the_folder_of_clip(tmp_path):
     assert CLIPVisionModel.from_pretrained(tmp_path / "out").config.num_hidden_layers == 3
 
 
+def test_our_own_loaders_read_the_folder_of_wan22_s_vae(tmp_path):
+    """Latents of the original's weights are those of diffusers' model."""
+    from pathlib import Path
+
+    from mm.wan.encoders import VideoEncoder
+
+    tiny("vae_22").save_pretrained(tmp_path / "hf")
+    torch.save(as_original("vae_22"), tmp_path / "Wan2.2_VAE.pth")
+    words = (tmp_path / "Wan2.2_VAE.pth", tmp_path / "out", "--ckpt_path", tmp_path / "hf")
+    assert convert("convert_to_hf", *words) == 0
+    pixels = torch.rand(1, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        expected = tiny("vae_22").encode(pixels).latent_dist.mode()
+    found = VideoEncoder.from_pretrained(Path(tmp_path / "out"), "fp32", torch.device("cpu")).encode(pixels)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # means are 0, deviations 1
+
+
 def test_tensors_that_are_missing_or_left_over(kind, folder, tmp_path, capsys):
     state = as_original(kind)
     state["surprise.weight"] = state.pop(next(iter(PAIRS[kind]())).native)

@@ -101,7 +101,7 @@ def _loss(parallel: ParallelModel, batch: FeatureBatch, timestep: int) -> float:
     noisy = flow.noisy(clean, noise, torch.tensor([timestep / 1000]))
     inputs = ModelInputs(noisy, torch.tensor([float(timestep)]), batch["text"], batch["features"])
     learned = torch.ones(clean.shape[2], dtype=torch.bool)
-    if parallel.wan.task.first_frame_share and clean.shape[2] > 1:
+    if parallel.wan.first_frame_share and clean.shape[2] > 1:
         inputs, learned = (
             with_given_frame(inputs, clean[:, :, :1], parallel.wan.patch_size),
             learned_frames(len(learned)),
