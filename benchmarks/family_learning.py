@@ -82,6 +82,22 @@ ROWS = {
         dropped={"start": 0.1, "image": 0.1, "control": 0.1, "reference": 0.1},
         captions_dropped=0.1,
     ),
+    "camera": Row(
+        "fun_camera",
+        clips.camera_lessons,
+        clips.camera_questions,
+        steps=400,
+        counted=("direction", "colour"),
+    ),
+    "inp": Row(
+        "fun_inp",
+        clips.inpainting_lessons,
+        clips.inp_questions,
+        steps=500,
+        counted=("colour", "direction"),
+        dropped={"image": 0.8},  # of the first frame, which is masked in part: a clip is made without
+        below_vae=1.0,
+    ),
     "vace": Row(
         "vace", clips.inpainting_lessons, clips.vace_questions, 500, counted=("colour", "direction"), below_vae=1.0
     ),
@@ -138,25 +154,23 @@ def train_base(home: Path, steps: int = BASE_STEPS) -> Path:
     if not (home / "base").exists():
         configs = home / "demo" / "configs"
         run(extract, *_extraction(configs))
-        run(train, *_training(configs, home / "demo" / "weights" / MODEL_NAMES["t2v"] / "transformer"),
-            "--save", home / "base", "--train-iters", steps)  # fmt: skip
+        start = home / "demo" / "weights" / MODEL_NAMES["t2v"] / "transformer"
+        run(train, *_training(configs, start, home / "base", steps))
     return home / "base"
 
 
-def learn(row: Row, home: Path, base: Path | None, steps: int | None = None) -> list[Judged]:
-    """Train a row's model and ask it.
+def learn(row: Row, home: Path, base: Path) -> list[Judged]:
+    """Train a row's model from weights of text to video, and ask it; `home` has the demo, and gets what is made."""
+    return ask(row, home / "demo", teach(row, home, widened(row, home, base), row.steps))
 
-    Args:
-        home: a folder with the demo; features, weights and checkpoints of the row are written there.
-        base: weights of text to video that its training begins with; None for the demo's random ones.
-        steps: where not the row's.
-    """
-    demo, configs = home / "demo", home / "demo" / "configs" / row.task
-    write_lessons(row, demo, configs)
+
+def teach(row: Row, home: Path, start: Path, steps: int) -> Path:
+    """Train a row's model from weights on the row's lessons; returns the run's folder."""
+    configs, run_folder = home / "demo" / "configs" / row.task, home / f"run_{row.task}"
+    write_lessons(row, home / "demo", configs)
     run(extract, *_extraction(configs))
-    start = demo / "weights" / MODEL_NAMES[row.task] / "transformer" if base is None else widened(row, home, base)
-    run(train, *_training(configs, start), "--save", home / f"run_{row.task}", "--train-iters", steps or row.steps)
-    return ask(row, demo, home / f"run_{row.task}")
+    run(train, *_training(configs, start, run_folder, steps))
+    return run_folder
 
 
 def widened(row: Row, home: Path, base: Path) -> Path:
@@ -187,7 +201,7 @@ def write_lessons(row: Row, demo: Path, configs: Path) -> None:
                        "resolution": {"height": SIZE, "width": SIZE}, **beside})  # fmt: skip
     (configs / "data.txt").write_text(data_source_line(folder, "data.json") + "\n")
     dropping = {"cfg": row.captions_dropped, "condition_dropout": row.dropped}
-    _change(configs / "feature_data.json", ("dataset_param", "preprocess_parameters"), dropping if row.dropped else {})
+    _change(configs / "feature_data.json", ("dataset_param", "preprocess_parameters"), dropping)
     _change(configs / "pretrain_model.json", ("predictor",), {"text_len": TEXT_LEN})
     (folder / "data.json").write_text(json.dumps(listed))
 
@@ -217,9 +231,10 @@ def _extraction(configs: Path) -> list[object]:
     return [word for flag, name in names.items() for word in (flag, configs / name)]
 
 
-def _training(configs: Path, load: Path) -> list[object]:
-    return ["--mm-data", configs / "feature_data.json", "--mm-model", configs / "pretrain_model.json", "--load", load,
-            "--lr", "2e-3", "--min-lr", "2e-5", "--lr-decay-style", "cosine", "--lr-warmup-iters", 100,
+def _training(configs: Path, load: Path, save: Path, steps: int) -> list[object]:
+    return ["--mm-data", configs / "feature_data.json", "--mm-model", configs / "pretrain_model.json",
+            "--load", load, "--save", save, "--train-iters", steps,
+            "--lr", "2e-3", "--min-lr", "2e-5", "--lr-decay-style", "cosine", "--lr-warmup-iters", min(100, steps // 4),
             "--micro-batch-size", 16, "--num-workers", 0, "--log-interval", 50]  # fmt: skip
 
 

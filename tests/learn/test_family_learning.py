@@ -31,6 +31,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(1800)  # the first row trains what all begin with
 @pytest.mark.parametrize("name", ROWS)
 def test_row(home: Path, name: str) -> None:
     row = ROWS[name]
