@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class GenerationWeights:
     """Every parameter of a transformer by native name, in the dtype that it is used in.
 
     Attributes:
-        source: the weights without adapters.
+        source: the weights without adapters. places: where these and the adapters are.
     """
 
     def __init__(
@@ -36,9 +37,11 @@ class GenerationWeights:
         adapters: Sequence[tuple[Adapter, float]],
         dtype: torch.dtype,
         fingerprinted: bool,
+        adapter_places: Sequence[Path] = (),
     ) -> None:
         """Take checked parts: see `open_generation_weights`."""
         self.source = source
+        self.places = (source.path, *adapter_places)
         self._fingerprinted = fingerprinted
         self._adapters = adapters
         self._dtype = dtype
@@ -120,10 +123,11 @@ def with_adapters(
     """
     comm = comm or SingleProcess()
     linears = every_linear(whole_shapes(wan))
-    read = [(read_any(identify(section.path, comm, wanted="adapters")), section.strength) for section in adapters]
+    found = [(identify(section.path, comm, wanted="adapters"), section.strength) for section in adapters]
+    read = [(read_any(one), strength) for one, strength in found]
     for adapter, _ in read:
         require_fit(adapter, linears)
-    return GenerationWeights(source, read, dtype, fingerprinted)
+    return GenerationWeights(source, read, dtype, fingerprinted, [one.path for one, _ in found])
 
 
 def _digest(name: str, value: Tensor) -> str:
