@@ -162,7 +162,7 @@ def dry_run(job: DryRunJob, rank: int) -> Report:
     Of many micro-batches only so many are run that in-flight activations and gradients are at their most
     (`_micro_batches_to_run`); what the others send is added by count.
     """
-    backend = select("cpu")
+    backend, waits = select("cpu"), job.idle_expert == "host"
     with fake_job(rank, job.layout.world_size), build_mesh(job.layout, 1, backend.kind) as mesh:
         with FakeTensors(), TrackMemory(memory.PARAMETERS) as tracked, CountTraffic(axes_of(mesh)) as counted:
             places, size = mesh.tokens.places(job.sequence), 1 if job.packed else job.micro_batch_size
@@ -171,9 +171,9 @@ def dry_run(job: DryRunJob, rank: int) -> Report:
             if offloader is not None:
                 tracked.label([offloader.memory], memory.HOST)
             run_blocks = block_runner(job.recompute, offloader, backend.model_code)
-            parallel, optimizer = _build(job, mesh, backend, run_blocks, tracked)
-            of_one = tracked.now(memory.PARAMETERS) + tracked.now(memory.OPTIMIZER)
-            idle = _build(job, mesh, backend, run_blocks, tracked) if job.idle_expert == "device" else None
+            count = 2 if job.idle_expert == "device" else 1
+            models = [_build(job, mesh, backend, run_blocks, tracked) for _ in range(count)]
+            parallel, optimizer = models[0]
             tracked.kind = memory.ACTIVATIONS
             passes: list[Traffic] = []
             runs = _micro_batches_to_run(job)
@@ -184,7 +184,6 @@ def dry_run(job: DryRunJob, rank: int) -> Report:
             first = len(counted.calls)
             _update(parallel, job, optimizer, tracked)
             update = totals(counted.calls[first:])
-        del idle  # it has stood beside the step
         return Report(
             rank=rank,
             tp_rank=mesh.tp_rank,
@@ -199,7 +198,7 @@ def dry_run(job: DryRunJob, rank: int) -> Report:
             peak=tracked.peak(start) | _encoders(job, mesh),
             host_bytes=tracked.now(memory.HOST),
             save_bytes=saved_bytes(optimizer, with_optimizer=job.save_optimizer) if job.async_save else 0,
-            expert_bytes=2 * of_one if job.idle_expert == "host" else 0,
+            expert_bytes=2 * (tracked.now(memory.PARAMETERS) + tracked.now(memory.OPTIMIZER)) if waits else 0,
             traffic=_sum(_of_all(passes, runs, job.micro_batches), update),
             bubble=formulas.bubble(job.layout, job.micro_batches),
             groups=mesh.made + ((("background saves", job.layout.world_size),) if job.async_save else ()),
