@@ -61,6 +61,7 @@ def generated(folder: Path, high: Path, low: Path) -> Path:
     return folder / "clips"
 
 
+@pytest.mark.nightly
 def test_clips_of_both_experts_in_training_are_those_of_generation(demo: Path, low: Path, tmp_path: Path) -> None:
     """The one that is not trained waits in host memory, and comes for its part of the noise levels."""
     flags = {"expert_boundary": BOUNDARY, "load_low_noise": low, "offload_expert": True, **rendering(demo, tmp_path)}

@@ -1,5 +1,6 @@
 """Two experts in one run, beside a plain loop over two models, on layouts, resumed, and mixed up."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -13,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from training_runs import WEIGHTS, bits, metrics, run, words
 
 from mm.checkpoint.expert_band import recorded_band
+from mm.checkpoint.formats.folder import PEFT_FILE
 from mm.checkpoint.store import read_manifest, read_tensor
 from mm.checkpoint.weights import open_weights
+from mm.cli import generate as generate_command
 from mm.cli import train as train_command
 from mm.config.base import load
 from mm.config.model import WanConfig
@@ -28,6 +31,7 @@ from mm.diffusion.flow import FlowMatching
 from mm.doctor.plain_loss import plain_loss
 from mm.doctor.plot import expert_boundary
 from mm.errors import MMError
+from mm.lora.files import COMFYUI_FILE
 from mm.rng import generator
 from mm.wan.model import WanModel
 
@@ -43,7 +47,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "zero2, offload": {"layerzero": True, "offload_expert": True},
     "packed, pp2": {"pipeline_model_parallel_size": 2, "pack": 512, "micro_batch_size": 1},
 }
-EVERY_DAY = ["dp2, distopt, offload", "zero2, offload"]
+EVERY_DAY = ["dp2, distopt, offload"]
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +185,7 @@ def test_a_run_goes_on_bit_for_bit_also_when_it_was_killed_between_the_folders(
     (tmp_path / "before").rename(tmp_path / "run" / LOW)  # as if killed when only one of the two was written
     caplog.clear()
     rows = run(demo, tmp_path / "run", train_iters=STEPS, **flags)
-    assert "hold different steps" in caplog.text and "iter_0000004: step 4" in caplog.text
+    assert "hold different steps" in caplog.text and "steps 5 to 6 will run again" in caplog.text
     assert bits(rows) == bits(metrics(single))
     for name in (HIGH, LOW):
         found, expected = (weights(folder / name, kind="") for folder in (tmp_path / "run", single))
@@ -190,6 +194,7 @@ def test_a_run_goes_on_bit_for_bit_also_when_it_was_killed_between_the_folders(
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+@pytest.mark.nightly
 def test_adapters_of_both_are_trained(demo: Path, low: Path, tmp_path: Path) -> None:
     """Two adapters out; on two processes the same, with the other expert in host memory."""
     lora = {
@@ -202,9 +207,16 @@ def test_adapters_of_both_are_trained(demo: Path, low: Path, tmp_path: Path) -> 
     require_same(tmp_path / "two", tmp_path / "one", 1e-6)
     for name, base in ((HIGH, demo / WEIGHTS), (LOW, low)):
         folder = tmp_path / "one" / name / f"iter_{STEPS:07d}"
-        assert {"adapter_model.safetensors"} <= {file.name for file in folder.iterdir()}
+        assert {PEFT_FILE, COMFYUI_FILE} <= {file.name for file in folder.iterdir()}
         assert read_manifest(folder).scalars["lora"]["base_path"] == str(base)
         assert max(float(value.abs().max()) for key, value in weights(folder.parent).items() if "lora_B" in key) > 0
+    model = json.loads((demo / "configs/inference_model.json").read_text())
+    (of_high, of_low) = ([{"path": str(tmp_path / "one" / name)}] for name in (HIGH, LOW))
+    model |= {"lora": of_low, "low_noise": {"from_pretrained": str(low), "boundary": BOUNDARY, "lora": of_high}}
+    (tmp_path / "swapped.json").write_text(json.dumps(model))
+    flags = ["--mm-model", str(tmp_path / "swapped.json"), "--load", str(demo / WEIGHTS), "--device", "cpu"]
+    with pytest.raises(MMError, match=r"CFG-295: .*one/transformer_2/.*below 0.88; .*one/transformer/.*from 0.88"):
+        generate_command.main([*flags, "--prompt", str(demo / "prompts.txt"), "--save-path", str(tmp_path / "clips")])
 
 
 MIXED: list[tuple[str, dict[str, Any]]] = [
