@@ -208,7 +208,7 @@ def test_adapters_of_both_are_trained(demo: Path, low: Path, tmp_path: Path) -> 
     for name, base in ((HIGH, demo / WEIGHTS), (LOW, low)):
         folder = tmp_path / "one" / name / f"iter_{STEPS:07d}"
         assert {PEFT_FILE, COMFYUI_FILE} <= {file.name for file in folder.iterdir()}
-        assert read_manifest(folder).scalars["lora"]["base_path"] == str(base)
+        assert read_manifest(folder).scalars["adapters"]["base"]["path"] == str(base)
         assert max(float(value.abs().max()) for key, value in weights(folder.parent).items() if "lora_B" in key) > 0
     model = json.loads((demo / "configs/inference_model.json").read_text())
     (of_high, of_low) = ([{"path": str(tmp_path / "one" / name)}] for name in (HIGH, LOW))
