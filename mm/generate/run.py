@@ -133,7 +133,7 @@ def _open_weights(generation: GenerationRun, processes: Processes) -> Weights:
     if model.low_noise is None:
         return weights, None
     low = open_generation_weights(model.low_noise.weights, model.low_noise.adapters, *how, fp8=fp8)
-    require_experts_in_place(weights.source.path, low.source.path, boundary_of(model.low_noise, generation.origins))
+    require_experts_in_place(weights.places, low.places, boundary_of(model.low_noise, generation.origins))
     return weights, low
 
 

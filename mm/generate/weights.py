@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -54,7 +55,8 @@ class GenerationWeights:
     """Every parameter of a transformer by native name, in the dtype that it is used in.
 
     Attributes:
-        source: the weights without adapters. fp8: linears whose weights are in eight bits, if any.
+        source: the weights without adapters. places: where these and the adapters are.
+        fp8: linears whose weights are in eight bits, if any.
     """
 
     def __init__(
@@ -64,9 +66,11 @@ class GenerationWeights:
         dtype: torch.dtype,
         fingerprinted: bool,
         fp8: Fp8 | None = None,
+        adapter_places: Sequence[Path] = (),
     ) -> None:
         """Take checked parts: see `open_generation_weights`."""
         self.source = source
+        self.places = (source.path, *adapter_places)
         self.fp8 = fp8
         self._fingerprinted = fingerprinted
         self._adapters = adapters
@@ -183,10 +187,12 @@ def with_adapters(
     comm = comm or SingleProcess()
     shapes = whole_shapes(wan)
     linears = every_linear(shapes)
-    read = [(read_any(identify(section.path, comm, wanted="adapters")), section.strength) for section in adapters]
+    found = [(identify(section.path, comm, wanted="adapters"), section.strength) for section in adapters]
+    read = [(read_any(one), strength) for one, strength in found]
     for adapter, _ in read:
         require_fit(adapter, linears)
-    return GenerationWeights(source, read, dtype, fingerprinted, None if fp8 is None else Fp8(fp8, linears_of(shapes)))
+    eight_bits = None if fp8 is None else Fp8(fp8, linears_of(shapes))
+    return GenerationWeights(source, read, dtype, fingerprinted, eight_bits, [one.path for one, _ in found])
 
 
 def _digest(name: str, value: Tensor) -> str:

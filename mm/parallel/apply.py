@@ -171,30 +171,32 @@ def apply_frozen(
     """Make this rank's part of a model that is only run, in `dtype` and without what training needs beside it.
 
     Args:
-        wan, mesh, backend, dtype, zero: as for `apply`. The mesh has no pipeline.
+        wan, mesh, backend, dtype, zero: as for `apply`.
         value_of: the values.
         extension: what is added to the model; nothing of it is trained.
         put: gives the part its weights; None puts `value_of` on the device. Not for layer-zero.
     """
+    layout = mesh.layout
     parts = model_parts(mesh, run_in_order)
     shapes = {**whole_shapes(wan), **(extension.shapes if extension is not None else {})}
     placements = _placements(shapes, mesh)
     options = DataParallelOptions()
     with backend.megatron():
         config = _schedule_config(wan, mesh, dtype, options)
-        stage = _stage(wan, parts, config, mesh, dtype, vp_rank=0)
-    stage.model.to_precision(dtype).requires_grad_(False)
-    if extension is not None:
-        extension.prepare(stage.model)
-    if put is not None:
-        put(stage.model, partial(_written, placements))
-        return ParallelModel([stage], [stage], wan, config, options, zero, placements, {}, mesh, backend)
-    if zero is not None and mesh.zero is not None:
-        shard_stage(stage, mesh.zero, zero, backend.device)
-    else:
-        stage.model.to_empty(device=backend.device)
-    _fill(stage.model, placements, value_of)
-    return ParallelModel([stage], [stage], wan, config, options, zero, placements, {}, mesh, backend)
+        stages = [_stage(wan, parts, config, mesh, dtype, vp_rank) for vp_rank in range(layout.vp_size)]
+    for stage in stages:
+        stage.model.to_precision(dtype).requires_grad_(False)
+        if extension is not None:
+            extension.prepare(stage.model)
+        if put is not None:
+            put(stage.model, partial(_written, placements))
+            continue
+        if zero is not None and mesh.zero is not None:
+            shard_stage(stage, mesh.zero, zero, backend.device)
+        else:
+            stage.model.to_empty(device=backend.device)
+        _fill(stage.model, placements, value_of)
+    return ParallelModel(stages, list(stages), wan, config, options, zero, placements, {}, mesh, backend)
 
 
 def model_parts(mesh: Mesh, run_blocks: BlockRunner) -> ModuleFactories:

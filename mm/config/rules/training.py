@@ -9,6 +9,7 @@ from mm.config.optimizer import DEFAULTS
 from mm.config.output import require_writable_folder
 from mm.config.rules.adapters import ADAPTER_RULES
 from mm.config.rules.around import AROUND_RULES
+from mm.config.rules.experts import EXPERT_RULES
 from mm.config.rules.features import FEATURE_RULES
 from mm.config.rules.live import LIVE_RULES
 from mm.config.rules.packing import PACKING_RULES
@@ -157,4 +158,5 @@ TRAINING_RULES: tuple[Rule, ...] = (
     _compiled_blocks_wait_for_nothing,
     *RECOMPUTE_RULES,
     *ADAPTER_RULES,
+    *EXPERT_RULES,
 )
