@@ -13,11 +13,13 @@ from mm.api.saved_video import save_video
 from mm.api.training import TrainingResult, train_model
 from mm.api.wan_video_pipeline import WanVideoPipeline
 from mm.api.weights import Converted, convert_weights, inspect_weights
+from mm.generate.sampling import SamplingOptions
 
 __all__ = [
     "Converted",
     "Encoders",
     "ModelConfig",
+    "SamplingOptions",
     "TrainingResult",
     "VideoRow",
     "WanVideoPipeline",

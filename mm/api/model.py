@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -15,8 +17,10 @@ from mm.config.tasks.registry import TaskName
 from mm.device.backend import DeviceKind, select
 from mm.errors import ConfigError
 from mm.generate.weights import GenerationWeights, with_adapters
+from mm.ops.attention.sage import open_sage
 from mm.wan.config_json import infer_config
 from mm.wan.encoders import DTYPES
+from mm.wan.layers import ModuleFactories, self_attention
 from mm.wan.model import WanModel, whole_shapes
 
 
@@ -29,6 +33,7 @@ def load_model(
     adapters: Iterable[str | Path | tuple[str | Path, float]] = (),
     text_len: int | None = None,
     averaged: bool = False,
+    attention: Literal["exact", "sage"] = "exact",
 ) -> WanModel:
     """Load a transformer, ready for `model.velocity(latents=, timestep=, text=, **features)`.
 
@@ -43,12 +48,14 @@ def load_model(
         adapters: LoRA files or folders that are added, each alone or with a factor on it.
         text_len: tokens that captions are padded to, where it is not the 512 of the released models.
         averaged: of a training checkpoint the average of its weights (`--ema-decay`).
+        attention: of the video's tokens to each other: exact, or by SageAttention in 8 bits, for inference alone.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        ConfigError: CFG-030 and CFG-180 for the device, CFG-201 for weights of another task.
+        ConfigError: CFG-030 and CFG-180 for the device, CFG-201 for weights of another task, CFG-324 and CFG-325 for
+            SageAttention where it is not.
         CheckpointError, DataError: what `mm.checkpoint.weights.open_weights` raises, CKPT-011 for tensors of another
             model, DATA-090 to DATA-093 for adapters.
     """
@@ -58,7 +65,10 @@ def load_model(
     sections = [AdapterFile(path=str(one), strength=strength) for one, strength in pairs]
     config = config_of(source, task, text_len)
     weights = with_adapters(source, sections, config, DTYPES[dtype], fingerprinted=False)
-    return model_of(weights, config, DTYPES[dtype], select(device).device)
+    place, parts = select(device).device, None
+    if attention == "sage":
+        parts = ModuleFactories(self_attention=partial(self_attention, attend=open_sage(place, DTYPES[dtype])))
+    return model_of(weights, config, DTYPES[dtype], place, parts)
 
 
 def config_of(source: WeightSource, task: TaskName | None = None, text_len: int | None = None) -> WanConfig:
@@ -78,10 +88,16 @@ def config_of(source: WeightSource, task: TaskName | None = None, text_len: int 
     return config
 
 
-def model_of(weights: GenerationWeights, config: WanConfig, dtype: torch.dtype, device: torch.device) -> WanModel:
+def model_of(
+    weights: GenerationWeights,
+    config: WanConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    parts: ModuleFactories | None = None,
+) -> WanModel:
     """A model in evaluation mode with these weights, which need no gradient; one tensor at a time is read."""
     with torch.device("meta"):
-        model = WanModel(config)
+        model = WanModel(config, parts)
     model.to_precision(dtype).requires_grad_(False).to_empty(device=device)
     for name, parameter in model.named_parameters():
         parameter.copy_(weights.value_of(name, tuple(parameter.shape)))

@@ -20,6 +20,8 @@ from mm.generate.render import Processes, Renderer, batches_of_replica, usable_r
 from mm.generate.rows import GenerationRow, row_frames_in_front
 from mm.generate.video import clip_path, prepare_folder, write_clip
 from mm.generate.weights import GenerationWeights, open_generation_weights
+from mm.ops.attention.api import attention
+from mm.ops.attention.sage import open_sage
 from mm.parallel.apply import apply_frozen
 from mm.parallel.velocity import ParallelVelocity
 from mm.wan.encoders import DTYPES
@@ -47,7 +49,8 @@ def generate_clips(
 
     Raises:
         ConfigError: CFG-065 and CFG-066 when the parts of the model do not fit each other or the configuration; CFG-294
-            and CFG-295 for two experts without a boundary, or in each other's place.
+            and CFG-295 for two experts without a boundary, or in each other's place; CFG-324 and CFG-325 for
+            SageAttention where it is not.
         DataError: DATA-001 to DATA-007, DATA-085 to DATA-087, DATA-096 to DATA-099, DATA-110, CFG-250 to CFG-257 and
             CFG-281 for rows that could not be used, after all others are done; DATA-050 when a clip exists that another
             command has made, DATA-051 to DATA-056 and DATA-084 for prompts and clips, DATA-020 to DATA-045 and DATA-090
@@ -141,8 +144,10 @@ def _velocity(generation: GenerationRun, processes: Processes, weights: Weights)
     model, dtype = generation.model, DTYPES[generation.model.precision]
     place = generation.wan, processes.mesh, processes.backend, dtype
     first, low = weights
-    high = ParallelVelocity(apply_frozen(*place, first.value_of, generation.zero))
+    sage = generation.sampling.attention == "sage"
+    attend = open_sage(processes.backend.device, dtype) if sage else attention
+    high = ParallelVelocity(apply_frozen(*place, first.value_of, generation.zero, attend=attend))
     if low is None or model.low_noise is None:
         return high
-    other = ParallelVelocity(apply_frozen(*place, low.value_of, generation.zero))
+    other = ParallelVelocity(apply_frozen(*place, low.value_of, generation.zero, attend=attend))
     return TwoExperts(high, other, boundary_of(model.low_noise, generation.origins))

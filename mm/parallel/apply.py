@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mm.config.layerzero import ZeroConfig
 from mm.config.model import WanConfig
 from mm.device.backend import Backend
+from mm.ops.attention.api import Attend, attention
 from mm.parallel.context import context_attention
 from mm.parallel.layerzero import local_rows, shard_stage
 from mm.parallel.mesh import Mesh
@@ -151,15 +152,23 @@ def apply(
 
 
 def apply_frozen(
-    wan: WanConfig, mesh: Mesh, backend: Backend, dtype: torch.dtype, value_of: ValueOf, zero: ZeroConfig | None = None
+    wan: WanConfig,
+    mesh: Mesh,
+    backend: Backend,
+    dtype: torch.dtype,
+    value_of: ValueOf,
+    zero: ZeroConfig | None = None,
+    *,
+    attend: Attend = attention,
 ) -> ParallelModel:
     """Make this rank's part of a model that is only run, in `dtype` and without what training needs beside it.
 
     Args:
         wan, mesh, backend, dtype, zero: as for `apply`. The mesh has no pipeline.
         value_of: the values.
+        attend: self attention to a whole sequence.
     """
-    parts = model_parts(mesh, run_in_order)
+    parts = model_parts(mesh, run_in_order, attend)
     placements = _placements(whole_shapes(wan), mesh)
     options = DataParallelOptions()
     with backend.megatron():
@@ -174,18 +183,18 @@ def apply_frozen(
     return ParallelModel([stage], [stage], wan, config, options, zero, placements, {}, mesh, backend)
 
 
-def model_parts(mesh: Mesh, run_blocks: BlockRunner) -> ModuleFactories:
+def model_parts(mesh: Mesh, run_blocks: BlockRunner, attend: Attend = attention) -> ModuleFactories:
     """Factories of this rank's modules: linears and norms of its share, attention over its groups."""
-    attention = context_attention(mesh.context)
+    self_attention = context_attention(mesh.context, attend)
     if mesh.layout.tp_size == 1:
-        return ModuleFactories(self_attention=attention, run_blocks=run_blocks)
+        return ModuleFactories(self_attention=self_attention, run_blocks=run_blocks)
     axis = TensorAxis(mesh.groups.tp, mesh.layout.sequence_parallel)
     return ModuleFactories(
         column=axis.column,
         row=axis.row,
         columns=axis.columns,
         qk_norm=axis.qk_norm,
-        self_attention=attention,
+        self_attention=self_attention,
         run_blocks=run_blocks,
     )
 
