@@ -14,12 +14,14 @@ from mm.api.training import TrainingResult, train_model
 from mm.api.wan_video_pipeline import WanVideoPipeline
 from mm.api.weights import Converted, convert_weights, inspect_weights
 from mm.config.run.residency import Residency
+from mm.generate.sampling import SamplingOptions
 
 __all__ = [
     "Converted",
     "Encoders",
     "ModelConfig",
     "Residency",
+    "SamplingOptions",
     "TrainingResult",
     "VideoRow",
     "WanVideoPipeline",

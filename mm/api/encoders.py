@@ -9,7 +9,7 @@ import torch
 
 from mm.config.data import MAX_TEXT_TOKENS
 from mm.config.model import Precision
-from mm.config.run.encoders import Tiles
+from mm.config.run.encoders import TileBlend, Tiles
 from mm.errors import ConfigError
 from mm.wan.encoders import TextEncoder, VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
@@ -26,7 +26,8 @@ class Encoders:
         text_encoder: UMT5, a folder in the transformers layout. tokenizer: its folder, where that is not loaded.
         image_encoder: CLIP's visual half, for tasks with given frames.
         text_dtype, visual_dtype: of the text encoder, and of the VAE and the image encoder, where a folder is loaded.
-        tiling: the VAE works in overlapping tiles, which saves memory and costs time.
+        tiling: the VAE works in overlapping tiles, which saves memory and costs time: True, or their sizes.
+        tile_blend: the way in which tiles are put together.
     """
 
     vae: Folder | VideoEncoder
@@ -35,7 +36,8 @@ class Encoders:
     image_encoder: Folder | ImageEncoder | None = None
     text_dtype: Precision = "bf16"
     visual_dtype: Precision = "fp32"
-    tiling: bool = False
+    tiling: bool | Tiles = False
+    tile_blend: TileBlend = "neighbours"
 
     @classmethod
     def of(
@@ -44,7 +46,8 @@ class Encoders:
         *,
         text_dtype: Precision = "bf16",
         visual_dtype: Precision = "fp32",
-        tiling: bool = False,
+        tiling: bool | Tiles = False,
+        tile_blend: TileBlend = "neighbours",
     ) -> Encoders:
         """Those of a model's folder in the diffusers layout: `vae`, `text_encoder`, `tokenizer`, `image_encoder`."""
         home = Path(folder)
@@ -57,14 +60,15 @@ class Encoders:
             text_dtype,
             visual_dtype,
             tiling,
+            tile_blend,
         )
 
     def load_vae(self, device: torch.device) -> VideoEncoder:
         """The VAE; DATA-040 to DATA-042 where it cannot be loaded."""
         if isinstance(self.vae, VideoEncoder):
             return self.vae
-        tiles = Tiles() if self.tiling else None
-        return VideoEncoder.from_pretrained(Path(self.vae), self.visual_dtype, device, tiles)
+        tiles = self.tiling if isinstance(self.tiling, Tiles) else Tiles() if self.tiling else None
+        return VideoEncoder.from_pretrained(Path(self.vae), self.visual_dtype, device, tiles, self.tile_blend)
 
     def load_text_encoder(self, device: torch.device, max_tokens: int = MAX_TEXT_TOKENS) -> TextEncoder:
         """The text encoder, which cuts texts at so many tokens; DATA-040 to DATA-043 where it cannot be loaded.

@@ -31,7 +31,15 @@ from mm.config.tasks.task import ListName, Task
 from mm.diffusion.samplers import Solver
 from mm.errors import ConfigError, raise_all
 from mm.generate.fit import require_image_encoder_fits, require_text_fits, require_vae_fits
-from mm.generate.sampling import ClipConditions, ClipPlan, SamplerSettings, decode, encode_prompts, sample
+from mm.generate.sampling import (
+    ClipConditions,
+    ClipPlan,
+    SamplerSettings,
+    SamplingOptions,
+    decode,
+    encode_prompts,
+    sample,
+)
 from mm.generate.sources import EarlyFeatures, Given, kind_of_clip
 from mm.wan.model import WanModel
 
@@ -58,6 +66,7 @@ def generate_videos(
     solver: Solver = "unipc",
     strength: float | None = None,
     batched_guidance: bool = False,
+    options: SamplingOptions | None = None,
     batch_size: int = 1,
     seed: int = 42,
     noise: Sequence[Tensor] | None = None,
@@ -78,13 +87,11 @@ def generate_videos(
         masks: white where `videos` are made anew: files of videos or images, uint8 [F, H, W] or [H, W].
             In these lists None stands for nothing where the model can do without.
         text_only: a model that sees frames is shown none. vace_scale: a factor on what side blocks add.
-        columns: the task's numbers by name, one for each prompt.
+        columns: the task's numbers by name, one for each prompt. size: frames (4k + 1), height and width (16 n).
         negative_prompt: what guidance leads away from; None is the Wan2.1 release's for the task.
-        size: frames (4k + 1), height and width (multiples of 16, or of 32 for VAEs of stride 16).
-        steps, shift, solver: of the sampler; shift 3 for 480p and 5 for 720p are usual.
-        guidance_scale: of classifier-free guidance; exactly 1 leaves the negative prompt out.
-        batched_guidance: both prompts in one pass of twice the batch. residency: as for `load_model`, of a folder.
-        strength: with `videos`, the share of the steps that are taken, above 0 to 1.
+        steps, shift, solver: of the sampler; shift 3 for 480p and 5 for 720p are usual. residency: as for `load_model`.
+        guidance_scale: 1 leaves the negative prompt out. batched_guidance: both prompts in one pass of twice the batch.
+        strength: with `videos`, the share of the steps that are taken, above 0 to 1. options: what sampling costs.
         batch_size: prompts that go through the transformer together. seed: with a prompt's number, of the noise.
         noise: other noise for each prompt, [C, latent frames with those in front, H, W]. on_step: called after steps.
 
@@ -92,8 +99,9 @@ def generate_videos(
         For each prompt its frames, uint8 [F, H, W, 3], on the CPU.
 
     Raises:
-        ConfigError: CFG-060, CFG-061, CFG-063, CFG-120, CFG-121, CFG-123, CFG-200, CFG-280, CFG-306: arguments, all at
-            once; CFG-371 to CFG-374: residency; CFG-250 to CFG-258, CFG-281: conditions; CFG-064, CFG-066: encoders.
+        ConfigError: CFG-060, CFG-061, CFG-063, CFG-120, CFG-121, CFG-123, CFG-200, CFG-280, CFG-306, CFG-321 to CFG-323
+            for arguments, all at once; CFG-250 to CFG-258, CFG-281: conditions; CFG-064, CFG-066: encoders; CFG-371 to
+            CFG-374: residency.
         DataError: DATA-001 to DATA-007, DATA-086, DATA-087 and DATA-110 for images and videos, DATA-040 to DATA-043
             for encoders, DATA-055 and DATA-056 for the VAE's and the transformer's output.
     """
@@ -110,7 +118,8 @@ def generate_videos(
         None if noise is None else tuple(noise),
     )
     task = _row_task(loaded.config.task, asked)
-    settings = SamplerSettings(solver, steps, shift, guidance_scale, batched_guidance, strength=strength or 1.0)
+    sampler = solver, steps, shift, guidance_scale, batched_guidance
+    settings = SamplerSettings(*sampler, strength=strength or 1.0, options=options or SamplingOptions())
     plan = ClipPlan(loaded.config, next(loaded.parameters()).device, task.frames, size, seed, settings)
     raise_all(ConfigError, list(generation_problems(asked, plan, task)))
     negative = task.negative + NEGATIVE_PROMPT if negative_prompt is None else negative_prompt

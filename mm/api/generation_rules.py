@@ -11,11 +11,13 @@ from torch import Tensor
 from mm.api.arguments import column_problems
 from mm.config.data import TEMPORAL_STRIDE
 from mm.config.rules.generation import size_problems
+from mm.config.rules.sampling import tea_cache_problems, window_problems
 from mm.config.rules.tasks import not_generated
 from mm.config.run.listed import LISTS, Listed, Shown, lists_of
 from mm.config.tasks.task import ListName, Source, Task
 from mm.errors import Problem
 from mm.generate.sampling import ClipPlan
+from mm.generate.tea_cache import COEFFICIENTS
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,14 @@ class Asked:
 
 
 def generation_problems(asked: Asked, plan: ClipPlan, task: Task) -> Iterator[Problem]:
-    """CFG-060, CFG-061, CFG-063, CFG-120, CFG-121, CFG-123, CFG-200 and CFG-280.
+    """CFG-060, CFG-061, CFG-063, CFG-120, CFG-121, CFG-123, CFG-200, CFG-280 and CFG-321 to CFG-323.
 
     Args:
         asked: what. plan: how. task: whose frames are given.
     """
     yield from size_problems(plan.size, plan.wan.patch_size, plan.wan.task, "size")
     yield from _number_problems(asked, plan)
+    yield from _sampling_problems(plan)
     yield from _length_problems(asked)
     yield from _noise_problems(asked, plan)
     yield from not_generated(plan.wan.task)
@@ -81,6 +84,20 @@ def _number_problems(asked: Asked, plan: ClipPlan) -> Iterator[Problem]:
     if settings.batched_guidance and settings.guidance_scale == 1:
         found = "batched_guidance has no effect with guidance_scale 1."
         yield Problem("CFG-063", found, "Leave it out, or choose another guidance_scale.")
+
+
+def _sampling_problems(plan: ClipPlan) -> Iterator[Problem]:
+    """CFG-200 for a model that TeaCache does not know, CFG-321 to CFG-323."""
+    settings, options = plan.settings, plan.settings.options
+    if options.tea_cache is not None:
+        threshold, model = options.tea_cache
+        if model not in COEFFICIENTS:
+            found = f"tea_cache names {model!r}."
+            yield Problem("CFG-200", found, f"Give one of {', '.join(COEFFICIENTS)}.")
+        share = 1.0 if options.strength_steps == "all" else settings.strength
+        yield from tea_cache_problems(threshold, int(settings.num_steps * share), "tea_cache")
+    if options.windows is not None:
+        yield from window_problems(*options.windows, plan.size[0], "windows")
 
 
 def _length_problems(asked: Asked) -> Iterator[Problem]:
@@ -155,6 +172,8 @@ def _setting_problems(asked: Asked, plan: ClipPlan) -> Iterator[Problem]:
 
 def _video_problems(asked: Asked, plan: ClipPlan, task: Task) -> Iterator[Problem]:
     """CFG-121: a strength belongs to videos that clips begin as, not to those that the model sees."""
+    if plan.settings.options.strength_steps == "all" and asked.strength is None:
+        yield Problem("CFG-121", "strength_steps has no effect without strength.", "Leave it out, or give strength=.")
     if "videos" not in asked.lists:
         if asked.strength is not None:
             yield Problem("CFG-121", "strength has no effect without videos.", "Leave it out, or give videos=.")

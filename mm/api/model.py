@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,11 +21,13 @@ from mm.config.tasks.registry import TaskName
 from mm.device.backend import Backend, DeviceKind, free_host_bytes, select
 from mm.errors import ConfigError, raise_all
 from mm.generate.weights import GenerationWeights, with_adapters
+from mm.ops.attention.sage import open_sage
 from mm.parallel.apply import ValueOf, WriteValue
 from mm.residency.budget import forward_bytes, plan_weights
 from mm.residency.hold import WeightValues, hold_weights
 from mm.wan.config_json import infer_config
 from mm.wan.encoders import DTYPES
+from mm.wan.layers import ModuleFactories, self_attention
 from mm.wan.model import WanModel, whole_shapes
 
 
@@ -36,6 +40,7 @@ def load_model(
     adapters: Iterable[str | Path | tuple[str | Path, float]] = (),
     text_len: int | None = None,
     averaged: bool = False,
+    attention: Literal["exact", "sage"] = "exact",
     residency: Residency | None = None,
     clip: tuple[int, int, int] | None = None,
     batch_size: int = 1,
@@ -53,6 +58,7 @@ def load_model(
         adapters: LoRA files or folders that are added, each alone or with a factor on it.
         text_len: tokens that captions are padded to, where it is not the 512 of the released models.
         averaged: of a training checkpoint the average of its weights (`--ema-decay`).
+        attention: of the video's tokens to each other: exact, or by SageAttention in 8 bits, for inference alone.
         residency: where the weights are; None puts all of them on the device. With limits the model is for forwards
             without gradients.
         clip: frames, height and width of a clip whose forward the device limit has room for, too; None plans for
@@ -63,7 +69,7 @@ def load_model(
 
     Raises:
         ConfigError: CFG-371 to CFG-374 for limits that contradict each other or cannot be kept, CFG-030 and CFG-180 for
-            the device, CFG-201 for weights of another task.
+            the device, CFG-201 for weights of another task, CFG-324 and CFG-325 for SageAttention where it is not.
         CheckpointError, DataError: what `mm.checkpoint.weights.open_weights` raises, CKPT-011 for tensors of another
             model, DATA-090 to DATA-093 for adapters.
     """
@@ -79,7 +85,10 @@ def load_model(
     if clip is not None:
         tokens = config.num_tokens(latent_size(clip, config.task.latent_pixels))
         working = forward_bytes(config, tokens, batch_size, DTYPES[dtype].itemsize)
-    return model_of(weights, config, DTYPES[dtype], select(device), residency, working)
+    backend, parts = select(device), None
+    if attention == "sage":
+        parts = ModuleFactories(self_attention=partial(self_attention, attend=open_sage(backend.device, DTYPES[dtype])))
+    return model_of(weights, config, DTYPES[dtype], backend, residency, working, parts=parts)
 
 
 def config_of(source: WeightSource, task: TaskName | None = None, text_len: int | None = None) -> WanConfig:
@@ -106,6 +115,8 @@ def model_of(
     backend: Backend,
     residency: Residency | None = None,
     beside: int = 0,
+    *,
+    parts: ModuleFactories | None = None,
 ) -> WanModel:
     """A model in evaluation mode with these weights, which need no gradient; one tensor at a time is read.
 
@@ -113,12 +124,13 @@ def model_of(
         weights: of the model, in fp8 where `residency` says so. config: the model. dtype: of the bulk of the weights.
         backend: the device. residency: where they are, checked; None puts all on the device.
         beside: bytes of the device that a limit leaves to others (`mm.residency.budget.plan_weights`).
+        parts: as for `WanModel`.
 
     Raises:
         ConfigError: CFG-373 and CFG-374 for limits that cannot be kept.
     """
     with torch.device("meta"):
-        model = WanModel(config)
+        model = WanModel(config, parts)
     model.to_precision(dtype).requires_grad_(False)
     if weights.fp8 is not None:
         weights.fp8.prepare(model)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,10 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from mm.config.data import TEMPORAL_STRIDE
+from mm.config.run.generation import TeaCacheModel
 from mm.config.run.listed import every_list_of
 from mm.config.tasks.registry import GENERATED
 from mm.config.tasks.task import Source, Task
 from mm.errors import ConfigError, Problem, raise_all
+from mm.generate.sampling import SamplingOptions
 from mm.poses import ORIGIN, SPEED
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,8 @@ class ClipParameters:
         num_inference_steps, sigma_shift: of Euler's method.
         motion_bucket_id: how much moves, from 0 to 100, of models with speed control.
         tiled, tile_size, tile_stride: the VAE works in overlapping tiles of so many latent pixels.
+        tea_cache_l1_thresh, tea_cache_model_id: steps without blocks, and the model by which they are found.
+        sliding_window_size, sliding_window_stride: latent frames that are seen at a time (`docs/inference.md`).
         progress_bar_cmd: wraps the steps to show progress; None shows tqdm's bar, `lambda steps: steps` none.
     """
 
@@ -73,6 +77,10 @@ class ClipParameters:
     tiled: bool = False
     tile_size: tuple[int, int] = (30, 52)
     tile_stride: tuple[int, int] = (15, 26)
+    tea_cache_l1_thresh: float | None = None
+    tea_cache_model_id: str = ""
+    sliding_window_size: int | None = None
+    sliding_window_stride: int | None = None
     progress_bar_cmd: Callable[[Iterable[int]], Iterable[int]] | None = None
 
     @classmethod
@@ -80,8 +88,8 @@ class ClipParameters:
         """Parameters from a call's words, for models of a task.
 
         Raises:
-            ConfigError: CFG-405 for a rand_device, CFG-406 for a parameter that there is not, CFG-407 for one that
-                models of the task do not take; all at once.
+            ConfigError: CFG-322 for half of a sliding window, CFG-405 for a rand_device, CFG-406 for a parameter that
+                there is not, CFG-407 for one that models of the task do not take; all at once.
         """
         known = [field.name for field in fields(cls)]
         problems = [_unknown(name, known) for name in given if name not in known]
@@ -94,8 +102,21 @@ class ClipParameters:
                 titles = ", ".join(other.title for other in GENERATED.values() if takes(other))
                 what = f"{name} is given, and {task.title} models do not take it."
                 problems.append(Problem("CFG-407", what, f"Leave it out, or use a model of {titles}."))
+        if (found.sliding_window_size is None) != (found.sliding_window_stride is None):
+            what = "One of sliding_window_size and sliding_window_stride is given without the other."
+            problems.append(Problem("CFG-322", what, "Give both, or neither."))
         raise_all(ConfigError, problems)
         return found
+
+    @property
+    def options(self) -> SamplingOptions:
+        """Options of sampling; a video's clip takes all steps, as there."""
+        threshold, size, stride = self.tea_cache_l1_thresh, self.sliding_window_size, self.sliding_window_stride
+        return SamplingOptions(
+            tea_cache=None if threshold is None else (threshold, cast(TeaCacheModel, self.tea_cache_model_id)),
+            windows=None if size is None or stride is None else (size, stride),
+            strength_steps="last" if self.input_video is None else "all",
+        )
 
     def size(self, task: Task) -> tuple[int, int, int]:
         """Frames, height and width that are made: those asked for, rounded up."""

@@ -134,7 +134,7 @@ class WanVideoPipeline:
             Its frames. Pictures of another size are resized to the clip's; one of other proportions is warned about.
 
         Raises:
-            ConfigError: CFG-405 to CFG-407 for parameters, all at once; what `generate_videos` raises.
+            ConfigError: CFG-322 and CFG-405 to CFG-407 for parameters, all at once; what `generate_videos` raises.
             DataError: what `generate_videos` raises, DATA-087 for a video that is too short.
         """
         task = self.dit.config.task
@@ -174,6 +174,7 @@ class WanVideoPipeline:
             solver="euler",
             strength=None if given.input_video is None else given.denoising_strength,
             batched_guidance=given.cfg_merge,
+            options=given.options,
             noise=[self._noise(given.seed, size, len(references) if several is not None else 0)],
             on_step=lambda: next(steps, None),
         )
@@ -182,7 +183,7 @@ class WanVideoPipeline:
 
     def _encoders(self, given: ClipParameters) -> Encoders:
         tiles = Tiles(size=given.tile_size, stride=given.tile_stride) if given.tiled else None
-        return Encoders(VideoEncoder(self.vae.vae, tiles), self.text_encoder, image_encoder=self.image_encoder)
+        return Encoders(VideoEncoder(self.vae.vae, tiles, "masks"), self.text_encoder, image_encoder=self.image_encoder)
 
     def _noise(self, seed: int | None, size: tuple[int, int, int], in_front: int) -> Tensor:
         """Noise that DiffSynth-Studio draws from a seed, before it rounds it: latents in front are its last ones."""

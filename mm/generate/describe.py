@@ -12,8 +12,7 @@ import torch
 
 import mm
 from mm.checkpoint.safetensor_file import hash_file
-from mm.config.run.encoders import EncodersSection
-from mm.config.run.generation import AdapterFile, GenerationRun
+from mm.config.run.generation import AdapterFile, GenerationEncoders, GenerationRun
 from mm.data.recipe import folder_fingerprint
 from mm.generate.camera_line import is_move
 from mm.generate.experts import boundary_of
@@ -33,8 +32,10 @@ def describe_run(
     """
     sampling = generation.sampling
     sampler: dict[str, Any] = {"sample_solver": sampling.solver}
+    if sampling.solver != "euler":
+        sampler["solver_order"] = sampling.solver_order or 2
     if sampling.solver == "unipc":
-        sampler |= {"solver_order": sampling.solver_order or 2, "solver_type": sampling.solver_type or "bh2"}
+        sampler["solver_type"] = sampling.solver_type or "bh2"
     libraries = {name: importlib.metadata.version(name) for name in ("diffusers", "transformers", "av")}
     transformer = {
         "path": str(weights.source.path),
@@ -52,6 +53,7 @@ def describe_run(
         "flow_shift": sampling.shift,
         "guidance_scale": sampling.guidance_scale,
         "batched_guidance": sampling.batched_guidance,
+        **_shortened(generation),
         "transformer": transformer | _fp8(generation) | {"fingerprint": fingerprint_of(weights, low)},
         "lora": _adapters(generation.model.adapters, weights),
         **({} if low is None else _low_noise(generation, low)),
@@ -66,6 +68,17 @@ def describe_run(
 def _fp8(generation: GenerationRun) -> dict[str, Any]:
     kind = generation.residency.fp8
     return {} if kind is None else {"fp8": kind}
+
+
+def _shortened(generation: GenerationRun) -> dict[str, Any]:
+    """Ways in which sampling is shortened; nothing where it is not, as beside clips of earlier versions."""
+    sampling = generation.sampling
+    found: dict[str, Any] = {} if sampling.attention == "exact" else {"attention": sampling.attention}
+    if sampling.tea_cache is not None:
+        found |= dict(zip(("tea_cache_l1_thresh", "tea_cache_model_id"), sampling.tea_cache, strict=True))
+    if sampling.windows is not None:
+        found |= dict(zip(("sliding_window_size", "sliding_window_stride"), sampling.windows, strict=True))
+    return found
 
 
 def _adapters(sections: Sequence[AdapterFile], weights: GenerationWeights) -> list[dict[str, Any]]:
@@ -104,6 +117,7 @@ def describe_row(row: GenerationRow, run: GenerationRun) -> dict[str, Any]:
             about["start_frame"] = run.inputs.start_frame or 0
             if run.wan.task.with_video:
                 about["strength"] = run.inputs.strength
+                about |= {"strength_steps": "all"} if run.inputs.strength_steps == "all" else {}
         elif name == "cameras":
             about["camera"] = paths[0] if is_move(paths[0]) else _file(paths[0])
         else:
@@ -117,7 +131,7 @@ def _file(path: str) -> dict[str, str]:
     return {"path": path, "fingerprint": hash_file(Path(path))[:16]}
 
 
-def _encoders(named: EncodersSection) -> dict[str, Any]:
+def _encoders(named: GenerationEncoders) -> dict[str, Any]:
     """Folders, precisions and contents of the parts around the transformer.
 
     Keys and constants are those that clips of earlier versions have beside them: a clip is kept where they are equal.
@@ -130,6 +144,7 @@ def _encoders(named: EncodersSection) -> dict[str, Any]:
             "dtype": named.vae.precision,
             "enable_tiling": named.vae.tiling,
             "tiling_param": None if tiles is None else {"tile_size": tiles.size, "tile_stride": tiles.stride},
+            **({} if named.vae.tile_blend is None else {"tile_blend": named.vae.tile_blend}),
             "norm_latents": True,
             "norm_mode": "channel_specified_shift_scale",
             "do_sample": False,

@@ -39,8 +39,9 @@ class TwoExperts:
     def __call__(self, inputs: ModelInputs) -> Tensor:
         """The velocity of samples that have one noise level; raises what the transformers raise."""
         of_noise = float(inputs.timestep.max())  # a frame that is given clean is at 0, whatever the others are
-        expert = self.high if is_high(of_noise, self.boundary) else self.low
-        return expert(inputs)
+        if is_high(of_noise, self.boundary):
+            return self.high(inputs.part("high"))
+        return self.low(inputs.part("low"))
 
 
 def boundary_of(low: LowNoiseExpert, words: Origins) -> float:

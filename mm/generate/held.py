@@ -10,6 +10,8 @@ from mm.config.run.generation import GenerationRun, latent_size
 from mm.device.backend import free_host_bytes
 from mm.generate.render import Processes
 from mm.generate.weights import GenerationWeights
+from mm.ops.attention.api import attention
+from mm.ops.attention.sage import open_sage
 from mm.parallel.apply import ValueOf, WriteValue, apply_frozen
 from mm.parallel.velocity import ParallelVelocity
 from mm.residency.budget import forward_bytes, plan_weights
@@ -29,7 +31,8 @@ def held_velocity(
         transformers: of the run, which share the limits.
 
     Raises:
-        ConfigError: CFG-373 and CFG-374 for limits that cannot be kept.
+        ConfigError: CFG-373 and CFG-374 for limits that cannot be kept, CFG-324 and CFG-325 for SageAttention where it
+            is not.
         CheckpointError: CKPT-016 and CKPT-120 for values that cannot be used.
     """
     backend, mesh, dtype = processes.backend, processes.mesh, DTYPES[run.model.precision]
@@ -45,7 +48,9 @@ def held_velocity(
 
     extension = None if weights.fp8 is None else weights.fp8.extension()
     place = run.wan, mesh, backend, dtype, weights.value_of, run.zero
-    return ParallelVelocity(apply_frozen(*place, extension=extension, put=put if run.zero is None else None))
+    how = put if run.zero is None else None
+    attend = open_sage(backend.device, dtype) if run.sampling.attention == "sage" else attention
+    return ParallelVelocity(apply_frozen(*place, extension=extension, put=how, attend=attend))
 
 
 def parameter_bytes(module: torch.nn.Module) -> int:

@@ -16,6 +16,7 @@ from mm.diffusion.samplers import Sampler
 from mm.errors import DataError
 from mm.rng import generator
 from mm.wan.inputs import ModelInputs
+from mm.wan.reuse import BlockReuse
 
 
 class Velocity(Protocol):
@@ -63,6 +64,7 @@ def denoise(
     *,
     features: Mapping[str, Tensor] | None = None,
     batched_guidance: bool = False,
+    reuse_at: Callable[[int], BlockReuse] | None = None,
     on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Integrate the velocity from noise to latents, as Wan does (arXiv 2503.20314; guidance: arXiv 2207.12598).
@@ -79,6 +81,7 @@ def denoise(
         guidance_scale: strength of the guidance, or a function that tells it of a timestep.
         features: what the model's task declares, as in `ModelInputs`; the same for both prompts.
         batched_guidance: both prompts in one pass of twice the batch, instead of two passes one after the other.
+        reuse_at: what decides at each step whether the transformer's blocks run; None where they always do.
         on_step: called after every step; what it returns is ignored.
 
     Returns:
@@ -88,13 +91,15 @@ def denoise(
         DataError: DATA-056 when the latents are no longer finite numbers.
     """
     latents = latents.float()
-    for t in sampler.timesteps:
+    for step, t in enumerate(sampler.timesteps):
         scale = guidance_scale(float(t)) if callable(guidance_scale) else guidance_scale
         guided = scale != 1
         if negative is None and guided:
             raise ValueError("guidance needs the negative prompt's features")
         texts = [text, negative] if negative is not None and guided else [text]
-        velocities = _velocities(model, latents, t, texts, features or {}, batched_guidance)
+        timestep = t.expand(len(latents)).to(latents.device)
+        inputs = ModelInputs(latents, timestep, text, features or {}, reuse=reuse_at(step) if reuse_at else None)
+        velocities = _velocities(model, inputs, texts, batched_guidance)
         velocity = velocities[0]
         if guided:
             velocity = velocities[1] + scale * (velocity - velocities[1])
@@ -109,14 +114,11 @@ def denoise(
     return latents
 
 
-def _velocities(
-    model: Velocity, latents: Tensor, t: Tensor, texts: Sequence[Tensor], features: Mapping[str, Tensor], batched: bool
-) -> list[Tensor]:
+def _velocities(model: Velocity, inputs: ModelInputs, texts: Sequence[Tensor], batched: bool) -> list[Tensor]:
     """The velocity for each of `texts`, [B, C, F, H, W] fp32, from one pass or one pass each."""
-    timestep = t.expand(len(latents)).to(latents.device)
     if not batched or len(texts) == 1:
-        return [model(ModelInputs(latents, timestep, text, features)).float() for text in texts]
-    twice = ModelInputs(latents, timestep, texts[0], features).each(lambda value: torch.cat((value, value)))
+        return [model(replace(inputs, text=text).part(number)).float() for number, text in enumerate(texts)]
+    twice = inputs.each(lambda value: torch.cat((value, value)))
     both = model(replace(twice, text=torch.cat(list(texts))))
     return list(both.float().chunk(2))
 

@@ -27,8 +27,17 @@ from mm.generate.fit import require_image_encoder_fits, require_text_fits, requi
 from mm.generate.inputs import load_given
 from mm.generate.pipeline import Velocity
 from mm.generate.rows import BadRow, GenerationRow, read_rows
-from mm.generate.sampling import ClipConditions, ClipPlan, SamplerSettings, decode, encode_prompts, sample
+from mm.generate.sampling import (
+    ClipConditions,
+    ClipPlan,
+    SamplerSettings,
+    SamplingOptions,
+    decode,
+    encode_prompts,
+    sample,
+)
 from mm.generate.sources import EARLY_SOURCES, EarlyFeatures
+from mm.parallel.agree import agreement
 from mm.parallel.mesh import Mesh
 from mm.wan.encoders import TextEncoder, VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
@@ -154,9 +163,8 @@ class Renderer:
             DataError: DATA-040 to DATA-042 when it cannot be loaded.
         """
         vae = self._run.encoders.vae
-        video = VideoEncoder.from_pretrained(
-            Path(vae.from_pretrained), vae.precision, self._processes.backend.device, vae.tiles_of_clips()
-        )
+        place = Path(vae.from_pretrained), vae.precision, self._processes.backend.device
+        video = VideoEncoder.from_pretrained(*place, vae.tiles_of_clips(), vae.tile_blend or "neighbours")
         require_vae_fits(vae.from_pretrained, video, self._plan.wan)
         return video
 
@@ -174,10 +182,13 @@ class Renderer:
         Raises:
             DataError: DATA-055 for a VAE of another stride, DATA-056 when the transformer's output is not finite.
         """
+        agree = agreement(self._processes.mesh, self._processes.backend.device)
         for batch in self._batches:
             count = len(batch.rows) if batch.counts else 0
             conditions = [self._conditions(row) for row in batch.rows]
-            latents = sample(model, video, self._plan, conditions, self._negative, on_step=partial(on_step, count))
+            latents = sample(
+                model, video, self._plan, conditions, self._negative, agree=agree, on_step=partial(on_step, count)
+            )
             if batch.counts and self._processes.writes:
                 frames = decode(video, latents, self._plan.size, self._run.encoders.vae.from_pretrained)
                 yield from zip(batch.rows, frames, strict=True)
@@ -200,6 +211,7 @@ def clip_plan(run: GenerationRun, device: torch.device) -> ClipPlan:
         solver_order=sampling.solver_order or 2,
         solver_type=sampling.solver_type or "bh2",
         strength=run.inputs.strength or 1.0,
+        options=SamplingOptions(sampling.tea_cache, sampling.windows, run.inputs.strength_steps or "last"),
         boundary=None if low is None else boundary_of(low, run.origins),
         low_guidance_scale=None if low is None else low.guidance_scale,
     )

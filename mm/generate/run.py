@@ -47,7 +47,7 @@ def generate_clips(
     Raises:
         ConfigError: CFG-065 and CFG-066 when the parts of the model do not fit each other or the configuration; CFG-294
             and CFG-295 for two experts without a boundary, or in each other's place; CFG-373 and CFG-374 for limits of
-            memory that cannot be kept.
+            memory that cannot be kept; CFG-324 and CFG-325 for SageAttention where it is not.
         DataError: DATA-001 to DATA-007, DATA-085 to DATA-087, DATA-096 to DATA-099, DATA-110, CFG-250 to CFG-257 and
             CFG-281 for rows that could not be used, after all others are done; DATA-050 when a clip exists that another
             command has made, DATA-051 to DATA-056 and DATA-084 for prompts and clips, DATA-020 to DATA-045 and DATA-090

@@ -5,6 +5,7 @@ Shapes: B clips, C latent channels, F H W latent frames, height and width, L tex
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,19 +14,40 @@ import torch
 from torch import Tensor
 
 from mm.config.model import WanConfig
-from mm.config.run.generation import latent_size
+from mm.config.run.generation import TeaCacheModel, latent_size
 from mm.config.tasks.task import Frame
-from mm.diffusion.samplers import Sampler, Solver, make_sampler
+from mm.diffusion.samplers import Sampler, Solver, StrengthSteps, make_sampler
 from mm.errors import DataError
 from mm.generate.experts import is_high
 from mm.generate.given_frame import GivenFirstFrame
 from mm.generate.pipeline import Velocity, denoise, initial_latents, noisy_latents, pad_text, to_frames
 from mm.generate.sources import Given, LateFeatures, frames_in_front
+from mm.generate.tea_cache import TeaCache, TeaCacheSettings
+from mm.generate.windows import Windowed, WindowSettings
 from mm.wan.conditions.pixels import ClipSize
 from mm.wan.encoders import TextEncoder, VideoEncoder
 
+log = logging.getLogger(__name__)
+
 PixelSize = tuple[int, int, int]
 """Frames (4k + 1), height and width of a clip in pixels."""
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Options of sampling that change what it costs, or where it begins (`docs/inference.md`).
+
+    Attributes:
+        tea_cache: threshold and model of TeaCache, such as (0.05, "Wan2.1-T2V-1.3B"); None runs all blocks at all
+            steps.
+        windows: latent frames that the transformer sees at a time, and between the beginnings of two such windows; None
+            shows it the whole clip.
+        strength_steps: steps that are taken from a given video, as for `mm.diffusion.samplers.make_sampler`.
+    """
+
+    tea_cache: tuple[float, TeaCacheModel] | None = None
+    windows: tuple[int, int] | None = None
+    strength_steps: StrengthSteps = "last"
 
 
 @dataclass(frozen=True)
@@ -36,6 +58,7 @@ class SamplerSettings:
         solver, num_steps, shift, solver_order, solver_type, strength: as for `mm.diffusion.samplers.make_sampler`.
         guidance_scale: of classifier-free guidance; exactly 1 leaves the negative prompt out.
         batched_guidance: both prompts in one pass of twice the batch, instead of two passes.
+        options: more of them, which change what sampling costs or where it begins.
         boundary, low_guidance_scale: of two experts, the noise level from which on the first is asked, and the scale
             below it; None where there is one transformer.
     """
@@ -48,6 +71,7 @@ class SamplerSettings:
     solver_order: int = 2
     solver_type: Literal["bh1", "bh2"] = "bh2"
     strength: float = 1.0
+    options: SamplingOptions = SamplingOptions()
     boundary: float | None = None
     low_guidance_scale: float | None = None
 
@@ -66,6 +90,7 @@ class SamplerSettings:
             solver_order=self.solver_order,
             solver_type=self.solver_type,
             strength=self.strength,
+            strength_steps=self.options.strength_steps,
         )
 
     @property
@@ -135,6 +160,7 @@ def sample(
     clips: Sequence[ClipConditions],
     negative: Tensor | None,
     *,
+    agree: Callable[[bool], bool] = bool,
     on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Latents of some clips that go through the transformer together.
@@ -143,6 +169,7 @@ def sample(
         model: the transformer. video: the VAE, for images and videos that are given.
         plan: what the clips share. clips: B of them, with as many latent frames in front.
         negative: [L, text_dim] of the negative prompt; may be None when the guidance scale is 1.
+        agree: of all ranks that must do alike, whether all say so (`mm.parallel.agree`).
         on_step: called after every step; what it returns is ignored.
 
     Returns:
@@ -166,7 +193,13 @@ def sample(
     }
     late = LateFeatures(plan.wan, video, ClipSize(*plan.size), plan.frames).of(given)
     features |= {name: feature.to(device) for name, feature in late.items()}
+    windows, tea_cache = settings.options.windows, settings.options.tea_cache
+    if windows is not None:
+        model = Windowed(model, plan.wan, WindowSettings(*windows), in_front)
     with_first = _given_first_frame(model, video, plan, clips)
+    cache = None
+    if tea_cache is not None:
+        cache = TeaCache(TeaCacheSettings(*tea_cache), len(sampler.timesteps), agree)
     found = denoise(
         with_first or model,
         latents,
@@ -176,8 +209,11 @@ def sample(
         settings.guidance,
         features=features,
         batched_guidance=settings.batched_guidance,
+        reuse_at=None if cache is None else cache.at,
         on_step=on_step,
     )
+    if cache is not None:
+        log.info("TeaCache left the blocks out in %d of %d passes", cache.skipped, cache.skipped + cache.computed)
     return found[:, :, in_front:] if with_first is None else with_first.in_clip(found)
 
 

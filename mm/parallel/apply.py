@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mm.config.layerzero import ZeroConfig
 from mm.config.model import WanConfig
 from mm.device.backend import Backend
+from mm.ops.attention.api import Attend, attention
 from mm.parallel.context import context_attention
 from mm.parallel.layerzero import local_rows, shard_stage
 from mm.parallel.mesh import Mesh
@@ -167,6 +168,7 @@ def apply_frozen(
     *,
     extension: TrainableExtension | None = None,
     put: PutWeights | None = None,
+    attend: Attend = attention,
 ) -> ParallelModel:
     """Make this rank's part of a model that is only run, in `dtype` and without what training needs beside it.
 
@@ -175,9 +177,10 @@ def apply_frozen(
         value_of: the values.
         extension: what is added to the model; nothing of it is trained.
         put: gives the part its weights; None puts `value_of` on the device. Not for layer-zero.
+        attend: self attention to a whole sequence.
     """
     layout = mesh.layout
-    parts = model_parts(mesh, run_in_order)
+    parts = model_parts(mesh, run_in_order, attend)
     shapes = {**whole_shapes(wan), **(extension.shapes if extension is not None else {})}
     placements = _placements(shapes, mesh)
     options = DataParallelOptions()
@@ -199,18 +202,18 @@ def apply_frozen(
     return ParallelModel(stages, list(stages), wan, config, options, zero, placements, {}, mesh, backend)
 
 
-def model_parts(mesh: Mesh, run_blocks: BlockRunner) -> ModuleFactories:
+def model_parts(mesh: Mesh, run_blocks: BlockRunner, attend: Attend = attention) -> ModuleFactories:
     """Factories of this rank's modules: linears and norms of its share, attention over its groups."""
-    attention = context_attention(mesh.context)
+    self_attention = context_attention(mesh.context, attend)
     if mesh.layout.tp_size == 1:
-        return ModuleFactories(self_attention=attention, run_blocks=run_blocks)
+        return ModuleFactories(self_attention=self_attention, run_blocks=run_blocks)
     axis = TensorAxis(mesh.groups.tp, mesh.layout.sequence_parallel)
     return ModuleFactories(
         column=axis.column,
         row=axis.row,
         columns=axis.columns,
         qk_norm=axis.qk_norm,
-        self_attention=attention,
+        self_attention=self_attention,
         run_blocks=run_blocks,
     )
 

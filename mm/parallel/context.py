@@ -17,8 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.ops.attention.api import ActivationPolicy, keep_inputs, keep_nothing
-from mm.ops.attention.api import attention as attend
+from mm.ops.attention.api import ActivationPolicy, Attend, attention, keep_inputs, keep_nothing
 from mm.ops.attention.packed import segment_attention
 from mm.ops.attention.segments import Segments
 from mm.parallel.groups import GroupMaker
@@ -87,8 +86,11 @@ def build_context_groups(
     return ContextGroups(ulysses, ring, overlap, window_size, outer)
 
 
-def context_attention(groups: ContextGroups) -> SelfAttention:
+def context_attention(groups: ContextGroups, attend: Attend = attention) -> SelfAttention:
     """The self attention of one context-parallel rank.
+
+    Args:
+        groups: of the rank. attend: attention to a whole sequence, which a ring has nowhere.
 
     Returns:
         attention(q, k, v, segments, keep) -> out, differentiable. q, k, v and out are [B, c, N, K], this rank's
@@ -103,7 +105,9 @@ def context_attention(groups: ContextGroups) -> SelfAttention:
         ring = Ring(groups.ring, groups.ring_overlap, groups.ring_outer, groups.window_size)
     ulysses_size, ring_size = ulysses.size() if ulysses else 1, ring.size if ring else 1
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, keep: ActivationPolicy = keep_nothing) -> Tensor:
+    def attention_over_ranks(
+        q: Tensor, k: Tensor, v: Tensor, segments: Segments, keep: ActivationPolicy = keep_nothing
+    ) -> Tensor:
         _check_segments(segments, q.shape[1], ulysses_size, ring_size)
         if ulysses is not None:
             q, k, v = scatter_heads(q, k, v, ulysses, keep)
@@ -112,10 +116,10 @@ def context_attention(groups: ContextGroups) -> SelfAttention:
         if ring is not None:
             out = ring_attention(q, k, v, segments, ring, keep)
         else:
-            out = _whole_sequence(q, k, v, segments, keep)
+            out = _whole_sequence(q, k, v, segments, keep, attend)
         return out if ulysses is None else gather_heads(out, ulysses)
 
-    return attention
+    return attention_over_ranks
 
 
 def _check_segments(segments: Segments, places: int, ulysses_size: int, ring_size: int) -> None:
@@ -127,7 +131,9 @@ def _check_segments(segments: Segments, places: int, ulysses_size: int, ring_siz
             raise ValueError(f"{num_tokens} tokens in {ring_size} chunks with {own} places each")
 
 
-def _whole_sequence(q: Tensor, k: Tensor, v: Tensor, segments: Segments, keep: ActivationPolicy) -> Tensor:
+def _whole_sequence(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, keep: ActivationPolicy, attend: Attend
+) -> Tensor:
     """Attention where every token is at hand, [B, T, N, K]; zeros at the padding."""
     if len(segments.each) > 1:
         return segment_attention(q, k, v, segments.padded_pairs(), keep)

@@ -55,13 +55,13 @@ class ParallelVelocity:
         rows = BoundaryShape.of(lengths, parallel.mesh.tokens, parallel.wan, parallel.dtype).rows
         device = parallel.backend.device
         out = torch.empty(0)
-        for stage, chunk in zip(parallel.stages, parallel.chunks, strict=True):
+        for part, (stage, chunk) in enumerate(zip(parallel.stages, parallel.chunks, strict=True)):
             stage.boundary_rows = rows
             if not stage.first:
                 received = torch.empty(rows, 1, parallel.wan.hidden_size, dtype=parallel.dtype, device=device)
                 dist.recv(received, group=group, group_src=(rank - 1) % layout.pp_size)
                 stage.set_input_tensor(received)
-            out = chunk(inputs)
+            out = chunk(inputs.part(part))
             if not stage.last:
                 dist.send(out, group=group, group_dst=(rank + 1) % layout.pp_size)
         if not parallel.last:

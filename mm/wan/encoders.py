@@ -19,11 +19,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import UMT5EncoderModel
 
 from mm.config.model import Precision
-from mm.config.run.encoders import Tiles
+from mm.config.run.encoders import TileBlend, Tiles
 from mm.config.tasks.task import Task
 from mm.device.precision import true_fp32
 from mm.errors import DataError
 from mm.wan.component import load_strictly
+from mm.wan.tile_masks import in_masked_tiles
 from mm.wan.tiles import in_tiles
 from mm.wan.tokenizer import TextTokenizer, open_tokenizer
 
@@ -44,24 +45,30 @@ class VideoEncoder:
         spatial_stride: pixels per latent pixel: 8, or 16 of Wan2.2's TI2V-5B, which first makes channels of 2x2.
     """
 
-    def __init__(self, vae: AutoencoderKLWan, tiling: Tiles | None = None) -> None:
+    def __init__(self, vae: AutoencoderKLWan, tiling: Tiles | None = None, blend: TileBlend = "neighbours") -> None:
         """Take a loaded VAE.
 
         Args:
             vae: on its device and in its precision.
             tiling: work in overlapping tiles instead of whole frames. Encoders of one VAE may have different ones.
+            blend: the way in which tiles are put together.
         """
         self.vae = vae.eval().requires_grad_(False)
         per_channel = (1, -1, 1, 1, 1)
         self._mean = torch.tensor(vae.config.latents_mean, device=vae.device).view(per_channel)
         self._std = torch.tensor(vae.config.latents_std, device=vae.device).view(per_channel)
-        self._tiling = tiling
+        self._tiling, self._blend = tiling, blend
         halvings, patch = len(vae.config.dim_mult) - 1, vae.config.patch_size or 1
         self.spatial_stride = max(2**halvings * patch, SPATIAL_STRIDE)
 
     @classmethod
     def from_pretrained(
-        cls, folder: Path, dtype: Precision, device: torch.device, tiling: Tiles | None = None
+        cls,
+        folder: Path,
+        dtype: Precision,
+        device: torch.device,
+        tiling: Tiles | None = None,
+        blend: TileBlend = "neighbours",
     ) -> VideoEncoder:
         """Load the VAE of a folder in the diffusers layout.
 
@@ -69,7 +76,7 @@ class VideoEncoder:
             DataError: DATA-040 to DATA-042, see `load_strictly`.
         """
         vae = load_strictly(AutoencoderKLWan, folder, torch_dtype=DTYPES[dtype], low_cpu_mem_usage=False)
-        return cls(vae.to(device), tiling)
+        return cls(vae.to(device), tiling, blend)
 
     @torch.no_grad()
     @true_fp32()
@@ -110,7 +117,11 @@ class VideoEncoder:
         return video.clamp(-1, 1)
 
     def _whole_or_tiled(self, apply: Callable[[Tensor], Tensor], x: Tensor, units: tuple[int, int]) -> Tensor:
-        return apply(x) if self._tiling is None else in_tiles(self.vae, apply, x, self._tiling, units)
+        if self._tiling is None:
+            return apply(x)
+        if self._blend == "masks":
+            return in_masked_tiles(apply, x, self._tiling, units)
+        return in_tiles(self.vae, apply, x, self._tiling, units)
 
 
 def require_stride(name: str, video: VideoEncoder, task: Task) -> None:

@@ -9,8 +9,8 @@ Shapes: B batch, C latent channels, F H W latent frames, height and width, L tex
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from mm.config.model import WanConfig
 from mm.config.tasks.task import Entry
 from mm.errors import ConfigError
+from mm.wan.reuse import BlockReuse
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class ModelInputs:
             vectors to `config.text_len` and without a mask, so padding is the caller's part and changes the result.
         features: what the task declares (`config.task.features`), by name, each [B, *`config.feature_shapes`].
         runs: numbers of the video's tokens, in their order, that the R timesteps are for; none where timesteps are [B].
+        reuse: what decides whether the blocks run; None where they always do.
     """
 
     latents: Tensor
@@ -39,11 +41,17 @@ class ModelInputs:
     text: Tensor
     features: Mapping[str, Tensor] = field(default_factory=dict)
     runs: tuple[int, ...] = ()
+    reuse: BlockReuse | None = None
+
+    def part(self, part: Hashable) -> ModelInputs:
+        """The same for one of several transformers or parts of a clip, whose blocks reuse nothing of the others'."""
+        return self if self.reuse is None else replace(self, reuse=self.reuse.of(part))
 
     def each(self, change: Callable[[Tensor], Tensor]) -> ModelInputs:
         """The same with every tensor changed."""
         features = {name: change(value) for name, value in self.features.items()}
-        return ModelInputs(change(self.latents), change(self.timestep), change(self.text), features, self.runs)
+        tensors = change(self.latents), change(self.timestep), change(self.text)
+        return ModelInputs(*tensors, features, self.runs, self.reuse)
 
     @property
     def samples(self) -> tuple[ModelInputs, ...]:
@@ -139,6 +147,7 @@ class PackedInputs:
     """
 
     samples: tuple[ModelInputs, ...]
+    reuse = None  # sequences of several samples are for training
 
     @property
     def timestep_rows(self) -> Tensor:

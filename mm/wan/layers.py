@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm.ops.attention.api import ActivationPolicy, attention, keep_inputs, keep_nothing
+from mm.ops.attention.api import ActivationPolicy, Attend, attention, keep_inputs, keep_nothing
 from mm.ops.attention.packed import segment_attention
 from mm.ops.attention.segments import Pairs, Segments
 from mm.ops.elementwise import autograd as ops
@@ -90,7 +90,13 @@ def apply_columns(x: Tensor, linears: Sequence[nn.Module]) -> list[Tensor]:
 
 
 def self_attention(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, keep: ActivationPolicy = keep_nothing
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    keep: ActivationPolicy = keep_nothing,
+    *,
+    attend: Attend = attention,
 ) -> Tensor:
     """The single-device `SelfAttention`: all tokens are here, so their number is in the shapes."""
     num_tokens = sum(segment.num_tokens for segment in segments.each)
@@ -98,7 +104,7 @@ def self_attention(
         raise ValueError(f"{q.shape[1]} tokens at hand, {num_tokens} in the samples")
     q, k, v = keep_inputs(q, k, v, keep)
     if len(segments.each) == 1:
-        return attention(q, k, v, keep)
+        return attend(q, k, v, keep)
     return segment_attention(q, k, v, segments.pairs(), keep)
 
 

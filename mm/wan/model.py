@@ -249,10 +249,10 @@ class WanModel(nn.Module):
         return Conditions(time, time_modulation, context)
 
     def run_blocks(self, streams: Streams, conditions: Conditions, positions: Positions, inputs: Inputs) -> Streams:
-        """The streams through the blocks this model holds, in order."""
-        return self.runner(
-            self.layers(inputs, streams[0].device), streams, conditions.time_modulation, conditions.context, positions
-        )
+        """The streams through the blocks this model holds, in order, or what `ModelInputs.reuse` takes for it."""
+        layers = self.layers(inputs, streams[0].device)
+        compute = partial(self.runner, layers, streams, conditions.time_modulation, conditions.context, positions)
+        return compute() if inputs.reuse is None else inputs.reuse(conditions.time_modulation, streams, compute)
 
     def layers(self, inputs: Inputs, device: torch.device) -> list[Layer]:
         """The blocks this model holds, in order, each with its side block."""

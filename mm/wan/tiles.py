@@ -20,6 +20,22 @@ def origins(length: int, size: int, stride: int) -> list[int]:
     return [0, *range(stride, max(length - size, 0) + stride, stride)]
 
 
+def fade(length: int, border: int, first: float, *, begins: bool, ends: bool) -> Tensor:
+    """Weights along one axis of a tile, [length] fp32: 1, but rising over its first elements and falling over its last.
+
+    Args:
+        length: of the tile, longer than `border`. border: elements that it shares with a neighbour.
+        first: the lowest weight is first / border; the others follow in steps of 1 / border.
+        begins, ends: it has a neighbour before, and behind. Where both borders meet the one behind is kept.
+    """
+    weights, rise = torch.ones(length), (torch.arange(border) + first) / max(border, 1)
+    if begins:
+        weights[:border] = rise
+    if ends:
+        weights[length - border :] = rise.flip(0)
+    return weights
+
+
 def in_tiles(
     vae: AutoencoderKLWan, apply: Callable[[Tensor], Tensor], x: Tensor, tiling: Tiles, units: tuple[int, int]
 ) -> Tensor:

@@ -112,6 +112,21 @@ def test_text_alone(models: Path) -> None:
     )
 
 
+def test_sampling_in_windows_and_without_blocks(models: Path) -> None:
+    pipe = pipeline(models, "t2v")
+    words = {"sliding_window_size": 1, "sliding_window_stride": 1}
+    found = pixels(pipe("a red disc", **words, **SHORT))
+    assert np.array_equal(found, expected(pipe, options=mm.SamplingOptions(windows=(1, 1))))
+    assert not np.array_equal(found, expected(pipe))
+    for wrong, id in [
+        ({"tea_cache_l1_thresh": 0.1, "tea_cache_model_id": "Wan2.1-T2V-1.3B"}, "CFG-321.* 2 steps"),
+        ({"tea_cache_l1_thresh": 0.1}, "CFG-200.*Wan2.1-I2V-14B-720P"),
+        ({"sliding_window_size": 1}, "CFG-322"),
+    ]:
+        with pytest.raises(MMError, match=id):
+            pipe("a", **wrong, **SHORT)
+
+
 def test_images(models: Path) -> None:
     pipe = pipeline(models, "i2v")
     start, end = picture(1), picture(2)

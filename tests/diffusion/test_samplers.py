@@ -1,8 +1,12 @@
 """Samplers: their grids against published tables and diffusers, their steps against exact trajectories."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from safetensors.torch import load_file
 
 from mm.diffusion.samplers import make_sampler
 
@@ -65,7 +69,64 @@ def test_unipc_noise_levels_follow_the_formula(shift, num_steps):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("solver", ["unipc", "euler"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+@pytest.mark.parametrize("num_steps", [1, 4, 20])
+def test_dpm_is_the_scheduler_of_diffusers_on_its_own_grid(num_steps, shift, order):
+    sampler = make_sampler("dpm++", num_steps, shift, solver_order=order)
+    reference = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=order
+    )
+    reference.set_timesteps(num_steps)
+    torch.testing.assert_close(sampler._scheduler.sigmas, reference.sigmas, rtol=0, atol=2e-7)
+    assert (sampler.timesteps - reference.timesteps).abs().max() <= 1  # cut where they are next to a whole number
+    latents, velocity = torch.randn(2, 1, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    theirs = ours = latents
+    for t, their_t in zip(sampler.timesteps, reference.timesteps, strict=True):
+        ours = sampler.step(velocity * (1 + ours), t, ours)
+        theirs = reference.step(velocity * (1 + theirs), their_t, theirs, return_dict=False)[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def schedules():
+    folder = os.environ.get("MM_ORACLES")
+    if not folder:
+        pytest.skip("MM_ORACLES is not set; it names the folder of numbers of other systems")
+    return load_file(Path(folder) / "schedules.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "num_steps", "shift", "strength"),
+    [
+        ("diffsynth.infer.50steps.strength1.0.shift5", 50, 5.0, 1.0),
+        ("diffsynth.infer.30steps.strength0.7.shift3", 30, 3.0, 0.7),
+        ("diffsynth.infer.4steps.strength1.0.shift8", 4, 8.0, 1.0),
+        ("diffsynth.train.shift1", 1000, 1.0, 1.0),
+        ("diffsynth.train.shift8", 1000, 8.0, 1.0),
+        ("videox_fun.train", 1000, 5.0, 1.0),
+    ],
+)
+def test_euler_runs_on_the_schedules_of_other_systems(name, num_steps, shift, strength):
+    found = make_sampler("euler", num_steps, shift, strength=strength, strength_steps="all")
+    expected = schedules()
+    torch.testing.assert_close(found.timesteps, expected[f"{name}.timesteps"], rtol=0, atol=5e-4)
+    torch.testing.assert_close(found._scheduler.sigmas[:-1], expected[f"{name}.sigmas"], rtol=0, atol=2e-6)
+    assert found.first_sigma == pytest.approx(expected[f"{name}.sigmas"][0].item(), abs=2e-6)
+
+
+@pytest.mark.parametrize("solver", ["unipc", "euler", "dpm++"])
+def test_a_strength_takes_the_last_steps_or_all(solver):
+    whole = make_sampler(solver, 10, 5.0)
+    last = make_sampler(solver, 10, 5.0, strength=0.4)
+    assert torch.equal(last.timesteps, whole.timesteps[-4:])
+    every = make_sampler(solver, 10, 5.0, strength=0.4, strength_steps="all")
+    first = 0.4 * (1 if solver == "euler" else 0.999)
+    assert len(every.timesteps) == 10
+    assert every.first_sigma == pytest.approx(5 * first / (1 + 4 * first), abs=1e-6)
+    assert (every.timesteps.diff() < 0).all()
+
+
+@pytest.mark.parametrize("solver", ["unipc", "euler", "dpm++"])
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 50])
 def test_a_straight_trajectory_is_followed_exactly(solver, num_steps):
     source = torch.Generator().manual_seed(0)
@@ -80,7 +141,7 @@ def test_a_straight_trajectory_is_followed_exactly(solver, num_steps):
     assert (latents - exact).abs().max() < 2e-5
 
 
-def test_unipc_is_of_higher_order_than_euler():
+def test_unipc_and_dpm_are_of_higher_order_than_euler():
     """For data N(0, s^2) the exact velocity is known: x follows sqrt((1 - t)^2 s^2 + t^2) times a constant."""
     scale = 0.3
     noise = torch.linspace(-2, 2, 9).view(1, 1, 1, 3, 3)
@@ -98,10 +159,11 @@ def test_unipc_is_of_higher_order_than_euler():
     # halving the step of a first-order method halves its error
     assert error("euler", 100) / error("euler", 200) == pytest.approx(2.0, rel=0.1)
     assert error("unipc", 50) < error("euler", 200)
+    assert error("dpm++", 50) < error("euler", 200)
 
 
 def test_velocity_of_lower_precision_keeps_the_latents_in_fp32():
-    for solver in ("unipc", "euler"):
+    for solver in ("unipc", "euler", "dpm++"):
         sampler = make_sampler(solver, 3, 3.0)
         latents = torch.zeros(1, 2, 1, 2, 2)
         out = sampler.step(torch.ones(1, 2, 1, 2, 2, dtype=torch.bfloat16), sampler.timesteps[0], latents)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKLWan,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     WanPipeline,
     WanTransformer3DModel,
@@ -88,9 +89,15 @@ def stock_euler():
             lambda: UniPCOnWansGrid(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT),
         ),
         (lambda: make_sampler("euler", STEPS, SHIFT), lambda: EulerOnWansGrid(shift=SHIFT)),
+        (
+            lambda: make_sampler("dpm++", STEPS, SHIFT),
+            lambda: DPMSolverMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT
+            ),
+        ),
         (stock_euler, lambda: FlowMatchEulerDiscreteScheduler(shift=SHIFT)),
     ],
-    ids=["unipc", "euler", "euler on the grid of diffusers"],
+    ids=["unipc", "euler", "dpm++", "euler on the grid of diffusers"],
 )
 @pytest.mark.parametrize("guidance", [GUIDANCE, 1.0])
 def test_latents_are_those_of_diffusers(model, reference, text, negative, ours, theirs, guidance):

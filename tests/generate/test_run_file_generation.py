@@ -85,6 +85,7 @@ def test_what_is_beside_a_clip_is_what_earlier_versions_wrote(command: list[str]
                       "flow_shift": 3.0, "guidance_scale": 1.0, "batched_guidance": False}  # fmt: skip
     assert {name: said[name] for name in of_the_sampler} == of_the_sampler
     assert said["lora"] == [] and said["input_size"] == [9, 32, 48] and said["negative_prompt"] is None
+    assert not {"tea_cache_l1_thresh", "sliding_window_size"} & said.keys()
     assert said["transformer"].keys() == {"path", "format", "dtype", "fingerprint"}
 
 

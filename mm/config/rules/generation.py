@@ -10,6 +10,7 @@ from mm.config.model import TASK_FIELD
 from mm.config.rules.encoders import tile_problems
 from mm.config.rules.mesh import MESH_RULES
 from mm.config.rules.residency import residency_rules
+from mm.config.rules.sampling import SAMPLING_RULES
 from mm.config.rules.tasks import not_generated
 from mm.config.rules.timesteps import timesteps_are_of_the_model
 from mm.config.run.generation import GenerationRun
@@ -40,13 +41,13 @@ def _weights_are_named(run: GenerationRun) -> Iterator[Problem]:
 
 
 def _solver_values_have_their_solver(run: GenerationRun) -> Iterator[Problem]:
-    """CFG-063: values of UniPC."""
+    """CFG-063: values of UniPC, of which DPM++ has an order too."""
     sampling, words = run.sampling, run.origins
-    given = {"solver_order": sampling.solver_order, "solver_type": sampling.solver_type}
-    unipc_only = [words[f"sampling.{name}"] for name, value in given.items() if value is not None]
-    if unipc_only and sampling.solver == "euler":
-        names = " and ".join(word.name for word in unipc_only)
-        found = f"{unipc_only[0].file}: {names} has no effect with the Euler sampler."
+    without = {"euler": ("solver_order", "solver_type"), "dpm++": ("solver_type",)}.get(sampling.solver, ())
+    extra = [words[f"sampling.{name}"] for name in without if getattr(sampling, name) is not None]
+    if extra:
+        names, title = " and ".join(word.name for word in extra), {"euler": "Euler", "dpm++": "DPM++"}[sampling.solver]
+        found = f"{extra[0].file}: {names} has no effect with the {title} sampler."
         yield Problem("CFG-063", found, "Remove it, or choose UniPC.")
 
 
@@ -146,6 +147,9 @@ def _one_way_to_show(run: GenerationRun) -> Iterator[Problem]:
         yield Problem("CFG-280", found, "Give one of them.")
 
 
+_OF_STRENGTH = ("strength", "strength_steps")
+
+
 def _videos_have_a_strength(run: GenerationRun) -> Iterator[Problem]:
     """CFG-121: strength and start_frame belong to given videos, and some of the steps are taken.
 
@@ -154,20 +158,20 @@ def _videos_have_a_strength(run: GenerationRun) -> Iterator[Problem]:
     inputs, words, steps = run.inputs, run.origins, run.sampling.steps
     videos, strength = words["inputs.videos"], words["inputs.strength"]
     if inputs.videos is None:
-        for name in ("strength", "start_frame"):
+        for name in (*_OF_STRENGTH, "start_frame"):
             if is_given(getattr(inputs, name)):
                 found = f"{words[f'inputs.{name}'].place()} has no effect without {videos.name}."
                 yield Problem("CFG-121", found, f"Remove it, or give {videos.name}.")
     elif _sees_videos(run):
-        if is_given(inputs.strength):
-            found = f"{strength.place()} has no effect on a model that sees {videos.name}."
+        for word in (words[f"inputs.{name}"] for name in _OF_STRENGTH if is_given(getattr(inputs, name))):
+            found = f"{word.place()} has no effect on a model that sees {videos.name}."
             yield Problem("CFG-121", found, "Remove it.")
     elif inputs.strength is None:
         found = f"{videos.place()} is given without {strength.name}."
         yield Problem(
             "CFG-121", found, f"Give {strength.with_value(0.7)}, for example: how much of the video is made anew."
         )
-    elif not 0 < inputs.strength <= 1 or int(steps * inputs.strength) < 1:
+    elif not 0 < inputs.strength <= 1 or inputs.num_evaluated(steps) < 1:
         yield Problem(
             "CFG-121",
             f"{strength.name} is {inputs.strength}, which takes none of the {steps} steps or more than all.",
@@ -196,6 +200,10 @@ def _size_is_possible(run: GenerationRun) -> Iterator[Problem]:
 def _tiles_cover_the_frame(run: GenerationRun) -> Iterator[Problem]:
     """CFG-055."""
     yield from tile_problems(run.encoders.vae, run.origins)
+    if is_given(run.encoders.vae.tile_blend) and run.encoders.vae.tiles_of_clips() is None:
+        blend, tiling = (run.origins[f"encoders.vae.{name}"] for name in ("tile_blend", "tiling"))
+        found = f"{blend.file}: {blend.name} has no effect while {tiling.name} is false."
+        yield Problem("CFG-055", found, f"Remove it or set {tiling.name} to true.")
 
 
 def size_problems(
@@ -241,5 +249,6 @@ GENERATION_RULES: tuple[Callable[[GenerationRun], Iterator[Problem]], ...] = (
     _videos_have_a_strength,
     _frames_have_a_middle,
     residency_rules,
+    *SAMPLING_RULES,
     *MESH_RULES,
 )

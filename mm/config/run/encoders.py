@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,11 @@ from mm.config.data import MAX_TEXT_TOKENS
 from mm.config.model import Precision
 
 LatentPixels = Annotated[int, Field(ge=1)]
+
+
+TileBlend = Literal["neighbours", "masks"]
+"""Ways to put tiles together: each is faded into the one above and the one to its left, as diffusers does, or all are
+weighted by masks, as DiffSynth-Studio does."""
 
 
 class Tiles(Section):

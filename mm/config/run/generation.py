@@ -12,7 +12,7 @@ from mm.config.data import TEMPORAL_STRIDE
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout, mesh_layout
 from mm.config.model import Precision, WanConfig
-from mm.config.run.encoders import EncodersSection
+from mm.config.run.encoders import EncodersSection, TileBlend, VideoEncoderSection
 from mm.config.run.listed import LISTS, Listed, Shown, lists_of, sees_images
 from mm.config.run.mesh import MeshRun
 from mm.config.run.parallel import MeshSection
@@ -36,6 +36,10 @@ def latent_size(size: tuple[int, int, int], latent_pixels: int) -> tuple[int, in
     return (frames - 1) // TEMPORAL_STRIDE + 1, height // latent_pixels, width // latent_pixels
 
 
+TeaCacheModel = Literal["Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.1-I2V-14B-480P", "Wan2.1-I2V-14B-720P"]
+"""Models for which TeaCache's authors have fitted how much steps differ."""
+
+
 class GenerationSection(Section):
     """Generation: the chance, and the device.
 
@@ -45,6 +49,22 @@ class GenerationSection(Section):
 
     seed: int = Field(42, ge=0)
     device: DeviceName | None = None
+
+
+class GenerationVideoEncoder(VideoEncoderSection):
+    """The video VAE, which encodes what is given and decodes the clips.
+
+    Attributes:
+        tile_blend: the way in which tiles are put together, where any are used; None takes diffusers'.
+    """
+
+    tile_blend: TileBlend | None = None
+
+
+class GenerationEncoders(EncodersSection):
+    """All encoders."""
+
+    vae: GenerationVideoEncoder
 
 
 class AdapterFile(Section):
@@ -93,16 +113,41 @@ class SamplingSection(Section):
         shift: of the noise levels; 3 for 480p and 5 for 720p are usual.
         guidance_scale: of classifier-free guidance; exactly 1 leaves the negative prompt out.
         batched_guidance: both prompts in one pass of twice the batch instead of two passes.
-        solver_order, solver_type: of UniPC alone; None takes 2 and bh2.
+        solver_order: of UniPC and DPM++; None takes 2. solver_type: of UniPC alone; None takes bh2.
+        attention: of the video's tokens to each other: exact, or by SageAttention in 8 bits.
+        tea_cache_threshold: change, predicted from the time modulation, up to which what the blocks added at an earlier
+            step is added again; None runs them at every step.
+        tea_cache_model: the model whose prediction is used.
+        window_size, window_stride: latent frames that the transformer sees at a time, and between the beginnings of
+            two such windows; None shows it the whole clip.
     """
 
-    solver: Literal["unipc", "euler"] = "unipc"
+    solver: Literal["unipc", "euler", "dpm++"] = "unipc"
     steps: int = Field(50, ge=1)
     shift: float = Field(gt=0)
     guidance_scale: float = Field(5.0, ge=0)
     batched_guidance: bool = False
     solver_order: Literal[1, 2, 3] | None = None
     solver_type: Literal["bh1", "bh2"] | None = None
+    attention: Literal["exact", "sage"] = "exact"
+    tea_cache_threshold: float | None = Field(None, gt=0)
+    tea_cache_model: TeaCacheModel | None = None
+    window_size: int | None = Field(None, ge=1)
+    window_stride: int | None = Field(None, ge=1)
+
+    @property
+    def tea_cache(self) -> tuple[float, TeaCacheModel] | None:
+        """Threshold and model of TeaCache, where both are given."""
+        if self.tea_cache_threshold is None or self.tea_cache_model is None:
+            return None
+        return self.tea_cache_threshold, self.tea_cache_model
+
+    @property
+    def windows(self) -> tuple[int, int] | None:
+        """Size and stride of windows, where both are given."""
+        if self.window_size is None or self.window_stride is None:
+            return None
+        return self.window_size, self.window_stride
 
     @property
     def guided(self) -> bool:
@@ -125,6 +170,8 @@ class InputsSection(Section):
         negative_prompt: what guidance leads away from; None is the Wan2.1 release's for the task.
         last_frame: a model that sees the first frame alone is given the last one too.
         strength: with videos, the share of the steps that are taken, above 0 (the given clip) to 1 (a new one).
+        strength_steps: with videos, the steps that a strength leaves: the last ones, or all, closer to each other; None
+            takes the last.
         start_frame: with videos, the first frame that is taken of them.
         text_only: a model that sees frames is shown none.
         vace_scale: a factor on what side blocks add; None is 1.
@@ -141,6 +188,7 @@ class InputsSection(Section):
     negative_prompt: str | None = None
     last_frame: bool = False
     strength: float | None = None
+    strength_steps: Literal["last", "all"] | None = None
     start_frame: int | None = Field(None, ge=0)
     text_only: bool = False
     vace_scale: float | None = None
@@ -150,6 +198,12 @@ class InputsSection(Section):
         """The lists that are given beside prompts and numbers, with their files."""
         files = {name: getattr(self, name) for name in LISTS}
         return {name: file for name, file in files.items() if file is not None}
+
+    def num_evaluated(self, steps: int) -> int:
+        """Steps that are taken of so many."""
+        if self.strength is None or self.strength_steps == "all":
+            return steps
+        return int(steps * self.strength)
 
     @property
     def shown(self) -> Shown:
@@ -206,7 +260,7 @@ class GenerationSections(Section):
 
     generation: GenerationSection
     model: TransformerSection
-    encoders: EncodersSection
+    encoders: GenerationEncoders
     inputs: InputsSection
     sampling: SamplingSection
     output: ClipsSection

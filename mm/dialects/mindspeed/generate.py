@@ -9,13 +9,15 @@ from typing import Any
 
 from mm.config.base import load_json, take_retired
 from mm.config.model import WanConfig
-from mm.config.run.encoders import (
-    EncodersSection,
-    ImageEncoderSection,
-    TextEncoderSection,
-    VideoEncoderSection,
+from mm.config.run.encoders import ImageEncoderSection, TextEncoderSection
+from mm.config.run.generation import (
+    AdapterFile,
+    GenerationEncoders,
+    GenerationRun,
+    GenerationSections,
+    GenerationVideoEncoder,
+    LowNoiseExpert,
 )
-from mm.config.run.generation import AdapterFile, GenerationRun, GenerationSections, LowNoiseExpert
 from mm.config.unread import UNREAD, Unread, broken, built, if_read, is_given, parse_parts, read_or, whole
 from mm.dialects.mindspeed.accepted import settle
 from mm.dialects.mindspeed.accepted_flags import ACCEPTED_GENERATE_FLAGS
@@ -24,7 +26,7 @@ from mm.dialects.mindspeed.contradictions import layerzero_has_its_file
 from mm.dialects.mindspeed.extraction import tokenizer
 from mm.dialects.mindspeed.generate_flags import GenerateFlags
 from mm.dialects.mindspeed.generate_words import GENERATION_WORDS, generation_origins
-from mm.dialects.mindspeed.inference_json import InferenceModel, LoraSection, PipelineSection
+from mm.dialects.mindspeed.inference_json import SCHEDULERS, InferenceModel, LoraSection, PipelineSection
 from mm.dialects.mindspeed.inference_retired import RETIRED_GENERATE_FLAGS, RETIRED_INFERENCE_KEYS
 from mm.dialects.mindspeed.reading import Reading
 from mm.dialects.mindspeed.words import MESH_FLAGS
@@ -105,6 +107,7 @@ def _sections(flags: GenerateFlags, model: InferenceModel) -> dict[str, dict[str
             "negative_prompt": model.negative_prompt,
             "last_frame": pipeline.dual_image,
             "strength": pipeline.strength,
+            "strength_steps": pipeline.strength_steps,
             "start_frame": pipeline.start_frame,
             "text_only": pipeline.text_only,
             "vace_scale": pipeline.vace_scale,
@@ -117,6 +120,11 @@ def _sections(flags: GenerateFlags, model: InferenceModel) -> dict[str, dict[str
             "batched_guidance": diffusion.batched_guidance,
             "solver_order": diffusion.solver_order,
             "solver_type": diffusion.solver_type,
+            "attention": diffusion.attention,
+            "tea_cache_threshold": diffusion.tea_cache_l1_thresh,
+            "tea_cache_model": diffusion.tea_cache_model_id,
+            "window_size": diffusion.sliding_window_size,
+            "window_stride": diffusion.sliding_window_stride,
         },
         "output": {
             "path": model.save_path,
@@ -160,21 +168,22 @@ def _size(pipeline: PipelineSection) -> dict[str, int]:
     return dict(zip(("num_frames", "height", "width"), numbers, strict=True))
 
 
-def _encoders(model: InferenceModel) -> EncodersSection:
+def _encoders(model: InferenceModel) -> GenerationEncoders:
     ae, text = model.ae, model.text_encoder
     vae = {
         "from_pretrained": ae.from_pretrained,
         "precision": ae.dtype,
         "tiling": ae.enable_tiling,
         "tiles": if_read(ae.tiles),
+        "tile_blend": ae.tile_blend,
     }
     parts = {
-        "vae": built(VideoEncoderSection, vae),
+        "vae": built(GenerationVideoEncoder, vae),
         "text": built(TextEncoderSection, {"from_pretrained": text.from_pretrained, "precision": text.dtype}),
         "tokenizer": tokenizer(model.tokenizer),
         "image": if_read(lambda: _image_encoder(model)),
     }
-    return built(EncodersSection, parts)
+    return built(GenerationEncoders, parts)
 
 
 def _image_encoder(model: InferenceModel) -> ImageEncoderSection | None:
@@ -205,7 +214,15 @@ def _unread_flags(flags: GenerateFlags) -> Iterator[str]:
 
 _LISTS = ("prompt", "image", "video", "control", "reference", "camera", "mask")
 _SAME_NAME = (*_LISTS, "negative_prompt", "save_path", "seed", "fps")
-_SOLVERS = {"unipc": "UniPCMultistepScheduler", "euler": "FlowMatchEulerDiscreteScheduler", None: None}
+_SAME_DIFFUSION = (
+    "num_inference_steps",
+    "flow_shift",
+    "guidance_scale",
+    "tea_cache_l1_thresh",
+    "tea_cache_model_id",
+    "sliding_window_size",
+    "sliding_window_stride",
+)
 
 
 def _with_flags(values: Any, flags: GenerateFlags) -> Any:
@@ -222,11 +239,10 @@ def _with_flags(values: Any, flags: GenerateFlags) -> Any:
             "vace_scale": said["vace_scale"],
         },
         ("diffusion",): {
-            "model_id": _SOLVERS[said["sample_solver"]],
-            "num_inference_steps": said["num_inference_steps"],
-            "flow_shift": said["flow_shift"],
-            "guidance_scale": said["guidance_scale"],
+            "model_id": SCHEDULERS.get(said["sample_solver"]),
             "batched_guidance": said["batched_guidance"] or None,
+            "attention": said["sample_attention"],
+            **{name: said[name] for name in _SAME_DIFFUSION},
         },
         ("predictor",): {"from_pretrained": said["load"]},
         ("low_noise",): {"from_pretrained": said["low_noise"]},

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from mm.config.run.generation import TeaCacheModel
 from mm.dialects.mindspeed.mesh_flags import MeshFlags
 
 
@@ -71,13 +72,30 @@ class GenerateFlags(MeshFlags):
     seed: int | None = Field(None, ge=0, description="seed of the initial noise; default: from the json")
     input_size: list[int] = Field([], description="frames, height and width in pixels; default: from the json")
     fps: int | None = Field(None, description="frames a second of the clips; default: from the json")
-    sample_solver: Literal["unipc", "euler"] | None = Field(None, description="sampler; default: from the json")
+    sample_solver: Literal["unipc", "euler", "dpm++"] | None = Field(
+        None, description="sampler; default: from the json"
+    )
     num_inference_steps: int | None = Field(None, ge=1, description="sampler steps; default: from the json")
     flow_shift: float | None = Field(None, gt=0, description="shift of the noise levels; default: from the json")
     guidance_scale: float | None = Field(
         None, ge=0, description="1 leaves the negative prompt out; default: from the json"
     )
     batched_guidance: bool = Field(False, description="both prompts of guidance in one pass of twice the batch")
+    sample_attention: Literal["exact", "sage"] | None = Field(
+        None, description="attention of the video's tokens, exact or by SageAttention; default: from the json"
+    )
+    tea_cache_l1_thresh: float | None = Field(
+        None, gt=0, description="TeaCache: predicted change up to which the blocks are left out; default: from the json"
+    )
+    tea_cache_model_id: TeaCacheModel | None = Field(
+        None, description="TeaCache: the model whose prediction is used; default: from the json"
+    )
+    sliding_window_size: int | None = Field(
+        None, ge=1, description="latent frames that the transformer sees at a time; default: from the json, else all"
+    )
+    sliding_window_stride: int | None = Field(
+        None, ge=1, description="latent frames between the beginnings of two windows; default: from the json"
+    )
     micro_batch_size: int = Field(1, ge=1, description="prompts in one forward")
     device_memory_limit: str | None = Field(
         None, description="device memory that generation may take, 24GiB; blocks that do not fit wait in host memory"

@@ -8,11 +8,27 @@ from pydantic import Field, model_validator
 
 from mm.config.base import Section
 from mm.config.model import Precision, WanConfig
+from mm.config.run.encoders import TileBlend
+from mm.config.run.generation import TeaCacheModel
 from mm.dialects.mindspeed.encoder_json import AutoencoderConfig, TextEncoderConfig, TokenizerConfig
+
+Solver = Literal["unipc", "euler", "dpm++"]
+SCHEDULERS: dict[Solver, str] = {
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+}
+"""Samplers by their short names, with their diffusers classes."""
 
 
 class VaeSection(AutoencoderConfig):
-    """The `ae` section: the VAE's folder, the precision and, to save memory, the tiles it decodes in."""
+    """The `ae` section: the VAE's folder, the precision and, to save memory, the tiles it works in.
+
+    Attributes:
+        tile_blend: each tile is faded into its neighbours (as diffusers does), or all are weighted by masks.
+    """
+
+    tile_blend: TileBlend | None = None
 
     @model_validator(mode="after")
     def _tiles_cover_the_frame(self) -> VaeSection:
@@ -78,21 +94,33 @@ class InferenceDiffusion(Section):
         flow_shift: of the noise levels; 3 for 480p and 5 for 720p are usual.
         guidance_scale: of classifier-free guidance; exactly 1 leaves the negative prompt out.
         batched_guidance: both prompts in one pass of twice the batch instead of two passes.
-        solver_order, solver_type: of UniPC alone; 2 and bh2 where they are not said.
+        solver_order: of UniPC and DPM++; 2 where it is not said. solver_type: of UniPC alone; bh2 where it is not said.
+        attention: of the video's tokens to each other: exact, or by SageAttention in 8 bits.
+        tea_cache_l1_thresh: change up to which what the blocks added at an earlier step is added again.
+        tea_cache_model_id: the model whose prediction of that change is used.
+        sliding_window_size, sliding_window_stride: latent frames that the transformer sees at a time, and between the
+            beginnings of two such windows.
     """
 
-    model_id: Literal["UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"] = "UniPCMultistepScheduler"
+    model_id: Literal["UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"] = (
+        "UniPCMultistepScheduler"
+    )
     num_inference_steps: int = Field(50, ge=1)
     flow_shift: float = Field(gt=0)
     guidance_scale: float = Field(5.0, ge=0)
     batched_guidance: bool = False
     solver_order: Literal[1, 2, 3] | None = None
     solver_type: Literal["bh1", "bh2"] | None = None
+    attention: Literal["exact", "sage"] = "exact"
+    tea_cache_l1_thresh: float | None = Field(None, gt=0)
+    tea_cache_model_id: TeaCacheModel | None = None
+    sliding_window_size: int | None = Field(None, ge=1)
+    sliding_window_stride: int | None = Field(None, ge=1)
 
     @property
-    def solver(self) -> Literal["unipc", "euler"]:
+    def solver(self) -> Solver:
         """The sampler's short name."""
-        return "unipc" if self.model_id == "UniPCMultistepScheduler" else "euler"
+        return next(solver for solver, name in SCHEDULERS.items() if name == self.model_id)
 
 
 class PipelineSection(Section):
@@ -102,6 +130,7 @@ class PipelineSection(Section):
         input_size: frames, height and width of the clips in pixels.
         dual_image: a model that sees the first frame alone is given the last one too.
         strength: video to video: the share of the steps that are taken, above 0 (the given clip) to 1 (a new one).
+        strength_steps: the steps that a strength leaves: the last ones, or all, closer to each other.
         start_frame: the first frame that is taken of the given videos.
         text_only: a model that sees frames is shown none.
         vace_scale: a factor on what side blocks add; None is 1.
@@ -110,6 +139,7 @@ class PipelineSection(Section):
     input_size: tuple[int, int, int]
     dual_image: bool = False
     strength: float | None = None
+    strength_steps: Literal["last", "all"] | None = None
     start_frame: int | None = Field(None, ge=0)
     text_only: bool = False
     vace_scale: float | None = None

@@ -55,6 +55,8 @@ def _is_the_model(both: tuple[TrainingRun, GenerationRun]) -> Iterator[Problem]:
         others["lora"] = "the model is rendered as it is trained"
     if rendering.model.low_noise is not None:
         others["low_noise"] = "the model in training is rendered alone"
+    if rendering.sampling.attention != "exact":
+        others["diffusion.attention sage"] = "the model is rendered as it is trained"
     asked = run.validation
     for has, instead in others.items():
         name = asked.config if asked is not None else ""

@@ -50,6 +50,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, keep: ActivationPolicy = keep_not
     return out
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, ActivationPolicy], Tensor]
+"""`attention`, or what stands for it where nothing goes backward."""
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keep: ActivationPolicy) -> Tensor:
