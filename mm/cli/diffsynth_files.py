@@ -22,6 +22,7 @@ from mm.checkpoint.weights import WeightSource, open_weights
 from mm.config.place import ProcessPlace
 from mm.dialects.diffsynth.pipeline_names import name_in_file
 from mm.dialects.diffsynth.translation import DiffSynthRun
+from mm.errors import CheckpointError
 from mm.lora.record import adapter_of, record_of
 from mm.train.callbacks.base import Callback, Every, StepDone
 from mm.train.records import Record
@@ -56,10 +57,17 @@ class EpochFiles(Callback):
         return ()
 
     def write_missing(self) -> None:
-        """Write the files of whole checkpoints that have none, since a run ended between the two."""
+        """Write the files of checkpoints that have none, since a run ended between the two; damaged ones are passed
+        over, as a run that goes on does.
+        """
+        total = self._run.training.training.steps
         for found in candidates(self._run.places.checkpoints):
-            if self.every.is_due(found.step, last=False) and not self._target(found.step).exists():
-                self._write(found.step)
+            is_due = self.every.is_due(found.step, last=found.step == total)
+            if is_due and not self._target(found.step).exists():
+                try:
+                    self._write(found.step)
+                except CheckpointError as error:
+                    log.warning("%s is not written: %s", self._target(found.step), error)
 
     def _write(self, step: int) -> None:
         root = self._run.places.checkpoints
@@ -69,7 +77,7 @@ class EpochFiles(Callback):
         write_pipeline_file(folder, self._target(step), self._run.prefix)
 
     def _target(self, step: int) -> Path:
-        """Its epochs are counted from 0, its steps from 1."""
+        """File of a step; epochs are counted from 0, steps from 1."""
         name = f"epoch-{-(-step // self._run.steps_of_file) - 1}" if self._run.by_epoch else f"step-{step}"
         return self._run.places.output / f"{name}.safetensors"
 

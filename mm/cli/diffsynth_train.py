@@ -19,7 +19,7 @@ from mm.config.output import require_writable_folder
 from mm.config.place import ProcessPlace, process_place
 from mm.config.rules.extraction import EXTRACTION_RULES
 from mm.config.rules.training import TRAINING_RULES
-from mm.config.unread import UNREAD, UnreadError, broken
+from mm.config.unread import UNREAD, UnreadError, broken, read_or
 from mm.dialects.diffsynth.named_models import named_models
 from mm.dialects.diffsynth.train_flags import DiffSynthFlags
 from mm.dialects.diffsynth.translation import DiffSynthRun, FoundModels, Places, translate
@@ -44,32 +44,42 @@ def main(argv: Sequence[str]) -> None:
         MMError: what `mm.cli.extraction.extract_features` and `mm.cli.training.train` raise.
     """
     where = process_place()
-    described = read_run(argv, where.world_size, os.environ)
+    flags, described, joins = read_run(argv, where.world_size, os.environ)
     check_run(described)
-    require_writable_folder(str(described.places.output), "--output_path")
-    extract_features(described.extraction, where)
-    _share_features(described.places, where)
+    places = described.places
+    require_writable_folder(str(places.output), "--output_path")
+    if joins and where.rank == 0:
+        from mm.cli.diffsynth_models import join_models  # torch, after the command line is known to be good
 
-    from mm.cli.diffsynth_files import EpochFiles  # torch, after the files are known to be good
+        join_models(named_models(flags), flags.tokenizer_path, places.model)
+    extract_features(described.extraction, where)
+    _share_features(places, where)
+
+    from mm.cli.diffsynth_files import EpochFiles
 
     files = EpochFiles(described, where)
-    train(lambda where: described.training.on(where.world_size), saves=True, word="the command", callbacks=[files])
     if where.rank == 0:
         files.write_missing()
+    train(lambda where: described.training.on(where.world_size), saves=True, word="the command", callbacks=[files])
 
 
-def read_run(argv: Sequence[str], world_size: int, environment: Mapping[str, str]) -> DiffSynthRun:
+def read_run(
+    argv: Sequence[str], world_size: int, environment: Mapping[str, str]
+) -> tuple[DiffSynthFlags, DiffSynthRun, bool]:
     """Both stages that the words describe, with all that is wrong in them; not yet checked by the rules.
 
     Args:
         argv: the words after the program's name. world_size: processes. environment: in which accelerate says its own.
+
+    Returns:
+        The flags, the stages, and whether two parts of a transformer are to be joined first.
     """
     flags, read = read_flags(DiffSynthFlags, argv, PROGRAM, "CFG-389")
     launcher, problems = read_launcher(environment)
     read.problems.extend(problems)
     found = _attempt(lambda: _models(flags), read.problems)
     rows = _attempt(lambda: _rows(Path(flags.dataset_metadata_path)), read.problems)
-    return translate(flags, read, found, rows, launcher, world_size)
+    return flags, translate(flags, read, found, rows, launcher, world_size), read_or(found.joins, False)
 
 
 def _attempt(look: Callable[[], ReadT], problems: list[Problem]) -> ReadT:
@@ -104,7 +114,7 @@ def _models(flags: DiffSynthFlags) -> FoundModels:
 
     from mm.cli.diffsynth_models import find_models  # torch
 
-    return find_models(named, flags.tokenizer_path)
+    return find_models(named, flags.tokenizer_path, Places(Path(flags.output_path)).model, may_download=True)
 
 
 def _rows(path: Path) -> int:

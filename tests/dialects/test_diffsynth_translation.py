@@ -1,5 +1,6 @@
 """DiffSynth-Studio's command lines as sections: what each argument changes, and what is refused by name."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,7 +113,7 @@ def test_lora_of_one_of_two_models_names_its_linears() -> None:
     assert len(side.targets) == 150 and all(name.startswith("vace_blocks.") for name in side.targets)
 
 
-def test_processes_and_accelerate_s_configuration() -> None:
+def test_processes_and_accelerate_s_configuration(tmp_path: Path) -> None:
     def under(**environment: str) -> dict[str, Any]:
         described = run(*WHOLE, world_size=2, environment={f"ACCELERATE_{k}": v for k, v in environment.items()})
         assert told(described) == []
@@ -125,6 +126,12 @@ def test_processes_and_accelerate_s_configuration() -> None:
     assert under(USE_DEEPSPEED="true", DEEPSPEED_ZERO_STAGE="2")["parallel.distributed_optimizer"] is True
     assert under(USE_DEEPSPEED="true", DEEPSPEED_ZERO_STAGE="3")["parallel.layerzero.zero3_size"] == 2
     assert under(USE_FSDP="true")["parallel.layerzero.zero3_size"] == 2
+    on_the_host = {"DEEPSPEED_ZERO_STAGE": "2", "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
+    assert under(USE_DEEPSPEED="true", **on_the_host)["parallel.layerzero.zero3_size"] == 2
+    file = tmp_path / "zero.json"
+    file.write_text('{"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}}')
+    assert under(USE_DEEPSPEED="true", DEEPSPEED_CONFIG_FILE=str(file))["parallel.layerzero.zero3_size"] == 2
+    assert told(run(*WHOLE, environment={"ACCELERATE_MIXED_PRECISION": "fp16"}))[0].startswith("CFG-388")
     wrong = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "two"}
     assert told(run(*WHOLE, environment=wrong))[0].startswith("CFG-388")
 
@@ -195,7 +202,7 @@ def test_inputs_that_a_model_does_not_take(shape: WanConfig, words: list[str], e
     [
         (SIZE, T2V, "CFG-385: Nothing is trained"),
         ((*SIZE, "--trainable_models", "vae"), T2V, "CFG-385: --trainable_models vae: it makes features before"),
-        ((*SIZE, "--trainable_models", "dot"), T2V, 'is not in the models that are named. Did you mean "dit"?'),
+        ((*SIZE, "--trainable_models", "ditt"), T2V, 'is not in the models that are named. Did you mean "dit"?'),
         ((*WHOLE, "--lora_checkpoint", "x"), T2V, "CFG-385: --lora_checkpoint has no effect"),
         ((*WHOLE, *LORA), T2V, "CFG-386: --trainable_models dit beside LoRA of dit"),
         (("--height", "480", *WHOLE[4:]), T2V, "CFG-387: --height is given without --width"),
@@ -220,5 +227,7 @@ def test_names_in_files_are_the_pipeline_s() -> None:
     assert name_in_file(lora, "") == f"pipe.dit.{lora}"
     assert name_in_file("vace_blocks.0.ffn.0.weight", "pipe.vace.") == "vace_blocks.0.ffn.0.weight"
     assert name_in_file("vace_blocks.0.ffn.0.weight", "pipe.dit.") == "pipe.vace.vace_blocks.0.ffn.0.weight"
+    assert name_in_file("vace_blocks.0.ffn.0.weight", "pipe.dit.,pipe.vace.") == "vace_blocks.0.ffn.0.weight"
     motion = "motion_controller.linear.0.weight"
+    assert name_in_file(motion, "pipe.dit.,pipe.") == motion
     assert name_in_file(motion, "pipe.motion_controller.") == "linear.0.weight"

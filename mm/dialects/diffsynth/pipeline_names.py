@@ -32,6 +32,12 @@ def pipeline_name(name: str) -> str:
     return f"{PIPELINE}{model_of(name)}.{name.removeprefix(f'{MOTION_CONTROLLER}.')}"
 
 
-def name_in_file(name: str, prefix: str) -> str:
-    """The pipeline's name of a parameter without `--remove_prefix_in_ckpt`, where it begins so."""
-    return pipeline_name(name).removeprefix(prefix)
+def name_in_file(name: str, prefixes: str) -> str:
+    """The pipeline's name of a parameter without the first of `--remove_prefix_in_ckpt` that it begins with.
+
+    Args:
+        name: the native one. prefixes: with commas between them, as weights of two of the pipeline's models need two.
+    """
+    whole = pipeline_name(name)
+    found = (prefix for prefix in prefixes.split(",") if prefix and whole.startswith(prefix))
+    return whole.removeprefix(next(found, ""))

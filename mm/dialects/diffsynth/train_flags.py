@@ -47,9 +47,12 @@ class DiffSynthFlags(Flags):
     )
     width: int | None = used("data.clip.width", ge=1, description="as --height")
     max_pixels: int = used(
-        "data.clip.shape.max_pixels", "data.clip.shape", default=1920 * 1080, ge=256,
+        "data.clip.shape.max_pixels",
+        "data.clip.shape",
+        default=1920 * 1080,
+        ge=256,
         description="without --height and --width: larger pictures are made as small",
-    )  # fmt: skip
+    )
     num_frames: int = used("data.clip.num_frames", default=81, ge=1, description="first frames of each video")
     data_file_keys: str = used(
         "data.file_keys", default="image,video", description="columns of the metadata whose cells are paths"
@@ -72,18 +75,22 @@ class DiffSynthFlags(Flags):
     num_epochs: int = used("training.steps", default=1, ge=1, description="epochs")
     weight_decay: float = used("optimizer.weight_decay", default=0.01, ge=0, description="of AdamW; none on biases")
     gradient_accumulation_steps: int | None = used(
-        "data.global_batch_size", ge=1,
+        "data.global_batch_size",
+        ge=1,
         description="samples of each process in one step; default: what accelerate's configuration says, or 1",
-    )  # fmt: skip
+    )
     output_path: str = used(
-        "checkpoint.save", "output.path", "data.features.path", default="./models",
+        "checkpoint.save",
+        "output.path",
+        "data.features.path",
+        default="./models",
         description="gets epoch-N.safetensors, features/, and checkpoints/, from which the same command goes on",
-    )  # fmt: skip
+    )
     save_steps: int | None = used(
         "checkpoint.save_interval", ge=1, description="steps between step-N.safetensors, in the place of epochs"
     )
     remove_prefix_in_ckpt: str = used(
-        default="pipe.dit.", description="taken off the names of the tensors in these files"
+        default="pipe.dit.", description="taken off the names of the tensors in these files; several with commas"
     )
     min_timestep_boundary: float = used(
         "objective.band_below", default=0.0, ge=0, le=1, description="share of the noisiest steps that are left out"

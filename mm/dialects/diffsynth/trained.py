@@ -1,4 +1,4 @@
-"""What of a model is trained, as DiffSynth-Studio's arguments say it: whole models of its pipeline, or LoRA of one."""
+"""Parts of a model that are trained, as DiffSynth-Studio's arguments say it: models of its pipeline, or LoRA of one."""
 
 from __future__ import annotations
 

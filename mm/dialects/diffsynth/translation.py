@@ -36,7 +36,7 @@ from mm.config.run.parallel import ParallelSection
 from mm.config.run.shapes import FrameRule, MaxPixels
 from mm.config.run.training import TrainingRun, TrainingSections
 from mm.config.tasks.task import Source
-from mm.config.unread import broken, built, if_read, read_or
+from mm.config.unread import UNREAD, broken, built, if_read, read_or
 from mm.dialects.diffsynth.inputs import ModelInputs, input_problems, inputs_of, named_inputs
 from mm.dialects.diffsynth.named_models import PATHS, models_word
 from mm.dialects.diffsynth.train_flags import DiffSynthFlags
@@ -57,6 +57,7 @@ class FoundModels:
     Attributes:
         transformer: path of its weights. shape: of it.
         vae, text, tokenizer, image: paths; no image encoder where none is named.
+        joins: the transformer is released in two parts, which are to be joined at its path.
     """
 
     transformer: str
@@ -65,6 +66,7 @@ class FoundModels:
     text: str
     tokenizer: str
     image: str | None = None
+    joins: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ class Places:
     def listing(self) -> Path:
         """The file that names the store to training."""
         return self.output / "features.txt"
+
+    @property
+    def model(self) -> Path:
+        """The transformer, where it is released in two parts."""
+        return self.output / "model"
 
     @property
     def checkpoints(self) -> Path:
@@ -232,8 +239,8 @@ def _file_keys(flags: DiffSynthFlags) -> tuple[str, ...]:
 def _source(flags: DiffSynthFlags) -> SourceSection:
     clip: dict[str, Any] = {
         "num_frames": flags.num_frames,
-        "height": flags.height,
-        "width": flags.width,
+        "height": if_read(lambda: UNREAD if flags.height is None and flags.width is not None else flags.height),
+        "width": if_read(lambda: UNREAD if flags.width is None and flags.height is not None else flags.width),
         "shape": if_read(lambda: _shape(flags)),
         "frames": FrameRule(start="first"),
     }
@@ -269,7 +276,7 @@ def _encoders(found: FoundModels) -> EncodersSection:
 
 
 def _objective(flags: DiffSynthFlags) -> DiffusionConfig:
-    """Its loss, which is the default here, on the part of the grid that the two boundaries leave, noisiest first."""
+    """The default loss, on the part of the grid that the two boundaries leave, noisiest first."""
     plain = DiffusionConfig()
     levels = plain.levels()
     first, end = (int(share * len(levels)) for share in (flags.min_timestep_boundary, flags.max_timestep_boundary))
