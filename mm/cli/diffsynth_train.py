@@ -22,7 +22,7 @@ from mm.config.rules.training import TRAINING_RULES
 from mm.config.unread import UNREAD, UnreadError, broken, read_or
 from mm.dialects.diffsynth.named_models import named_models
 from mm.dialects.diffsynth.train_flags import DiffSynthFlags
-from mm.dialects.diffsynth.translation import DiffSynthRun, FoundModels, Places, translate
+from mm.dialects.diffsynth.translation import DiffSynthRun, FoundModels, MetadataTable, Places, translate
 from mm.dialects.diffsynth.words import PROGRAM
 from mm.dialects.launcher import read_launcher
 from mm.dialects.underscored import read_flags
@@ -78,8 +78,8 @@ def read_run(
     launcher, problems = read_launcher(environment)
     read.problems.extend(problems)
     found = _attempt(lambda: _models(flags), read.problems)
-    rows = _attempt(lambda: _rows(Path(flags.dataset_metadata_path)), read.problems)
-    return flags, translate(flags, read, found, rows, launcher, world_size), read_or(found.joins, False)
+    table = _attempt(lambda: _table(Path(flags.dataset_metadata_path)), read.problems)
+    return flags, translate(flags, read, found, table, launcher, world_size), read_or(found.joins, False)
 
 
 def _attempt(look: Callable[[], ReadT], problems: list[Problem]) -> ReadT:
@@ -117,11 +117,16 @@ def _models(flags: DiffSynthFlags) -> FoundModels:
     return find_models(named, flags.tokenizer_path, Places(Path(flags.output_path)).model, may_download=True)
 
 
-def _rows(path: Path) -> int:
-    """Rows of the metadata."""
+def _table(path: Path) -> MetadataTable:
+    """Count the rows of the metadata."""
     from mm.data.tables import open_table
 
-    return sum(1 for _ in open_table(path, "DATA-060"))
+    rows, columns = 0, frozenset[str]()
+    for row in open_table(path, "DATA-060"):
+        if rows == 0 and isinstance(row.value, dict):
+            columns = frozenset(row.value)
+        rows += 1
+    return MetadataTable(rows, columns)
 
 
 def _share_features(places: Places, where: ProcessPlace) -> None:

@@ -12,7 +12,7 @@ from mm.config.rules.training import TRAINING_RULES
 from mm.config.unread import broken
 from mm.dialects.diffsynth.pipeline_names import name_in_file
 from mm.dialects.diffsynth.train_flags import DiffSynthFlags
-from mm.dialects.diffsynth.translation import DiffSynthRun, FoundModels, translate
+from mm.dialects.diffsynth.translation import DiffSynthRun, FoundModels, MetadataTable, translate
 from mm.dialects.diffsynth.words import PROGRAM
 from mm.dialects.launcher import read_launcher
 from mm.dialects.underscored import read_flags
@@ -22,6 +22,7 @@ CONTROL, REFERENCE = PUBLISHED["Wan2.1 Fun-Control 1.3B"], PUBLISHED["Wan2.1 Fun
 CAMERA, VACE = PUBLISHED["Wan2.1 Fun-V1.1-Control-Camera 1.3B"], PUBLISHED["Wan2.1 VACE 1.3B"]
 SPEED = PUBLISHED["Wan2.1 SpeedControl 1.3B"]
 LORA = ("--lora_base_model", "dit")
+COLUMNS = ("control_video", "input_image", "style")
 
 
 def run(
@@ -33,7 +34,8 @@ def run(
     launcher, problems = read_launcher(environment or {})
     read.problems.extend(problems)
     found = FoundModels("dit", shape, "vae", "text", "tokenizer", "clip" if shape.img_dim else None)
-    return translate(flags, read, found, 10, launcher, world_size)
+    table = MetadataTable(10, frozenset({"video", "prompt", *COLUMNS}))
+    return translate(flags, read, found, table, launcher, world_size)
 
 
 def told(described: DiffSynthRun) -> list[str]:
@@ -61,6 +63,7 @@ WHOLE = (*SIZE, "--trainable_models", "dit")
         ([], {"memory.recompute": "full", "memory.keep_attention": False, "memory.offload": False}),
         (["--use_gradient_checkpointing_offload"], {"memory.offload": True, "memory.keep_attention": True}),
         (["--dataset_base_path", "d"], {"x.data.folder": "d"}),
+        ([], {"x.data.left_out": ["control_video", "input_image", "style"]}),
         (["--data_file_keys", "image,video,control_video, depth"], {"x.data.file_keys": ["control_video", "depth"]}),
         (["--dataset_repeat", "100"], {"training.steps": 1000, "checkpoint.save_interval": 1000}),
         (["--num_epochs", "5"], {"training.steps": 50, "checkpoint.save_interval": 10}),
@@ -169,6 +172,8 @@ def test_inputs_of_each_model(shape: WanConfig, words: str, task: str, dropped: 
     for given in (["--extra_inputs", words] if words else [], switches):
         described = run(*SIZE, *LORA, *given, shape=shape)
         assert told(described) == []
+        others = {"input_image", "style"} | ({"control_video"} - set(words.split(",")))
+        assert set(described.extraction.data.left_out) == others, "the first frame is the clip's own"
         assert described.extraction.extraction.task == task
         rates = described.training.data.condition_dropout.rates
         assert sorted(rates) == sorted(dropped) and set(rates.values()) <= {1.0}

@@ -97,8 +97,8 @@ def test_lora_of_the_released_files(
     ]
     halves = ("lora_A", "lora_B")
     assert sorted(first) == sorted(f"{name}.{half}.default.weight" for name in linears for half in halves)
-    rates = torch.stack([first[f"{name}.lora_B.default.weight"].abs().max() for name in linears])
-    torch.testing.assert_close(rates, torch.full_like(rates, 1e-4), rtol=1e-2, atol=0)
+    moved = torch.cat([first[f"{name}.lora_B.default.weight"].abs().flatten() for name in linears]).max()
+    torch.testing.assert_close(moved, torch.tensor(1e-4), rtol=1e-3, atol=0)
     adapter = read_adapter(tmp_path / "out" / "step-8.safetensors")
     assert {(update.rank, update.alpha) for update in adapter.updates.values()} == {(4, 4.0)}
     rows = metrics(tmp_path / "out")
@@ -168,11 +168,11 @@ def test_everything_that_is_wrong_is_told_before_anything_is_made(
 ) -> None:
     monkeypatch.chdir(home)
     models = f"Wan-AI/Wan2.1-T2V-1.3C:{PATTERNS[0]},{COMMON}:models_t6*.pth,nothing"
-    asked = words(tmp_path / "out", "--height", "33", "--dataset_metadata_path", "no.csv", models=models)
+    asked = words(tmp_path / "out", "--learning_rate", "x", "--dataset_metadata_path", "no.csv", models=models)
     with pytest.raises(ConfigError) as raised:
         diffsynth_train.main(asked)
     ids = [problem.id for problem in raised.value.problems]
-    assert ids == ["CFG-381", "DATA-060", "CFG-051"]
+    assert ids == ["CFG-005", "CFG-381", "DATA-060"]
     asked = words(tmp_path / "out", *LORA, models=models.removesuffix(",nothing"))
     with pytest.raises(ConfigError) as raised:
         diffsynth_train.main(asked)

@@ -84,6 +84,11 @@ _NOTE_OF_MASKS = (
 )
 
 
+def columns_of(named: Mapping[str, str]) -> frozenset[str]:
+    """Columns of the metadata that a training looks at; first and last frame are the clip's own."""
+    return frozenset(("video", "image", "prompt", POSES, *named)) - {FIRST, LAST}
+
+
 def input_problems(wan: WanConfig, named: Mapping[str, str], file_keys: tuple[str, ...]) -> Iterator[Problem]:
     """CFG-384: inputs that are not known, that a model does not take, that features are not made of, or that it lacks.
 

@@ -37,7 +37,7 @@ from mm.config.run.shapes import FrameRule, MaxPixels
 from mm.config.run.training import TrainingRun, TrainingSections
 from mm.config.tasks.task import Source
 from mm.config.unread import UNREAD, broken, built, if_read, read_or
-from mm.dialects.diffsynth.inputs import ModelInputs, input_problems, inputs_of, named_inputs
+from mm.dialects.diffsynth.inputs import ModelInputs, columns_of, input_problems, inputs_of, named_inputs
 from mm.dialects.diffsynth.named_models import PATHS, models_word
 from mm.dialects.diffsynth.train_flags import DiffSynthFlags
 from mm.dialects.diffsynth.trained import adapters_of, trained_problems
@@ -67,6 +67,14 @@ class FoundModels:
     tokenizer: str
     image: str | None = None
     joins: bool = False
+
+
+@dataclass(frozen=True)
+class MetadataTable:
+    """The metadata of a data set: how many rows, and what columns the first one has."""
+
+    rows: int
+    columns: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -134,21 +142,27 @@ class _Known:
 
 
 def translate(
-    flags: DiffSynthFlags, read: ReadFlags, found: FoundModels, rows: int, launcher: Launcher, world_size: int = 1
+    flags: DiffSynthFlags,
+    read: ReadFlags,
+    found: FoundModels,
+    table: MetadataTable,
+    launcher: Launcher,
+    world_size: int = 1,
 ) -> DiffSynthRun:
     """Both stages that a command line describes, with what is wrong in it.
 
     Args:
         flags: the command line. read: what reading it and what it names gave.
-        found: the models. rows: of the metadata; `UNREAD` where either could not be read.
+        found: the models. table: the metadata; `UNREAD` where either could not be read.
         launcher: accelerate's word. world_size: the processes that were started.
     """
+    rows = if_read(lambda: table.rows)
     origins = origins_of(read_or(if_read(lambda: models_word(flags)), PATHS))
     known = _known(flags, found, rows, launcher, world_size)
     notes = (*read.notes, *launcher_notes(launcher), *read_or(if_read(lambda: known.inputs.notes), ()))
     extraction = ExtractionSections(
         extraction=built(ExtractionSection, {"task": if_read(lambda: known.inputs.task)}),
-        data=_source(flags),
+        data=_source(flags, table),
         encoders=if_read(lambda: _encoders(found)),
         output=built(StoreSection, {"path": if_read(lambda: str(known.places.features))}),
     )
@@ -236,7 +250,7 @@ def _file_keys(flags: DiffSynthFlags) -> tuple[str, ...]:
     return tuple(word for word in words if word and word not in ("image", "video"))
 
 
-def _source(flags: DiffSynthFlags) -> SourceSection:
+def _source(flags: DiffSynthFlags, table: MetadataTable) -> SourceSection:
     clip: dict[str, Any] = {
         "num_frames": flags.num_frames,
         "height": if_read(lambda: UNREAD if flags.height is None and flags.width is not None else flags.height),
@@ -249,6 +263,7 @@ def _source(flags: DiffSynthFlags) -> SourceSection:
         "folder": if_read(lambda: flags.dataset_base_path or "."),
         "format": "diffsynth",
         "file_keys": if_read(lambda: _file_keys(flags)),
+        "left_out": if_read(lambda: tuple(sorted(table.columns - columns_of(named_inputs(flags))))),
         "clip": built(SourceClip, clip),
         "workers": if_read(lambda: max(1, flags.dataset_num_workers or _WORKERS)),
     }
