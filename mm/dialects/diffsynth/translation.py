@@ -157,7 +157,8 @@ def translate(
         launcher: accelerate's word. world_size: the processes that were started.
     """
     rows = if_read(lambda: table.rows)
-    origins = origins_of(read_or(if_read(lambda: models_word(flags)), PATHS))
+    is_lora = if_read(lambda: flags.lora_base_model is not None)
+    origins = origins_of(read_or(if_read(lambda: models_word(flags)), PATHS), is_lora=read_or(is_lora, False))
     known = _known(flags, found, rows, launcher, world_size)
     notes = (*read.notes, *launcher_notes(launcher), *read_or(if_read(lambda: known.inputs.notes), ()))
     extraction = ExtractionSections(

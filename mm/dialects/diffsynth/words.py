@@ -9,14 +9,16 @@ from mm.dialects.meaning import words_of
 PROGRAM = "train.py"
 _LINE = "the command line"
 """Named where rules begin a message with the file of a value."""
+_RUN_FILE = "checkpoints/run.yaml"
+"""Named for values that no argument stands for: `mm run` goes on with that file, which has all of them."""
 _BEHIND_A_FILE = ("data.clip", "data.path", "data.folder", "data.file_keys", "data.format")
 
 
-def origins_of(models_word: str) -> Origins:
+def origins_of(models_word: str, *, is_lora: bool) -> Origins:
     """The words of a command line.
 
     Args:
-        models_word: the flag that names the models.
+        models_word: the flag that names the models. is_lora: adapters are trained.
     """
     words = dict(words_of(DiffSynthFlags))
     for path in list(words):
@@ -25,6 +27,8 @@ def origins_of(models_word: str) -> Origins:
     models = Word(models_word)
     encoders = ("vae", "text", "image")
     words |= {f"encoders.{name}.from_pretrained": models for name in encoders}
-    words |= {"checkpoint.load": models, "adapters.base": models, "model.shape": models}
+    words |= {"adapters.base": models, "model.shape": models}
+    words["checkpoint.load"] = Word("--lora_checkpoint") if is_lora else models
     words["data.features.path"] = Word("--output_path", _LINE)
-    return Origins(words, file=PROGRAM)
+    words["output.overwrite"] = Word("removing OUTPUT_PATH/features")
+    return Origins(words, file=_RUN_FILE)
