@@ -12,6 +12,8 @@ from pathlib import Path
 from mm.config.base import load_json
 from mm.errors import ConfigError, Problem
 
+_STRATEGIES = {"FULL_SHARD": 3, "1": 3, "SHARD_GRAD_OP": 2, "2": 2, "NO_SHARD": 0, "3": 0}
+"""ZeRO stages by FSDP's word or number for the same."""
 _OPTIMIZER_ON = "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"
 
 
@@ -21,19 +23,18 @@ class Launcher:
 
     Attributes:
         accumulation: samples of each process in one step; None where it does not say.
-        zero_stage: of DeepSpeed; None without it. fsdp: its FSDP shards the parameters.
+        zero_stage: of DeepSpeed, or what FSDP's strategy is of that; None without them.
         offloads: DeepSpeed is to keep the optimizer's state in host memory.
     """
 
     accumulation: int | None = None
     zero_stage: int | None = None
-    fsdp: bool = False
     offloads: bool = False
 
     @property
     def shards_parameters(self) -> bool:
-        """True for ZeRO-3 and FSDP, and where less would have to be kept in host memory."""
-        return self.zero_stage == 3 or self.fsdp or (self.zero_stage in (1, 2) and self.offloads)
+        """True for ZeRO-3, and where the optimizer's state would have to be kept in host memory."""
+        return self.zero_stage == 3 or (self.zero_stage in (1, 2) and self.offloads)
 
     @property
     def shards_optimizer(self) -> bool:
@@ -61,12 +62,17 @@ def read_launcher(environment: Mapping[str, str]) -> tuple[Launcher, list[Proble
         found = f"accelerate's configuration asks for ZeRO stage {stage}."
         problems.append(Problem("CFG-388", found, "Set zero_stage to 0, 1, 2 or 3."))
         stage = None
+    if is_true("ACCELERATE_USE_FSDP"):
+        strategy = environment.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD")
+        stage, offloads = _STRATEGIES.get(strategy.upper()), False
+        if stage is None:
+            problems.append(Problem("CFG-388", f"FSDP's strategy is {strategy}.", "Use FULL_SHARD."))
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in ("no", "bf16"):
         found = f"accelerate's mixed_precision is {precision}, and training is in bf16 with fp32 masters."
         problems.append(Problem("CFG-388", found, "Set it to bf16."))
     accumulation = _number(environment, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", problems)
-    return Launcher(accumulation or None, stage, is_true("ACCELERATE_USE_FSDP"), offloads), problems
+    return Launcher(accumulation or None, stage, offloads), problems
 
 
 def _of_file(file: str, problems: list[Problem]) -> tuple[int | None, bool]:

@@ -129,6 +129,9 @@ def test_processes_and_accelerate_s_configuration(tmp_path: Path) -> None:
     assert under(USE_DEEPSPEED="true", DEEPSPEED_ZERO_STAGE="2")["parallel.distributed_optimizer"] is True
     assert under(USE_DEEPSPEED="true", DEEPSPEED_ZERO_STAGE="3")["parallel.layerzero.zero3_size"] == 2
     assert under(USE_FSDP="true")["parallel.layerzero.zero3_size"] == 2
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "SHARD_GRAD_OP"}
+    assert run(*WHOLE, world_size=2, environment=fsdp).training.parallel.distributed_optimizer
+    assert told(run(*WHOLE, environment={**fsdp, "FSDP_SHARDING_STRATEGY": "HYBRID"}))[0].startswith("CFG-388")
     on_the_host = {"DEEPSPEED_ZERO_STAGE": "2", "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
     assert under(USE_DEEPSPEED="true", **on_the_host)["parallel.layerzero.zero3_size"] == 2
     file = tmp_path / "zero.json"

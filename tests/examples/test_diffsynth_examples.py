@@ -104,7 +104,9 @@ def write_data(folder: Path) -> None:
 
 def train(home: Path, script: Path, output: str, processes: int = 1) -> None:
     """Start a script in tiny mode."""
-    launched = f"--cpu --num_processes {processes} --main_process_port {ANY_PORT}"
+    launched = f"--num_processes {processes} --main_process_port {ANY_PORT}"
+    if "--config_file" not in script.read_text():
+        launched += " --multi_gpu" if processes > 1 else " --cpu"
     tiny = ["--height", "32", "--width", "48", "--num_frames", "5", "--dataset_repeat", "1", "--output_path", output]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(

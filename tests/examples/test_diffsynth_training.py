@@ -133,7 +133,7 @@ def test_rows_of_the_guide_under_accelerate(home: Path, tmp_path: Path, row: str
             sys.executable,
             "-m",
             "accelerate.commands.launch",
-            "--cpu",
+            "--cpu" if world_size == 1 else "--multi_gpu",
             "--num_machines",
             "1",
             "--mixed_precision",
