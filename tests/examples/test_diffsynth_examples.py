@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,7 +103,7 @@ def write_data(folder: Path) -> None:
             writer.writerows(rows)
 
 
-def train(home: Path, script: Path, output: str, processes: int = 1) -> None:
+def train(home: Path, script: Path, output: str, *more: str, processes: int = 1) -> None:
     """Start a script in tiny mode."""
     launched = f"--num_processes {processes} --main_process_port {ANY_PORT}"
     if "--config_file" not in script.read_text():
@@ -110,14 +111,11 @@ def train(home: Path, script: Path, output: str, processes: int = 1) -> None:
     tiny = ["--height", "32", "--width", "48", "--num_frames", "5", "--dataset_repeat", "1", "--output_path", output]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", str(script), *tiny, "--dataset_num_workers", "0", *LORA_RANK[script.parent.name]], cwd=home,
+        ["bash", str(script), *tiny, "--dataset_num_workers", "0", *more], cwd=home,
         env={**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_ARGS": launched},
         capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-LORA_RANK = {"full": [], "lora": ["--lora_rank", "4"]}
 
 
 def test_files_are_those_of_the_table() -> None:
@@ -158,10 +156,9 @@ def test_arguments_of_scripts_are_read(title: str, kind: str, tmp_path: Path) ->
 
 
 def test_a_script_trains(home: Path) -> None:
-    train(home, EXAMPLES / "model_training" / "lora" / "Wan2.1-T2V-1.3B.sh", "everyday")
-    assert [path.name for path in sorted((home / "everyday").glob("epoch-*"))] == [
-        f"epoch-{number}.safetensors" for number in range(5)
-    ]
+    script = EXAMPLES / "model_training" / "lora" / "Wan2.1-T2V-1.3B.sh"
+    train(home, script, "everyday", "--num_epochs", "1", "--lora_rank", "4")
+    assert [path.name for path in (home / "everyday").glob("*.safetensors")] == ["epoch-0.safetensors"]
 
 
 @pytest.mark.nightly
@@ -172,7 +169,10 @@ def test_each_model_is_run_trained_and_looked_at(home: Path, title: str) -> None
     run_tiny(home, EXAMPLES / "model_inference" / f"{model.run_as or title}.py")
     for kind in ("full", "lora"):
         training = EXAMPLES / "model_training"
-        train(home, training / kind / f"{title}.sh", f"models/train/{title}_{kind}", 2 if kind == "full" else 1)
+        output = f"models/train/{title}_{kind}"
+        train(home, training / kind / f"{title}.sh", output, processes=2 if kind == "full" else 1)
+        config = home / "models" / (model.adapter_of or model.model_id) / "config.json"
+        shutil.copy(config, home / output)  # the tiny models' heads are not as wide as the released ones'
         run_tiny(home, training / f"validate_{kind}" / f"{title}.py")
     tensors = load_file(home / "models" / "train" / f"{title}_full" / "epoch-1.safetensors")
     assert all(torch.isfinite(value).all() for value in tensors.values())
