@@ -161,12 +161,13 @@ def translate(
     origins = origins_of(read_or(if_read(lambda: models_word(flags)), PATHS), is_lora=read_or(is_lora, False))
     known = _known(flags, found, rows, launcher, world_size)
     notes = (*read.notes, *launcher_notes(launcher), *read_or(if_read(lambda: known.inputs.notes), ()))
-    extraction = ExtractionSections(
-        extraction=built(ExtractionSection, {"task": if_read(lambda: known.inputs.task)}),
-        data=_source(flags, table),
-        encoders=if_read(lambda: _encoders(found)),
-        output=built(StoreSection, {"path": if_read(lambda: str(known.places.features))}),
-    )
+    stage = {
+        "extraction": built(ExtractionSection, {"task": if_read(lambda: known.inputs.task)}),
+        "data": _source(flags, table),
+        "encoders": if_read(lambda: _encoders(found)),
+        "output": built(StoreSection, {"path": if_read(lambda: str(known.places.features))}),
+    }
+    extraction = built(ExtractionSections, stage)
     training = _training(flags, found, known, _parallel(launcher, world_size))
     problems = (*read.problems, *_problems(flags, found))
     return DiffSynthRun(
