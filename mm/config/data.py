@@ -28,7 +28,8 @@ class DataSource:
     Attributes:
         folder: that its paths start from. annotation: the file that lists its samples.
         format: of that file; None where what stands in it tells.
-        file_keys: columns whose cells are paths, beside those that the format knows.
+        file_keys: columns whose cells are paths, beside those that the format knows. left_out: columns that are not
+            looked at.
         entry: the one whose samples are taken, of a file of entries; None for all.
         storage: how media in object storage are read.
     """
@@ -37,6 +38,7 @@ class DataSource:
     annotation: Path
     format: SourceFormat | None = None
     file_keys: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     entry: str | None = None
     storage: Storage = field(default_factory=Storage)
 

@@ -34,7 +34,7 @@ def _missing(folders: list[str], tokenizer: str) -> list[Problem]:
     problems = [
         Problem("DATA-040", f"{os.path.join(folder, 'config.json')} does not exist.", "Correct from_pretrained.")
         for folder in folders
-        if not os.path.isfile(os.path.join(folder, "config.json"))
+        if not os.path.isfile(folder) and not os.path.isfile(os.path.join(folder, "config.json"))
     ]
     if not os.path.isdir(tokenizer):
         remedy = "Correct from_pretrained of the tokenizer."

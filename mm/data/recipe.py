@@ -31,6 +31,9 @@ TEXT_CLEANING = "ftfy-html2-whitespace"
 
 MAX_HEADER_BYTES = 100 * 2**20
 _SAMPLE_BYTES = 4096
+_PIECES = 256
+_DIRECTORY_BYTES = 2**20
+_FINGERPRINTED = (".json", ".safetensors", ".model")
 
 
 class Recipe(Section):
@@ -188,12 +191,13 @@ def folder_fingerprint(folder: Path) -> str:
     safetensors file the whole header is taken and, of every tensor, 4 KiB at the start, the middle and the end: 11 GB
     of text encoder cost a few megabytes of reading, and training any tensor at all changes the result; only an edit
     of single numbers inside a large tensor could go unnoticed. Notes in a config.json about who wrote it
-    (`_diffusers_version`, `transformers_version`) are left out.
+    (`_diffusers_version`, `transformers_version`) are left out. Of one file, an encoder of the original release, its
+    size, its beginning and its end are taken, where `torch.save` has a checksum of every tensor, and pieces between.
 
     Raises:
         DataError: DATA-040 when the folder is missing or holds no such file, DATA-042 when one cannot be read.
     """
-    files = sorted(p for p in folder.glob("*") if p.suffix in (".json", ".safetensors", ".model"))
+    files = [folder] if folder.is_file() else sorted(p for p in folder.glob("*") if p.suffix in _FINGERPRINTED)
     if not files:
         remedy = "Correct from_pretrained: the folder of this component in the diffusers layout."
         raise DataError("DATA-040", f"{folder} is missing or holds no model files.", remedy)
@@ -210,12 +214,27 @@ def folder_fingerprint(folder: Path) -> str:
 def _file_digest(file: Path) -> bytes:
     if file.suffix == ".safetensors":
         return _weights_digest(file)
+    if file.suffix not in _FINGERPRINTED:
+        return _pieces_digest(file)
     content = file.read_bytes()
     if file.name == "config.json":
         values = json.loads(content)
         kept = {k: v for k, v in values.items() if not k.startswith("_") and k != "transformers_version"}
         content = json.dumps(kept, sort_keys=True).encode()
     return hashlib.sha256(content).digest()
+
+
+def _pieces_digest(file: Path) -> bytes:
+    """Digest of a file that `torch.save` wrote; its directory of checksums stands at its end."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(file, "rb") as stream:
+        for offset in range(0, size, max(size // _PIECES, 1)):
+            stream.seek(offset)
+            digest.update(stream.read(_SAMPLE_BYTES))
+        stream.seek(max(size - _DIRECTORY_BYTES, 0))
+        digest.update(stream.read())
+    return digest.digest()
 
 
 def _weights_digest(file: Path) -> bytes:

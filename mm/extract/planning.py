@@ -140,5 +140,7 @@ def _inputs(run: ExtractionRun, reader: RowReader) -> str | None:
             while chunk := file.read(2**20):
                 content.update(chunk)
         said = [source.format, source.file_keys, content.hexdigest(), run.extraction.shard_rows, run.extraction.draws]
+        if source.left_out:  # plans of others are as they were
+            said.append(source.left_out)
         digest.update(json.dumps(said).encode())
     return digest.hexdigest()

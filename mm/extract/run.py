@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from mm.checkpoint.encoder_paths import image_encoder, text_encoder, video_encoder
 from mm.config.bad_samples import parse_on_bad_sample
 from mm.config.data import NOT_WITH_DECORD
 from mm.config.run.encoders import EncodersSection
@@ -33,8 +34,7 @@ from mm.extract.skipping import SKIPPED, SKIPS, Skipping, num_skipped
 from mm.extract.sources import VisualEncoders
 from mm.extract.store import WORK, check_store, finish, held_by_others, hold_against_plan, runs_done
 from mm.extract.worker import Runs, Tally, Worker
-from mm.wan.encoders import TextEncoder, VideoEncoder, require_stride
-from mm.wan.image_encoder import ImageEncoder
+from mm.wan.encoders import VideoEncoder, require_stride
 
 log = logging.getLogger(__name__)
 
@@ -136,9 +136,9 @@ def open_encoders(named: EncodersSection, task: Task, device: torch.device) -> C
         DataError: DATA-040 to DATA-042 for one that cannot be loaded, DATA-045 for one of another model.
     """
     vae = named.vae
-    video = VideoEncoder.from_pretrained(Path(vae.from_pretrained), vae.precision, device, vae.tiles_of_clips())
+    video = video_encoder(Path(vae.from_pretrained), vae.precision, device, vae.tiles_of_clips())
     require_stride(vae.from_pretrained, video, task)
-    text = TextEncoder.from_pretrained(
+    text = text_encoder(
         Path(named.text.from_pretrained),
         Path(named.tokenizer.from_pretrained),
         named.text.precision,
@@ -149,5 +149,5 @@ def open_encoders(named: EncodersSection, task: Task, device: torch.device) -> C
     if named.image is None:
         return ClipEncoder(text, VisualEncoders(task, video, conditions))
     folder = named.image.from_pretrained
-    image = ImageEncoder.from_pretrained(Path(folder), named.image_precision, device)
+    image = image_encoder(Path(folder), named.image_precision, device)
     return ClipEncoder(text, VisualEncoders(task, video, conditions, image, folder))

@@ -12,6 +12,7 @@ from mm.cli.doctor import DoctorFlags
 from mm.cli.flags_page import PROGRAMS as COMMANDS_WITH_FLAGS
 from mm.cli.zero_to_bf16 import ZeroFlags
 from mm.config.flags import Flags, flag_name
+from mm.dialects.diffsynth.train_flags import DiffSynthFlags
 from mm.dialects.mindspeed.accepted_flags import ACCEPTED_TRAIN_FLAGS
 from mm.dialects.mindspeed.extract_files import RETIRED_EXTRACT_FLAGS, ExtractFlags
 from mm.dialects.mindspeed.generate_flags import GenerateFlags
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 SCRIPTS: dict[str, type[Flags]] = {
     "convert_ckpt.py": ConvertFlags,
+    "train.py": DiffSynthFlags,
     "zero_to_bf16.py": ZeroFlags,
     "pretrain.sh": DoctorFlags,  # with DRY_RUN and DOCTOR it takes these; they hold those of training
     "finetune_lora.sh": DoctorFlags,

@@ -112,6 +112,19 @@ def test_diffsynth(form: str, folder: Path) -> None:
     ]  # fmt: skip
 
 
+def test_diffsynth_columns_that_are_left_out(folder: Path) -> None:
+    row = {
+        "video": "videos/a.mp4",
+        "prompt": "x",
+        "control_video": "control/a.mp4",
+        "vace_reference_image": "no",
+        "y": 1,
+    }
+    path = write(folder, [row], "csv")
+    (sample,) = load_samples([DataSource(folder, path, "diffsynth", left_out=("vace_reference_image", "y"))])
+    assert plain(sample, folder)[3] == {"control": ["control/a.mp4"]}
+
+
 def test_diffsynth_images_alone_and_columns_that_are_named(folder: Path) -> None:
     rows = [{"image": "images/c.PNG", "prompt": "x", "depth": "control/a.mp4"}]
     path = write(folder, rows, "csv")

@@ -56,10 +56,11 @@ def _videos_are_listed(run: ExtractionRun) -> Iterator[Problem]:
 
 def _columns_of_files_are_of_a_table(run: ExtractionRun) -> Iterator[Problem]:
     """CFG-170: one format alone lets columns be named, and one an entry."""
-    keys, said = run.origins["data.file_keys"], run.origins["data.format"]
-    if run.data.file_keys and run.data.format != "diffsynth":
-        found = f"{keys.file}: {keys.name} has no effect where {said.name} is not diffsynth."
-        yield Problem("CFG-170", found, f"Set {said.name} to diffsynth, or remove it.")
+    said = run.origins["data.format"]
+    for keys, given in ((run.origins[f"data.{name}"], getattr(run.data, name)) for name in ("file_keys", "left_out")):
+        if given and run.data.format != "diffsynth":
+            found = f"{keys.file}: {keys.name} has no effect where {said.name} is not diffsynth."
+            yield Problem("CFG-170", found, f"Set {said.name} to diffsynth, or remove it.")
     entry = run.origins["data.entry"]
     if run.data.entry is not None and run.data.format != "simpletuner":
         found = f"{entry.file}: {entry.name} has no effect where {said.name} is not simpletuner."

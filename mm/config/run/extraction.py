@@ -76,7 +76,8 @@ class SourceSection(Section):
         path: a `.txt` list of data sets, or one annotation file (`.json`, `.jsonl`, `.csv`).
         folder: folder that the annotation's paths start from; only with an annotation file.
         format: dialect of the annotations; None where the columns of each file tell.
-        file_keys: further columns of a `diffsynth` table whose cells are paths.
+        file_keys: further columns of a `diffsynth` table whose cells are paths. left_out: columns of it that are not
+            looked at.
         entry: the entry of a `simpletuner` file whose samples are taken; None for all.
         storage: how media in object storage are read, of a `simpletuner` file's entries of the type aws.
         clip: what is taken of each.
@@ -88,6 +89,7 @@ class SourceSection(Section):
     folder: str | None = Field(None, min_length=1)
     format: SourceFormat | None = None
     file_keys: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     entry: str | None = Field(None, min_length=1)
     storage: Storage = Storage()
     clip: SourceClip

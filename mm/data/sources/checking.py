@@ -53,7 +53,7 @@ def annotated_sources(section: SourceSection) -> list[DataSource]:
     """
     folder = section.folder or default_folder(section.path, section.format)
     sources = data_sources(section.path, folder)
-    said = {name: getattr(section, name) for name in ("format", "file_keys", "entry", "storage")}
+    said = {name: getattr(section, name) for name in ("format", "file_keys", "left_out", "entry", "storage")}
     return [replace(source, **said) for source in sources]
 
 

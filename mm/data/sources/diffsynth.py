@@ -49,7 +49,7 @@ def _open(source: DataSource, columns: Sequence[Column], /) -> OpenSource:
         take=_take,
         path_columns=("video", "image"),
         caption_columns=("prompt",),
-        unused=UNUSED_COLUMNS | _UNUSED,
+        unused=UNUSED_COLUMNS | _UNUSED | frozenset(source.left_out),
     )
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from mm.checkpoint.encoders import open_encoder
+from mm.checkpoint.identify import identify
 from mm.config.model import Precision
 from mm.config.run.extraction import ExtractionRun
 from mm.errors import DataError
@@ -31,6 +33,9 @@ def encoder_bytes(run: ExtractionRun) -> int:
 
 
 def _elements(folder: Path) -> Iterator[int]:
+    if folder.is_file():
+        source = open_encoder(identify(folder))
+        yield from (prod(kind.shape) for kind in source.kinds.values()) if source is not None else ()
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as opened:

@@ -1,0 +1,19 @@
+#!/bin/bash
+# Wan2.1-Fun-V1.1-14B-InP: all of it. Further arguments win over these; ACCELERATE_ARGS has accelerate's.
+set -e
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+accelerate launch --config_file "$here/accelerate_config_14B.yaml" ${ACCELERATE_ARGS:-} "$here/../train.py" \
+  --dataset_base_path data/example_video_dataset \
+  --dataset_metadata_path data/example_video_dataset/metadata.csv \
+  --height 480 \
+  --width 832 \
+  --num_frames 81 \
+  --dataset_repeat 100 \
+  --model_id_with_origin_paths "PAI/Wan2.1-Fun-V1.1-14B-InP:diffusion_pytorch_model*.safetensors,PAI/Wan2.1-Fun-V1.1-14B-InP:models_t5_umt5-xxl-enc-bf16.pth,PAI/Wan2.1-Fun-V1.1-14B-InP:Wan2.1_VAE.pth,PAI/Wan2.1-Fun-V1.1-14B-InP:models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth" \
+  --learning_rate 1e-5 \
+  --num_epochs 2 \
+  --remove_prefix_in_ckpt "pipe.dit." \
+  --output_path "./models/train/Wan2.1-Fun-V1.1-14B-InP_full" \
+  --trainable_models "dit" \
+  --extra_inputs "input_image,end_image" \
+  "$@"

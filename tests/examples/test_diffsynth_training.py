@@ -1,0 +1,201 @@
+"""DiffSynth-Studio's train.py on tiny models in the released files' names, as its users start it."""
+
+import csv
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import ANY_PORT
+from released import COMMON, TRANSFORMER, released_config, write_common_files, write_release
+from safetensors.torch import load_file, save_file
+
+from mm.cli import diffsynth_train
+from mm.demo.video import write_video
+from mm.errors import ConfigError
+from mm.lora.files import read_adapter
+from mm.wan.model import whole_shapes
+
+TRAIN = Path(__file__).parents[2] / "examples" / "wanvideo" / "model_training" / "train.py"
+CONTROL = "PAI/Wan2.1-Fun-1.3B-Control"
+PATTERNS = ("diffusion_pytorch_model*.safetensors", "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth")
+CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+SIZE = ("--height", "32", "--width", "48", "--num_frames", "5")
+LORA = ("--lora_base_model", "dit", "--lora_rank", "4", "--lora_target_modules", "q,k,v,o,ffn.0,ffn.2")
+
+
+def released(model_id: str, *more: str) -> str:
+    """The guide's way to name models."""
+    return ",".join(f"{model_id}:{pattern}" for pattern in (*PATTERNS, *more))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to start commands in, with `models` and a data set of two videos."""
+    folder = tmp_path_factory.mktemp("diffsynth")
+    write_common_files(folder / "models")
+    write_release(folder / "models", COMMON, "t2v")
+    write_release(folder / "models", CONTROL, "fun_control", shards=2)
+    motion = {
+        name.removeprefix("motion_controller."): torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        for name, shape in whole_shapes(released_config("speedcontrol")).items()
+        if name.startswith("motion_controller.")
+    }
+    speed = folder / "models" / "DiffSynth-Studio" / "Wan2.1-1.3b-speedcontrol-v1"
+    speed.mkdir(parents=True)
+    save_file(motion, speed / "model.safetensors")
+    (folder / "data").mkdir()
+    source = np.random.default_rng(0)
+    for name in ("video1.mp4", "video2.mp4", "video1_softedge.mp4", "video2_softedge.mp4"):
+        write_video(folder / "data" / name, source.integers(0, 255, (5, 32, 48, 3), dtype=np.uint8), 8)
+    with (folder / "data" / "metadata.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["video", "prompt", "control_video", "motion_bucket_id"])
+        rows.writerow(["video1.mp4", "from sunset to night, a small town", "video1_softedge.mp4", 10])
+        rows.writerow(["video2.mp4", "a dog is running", "video2_softedge.mp4", 90])
+    return folder
+
+
+def words(output: Path, *more: str, models: str = released(COMMON)) -> list[str]:
+    """A command line of the guide's shape."""
+    return [
+        "--dataset_base_path", "data", "--dataset_metadata_path", "data/metadata.csv", *SIZE,
+        "--dataset_repeat", "2", "--model_id_with_origin_paths", models, "--learning_rate", "1e-4",
+        "--dataset_num_workers", "0", "--remove_prefix_in_ckpt", "pipe.dit.", "--output_path", str(output), *more,
+    ]  # fmt: skip
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "checkpoints" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_lora_of_the_released_files(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file an epoch in its names; at the rate that is asked for from the first step; and nothing is done twice.
+
+    The first step of AdamW moves each number by the learning rate, whatever its gradient is, and weight decay leaves
+    a zero alone: so B, which begins as zero, is the rate after one step.
+    """
+    monkeypatch.chdir(home)
+    asked = words(tmp_path / "out", *LORA, "--num_epochs", "2", "--save_steps", "1")
+    diffsynth_train.main(asked)
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert files == [f"step-{step}.safetensors" for step in range(1, 9)]
+    first = load_file(tmp_path / "out" / "step-1.safetensors")
+    linears = [
+        f"blocks.{block}.{name}"
+        for block in range(2)
+        for name in (*(f"{kind}_attn.{one}" for kind in ("self", "cross") for one in "qkvo"), "ffn.0", "ffn.2")
+    ]
+    halves = ("lora_A", "lora_B")
+    assert sorted(first) == sorted(f"{name}.{half}.default.weight" for name in linears for half in halves)
+    moved = torch.cat([first[f"{name}.lora_B.default.weight"].abs().flatten() for name in linears]).max()
+    torch.testing.assert_close(moved, torch.tensor(1e-4), rtol=1e-3, atol=0)
+    adapter = read_adapter(tmp_path / "out" / "step-8.safetensors")
+    assert {(update.rank, update.alpha) for update in adapter.updates.values()} == {(4, 4.0)}
+    rows = metrics(tmp_path / "out")
+    assert [row["lr"] for row in rows] == [1e-4] * 8
+    caplog.set_level(logging.INFO)
+    caplog.clear()
+    (tmp_path / "out" / "step-8.safetensors").unlink()  # as a kill between a checkpoint and its file leaves it
+    diffsynth_train.main(asked)
+    assert "nothing was left to encode" in caplog.text and "already done" in caplog.text
+    assert load_file(tmp_path / "out" / "step-8.safetensors").keys() == first.keys()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("row", ["t2v full", "t2v lora", "control full", "speed lora"])
+def test_rows_of_the_guide_under_accelerate(home: Path, tmp_path: Path, row: str, world_size: int) -> None:
+    """Two epochs of four samples, the same samples and steps' worth of them on one process and two."""
+    model, kind = row.split()
+    named, more = released(COMMON), ["--lora_base_model", "dit", "--lora_rank", "4"]
+    if model == "control":
+        named = released(CONTROL, CLIP)
+    if model == "speed":
+        named += ",DiffSynth-Studio/Wan2.1-1.3b-speedcontrol-v1:model.safetensors"
+        more += ["--input_contains_motion_bucket_id"]
+    if kind == "full":
+        more = ["--trainable_models", "dit"]
+    if model == "control":
+        more += ["--data_file_keys", "image,video,control_video", "--input_contains_control_video"]
+    out = tmp_path / "out"
+    launched = [
+        *(
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--cpu" if world_size == 1 else "--multi_gpu",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "bf16",
+        ),
+        *("--num_processes", str(world_size), "--dynamo_backend", "no", "--main_process_port", ANY_PORT),
+        *(str(TRAIN), *words(out, *more, "--num_epochs", "2", models=named)),
+    ]
+    done = subprocess.run(
+        launched, cwd=home, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
+        timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert sorted(path.name for path in out.glob("*.safetensors")) == ["epoch-0.safetensors", "epoch-1.safetensors"]
+    rows = metrics(out)
+    assert [row["consumed_samples"] for row in rows] == list(range(world_size, 9, world_size))
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    trained = load_file(out / "epoch-1.safetensors")
+    if kind == "full":
+        given = {}
+        for file in (home / "models" / (CONTROL if model == "control" else COMMON)).glob("*.safetensors"):
+            given |= load_file(file)
+        assert {name: value.shape for name, value in trained.items()} == {n: v.shape for n, v in given.items()}
+        assert {value.dtype for value in trained.values()} == {torch.bfloat16}
+        assert not torch.equal(trained["head.head.weight"], given["head.head.weight"].bfloat16())
+    else:
+        assert len(trained) == 40 and all(name.startswith("blocks.") for name in trained)
+
+
+def test_everything_that_is_wrong_is_told_before_anything_is_made(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    models = f"Wan-AI/Wan2.1-T2V-1.3C:{PATTERNS[0]},{COMMON}:models_t6*.pth,nothing"
+    asked = words(tmp_path / "out", "--learning_rate", "x", "--dataset_metadata_path", "no.csv", models=models)
+    with pytest.raises(ConfigError) as raised:
+        diffsynth_train.main(asked)
+    ids = [problem.id for problem in raised.value.problems]
+    assert ids == ["CFG-005", "CFG-381", "DATA-060"]
+    asked = words(tmp_path / "out", *LORA, models=models.removesuffix(",nothing"))
+    with pytest.raises(ConfigError) as raised:
+        diffsynth_train.main(asked)
+    told = [str(problem) for problem in raised.value.problems]
+    assert [line[:7] for line in told] == ["CFG-402", "CFG-401"]  # the hub is asked, which tests cannot reach
+    assert "Wan2.1-T2V-1.3C" in told[0] and "models_t6*.pth" in told[1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_do_not_belong_together(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    common, control = Path("models") / COMMON, Path("models") / CONTROL
+    shards = sorted(str(path) for path in control.glob("*.safetensors"))
+
+    def ids(*paths: Any) -> list[str]:
+        asked = ["--model_paths", json.dumps(paths), "--tokenizer_path", str(common / "google" / "umt5-xxl")]
+        with pytest.raises(ConfigError) as raised:
+            diffsynth_train.main([*words(tmp_path / "out", *LORA, models="")[:10], *asked, *LORA])
+        return [problem.id for problem in raised.value.problems]
+
+    encoders = [str(common / name) for name in PATTERNS[1:]]
+    assert ids(str(common / TRANSFORMER), encoders[0]) == ["CFG-404"]  # no VAE
+    assert ids(str(common / TRANSFORMER), shards, *encoders) == ["CFG-404"]  # two transformers
+    assert ids(shards[:1], *encoders) == ["DATA-024"]
+    assert ids("gone.safetensors", *encoders, "gone.pth") == ["CFG-403"] * 2
+    assert ids(shards, *encoders) == ["CFG-383"]  # no image encoder
