@@ -90,7 +90,7 @@ class VideoxFlags(Flags):
     adam_epsilon: float = used("optimizer.eps", default=1e-8, gt=0)
     max_grad_norm: float = used("optimizer.clip_norm", default=1.0, ge=0)
 
-    uniform_sampling: bool = used(default=False)
+    uniform_sampling: bool = used("objective.timestep_slices", default=False)
     train_sampling_steps: int = used("objective.num_train_timesteps", default=1000, ge=2)
     weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"] = used(
         "objective.loss_weighting", "objective.timestep_sampling", default="none"

@@ -184,6 +184,7 @@ def _objective(flags: VideoxFlags, facts: Facts) -> DiffusionConfig:
         "shift": scheduler.shift,
         "num_train_timesteps": flags.train_sampling_steps,
         "loss_weighting": "none",
+        "timestep_slices": "step" if flags.uniform_sampling else None,
     }
     if flags.weighting_scheme == "logit_normal" and not flags.uniform_sampling:
         # VideoX-Fun counts the schedule from noise to data, and sigma goes the other way

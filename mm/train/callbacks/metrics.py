@@ -62,6 +62,9 @@ class Metrics(Callback):
     def _timesteps(self, done: StepDone) -> list[float]:
         """Timesteps of this replica's samples, which are keyed and so can be drawn again."""
         seed = self._run.sections.training.seed
-        drawn = [self._flow.draw_timesteps(seed, batch["sample"], batch["draw"])[1] for batch in done.batches]
+        drawn = [
+            self._flow.draw_timesteps(seed, batch["sample"], batch["draw"], batch.get("place"))[1]
+            for batch in done.batches
+        ]
         values: list[float] = torch.cat(drawn).tolist()
         return values
