@@ -7,13 +7,16 @@ if TYPE_CHECKING:  # they need torch, and are imported when they are first asked
     from mm.api import (
         Converted,
         Encoders,
+        ModelConfig,
         TrainingResult,
         VideoRow,
+        WanVideoPipeline,
         convert_weights,
         extract_features,
         generate_videos,
         inspect_weights,
         load_model,
+        save_video,
         train_model,
     )
 
@@ -22,13 +25,16 @@ __version__ = "0.1.0"
 __all__ = [
     "Converted",
     "Encoders",
+    "ModelConfig",
     "TrainingResult",
     "VideoRow",
+    "WanVideoPipeline",
     "convert_weights",
     "extract_features",
     "generate_videos",
     "inspect_weights",
     "load_model",
+    "save_video",
     "train_model",
 ]
 

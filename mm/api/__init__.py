@@ -8,18 +8,24 @@ from mm.api.encoders import Encoders
 from mm.api.features import VideoRow, extract_features
 from mm.api.generation import generate_videos
 from mm.api.model import load_model
+from mm.api.model_config import ModelConfig
+from mm.api.saved_video import save_video
 from mm.api.training import TrainingResult, train_model
+from mm.api.wan_video_pipeline import WanVideoPipeline
 from mm.api.weights import Converted, convert_weights, inspect_weights
 
 __all__ = [
     "Converted",
     "Encoders",
+    "ModelConfig",
     "TrainingResult",
     "VideoRow",
+    "WanVideoPipeline",
     "convert_weights",
     "extract_features",
     "generate_videos",
     "inspect_weights",
     "load_model",
+    "save_video",
     "train_model",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,8 @@ def generate_videos(
     batched_guidance: bool = False,
     batch_size: int = 1,
     seed: int = 42,
+    noise: Sequence[Tensor] | None = None,
+    on_step: Callable[[], object] = lambda: None,
 ) -> list[Tensor]:
     """Generate a video for each prompt as `mm generate` does, and write nothing.
 
@@ -79,10 +81,10 @@ def generate_videos(
         size: frames (4k + 1), height and width (multiples of 16).
         steps, shift, solver: of the sampler; shift 3 for 480p and 5 for 720p are usual.
         guidance_scale: of classifier-free guidance; exactly 1 leaves the negative prompt out.
-        strength: with `videos`, the share of the steps that are taken, above 0 to 1.
         batched_guidance: both prompts in one pass of twice the batch.
-        batch_size: prompts that go through the transformer together.
-        seed: with a prompt's number it decides the noise.
+        strength: with `videos`, the share of the steps that are taken, above 0 to 1.
+        batch_size: prompts that go through the transformer together. seed: with a prompt's number, of the noise.
+        noise: other noise for each prompt, [C, latent frames with those in front, H, W]. on_step: called after steps.
 
     Returns:
         For each prompt its frames, uint8 [F, H, W, 3], on the CPU.
@@ -103,13 +105,16 @@ def generate_videos(
         batch_size,
         text_only,
         {} if vace_scale is None else {"vace_scale": vace_scale},
+        None if noise is None else tuple(noise),
     )
     task = _row_task(loaded.config.task, asked)
     settings = SamplerSettings(solver, steps, shift, guidance_scale, batched_guidance, strength=strength or 1.0)
     plan = ClipPlan(loaded.config, next(loaded.parameters()).device, task.frames, size, seed, settings)
     raise_all(ConfigError, list(generation_problems(asked, plan, task)))
     negative = task.negative + NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
-    return _generate(loaded, asked, plan, _encoders(encoders, beside), None if guidance_scale == 1 else negative)
+    return _generate(
+        loaded, asked, plan, _encoders(encoders, beside), None if guidance_scale == 1 else negative, on_step
+    )
 
 
 def _encoders(given: Encoders | str | Path | None, beside: str | Path | None) -> Encoders:
@@ -136,7 +141,14 @@ def _row_task(task: Task, asked: Asked) -> Task:
     return TASKS[task.with_last_frame] if both and task.with_last_frame is not None else task
 
 
-def _generate(model: WanModel, asked: Asked, plan: ClipPlan, encoders: Encoders, negative: str | None) -> list[Tensor]:
+def _generate(
+    model: WanModel,
+    asked: Asked,
+    plan: ClipPlan,
+    encoders: Encoders,
+    negative: str | None,
+    on_step: Callable[[], object],
+) -> list[Tensor]:
     """Each encoder is on the device only while it is needed; the VAE stays."""
     given = [_given(asked, index, plan) for index in range(len(asked.prompts))]
     texts, without = _encode_texts(asked.prompts, negative, plan, encoders)
@@ -148,8 +160,11 @@ def _generate(model: WanModel, asked: Asked, plan: ClipPlan, encoders: Encoders,
     for indices in (list(run) for _, run in alike):
         for start in range(0, len(indices), asked.batch_size):
             batch = indices[start : start + asked.batch_size]
-            conditions = [ClipConditions(index, texts[index], early[index], given[index]) for index in batch]
-            latents = sample(model, vae, plan, conditions, without)
+            conditions = [
+                ClipConditions(index, texts[index], early[index], given[index], asked.noise_of(index))
+                for index in batch
+            ]
+            latents = sample(model, vae, plan, conditions, without, on_step=on_step)
             found += decode(vae, latents, plan.size, name_of(encoders.vae, "VAE"))
     return found
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from mm.api.arguments import column_problems
 from mm.config.data import TEMPORAL_STRIDE
 from mm.config.rules.generation import size_problems
@@ -25,6 +27,7 @@ class Asked:
         columns: the same of each task's number, by name.
         strength: with videos. batch_size: prompts in one forward.
         text_only: a model that sees frames is shown none. settings: features that are set, by name.
+        noise: of each video, where it is not the seed's.
     """
 
     prompts: tuple[str, ...]
@@ -34,6 +37,11 @@ class Asked:
     batch_size: int
     text_only: bool = False
     settings: Mapping[str, float] = field(default_factory=dict)
+    noise: tuple[Tensor, ...] | None = None
+
+    def noise_of(self, index: int) -> Tensor | None:
+        """Noise that was given for a video."""
+        return None if self.noise is None else self.noise[index]
 
     @property
     def shown(self) -> Shown:
@@ -50,6 +58,7 @@ def generation_problems(asked: Asked, plan: ClipPlan, task: Task) -> Iterator[Pr
     yield from size_problems(plan.size, plan.wan.patch_size, plan.wan.task, "size")
     yield from _number_problems(asked, plan)
     yield from _length_problems(asked)
+    yield from _noise_problems(asked, plan)
     yield from not_generated(plan.wan.task)
     yield from _list_problems(asked, plan, task)
     yield from _setting_problems(asked, plan)
@@ -80,6 +89,21 @@ def _length_problems(asked: Asked) -> Iterator[Problem]:
         if len(given) != len(asked.prompts):
             found = f"There are {len(asked.prompts)} prompts and {len(given)} of {name}."
             yield Problem("CFG-200", found, "Give one for each prompt, in the same order.")
+
+
+def _noise_problems(asked: Asked, plan: ClipPlan) -> Iterator[Problem]:
+    noise = asked.noise or ()
+    if noise and len(noise) != len(asked.prompts):
+        found = f"There are {len(asked.prompts)} prompts and {len(noise)} of noise."
+        yield Problem("CFG-200", found, "Give one for each prompt, in the same order.")
+        return
+    before_the_clip = {media.listed for media in plan.wan.task.media if media.in_front}
+    for index, given in enumerate(noise):
+        in_front = sum(len(asked.lists[name][index]) for name in before_the_clip & asked.lists.keys())
+        expected = plan.latent_shape(in_front)
+        if tuple(given.shape) != expected:
+            found = f"The noise of prompt {index} is {list(given.shape)}, expected {list(expected)}."
+            yield Problem("CFG-200", found, "Draw it in this shape.")
 
 
 def _list_problems(asked: Asked, plan: ClipPlan, task: Task) -> Iterator[Problem]:

@@ -120,7 +120,7 @@ def encoder_to_hf(source: EncoderSource, target: Path, like: Path | None, max_sh
     """
     require_absent(target)
     expected, config = _configuration(source.encoder, like)
-    entries = _hf_entries(source)
+    entries = hf_entries(source)
     found = {entry.name: tuple(entry.shape) for entry in entries}
     different = [
         f"{name} is {list(shape)} there, {list(expected[name])} in the configuration"
@@ -178,12 +178,12 @@ def _configuration(encoder: Encoder, like: Path | None) -> tuple[dict[str, tuple
             f"--ckpt_path {like} is no folder of {encoder.name}: {first_line(error)}.",
             "Give the folder of this component of the Wan2.1 diffusers weights.",
         ) from None
-    shapes = {_hf_name(name): tuple(value.shape) for name, value in model.state_dict().items()}
+    shapes = {hf_name(name): tuple(value.shape) for name, value in model.state_dict().items()}
     shapes.pop(names_t5.TIED_EMBEDDING, None)
     return shapes, config if like is None else (like / "config.json").read_text(encoding="utf-8")
 
 
-def _hf_entries(source: EncoderSource) -> list[Entry]:
+def hf_entries(source: EncoderSource) -> list[Entry]:
     """Entries under the names of diffusers or transformers; of an original file its tensors are taken apart."""
     if not source.original:
         return [Entry(name, kind.dtype, kind.shape, partial(source.read, name)) for name, kind in source.kinds.items()]
@@ -236,7 +236,7 @@ def _source(path: Path, kinds: dict[str, TensorKind], read: Callable[[str], Tens
     if len(used) < len(names):
         log.info("%s: %d tensors of the text tower are not part of Wan.", path, len(names) - len(used))
     if not which.original:
-        used = _one_embedding({_hf_name(name): place for name, place in used.items()})
+        used = _one_embedding({hf_name(name): place for name, place in used.items()})
     mine = {name: kinds[place] for name, place in used.items()}
     return EncoderSource(which.encoder, path, which.original, which.num_layers, mine, partial(_read_as, read, used))
 
@@ -245,7 +245,7 @@ def _read_as(read: Callable[[str], Tensor], places: Mapping[str, str], name: str
     return read(places[name])
 
 
-def _hf_name(name: str) -> str:
+def hf_name(name: str) -> str:
     """Spelling of files: newer transformers leaves a prefix out of a model without a head; tied names are one."""
     if name.startswith(("embeddings.", "pre_layrnorm.", "post_layernorm.", "encoder.layers.")):
         return names_clip.PREFIX + name

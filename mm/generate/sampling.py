@@ -107,12 +107,14 @@ class ClipConditions:
         text: [L, text_dim] of its prompt, L at most `text_len`.
         early: the features that need no VAE, [*shape] by name (`mm.generate.sources.EarlyFeatures`).
         given: images, videos and numbers.
+        noise: [C, F, H, W] fp32, those in front included, where it is not the index's.
     """
 
     index: int
     text: Tensor
     early: Mapping[str, Tensor]
     given: Given
+    noise: Tensor | None = None
 
 
 def encode_prompts(
@@ -153,7 +155,9 @@ def sample(
     sampler = settings.sampler(device)
     given = [clip.given for clip in clips]
     in_front = max((frames_in_front(plan.wan.task, of) for of in given), default=0)
-    latents = initial_latents(plan.seed, [clip.index for clip in clips], plan.latent_shape(in_front)).to(device)
+    drawn = initial_latents(plan.seed, [clip.index for clip in clips], plan.latent_shape(in_front))
+    pairs = zip(clips, drawn, strict=True)
+    latents = torch.stack([own if clip.noise is None else clip.noise for clip, own in pairs]).to(device)
     videos = [of.video for of in given if of.video is not None]
     if videos and plan.wan.task.with_video:
         latents = noisy_latents(video.encode(torch.stack(videos)), latents, sampler.first_sigma)

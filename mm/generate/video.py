@@ -82,14 +82,14 @@ def write_clip(path: Path, frames: Tensor, fps: int, description: Mapping[str, A
             partial.unlink(missing_ok=True)
 
 
-def encode_video(path: Path, frames: Tensor, fps: int) -> None:
+def encode_video(path: Path, frames: Tensor, fps: int, rate_factor: str = CONSTANT_RATE_FACTOR) -> None:
     """Encode uint8 [F, H, W, 3] RGB frames as H.264 in an MP4 file, yuv420p, colours by BT.709 and marked so."""
     _, height, width, _ = frames.shape
     with av.open(name_for_ffmpeg(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=fps)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # One encoder thread: the file's bytes then do not depend on the machine's number of cores.
-        stream.options = {"crf": CONSTANT_RATE_FACTOR, "threads": "1"}
+        stream.options = {"crf": rate_factor, "threads": "1"}
         # Unmarked, players guess the colours from the height, and the same clip looks different at 480p and 720p.
         stream.codec_context.colorspace = Colorspace.ITU709
         stream.codec_context.color_range = ColorRange.MPEG

@@ -71,7 +71,7 @@ def find_shards(path: Path) -> dict[Path, Header]:
         files = [path / DIFFUSERS_FILE]
     if not files:
         raise no_weights(path, what_instead(path))
-    _require_all_shards(files)
+    require_all_shards(files)
     return {file: read_header(file) for file in files}
 
 
@@ -132,8 +132,12 @@ def _checked_end(entries: Iterable[tuple[Any, ...]]) -> int:
     return position
 
 
-def _require_all_shards(files: Sequence[Path]) -> None:
-    """Count shards by names such as x-00001-of-00003.safetensors, where no index says what belongs together."""
+def require_all_shards(files: Sequence[Path]) -> None:
+    """Count shards by names such as x-00001-of-00003.safetensors, where no index says what belongs together.
+
+    Raises:
+        DataError: DATA-024 for those that are missing.
+    """
     sets: dict[tuple[str, int], set[int]] = {}
     for file in files:
         if match := _SHARD.fullmatch(file.name):

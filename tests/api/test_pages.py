@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from released import COMMON, write_common_files, write_release
 from train.training_runs import run
 
 import mm
+from mm.data.video import probe
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,6 +59,18 @@ def test_examples_of_the_page(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, name: str | None, shape: tuple[int, ...]
 ) -> None:
     every = blocks("docs/api.md")
-    assert len(every) == 3
+    assert len(every) == 4
     left = run_code(every[number], place, tmp_path, monkeypatch)
     assert name is None or left[name].shape == shape
+
+
+def test_the_pipeline_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the released files in tiny, for a small clip of few steps."""
+    code, small = blocks("docs/api.md")[3], "num_inference_steps=2, height=32, width=48, num_frames=5"
+    size = "height=480, width=832, num_frames=81"
+    assert size in code
+    write_common_files(tmp_path / "models")
+    write_release(tmp_path / "models", COMMON, "t2v")
+    left = run_code(code.replace(size, small), tmp_path, tmp_path, monkeypatch)
+    assert len(left["frames"]) == 5 and left["frames"][0].size == (48, 32)
+    assert probe(tmp_path / "video.mp4").num_frames == 5

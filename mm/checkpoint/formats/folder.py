@@ -5,6 +5,7 @@ A folder may also hold an adapter under the name that its tool looks for; asked 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from mm.checkpoint.formats.source import TensorKind
 from mm.checkpoint.safetensor_file import DTYPES
 from mm.config.model import WanConfig
 from mm.wan.folder import WeightFolder
-from mm.wan.shards import Header, find_shards, read_header
+from mm.wan.shards import Header, find_shards, read_header, require_all_shards
 
 FORMAT = "safetensors"
 PEFT_FILE = "pytorch_lora_weights.safetensors"
@@ -93,6 +94,16 @@ def recognise(path: Path, wanted: Wanted = "model") -> Found | None:
     if adapter is not None and adapter in found.headers and found.content == "adapters":  # copies for several tools
         return _found(path, {adapter: found.headers[adapter]})
     return found
+
+
+def of_files(files: Sequence[Path]) -> Found:
+    """Several safetensors files of one model, in one folder; which belong together is for the caller to know.
+
+    Raises:
+        DataError: DATA-022 for a damaged file, DATA-024 for a shard that the names of the others count.
+    """
+    require_all_shards(files)
+    return _found(files[0].parent, {file: read_header(file) for file in files})
 
 
 def _found(path: Path, headers: dict[Path, Header]) -> Found:

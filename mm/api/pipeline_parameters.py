@@ -1,0 +1,149 @@
+"""Parameters of a pipeline's call, as people who script DiffSynth-Studio's know them, and what models take which."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mm.config.data import TEMPORAL_STRIDE
+from mm.config.run.listed import every_list_of
+from mm.config.tasks.registry import GENERATED
+from mm.config.tasks.task import Source, Task
+from mm.errors import ConfigError, Problem, raise_all
+from mm.poses import ORIGIN, SPEED
+
+log = logging.getLogger(__name__)
+
+Frames = Sequence[Image.Image]
+"""A video: its frames, all of one size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipParameters:
+    """Parameters of one clip.
+
+    Attributes:
+        input_image, end_image: its first and last frame, of models that take them.
+        input_video, denoising_strength: what it is made from, and how much of that is made anew, above 0 to 1.
+        control_video: what it follows frame by frame. reference_image: what is to be seen in it.
+        camera_control_direction, camera_control_speed, camera_control_origin: how the camera moves: a direction such as
+            "LeftUp", the number by which frames differ, the first frame's row (`mm.poses`).
+        vace_video, vace_video_mask, vace_reference_image, vace_scale: what is edited, white where it is made anew, what
+            is to be seen in it (one or several), and a factor on all of that.
+        seed: of the noise; None takes another one each time. rand_device: "cpu" alone.
+        height, width, num_frames: rounded up, to 4k + 1 frames, with a word about it.
+        cfg_scale: of guidance; exactly 1 leaves the negative prompt out. cfg_merge: both prompts in one pass.
+        num_inference_steps, sigma_shift: of Euler's method.
+        motion_bucket_id: how much moves, from 0 to 100, of models with speed control.
+        tiled, tile_size, tile_stride: the VAE works in overlapping tiles of so many latent pixels.
+        progress_bar_cmd: wraps the steps to show progress; None shows tqdm's bar, `lambda steps: steps` none.
+    """
+
+    input_image: Image.Image | None = None
+    end_image: Image.Image | None = None
+    input_video: Frames | None = None
+    denoising_strength: float = 1.0
+    control_video: Frames | None = None
+    reference_image: Image.Image | None = None
+    camera_control_direction: str | None = None
+    camera_control_speed: float = SPEED
+    camera_control_origin: Sequence[float] = ORIGIN
+    vace_video: Frames | None = None
+    vace_video_mask: Frames | None = None
+    vace_reference_image: Image.Image | Sequence[Image.Image] | None = None
+    vace_scale: float = 1.0
+    seed: int | None = None
+    rand_device: str = "cpu"
+    height: int = 480
+    width: int = 832
+    num_frames: int = 81
+    cfg_scale: float = 5.0
+    cfg_merge: bool = False
+    num_inference_steps: int = 50
+    sigma_shift: float = 5.0
+    motion_bucket_id: float | None = None
+    tiled: bool = False
+    tile_size: tuple[int, int] = (30, 52)
+    tile_stride: tuple[int, int] = (15, 26)
+    progress_bar_cmd: Callable[[Iterable[int]], Iterable[int]] | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], task: Task) -> ClipParameters:
+        """Parameters from a call's words, for models of a task.
+
+        Raises:
+            ConfigError: CFG-405 for a rand_device, CFG-406 for a parameter that there is not, CFG-407 for one that
+                models of the task do not take; all at once.
+        """
+        known = [field.name for field in fields(cls)]
+        problems = [_unknown(name, known) for name in given if name not in known]
+        found = cls(**{name: value for name, value in given.items() if name in known})
+        if found.rand_device != "cpu":
+            what = f"rand_device is {found.rand_device}; noise is drawn on the CPU, where a seed always means the same."
+            problems.append(Problem("CFG-405", what, 'Leave it out, or use "cpu".'))
+        for name, takes in _TAKEN_BY.items():
+            if getattr(found, name) is not None and not takes(task):
+                titles = ", ".join(other.title for other in GENERATED.values() if takes(other))
+                what = f"{name} is given, and {task.title} models do not take it."
+                problems.append(Problem("CFG-407", what, f"Leave it out, or use a model of {titles}."))
+        raise_all(ConfigError, problems)
+        return found
+
+    def size(self, task: Task) -> tuple[int, int, int]:
+        """Frames, height and width that are made: those asked for, rounded up."""
+        side = 2 * task.latent_pixels
+        frames = -(-(max(self.num_frames, 1) - 1) // TEMPORAL_STRIDE) * TEMPORAL_STRIDE + 1
+        size = frames, -(-self.height // side) * side, -(-self.width // side) * side
+        if size != (self.num_frames, self.height, self.width):
+            asked = f"{self.num_frames}x{self.height}x{self.width}"
+            log.warning("%s frames, height and width are rounded up to %dx%dx%d.", asked, *size)
+        return size
+
+
+def _lists_media(task: Task, listed: str, kind: str | None = None) -> bool:
+    return any(media.listed == listed and kind in (None, media.kind) for media in task.media)
+
+
+_TAKEN_BY: dict[str, Callable[[Task], bool]] = {
+    "input_image": lambda task: "images" in every_list_of(task),
+    "end_image": lambda task: task.with_last_frame is not None or len(task.frames) > 1,
+    "input_video": lambda task: bool(task.with_video),
+    "control_video": lambda task: _lists_media(task, "controls"),
+    "reference_image": lambda task: _lists_media(task, "references", "image"),
+    "camera_control_direction": lambda task: _lists_media(task, "cameras"),
+    "vace_video": lambda task: _lists_media(task, "videos"),
+    "vace_video_mask": lambda task: _lists_media(task, "masks"),
+    "vace_reference_image": lambda task: _lists_media(task, "references", "images"),
+    "motion_bucket_id": lambda task: bool(task.made_by(Source.COLUMN)),
+}
+"""Parameters that are None where they are not given, and the tasks whose models take them."""
+
+
+def _unknown(name: str, known: Sequence[str]) -> Problem:
+    near = get_close_matches(name, known, n=1)
+    remedy = f"Use {near[0]}." if near else f"Use one of {', '.join(known)}."
+    return Problem("CFG-406", f"There is no parameter {name}.", remedy)
+
+
+def fitted(image: Image.Image, what: str, size: tuple[int, int, int]) -> Tensor:
+    """An image resized to a clip's frame, uint8 [height, width, 3]; one of other proportions is warned about."""
+    _, height, width = size
+    if abs(image.width * height - image.height * width) > max(image.width * height, image.height * width) / 100:
+        log.warning("%s is %dx%d and is squeezed into %dx%d.", what, image.height, image.width, height, width)
+    resized = image if image.size == (width, height) else image.resize((width, height))
+    return torch.from_numpy(np.array(resized.convert("RGB")))
+
+
+def fitted_video(frames: Frames, what: str, size: tuple[int, int, int]) -> Tensor:
+    """Frames resized to a clip's, uint8 [F, height, width, 3]; of other proportions they are warned about once."""
+    first, *others = frames
+    quiet = [frame.resize((size[2], size[1])) for frame in others]
+    return torch.stack([fitted(first, what, size), *(fitted(frame, what, size) for frame in quiet)])

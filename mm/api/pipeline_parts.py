@@ -1,0 +1,134 @@
+"""Models of a pipeline, told apart by the content of their files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mm.api.model_config import ModelConfig
+from mm.checkpoint.encoder_kinds import CLIP, T5, VAE
+from mm.checkpoint.encoder_models import load_encoder
+from mm.checkpoint.encoders import open_encoder
+from mm.checkpoint.formats.folder import of_files
+from mm.checkpoint.identify import Found, identify
+from mm.checkpoint.joined import WithModule, module_of
+from mm.checkpoint.weights import WeightSource, open_weights
+from mm.config.model import Precision
+from mm.errors import ConfigError, Problem, raise_all
+from mm.wan.encoders import DTYPES, TextEncoder, VideoEncoder
+from mm.wan.image_encoder import ImageEncoder
+from mm.wan.tokenizer import TextTokenizer, open_tokenizer
+
+Part = Literal["dit", "vae", "text_encoder", "image_encoder"]
+_ENCODERS: dict[str, Part] = {VAE.name: "vae", T5.name: "text_encoder", CLIP.name: "image_encoder"}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Files of a pipeline's models.
+
+    Attributes:
+        transformer: its weights. vae, text_encoder, image_encoder: what was found, None where it was not given.
+        tokenizer: its folder.
+    """
+
+    transformer: WeightSource
+    vae: Found
+    text_encoder: Found
+    image_encoder: Found | None
+    tokenizer: Path
+
+    def load_tokenizer(self) -> TextTokenizer:
+        """The tokenizer; DATA-043, DATA-120 and DATA-140 as `open_tokenizer`."""
+        return open_tokenizer(self.tokenizer)
+
+    def load_vae(self, dtype: Precision, device: torch.device) -> VideoEncoder:
+        """The VAE; CKPT-011, CKPT-023, DATA-040 to DATA-042 where it cannot be loaded."""
+        model = _encoder(self.vae, dtype, device)
+        return VideoEncoder(model) if model is not None else VideoEncoder.from_pretrained(self.vae.path, dtype, device)
+
+    def load_text_encoder(self, dtype: Precision, device: torch.device, max_tokens: int) -> TextEncoder:
+        """The text encoder; errors as `load_vae`, and DATA-043."""
+        model = _encoder(self.text_encoder, dtype, device)
+        if model is None:
+            folder = self.text_encoder.path
+            return TextEncoder.from_pretrained(folder, self.tokenizer, dtype, device, max_tokens)
+        return TextEncoder(model, self.load_tokenizer(), max_tokens)
+
+    def load_image_encoder(self, dtype: Precision, device: torch.device) -> ImageEncoder | None:
+        """The image encoder, where there is one; errors as `load_vae`."""
+        if self.image_encoder is None:
+            return None
+        model = _encoder(self.image_encoder, dtype, device)
+        if model is None:
+            return ImageEncoder.from_pretrained(self.image_encoder.path, dtype, device)
+        return ImageEncoder(model)
+
+
+def find_parts(
+    configs: Sequence[ModelConfig], tokenizer: ModelConfig, folder: Path, *, may_download: bool, shared: bool
+) -> Parts:
+    """Resolve and look at all files; headers are read, no tensor.
+
+    Args:
+        configs: of the models. tokenizer: of the tokenizer's folder. folder: of models.
+        may_download, shared: as for `ModelConfig.resolve`.
+
+    Raises:
+        ConfigError: CFG-400 to CFG-403 for files that are not there, all at once; CFG-404 for two models of one kind,
+            one that no pipeline has, and one that is lacking, all at once.
+        CheckpointError, DataError: what `identify` and `open_weights` raise.
+    """
+    problems: list[Problem] = []
+    resolved: list[list[Path]] = []
+    for config in (*configs, tokenizer):
+        try:
+            resolved.append(config.resolve(folder, may_download=may_download, shared=shared))
+        except ConfigError as error:
+            problems += error.problems
+    raise_all(ConfigError, problems)
+    *models, (tokenizer_folder, *_) = resolved
+    by_part: dict[str, list[Found]] = {}
+    for paths in models:
+        found = identify(paths[0]) if len(paths) == 1 else of_files(paths)
+        by_part.setdefault(_part(found), []).append(found)
+    raise_all(ConfigError, list(_faults(by_part)))
+    base = open_weights(by_part["dit"][0])
+    module = next(iter(by_part.get("module", ())), None)
+    joined = base if module is None else WithModule(base, str(module_of(module)), module)
+    image = next(iter(by_part.get("image_encoder", ())), None)
+    return Parts(joined, by_part["vae"][0], by_part["text_encoder"][0], image, tokenizer_folder)
+
+
+def _part(found: Found) -> str:
+    """Word for what a file is."""
+    if module_of(found) is not None:
+        return "module"
+    if found.content == "model":
+        return "dit"
+    return _ENCODERS.get(found.names, "unknown") if found.content == "encoder" else "unknown"
+
+
+def _faults(by_part: dict[str, list[Found]]) -> Iterable[Problem]:
+    for found in by_part.pop("unknown", []):
+        what = f"{found.asked} holds {found.content if found.content != 'unknown' else 'no known'} weights."
+        yield Problem("CFG-404", what, "Name a transformer, a VAE or an encoder; load_lora adds LoRA.")
+    for part, several in by_part.items():
+        if len(several) > 1:
+            names = ", ".join(str(found.asked) for found in several)
+            yield Problem("CFG-404", f"Several models are a {part}: {names}.", "Name one, or a list of its shards.")
+    for part in ("dit", "vae", "text_encoder"):
+        if part not in by_part:
+            yield Problem("CFG-404", f"model_configs names no {part}.", "Add its ModelConfig.")
+
+
+def _encoder(found: Found, dtype: Precision, device: torch.device) -> Any | None:
+    """The model in a file of the original release; None for a folder of diffusers or transformers."""
+    source = open_encoder(found)
+    if source is None or not source.original:
+        return None
+    return load_encoder(source, DTYPES[dtype], device)

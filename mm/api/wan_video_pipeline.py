@@ -1,0 +1,212 @@
+"""A pipeline that people who script DiffSynth-Studio know: models from files, one call for a clip.
+
+The call's parameters are that system's; what computes is `mm.api.generation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from mm.api.encoders import Encoders
+from mm.api.generation import generate_videos
+from mm.api.model import config_of, model_of
+from mm.api.model_config import ModelConfig
+from mm.api.pipeline_parameters import ClipParameters, fitted, fitted_video
+from mm.api.pipeline_parts import Parts, find_parts
+from mm.checkpoint.identify import identify
+from mm.checkpoint.weights import WeightSource
+from mm.config.model import Precision
+from mm.config.run.encoders import Tiles
+from mm.config.run.generation import latent_size
+from mm.config.tasks.task import Source
+from mm.device.backend import Backend, select
+from mm.errors import ConfigError
+from mm.generate.weights import GenerationWeights
+from mm.lora.adapter import Adapter, require_fit
+from mm.lora.convert import read_any
+from mm.lora.targets import every_linear
+from mm.poses import direction_rows
+from mm.wan.encoders import DTYPES, TextEncoder, VideoEncoder
+from mm.wan.image_encoder import ImageEncoder
+from mm.wan.model import WanModel
+
+_TOKENIZER = ModelConfig(model_id="Wan-AI/Wan2.1-T2V-1.3B", origin_file_pattern="google/*")
+_PRECISIONS: dict[torch.dtype, Precision] = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class WanVideoPipeline:
+    """A transformer of the Wan family with its encoders.
+
+    Attributes:
+        dit: the transformer. vae, text_encoder, image_encoder: the encoders; no image encoder where none was given.
+        device, torch_dtype: where and in what they compute.
+    """
+
+    def __init__(self, parts: Parts, backend: Backend, dtype: Precision) -> None:
+        """Load what `find_parts` has found; see `from_pretrained`."""
+        self.device, self.torch_dtype = backend.device, DTYPES[dtype]
+        self._source: WeightSource = parts.transformer
+        self._adapters: list[tuple[Adapter, float]] = []
+        config = config_of(self._source)
+        self.dit: WanModel = model_of(self._weights(), config, self.torch_dtype, self.device)
+        self.text_encoder: TextEncoder = parts.load_text_encoder(dtype, self.device, config.text_len)
+        self.vae: VideoEncoder = parts.load_vae(dtype, self.device)
+        self.image_encoder: ImageEncoder | None = parts.load_image_encoder(dtype, self.device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        *,
+        torch_dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device | None = None,
+        model_configs: Sequence[ModelConfig] = (),
+        tokenizer_config: ModelConfig = _TOKENIZER,
+        local_model_path: str | Path = "./models",
+        skip_download: bool = False,
+        redirect_common_files: bool = True,
+    ) -> WanVideoPipeline:
+        """Find, check and load models; what each file is, its content tells. One tensor at a time is read.
+
+        Args:
+            torch_dtype: of weights and arithmetic; what must be fp32 in the transformer stays so.
+            device: "cuda", "npu" or "cpu"; None takes the best there is.
+            model_configs: of the transformer, the VAE, the text encoder and, for models that see images, the image
+                encoder.
+            tokenizer_config: of the tokenizer's folder.
+            local_model_path: the folder of models, `owner/name` below it.
+            skip_download: use what is there, and fetch nothing.
+            redirect_common_files: files that many releases hold alike are taken from one of them.
+
+        Raises:
+            ConfigError: CFG-030 for the device, CFG-400 to CFG-404 for the models, CFG-409 for torch_dtype.
+            CheckpointError, DataError: what opening and loading them raises.
+        """
+        if torch_dtype not in _PRECISIONS:
+            names = ", ".join(str(known) for known in _PRECISIONS)
+            raise ConfigError("CFG-409", f"torch_dtype is {torch_dtype}.", f"Use one of {names}.")
+        place = torch.device(device) if device is not None else None
+        backend = select(None if place is None else place.type, (place.index or 0) if place else 0)  # type: ignore[arg-type]
+        folder = Path(local_model_path)
+        parts = find_parts(
+            model_configs, tokenizer_config, folder, may_download=not skip_download, shared=redirect_common_files
+        )
+        return cls(parts, backend, _PRECISIONS[torch_dtype])
+
+    def load_lora(self, module: WanModel, path: str | Path, alpha: float = 1.0) -> None:
+        """Add a LoRA of any known format to the transformer's weights, in fp32 and rounded once.
+
+        Args:
+            module: `pipe.dit`. path: a file, a folder or a run's checkpoints. alpha: a factor on it.
+
+        Raises:
+            ConfigError: CFG-408 for another module.
+            DataError: DATA-090 to DATA-093 for a file that is none, or of another model.
+        """
+        if module is not self.dit:
+            raise ConfigError("CFG-408", f"load_lora is given {type(module).__name__}.", "Give pipe.dit.")
+        adapter = read_any(identify(path, wanted="adapters"))
+        require_fit(adapter, every_linear(self._source.shapes()))
+        self._adapters.append((adapter, alpha))
+        weights = self._weights()
+        with torch.no_grad():
+            for name, parameter in self.dit.named_parameters():
+                if name.rpartition(".")[0] in adapter.updates:
+                    parameter.copy_(weights.value_of(name, tuple(parameter.shape)))
+
+    def _weights(self) -> GenerationWeights:
+        return GenerationWeights(self._source, self._adapters, self.torch_dtype, fingerprinted=False)
+
+    def __call__(self, prompt: str, negative_prompt: str = "", **parameters: Any) -> list[Image.Image]:
+        """Make a clip.
+
+        Args:
+            prompt: what it shows. negative_prompt: what guidance leads away from.
+            parameters: `mm.api.pipeline_parameters.ClipParameters`, which has them all with their defaults.
+
+        Returns:
+            Its frames. Pictures of another size are resized to the clip's; one of other proportions is warned about.
+
+        Raises:
+            ConfigError: CFG-405 to CFG-407 for parameters, all at once; what `generate_videos` raises.
+            DataError: what `generate_videos` raises, DATA-087 for a video that is too short.
+        """
+        task = self.dit.config.task
+        given = ClipParameters.of(parameters, task)
+        size = given.size(task)
+        steps = _steps(given)
+        videos = given.input_video if given.vace_video is None else given.vace_video
+        control = given.control_video
+        several = given.vace_reference_image
+        references = [several] if isinstance(several, Image.Image) else list(several or ())
+        if given.reference_image is not None:
+            references = [fitted(given.reference_image, "reference_image", size)]
+        images = [
+            fitted(image, name, size)
+            for name, image in (("input_image", given.input_image), ("end_image", given.end_image))
+            if image is not None
+        ]
+        masks = None if given.vace_video_mask is None else fitted_video(given.vace_video_mask, "vace_video_mask", size)
+        [frames] = generate_videos(
+            self.dit,
+            [prompt],
+            self._encoders(given),
+            images=[images] if images else None,
+            videos=None if videos is None else [fitted_video(videos, "The video", size)],
+            controls=None if control is None else [fitted_video(control, "control_video", size)],
+            references=[references] if references else None,
+            cameras=_cameras(given, size[0]),
+            masks=None if masks is None else [masks[..., 0]],
+            text_only=task.with_mask and not images,
+            vace_scale=given.vace_scale if task.made_by(Source.SETTING) else None,
+            columns=None if given.motion_bucket_id is None else {"motion_bucket_id": [given.motion_bucket_id]},
+            negative_prompt=negative_prompt,
+            size=size,
+            steps=given.num_inference_steps,
+            guidance_scale=given.cfg_scale,
+            shift=given.sigma_shift,
+            solver="euler",
+            strength=None if given.input_video is None else given.denoising_strength,
+            batched_guidance=given.cfg_merge,
+            noise=[self._noise(given.seed, size, len(references) if several is not None else 0)],
+            on_step=lambda: next(steps, None),
+        )
+        next(steps, None)  # lets a bar close itself
+        return [Image.fromarray(frame.numpy()) for frame in frames]
+
+    def _encoders(self, given: ClipParameters) -> Encoders:
+        tiles = Tiles(size=given.tile_size, stride=given.tile_stride) if given.tiled else None
+        return Encoders(VideoEncoder(self.vae.vae, tiles), self.text_encoder, image_encoder=self.image_encoder)
+
+    def _noise(self, seed: int | None, size: tuple[int, int, int], in_front: int) -> Tensor:
+        """Noise that DiffSynth-Studio draws from a seed, before it rounds it: latents in front are its last ones."""
+        task = self.dit.config.task
+        frames, height, width = latent_size(size, task.latent_pixels)
+        generator = torch.Generator()
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+        shape = (self.dit.config.noise_channels, frames + in_front, height, width)
+        return torch.randn(shape, generator=generator).roll(in_front, dims=1)
+
+
+def _steps(given: ClipParameters) -> Iterator[int]:
+    """The steps under a progress bar, begun: a bar is shown from the start."""
+    wrap = given.progress_bar_cmd or tqdm
+    steps = iter(wrap(range(given.num_inference_steps)))
+    next(steps, None)
+    return steps
+
+
+def _cameras(given: ClipParameters, num_frames: int) -> list[Tensor] | None:
+    if given.camera_control_direction is None:
+        return None
+    origin = given.camera_control_origin
+    return [direction_rows(given.camera_control_direction, num_frames, given.camera_control_speed, origin)]
