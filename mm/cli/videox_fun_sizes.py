@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -31,6 +31,8 @@ _SIZES = ("width", "height")
 class SizeFlags(Flags):
     """Write a metadata file anew, with the width and height of every video and image."""
 
+    underscores: ClassVar[bool] = True
+
     input_file: Path = Field(description="metadata.json: a list of rows, or an object with the list in samples")
     output_file: Path = Field(description="gets the same rows with their sizes; may be the same file")
     base_dir: Path = Field(Path("."), description="folder that the paths start from")
@@ -45,8 +47,7 @@ def main(argv: Sequence[str]) -> None:
             has no rows.
         DataError: what `mm.data.video.probe` and `mm.data.image.probe_image` raise, of all files at once.
     """
-    spelling = {"--" + name: "--" + name.replace("_", "-") for name in SizeFlags.model_fields}
-    flags = parse_flags(SizeFlags, argv, program="process_json_add_width_and_height.py", spelling=spelling)
+    flags = parse_flags(SizeFlags, argv, program="process_json_add_width_and_height.py")
     require_writable_file(flags.output_file, "--output_file")
     content = load_json(flags.input_file)
     rows = content.get("samples") if isinstance(content, dict) else content

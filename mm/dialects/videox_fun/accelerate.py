@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mm.config.flags import flag_name, parse_flag_parts
+from mm.config.flags import parse_flag_parts
 from mm.config.unread import UnreadError
 from mm.dialects.videox_fun.accelerate_flags import AccelerateFlags
 from mm.dialects.videox_fun.meaning import Refused, given, name_of
@@ -40,8 +40,7 @@ def read_launch_words(words: Sequence[str], devices: int) -> Launched:
             command without a script; all at once.
     """
     own, script = _split(words)
-    spelling = {name_of(name): flag_name(name) for name in AccelerateFlags.model_fields}
-    spelling[_TYPO] = spelling[_TYPO[:-1]]
+    spelling = {_TYPO: _TYPO[:-1]}
     flags, problems = parse_flag_parts(AccelerateFlags, own, program="accelerate launch", spelling=spelling)
     if not script:
         problems.append(Problem("CFG-350", "accelerate launch is given no script.", "Name one behind its flags."))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mm.config.flags import Flags
 from mm.dialects.videox_fun.meaning import refused, taken, used
@@ -13,6 +13,8 @@ _SAVED = "checkpoints are whole under every layout"
 
 class AccelerateFlags(Flags):
     """Start a script of VideoX-Fun on the devices of one or several machines."""
+
+    underscores: ClassVar[bool] = True
 
     mixed_precision: Literal["no", "fp16", "bf16"] | None = used("model.precision")
     num_processes: int | None = used(ge=1)

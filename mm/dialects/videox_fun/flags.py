@@ -23,6 +23,7 @@ class VideoxFlags(Flags):
     """Flags of all of the scripts."""
 
     may_be_empty: ClassVar[frozenset[str]] = frozenset({"train_data_dir"})
+    underscores: ClassVar[bool] = True
 
     config_path: str | None = used("objective.shift")
     pretrained_model_name_or_path: str = used("model", "checkpoint.load", "adapters.base", default=...)

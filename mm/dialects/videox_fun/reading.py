@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from mm.config.flags import flag_name, parse_flag_parts
+from mm.config.flags import parse_flag_parts
 from mm.config.unread import UNREAD, UnreadError
 from mm.dialects.videox_fun.flags import VideoxFlags
 from mm.dialects.videox_fun.meaning import Refused, Taken, given, name_of
@@ -44,31 +43,17 @@ class Reading:
         Notes what changes nothing, and keeps CFG-340 for flags of another script and CFG-341 for what is not to be had.
         """
         fields = script.flags.model_fields
-        spelling = {name_of(field): flag_name(field) for field in fields}
         elsewhere = {
             name_of(field): f"Remove it; it is a flag of {other.path}."
             for other in SCRIPTS.values()
             for field in other.flags.model_fields
             if field not in fields
         }
-        result, problems = parse_flag_parts(
-            script.flags, argv, program=script.path, retired=elsewhere, spelling=spelling
-        )
-        self.problems += [
-            _in_its_spelling(problem, {dashed: own for own, dashed in spelling.items()}) for problem in problems
-        ]
+        result, problems = parse_flag_parts(script.flags, argv, program=script.path, retired=elsewhere)
+        self.problems += problems
         for field, meaning in given(result):
             if isinstance(meaning, Taken):
                 self.notes.append(f"{name_of(field)} changes nothing: {meaning.why}")
             elif isinstance(meaning, Refused):
                 self.wrong("CFG-341", f"{name_of(field)} {meaning.why}.", meaning.remedy)
         return result
-
-
-def _in_its_spelling(problem: Problem, spelling: dict[str, str]) -> Problem:
-    """A problem that names flags with underscores, as VideoX-Fun does."""
-    message, remedy = (
-        re.sub(r"--[\w-]+", lambda found: spelling.get(found[0], found[0]), text)
-        for text in (problem.message, problem.remedy)
-    )
-    return Problem(problem.id, message, remedy)
