@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mm.cli.entry import run
@@ -45,7 +45,10 @@ def main(argv: Sequence[str]) -> None:
         _convert(part, place)
     extract_features(command.extraction, place)
     from mm.cli.videox_fun_export import Exports  # torch takes seconds
+    from mm.data.store.catalog import is_sharded
 
+    # A process that finds no features left to make does not wait for those that others are still making.
+    _wait_for(lambda: is_sharded(Path(command.extraction.output.path)))
     exports = Exports(command.writes, command.training)
     word = "the newest of them are gone on with by --resume_from_checkpoint=latest"
     train(lambda _: command.training, saves=False, word=word, callbacks=[exports])
@@ -84,9 +87,12 @@ def _convert(part: Part, place: ProcessPlace) -> None:
         from mm.checkpoint.convert import convert_to_hf
 
         convert_to_hf(Path(part.found), folder)
-    while (
-        not folder.exists()
-    ):  # it gets its name when it is whole; where the first process fails, the launcher ends all
+    _wait_for(folder.exists)  # it gets its name when it is whole
+
+
+def _wait_for(is_there: Callable[[], bool]) -> None:
+    """Wait for what another process of the job makes; where that fails, the launcher ends all of them."""
+    while not is_there():
         time.sleep(_WAIT_S)
 
 

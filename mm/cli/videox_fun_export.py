@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from mm.checkpoint.comm import ProcessGroupComm, SingleProcess, on_rank_zero
 from mm.checkpoint.convert import convert_to_native, zero_to_bf16
 from mm.checkpoint.directory import folder_name
 from mm.config.run.training import TrainingRun
@@ -27,24 +28,30 @@ class Exports(Callback):
     """
 
     phase = "saving"
-    collective = False
 
     def __init__(self, writes: Writes, run: TrainingRun) -> None:
         """Write beside the run's checkpoints. writes: what. run: whose."""
         self.every = Every(run.checkpoint.save_interval, at_end=True, when_stopping=True)
-        self._writes = writes
+        self._writes, self._world_size = writes, run.world_size
 
     def after_step(self, done: StepDone) -> Sequence[Record]:
-        """Write, after the run's own checkpoint; what stands there of the same step is written anew.
+        """Write, after the run's own checkpoint; the first rank does, and the others wait for it as in any save.
 
         Raises:
             CheckpointError: what the conversions raise.
         """
-        writes, step = self._writes, done.step
+        device = done.parallel.backend.device
+        comm = SingleProcess() if self._world_size == 1 else ProcessGroupComm(device=device)
+        on_rank_zero(comm, lambda: self._write(done.step))
+        return ()
+
+    def _write(self, step: int) -> None:
+        """Write what goes with a checkpoint; what stands there of the same step is written anew."""
+        writes = self._writes
         source = Path(writes.folder) / folder_name(step)
         name = Path(writes.folder) / f"checkpoint-{step}"
         if not source.exists():  # the disk refused it, of which the run has told
-            return ()
+            return
         if writes.adapters:
             target = name.with_name(f"{name.name}.safetensors")
             _remove(target)
@@ -55,7 +62,6 @@ class Exports(Callback):
             if writes.averaged:
                 self._write_model(source, name / "transformer_ema", averaged=True)
         self._keep_newest()
-        return ()
 
     def _write_model(self, source: Path, target: Path, *, averaged: bool) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
