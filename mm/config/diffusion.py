@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from mm.config.base import Section
 
 TimestepSampling = Literal["grid", "logit_normal"]
-LossWeighting = Literal["gaussian", "none"]
+LossWeighting = Literal["gaussian", "none", "sigma_sqrt", "cosmap"]
 
 
 class DiffusionConfig(Section):
@@ -26,7 +26,8 @@ class DiffusionConfig(Section):
             sigma = sigmoid(normal) and then shifts it (Esser et al. 2024, arXiv 2403.03206, section 3.1).
         logit_mean, logit_std: of that normal, only with `logit_normal`. A mean above 0 draws more noise; VideoX-Fun's
             and diffusers' training scripts count the grid from noise to data: their mean is the negative of this one.
-        loss_weighting: `gaussian` favours the middle timesteps; `none` weighs all alike.
+        loss_weighting: `gaussian` favours the middle timesteps; `none` weighs all alike; `sigma_sqrt` and `cosmap` are
+            those of Stable Diffusion 3 (Esser et al. 2024, section 3.1), which favour little noise, and the middle.
         timestep_slices: `step` cuts the grid into equal slices, one after the other for the samples of a step, so that
             every step has levels of all kinds (VideoX-Fun's `uniform_sampling`); None: each draws in all of it.
         first_frame_share: share of samples that are given their first latent frame clean, of tasks that have it; None

@@ -7,6 +7,7 @@ x = (1 - sigma) x0 + sigma e, and the model learns the velocity dx/dsigma = e - 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -27,7 +28,7 @@ class FlowMatching:
     Attributes:
         sigmas: [N] fp32, the shifted grid of noise levels, from pure noise downwards.
         timesteps: [N] fp32, `num_train_timesteps * sigmas`.
-        weights: [N] fp32, the loss weight at each timestep; their mean is 1.
+        weights: [N] fp32, the loss weight at each timestep; with `gaussian` their mean is 1.
     """
 
     def __init__(self, config: DiffusionConfig) -> None:
@@ -131,11 +132,19 @@ class FlowMatching:
         """Loss weight at any timesteps in [0, num_train_timesteps], of their shape and type.
 
         `gaussian`: exp(-2 ((t - N/2) / N)^2), lowered so that the grid's least weight is 0 and scaled so that the
-        grid's mean is 1. Pure noise (t = N) therefore has weight 0.
+        grid's mean is 1. Pure noise (t = N) therefore has weight 0. `sigma_sqrt`: 1 / sigma^2. `cosmap`:
+        2 / (pi (1 - 2 sigma + 2 sigma^2)).
         """
-        if self.config.loss_weighting == "none":
-            return torch.ones_like(timestep)
-        return (self._bell(timestep) - self._bell_floor) / self._bell_mean
+        sigma = timestep / self.config.num_train_timesteps
+        match self.config.loss_weighting:
+            case "none":
+                return torch.ones_like(timestep)
+            case "sigma_sqrt":
+                return sigma**-2.0
+            case "cosmap":
+                return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+            case "gaussian":
+                return (self._bell(timestep) - self._bell_floor) / self._bell_mean
 
     def _bell(self, timestep: Tensor) -> Tensor:
         steps = self.config.num_train_timesteps

@@ -167,6 +167,20 @@ def test_modes_are_tasks(task: str) -> None:
         assert read(script, words.replace(mode, "control_camera_ref")).extraction.task.name == task
 
 
+def test_noise_levels_are_those_of_the_flags() -> None:
+    objective = control("--uniform_sampling").training.objective
+    assert (objective.timestep_sampling, objective.timestep_slices, objective.loss_weighting) == (
+        "grid",
+        "step",
+        "none",
+    )
+    assert control("--weighting_scheme=cosmap").training.objective.loss_weighting == "cosmap"
+    normal = control("--weighting_scheme=logit_normal --logit_mean=0.5 --logit_std=0.8").training.objective
+    assert (normal.timestep_sampling, normal.logit_mean, normal.logit_std) == ("logit_normal", -0.5, 0.8)
+    both = "--weighting_scheme=logit_normal --uniform_sampling"
+    assert ids(control, both) == ["CFG-341"]
+
+
 def test_both_orders_of_sizes_are_the_same_sides() -> None:
     token = "--random_hw_adapt --training_with_video_token_length --token_sample_size=512"
     runs = [control(f"{token} --video_sample_size={a} --image_sample_size={b}") for a, b in ((256, 1024), (1024, 256))]
@@ -187,7 +201,7 @@ def test_what_changes_nothing_is_noted_and_what_cannot_be_had_is_refused_at_once
     notes = control("--noise_offset=0.1 --snr_loss --low_vram --validation_steps=7").training.notes
     told = {"--low_vram", "--validation_steps", "--snr_loss", "--noise_offset"}
     assert {note.split()[0] for note in notes} == told
-    wrong = "--use_came --motion_sub_loss --weighting_scheme=cosmap --mixed_precision=fp16 --rank=4 --learning_rat=1"
+    wrong = "--use_came --motion_sub_loss --weighting_scheme=mode --mixed_precision=fp16 --rank=4 --learning_rat=1"
     assert sorted(ids(control, wrong)) == ["CFG-007", "CFG-008", "CFG-341", "CFG-341", "CFG-341", "CFG-341"]
 
 

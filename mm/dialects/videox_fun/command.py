@@ -151,9 +151,9 @@ def _all_is_trained(flags: VideoxFlags, facts: Facts, reading: Reading) -> None:
 def _sampling_is_here(flags: VideoxFlags, facts: Facts, reading: Reading) -> None:
     """CFG-341: densities and weights of noise levels that are not here, or have no effect."""
     scheme = flags.weighting_scheme
-    if scheme in ("sigma_sqrt", "mode", "cosmap"):
-        found = f"--weighting_scheme is {scheme}, which is not here."
-        reading.wrong("CFG-341", found, "Give none or logit_normal.")
+    if scheme == "mode":
+        found = "--weighting_scheme is mode, whose density is not here."
+        reading.wrong("CFG-341", found, "Give logit_normal, or none.")
     if scheme == "logit_normal" and flags.uniform_sampling:
         found = "--weighting_scheme logit_normal has no effect with --uniform_sampling."
         reading.wrong("CFG-341", found, "Remove one of them.")

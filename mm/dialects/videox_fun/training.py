@@ -183,7 +183,7 @@ def _objective(flags: VideoxFlags, facts: Facts) -> DiffusionConfig:
     values: dict[str, Any] = {
         "shift": scheduler.shift,
         "num_train_timesteps": flags.train_sampling_steps,
-        "loss_weighting": "none",
+        "loss_weighting": flags.weighting_scheme if flags.weighting_scheme in ("sigma_sqrt", "cosmap") else "none",
         "timestep_slices": "step" if flags.uniform_sampling else None,
     }
     if flags.weighting_scheme == "logit_normal" and not flags.uniform_sampling:
