@@ -26,7 +26,7 @@ REFERENCE = "--train_mode=control_ref --control_ref_image=random --add_full_ref_
 SCRIPTS = {
     "wan2.1_fun/train_control.py": ("fun_control_ref", f"{REFERENCE} --trainable_modules ."),
     "wan2.1_fun/train_control_lora.py": ("fun_control", "--train_mode=control_ref --rank=4 --network_alpha=2"),
-    "wan2.1_fun/train.py": ("fun_inp", "--train_mode=inpaint --trainable_modules ."),
+    "wan2.1_fun/train.py": ("fun_inp", "--train_mode=inpaint --trainable_modules . --image_sample_size=64"),
     "wan2.1/train.py": ("t2v", "--train_mode=normal --trainable_modules ."),
 }
 ZERO = {
