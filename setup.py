@@ -6,6 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 S3 = ["s3fs>=2025.3", "tenacity>=9,<10"]
+UI = ["gradio>=6.20,<7"]
 
 [VERSION] = re.findall(r'^__version__ = "(.+)"$', (Path(__file__).parent / "mm" / "__init__.py").read_text(), re.M)
 
@@ -49,17 +50,20 @@ setup(
     # whose interpreter stops at numpy 2.4.
     # accelerate, peft: diffusers needs them to load a transformer of its own from disk and a LoRA, which tests compare
     # with. lion-pytorch: the same update as ours, which tests compare with bit for bit. moto with flask: an S3 server.
-    # webdataset: reads what is exported for it
+    # webdataset: reads what is exported for it. playwright: drives the Chromium that is installed, for the page
     extras_require={
         "s3": S3,
+        "ui": UI,
         "test": [
             *S3,
+            *UI,
             "accelerate>=1.10,<2",
             "flask>=3,<4",
             "flask-cors>=5",
             "lion-pytorch==0.2.5",
             "moto[s3]>=5.1,<6",
             "peft>=0.17,<0.22",
+            "playwright>=1.50",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / "benchmarks"))  # behind the folders of whoever imports this: names of theirs are the same
 
 import smoke_kernels as kernels  # noqa: E402  (the path above)
 import smoke_layouts as layouts  # noqa: E402

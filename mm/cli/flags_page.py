@@ -17,6 +17,7 @@ from mm.cli.migrate_entries import MigrateEntriesFlags
 from mm.cli.migrate_shards import MigrateShardsFlags
 from mm.cli.plot import PlotFlags
 from mm.cli.score import ScoreFlags
+from mm.cli.ui import UiFlags
 from mm.cli.videox_fun_sizes import SizeFlags
 from mm.cli.zero_to_bf16 import ZeroFlags
 from mm.config.flag_help import FlagText, flag_groups
@@ -45,6 +46,7 @@ PROGRAMS: dict[str, type[Flags]] = {
     "mm plot": PlotFlags,
     "mm demo": DemoFlags,
     "mm score": ScoreFlags,
+    "mm ui": UiFlags,
     "scripts/zero_to_bf16.py": ZeroFlags,
     "scripts/process_json_add_width_and_height.py": SizeFlags,
 }

@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "make videos from prompts",
     "score": "measure what generated clips of the embedded default show",
     "plot": "draw a run's metrics as a PNG",
+    "ui": "open a page on this computer to make clips and compare them",
 }
 
 

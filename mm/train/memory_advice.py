@@ -5,16 +5,17 @@ legal. What it saves is the measured split times closed ratios of bytes before a
 
 | kind | bytes an element of the model, on a rank |
 | --- | --- |
-| parameters | 4, in bf16 2, over TP x PP; layer-zero: 4 over TP x PP x zero3_size |
+| parameters | 4, in bf16 2, over PP, of the blocks' linears over TP x PP; layer-zero: 4 over that x zero3_size |
 | gradients | 4 over the same |
-| optimizer | AdamW 8, Lion 4, in bf16 4 more, over TP x PP, over DP x CP when distributed; layer-zero: as parameters |
+| optimizer | AdamW 8, Lion 4, in bf16 4 more, over the same, over DP x CP when distributed; layer-zero: as parameters |
 | its average | 4 over the same as the optimizer, on those who own it |
 
-With LoRA the base has 2 or 4 bytes, 1 in 8 bits, over TP x PP (layer-zero: x zero3_size); gradients and optimizer are
+With LoRA the base has 2 or 4 bytes, 1 in 8 bits, over the same (layer-zero: x zero3_size); gradients and optimizer are
 those of the adapters, which layer-zero replicates.
 
 Sources: Rajbhandari et al. 2020 (arXiv 1910.02054) section 3; for activations Korthikanti et al. 2022 (arXiv
-2205.05198) section 4. Layer-zero's gathered blocks, embeddings and head are left out, so these are estimates.
+2205.05198) section 4. Layer-zero's gathered blocks, and stages with embeddings and head, are left out: these are
+estimates.
 """
 
 from __future__ import annotations
@@ -23,14 +24,18 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from mm.config.layout import balanced_stages
+from mm.config.model import WanConfig
 from mm.config.recompute import Recompute, recompute_of
 from mm.config.rules.training import TRAINING_RULES
 from mm.config.run.training import TrainingRun
+from mm.lora.targets import linears_of
 from mm.optim.algorithms.make import ALGORITHMS
 from mm.train.memory_breakdown import MemoryBreakdown
+from mm.wan.model import whole_shapes
 
 _LARGEST_FACTOR = 8
 """By how much a degree is raised at most; the smallest legal factor is proposed."""
@@ -245,7 +250,8 @@ def _text(before: TrainingRun, after: TrainingRun, change: _Change) -> str:
 
 def _model_bytes(run: TrainingRun) -> tuple[float, float, float]:
     """Bytes of parameters, gradients and optimizer state an element of the whole model, on one rank."""
-    cut, sharing = run.tp * run.pp, _replicas(run) * run.cp
+    share = _share_of_linears(run.wan)
+    cut, sharing = run.pp / (share / run.tp + 1 - share), _replicas(run) * run.cp
     distributed = sharing if run.parallel.distributed_optimizer else 1
     zero, bf16 = run.parallel.layerzero, run.model.precision == "bf16"
     state = ALGORITHMS[run.optimizer.name].bytes_per_element
@@ -262,6 +268,13 @@ def _model_bytes(run: TrainingRun) -> tuple[float, float, float]:
     if bf16:
         return 2 / cut, 4 / cut, (4 + state) / (cut * distributed)
     return 4 / cut, 4 / cut, state / (cut * distributed)
+
+
+@cache
+def _share_of_linears(wan: WanConfig) -> float:
+    """Share of the parameters that tensor parallelism cuts: the linears of the blocks."""
+    shapes = whole_shapes(wan)
+    return sum(map(math.prod, linears_of(shapes).values())) / sum(map(math.prod, shapes.values()))
 
 
 def _activation_bytes(run: TrainingRun) -> float:

@@ -27,7 +27,8 @@ LEVELS = {
     "look": 7,
     "doctor": 8,
     "api": 9,
-    "cli": 10,
+    "ui": 10,
+    "cli": 11,
 }  # fmt: skip
 MAY_USE_TORCH_DISTRIBUTED = {"parallel", "optim", "supervise", "doctor", "checkpoint", "device"}
 

@@ -17,7 +17,7 @@ from mm.device.queues import HostQueues
 from mm.doctor import memory_tracker as memory
 from mm.doctor.memory_tracker import TrackMemory
 from mm.parallel.context import ContextGroups, context_attention
-from mm.wan.block import WanBlock
+from mm.wan.block import Layer, WanBlock
 from mm.wan.compile import compile_blocks
 from mm.wan.layers import ModuleFactories
 from mm.wan.precision import keep_fp32
@@ -130,7 +130,7 @@ def alive(config: WanConfig, plan: Recompute | None, num_layers: int, tokens: in
         time = torch.randn(1, 6, config.hidden_size, requires_grad=True)
         context = torch.randn(1, TEXT, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
         positions = grid_positions((1, 1, tokens), config.head_dim)
-        out = block_runner(plan, offloader)(blocks, x * 1, time, context, positions)
+        (out,) = block_runner(plan, offloader)([*map(Layer, blocks)], (x * 1,), time, context, positions)
         kept, start = tracked.now(memory.ACTIVATIONS), tracked.mark()
         out.sum().backward()
         return kept, tracked.peak(start)[memory.ACTIVATIONS] - sum(

@@ -19,6 +19,7 @@ from mm.config.run.parallel import MeshSection
 from mm.config.tasks.registry import TASKS
 from mm.config.tasks.task import ListName, Task
 
+DeviceName = Literal["cpu", "cuda", "npu"]
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
     "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
@@ -42,7 +43,7 @@ class GenerationSection(Section):
     """
 
     seed: int = Field(42, ge=0)
-    device: Literal["cpu", "cuda", "npu"] | None = None
+    device: DeviceName | None = None
 
 
 class AdapterFile(Section):

@@ -1,0 +1,1 @@
+"""A local page on which people generate clips and look at them."""
