@@ -14,8 +14,7 @@ With LoRA the base has 2 or 4 bytes, 1 in 8 bits, over the same (layer-zero: x z
 those of the adapters, which layer-zero replicates.
 
 Sources: Rajbhandari et al. 2020 (arXiv 1910.02054) section 3; for activations Korthikanti et al. 2022 (arXiv
-2205.05198) section 4. Layer-zero's gathered blocks, and stages with embeddings and head, are left out: these are
-estimates.
+2205.05198) section 4. Layer-zero's gathered blocks, and stages with embeddings and head, are left out: estimates.
 """
 
 from __future__ import annotations
