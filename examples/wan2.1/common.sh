@@ -18,7 +18,7 @@ MBS=${MBS:-1}                       # samples, or prompts, in one forward
 GRAD_ACC_STEP=${GRAD_ACC_STEP:-1}
 PRECISION=${PRECISION:-bf16}        # bf16 or fp32
 RECOMPUTE=${RECOMPUTE:-}            # flags; empty keeps everything, which is fastest where it fits
-# Files: MM_DATA and MM_MODEL are those beside the script.
+# Files: MM_DATA and MM_MODEL are those that the script names, or those beside it.
 LOAD_PATH=${LOAD_PATH:-}            # HF, native or MM weights; of finetune_lora.sh an adapter to start from, with
                                     # LOAD_BASE_MODEL below it; of inference.sh weights or a training run
 SAVE_PATH=${SAVE_PATH:-}            # checkpoints and train.log, where the same command goes on; or clips
@@ -26,6 +26,11 @@ SAVE_PATH=${SAVE_PATH:-}            # checkpoints and train.log, where the same 
 PROMPT=${PROMPT:-}
 IMAGE=${IMAGE:-}                    # an image, or "first, last" for flf2v
 VIDEO=${VIDEO:-}
+CONTROL=${CONTROL:-}                # a video that the clip follows
+REFERENCE=${REFERENCE:-}            # an image of what is to be seen; of VACE several, with commas between
+CAMERA=${CAMERA:-}                  # a pose file, or a direction and a speed
+MASK=${MASK:-}                      # a video or image, white where VIDEO is made anew
+LOW_NOISE=${LOW_NOISE:-}            # weights of the second of two experts; LOAD_PATH is the one for much noise
 # DRY_RUN=1, DOCTOR=1 or PARITY=1 say what training would cost, whether it will work, whether its layout computes right.
 
 # This checkout's `mm`, with the environment that is active, else with the checkout's own.
@@ -104,7 +109,9 @@ run_generation() { # flags...
     launch mm.cli.generate --mm-model "$MM_MODEL" --load "$LOAD_PATH" --micro-batch-size "$MBS" \
         --tensor-model-parallel-size "$TP" --context-parallel-size "$CP" \
         ${SAVE_PATH:+--save-path "$SAVE_PATH"} ${PROMPT:+--prompt "$PROMPT"} \
-        ${IMAGE:+--image "$IMAGE"} ${VIDEO:+--video "$VIDEO"} "$@"
+        ${IMAGE:+--image "$IMAGE"} ${VIDEO:+--video "$VIDEO"} ${CONTROL:+--control "$CONTROL"} \
+        ${REFERENCE:+--reference "$REFERENCE"} ${CAMERA:+--camera "$CAMERA"} ${MASK:+--mask "$MASK"} \
+        ${LOW_NOISE:+--low-noise "$LOW_NOISE"} "$@"
 }
 
 TRAINING="

@@ -67,6 +67,17 @@ def test_shipped_files(script, shape, size):
         assert listed is None or (EXAMPLES.parents[1] / listed).is_file()
 
 
+@pytest.mark.parametrize("section", [{"from_pretrained": "file", "boundary": 0.8, "guidance_scale": 3.0}, None, "none"])
+def test_the_second_expert_is_named_by_a_flag(tmp_path, section):
+    """Over the file's, whose other values stay, and without a section as well."""
+    values = shipped() | ({} if section == "none" else {"low_noise": section})
+    low = load(tmp_path, values, low_noise="flag").model.low_noise
+    boundary, guidance = (0.8, 3.0) if isinstance(section, dict) else (None, None)
+    assert (low.weights, low.boundary, low.guidance_scale) == ("flag", boundary, guidance)
+    (problem,) = refused(tmp_path, shipped() | {"low_noise": ["x"]}, low_noise="flag")
+    assert (problem.id, "low_noise" in problem.message) == ("CFG-005", True)
+
+
 def test_flags_win_over_the_file(tmp_path):
     words = shlex.split(
         "--mm-model x --load w --prompt p.txt --negative-prompt= --save-path out --seed 7 --fps 8 --input-size 9 64 96 "

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ranks import ANY_PORT
@@ -11,6 +13,7 @@ from ranks import ANY_PORT
 from mm.cli.demo import main as write_demo
 from mm.cli.entry import run
 from mm.cli.generate import main
+from mm.demo.components import MODEL_NAMES
 
 EXAMPLES = Path(__file__).parents[2] / "examples/wan2.1"
 FEW = ["--num-inference-steps", "2", "--device", "cpu", "--no-progress-bar"]
@@ -23,8 +26,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_demo(["--out", str(home)])
     videos = sorted((home / "dataset/videos").iterdir())
     (home / "videos.txt").write_text("".join(f"{video}\n" for video in videos))
-    for name in ("prompts", "images_i2v", "images_flf2v", "videos"):
-        file = home / f"{name}.txt"
+    for file in home.glob("*.txt"):
         file.write_text("\n".join(file.read_text().splitlines()[:2]) + "\n")
     return home
 
@@ -70,6 +72,93 @@ def test_script_on_two_processes(home: Path, tmp_path: Path, script: str) -> Non
     if given == "images":
         assert len(about["images"]) == (2 if task == "flf2v" else 1)
         assert all(len(image["fingerprint"]) == 16 for image in about["images"])
+
+
+FAMILY = {"control": "fun_control", "control_ref": "fun_control_ref", "camera": "fun_camera"}
+"""Folders of scripts, and the task of their models; of the others it is the folder's name."""
+GIVEN = {
+    "control": {"controls"},
+    "control_ref": {"controls", "references"},
+    "camera": {"images", "camera"},
+    "vace": {"video", "masks", "references"},
+    "speedcontrol": {"columns"},
+}
+"""Folders of scripts, and what is beside the prompt of their clips."""
+
+
+def clips_of(script: Path, home: Path, task: str, out: Path, *words: str, **variables: str) -> list[dict[str, Any]]:
+    """What is beside the two clips that a script makes on two processes, which share them."""
+    environment = {
+        "NPUS_PER_NODE": "2", "MASTER_PORT": ANY_PORT, "MM_MODEL": str(files(home, task)),
+        "LOAD_PATH": str(home / "weights" / MODEL_NAMES[task] / "transformer"), "SAVE_PATH": str(out),
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", str(script / "inference.sh"), *FEW, *words], env=os.environ | environment | variables,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(path.name for path in out.glob("*.mp4")) == ["video_0000.mp4", "video_0001.mp4"]
+    return [json.loads((out / f"video_000{row}.json").read_text()) for row in range(2)]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "script",
+    [
+        *(f"{size}/{name}" for size in ("1.3b", "14b") for name in ("control", "control_ref", "camera", "vace")),
+        "1.3b/speedcontrol",
+    ],
+)
+def test_script_of_the_family_on_two_processes(home: Path, tmp_path: Path, script: str) -> None:
+    name = script.split("/")[1]
+    task = FAMILY.get(name, name)
+    rows = clips_of(EXAMPLES / script, home, task, tmp_path / "clips", CP="2")
+    everything = {"images", "controls", "references", "masks", "video", "camera", "columns"}
+    for index, row in enumerate(rows):
+        assert (row["task"], row["layout"]) == (task, "cp2(u2)")
+        assert row["prompt"] == (home / "prompts.txt").read_text().splitlines()[index]
+        assert everything & row.keys() == GIVEN[name]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("size", ["1.3b", "14b"])
+def test_script_of_inpainting_in_its_three_ways(home: Path, tmp_path: Path, size: str) -> None:
+    """A first frame, a video and its mask, or nothing: by variables alone, with the lists left out of the file."""
+    values = json.loads(files(home, "i2v").read_text())
+    del values["image"]
+    (tmp_path / "model.json").write_text(json.dumps(values))
+    lists = {name: str(home / f"{name}.txt") for name in ("images_i2v", "videos", "masks")}
+    ways: list[tuple[set[str], list[str], dict[str, str]]] = [
+        ({"images"}, [], {"IMAGE": lists["images_i2v"]}),
+        ({"video", "masks"}, [], {"VIDEO": lists["videos"], "MASK": lists["masks"]}),
+        ({"text_only"}, ["--text-only"], {"IMAGE": ""}),
+    ]
+    for given, words, variables in ways:
+        told = {"MM_MODEL": str(tmp_path / "model.json"), "CP": "2", **variables}
+        out = tmp_path / "_".join(sorted(given))
+        for row in clips_of(EXAMPLES / size / "fun_inp", home, "i2v", out, *words, **told):
+            assert {"images", "video", "masks", "text_only"} & row.keys() == given
+
+
+@pytest.mark.parametrize(
+    ("name", "task"), [("t2v_a14b", "t2v"), pytest.param("i2v_a14b", "wan22_i2v", marks=pytest.mark.nightly)]
+)
+def test_script_of_two_experts(home: Path, tmp_path: Path, name: str, task: str) -> None:
+    """Both on two processes that share their width, with the shipped boundary and guidance."""
+    script = EXAMPLES.parent / "wan2.2" / name
+    values, shipped = (json.loads(file.read_text()) for file in (files(home, task), script / "inference_model.json"))
+    values |= {"low_noise": shipped["low_noise"]}
+    values["diffusion"] |= {"guidance_scale": shipped["diffusion"]["guidance_scale"]}
+    (tmp_path / "model.json").write_text(json.dumps(values))
+    weights = home / "weights" / MODEL_NAMES[task] / "transformer"
+    shutil.copytree(weights, tmp_path / "low")
+    told = {"MM_MODEL": str(tmp_path / "model.json"), "LOW_NOISE": str(tmp_path / "low")}
+    for row in clips_of(script, home, task, tmp_path / "clips", **told):
+        assert (row["task"], row["layout"], row["low_noise"]["path"]) == (task, "tp2", str(tmp_path / "low"))
+        assert row["low_noise"]["boundary"] == {"t2v": 0.875, "wan22_i2v": 0.9}[task]
+        assert (row["guidance_scale"], row["low_noise"]["guidance_scale"]) == {
+            "t2v": (4.0, 3.0), "wan22_i2v": (3.5, 3.5),
+        }[task]  # fmt: skip
 
 
 def generate(home: Path, task: str, save: Path, *words: str) -> int:

@@ -3,13 +3,16 @@
 # common.sh, give them as environment variables, or append flags: NPUS_PER_NODE=2 bash feature_extraction.sh --overwrite
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-TASK=${TASK:-t2v}                     # t2v, i2v or flf2v; the files of the last two are in folders of these names
-case "$TASK" in
-    t2v) files=$here ;;
-    i2v | flf2v) files=$here/$TASK ;;
-    *) echo "error ENV-005: TASK is $TASK. Fix: use t2v, i2v or flf2v." >&2; exit 64 ;;
+TASK=${TASK:-t2v}                     # the files of another one are in the folder of its name; without a data.json, t2v's
+tasks="t2v i2v flf2v speedcontrol fun_inp fun_control fun_control_ref fun_camera vace wan22_i2v ti2v"
+case " $tasks " in
+    *" $TASK "*) files=$here/$TASK ;;
+    *) echo "error ENV-005: TASK is $TASK. Fix: use one of $tasks." >&2; exit 64 ;;
 esac
-MM_DATA=${MM_DATA:-$files/data.json}
+if [ "$TASK" = t2v ]; then files=$here; fi
+data=$files/data.json
+if [ ! -f "$data" ]; then data=$here/data.json; fi
+MM_DATA=${MM_DATA:-$data}
 MM_MODEL=${MM_MODEL:-$files/model_wan.json}
 MM_TOOL=${MM_TOOL:-$files/tools.json}
 LOG_DIR=${LOG_DIR:-./logs}

@@ -59,7 +59,7 @@ def translate(flags: GenerateFlags, reading: Reading, world_size: int = 1) -> Ge
     given = _sections(flags, model)
     given["parallel"] = {**parallel, "layerzero": zero}
     for path in _unread_flags(flags):
-        section, name = path.split(".")
+        section, name, *_ = path.split(".")
         given[section][name] = UNREAD
     kinds: dict[str, Any] = {name: field.annotation for name, field in GenerationSections.model_fields.items()}
     sections = built(
@@ -222,6 +222,7 @@ def _with_flags(values: Any, flags: GenerateFlags) -> Any:
             "batched_guidance": said["batched_guidance"] or None,
         },
         ("predictor",): {"from_pretrained": said["load"]},
+        ("low_noise",): {"from_pretrained": said["low_noise"]},
     }
     if said["lora"]:
         strengths = said["lora_strength"] or [1.0] * len(said["lora"])
@@ -235,6 +236,6 @@ def _with_flags(values: Any, flags: GenerateFlags) -> Any:
         settings = {name: value for name, value in settings.items() if value is not None}
         if not path:
             result |= settings
-        elif settings and isinstance(result.get(path[0], {}), dict):
-            result[path[0]] = result.get(path[0], {}) | settings
+        elif settings and isinstance(held := {} if result.get(path[0]) is None else result[path[0]], dict):
+            result[path[0]] = held | settings
     return result

@@ -30,6 +30,9 @@ class GenerateFlags(MeshFlags):
 
     mm_model: str = Field(description="inference_model.json")
     load: str | None = Field(None, description="transformer weights; default: predictor.from_pretrained of the json")
+    low_noise: str | None = Field(
+        None, description="weights of the expert for little noise, of models that are two; default: from the json"
+    )
     prompt: str | None = Field(None, description="text file, one prompt a line; default: from the json")
     image: str | None = Field(
         None, description="text file, one image a line, or first and last with a comma between; default: from the json"

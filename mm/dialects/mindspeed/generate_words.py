@@ -21,7 +21,7 @@ GENERATION_WORDS: dict[str, tuple[str | None, str | None]] = {
     "model.weights": ("load", "predictor.from_pretrained"),
     "model.adapters": ("lora", "lora"),
     "model.low_noise": (None, "low_noise"),
-    "model.low_noise.weights": (None, "low_noise.from_pretrained"),
+    "model.low_noise.weights": ("low_noise", "low_noise.from_pretrained"),
     "model.low_noise.adapters": (None, "low_noise.lora"),
     "model.low_noise.boundary": (None, "low_noise.boundary"),
     "model.low_noise.guidance_scale": (None, "low_noise.guidance_scale"),

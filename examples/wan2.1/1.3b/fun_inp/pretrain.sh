@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Trains all weights of Wan2.1-Fun-V1.1-1.3B InP on extracted features.
+# common.sh says what else can be set; words are flags: SAVE_PATH=out bash pretrain.sh --lr 1e-5
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+MM_DATA=${MM_DATA:-$here/../../feature_extract/fun_inp/feature_data.json}
+RECOMPUTE=${RECOMPUTE---recompute-granularity selective}
+LOAD_PATH=${LOAD_PATH:-./weights/alibaba-pai/Wan2.1-Fun-V1.1-1.3B-InP}
+SAVE_PATH=${SAVE_PATH:-./save_ckpt/wan2.1-fun-inp-1.3b}
+
+source "$here/../../common.sh"
+pretrain --overlap-param-gather "$@"

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Trains a LoRA of Wan2.1 VACE 1.3B on extracted features.
+# common.sh says what else can be set; words are flags: SAVE_PATH=out bash finetune_lora.sh --lr 1e-4
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+MM_DATA=${MM_DATA:-$here/../../feature_extract/vace/feature_data.json}
+RECOMPUTE=${RECOMPUTE---recompute-granularity selective}
+LOAD_BASE_MODEL=${LOAD_BASE_MODEL:-./weights/Wan-AI/Wan2.1-VACE-1.3B-diffusers/transformer}
+SAVE_PATH=${SAVE_PATH:-./save_ckpt/wan2.1-vace-1.3b-lora}
+
+source "$here/../../common.sh"
+finetune_lora "$@"

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Trains all weights of Wan2.1-Fun-V1.1-14B Control on extracted features.
+# common.sh says what else can be set; words are flags: SAVE_PATH=out bash pretrain.sh --lr 1e-5
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+MM_DATA=${MM_DATA:-$here/../../feature_extract/fun_control_ref/feature_data.json}
+RECOMPUTE=${RECOMPUTE---recompute-granularity full --recompute-method uniform}
+layerzero_config=${layerzero_config:-$here/../zero_config.yaml}
+LOAD_PATH=${LOAD_PATH:-./weights/alibaba-pai/Wan2.1-Fun-V1.1-14B-Control}
+SAVE_PATH=${SAVE_PATH:-./save_ckpt/wan2.1-fun-control-ref-14b}
+
+source "$here/../../common.sh"
+pretrain --layerzero --layerzero-config "$layerzero_config" "$@"

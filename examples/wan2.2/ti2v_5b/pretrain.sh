@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Trains all weights of Wan2.2 TI2V 5B on extracted features.
+# common.sh says what else can be set; words are flags: SAVE_PATH=out bash pretrain.sh --lr 1e-5
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+MM_DATA=${MM_DATA:-$here/../../wan2.1/feature_extract/ti2v/feature_data.json}
+RECOMPUTE=${RECOMPUTE---recompute-granularity full --recompute-method uniform}
+LOAD_PATH=${LOAD_PATH:-./weights/Wan-AI/Wan2.2-TI2V-5B-Diffusers/transformer}
+SAVE_PATH=${SAVE_PATH:-./save_ckpt/wan2.2-ti2v-5b}
+
+source "$here/../../wan2.1/common.sh"
+pretrain --overlap-param-gather "$@"
