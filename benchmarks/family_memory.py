@@ -7,6 +7,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tabulate import tabulate
@@ -29,6 +30,7 @@ HEADERS = [
     "layout",
     "tokens of a rank",
     "a rank's peak, GiB",
+    "on the host, GiB",
     "sent in a step, GiB",
 ]
 GIB = 2**30
@@ -37,12 +39,21 @@ CLIPS = {(21, 60, 104): "81x480x832", (21, 90, 160): "81x720x1280"}
 
 @dataclass(frozen=True)
 class Run:
-    """A model, a clip and a layout."""
+    """A model, a clip and a layout; of two experts with where the one is that a step does not train."""
 
     task: str
     latent: tuple[int, int, int]
     layout: Layout
     distributed_optimizer: bool = False
+    idle_expert: Literal["device", "host"] | None = None
+
+    @property
+    def title(self) -> str:
+        """Name of the model, with where the other one of two experts is."""
+        if self.idle_expert is None:
+            return f"{self.wan.task.title} 14B"
+        task = {"t2v": "T2V", "wan22_i2v": "I2V"}[self.task]
+        return f"Wan2.2 {task}-A14B, both experts, the idle one on the {self.idle_expert}"
 
     @property
     def wan(self) -> WanConfig:
@@ -69,6 +80,12 @@ RUNS = [
     Run("vace", (21, 60, 104), zero(16, 16)),
     Run("vace", (21, 90, 160), zero(16, 16, cp=2)),
     Run("vace", (21, 60, 104), pipeline(16, tp=4, pp=4), distributed_optimizer=True),
+    Run("t2v", (21, 60, 104), zero(16, 16), idle_expert="device"),
+    Run("t2v", (21, 60, 104), zero(16, 16), idle_expert="host"),
+    Run("t2v", (21, 90, 160), zero(16, 16, cp=2), idle_expert="device"),
+    Run("t2v", (21, 60, 104), pipeline(16, tp=4, pp=4), distributed_optimizer=True, idle_expert="device"),
+    Run("t2v", (21, 60, 104), zero(8, 8), idle_expert="host"),
+    Run("wan22_i2v", (21, 60, 104), zero(16, 16), idle_expert="device"),
 ]
 
 
@@ -79,7 +96,8 @@ def predict(run: Run) -> Report:
     zero_config = None if size is None else ZeroConfig(zero3_size=size)
     micro_batches = run.layout.pp_size
     job = DryRunJob(
-        run.wan, run.layout, options, zero_config, torch.bfloat16, run.latent, 1, micro_batches, Recompute()
+        run.wan, run.layout, options, zero_config, torch.bfloat16, run.latent, 1, micro_batches, Recompute(),
+        idle_expert=run.idle_expert,
     )  # fmt: skip
     return dry_run(job, 0)
 
@@ -97,13 +115,14 @@ def main() -> None:
         sent = sum(each.bytes for each in report.traffic.values())
         table.append(
             [
-                f"{run.wan.task.title} 14B",
-                f"{parameters / 1e9:.2f} billion",
+                run.title,
+                f"{(1 if run.idle_expert is None else 2) * parameters / 1e9:.2f} billion",
                 CLIPS[run.latent],
                 run.layout.world_size,
                 f"`{run.layout.name()}`",
                 f"{report.rank_tokens:,}",
                 f"{report.peak_bytes / GIB:.1f}",
+                f"{report.expert_bytes / GIB:.1f}" if report.expert_bytes else "",
                 f"{sent / GIB:.0f}",
             ]
         )

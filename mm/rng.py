@@ -18,6 +18,7 @@ Stream = Literal[
     "noise",
     "timestep",
     "given_frame",
+    "expert",
     "caption_dropout",
     "control_dropout",
     "start_dropout",

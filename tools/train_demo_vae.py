@@ -1,10 +1,11 @@
 # mypy: disallow-untyped-calls=False
-"""Train the tiny causal Wan VAE of the embedded default and write it as the asset that `mm demo` ships.
+"""Train a tiny causal Wan VAE of the embedded default and write it as the asset that `mm demo` ships.
 
     python tools/train_demo_vae.py                    # writes mm/demo/assets/tiny_vae.{safetensors,json}
+    python tools/train_demo_vae.py --stride 16        # the same of Wan2.2's kind, tiny_vae_16
 
-About 15 minutes on two CPU cores that do nothing else. Two stages, because trained on clips from the start the model
-stays at the background colour:
+About 15 minutes on two CPU cores that do nothing else, and less of Wan2.2's kind, which begins with channels of 2 x 2
+pixels. Two stages, because trained on clips from the start the model stays at the background colour:
 
 1. single pictures: the spatial part of every convolution, on its newest time tap only (older taps see zero padding);
 2. nine-frame clips: older taps start at zero and the two time convolutions as copies, so that the stage begins with
@@ -28,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,12 +42,26 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mm.demo.clips import BACKGROUND, COLOURS, DIRECTIONS, NUM_FRAMES, SIZE, TRAVEL, all_clips, draw_frame
+from mm.demo.components import VAE_ASSETS
 from mm.rng import generator, key
 
 log = logging.getLogger("train_demo_vae")
 
 SEED = 1
-MODEL = {"base_dim": 16, "z_dim": 16, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
+_WIDTHS = {"base_dim": 16, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
+MODELS: dict[int, dict[str, Any]] = {
+    8: {**_WIDTHS, "z_dim": 16},
+    16: {
+        **_WIDTHS,
+        "z_dim": 48,
+        "is_residual": True,
+        "patch_size": 2,
+        "in_channels": 12,
+        "out_channels": 12,
+        "scale_factor_spatial": 16,
+    },
+}
+"""Configurations by the pixels of a latent pixel."""
 LATENT_NOISE = 0.1  # standard deviation, in units of a normalised latent
 SHAPE_WEIGHT = 4.0  # extra weight of a pixel that is not background
 CLIPS_TO_MEASURE = 8  # variants of every caption for latents_mean and latents_std
@@ -56,14 +72,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default_out = Path(__file__).resolve().parents[1] / "mm" / "demo" / "assets"
     parser.add_argument("--out", type=Path, default=default_out, help="folder of the asset")
+    parser.add_argument("--stride", type=int, default=8, choices=MODELS, help="pixels of a latent pixel")
     parser.add_argument("--picture-steps", type=int, default=2200, help="steps of stage 1")
     parser.add_argument("--clip-steps", type=int, default=1200, help="steps of stage 2")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     args.out.mkdir(parents=True, exist_ok=True)
 
+    asset = VAE_ASSETS[args.stride]
     torch.manual_seed(key(SEED, "init_weights", "demo_vae", 0))
-    vae = AutoencoderKLWan(**MODEL)
+    vae = AutoencoderKLWan(**MODELS[args.stride])
     start_as_picture_vae(vae)
     log.info("%d parameters", sum(p.numel() for p in vae.parameters()))
     with newest_tap_only():
@@ -72,7 +90,7 @@ def main() -> None:
     train(
         vae, "clips", clips, args.clip_steps, batch=2, peak_lr=1e-3, last_lr=1e-5, decay_steps=args.clip_steps * 4 // 3
     )
-    write_asset(vae, args.out)
+    write_asset(vae, MODELS[args.stride], args.out / asset)
 
 
 def start_as_picture_vae(vae: AutoencoderKLWan) -> None:
@@ -184,10 +202,12 @@ def loss_of(vae: AutoencoderKLWan, x: Tensor, random: torch.Generator) -> tuple[
 
 
 @torch.no_grad()
-def write_asset(vae: AutoencoderKLWan, out: Path) -> None:
+def write_asset(vae: AutoencoderKLWan, model: dict[str, Any], out: Path) -> None:
     """Write the weights rounded to fp16 and the configuration with the latents' measured mean and deviation."""
+    paths = {suffix: out.with_name(f"{out.name}.{suffix}") for suffix in ("safetensors", "json")}
+    partials = {suffix: path.with_name(f"{path.name}.partial") for suffix, path in paths.items()}
     weights = {name: value.detach().half().contiguous() for name, value in vae.state_dict().items()}
-    rounded = AutoencoderKLWan(**MODEL)
+    rounded = AutoencoderKLWan(**model)
     rounded.load_state_dict({name: value.float() for name, value in weights.items()})
     x = to_model(np.stack([clip.draw() for clip in all_clips(CLIPS_TO_MEASURE)]))
     latents = torch.cat([rounded.encode(part).latent_dist.mean for part in x.split(8)])
@@ -196,10 +216,10 @@ def write_asset(vae: AutoencoderKLWan, out: Path) -> None:
     axes = (0, 2, 3, 4)
     statistics = {"latents_mean": latents.mean(axes).tolist(), "latents_std": latents.std(axes).tolist()}
     statistics = {name: [round(value, 4) for value in values] for name, values in statistics.items()}
-    save_file(weights, out / "tiny_vae.safetensors.partial")
-    (out / "tiny_vae.json.partial").write_text(json.dumps({**MODEL, **statistics}, indent=2) + "\n", encoding="utf-8")
-    for name in ("tiny_vae.safetensors", "tiny_vae.json"):
-        os.replace(out / f"{name}.partial", out / name)
+    save_file(weights, partials["safetensors"])
+    partials["json"].write_text(json.dumps({**model, **statistics}, indent=2) + "\n", encoding="utf-8")
+    for suffix, path in paths.items():
+        os.replace(partials[suffix], path)
     log.info("wrote %s: mean squared error after rounding %.5f on %d drawn clips", out, error, len(x))
 
 

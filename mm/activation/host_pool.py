@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from mm.activation.offload import Offloader, TransferEvent, aligned_bytes
+from mm.activation.offload import Offloader
 from mm.config.model import WanConfig
 from mm.config.recompute import Recompute
 from mm.config.units import format_bytes
 from mm.device.backend import Backend, free_host_bytes
-from mm.device.queues import queues_of
+from mm.device.queues import TransferEvent, aligned_bytes, queues_of
 from mm.errors import ConfigError
 from mm.parallel.mesh import Mesh
 

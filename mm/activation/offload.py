@@ -11,32 +11,13 @@ a copy reads is released only after the compute queue was told to wait for it, b
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mm.device.queues import Queues
-
-ALIGNMENT = 256
-"""Bytes; every tensor of a slot begins at a multiple."""
-
-
-@dataclass(frozen=True)
-class TransferEvent:
-    """One entry of a timeline: what the process told the queues to do, in order.
-
-    Attributes:
-        action: `to host` and `to device` start a layer's copy; `released` lets its device memory go; `needed` is
-            backward asking for it.
-        number: of the pass. layer: in the pass.
-    """
-
-    action: str
-    number: int
-    layer: int
+from mm.device.queues import Queues, TransferEvent, aligned_bytes
 
 
 class Offloader:
@@ -198,8 +179,3 @@ class _Layer:
             order = list(range(tensor.ndim))
         sizes = [tensor.shape[dim] for dim in order]
         return part.view(tensor.dtype).view(sizes).permute([order.index(dim) for dim in range(tensor.ndim)])
-
-
-def aligned_bytes(elements: int, itemsize: int) -> int:
-    """Bytes that a tensor takes in a slot."""
-    return math.ceil(elements * itemsize / ALIGNMENT) * ALIGNMENT

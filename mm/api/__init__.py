@@ -13,11 +13,13 @@ from mm.api.saved_video import save_video
 from mm.api.training import TrainingResult, train_model
 from mm.api.wan_video_pipeline import WanVideoPipeline
 from mm.api.weights import Converted, convert_weights, inspect_weights
+from mm.config.run.residency import Residency
 
 __all__ = [
     "Converted",
     "Encoders",
     "ModelConfig",
+    "Residency",
     "TrainingResult",
     "VideoRow",
     "WanVideoPipeline",

@@ -24,6 +24,7 @@ from mm.errors import ConfigError, DataError, Problem, raise_all
 from mm.extract.encode import ClipEncoder
 from mm.extract.sources import VisualEncoders
 from mm.wan.conditions.computed import computed
+from mm.wan.encoders import require_stride
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def extract_features(
         ConfigError: CFG-060 and CFG-061 for the size, CFG-075 for a clip that is no longer than what is given of it,
             CFG-120 for columns, CFG-200 for other arguments; all rows' at once.
         DataError: DATA-245 to DATA-247 and DATA-250 for media, all rows' at once; DATA-004 for a video that is too
-            short, what `mm.data.clips.load_clip` raises, DATA-040 to DATA-045 for encoders.
+            short, what `mm.data.clips.load_clip` raises, DATA-040 to DATA-045 for encoders, DATA-260 for a VAE of
+            another stride than the task's models have.
     """
     declared = FEATURE_TASKS[task]
     if not isinstance(encoders, Encoders):
@@ -99,6 +101,7 @@ def extract_features(
     )
     place = select(device).device
     video, text = encoders.load_vae(place), encoders.load_text_encoder(place, max_text_tokens)
+    require_stride(name_of(encoders.vae, "VAE"), video, declared)
     visual = VisualEncoders(declared, video, video)
     if declared.made_by(Source.IMAGE_ENCODER):
         name = name_of(encoders.image_encoder, "image encoder")

@@ -25,13 +25,14 @@ from mm.api.generation_rules import Asked, generation_problems
 from mm.api.model import load_model
 from mm.config.run.generation import NEGATIVE_PROMPT
 from mm.config.run.listed import LISTS, sees_images
+from mm.config.run.residency import Residency
 from mm.config.tasks.registry import TASKS
 from mm.config.tasks.task import ListName, Task
 from mm.diffusion.samplers import Solver
 from mm.errors import ConfigError, raise_all
 from mm.generate.fit import require_image_encoder_fits, require_text_fits, require_vae_fits
 from mm.generate.sampling import ClipConditions, ClipPlan, SamplerSettings, decode, encode_prompts, sample
-from mm.generate.sources import EarlyFeatures, Given, frames_in_front
+from mm.generate.sources import EarlyFeatures, Given, kind_of_clip
 from mm.wan.model import WanModel
 
 
@@ -61,6 +62,7 @@ def generate_videos(
     seed: int = 42,
     noise: Sequence[Tensor] | None = None,
     on_step: Callable[[], object] = lambda: None,
+    residency: Residency | None = None,
 ) -> list[Tensor]:
     """Generate a video for each prompt as `mm generate` does, and write nothing.
 
@@ -78,10 +80,10 @@ def generate_videos(
         text_only: a model that sees frames is shown none. vace_scale: a factor on what side blocks add.
         columns: the task's numbers by name, one for each prompt.
         negative_prompt: what guidance leads away from; None is the Wan2.1 release's for the task.
-        size: frames (4k + 1), height and width (multiples of 16).
+        size: frames (4k + 1), height and width (multiples of 16, or of 32 for VAEs of stride 16).
         steps, shift, solver: of the sampler; shift 3 for 480p and 5 for 720p are usual.
         guidance_scale: of classifier-free guidance; exactly 1 leaves the negative prompt out.
-        batched_guidance: both prompts in one pass of twice the batch.
+        batched_guidance: both prompts in one pass of twice the batch. residency: as for `load_model`, of a folder.
         strength: with `videos`, the share of the steps that are taken, above 0 to 1.
         batch_size: prompts that go through the transformer together. seed: with a prompt's number, of the noise.
         noise: other noise for each prompt, [C, latent frames with those in front, H, W]. on_step: called after steps.
@@ -90,13 +92,13 @@ def generate_videos(
         For each prompt its frames, uint8 [F, H, W, 3], on the CPU.
 
     Raises:
-        ConfigError: CFG-060, CFG-061, CFG-063, CFG-120, CFG-121, CFG-123, CFG-200 and CFG-280 for arguments, all at
-            once; CFG-250 to CFG-258 and CFG-281 for conditions; CFG-064 and CFG-066 for encoders of another model.
+        ConfigError: CFG-060, CFG-061, CFG-063, CFG-120, CFG-121, CFG-123, CFG-200, CFG-280, CFG-306: arguments, all at
+            once; CFG-371 to CFG-374: residency; CFG-250 to CFG-258, CFG-281: conditions; CFG-064, CFG-066: encoders.
         DataError: DATA-001 to DATA-007, DATA-086, DATA-087 and DATA-110 for images and videos, DATA-040 to DATA-043
             for encoders, DATA-055 and DATA-056 for the VAE's and the transformer's output.
     """
-    beside = model if isinstance(model, (str, Path)) else None
-    loaded = load_model(model) if isinstance(model, (str, Path)) else model
+    at = model if isinstance(model, (str, Path)) else None
+    loaded = _loaded(model, residency, size, batch_size * (1 + batched_guidance))
     asked = Asked(
         tuple([prompts] if isinstance(prompts, str) else prompts),
         _lists(images, videos, controls, references, cameras, masks),
@@ -112,9 +114,18 @@ def generate_videos(
     plan = ClipPlan(loaded.config, next(loaded.parameters()).device, task.frames, size, seed, settings)
     raise_all(ConfigError, list(generation_problems(asked, plan, task)))
     negative = task.negative + NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
-    return _generate(
-        loaded, asked, plan, _encoders(encoders, beside), None if guidance_scale == 1 else negative, on_step
-    )
+    return _generate(loaded, asked, plan, _encoders(encoders, at), None if guidance_scale == 1 else negative, on_step)
+
+
+def _loaded(
+    model: WanModel | str | Path, residency: Residency | None, clip: tuple[int, int, int], batch_size: int
+) -> WanModel:
+    if isinstance(model, (str, Path)):
+        return load_model(model, residency=residency, clip=clip, batch_size=batch_size)
+    if residency is not None:
+        found = "residency has no effect on a model that is loaded."
+        raise ConfigError("CFG-372", found, "Give it to load_model, or leave it out.")
+    return model
 
 
 def _encoders(given: Encoders | str | Path | None, beside: str | Path | None) -> Encoders:
@@ -156,7 +167,7 @@ def _generate(
     vae = encoders.load_vae(plan.device)
     require_vae_fits(name_of(encoders.vae, "VAE"), vae, plan.wan)
     found: list[Tensor] = []
-    alike = groupby(range(len(texts)), lambda index: frames_in_front(plan.wan.task, given[index]))
+    alike = groupby(range(len(texts)), lambda index: kind_of_clip(plan.wan.task, given[index]))
     for indices in (list(run) for _, run in alike):
         for start in range(0, len(indices), asked.batch_size):
             batch = indices[start : start + asked.batch_size]

@@ -107,12 +107,15 @@ def _noise_problems(asked: Asked, plan: ClipPlan) -> Iterator[Problem]:
 
 
 def _list_problems(asked: Asked, plan: ClipPlan, task: Task) -> Iterator[Problem]:
-    """CFG-120, CFG-123 and CFG-280 for what the model's task takes of each list."""
+    """CFG-120, CFG-123, CFG-280 and CFG-306 for what the model's task takes of each list."""
     ways = [name for name in ("images", "masks") if name in asked.lists] + ["text_only"] * asked.text_only
     if plan.wan.task.with_mask and len(ways) > 1:
         found = f"{' and '.join(ways)} say each what the model sees of its clip."
         yield Problem("CFG-280", found, "Give one of them.")
         return
+    if plan.wan.force_2_1_time_embedding and "images" in asked.lists:
+        found = "With force_2_1_time_embedding nothing tells the model of the frames that images= gives."
+        yield Problem("CFG-306", found, "Leave images= out.")
     title, takes = plan.wan.task.title, lists_of(task, asked.shown)
     for name in LISTS:
         listed, given = takes.get(name), asked.lists.get(name)

@@ -6,15 +6,22 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mm.checkpoint.mismatch import require_exactly
 from mm.checkpoint.weights import WeightSource, open_weights
 from mm.config.model import Precision, WanConfig
-from mm.config.run.generation import AdapterFile
+from mm.config.place import process_place
+from mm.config.rules.residency import residency_problems
+from mm.config.run.generation import AdapterFile, latent_size
+from mm.config.run.residency import Residency
 from mm.config.tasks.registry import TaskName
-from mm.device.backend import DeviceKind, select
-from mm.errors import ConfigError
+from mm.device.backend import Backend, DeviceKind, free_host_bytes, select
+from mm.errors import ConfigError, raise_all
 from mm.generate.weights import GenerationWeights, with_adapters
+from mm.parallel.apply import ValueOf, WriteValue
+from mm.residency.budget import forward_bytes, plan_weights
+from mm.residency.hold import WeightValues, hold_weights
 from mm.wan.config_json import infer_config
 from mm.wan.encoders import DTYPES
 from mm.wan.model import WanModel, whole_shapes
@@ -29,6 +36,9 @@ def load_model(
     adapters: Iterable[str | Path | tuple[str | Path, float]] = (),
     text_len: int | None = None,
     averaged: bool = False,
+    residency: Residency | None = None,
+    clip: tuple[int, int, int] | None = None,
+    batch_size: int = 1,
 ) -> WanModel:
     """Load a transformer, ready for `model.velocity(latents=, timestep=, text=, **features)`.
 
@@ -43,22 +53,33 @@ def load_model(
         adapters: LoRA files or folders that are added, each alone or with a factor on it.
         text_len: tokens that captions are padded to, where it is not the 512 of the released models.
         averaged: of a training checkpoint the average of its weights (`--ema-decay`).
+        residency: where the weights are; None puts all of them on the device. With limits the model is for forwards
+            without gradients.
+        clip: frames, height and width of a clip whose forward the device limit has room for, too; None plans for
+            weights alone, and leaves the rest to the limit's buffer. batch_size: such clips in one forward.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        ConfigError: CFG-030 and CFG-180 for the device, CFG-201 for weights of another task.
+        ConfigError: CFG-371 to CFG-374 for limits that contradict each other or cannot be kept, CFG-030 and CFG-180 for
+            the device, CFG-201 for weights of another task.
         CheckpointError, DataError: what `mm.checkpoint.weights.open_weights` raises, CKPT-011 for tensors of another
             model, DATA-090 to DATA-093 for adapters.
     """
+    residency = residency or Residency()
+    raise_all(ConfigError, list(residency_problems(residency, lambda field: f"residency.{field}")))
     inside = Path(path) / "transformer"
     source = open_weights(inside if inside.is_dir() else path, averaged=averaged)
     pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
     sections = [AdapterFile(path=str(one), strength=strength) for one, strength in pairs]
     config = config_of(source, task, text_len)
-    weights = with_adapters(source, sections, config, DTYPES[dtype], fingerprinted=False)
-    return model_of(weights, config, DTYPES[dtype], select(device).device)
+    weights = with_adapters(source, sections, config, DTYPES[dtype], fingerprinted=False, fp8=residency.fp8)
+    working = 0
+    if clip is not None:
+        tokens = config.num_tokens(latent_size(clip, config.task.latent_pixels))
+        working = forward_bytes(config, tokens, batch_size, DTYPES[dtype].itemsize)
+    return model_of(weights, config, DTYPES[dtype], select(device), residency, working)
 
 
 def config_of(source: WeightSource, task: TaskName | None = None, text_len: int | None = None) -> WanConfig:
@@ -78,11 +99,39 @@ def config_of(source: WeightSource, task: TaskName | None = None, text_len: int 
     return config
 
 
-def model_of(weights: GenerationWeights, config: WanConfig, dtype: torch.dtype, device: torch.device) -> WanModel:
-    """A model in evaluation mode with these weights, which need no gradient; one tensor at a time is read."""
+def model_of(
+    weights: GenerationWeights,
+    config: WanConfig,
+    dtype: torch.dtype,
+    backend: Backend,
+    residency: Residency | None = None,
+    beside: int = 0,
+) -> WanModel:
+    """A model in evaluation mode with these weights, which need no gradient; one tensor at a time is read.
+
+    Args:
+        weights: of the model, in fp8 where `residency` says so. config: the model. dtype: of the bulk of the weights.
+        backend: the device. residency: where they are, checked; None puts all on the device.
+        beside: bytes of the device that a limit leaves to others (`mm.residency.budget.plan_weights`).
+
+    Raises:
+        ConfigError: CFG-373 and CFG-374 for limits that cannot be kept.
+    """
     with torch.device("meta"):
         model = WanModel(config)
-    model.to_precision(dtype).requires_grad_(False).to_empty(device=device)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(weights.value_of(name, tuple(parameter.shape)))
+    model.to_precision(dtype).requires_grad_(False)
+    if weights.fp8 is not None:
+        weights.fp8.prepare(model)
+    free_host = free_host_bytes() // process_place().local_world_size
+    plan = plan_weights(model, residency or Residency(), beside, free_host)
+    hold_weights(model, plan, backend, WeightValues(_writer(weights.value_of), _writer(weights.again())))
     return model.eval()
+
+
+def _writer(value_of: ValueOf) -> WriteValue:
+    """Writer of whole parameters."""
+
+    def write(name: str, target: Tensor) -> None:
+        target.copy_(value_of(name, tuple(target.shape)))
+
+    return write

@@ -13,6 +13,7 @@ from mm.checkpoint.store import find_latest
 from mm.config.base import validation_problems
 from mm.config.place import process_place
 from mm.config.rules.training import check_training, require_places
+from mm.config.run.experts import expert_folders
 from mm.config.run.file import load_training
 from mm.config.run.training import TrainingRun, TrainingSections
 from mm.config.unread import section_of
@@ -31,7 +32,8 @@ class TrainingResult:
     Attributes:
         progress: steps taken and samples seen, those before a resume included.
         records: all that was measured in this call, in order; none on the ranks beside the first.
-        checkpoint: the folder of the newest checkpoint, which `load_model` takes; None where the run keeps none.
+        checkpoint: the folder of the newest checkpoint, which `load_model` takes, of two experts that for much
+            noise; None where the run keeps none.
     """
 
     progress: Progress
@@ -79,8 +81,15 @@ def train_model(
     require_places(sections)
     seen = _Seen()
     progress = train_in_job(sections, where, callbacks=callbacks, sinks=[*sinks, seen])
-    save = sections.checkpoint.save
-    return TrainingResult(progress, tuple(seen.records), None if save is None else find_latest(Path(save)))
+    return TrainingResult(progress, tuple(seen.records), _newest(sections))
+
+
+def _newest(run: TrainingRun) -> Path | None:
+    save = run.checkpoint.save
+    if save is None:
+        return None
+    first, *beside = [Path(save)] if run.experts is None else expert_folders(save)
+    return find_latest(first, beside=beside)
 
 
 class _Seen(Sink):

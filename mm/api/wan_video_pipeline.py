@@ -55,7 +55,7 @@ class WanVideoPipeline:
         self._source: WeightSource = parts.transformer
         self._adapters: list[tuple[Adapter, float]] = []
         config = config_of(self._source)
-        self.dit: WanModel = model_of(self._weights(), config, self.torch_dtype, self.device)
+        self.dit: WanModel = model_of(self._weights(), config, self.torch_dtype, backend)
         self.text_encoder: TextEncoder = parts.load_text_encoder(dtype, self.device, config.text_len)
         self.vae: VideoEncoder = parts.load_vae(dtype, self.device)
         self.image_encoder: ImageEncoder | None = parts.load_image_encoder(dtype, self.device)

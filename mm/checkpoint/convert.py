@@ -19,6 +19,7 @@ import torch
 
 from mm.checkpoint.directory import TRACKER_NAME
 from mm.checkpoint.encoders import EncoderSource, encoder_to_hf, encoder_to_native, open_encoder
+from mm.checkpoint.expert_band import write_band
 from mm.checkpoint.files import (
     added_files,
     new_folder,
@@ -128,6 +129,7 @@ def _write_release(source: WeightSource, target: Path, config: WanConfig | None,
         mindspeed.write_release(folder / mindspeed.RELEASE, source, shapes, stages)
         for name, text in beside.items():
             write_new(folder / name, text)
+        write_band(folder / mindspeed.RELEASE, source.path)
     log.info("Wrote %d tensors to %s, pipeline stages of %s blocks.", len(shapes), target, stages)
 
 
@@ -203,6 +205,7 @@ def _write_hf(
             hf.write_like(folder, source, original, shapes)
         else:
             hf.write_new_folder(folder, _entries(source, shapes), config, max_shard_bytes)
+        write_band(folder, source.path)
     log.info("Wrote %d tensors to %s.", len(shapes), target)
 
 
@@ -235,6 +238,7 @@ def write_as_native(source: WeightSource, target: Path) -> None:
     _require_space(target, _entries(source, shapes))
     with new_folder(target) as folder:
         native.write_native(folder, _entries(source, shapes), config)
+        write_band(folder, source.path)
     log.info("Wrote %d tensors to %s.", len(shapes), target)
 
 
@@ -266,6 +270,7 @@ def zero_to_bf16(
     _require_space(target, entries)
     with new_folder(target) as folder:
         native.write_native(folder, entries, config, max_shard_bytes)
+        write_band(folder, source.path)
     log.info("Wrote %d tensors in bf16 to %s.", len(shapes), target)
 
 

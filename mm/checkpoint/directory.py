@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from mm.checkpoint.files import remove_folder, replace_text, sync_folder
 from mm.checkpoint.lock import DEFAULT_TIMES, Lock, Times, locked
 from mm.checkpoint.record import Kind, files_of, kind_of, record_folder
 from mm.checkpoint.safetensor_file import hash_file
+from mm.config.run.experts import HIGH, LOW
 from mm.config.run.origins import Origins
 from mm.errors import CheckpointError, ResumeError
 
@@ -83,6 +84,7 @@ def find_latest(
     *,
     verify: Verify = "size",
     comm: Comm | None = None,
+    beside: Sequence[Path] = (),
 ) -> Path | None:
     """The checkpoint to resume from, the same on every rank, or None where nothing was ever committed.
 
@@ -93,15 +95,17 @@ def find_latest(
         policy: "newest" falls back to the next older one when one is damaged, with a warning; "strict" raises.
         verify: "size" checks the manifest and the files' sizes; "full" also the files' hashes, shared among the ranks.
         comm: the ranks.
+        beside: folders of the same run, whose checkpoint of the same step must be complete too.
 
     Raises:
         CheckpointError: CKPT-013 when there are checkpoints and none is complete, or, if strict, when the one to use
-            is damaged or the tracker is unusable.
+            is damaged or the tracker is unusable; CKPT-131 where no step is in all the folders although one has some.
     """
     comm = comm or SingleProcess()
-    names: list[str] = on_rank_zero(comm, lambda: [c.path.name for c in _in_order(root, policy)])
-    for name in names:
-        problem = _problem(root / name, verify, comm)
+    names: list[list[str]] = on_rank_zero(comm, lambda: _of_one_step([root, *beside], policy))
+    for name, *others in names:
+        folders = [root / name, *(folder / other for folder, other in zip(beside, others, strict=True))]
+        problem = next(filter(None, (_problem(folder, verify, comm) for folder in folders)), None)
         if problem is None:
             return root / name
         if policy == "strict":
@@ -111,6 +115,36 @@ def find_latest(
     if names:
         raise _unusable(root, f"None of the {len(names)} checkpoints in {root} is complete.")
     return None
+
+
+def _of_one_step(roots: Sequence[Path], policy: Policy) -> list[list[str]]:
+    """Names of the candidates of each step that is in all the folders, one for each folder, best first.
+
+    A run that was killed between two folders has a newer one in the first: it goes on from the step before.
+
+    Raises:
+        CheckpointError: CKPT-131.
+    """
+    first, *others = [_in_order(root, policy) for root in roots]
+    if not others:
+        return [[one.path.name] for one in first]
+    by_step = [{one.step: one.path.name for one in reversed(found)} for found in others]
+    common = [
+        [one.path.name, *(of[one.step] for of in by_step)] for one in first if all(one.step in of for of in by_step)
+    ]
+    steps = [sorted({one.step for one in found}) for found in (first, *others)]
+    if not common and any(steps):
+        told = "; ".join(
+            f"{root} has {', '.join(map(str, of)) or 'none'}" for root, of in zip(roots, steps, strict=True)
+        )
+        raise CheckpointError(
+            "CKPT-131",
+            f"No step is in both experts' folders: {told}.",
+            "Restore what is missing, or move both folders away to start anew.",
+        )
+    if len(set(map(tuple, steps))) > 1:
+        log.warning("The folders %s hold different steps; only those in all of them count.", ", ".join(map(str, roots)))
+    return common
 
 
 def require_whole(path: Path, verify: Verify, comm: Comm | None = None) -> None:
@@ -222,6 +256,22 @@ def require_kind(root: Path, kind: Kind, words: Origins, comm: Comm | None = Non
             )
 
     on_rank_zero(comm or SingleProcess(), check)
+
+
+def require_experts_folder(root: Path, *, experts: bool) -> None:
+    """Refuse a folder with checkpoints of one transformer for a run of two experts, and the reverse.
+
+    Raises:
+        ResumeError: CKPT-133.
+    """
+    of_experts = [root / name for name in (HIGH, LOW) if holds_checkpoints(root / name)]
+    if experts and candidates(root):
+        found = f"{root} holds checkpoints of one transformer, and this run trains two experts"
+    elif not experts and of_experts:
+        found = f"{of_experts[0]} holds checkpoints of an expert, and this run, which saves into {root}, trains one"
+    else:
+        return
+    raise ResumeError("CKPT-133", f"{found}.", "Give another folder to save into, or go on as before.")
 
 
 def require_replaceable(root: Path, step: int) -> None:

@@ -1,10 +1,11 @@
-"""The three encoders of Wan2.1: what they are called, which names of tensors are theirs, and their published sizes."""
+"""Wan's encoders: what they are called, which names of tensors are theirs, and their published sizes."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from mm.wan.name_pairs import Pair
 from mm.wan.names_clip import clip_pairs
 from mm.wan.names_t5 import t5_pairs
-from mm.wan.names_vae import vae_pairs
+from mm.wan.names_vae import vae_22_pairs, vae_pairs
 from mm.wan.prefixes import common_prefix, unwrapped
 from mm.wan.shards import DIFFUSERS_FILE
 
@@ -62,10 +63,14 @@ def encoder_of(names: Iterable[str]) -> EncoderNames | None:
     return None
 
 
-def _build_vae(values: Mapping[str, Any] | None) -> tuple[nn.Module, str]:
+def _numbers(*lines: str) -> list[float]:
+    return [float(word) for line in lines for word in line.split()]
+
+
+def _build_vae(published: Mapping[str, Any], values: Mapping[str, Any] | None) -> tuple[nn.Module, str]:
     from diffusers import AutoencoderKLWan  # only where an encoder is converted: it takes seconds to import
 
-    model = AutoencoderKLWan() if values is None else AutoencoderKLWan.from_config(dict(values))
+    model = AutoencoderKLWan(**published) if values is None else AutoencoderKLWan.from_config(dict(values))
     return model, model.to_json_string()
 
 
@@ -85,6 +90,29 @@ def _build_clip(values: Mapping[str, Any] | None) -> tuple[nn.Module, str]:
     return CLIPVisionModelWithProjection(config), config.to_json_string(use_diff=False)
 
 
+_VAE: dict[str, Any] = {}
+"""What diffusers' class has by itself."""
+_VAE_22: dict[str, Any] = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "latents_mean": _numbers(
+        "-.2289 -.0052 -.1323 -.2339 -.2799 .0174 .1838 .1557 -.1382 .0542 .2813 .0891 .1570 -.0098 .0375 -.1825",
+        "-.2246 -.1207 -.0698 .5109 .2665 -.2108 -.2158 .2502 -.2055 -.0322 .1109 .1567 -.0729 .0899 -.2799 -.1230",
+        "-.0313 -.1649 .0117 .0723 -.2839 -.2083 -.0520 .3748 .0152 .1957 .1433 -.2944 .3573 -.0548 -.1681 -.0667",
+    ),
+    "latents_std": _numbers(
+        ".4765 1.0364 .4514 1.1677 .5313 .4990 .4818 .5013 .8158 1.0344 .5894 1.0901 .6885 .6165 .8454 .4978",
+        ".5759 .3523 .7135 .6804 .5833 1.4146 .8986 .5659 .7069 .5338 .4889 .4917 .4069 .4999 .6866 .4093",
+        ".5709 .6065 .6415 .4944 .5726 1.2042 .5458 1.6887 .3971 1.0600 .3943 .5537 .5444 .4089 .7468 .7744",
+    ),
+}
+"""Of Wan2.2's TI2V-5B (wan/modules/vae2_2.py)."""
 _T5: dict[str, Any] = {
     "vocab_size": 256384,
     "d_model": 4096,
@@ -115,9 +143,18 @@ VAE = Encoder(
     "Wan2.1_VAE",
     DIFFUSERS_FILE,
     r"decoder\.upsamples\.(0)\.residual\.0\.gamma",
-    r"decoder\.up_blocks\.(0)\.resnets\.0\.norm1\.gamma",
+    r"decoder\.up_blocks\.(0)\.upsamplers\.0\.resample\.1\.weight",
     lambda _: vae_pairs(),
-    _build_vae,
+    partial(_build_vae, _VAE),
+)
+VAE_22 = Encoder(
+    "the video VAE of Wan2.2",
+    "Wan2.2_VAE",
+    DIFFUSERS_FILE,
+    r"decoder\.upsamples\.(0)\.upsamples\.0\.residual\.0\.gamma",
+    r"decoder\.up_blocks\.(0)\.upsampler\.resample\.1\.weight",
+    lambda _: vae_22_pairs(),
+    partial(_build_vae, _VAE_22),
 )
 T5 = Encoder(
     "the text encoder UMT5",
@@ -137,4 +174,4 @@ CLIP = Encoder(
     clip_pairs,
     _build_clip,
 )
-ENCODERS = (VAE, T5, CLIP)
+ENCODERS = (VAE, VAE_22, T5, CLIP)

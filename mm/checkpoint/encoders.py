@@ -1,4 +1,4 @@
-"""The three encoders of Wan2.1 between their original files and the folders of diffusers and transformers.
+"""Wan's encoders between their original files and the folders of diffusers and transformers.
 
 A source is told apart by the names in it: one file of the original (`.pth`, read without running code, or safetensors),
 or a component's folder. The configuration of a folder cannot be read off an original file, which is why only published

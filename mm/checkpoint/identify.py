@@ -6,6 +6,7 @@ Everything that reads weights or adapters is handed the answer (`mm.checkpoint.f
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,15 @@ def identify(
     return _described(folder, path, comm, wanted, of_run=of_run)
 
 
-def latest_checkpoint(root: Path, comm: Comm, policy: Policy, verify: Verify) -> Found | None:
+def latest_checkpoint(
+    root: Path, comm: Comm, policy: Policy, verify: Verify, beside: Sequence[Path] = ()
+) -> Found | None:
     """The checkpoint that a run which saves into `root` goes on from, the same on every rank; None for a new run.
 
     Raises:
-        CheckpointError: CKPT-013 as `mm.checkpoint.directory.find_latest`.
+        CheckpointError: CKPT-013 and CKPT-131 as `mm.checkpoint.directory.find_latest`, whose arguments these are.
     """
-    folder = find_latest(root, policy, verify=verify, comm=comm)
+    folder = find_latest(root, policy, verify=verify, comm=comm, beside=beside)
     return None if folder is None else _described(folder, root, comm, "model", of_run=True)
 
 

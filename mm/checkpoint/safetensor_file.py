@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mm.checkpoint import fault
@@ -117,7 +118,8 @@ def hash_file(path: Path) -> str:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The tensor's elements in C order as bytes; a copy only if it is not on the CPU or not contiguous."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return np.from_dlpack(flat).data  # memory that `Tensor.numpy` has shown is never given back (mm.optim.host_stay)
 
 
 def _write_once(

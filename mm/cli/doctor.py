@@ -120,6 +120,7 @@ def _check(argv: Sequence[str]) -> None:
         optimizer=sections.optimizer.name,
         packed=packed,
         encoder_bytes=_encoder_bytes(sections),
+        idle_expert=None if sections.experts is None else "host" if sections.experts.offload else "device",
     )
     report = dry_run(job, flags.rank)
     notes = {"compile": _UNCOMPILED} if sections.memory.compile_blocks else {}
@@ -235,7 +236,11 @@ def _as_text(layout: Layout, report: Report, notes: dict[str, str]) -> str:
 
 
 def _host_memory(report: Report) -> str:
-    parts = {"offload": report.host_bytes, "background saves": report.save_bytes}
+    parts = {
+        "offload": report.host_bytes,
+        "background saves": report.save_bytes,
+        "experts that wait": report.expert_bytes,
+    }
     used = [f"{format_bytes(size)} for {what}" for what, size in parts.items() if size]
     return f"page-locked: {', '.join(used)}" if used else "none"
 

@@ -60,7 +60,7 @@ def check(
     logging.getLogger().setLevel(logging.WARNING)
     config, backend = sections.wan, select(sections.training.device, where.local_rank, where.world_size)
     lora = plan_of(sections.adapters, config, sections.origins["adapters.targets"].name)
-    trained = preflight.elements(config) if lora is None else lora.parameters
+    trained = (preflight.elements(config) if lora is None else lora.parameters) * (1 + (sections.experts is not None))
     findings = [] if where.rank else preflight.versions(backend)
     findings += preflight.operators(backend) if where.local_rank == 0 else []  # once a node: its compiler
     reports: list[dict[str, Any]] = []
@@ -95,9 +95,10 @@ def check(
             drawn = preflight.same_draws(comm.all_gather_object(_draws(sections, batch)))
             findings += drawn if where.rank == 0 else []
         told = [report for part in comm.all_gather_object(reports) for report in part]  # rank 0's, on every node
-        pinned, saved = (max((report[of] for report in told), default=0) for of in ("host_bytes", "save_bytes"))
+        kinds = ("host_bytes", "save_bytes", "expert_bytes")
+        pinned, saved, experts = (max((report[of] for report in told), default=0) for of in kinds)
         if where.local_rank == 0:
-            findings += preflight.host(sections, trained, pinned, saved, where.local_world_size)
+            findings += preflight.host(sections, trained, pinned + experts, saved, where.local_world_size)
         everyone = comm.all_gather_object([asdict(finding) for finding in findings])
     if where.rank == 0:
         _tell(_merged([preflight.Finding(**found) for part in everyone for found in part]), reports, as_json=as_json)

@@ -52,4 +52,5 @@ def _generate(run: GenerationRun, where: ProcessPlace) -> None:
         Job(where, backend.collective, backend.device, minutes, configuration),
         build_mesh(run.layout, minutes, backend.device.type) as mesh,
     ):
-        generate_clips(run, Processes(mesh, backend, ProcessGroupComm(device=backend.device)))
+        comm = ProcessGroupComm(device=backend.device)
+        generate_clips(run, Processes(mesh, backend, comm, where.local_world_size))

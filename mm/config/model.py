@@ -17,6 +17,7 @@ from mm.config.tasks.i2v import I2V
 from mm.config.tasks.registry import DEFAULT, TASKS, TaskName, named
 from mm.config.tasks.speedcontrol import SPEEDCONTROL
 from mm.config.tasks.task import Entry, Shape, Sizes, Task
+from mm.config.tasks.ti2v import TI2V
 from mm.config.tasks.vace import VACE
 from mm.config.tasks.wan22_i2v import WAN22_I2V
 
@@ -25,6 +26,8 @@ TASK_FIELD = "model_type"
 _MOST = 2**20  # far beyond any model; what configurations of strangers say is built, on the meta device at least
 _MOST_BLOCKS = 1000
 _MOST_OF_A_PATCH = 64
+_OF_A_RUN = frozenset({"text_len", "clip_token_len", "force_2_1_time_embedding"})
+"""Fields of a shape in which weights of one model may be used differently."""
 
 
 def task_named_in(values: Mapping[str, Any]) -> Task | None:
@@ -48,6 +51,8 @@ class WanConfig(Section):
             channels of the task's features.
         img_dim: width of the image encoder's features; for tasks with images only.
         clip_token_len: tokens that the image encoder makes of one image; for tasks with images only.
+        force_2_1_time_embedding: one timestep a sample, as Wan2.1's models have, of models that may have one for each
+            token: a run's choice, not of weights. Nothing then tells a given first frame from noise, so none is given.
         vace_layers: blocks that take the hint of a side block, one each; for VACE only. The first is block 0.
         hidden_size: D; ffn_dim: width inside the feed-forward; num_heads: N; num_layers: number of blocks.
         freq_dim: width of the sinusoidal timestep embedding.
@@ -63,6 +68,7 @@ class WanConfig(Section):
     out_dim: int = Field(16, ge=1, le=_MOST)
     img_dim: int | None = Field(None, ge=1, le=_MOST)
     clip_token_len: int | None = Field(None, ge=1, le=_MOST)
+    force_2_1_time_embedding: bool = False
     vace_layers: tuple[int, ...] | None = None
     hidden_size: int = Field(ge=1, le=_MOST)
     ffn_dim: int = Field(ge=1, le=_MOST)
@@ -82,6 +88,11 @@ class WanConfig(Section):
     def task(self) -> Task:
         """The declaration of the task."""
         return TASKS[self.model_type]
+
+    @property
+    def first_frame_share(self) -> float:
+        """Share of samples whose first latent frame is given clean where nothing else is said; 0 where none can be."""
+        return 0.0 if self.force_2_1_time_embedding else self.task.first_frame_share
 
     @property
     def task_in_words(self) -> str:
@@ -141,11 +152,11 @@ class WanConfig(Section):
     def differing_fields(self, other: WanConfig) -> list[str]:
         """Fields in which weights of the two models differ.
 
-        `text_len` and `clip_token_len` are none of them: how far captions are padded and how finely images are cut is
-        a run's choice, and Hugging Face folders do not record it. (The learned positions of flf2v have a row for each
-        image token; weights with another number of them differ in a tensor's shape.)
+        Those of `_OF_A_RUN` are none of them: how far captions are padded, how finely images are cut and how many
+        timesteps a sample has is a run's choice, and Hugging Face folders do not record it. (The learned positions of
+        flf2v have a row for each image token; weights with another number of them differ in a tensor's shape.)
         """
-        fields = (name for name in WanConfig.model_fields if name not in ("text_len", "clip_token_len"))
+        fields = (name for name in WanConfig.model_fields if name not in _OF_A_RUN)
         return [name for name in fields if getattr(self, name) != getattr(other, name)]
 
     @model_validator(mode="after")
@@ -167,6 +178,11 @@ class WanConfig(Section):
                 raise ValueError(f"{name} {value} has no effect in {name_of_task} models; remove it")
         if task.latent_channels not in (None, self.out_dim):
             raise ValueError(f"out_dim of {name_of_task} models is {task.latent_channels}, not {self.out_dim}")
+        if self.force_2_1_time_embedding and not task.first_frame_share:
+            raise ValueError(
+                f"force_2_1_time_embedding has no effect in {name_of_task} models, which have one timestep a sample; "
+                "remove it"
+            )
         layers = self.vace_layers
         if layers and (list(layers) != sorted(set(layers)) or layers[0] != 0 or layers[-1] >= self.num_layers):
             raise ValueError(
@@ -207,6 +223,9 @@ def of_task(text_to_video: WanConfig, task: Task, **sizes: object) -> WanConfig:
 WAN_I2V_1_3B = of_task(WAN_1_3B, I2V)
 WAN_I2V_14B = of_task(WAN_14B, I2V)
 WAN_FLF2V_14B = of_task(WAN_14B, FLF2V)
+WAN_TI2V_5B = WanConfig(
+    model_type=TI2V.name, in_dim=48, out_dim=48, hidden_size=3072, ffn_dim=14336, num_heads=24, num_layers=30
+)
 WAN_VACE_14B = of_task(WAN_14B, VACE, vace_layers=tuple(range(0, 40, 5)))
 PUBLISHED = {
     "Wan2.1 T2V 1.3B": WAN_1_3B,
@@ -223,6 +242,7 @@ PUBLISHED = {
     "Wan2.1 VACE 1.3B": of_task(WAN_1_3B, VACE),
     "Wan2.1 VACE 14B": WAN_VACE_14B,
     "Wan2.2 I2V A14B": of_task(WAN_14B, WAN22_I2V),
+    "Wan2.2 TI2V 5B": WAN_TI2V_5B,
 }
 """Published models by name; of those with one shape the first: Wan2.2's text-to-video experts are Wan2.1's T2V 14B, and
 the 14B of Fun-InP is I2V's."""

@@ -86,6 +86,7 @@ class StepSettings(Section):
         data: the features. held_out: those of its evaluation, which no step sees.
         bf16: precision of model and activations. ema_decay: of the average, or None.
         pack_tokens: tokens of packed sequences, or None. The only one that decides nothing but rounding.
+        expert_steps: of one of two experts, how many steps it has in a row; None where every step is of this model.
     """
 
     global_batch_size: int
@@ -99,6 +100,14 @@ class StepSettings(Section):
     bf16: bool
     ema_decay: float | None
     pack_tokens: int | None = None
+    expert_steps: int | None = None
+
+    @model_serializer(mode="wrap")
+    def _recorded(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = write(self)
+        if self.expert_steps is None:  # as it was before there were experts
+            del values["expert_steps"]
+        return values
 
 
 SCHEDULE = {
@@ -141,6 +150,7 @@ def step_settings(
         bf16=run.model.precision == "bf16",
         ema_decay=run.optimizer.ema_decay,
         pack_tokens=run.data.pack_tokens,
+        expert_steps=None if run.experts is None else run.experts.steps_in_a_row,
     )
 
 
@@ -178,6 +188,8 @@ def changes(before: StepSettings, now: StepSettings, words: Origins) -> Iterator
     for key in sorted({*before.condition_dropout, *now.condition_dropout}):
         rates = (side.condition_dropout.get(key, 0.0) for side in (before, now))
         yield from _differing("objective", words[f"data.condition_dropout.{key}"].of(), *rates)
+    steps_in_a_row = words["experts.steps_in_a_row"].of()
+    yield from _differing("objective", steps_in_a_row, before.expert_steps, now.expert_steps)
     yield from _of_data("data", words.whole("data.features"), before.data, now.data)
     yield from _differing("data", shuffle, before.data.shuffle, now.data.shuffle)
     if before.data.shuffle == now.data.shuffle:

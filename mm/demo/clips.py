@@ -6,7 +6,7 @@ exactly: `measure.py` can tell colour and direction of a generated clip without 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,10 +75,21 @@ def all_captions() -> list[str]:
 
 def draw_frame(colour: str, x: float, y: float) -> Frames:
     """One anti-aliased picture, uint8 [SIZE, SIZE, 3]: the shape of `colour` centred at (x, y), in pixels."""
+    return draw_shapes([(colour, SHAPES[colour], x, y)])
+
+
+def draw_shapes(shapes: Iterable[tuple[str, str, float, float]]) -> Frames:
+    """A picture, uint8 [SIZE, SIZE, 3], of shapes on the background, the last one on top.
+
+    Args:
+        shapes: of each its colour, its shape (a value of `SHAPES`) and its centre (x, y) in pixels.
+    """
     pixel_centres = np.arange(SIZE) + 0.5
-    distance = _DISTANCES[SHAPES[colour]](pixel_centres[None, :] - x, pixel_centres[:, None] - y)
-    coverage = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
-    picture = coverage * np.array(COLOURS[colour]) + (1 - coverage) * np.array(BACKGROUND)
+    picture = np.full((SIZE, SIZE, 3), BACKGROUND, np.float64)
+    for colour, shape, x, y in shapes:
+        distance = _DISTANCES[shape](pixel_centres[None, :] - x, pixel_centres[:, None] - y)
+        coverage = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
+        picture = coverage * np.array(COLOURS[colour]) + (1 - coverage) * picture
     return np.rint(picture).astype(np.uint8)
 
 

@@ -1,7 +1,7 @@
-"""The tiny Wan2.1 models of the embedded default: classes and folder layout of the real ones, small configurations.
+"""The tiny Wan models of the embedded default: classes and folder layout of the real ones, small configurations.
 
 transformer/    WanTransformer3DModel, 4 layers of width 128, random weights: it is what the quickstart trains
-vae/            AutoencoderKLWan, 16 latent channels, trained by tools/train_demo_vae.py
+vae/            AutoencoderKLWan, 16 latent channels, trained by tools/train_demo_vae.py; of Wan2.2's TI2V its kind, 48
 text_encoder/   UMT5EncoderModel, 2 layers of width 64, random weights: its embeddings tell the words apart, no more
 tokenizer/      T5 tokenizer whose vocabulary is the captions' words and single characters
 scheduler/      UniPCMultistepScheduler on flow sigmas
@@ -60,22 +60,24 @@ def sees_images(task: Task) -> bool:
 
 def is_whole(task: Task) -> bool:
     """Tell whether a task's tiny model is a whole folder: pipelines of diffusers take captions, or captions with frames
-    of the clip that the image encoder sees.
+    of the clip that the image encoder sees; media beside the clip are nothing that its features are made of.
     """
-    return not task.media and bool(task.frames) == sees_images(task)
+    return not any(media.is_trained for media in task.media) and bool(task.frames) == sees_images(task)
 
 
 def encoders_of(task: Task) -> Task:
     """The task whose tiny model has the encoders that a task's features are made with."""
-    whole = (other for other in EXTRACTED.values() if is_whole(other) and sees_images(other) == sees_images(task))
-    return task if is_whole(task) else next(whole)
+    if is_whole(task):
+        return task
+    needed = sees_images(task), task.latent_pixels
+    whole = filter(is_whole, EXTRACTED.values())
+    return next(other for other in whole if (sees_images(other), other.latent_pixels) == needed)
 
 
 def _model_name(task: Task) -> str:
-    if is_whole(task):
-        return f"Wan2.1-{task.title}-Tiny-Diffusers"
     title = task.title.replace(" ", "-")
-    return f"{title}-Tiny" if title.startswith("Wan") else f"Wan2.1-{title}-Tiny"
+    release = "" if title.startswith("Wan") else "Wan2.1-"
+    return f"{release}{title}-Tiny{'-Diffusers' if is_whole(task) else ''}"
 
 
 MODEL_NAMES = {task.name: _model_name(EXTRACTED[task.trains]) for task in EXTRACTED.values()}
@@ -83,6 +85,8 @@ SEED = 0
 TEXT_DIM = 64
 IMAGE_DIM = 32
 FLOW_SHIFT = 3.0
+VAE_ASSETS = {8: "tiny_vae", 16: "tiny_vae_16"}
+"""Names of the trained VAEs in the package's assets, by the pixels of a latent pixel."""
 
 TRANSFORMER: dict[str, Any] = {
     "patch_size": (1, 2, 2),
@@ -99,6 +103,11 @@ TRANSFORMER: dict[str, Any] = {
     "eps": 1e-6,
     "rope_max_seq_len": 1024,
 }
+
+
+def latent_channels(task: Task) -> int:
+    """Channels of the latents of a task's tiny model."""
+    return task.latent_channels or int(TRANSFORMER["out_channels"])
 
 
 def tiny_sizes(task: Task) -> dict[str, Any]:
@@ -138,7 +147,7 @@ def write_model(folder: Path, task: Task = DEFAULT) -> None:
         "tokenizer": tokenizer,
         "text_encoder": make_text_encoder(len(tokenizer)),
         "transformer": make_transformer(task),
-        "vae": load_vae(),
+        "vae": load_vae(task.latent_pixels),
         "scheduler": make_scheduler(),
     }
     if task.frames:
@@ -147,7 +156,7 @@ def write_model(folder: Path, task: Task = DEFAULT) -> None:
         # its name in the released folders; transformers has it once for each backend
         pipeline.register_to_config(image_processor=("transformers", "CLIPImageProcessor"))
     else:
-        pipeline = WanPipeline(**parts)
+        pipeline = WanPipeline(**parts, expand_timesteps=bool(task.first_frame_share))
     pipeline.save_pretrained(folder)
     _add_modules(folder / "transformer", task)
     _give_mode_of(folder / "model_index.json", folder)
@@ -177,7 +186,8 @@ def _add_modules(folder: Path, task: Task) -> None:
 def transformer_config(task: Task) -> dict[str, Any]:
     """The arguments of diffusers' WanTransformer3DModel."""
     if not task.frames:
-        return TRANSFORMER
+        channels = latent_channels(task)
+        return {**TRANSFORMER, "in_channels": channels, "out_channels": channels}
     sizes = Sizes(TRANSFORMER["out_channels"], (1, 1, 1), IMAGE_DIM, CLIP_TOKEN_LEN)
     return {
         **TRANSFORMER,
@@ -240,12 +250,16 @@ def make_scheduler() -> UniPCMultistepScheduler:
     )
 
 
-def load_vae() -> nn.Module:
-    """The trained VAE (diffusers AutoencoderKLWan) from the package's asset, fp16 on disk, fp32 here."""
-    assets = files("mm.demo") / "assets"
-    config = json.loads((assets / "tiny_vae.json").read_text(encoding="utf-8"))
+def load_vae(latent_pixels: int = DEFAULT.latent_pixels) -> nn.Module:
+    """The trained VAE (diffusers AutoencoderKLWan) from the package's assets, fp16 on disk, fp32 here.
+
+    Args:
+        latent_pixels: rows and columns of pixels that a latent pixel stands for.
+    """
+    assets, name = files("mm.demo") / "assets", VAE_ASSETS[latent_pixels]
+    config = json.loads((assets / f"{name}.json").read_text(encoding="utf-8"))
     vae = AutoencoderKLWan(**config)
-    with as_file(assets / "tiny_vae.safetensors") as path:
+    with as_file(assets / f"{name}.safetensors") as path:
         vae.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     return vae.eval()
 

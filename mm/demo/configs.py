@@ -11,7 +11,16 @@ from mm.config.tasks.frames import CLIP_TOKEN_LEN
 from mm.config.tasks.registry import DEFAULT, EXTRACTED
 from mm.config.tasks.task import Sizes, Task
 from mm.demo.clips import FPS, NUM_FRAMES, SIZE
-from mm.demo.components import FLOW_SHIFT, IMAGE_DIM, MODEL_NAMES, TRANSFORMER, encoders_of, sees_images, tiny_sizes
+from mm.demo.components import (
+    FLOW_SHIFT,
+    IMAGE_DIM,
+    MODEL_NAMES,
+    TRANSFORMER,
+    encoders_of,
+    latent_channels,
+    sees_images,
+    tiny_sizes,
+)
 
 
 def text_len(task: Task) -> int:
@@ -121,8 +130,8 @@ def _files(home: Path, task: Task, configs: Path, features: Path) -> dict[str, A
 
 
 def _predictor(task: Task) -> dict[str, Any]:
-    shape = TRANSFORMER
-    sizes = Sizes(shape["out_channels"], (1, 1, 1), IMAGE_DIM, CLIP_TOKEN_LEN)
+    shape, channels = TRANSFORMER, latent_channels(task)
+    sizes = Sizes(channels, (1, 1, 1), IMAGE_DIM, CLIP_TOKEN_LEN)
     return {
         "model_id": "wandit",
         "dtype": "fp32",
@@ -130,8 +139,8 @@ def _predictor(task: Task) -> dict[str, Any]:
         "patch_size": list(shape["patch_size"]),
         "text_len": text_len(task),
         "text_dim": shape["text_dim"],
-        "in_dim": shape["out_channels"] + task.channels(sizes),
-        "out_dim": shape["out_channels"],
+        "in_dim": channels + task.channels(sizes),
+        "out_dim": channels,
         "hidden_size": shape["num_attention_heads"] * shape["attention_head_dim"],
         "ffn_dim": shape["ffn_dim"],
         "num_heads": shape["num_attention_heads"],

@@ -83,7 +83,7 @@ def write_demo(out: Path, clips_per_caption: int = 1) -> None:
         raise ConfigError(
             "CFG-081",
             f"The embedded default cannot be written to {out}: {error}.",
-            "Check the path, its permissions and the free space (70 MiB); nothing was left behind.",
+            "Check the path, its permissions and the free space (90 MiB); nothing was left behind.",
         ) from error
     finally:
         if partial.exists():

@@ -7,14 +7,41 @@ there is nothing to run beside: copies happen at once and in the order in which 
 
 from __future__ import annotations
 
+import math
+import weakref
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mm.device.backend import Backend, DeviceKind
 
 Queue = Literal["compute", "to host", "to device"]
+
+ALIGNMENT = 256
+"""Bytes; every tensor that shares memory which is copied as a whole begins at a multiple."""
+
+
+@dataclass(frozen=True)
+class TransferEvent:
+    """One entry of a timeline: what the process told the queues to do, in order.
+
+    Attributes:
+        action: `to host` and `to device` start a layer's copy; `released` lets its device memory go; `needed` is the
+            computation asking for it.
+        number: of the pass. layer: in the pass.
+    """
+
+    action: str
+    number: int
+    layer: int
+
+
+def aligned_bytes(elements: int, itemsize: int) -> int:
+    """Bytes that a tensor takes in such memory."""
+    return math.ceil(elements * itemsize / ALIGNMENT) * ALIGNMENT
 
 
 class Queues(Protocol):
@@ -29,8 +56,14 @@ class Queues(Protocol):
     def copy(self, queue: Queue, target: Tensor, source: Tensor) -> None:
         """Give a queue the copy of a tensor into another one; both live until an event behind it has happened."""
 
+    def finish(self, event: Any) -> None:
+        """Hold back the process until the event; for threads that only read files."""
+
     def host_memory(self, num_bytes: int) -> Tensor:
         """Host memory as uint8 [num_bytes] that the device copies from and to without the process."""
+
+    def device_memory(self, num_bytes: int) -> Tensor:
+        """Device memory as uint8 [num_bytes] that `to device` writes and `compute` reads, for as long as it lives."""
 
 
 class HostQueues:
@@ -50,7 +83,15 @@ class HostQueues:
         del queue
         target.copy_(source)
 
+    def finish(self, event: Any) -> None:
+        """Nothing is pending."""
+        del event
+
     def host_memory(self, num_bytes: int) -> Tensor:
+        """Plain memory."""
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def device_memory(self, num_bytes: int) -> Tensor:
         """Plain memory."""
         return torch.empty(num_bytes, dtype=torch.uint8)
 
@@ -60,7 +101,7 @@ class DeviceQueues:
 
     def __init__(self, backend: Backend) -> None:
         self._module = getattr(torch, backend.kind)
-        self._kind = backend.kind
+        self._kind, self._device = backend.kind, backend.device
         self._streams = {name: self._module.Stream(backend.device) for name in ("to host", "to device")}
 
     def record(self, queue: Queue) -> Any:
@@ -77,9 +118,19 @@ class DeviceQueues:
         with self._module.stream(self._stream(queue)):
             target.copy_(source, non_blocking=True)
 
+    def finish(self, event: Any) -> None:
+        """The process waits."""
+        event.synchronize()
+
     def host_memory(self, num_bytes: int) -> Tensor:
         """Page-locked memory."""
         return page_locked(self._kind, num_bytes)
+
+    def device_memory(self, num_bytes: int) -> Tensor:
+        """Memory that torch gives to nobody else before the copies into it are over."""
+        memory = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        memory.record_stream(self._streams["to device"])
+        return memory
 
     def _stream(self, queue: Queue) -> Any:
         return self._module.current_stream() if queue == "compute" else self._streams[queue]
@@ -92,10 +143,17 @@ def page_locked(kind: DeviceKind, num_bytes: int) -> Tensor:
     if kind != "cuda":
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
     # Torch's allocator of pinned memory rounds up to a power of two, which may be twice what is needed.
-    memory = torch.empty(num_bytes, dtype=torch.uint8)
-    runtime = torch.cuda.cudart()
-    torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), num_bytes, 0))
-    return memory
+    memory = np.empty(num_bytes, dtype=np.uint8)
+    address = memory.ctypes.data
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0))
+    # The address may be given to others, who lock it again; so it is unlocked before it is freed.
+    weakref.finalize(memory, _unlock, address).atexit = False
+    return torch.from_numpy(memory)
+
+
+def _unlock(address: int) -> None:
+    torch.cuda.synchronize()  # copies from and to it
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
 
 
 def queues_of(backend: Backend) -> Queues:

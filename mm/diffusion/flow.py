@@ -48,6 +48,14 @@ class FlowMatching:
         low, high = self.config.band
         return self._grid[(self._grid >= low) & (self._grid < high)]
 
+    @property
+    def chance(self) -> float:
+        """Chance that a noise level which is drawn without the configuration's band lies in it."""
+        if self.config.timestep_sampling == "grid":
+            return len(self._drawn) / len(self._grid)
+        low, high = self._chances_below_the_band
+        return float(high - low)
+
     def draw_timesteps(
         self,
         seed: int,
@@ -168,10 +176,16 @@ class FlowMatching:
 
     def _normal_of_the_band(self, chance: Tensor) -> Tensor:
         """The normal number below which that share of the band's are."""
+        low, high = self._chances_below_the_band
+        return torch.special.ndtri(low + chance * (high - low))
+
+    @property
+    def _chances_below_the_band(self) -> tuple[Tensor, Tensor]:
+        """Chances of a noise level below the band's first, and below its end, of logit_normal without a band."""
         limits = torch.tensor(self.config.band, dtype=torch.float64).clamp(0, 1)
         even = limits / (self.config.shift - (self.config.shift - 1) * limits)  # `shift_sigma` undone
         low, high = torch.special.ndtr((torch.logit(even) - self.config.logit_mean) / self.config.logit_std)
-        return torch.special.ndtri(low + chance * (high - low))
+        return low, high
 
 
 def slice_of_step(place: int, samples: int, levels: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from mm.config.optimizer import OptimizerName
 from mm.config.recompute import Recompute
 from mm.data.loader import FeatureBatch
 from mm.data.packed import MicroBatch, pack
-from mm.device.backend import select
+from mm.device.backend import Backend, select
 from mm.diffusion.flow import FlowMatching, PlaceInStep, SampleId
 from mm.doctor import formulas
 from mm.doctor import memory_tracker as memory
@@ -45,6 +45,7 @@ from mm.parallel.stage import WanStage
 from mm.parallel.trainable_extension import TrainableExtension
 from mm.train.state import saved_bytes
 from mm.train.step import forward_micro_batch, lengths_of
+from mm.wan.layers import BlockRunner
 
 _SETTINGS = UpdateSettings(
     lr=1.0,
@@ -75,6 +76,7 @@ class DryRunJob:
         micro_batches: of one replica in a step. optimizer: its name.
         packed: samples that share a sequence, a micro-batch each; None where every sample has its own.
         encoder_bytes: of encoders that stand on the first rank of each replica, beside the model.
+        idle_expert: where the one of two experts is that a step does not train; None where there is one model.
         async_save: whether checkpoints are written in the background. save_optimizer: with the optimizer's state.
     """
 
@@ -94,6 +96,7 @@ class DryRunJob:
     optimizer: OptimizerName = "adamw"
     packed: int | None = None
     encoder_bytes: int = 0
+    idle_expert: Literal["device", "host"] | None = None
 
     @property
     def samples(self) -> int:
@@ -117,6 +120,7 @@ class Report:
             the optimizer.
         peak: bytes by kind (`mm.doctor.memory_tracker`) when most memory was in use. peak_bytes: their sum.
         host_bytes: of the offload pool, beside the device's memory. save_bytes: of background saves, there too.
+        expert_bytes: of two experts that take turns on the device, there too.
         traffic: what it sends in a step by axis and operation.
         bubble: share of the step in which a stage waits, if stages are equally long.
         groups: name and size of the process groups that it is in, beside the job's own.
@@ -137,6 +141,7 @@ class Report:
     peak: dict[str, int]
     host_bytes: int
     save_bytes: int
+    expert_bytes: int
     traffic: Traffic
     bubble: float
     groups: tuple[tuple[str, int], ...]
@@ -157,7 +162,7 @@ def dry_run(job: DryRunJob, rank: int) -> Report:
     Of many micro-batches only so many are run that in-flight activations and gradients are at their most
     (`_micro_batches_to_run`); what the others send is added by count.
     """
-    backend = select("cpu")
+    backend, waits = select("cpu"), job.idle_expert == "host"
     with fake_job(rank, job.layout.world_size), build_mesh(job.layout, 1, backend.kind) as mesh:
         with FakeTensors(), TrackMemory(memory.PARAMETERS) as tracked, CountTraffic(axes_of(mesh)) as counted:
             places, size = mesh.tokens.places(job.sequence), 1 if job.packed else job.micro_batch_size
@@ -166,13 +171,9 @@ def dry_run(job: DryRunJob, rank: int) -> Report:
             if offloader is not None:
                 tracked.label([offloader.memory], memory.HOST)
             run_blocks = block_runner(job.recompute, offloader, backend.model_code)
-            model = job.wan, mesh, backend, job.options, job.dtype, None
-            parallel = apply(*model, zero=job.zero, run_blocks=run_blocks, extension=job.extension)
-            _label_model(tracked, parallel)
-            tracked.kind = memory.OPTIMIZER
-            optimizer = make_optimizer(parallel, replace(_SETTINGS, optimizer=job.optimizer, ema_decay=job.ema_decay))
-            for shard in optimizer.shards:
-                shard.state()  # it would be made only at the end of the first step
+            count = 2 if job.idle_expert == "device" else 1
+            models = [_build(job, mesh, backend, run_blocks, tracked) for _ in range(count)]
+            parallel, optimizer = models[0]
             tracked.kind = memory.ACTIVATIONS
             passes: list[Traffic] = []
             runs = _micro_batches_to_run(job)
@@ -197,6 +198,7 @@ def dry_run(job: DryRunJob, rank: int) -> Report:
             peak=tracked.peak(start) | _encoders(job, mesh),
             host_bytes=tracked.now(memory.HOST),
             save_bytes=saved_bytes(optimizer, with_optimizer=job.save_optimizer) if job.async_save else 0,
+            expert_bytes=2 * (tracked.now(memory.PARAMETERS) + tracked.now(memory.OPTIMIZER)) if waits else 0,
             traffic=_sum(_of_all(passes, runs, job.micro_batches), update),
             bubble=formulas.bubble(job.layout, job.micro_batches),
             groups=mesh.made + ((("background saves", job.layout.world_size),) if job.async_save else ()),
@@ -205,6 +207,21 @@ def dry_run(job: DryRunJob, rank: int) -> Report:
             rank_tokens=places,
             real_tokens=sum(run.real for run in mesh.tokens.runs(job.sequence)),
         )
+
+
+def _build(
+    job: DryRunJob, mesh: Mesh, backend: Backend, run_blocks: BlockRunner, tracked: TrackMemory
+) -> tuple[ParallelModel, Optimizer]:
+    """A model and its optimizer, with all that it keeps."""
+    tracked.kind = memory.PARAMETERS
+    model = job.wan, mesh, backend, job.options, job.dtype, None
+    parallel = apply(*model, zero=job.zero, run_blocks=run_blocks, extension=job.extension)
+    _label_model(tracked, parallel)
+    tracked.kind = memory.OPTIMIZER
+    optimizer = make_optimizer(parallel, replace(_SETTINGS, optimizer=job.optimizer, ema_decay=job.ema_decay))
+    for shard in optimizer.shards:
+        shard.state()  # it would be made only at the end of the first step
+    return parallel, optimizer
 
 
 def _encoders(job: DryRunJob, mesh: Mesh) -> dict[str, int]:

@@ -14,14 +14,14 @@ from mm.wan.model import WanModel
 
 def plain_loss(model: WanModel, flow: FlowMatching, sample: FeatureBatch, seed: int, device: torch.device) -> Tensor:
     """Weighted loss of one sample on a device; the others are those of `mm.train.step.compute_gradients`."""
-    key, task = (seed, sample["sample"], sample["draw"]), model.config.task
+    key, share = (seed, sample["sample"], sample["draw"]), model.config.first_frame_share
     sigma, timestep, weight = flow.draw_timesteps(*key)
     clean = sample["latents"]
     noise = flow.draw_noise(*key, clean.shape[1:])
     noisy = flow.noisy(clean, noise, sigma)
     inputs, frames = ModelInputs(noisy, timestep, sample["text"], sample["features"]), clean.shape[2]
     learned = torch.ones(frames, dtype=torch.bool)
-    if task.first_frame_share and frames > 1 and bool(flow.draw_given_frames(*key, task.first_frame_share)):
+    if share and frames > 1 and bool(flow.draw_given_frames(*key, share)):
         inputs = with_given_frame(inputs, clean[:, :, :1], model.config.patch_size)
         learned = learned_frames(frames)
     velocity = model(inputs.each(lambda value: value.to(device)))

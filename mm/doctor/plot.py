@@ -11,6 +11,10 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mm.config.run.file import load_run
+from mm.config.run.origins import RUN_FILE
+from mm.config.run.training import TrainingRun
+from mm.config.unread import if_read, read_or
 from mm.demo.sheet import write_png
 from mm.train.records import (
     EVALUATION_FILE,
@@ -43,7 +47,7 @@ def plot_run(run: Path, target: Path) -> Path:
 
     Over the steps: loss, gradient norm, learning rate, throughput and memory, with the skipped steps marked. Over the
     timesteps: the losses of the first replica's samples, where metrics.jsonl has them, and the first and the last loss
-    on held-out features, where there is an evaluation.jsonl.
+    on held-out features, where there is an evaluation.jsonl; of a run of two experts with the boundary between them.
 
     Raises:
         CheckpointError: CKPT-070 when the run has no readable metrics.jsonl, or a damaged evaluation.jsonl.
@@ -63,12 +67,26 @@ def plot_run(run: Path, target: Path) -> Path:
         _draw_evaluations(rest[-1], evaluations)
     for axis in axes:
         axis.grid(alpha=0.3)
+    boundary = expert_boundary(run)
     for axis in rest:
+        if boundary is not None:
+            axis.axvline(boundary * _LARGEST_TIMESTEP, color="tab:gray", linestyle="--", label="between the experts")
+            axis.legend(loc="upper center", fontsize="small")
         axis.set_xlim(0, _LARGEST_TIMESTEP)
         axis.set_xlabel("timestep")
     figure.suptitle(str(run))
     write_png(figure, target, dpi=120)
     return target
+
+
+def expert_boundary(run: Path) -> float | None:
+    """Noise level between the experts of a run, as its run.yaml has it; None where that tells of none."""
+    file = run / RUN_FILE
+    told = load_run(file) if file.is_file() else None
+    if not isinstance(told, TrainingRun):
+        return None
+    boundary = read_or(if_read(lambda: None if told.experts is None else told.experts.boundary), None)
+    return None if boundary is None else float(boundary)
 
 
 def bin_means(samples: Sequence[Sample]) -> list[float]:

@@ -23,12 +23,15 @@ import psutil
 import torch
 
 from mm.checkpoint.comm import Comm
-from mm.checkpoint.directory import find_latest
+from mm.checkpoint.directory import find_latest, require_experts_folder
+from mm.checkpoint.expert_band import require_band
 from mm.checkpoint.formats import training
 from mm.checkpoint.identify import identify
 from mm.checkpoint.lock import holder_of
 from mm.checkpoint.weights import open_weights
+from mm.config.expert_runs import expert_runs
 from mm.config.model import WanConfig
+from mm.config.run.experts import expert_folders
 from mm.config.run.extraction import ExtractionRun
 from mm.config.run.origins import Origins
 from mm.config.run.training import TrainingRun
@@ -161,6 +164,13 @@ def live(runs: Sequence[ExtractionRun]) -> list[Finding]:
 
 def weights(sections: TrainingRun) -> list[Finding]:
     """Look at the weights that the run starts from: names and shapes of all tensors, without reading them."""
+    if sections.experts is not None:
+        return [found for one in expert_runs(sections) for found in _weights(one)]
+    return _weights(sections)
+
+
+def _weights(sections: TrainingRun) -> list[Finding]:
+    """`weights` of one model."""
     adapters, start, words = sections.adapters, sections.checkpoint, sections.origins
     path = adapters.base if adapters is not None else start.load
     if start.save is not None and find_latest(Path(start.save), start.resume_policy) is not None:
@@ -169,6 +179,7 @@ def weights(sections: TrainingRun) -> list[Finding]:
         seed, scratch = words["training.seed"].name, words["checkpoint.from_scratch"].with_value(True)
         return [Finding("weights", "ok", f"drawn from {seed} ({scratch})")]
     found = identify(path, policy=start.resume_policy)
+    require_band(found.path, sections.objective, words)
     if found.format == training.FORMAT:
         return [Finding("weights", "ok", f"training checkpoint {found.path}")]
     source = open_weights(found)
@@ -183,7 +194,9 @@ def save_folder(sections: TrainingRun) -> list[Finding]:
     if kept.save is None:
         return [Finding("checkpoints", "look", "none will be written", f"Give {save}, or lose the run with its end.")]
     root = Path(kept.save)
-    latest = find_latest(root, kept.resume_policy)
+    require_experts_folder(root, experts=sections.experts is not None)
+    first, *beside = [root] if sections.experts is None else expert_folders(kept.save)
+    latest = find_latest(first, kept.resume_policy, beside=beside)
     start = "starts at step 0" if latest is None else f"goes on from {latest.name}"
     if latest is not None and kept.load is not None:
         start += f"; {words['checkpoint.load'].name} is not used"

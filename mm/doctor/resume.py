@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mm.checkpoint.comm import SingleProcess
+from mm.config.expert_runs import expert_runs
+from mm.config.run.experts import expert_folders
 from mm.config.run.training import TrainingRun
 from mm.config.step import DataSettings
 from mm.data.dataset import FeatureDataset, open_features
@@ -19,16 +22,29 @@ from mm.train.state import require_same_run
 
 
 def resume(sections: TrainingRun, dataset: FeatureDataset, dp_size: int, lora: LoRAPlan | None) -> list[Finding]:
-    """Compare a run with the checkpoint that it would go on from; nothing where it starts anew.
+    """Compare a run with the checkpoints that it would go on from; nothing where it starts anew.
 
     Args:
-        sections, dataset, dp_size, lora: the run.
+        sections, dataset, dp_size, lora: the run, of one model or of two experts.
 
     Raises:
         ConfigError, CheckpointError, DataError, ResumeError: what the start would raise.
     """
+    if sections.experts is None:
+        return _resume(sections, dataset, dp_size, lora, ())
+    folders = () if sections.checkpoint.save is None else expert_folders(sections.checkpoint.save)
+    found = []
+    for one in expert_runs(sections):
+        beside = [folder for folder in folders if str(folder) != one.checkpoint.save]
+        found += _resume(one, dataset, dp_size, lora, beside)
+    return found
+
+
+def _resume(
+    sections: TrainingRun, dataset: FeatureDataset, dp_size: int, lora: LoRAPlan | None, beside: Sequence[Path]
+) -> list[Finding]:
     comm, start = SingleProcess(), sections.checkpoint
-    found, goes_on = starting_point(sections, comm, "size")
+    found, goes_on = starting_point(sections, comm, "size", beside)
     if found is None or not goes_on:
         return []
     held_out = None

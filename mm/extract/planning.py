@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from mm.config.bad_samples import OnBadSample
-from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
+from mm.config.data import TEMPORAL_STRIDE
 from mm.config.run.extraction import ExtractionRun
 from mm.config.tasks.task import Entry, Sizes
 from mm.data.recipe import Recipe
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 SHARD_BYTES = 512 * 10**6
 FEWEST_SHARDS = 64
 LATENT_CHANNELS = 16
+"""Of tasks that do not say another number."""
 _TEXT_BYTES = 500_000  # a caption of 60 tokens, 4096 numbers of 2 bytes each
 _PLANNING = "plan"
 
@@ -77,11 +78,12 @@ def shard_rows(run: ExtractionRun, num_rows: int) -> int:
     """
     if run.extraction.shard_rows is not None:
         return run.extraction.shard_rows
-    sizes = Sizes(LATENT_CHANNELS, (1, 1, 1), 0, 0)
+    of_latents = run.task.latent_channels or LATENT_CHANNELS
+    sizes = Sizes(of_latents, (1, 1, 1), 0, 0)
     entries = (Entry.CHANNELS, Entry.SIDE_BLOCKS)
     added = (feature for entry in entries for feature in run.task.entering(entry))
-    channels = LATENT_CHANNELS + sum(feature.shape(sizes)[0] for feature in added)
-    numbers = channels * most_pixels(run.data.clip) // (TEMPORAL_STRIDE * LATENT_PIXELS**2)
+    channels = of_latents + sum(feature.shape(sizes)[0] for feature in added)
+    numbers = channels * most_pixels(run.data.clip) // (TEMPORAL_STRIDE * run.task.latent_pixels**2)
     sample_bytes = numbers * (4 if run.encoders.vae.precision == "fp32" else 2) + _TEXT_BYTES
     few = 1 << max(0, (num_rows // FEWEST_SHARDS).bit_length() - 1)
     return max(1, min(SHARD_BYTES // sample_bytes, few))

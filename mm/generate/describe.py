@@ -52,7 +52,7 @@ def describe_run(
         "flow_shift": sampling.shift,
         "guidance_scale": sampling.guidance_scale,
         "batched_guidance": sampling.batched_guidance,
-        "transformer": transformer | {"fingerprint": fingerprint_of(weights, low)},
+        "transformer": transformer | _fp8(generation) | {"fingerprint": fingerprint_of(weights, low)},
         "lora": _adapters(generation.model.adapters, weights),
         **({} if low is None else _low_noise(generation, low)),
         **_encoders(generation.encoders),
@@ -61,6 +61,11 @@ def describe_run(
         # torch by its own word, which names the build (2.13.0+cu130); the package's version does not
         "versions": {"mm": mm.__version__, "torch": str(torch.__version__), **libraries},
     }
+
+
+def _fp8(generation: GenerationRun) -> dict[str, Any]:
+    kind = generation.residency.fp8
+    return {} if kind is None else {"fp8": kind}
 
 
 def _adapters(sections: Sequence[AdapterFile], weights: GenerationWeights) -> list[dict[str, Any]]:

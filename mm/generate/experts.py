@@ -6,6 +6,7 @@ for little in `transformer_2`, and record the noise level between them as `bound
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,18 +57,24 @@ def boundary_of(low: LowNoiseExpert, words: Origins) -> float:
     return found
 
 
-def require_experts_in_place(high: Path, low: Path, boundary: float) -> None:
+def require_experts_in_place(high: Sequence[Path], low: Sequence[Path], boundary: float) -> None:
     """Check that two experts were trained on the noise levels that they are asked for.
 
+    Args:
+        high, low: their weights and adapters; none of one that is known to be. boundary: noise level between them.
+
     Raises:
-        ConfigError: CFG-295 where what is recorded of one says that it is the other.
+        ConfigError: CFG-295 where what is recorded of weights or an adapter says that they are the other's.
     """
-    of_high, of_low = recorded_band(high), recorded_band(low)
     named = []
-    if of_high is not None and of_high[1] <= boundary:
-        named.append(f"{high}, which is asked from noise level {boundary:g} on, was trained below {of_high[1]:g}")
-    if of_low is not None and of_low[0] >= boundary:
-        named.append(f"{low}, which is asked below noise level {boundary:g}, was trained from {of_low[0]:g} on")
+    for path in high:
+        band = recorded_band(path)
+        if band is not None and band[1] <= boundary:
+            named.append(f"{path}, which is asked from noise level {boundary:g} on, was trained below {band[1]:g}")
+    for path in low:
+        band = recorded_band(path)
+        if band is not None and band[0] >= boundary:
+            named.append(f"{path}, which is asked below noise level {boundary:g}, was trained from {band[0]:g} on")
     if named:
         remedy = "Exchange them: diffusers' transformer is the expert for much noise, transformer_2 that for little."
         raise ConfigError("CFG-295", f"The experts are swapped: {'; '.join(named)}.", remedy)

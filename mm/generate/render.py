@@ -38,11 +38,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Processes:
-    """Processes of a generation: this rank's place and device, and the ranks for messages."""
+    """Processes of a generation: this rank's place and device, the ranks for messages, and those on its node."""
 
     mesh: Mesh
     backend: Backend
     comm: Comm
+    of_node: int = 1
 
     @property
     def writes(self) -> bool:
@@ -93,7 +94,7 @@ def batches_of_replica(
     size: int,
     together: bool,
     finished: Collection[int] = (),
-    alike: Callable[[GenerationRow], int] = lambda row: 0,
+    alike: Callable[[GenerationRow], object] = lambda row: None,
 ) -> list[Batch]:
     """This replica's rows in batches of `size`.
 

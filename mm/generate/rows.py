@@ -56,9 +56,10 @@ class GenerationRow:
         return next(iter(self.files.get("cameras", ())), None)
 
 
-def row_frames_in_front(task: Task, row: GenerationRow) -> int:
-    """Latent frames in front of a row's clip, which rows of a batch must have in common."""
-    return sum(len(row.files.get(media.listed, ())) for media in task.media if media.in_front)
+def row_kind(task: Task, row: GenerationRow) -> tuple[int, bool]:
+    """`mm.generate.sources.kind_of_clip` of a row's clip, told from its files alone."""
+    in_front = sum(len(row.files.get(media.listed, ())) for media in task.media if media.in_front)
+    return in_front, bool(task.first_frame_share) and bool(row.files.get("images"))
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ def _read_lines(path: Path, what: str, may_end_blank: bool = False) -> list[str]
 
     Args:
         path: the file. what: is in its lines.
-        may_end_blank: blank last lines stay, because they say something.
+        may_end_blank: blank last lines stay, because they say something; all may be blank.
 
     Raises:
         DataError: DATA-053 when the file cannot be read, DATA-054 when it holds nothing.
@@ -238,6 +239,6 @@ def _read_lines(path: Path, what: str, may_end_blank: bool = False) -> list[str]
         lines.pop()
         if may_end_blank:
             break  # it was the end of the line before
-    if not any(lines):
+    if not any(lines) and not may_end_blank:
         raise DataError("DATA-054", f"{path} holds no {what}.", f"Write one {what} a line.")
     return lines

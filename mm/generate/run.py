@@ -15,13 +15,12 @@ from mm.errors import DataError, raise_all
 from mm.generate.describe import describe_row, describe_run, fingerprint_of
 from mm.generate.experts import TwoExperts, boundary_of, require_experts_in_place
 from mm.generate.finished import finished_clips, require_same_weights
+from mm.generate.held import held_velocity, parameter_bytes
 from mm.generate.pipeline import Velocity
 from mm.generate.render import Processes, Renderer, batches_of_replica, usable_rows
-from mm.generate.rows import GenerationRow, row_frames_in_front
+from mm.generate.rows import GenerationRow, row_kind
 from mm.generate.video import clip_path, prepare_folder, write_clip
 from mm.generate.weights import GenerationWeights, open_generation_weights
-from mm.parallel.apply import apply_frozen
-from mm.parallel.velocity import ParallelVelocity
 from mm.wan.encoders import DTYPES
 
 log = logging.getLogger(__name__)
@@ -47,7 +46,8 @@ def generate_clips(
 
     Raises:
         ConfigError: CFG-065 and CFG-066 when the parts of the model do not fit each other or the configuration; CFG-294
-            and CFG-295 for two experts without a boundary, or in each other's place.
+            and CFG-295 for two experts without a boundary, or in each other's place; CFG-373 and CFG-374 for limits of
+            memory that cannot be kept.
         DataError: DATA-001 to DATA-007, DATA-085 to DATA-087, DATA-096 to DATA-099, DATA-110, CFG-250 to CFG-257 and
             CFG-281 for rows that could not be used, after all others are done; DATA-050 when a clip exists that another
             command has made, DATA-051 to DATA-056 and DATA-084 for prompts and clips, DATA-020 to DATA-045 and DATA-090
@@ -60,7 +60,7 @@ def generate_clips(
     weights = _open_weights(generation, processes)
     finished = _finished_by_any(folder, rows, generation, weights, processes)
     together = generation.zero is not None
-    alike = partial(row_frames_in_front, generation.wan.task)
+    alike = partial(row_kind, generation.wan.task)
     size = generation.batch.size
     batches = batches_of_replica(rows, processes, size, together=together, finished=finished, alike=alike)
     paths = _render(generation, processes, weights, Renderer(generation, processes, batches), finished)
@@ -106,7 +106,7 @@ def _render(
     """
     backend, folder = processes.backend, Path(generation.output.path)
     video = renderer.load_video_encoder()
-    velocity = _velocity(generation, processes, weights)
+    velocity = _velocity(generation, processes, weights, parameter_bytes(video.vae))
     if finished:
         read = processes.comm.all_gather_object(fingerprint_of(*weights) if processes.writes else None)
         require_same_weights(folder, finished, [fingerprint for fingerprint in read if fingerprint is not None])
@@ -127,22 +127,21 @@ def _open_weights(generation: GenerationRun, processes: Processes) -> Weights:
     expected = Expected(generation.wan, lambda name: generation.origins[f"model.shape.{name}"], "CFG-065")
     model, dtype = generation.model, DTYPES[generation.model.precision]
     # only whoever writes clips tells what made them
+    fp8 = generation.residency.fp8
     how = expected, dtype, processes.writes, processes.comm
-    weights = open_generation_weights(model.weights or "", model.adapters, *how)
+    weights = open_generation_weights(model.weights or "", model.adapters, *how, fp8=fp8)
     if model.low_noise is None:
         return weights, None
-    low = open_generation_weights(model.low_noise.weights, model.low_noise.adapters, *how)
-    require_experts_in_place(weights.source.path, low.source.path, boundary_of(model.low_noise, generation.origins))
+    low = open_generation_weights(model.low_noise.weights, model.low_noise.adapters, *how, fp8=fp8)
+    require_experts_in_place(weights.places, low.places, boundary_of(model.low_noise, generation.origins))
     return weights, low
 
 
-def _velocity(generation: GenerationRun, processes: Processes, weights: Weights) -> Velocity:
-    """The transformer on the mesh, or both experts, which share it."""
-    model, dtype = generation.model, DTYPES[generation.model.precision]
-    place = generation.wan, processes.mesh, processes.backend, dtype
-    first, low = weights
-    high = ParallelVelocity(apply_frozen(*place, first.value_of, generation.zero))
-    if low is None or model.low_noise is None:
-        return high
-    other = ParallelVelocity(apply_frozen(*place, low.value_of, generation.zero))
-    return TwoExperts(high, other, boundary_of(model.low_noise, generation.origins))
+def _velocity(generation: GenerationRun, processes: Processes, weights: Weights, beside: int) -> Velocity:
+    """The transformer on the mesh, or both experts, which share it; `beside` bytes of the device are taken."""
+    low_noise = generation.model.low_noise
+    found = [weight for weight in weights if weight is not None]
+    first, *low = [held_velocity(generation, processes, weight, beside, len(found)) for weight in found]
+    if low_noise is None:
+        return first
+    return TwoExperts(first, low[0], boundary_of(low_noise, generation.origins))

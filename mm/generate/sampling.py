@@ -186,7 +186,7 @@ def _given_first_frame(
 ) -> GivenFirstFrame | None:
     """The transformer that sees the first frames of clips, of tasks for which these are part of the latents."""
     images = [clip.given.images[0] for clip in clips if clip.given.images]
-    if not images or not plan.wan.task.first_frame_share:
+    if not images or not plan.wan.first_frame_share:
         return None
     first = video.encode(torch.stack(images).unsqueeze(2)).to(plan.device)
     return GivenFirstFrame(model, first, plan.wan.patch_size)

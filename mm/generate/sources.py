@@ -80,6 +80,13 @@ def camera_rows(line: str, num_frames: int) -> Tensor:
     return direction_rows(direction, num_frames, number)
 
 
+def kind_of_clip(task: Task, given: Given) -> tuple[int, bool]:
+    """Facts that clips of a batch must have in common: latent frames in front of theirs, and whether their own first
+    one is given clean.
+    """
+    return frames_in_front(task, given), bool(task.first_frame_share) and bool(given.images)
+
+
 @dataclass(frozen=True)
 class EarlyFeatures:
     """Makes the features that need no VAE.

@@ -10,6 +10,7 @@ import torch
 
 from mm.config.data import StoreSource
 from mm.config.run.encoders import Tiles
+from mm.config.tasks.registry import FEATURE_TASKS
 from mm.data.dataset import FeatureDataset
 from mm.data.planning import sampling_plan
 from mm.data.recipe import UNKNOWN, Recipe, folder_fingerprint
@@ -114,7 +115,8 @@ def matching_eye(vae: Path | None, sources: list[tuple[StoreSource, Recipe]], de
     if recipe.tile_size is not None and recipe.tile_stride is not None:
         tiles = Tiles(size=recipe.tile_size, stride=recipe.tile_stride)
     precisions = {str(name): name for name in DTYPES}
-    return open_eye(vae, precisions.get(recipe.vae_dtype, "fp32"), tiles, device)
+    latent_pixels = FEATURE_TASKS[recipe.task].latent_pixels
+    return open_eye(vae, precisions.get(recipe.vae_dtype, "fp32"), tiles, device, latent_pixels)
 
 
 def _warnings(recipes: Mapping[str, Recipe], vae: Path | None) -> list[str]:

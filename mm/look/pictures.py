@@ -56,27 +56,39 @@ class DecodingEye:
         return f"frame {frame}", frame
 
 
+@dataclass(frozen=True)
 class FalseColourEye:
-    """Shows latents without a VAE; its pictures are latent frames."""
+    """Shows latents without a VAE; its pictures are latent frames, enlarged to the clip's size.
+
+    Attributes:
+        latent_pixels: rows and columns of pixels that a latent pixel stands for.
+    """
+
+    latent_pixels: int = LATENT_PIXELS
 
     def frames(self, latents: Tensor) -> Tensor:
         """The three directions in which the latents of a clip differ most, as red, green and blue, enlarged."""
         colours = principal_colours(latents.float().flatten(1).t()).view(*latents.shape[1:], 3)
-        return colours.repeat_interleave(LATENT_PIXELS, 1).repeat_interleave(LATENT_PIXELS, 2)
+        return colours.repeat_interleave(self.latent_pixels, 1).repeat_interleave(self.latent_pixels, 2)
 
     def moment(self, frame: int) -> tuple[str, int]:
         """`latent frame 1`, which begins with frame 1 of the clip."""
         return f"latent frame {frame}", max(0, (frame - 1) * TEMPORAL_STRIDE + 1)
 
 
-def open_eye(vae: Path | None, precision: Precision, tiles: Tiles | None, device: torch.device) -> Eye:
+def open_eye(
+    vae: Path | None, precision: Precision, tiles: Tiles | None, device: torch.device, latent_pixels: int
+) -> Eye:
     """Open what latents are looked at with: a VAE, or false colours where there is none.
+
+    Args:
+        vae, precision, tiles, device: of the VAE. latent_pixels: of false colours, as `FalseColourEye` has them.
 
     Raises:
         DataError: DATA-040 to DATA-042 for a VAE that cannot be loaded.
     """
     if vae is None:
-        return FalseColourEye()
+        return FalseColourEye(latent_pixels)
     return DecodingEye(VideoEncoder.from_pretrained(vae, precision, device, tiles), str(vae))
 
 

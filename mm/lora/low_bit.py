@@ -12,6 +12,7 @@ Source: per-channel absmax scaling as in Dettmers et al. 2022 (LLM.int8, arXiv 2
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 import torch
@@ -23,17 +24,45 @@ from mm.ops.elementwise.operators import SumOverRanks
 
 LowBit = Literal["int8", "fp8"]
 
+SCALE = "weight_scale"
+"""Name of the scales beside `weight`."""
+
 STORED: dict[LowBit, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _LARGEST: dict[LowBit, float] = {"int8": 127.0, "fp8": 448.0}
 
 
-def quantise(weight: Tensor, kind: LowBit) -> tuple[Tensor, Tensor]:
-    """A whole weight [out, in] as (Q [out, in] of the stored dtype, s [out] fp32)."""
+def quantise(weight: Tensor, kind: LowBit, scaled: bool = True) -> tuple[Tensor, Tensor]:
+    """A whole weight [out, in] as (Q [out, in] of the stored dtype, s [out] fp32); s is 1 where it is not scaled."""
+    if not scaled:
+        return weight.to(STORED[kind]), torch.ones(len(weight))
     wide = weight.float()
     scale = (wide.abs().amax(dim=1) / _LARGEST[kind]).bfloat16().float()
     scale = torch.where(scale > 0, scale, 1.0)  # a row of zeros
     steps = (wide / scale.unsqueeze(1)).clamp(-_LARGEST[kind], _LARGEST[kind])
     return (steps.round() if kind == "int8" else steps).to(STORED[kind]), scale
+
+
+def quantised(
+    read: Callable[[str], Tensor], linears: Collection[str], kind: LowBit, scaled: bool = True
+) -> Callable[[str], Tensor]:
+    """Values of a model whose linears are in eight bits.
+
+    Args:
+        read: gives a parameter of the model without them by name. linears: module names of those in eight bits.
+        kind, scaled: as for `quantise`.
+    """
+    last: dict[str, tuple[Tensor, Tensor]] = {}  # weight and scale of a linear are asked for one after the other
+
+    def value_of(name: str) -> Tensor:
+        module, _, attribute = name.rpartition(".")
+        if module not in linears or attribute == "bias":
+            return read(name)
+        if module not in last:
+            last.clear()
+            last[module] = quantise(read(f"{module}.weight"), kind, scaled)
+        return last[module][attribute == SCALE]
+
+    return value_of
 
 
 def low_bit_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

@@ -19,13 +19,11 @@ from mm.lora.layer import (
     is_adapter,
     keep_in_low_bits,
 )
-from mm.lora.low_bit import LowBit, quantise
+from mm.lora.low_bit import SCALE, LowBit, quantised
 from mm.lora.targets import FLAG, Sizes, linears_of, target_linears
 from mm.parallel.placement import Shape, whole_shapes
 from mm.parallel.trainable_extension import TrainableExtension
 from mm.wan.model import WanModel
-
-_SCALE = "weight_scale"
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class LoRAPlan:
 
     def extension(self) -> TrainableExtension:
         """Extension that `mm.parallel.apply.apply` adds to a model."""
-        scales = {f"{name}.{_SCALE}": (rows,) for name, (rows, _) in self.linears.items()} if self.base_dtype else {}
+        scales = {f"{name}.{SCALE}": (rows,) for name, (rows, _) in self.linears.items()} if self.base_dtype else {}
         return TrainableExtension(self._prepare, {**scales, **self.shapes}, self.shapes)
 
     def _prepare(self, model: WanModel) -> None:
@@ -84,17 +82,11 @@ def starting_values(plan: LoRAPlan, base: WeightSource, seed: int) -> Callable[[
     Args:
         plan: the adapters. base: checked weights of the base model. seed: of new adapters.
     """
-    last: dict[str, tuple[Tensor, Tensor]] = {}  # weight and scale of a linear are asked for one after the other
+    stored = base.read if plan.base_dtype is None else quantised(base.read, plan.linears, plan.base_dtype)
 
     def value_of(name: str, shape: Shape) -> Tensor:
         if is_adapter(name):
             return initial_adapter_value(name, shape, seed)
-        module, _, kind = name.rpartition(".")
-        if plan.base_dtype is None or module not in plan.linears or kind == "bias":
-            return base.read(name)
-        if module not in last:
-            last.clear()
-            last[module] = quantise(base.read(f"{module}.weight"), plan.base_dtype)
-        return last[module][kind == _SCALE]
+        return stored(name)
 
     return value_of

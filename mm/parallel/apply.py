@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,12 @@ from mm.wan.model import WanModel
 
 ValueOf = Callable[[str, Shape], Tensor]
 """(native name, shape of the whole parameter) -> its value on the CPU."""
+
+WriteValue = Callable[[str, Tensor], None]
+"""(native name, tensor of this rank's part) writes the parameter's value to the tensor."""
+
+PutWeights = Callable[[WanModel, Callable[[ValueOf], WriteValue]], object]
+"""(this rank's part of a model on the meta device, what makes a writer of values) gives the part its weights."""
 
 
 @dataclass(frozen=True)
@@ -151,27 +158,45 @@ def apply(
 
 
 def apply_frozen(
-    wan: WanConfig, mesh: Mesh, backend: Backend, dtype: torch.dtype, value_of: ValueOf, zero: ZeroConfig | None = None
+    wan: WanConfig,
+    mesh: Mesh,
+    backend: Backend,
+    dtype: torch.dtype,
+    value_of: ValueOf,
+    zero: ZeroConfig | None = None,
+    *,
+    extension: TrainableExtension | None = None,
+    put: PutWeights | None = None,
 ) -> ParallelModel:
     """Make this rank's part of a model that is only run, in `dtype` and without what training needs beside it.
 
     Args:
-        wan, mesh, backend, dtype, zero: as for `apply`. The mesh has no pipeline.
+        wan, mesh, backend, dtype, zero: as for `apply`.
         value_of: the values.
+        extension: what is added to the model; nothing of it is trained.
+        put: gives the part its weights; None puts `value_of` on the device. Not for layer-zero.
     """
+    layout = mesh.layout
     parts = model_parts(mesh, run_in_order)
-    placements = _placements(whole_shapes(wan), mesh)
+    shapes = {**whole_shapes(wan), **(extension.shapes if extension is not None else {})}
+    placements = _placements(shapes, mesh)
     options = DataParallelOptions()
     with backend.megatron():
         config = _schedule_config(wan, mesh, dtype, options)
-        stage = _stage(wan, parts, config, mesh, dtype, vp_rank=0)
-    stage.model.to_precision(dtype).requires_grad_(False)
-    if zero is not None and mesh.zero is not None:
-        shard_stage(stage, mesh.zero, zero, backend.device)
-    else:
-        stage.model.to_empty(device=backend.device)
-    _fill(stage.model, placements, value_of)
-    return ParallelModel([stage], [stage], wan, config, options, zero, placements, {}, mesh, backend)
+        stages = [_stage(wan, parts, config, mesh, dtype, vp_rank) for vp_rank in range(layout.vp_size)]
+    for stage in stages:
+        stage.model.to_precision(dtype).requires_grad_(False)
+        if extension is not None:
+            extension.prepare(stage.model)
+        if put is not None:
+            put(stage.model, partial(_written, placements))
+            continue
+        if zero is not None and mesh.zero is not None:
+            shard_stage(stage, mesh.zero, zero, backend.device)
+        else:
+            stage.model.to_empty(device=backend.device)
+        _fill(stage.model, placements, value_of)
+    return ParallelModel(stages, list(stages), wan, config, options, zero, placements, {}, mesh, backend)
 
 
 def model_parts(mesh: Mesh, run_blocks: BlockRunner) -> ModuleFactories:
@@ -214,6 +239,15 @@ def _stage(
         dtype=dtype,
         vp_stage=vp_rank if layout.vp_size > 1 else None,
     )
+
+
+def _written(placements: Mapping[str, Placement], value_of: ValueOf) -> WriteValue:
+    """Writer of this rank's part of the values."""
+
+    def write(name: str, target: Tensor) -> None:
+        target.copy_(placements[name].of(value_of(name, placements[name].global_shape)))
+
+    return write
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -230,12 +230,13 @@ def start_or_resume(run: Run, adapters: AdapterRun | None, optimizer: Optimizer,
     Raises:
         ConfigError: CFG-160 where that would change what steps mean, and what `load_state` and `load_weights` raise.
     """
-    found, goes_on = starting_point(run.sections, run.comm, run.sections.checkpoint.verify)
+    found, goes_on = starting_point(run.sections, run.comm, run.sections.checkpoint.verify, run.beside)
     if found is None:
         return Progress()
+    if not goes_on or run.sections.experts is not None:  # else a changed band is told as any other change
+        _require_band(run, found.path)
     if goes_on:
         return _resume(run, found, adapters, optimizer, steps)
-    _require_band(run, found.path)
     if adapters is not None:
         load_adapters(found, adapters, optimizer, run.sections.origins)
     else:
@@ -248,11 +249,14 @@ def _require_band(run: Run, path: Path) -> None:
     on_rank_zero(run.comm, lambda: require_band(path, objective, words))
 
 
-def starting_point(sections: TrainingRun, comm: Comm, verify: Verify) -> tuple[Found | None, bool]:
+def starting_point(
+    sections: TrainingRun, comm: Comm, verify: Verify, beside: Sequence[Path] = ()
+) -> tuple[Found | None, bool]:
     """Find what a run starts from, if anything, and whether it goes on from there as a run; every rank calls it.
 
     Args:
         sections: the run. comm: the ranks. verify: how much of a checkpoint is looked at.
+        beside: folders of the run's other experts, which must hold the same step.
 
     Raises:
         ConfigError, CheckpointError, DataError: what `require_kind`, `latest_checkpoint` and `identify` raise.
@@ -260,7 +264,7 @@ def starting_point(sections: TrainingRun, comm: Comm, verify: Verify) -> tuple[F
     start = sections.checkpoint
     if start.save is not None:
         require_kind(Path(start.save), start.format, sections.origins, comm)
-        latest = latest_checkpoint(Path(start.save), comm, start.resume_policy, verify)
+        latest = latest_checkpoint(Path(start.save), comm, start.resume_policy, verify, beside)
         if latest is not None:
             return latest, True
     if start.load is None:

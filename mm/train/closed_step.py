@@ -12,12 +12,10 @@ from mm.data.packed import MicroBatch
 from mm.data.replacing import check_replaced, replaced_in_step
 from mm.data.sampler import BatchPlan
 from mm.data.steps import StepBatches, step_batches
-from mm.diffusion.flow import FlowMatching
-from mm.optim.optimizer import Optimizer
-from mm.parallel.apply import ParallelModel
 from mm.train.callbacks.base import StepDone
 from mm.train.live import shared_steps
 from mm.train.memory_breakdown import Phase
+from mm.train.models import Models
 from mm.train.numerics import NumericsGuard
 from mm.train.run import Run
 from mm.train.state import Progress
@@ -30,17 +28,17 @@ During = Callable[[Phase | None], AbstractContextManager[None]]
 class ClosedStep:
     """Takes the steps of a run, one at a call."""
 
-    def __init__(
-        self, run: Run, parallel: ParallelModel, optimizer: Optimizer, progress: Progress, during: During
-    ) -> None:
+    def __init__(self, run: Run, models: Models, progress: Progress, during: During) -> None:
         """Begin to read samples.
 
         Args:
-            run: the run. parallel, optimizer: what is trained. progress: where it stands. during: for its phases.
+            run: the run. models: what is trained. progress: where it stands. during: for its phases.
         """
-        self._run, self._parallel, self._optimizer, self._during = run, parallel, optimizer, during
-        self._flow = FlowMatching(run.sections.objective)
-        self._guard = NumericsGuard(run, parallel, optimizer, self._flow, progress.skipped_steps)
+        self._run, self._models, self._during = run, models, during
+        self._guards = [
+            NumericsGuard(run, one.parallel, one.optimizer, flow)
+            for one, flow in zip(models.started, models.flows, strict=True)
+        ]
         self._steps = _steps(run, progress)
 
     def take(self, before: Progress) -> StepDone:
@@ -49,32 +47,37 @@ class ClosedStep:
         Raises:
             DataError, NumericsError: as documented where they arise.
         """
-        run, started, step = self._run, time.monotonic(), before.step + 1
+        run, since, step = self._run, time.monotonic(), before.step + 1
         run.watch.begin_step(step)
         with self._during("waiting for data"):
             data = next(self._steps)
         mine = data.batches
         trained = before.trained_samples + len(data.dealt.tokens)
         replaced = before.replaced_samples + _replaced(run, mine, before, trained)
+        index = self._models.of_step(step)
+        with self._during("exchanging experts" if self._models.stays else None):
+            started = self._models.here(index)
+        flow, guard = self._models.flows[index], self._guards[index]
+        started.optimizer.set_progress(before.consumed_samples)  # rates follow the run's samples, whoever trained
         result = train_step(
-            self._parallel,
-            self._optimizer,
-            self._flow,
+            started.parallel,
+            started.optimizer,
+            flow,
             mine,
             samples=len(data.dealt.tokens),
             schedule_by=run.global_batch_size,
             seed=run.sections.training.seed,
             most_samples=data.dealt.most,
             during=self._during,
-            on_nonfinite=partial(self._guard.refused, step, batches=mine),
+            on_nonfinite=partial(guard.refused, step, batches=mine, before=before.skipped_steps),
             asked_to_stop=lambda: run.is_asked_to_stop,
         )
         if result.updated:
-            self._guard.accepted(step, result.statistics, mine)
+            guard.accepted(step, result.statistics, mine)
         consumed = before.consumed_samples + run.global_batch_size
-        progress = Progress(step, consumed, self._guard.skipped, replaced, trained)
-        seconds, last = time.monotonic() - started, step == run.sections.training.steps
-        return StepDone(progress, self._parallel, result, mine, data.dealt.tokens, seconds, last)
+        progress = Progress(step, consumed, before.skipped_steps + (not result.updated), replaced, trained)
+        seconds, last = time.monotonic() - since, step == run.sections.training.steps
+        return StepDone(progress, self._models, index, result, mine, data.dealt.tokens, seconds, last)
 
     def close(self) -> None:
         """End the processes that read samples."""

@@ -11,6 +11,7 @@ from mm.config.layout import Layout
 from mm.config.recompute import Recompute
 from mm.config.run.checkpoint import AdapterSection
 from mm.config.run.data import Mixture
+from mm.config.run.experts import HIGH, LOW, ExpertsSection
 from mm.config.run.parallel import ParallelSection
 from mm.config.run.training import TrainingRun
 from mm.config.units import format_bytes
@@ -33,7 +34,7 @@ def start_table(
     not_compiled: str | None,
     lora: LoRAPlan | None,
 ) -> dict[str, str]:
-    """Rows of the table by their heading; those of LoRA and of the average only where there are such.
+    """Rows of the table by their heading; those of LoRA, of experts and of the average only where there are such.
 
     Args:
         sections, layout, dataset: the run. global_batch_size: samples of a step.
@@ -55,6 +56,7 @@ def start_table(
         "model": f"{wan.task.name}, {parameters:,} parameters, {wan.num_layers} layers, width {wan.hidden_size}, "
         f"{wan.num_heads} heads",
         **({"lora": _lora(lora, adapters, sections.model.precision, parameters)} if lora and adapters else {}),
+        **({} if sections.experts is None else {"experts": _experts(sections.experts)}),
         "precision": _precision(sections),
         "device": f"{layout.world_size} x {device}",
         "layout": f"{layout.name()}: {_degrees(layout)}",
@@ -109,6 +111,12 @@ def _lora(plan: LoRAPlan, adapters: AdapterSection, precision: str, parameters: 
         f"{plan.parameters:,} trainable parameters, {plan.parameters / parameters:.3%} of the model's; linears of the "
         f"base in {base}"
     )
+
+
+def _experts(experts: ExpertsSection) -> str:
+    in_a_row = "each step" if experts.steps_in_a_row == 1 else f"each {experts.steps_in_a_row} steps"
+    place = "waits on the host" if experts.offload else "stays on the device"
+    return f"{HIGH} at noise levels from {experts.boundary:g} on, {LOW} below; one {in_a_row}, the other {place}"
 
 
 def _precision(sections: TrainingRun) -> str:

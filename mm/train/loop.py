@@ -7,19 +7,22 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+from mm.checkpoint.comm import on_rank_zero
+from mm.checkpoint.directory import require_experts_folder, writing
 from mm.checkpoint.lock import Lock
-from mm.checkpoint.store import writing
+from mm.config.run.experts import expert_folders
 from mm.supervise.limits import OPENING
 from mm.train.build import check_sizes, settings_of, write_run_file
 from mm.train.callbacks.base import Callback
 from mm.train.callbacks.checkpointing import open_checkpointing
 from mm.train.callbacks.make import make_callbacks, make_checks, missing_checks
 from mm.train.closed_step import ClosedStep
+from mm.train.models import Models, start_models
 from mm.train.records import drop_repeated_steps
 from mm.train.run import Run
 from mm.train.sinks.base import Sink, Write, opened
 from mm.train.sinks.make import make_sinks
-from mm.train.start import Started, memory_watch, start
+from mm.train.start import memory_watch
 from mm.train.state import Progress
 
 logger = logging.getLogger(__name__)
@@ -47,9 +50,10 @@ def train(run: Run, callbacks: Sequence[Callback] = (), sinks: Sequence[Sink] = 
     check_sizes(run)
     steps, memory = settings_of(run), memory_watch(run)
     with ExitStack() as stack:
-        lock = _open_folder(run, stack)
+        locks = _open_folders(run, stack)
         checks = make_checks(run)
-        started = start(run, steps, memory)
+        models = start_models(run, steps, memory)
+        started = models.first
         step, total = started.progress.step, sections.training.steps
         missing = missing_checks([*checks, *callbacks], step, last=step == total, comm=run.comm)
         if step >= total and not missing:
@@ -61,17 +65,17 @@ def train(run: Run, callbacks: Sequence[Callback] = (), sinks: Sequence[Sink] = 
         write = stack.enter_context(opened(every_sink, step + 1, total))
         for check in missing:
             with started.during(check.phase):
-                write(check.look(started.parallel, step))
-        checkpointing = open_checkpointing(run, started, lock, stack)
+                write(check.look(models, step))
+        checkpointing = open_checkpointing(run, models, locks, stack)
         losses = [float.fromhex(row.loss_hex) for row in rows]
         around = make_callbacks(run, started, checkpointing, [*checks, *callbacks], losses)
-        return _steps(run, started, around, write)
+        return _steps(run, models, around, write)
 
 
-def _steps(run: Run, started: Started, callbacks: Sequence[Callback], write: Write) -> Progress:
-    progress = started.progress
+def _steps(run: Run, models: Models, callbacks: Sequence[Callback], write: Write) -> Progress:
+    started, progress = models.first, models.first.progress
     # closed here: readers that are left would outlive the error that ends the steps, and hold the process up
-    with closing(ClosedStep(run, started.parallel, started.optimizer, progress, started.during)) as step:
+    with closing(ClosedStep(run, models, progress, started.during)) as step:
         if run.stop is not None:
             run.stop.begin_steps()
         while progress.step < run.sections.training.steps:
@@ -86,10 +90,18 @@ def _steps(run: Run, started: Started, callbacks: Sequence[Callback], write: Wri
     return progress
 
 
-def _open_folder(run: Run, stack: ExitStack) -> Lock | None:
-    """Take the lock of `--save`, on rank 0, for as long as the run goes on; a phase of its own."""
+def _open_folders(run: Run, stack: ExitStack) -> list[Lock]:
+    """Take the lock of `--save`, and of the folders of two experts, on rank 0, for as long as the run goes on.
+
+    Returns:
+        Those of the folders that checkpoints are written to, on rank 0; none without `--save`.
+    """
     save = run.sections.checkpoint.save
     if save is None:
-        return None
-    with run.watch.during(OPENING):
-        return stack.enter_context(writing(Path(save), run.comm))
+        return []
+    with run.watch.during(OPENING):  # a phase of its own
+        locks = [stack.enter_context(writing(Path(save), run.comm))]
+        on_rank_zero(run.comm, lambda: require_experts_folder(Path(save), experts=run.sections.experts is not None))
+        if run.sections.experts is not None:
+            locks = [stack.enter_context(writing(folder, run.comm)) for folder in expert_folders(save)]
+    return [lock for lock in locks if lock is not None]

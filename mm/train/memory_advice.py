@@ -130,6 +130,7 @@ def _families(run: TrainingRun) -> Iterator[Iterator[_Change]]:
     sequence = run.tp > 1 and not run.parallel.sequence_parallel
     yield _recompute(run)
     yield iter([_Change({"memory.offload": True})])  # the rules refuse it where no block keeps its attention
+    yield iter([_Change({"experts.offload": True})] if run.experts is not None and not run.experts.offload else [])
     yield iter([_Change({"data.micro_batch_size": 1})] if run.data.micro_batch_size > 1 else [])
     yield _shorter_sequences(run)
     yield iter([] if run.model.precision == "bf16" else [_bf16(run)])
@@ -248,7 +249,13 @@ def _text(before: TrainingRun, after: TrainingRun, change: _Change) -> str:
 
 
 def _model_bytes(run: TrainingRun) -> tuple[float, float, float]:
-    """Bytes of parameters, gradients and optimizer state an element of the whole model, on one rank."""
+    """Bytes of parameters, gradients and optimizer state an element of the whole model, on one rank; of all models."""
+    models = 2 if run.experts is not None and not run.experts.offload else 1
+    parameters, gradients, state = _bytes_of_one(run)
+    return models * parameters, models * gradients, models * state
+
+
+def _bytes_of_one(run: TrainingRun) -> tuple[float, float, float]:
     share = _share_of_linears(run.wan)
     cut, sharing = run.pp / (share / run.tp + 1 - share), _replicas(run) * run.cp
     distributed = sharing if run.parallel.distributed_optimizer else 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +16,7 @@ Phase = Literal[
     "building the model",
     "loading weights",
     "waiting for data",
+    "exchanging experts",
     "forward and backward",
     "reducing gradients",
     "the optimizer's update",
@@ -61,8 +62,7 @@ def measure(
     *,
     peak: int,
     program: int,
-    parallel: ParallelModel | None,
-    optimizer: Optimizer | None,
+    models: Sequence[tuple[ParallelModel, Optimizer | None]],
     pinned_host: int = 0,
 ) -> MemoryBreakdown:
     """The split of this rank's memory. Allocates nothing on the device and next to nothing elsewhere.
@@ -70,22 +70,23 @@ def measure(
     Args:
         phase, asked, program, pinned_host: as in `MemoryBreakdown`.
         peak: bytes of the device, or on the CPU of the process, when most was held.
-        parallel, optimizer: None where they are not built yet.
+        models: what is built until now, with its optimizer if that is there.
     """
-    if parallel is None:
+    if not models:
         return MemoryBreakdown(
             phase, asked, parameters=max(0, peak - program), program=program, pinned_host=pinned_host
         )
-    model = list(parallel.all_parameters().values())
-    shards = optimizer.shards if optimizer is not None else []
+    optimizers = [optimizer for _, optimizer in models if optimizer is not None]
+    model = [parameter for parallel, _ in models for parameter in parallel.all_parameters().values()]
+    shards = [shard for optimizer in optimizers for shard in optimizer.shards]
     states = [shard.inner.state.get(shard.key, {}) for shard in shards]
     counted: set[int] = set()
     parameters = _bytes(model, counted)
     gradients = _bytes((gradient for p in model for gradient in (getattr(p, "main_grad", None), p.grad)), counted)
     state = _bytes((shard.master for shard in shards), counted)
     state += _bytes((value for values in states for value in values.values()), counted)
-    if optimizer is not None and optimizer.average is not None:
-        state += _bytes(optimizer.average.values.values(), counted)
+    averages = [optimizer.average for optimizer in optimizers if optimizer.average is not None]
+    state += _bytes((value for average in averages for value in average.values.values()), counted)
     return MemoryBreakdown(
         phase,
         asked,

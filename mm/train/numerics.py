@@ -40,22 +40,15 @@ _MOST_NAMES = 20
 
 
 class NumericsGuard:
-    """Watches the numbers of a run.
+    """Watches the numbers of a model in training."""
 
-    Attributes:
-        skipped: steps whose update was left out, from the run's start.
-    """
-
-    def __init__(
-        self, run: Run, parallel: ParallelModel, optimizer: Optimizer, flow: FlowMatching, skipped: int
-    ) -> None:
-        """`skipped` are those before a resume."""
+    def __init__(self, run: Run, parallel: ParallelModel, optimizer: Optimizer, flow: FlowMatching) -> None:
+        """Watch from now on."""
         self._run, self._parallel, self._flow = run, parallel, flow
         self._names = list(optimizer.shapes)
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._most = run.sections.optimizer.skipped_steps_in_a_row
         self._in_a_row = 0
-        self.skipped = skipped
 
     def accepted(self, step: int, statistics: StepStatistics, batches: Sequence[MicroBatch]) -> None:
         """Take note of a finite step, and say so where its loss is far above those before."""
@@ -76,8 +69,11 @@ class NumericsGuard:
                 )
         self._losses.append(loss)
 
-    def refused(self, step: int, statistics: StepStatistics, batches: Sequence[MicroBatch]) -> None:
+    def refused(self, step: int, statistics: StepStatistics, batches: Sequence[MicroBatch], before: int) -> None:
         """Look into a step that is not finite, write the anomaly's files, and go on or stop; every rank calls it.
+
+        Args:
+            step, statistics, batches: the step. before: steps of the run that were skipped before it.
 
         Raises:
             NumericsError: NUM-001 for the loss, NUM-002 for a gradient, where `--on-nonfinite` allows no more steps to
@@ -113,10 +109,17 @@ class NumericsGuard:
         short = {"rank": self._run.comm.rank, "file": file, "module": modules[0] if modules else None}
         short["samples"] = self._told(batches, mine) if involved and bad_losses else None
         everyone = [found for found in self._run.comm.all_gather_object(short) if found["file"] or found["samples"]]
-        self._go_on_or_stop(step, statistics, everyone, bad_parameters, same=same)
+        self._go_on_or_stop(step, statistics, everyone, bad_parameters, before, same=same)
 
     def _go_on_or_stop(
-        self, step: int, statistics: StepStatistics, reports: list[Any], bad_parameters: list[str], *, same: bool
+        self,
+        step: int,
+        statistics: StepStatistics,
+        reports: list[Any],
+        bad_parameters: list[str],
+        before: int,
+        *,
+        same: bool,
     ) -> None:
         bad_loss = not math.isfinite(statistics.loss)
         what = f"loss of step {step} is {statistics.loss}" if bad_loss else f"gradient norm of step {step} is"
@@ -146,14 +149,13 @@ class NumericsGuard:
                 f"Look at these samples and modules; lower {rate}, or let {leave_out} leave out K such steps.",
             )
         self._in_a_row += 1
-        self.skipped += 1
         if self._run.reports:
             logger.warning(
                 "%s The step is skipped, number %d of at most %d in a row, %d in all",
                 message,
                 self._in_a_row,
                 self._most,
-                self.skipped,
+                before + 1,
             )
 
     def _again(self, batches: Sequence[MicroBatch], statistics: StepStatistics) -> tuple[Tensor, list[str]]:

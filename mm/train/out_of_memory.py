@@ -24,12 +24,10 @@ class MemoryWatch:
     """Turns a failed allocation of this rank into MEM-001; every other exception passes unchanged.
 
     Attributes:
-        parallel, optimizer: set as soon as they are built; their memory is told by kind then.
+        models: what is built until now, with its optimizer as soon as that is there; their memory is told by kind.
         pinned_host: bytes of page-locked host memory, for offload.
     """
 
-    parallel: ParallelModel | None = None
-    optimizer: Optimizer | None = None
     pinned_host: int = 0
 
     def __init__(self, sections: TrainingRun, backend: Backend, rank: int) -> None:
@@ -40,6 +38,7 @@ class MemoryWatch:
         """
         self._sections, self._backend, self._rank = sections, backend, rank
         self._program = backend.peak_memory_bytes()
+        self.models: list[tuple[ParallelModel, Optimizer | None]] = []
 
     @contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
@@ -63,14 +62,13 @@ class MemoryWatch:
             asked or 0,
             peak=peak,
             program=self._program,
-            parallel=self.parallel,
-            optimizer=self.optimizer,
+            models=self.models,
             pinned_host=self.pinned_host,
         )
         size = "of unknown size" if asked is None else f"of {in_gib(asked, 3)} GiB"
         told = [
             f"Rank {self._rank} ran out of memory in the phase: {phase}; an allocation {size} {_place(error)} failed.",
-            _held(breakdown, built=self.parallel is not None),
+            _held(breakdown, built=bool(self.models)),
         ]
         device = self._backend.total_and_free_bytes()
         if device is not None:

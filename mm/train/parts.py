@@ -44,7 +44,7 @@ class Part:
 def frames_of_parts(segment: FeatureBatch, wan: WanConfig) -> tuple[int, ...]:
     """Latent frames of the parts of samples; a single frame is one part, as nothing were left to learn."""
     frames = segment["latents"].shape[2]
-    return (1, frames - 1) if wan.task.first_frame_share and frames > 1 else (frames,)
+    return (1, frames - 1) if wan.first_frame_share and frames > 1 else (frames,)
 
 
 def draw_parts(
@@ -59,8 +59,8 @@ def draw_parts(
     draws = [draw for segment in segments for draw in segment["draw"]]
     places = [place for segment in segments for place in segment.get("place", ())]
     rows = [*flow.draw_timesteps(seed, names, draws, places or None)]
-    if wan.task.first_frame_share:
-        rows.append(flow.draw_given_frames(seed, names, draws, wan.task.first_frame_share))
+    if wan.first_frame_share:
+        rows.append(flow.draw_given_frames(seed, names, draws, wan.first_frame_share))
     counts = [len(segment["sample"]) for segment in segments]
     drawn = to_device(torch.stack(rows), device).split(counts, dim=1)
     return [_parts(segment, wan, *own) for segment, own in zip(segments, drawn, strict=True)]

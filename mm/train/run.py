@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,6 +40,7 @@ class Run:
         watch: over this process. stop: notes signals; None where they end the process.
         held_out: the features of its evaluation, or None. validation: what is rendered meanwhile, or None.
         live: the stores among `dataset` whose features this run makes, or None.
+        beside: of one expert's run the folders of the other ones' checkpoints, which are of the same steps.
     """
 
     sections: TrainingRun
@@ -54,6 +56,7 @@ class Run:
     held_out: FeatureDataset | None = None
     validation: GenerationRun | None = None
     live: LiveStores | None = None
+    beside: tuple[Path, ...] = ()
 
     @property
     def global_batch_size(self) -> int:

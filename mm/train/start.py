@@ -26,6 +26,7 @@ from mm.train.memory_breakdown import Phase
 from mm.train.out_of_memory import MemoryWatch
 from mm.train.run import Run
 from mm.train.state import Progress
+from mm.wan.layers import BlockRunner
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,26 @@ def memory_watch(run: Run) -> MemoryWatch:
     return MemoryWatch(run.sections, run.backend, run.comm.rank)
 
 
-def start(run: Run, steps: StepSettings, memory: MemoryWatch) -> Started:
-    """Build the model and its optimizer, and load what they start from; every rank calls it.
+@dataclass(frozen=True)
+class Blocks:
+    """Way of running blocks, which all models of a run share.
+
+    Attributes:
+        run: runs those of a stage. compiled: whether each is compiled.
+    """
+
+    run: BlockRunner
+    compiled: bool
+
+
+def prepare_blocks(run: Run, memory: MemoryWatch) -> Blocks:
+    """Decide how blocks are run, and log what the run is made of; every rank calls it.
 
     Args:
-        run: the run. steps: what its steps mean. memory: is told of both as soon as they are there.
+        run: the run. memory: is told of page-locked memory.
 
     Raises:
-        ConfigError: CFG-049. OutOfMemoryError: MEM-001. CheckpointError: as documented where they arise.
+        ConfigError: CFG-049.
     """
     recompute = recompute_of(run.sections.memory)
     offloader = make_offloader(
@@ -77,12 +90,26 @@ def start(run: Run, steps: StepSettings, memory: MemoryWatch) -> Started:
     )
     memory.pinned_host = 0 if offloader is None else offloader.memory.nbytes
     not_compiled = why_not_compiled(run)
-    adapters = open_adapters(run)
-    run_blocks = block_runner(recompute, offloader, run.backend.model_code)
-    with _during(run, memory, "building the model"):
-        memory.parallel = parallel = build_model(run, adapters, run_blocks, not_compiled is None)
-        memory.optimizer = optimizer = build_optimizer(parallel, steps)
     describe(run, recompute, offloader, not_compiled)
+    return Blocks(block_runner(recompute, offloader, run.backend.model_code), not_compiled is None)
+
+
+def start(run: Run, steps: StepSettings, memory: MemoryWatch, blocks: Blocks) -> Started:
+    """Build the model and its optimizer, and load what they start from; every rank calls it.
+
+    Args:
+        run: the run. steps: what its steps mean. memory: is told of both as soon as they are there.
+        blocks: from `prepare_blocks`.
+
+    Raises:
+        OutOfMemoryError: MEM-001. CheckpointError: as documented where they arise.
+    """
+    adapters = open_adapters(run)
+    with _during(run, memory, "building the model"):
+        parallel = build_model(run, adapters, blocks.run, blocks.compiled)
+        memory.models.append((parallel, None))
+        optimizer = build_optimizer(parallel, steps)
+        memory.models[-1] = parallel, optimizer
     with _during(run, memory, "loading weights"):
         progress = start_or_resume(run, adapters, optimizer, steps)
     return Started(run, steps, progress, parallel, optimizer, adapters, memory)

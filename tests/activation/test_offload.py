@@ -4,18 +4,17 @@ A copy that runs too late for a missing wait, a slot written too early, or devic
 reads it, then shows as a wrong number or an error; each wait is left out once to see that it does.
 """
 
-import math
-import weakref
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from late_queues import LateQueues
 from torch import Tensor
 
 from mm.activation import offload
 from mm.activation.host_pool import StepShape, make_offloader
-from mm.activation.offload import Offloader, TransferEvent, aligned_bytes
+from mm.activation.offload import Offloader
 from mm.activation.recompute import block_runner
 from mm.config.layout import Layout
 from mm.config.model import WanConfig, of_task
@@ -24,7 +23,7 @@ from mm.config.recompute import Kept, Recompute
 from mm.config.tasks.fun_control_ref import FUN_CONTROL_REF
 from mm.config.tasks.vace import VACE
 from mm.device.backend import select
-from mm.device.queues import HostQueues, Queue, queues_of
+from mm.device.queues import HostQueues, Queue, TransferEvent, aligned_bytes, queues_of
 from mm.errors import ConfigError
 from mm.parallel.mesh import build_mesh
 from mm.supervise.job import Job
@@ -35,53 +34,6 @@ LAYERS, WIDTH, HEADS, TOKENS = 6, 32, 4, 24
 WAN = WanConfig(text_dim=8, text_len=4, hidden_size=WIDTH, ffn_dim=48, num_heads=HEADS, num_layers=LAYERS, freq_dim=16)
 SLOT = 2 * aligned_bytes(TOKENS * WIDTH, 4) + aligned_bytes(TOKENS * HEADS, 4)
 KEEP = Recompute(full_layers=0, keep_layers=None, offload=True)
-
-
-class LateQueues(HostQueues):
-    """Copies run when an event behind them is waited for by the computation, and not before.
-
-    Args:
-        deaf: a queue that does not wait for events of the other; None does everything right.
-    """
-
-    def __init__(self, deaf: tuple[Queue, Queue] | None = None) -> None:
-        self._deaf = deaf
-        self._pending: dict[Queue, list[Any]] = {"compute": [], "to host": [], "to device": []}
-        self._begun: Counter[Queue] = Counter()
-
-    def host_memory(self, num_bytes: int) -> Tensor:
-        return super().host_memory(num_bytes).fill_(0xFF)  # NaN: what an earlier pool left there could be right
-
-    def record(self, queue: Queue) -> Any:
-        return queue, self._begun[queue] + len(self._pending[queue])
-
-    def wait(self, queue: Queue, event: Any) -> None:
-        if self._deaf == (queue, event[0]):
-            return
-        if queue == "compute":
-            self._run(*event)
-        else:
-            self._pending[queue].append(event)
-
-    def copy(self, queue: Queue, target: Tensor, source: Tensor) -> None:
-        if queue == "to device":
-            target.fill_(math.nan)
-            self._pending[queue].append((target, lambda: source))
-        else:
-            self._pending[queue].append((target, weakref.ref(source)))  # it must live by what the offloader holds
-
-    @torch.no_grad()
-    def _run(self, queue: Queue, until: int) -> None:
-        while self._begun[queue] < until and self._pending[queue]:
-            first, second = self._pending[queue].pop(0)
-            self._begun[queue] += 1
-            if isinstance(first, str):
-                self._run(first, second)
-                continue
-            source = second()
-            if source is None:
-                raise RuntimeError("device memory was let go of before its copy")
-            first.copy_(source)
 
 
 def gradients(offloader: Offloader | None, plan: Recompute | None, passes: int) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ LEVELS = {
     "ops": 2,
     "wan": 3, "diffusion": 3, "data": 3,
     "parallel": 4, "checkpoint": 4,
-    "activation": 5, "optim": 5, "lora": 5,
+    "activation": 5, "residency": 5, "optim": 5, "lora": 5,
     "extract": 6, "generate": 6, "demo": 6,
     "train": 7,  # renders clips between its steps
     "look": 7,

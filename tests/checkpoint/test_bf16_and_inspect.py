@@ -209,6 +209,7 @@ def test_what_is_wrong_with_an_adapter_is_said(tmp_path):
         ("Wan2.1 VACE 1.3B", 1264, 1_418_996_800 + 734_975_232),
         ("Wan2.1 VACE 14B", 1331, 14_288_491_584 + 3_049_101_312),
         ("Wan2.2 I2V A14B", 1095, 14_288_901_184),
+        ("Wan2.2 TI2V 5B", 825, 4_999_787_712),
     ],
 )
 def test_a_published_model_is_called_by_its_name(tmp_path, name, tensors, parameters):

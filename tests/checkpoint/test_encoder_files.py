@@ -1,6 +1,7 @@
 """The encoders' original files: every name and shape of the published ones; tiny ones there and back."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -10,21 +11,25 @@ from published_names import key_shape_md5
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection, UMT5Config, UMT5EncoderModel
 
-from mm.checkpoint.encoder_kinds import CLIP, T5, VAE
+from mm.checkpoint.encoder_kinds import CLIP, T5, VAE, VAE_22
 from mm.cli.convert import main
 from mm.cli.entry import run
 from mm.errors import CheckpointError
 from mm.wan.names_clip import clip_pairs
 from mm.wan.names_t5 import t5_pairs
-from mm.wan.names_vae import vae_pairs
+from mm.wan.names_vae import vae_22_pairs, vae_pairs
 
 TINY_VAE = {"base_dim": 8, "z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+VAE_22_KIND = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
+TINY_VAE_22 = {**VAE_22_KIND, "base_dim": 8, "decoder_base_dim": 12, "z_dim": 6, "latents_mean": [0.0] * 6,
+               "latents_std": [1.0] * 6}  # fmt: skip
 TINY_T5 = {"vocab_size": 50, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4,
            "feed_forward_proj": "gated-gelu"}  # fmt: skip
 TINY_CLIP = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2,
              "patch_size": 14, "image_size": 28, "projection_dim": 6, "hidden_act": "gelu"}  # fmt: skip
 ORIGINAL = {  # tensors, and the md5 of names and shapes that is published for each file
     "vae": (194, "ccc42284ea13e1ad04693284c7a09be6"),
+    "vae_22": (196, "e1de6c02cdac79f8b739f4d3698cd216"),
     "t5": (242, "9c8818c2cbea55eca56c7b447df170da"),
     "clip": (784, "5941c53e207d62f20f9025686193c40b"),
 }
@@ -35,6 +40,9 @@ def published(kind):
     with torch.device("meta"):
         if kind == "vae":
             return AutoencoderKLWan().state_dict(), vae_pairs()
+        if kind == "vae_22":
+            wide = {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48}
+            return AutoencoderKLWan(**wide, **VAE_22_KIND).state_dict(), vae_22_pairs()
         if kind == "t5":
             config = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
             state = UMT5EncoderModel(config).state_dict()
@@ -80,6 +88,8 @@ def tiny(kind):
     torch.manual_seed(0)
     if kind == "vae":
         model = AutoencoderKLWan(**TINY_VAE)
+    elif kind == "vae_22":
+        model = AutoencoderKLWan(**TINY_VAE_22)
     elif kind == "t5":
         model = UMT5EncoderModel(UMT5Config(**TINY_T5))
     else:
@@ -89,8 +99,8 @@ def tiny(kind):
     return model.eval()
 
 
-PAIRS = {"vae": vae_pairs, "t5": lambda: t5_pairs(2), "clip": lambda: clip_pairs(3)}
-FILES = {"vae": VAE, "t5": T5, "clip": CLIP}
+PAIRS = {"vae": vae_pairs, "vae_22": vae_22_pairs, "t5": lambda: t5_pairs(2), "clip": lambda: clip_pairs(3)}
+FILES = {"vae": VAE, "vae_22": VAE_22, "t5": T5, "clip": CLIP}
 
 
 @pytest.fixture(params=ORIGINAL)
@@ -105,11 +115,31 @@ def folder(kind, tmp_path):
     return tmp_path / "hf"
 
 
+RULES_OF_VAE_22 = {
+    r"^quant_conv": "conv1", r"^post_quant_conv": "conv2", r"\.conv_in\.": ".conv1.", r"\.conv_out\.": ".head.2.",
+    r"\.norm_out\.": ".head.0.", r"\.mid_block\.attentions\.0": ".middle.1", r"\.mid_block\.resnets\.0": ".middle.0",
+    r"\.mid_block\.resnets\.1": ".middle.2", r"\.norm1\.": ".residual.0.", r"\.norm2\.": ".residual.3.",
+    r"(middle\.\d|resnets\.\d)\.conv1\.": r"\1.residual.2.",
+    r"\.conv2\.": ".residual.6.", r"\.conv_shortcut\.": ".shortcut.",
+    r"\.(down|up)_blocks\.(\d)\.resnets\.": r".\1samples.\2.\1samples.",
+    r"\.down_blocks\.(\d)\.downsampler\.": r".downsamples.\1.downsamples.2.",
+    r"\.up_blocks\.(\d)\.upsampler\.": r".upsamples.\1.upsamples.3.",
+}  # fmt: skip
+
+
+def native_of_vae_22(name):
+    for pattern, replacement in RULES_OF_VAE_22.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def as_original(kind):
     """What the original file holds of the tiny model, by rules that are written down again here."""
     state = tiny(kind).state_dict()
     if kind == "vae":
         return {pair.native: state[pair.hf[0]] for pair in vae_pairs()}
+    if kind == "vae_22":
+        return {native_of_vae_22(name): value for name, value in state.items()}
     if kind == "t5":
         return {pair.native: state[pair.hf[0]] for pair in t5_pairs(2)}
     layers, native = "vision_model.encoder.layers", {}
@@ -147,7 +177,7 @@ def test_an_original_file_becomes_the_folder(kind, folder, tmp_path, container):
     state = as_original(kind)
     source = tmp_path / ("x.safetensors" if container == "safetensors" else "x.pth")
     if container == "safetensors":
-        prefix = "model." if kind == "vae" else ""  # as other tools republish it
+        prefix = "model." if kind in ("vae", "vae_22") else ""  # as other tools republish it
         save_file({prefix + name: value.contiguous() for name, value in state.items()}, source)
     else:
         torch.save(state if container is None else {container: state}, source)
@@ -193,6 +223,23 @@ def test_our_own_loaders_read_the_folder_of_clip(tmp_path):
     assert CLIPVisionModel.from_pretrained(tmp_path / "out").config.num_hidden_layers == 3
 
 
+def test_our_own_loaders_read_the_folder_of_wan22_s_vae(tmp_path):
+    """Latents of the original's weights are those of diffusers' model."""
+    from pathlib import Path
+
+    from mm.wan.encoders import VideoEncoder
+
+    tiny("vae_22").save_pretrained(tmp_path / "hf")
+    torch.save(as_original("vae_22"), tmp_path / "Wan2.2_VAE.pth")
+    words = (tmp_path / "Wan2.2_VAE.pth", tmp_path / "out", "--ckpt_path", tmp_path / "hf")
+    assert convert("convert_to_hf", *words) == 0
+    pixels = torch.rand(1, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        expected = tiny("vae_22").encode(pixels).latent_dist.mode()
+    found = VideoEncoder.from_pretrained(Path(tmp_path / "out"), "fp32", torch.device("cpu")).encode(pixels)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # means are 0, deviations 1
+
+
 def test_tensors_that_are_missing_or_left_over(kind, folder, tmp_path, capsys):
     state = as_original(kind)
     state["surprise.weight"] = state.pop(next(iter(PAIRS[kind]())).native)
@@ -210,7 +257,8 @@ def test_other_sizes_need_a_configuration(kind, folder, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     content = json.loads((folder / "config.json").read_text())
-    wider = {"vae": {"z_dim": 6, "latents_mean": [0.0] * 6, "latents_std": [1.0] * 6}, "t5": {"d_ff": 32},
+    wide = {"z_dim": 8, "latents_mean": [0.0] * 8, "latents_std": [1.0] * 8}
+    wider = {"vae": wide, "vae_22": wide, "t5": {"d_ff": 32},
              "clip": {"intermediate_size": 32}}[kind]  # fmt: skip
     (other / "config.json").write_text(json.dumps(content | wider))
     assert convert("convert_to_hf", tmp_path / "x.pth", tmp_path / "out", "--ckpt_path", other) == 74
@@ -244,7 +292,7 @@ def test_an_encoder_has_no_average(kind, tmp_path):
 
 def test_published_sizes_bring_their_configuration():
     """Without another folder; what encodes must be that of the published models."""
-    for encoder, kind in ((VAE, "vae"), (T5, "t5"), (CLIP, "clip")):
+    for encoder, kind in ((VAE, "vae"), (VAE_22, "vae_22"), (T5, "t5"), (CLIP, "clip")):
         with torch.device("meta"):
             model, text = encoder.build(None)
         state, _ = published(kind)
@@ -254,6 +302,13 @@ def test_published_sizes_bring_their_configuration():
         if kind == "vae":
             assert (config["_class_name"], config["z_dim"]) == ("AutoencoderKLWan", 16)
             assert config["latents_mean"][:2] == [-0.7571, -0.7089] and config["latents_std"][-1] == 1.916
+        elif kind == "vae_22":
+            assert {name: config[name] for name in VAE_22_KIND} == VAE_22_KIND and config["z_dim"] == 48
+            means, stds = config["latents_mean"], config["latents_std"]
+            assert (len(means), len(stds)) == (48, 48)
+            assert (means[:2], means[-1], stds[:2], stds[-1]) == ([-0.2289, -0.0052], -0.0667, [0.4765, 1.0364], 0.7744)
+            # sums of the release's lists (wan/modules/vae2_2.py), by which no other number of them is left unseen
+            assert (round(sum(means), 4), round(sum(stds), 4)) == (-0.5589, 32.536)
         elif kind == "t5":
             assert (config["feed_forward_proj"], config["relative_attention_num_buckets"]) == ("gated-gelu", 32)
             assert (config["relative_attention_max_distance"], config["num_heads"]) == (128, 64)

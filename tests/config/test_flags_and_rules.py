@@ -134,6 +134,22 @@ def test_a_share_of_given_frames_needs_a_task_that_has_them() -> None:
     check_training(
         translated(flags(), parse(PretrainModel, {**values, "diffusion": {"first_frame_share": 0}}, "m.json"))
     )
+    values["predictor"]["force_2_1_time_embedding"] = True
+    check_training(translated(flags(), parse(PretrainModel, {**values, "diffusion": {}}, "m.json")))
+    model = parse(PretrainModel, {**values, "diffusion": {"first_frame_share": 0}}, "m.json")
+    with pytest.raises(ConfigError, match=r"CFG-290: .*first_frame_share.*force_2_1_time_embedding.*true"):
+        check_training(translated(flags(), model))
+
+
+def test_models_with_a_timestep_for_each_token_are_not_declared_with_one_a_sample() -> None:
+    """Weights of such a model alone say nothing of it: every tensor has its place in text to video of 48 channels."""
+    values = {"predictor": {"hidden_size": 48, "ffn_dim": 64, "num_heads": 4, "num_layers": 4}}
+    values["predictor"] |= {"in_dim": 48, "out_dim": 48}
+    with pytest.raises(ConfigError, match=r"CFG-305: .*out_dim.*48.*Set model_type to ti2v.*force_2_1_time_embedding"):
+        check_training(translated(flags(), parse(PretrainModel, {**values, "diffusion": {}}, "m.json")))
+    forced = {**values["predictor"], "in_dim": 16, "out_dim": 16, "force_2_1_time_embedding": True}
+    with pytest.raises(ConfigError, match=r"CFG-005.*force_2_1_time_embedding has no effect in t2v models"):
+        parse(PretrainModel, {"predictor": forced, "diffusion": {}}, "m.json")
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def recipe() -> ModuleType:
 @pytest.fixture()
 def vae(recipe: ModuleType) -> AutoencoderKLWan:
     torch.manual_seed(0)
-    return AutoencoderKLWan(**recipe.MODEL)
+    return AutoencoderKLWan(**recipe.MODELS[8])
 
 
 @torch.no_grad()
@@ -56,18 +56,20 @@ def test_second_stage_starts_as_a_vae_that_repeats_the_last_frame_of_every_chunk
             assert (decoded[:, :, frame] - picture[:, :, 0]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(("stride", "name", "channels"), [(8, "tiny_vae", 16), (16, "tiny_vae_16", 48)])
 def test_recipe_writes_an_asset_with_the_tensors_of_the_shipped_one(
-    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stride: int, name: str, channels: int
 ):
-    monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path), "--picture-steps", "2", "--clip-steps", "1"])
+    words = ["--out", str(tmp_path), "--picture-steps", "2", "--clip-steps", "1", "--stride", str(stride)]
+    monkeypatch.setattr(sys, "argv", ["x", *words])
     monkeypatch.setattr(recipe, "CLIPS_TO_MEASURE", 1)
     recipe.main()
-    made, shipped = (load_file(folder / "tiny_vae.safetensors") for folder in (tmp_path, ASSETS))
+    made, shipped = (load_file(folder / f"{name}.safetensors") for folder in (tmp_path, ASSETS))
     assert {n: (t.shape, t.dtype) for n, t in made.items()} == {n: (t.shape, t.dtype) for n, t in shipped.items()}
-    configs = [json.loads((folder / "tiny_vae.json").read_text()) for folder in (tmp_path, ASSETS)]
+    configs = [json.loads((folder / f"{name}.json").read_text()) for folder in (tmp_path, ASSETS)]
     assert [set(c) for c in configs] == [set(configs[0])] * 2
-    assert len(configs[0]["latents_mean"]) == len(configs[0]["latents_std"]) == 16
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny_vae.json", "tiny_vae.safetensors"]
+    assert len(configs[0]["latents_mean"]) == len(configs[0]["latents_std"]) == channels
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{name}.json", f"{name}.safetensors"]
 
 
 ASSETS = Path(components.__file__).parent / "assets"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from extracted import extract
 from mindspeed_alone import load_generation
 from safetensors.torch import load_file
@@ -15,14 +15,17 @@ from transformers import AutoTokenizer
 
 from mm.cli import doctor_data
 from mm.cli.demo import main
+from mm.config.base import load
 from mm.demo import write
 from mm.demo.clips import all_captions, all_clips
 from mm.demo.components import MODEL_NAMES, load_vae
 from mm.demo.measure import measure_clip, score
 from mm.demo.video import read_video
 from mm.dialects.mindspeed.generate_flags import GenerateFlags
+from mm.dialects.mindspeed.pretrain_json import PretrainModel
 from mm.errors import ConfigError
 from mm.generate.rows import read_rows
+from mm.wan.folder import WeightFolder
 
 
 @pytest.fixture(scope="module")
@@ -136,21 +139,40 @@ def test_tokenizer_knows_the_captions_and_takes_any_text(demo: Path):
         assert max(ids) < len(tokenizer)
 
 
-def test_vae_asset_is_small_and_reproduces_clips():
+def test_the_folder_of_ti2v_is_complete_for_diffusers(demo: Path):
+    folder = demo / "weights" / MODEL_NAMES["ti2v"]
+    for part, kind in (("transformer", WanTransformer3DModel), ("vae", AutoencoderKLWan)):
+        _, info = kind.from_pretrained(folder / part, output_loading_info=True, local_files_only=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    pipeline = WanPipeline.from_pretrained(folder, local_files_only=True)
+    assert pipeline.config.expand_timesteps is True and pipeline.vae_scale_factor_spatial == 16
+    pipeline.set_progress_bar_config(disable=True)
+    frames = pipeline(
+        "a red circle moving left", height=64, width=64, num_frames=9, num_inference_steps=2, guidance_scale=1.0,
+        output_type="pt", generator=torch.Generator().manual_seed(0),
+    ).frames  # fmt: skip
+    assert frames.shape == (1, 9, 3, 64, 64) and torch.isfinite(frames).all()
+    predictor = load(PretrainModel, demo / "configs/ti2v/pretrain_model.json").predictor.wan()
+    weights = WeightFolder.open(folder / "transformer").config()
+    assert weights is not None and not predictor.differing_fields(weights)
+
+
+@pytest.mark.parametrize(("stride", "name", "channels"), [(8, "tiny_vae", 16), (16, "tiny_vae_16", 48)])
+def test_vae_asset_is_small_and_reproduces_clips(stride: int, name: str, channels: int):
     assets = Path(write.__file__).parent / "assets"
-    assert sum(p.stat().st_size for p in assets.iterdir() if p.is_file()) <= 2_000_000
-    vae = load_vae()
+    assert sum(p.stat().st_size for p in assets.glob(f"{name}.*")) <= 2_000_000
+    vae = load_vae(stride)
     shown = np.stack([clip.draw() for clip in all_clips()])
     x = torch.from_numpy(shown).permute(0, 4, 1, 2, 3) / 127.5 - 1
     with torch.no_grad():
         latents = vae.encode(x).latent_dist.mode()
         decoded = vae.decode(latents).sample
-    assert latents.shape == (16, 16, 3, 8, 8)
+    assert latents.shape == (16, channels, 3, 64 // stride, 64 // stride)
     assert float((decoded - x).square().mean()) < 0.003
     pictures = ((decoded.permute(0, 2, 3, 4, 1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
     for clip, frames in zip(all_clips(), pictures, strict=True):
         assert measure_clip(frames) == (clip.colour, clip.direction), clip
-    mean, std = (torch.tensor(v).view(1, 16, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     normalised = (latents - mean) / std
     assert normalised.mean((0, 2, 3, 4)).abs().max() < 0.1
     assert (normalised.std((0, 2, 3, 4)) - 1).abs().max() < 0.1

@@ -214,6 +214,7 @@ def test_an_expert_s_band_of_the_grid(band, expected):
     assert low <= sigma.min() < sigma.max() <= high
     assert set(sigma.tolist()) <= {level for level in flow.sigmas.tolist() if low <= level <= high}
     assert abs(len(set(sigma.tolist())) - count) <= 2
+    assert flow.chance == count / 1000
     whole = FlowMatching(DiffusionConfig())
     same = whole.weight_of(timestep.double()).float()
     torch.testing.assert_close(weight, same, rtol=0, atol=1e-6, msg="weights are those of the whole grid")
@@ -230,6 +231,8 @@ def test_a_band_of_logit_normal_is_what_is_left_of_it(band):
     assert low <= drawn.min() < drawn.max() < high + 1e-6
     points = torch.linspace(0.1, 0.9, 9)
     torch.testing.assert_close(drawn.quantile(points), inside.quantile(points), rtol=0, atol=0.012)
+    chance = FlowMatching(DiffusionConfig(**settings, **band)).chance
+    assert abs(chance - len(inside) / len(whole)) < 0.015, "four standard deviations of 20000 draws"
 
 
 def test_which_samples_are_given_their_first_frame():

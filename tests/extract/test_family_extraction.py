@@ -35,12 +35,12 @@ SEED = 3
 SIZE = ClipSize(9, 32, 48)
 
 
-def pixels(file: Path, start: int) -> Tensor:
-    """Nine frames from `start` on as PyAV decodes them, covered and cropped: [3, 9, 32, 48]."""
+def pixels(file: Path, start: int, size: tuple[int, int] = (SIZE.height, SIZE.width)) -> Tensor:
+    """Nine frames from `start` on as PyAV decodes them, covered and cropped: [3, 9, 32, 48] or of another size."""
     with av.open(str(file)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     chosen = torch.from_numpy(np.stack(frames[start : start + 9]))
-    return resize_and_crop(chosen.permute(0, 3, 1, 2), SIZE.height, SIZE.width).transpose(0, 1)
+    return resize_and_crop(chosen.permute(0, 3, 1, 2), *size).transpose(0, 1)
 
 
 class Place:

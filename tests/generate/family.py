@@ -28,10 +28,11 @@ def config(task: str) -> WanConfig:
     declared = TASKS[task]
     images = {"img_dim": IMAGE_DIM, "clip_token_len": CLIP_TOKENS} if declared.made_by(Source.IMAGE_ENCODER) else {}
     side = {"vace_layers": (0, 1)} if "vace_layers" in declared.sizes else {}
-    channels = declared.channels(Sizes(16, (1, 1, 1), IMAGE_DIM, CLIP_TOKENS))
+    of_latents = declared.latent_channels or 16
+    channels = declared.channels(Sizes(of_latents, (1, 1, 1), IMAGE_DIM, CLIP_TOKENS))
     return WanConfig(
-        model_type=task, text_len=32, text_dim=TEXT_DIM, in_dim=16 + channels, hidden_size=32, ffn_dim=64, num_heads=2,
-        num_layers=2, freq_dim=32, **images, **side,
+        model_type=task, text_len=32, text_dim=TEXT_DIM, in_dim=of_latents + channels, out_dim=of_latents,
+        hidden_size=32, ffn_dim=64, num_heads=2, num_layers=2, freq_dim=32, **images, **side,
     )  # fmt: skip
 
 

@@ -1,11 +1,11 @@
-"""A given first frame of Wan2.2's TI2V against diffusers' pipeline with `expand_timesteps`."""
+"""Wan2.2's TI2V, with a given first frame and without, against diffusers' pipelines with `expand_timesteps`."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from PIL import Image
 from torch import Tensor
 from wans_grids import EulerOnWansGrid, UniPCOnWansGrid
@@ -44,6 +44,12 @@ def pipeline() -> WanImageToVideoPipeline:
     return made
 
 
+def scheduler(solver: str) -> object:
+    if solver == "euler":
+        return EulerOnWansGrid(shift=SHIFT)
+    return UniPCOnWansGrid(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT)
+
+
 def texts(seed: int) -> Tensor:
     return torch.randn(1, 512, 32, generator=torch.Generator().manual_seed(seed))
 
@@ -55,11 +61,7 @@ def test_latents_are_those_of_diffusers(
 ) -> None:
     image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     noise = initial_latents(SEED, [0], (48, 3, 4, 6))
-    pipeline.scheduler = (
-        UniPCOnWansGrid(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT)
-        if solver == "unipc"
-        else EulerOnWansGrid(shift=SHIFT)
-    )
+    pipeline.scheduler = scheduler(solver)
     expected = pipeline(
         image=Image.fromarray(image), prompt_embeds=texts(1), negative_prompt_embeds=texts(2), height=64, width=96,
         num_frames=9, num_inference_steps=STEPS, guidance_scale=GUIDANCE, latents=noise.clone(), output_type="latent",
@@ -77,3 +79,24 @@ def test_latents_are_those_of_diffusers(
     assert float((found["given"] - expected).abs().max() / scale) < 1e-4
     torch.testing.assert_close(found["given"][:, :, :1], video.encode(pixels[None, :, None]))
     assert float((found["text"] - expected).abs().max() / scale) > 0.05, "a given frame must matter here"
+
+
+@pytest.mark.parametrize("solver", ["unipc", "euler"])
+def test_latents_of_text_alone_are_those_of_diffusers(
+    solver: str, pipeline: WanImageToVideoPipeline, tmp_path: Path
+) -> None:
+    without = WanPipeline(
+        tokenizer=None, text_encoder=None, vae=pipeline.vae, scheduler=scheduler(solver),
+        transformer=pipeline.transformer, expand_timesteps=True,
+    )  # fmt: skip
+    without.set_progress_bar_config(disable=True)
+    expected = without(
+        prompt_embeds=texts(1), negative_prompt_embeds=texts(2), height=64, width=96, num_frames=9,
+        num_inference_steps=STEPS, guidance_scale=GUIDANCE, latents=initial_latents(SEED, [0], (48, 3, 4, 6)),
+        output_type="latent",
+    ).frames  # fmt: skip
+    pipeline.transformer.save_pretrained(tmp_path)
+    model = WanModel.from_pretrained(tmp_path)
+    plan = ClipPlan(model.config, CPU, (), SIZE, SEED, SamplerSettings(solver, STEPS, SHIFT, GUIDANCE, False))  # type: ignore[arg-type]
+    found = sample(model, VideoEncoder(pipeline.vae), plan, [ClipConditions(0, texts(1)[0], {}, Given())], texts(2)[0])
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4

@@ -74,7 +74,7 @@ def test_script_on_two_processes(home: Path, tmp_path: Path, script: str) -> Non
         assert all(len(image["fingerprint"]) == 16 for image in about["images"])
 
 
-FAMILY = {"control": "fun_control", "control_ref": "fun_control_ref", "camera": "fun_camera"}
+FAMILY = {"control": "fun_control", "control_ref": "fun_control_ref", "camera": "fun_camera", "ti2v_5b": "ti2v"}
 """Folders of scripts, and the task of their models; of the others it is the folder's name."""
 GIVEN = {
     "control": {"controls"},
@@ -82,6 +82,7 @@ GIVEN = {
     "camera": {"images", "camera"},
     "vace": {"video", "masks", "references"},
     "speedcontrol": {"columns"},
+    "ti2v_5b": {"images"},
 }
 """Folders of scripts, and what is beside the prompt of their clips."""
 
@@ -107,10 +108,11 @@ def clips_of(script: Path, home: Path, task: str, out: Path, *words: str, **vari
     [
         *(f"{size}/{name}" for size in ("1.3b", "14b") for name in ("control", "control_ref", "camera", "vace")),
         "1.3b/speedcontrol",
+        "../wan2.2/ti2v_5b",
     ],
 )
 def test_script_of_the_family_on_two_processes(home: Path, tmp_path: Path, script: str) -> None:
-    name = script.split("/")[1]
+    name = script.split("/")[-1]
     task = FAMILY.get(name, name)
     rows = clips_of(EXAMPLES / script, home, task, tmp_path / "clips", CP="2")
     everything = {"images", "controls", "references", "masks", "video", "camera", "columns"}

@@ -52,7 +52,7 @@ def splits_of_a_rank() -> list[tuple[MemoryBreakdown, MemoryBreakdown]]:
                 options = DataParallelOptions(use_distributed_optimizer=distributed)
                 parallel = apply(WAN, mesh, backend, options, dtype, None, zero=zero)
                 optimizer = make_optimizer(parallel, replace(SETTINGS, optimizer=name, ema_decay=decay))
-                whole = {"peak": 10**9, "program": 10**8, "parallel": parallel, "optimizer": optimizer}
+                whole = {"peak": 10**9, "program": 10**8, "models": [(parallel, optimizer)]}
                 before = measure("forward and backward", 0, **whole)
                 for shard in optimizer.shards:
                     shard.state()

@@ -5,7 +5,7 @@ import torch
 from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from published_names import diffusers_to_native, key_shape_md5, mindspeed_to_native
 
-from mm.config.model import WAN_1_3B, WAN_14B, WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B, of_task
+from mm.config.model import WAN_1_3B, WAN_14B, WAN_FLF2V_14B, WAN_I2V_1_3B, WAN_I2V_14B, WAN_TI2V_5B, of_task
 from mm.config.tasks.registry import TASKS
 from mm.errors import DataError
 from mm.wan import names
@@ -75,6 +75,7 @@ def family(size, task, **sizes):
             14_288_491_584 + 3_049_101_312,
             "7a513e1f257a861512b1afd387a8ecd9",
         ),
+        (WAN_TI2V_5B, 825, 4_999_787_712, "1f5ab7703c6fc803fdded85ff040c316"),
     ],
     ids=lambda value: value.model_type if hasattr(value, "model_type") else None,
 )

@@ -9,7 +9,9 @@ from mm.config.data import TEMPORAL_STRIDE
 from mm.config.model import TASK_FIELD
 from mm.config.rules.encoders import tile_problems
 from mm.config.rules.mesh import MESH_RULES
+from mm.config.rules.residency import residency_rules
 from mm.config.rules.tasks import not_generated
+from mm.config.rules.timesteps import timesteps_are_of_the_model
 from mm.config.run.generation import GenerationRun
 from mm.config.run.listed import LISTS, every_list_of
 from mm.config.tasks.registry import GENERATED, SETTINGS, named
@@ -103,6 +105,14 @@ def _inputs_fit_the_model(run: GenerationRun) -> Iterator[Problem]:
         found += f"{' and no '.join(words[path].name for path in extra)}."
         works = [other for other in GENERATED.values() if all(_takes(other, path) for path in extra)]
         yield Problem("CFG-120", found, "Remove it" + (f", or use a model of {named(works)}." if works else "."))
+
+
+def _first_frames_can_be_given(run: GenerationRun) -> Iterator[Problem]:
+    """CFG-306: a first frame for a model that cannot be told that it is clean."""
+    if run.wan.force_2_1_time_embedding and run.inputs.images is not None:
+        forced = run.origins["model.shape.force_2_1_time_embedding"].with_value(True)
+        found = f"With {forced} nothing tells the model of the frame that {run.origins['inputs.images'].name} gives."
+        yield Problem("CFG-306", found, "Remove one of them.")
 
 
 def _takes(task: Task, path: str) -> bool:
@@ -223,10 +233,13 @@ GENERATION_RULES: tuple[Callable[[GenerationRun], Iterator[Problem]], ...] = (
     _solver_values_have_their_solver,
     _guidance_is_there,
     _prompts_fit,
+    timesteps_are_of_the_model,
+    _first_frames_can_be_given,
     _tiles_cover_the_frame,
     _inputs_fit_the_model,
     _one_way_to_show,
     _videos_have_a_strength,
     _frames_have_a_middle,
+    residency_rules,
     *MESH_RULES,
 )

@@ -9,12 +9,14 @@ from mm.config.optimizer import DEFAULTS
 from mm.config.output import require_writable_folder
 from mm.config.rules.adapters import ADAPTER_RULES
 from mm.config.rules.around import AROUND_RULES
+from mm.config.rules.experts import EXPERT_RULES
 from mm.config.rules.features import FEATURE_RULES
 from mm.config.rules.live import LIVE_RULES
 from mm.config.rules.packing import PACKING_RULES
 from mm.config.rules.parallel import PARALLEL_RULES
 from mm.config.rules.recompute import RECOMPUTE_RULES
 from mm.config.rules.saving import SAVING_RULES
+from mm.config.rules.timesteps import timesteps_are_of_the_model
 from mm.config.run.training import TrainingRun
 from mm.config.unread import broken
 from mm.errors import ConfigError, Problem, raise_all
@@ -91,10 +93,12 @@ def _epsilon_is_used(run: TrainingRun) -> Iterator[Problem]:
 
 def _first_frames_are_given(run: TrainingRun) -> Iterator[Problem]:
     """CFG-290: a share of clean first frames in a task that has none."""
-    share, task = run.objective.first_frame_share, run.wan.task
-    if share is not None and not task.first_frame_share:
-        word = run.origins["objective.first_frame_share"]
-        found = f"{word.with_value(share)} has no effect: {run.wan.task_in_words}, which is never given a clean frame."
+    share, wan, words = run.objective.first_frame_share, run.wan, run.origins
+    if share is not None and not wan.first_frame_share:
+        forced = words["model.shape.force_2_1_time_embedding"].with_value(True)
+        why = forced if wan.force_2_1_time_embedding else wan.task_in_words
+        said = words["objective.first_frame_share"].with_value(share)
+        found = f"{said} has no effect: {why}, and such a model is never given a clean frame."
         yield Problem("CFG-290", found, "Remove it.")
 
 
@@ -148,9 +152,11 @@ TRAINING_RULES: tuple[Rule, ...] = (
     _schedule_fits,
     _epsilon_is_used,
     _first_frames_are_given,
+    timesteps_are_of_the_model,
     _band_has_levels,
     _overlap_needs_distributed_optimizer,
     _compiled_blocks_wait_for_nothing,
     *RECOMPUTE_RULES,
     *ADAPTER_RULES,
+    *EXPERT_RULES,
 )

@@ -40,12 +40,14 @@ class ValidationSection(Section):
     Attributes:
         interval: steps between renderings. prompts: text file, one prompt a line.
         images: text file, one image a line, or first and last. config: inference_model.json: encoders, size, sampler.
+        other_expert: weights of the other one of two experts, which take over beyond the band that is trained.
     """
 
     interval: int = Field(ge=1)
     prompts: str = Field(min_length=1)
     images: str | None = Field(None, min_length=1)
     config: str = Field(min_length=1)
+    other_expert: str | None = Field(None, min_length=1)
 
 
 def validation_folder(save: str) -> Path:

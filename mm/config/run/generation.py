@@ -16,6 +16,7 @@ from mm.config.run.encoders import EncodersSection
 from mm.config.run.listed import LISTS, Listed, Shown, lists_of, sees_images
 from mm.config.run.mesh import MeshRun
 from mm.config.run.parallel import MeshSection
+from mm.config.run.residency import Residency
 from mm.config.tasks.registry import TASKS
 from mm.config.tasks.task import ListName, Task
 
@@ -211,6 +212,7 @@ class GenerationSections(Section):
     output: ClipsSection
     batch: BatchSection = BatchSection()
     parallel: MeshSection = MeshSection()
+    residency: Residency = Residency()
     supervision: CollectiveSection = CollectiveSection()
     logging: ProgressSection = ProgressSection()
 

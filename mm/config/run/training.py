@@ -16,6 +16,7 @@ from mm.config.run.around import (
 )
 from mm.config.run.checkpoint import AdapterSection, CheckpointSection
 from mm.config.run.data import DataSection
+from mm.config.run.experts import ExpertsSection
 from mm.config.run.live import LiveSection
 from mm.config.run.memory import MemorySection
 from mm.config.run.mesh import MeshRun
@@ -35,6 +36,7 @@ class TrainingSections(Section):
     parallel: ParallelSection = ParallelSection()
     memory: MemorySection = MemorySection()
     adapters: AdapterSection | None = None
+    experts: ExpertsSection | None = None
     checkpoint: CheckpointSection = CheckpointSection()
     evaluation: EvaluationSection | None = None
     validation: ValidationSection | None = None

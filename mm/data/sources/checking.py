@@ -172,7 +172,7 @@ def beside_problems(sample: VideoSample, media: Sequence[Media], place: str) -> 
             found = f"{place} names {len(files)} files of the role {one.name}, and one is taken."
             yield Problem("DATA-246", found, "Keep one of them.")
         if files and not one.is_trained:
-            found = f"{place} names files of the role {one.name}, and no features are made of them yet."
+            found = f"{place} names files of the role {one.name}, and no features are made of them."
             yield Problem("DATA-250", found, "Remove them; in generation they are taken.")
         for file in files:
             if not _is_of_kind(file, one.kind, sample.kind):

@@ -130,6 +130,19 @@ def _budget_is_of_features_that_are_made(flags: TrainFlags, model: PretrainModel
         yield Problem("CFG-245", "--live-budget has no effect without --live.", "Give --live, or remove it.")
 
 
+def _experts_have_a_boundary(flags: TrainFlags, model: PretrainModel) -> Iterator[Problem]:
+    """CFG-315: what is said of two experts without a boundary between them."""
+    del model
+    names = ("load_low_noise", "load_base_model_low_noise", "expert_steps", "offload_expert")
+    given = [flag_name(name) for name in names if name in flags.model_fields_set]
+    if given and flags.expert_boundary is None:
+        found = f"{given[0]} has no effect without --expert-boundary."
+        yield Problem("CFG-315", found, "Give it, 0.875 for Wan2.2's T2V-A14B and 0.9 for I2V-A14B; or remove this.")
+    if flags.validation_other_expert is not None and flags.validation_prompts is None:
+        found = "--validation-other-expert has no effect without --validation-prompts."
+        yield Problem("CFG-124", found, "Give both.")
+
+
 _ALL: tuple[Callable[[TrainFlags, PretrainModel], Iterator[Problem]], ...] = (
     _layerzero_has_its_file,
     _several_tensors_have_a_pipeline,
@@ -137,6 +150,7 @@ _ALL: tuple[Callable[[TrainFlags, PretrainModel], Iterator[Problem]], ...] = (
     _precision_agrees,
     _evaluation_is_complete,
     _budget_is_of_features_that_are_made,
+    _experts_have_a_boundary,
     _flags_of_adapters_belong_together,
     _adapters_are_in_range,
 )

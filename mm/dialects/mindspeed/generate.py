@@ -125,6 +125,13 @@ def _sections(flags: GenerateFlags, model: InferenceModel) -> dict[str, dict[str
             **_size(pipeline),
         },
         "batch": {"size": flags.micro_batch_size},
+        "residency": {
+            "device_limit": flags.device_memory_limit,
+            "device_buffer": flags.device_memory_buffer,
+            "staying_parameters": flags.staying_parameters,
+            "host_limit": flags.host_memory_limit,
+            "fp8": flags.fp8_weights,
+        },
         "supervision": {"timeout_minutes": flags.distributed_timeout_minutes},
         "logging": {"progress_bar": if_read(lambda: not flags.no_progress_bar)},
     }

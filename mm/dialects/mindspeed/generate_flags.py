@@ -25,6 +25,7 @@ class GenerateFlags(MeshFlags):
         "input_size": "clips",
         "sample_solver": "sampling",
         "micro_batch_size": "batches",
+        "device_memory_limit": "memory",
         "no_progress_bar": "logging",
     }
 
@@ -78,6 +79,21 @@ class GenerateFlags(MeshFlags):
     )
     batched_guidance: bool = Field(False, description="both prompts of guidance in one pass of twice the batch")
     micro_batch_size: int = Field(1, ge=1, description="prompts in one forward")
+    device_memory_limit: str | None = Field(
+        None, description="device memory that generation may take, 24GiB; blocks that do not fit wait in host memory"
+    )
+    device_memory_buffer: str | None = Field(
+        None, description="what is left free of --device-memory-limit; default: 512MiB"
+    )
+    staying_parameters: int | None = Field(
+        None, ge=0, description="transformer parameters that stay on the device, in place of --device-memory-limit"
+    )
+    host_memory_limit: str | None = Field(
+        None, description="host memory for blocks that wait, 64GiB; what does not fit is read from its files each time"
+    )
+    fp8_weights: Literal["scaled", "unscaled"] | None = Field(
+        None, description="weights of the blocks' linears in e4m3, scaled for each output channel or cast alone"
+    )
     no_progress_bar: bool = Field(False, description="log lines only")
 
     @field_validator("columns")

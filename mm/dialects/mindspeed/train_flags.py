@@ -10,11 +10,11 @@ from pydantic import Field
 from mm.config.optimizer import OptimizerName
 from mm.config.run.checkpoint import ResumeChange
 from mm.config.run.data import MinBucket
+from mm.dialects.mindspeed.expert_flags import ExpertFlags
 from mm.dialects.mindspeed.flag_paths import NOT, sets
-from mm.dialects.mindspeed.mesh_flags import MeshFlags
 
 
-class TrainFlags(MeshFlags):
+class TrainFlags(ExpertFlags):
     """Train a Wan2.1 transformer on extracted features."""
 
     groups: ClassVar[Mapping[str, str]] = {

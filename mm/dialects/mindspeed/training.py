@@ -13,6 +13,7 @@ from mm.config.run.around import EvaluationSection, ValidationSection
 from mm.config.run.checkpoint import AdapterSection
 from mm.config.run.data import Clip, FeatureSet
 from mm.config.run.encoders import TokenizerSection
+from mm.config.run.experts import ExpertsSection
 from mm.config.run.live import LiveSection
 from mm.config.run.training import TrainingRun, TrainingSections
 from mm.config.unread import UNREAD, built, if_read, read_or, whole
@@ -111,6 +112,7 @@ def translate(flags: TrainFlags, files: TrainFiles, world_size: int = 1) -> Trai
         {
             "objective": model.diffusion,
             "adapters": if_read(lambda: _adapters(flags)),
+            "experts": if_read(lambda: _experts(flags)),
             "evaluation": if_read(lambda: _evaluation(flags, files.held_out)),
             "validation": if_read(lambda: _validation(flags)),
             "live": if_read(lambda: _live(flags)),
@@ -189,6 +191,19 @@ def _adapters(flags: TrainFlags) -> AdapterSection | None:
     return built(AdapterSection, values)
 
 
+def _experts(flags: TrainFlags) -> ExpertsSection | None:
+    if flags.expert_boundary is None:
+        return None  # CFG-315 tells of others without it
+    values = {
+        "boundary": flags.expert_boundary,
+        "load": flags.load_low_noise,
+        "base": flags.load_base_model_low_noise,
+        "steps_in_a_row": flags.expert_steps,
+        "offload": flags.offload_expert,
+    }
+    return built(ExpertsSection, values)
+
+
 def _evaluation(flags: TrainFlags, held_out: TrainData | None) -> EvaluationSection | None:
     if flags.eval_interval is None or held_out is None:
         return None
@@ -200,6 +215,7 @@ def _validation(flags: TrainFlags) -> ValidationSection | None:
     if interval is None or prompts is None or config is None:
         return None  # CFG-124 tells of some without the others
     values = {"interval": interval, "prompts": prompts, "images": flags.validation_images, "config": config}
+    values["other_expert"] = flags.validation_other_expert
     return built(ValidationSection, values)
 
 

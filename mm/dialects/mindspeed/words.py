@@ -25,13 +25,14 @@ _SHARED = {
     "training.device": Flag("device"),
 }
 """Flags that stand for a value of another section in generation."""
-_OPTIONAL = ("adapters", "evaluation", "validation", "live")
+_OPTIONAL = ("adapters", "experts", "evaluation", "validation", "live")
 """Sections that are there where their flags are given."""
 ALL_TRAIN_FLAGS = _SHARED | flags_by_path(TrainFlags)
 TRAIN_FLAGS = {path: flag for path, flag in ALL_TRAIN_FLAGS.items() if path.partition(".")[0] not in _OPTIONAL}
 EXTRACT_FLAGS = flags_by_path(ExtractFlags)
 _SECTIONS = {
     "adapters": Word("--lora-r"),
+    "experts": Word("--expert-boundary"),
     "evaluation": Word("--eval-interval"),
     "validation": Word("--validation-interval"),
     "live": Word("--live"),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from mm.data.packed import MicroBatch
 from mm.parallel.apply import ParallelModel
 from mm.train.memory_breakdown import Phase
+from mm.train.models import Models
 from mm.train.records import Record
 from mm.train.state import Progress
 from mm.train.step import StepResult
@@ -44,7 +45,7 @@ class StepDone:
 
     Attributes:
         progress: how far the run has come with it.
-        parallel: the model as it is now, to be read.
+        models: all that are trained, as they are now, to be read. index: which of them the step has trained.
         result: loss, gradients' norms, rate. batches: this replica's micro-batches.
         tokens: video tokens of each sample of the step, in all replicas, after patching.
         seconds: wall time, with the wait for the data.
@@ -52,12 +53,18 @@ class StepDone:
     """
 
     progress: Progress
-    parallel: ParallelModel
+    models: Models
+    index: int
     result: StepResult
     batches: Sequence[MicroBatch]
     tokens: Sequence[int]
     seconds: float
     last: bool
+
+    @property
+    def parallel(self) -> ParallelModel:
+        """The model that the step has trained."""
+        return self.models.started[self.index].parallel
 
     @property
     def step(self) -> int:
@@ -105,8 +112,8 @@ class ModelCheck(Callback):
     phase = "evaluation and validation"
 
     @abc.abstractmethod
-    def look(self, parallel: ParallelModel, step: int) -> Sequence[Record]:
-        """Look at the model after a step; every rank calls it."""
+    def look(self, models: Models, step: int) -> Sequence[Record]:
+        """Look at the models after a step; every rank calls it."""
 
     @abc.abstractmethod
     def is_missing(self, step: int) -> bool:
@@ -118,4 +125,4 @@ class ModelCheck(Callback):
 
     def after_step(self, done: StepDone) -> Sequence[Record]:
         """`look`."""
-        return self.look(done.parallel, done.step)
+        return self.look(done.models, done.step)

@@ -9,18 +9,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mm.checkpoint.background import BackgroundSaver
+from mm.checkpoint.comm import on_rank_zero
+from mm.checkpoint.directory import retain
 from mm.checkpoint.lock import Lock
 from mm.checkpoint.store import save
-from mm.config.step import StepSettings
 from mm.device.queues import queues_of
 from mm.errors import CheckpointError
-from mm.optim.optimizer import Optimizer
-from mm.parallel.apply import ParallelModel
 from mm.supervise.limits import LAST_SAVE, SAVE_BEFORE
-from mm.train.adapters import AdapterRun
 from mm.train.build import require_memory_for_saving
 from mm.train.callbacks.base import Callback, Every, StepDone
 from mm.train.mindspeed_state import save_weights
+from mm.train.models import Models
 from mm.train.records import Record
 from mm.train.run import Run
 from mm.train.start import Started
@@ -40,26 +39,22 @@ class Checkpointing(Callback):
     def __init__(
         self,
         run: Run,
-        steps: StepSettings,
-        optimizer: Optimizer,
-        adapters: AdapterRun | None,
+        models: Models,
         background: BackgroundSaver | None,
-        lock: Lock | None,
+        locks: Sequence[Lock],
     ) -> None:
         """Write below `--save`, which the run must have.
 
         Args:
-            run: the run. steps: what its steps mean, which is recorded.
-            optimizer, adapters: what is saved, and of the MM format the model.
+            run: the run. models: what is saved, each in a folder of its own where there are several.
             background: writes beside the steps; None writes in the loop.
-            lock: of the folder, on rank 0.
+            locks: of the models' folders, on rank 0.
         """
         asked = run.sections.checkpoint
         if asked.save is None:
             raise ValueError("a run without a folder has no checkpoints")
         self.every = Every(asked.save_interval, at_end=True, when_stopping=True)
-        self._run, self._root, self._steps = run, Path(asked.save), steps
-        self._optimizer, self._adapters, self._background, self._lock = optimizer, adapters, background, lock
+        self._run, self._models, self._background, self._locks = run, models, background, locks
         self._saved_step = 0
 
     def after_step(self, done: StepDone) -> Sequence[Record]:
@@ -84,7 +79,7 @@ class Checkpointing(Callback):
 
     def _save(self, done: StepDone, *, may_fail: bool) -> None:
         with self._passing_over(done.step, when=may_fail):
-            self._write(done.progress, done.parallel)
+            self._write_all(done.progress)
             self._saved_step = done.step
 
     def look(self) -> None:
@@ -94,8 +89,8 @@ class Checkpointing(Callback):
             CheckpointError: of that save, unless `--on-save-failure warn` passes over it; CKPT-100 on rank 0 when
                 another job has taken the folder over.
         """
-        if self._lock is not None:
-            self._lock.require()
+        for lock in self._locks:
+            lock.require()
         if self._background is not None:
             with self._passing_over(None, when=True):
                 self._background.check()
@@ -110,49 +105,66 @@ class Checkpointing(Callback):
             with self._run.watch.during(LAST_SAVE):
                 self._background.finish()
 
-    def _write(self, progress: Progress, parallel: ParallelModel) -> None:
+    def _write_all(self, progress: Progress) -> None:
+        """Write every model; older checkpoints of experts go when the new one is in both folders."""
+        keep, several = self._run.sections.checkpoint.keep_latest, len(self._models.started) > 1
+        for model in self._models.each():
+            self._write(model, progress, None if several else keep)
+        if several:
+            on_rank_zero(self._run.comm, lambda: self._retain(progress.step, keep))
+
+    def _retain(self, step: int, keep_latest: int | None) -> None:
+        for model in self._models.started:
+            retain(_folder(model), step, keep_latest)
+
+    def _write(self, model: Started, progress: Progress, keep_latest: int | None) -> None:
         run, started, asked = self._run, time.monotonic(), self._run.sections.checkpoint
-        seed = run.sections.training.seed
+        root, seed, lock = _folder(model), run.sections.training.seed, self._lock_of(model)
         if asked.format == "torch":
             folder = save_weights(
-                self._root,
+                root,
                 progress,
-                parallel,
-                self._optimizer,
+                model.parallel,
+                model.optimizer,
                 run.comm,
                 seed=seed,
-                steps=self._steps,
-                keep_latest=asked.keep_latest,
-                lock=self._lock,
+                steps=model.steps,
+                keep_latest=keep_latest,
+                lock=lock,
             )
             logger.info("checkpoint %s (weights) written in %.1f s", folder.name, time.monotonic() - started)
             return
         state = state_of(
-            self._optimizer,
+            model.optimizer,
             progress,
             run.config,
             seed,
             run.comm,
-            steps=self._steps,
+            steps=model.steps,
             with_optimizer=asked.save_optimizer,
-            adapters=self._adapters.record if self._adapters is not None else None,
+            adapters=model.adapters.record if model.adapters is not None else None,
         )
         if self._background is not None:
             with self._run.watch.during(SAVE_BEFORE), self._passing_over(None, when=True):
                 self._background.finish()
-            self._background.start(state.step, state.pieces, state.scalars, asked.keep_latest, state.derived)
+            self._background.start(state.step, state.pieces, state.scalars, keep_latest, state.derived)
             return
         folder = save(
-            self._root,
+            root,
             state.step,
             state.pieces,
             state.scalars,
             run.comm,
-            keep_latest=asked.keep_latest,
+            keep_latest=keep_latest,
             derived=state.derived,
-            lock=self._lock,
+            lock=lock,
         )
-        logger.info("checkpoint %s written in %.1f s", folder.name, time.monotonic() - started)
+        name = folder.relative_to(Path(asked.save or ""))
+        logger.info("checkpoint %s written in %.1f s", name, time.monotonic() - started)
+
+    def _lock_of(self, model: Started) -> Lock | None:
+        pairs = zip(self._models.started, self._locks, strict=False)  # ranks but the first have no locks
+        return next((lock for one, lock in pairs if one is model), None)
 
     @contextmanager
     def _passing_over(self, step: int | None, *, when: bool) -> Iterator[None]:
@@ -182,7 +194,12 @@ class SaveOutcome(Callback):
         return ()
 
 
-def open_checkpointing(run: Run, started: Started, lock: Lock | None, stack: ExitStack) -> Checkpointing | None:
+def _folder(model: Started) -> Path:
+    """Folder of a model's checkpoints."""
+    return Path(model.run.sections.checkpoint.save or "")
+
+
+def open_checkpointing(run: Run, models: Models, locks: Sequence[Lock], stack: ExitStack) -> Checkpointing | None:
     """The checkpoints of a run, whose background saver ends with `stack`; None without `--save`.
 
     Raises:
@@ -193,7 +210,8 @@ def open_checkpointing(run: Run, started: Started, lock: Lock | None, stack: Exi
         return None
     background = None
     if run.saving is not None:
-        started.memory.pinned_host += require_memory_for_saving(run, started.optimizer)
+        models.first.memory.pinned_host += require_memory_for_saving(run, models.first.optimizer)
+        lock = locks[0] if locks else None
         saver = BackgroundSaver(Path(save_to), run.saving, queues_of(run.backend).host_memory, lock)
         background = stack.enter_context(saver)
-    return Checkpointing(run, started.steps, started.optimizer, started.adapters, background, lock)
+    return Checkpointing(run, models, background, locks)

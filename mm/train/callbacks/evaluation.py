@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,12 +20,15 @@ from mm.data.loader import FeatureBatch, feature_batches
 from mm.data.sampler import BatchPlan
 from mm.diffusion.flow import FlowMatching
 from mm.parallel.apply import ParallelModel
-from mm.parallel.velocity import ParallelVelocity
 from mm.rng import generator
 from mm.train.callbacks.base import Every, ModelCheck
+from mm.train.models import Models
 from mm.train.records import EVALUATION_FILE, Record, StepEvaluation, read_evaluations
 from mm.wan.conditions.first_frame import learned_frames, with_given_frame
 from mm.wan.inputs import ModelInputs
+
+if TYPE_CHECKING:  # the samplers' library
+    from mm.generate.pipeline import Velocity
 
 TIMESTEPS = tuple(range(50, 1000, 100))
 """The middles of ten equal parts of the noise levels, times 1000."""
@@ -45,9 +49,9 @@ class Evaluation(ModelCheck):
         self.every = Every(interval, at_end=True)
         self._dataset, self._comm, self._folder = dataset, comm, folder
 
-    def look(self, parallel: ParallelModel, step: int) -> Sequence[Record]:
+    def look(self, models: Models, step: int) -> Sequence[Record]:
         """Evaluate; raises what `evaluate` raises."""
-        loss_at, num_samples = evaluate(parallel, self._dataset, self._comm)
+        loss_at, num_samples = evaluate(models.first.parallel, models.velocity(), self._dataset, self._comm)
         return [StepEvaluation(step, statistics.fmean(loss_at.values()), loss_at, num_samples)]
 
     def is_missing(self, step: int) -> bool:
@@ -60,11 +64,13 @@ class Evaluation(ModelCheck):
         return file is None or not file.exists() or all(row.step != step for row in read_evaluations(file))
 
 
-def evaluate(parallel: ParallelModel, dataset: FeatureDataset, comm: Comm) -> tuple[dict[int, float], int]:
+def evaluate(
+    parallel: ParallelModel, velocity: Velocity, dataset: FeatureDataset, comm: Comm
+) -> tuple[dict[int, float], int]:
     """The loss of a model on all samples of a data set, the same on every rank; samples are spread over the replicas.
 
     Args:
-        parallel: the model, in training or not.
+        parallel: the model, in training or not, for its shape and place. velocity: of it, or of both experts.
         dataset: held-out features.
         comm: all ranks, each of which calls this.
 
@@ -75,7 +81,7 @@ def evaluate(parallel: ParallelModel, dataset: FeatureDataset, comm: Comm) -> tu
         DataError: what reading a sample raises.
     """
     losses = {
-        batch["sample"][0]: [_loss(parallel, batch, timestep) for timestep in TIMESTEPS]
+        batch["sample"][0]: [_loss(parallel, velocity, batch, timestep) for timestep in TIMESTEPS]
         for batch in _samples_of_replica(parallel, dataset)
     }
     everyone = {sample: values for part in comm.all_gather_object(losses) for sample, values in part.items()}
@@ -92,7 +98,7 @@ def _samples_of_replica(parallel: ParallelModel, dataset: FeatureDataset) -> Ite
         yield next(batches)
 
 
-def _loss(parallel: ParallelModel, batch: FeatureBatch, timestep: int) -> float:
+def _loss(parallel: ParallelModel, model: Velocity, batch: FeatureBatch, timestep: int) -> float:
     """Mean squared error of the velocity of one sample; where its task has it, the first latent frame is given."""
     device, flow = parallel.backend.device, FlowMatching(DiffusionConfig())
     clean = batch["latents"].float()
@@ -101,10 +107,10 @@ def _loss(parallel: ParallelModel, batch: FeatureBatch, timestep: int) -> float:
     noisy = flow.noisy(clean, noise, torch.tensor([timestep / 1000]))
     inputs = ModelInputs(noisy, torch.tensor([float(timestep)]), batch["text"], batch["features"])
     learned = torch.ones(clean.shape[2], dtype=torch.bool)
-    if parallel.wan.task.first_frame_share and clean.shape[2] > 1:
+    if parallel.wan.first_frame_share and clean.shape[2] > 1:
         inputs, learned = (
             with_given_frame(inputs, clean[:, :, :1], parallel.wan.patch_size),
             learned_frames(len(learned)),
         )
-    velocity = ParallelVelocity(parallel)(inputs.each(lambda value: value.to(device)))
+    velocity = model(inputs.each(lambda value: value.to(device)))
     return float((velocity.float().cpu() - flow.target(clean, noise))[:, :, learned].square().mean())

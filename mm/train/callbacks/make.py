@@ -65,7 +65,8 @@ def make_checks(run: Run) -> list[ModelCheck]:
         from mm.train.callbacks.rendering import Rendering
 
         processes = Processes(run.mesh, run.backend, run.comm)
-        checks.append(Rendering(run.validation, processes, validation.interval, validation_folder(save)))
+        folder = validation_folder(save)
+        checks.append(Rendering(run.validation, processes, validation.interval, folder, run.sections))
     return checks
 
 

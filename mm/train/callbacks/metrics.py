@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from mm.diffusion.flow import FlowMatching
 from mm.train.callbacks.base import Callback, Every, StepDone
 from mm.train.flops import train_flops
 from mm.train.records import Record, StepMetrics
@@ -27,7 +26,6 @@ class Metrics(Callback):
             run: the run. losses: of the steps before, for their mean.
         """
         self._run, self._recent = run, RunningMean(losses)
-        self._flow = FlowMatching(run.sections.objective)
 
     def after_step(self, done: StepDone) -> Sequence[Record]:
         """Measure a step."""
@@ -62,9 +60,9 @@ class Metrics(Callback):
     def _timesteps(self, done: StepDone) -> list[float]:
         """Timesteps of this replica's samples, which are keyed and so can be drawn again."""
         seed = self._run.sections.training.seed
+        flow = done.models.flows[done.index]
         drawn = [
-            self._flow.draw_timesteps(seed, batch["sample"], batch["draw"], batch.get("place"))[1]
-            for batch in done.batches
+            flow.draw_timesteps(seed, batch["sample"], batch["draw"], batch.get("place"))[1] for batch in done.batches
         ]
         values: list[float] = torch.cat(drawn).tolist()
         return values

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from mm.config.run.generation import GenerationRun
+from mm.config.run.training import TrainingRun
 from mm.data.video import probe, read_frames
 from mm.errors import DataError, raise_all
 from mm.generate.describe import describe_row
 from mm.generate.render import Processes, Renderer, batches_of_replica, usable_rows
 from mm.generate.video import clip_path, prepare_folder, write_clip
-from mm.parallel.apply import ParallelModel
-from mm.parallel.velocity import ParallelVelocity
 from mm.train.callbacks.base import Every, ModelCheck
+from mm.train.models import Models
+from mm.train.other_expert import open_other_expert
 from mm.train.records import Record, RenderedClips
 
 logger = logging.getLogger(__name__)
@@ -26,27 +27,31 @@ logger = logging.getLogger(__name__)
 class Rendering(ModelCheck):
     """Renders the rows of a configuration every `--validation-interval` steps, below a folder of the run."""
 
-    def __init__(self, config: GenerationRun, processes: Processes, interval: int, folder: Path) -> None:
+    def __init__(
+        self, config: GenerationRun, processes: Processes, interval: int, folder: Path, sections: TrainingRun
+    ) -> None:
         """Encode the texts and images once, and see that the VAE can be loaded; every rank does so.
 
         Args:
             config: what to render. processes: where the training runs. interval: in steps.
             folder: gets `step_0000100/video_0000.mp4` and so on; all ranks see it.
+            sections: the training, which may name the other one of two experts.
 
         Raises:
-            ConfigError, DataError: what `mm.generate.render` raises; also for a single row that cannot be used, as
-                nobody would look for it later.
+            ConfigError, DataError: what `mm.generate.render` and `open_other_expert` raise; also for a single row that
+                cannot be used, as nobody would look for it later.
         """
         self.every = Every(interval, at_end=True)
-        self._config, self._processes, self._folder = config, processes, folder
+        self._config, self._processes, self._folder, self._sections = config, processes, folder, sections
+        self._other = open_other_expert(sections, processes)
         self._rows, bad = usable_rows(config, processes)
         raise_all(DataError, [row.problem for row in bad])
         self._renderer = Renderer(config, processes, batches_of_replica(self._rows, processes, 1, together=True))
         self._renderer.load_video_encoder()
 
-    def look(self, parallel: ParallelModel, step: int) -> Sequence[Record]:
+    def look(self, models: Models, step: int) -> Sequence[Record]:
         """Render; raises what `render` raises."""
-        paths = self.render(parallel, step)
+        paths = self.render(models, step)
         if self._processes.comm.rank != 0:
             return ()
         clips = {path.stem: clip for path in paths if (clip := _read(path)) is not None}
@@ -56,10 +61,10 @@ class Rendering(ModelCheck):
         """Notice that a clip of a step is not there."""
         return not all(path.exists() for path in self.paths(step))
 
-    def render(self, parallel: ParallelModel, step: int) -> list[Path]:
+    def render(self, models: Models, step: int) -> list[Path]:
         """Render and write all clips; every rank calls it.
 
-        The VAE is on the device only meanwhile.
+        The VAE is on the device only meanwhile, and so is the other expert of one in training.
 
         Returns:
             The clips of all rows, in their order, when all are written; the same on every rank.
@@ -71,7 +76,10 @@ class Rendering(ModelCheck):
         folder = paths[0].parent
         prepare_folder(folder)  # clips of a step that is run again are replaced
         video = self._renderer.load_video_encoder()
-        for row, frames in self._renderer.clips(ParallelVelocity(parallel), video, lambda rows: None):
+        velocity = models.velocity()
+        if self._other is not None:
+            velocity = self._other.beside(velocity, self._sections, self._processes)
+        for row, frames in self._renderer.clips(velocity, video, lambda rows: None):
             about = {**describe_row(row, self._config), "step": step, "seed": self._config.generation.seed}
             write_clip(clip_path(folder, row.index), frames, self._config.output.fps, about)
         self._processes.comm.barrier()

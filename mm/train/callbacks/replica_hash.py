@@ -21,5 +21,6 @@ class ReplicaHash(Callback):
         Raises:
             ReplicaError: NUM-003, on every rank.
         """
-        require_equal_replicas(done.parallel, done.step)
+        for model in done.models.each():
+            require_equal_replicas(model.parallel, done.step)
         return ()
