@@ -7,7 +7,7 @@ looks into this script's folder first; `mm/isolated.py` says why and runs the co
 import os
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
 if __name__ == "__main__":
     command = [sys.executable, os.path.join(ROOT, "mm", "isolated.py"), "mm.cli.zero_to_bf16", *sys.argv[1:]]

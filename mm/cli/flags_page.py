@@ -18,9 +18,10 @@ from mm.cli.migrate_shards import MigrateShardsFlags
 from mm.cli.plot import PlotFlags
 from mm.cli.score import ScoreFlags
 from mm.cli.ui import UiFlags
+from mm.cli.videox_fun_sizes import SizeFlags
 from mm.cli.zero_to_bf16 import ZeroFlags
 from mm.config.flag_help import FlagText, flag_groups
-from mm.config.flags import Flags, flag_name
+from mm.config.flags import Flags
 from mm.dialects.mindspeed.extract_files import ExtractFlags
 from mm.dialects.mindspeed.generate_flags import GenerateFlags
 from mm.dialects.mindspeed.train_flags import TrainFlags
@@ -47,6 +48,7 @@ PROGRAMS: dict[str, type[Flags]] = {
     "mm score": ScoreFlags,
     "mm ui": UiFlags,
     "scripts/zero_to_bf16.py": ZeroFlags,
+    "scripts/process_json_add_width_and_height.py": SizeFlags,
 }
 """Commands that take flags, in the page's order."""
 
@@ -58,7 +60,7 @@ that read the flags; the descriptions are there.
 A flag that takes nothing is a switch. `--seed 5` and `--seed=5` are the same, the last one counts, and a flag
 that does not exist is an error. Where no default is shown, the description says what happens without the flag. `mm
 convert` also takes its flags with underscores. `mm launch` takes torchrun's flags, `mm doctor compare` two runs,
-`mm doctor costs` one.
+`mm doctor costs` one. VideoX-Fun's training scripts take its flags ([migrating.md](migrating.md#from-videox-fun)).
 """
 
 
@@ -80,17 +82,18 @@ def _section(program: str) -> str:
     for heading, own in groups.items():
         if len(groups) > 1 and own:
             lines.append(f"\n### {heading[0].upper()}{heading[1:]} ({program})")
-        lines += _table(own) if own else []
+        lines += _table(flags, own) if own else []
     return "\n".join(lines)
 
 
-def _table(flags: list[FlagText]) -> list[str]:
-    return ["", "| flag | takes | default | |", "| --- | --- | --- | --- |", *map(_row, flags)]
+def _table(kind: type[Flags], flags: list[FlagText]) -> list[str]:
+    head = ["", "| flag | takes | default | |", "| --- | --- | --- | --- |"]
+    return [*head, *(_row(kind.spelled(flag.field), flag) for flag in flags)]
 
 
-def _row(flag: FlagText) -> str:
+def _row(name: str, flag: FlagText) -> str:
     value = flag.value.replace("|", "`, `").join("``") if flag.value else ""
     takes = ", ".join(part for part in (value + " ..." * flag.several, flag.bounds) if part)
     default = flag.default if flag.default in ("", "required") else f"`{flag.default}`"
     description = flag.description.replace("|", r"\|")
-    return f"| `{flag_name(flag.field)}` | {takes} | {default} | {description} |"
+    return f"| `{name}` | {takes} | {default} | {description} |"

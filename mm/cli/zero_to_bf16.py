@@ -8,9 +8,11 @@ from pathlib import Path
 
 from pydantic import Field
 
+from mm.checkpoint.directory import folder_name
 from mm.cli import convert
 from mm.cli.entry import run
 from mm.config.flags import Flags, parse_flags, words_of_process
+from mm.dialects.videox_fun.command import CHECKPOINT
 
 _RETIRED = {
     "--tag": "Give the folder of the step itself, SAVE_PATH/iter_0000500.",
@@ -47,11 +49,18 @@ def main(argv: Sequence[str]) -> None:
     flags = parse_flags(ZeroFlags, words, program="zero_to_bf16.py", retired=_RETIRED, spelling=SPELLING)
     given = {
         "--mode": convert.ZERO_TO_BF16,
-        "--source_path": str(flags.checkpoint_dir),
+        "--source_path": str(own_checkpoint(flags.checkpoint_dir)),
         "--target_path": str(flags.output_dir),
         "--max_shard_size": flags.max_shard_size,
     }
     convert.main([word for pair in given.items() for word in pair])
+
+
+def own_checkpoint(path: Path) -> Path:
+    """The run's own checkpoint beside `checkpoint-50`, of the same step, where there is one; else the path itself."""
+    match = CHECKPOINT.fullmatch(path.name)
+    beside = path.with_name(folder_name(int(match[1]))) if match is not None else path
+    return beside if beside.is_dir() else path
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from mm.config.base import Section
 
 TimestepSampling = Literal["grid", "logit_normal"]
-LossWeighting = Literal["gaussian", "none"]
+LossWeighting = Literal["gaussian", "none", "sigma_sqrt", "cosmap"]
 
 
 class DiffusionConfig(Section):
@@ -26,7 +26,10 @@ class DiffusionConfig(Section):
             sigma = sigmoid(normal) and then shifts it (Esser et al. 2024, arXiv 2403.03206, section 3.1).
         logit_mean, logit_std: of that normal, only with `logit_normal`. A mean above 0 draws more noise; VideoX-Fun's
             and diffusers' training scripts count the grid from noise to data: their mean is the negative of this one.
-        loss_weighting: `gaussian` favours the middle timesteps; `none` weighs all alike.
+        loss_weighting: `gaussian` favours the middle timesteps; `none` weighs all alike; `sigma_sqrt` and `cosmap` are
+            those of Stable Diffusion 3 (Esser et al. 2024, section 3.1), which favour little noise, and the middle.
+        timestep_slices: `step` cuts the grid into equal slices, one after the other for the samples of a step, so that
+            every step has levels of all kinds (VideoX-Fun's `uniform_sampling`); None: each draws in all of it.
         first_frame_share: share of samples that are given their first latent frame clean, of tasks that have it; None
             for that of the task.
         band_from, band_below: noise levels that are drawn, from the first on and below the second, such as those of one
@@ -42,6 +45,7 @@ class DiffusionConfig(Section):
     logit_mean: float = 0.0
     logit_std: float = Field(1.0, gt=0)
     loss_weighting: LossWeighting = "gaussian"
+    timestep_slices: Literal["step"] | None = None
     first_frame_share: float | None = Field(None, ge=0, le=1)
     band_from: float | None = Field(None, ge=0, le=1)
     band_below: float | None = Field(None, ge=0, le=1)
@@ -53,6 +57,14 @@ class DiffusionConfig(Section):
             raise ValueError(
                 f"{' and '.join(given)} has no effect with timestep_sampling "
                 f'"{self.timestep_sampling}"; remove it or choose "logit_normal"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _slices_need_the_grid(self) -> DiffusionConfig:
+        if self.timestep_slices is not None and self.timestep_sampling != "grid":
+            raise ValueError(
+                f'timestep_slices has no effect with timestep_sampling "{self.timestep_sampling}"; remove one of them'
             )
         return self
 

@@ -28,11 +28,18 @@ class Flags(Section):
     Attributes:
         may_be_empty: fields whose value may be the empty text; a script's unset variable must not be taken for a path.
         groups: headings of the help, each by the first field below it; a heading may begin again.
+        underscores: flags are spelled as their fields are, `--micro_batch_size`.
     """
 
     may_be_empty: ClassVar[frozenset[str]] = frozenset()
     groups: ClassVar[Mapping[str, str]] = {}
+    underscores: ClassVar[bool] = False
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+    @classmethod
+    def spelled(cls, field: str) -> str:
+        """The flag of a field."""
+        return f"--{field}" if cls.underscores else flag_name(field)
 
 
 FlagsT = TypeVar("FlagsT", bound=Flags)
@@ -89,11 +96,12 @@ def parse_flag_parts(
     unread = {name for name, value in values.items() if isinstance(value, Unread)}
     values = {name: value for name, value in values.items() if name not in unread}
     unsure: set[Place] = {(name,) for name in unread}
-    problems += _unknown(rest, list(flags.model_fields), retired or {})
-    unsure |= {(name,) for name in _meant(rest, list(flags.model_fields), retired or {}) if name not in values}
+    known = {flags.spelled(field): field for field in flags.model_fields}
+    problems += _unknown(rest, list(known), retired or {})
+    unsure |= {(name,) for name in _meant(rest, known, retired or {}) if name not in values}
     for name, value in values.items():
         if name not in flags.may_be_empty and (value == "" or (isinstance(value, list) and "" in value)):
-            problems.append(Problem("CFG-005", f"{flag_name(name)} is empty.", "Give it a value, or leave it out."))
+            problems.append(Problem("CFG-005", f"{flags.spelled(name)} is empty.", "Give it a value, or leave it out."))
             unsure.add((name,))
     try:
         checked = flags.model_validate(values)
@@ -144,7 +152,7 @@ def flag_name(field: str) -> str:
 def _build_parser(flags: type[Flags], program: str) -> argparse.ArgumentParser:
     groups = flag_groups(flags)
     required = [flag for group in groups.values() for flag in group if flag.default == REQUIRED]
-    usage = " ".join([program, *(f"{flag_name(flag.field)} {flag.value}" for flag in required), "[flags]"])
+    usage = " ".join([program, *(f"{flags.spelled(flag.field)} {flag.value}" for flag in required), "[flags]"])
     parser = _Parser(
         prog=program, usage=usage, description=flags.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
@@ -155,11 +163,13 @@ def _build_parser(flags: type[Flags], program: str) -> argparse.ArgumentParser:
             if flag.remark:
                 help_text += f" ({flag.remark})"
             if not flag.value:
-                section.add_argument(flag_name(flag.field), action="store_true", help=help_text)
+                section.add_argument(flags.spelled(flag.field), action="store_true", help=help_text)
             elif flag.several:
-                section.add_argument(flag_name(flag.field), nargs="+", metavar=_one_word(flag.value), help=help_text)
+                section.add_argument(
+                    flags.spelled(flag.field), nargs="+", metavar=_one_word(flag.value), help=help_text
+                )
             else:
-                section.add_argument(flag_name(flag.field), metavar=flag.value, help=help_text)
+                section.add_argument(flags.spelled(flag.field), metavar=flag.value, help=help_text)
     return parser
 
 
@@ -176,9 +186,8 @@ def _respell(argv: Sequence[str], spelling: Mapping[str, str]) -> list[str]:
     return words
 
 
-def _unknown(rest: Sequence[str], fields: list[str], retired: Mapping[str, str]) -> list[Problem]:
+def _unknown(rest: Sequence[str], known: list[str], retired: Mapping[str, str]) -> list[Problem]:
     problems = []
-    known = [flag_name(field) for field in fields]
     after_unknown = False
     for word in rest:
         name = word.split("=")[0]
@@ -198,9 +207,8 @@ def _unknown(rest: Sequence[str], fields: list[str], retired: Mapping[str, str])
     return problems
 
 
-def _meant(rest: Sequence[str], fields: Sequence[str], retired: Mapping[str, str]) -> set[str]:
+def _meant(rest: Sequence[str], known: Mapping[str, str], retired: Mapping[str, str]) -> set[str]:
     """The fields that mistyped flags, and flags by another system's name, stand for."""
-    known = {flag_name(field): field for field in fields}
     names = {word.split("=")[0] for word in rest if word.startswith("--")} - retired.keys()
     return {known[here] for name in names if (here := name_here(name, known) or closest(name, list(known)))}
 
@@ -210,7 +218,7 @@ def _as_flag(problem: Problem, flags: type[Flags]) -> Problem:
     message = problem.message
     place = re.search(r'"([^".]+)[^"]*"', message)  # the first in quotes; a value, which comes later, may look alike
     if place is not None and place[1] in flags.model_fields:
-        message = message[: place.start()] + flag_name(place[1]) + message[place.end() :]
+        message = message[: place.start()] + flags.spelled(place[1]) + message[place.end() :]
     message = message.replace("command line lacks the key", "The command line lacks").replace("command line: ", "")
     return Problem(problem.id, message, problem.remedy.replace("Add it.", "Give the flag; see --help."))
 

@@ -49,12 +49,14 @@ class _Notes(TypedDict, total=False):
         noise: [b, 16, F, H, W] fp32, `mm.rng.training_noise` of each sample.
         index: of samples that were read, where they are in the data set.
         without_caption: of samples that were read, whether each has the empty caption in place of its own.
+        place: of samples that were dealt, of each its number in the step, from 0, and the samples of the step.
     """
 
     replaced: list[str]
     noise: Tensor
     index: list[int]
     without_caption: list[bool]
+    place: list[tuple[int, int]]
 
 
 class FeatureBatch(_Notes):
@@ -185,7 +187,7 @@ class _Draws:
         if not self._policy.skips:
             return None
         first = old.sample.index if old.instead_of is None else old.first_index
-        sample = self._plan.next_in_epoch(old.sample)
+        sample = replace(self._plan.next_in_epoch(old.sample), place=old.sample.place)
         if sample.index == first:  # once around: no sample is whole
             return None
         new = self.draw(sample, old.instead_of or Replaced(old.name, error.problems[0]), first)
@@ -346,6 +348,7 @@ def _batches(
                 "features": {name: tensors[name] for name in draws.features},
                 "index": [draw.sample.index for draw in drawn],
                 "without_caption": [not draw.kept.text for draw in drawn],
+                "place": [draw.sample.place for draw in drawn],
             }
             if "noise" in tensors:
                 batch["noise"] = tensors["noise"]

@@ -12,6 +12,7 @@ class _Notes(TypedDict, total=False):
     """Entries that only some micro-batches have, as in `FeatureBatch`."""
 
     replaced: list[str]
+    place: list[tuple[int, int]]
 
 
 class PackedBatch(_Notes):
@@ -41,6 +42,8 @@ def pack(samples: Sequence[FeatureBatch]) -> PackedBatch:
     replaced = [name for sample in samples for name in sample.get("replaced", [])]
     if replaced:
         packed["replaced"] = replaced
+    if all("place" in sample for sample in samples):
+        packed["place"] = [place for sample in samples for place in sample["place"]]
     return packed
 
 

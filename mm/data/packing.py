@@ -11,7 +11,7 @@ from mm.data.balance import SequenceCost, deal, least_time, replica_time
 from mm.data.dataset import FeatureDataset
 from mm.data.files import raise_limited
 from mm.data.plan import PlannedSample, SamplingPlan
-from mm.data.sampler import BatchPlan, DealtStep
+from mm.data.sampler import BatchPlan, DealtStep, in_step
 from mm.errors import Problem
 
 _CLOSE = 1.02
@@ -58,7 +58,8 @@ class PackSampler:
             mine = packs[batches.dp_rank]
             most = max(len(sequence) for replica in packs for sequence in replica)
             self._dealt.append(DealtStep(tuple(map(len, mine)), most, tuple(tokens)))
-            yield from (self._plan.group(first + number) for sequence in mine for number in sequence)
+            for number in (number for sequence in mine for number in sequence):
+                yield in_step(self._plan.group(first + number), number, len(tokens))
 
 
 def pack_step(

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
@@ -37,12 +37,14 @@ class PlannedSample:
     Attributes:
         index: in the data set. draw: how often it came before, in any of its draws; the key of its random numbers.
         walk: (source, bucket). position: in that bucket's walk.
+        place: in the step that it is dealt in, from 0, and the samples of that step.
     """
 
     index: int
     draw: int
     walk: tuple[int, int]
     position: int
+    place: tuple[int, int] = field(default=(0, 1), compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain, count
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain, count
 
 from mm.data.balance import deal
 from mm.data.plan import PlannedSample, SamplingPlan
@@ -116,4 +116,11 @@ class MicroBatchSampler:
                 mine = deal(costs, batches.dp_size, batches.num_stages)[batches.dp_rank]
             sizes = tuple(len(tokens[number]) for number in mine)
             self._dealt.append(DealtStep(sizes, max(map(len, tokens)), tuple(chain(*tokens))))
-            yield from (self._plan.group(slots[number]) for number in mine)
+            begins, total = [0, *accumulate(map(len, tokens))], sum(map(len, tokens))
+            for number in mine:
+                yield in_step(self._plan.group(slots[number]), begins[number], total)
+
+
+def in_step(group: Sequence[PlannedSample], first: int, total: int) -> list[PlannedSample]:
+    """Samples that follow each other in a step of so many, the first of them at this place in it."""
+    return [replace(sample, place=(place, total)) for place, sample in enumerate(group, first)]

@@ -166,3 +166,8 @@ def _device_count(kind: DeviceKind) -> int:
             return 0
     module = getattr(torch, kind, None)
     return int(module.device_count()) if module is not None and module.is_available() else 0
+
+
+def visible_devices() -> int:
+    """Number of accelerators of this machine that a process may use; 0 where there is the CPU alone."""
+    return max(_device_count("npu"), _device_count("cuda"))

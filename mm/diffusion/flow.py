@@ -7,6 +7,7 @@ x = (1 - sigma) x0 + sigma e, and the model learns the velocity dx/dsigma = e - 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -17,6 +18,8 @@ from mm.config.diffusion import DiffusionConfig
 from mm.rng import generator, training_noise
 
 SampleId = int | str
+PlaceInStep = tuple[int, int]
+"""Number of a sample in its step, from 0, and the samples of the step."""
 
 
 class FlowMatching:
@@ -25,7 +28,7 @@ class FlowMatching:
     Attributes:
         sigmas: [N] fp32, the shifted grid of noise levels, from pure noise downwards.
         timesteps: [N] fp32, `num_train_timesteps * sigmas`.
-        weights: [N] fp32, the loss weight at each timestep; their mean is 1.
+        weights: [N] fp32, the loss weight at each timestep; with `gaussian` their mean is 1.
     """
 
     def __init__(self, config: DiffusionConfig) -> None:
@@ -54,23 +57,30 @@ class FlowMatching:
         return float(high - low)
 
     def draw_timesteps(
-        self, seed: int, samples: Sequence[SampleId], draws: Sequence[int]
+        self,
+        seed: int,
+        samples: Sequence[SampleId],
+        draws: Sequence[int],
+        places: Sequence[PlaceInStep] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Draw one noise level for each sample of a batch.
 
-        Each depends on (seed, sample, draw) alone, so neither the batch's make-up nor the rank changes it.
+        Each depends on (seed, sample, draw) alone, and with slices on its place in the step: neither the batch's
+        make-up nor the rank changes it.
 
         Args:
             seed: the run's seed.
             samples: identity of each sample in the data set.
             draws: how often each sample was drawn before.
+            places: of each in its step, by which it has its slice; None for samples of no step, which have no slices.
 
         Returns:
             sigma [B], timestep [B] and loss weight [B], fp32 on the CPU.
         """
-        draw_one = self._draw_grid if self.config.timestep_sampling == "grid" else self._draw_logit_normal
+        sliced = places is not None and self.config.timestep_slices is not None
+        each = zip(samples, draws, places if sliced and places is not None else [None] * len(samples), strict=True)
         sigma = torch.stack(
-            [draw_one(generator(seed, "timestep", sample, draw)) for sample, draw in zip(samples, draws, strict=True)]
+            [self._draw_sigma(generator(seed, "timestep", sample, draw), place) for sample, draw, place in each]
         )
         timestep = self.config.num_train_timesteps * sigma
         return sigma.float(), timestep.float(), self.weight_of(timestep).float()
@@ -130,18 +140,32 @@ class FlowMatching:
         """Loss weight at any timesteps in [0, num_train_timesteps], of their shape and type.
 
         `gaussian`: exp(-2 ((t - N/2) / N)^2), lowered so that the grid's least weight is 0 and scaled so that the
-        grid's mean is 1. Pure noise (t = N) therefore has weight 0.
+        grid's mean is 1. Pure noise (t = N) therefore has weight 0. `sigma_sqrt`: 1 / sigma^2. `cosmap`:
+        2 / (pi (1 - 2 sigma + 2 sigma^2)).
         """
-        if self.config.loss_weighting == "none":
-            return torch.ones_like(timestep)
-        return (self._bell(timestep) - self._bell_floor) / self._bell_mean
+        sigma = timestep / self.config.num_train_timesteps
+        match self.config.loss_weighting:
+            case "none":
+                return torch.ones_like(timestep)
+            case "sigma_sqrt":
+                return sigma**-2.0
+            case "cosmap":
+                return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+            case "gaussian":
+                return (self._bell(timestep) - self._bell_floor) / self._bell_mean
 
     def _bell(self, timestep: Tensor) -> Tensor:
         steps = self.config.num_train_timesteps
         return torch.exp(-2 * ((timestep - steps / 2) / steps) ** 2)
 
-    def _draw_grid(self, source: torch.Generator) -> Tensor:
-        return self._drawn[torch.randint(len(self._drawn), (), generator=source)]
+    def _draw_sigma(self, source: torch.Generator, place: PlaceInStep | None) -> Tensor:
+        if self.config.timestep_sampling != "grid":
+            return self._draw_logit_normal(source)
+        levels = self._drawn
+        if place is not None:
+            begin, end = slice_of_step(*place, len(levels))
+            levels = levels[begin:end]
+        return levels[torch.randint(len(levels), (), generator=source)]
 
     def _draw_logit_normal(self, source: torch.Generator) -> Tensor:
         if self.config.band_from is None and self.config.band_below is None:
@@ -162,6 +186,23 @@ class FlowMatching:
         even = limits / (self.config.shift - (self.config.shift - 1) * limits)  # `shift_sigma` undone
         low, high = torch.special.ndtr((torch.logit(even) - self.config.logit_mean) / self.config.logit_std)
         return low, high
+
+
+def slice_of_step(place: int, samples: int, levels: int) -> tuple[int, int]:
+    """The slice of a schedule that a sample of a step draws from, as its first index and the one behind its last.
+
+    There are as many slices as samples where the levels divide by that; else as many as divide both, and samples that
+    follow each other share one.
+
+    Args:
+        place: of the sample in its step, from 0. samples: of the step. levels: of the schedule.
+
+    Source: VideoX-Fun's DiscreteSampling, with a sample of the step in the place of a process.
+    """
+    sharing = next(n for n in range(1, samples + 1) if samples % n == 0 and levels % (samples // n) == 0)
+    size = levels // (samples // sharing)
+    begin = place // sharing * size
+    return begin, begin + size
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:

@@ -26,7 +26,7 @@ from mm.config.recompute import Recompute
 from mm.data.loader import FeatureBatch
 from mm.data.packed import MicroBatch, pack
 from mm.device.backend import Backend, select
-from mm.diffusion.flow import FlowMatching, SampleId
+from mm.diffusion.flow import FlowMatching, PlaceInStep, SampleId
 from mm.doctor import formulas
 from mm.doctor import memory_tracker as memory
 from mm.doctor.fake_job import FakeTensors, fake_job
@@ -290,7 +290,11 @@ class _Undrawn(FlowMatching):
     """Timesteps without a value: choosing one from the grid reads a random number on the host."""
 
     def draw_timesteps(
-        self, seed: int, samples: Sequence[SampleId], draws: Sequence[int]
+        self,
+        seed: int,
+        samples: Sequence[SampleId],
+        draws: Sequence[int],
+        places: Sequence[PlaceInStep] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Three [B]."""
         return torch.empty(len(samples)), torch.empty(len(samples)), torch.empty(len(samples))

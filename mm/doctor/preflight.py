@@ -287,8 +287,9 @@ def draws(dataset: FeatureDataset, plan: SamplingPlan, flow: FlowMatching, seed:
         groups: micro-batches of the step, in all replicas.
     """
     samples = [sample for slot in range(groups) for sample in plan.group(slot)]
+    places = [(number, len(samples)) for number in range(len(samples))]
     names, epochs = [dataset.name(sample.index) for sample in samples], [sample.draw for sample in samples]
-    _, timesteps, _ = flow.draw_timesteps(seed, names, epochs)
+    _, timesteps, _ = flow.draw_timesteps(seed, names, epochs, places)
     noise = flow.draw_noise(seed, names[:1], epochs[:1], dataset.latent_shape(samples[0].index))
     return hashlib.sha256(repr(names).encode() + timesteps.numpy().tobytes() + noise.numpy().tobytes()).hexdigest()[:16]
 

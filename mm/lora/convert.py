@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from mm.checkpoint.identity import identity
 from mm.checkpoint.weights import open_weights
 from mm.config.model import WanConfig
 from mm.lora.adapter import Adapter, merge_tensor, require_fit
-from mm.lora.files import read_adapter, write_adapter
+from mm.lora.files import Family, read_adapter, write_adapter
 from mm.lora.mindspeed import read_mindspeed, write_mindspeed
 from mm.lora.record import BASE_IDENTITY, adapter_of
 from mm.lora.targets import every_linear
@@ -45,7 +44,7 @@ def read_any(at: Path | Found, *, averaged: bool = False) -> Adapter:
     return read_mindspeed(found) if found.format == mindspeed.FORMAT else read_adapter(found)
 
 
-def write_file(source: Path, target: Path, family: Literal["peft", "comfyui"], *, averaged: bool = False) -> None:
+def write_file(source: Path, target: Path, family: Family, *, averaged: bool = False) -> None:
     """Write an adapter of any format as one file; raises what `read_any` and `write_adapter` raise."""
     adapter = read_any(source, averaged=averaged)
     write_adapter(target, adapter, family)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -29,12 +29,16 @@ COMFYUI_FILE = "lora_comfyui.safetensors"
 PEFT_CONFIG_FILE = "adapter_config.json"
 """The name under which PEFT writes an adapter's configuration."""
 COMFYUI_PREFIX = "diffusion_model."
+KOHYA_PREFIX = "lora_unet__"
+"""As VideoX-Fun spells it; kohya's own has one underscore, and readers take both."""
+Family = Literal["peft", "comfyui", "kohya"]
 
 Parts = dict[Part, Tensor]
 
 
-def write_adapter(path: Path, adapter: Adapter, family: Literal["peft", "comfyui"]) -> None:
-    """Write an adapter for diffusers and PEFT, or for ComfyUI, in one step. r and alpha of every linear are in it.
+def write_adapter(path: Path, adapter: Adapter, family: Family) -> None:
+    """Write an adapter for diffusers and PEFT, for ComfyUI, or for VideoX-Fun and kohya, in one step, with r and alpha
+    of every linear.
 
     Args:
         path: must not exist; its folder is made.
@@ -50,7 +54,7 @@ def write_adapter(path: Path, adapter: Adapter, family: Literal["peft", "comfyui
     if path.exists() or path.is_symlink():
         remedy = "Choose another target."
         raise CheckpointError("CKPT-020", f"The target {path} exists.", remedy)
-    tensors, header = (_peft if family == "peft" else _comfyui)(adapter)
+    tensors, header = _WRITTEN[family](adapter)
     draft = path.with_name(temporary_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,12 +142,27 @@ def _peft(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _comfyui(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+    return _down_and_up(adapter, lambda name: f"{COMFYUI_PREFIX}{name}"), {}
+
+
+def _kohya(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+    return _down_and_up(adapter, lambda name: KOHYA_PREFIX + name.replace(".", "_")), {}
+
+
+def _down_and_up(adapter: Adapter, spelled: Callable[[str], str]) -> dict[str, Tensor]:
     tensors = {}
     for name, update in adapter.updates.items():
-        tensors[f"{COMFYUI_PREFIX}{name}.lora_down.weight"] = update.a.detach().cpu().contiguous()
-        tensors[f"{COMFYUI_PREFIX}{name}.lora_up.weight"] = update.b.detach().cpu().contiguous()
-        tensors[f"{COMFYUI_PREFIX}{name}.alpha"] = torch.tensor(update.alpha, dtype=torch.float32)
-    return tensors, {}
+        tensors[f"{spelled(name)}.lora_down.weight"] = update.a.detach().cpu().contiguous()
+        tensors[f"{spelled(name)}.lora_up.weight"] = update.b.detach().cpu().contiguous()
+        tensors[f"{spelled(name)}.alpha"] = torch.tensor(update.alpha, dtype=torch.float32)
+    return tensors
+
+
+_WRITTEN: dict[Family, Callable[[Adapter], tuple[dict[str, Tensor], dict[str, str]]]] = {
+    "peft": _peft,
+    "comfyui": _comfyui,
+    "kohya": _kohya,
+}
 
 
 def _contents(files: Mapping[Path, Header]) -> tuple[dict[str, str], dict[str, Tensor]]:

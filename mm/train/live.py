@@ -30,7 +30,7 @@ from mm.supervise.watchdog import Watchdog
 if TYPE_CHECKING:
     from mm.extract.live.opening import LiveStores
 
-_OF_BATCH = ("sample", "draw", "index", "without_caption", "replaced")
+_OF_BATCH = ("sample", "draw", "index", "without_caption", "replaced", "place")
 
 
 @contextmanager

@@ -197,10 +197,10 @@ class NumericsGuard:
         return "sample " + _listed([text for loss, text in found if not math.isfinite(loss)])
 
     def _timesteps(self, batch: MicroBatch) -> list[float]:
-        return [
-            float(t)
-            for t in self._flow.draw_timesteps(self._run.sections.training.seed, batch["sample"], batch["draw"])[1]
-        ]
+        seed = self._run.sections.training.seed
+        drawn = self._flow.draw_timesteps(seed, batch["sample"], batch["draw"], batch.get("place"))[1]
+        values: list[float] = drawn.tolist()
+        return values
 
     def _norms(self, squares: Tensor) -> dict[str, float | str]:
         norms = squares.double().sqrt().tolist()

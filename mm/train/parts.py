@@ -57,7 +57,8 @@ def draw_parts(
     """The parts of each segment, with noise levels drawn for its samples; on the device."""
     names = [name for segment in segments for name in segment["sample"]]
     draws = [draw for segment in segments for draw in segment["draw"]]
-    rows = [*flow.draw_timesteps(seed, names, draws)]
+    places = [place for segment in segments for place in segment.get("place", ())]
+    rows = [*flow.draw_timesteps(seed, names, draws, places or None)]
     if wan.first_frame_share:
         rows.append(flow.draw_given_frames(seed, names, draws, wan.first_frame_share))
     counts = [len(segment["sample"]) for segment in segments]

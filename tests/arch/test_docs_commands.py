@@ -18,6 +18,8 @@ from mm.dialects.mindspeed.extract_files import RETIRED_EXTRACT_FLAGS, ExtractFl
 from mm.dialects.mindspeed.generate_flags import GenerateFlags
 from mm.dialects.mindspeed.inference_retired import RETIRED_GENERATE_FLAGS
 from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, TrainFlags
+from mm.dialects.videox_fun.accelerate_flags import AccelerateFlags
+from mm.dialects.videox_fun.scripts import SCRIPTS as OF_VIDEOX_FUN
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
@@ -107,7 +109,8 @@ def test_a_command_that_a_page_shows_can_be_given(shown: Command) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_flag_that_a_page_names_exists(page: Path) -> None:
     """Ours, or one of another system that is told to have another name or no effect."""
-    known = set().union(*map(known_flags, PROGRAMS.values()))
+    of_videox_fun = [AccelerateFlags, *(script.flags for script in OF_VIDEOX_FUN.values())]
+    known = set().union(*map(known_flags, [*PROGRAMS.values(), *of_videox_fun]))
     known |= (
         set(ACCEPTED_TRAIN_FLAGS) | set(RETIRED_TRAIN_FLAGS) | set(RETIRED_GENERATE_FLAGS) | set(RETIRED_EXTRACT_FLAGS)
     )

@@ -1,11 +1,12 @@
 """The flow-matching objective against published values, closed formulas and statistics."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.training_utils import compute_density_for_timestep_sampling
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
 from mm.config.base import parse
 from mm.config.diffusion import DiffusionConfig
@@ -249,3 +250,12 @@ def test_which_samples_are_given_their_first_frame():
 def test_a_share_that_is_set_is_the_one(share):
     flow = FlowMatching(DiffusionConfig(first_frame_share=share))
     assert flow.draw_given_frames(1, range(200), [0] * 200, 0.5).tolist() == [share] * 200
+
+
+@pytest.mark.parametrize("scheme", ["sigma_sqrt", "cosmap"])
+def test_weights_of_stable_diffusion_3_are_diffusers(scheme: Any) -> None:
+    flow = FlowMatching(DiffusionConfig(shift=5.0, loss_weighting=scheme))
+    theirs = compute_loss_weighting_for_sd3(scheme, flow.sigmas)
+    torch.testing.assert_close(flow.weights, theirs, rtol=1e-5, atol=0)
+    _, timestep, weight = flow.draw_timesteps(3, range(50), [0] * 50)
+    torch.testing.assert_close(weight, compute_loss_weighting_for_sd3(scheme, timestep / 1000), rtol=1e-5, atol=0)

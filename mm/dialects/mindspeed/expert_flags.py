@@ -26,7 +26,7 @@ class ExpertFlags(MeshFlags):
         "experts.load", None, description="--load of the expert for little noise (diffusers' transformer_2)"
     )
     load_base_model_low_noise: str | None = sets(
-        "experts.base", None, description="LoRA: --load-base-model of the expert for little noise"
+        "experts.base", None, description="with LoRA the --load-base-model of the expert for little noise"
     )
     expert_steps: int = sets(
         "experts.steps_in_a_row",

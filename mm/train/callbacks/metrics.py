@@ -61,6 +61,8 @@ class Metrics(Callback):
         """Timesteps of this replica's samples, which are keyed and so can be drawn again."""
         seed = self._run.sections.training.seed
         flow = done.models.flows[done.index]
-        drawn = [flow.draw_timesteps(seed, batch["sample"], batch["draw"])[1] for batch in done.batches]
+        drawn = [
+            flow.draw_timesteps(seed, batch["sample"], batch["draw"], batch.get("place"))[1] for batch in done.batches
+        ]
         values: list[float] = torch.cat(drawn).tolist()
         return values
