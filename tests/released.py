@@ -25,7 +25,7 @@ CLIP_WIDTH, CLIP_TOKENS = 80, 257
 _HIDDEN = 32
 
 
-def released_config(task: str) -> WanConfig:
+def released_config(task: str, num_layers: int = 2) -> WanConfig:
     """Shape of the tiny transformer of a task."""
     declared = TASKS[task]
     seen = bool(declared.made_by(Source.IMAGE_ENCODER))
@@ -34,17 +34,17 @@ def released_config(task: str) -> WanConfig:
     channels = declared.channels(Sizes(16, (1, 1, 1), CLIP_WIDTH if seen else 0, CLIP_TOKENS if seen else 0))
     return WanConfig(
         model_type=task, text_dim=TEXT_DIM, in_dim=16 + channels, hidden_size=_HIDDEN, ffn_dim=64, num_heads=2,
-        num_layers=2, freq_dim=32, **images, **side,
+        num_layers=num_layers, freq_dim=32, **images, **side,
     )  # fmt: skip
 
 
-def write_release(folder: Path, model_id: str, task: str, *, shards: int = 1) -> Path:
+def write_release(folder: Path, model_id: str, task: str, *, shards: int = 1, num_layers: int = 2) -> Path:
     """A transformer in native names with its config.json, in as many files.
 
     Returns:
         The model's folder.
     """
-    wan, home = released_config(task), folder / model_id
+    wan, home = released_config(task, num_layers), folder / model_id
     home.mkdir(parents=True, exist_ok=True)
     source = torch.Generator().manual_seed(0)
     weights = {

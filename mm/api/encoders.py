@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -15,6 +16,8 @@ from mm.wan.encoders import TextEncoder, VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
 
 Folder = str | Path
+AnyEncoder = VideoEncoder | TextEncoder | ImageEncoder
+EncoderT = TypeVar("EncoderT", VideoEncoder, TextEncoder, ImageEncoder)
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Encoders:
         text_dtype, visual_dtype: of the text encoder, and of the VAE and the image encoder, where a folder is loaded.
         tiling: the VAE works in overlapping tiles, which saves memory and costs time: True, or their sizes.
         tile_blend: the way in which tiles are put together.
+        wait: those that are loaded wait on the CPU, and are on the device only while they are needed.
     """
 
     vae: Folder | VideoEncoder
@@ -38,6 +42,7 @@ class Encoders:
     visual_dtype: Precision = "fp32"
     tiling: bool | Tiles = False
     tile_blend: TileBlend = "neighbours"
+    wait: bool = False
 
     @classmethod
     def of(
@@ -66,7 +71,7 @@ class Encoders:
     def load_vae(self, device: torch.device) -> VideoEncoder:
         """The VAE; DATA-040 to DATA-042 where it cannot be loaded."""
         if isinstance(self.vae, VideoEncoder):
-            return self.vae
+            return self._come(self.vae, device)
         tiles = self.tiling if isinstance(self.tiling, Tiles) else Tiles() if self.tiling else None
         return VideoEncoder.from_pretrained(Path(self.vae), self.visual_dtype, device, tiles, self.tile_blend)
 
@@ -77,7 +82,7 @@ class Encoders:
             ConfigError: CFG-200 for a folder without its tokenizer.
         """
         if isinstance(self.text_encoder, TextEncoder):
-            return self.text_encoder
+            return self._come(self.text_encoder, device)
         if self.tokenizer is None:
             raise ConfigError("CFG-200", f"{self.text_encoder} has no tokenizer.", "Give tokenizer= beside it.")
         folders = Path(self.text_encoder), Path(self.tokenizer)
@@ -90,11 +95,21 @@ class Encoders:
             ConfigError: CFG-200 where there is none.
         """
         if isinstance(self.image_encoder, ImageEncoder):
-            return self.image_encoder
+            return self._come(self.image_encoder, device)
         if self.image_encoder is None:
             message = "The task has frames that are given, and there is no image encoder."
             raise ConfigError("CFG-200", message, "Give image_encoder=, the folder of that name of an I2V model.")
         return ImageEncoder.from_pretrained(Path(self.image_encoder), self.visual_dtype, device)
+
+    def leave(self, encoder: AnyEncoder) -> None:
+        """Take an encoder off the device that was loaded before, where such wait."""
+        if self.wait:
+            encoder.to(torch.device("cpu"))
+
+    def _come(self, encoder: EncoderT, device: torch.device) -> EncoderT:
+        if self.wait:
+            encoder.to(device)
+        return encoder
 
 
 def name_of(encoder: object, kind: str) -> str:

@@ -186,6 +186,7 @@ def _generate(
             ]
             latents = sample(model, vae, plan, conditions, without, on_step=on_step)
             found += decode(vae, latents, plan.size, name_of(encoders.vae, "VAE"))
+    encoders.leave(vae)
     return found
 
 
@@ -228,6 +229,7 @@ def _encode_texts(
         found = f"The text encoder gives up to {encoder.max_length} tokens, more than the model's {plan.wan.text_len}."
         raise ConfigError("CFG-064", found, "Load it with that max_length, or the model with another text_len.")
     texts, without = encode_prompts(encoder, prompts, negative)
+    encoders.leave(encoder)
     for features in texts[:1]:
         require_text_fits(name_of(encoders.text_encoder, "text encoder"), features, plan.wan)
     return texts, without
@@ -241,4 +243,7 @@ def _early_features(
         encoder = encoders.load_image_encoder(plan.device)
         require_image_encoder_fits(name_of(encoders.image_encoder, "image encoder"), encoder, plan.wan)
     early = EarlyFeatures(plan.wan, encoder)
-    return [early.of(of_prompt) for of_prompt in given]
+    found = [early.of(of_prompt) for of_prompt in given]
+    if encoder is not None:
+        encoders.leave(encoder)
+    return found

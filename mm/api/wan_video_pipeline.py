@@ -5,6 +5,7 @@ The call's parameters are that system's; what computes is `mm.api.generation`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,20 +23,25 @@ from mm.api.pipeline_parameters import ClipParameters, fitted, fitted_video
 from mm.api.pipeline_parts import Parts, find_parts
 from mm.checkpoint.identify import identify
 from mm.checkpoint.weights import WeightSource
-from mm.config.model import Precision
+from mm.config.base import parse
+from mm.config.model import Precision, WanConfig
+from mm.config.rules.residency import residency_problems
 from mm.config.run.encoders import Tiles
 from mm.config.run.generation import latent_size
+from mm.config.run.residency import Residency
 from mm.config.tasks.task import Source
 from mm.device.backend import Backend, select
-from mm.errors import ConfigError
-from mm.generate.weights import GenerationWeights
+from mm.errors import ConfigError, raise_all
+from mm.generate.weights import Fp8, GenerationWeights
 from mm.lora.adapter import Adapter, require_fit
 from mm.lora.convert import read_any
-from mm.lora.targets import every_linear
+from mm.lora.targets import every_linear, linears_of
 from mm.poses import direction_rows
 from mm.wan.encoders import DTYPES, TextEncoder, VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
 from mm.wan.model import WanModel
+
+log = logging.getLogger(__name__)
 
 _TOKENIZER = ModelConfig(model_id="Wan-AI/Wan2.1-T2V-1.3B", origin_file_pattern="google/*")
 _PRECISIONS: dict[torch.dtype, Precision] = {dtype: name for name, dtype in DTYPES.items()}
@@ -49,16 +55,25 @@ class WanVideoPipeline:
         device, torch_dtype: where and in what they compute.
     """
 
-    def __init__(self, parts: Parts, backend: Backend, dtype: Precision) -> None:
-        """Load what `find_parts` has found; see `from_pretrained`."""
+    def __init__(
+        self, parts: Parts, backend: Backend, dtype: Precision, *, encoders_wait: bool = False, fp8: bool = False
+    ) -> None:
+        """Load what `find_parts` has found; see `from_pretrained`.
+
+        Args:
+            parts: the models. backend: the device. dtype: of weights and arithmetic.
+            encoders_wait: on the CPU until they are needed. fp8: the linears of the transformer's blocks are in 8 bits.
+        """
         self.device, self.torch_dtype = backend.device, DTYPES[dtype]
         self._source: WeightSource = parts.transformer
         self._adapters: list[tuple[Adapter, float]] = []
-        config = config_of(self._source)
+        self._backend, self._fp8, self._residency = backend, fp8, Residency()
+        self._encoders_wait = encoders_wait
+        config, place = config_of(self._source), torch.device("cpu") if encoders_wait else self.device
         self.dit: WanModel = model_of(self._weights(), config, self.torch_dtype, backend)
-        self.text_encoder: TextEncoder = parts.load_text_encoder(dtype, self.device, config.text_len)
-        self.vae: VideoEncoder = parts.load_vae(dtype, self.device)
-        self.image_encoder: ImageEncoder | None = parts.load_image_encoder(dtype, self.device)
+        self.text_encoder: TextEncoder = parts.load_text_encoder(dtype, place, config.text_len)
+        self.vae: VideoEncoder = parts.load_vae(dtype, place)
+        self.image_encoder: ImageEncoder | None = parts.load_image_encoder(dtype, place)
 
     @classmethod
     def from_pretrained(
@@ -97,7 +112,60 @@ class WanVideoPipeline:
         parts = find_parts(
             model_configs, tokenizer_config, folder, may_download=not skip_download, shared=redirect_common_files
         )
-        return cls(parts, backend, _PRECISIONS[torch_dtype])
+        waits = any(config.offload_device is not None for config in model_configs)
+        fp8 = any(config.offload_dtype == torch.float8_e4m3fn for config in model_configs)
+        return cls(parts, backend, _PRECISIONS[torch_dtype], encoders_wait=waits, fp8=fp8)
+
+    def enable_vram_management(
+        self,
+        vram_limit: float | None = None,
+        vram_buffer: float = 0.5,
+        num_persistent_param_in_dit: int | None = None,
+    ) -> None:
+        """Let blocks of the transformer wait in host memory, from where they are copied one ahead of the computation.
+
+        Encoders wait on the CPU from now on, and are on the device only while they are needed.
+
+        Args:
+            vram_limit: GiB of the device that generation may take; None for what is free. What cannot be kept becomes
+                the least that is possible, with a warning.
+            vram_buffer: GiB of it that are left free. num_persistent_param_in_dit: parameters that stay on the device,
+                in place of a limit.
+
+        Raises:
+            ConfigError: CFG-005 and CFG-371 for limits that make no sense, CFG-374 where the host has no room.
+        """
+        limit, values = self._limit(vram_limit), dict[str, Any]()
+        if num_persistent_param_in_dit is not None:
+            values = {"staying_parameters": num_persistent_param_in_dit}
+        elif limit is not None:
+            values = {"device_limit": f"{limit}MiB", "device_buffer": f"{int(vram_buffer * 1024)}MiB"}
+        self._residency = parse(Residency, values, "enable_vram_management")
+        raise_all(ConfigError, list(residency_problems(self._residency, lambda field: field)))
+        self._encoders_wait = True
+        for encoder in (self.text_encoder, self.vae, self.image_encoder):
+            if encoder is not None:
+                encoder.to(torch.device("cpu"))
+        config = self.dit.config
+        del self.dit  # two would not fit
+        try:
+            self._rebuild(config)
+        except ConfigError as error:
+            if error.id != "CFG-373":
+                raise
+            log.warning("%s All blocks are copied.", error.problems[0].message)
+            self._residency = Residency(staying_parameters=0)
+            self._rebuild(config)
+
+    def _limit(self, asked: float | None) -> int | None:
+        """MiB that a limit means: those that are free where nothing is said; None on the CPU."""
+        if asked is not None:
+            return int(asked * 1024)
+        sizes = self._backend.total_and_free_bytes()
+        return None if sizes is None else sizes[1] // 2**20
+
+    def _rebuild(self, config: WanConfig) -> None:
+        self.dit = model_of(self._weights(), config, self.torch_dtype, self._backend, self._residency)
 
     def load_lora(self, module: WanModel, path: str | Path, alpha: float = 1.0) -> None:
         """Add a LoRA of any known format to the transformer's weights, in fp32 and rounded once.
@@ -114,6 +182,11 @@ class WanVideoPipeline:
         adapter = read_any(identify(path, wanted="adapters"))
         require_fit(adapter, every_linear(self._source.shapes()))
         self._adapters.append((adapter, alpha))
+        if self._residency.streams or self._fp8:  # weights are not where they could be written, or in 8 bits
+            config = self.dit.config
+            del self.dit
+            self._rebuild(config)
+            return
         weights = self._weights()
         with torch.no_grad():
             for name, parameter in self.dit.named_parameters():
@@ -121,7 +194,8 @@ class WanVideoPipeline:
                     parameter.copy_(weights.value_of(name, tuple(parameter.shape)))
 
     def _weights(self) -> GenerationWeights:
-        return GenerationWeights(self._source, self._adapters, self.torch_dtype, fingerprinted=False)
+        eight_bits = Fp8("scaled", linears_of(self._source.shapes())) if self._fp8 else None
+        return GenerationWeights(self._source, self._adapters, self.torch_dtype, False, eight_bits)
 
     def __call__(self, prompt: str, negative_prompt: str = "", **parameters: Any) -> list[Image.Image]:
         """Make a clip.
@@ -183,7 +257,8 @@ class WanVideoPipeline:
 
     def _encoders(self, given: ClipParameters) -> Encoders:
         tiles = Tiles(size=given.tile_size, stride=given.tile_stride) if given.tiled else None
-        return Encoders(VideoEncoder(self.vae.vae, tiles, "masks"), self.text_encoder, image_encoder=self.image_encoder)
+        vae = VideoEncoder(self.vae.vae, tiles, "masks")
+        return Encoders(vae, self.text_encoder, image_encoder=self.image_encoder, wait=self._encoders_wait)
 
     def _noise(self, seed: int | None, size: tuple[int, int, int], in_front: int) -> Tensor:
         """Noise that DiffSynth-Studio draws from a seed, before it rounds it: latents in front are its last ones."""

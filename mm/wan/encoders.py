@@ -78,6 +78,11 @@ class VideoEncoder:
         vae = load_strictly(AutoencoderKLWan, folder, torch_dtype=DTYPES[dtype], low_cpu_mem_usage=False)
         return cls(vae.to(device), tiling, blend)
 
+    def to(self, device: torch.device) -> None:
+        """Move the VAE."""
+        self.vae.to(device)
+        self._mean, self._std = self._mean.to(device), self._std.to(device)
+
     @torch.no_grad()
     @true_fp32()
     def encode(self, video: Tensor) -> Tensor:
@@ -172,6 +177,10 @@ class TextEncoder:
         tokenizer = open_tokenizer(tokenizer_folder)
         model = load_strictly(UMT5EncoderModel, folder, dtype=DTYPES[dtype])
         return cls(model.to(device), tokenizer, max_length)
+
+    def to(self, device: torch.device) -> None:
+        """Move the model."""
+        self.model.to(device)
 
     @torch.no_grad()
     @true_fp32()

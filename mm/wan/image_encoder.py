@@ -40,6 +40,10 @@ class ImageEncoder:
         model: CLIPVisionModel = load_strictly(CLIPVisionModel, folder, unused, dtype=DTYPES[dtype])
         return cls(model.to(device))
 
+    def to(self, device: torch.device) -> None:
+        """Move the model."""
+        self.model.to(device)
+
     @property
     def width(self) -> int:
         """Width of a token's features, img_dim of the transformer."""
