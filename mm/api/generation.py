@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from mm.config.tasks.task import ListName, Task
 from mm.diffusion.samplers import Solver
 from mm.errors import ConfigError, raise_all
 from mm.generate.fit import require_image_encoder_fits, require_text_fits, require_vae_fits
+from mm.generate.pipeline import OnStep
 from mm.generate.sampling import (
     ClipConditions,
     ClipPlan,
@@ -70,7 +71,7 @@ def generate_videos(
     batch_size: int = 1,
     seed: int = 42,
     noise: Sequence[Tensor] | None = None,
-    on_step: Callable[[], object] = lambda: None,
+    on_step: OnStep = lambda clean: None,
     residency: Residency | None = None,
 ) -> list[Tensor]:
     """Generate a video for each prompt as `mm generate` does, and write nothing.
@@ -93,7 +94,7 @@ def generate_videos(
         guidance_scale: 1 leaves the negative prompt out. batched_guidance: both prompts in one pass of twice the batch.
         strength: with `videos`, the share of the steps that are taken, above 0 to 1. options: what sampling costs.
         batch_size: prompts that go through the transformer together. seed: with a prompt's number, of the noise.
-        noise: other noise for each prompt, [C, latent frames with those in front, H, W]. on_step: called after steps.
+        noise: other noise for each prompt, [C, latent frames with those in front, H, W]. on_step: `OnStep`.
 
     Returns:
         For each prompt its frames, uint8 [F, H, W, 3], on the CPU.
@@ -167,7 +168,7 @@ def _generate(
     plan: ClipPlan,
     encoders: Encoders,
     negative: str | None,
-    on_step: Callable[[], object],
+    on_step: OnStep,
 ) -> list[Tensor]:
     """Each encoder is on the device only while it is needed; the VAE stays."""
     given = [_given(asked, index, plan) for index in range(len(asked.prompts))]

@@ -250,7 +250,7 @@ class WanVideoPipeline:
             batched_guidance=given.cfg_merge,
             options=given.options,
             noise=[self._noise(given.seed, size, len(references) if several is not None else 0)],
-            on_step=lambda: next(steps, None),
+            on_step=lambda clean: next(steps, None),
         )
         next(steps, None)  # lets a bar close itself
         return [Image.fromarray(frame.numpy()) for frame in frames]

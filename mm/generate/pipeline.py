@@ -18,6 +18,11 @@ from mm.rng import generator
 from mm.wan.inputs import ModelInputs
 from mm.wan.reuse import BlockReuse
 
+TIMESTEPS = 1000  # of noise level 1
+OnStep = Callable[[Tensor], object]
+"""Function that is called after a step with the clean latents that it predicts, [B, C, F, H, W] fp32, and returns
+nothing of use."""
+
 
 class Velocity(Protocol):
     """A transformer such as `mm.wan.model.WanModel`."""
@@ -65,7 +70,7 @@ def denoise(
     features: Mapping[str, Tensor] | None = None,
     batched_guidance: bool = False,
     reuse_at: Callable[[int], BlockReuse] | None = None,
-    on_step: Callable[[], object] = lambda: None,
+    on_step: OnStep = lambda clean: None,
 ) -> Tensor:
     """Integrate the velocity from noise to latents, as Wan does (arXiv 2503.20314; guidance: arXiv 2207.12598).
 
@@ -82,7 +87,7 @@ def denoise(
         features: what the model's task declares, as in `ModelInputs`; the same for both prompts.
         batched_guidance: both prompts in one pass of twice the batch, instead of two passes one after the other.
         reuse_at: what decides at each step whether the transformer's blocks run; None where they always do.
-        on_step: called after every step; what it returns is ignored.
+        on_step: called after every step.
 
     Returns:
         [B, C, F, H, W] fp32, normalised latents of the clips.
@@ -103,8 +108,9 @@ def denoise(
         velocity = velocities[0]
         if guided:
             velocity = velocities[1] + scale * (velocity - velocities[1])
+        clean = latents - float(t) / TIMESTEPS * velocity
         latents = sampler.step(velocity, t, latents)
-        on_step()
+        on_step(clean)
     if not torch.isfinite(latents).all():
         raise DataError(
             "DATA-056",

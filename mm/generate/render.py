@@ -186,9 +186,8 @@ class Renderer:
         for batch in self._batches:
             count = len(batch.rows) if batch.counts else 0
             conditions = [self._conditions(row) for row in batch.rows]
-            latents = sample(
-                model, video, self._plan, conditions, self._negative, agree=agree, on_step=partial(on_step, count)
-            )
+            done = partial(_told, on_step, count)
+            latents = sample(model, video, self._plan, conditions, self._negative, agree=agree, on_step=done)
             if batch.counts and self._processes.writes:
                 frames = decode(video, latents, self._plan.size, self._run.encoders.vae.from_pretrained)
                 yield from zip(batch.rows, frames, strict=True)
@@ -252,3 +251,9 @@ def _encode_early(
         require_image_encoder_fits(section.from_pretrained, encoder, run.wan)
     early = EarlyFeatures(run.wan, encoder)
     return {row.index: early.of(load_given(run, row)) for row in rows}
+
+
+def _told(on_step: Callable[[int], object], count: int, clean: Tensor) -> None:
+    """Tell how many rows took a step; what it predicts is not asked for."""
+    del clean
+    on_step(count)

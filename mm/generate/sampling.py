@@ -20,7 +20,7 @@ from mm.diffusion.samplers import Sampler, Solver, StrengthSteps, make_sampler
 from mm.errors import DataError
 from mm.generate.experts import is_high
 from mm.generate.given_frame import GivenFirstFrame
-from mm.generate.pipeline import Velocity, denoise, initial_latents, noisy_latents, pad_text, to_frames
+from mm.generate.pipeline import OnStep, Velocity, denoise, initial_latents, noisy_latents, pad_text, to_frames
 from mm.generate.sources import Given, LateFeatures, frames_in_front
 from mm.generate.tea_cache import TeaCache, TeaCacheSettings
 from mm.generate.windows import Windowed, WindowSettings
@@ -161,7 +161,7 @@ def sample(
     negative: Tensor | None,
     *,
     agree: Callable[[bool], bool] = bool,
-    on_step: Callable[[], object] = lambda: None,
+    on_step: OnStep = lambda clean: None,
 ) -> Tensor:
     """Latents of some clips that go through the transformer together.
 
@@ -170,7 +170,7 @@ def sample(
         plan: what the clips share. clips: B of them, with as many latent frames in front.
         negative: [L, text_dim] of the negative prompt; may be None when the guidance scale is 1.
         agree: of all ranks that must do alike, whether all say so (`mm.parallel.agree`).
-        on_step: called after every step; what it returns is ignored.
+        on_step: called after every step, with the latents that belong to the clips.
 
     Returns:
         [B, C, F, H, W] fp32, normalised.
@@ -200,6 +200,10 @@ def sample(
     cache = None
     if tea_cache is not None:
         cache = TeaCache(TeaCacheSettings(*tea_cache), len(sampler.timesteps), agree)
+
+    def of_clips(found: Tensor) -> Tensor:
+        return found[:, :, in_front:] if with_first is None else with_first.in_clip(found)
+
     found = denoise(
         with_first or model,
         latents,
@@ -210,11 +214,11 @@ def sample(
         features=features,
         batched_guidance=settings.batched_guidance,
         reuse_at=None if cache is None else cache.at,
-        on_step=on_step,
+        on_step=lambda clean: on_step(of_clips(clean)),
     )
     if cache is not None:
         log.info("TeaCache left the blocks out in %d of %d passes", cache.skipped, cache.skipped + cache.computed)
-    return found[:, :, in_front:] if with_first is None else with_first.in_clip(found)
+    return of_clips(found)
 
 
 def _given_first_frame(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from mm.config.run.generation import GenerationRun, GenerationSections
 from mm.config.run.listed import LISTS
 from mm.config.run.origins import Origins
 from mm.config.tasks.task import ListName
-from mm.device.backend import DeviceKind
+from mm.device.backend import DeviceKind, select
+from mm.generate.pipeline import to_frames
 from mm.ui.models import Model
 from mm.wan.model import WanModel
 
@@ -104,8 +105,14 @@ class Maker:
         self._precision = precision
         self._loaded: tuple[tuple[object, ...], WanModel] | None = None
 
-    def make(self, model: Model, asked: Asked, on_step: Callable[[], object] = lambda: None) -> tuple[Made, Tensor]:
+    def make(
+        self, model: Model, asked: Asked, on_step: Callable[[Tensor], object] = lambda preview: None
+    ) -> tuple[Made, Tensor]:
         """Make a clip.
+
+        Args:
+            model: with what. asked: what. on_step: called after every step with the first frame that it predicts, uint8
+                [H, W, 3].
 
         Returns:
             What was written, and the frames, uint8 [F, H, W, 3].
@@ -183,12 +190,15 @@ class Maker:
         }
         return GenerationRun.described(parse(GenerationSections, values, str(file)), Origins(file=str(file)))
 
-    def _frames(self, model: Model, run: GenerationRun, asked: Asked, on_step: Callable[[], object]) -> list[Tensor]:
+    def _frames(
+        self, model: Model, run: GenerationRun, asked: Asked, on_step: Callable[[Tensor], object]
+    ) -> list[Tensor]:
+        vae = model.encoders.load_vae(select(self._device).device)
         given: dict[str, Any] = {name: [_one_or_all(asked.files[name])] for name in LISTS if name in asked.files}
         return generate_videos(
             self._transformer(model, run),
             [asked.prompt],
-            model.encoders,
+            replace(model.encoders, vae=vae),
             **given,
             text_only=asked.text_only,
             columns={name: [value] for name, value in asked.columns.items()},
@@ -200,7 +210,7 @@ class Maker:
             solver=run.sampling.solver,
             strength=asked.strength,
             seed=asked.seed,
-            on_step=on_step,
+            on_step=lambda clean: on_step(to_frames(vae.decode(clean[:1, :, :1]))[0, 0]),
         )
 
     def _transformer(self, model: Model, run: GenerationRun) -> WanModel:

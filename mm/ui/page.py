@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import gradio as gr
+from PIL import Image
+from torch import Tensor
 
 from mm.config.run.listed import LISTS, every_list_of
 from mm.config.tasks.registry import GENERATED
@@ -34,17 +36,18 @@ _COLUMNS = {column.name: column for task in GENERATED.values() for column in tas
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the clip that is being made."""
+    """One step of the clip that is being made, with the first frame that it predicts."""
 
     number: int
     of: int
+    preview: Image.Image
 
 
 class StoppedError(Exception):
     """The clip is not wanted any more."""
 
 
-def making(make: Callable[[Callable[[], object]], Made], steps: int) -> Iterator[Step | Made | MMError]:
+def making(make: Callable[[Callable[[Tensor], object]], Made], steps: int) -> Iterator[Step | Made | MMError]:
     """The steps of a clip as they are done, and the clip or the error at the end; closing the iterator stops it.
 
     Args:
@@ -54,10 +57,10 @@ def making(make: Callable[[Callable[[], object]], Made], steps: int) -> Iterator
     stopped = threading.Event()
     done = iter(range(1, steps + 1))
 
-    def on_step() -> None:
+    def on_step(preview: Tensor) -> None:
         if stopped.is_set():
             raise StoppedError
-        told.put(Step(next(done, steps), steps))
+        told.put(Step(next(done, steps), steps, Image.fromarray(preview.numpy())))
 
     def work() -> None:
         try:
@@ -100,6 +103,7 @@ def build_page(models: Sequence[Model], reasons: Sequence[str], maker: Maker) ->
                     start = gr.Button("Make the clip", variant="primary", elem_id="make")
                     stop = gr.Button("Stop", elem_id="stop")
                 said = gr.Markdown("", elem_id="said")
+                preview = gr.Image(label="Its first frame so far", interactive=False, elem_id="preview", buttons=[])
             with gr.Column():
                 latest = _shown("The latest clip", "latest")
             with gr.Column():
@@ -112,21 +116,21 @@ def build_page(models: Sequence[Model], reasons: Sequence[str], maker: Maker) ->
         def run(*values: Any) -> Iterator[tuple[Any, ...]]:
             given = dict(zip(names, values, strict=True))
             model = by_name[given["model"]]
-            yield "Loading the model", gr.skip(), gr.skip(), gr.skip()
+            yield "Loading the model", None, *[gr.skip()] * 3
             try:
                 asked = asked_of(given, model.wan.task)
             except ValueError as error:
-                yield str(error), gr.skip(), gr.skip(), gr.skip()
+                yield str(error), None, *[gr.skip()] * 3
                 return
             for found in making(lambda on_step: maker.make(model, asked, on_step)[0], asked.steps):
                 if isinstance(found, Step):
-                    yield f"Step {found.number} of {found.of}", gr.skip(), gr.skip(), gr.skip()
+                    yield f"Step {found.number} of {found.of}", found.preview, *[gr.skip()] * 3
                 elif isinstance(found, Made):
-                    yield f"Made {found.clip}", str(found.clip), found.command, found
+                    yield f"Made {found.clip}", None, str(found.clip), found.command, found
                 else:
-                    yield "\n\n".join(map(str, found.problems)), gr.skip(), gr.skip(), gr.skip()
+                    yield "\n\n".join(map(str, found.problems)), None, *[gr.skip()] * 3
 
-        event = start.click(run, list(inputs.values()), [said, *latest, made], concurrency_limit=1)
+        event = start.click(run, list(inputs.values()), [said, preview, *latest, made], concurrency_limit=1)
         stop.click(lambda: "Stopped", None, said, cancels=[event])
         event.then(_difference, [made, beside], differences)
         keep.click(_kept, made, [*kept, beside]).then(_difference, [made, beside], differences)

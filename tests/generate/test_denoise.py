@@ -119,8 +119,9 @@ def test_guidance_of_one_skips_the_negative_pass(model, text, negative):
     noise = initial_latents(0, [0, 1], (16, 1, 4, 4))
     steps = []
     arguments = (counted, noise, text, negative)
-    denoise(*arguments, make_sampler("euler", 3, SHIFT), 1.0, on_step=lambda: steps.append(1))
+    found = denoise(*arguments, make_sampler("euler", 3, SHIFT), 1.0, on_step=steps.append)
     assert len(calls) == len(steps) == 3
+    assert torch.equal(steps[-1], found)  # Euler's last step ends at what it predicts
     assert all(features is text for features in calls)
     calls.clear()
     denoise(*arguments, make_sampler("euler", 3, SHIFT), 2.0)

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+import torch
 from kept_frames import keeping_frames
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
@@ -48,11 +49,12 @@ def test_a_clip_is_that_of_its_command(task: str, models: dict[str, Model], tmp_
         "i2v": {"files": {"images": (picture(tmp_path / "first.png", 1), picture(tmp_path / "last, 2.png", 2))}},
         "speedcontrol": {"columns": {"motion_bucket_id": 30.0}},
     }[task]
-    steps = []
+    steps: list[torch.Tensor] = []
     maker = Maker(tmp_path / "clips", "cpu", "fp32")
     asked = Asked("a red circle", **given, **SMALL)
-    made, frames = maker.make(models[MODEL_NAMES[task]], asked, lambda: steps.append(1))
-    assert len(steps) == 2 and made.folder == tmp_path / "clips" / "0001" and probe(made.clip).num_frames == 5
+    made, frames = maker.make(models[MODEL_NAMES[task]], asked, steps.append)
+    assert [tuple(preview.shape) for preview in steps] == [(32, 32, 3)] * 2
+    assert made.folder == tmp_path / "clips" / "0001" and probe(made.clip).num_frames == 5
     program, command, file = made.command.split()
     assert (program, command) == ("mm", "run")
     with keeping_frames(mm.generate.run):
