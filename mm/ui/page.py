@@ -99,12 +99,14 @@ def build_page(models: Sequence[Model], reasons: Sequence[str], maker: Maker) ->
         with gr.Row():
             with gr.Column():
                 inputs = _inputs(models[0], list(by_name))
+            with gr.Column():
                 with gr.Row():
                     start = gr.Button("Make the clip", variant="primary", elem_id="make")
                     stop = gr.Button("Stop", elem_id="stop")
                 said = gr.Markdown("", elem_id="said")
-                preview = gr.Image(label="Its first frame so far", interactive=False, elem_id="preview", buttons=[])
-            with gr.Column():
+                preview = gr.Image(
+                    label="Its first frame so far", interactive=False, height=240, elem_id="preview", buttons=[]
+                )
                 latest = _shown("The latest clip", "latest")
             with gr.Column():
                 kept = _shown("A clip that was kept", "kept")
