@@ -57,6 +57,7 @@ class FileSource:
             reading.result()
         except BaseException:
             self._free.append(piece)
+            self._forget()  # of what is behind it some may have failed likewise; it is read again when it is asked for
             raise
         return Waiting(piece.memory[: self._sizes[number]], piece)
 
@@ -68,14 +69,18 @@ class FileSource:
         self._ask()
 
     def _begin_at(self, number: int) -> None:
-        """Forget what is being read, which another block of the line is for."""
+        """Read from a block of the line on."""
+        self._forget()
+        self._next = self._line.index(number)
+        self._ask()
+
+    def _forget(self) -> None:
+        """Drop what is being read."""
         for _, piece, reading in self._asked:
             if not reading.cancel():
                 reading.exception()  # waits; nobody asks for the block any more
             self._free.append(piece)
         self._asked.clear()
-        self._next = self._line.index(number)
-        self._ask()
 
     def _ask(self) -> None:
         """Read on, as far as there is memory."""

@@ -73,8 +73,10 @@ def hashing() -> Iterator[Hashes]:
         note("noise", seed, samples, draws, values)
         return values
 
-    def timesteps(self: FlowMatching, seed: int, samples: Any, draws: Any) -> tuple[Tensor, Tensor, Tensor]:
-        values = draw_timesteps(self, seed, samples, draws)
+    def timesteps(
+        self: FlowMatching, seed: int, samples: Any, draws: Any, places: Any = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        values = draw_timesteps(self, seed, samples, draws, places)
         note("timestep", seed, samples, draws, torch.stack(values, dim=1))
         return values
 

@@ -90,7 +90,7 @@ def _storage(x: Tensor) -> int:
 class Undrawn(FlowMatching):
     """Timesteps without a value, as `mm.doctor.dry_run` draws them: choosing one reads a random number."""
 
-    def draw_timesteps(self, seed: int, samples: Any, draws: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def draw_timesteps(self, seed: int, samples: Any, draws: Any, places: Any = None) -> tuple[Tensor, Tensor, Tensor]:
         return torch.empty(len(samples)), torch.empty(len(samples)), torch.empty(len(samples))
 
 
