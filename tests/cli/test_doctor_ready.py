@@ -88,6 +88,7 @@ def test_a_run_that_will_work(demo: Path, tmp_path: Path, capsys: pytest.Capture
     assert unit == "MiB" and float(size) == pytest.approx(weights / 2**20, abs=5)
 
 
+@pytest.mark.nightly
 def test_a_resume_is_refused_as_the_run_would_refuse_it(
     demo_of_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -123,16 +123,8 @@ def test_scripts_from_videos_to_a_checkpoint(
     assert layout in (tmp_path / "lora" / "train.log").read_text()
 
 
-@pytest.mark.parametrize(
-    ("name", "expert"),
-    [
-        ("t2v_a14b", "low"),
-        *(
-            pytest.param(*case, marks=pytest.mark.nightly)
-            for case in (("t2v_a14b", "high"), ("i2v_a14b", "high"), ("i2v_a14b", "low"))
-        ),
-    ],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize(("name", "expert"), BANDS)
 def test_an_expert_is_trained_on_its_band(
     demo: Path, tmp_path: Path, features: Callable[[str], Path], name: str, expert: str
 ) -> None:

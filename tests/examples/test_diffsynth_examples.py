@@ -153,6 +153,7 @@ def test_arguments_of_scripts_are_read(title: str, kind: str, tmp_path: Path) ->
     assert read.problems == read.notes == []
 
 
+@pytest.mark.nightly
 def test_a_script_trains(home: Path) -> None:
     script = EXAMPLES / "model_training" / "lora" / "Wan2.1-T2V-1.3B.sh"
     train(home, script, "everyday", "--num_epochs", "1", "--lora_rank", "4")

@@ -142,9 +142,8 @@ def test_script_of_inpainting_in_its_three_ways(home: Path, tmp_path: Path, size
             assert {"images", "video", "masks", "text_only"} & row.keys() == given
 
 
-@pytest.mark.parametrize(
-    ("name", "task"), [("t2v_a14b", "t2v"), pytest.param("i2v_a14b", "wan22_i2v", marks=pytest.mark.nightly)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize(("name", "task"), [("t2v_a14b", "t2v"), ("i2v_a14b", "wan22_i2v")])
 def test_script_of_two_experts(home: Path, tmp_path: Path, name: str, task: str) -> None:
     """Both on two processes that share their width, with the shipped boundary and guidance."""
     script = EXAMPLES.parent / "wan2.2" / name

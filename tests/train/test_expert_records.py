@@ -53,6 +53,7 @@ def in_bf16(demo: Path) -> Path:
     return path
 
 
+@pytest.mark.nightly
 def test_converted_experts_say_which_they_are(demo: Path, tmp_path: Path) -> None:
     """Of every format; a run that asks them for the other band is refused, by the doctor too."""
     run(demo, tmp_path / "run", train_iters=1, micro_batch_size=1, **experts(demo))

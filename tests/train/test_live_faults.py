@@ -228,6 +228,7 @@ def test_status_tells_what_trainings_keep(
     assert json.loads(capsys.readouterr().out)["extraction"]["kept"] == 4
 
 
+@pytest.mark.nightly
 def test_the_doctor_counts_encoders_where_they_stand(
     demo: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

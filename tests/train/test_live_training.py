@@ -65,9 +65,8 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "layout", ["cp", *(pytest.param(name, marks=pytest.mark.nightly) for name in LAYOUTS if name != "cp")]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_processes(demo: Path, table: Path, extracted: Path, tmp_path: Path, layout: str) -> None:
     """One rank of a replica reads and encodes, and the others have what it has."""
     options = {**LAYOUTS[layout], "num_workers": 1}

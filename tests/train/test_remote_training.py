@@ -77,6 +77,7 @@ def test_status(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert told[0] == told[1] and told[0]["finished"] and told[0]["samples"] == 16
 
 
+@pytest.mark.nightly
 def test_doctor(demo: Path, s3: S3, url: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mm.cli.doctor_data", *as_words(files(demo, tmp_path, url))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ))
