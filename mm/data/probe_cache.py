@@ -103,8 +103,9 @@ class ProbeCache:
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(":memory:" if self._path is None else self._path, timeout=_WAIT)
-        (owner,) = connection.execute("PRAGMA application_id").fetchone()
+        # Another process may be making it: it marks the file before there is a table, so the table is looked for first.
         (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        (owner,) = connection.execute("PRAGMA application_id").fetchone()
         if tables and owner != _APPLICATION and self._path is not None:
             connection.close()
             raise _of_another(self._path)

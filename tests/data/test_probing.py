@@ -7,7 +7,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,8 @@ def count(path: Path) -> int:
 
 WRITER = """
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from mm.data.probe_cache import ProbeCache
 with ProbeCache(Path(sys.argv[1])) as cache:
@@ -128,6 +132,21 @@ def test_several_processes_write_at_once(tmp_path: Path) -> None:
     with ProbeCache(tmp_path / "cache") as cache:
         found = [cache.get(f"{name}-{number}") for name in "abc" for number in (0, 1999)]
     assert found == [(0, 1, 2), (1999, 1, 2)] * 3 and count(tmp_path / "cache") == 6000
+
+
+def test_several_make_it_at_once(tmp_path: Path) -> None:
+    """Whoever finds a table that another one has just made finds whose it is, too."""
+    count, barrier = 8, threading.Barrier(8)
+
+    def open_it(path: Path) -> None:
+        barrier.wait(60)
+        with ProbeCache(path):
+            pass
+
+    with ThreadPoolExecutor(count) as threads:
+        for number in range(40):
+            for opened in [threads.submit(open_it, tmp_path / str(number)) for _ in range(count)]:
+                opened.result()
 
 
 def test_a_killed_writer_leaves_a_whole_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
