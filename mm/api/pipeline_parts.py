@@ -5,23 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from mm.api.model_config import ModelConfig
 from mm.checkpoint.encoder_kinds import CLIP, T5, VAE
-from mm.checkpoint.encoder_models import load_encoder
-from mm.checkpoint.encoders import open_encoder
+from mm.checkpoint.encoder_paths import image_encoder, text_encoder, video_encoder
 from mm.checkpoint.formats.folder import of_files
 from mm.checkpoint.identify import Found, identify
 from mm.checkpoint.joined import WithModule, module_of
 from mm.checkpoint.weights import WeightSource, open_weights
 from mm.config.model import Precision
 from mm.errors import ConfigError, Problem, raise_all
-from mm.wan.encoders import DTYPES, TextEncoder, VideoEncoder
+from mm.wan.encoders import TextEncoder, VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
-from mm.wan.tokenizer import TextTokenizer, open_tokenizer
 
 Part = Literal["dit", "vae", "text_encoder", "image_encoder"]
 _ENCODERS: dict[str, Part] = {VAE.name: "vae", T5.name: "text_encoder", CLIP.name: "image_encoder"}
@@ -42,31 +40,17 @@ class Parts:
     image_encoder: Found | None
     tokenizer: Path
 
-    def load_tokenizer(self) -> TextTokenizer:
-        """The tokenizer; DATA-043, DATA-120 and DATA-140 as `open_tokenizer`."""
-        return open_tokenizer(self.tokenizer)
-
     def load_vae(self, dtype: Precision, device: torch.device) -> VideoEncoder:
-        """The VAE; CKPT-011, CKPT-023, DATA-040 to DATA-042 where it cannot be loaded."""
-        model = _encoder(self.vae, dtype, device)
-        return VideoEncoder(model) if model is not None else VideoEncoder.from_pretrained(self.vae.path, dtype, device)
+        """The VAE; raises as `mm.checkpoint.encoder_paths.video_encoder`."""
+        return video_encoder(self.vae.path, dtype, device)
 
     def load_text_encoder(self, dtype: Precision, device: torch.device, max_tokens: int) -> TextEncoder:
-        """The text encoder; errors as `load_vae`, and DATA-043."""
-        model = _encoder(self.text_encoder, dtype, device)
-        if model is None:
-            folder = self.text_encoder.path
-            return TextEncoder.from_pretrained(folder, self.tokenizer, dtype, device, max_tokens)
-        return TextEncoder(model, self.load_tokenizer(), max_tokens)
+        """The text encoder with its tokenizer; raises as `mm.checkpoint.encoder_paths.text_encoder`."""
+        return text_encoder(self.text_encoder.path, self.tokenizer, dtype, device, max_tokens)
 
     def load_image_encoder(self, dtype: Precision, device: torch.device) -> ImageEncoder | None:
-        """The image encoder, where there is one; errors as `load_vae`."""
-        if self.image_encoder is None:
-            return None
-        model = _encoder(self.image_encoder, dtype, device)
-        if model is None:
-            return ImageEncoder.from_pretrained(self.image_encoder.path, dtype, device)
-        return ImageEncoder(model)
+        """The image encoder, where there is one; raises as `mm.checkpoint.encoder_paths.image_encoder`."""
+        return None if self.image_encoder is None else image_encoder(self.image_encoder.path, dtype, device)
 
 
 def find_parts(
@@ -124,11 +108,3 @@ def _faults(by_part: dict[str, list[Found]]) -> Iterable[Problem]:
     for part in ("dit", "vae", "text_encoder"):
         if part not in by_part:
             yield Problem("CFG-404", f"model_configs names no {part}.", "Add its ModelConfig.")
-
-
-def _encoder(found: Found, dtype: Precision, device: torch.device) -> Any | None:
-    """The model in a file of the original release; None for a folder of diffusers or transformers."""
-    source = open_encoder(found)
-    if source is None or not source.original:
-        return None
-    return load_encoder(source, DTYPES[dtype], device)
