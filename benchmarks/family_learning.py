@@ -29,7 +29,7 @@ from mm import Encoders, generate_videos, load_model
 from mm.cli import convert, extract, train
 from mm.cli import demo as demo_command
 from mm.config.data import data_source_line
-from mm.config.tasks.registry import EXTRACTED, TASKS
+from mm.config.tasks.registry import FEATURE_TASKS, TASKS
 from mm.demo.clips import FPS, NUM_FRAMES, SIZE, Frames
 from mm.demo.components import MODEL_NAMES, encoders_of, load_vae, write_variant
 from mm.demo.measure import Measurement, measure_clip
@@ -182,7 +182,7 @@ def widened(row: Row, home: Path, base: Path) -> Path:
     if not whole.exists():
         run(convert, "--mode", "convert_to_hf", "--source_path", base, "--target_path", whole)
     if not target.exists():
-        write_variant(target, TASKS[EXTRACTED[row.task].trains], whole)
+        write_variant(target, TASKS[FEATURE_TASKS[row.task].trains], whole)
     return target
 
 
@@ -245,7 +245,7 @@ def ask(row: Row, demo: Path, weights: Path) -> list[Judged]:
     found = generate_videos(
         load_model(weights, dtype="fp32", text_len=TEXT_LEN),
         [question.caption for question in questions],
-        Encoders.of(demo / "weights" / MODEL_NAMES[encoders_of(EXTRACTED[row.task]).name], text_dtype="fp32"),
+        Encoders.of(demo / "weights" / MODEL_NAMES[encoders_of(FEATURE_TASKS[row.task]).name], text_dtype="fp32"),
         **{name: [question.inputs[name] for question in questions] for name in names},
         size=(NUM_FRAMES, SIZE, SIZE),
         steps=20,

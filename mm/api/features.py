@@ -11,7 +11,6 @@ from mm.api.encoders import Encoders, name_of
 from mm.config.data import MAX_TEXT_TOKENS, TEMPORAL_STRIDE
 from mm.config.model import WAN_1_3B
 from mm.config.rules.generation import size_problems
-from mm.config.rules.tasks import not_extracted
 from mm.config.run.extraction import SourceClip
 from mm.config.tasks.registry import DEFAULT, FEATURE_TASKS, FeatureTaskName
 from mm.config.tasks.task import Source, Task
@@ -84,7 +83,7 @@ def extract_features(
     if not isinstance(encoders, Encoders):
         encoders = Encoders.of(encoders)
     given = [row if isinstance(row, VideoRow) else VideoRow(*row) for row in rows]
-    problems = [*not_extracted(declared), *size_problems(size, WAN_1_3B.patch_size, declared, "size")]
+    problems = list(size_problems(size, WAN_1_3B.patch_size, declared, "size"))
     for index, row in enumerate(given):
         problems += [*column_problems(declared, row.columns, f"Row {index}"), *_unknown_roles(declared, row, index)]
     problems += _nothing_to_learn(declared, min(size[0], min_num_frames or size[0]))

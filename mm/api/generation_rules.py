@@ -12,7 +12,6 @@ from mm.api.arguments import column_problems
 from mm.config.data import TEMPORAL_STRIDE
 from mm.config.rules.generation import size_problems
 from mm.config.rules.sampling import tea_cache_problems, window_problems
-from mm.config.rules.tasks import not_generated
 from mm.config.run.listed import LISTS, Listed, Shown, lists_of
 from mm.config.tasks.task import ListName, Source, Task
 from mm.errors import Problem
@@ -62,7 +61,6 @@ def generation_problems(asked: Asked, plan: ClipPlan, task: Task) -> Iterator[Pr
     yield from _sampling_problems(plan)
     yield from _length_problems(asked)
     yield from _noise_problems(asked, plan)
-    yield from not_generated(plan.wan.task)
     yield from _list_problems(asked, plan, task)
     yield from _setting_problems(asked, plan)
     yield from _video_problems(asked, plan, task)

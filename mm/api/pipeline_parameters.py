@@ -16,7 +16,7 @@ from torch import Tensor
 from mm.config.data import TEMPORAL_STRIDE
 from mm.config.run.generation import TeaCacheModel
 from mm.config.run.listed import every_list_of
-from mm.config.tasks.registry import GENERATED
+from mm.config.tasks.registry import TASKS
 from mm.config.tasks.task import Source, Task
 from mm.errors import ConfigError, Problem, raise_all
 from mm.generate.sampling import SamplingOptions
@@ -99,7 +99,7 @@ class ClipParameters:
             problems.append(Problem("CFG-405", what, 'Leave it out, or use "cpu".'))
         for name, takes in _TAKEN_BY.items():
             if getattr(found, name) is not None and not takes(task):
-                titles = ", ".join(other.title for other in GENERATED.values() if takes(other))
+                titles = ", ".join(other.title for other in TASKS.values() if takes(other))
                 what = f"{name} is given, and {task.title} models do not take it."
                 problems.append(Problem("CFG-407", what, f"Leave it out, or use a model of {titles}."))
         if (found.sliding_window_size is None) != (found.sliding_window_stride is None):

@@ -44,7 +44,7 @@ from transformers.utils import logging as transformers_logging
 from mm.checkpoint.weights import open_weights
 from mm.config.model import of_task
 from mm.config.tasks.frames import CLIP_TOKEN_LEN
-from mm.config.tasks.registry import DEFAULT, EXTRACTED
+from mm.config.tasks.registry import DEFAULT, FEATURE_TASKS
 from mm.config.tasks.task import Sizes, Source, Task
 from mm.demo.clips import all_captions
 from mm.rng import key
@@ -70,7 +70,7 @@ def encoders_of(task: Task) -> Task:
     if is_whole(task):
         return task
     needed = sees_images(task), task.latent_pixels
-    whole = filter(is_whole, EXTRACTED.values())
+    whole = filter(is_whole, FEATURE_TASKS.values())
     return next(other for other in whole if (sees_images(other), other.latent_pixels) == needed)
 
 
@@ -80,7 +80,7 @@ def _model_name(task: Task) -> str:
     return f"{release}{title}-Tiny{'-Diffusers' if is_whole(task) else ''}"
 
 
-MODEL_NAMES = {task.name: _model_name(EXTRACTED[task.trains]) for task in EXTRACTED.values()}
+MODEL_NAMES = {task.name: _model_name(FEATURE_TASKS[task.trains]) for task in FEATURE_TASKS.values()}
 SEED = 0
 TEXT_DIM = 64
 IMAGE_DIM = 32

@@ -8,7 +8,7 @@ from typing import Any
 
 from mm.config.data import data_source_line
 from mm.config.tasks.frames import CLIP_TOKEN_LEN
-from mm.config.tasks.registry import DEFAULT, EXTRACTED
+from mm.config.tasks.registry import DEFAULT, FEATURE_TASKS
 from mm.config.tasks.task import Sizes, Task
 from mm.demo.clips import FPS, NUM_FRAMES, SIZE
 from mm.demo.components import (
@@ -59,7 +59,7 @@ def write_configs(folder: Path, home: Path) -> None:
         home: where the embedded default will stand; the files hold absolute paths below it.
     """
     home = home.absolute()
-    for task in EXTRACTED.values():
+    for task in FEATURE_TASKS.values():
         below, features = ("", "features") if task is DEFAULT else (task.name, f"features_{task.name}")
         target = folder / below
         target.mkdir()
@@ -106,7 +106,7 @@ def _files(home: Path, task: Task, configs: Path, features: Path) -> dict[str, A
             "diffusion": {"shift": FLOW_SHIFT, "loss_weighting": "none"},
         },
     }
-    if not task.is_generated:
+    if task.models_of is not None:
         return files
     given: dict[str, Any] = {key: str(home / name) for key, name in list_names(task).items()}
     if sees_images(task):

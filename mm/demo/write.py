@@ -12,7 +12,7 @@ from PIL import Image
 from mm.checkpoint.files import remove_folder, temporary_name
 from mm.config.output import require_writable_folder
 from mm.config.path_line import require_writable_as_text, write_paths
-from mm.config.tasks.registry import EXTRACTED
+from mm.config.tasks.registry import FEATURE_TASKS
 from mm.config.tasks.task import Column, Task
 from mm.demo.clips import (
     COLOURS,
@@ -65,15 +65,15 @@ def write_demo(out: Path, clips_per_caption: int = 1) -> None:
     try:
         partial.mkdir(parents=True)
         weights = partial / "weights"
-        for task in filter(is_whole, EXTRACTED.values()):
+        for task in filter(is_whole, FEATURE_TASKS.values()):
             write_model(weights / MODEL_NAMES[task.name], task)
-        for task in (task for task in EXTRACTED.values() if not is_whole(task) and task.models_of is None):
+        for task in (task for task in FEATURE_TASKS.values() if not is_whole(task) and task.models_of is None):
             like = weights / MODEL_NAMES[encoders_of(task).name] / "transformer"
             write_variant(weights / MODEL_NAMES[task.name] / "transformer", task, like)
         _write_dataset(partial / "dataset", clips_per_caption)
         write_configs(partial / "configs", out)
         (partial / "prompts.txt").write_text("\n".join(all_captions()) + "\n", encoding="utf-8")
-        for column in (column for task in EXTRACTED.values() for column in task.columns):
+        for column in (column for task in FEATURE_TASKS.values() for column in task.columns):
             numbers = [str(_value(column, index)) for index in range(len(all_captions()))]
             (partial / f"{column.name}.txt").write_text("\n".join(numbers) + "\n", encoding="utf-8")
         _write_images(partial, out.absolute(), clips_per_caption)
@@ -116,7 +116,7 @@ def _write_dataset(folder: Path, clips_per_caption: int) -> None:
             }
         )
     beside = [_write_beside(folder, str(row["path"]), clip.draw()) for row, clip in zip(rows, clips, strict=True)]
-    for task in EXTRACTED.values():
+    for task in FEATURE_TASKS.values():
         roles = {media.name for media in task.media}
         listed = [
             row
@@ -170,17 +170,17 @@ def _write_images(folder: Path, home: Path, variant: int) -> None:
         for name, path in {**files, "image": paths[0], "reference": paths[0]}.items():
             beside.setdefault(name, []).append(write_paths([path], ", "))
         for task, listed in lines.items():
-            listed.append(write_paths(paths[: len(EXTRACTED[task].frames)], ", "))
+            listed.append(write_paths(paths[: len(FEATURE_TASKS[task].frames)], ", "))
     for task, listed in lines.items():
         (folder / f"images_{task}.txt").write_text("\n".join(listed) + "\n", encoding="utf-8")
-    named = {key: name for task in EXTRACTED.values() if task.media for key, name in list_names(task).items()}
+    named = {key: name for task in FEATURE_TASKS.values() if task.media for key, name in list_names(task).items()}
     for key, name in named.items():
         (folder / name).write_text("\n".join(beside[key]) + "\n", encoding="utf-8")
 
 
 def _with_images() -> list[Task]:
     """The tasks that generate from frames."""
-    return [task for task in EXTRACTED.values() if task.frames and task.is_generated]
+    return [task for task in FEATURE_TASKS.values() if task.frames and task.models_of is None]
 
 
 def _force_to_disk(folder: Path) -> None:

@@ -9,7 +9,6 @@ from mm.api.encoders import Encoders
 from mm.api.model import config_of
 from mm.checkpoint.weights import open_weights
 from mm.config.model import WanConfig
-from mm.config.tasks.registry import GENERATED
 from mm.errors import MMError
 
 DEPTH = 3
@@ -55,8 +54,6 @@ def find_models(root: Path, encoders: Path | None = None, depth: int = DEPTH) ->
         lacking = [part for part in ("vae", "text_encoder", "tokenizer") if not (model.home / part).is_dir()]
         if lacking:
             reasons.append(f"{name}: {model.home} has no {', '.join(lacking)}")
-        elif wan.task.name not in GENERATED:
-            reasons.append(f"{name}: clips of {wan.task.title} models are not made")
         else:
             models.append(model)
     return models, reasons

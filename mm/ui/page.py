@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from mm.config.run.listed import LISTS, every_list_of
-from mm.config.tasks.registry import GENERATED
+from mm.config.tasks.registry import TASKS
 from mm.config.tasks.task import ListName, Task
 from mm.errors import MMError
 from mm.ui.making import Asked, Made, Maker
@@ -31,7 +31,7 @@ _LABELS: dict[ListName, str] = {
 _SEVERAL = ("images", "references")
 _WRITTEN = ("cameras",)
 """Lists of which several files, or a line of text, are given."""
-_COLUMNS = {column.name: column for task in GENERATED.values() for column in task.columns}
+_COLUMNS = {column.name: column for task in TASKS.values() for column in task.columns}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from mm.config.base import load
 from mm.config.flags import parse_flags
 from mm.config.model import PUBLISHED
 from mm.config.rules.extraction import check_extraction
-from mm.config.tasks.registry import EXTRACTED, FEATURE_TASKS
+from mm.config.tasks.registry import FEATURE_TASKS
 from mm.demo.components import MODEL_NAMES
 from mm.dialects.mindspeed.extraction import read_extraction
 from mm.dialects.mindspeed.files import load_extract_data, load_train_data
@@ -255,7 +255,7 @@ def test_shipped_shapes_are_published_ones(script: str) -> None:
     assert load(InferenceModel, EXAMPLES / script / "inference_model.json").predictor.wan() == shape
 
 
-@pytest.mark.parametrize("task", [task for task in EXTRACTED if (FEATURES / task / "feature_data.json").is_file()])
+@pytest.mark.parametrize("task", [task for task in FEATURE_TASKS if (FEATURES / task / "feature_data.json").is_file()])
 def test_features_are_those_that_training_asks_for(tmp_path: Path, task: str) -> None:
     """The files that the script of extraction finds by TASK, and those of training, agree on task, size and folder."""
     _, module, words = words_of(EXTRACTION, tmp_path, TASK=task, NPUS_PER_NODE="1", LOG_DIR=str(tmp_path / "logs"))
@@ -279,7 +279,7 @@ def test_the_script_of_extraction_takes_every_task(tmp_path: Path) -> None:
     )  # fmt: skip
     assert (done.returncode, done.stderr[:13]) == (64, "error ENV-005")
     named = set(done.stderr.partition("use one of ")[2].rstrip(".\n").split())
-    assert set(EXTRACTED) <= named <= set(FEATURE_TASKS)
+    assert set(FEATURE_TASKS) <= named <= set(FEATURE_TASKS)
     assert not (tmp_path / "logs").exists()
 
 

@@ -9,9 +9,8 @@ from mm.config.data import TEMPORAL_STRIDE, default_folder
 from mm.config.rules.encoders import tile_problems
 from mm.config.rules.shapes import fewest_of_rule, frame_problems
 from mm.config.rules.sources import TABLES, clip_problems, list_problems
-from mm.config.rules.tasks import not_extracted
 from mm.config.run.extraction import ExtractionRun
-from mm.config.tasks.registry import DEFAULT, EXTRACTED, named
+from mm.config.tasks.registry import DEFAULT, FEATURE_TASKS, named
 from mm.config.tasks.task import Source
 from mm.config.unread import broken
 from mm.errors import ConfigError, Problem, raise_all
@@ -86,7 +85,7 @@ def _images_have_their_encoder(run: ExtractionRun) -> Iterator[Problem]:
             f"to {DEFAULT.name}.",
         )
     if given and not seen:
-        others = named(other for other in EXTRACTED.values() if other.made_by(Source.IMAGE_ENCODER))
+        others = named(other for other in FEATURE_TASKS.values() if other.made_by(Source.IMAGE_ENCODER))
         yield Problem(
             "CFG-074",
             f"{image.place()} has no effect with the task {task.name}.",
@@ -134,13 +133,7 @@ def _part_can_be(run: ExtractionRun) -> Iterator[Problem]:
         yield Problem("CFG-225", found, remedy)
 
 
-def _task_is_made(run: ExtractionRun) -> Iterator[Problem]:
-    """CFG-274."""
-    yield from not_extracted(run.task)
-
-
 EXTRACTION_RULES: tuple[Callable[[ExtractionRun], Iterator[Problem]], ...] = (
-    _task_is_made,
     _clips_can_be,
     _short_videos_give_a_clip,
     _frames_can_be_taken,

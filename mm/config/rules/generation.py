@@ -11,11 +11,10 @@ from mm.config.rules.encoders import tile_problems
 from mm.config.rules.mesh import MESH_RULES
 from mm.config.rules.residency import residency_rules
 from mm.config.rules.sampling import SAMPLING_RULES
-from mm.config.rules.tasks import not_generated
 from mm.config.rules.timesteps import timesteps_are_of_the_model
 from mm.config.run.generation import GenerationRun
 from mm.config.run.listed import LISTS, every_list_of
-from mm.config.tasks.registry import GENERATED, SETTINGS, named
+from mm.config.tasks.registry import SETTINGS, TASKS, named
 from mm.config.tasks.task import Source, Task
 from mm.config.unread import broken, is_given
 from mm.errors import ConfigError, Problem, raise_all
@@ -104,7 +103,7 @@ def _inputs_fit_the_model(run: GenerationRun) -> Iterator[Problem]:
     if extra:
         found = f"{said} (in_dim {run.wan.in_dim}), which takes no "
         found += f"{' and no '.join(words[path].name for path in extra)}."
-        works = [other for other in GENERATED.values() if all(_takes(other, path) for path in extra)]
+        works = [other for other in TASKS.values() if all(_takes(other, path) for path in extra)]
         yield Problem("CFG-120", found, "Remove it" + (f", or use a model of {named(works)}." if works else "."))
 
 
@@ -229,13 +228,7 @@ def size_problems(
             )
 
 
-def _task_is_generated(run: GenerationRun) -> Iterator[Problem]:
-    """CFG-274."""
-    yield from not_generated(run.wan.task)
-
-
 GENERATION_RULES: tuple[Callable[[GenerationRun], Iterator[Problem]], ...] = (
-    _task_is_generated,
     _size_is_possible,
     _weights_are_named,
     _solver_values_have_their_solver,

@@ -17,5 +17,4 @@ FUN_INP = Task(
     features=(image_tokens(1), replace(known_frames(), source=Source.KNOWN_PIXELS, mindspeed=None)),
     sizes=SIZES,
     recipe=RECIPE,
-    is_generated=False,
 )

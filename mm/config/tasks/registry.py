@@ -25,8 +25,6 @@ TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 """Tasks that models are of."""
 FEATURE_TASKS: dict[str, Task] = {**TASKS, FUN_INP.name: FUN_INP}
 """Tasks that features are of."""
-EXTRACTED: dict[str, Task] = {name: task for name, task in FEATURE_TASKS.items() if task.is_extracted}
-GENERATED: dict[str, Task] = {name: task for name, task in TASKS.items() if task.is_generated}
 DEFAULT = T2V
 """Where nothing says a task."""
 

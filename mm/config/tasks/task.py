@@ -178,8 +178,6 @@ class Task:
         negative: what stands before the release's negative prompt.
         models_of: the task whose models are trained on its features, where these differ from that one's in how they
             are made alone. No model is of such a task.
-        is_extracted, is_generated: whether features of it are made for training, and clips generated. Models of all
-            tasks are loaded, converted and called.
         with_mask: generation may give its models any pixels, by a video and a mask, or none at all, instead of frames.
         with_video, with_last_frame: what generation is called from given videos, or with a last frame too, where its
             models can do that. The latter is a task, whose rows are taken.
@@ -198,8 +196,6 @@ class Task:
     recipe: frozenset[str] = frozenset()
     negative: str = ""
     models_of: str | None = None
-    is_extracted: bool = True
-    is_generated: bool = True
     with_mask: bool = False
     with_video: str | None = None
     with_last_frame: str | None = None
