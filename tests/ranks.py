@@ -16,13 +16,23 @@ ANY_PORT = "0"
 """MASTER_PORT of a job of one node under `mm.cli.launch`, which takes a free one and holds it from then on."""
 
 
+_servers: set[int] = set()
+"""Process ids of the servers that `start_server` has started here."""
+
+
 def start_server() -> None:
     """Start the server that ranks and readers are forked from, unless it runs.
 
-    It imports once what both need, for seconds of computing; without that every rank would do so for itself.
+    It imports once what both need, for seconds of computing; without that every rank would do so for itself. A server
+    that something else has started, after this one was killed, has not: it is replaced.
     """
+    server = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]  # no public word for its process
+    if server._forkserver_pid not in {None, *_servers}:
+        os.kill(server._forkserver_pid, signal.SIGKILL)
+        os.waitid(os.P_PID, server._forkserver_pid, os.WEXITED | os.WNOWAIT)  # which ensure_running then sees
     multiprocessing.get_context("forkserver").set_forkserver_preload(["mm.train.loop", "mm.extract.run"])
     multiprocessing.forkserver.ensure_running()
+    _servers.add(server._forkserver_pid)
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:

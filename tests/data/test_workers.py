@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import count, islice
@@ -140,42 +139,46 @@ if __name__ == "__main__":
 
 def test_signals_that_are_sent_to_everybody_are_the_parents_affair(tmp_path: Path) -> None:
     """In a process of its own: pytest's has a server that tests' ranks are forked from, which hears signals."""
-    script = tmp_path / "script.py"
-    script.write_text(SENT_TO_ALL)
+    assert_done(SENT_TO_ALL, tmp_path)
+
+
+def assert_done(content: str, folder: Path) -> None:
+    """A script with this content says so, in a process of its own."""
+    script = folder / "script.py"
+    script.write_text(content)
     here = Path(__file__)
     environment = {**os.environ, "PYTHONPATH": f"{here.parents[2]}:{here.parent}"}
     done = subprocess.run(
-        [sys.executable, script, tmp_path], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, script, folder], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.stdout == "done\n", done.stderr
 
 
-def end_server(server: psutil.Process) -> None:
-    server.kill()
-    wait_for(lambda: server.status() == psutil.STATUS_ZOMBIE)
-
-
-@pytest.fixture
-def own_server() -> Iterator[None]:
-    """What comes later has the tests' server again, which has imported what ranks need."""
-    from ranks import start_server  # processes of these tests import this file, and have no such module
-
-    yield
-    for server in psutil.Process().children():
-        if "forkserver" in " ".join(server.cmdline()):
-            end_server(server)
-    start_server()
-
-
-@pytest.mark.usefixtures("own_server")
-def test_a_server_that_is_gone_is_started_again(tmp_path: Path) -> None:
-    with closing(read(tmp_path, (("read", number) for number in range(4)), 1)) as outcomes:
+SERVER_THAT_IS_GONE = """
+import os, sys, time
+from contextlib import closing
+from pathlib import Path
+import psutil
+from test_workers import numbers, read
+if __name__ == "__main__":
+    with closing(read(Path(sys.argv[1]), (("read", number) for number in range(4)), 1)) as outcomes:
         _, first = next(outcomes)
-        server = psutil.Process(first.facts["process"]).parent()
-        assert server is not None and server.pid != os.getpid()
-        end_server(server)
-        assert [outcome.facts["process"] for _, outcome in outcomes] == [first.facts["process"]] * 3
-    assert numbers(read(tmp_path, [("read", 4)])) == [4]
+        reader = psutil.Process(first.facts["process"])
+        server = reader.parent()
+        assert server.pid != os.getpid()
+        server.kill()
+        while server.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        others = [outcome.facts["process"] for _, outcome in outcomes]
+        assert others == [reader.pid] * 3, others
+    assert numbers(read(Path(sys.argv[1]), [("read", 4)])) == [4]
+    print("done")
+"""
+
+
+def test_a_server_that_is_gone_is_started_again(tmp_path: Path) -> None:
+    """In a process of its own: from pytest's server other tests' ranks are forked."""
+    assert_done(SERVER_THAT_IS_GONE, tmp_path)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
