@@ -56,8 +56,8 @@ def generate_clips(
     """
     rows, bad = usable_rows(generation, processes)
     folder = Path(generation.output.path)
-    prepare_folder(folder)
     weights = _open_weights(generation, processes)
+    prepare_folder(folder)  # after all that may refuse the run
     finished = _finished_by_any(folder, rows, generation, weights, processes)
     together = generation.zero is not None
     alike = partial(row_kind, generation.wan.task)
