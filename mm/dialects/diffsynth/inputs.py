@@ -108,7 +108,7 @@ def input_problems(wan: WanConfig, named: Mapping[str, str], file_keys: tuple[st
         elif word not in taken and not (word == LAST and FIRST in named and _with_known_pixels(task)):
             yield _not_taken(task, word, flag)
         elif (role := taken.get(word)) is not None and isinstance(role, Media) and not role.is_trained:
-            found = f"{flag} {word}: no features are made of it for training yet."
+            found = f"{flag} {word}: {task.title} models are trained on the first frames of the clips themselves."
             yield Problem("CFG-384", found, "Remove it, and its column of the metadata.")
     yield from _lacking(task, taken, named)
     yield from _ambiguous(task, named)

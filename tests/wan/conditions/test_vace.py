@@ -7,10 +7,11 @@ import torch
 from diffusers import WanVACEPipeline
 from PIL import Image
 
+from mm.canvas import white_canvas
 from mm.demo.components import load_vae, make_scheduler, make_text_encoder, make_tokenizer, make_transformer
 from mm.errors import ConfigError
 from mm.wan.conditions.pixels import ClipSize
-from mm.wan.conditions.vace import blanked, mask_channels, vace_context, white_canvas
+from mm.wan.conditions.vace import blanked, mask_channels, vace_context
 from mm.wan.encoders import VideoEncoder
 
 SIZE = ClipSize(9, 32, 48)
