@@ -23,7 +23,6 @@ from mm.look.tables import (
     COUNTED_IN_SHAPES,
     bucket_rows,
     histograms,
-    images_in_front,
     recipe_rows,
     skipped_of,
     small_in_words,
@@ -94,7 +93,7 @@ def collect(question: Question, eye: Eye, vae: Path | None, done: Callable[[], N
         buckets=bucket_rows(dataset, drawing, sources),
         histograms=histograms(dataset),
         skipped=[found for found in skipped if found is not None],
-        small=small_in_words(dataset, drawing) + (COUNTED_IN_SHAPES if images_in_front(dataset) else ""),
+        small=small_in_words(dataset, drawing) + (COUNTED_IN_SHAPES if dataset.model.task.most_in_front else ""),
         recipes=[(store, recipe_rows(recipe)) for store, recipe in recipes.items()],
     )
 

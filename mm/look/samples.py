@@ -166,7 +166,7 @@ class Viewer:
         place, listed = self.dataset.place(index), self.dataset.listed(index)
         recipe = self.recipes[str(place.folder)]
         channels, frames, height, width = place.latent_shape
-        in_front = listed.frames_in_front(frames)
+        in_front = listed.frames_in_front(frames) if self.dataset.model.task.most_in_front else 0
         size = pixel_size((channels, frames - in_front, height, width), self.dataset.model.task)
         sources = source_frames(listed, recipe, size[0])
         task = self.dataset.model.task

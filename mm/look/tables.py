@@ -104,7 +104,7 @@ def histograms(dataset: FeatureDataset) -> list[Histogram]:
         sizes[height, width] += count
         lengths[frames] += count
     everything = f"of all {len(dataset):,} samples"
-    in_front = "; an image in front of a clip counts as four" if images_in_front(dataset) else ""
+    in_front = "; an image in front of a clip counts as four" if dataset.model.task.most_in_front else ""
     commonest = sorted(sizes.most_common(_BARS))
     others = sum(sizes.values()) - sum(count for _, count in commonest)
     of_sizes = [(f"{height} x {width}", count) for (height, width), count in commonest]
@@ -116,11 +116,6 @@ def histograms(dataset: FeatureDataset) -> list[Histogram]:
         ),
         _caption_lengths(dataset),
     ]
-
-
-def images_in_front(dataset: FeatureDataset) -> bool:
-    """Tell whether clips may have images in front of them, whose latent frames belong to their shapes."""
-    return any(media.in_front for media in dataset.model.task.media)
 
 
 def _caption_lengths(dataset: FeatureDataset) -> Histogram:

@@ -145,6 +145,7 @@ def test_tables_for_people(two_blocks: str) -> None:
         (("--rank", "8"), "CFG-047: --rank 8 is not one of --world-size 8."),
         (("--latent-size", "3", "5", "4"), "CFG-047: --latent-size is 3 5 4"),
         (("--latent-size", "3", "4"), "CFG-047: --latent-size is 3 4"),
+        (("--references", "1"), "CFG-437: --references is 1, and a T2V model takes none"),
         (("--use-cp-send-recv-overlap",), "CFG-03"),
         (("--ranks", "1"), 'CFG-007: --ranks is not a flag. Did you mean "--rank"?'),
     ],

@@ -236,6 +236,11 @@ class Task:
         """Latent frames of tokens in front of the video's, where all features are given."""
         return len(self.entering(Entry.TOKENS))
 
+    @property
+    def most_in_front(self) -> int:
+        """Images that a clip has in front of it at most."""
+        return sum(media.most for media in self.media if media.in_front)
+
     def images_in_front(self, files: Mapping[str, Sequence[object]]) -> int:
         """Latent frames in front of a clip's, by the files or images that it has of each role."""
         return sum(len(files.get(media.name, ())) for media in self.media if media.in_front)
