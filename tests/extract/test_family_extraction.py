@@ -310,17 +310,33 @@ def test_references_of_other_formats(form: str, columns: tuple[str, ...], place:
 def test_references_that_cannot_be(place: Place) -> None:
     place.rows = [
         {"path": "videos/a.mp4", "cap": "many", "vace_reference": ["look.png"] * 9},
-        {"path": "videos/b.mp4", "cap": "both", "vace_reference": "look.png", "reference": "tall.png"},
         {"path": "videos/a.mp4", "cap": "no image", "vace_reference": ["look.png", "control/a.mp4"]},
         {"path": "videos/b.mp4", "cap": "nowhere", "reference": ["nowhere.png"]},
     ]
     with pytest.raises(DataError) as caught:
         place.extract("vace")
     told = [(problem.id, problem.message) for problem in caught.value.problems]
-    assert [id for id, _ in told] == ["DATA-246", "DATA-252", "DATA-247", "DATA-001"]
+    assert [id for id, _ in told] == ["DATA-246", "DATA-247", "DATA-001"]
     assert "9 files of the role vace_reference, and at most 8 are taken" in told[0][1]
-    assert "vace_reference and reference, which are one for vace: vace_reference" in told[1][1]
     assert not (place.home / "store").exists()
+    table, row = place.home / "set" / "metadata.jsonl", {"file_name": "videos/a.mp4", "text": "a"}
+    both = {"reference_file_name": "tall.png", "object_file_name": "look.png"}
+    table.write_text(json.dumps(row | both))
+    with pytest.raises(DataError, match=r"DATA-252.*reference and object, which are one for vace: vace_reference"):
+        place.extract("vace", path=str(table), format="hf-folder")
+
+
+def test_a_tasks_own_role_goes_before_others(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """A table may be one of several tasks: what they call alike is left out, and the log says so."""
+    place.rows = [{"path": "videos/a.mp4", "cap": "a", "vace_video": "control/a.mp4", "vace_reference": "tall.png"}]
+    expected = place.extract("vace")["a"][0]
+    (place.home / "store").rename(place.home / "first")
+    place.rows[0] |= {"reference": "look.png", "control": "control/b.mp4"}
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        found = place.extract("vace")["a"][0]
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert "the task vace takes no files of the roles control, reference; they are left out" in caplog.text
 
 
 @pytest.mark.parametrize("form", ["videox-fun", "diffsynth", "hf-folder"])

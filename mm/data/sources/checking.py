@@ -148,8 +148,7 @@ class RowReader:
         """Say once for each role that the task does not take its files."""
         if row.taken is None or self._task is None:
             return
-        known = {name for media in self._media.values() for name in (media.name, *media.also)}
-        new = row.taken.roles.keys() - known - self._told[source]
+        new = row.taken.roles.keys() - _named_of(self._task, row.taken.roles).keys() - self._told[source]
         if new:
             message = "%s: the task %s takes no files of the roles %s; they are left out"
             log.info(message, self.sources[source].annotation, self._task.name, ", ".join(sorted(new)))
@@ -161,14 +160,23 @@ def _roles_of(
 ) -> tuple[dict[str, tuple[Path, ...]], list[Problem]]:
     """Files of a row by the task's roles, and DATA-252 where two of its roles are one of the task's."""
     found, problems = dict[str, tuple[Path, ...]](), list[Problem]()
-    for media in task.media:
-        named = [role for role in (media.name, *media.also) if given.get(role)]
-        if named:
-            found[media.name] = given[named[0]]
-        if len(named) > 1:
-            said = f"{place} names files of the roles {' and '.join(named)}, which are one for {task.name}"
-            problems.append(Problem("DATA-252", f"{said}: {media.name}.", "Keep one of them."))
+    named = _named_of(task, given)
+    for role, name in named.items():
+        others = [other for other, same in named.items() if same == name]
+        if role == others[-1] and len(others) > 1:
+            said = f"{place} names files of the roles {' and '.join(others)}, which are one for {task.name}: {name}."
+            problems.append(Problem("DATA-252", said, f"Keep one of them, or call it {name}."))
+        found[name] = given[role]
     return found, problems
+
+
+def _named_of(task: Task, given: Mapping[str, tuple[Path, ...]]) -> dict[str, str]:
+    """The roles of a row that a task takes, each with the task's name for it; its own name goes before others."""
+    found = dict[str, str]()
+    for media in task.media:
+        names = (media.name,) if given.get(media.name) else media.also
+        found |= {role: media.name for role in names if given.get(role)}
+    return found
 
 
 def beside_problems(sample: VideoSample, media: Sequence[Media], place: str) -> Iterator[Problem]:
