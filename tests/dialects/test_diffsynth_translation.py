@@ -20,7 +20,7 @@ from mm.dialects.underscored import read_flags
 T2V = PUBLISHED["Wan2.1 T2V 1.3B"]
 CONTROL, REFERENCE = PUBLISHED["Wan2.1 Fun-Control 1.3B"], PUBLISHED["Wan2.1 Fun-V1.1-Control 1.3B"]
 CAMERA, VACE = PUBLISHED["Wan2.1 Fun-V1.1-Control-Camera 1.3B"], PUBLISHED["Wan2.1 VACE 1.3B"]
-SPEED = PUBLISHED["Wan2.1 SpeedControl 1.3B"]
+SPEED, TI2V = PUBLISHED["Wan2.1 SpeedControl 1.3B"], PUBLISHED["Wan2.2 TI2V 5B"]
 LORA = ("--lora_base_model", "dit")
 COLUMNS = ("control_video", "input_image", "style")
 
@@ -181,6 +181,16 @@ def test_inputs_of_each_model(shape: WanConfig, words: str, task: str, dropped: 
         assert described.extraction.extraction.task == task
         rates = described.training.data.condition_dropout.rates
         assert sorted(rates) == sorted(dropped) and set(rates.values()) <= {1.0}
+
+
+@pytest.mark.parametrize(("words", "share"), [((), 0.0), (("--extra_inputs", "input_image"), 1.0)])
+def test_a_first_frame_of_ti2v_is_the_clip_s_own(words: tuple[str, ...], share: float) -> None:
+    """There `input_image` is the first frame of the video, and every sample is given it."""
+    described = run(*SIZE, *LORA, *words, shape=TI2V)
+    assert told(described) == []
+    assert described.training.objective.first_frame_share == share
+    assert "input_image" in described.extraction.data.left_out
+    assert described.extraction.extraction.task == "ti2v"
 
 
 def test_a_camera_s_path_comes_from_files() -> None:
