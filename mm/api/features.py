@@ -69,8 +69,9 @@ def extract_features(
         device: kind of device; None takes the best there is.
 
     Returns:
-        For each row `latents` [C, F, H, W], `prompt` [L, text_dim], `start_frame`, and in `features` what the task
-        declares, by name, on the encoders' device and in their precision.
+        For each row `latents` [C, F, H, W], those of images in front of the clip first, `prompt` [L, text_dim],
+        `start_frame`, and in `features` what the task declares, by name, on the encoders' device and in their
+        precision.
 
     Raises:
         ConfigError: CFG-060 and CFG-061 for the size, CFG-075 for a clip that is no longer than what is given of it,
