@@ -270,6 +270,12 @@ def test_references_stand_in_front_as_in_generation(place: Place, vae: VideoEnco
     assert rows["two"] == ([16, 5, 4, 6], "9x32x48") and rows["none"] == ([16, 3, 4, 6], "9x32x48")
 
 
+def test_a_reader_has_room_for_all_that_may_be_beside_a_clip(place: Place) -> None:
+    place.rows = place.rows[:1]
+    place.rows[0] |= {"vace_video": "control/a.mp4", "mask": "control/a.mp4", "vace_reference": ["tall.png"] * 8}
+    assert place.extract("vace")["a"][0]["latents"].shape == (16, 11, 4, 6)
+
+
 def test_another_order_of_references_makes_a_sample_anew(place: Place) -> None:
     place.rows[1]["vace_reference"] = ["tall.png", "look.png"]
     before = place.extract("vace")
