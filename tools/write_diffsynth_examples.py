@@ -82,9 +82,9 @@ CAMERA: dict[str, Any] = {
     "keys": ("camera",),
 }
 EDITED: dict[str, Any] = {
-    "inputs": ("vace_video",),
+    "inputs": ("vace_video", "vace_reference_image"),
     "metadata": "metadata_vace.csv",
-    "keys": ("vace_video",),
+    "keys": ("vace_video", "vace_reference_image"),
     "trained": ("dit", "vace"),
     "shift": 16,
     "full_frames": 49,
@@ -123,6 +123,7 @@ PICTURES = {
     "input_image": "video[0]",
     "end_image": "video[-1]",
     "reference_image": "video[0]",
+    "vace_reference_image": "video[0]",
     "control_video": 'frames_of("video1_softedge.mp4")',
     "vace_video": 'frames_of("video1_softedge.mp4")',
 }

@@ -33,13 +33,13 @@ class VideoRow:
     Attributes:
         video: a file, or frames uint8 [F, H, W, 3]. caption: any text; the empty one is a caption, too.
         columns: the task's numbers, by name.
-        media: files beside it, by the task's roles (docs/data.md).
+        media: files beside it, by the task's roles (docs/data.md); of a role that takes several a list of them.
     """
 
     video: VideoInput
     caption: str
     columns: Mapping[str, float] = field(default_factory=dict)
-    media: Mapping[str, str | Path] = field(default_factory=dict)
+    media: Mapping[str, str | Path | Sequence[str | Path]] = field(default_factory=dict)
 
 
 def extract_features(
@@ -69,8 +69,9 @@ def extract_features(
         device: kind of device; None takes the best there is.
 
     Returns:
-        For each row `latents` [C, F, H, W], `prompt` [L, text_dim], `start_frame`, and in `features` what the task
-        declares, by name, on the encoders' device and in their precision.
+        For each row `latents` [C, F, H, W], those of images in front of the clip first, `prompt` [L, text_dim],
+        `start_frame`, and in `features` what the task declares, by name, on the encoders' device and in their
+        precision.
 
     Raises:
         ConfigError: CFG-060 and CFG-061 for the size, CFG-075 for a clip that is no longer than what is given of it,
@@ -126,7 +127,10 @@ def _unknown_roles(task: Task, row: VideoRow, index: int) -> Iterator[Problem]:
 
 def _sample(row: VideoRow, index: int) -> VideoSample:
     name = str(row.video) if isinstance(row.video, (str, Path)) else f"row {index}"
-    roles = {role: (Path(file),) for role, file in row.media.items()}
+    roles = {
+        role: (Path(files),) if isinstance(files, (str, Path)) else tuple(map(Path, files))
+        for role, files in row.media.items()
+    }
     about = Annotation(path=name, cap=row.caption)
     return VideoSample(name, Path(name), (row.caption,), about, row.columns, roles=roles)
 

@@ -53,6 +53,9 @@ class DoctorOptions(Flags):
     latent_size: list[int] = Field(
         [], description="F H W of a sample's latents; default: the largest clip of feature_data.json"
     )
+    references: int = Field(
+        0, ge=0, description="images in front of the clip, of models that take them there: a latent frame each is added"
+    )
     json_output: bool = Field(False, description="print one JSON object, in bytes")
 
 
@@ -69,8 +72,8 @@ def main(argv: Sequence[str]) -> None:
     """Check the configuration as `mm train` does, then all that can be known of the run, or what one rank costs.
 
     Raises:
-        ConfigError: what `mm train` raises before it starts; CFG-047 for a rank or a size that does not exist; what
-            `mm.cli.doctor_ready.check` raises.
+        ConfigError: what `mm train` raises before it starts; CFG-047 for a rank or a size that does not exist,
+            CFG-437 for images that a model does not take; what `mm.cli.doctor_ready.check` raises.
     """
     others = {
         "compare": doctor_compare.main,
@@ -96,20 +99,21 @@ def _check(argv: Sequence[str]) -> None:
         doctor_ready.check(sections, layout, where, argv, as_json=flags.json_output)
         return
     frames, height, width = flags.latent_size or _largest_clip(sections)
+    latent = frames + flags.references, height, width
 
     from mm.doctor.dry_run import DryRunJob, dry_run
     from mm.lora.plan import plan_of
     from mm.train.run import data_parallel_options, training_dtype
 
     lora = plan_of(sections.adapters, sections.wan, sections.origins["adapters.targets"].name)
-    packed, micro_batches = _packs(sections, layout, (frames, height, width))
+    packed, micro_batches = _packs(sections, layout, latent)
     job = DryRunJob(
         wan=sections.wan,
         layout=layout,
         options=data_parallel_options(sections),
         zero=sections.parallel.layerzero,
         dtype=training_dtype(sections),
-        latent=(frames, height, width),
+        latent=latent,
         micro_batch_size=sections.data.micro_batch_size,
         micro_batches=micro_batches,
         recompute=recompute_of(sections.memory),
@@ -176,11 +180,16 @@ def _packs(sections: TrainingRun, layout: Layout, latent: tuple[int, int, int]) 
 
 
 def _problems(flags: DoctorOptions, wan: WanConfig, world_size: int) -> list[Problem]:
-    """CFG-047: what the doctor alone is asked for."""
+    """CFG-047 and CFG-437: what the doctor alone is asked for."""
     problems = []
     if flags.rank >= world_size:
         found = f"--rank {flags.rank} is not one of --world-size {world_size}."
         problems.append(Problem("CFG-047", found, f"Use 0 to {world_size - 1}, or give the job's size."))
+    most = wan.task.most_in_front
+    if flags.references > most:
+        takes = f"takes at most {most}" if most else "takes none"
+        found = f"--references is {flags.references}, and a {wan.task.title} model {takes} in front of a clip."
+        problems.append(Problem("CFG-437", found, f"Give {most} or fewer." if most else "Remove it."))
     size, patch = flags.latent_size, wan.patch_size
     if size and (len(size) != 3 or any(number < 1 or number % step for number, step in zip(size, patch, strict=True))):
         found = f"--latent-size is {' '.join(map(str, size))}, not F H W in whole patches of {patch}."

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mm.canvas import white_canvas
 from mm.config.tasks.task import Media, MediaKind
 from mm.data.image import read_image
 from mm.data.metadata import Kind, VideoSample
@@ -61,8 +62,8 @@ def read_beside(
         seed, draw: of the frame that is drawn.
 
     Returns:
-        Of a video [3, F, H, W], of an image [3, H, W], in [-1, 1]; of a mask [F, H, W] from 0 to 1; of a camera's path
-        [F + 1, 19] fp64, its first row the part of the picture.
+        Of a video [3, F, H, W], of an image [3, H, W], of R images [R, 3, H, W], in [-1, 1]; of a mask [F, H, W] from 0
+        to 1; of a camera's path [F + 1, 19] fp64, its first row the part of the picture.
 
     Raises:
         DataError: what `mm.data.video` and `mm.data.image` raise; DATA-248 for a video that ends before the clip,
@@ -81,8 +82,10 @@ def drawn_frame(num_frames: int, sample: str, seed: int, draw: int) -> int:
     return draw_reference_frame(num_frames, FIRST_FRAME_SHARE, seed, sample, draw)
 
 
-def numbers_of(one: Media, pixels: int) -> int:
-    """Numbers that a role's tensor has at most beside a clip of so many pixels in all frames."""
+def numbers_of(one: Media, pixels: int, of_frame: int) -> int:
+    """Numbers that a role's tensor has at most beside a clip of so many pixels in all frames, and in one of them."""
+    if one.kind == "images":
+        return 3 * of_frame * one.most
     return 3 * pixels if one.kind in ("video", "image") else max(pixels, 4 * NUMBERS_A_ROW)
 
 
@@ -136,6 +139,12 @@ def _image(files: Sequence[Path], taken: Taken) -> Tensor:
     return to_shape(frame, fixed_shape(frame.shape[2], frame.shape[3], size, 1))[0]
 
 
+def _images(files: Sequence[Path], taken: Taken) -> Tensor:
+    """[R, 3, H, W] of images of any size, in their order: each on a white canvas, as in generation."""
+    pixels = [read_image(file).permute(2, 0, 1).float() / 127.5 - 1 for file in files]
+    return torch.stack([white_canvas(image, taken.shape.height, taken.shape.width) for image in pixels])
+
+
 def _mask(files: Sequence[Path], taken: Taken) -> Tensor:
     """[F, H, W] from 0 to 1: the mean of the colours; an image is the mask of all frames."""
     grey = _video(files, taken).mean(0) / 2 + 0.5
@@ -169,6 +178,7 @@ def view_row(shape: Shape) -> Tensor:
 _READ: Mapping[MediaKind, Callable[[Sequence[Path], Taken], Tensor]] = {
     "video": _video,
     "image": _image,
+    "images": _images,
     "mask": _mask,
     "poses": _poses,
 }

@@ -17,7 +17,7 @@ from mm.data.annotation_check import check_annotation, check_image
 from mm.data.beside import Taken, check_beside, numbers_of, read_beside
 from mm.data.image import probe_image, read_image
 from mm.data.metadata import VideoSample
-from mm.data.shapes.choose import choose_shape, fewest_frames, most_pixels
+from mm.data.shapes.choose import choose_shape, fewest_frames, most_pixels, most_pixels_of_frame
 from mm.data.shapes.frames import frames_at_times, shortened, starts_at, usable_at
 from mm.data.shapes.shape import Shape, left_out
 from mm.data.transforms import to_shape
@@ -230,8 +230,8 @@ def of_parts(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Clip:
 
 def clip_bytes(preprocess: SourceClip, media: Sequence[Media]) -> int:
     """The most bytes that the tensors of a clip take, with what is beside it."""
-    pixels = most_pixels(preprocess)
-    return bytes_to_share((3, pixels), *((numbers_of(one, pixels),) for one in media))
+    pixels, of_frame = most_pixels(preprocess), most_pixels_of_frame(preprocess)
+    return bytes_to_share((3, pixels), *((numbers_of(one, pixels, of_frame),) for one in media))
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,8 @@ class Feature:
     """One sample as it is trained on.
 
     Attributes:
-        latents: [16, F, H, W], normalised; None for the empty prompt.
+        latents: [16, F, H, W], normalised; those of images that stand in front of the clip come first, a frame each;
+            None for the empty prompt.
         prompt: [L, D], the caption's embedding at its true length.
         start_frame: first frame of the clip in its video.
         features: what the task declares, by name.

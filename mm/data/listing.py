@@ -13,6 +13,7 @@ from typing import Annotated, Any, Protocol
 from pydantic import AfterValidator, ConfigDict, Field
 
 from mm.config.base import Section, parse
+from mm.config.data import TEMPORAL_STRIDE
 from mm.config.tasks.registry import DEFAULT, FeatureTaskName
 from mm.data.features import EMPTY_PROMPT, EXTRACT_AGAIN, FEATURES, LISTING
 from mm.data.files import raise_limited, read_rows, write_atomically
@@ -46,7 +47,7 @@ class FeatureRow(Section):
         sample: the sample's id, the key of its random numbers. file: its features, below the store.
         path, cap: the video as listed and the caption that was embedded.
         start_frame_idx, sample_num_frames, sample_size: the clip, `81x480x832`.
-        latent_shape: [16, F, H, W]. text_tokens: L.
+        latent_shape: [16, F, H, W], with the frames of images in front of the clip's. text_tokens: L.
         task: what the features are for.
         video: `mm.data.features.video_fingerprint` of the video; None in lists of earlier versions and migrated stores.
         taken: what a shape rule chose; left out where there is none.
@@ -81,6 +82,10 @@ class ListedSample(Section):
     start_frame_idx: int = Field(ge=0)
     sample_num_frames: int = Field(ge=1)
     taken: dict[str, Any] | None = None
+
+    def frames_in_front(self, latent_frames: int) -> int:
+        """Latent frames in front of the clip's, of so many of both."""
+        return latent_frames - ((self.sample_num_frames - 1) // TEMPORAL_STRIDE + 1)
 
 
 @dataclass(frozen=True)

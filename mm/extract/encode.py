@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from mm.data.clips import Clip
 from mm.data.features import Feature
-from mm.extract.sources import VisualEncoders, feature_makers
+from mm.extract.sources import VisualEncoders, feature_makers, latents_in_front
 from mm.wan.encoders import TextEncoder
 
 
@@ -28,7 +29,7 @@ class ClipEncoder:
         Raises:
             DataError: DATA-045 for an image encoder of another model.
         """
-        self._text, self._video = text, visual.video
+        self._text, self._video, self._task = text, visual.video, visual.task
         self._makers = feature_makers(visual)
 
     def prompt(self, caption: str) -> Tensor:
@@ -36,7 +37,11 @@ class ClipEncoder:
         return self._text.encode([caption])[0]
 
     def encode(self, clip: Clip, prompt: Tensor, columns: Mapping[str, float]) -> Feature:
-        """Features of a clip with its caption's embedding and the task's columns; DATA-044 for another VAE."""
-        latents = self._video.encode(clip.pixels.unsqueeze(0))[0]
+        """Features of a clip with its caption's embedding and the task's columns; DATA-044 for another VAE.
+
+        Latents of images that stand in front of the clip's come first.
+        """
+        of_clip = self._video.encode(clip.pixels.unsqueeze(0))[0]
         features = {name: make(clip, columns) for name, make in self._makers.items()}
+        latents = torch.cat((latents_in_front(self._task, features, of_clip), of_clip), dim=1)
         return Feature(latents, prompt, clip.start, features, clip.taken)

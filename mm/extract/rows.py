@@ -107,9 +107,11 @@ def listed_row(
 
     Args:
         sample: whose. origin_video: `source_word` of the draw. caption: that was embedded, to so many `text_tokens`.
-        latent_shape: (C, F, H, W). start_frame, taken: of the clip. task: of the store.
+        latent_shape: (C, F, H, W), with the frames in front of the clip's. start_frame, taken: of the clip.
+        task: of the store.
     """
     _, frames, height, width = latent_shape
+    frames -= FEATURE_TASKS[task].images_in_front(sample.roles)
     num_frames, pixels = (frames - 1) * TEMPORAL_STRIDE + 1, FEATURE_TASKS[task].latent_pixels
     return FeatureRow(
         sample=sample.id,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mm.config.tasks.frames import CLIP_TOKEN_LEN, FIRST
-from mm.config.tasks.task import InputFeature, Source, Task
+from mm.config.tasks.task import Entry, InputFeature, Source, Task
 from mm.data.clips import Clip
 from mm.errors import DataError
 from mm.wan.conditions.control import control_condition, reference_latents, start_condition
@@ -53,6 +53,23 @@ def feature_makers(encoders: VisualEncoders) -> dict[str, FeatureMaker]:
         DataError: DATA-045 for an image encoder of another model.
     """
     return {feature.name: _MAKERS[feature.source](encoders, feature) for feature in encoders.task.stored}
+
+
+def latents_in_front(task: Task, features: Mapping[str, Tensor], clip: Tensor) -> Tensor:
+    """Latent frames of images that stand in front of a clip's, which are noised and learned as the clip's own are.
+
+    DiffSynth-Studio's and VideoX-Fun's trainers do so, and leave none of these frames out of the loss.
+
+    Args:
+        task: its declaration. features: of the clip, by name. clip: its latents, [C, F, H, W].
+
+    Returns:
+        [C, R, H, W]: the first frames of the side blocks' context, where these latents are the first channels.
+    """
+    for feature in task.entering(Entry.SIDE_BLOCKS):
+        context = features[feature.name]
+        return context[: len(clip), : context.shape[1] - clip.shape[1]]
+    return clip[:, :0]
 
 
 def _image_features(encoders: VisualEncoders, feature: InputFeature) -> FeatureMaker:
@@ -167,16 +184,18 @@ def _edited_video(encoders: VisualEncoders, feature: InputFeature) -> FeatureMak
     """Latents of what the mask keeps of a video and of what it gives free, and the mask.
 
     Of the clip itself only what the mask keeps is shown, without a mask nothing; a video of its own is shown as it is.
+    References stand in front.
     """
     del feature
-    vae = encoders.conditions
+    vae, in_front = encoders.conditions, [media.name for media in encoders.task.media if media.in_front]
 
     def make(clip: Clip, columns: Mapping[str, float]) -> Tensor:
         del columns
         video, mask = clip.beside.get("vace_video"), clip.beside.get("mask")
         if video is None and mask is not None:
             video = blanked(clip.pixels, mask)
-        return vace_context(vae.encode, _size(clip), video, mask)
+        references = [image for role in in_front if role in clip.beside for image in clip.beside[role]]
+        return vace_context(vae.encode, _size(clip), video, mask, references)
 
     return make
 

@@ -19,7 +19,15 @@ from mm.look.facts import Looked, LookedBatch
 from mm.look.packs import looked_packs
 from mm.look.pictures import Eye, open_eye
 from mm.look.samples import Drawing, Viewer, looked_batches
-from mm.look.tables import bucket_rows, histograms, recipe_rows, skipped_of, small_in_words, source_rows
+from mm.look.tables import (
+    COUNTED_IN_SHAPES,
+    bucket_rows,
+    histograms,
+    recipe_rows,
+    skipped_of,
+    small_in_words,
+    source_rows,
+)
 from mm.wan.encoders import DTYPES
 
 
@@ -85,7 +93,7 @@ def collect(question: Question, eye: Eye, vae: Path | None, done: Callable[[], N
         buckets=bucket_rows(dataset, drawing, sources),
         histograms=histograms(dataset),
         skipped=[found for found in skipped if found is not None],
-        small=small_in_words(dataset, drawing),
+        small=small_in_words(dataset, drawing) + (COUNTED_IN_SHAPES if dataset.model.task.most_in_front else ""),
         recipes=[(store, recipe_rows(recipe)) for store, recipe in recipes.items()],
     )
 

@@ -6,7 +6,7 @@ Shapes: C channels, F H W latent frame, T frames, height, width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -130,17 +130,33 @@ def clip_strip(eye: Eye, latents: Tensor, sources: Sequence[int] | None, most: i
     return Strip("clip", [Frame(frames[number].numpy(), label(number)) for number in numbers])
 
 
-def feature_strips(eye: Eye, task: Task, features: Mapping[str, Tensor], most: int) -> list[Strip]:
+def strips_in_front(eye: Eye, task: Task, latents: Tensor) -> Iterator[Strip]:
+    """The images in front of a clip, all of them, each decoded alone as it was encoded.
+
+    Args:
+        eye: what they are looked at with. task: its declaration. latents: [C, R, H, W], a frame for each.
+    """
+    pictures = [eye.frames(frame)[0].numpy() for frame in latents.split(1, dim=1) if frame.shape[1]]
+    for media in task.media:
+        if media.in_front and pictures:
+            frames = [Frame(picture, f"image {number}") for number, picture in enumerate(pictures, start=1)]
+            yield Strip(
+                media.listed, frames, "in front of the clip; each is noised and learned as a latent frame of it"
+            )
+
+
+def feature_strips(
+    eye: Eye, task: Task, features: Mapping[str, Tensor], most: int, in_front: int = 0
+) -> Iterator[Strip]:
     """Pictures of what a sample has beside clip and caption.
 
     Args:
         eye, most: as in `clip_strip`. task: its declaration. features: as the model gets them, by name.
+        in_front: latent frames in front of the clip's, of which `strips_in_front` has pictures.
     """
-    return [
-        strip
-        for feature in task.stored
-        for strip in _VIEWS[feature.source](_Asked(eye, feature, _images_of(feature), most), features[feature.name])
-    ]
+    for feature in task.stored:
+        asked = _Asked(eye, feature, _images_of(feature), most, in_front)
+        yield from _VIEWS[feature.source](asked, features[feature.name])
 
 
 def _images_of(feature: InputFeature) -> int:
@@ -155,12 +171,15 @@ def numbers_of(task: Task, features: Mapping[str, Tensor]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Asked:
-    """One feature to be shown: how, its declaration, the images that it has tokens of, and the frames to show."""
+    """One feature to be shown: how, its declaration, the images that it has tokens of, the frames to show, and its
+    latent frames in front of the clip's.
+    """
 
     eye: Eye
     feature: InputFeature
     images: int
     most: int
+    in_front: int
 
 
 def _known_frames(asked: _Asked, value: Tensor) -> list[Strip]:
@@ -225,7 +244,8 @@ def _context(asked: _Asked, value: Tensor) -> list[Strip]:
     assert asked.feature.parts is not None  # noqa: S101  as it is declared
     parts = asked.feature.parts(Sizes(_CHANNELS, (1, 1, 1), 0, 0))
     strips = []
-    for name, part in zip(parts, value.float().split(list(parts.values())), strict=True):
+    of_clip = value[:, asked.in_front :].float()
+    for name, part in zip(parts, of_clip.split(list(parts.values())), strict=True):
         if name == "mask":
             frames = _mask_frames(part.mean(0, keepdim=True), part.shape[1], torch.Size(8 * n for n in part.shape[2:]))
         else:

@@ -23,7 +23,7 @@ from mm.data.planning import SourceOfData, sources_of
 from mm.data.recipe import Recipe
 from mm.data.sampler import BatchPlan, DealtStep
 from mm.look.facts import LookedBatch, LookedSample
-from mm.look.pictures import Eye, clip_strip, feature_strips, numbers_of
+from mm.look.pictures import Eye, clip_strip, feature_strips, numbers_of, strips_in_front
 from mm.wan.encoders import clean_text
 
 
@@ -165,7 +165,9 @@ class Viewer:
         index, latents = batch["index"][row], batch["latents"][row]
         place, listed = self.dataset.place(index), self.dataset.listed(index)
         recipe = self.recipes[str(place.folder)]
-        size = pixel_size(place.latent_shape, self.dataset.model.task)
+        channels, frames, height, width = place.latent_shape
+        in_front = listed.frames_in_front(frames) if self.dataset.model.task.most_in_front else 0
+        size = pixel_size((channels, frames - in_front, height, width), self.dataset.model.task)
         sources = source_frames(listed, recipe, size[0])
         task = self.dataset.model.task
         features: dict[str, Tensor] = {name: value[row] for name, value in batch["features"].items()}
@@ -185,8 +187,9 @@ class Viewer:
             draw=batch["draw"][row],
             window=window(listed, sources),
             strips=[
-                clip_strip(self.eye, latents, sources, self.most_frames),
-                *feature_strips(self.eye, task, features, self.most_frames),
+                clip_strip(self.eye, latents[:, in_front:], sources, self.most_frames),
+                *strips_in_front(self.eye, task, latents[:, :in_front]),
+                *feature_strips(self.eye, task, features, self.most_frames, in_front),
             ],
             numbers=numbers_of(task, features),
         )

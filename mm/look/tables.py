@@ -23,6 +23,7 @@ from mm.look.samples import Drawing, pixel_size
 
 MOST_CAPTIONS = 4096
 """Captions whose lengths are counted."""
+COUNTED_IN_SHAPES = " An image in front of a clip counts as four frames of its shape."
 _RUNS = 64  # of neighbouring samples among them: neighbours are in one shard
 _BARS = 12
 _SHOWN = 20
@@ -103,13 +104,16 @@ def histograms(dataset: FeatureDataset) -> list[Histogram]:
         sizes[height, width] += count
         lengths[frames] += count
     everything = f"of all {len(dataset):,} samples"
+    in_front = "; an image in front of a clip counts as four" if dataset.model.task.most_in_front else ""
     commonest = sorted(sizes.most_common(_BARS))
     others = sum(sizes.values()) - sum(count for _, count in commonest)
     of_sizes = [(f"{height} x {width}", count) for (height, width), count in commonest]
     of_sizes += [(f"{len(sizes) - _BARS} others", others)] if others else []
     return [
         Histogram("Sizes, height x width", of_sizes, everything),
-        Histogram("Frames", [(f"{frames:,}", count) for frames, count in sorted(lengths.items())], everything),
+        Histogram(
+            "Frames", [(f"{frames:,}", count) for frames, count in sorted(lengths.items())], everything + in_front
+        ),
         _caption_lengths(dataset),
     ]
 

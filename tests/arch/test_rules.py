@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "mm").rglob("*.py"))
 SCRIPTS = sorted(path for folder in ("tools", "scripts", "examples") for path in (ROOT / folder).rglob("*.py"))
 LEVELS = {
-    "__init__": 0, "errors": 0, "rng": 0, "drops": 0, "poses": 0,
+    "__init__": 0, "errors": 0, "rng": 0, "drops": 0, "poses": 0, "canvas": 0,
     "stopping": 0, "isolated": 0, "first_process": 0, "config": 0,
     "dialects": 1,  # for commands alone, see below
     "device": 1, "supervise": 1,

@@ -54,8 +54,8 @@ Report = Callable[..., Any]
 def report(tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]) -> Report:
     """What the command tells in this process, of the words that a script gives it."""
 
-    def report(size: str, *words: str, script: str = "pretrain.sh", **environment: str) -> Any:
-        folder, path = tmp_path_factory.mktemp("words"), EXAMPLES / size / "t2v" / script
+    def report(size: str, *words: str, task: str = "t2v", script: str = "pretrain.sh", **environment: str) -> Any:
+        folder, path = tmp_path_factory.mktemp("words"), EXAMPLES / size / task / script
         _, module, given = words_of(path, folder, "--json-output", *words, DRY_RUN="1", **environment)
         assert module == "mm.cli.doctor"
         capsys.readouterr()
@@ -86,6 +86,16 @@ def test_one_process_holds_the_model_that_diffusers_builds(two_blocks: str, repo
     lion = report("1.3b", *words, "--optimizer", "lion", MM_MODEL=two_blocks, **environment)
     assert lion["optimizer_bytes"] == pytest.approx(4 * parameters, rel=1e-3)
     assert found["peak_bytes"] == sum(found["peak"].values())
+
+
+def test_references_are_latent_frames_more(tmp_path: Path, report: Report) -> None:
+    config = json.loads((EXAMPLES / "1.3b" / "vace" / "pretrain_model.json").read_text())
+    config["predictor"] |= {"dtype": "fp32", "num_layers": 2, "pipeline_num_layers": [2], "vace_layers": [0]}
+    (tmp_path / "model.json").write_text(json.dumps(config))
+    job = {"task": "vace", "MM_MODEL": str(tmp_path / "model.json"), "NPUS_PER_NODE": "1", "PRECISION": "fp32"}
+    found = report("1.3b", "--latent-size", "3", "4", "4", "--references", "2", **job)
+    assert found == report("1.3b", "--latent-size", "5", "4", "4", **job)
+    assert found["tokens"] == 5 * 2 * 2
 
 
 @pytest.mark.parametrize("blocks", [2, pytest.param(5, marks=pytest.mark.nightly)], ids=["16 blocks", "14B"])
@@ -145,6 +155,7 @@ def test_tables_for_people(two_blocks: str) -> None:
         (("--rank", "8"), "CFG-047: --rank 8 is not one of --world-size 8."),
         (("--latent-size", "3", "5", "4"), "CFG-047: --latent-size is 3 5 4"),
         (("--latent-size", "3", "4"), "CFG-047: --latent-size is 3 4"),
+        (("--references", "1"), "CFG-437: --references is 1, and a T2V model takes none"),
         (("--use-cp-send-recv-overlap",), "CFG-03"),
         (("--ranks", "1"), 'CFG-007: --ranks is not a flag. Did you mean "--rank"?'),
     ],

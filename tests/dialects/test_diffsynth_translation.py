@@ -20,7 +20,7 @@ from mm.dialects.underscored import read_flags
 T2V = PUBLISHED["Wan2.1 T2V 1.3B"]
 CONTROL, REFERENCE = PUBLISHED["Wan2.1 Fun-Control 1.3B"], PUBLISHED["Wan2.1 Fun-V1.1-Control 1.3B"]
 CAMERA, VACE = PUBLISHED["Wan2.1 Fun-V1.1-Control-Camera 1.3B"], PUBLISHED["Wan2.1 VACE 1.3B"]
-SPEED = PUBLISHED["Wan2.1 SpeedControl 1.3B"]
+SPEED, TI2V = PUBLISHED["Wan2.1 SpeedControl 1.3B"], PUBLISHED["Wan2.2 TI2V 5B"]
 LORA = ("--lora_base_model", "dit")
 COLUMNS = ("control_video", "input_image", "style")
 
@@ -166,6 +166,7 @@ def test_boundaries_are_counted_from_the_noisiest() -> None:
         (REFERENCE, "control_video,reference_image", "fun_control_ref", ["start"]),
         (REFERENCE, "control_video", "fun_control_ref", ["start", "reference", "image"]),
         (VACE, "vace_video", "vace", []),
+        (VACE, "vace_video,vace_reference_image", "vace", []),
         (SPEED, "motion_bucket_id", "speedcontrol", []),
     ],
 )
@@ -182,6 +183,16 @@ def test_inputs_of_each_model(shape: WanConfig, words: str, task: str, dropped: 
         assert sorted(rates) == sorted(dropped) and set(rates.values()) <= {1.0}
 
 
+@pytest.mark.parametrize(("words", "share"), [((), 0.0), (("--extra_inputs", "input_image"), 1.0)])
+def test_a_first_frame_of_ti2v_is_the_clip_s_own(words: tuple[str, ...], share: float) -> None:
+    """There `input_image` is the first frame of the video, and every sample is given it."""
+    described = run(*SIZE, *LORA, *words, shape=TI2V)
+    assert told(described) == []
+    assert described.training.objective.first_frame_share == share
+    assert "input_image" in described.extraction.data.left_out
+    assert described.extraction.extraction.task == "ti2v"
+
+
 def test_a_camera_s_path_comes_from_files() -> None:
     described = run(*SIZE, *LORA, "--extra_inputs", "input_image", "--data_file_keys", "video,camera", shape=CAMERA)
     assert told(described) == []
@@ -196,7 +207,6 @@ def test_a_camera_s_path_comes_from_files() -> None:
         (T2V, ["--extra_inputs", "imput_image"], 'imput_image is no input of a Wan model. Did you mean "input_image"?'),
         (WAN_I2V_14B, [], "I2V models are given input_image, and no argument names it."),
         (WAN_FLF2V_14B, ["--extra_inputs", "input_image"], "FLF2V models are given end_image"),
-        (VACE, ["--extra_inputs", "vace_video,vace_reference_image"], "vace_reference_image: no features are made"),
         (REFERENCE, ["--extra_inputs", "control_video,input_image"], "input_image beside reference_image"),
     ],
 )

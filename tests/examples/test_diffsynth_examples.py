@@ -91,6 +91,7 @@ def write_data(folder: Path) -> None:
                 "control_video": f"{name}_softedge.mp4",
                 "reference_image": f"{name}.png",
                 "vace_video": f"{name}_softedge.mp4",
+                "vace_reference_image": f"{name}.png",
                 "camera": f"{name}.txt",
                 "motion_bucket_id": "50",
             }

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,17 @@ from PIL import Image
 from store_content import listed, stored
 from torch import Tensor
 
+from mm.canvas import white_canvas
 from mm.cli import run as run_command
 from mm.cli.doctor_data import main as doctor_data
+from mm.config.model import WAN_1_3B, of_task
+from mm.config.tasks.vace import VACE
+from mm.data.image import read_image
 from mm.data.transforms import resize_and_crop
 from mm.drops import draw_reference_frame
 from mm.errors import DataError
+from mm.generate.media_inputs import load_picture
+from mm.generate.sources import Given, LateFeatures
 from mm.poses import parse_poses, rows_of_frames
 from mm.wan.conditions.camera import View, camera_channels, channels_of_path
 from mm.wan.conditions.control import control_condition, reference_latents, start_condition
@@ -230,10 +237,112 @@ def test_pose_files_that_are_malformed(place: Place) -> None:
     assert "short.txt" in str(caught.value) and "flat.txt" in str(caught.value)
 
 
-def test_references_of_vace_are_refused(place: Place) -> None:
+def given_to_generation(place: Place, names: Sequence[str], video: Tensor | None, mask: Tensor | None) -> Given:
+    """A row of generation: its references are read as `mm generate` reads them."""
+    references = tuple(load_picture(place.home / "set" / f"{name}.png") for name in names)
+    return Given(video=video, mask=mask, references=references)
+
+
+def test_references_stand_in_front_as_in_generation(place: Place, vae: VideoEncoder) -> None:
+    """The context is that of generation bit by bit; the latents are those of each reference, then the clip's."""
+    place.rows = [
+        {"path": "videos/a.mp4", "cap": "alone", "vace_reference": "tall.png"},
+        {"path": "videos/b.mp4", "cap": "two", "vace_reference": ["tall.png", "look.png"], "mask": "control/b.mp4"},
+        {"path": "videos/b.mp4", "cap": "none", "mask": "control/b.mp4"},
+    ]
+    late = LateFeatures(of_task(WAN_1_3B, VACE), vae, SIZE, ())
+    found, shapes = place.extract("vace"), dict[str, list[int]]()
+    for name, pictures in {"alone": ["tall"], "two": ["tall", "look"], "none": []}.items():
+        tensors, start = found[name]
+        clip = pixels(place.home / f"set/videos/{'a' if name == 'alone' else 'b'}.mp4", start)
+        mask = (pixels(place.home / "set/control/b.mp4", start).mean(0) / 2 + 0.5).clamp(0, 1)
+        video, mask = (None, None) if name == "alone" else (blanked(clip, mask), mask)
+        of_generation = late.of([given_to_generation(place, pictures, video, mask)])["vace_context"][0]
+        assert torch.equal(tensors["vace_context"], of_generation)
+        assert not tensors["vace_context"][16:, : len(pictures)].any(), "nothing changes in a reference, and no mask"
+        looks = [read_image(place.home / "set" / f"{picture}.png") for picture in pictures]
+        canvases = [white_canvas(look.permute(2, 0, 1) / 127.5 - 1, SIZE.height, SIZE.width) for look in looks]
+        parts = [*(canvas[None, :, None] for canvas in canvases), clip[None]]
+        assert torch.equal(tensors["latents"], torch.cat([vae.encode(part)[0] for part in parts], dim=1))
+        shapes[name] = list(tensors["latents"].shape)
+    assert shapes == {"alone": [16, 4, 4, 6], "two": [16, 5, 4, 6], "none": [16, 3, 4, 6]}
+    rows = {row["cap"]: (row["latent_shape"], row["sample_size"]) for row in listed(place.home / "store")}
+    assert rows["two"] == ([16, 5, 4, 6], "9x32x48") and rows["none"] == ([16, 3, 4, 6], "9x32x48")
+
+
+def test_a_reader_has_room_for_all_that_may_be_beside_a_clip(place: Place) -> None:
+    place.rows = place.rows[:1]
+    place.rows[0] |= {"vace_video": "control/a.mp4", "mask": "control/a.mp4", "vace_reference": ["tall.png"] * 8}
+    assert place.extract("vace")["a"][0]["latents"].shape == (16, 11, 4, 6)
+
+
+def test_another_order_of_references_makes_a_sample_anew(place: Place) -> None:
+    place.rows[1]["vace_reference"] = ["tall.png", "look.png"]
+    before = place.extract("vace")
     place.rows[1]["vace_reference"] = ["look.png", "tall.png"]
-    with pytest.raises(DataError, match=r"DATA-250.*row 2 names files of the role vace_reference"):
+    after = place.extract("vace")
+    assert torch.equal(before["a"][0]["latents"], after["a"][0]["latents"])
+    first, second, *clip = (frame for frame in before["b"][0]["latents"].split(1, dim=1))
+    assert torch.equal(after["b"][0]["latents"], torch.cat((second, first, *clip), dim=1))
+
+
+@pytest.mark.parametrize(
+    ("form", "columns"),
+    [
+        ("diffsynth", ("video", "prompt", "vace_video", "vace_reference_image")),
+        ("videox-fun", ("file_path", "text", "control_file_path", "object_file_path")),
+        ("mindspeed", ("path", "cap", "vace_video", "reference")),
+        ("hf-folder", ("file_name", "text", "vace_video_file_name", "reference_file_names")),
+    ],
+)
+def test_references_of_other_formats(form: str, columns: tuple[str, ...], place: Place) -> None:
+    """What each format calls them; the features are those of data.json. An image has them too."""
+    names = ("path", "cap", "vace_video", "vace_reference")
+    row = ("videos/a.mp4", "a", "control/a.mp4", ["look.png", "tall.png"])
+    place.rows = [dict(zip(names, row, strict=True))]
+    expected = place.extract("vace")["a"][0]
+    (place.home / "store").rename(place.home / "first")
+    table = place.home / "set" / "metadata.jsonl"
+    rows = [row] if form == "mindspeed" else [row, ("look.png", "picture", None, "look.png")]
+    table.write_text("\n".join(json.dumps(dict(zip(columns, one, strict=True))) for one in rows))
+    found = place.extract("vace", path=str(table), format=form)
+    assert found["a"][0]["latents"].shape == (16, 5, 4, 6)
+    assert all(torch.equal(expected[name], value) for name, value in found["a"][0].items())
+    if "picture" in found:
+        assert found["picture"][0]["latents"].shape == (16, 2, 4, 6)
+        assert listed(place.home / "store")[1]["sample_size"] == "1x32x48"
+
+
+def test_references_that_cannot_be(place: Place) -> None:
+    place.rows = [
+        {"path": "videos/a.mp4", "cap": "many", "vace_reference": ["look.png"] * 9},
+        {"path": "videos/a.mp4", "cap": "no image", "vace_reference": ["look.png", "control/a.mp4"]},
+        {"path": "videos/b.mp4", "cap": "nowhere", "reference": ["nowhere.png"]},
+    ]
+    with pytest.raises(DataError) as caught:
         place.extract("vace")
+    told = [(problem.id, problem.message) for problem in caught.value.problems]
+    assert [id for id, _ in told] == ["DATA-246", "DATA-247", "DATA-001"]
+    assert "9 files of the role vace_reference, and at most 8 are taken" in told[0][1]
+    assert not (place.home / "store").exists()
+    table, row = place.home / "set" / "metadata.jsonl", {"file_name": "videos/a.mp4", "text": "a"}
+    both = {"reference_file_name": "tall.png", "object_file_name": "look.png"}
+    table.write_text(json.dumps(row | both))
+    with pytest.raises(DataError, match=r"DATA-252.*reference and object, which are one for vace: vace_reference"):
+        place.extract("vace", path=str(table), format="hf-folder")
+
+
+def test_a_tasks_own_role_goes_before_others(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """A table may be one of several tasks: what they call alike is left out, and the log says so."""
+    place.rows = [{"path": "videos/a.mp4", "cap": "a", "vace_video": "control/a.mp4", "vace_reference": "tall.png"}]
+    expected = place.extract("vace")["a"][0]
+    (place.home / "store").rename(place.home / "first")
+    place.rows[0] |= {"reference": "look.png", "control": "control/b.mp4"}
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        found = place.extract("vace")["a"][0]
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert "the task vace takes no files of the roles control, reference; they are left out" in caplog.text
 
 
 @pytest.mark.parametrize("form", ["videox-fun", "diffsynth", "hf-folder"])

@@ -122,5 +122,5 @@ def test_what_does_not_fit_is_named(home: Path, weights: Path, vae_folder: Path)
     with pytest.raises(DataError, match=r"DATA-260.*8x8 pixels, Wan2.2 TI2V models for 16x16"):
         mm.extract_features([(home / "set/a.mp4", "a")], weights, task="ti2v", size=(9, HEIGHT, WIDTH), device="cpu")
     given = [{"path": "a.mp4", "cap": "a", "first_frame": "look.png"}]
-    with pytest.raises(DataError, match=r"DATA-250.*row 1 names files of the role first_frame"):
+    with pytest.raises(DataError, match=r"DATA-250.*row 1 names files.*the clip's own first frame"):
         extract(home, weights, vae_folder, rows=given, store="given")

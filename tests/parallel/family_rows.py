@@ -1,7 +1,7 @@
 """Rows of the parity matrix of the tasks whose features enter in ways of their own: tokens in front of the video's,
 tokens added to, a stream beside it, and timesteps of tokens."""
 
-from parity import ANY, MIXED, ODD, Row
+from parity import ANY, MIXED, ODD, REFERENCED, Row
 from test_parity import OVERLAPPED, PLAIN, SHARDED, layout, pp, ring, sp, ulysses, usp
 
 from mm.config.layerzero import ZeroConfig
@@ -42,21 +42,46 @@ def rows(task: str) -> list[Row]:
     ]
 
 
-ROWS = [row for task in TASKS for row in rows(task)] + [
-    row
-    for task in OTHERS
-    for row in (
-        Row(layout(1), recompute=OFFLOAD, model_type=task),
-        Row(layout(2, **ulysses(2)), samples=MIXED, model_type=task),
-        Row(layout(2, **ring(2)), model_type=task),
-        Row(layout(2, **sp(2)), model_type=task),
-        Row(layout(2, **pp(2, 2)), OVERLAPPED, model_type=task),
-        Row(layout(2, zero3_size=2), PLAIN, ZeroConfig(zero3_size=2), model_type=task),
-        Row(layout(2, **ring(2)), samples=ANY, packs=((3, 1),), model_type=task),
-        Row(layout(4, **sp(2), **pp(2)), SHARDED, recompute=FULL, model_type=task),
-    )
-]
+def referenced() -> list[Row]:
+    """VACE with references: samples of one clip size whose tokens differ by the frames in front."""
+    of = {"model_type": "vace", "samples": REFERENCED}
+    return [
+        Row(layout(1), packs=((3, 1),), recompute=OFFLOAD, **of),
+        Row(layout(2), OVERLAPPED, recompute=FULL, **of),
+        Row(layout(2, **ulysses(2)), **of),
+        Row(layout(2, **ring(2)), **of),
+        Row(layout(2, **sp(2)), recompute=FULL, **of),
+        Row(layout(2, **pp(2, 2)), **of),
+        Row(layout(2, zero3_size=2), PLAIN, ZeroConfig(zero3_size=2), **of),
+        Row(layout(2, **sp(2)), packs=((3, 1),), **of),
+        Row(layout(2, **ring(2)), packs=((4,),), recompute=FULL, **of),
+        Row(layout(4, **usp(2, 2)), **of),
+        Row(layout(4, **sp(2), **pp(2)), SHARDED, recompute=FULL, **of),
+        Row(layout(4, **pp(2), **ring(2)), packs=((3, 1),), **of),
+    ]
+
+
+ROWS = (
+    [row for task in TASKS for row in rows(task)]
+    + referenced()
+    + [
+        row
+        for task in OTHERS
+        for row in (
+            Row(layout(1), recompute=OFFLOAD, model_type=task),
+            Row(layout(2, **ulysses(2)), samples=MIXED, model_type=task),
+            Row(layout(2, **ring(2)), model_type=task),
+            Row(layout(2, **sp(2)), model_type=task),
+            Row(layout(2, **pp(2, 2)), OVERLAPPED, model_type=task),
+            Row(layout(2, zero3_size=2), PLAIN, ZeroConfig(zero3_size=2), model_type=task),
+            Row(layout(2, **ring(2)), samples=ANY, packs=((3, 1),), model_type=task),
+            Row(layout(4, **sp(2), **pp(2)), SHARDED, recompute=FULL, model_type=task),
+        )
+    ]
+)
 EVERY_DAY = [row for row in ROWS if row.layout.world_size == 1 and row.model_type in TASKS] + [
-    row for row in ROWS if row.layout.world_size == 2 and row.model_type == "vace" and row.packs == ()
+    row
+    for row in ROWS
+    if row.layout.world_size == 2 and row.model_type == "vace" and row.packs == () and row.samples != REFERENCED
 ]
 """The others are nightly."""

@@ -30,16 +30,18 @@ from mm.parallel.mesh import Mesh, build_mesh
 WAN = WanConfig(text_dim=16, text_len=8, hidden_size=96, ffn_dim=192, num_heads=12, num_layers=3, freq_dim=32)
 GLOBAL_BATCH = 4
 
-EVEN, ODD, MIXED, ANY = "even", "odd", "mixed", "any"
+EVEN, ODD, MIXED, ANY, REFERENCED = "even", "odd", "mixed", "any", "referenced"
 SIZES = {
     EVEN: [(2, 6, 8)],
     ODD: [(3, 6, 10)],
     MIXED: [(3, 6, 10), (1, 2, 14)],
     ANY: [(3, 6, 10), (1, 2, 4), (1, 2, 14), (2, 4, 6)],
+    REFERENCED: [(4, 6, 10), (3, 6, 10), (5, 6, 10)],
 }
 """Latent sizes of the samples: 24, 45 and 7 tokens. 24 divides by 2, 3, 4, 6 and 8; the others leave padding.
 
 Those of any size have 45, 2, 7 and 12: two single frames, of which one has fewer tokens than there are ranks.
+Referenced ones are a clip of three latent frames with one in front of it, none and two.
 """
 
 

@@ -244,7 +244,7 @@ STRIPS = {
 def test_what_a_task_is_given_is_drawn(home: Path, task: str) -> None:
     """In false colours, as `mm data look` does without a VAE: a strip for each part, of as many latent frames."""
     features = next(iter(stored(features_of(home, task)).values()))
-    strips = feature_strips(FalseColourEye(), FEATURE_TASKS[task], features, 9)
+    strips = list(feature_strips(FalseColourEye(), FEATURE_TASKS[task], features, 9))
     assert [strip.title for strip in strips] == STRIPS[task]
     of_clips = {"control", "start", "kept", "free", "mask", "condition latents"}
     assert all(len(strip.frames) == (3 if strip.title in of_clips else 1) for strip in strips)

@@ -7,7 +7,7 @@ runs is elsewhere and is found by the words that stand here: `mm.extract.sources
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
@@ -93,8 +93,12 @@ class Media:
         required: whether every row gives it. Without, models are called with what stands for nothing given.
         from_clip: what of the clip itself training takes where a row lists no file. A clip gives one image at most: of
             a task that can take another frame than the first, one of both is drawn.
-        is_trained: whether features are made of it; otherwise generation alone takes it.
-        in_front: each image is a latent frame in front of the clip's, which the sampler has and nobody decodes.
+        is_trained: whether features are made of it; otherwise generation alone takes it, and training has the clip's
+            own first frame.
+        in_front: each image is a latent frame in front of the clip's, which the sampler has and nobody decodes; in
+            training it is noised and learned as the clip's frames are.
+        most: files that a row may list of several images.
+        also: roles that are this one where the task takes no files of them: other systems' tables have one word for it.
     """
 
     name: str
@@ -104,6 +108,8 @@ class Media:
     from_clip: FromClip | None = None
     is_trained: bool = True
     in_front: bool = False
+    most: int = 1
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -229,6 +235,15 @@ class Task:
     def leading_frames(self) -> int:
         """Latent frames of tokens in front of the video's, where all features are given."""
         return len(self.entering(Entry.TOKENS))
+
+    @property
+    def most_in_front(self) -> int:
+        """Images that a clip has in front of it at most."""
+        return sum(media.most for media in self.media if media.in_front)
+
+    def images_in_front(self, files: Mapping[str, Sequence[object]]) -> int:
+        """Latent frames in front of a clip's, by the files or images that it has of each role."""
+        return sum(len(files.get(media.name, ())) for media in self.media if media.in_front)
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -23,9 +23,17 @@ VACE = Task(
     name="vace",
     title="VACE",
     roles=(
-        Media("vace_video", "video", listed="videos", required=False, from_clip="whole"),
+        Media("vace_video", "video", listed="videos", required=False, from_clip="whole", also=("control",)),
         Media("mask", "mask", listed="masks", required=False),
-        Media("vace_reference", "images", listed="references", required=False, is_trained=False, in_front=True),
+        Media(
+            "vace_reference",
+            "images",
+            listed="references",
+            required=False,
+            in_front=True,
+            most=8,
+            also=("reference", "object"),
+        ),
     ),
     features=(
         InputFeature(

@@ -75,6 +75,20 @@ def most_pixels(clip: Clip) -> int:
             return clip.num_frames * height * width
 
 
+def most_pixels_of_frame(clip: Clip) -> int:
+    """Pixels of the largest frame that there can be."""
+    rule = clip.shape
+    match rule:
+        case RatioBuckets():
+            both = (sides_of(rule, is_image=is_image) for is_image in (False, True))
+            return max(map(ratio_buckets.most_pixels, both))
+        case TokenLength():
+            sides = [*image_sides(rule.max_side, rule.min_side), *map(Fraction, video_sides(rule))]
+            return ratio_buckets.most_pixels(sides)
+        case _:
+            return most_pixels(clip) // clip.num_frames
+
+
 def fewest_frames(clip: SourceClip) -> int:
     """The frames that a video needs, whatever is drawn."""
     if clip.min_num_frames is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +33,7 @@ class CheckedRow:
         place: how to call the row in messages.
         sample: what it describes; None where that cannot be told.
         problems: DATA-001 for a missing file; DATA-047 for an image where the task has given frames; DATA-060 to
-            DATA-064 for the row itself; DATA-245 to DATA-247 DATA-250 and DATA-251 for the files beside its target.
+            DATA-064 for the row itself; DATA-245 to DATA-247 and DATA-250 to DATA-252 for the files beside its target.
         row: as it stands in its table, where it has one and that is asked for.
     """
 
@@ -128,7 +128,8 @@ class RowReader:
                     raise DataError("DATA-064", f"{found.place}: {said}", "Keep one of the two rows.")
                 name = f"{source}:{taken.name}" if source else taken.name
                 name = sample_id(name, annotation.cut_name, json.dumps(annotation.captions), kind)
-                roles = {role: files for role, files in taken.roles.items() if task is None or role in self._media}
+                roles, twice = (taken.roles, []) if task is None else _roles_of(task, taken.roles, found.place)
+                problems += twice
                 sample = VideoSample(name, file, annotation.captions, annotation, taken.columns, taken.kind, roles)
                 is_path_wrong = any(problem.id == "DATA-063" for problem in problems)  # which may be that role's
                 beside = beside_problems(sample, tuple(self._media.values()), found.place)
@@ -147,19 +148,43 @@ class RowReader:
         """Say once for each role that the task does not take its files."""
         if row.taken is None or self._task is None:
             return
-        new = row.taken.roles.keys() - self._media.keys() - self._told[source]
+        new = row.taken.roles.keys() - _named_of(self._task, row.taken.roles).keys() - self._told[source]
         if new:
             message = "%s: the task %s takes no files of the roles %s; they are left out"
             log.info(message, self.sources[source].annotation, self._task.name, ", ".join(sorted(new)))
             self._told[source] |= new
 
 
+def _roles_of(
+    task: Task, given: Mapping[str, tuple[Path, ...]], place: str
+) -> tuple[dict[str, tuple[Path, ...]], list[Problem]]:
+    """Files of a row by the task's roles, and DATA-252 where two of its roles are one of the task's."""
+    found, problems = dict[str, tuple[Path, ...]](), list[Problem]()
+    named = _named_of(task, given)
+    for role, name in named.items():
+        others = [other for other, same in named.items() if same == name]
+        if role == others[-1] and len(others) > 1:
+            said = f"{place} names files of the roles {' and '.join(others)}, which are one for {task.name}: {name}."
+            problems.append(Problem("DATA-252", said, f"Keep one of them, or call it {name}."))
+        found[name] = given[role]
+    return found, problems
+
+
+def _named_of(task: Task, given: Mapping[str, tuple[Path, ...]]) -> dict[str, str]:
+    """The roles of a row that a task takes, each with the task's name for it; its own name goes before others."""
+    found = dict[str, str]()
+    for media in task.media:
+        names = (media.name,) if given.get(media.name) else media.also
+        found |= {role: media.name for role in names if given.get(role)}
+    return found
+
+
 def beside_problems(sample: VideoSample, media: Sequence[Media], place: str) -> Iterator[Problem]:
     """Problems of the files beside a target, by what the task takes.
 
-    DATA-245 for a role that is not given, DATA-246 for several files where one is taken, DATA-247 for a file of another
-    kind, DATA-250 for a role of generation alone, DATA-251 for each malformed line of a pose file, DATA-001 for a file
-    that is not there.
+    DATA-245 for a role that is not given, DATA-246 for more files than are taken, DATA-247 for a file of another kind,
+    DATA-250 for a role of generation alone, DATA-251 for each malformed line of a pose file, DATA-001 for a file that
+    is not there.
     """
     for one in media:
         files = sample.roles.get(one.name, ())
@@ -168,12 +193,16 @@ def beside_problems(sample: VideoSample, media: Sequence[Media], place: str) -> 
                 f"{place} names no file of the role {one.name}, which every row of this task has: {_NAMED[one.kind]}."
             )
             yield Problem("DATA-245", found, "Add it (docs/data.md names the column), or leave the row out.")
-        if len(files) > 1 and one.kind != "images":
-            found = f"{place} names {len(files)} files of the role {one.name}, and one is taken."
-            yield Problem("DATA-246", found, "Keep one of them.")
+        if len(files) > one.most:
+            taken = "one is taken" if one.most == 1 else f"at most {one.most} are taken"
+            found = f"{place} names {len(files)} files of the role {one.name}, and {taken}."
+            yield Problem("DATA-246", found, "Keep one of them." if one.most == 1 else f"Keep {one.most} of them.")
         if files and not one.is_trained:
-            found = f"{place} names files of the role {one.name}, and no features are made of them."
-            yield Problem("DATA-250", found, "Remove them; in generation they are taken.")
+            found = (
+                f"{place} names files of the role {one.name}: training has the clip's own first frame in their place"
+            )
+            other = "as DiffSynth-Studio's and VideoX-Fun's trainers do, and no features are made of another image"
+            yield Problem("DATA-250", f"{found}, {other}.", "Remove them from the row; in generation they are taken.")
         for file in files:
             if not _is_of_kind(file, one.kind, sample.kind):
                 wanted = _NAMED["image" if one.kind == "video" and sample.kind == "image" else one.kind]

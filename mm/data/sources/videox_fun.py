@@ -3,7 +3,8 @@
 There a row without `type` is an image, and a video that is opened as one fails and is replaced by another row, time
 and again. Here a row without `type` is what the ending of its file says, which is the same for every file that can be
 read there. A control file that ends in `.txt` is a camera's path. Paths start from the data set's folder; absolute
-ones, which win there, are refused like everywhere here.
+ones, which win there, are refused like everywhere here; those of objects, which are not joined with the folder there,
+start from it too.
 """
 
 from __future__ import annotations

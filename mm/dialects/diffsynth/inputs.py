@@ -43,11 +43,13 @@ class ModelInputs:
     Attributes:
         task: of the features.
         dropped: conditions that no sample has, as `mm.config.run.data.ConditionDropout` calls them.
+        first_frame_share: share of samples whose own first frame is given clean; None of models that have none.
         notes: lines for the log.
     """
 
     task: str
     dropped: tuple[str, ...] = ()
+    first_frame_share: float | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -75,7 +77,8 @@ def inputs_of(wan: WanConfig, named: Mapping[str, str]) -> ModelInputs:
     dropped = [_DROPPED[word] for word in unnamed if word in _DROPPED]
     if unnamed and len(unnamed) == len(_from_clip(task)) and task.made_by(Source.IMAGE_ENCODER):
         dropped.append("image")
-    return ModelInputs(task.name, tuple(word for word in dropped if word in task.dropped))
+    share = float(FIRST in named) if wan.first_frame_share else None
+    return ModelInputs(task.name, tuple(word for word in dropped if word in task.dropped), share)
 
 
 _NOTE_OF_MASKS = (
@@ -90,7 +93,7 @@ def columns_of(named: Mapping[str, str]) -> frozenset[str]:
 
 
 def input_problems(wan: WanConfig, named: Mapping[str, str], file_keys: tuple[str, ...]) -> Iterator[Problem]:
-    """CFG-384: inputs that are not known, that a model does not take, that features are not made of, or that it lacks.
+    """CFG-384: inputs that are not known, that a model does not take, or that it lacks.
 
     Args:
         wan, named: as for `inputs_of`. file_keys: further columns of files.
@@ -107,9 +110,6 @@ def input_problems(wan: WanConfig, named: Mapping[str, str], file_keys: tuple[st
             yield Problem("CFG-384", found, f"The inputs are {', '.join(sorted(every))}.")
         elif word not in taken and not (word == LAST and FIRST in named and _with_known_pixels(task)):
             yield _not_taken(task, word, flag)
-        elif (role := taken.get(word)) is not None and isinstance(role, Media) and not role.is_trained:
-            found = f"{flag} {word}: no features are made of it for training yet."
-            yield Problem("CFG-384", found, "Remove it, and its column of the metadata.")
     yield from _lacking(task, taken, named)
     yield from _ambiguous(task, named)
     if _takes_poses(task) and POSES not in file_keys:

@@ -212,7 +212,7 @@ def _training(flags: DiffSynthFlags, found: FoundModels, known: _Known, parallel
         "training": built(TrainingSection, {"steps": if_read(lambda: known.steps_of_epoch * flags.num_epochs)}),
         "model": built(ModelSection, {"shape": shape, "precision": "bf16"}),
         "data": built(DataSection, data),
-        "objective": if_read(lambda: _objective(flags)),
+        "objective": if_read(lambda: _objective(flags, known.inputs.first_frame_share)),
         "optimizer": built(OptimizerSection, optimizer),
         "parallel": parallel,
         "memory": if_read(lambda: _memory(flags)),
@@ -292,14 +292,14 @@ def _encoders(found: FoundModels) -> EncodersSection:
     )
 
 
-def _objective(flags: DiffSynthFlags) -> DiffusionConfig:
+def _objective(flags: DiffSynthFlags, first_frame_share: float | None) -> DiffusionConfig:
     """The default loss, on the part of the grid that the two boundaries leave, noisiest first."""
     plain = DiffusionConfig()
     levels = plain.levels()
     first, end = (int(share * len(levels)) for share in (flags.min_timestep_boundary, flags.max_timestep_boundary))
     below = levels[first - 1] if first > 0 else None
     least = None if end == len(levels) else levels[end - 1] if end > 0 else 1.0
-    return DiffusionConfig(band_from=least, band_below=below)
+    return DiffusionConfig(band_from=least, band_below=below, first_frame_share=first_frame_share)
 
 
 def _parallel(launcher: Launcher, world_size: int) -> ParallelSection:

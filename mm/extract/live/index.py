@@ -248,8 +248,8 @@ class _Columns:
         for draw, ((start, frames, height, width), word) in enumerate(zip(row.clips, row.words, strict=True)):
             sample, caption = row.sample, row.sample.caption(self._run.extraction.seed, draw)
             tokens = self._count(caption)
-            latent_frames = (frames - 1) // TEMPORAL_STRIDE + 1
             task = self._run.task
+            latent_frames = task.images_in_front(sample.roles) + (frames - 1) // TEMPORAL_STRIDE + 1
             channels, pixels = task.latent_channels or LATENT_CHANNELS, task.latent_pixels
             shape = (channels, latent_frames, height // pixels, width // pixels)
             self._latents.extend(shape)

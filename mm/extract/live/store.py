@@ -96,7 +96,8 @@ class LiveStore:
     def listed(self, row: int) -> ListedSample:
         """The sample's video and caption; its clip begins where its features say once they are made."""
         sample, caption = self._sample(row), self._caption(row)
-        frames = (self.latent_shape(row)[1] - 1) * TEMPORAL_STRIDE + 1
+        latent_frames = self.latent_shape(row)[1] - self._run.task.images_in_front(sample.roles)
+        frames = (latent_frames - 1) * TEMPORAL_STRIDE + 1
         path = sample.annotation.path
         return ListedSample(sample=sample.id, path=path, cap=caption, start_frame_idx=0, sample_num_frames=frames)
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mm.canvas import white_canvas
 from mm.wan.conditions.pixels import ClipSize, Encode, binarised, require_image, require_mask, require_video
 from mm.wan.encoders import SPATIAL_STRIDE
 
@@ -84,29 +85,6 @@ def mask_channels(mask: Tensor) -> Tensor:
     num_latent_frames = (num_frames + 3) // 4
     nearest = [(2 * i + 1) * num_frames // (2 * num_latent_frames) for i in range(num_latent_frames)]
     return pixels[:, nearest]
-
-
-def white_canvas(image: Tensor, height: int, width: int) -> Tensor:
-    """An image in the middle of a white one, as large as it fits with its aspect kept.
-
-    It is resized bilinearly, without antialiasing, as Wan2.1 and diffusers do.
-
-    Args:
-        image: [3, any height, any width] in [-1, 1]. height, width: to come out.
-
-    Returns:
-        [3, height, width].
-    """
-    rows, columns = image.shape[1:]
-    if height * columns <= width * rows:  # its height fills the canvas
-        inner = height, max(columns * height // rows, 1)
-    else:
-        inner = max(rows * width // columns, 1), width
-    resized = F.interpolate(image.unsqueeze(0), inner, mode="bilinear", align_corners=False)[0]
-    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
-    canvas = image.new_ones(3, height, width)
-    canvas[:, top : top + inner[0], left : left + inner[1]] = resized
-    return canvas
 
 
 def _reference_frame(encode: Encode, size: ClipSize, image: Tensor, channels: int) -> Tensor:

@@ -1,16 +1,22 @@
 """VACE's context against Wan2.1's, DiffSynth-Studio's and VideoX-Fun's numbers, and diffusers' pipeline."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
 
 import pytest
 import torch
 from diffusers import WanVACEPipeline
 from PIL import Image
 
+from mm.canvas import white_canvas
+from mm.config.tasks.registry import TASKS
+from mm.data.clips import Clip
 from mm.demo.components import load_vae, make_scheduler, make_text_encoder, make_tokenizer, make_transformer
 from mm.errors import ConfigError
+from mm.extract.sources import VisualEncoders, feature_makers, latents_in_front
 from mm.wan.conditions.pixels import ClipSize
-from mm.wan.conditions.vace import blanked, mask_channels, vace_context, white_canvas
+from mm.wan.conditions.vace import blanked, mask_channels, vace_context
 from mm.wan.encoders import VideoEncoder
 
 SIZE = ClipSize(9, 32, 48)
@@ -42,6 +48,27 @@ def test_context(numbers: Numbers, pixels: Pixels, encode: Encode, case: str) ->
         [pixels(name) for name in references],
     )
     assert_is(found, numbers[f"vace.{case}.wan21"])
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """The oracle's VAE where extraction has Wan's."""
+
+    encode: Encode
+
+
+@pytest.mark.parametrize("case", ["video_mask_1ref", "video_mask_2refs", "ref_only"])
+def test_extraction_makes_these_contexts(numbers: Numbers, pixels: Pixels, encode: Encode, case: str) -> None:
+    """Of a row with these files; the latents in front of the clip's are the references', as trainers noise them."""
+    video, mask, references = CASES[case]
+    beside = {} if video is None or mask is None else {"vace_video": pixels(video), "mask": pixels(mask)}
+    canvases = [white_canvas(pixels(name), SIZE.height, SIZE.width) for name in references]
+    clip = Clip(pixels("video"), 0, "memory", beside={**beside, "vace_reference": torch.stack(canvases)})
+    vae = cast(VideoEncoder, StandIn(encode))
+    features = {name: make(clip, {}) for name, make in feature_makers(VisualEncoders(TASKS["vace"], vae, vae)).items()}
+    assert_is(features["vace_context"], numbers[f"vace.{case}.wan21"])
+    in_front = latents_in_front(TASKS["vace"], features, encode(clip.pixels[None])[0])
+    assert_is(in_front, torch.cat([encode(canvas[None, :, None])[0] for canvas in canvases], dim=1))
 
 
 def test_a_blanked_video_is_that_of_videox_fun(numbers: Numbers, pixels: Pixels, encode: Encode) -> None:

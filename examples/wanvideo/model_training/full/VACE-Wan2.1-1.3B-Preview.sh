@@ -5,7 +5,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 accelerate launch ${ACCELERATE_ARGS:-} "$here/../train.py" \
   --dataset_base_path data/example_video_dataset \
   --dataset_metadata_path data/example_video_dataset/metadata_vace.csv \
-  --data_file_keys "image,video,vace_video" \
+  --data_file_keys "image,video,vace_video,vace_reference_image" \
   --height 480 \
   --width 832 \
   --num_frames 49 \
@@ -16,5 +16,5 @@ accelerate launch ${ACCELERATE_ARGS:-} "$here/../train.py" \
   --remove_prefix_in_ckpt "pipe.dit.,pipe.vace." \
   --output_path "./models/train/VACE-Wan2.1-1.3B-Preview_full" \
   --trainable_models "dit,vace" \
-  --extra_inputs "vace_video" \
+  --extra_inputs "vace_video,vace_reference_image" \
   "$@"

@@ -5,7 +5,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 accelerate launch --config_file "$here/accelerate_config_14B.yaml" ${ACCELERATE_ARGS:-} "$here/../train.py" \
   --dataset_base_path data/example_video_dataset \
   --dataset_metadata_path data/example_video_dataset/metadata_vace.csv \
-  --data_file_keys "image,video,vace_video" \
+  --data_file_keys "image,video,vace_video,vace_reference_image" \
   --height 480 \
   --width 832 \
   --num_frames 17 \
@@ -16,5 +16,5 @@ accelerate launch --config_file "$here/accelerate_config_14B.yaml" ${ACCELERATE_
   --remove_prefix_in_ckpt "pipe.dit.,pipe.vace." \
   --output_path "./models/train/Wan2.1-VACE-14B_full" \
   --trainable_models "dit,vace" \
-  --extra_inputs "vace_video" \
+  --extra_inputs "vace_video,vace_reference_image" \
   "$@"

@@ -5,7 +5,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 accelerate launch ${ACCELERATE_ARGS:-} "$here/../train.py" \
   --dataset_base_path data/example_video_dataset \
   --dataset_metadata_path data/example_video_dataset/metadata_vace.csv \
-  --data_file_keys "image,video,vace_video" \
+  --data_file_keys "image,video,vace_video,vace_reference_image" \
   --height 480 \
   --width 832 \
   --num_frames 81 \
@@ -18,5 +18,5 @@ accelerate launch ${ACCELERATE_ARGS:-} "$here/../train.py" \
   --lora_base_model "dit" \
   --lora_target_modules "q,k,v,o,ffn.0,ffn.2" \
   --lora_rank 32 \
-  --extra_inputs "vace_video" \
+  --extra_inputs "vace_video,vace_reference_image" \
   "$@"

@@ -22,10 +22,12 @@ pipe = WanVideoPipeline.from_pretrained(
         ModelConfig(model_id="Wan-AI/Wan2.1-VACE-1.3B", origin_file_pattern="Wan2.1_VAE.pth"),
     ],
 )
+video = frames_of("video1.mp4")
 clip = pipe(
     prompt="from sunset to night, a small town, light, house, river",
     negative_prompt="blurred, static, low quality, deformed, watermark, subtitles",
     vace_video=frames_of("video1_softedge.mp4"),
+    vace_reference_image=video[0],
     height=480,
     width=832,
     num_frames=49,

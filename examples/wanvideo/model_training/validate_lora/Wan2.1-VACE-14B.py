@@ -23,10 +23,12 @@ pipe = WanVideoPipeline.from_pretrained(
     ],
 )
 pipe.load_lora(pipe.dit, "models/train/Wan2.1-VACE-14B_lora/epoch-4.safetensors", alpha=1)
+video = frames_of("video1.mp4")
 clip = pipe(
     prompt="from sunset to night, a small town, light, house, river",
     negative_prompt="blurred, static, low quality, deformed, watermark, subtitles",
     vace_video=frames_of("video1_softedge.mp4"),
+    vace_reference_image=video[0],
     height=480,
     width=832,
     num_frames=81,
