@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mm.api.arguments import (
@@ -31,7 +32,7 @@ from mm.config.tasks.task import ListName, Task
 from mm.diffusion.samplers import Solver
 from mm.errors import ConfigError, raise_all
 from mm.generate.fit import require_image_encoder_fits, require_text_fits, require_vae_fits
-from mm.generate.pipeline import OnStep
+from mm.generate.pipeline import OnStep, Velocity
 from mm.generate.sampling import (
     ClipConditions,
     ClipPlan,
@@ -42,11 +43,12 @@ from mm.generate.sampling import (
     sample,
 )
 from mm.generate.sources import EarlyFeatures, Given, kind_of_clip
+from mm.parallel.velocity import ParallelVelocity
 from mm.wan.model import WanModel
 
 
 def generate_videos(
-    model: WanModel | str | Path,
+    model: WanModel | ParallelVelocity | str | Path,
     prompts: str | Sequence[str],
     encoders: Encoders | str | Path | None = None,
     *,
@@ -77,7 +79,7 @@ def generate_videos(
     """Generate a video for each prompt as `mm generate` does, and write nothing.
 
     Args:
-        model: from `load_model`, or a model's folder in the diffusers layout, whose transformer is loaded in bf16.
+        model: from `load_model`, a folder in the diffusers layout, of which bf16 is made, or one that processes share.
         prompts: what the videos show.
         encoders: the encoders, or the folder that has them; None takes those beside the transformer of `model`.
         images: for models with given frames, of each prompt: one, or (first, last). Files, Pillow's, uint8 [H, W, 3].
@@ -121,21 +123,28 @@ def generate_videos(
     task = _row_task(loaded.config.task, asked)
     sampler = solver, steps, shift, guidance_scale, batched_guidance
     settings = SamplerSettings(*sampler, strength=strength or 1.0, options=options or SamplingOptions())
-    plan = ClipPlan(loaded.config, next(loaded.parameters()).device, task.frames, size, seed, settings)
+    plan = ClipPlan(loaded.config, _device(loaded), task.frames, size, seed, settings)
     raise_all(ConfigError, list(generation_problems(asked, plan, task)))
     negative = task.negative + NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
     return _generate(loaded, asked, plan, _encoders(encoders, at), None if guidance_scale == 1 else negative, on_step)
 
 
 def _loaded(
-    model: WanModel | str | Path, residency: Residency | None, clip: tuple[int, int, int], batch_size: int
-) -> WanModel:
+    model: WanModel | ParallelVelocity | str | Path,
+    residency: Residency | None,
+    clip: tuple[int, int, int],
+    batch_size: int,
+) -> WanModel | ParallelVelocity:
     if isinstance(model, (str, Path)):
         return load_model(model, residency=residency, clip=clip, batch_size=batch_size)
     if residency is not None:
         found = "residency has no effect on a model that is loaded."
         raise ConfigError("CFG-372", found, "Give it to load_model, or leave it out.")
     return model
+
+
+def _device(model: WanModel | ParallelVelocity) -> torch.device:
+    return model.device if isinstance(model, ParallelVelocity) else next(model.parameters()).device
 
 
 def _encoders(given: Encoders | str | Path | None, beside: str | Path | None) -> Encoders:
@@ -163,7 +172,7 @@ def _row_task(task: Task, asked: Asked) -> Task:
 
 
 def _generate(
-    model: WanModel,
+    model: Velocity,
     asked: Asked,
     plan: ClipPlan,
     encoders: Encoders,
