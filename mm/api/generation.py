@@ -25,7 +25,7 @@ from mm.api.encoders import Encoders, name_of
 from mm.api.generation_rules import Asked, generation_problems
 from mm.api.model import load_model
 from mm.config.run.generation import NEGATIVE_PROMPT
-from mm.config.run.listed import LISTS, sees_images
+from mm.config.run.listed import LISTS, begins_as, sees_images
 from mm.config.run.residency import Residency
 from mm.config.tasks.registry import TASKS
 from mm.config.tasks.task import ListName, Task
@@ -58,6 +58,7 @@ def generate_videos(
     references: Sequence[ImageInput | Sequence[ImageInput] | None] | None = None,
     cameras: Sequence[CameraInput] | None = None,
     masks: Sequence[MaskInput | None] | None = None,
+    input_videos: Sequence[VideoInput] | None = None,
     text_only: bool = False,
     vace_scale: float | None = None,
     columns: Mapping[str, Sequence[float]] | None = None,
@@ -83,8 +84,8 @@ def generate_videos(
         prompts: what the videos show.
         encoders: the encoders, or the folder that has them; None takes those beside the transformer of `model`.
         images: for models with given frames, of each prompt: one, or (first, last). Files, Pillow's, uint8 [H, W, 3].
-        videos: what the videos are made from, of each prompt: files or uint8 [F, H, W, 3]; needs `strength`. With
-            `masks`, and for models with side blocks, what is edited.
+        videos: what the videos begin as, of each prompt: files or uint8 [F, H, W, 3]; needs `strength`. With `masks`,
+            and for models with side blocks, what is edited; then `input_videos` is what they begin as.
         controls: what the videos follow frame by frame. references: what is to be seen in them; several where models
             have side blocks. cameras: pose files, directions such as "Left 0.02", or rows [poses, 19].
         masks: white where `videos` are made anew: files of videos or images, uint8 [F, H, W] or [H, W].
@@ -94,7 +95,7 @@ def generate_videos(
         negative_prompt: what guidance leads away from; None is the Wan2.1 release's for the task.
         steps, shift, solver: of the sampler; shift 3 for 480p and 5 for 720p are usual. residency: as for `load_model`.
         guidance_scale: 1 leaves the negative prompt out. batched_guidance: both prompts in one pass of twice the batch.
-        strength: with `videos`, the share of the steps that are taken, above 0 to 1. options: what sampling costs.
+        strength: of what videos begin as, the share of the steps that are taken, above 0 to 1. options: of sampling.
         batch_size: prompts that go through the transformer together. seed: with a prompt's number, of the noise.
         noise: other noise for each prompt, [C, latent frames with those in front, H, W]. on_step: `OnStep`.
 
@@ -112,7 +113,7 @@ def generate_videos(
     loaded = _loaded(model, residency, size, batch_size * (1 + batched_guidance))
     asked = Asked(
         tuple([prompts] if isinstance(prompts, str) else prompts),
-        _lists(images, videos, controls, references, cameras, masks),
+        _lists(images, videos, controls, references, cameras, masks, input_videos),
         columns or {},
         strength,
         batch_size,
@@ -209,18 +210,20 @@ def _given(asked: Asked, index: int, plan: ClipPlan) -> Given:
     def pixels(image: ImageInput) -> Tensor:
         return image_of(image, f"An image of prompt {index}", height, width)
 
-    def video(name: ListName) -> Tensor | None:
+    def video(given: Sequence[VideoInput]) -> Tensor | None:
         what = f"A video of prompt {index}"
-        return next((video_of(one, what, plan.size) for one in of_prompt.get(name, ())), None)
+        return next((video_of(one, what, plan.size) for one in given), None)
 
-    edited = next(iter(of_prompt.get("videos", ())), None)
-    masks = (mask_of(one, f"The mask of prompt {index}", edited, plan.size) for one in of_prompt.get("masks", ()))
+    begins = begins_as(plan.wan.task, asked.shown)
+    edited = () if begins == "videos" else of_prompt.get("videos", ())
+    about = f"The mask of prompt {index}", next(iter(edited), None), plan.size
     return Given(
         images=tuple(map(pixels, of_prompt.get("images", ()))),
         columns={name: float(numbers[index]) for name, numbers in asked.columns.items()},
-        video=video("videos"),
-        mask=next(masks, None),
-        control=video("controls"),
+        begins_as=video(of_prompt.get(begins, ())),
+        video=video(edited),
+        mask=next((mask_of(one, *about) for one in of_prompt.get("masks", ())), None),
+        control=video(of_prompt.get("controls", ())),
         references=tuple(
             picture_of(image, f"A reference of prompt {index}") if several else pixels(image)
             for image in of_prompt.get("references", ())

@@ -32,6 +32,7 @@ from mm.config.place import process_place
 from mm.config.rules.residency import residency_problems
 from mm.config.run.encoders import Tiles
 from mm.config.run.generation import latent_size
+from mm.config.run.listed import Shown, begins_as
 from mm.config.run.residency import Residency
 from mm.config.tasks.task import Source
 from mm.device.backend import Backend, select
@@ -260,8 +261,15 @@ class WanVideoPipeline:
             given = _agreed(self._processes.comm, prompt, negative_prompt, given)
         size = given.size(task)
         steps = _steps(given)
-        videos = given.input_video if given.vace_video is None else given.vace_video
-        control = given.control_video
+        shown = Shown(nothing=task.with_mask and given.input_image is None and given.end_image is None)
+        videos = (
+            (begins_as(task, shown), "input_video", given.input_video),
+            ("videos", "vace_video", given.vace_video),
+            ("controls", "control_video", given.control_video),
+        )
+        lists: dict[str, Any] = {
+            name: [fitted_video(frames, word, size)] for name, word, frames in videos if frames is not None
+        }
         several = given.vace_reference_image
         references = [several] if isinstance(several, Image.Image) else list(several or ())
         if given.reference_image is not None:
@@ -272,17 +280,16 @@ class WanVideoPipeline:
             if image is not None
         ]
         masks = None if given.vace_video_mask is None else fitted_video(given.vace_video_mask, "vace_video_mask", size)
-        [frames] = generate_videos(
+        [made] = generate_videos(
             self._velocity,
             [prompt],
             self._encoders(given),
             images=[images] if images else None,
-            videos=None if videos is None else [fitted_video(videos, "The video", size)],
-            controls=None if control is None else [fitted_video(control, "control_video", size)],
+            **lists,
             references=[references] if references else None,
             cameras=_cameras(given, size[0]),
             masks=None if masks is None else [masks[..., 0]],
-            text_only=task.with_mask and not images,
+            text_only=shown.nothing,
             vace_scale=given.vace_scale if task.made_by(Source.SETTING) else None,
             columns=None if given.motion_bucket_id is None else {"motion_bucket_id": [given.motion_bucket_id]},
             negative_prompt=negative_prompt,
@@ -298,7 +305,7 @@ class WanVideoPipeline:
             on_step=lambda clean: next(steps, None),
         )
         next(steps, None)  # lets a bar close itself
-        return [Image.fromarray(frame.numpy()) for frame in frames]
+        return [Image.fromarray(frame.numpy()) for frame in made]
 
     def _encoders(self, given: ClipParameters) -> Encoders:
         tiles = Tiles(size=given.tile_size, stride=given.tile_stride) if given.tiled else None

@@ -77,7 +77,7 @@ class Column:
 
 
 MediaKind = Literal["video", "image", "images", "mask", "poses"]
-ListName = Literal["images", "videos", "controls", "references", "cameras", "masks"]
+ListName = Literal["images", "videos", "controls", "references", "cameras", "masks", "input_videos"]
 """Lists of a generation, of what goes with its prompts line by line."""
 FromClip = Literal["first frame", "other frame", "whole"]
 
@@ -222,8 +222,11 @@ class Task:
 
     @property
     def fewest_latent_frames(self) -> int:
-        """Frames that a clip's latents must have so that something is left to learn where frames are given."""
-        return 2 if self.made_by(Source.KNOWN_FRAMES) or self.made_by(Source.KNOWN_PIXELS) else 1
+        """Frames that a clip's latents must have so that something is left to learn where frames are given.
+
+        Where pixels are given by masks, a single frame has both kinds.
+        """
+        return 2 if self.made_by(Source.KNOWN_FRAMES) else 1
 
     @property
     def leading_frames(self) -> int:
