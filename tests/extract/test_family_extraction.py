@@ -333,14 +333,12 @@ def test_inpainting_by_drawn_masks_and_listed_ones(
 
 def test_inpainting_of_images(place: Place, vae: VideoEncoder, image_encoder: ImageEncoder) -> None:
     """A single frame has masks of its own kinds: most leave all of it to make, others a block or a circle."""
-    place.rows = [
-        {"path": f"{name}.png", "cap": f"{name} {number}"} for number in range(10) for name in ("look", "tall")
-    ]
-    place.rows.append({"path": "look.png", "cap": "listed", "mask": "look.png"})
     Image.fromarray(np.eye(40, dtype=np.uint8) * 255).save(place.home / "set" / "eye.png")
-    place.rows[-1]["mask"] = "eye.png"
+    rows = [f"{name}.png,{name} {number}," for number in range(10) for name in ("look", "tall")]
+    (place.home / "rows.csv").write_text("\n".join(["video,prompt,mask", *rows, "look.png,listed,eye.png"]))
+    table = {"path": str(place.home / "rows.csv"), "format": "diffsynth", "file_keys": ["mask"]}
     size, kinds = ClipSize(1, 32, 48), set()
-    for name, (tensors, _) in place.extract("fun_inp").items():
+    for name, (tensors, _) in place.extract("fun_inp", **table).items():
         file = "look" if name == "listed" else name.split()[0]
         with Image.open(place.home / f"set/{file}.png") as opened:
             image = torch.from_numpy(np.array(opened)).permute(2, 0, 1)[None]
