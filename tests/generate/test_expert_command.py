@@ -11,7 +11,6 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel, WanV
 from family import noise, write_video
 from generation_runs import GUIDANCE, NEGATIVE, SEED, SIZE, contents, failure, generate, settings
 from kept_frames import keeping_frames, largest_difference
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, UMT5EncoderModel
 from wans_grids import UniPCOnWansGrid
@@ -171,8 +170,8 @@ def clip_from(weights: Path, video: np.ndarray, strength: float) -> tuple[np.nda
     sigma = float(scheduler.sigmas[STEPS - int(STEPS * strength)])
     clean = VideoEncoder(vae).encode(torch.from_numpy(video).movedim(-1, 0).unsqueeze(0) * 2 - 1)
     clip: np.ndarray = pipeline(
-        video=[Image.fromarray((255 * frame).astype(np.uint8)) for frame in video], strength=strength, prompt=PROMPT,
-        negative_prompt=NEGATIVE, height=SIZE[1], width=SIZE[2], num_inference_steps=STEPS, guidance_scale=GUIDANCE,
+        strength=strength, prompt=PROMPT, negative_prompt=NEGATIVE, height=SIZE[1], width=SIZE[2],
+        num_inference_steps=STEPS, guidance_scale=GUIDANCE,
         latents=(1 - sigma) * clean + sigma * initial_latents(SEED, [0], (16, 3, 4, 6)), output_type="np",
     ).frames[0]  # fmt: skip
     return 255 * clip, asked[::2]

@@ -218,6 +218,7 @@ def test_what_the_model_sees_is_encoded_in_tiles_of_its_own(
     write_image(Path("start.png"), noise(3, SIDE, SIDE))
     Path("starts.txt").write_text("start.png")
     values = inference_json(parts, wan.model_copy(update={"text_len": 32}), image="starts.txt")
+    values["diffusion"]["model_id"] = "FlowMatchEulerDiscreteScheduler"  # what it predicts last is the clip
     Path("model.json").write_text(json.dumps(values))
     words = ["--mm-model", "model.json", "--load", "weights/wan22_i2v", "--device", "cpu", "--no-progress-bar"]
     translate_command.main(["--", "mm", "generate", *words])
@@ -228,6 +229,7 @@ def test_what_the_model_sees_is_encoded_in_tiles_of_its_own(
         mm.load_model("weights/wan22_i2v", dtype="fp32", device="cpu", task="wan22_i2v", text_len=32), "a red disc",
         mm.Encoders.of(parts, text_dtype="fp32", tiling=tiles), images=["start.png"], size=SIZE, steps=2, seed=7,
         guidance_scale=4.0, negative_prompt="a green disc", on_step=clean.append,
+        solver="euler",
     )  # fmt: skip
     whole = VideoEncoder.from_pretrained(parts / "vae", "fp32", torch.device("cpu"))
     expected = decode(whole, clean[-1], SIZE, "VAE")[0].numpy()
@@ -243,7 +245,8 @@ def test_what_the_model_sees_is_encoded_in_tiles_of_its_own(
         with keeping_frames(mm.generate.run):
             run_command.main(["run.yaml"])
         made.append(np.load(f"{name}/video_0000.npy"))
-    assert np.array_equal(made[1], expected) and not np.array_equal(made[0], expected)
+    plain, tiled = (np.abs(frames.astype(int) - expected).max() for frames in made)
+    assert tiled <= 1 < 3 < plain  # where rounding to whole numbers is near its edge
     assert json.loads(Path("tiles/video_0000.json").read_text())["ae"]["condition_tiling"] is True
 
 
