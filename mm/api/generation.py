@@ -88,8 +88,7 @@ def generate_videos(
             and for models with side blocks, what is edited; then `input_videos` is what they begin as.
         controls: what the videos follow frame by frame. references: what is to be seen in them; several where models
             have side blocks. cameras: pose files, directions such as "Left 0.02", or rows [poses, 19].
-        masks: white where `videos` are made anew: files of videos or images, uint8 [F, H, W] or [H, W].
-            In these lists None stands for nothing where the model can do without.
+        masks: white where `videos` are made anew: files, uint8 [F, H, W] or [H, W]. None in a list stands for nothing.
         text_only: a model that sees frames is shown none. vace_scale: a factor on what side blocks add.
         columns: the task's numbers by name, one for each prompt. size: frames (4k + 1), height and width (16 n).
         negative_prompt: what guidance leads away from; None is the Wan2.1 release's for the task.
@@ -109,7 +108,6 @@ def generate_videos(
         DataError: DATA-001 to DATA-007, DATA-086, DATA-087 and DATA-110 for images and videos, DATA-040 to DATA-043
             for encoders, DATA-055 and DATA-056 for the VAE's and the transformer's output.
     """
-    at = model if isinstance(model, (str, Path)) else None
     loaded = _loaded(model, residency, size, batch_size * (1 + batched_guidance))
     asked = Asked(
         tuple([prompts] if isinstance(prompts, str) else prompts),
@@ -127,7 +125,8 @@ def generate_videos(
     plan = ClipPlan(loaded.config, _device(loaded), task.frames, size, seed, settings)
     raise_all(ConfigError, list(generation_problems(asked, plan, task)))
     negative = task.negative + NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
-    return _generate(loaded, asked, plan, _encoders(encoders, at), None if guidance_scale == 1 else negative, on_step)
+    around = _encoders(encoders, model), None if guidance_scale == 1 else negative
+    return _generate(loaded, asked, plan, *around, on_step)
 
 
 def _loaded(
@@ -148,7 +147,8 @@ def _device(model: WanModel | ParallelVelocity) -> torch.device:
     return model.device if isinstance(model, ParallelVelocity) else next(model.parameters()).device
 
 
-def _encoders(given: Encoders | str | Path | None, beside: str | Path | None) -> Encoders:
+def _encoders(given: Encoders | str | Path | None, model: WanModel | ParallelVelocity | str | Path) -> Encoders:
+    beside = model if isinstance(model, (str, Path)) else None
     place = beside if given is None else given
     if place is None:
         raise ConfigError("CFG-200", "A model that is loaded has no encoders beside it.", "Give encoders=.")

@@ -179,8 +179,8 @@ class Task:
         models_of: the task whose models are trained on its features, where these differ from that one's in how they
             are made alone. No model is of such a task.
         with_mask: generation may give its models any pixels, by a video and a mask, or none at all, instead of frames.
-        with_video, with_last_frame: what generation is called from given videos, or with a last frame too, where its
-            models can do that. The latter is a task, whose rows are taken.
+        with_video: what generation from given videos, which all models can do, is called where it has its own word.
+        with_last_frame: the task of both frames, whose rows are taken where models can be given the last one too.
     """
 
     name: str
