@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mm.api.arguments import (
@@ -24,14 +25,14 @@ from mm.api.encoders import Encoders, name_of
 from mm.api.generation_rules import Asked, generation_problems
 from mm.api.model import load_model
 from mm.config.run.generation import NEGATIVE_PROMPT
-from mm.config.run.listed import LISTS, sees_images
+from mm.config.run.listed import LISTS, begins_as, sees_images
 from mm.config.run.residency import Residency
 from mm.config.tasks.registry import TASKS
 from mm.config.tasks.task import ListName, Task
 from mm.diffusion.samplers import Solver
 from mm.errors import ConfigError, raise_all
 from mm.generate.fit import require_image_encoder_fits, require_text_fits, require_vae_fits
-from mm.generate.pipeline import OnStep
+from mm.generate.pipeline import OnStep, Velocity
 from mm.generate.sampling import (
     ClipConditions,
     ClipPlan,
@@ -42,11 +43,12 @@ from mm.generate.sampling import (
     sample,
 )
 from mm.generate.sources import EarlyFeatures, Given, kind_of_clip
+from mm.parallel.velocity import ParallelVelocity
 from mm.wan.model import WanModel
 
 
 def generate_videos(
-    model: WanModel | str | Path,
+    model: WanModel | ParallelVelocity | str | Path,
     prompts: str | Sequence[str],
     encoders: Encoders | str | Path | None = None,
     *,
@@ -56,6 +58,7 @@ def generate_videos(
     references: Sequence[ImageInput | Sequence[ImageInput] | None] | None = None,
     cameras: Sequence[CameraInput] | None = None,
     masks: Sequence[MaskInput | None] | None = None,
+    input_videos: Sequence[VideoInput] | None = None,
     text_only: bool = False,
     vace_scale: float | None = None,
     columns: Mapping[str, Sequence[float]] | None = None,
@@ -77,22 +80,21 @@ def generate_videos(
     """Generate a video for each prompt as `mm generate` does, and write nothing.
 
     Args:
-        model: from `load_model`, or a model's folder in the diffusers layout, whose transformer is loaded in bf16.
+        model: from `load_model`, a folder in the diffusers layout, of which bf16 is made, or one that processes share.
         prompts: what the videos show.
         encoders: the encoders, or the folder that has them; None takes those beside the transformer of `model`.
         images: for models with given frames, of each prompt: one, or (first, last). Files, Pillow's, uint8 [H, W, 3].
-        videos: what the videos are made from, of each prompt: files or uint8 [F, H, W, 3]; needs `strength`. With
-            `masks`, and for models with side blocks, what is edited.
+        videos: what the videos begin as, of each prompt: files or uint8 [F, H, W, 3]; needs `strength`. With `masks`,
+            and for models with side blocks, what is edited; then `input_videos` is what they begin as.
         controls: what the videos follow frame by frame. references: what is to be seen in them; several where models
             have side blocks. cameras: pose files, directions such as "Left 0.02", or rows [poses, 19].
-        masks: white where `videos` are made anew: files of videos or images, uint8 [F, H, W] or [H, W].
-            In these lists None stands for nothing where the model can do without.
+        masks: white where `videos` are made anew: files, uint8 [F, H, W] or [H, W]. None in a list stands for nothing.
         text_only: a model that sees frames is shown none. vace_scale: a factor on what side blocks add.
         columns: the task's numbers by name, one for each prompt. size: frames (4k + 1), height and width (16 n).
         negative_prompt: what guidance leads away from; None is the Wan2.1 release's for the task.
         steps, shift, solver: of the sampler; shift 3 for 480p and 5 for 720p are usual. residency: as for `load_model`.
         guidance_scale: 1 leaves the negative prompt out. batched_guidance: both prompts in one pass of twice the batch.
-        strength: with `videos`, the share of the steps that are taken, above 0 to 1. options: what sampling costs.
+        strength: of what videos begin as, the share of the steps that are taken, above 0 to 1. options: of sampling.
         batch_size: prompts that go through the transformer together. seed: with a prompt's number, of the noise.
         noise: other noise for each prompt, [C, latent frames with those in front, H, W]. on_step: `OnStep`.
 
@@ -106,11 +108,10 @@ def generate_videos(
         DataError: DATA-001 to DATA-007, DATA-086, DATA-087 and DATA-110 for images and videos, DATA-040 to DATA-043
             for encoders, DATA-055 and DATA-056 for the VAE's and the transformer's output.
     """
-    at = model if isinstance(model, (str, Path)) else None
     loaded = _loaded(model, residency, size, batch_size * (1 + batched_guidance))
     asked = Asked(
         tuple([prompts] if isinstance(prompts, str) else prompts),
-        _lists(images, videos, controls, references, cameras, masks),
+        _lists(images, videos, controls, references, cameras, masks, input_videos),
         columns or {},
         strength,
         batch_size,
@@ -121,15 +122,19 @@ def generate_videos(
     task = _row_task(loaded.config.task, asked)
     sampler = solver, steps, shift, guidance_scale, batched_guidance
     settings = SamplerSettings(*sampler, strength=strength or 1.0, options=options or SamplingOptions())
-    plan = ClipPlan(loaded.config, next(loaded.parameters()).device, task.frames, size, seed, settings)
+    plan = ClipPlan(loaded.config, _device(loaded), task.frames, size, seed, settings)
     raise_all(ConfigError, list(generation_problems(asked, plan, task)))
     negative = task.negative + NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
-    return _generate(loaded, asked, plan, _encoders(encoders, at), None if guidance_scale == 1 else negative, on_step)
+    around = _encoders(encoders, model), None if guidance_scale == 1 else negative
+    return _generate(loaded, asked, plan, *around, on_step)
 
 
 def _loaded(
-    model: WanModel | str | Path, residency: Residency | None, clip: tuple[int, int, int], batch_size: int
-) -> WanModel:
+    model: WanModel | ParallelVelocity | str | Path,
+    residency: Residency | None,
+    clip: tuple[int, int, int],
+    batch_size: int,
+) -> WanModel | ParallelVelocity:
     if isinstance(model, (str, Path)):
         return load_model(model, residency=residency, clip=clip, batch_size=batch_size)
     if residency is not None:
@@ -138,7 +143,12 @@ def _loaded(
     return model
 
 
-def _encoders(given: Encoders | str | Path | None, beside: str | Path | None) -> Encoders:
+def _device(model: WanModel | ParallelVelocity) -> torch.device:
+    return model.device if isinstance(model, ParallelVelocity) else next(model.parameters()).device
+
+
+def _encoders(given: Encoders | str | Path | None, model: WanModel | ParallelVelocity | str | Path) -> Encoders:
+    beside = model if isinstance(model, (str, Path)) else None
     place = beside if given is None else given
     if place is None:
         raise ConfigError("CFG-200", "A model that is loaded has no encoders beside it.", "Give encoders=.")
@@ -163,7 +173,7 @@ def _row_task(task: Task, asked: Asked) -> Task:
 
 
 def _generate(
-    model: WanModel,
+    model: Velocity,
     asked: Asked,
     plan: ClipPlan,
     encoders: Encoders,
@@ -200,18 +210,20 @@ def _given(asked: Asked, index: int, plan: ClipPlan) -> Given:
     def pixels(image: ImageInput) -> Tensor:
         return image_of(image, f"An image of prompt {index}", height, width)
 
-    def video(name: ListName) -> Tensor | None:
+    def video(given: Sequence[VideoInput]) -> Tensor | None:
         what = f"A video of prompt {index}"
-        return next((video_of(one, what, plan.size) for one in of_prompt.get(name, ())), None)
+        return next((video_of(one, what, plan.size) for one in given), None)
 
-    edited = next(iter(of_prompt.get("videos", ())), None)
-    masks = (mask_of(one, f"The mask of prompt {index}", edited, plan.size) for one in of_prompt.get("masks", ()))
+    begins = begins_as(plan.wan.task, asked.shown)
+    edited = () if begins == "videos" else of_prompt.get("videos", ())
+    about = f"The mask of prompt {index}", next(iter(edited), None), plan.size
     return Given(
         images=tuple(map(pixels, of_prompt.get("images", ()))),
         columns={name: float(numbers[index]) for name, numbers in asked.columns.items()},
-        video=video("videos"),
-        mask=next(masks, None),
-        control=video("controls"),
+        begins_as=video(of_prompt.get(begins, ())),
+        video=video(edited),
+        mask=next((mask_of(one, *about) for one in of_prompt.get("masks", ())), None),
+        control=video(of_prompt.get("controls", ())),
         references=tuple(
             picture_of(image, f"A reference of prompt {index}") if several else pixels(image)
             for image in of_prompt.get("references", ())

@@ -12,7 +12,7 @@ from mm.api.arguments import column_problems
 from mm.config.data import TEMPORAL_STRIDE
 from mm.config.rules.generation import size_problems
 from mm.config.rules.sampling import tea_cache_problems, window_problems
-from mm.config.run.listed import LISTS, Listed, Shown, lists_of
+from mm.config.run.listed import LISTS, Listed, Shown, begins_as, lists_of
 from mm.config.tasks.task import ListName, Source, Task
 from mm.errors import Problem
 from mm.generate.sampling import ClipPlan
@@ -172,15 +172,13 @@ def _video_problems(asked: Asked, plan: ClipPlan, task: Task) -> Iterator[Proble
     """CFG-121: a strength belongs to videos that clips begin as, not to those that the model sees."""
     if plan.settings.options.strength_steps == "all" and asked.strength is None:
         yield Problem("CFG-121", "strength_steps has no effect without strength.", "Leave it out, or give strength=.")
-    if "videos" not in asked.lists:
+    begins = begins_as(task, asked.shown)
+    if begins not in asked.lists:
         if asked.strength is not None:
-            yield Problem("CFG-121", "strength has no effect without videos.", "Leave it out, or give videos=.")
-    elif plan.wan.task.with_video is None and "videos" in lists_of(task, asked.shown):
-        if asked.strength is not None:
-            found = f"strength has no effect on {plan.wan.task.title} models."
-            yield Problem("CFG-121", found, "Leave it out.")
+            found = f"strength has no effect without {begins}, which clips begin as."
+            yield Problem("CFG-121", found, f"Leave it out, or give {begins}=.")
     elif asked.strength is None:
-        found = "videos are given without strength."
+        found = f"{begins} are given without strength."
         yield Problem("CFG-121", found, "Give it, for example 0.7: how much of the video is made anew.")
     elif not 0 < asked.strength <= 1 or int(plan.settings.num_steps * asked.strength) < 1:
         found = (

@@ -88,8 +88,9 @@ class ClipParameters:
         """Parameters from a call's words, for models of a task.
 
         Raises:
-            ConfigError: CFG-322 for half of a sliding window, CFG-405 for a rand_device, CFG-406 for a parameter that
-                there is not, CFG-407 for one that models of the task do not take; all at once.
+            ConfigError: CFG-121 for a strength of no video, CFG-322 for half of a sliding window, CFG-405 for a
+                rand_device, CFG-406 for a parameter that there is not, CFG-407 for one that models of the task do not
+                take; all at once.
         """
         known = [field.name for field in fields(cls)]
         problems = [_unknown(name, known) for name in given if name not in known]
@@ -102,6 +103,9 @@ class ClipParameters:
                 titles = ", ".join(other.title for other in TASKS.values() if takes(other))
                 what = f"{name} is given, and {task.title} models do not take it."
                 problems.append(Problem("CFG-407", what, f"Leave it out, or use a model of {titles}."))
+        if found.input_video is None and found.denoising_strength != 1:
+            what = "denoising_strength has no effect without input_video."
+            problems.append(Problem("CFG-121", what, "Leave it out, or give input_video=."))
         if (found.sliding_window_size is None) != (found.sliding_window_stride is None):
             what = "One of sliding_window_size and sliding_window_stride is given without the other."
             problems.append(Problem("CFG-322", what, "Give both, or neither."))
@@ -136,7 +140,6 @@ def _lists_media(task: Task, listed: str, kind: str | None = None) -> bool:
 _TAKEN_BY: dict[str, Callable[[Task], bool]] = {
     "input_image": lambda task: "images" in every_list_of(task),
     "end_image": lambda task: task.with_last_frame is not None or len(task.frames) > 1,
-    "input_video": lambda task: bool(task.with_video),
     "control_video": lambda task: _lists_media(task, "controls"),
     "reference_image": lambda task: _lists_media(task, "references", "image"),
     "camera_control_direction": lambda task: _lists_media(task, "cameras"),

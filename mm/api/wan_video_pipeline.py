@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +16,34 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from mm.api.divided import Degrees, divided, require_alike
 from mm.api.encoders import Encoders
 from mm.api.generation import generate_videos
 from mm.api.model import config_of, model_of
 from mm.api.model_config import ModelConfig
 from mm.api.pipeline_parameters import ClipParameters, fitted, fitted_video
 from mm.api.pipeline_parts import Parts, find_parts
+from mm.checkpoint.comm import Comm
 from mm.checkpoint.identify import identify
 from mm.checkpoint.weights import WeightSource
 from mm.config.base import parse
 from mm.config.model import Precision, WanConfig
+from mm.config.place import process_place
 from mm.config.rules.residency import residency_problems
 from mm.config.run.encoders import Tiles
 from mm.config.run.generation import latent_size
+from mm.config.run.listed import Shown, begins_as
 from mm.config.run.residency import Residency
 from mm.config.tasks.task import Source
 from mm.device.backend import Backend, select
 from mm.errors import ConfigError, raise_all
+from mm.generate.held import hold_on_mesh
+from mm.generate.render import Processes
 from mm.generate.weights import Fp8, GenerationWeights
 from mm.lora.adapter import Adapter, require_fit
 from mm.lora.convert import read_any
 from mm.lora.targets import every_linear, linears_of
+from mm.parallel.velocity import ParallelVelocity
 from mm.poses import direction_rows
 from mm.wan.encoders import DTYPES, TextEncoder, VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
@@ -56,21 +64,31 @@ class WanVideoPipeline:
     """
 
     def __init__(
-        self, parts: Parts, backend: Backend, dtype: Precision, *, encoders_wait: bool = False, fp8: bool = False
+        self,
+        parts: Parts,
+        backend: Backend,
+        dtype: Precision,
+        *,
+        encoders_wait: bool = False,
+        fp8: bool = False,
+        processes: Processes | None = None,
     ) -> None:
         """Load what `find_parts` has found; see `from_pretrained`.
 
         Args:
             parts: the models. backend: the device. dtype: of weights and arithmetic.
             encoders_wait: on the CPU until they are needed. fp8: the linears of the transformer's blocks are in 8 bits.
+            processes: those that share the transformer; None where this one has it alone.
         """
         self.device, self.torch_dtype = backend.device, DTYPES[dtype]
         self._source: WeightSource = parts.transformer
         self._adapters: list[tuple[Adapter, float]] = []
         self._backend, self._fp8, self._residency = backend, fp8, Residency()
-        self._encoders_wait = encoders_wait
+        self._encoders_wait, self._processes = encoders_wait, processes
         config, place = config_of(self._source), torch.device("cpu") if encoders_wait else self.device
-        self.dit: WanModel = model_of(self._weights(), config, self.torch_dtype, backend)
+        self.dit: WanModel
+        self._velocity: WanModel | ParallelVelocity
+        self._build(config)
         self.text_encoder: TextEncoder = parts.load_text_encoder(dtype, place, config.text_len)
         self.vae: VideoEncoder = parts.load_vae(dtype, place)
         self.image_encoder: ImageEncoder | None = parts.load_image_encoder(dtype, place)
@@ -86,6 +104,10 @@ class WanVideoPipeline:
         local_model_path: str | Path = "./models",
         skip_download: bool = False,
         redirect_common_files: bool = True,
+        use_usp: bool = False,
+        ulysses_degree: int = 1,
+        ring_degree: int = 1,
+        tensor_degree: int = 1,
     ) -> WanVideoPipeline:
         """Find, check and load models; what each file is, its content tells. One tensor at a time is read.
 
@@ -98,23 +120,34 @@ class WanVideoPipeline:
             local_model_path: the folder of models, `owner/name` below it.
             skip_download: use what is there, and fetch nothing.
             redirect_common_files: files that many releases hold alike are taken from one of them.
+            use_usp: the processes that torchrun has started make each clip together, as Ulysses does.
+            ulysses_degree, ring_degree, tensor_degree: the same in other ways; their product is that of processes.
 
         Raises:
-            ConfigError: CFG-030 for the device, CFG-400 to CFG-404 for the models, CFG-409 for torch_dtype.
+            ConfigError: CFG-030 for the device, CFG-400 to CFG-404 for the models, CFG-409 for torch_dtype, CFG-440 and
+                CFG-441 for degrees; what `mm.api.divided.divided` raises.
             CheckpointError, DataError: what opening and loading them raises.
         """
         if torch_dtype not in _PRECISIONS:
             names = ", ".join(str(known) for known in _PRECISIONS)
             raise ConfigError("CFG-409", f"torch_dtype is {torch_dtype}.", f"Use one of {names}.")
-        place = torch.device(device) if device is not None else None
-        backend = select(None if place is None else place.type, (place.index or 0) if place else 0)  # type: ignore[arg-type]
+        place, where = torch.device(device) if device is not None else None, process_place()
+        degrees = Degrees.asked(use_usp, ulysses_degree, ring_degree, tensor_degree, where.world_size)
+        index = where.local_rank if degrees is not None else 0
+        if place is not None and place.index is not None:
+            index = place.index
+        sharing = 1 if degrees is None else degrees.processes
+        backend = select(None if place is None else place.type, index, sharing)  # type: ignore[arg-type]
         folder = Path(local_model_path)
         parts = find_parts(
             model_configs, tokenizer_config, folder, may_download=not skip_download, shared=redirect_common_files
         )
         waits = any(config.offload_device is not None for config in model_configs)
         fp8 = any(config.offload_dtype == torch.float8_e4m3fn for config in model_configs)
-        return cls(parts, backend, _PRECISIONS[torch_dtype], encoders_wait=waits, fp8=fp8)
+        precision, processes = _PRECISIONS[torch_dtype], None
+        if degrees is not None and sharing > 1:
+            processes = divided(degrees, config_of(parts.transformer), precision, backend, where)
+        return cls(parts, backend, precision, encoders_wait=waits, fp8=fp8, processes=processes)
 
     def enable_vram_management(
         self,
@@ -146,16 +179,15 @@ class WanVideoPipeline:
         for encoder in (self.text_encoder, self.vae, self.image_encoder):
             if encoder is not None:
                 encoder.to(torch.device("cpu"))
-        config = self.dit.config
-        del self.dit  # two would not fit
+        config = self._leave_dit()
         try:
-            self._rebuild(config)
+            self._build(config)
         except ConfigError as error:
             if error.id != "CFG-373":
                 raise
             log.warning("%s All blocks are copied.", error.problems[0].message)
             self._residency = Residency(staying_parameters=0)
-            self._rebuild(config)
+            self._build(config)
 
     def _limit(self, asked: float | None) -> int | None:
         """MiB that a limit means: those that are free where nothing is said; None on the CPU."""
@@ -164,8 +196,22 @@ class WanVideoPipeline:
         sizes = self._backend.total_and_free_bytes()
         return None if sizes is None else sizes[1] // 2**20
 
-    def _rebuild(self, config: WanConfig) -> None:
-        self.dit = model_of(self._weights(), config, self.torch_dtype, self._backend, self._residency)
+    def _leave_dit(self) -> WanConfig:
+        """Drop the transformer, because two would not fit; returns its shape."""
+        config = self.dit.config
+        del self.dit, self._velocity
+        return config
+
+    def _build(self, config: WanConfig) -> None:
+        """The transformer, or this process's part of it, with its weights where the limits say."""
+        if self._processes is None:
+            self.dit = model_of(self._weights(), config, self.torch_dtype, self._backend, self._residency)
+            self._velocity = self.dit
+            return
+        held = config, self._processes, self._weights(), self.torch_dtype, self._residency
+        parallel = hold_on_mesh(*held, beside=0)
+        self.dit = parallel.stages[0].model.eval()
+        self._velocity = ParallelVelocity(parallel)
 
     def load_lora(self, module: WanModel, path: str | Path, alpha: float = 1.0) -> None:
         """Add a LoRA of any known format to the transformer's weights, in fp32 and rounded once.
@@ -182,10 +228,8 @@ class WanVideoPipeline:
         adapter = read_any(identify(path, wanted="adapters"))
         require_fit(adapter, every_linear(self._source.shapes()))
         self._adapters.append((adapter, alpha))
-        if self._residency.streams or self._fp8:  # weights are not where they could be written, or in 8 bits
-            config = self.dit.config
-            del self.dit
-            self._rebuild(config)
+        if self._residency.streams or self._fp8 or self._processes is not None:
+            self._build(self._leave_dit())  # weights are not where they could be written, in 8 bits, or parts
             return
         weights = self._weights()
         with torch.no_grad():
@@ -213,10 +257,19 @@ class WanVideoPipeline:
         """
         task = self.dit.config.task
         given = ClipParameters.of(parameters, task)
+        if self._processes is not None:
+            given = _agreed(self._processes.comm, prompt, negative_prompt, given)
         size = given.size(task)
         steps = _steps(given)
-        videos = given.input_video if given.vace_video is None else given.vace_video
-        control = given.control_video
+        shown = Shown(nothing=task.with_mask and given.input_image is None and given.end_image is None)
+        videos = (
+            (begins_as(task, shown), "input_video", given.input_video),
+            ("videos", "vace_video", given.vace_video),
+            ("controls", "control_video", given.control_video),
+        )
+        lists: dict[str, Any] = {
+            name: [fitted_video(frames, word, size)] for name, word, frames in videos if frames is not None
+        }
         several = given.vace_reference_image
         references = [several] if isinstance(several, Image.Image) else list(several or ())
         if given.reference_image is not None:
@@ -227,17 +280,16 @@ class WanVideoPipeline:
             if image is not None
         ]
         masks = None if given.vace_video_mask is None else fitted_video(given.vace_video_mask, "vace_video_mask", size)
-        [frames] = generate_videos(
-            self.dit,
+        [made] = generate_videos(
+            self._velocity,
             [prompt],
             self._encoders(given),
             images=[images] if images else None,
-            videos=None if videos is None else [fitted_video(videos, "The video", size)],
-            controls=None if control is None else [fitted_video(control, "control_video", size)],
+            **lists,
             references=[references] if references else None,
             cameras=_cameras(given, size[0]),
             masks=None if masks is None else [masks[..., 0]],
-            text_only=task.with_mask and not images,
+            text_only=shown.nothing,
             vace_scale=given.vace_scale if task.made_by(Source.SETTING) else None,
             columns=None if given.motion_bucket_id is None else {"motion_bucket_id": [given.motion_bucket_id]},
             negative_prompt=negative_prompt,
@@ -253,7 +305,7 @@ class WanVideoPipeline:
             on_step=lambda clean: next(steps, None),
         )
         next(steps, None)  # lets a bar close itself
-        return [Image.fromarray(frame.numpy()) for frame in frames]
+        return [Image.fromarray(frame.numpy()) for frame in made]
 
     def _encoders(self, given: ClipParameters) -> Encoders:
         tiles = Tiles(size=given.tile_size, stride=given.tile_stride) if given.tiled else None
@@ -271,6 +323,19 @@ class WanVideoPipeline:
             generator.manual_seed(seed)
         shape = (self.dit.config.noise_channels, frames + in_front, height, width)
         return torch.randn(shape, generator=generator).roll(in_front, dims=1)
+
+
+def _agreed(comm: Comm, prompt: str, negative_prompt: str, given: ClipParameters) -> ClipParameters:
+    """Parameters that every process has, with one seed; the bar is shown by the first alone.
+
+    Raises:
+        ConfigError: CFG-442 where processes were given different ones.
+    """
+    values = {field.name: getattr(given, field.name) for field in fields(given) if field.name != "progress_bar_cmd"}
+    require_alike(comm, "the pipeline", {"prompt": prompt, "negative_prompt": negative_prompt, **values})
+    seed = comm.broadcast_object(torch.Generator().seed() if given.seed is None else given.seed)
+    quiet = given.progress_bar_cmd if comm.rank == 0 else lambda steps: steps
+    return replace(given, seed=seed, progress_bar_cmd=quiet)
 
 
 def _steps(given: ClipParameters) -> Iterator[int]:

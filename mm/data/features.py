@@ -30,8 +30,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mm.config.model import WanConfig
+from mm.config.tasks.frames import MASK_CHANNELS
 from mm.config.tasks.registry import TASKS
-from mm.config.tasks.task import Task
+from mm.config.tasks.task import Source, Task
 from mm.data.files import raise_limited, write_atomically
 from mm.errors import DataError, Problem
 
@@ -276,7 +277,7 @@ def read_feature(path: Path, model: WanConfig, origin: tuple[str, str] | None = 
         raise _unreadable(path, error) from None
     except (SafetensorError, KeyError) as error:
         raise DataError("DATA-011", f"{path} cannot be read ({error}).", EXTRACT_AGAIN) from None
-    return checked_feature(header, tensors, str(path), EXTRACT_AGAIN)
+    return checked_feature(header, tensors, str(path), EXTRACT_AGAIN, model)
 
 
 def check_header(header: Header, place: str, model: WanConfig, remedy: str) -> None:
@@ -291,13 +292,21 @@ def check_header(header: Header, place: str, model: WanConfig, remedy: str) -> N
     raise_limited(_header_problems(header, place, model, remedy))
 
 
-def checked_feature(header: Header, tensors: Mapping[str, Tensor], place: str, remedy: str) -> Feature:
+def checked_feature(
+    header: Header, tensors: Mapping[str, Tensor], place: str, remedy: str, model: WanConfig | None = None
+) -> Feature:
     """A sample whose tensors are as its header says and whose header is in order.
 
+    Args:
+        header, tensors, place, remedy: of the sample. model: that is to take it, where there is one.
+
     Raises:
-        DataError: DATA-013 for NaN or Infinity, DATA-012 for a mask that does not fit the prompt.
+        DataError: DATA-013 for NaN or Infinity, DATA-012 for a mask that does not fit the prompt, DATA-047 for a clip
+            of one frame that is known.
     """
     require_finite(tensors, place, remedy)
+    if model is not None and _is_all_known(tensors, model):
+        raise DataError("DATA-047", *_nothing_to_learn(place, model))
     length = len(tensors["prompt"])
     if not bool((tensors["prompt_mask"] == (torch.arange(len(tensors["prompt_mask"])) < length)).all()):
         message = f"{place}: prompt has {length} tokens, and prompt_mask marks others."
@@ -352,9 +361,8 @@ def _header_problems(header: Header, place: str, model: WanConfig, again: str) -
 def _feature_problems(header: Header, place: str, model: WanConfig) -> Iterator[Problem]:
     """Problems of a sample whose latents are as the model takes them."""
     _, frames, height, width = header.tensors["latents"][1]
-    if frames < model.task.fewest_latent_frames:
-        message = f"{place}: the clip is one frame, and in {model.task.name} that is known: there is nothing to learn."
-        yield Problem("DATA-047", message, "Leave the sample out; clips need at least 5 frames.")
+    if frames < model.task.fewest_latent_frames and not model.task.with_mask:  # or else the mask tells
+        yield Problem("DATA-047", *_nothing_to_learn(place, model))
     remedy = "Extract again with the encoders that belong to the model, or correct pretrain_model.json."
     for name, shape in model.stored_shapes((frames, height, width)).items():
         if header.tensors[name][1] != shape:
@@ -379,3 +387,15 @@ def require_finite(tensors: Mapping[str, Tensor], place: str, remedy: str) -> No
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not _is_finite(tensor):
             raise DataError("DATA-013", f"{place}: {name} has values that are NaN or infinite.", remedy)
+
+
+def _nothing_to_learn(place: str, model: WanConfig) -> tuple[str, str]:
+    found = f"{place}: the clip is one frame, and in {model.task.name} that is known: there is nothing to learn."
+    return found, "Leave the sample out; clips need at least 5 frames."
+
+
+def _is_all_known(tensors: Mapping[str, Tensor], model: WanConfig) -> bool:
+    """Tell whether a sample is one latent frame whose mask, the first of its channels, is 1 everywhere."""
+    if "latents" not in tensors or tensors["latents"].shape[1] >= model.task.fewest_latent_frames:
+        return False
+    return all(bool((tensors[of.name][:MASK_CHANNELS] == 1).all()) for of in model.task.made_by(Source.KNOWN_FRAMES))

@@ -13,6 +13,7 @@ import torch
 import mm
 from mm.checkpoint.safetensor_file import hash_file
 from mm.config.run.generation import AdapterFile, GenerationEncoders, GenerationRun
+from mm.config.run.listed import begins_as
 from mm.data.recipe import folder_fingerprint
 from mm.generate.camera_line import is_move
 from mm.generate.experts import boundary_of
@@ -112,10 +113,10 @@ def describe_row(row: GenerationRow, run: GenerationRun) -> dict[str, Any]:
     if row.columns:
         about["columns"] = dict(row.columns)
     for name, paths in row.files.items():
-        if name == "videos":
-            about["video"] = _file(paths[0])
+        if name in ("videos", "input_videos"):
+            about[name.removesuffix("s")] = _file(paths[0])
             about["start_frame"] = run.inputs.start_frame or 0
-            if run.wan.task.with_video:
+            if name == begins_as(run.row_task, run.inputs.shown):
                 about["strength"] = run.inputs.strength
                 about |= {"strength_steps": "all"} if run.inputs.strength_steps == "all" else {}
         elif name == "cameras":
@@ -145,6 +146,7 @@ def _encoders(named: GenerationEncoders) -> dict[str, Any]:
             "enable_tiling": named.vae.tiling,
             "tiling_param": None if tiles is None else {"tile_size": tiles.size, "tile_stride": tiles.stride},
             **({} if named.vae.tile_blend is None else {"tile_blend": named.vae.tile_blend}),
+            **({} if named.vae.condition_tiling is None else {"condition_tiling": named.vae.condition_tiling}),
             "norm_latents": True,
             "norm_mode": "channel_specified_shift_scale",
             "do_sample": False,

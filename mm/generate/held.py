@@ -1,4 +1,4 @@
-"""The transformer on the mesh with its weights where a generation's section says."""
+"""The transformer on the mesh with its weights where a section says."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from collections.abc import Callable
 
 import torch
 
+from mm.config.layerzero import ZeroConfig
+from mm.config.model import WanConfig
 from mm.config.run.generation import GenerationRun, latent_size
+from mm.config.run.residency import Residency
 from mm.device.backend import free_host_bytes
 from mm.generate.render import Processes
 from mm.generate.weights import GenerationWeights
-from mm.ops.attention.api import attention
+from mm.ops.attention.api import Attend, attention
 from mm.ops.attention.sage import open_sage
-from mm.parallel.apply import ValueOf, WriteValue, apply_frozen
+from mm.parallel.apply import ParallelModel, ValueOf, WriteValue, apply_frozen
 from mm.parallel.velocity import ParallelVelocity
 from mm.residency.budget import forward_bytes, plan_weights
 from mm.residency.hold import HeldWeights, WeightValues, hold_weights
@@ -39,18 +42,45 @@ def held_velocity(
     tokens = run.wan.num_tokens(latent_size(run.output.size, run.wan.task.latent_pixels))
     batch = run.batch.size * (2 if run.sampling.batched_guidance else 1)
     working = forward_bytes(run.wan, mesh.tokens.width(tokens), batch, dtype.itemsize)
-    free_host = free_host_bytes() // processes.of_node
+    attend = open_sage(backend.device, dtype) if run.sampling.attention == "sage" else attention
+    held = run.wan, processes, weights, dtype, run.residency, beside + working
+    return ParallelVelocity(hold_on_mesh(*held, transformers=transformers, zero=run.zero, attend=attend))
+
+
+def hold_on_mesh(
+    wan: WanConfig,
+    processes: Processes,
+    weights: GenerationWeights,
+    dtype: torch.dtype,
+    residency: Residency,
+    beside: int,
+    *,
+    transformers: int = 1,
+    zero: ZeroConfig | None = None,
+    attend: Attend = attention,
+) -> ParallelModel:
+    """This rank's part of a transformer that is only run.
+
+    Args:
+        wan: its shape. processes: where. weights: its own, in fp8 where `residency` says so. dtype: of their bulk.
+        residency: where they are, checked. zero: layer-zero, which divides them itself.
+        beside: bytes of device memory that are taken by what is no transformer.
+        transformers: those that share the limits. attend: self attention to a whole sequence.
+
+    Raises:
+        ConfigError: CFG-373 and CFG-374 for limits that cannot be kept.
+        CheckpointError: CKPT-016 and CKPT-120 for values that cannot be used.
+    """
+    backend, free_host = processes.backend, free_host_bytes() // processes.of_node
 
     def put(model: WanModel, writer: Callable[[ValueOf], WriteValue]) -> HeldWeights:
         values = WeightValues(writer(weights.value_of), writer(weights.again()))
-        plan = plan_weights(model, run.residency, beside + working, free_host, transformers)
+        plan = plan_weights(model, residency, beside, free_host, transformers)
         return hold_weights(model, plan, backend, values)
 
     extension = None if weights.fp8 is None else weights.fp8.extension()
-    place = run.wan, mesh, backend, dtype, weights.value_of, run.zero
-    how = put if run.zero is None else None
-    attend = open_sage(backend.device, dtype) if run.sampling.attention == "sage" else attention
-    return ParallelVelocity(apply_frozen(*place, extension=extension, put=how, attend=attend))
+    place = wan, processes.mesh, backend, dtype, weights.value_of, zero
+    return apply_frozen(*place, extension=extension, put=put if zero is None else None, attend=attend)
 
 
 def parameter_bytes(module: torch.nn.Module) -> int:

@@ -182,14 +182,17 @@ class Renderer:
         Raises:
             DataError: DATA-055 for a VAE of another stride, DATA-056 when the transformer's output is not finite.
         """
+        vae = self._run.encoders.vae
+        conditions = VideoEncoder(video.vae, vae.tiles_of_conditions(), vae.tile_blend or "neighbours")
         agree = agreement(self._processes.mesh, self._processes.backend.device)
         for batch in self._batches:
             count = len(batch.rows) if batch.counts else 0
-            conditions = [self._conditions(row) for row in batch.rows]
+            clips = [self._conditions(row) for row in batch.rows]
             done = partial(_told, on_step, count)
-            latents = sample(model, video, self._plan, conditions, self._negative, agree=agree, on_step=done)
+            given = model, video, self._plan, clips, self._negative
+            latents = sample(*given, conditions=conditions, agree=agree, on_step=done)
             if batch.counts and self._processes.writes:
-                frames = decode(video, latents, self._plan.size, self._run.encoders.vae.from_pretrained)
+                frames = decode(video, latents, self._plan.size, vae.from_pretrained)
                 yield from zip(batch.rows, frames, strict=True)
 
     def _conditions(self, row: GenerationRow) -> ClipConditions:

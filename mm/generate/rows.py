@@ -95,7 +95,7 @@ def _lists(run: GenerationRun) -> dict[str, str]:
 
 def _word(name: str) -> str:
     """Word for a line of a list: an image, or a column's number."""
-    return name.removesuffix("s") if name in LISTS else name
+    return name.removesuffix("s").replace("_", "-") if name in LISTS else name
 
 
 def _matched(run: GenerationRun, lists: Mapping[str, str]) -> tuple[list[GenerationRow], list[BadRow]]:

@@ -25,6 +25,7 @@ from mm.generate.sources import Given, LateFeatures, frames_in_front
 from mm.generate.tea_cache import TeaCache, TeaCacheSettings
 from mm.generate.windows import Windowed, WindowSettings
 from mm.wan.conditions.pixels import ClipSize
+from mm.wan.conditions.vace import frame_in_front
 from mm.wan.encoders import TextEncoder, VideoEncoder
 
 log = logging.getLogger(__name__)
@@ -160,6 +161,7 @@ def sample(
     clips: Sequence[ClipConditions],
     negative: Tensor | None,
     *,
+    conditions: VideoEncoder | None = None,
     agree: Callable[[bool], bool] = bool,
     on_step: OnStep = lambda clean: None,
 ) -> Tensor:
@@ -169,6 +171,7 @@ def sample(
         model: the transformer. video: the VAE, for images and videos that are given.
         plan: what the clips share. clips: B of them, with as many latent frames in front.
         negative: [L, text_dim] of the negative prompt; may be None when the guidance scale is 1.
+        conditions: the VAE, for what the model sees; None takes `video`.
         agree: of all ranks that must do alike, whether all say so (`mm.parallel.agree`).
         on_step: called after every step, with the latents that belong to the clips.
 
@@ -185,13 +188,13 @@ def sample(
     drawn = initial_latents(plan.seed, [clip.index for clip in clips], plan.latent_shape(in_front))
     pairs = zip(clips, drawn, strict=True)
     latents = torch.stack([own if clip.noise is None else clip.noise for clip, own in pairs]).to(device)
-    videos = [of.video for of in given if of.video is not None]
-    if videos and plan.wan.task.with_video:
-        latents = noisy_latents(video.encode(torch.stack(videos)), latents, sampler.first_sigma)
+    clean = _clean_latents(video, plan, given)
+    if clean is not None:
+        latents = noisy_latents(clean.to(device), latents, sampler.first_sigma)
     features = {
         name: torch.stack([clip.early[name] for clip in clips]).to(device) for name in (clips[0].early if clips else ())
     }
-    late = LateFeatures(plan.wan, video, ClipSize(*plan.size), plan.frames).of(given)
+    late = LateFeatures(plan.wan, conditions or video, ClipSize(*plan.size), plan.frames).of(given)
     features |= {name: feature.to(device) for name, feature in late.items()}
     windows, tea_cache = settings.options.windows, settings.options.tea_cache
     if windows is not None:
@@ -219,6 +222,18 @@ def sample(
     if cache is not None:
         log.info("TeaCache left the blocks out in %d of %d passes", cache.skipped, cache.skipped + cache.computed)
     return of_clips(found)
+
+
+def _clean_latents(video: VideoEncoder, plan: ClipPlan, given: Sequence[Given]) -> Tensor | None:
+    """Latents [B, C, F, H, W] of the videos that clips are made from; frames in front are those of the references."""
+    videos = [of.begins_as for of in given if of.begins_as is not None]
+    if not videos:
+        return None
+    latents, size = video.encode(torch.stack(videos)), ClipSize(*plan.size)
+    if not frames_in_front(plan.wan.task, given[0]):
+        return latents
+    references = [[frame_in_front(video.encode, size, image) for image in of.references] for of in given]
+    return torch.cat((torch.stack([torch.cat(frames, dim=1) for frames in references]), latents), dim=2)
 
 
 def _given_first_frame(

@@ -36,7 +36,8 @@ class Given:
 
     Attributes:
         images: the given frames, [3, height, width] each. columns: the task's numbers, by name.
-        video: [3, frames, height, width], what the clip is made from, or what is edited.
+        begins_as: [3, frames, height, width], what the clip is made from, with noise.
+        video: the same of what is edited.
         mask: [frames, height, width] from 0 to 1, 1 where the video is made anew.
         control: [3, frames, height, width], what the clip follows.
         references: [3, height, width] each, of any size where there may be several.
@@ -46,6 +47,7 @@ class Given:
 
     images: tuple[Tensor, ...] = ()
     columns: Mapping[str, float] = field(default_factory=dict)
+    begins_as: Tensor | None = None
     video: Tensor | None = None
     mask: Tensor | None = None
     control: Tensor | None = None

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mm.config.model import WanConfig
 from mm.parallel.apply import ParallelModel
 from mm.parallel.boundary import BoundaryShape, SequenceLengths
 from mm.parallel.tensor import gather_tokens
@@ -24,6 +25,16 @@ class ParallelVelocity:
     def __init__(self, parallel: ParallelModel) -> None:
         """Take a model from `mm.parallel.apply`, in training or not."""
         self._parallel = parallel
+
+    @property
+    def config(self) -> WanConfig:
+        """Shape of the whole model."""
+        return self._parallel.wan
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device."""
+        return self._parallel.backend.device
 
     @torch.no_grad()
     def __call__(self, inputs: ModelInputs) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import logging
@@ -143,6 +144,25 @@ class Job:
         # launcher this process, before its error is told. They see it end by itself.
         if kind is None or self.world_size == 1:
             dist.destroy_process_group()
+
+
+def join_until_exit(
+    where: ProcessPlace, collective: str, device: torch.device, timeout_minutes: int, configuration: Mapping[str, Any]
+) -> None:
+    """Join the processes of a script until its interpreter ends; those that it has joined itself stay as they are.
+
+    Args:
+        where, collective, device, timeout_minutes, configuration: as for `Job`, and what that raises is raised.
+    """
+    if dist.is_initialized():
+        return
+    Job(where, collective, device, timeout_minutes, configuration)
+    atexit.register(_part)  # after an error, too: its text is out by then
+
+
+def _part() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class JobStore(NamedTuple):

@@ -12,7 +12,7 @@ import gradio as gr
 from PIL import Image
 from torch import Tensor
 
-from mm.config.run.listed import LISTS, every_list_of
+from mm.config.run.listed import LISTS, Shown, begins_as, every_list_of
 from mm.config.tasks.registry import TASKS
 from mm.config.tasks.task import ListName, Task
 from mm.errors import MMError
@@ -27,6 +27,7 @@ _LABELS: dict[ListName, str] = {
     "references": "Images of what is to be seen",
     "cameras": "Camera: a direction and a speed (Left 0.02), or a pose file",
     "masks": "Mask: white where the video is made anew",
+    "input_videos": "Video that the clip begins as, beside the one that is edited",
 }
 _SEVERAL = ("images", "references")
 _WRITTEN = ("cameras",)
@@ -204,9 +205,8 @@ def _shown(label: str, name: str) -> list[Any]:
 
 def _takes(task: Task) -> frozenset[str]:
     """Names of the places that models of a task have a use for."""
-    others = {"strength": bool(task.with_video), "text_only": task.with_mask}
-    taken = (name for name, takes in others.items() if takes)
-    return frozenset({*every_list_of(task), *(column.name for column in task.columns), *taken})
+    others = ("strength", *["text_only"] * task.with_mask)
+    return frozenset({*every_list_of(task), *(column.name for column in task.columns), *others})
 
 
 def _visible(task: Task) -> list[Any]:
@@ -223,14 +223,15 @@ def asked_of(given: Mapping[str, Any], task: Task) -> Asked:
     lacking = [name for name in _NUMBERS if given[name] is None]
     if lacking:
         raise ValueError(f"There is no number for {', '.join(lacking)}.")
+    nothing = "text_only" in shown and bool(given["text_only"])
     files = {name: _paths(given[name]) for name in LISTS if name in shown and given[name]}
     return Asked(
         prompt=given["prompt"],
         negative_prompt=given["negative_prompt"] or None,
         files=files,
         columns={name: float(given[name]) for name in _COLUMNS if name in shown},
-        strength=given["strength"] if "strength" in shown and "videos" in files else None,
-        text_only="text_only" in shown and bool(given["text_only"]),
+        strength=given["strength"] if begins_as(task, Shown("masks" in files, nothing)) in files else None,
+        text_only=nothing,
         weights=given["weights"] or None,
         adapter=given["adapter"] or None,
         solver=given["solver"],

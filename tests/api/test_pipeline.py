@@ -180,6 +180,21 @@ def test_edited_video_with_references(models: Path) -> None:
     assert np.array_equal(found, expected(pipe, latent_frames=4, **shown))
 
 
+@pytest.mark.parametrize("task", ["i2v", pytest.param("vace", marks=pytest.mark.nightly)])
+def test_strength(models: Path, task: str) -> None:
+    """The video that a clip begins as is apart from what the model sees; all steps are taken, as there."""
+    pipe, begins, start, edited = pipeline(models, task), video(3), picture(1), video(30)
+    seen = {"input_image": start} if task == "i2v" else {"vace_video": edited}
+    shown: dict[str, Any] = {"images": [np.array(start)]} if task == "i2v" else {"videos": [pixels(edited)]}
+    found = pixels(pipe("a red disc", input_video=begins, denoising_strength=0.6, **seen, **SHORT))
+    name, options = "videos" if task == "i2v" else "input_videos", mm.SamplingOptions(strength_steps="all")
+    shown[name] = [pixels(begins)]
+    assert np.array_equal(found, expected(pipe, strength=0.6, options=options, **shown))
+    assert not np.array_equal(found, pixels(pipe("a red disc", **seen, **SHORT)))
+    with pytest.raises(MMError, match=r"CFG-121: denoising_strength has no effect without input_video"):
+        pipe("a", denoising_strength=0.6, **seen, **SHORT)
+
+
 def test_a_module_that_is_released_alone(models: Path) -> None:
     """Speed control beside the model of text to video."""
     alone = ModelConfig(

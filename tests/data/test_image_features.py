@@ -125,7 +125,7 @@ def pictured(task: str = "i2v", **changes: torch.Tensor) -> dict[str, torch.Tens
         (pictured(condition=torch.zeros(20, 3, 8, 8, dtype=torch.int32)), "DATA-012"),
         (pictured(image_features=torch.full((3, 4), float("nan"))), "DATA-013"),
         (pictured(latents=torch.zeros(36, 3, 8, 8)), "DATA-012"),
-        (pictured(latents=torch.zeros(16, 1, 8, 8), condition=torch.zeros(20, 1, 8, 8)), "DATA-047"),
+        (pictured(latents=torch.zeros(16, 1, 8, 8), condition=torch.ones(20, 1, 8, 8)), "DATA-047"),
     ],
 )
 def test_files_that_an_i2v_model_does_not_take(content: dict[str, torch.Tensor], id: str, tmp_path: Path) -> None:
@@ -134,6 +134,19 @@ def test_files_that_an_i2v_model_does_not_take(content: dict[str, torch.Tensor],
     with pytest.raises(DataError) as caught:
         read_feature(path, with_images("i2v"))
     assert caught.value.id == id and str(path) in str(caught.value)
+
+
+def test_a_single_frame_of_which_a_mask_leaves_something_is_taken(tmp_path: Path) -> None:
+    """What models of image to video learn from images, as Fun-InP's do; FLF2V models are given the frame itself."""
+    condition = torch.ones(20, 1, 8, 8)
+    condition[2, 0, 3, 4] = 0.75
+    content = pictured(latents=torch.zeros(16, 1, 8, 8), condition=condition)
+    save_file(content, tmp_path / "a.safetensors", metadata())
+    assert torch.equal(read_feature(tmp_path / "a.safetensors", with_images("i2v")).features["condition"], condition)
+    content |= pictured("flf2v", latents=torch.zeros(16, 1, 8, 8), condition=condition)
+    save_file(content, tmp_path / "b.safetensors", metadata())
+    with pytest.raises(DataError, match="DATA-047"):
+        read_feature(tmp_path / "b.safetensors", with_images("flf2v"))
 
 
 def test_a_file_with_images_is_none_of_a_text_to_video_model(tmp_path: Path) -> None:

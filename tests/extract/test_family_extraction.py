@@ -438,3 +438,29 @@ def test_inpainting_by_drawn_masks_and_listed_ones(
         assert torch.equal(tensors["image_features"], image_encoder.encode(clip[None, :, 0])[0])
         kinds.add((bool(mask.all()), bool(mask[0].any()), bool(mask[-1].any())))
     assert len(kinds) > 2, "masks of one kind prove little"
+
+
+def test_inpainting_of_images(place: Place, vae: VideoEncoder, image_encoder: ImageEncoder) -> None:
+    """A single frame has masks of its own kinds: most leave all of it to make, others a block or a circle."""
+    Image.fromarray(np.eye(40, dtype=np.uint8) * 255).save(place.home / "set" / "eye.png")
+    rows = [f"{name}.png,{name} {number}," for number in range(10) for name in ("look", "tall")]
+    (place.home / "rows.csv").write_text("\n".join(["video,prompt,mask", *rows, "look.png,listed,eye.png"]))
+    table = {"path": str(place.home / "rows.csv"), "format": "diffsynth", "file_keys": ["mask"]}
+    size, kinds = ClipSize(1, 32, 48), set()
+    for name, (tensors, _) in place.extract("fun_inp", **table).items():
+        file = "look" if name == "listed" else name.split()[0]
+        with Image.open(place.home / f"set/{file}.png") as opened:
+            image = torch.from_numpy(np.array(opened)).permute(2, 0, 1)[None]
+        clip = resize_and_crop(image, 32, 48).transpose(0, 1)
+        sample = next(row["sample"] for row in listed(place.home / "store") if row["cap"] == name)
+        mask = random_mask(size, SEED, sample, 0)
+        if name == "listed":
+            with Image.open(place.home / "set/eye.png") as opened:
+                grey = torch.from_numpy(np.array(opened)).expand(1, 3, 40, 40)
+            mask = (resize_and_crop(grey, 32, 48)[:, 0] / 2 + 0.5).clamp(0, 1)
+        is_zero = draw_zeroing(0.9, SEED, sample, 0)
+        expected = inpaint_condition(vae.encode, size, clip, mask, nothing_known_is_zero=is_zero)
+        assert torch.equal(tensors["condition"], expected) and tensors["condition"].shape[1] == 1, name
+        assert torch.equal(tensors["image_features"], image_encoder.encode(clip[None, :, 0])[0])
+        kinds.add((bool(mask.all()), bool(tensors["condition"].any())))
+    assert {(True, False), (False, True)} <= kinds, "masks of one kind prove little"

@@ -1,22 +1,27 @@
 """Tiny models of the Wan family with random weights that move the latents, and files for their rows without loss."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 import torch
+from kept_frames import keeping_frames
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+import mm.generate.run
+from mm.cli.generate import main
 from mm.config.model import WanConfig
 from mm.config.tasks.registry import TASKS
 from mm.config.tasks.task import Sizes, Source
 from mm.demo.components import IMAGE_DIM, TEXT_DIM
 from mm.wan.config_json import wan_config_to_original
+from mm.wan.inputs import ModelInputs
 from mm.wan.model import WanModel
 
 FRAMES, SIDE = 9, 32
@@ -100,3 +105,23 @@ def pixels(array: np.ndarray) -> Tensor:
 def write_lines(path: Path, lines: Sequence[object]) -> str:
     path.write_text("".join(f"{line}\n" for line in lines))
     return path.name
+
+
+def by_command(parts: Path, task: str, *words: str, **more: Any) -> list[np.ndarray]:
+    """Frames as they were before the codec."""
+    folder = Path("weights", task)
+    wan = write_transformer(folder, task) if not folder.exists() else mm.load_model(folder, task=task).config
+    wan = wan.model_copy(update={"text_len": 32})
+    Path("model.json").write_text(json.dumps(inference_json(parts, wan, **more)))
+    with keeping_frames(mm.generate.run):
+        main(["--mm-model", "model.json", "--load", str(folder), "--device", "cpu", "--no-progress-bar", *words])
+    return [np.load(path) for path in sorted(Path("clips").glob("*.npy"))]
+
+
+@contextmanager
+def seen(model: WanModel) -> Iterator[list[ModelInputs]]:
+    """What the model is given, call by call."""
+    calls: list[ModelInputs] = []
+    handle = model.register_forward_pre_hook(lambda module, given: calls.append(given[0]))
+    yield calls
+    handle.remove()

@@ -1,18 +1,28 @@
 """Models of the Wan family: the command and the API make the same clips of the conditions that the models know."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from family import FRAMES, SIDE, SIZE, inference_json, noise, pixels, write_image, write_lines, write_transformer
+from family import (
+    FRAMES,
+    SIDE,
+    SIZE,
+    by_command,
+    inference_json,
+    noise,
+    pixels,
+    seen,
+    write_image,
+    write_lines,
+    write_transformer,
+)  # fmt: skip
 from family import write_video as video_file
 from generation_runs import generate_here
-from kept_frames import keeping_frames, largest_difference
+from kept_frames import largest_difference
 from ranks import run_ranks
 from torch import Tensor
 
@@ -74,26 +84,6 @@ def vae(parts: Path) -> VideoEncoder:
 
 def clip_of(parts: Path, image: np.ndarray) -> Tensor:
     return ImageEncoder.from_pretrained(parts / "image_encoder", "fp32", CPU).encode(pixels(image).unsqueeze(0))[0]
-
-
-def by_command(parts: Path, task: str, *words: str, **more: Any) -> list[np.ndarray]:
-    """Frames as they were before the codec."""
-    folder = Path("weights", task)
-    wan = write_transformer(folder, task) if not folder.exists() else mm.load_model(folder, task=task).config
-    wan = wan.model_copy(update={"text_len": 32})
-    Path("model.json").write_text(json.dumps(inference_json(parts, wan, **more)))
-    with keeping_frames(mm.generate.run):
-        main(["--mm-model", "model.json", "--load", str(folder), "--device", "cpu", "--no-progress-bar", *words])
-    return [np.load(path) for path in sorted(Path("clips").glob("*.npy"))]
-
-
-@contextmanager
-def seen(model: WanModel) -> Iterator[list[ModelInputs]]:
-    """What the model is given, call by call."""
-    calls: list[ModelInputs] = []
-    handle = model.register_forward_pre_hook(lambda module, given: calls.append(given[0]))
-    yield calls
-    handle.remove()
 
 
 def by_api(parts: Path, task: str, **more: Any) -> tuple[list[Tensor], list[list[ModelInputs]]]:
@@ -321,7 +311,11 @@ def test_media_that_do_not_belong_to_the_model(parts: Path, place: Path, capfd: 
     [extra] = failure(capfd, parts, "fun_control", *control, "--vace-scale", "2")
     assert "CFG-120" in extra and "takes no --vace-scale" in extra
     [strength] = failure(capfd, parts, "vace", "--video", "controls.txt", "--strength", "0.5")
-    assert "CFG-121" in strength and "has no effect on a model that sees --video" in strength
+    assert "CFG-121: --strength has no effect on a model that sees --video. Fix: Remove it, or give --in" in strength
+    [strength] = failure(capfd, parts, "vace", "--input-video", "controls.txt")
+    assert "CFG-121: --input-video is given without --strength." in strength
+    [other] = failure(capfd, parts, "fun_control", *control, "--input-video", "controls.txt")
+    assert "CFG-120" in other and "Fix: Give it as --video: the clip begins as that." in other
     [ways] = failure(capfd, parts, "i2v", "--image", "controls.txt", "--mask", "m.txt", "--video", "v.txt")
     assert "CFG-280: --image and --mask say each what the model sees of its clip." in ways
     [alone] = failure(capfd, parts, "i2v", "--mask", "controls.txt")

@@ -8,13 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from generation_runs import LAYERZERO, failure, generate
+from generation_runs import LAYERZERO, failure, generate, generate_here
 from kept_frames import keeping_frames, largest_difference
+from ranks import run_ranks
 
 import mm
 import mm.generate.held
 import mm.generate.render
 import mm.generate.run
+from mm.checkpoint.weights import open_weights
+from mm.lora.adapter import Adapter, Update
+from mm.lora.files import write_adapter
+from mm.lora.targets import linears_of
 from mm.residency.hold import HeldWeights
 from mm.wan.encoders import TextEncoder
 
@@ -49,6 +54,51 @@ def test_clips_are_those_of_a_model_on_the_device(workplace: Path, weights: Path
     assert said[0] == said[1]
     assert said[2]["transformer"]["fp8"] == "scaled"
     assert said[2]["transformer"]["fingerprint"] != said[0]["transformer"]["fingerprint"]
+
+
+WAITING = {
+    "host": ["--staying-parameters", "0"],
+    "files": ["--staying-parameters", "0", "--host-memory-limit", "2500KiB"],
+}
+
+
+def write_lora(path: str, weights: Path, seed: int = 2) -> str:
+    """An adapter of some linears of every block that moves clips."""
+    sizes = linears_of(open_weights(weights / "transformer").shapes())
+    source = torch.Generator().manual_seed(seed)
+    updates = {
+        name: Update(torch.randn(4, columns, generator=source), 0.1 * torch.randn(rows, 4, generator=source), 8.0)
+        for name, (rows, columns) in sizes.items()
+        if name.endswith(("self_attn.q", "ffn.2"))
+    }
+    write_adapter(Path(path), Adapter(updates), "peft")
+    return path
+
+
+def test_a_lora_is_added_to_weights_that_wait(workplace: Path, weights: Path, held: list[HeldWeights]) -> None:
+    """Also to those that are read from files again in each forward."""
+    lora = ["--lora", write_lora("lora.safetensors", weights), "--lora-strength", "0.5"]
+    with keeping_frames(mm.generate.run):
+        generate(weights, "--save-path", "without")
+        generate(weights, "--save-path", "plain", *lora)
+        for name, words in WAITING.items():
+            generate(weights, "--save-path", name, *lora, *words)
+    assert largest_difference(Path("without"), Path("plain")) > 5
+    assert held[-1].plan.from_files and held[-2].stream is not None and not held[-2].plan.from_files
+    for name in WAITING:
+        assert largest_difference(Path("plain"), Path(name)) == 0
+        said = [json.loads(Path(folder, "video_0000.json").read_text()) for folder in ("plain", name)]
+        assert said[0] == said[1] and said[0]["lora"]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("words", [["--context-parallel-size", "2"], ["--tensor-model-parallel-size", "2"]])
+def test_a_lora_and_weights_that_wait_on_two_processes(workplace: Path, weights: Path, words: list[str]) -> None:
+    lora, folder = ["--lora", write_lora("lora.safetensors", weights)], str(weights / "transformer")
+    run_ranks(2, generate_here, str(workplace), folder, [*words, *lora, "--save-path", "plain"])
+    for name, more in WAITING.items():
+        run_ranks(2, generate_here, str(workplace), folder, [*words, *lora, *more, "--save-path", name])
+        assert largest_difference(Path("plain"), Path(name)) == 0
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,26 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from family import SIDE, SIZE, inference_json, noise, write_image, write_transformer
 from generation_runs import settings
+from kept_frames import keeping_frames
 
+import mm
+import mm.generate.run
 from mm.cli import generate as generate_command
 from mm.cli import run as run_command
 from mm.cli import translate as translate_command
+from mm.config.run.encoders import Tiles
 from mm.config.run.file import load_run, whole_file
+from mm.config.tasks.registry import TASKS
+from mm.demo.components import write_model
 from mm.errors import ConfigError
+from mm.generate.sampling import decode
+from mm.wan.encoders import VideoEncoder
 
 ROOT = Path(__file__).parents[2]
 
@@ -193,3 +204,53 @@ def test_the_example_runs_on_the_embedded_default(demo: Path, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     run_command.main([str(ROOT / "examples" / "run_generation.yaml")])
     assert sorted(os.listdir(place / "videos")) == ["video_0000.json", "video_0000.mp4"]
+
+
+def test_what_the_model_sees_is_encoded_in_tiles_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tiles of the given frame, and whole frames of the clip: a model of text alone is told that this is nothing."""
+    monkeypatch.chdir(tmp_path)
+    parts = tmp_path / "parts"
+    write_model(parts, TASKS["wan22_i2v"])
+    wan = write_transformer(Path("weights/wan22_i2v"), "wan22_i2v")
+    Path("prompts.txt").write_text("a red disc")
+    write_image(Path("start.png"), noise(3, SIDE, SIDE))
+    Path("starts.txt").write_text("start.png")
+    values = inference_json(parts, wan.model_copy(update={"text_len": 32}), image="starts.txt")
+    values["diffusion"]["model_id"] = "FlowMatchEulerDiscreteScheduler"  # what it predicts last is the clip
+    Path("model.json").write_text(json.dumps(values))
+    words = ["--mm-model", "model.json", "--load", "weights/wan22_i2v", "--device", "cpu", "--no-progress-bar"]
+    translate_command.main(["--", "mm", "generate", *words])
+    run = yaml.safe_load(capsys.readouterr().out)
+    clean: list[torch.Tensor] = []
+    tiles = Tiles(size=(3, 3), stride=(2, 2))
+    mm.generate_videos(
+        mm.load_model("weights/wan22_i2v", dtype="fp32", device="cpu", task="wan22_i2v", text_len=32), "a red disc",
+        mm.Encoders.of(parts, text_dtype="fp32", tiling=tiles), images=["start.png"], size=SIZE, steps=2, seed=7,
+        guidance_scale=4.0, negative_prompt="a green disc", on_step=clean.append,
+        solver="euler",
+    )  # fmt: skip
+    whole = VideoEncoder.from_pretrained(parts / "vae", "fp32", torch.device("cpu"))
+    expected = decode(whole, clean[-1], SIZE, "VAE")[0].numpy()
+    made = []
+    for name, more in {
+        "plain": {},
+        "tiles": {"condition_tiling": True, "tiles": {"size": [3, 3], "stride": [2, 2]}},
+    }.items():
+        run["output"]["path"] = name
+        Path("run.yaml").write_text(
+            yaml.safe_dump({**run, "encoders": {**run["encoders"], "vae": run["encoders"]["vae"] | more}})
+        )
+        with keeping_frames(mm.generate.run):
+            run_command.main(["run.yaml"])
+        made.append(np.load(f"{name}/video_0000.npy"))
+    plain, tiled = (np.abs(frames.astype(int) - expected).max() for frames in made)
+    assert tiled <= 1 < 3 < plain  # where rounding to whole numbers is near its edge
+    assert json.loads(Path("tiles/video_0000.json").read_text())["ae"]["condition_tiling"] is True
+
+
+def test_tiles_of_nothing_are_refused(file: Path) -> None:
+    file.write_text(file.read_text().replace("    tiling: true", "    tiling: true\n    condition_tiling: true"))
+    [said] = refused(run_command.main, [str(file)])
+    assert "CFG-055: encoders.vae.condition_tiling" in said and "nothing that T2V models see" in said

@@ -13,7 +13,8 @@ from mm.config.rules.residency import residency_rules
 from mm.config.rules.sampling import SAMPLING_RULES
 from mm.config.rules.timesteps import timesteps_are_of_the_model
 from mm.config.run.generation import GenerationRun
-from mm.config.run.listed import LISTS, every_list_of
+from mm.config.run.listed import LISTS, begins_as, every_list_of
+from mm.config.tasks.frames import CONDITION_TILES
 from mm.config.tasks.registry import SETTINGS, TASKS, named
 from mm.config.tasks.task import Source, Task
 from mm.config.unread import broken, is_given
@@ -100,6 +101,10 @@ def _inputs_fit_the_model(run: GenerationRun) -> Iterator[Problem]:
         how = f"Give {names}, or use the weights of a text-to-video model."
         yield Problem("CFG-120", f"{said}, which needs {names}.", how)
     extra = [path for path in given if path not in taken and given[path]]
+    if "inputs.input_videos" in extra and "videos" in run.row_lists:
+        extra.remove("inputs.input_videos")
+        found = f"{said}, which sees no video beside {words['inputs.input_videos'].name}."
+        yield Problem("CFG-120", found, f"Give it as {words['inputs.videos'].name}: the clip begins as that.")
     if extra:
         found = f"{said} (in_dim {run.wan.in_dim}), which takes no "
         found += f"{' and no '.join(words[path].name for path in extra)}."
@@ -152,19 +157,20 @@ _OF_STRENGTH = ("strength", "strength_steps")
 def _videos_have_a_strength(run: GenerationRun) -> Iterator[Problem]:
     """CFG-121: strength and start_frame belong to given videos, and some of the steps are taken.
 
-    Clips have no strength where the model sees the videos themselves.
+    Clips have no strength where the model sees the videos themselves, and is given none that they begin as.
     """
     inputs, words, steps = run.inputs, run.origins, run.sampling.steps
-    videos, strength = words["inputs.videos"], words["inputs.strength"]
-    if inputs.videos is None:
-        for name in (*_OF_STRENGTH, "start_frame"):
-            if is_given(getattr(inputs, name)):
-                found = f"{words[f'inputs.{name}'].place()} has no effect without {videos.name}."
-                yield Problem("CFG-121", found, f"Remove it, or give {videos.name}.")
-    elif _sees_videos(run):
+    begins = begins_as(run.row_task, inputs.shown)
+    videos, strength, edited = words[f"inputs.{begins}"], words["inputs.strength"], words["inputs.videos"]
+    if inputs.videos is None and inputs.input_videos is None and is_given(inputs.start_frame):
+        found = f"{words['inputs.start_frame'].place()} has no effect without {edited.name}."
+        yield Problem("CFG-121", found, f"Remove it, or give {edited.name}.")
+    if getattr(inputs, begins) is None:
+        sees = inputs.videos is not None and begins != "videos"
+        why = f"on a model that sees {edited.name}" if sees else f"without {videos.name}"
         for word in (words[f"inputs.{name}"] for name in _OF_STRENGTH if is_given(getattr(inputs, name))):
-            found = f"{word.place()} has no effect on a model that sees {videos.name}."
-            yield Problem("CFG-121", found, "Remove it.")
+            found = f"{word.place()} has no effect {why}."
+            yield Problem("CFG-121", found, f"Remove it, or give {videos.name}, which clips begin as.")
     elif inputs.strength is None:
         found = f"{videos.place()} is given without {strength.name}."
         yield Problem(
@@ -176,11 +182,6 @@ def _videos_have_a_strength(run: GenerationRun) -> Iterator[Problem]:
             f"{strength.name} is {inputs.strength}, which takes none of the {steps} steps or more than all.",
             f"Use a number from {math.ceil(10_000 / steps) / 10_000} to 1.",
         )
-
-
-def _sees_videos(run: GenerationRun) -> bool:
-    """Tell whether given videos are what the model sees, and not what its clips begin as."""
-    return "videos" in run.row_lists and run.wan.task.with_video is None
 
 
 def _frames_have_a_middle(run: GenerationRun) -> Iterator[Problem]:
@@ -199,7 +200,11 @@ def _size_is_possible(run: GenerationRun) -> Iterator[Problem]:
 def _tiles_cover_the_frame(run: GenerationRun) -> Iterator[Problem]:
     """CFG-055."""
     yield from tile_problems(run.encoders.vae, run.origins)
-    if is_given(run.encoders.vae.tile_blend) and run.encoders.vae.tiles_of_clips() is None:
+    vae, conditions = run.encoders.vae, run.origins["encoders.vae.condition_tiling"]
+    if is_given(vae.condition_tiling) and not run.wan.task.recipe >= CONDITION_TILES:
+        found = f"{conditions.place()} has no effect: the VAE makes nothing that {run.wan.task.title} models see."
+        yield Problem("CFG-055", found, "Remove it.")
+    if is_given(vae.tile_blend) and vae.tiles_of_clips() is None and vae.tiles_of_conditions() is None:
         blend, tiling = (run.origins[f"encoders.vae.{name}"] for name in ("tile_blend", "tiling"))
         found = f"{blend.file}: {blend.name} has no effect while {tiling.name} is false."
         yield Problem("CFG-055", found, f"Remove it or set {tiling.name} to true.")

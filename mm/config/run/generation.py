@@ -162,6 +162,7 @@ class InputsSection(Section):
         prompts: a text file, one prompt a line.
         images: a text file, one image a line for each prompt, or two with a comma between (first, last).
         videos: a text file, one video a line for each prompt; the clips are made from these.
+        input_videos: the same where the model sees `videos`; the clips begin as these.
         controls: a text file, one video a line for each prompt, which the clips follow frame by frame.
         references: a text file, images of what is to be seen, a line for each prompt, with commas between.
         cameras: a text file, one pose file a line for each prompt, or a direction and a speed: `Left 0.02`.
@@ -169,7 +170,8 @@ class InputsSection(Section):
         columns: text files, one number a line for each prompt, by the names of the columns that the task declares.
         negative_prompt: what guidance leads away from; None is the Wan2.1 release's for the task.
         last_frame: a model that sees the first frame alone is given the last one too.
-        strength: with videos, the share of the steps that are taken, above 0 (the given clip) to 1 (a new one).
+        strength: with videos that clips begin as, the share of the steps that are taken, above 0 (the given clip) to 1
+            (a new one).
         strength_steps: with videos, the steps that a strength leaves: the last ones, or all, closer to each other; None
             takes the last.
         start_frame: with videos, the first frame that is taken of them.
@@ -184,6 +186,7 @@ class InputsSection(Section):
     references: str | None = Field(None, min_length=1)
     cameras: str | None = Field(None, min_length=1)
     masks: str | None = Field(None, min_length=1)
+    input_videos: str | None = Field(None, min_length=1)
     columns: dict[str, str] = Field(default_factory=dict)
     negative_prompt: str | None = None
     last_frame: bool = False

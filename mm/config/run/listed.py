@@ -44,6 +44,20 @@ def lists_of(task: Task, shown: Shown) -> Mapping[ListName, Listed]:
     Args:
         task: whose frames are given. shown: how a model with given frames is told them.
     """
+    return {**_seen(task, shown), begins_as(task, shown): Listed("video", needed=False)}
+
+
+def begins_as(task: Task, shown: Shown) -> ListName:
+    """The list of videos that clips begin as, with noise: `videos`, unless the model sees those of that list.
+
+    Args:
+        task, shown: as for `lists_of`.
+    """
+    return "input_videos" if "videos" in _seen(task, shown) else "videos"
+
+
+def _seen(task: Task, shown: Shown) -> dict[ListName, Listed]:
+    """The lists of what the model sees."""
     if task.with_mask and shown.nothing:
         return {}
     if task.with_mask and shown.masked:
@@ -54,8 +68,6 @@ def lists_of(task: Task, shown: Shown) -> Mapping[ListName, Listed]:
     for media in task.media:
         most = None if media.kind == "images" else 1
         found[media.listed] = Listed(media.kind, media.required, int(media.required), most)
-    if task.with_video:
-        found["videos"] = Listed("video", needed=False)
     return found
 
 

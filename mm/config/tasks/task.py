@@ -77,7 +77,7 @@ class Column:
 
 
 MediaKind = Literal["video", "image", "images", "mask", "poses"]
-ListName = Literal["images", "videos", "controls", "references", "cameras", "masks"]
+ListName = Literal["images", "videos", "controls", "references", "cameras", "masks", "input_videos"]
 """Lists of a generation, of what goes with its prompts line by line."""
 FromClip = Literal["first frame", "other frame", "whole"]
 
@@ -185,8 +185,8 @@ class Task:
         models_of: the task whose models are trained on its features, where these differ from that one's in how they
             are made alone. No model is of such a task.
         with_mask: generation may give its models any pixels, by a video and a mask, or none at all, instead of frames.
-        with_video, with_last_frame: what generation is called from given videos, or with a last frame too, where its
-            models can do that. The latter is a task, whose rows are taken.
+        with_video: what generation from given videos, which all models can do, is called where it has its own word.
+        with_last_frame: the task of both frames, whose rows are taken where models can be given the last one too.
     """
 
     name: str
@@ -228,8 +228,11 @@ class Task:
 
     @property
     def fewest_latent_frames(self) -> int:
-        """Frames that a clip's latents must have so that something is left to learn where frames are given."""
-        return 2 if self.made_by(Source.KNOWN_FRAMES) or self.made_by(Source.KNOWN_PIXELS) else 1
+        """Frames that a clip's latents must have so that something is left to learn where frames are given.
+
+        Where pixels are given by masks, a single frame has both kinds.
+        """
+        return 2 if self.made_by(Source.KNOWN_FRAMES) else 1
 
     @property
     def leading_frames(self) -> int:

@@ -37,9 +37,9 @@ def _take(cells: Cells, source: DataSource, /) -> Taken | None:
         cells.wrong(" has no path in video or image.", "Add it.")
     captions = cells.captions("prompt")
     roles = {name: name for name in source.file_keys if name not in ("video", "image")} | _ROLES
-    files = {role: cells.files(name, source.folder) for name, role in roles.items()}
+    given = [(role, cells.files(name, source.folder)) for name, role in roles.items()]  # several columns have one role
     kind = cells.kind(path) if path is not None else "video"
-    return target(path, captions, source, kind=kind, roles={role: paths for role, paths in files.items() if paths})
+    return target(path, captions, source, kind=kind, roles={role: paths for role, paths in given if paths})
 
 
 def _open(source: DataSource, columns: Sequence[Column], /) -> OpenSource:

@@ -44,7 +44,7 @@ def read_sample_blobs(sample: Blob, prompt: Blob, model: WanConfig, origin: tupl
     name = _name(sample, origin)
     header, tensors = read_raw_blobs(sample, prompt, origin)
     check_header(header, name, model, REMEDY)
-    return checked_feature(header, tensors, name, REMEDY)
+    return checked_feature(header, tensors, name, REMEDY, model)
 
 
 def parsed_feature(sample: bytes, prompt: bytes, name: str, model: WanConfig) -> Feature:
@@ -59,7 +59,7 @@ def parsed_feature(sample: bytes, prompt: bytes, name: str, model: WanConfig) ->
     both = (_parsed(memoryview(bytearray(content)), name) for content in (sample, prompt))
     header, tensors = _both(*both)
     check_header(header, name, model, REMEDY)
-    return checked_feature(header, tensors, name, REMEDY)
+    return checked_feature(header, tensors, name, REMEDY, model)
 
 
 def read_raw_blobs(sample: Blob, prompt: Blob, origin: tuple[str, str]) -> tuple[Header, dict[str, Tensor]]:
@@ -110,7 +110,7 @@ def read_prompt_blob(blob: Blob, model: WanConfig, recipe_key: str) -> Tensor:
     header, tensors = read_tensors(blob, name)
     _check_origin(header, name, (EMPTY_PROMPT_ID, recipe_key))
     check_header(header, name, model, REMEDY)
-    return checked_feature(header, tensors, name, REMEDY).prompt
+    return checked_feature(header, tensors, name, REMEDY, model).prompt
 
 
 def read_blob(blob: Blob, name: str) -> memoryview:

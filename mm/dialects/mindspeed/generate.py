@@ -103,6 +103,7 @@ def _sections(flags: GenerateFlags, model: InferenceModel) -> dict[str, dict[str
             "references": model.reference,
             "cameras": model.camera,
             "masks": model.mask,
+            "input_videos": model.input_video,
             "columns": model.columns,
             "negative_prompt": model.negative_prompt,
             "last_frame": pipeline.dual_image,
@@ -212,7 +213,7 @@ def _unread_flags(flags: GenerateFlags) -> Iterator[str]:
             yield path
 
 
-_LISTS = ("prompt", "image", "video", "control", "reference", "camera", "mask")
+_LISTS = ("prompt", "image", "video", "control", "reference", "camera", "mask", "input_video")
 _SAME_NAME = (*_LISTS, "negative_prompt", "save_path", "seed", "fps")
 _SAME_DIFFUSION = (
     "num_inference_steps",

@@ -52,6 +52,9 @@ class GenerateFlags(MeshFlags):
     mask: str | None = Field(
         None, description="text file, one mask a line, white where the video is made anew; default: from the json"
     )
+    input_video: str | None = Field(
+        None, description="text file, one video a line that clips of models which see --video begin as, with --strength"
+    )
     columns: list[str] = Field(
         [], description="NAME=FILE: numbers that the task takes, one a line for each prompt; default: from the json"
     )

@@ -32,6 +32,7 @@ GENERATION_WORDS: dict[str, tuple[str | None, str | None]] = {
     "inputs.references": ("reference", "reference"),
     "inputs.cameras": ("camera", "camera"),
     "inputs.masks": ("mask", "mask"),
+    "inputs.input_videos": ("input_video", "input_video"),
     "inputs.columns": ("columns", "columns"),
     "inputs.negative_prompt": ("negative_prompt", "negative_prompt"),
     "inputs.last_frame": (None, "pipeline_config.dual_image"),

@@ -152,6 +152,7 @@ class InferenceModel(Section):
         prompt: a text file, one prompt a line.
         image: a text file, one image a line for each prompt, or two with a comma between (first, last).
         video: a text file, one video a line for each prompt; the clips are made from these.
+        input_video: the same where the model sees `video`; the clips begin as these.
         control: a text file, one video a line for each prompt, which the clips follow frame by frame.
         reference: a text file, images of what is to be seen, a line for each prompt, with commas between.
         camera: a text file, one pose file a line for each prompt, or a direction and a speed.
@@ -172,6 +173,7 @@ class InferenceModel(Section):
     reference: str | None = Field(None, min_length=1)
     camera: str | None = Field(None, min_length=1)
     mask: str | None = Field(None, min_length=1)
+    input_video: str | None = Field(None, min_length=1)
     columns: dict[str, str] = Field(default_factory=dict)
     negative_prompt: str | None = None
     save_path: str = Field(min_length=1)

@@ -56,7 +56,8 @@ def vace_context(
     changes = binarised(mask)
     latents = [encode(part.unsqueeze(0))[0] for part in (video * (1 - changes), video * changes)]
     context = torch.cat((*latents, mask_channels(mask).to(latents[0])))
-    in_front = [_reference_frame(encode, size, reference, len(context)) for reference in references]
+    zeros = (0, 0, 0, 0, 0, 0, 0, len(context) - len(latents[0]))
+    in_front = [F.pad(frame_in_front(encode, size, reference), zeros) for reference in references]
     return torch.cat((*in_front, context), dim=1)
 
 
@@ -87,7 +88,6 @@ def mask_channels(mask: Tensor) -> Tensor:
     return pixels[:, nearest]
 
 
-def _reference_frame(encode: Encode, size: ClipSize, image: Tensor, channels: int) -> Tensor:
-    """One latent frame of the context, [channels, 1, H, W]."""
-    latents = encode(white_canvas(image, size.height, size.width)[None, :, None])[0]
-    return F.pad(latents, (0, 0, 0, 0, 0, 0, 0, channels - len(latents)))
+def frame_in_front(encode: Encode, size: ClipSize, image: Tensor) -> Tensor:
+    """Latents [C, 1, H, W] of a reference [3, any height, any width] in [-1, 1]: the frame in front of the clip's."""
+    return encode(white_canvas(image, size.height, size.width)[None, :, None])[0]
