@@ -33,7 +33,7 @@ from mm.config.tasks.task import Source
 from mm.device.backend import Backend, select
 from mm.errors import ConfigError, raise_all
 from mm.generate.weights import Fp8, GenerationWeights
-from mm.lora.adapter import Adapter, require_fit
+from mm.lora.adapter import Adapter, require_fit, require_parts_fit
 from mm.lora.convert import read_any
 from mm.lora.targets import every_linear, linears_of
 from mm.poses import direction_rows
@@ -181,6 +181,7 @@ class WanVideoPipeline:
             raise ConfigError("CFG-408", f"load_lora is given {type(module).__name__}.", "Give pipe.dit.")
         adapter = read_any(identify(path, wanted="adapters"))
         require_fit(adapter, every_linear(self._source.shapes()))
+        require_parts_fit(adapter, self._source.shapes())
         self._adapters.append((adapter, alpha))
         if self._residency.streams or self._fp8:  # weights are not where they could be written, or in 8 bits
             config = self.dit.config
@@ -190,7 +191,7 @@ class WanVideoPipeline:
         weights = self._weights()
         with torch.no_grad():
             for name, parameter in self.dit.named_parameters():
-                if name.rpartition(".")[0] in adapter.updates:
+                if name.rpartition(".")[0] in adapter.updates or name in adapter.parts:
                     parameter.copy_(weights.value_of(name, tuple(parameter.shape)))
 
     def _weights(self) -> GenerationWeights:

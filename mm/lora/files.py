@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 COMFYUI_FILE = "lora_comfyui.safetensors"
 """The name of an adapter in ComfyUI's names beside a checkpoint; diffusers looks for another one."""
+PARTS_FILE = "trained_parts.safetensors"
+"""Name of the file of what was trained beside an adapter, in native names."""
 PEFT_CONFIG_FILE = "adapter_config.json"
 """The name under which PEFT writes an adapter's configuration."""
 COMFYUI_PREFIX = "diffusion_model."
@@ -51,16 +53,26 @@ def write_adapter(path: Path, adapter: Adapter, family: Family) -> None:
     """
     if not adapter.updates:
         raise ValueError("an adapter without updates")
+    tensors, header = _WRITTEN[family](adapter)
+    _write(path, tensors, {**adapter.texts, **header})
+
+
+def write_parts(path: Path, adapter: Adapter) -> None:
+    """Write the parameters that were trained beside an adapter, in native names; raises what `write_adapter` raises."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in adapter.parts.items()}
+    _write(path, tensors, dict(adapter.texts))
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
     if path.exists() or path.is_symlink():
         remedy = "Choose another target."
         raise CheckpointError("CKPT-020", f"The target {path} exists.", remedy)
-    tensors, header = _WRITTEN[family](adapter)
     draft = path.with_name(temporary_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             entries = [entry_of(name, tensor) for name, tensor in tensors.items()]
-            write_safetensors(draft, entries, {**adapter.texts, **header, "format": "pt"})
+            write_safetensors(draft, entries, {**texts, "format": "pt"})
             draft.rename(path)
         finally:
             draft.unlink(missing_ok=True)
