@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mm.checkpoint.files import sync_folder, temporary_name
+from mm.checkpoint.finite import require_finite
 from mm.checkpoint.formats.folder import PEFT_FILE, PEFT_MODEL_FILE, recognise
 from mm.checkpoint.formats.found import Found, nothing
 from mm.checkpoint.safetensor_file import entry_of, write_safetensors
@@ -110,8 +111,19 @@ def read_adapter(at: Path | Found) -> Adapter:
     if silent:
         message = "%s has no alpha for %d of %d linears; it is taken to be r there, a scale of 1."
         logger.warning(message, path, silent, len(modules))
-    logger.info("Read %s: %d linears, %s.", path, len(updates), keys.spelling)
-    return Adapter(updates, texts)
+    beside = f", {len(keys.whole)} parameters beside them" if keys.whole else ""
+    logger.info("Read %s: %d linears%s, %s.", path, len(updates), beside, keys.spelling)
+    whole = {name: _finite(f"{key} of {path}", tensors[key]) for key, name in keys.whole.items()}
+    return Adapter(updates, texts, whole)
+
+
+def _finite(what: str, value: Tensor) -> Tensor:
+    """The value of a parameter beside an adapter; DATA-130."""
+    try:
+        return require_finite(what, value)
+    except CheckpointError as error:
+        found = error.problems[0].message.split(";")[0]
+        raise DataError("DATA-130", f"{found}.", "Use another file, or one saved earlier in its training.") from None
 
 
 def _files(found: Found) -> Mapping[Path, Header]:
