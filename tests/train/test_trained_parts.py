@@ -31,7 +31,7 @@ from mm.wan.precision import keep_fp32
 
 PARTS = {"trainable_modules": ["self_attn", "ffn:0.5"]}
 LORA = {"load": None, "lora_r": 4, "lora_alpha": 8.0, "lora_target_modules": ["q", "v"]}
-BESIDE = {**LORA, "trainable_modules": ["^head.", "modulation:0.5"]}
+BESIDE = {**LORA, "trainable_modules": ["^head.", "ffn.2:0.5"]}
 
 
 def is_trained(name: str) -> bool:
@@ -39,7 +39,7 @@ def is_trained(name: str) -> bool:
 
 
 def is_beside(name: str) -> bool:
-    return name.startswith("head.") or name.endswith("modulation")
+    return name.startswith("head.") or ".ffn.2." in name
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +164,6 @@ def test_parts_beside_adapters_are_saved_resumed_and_merged(
     for name in parts:
         value, before = read_tensor(folder, manifest, f"model.{name}"), source.read(name)
         assert value.dtype == torch.float32 and not torch.equal(value, before.float()), name
-        # fp32 masters start from the base as it is, whatever the run's precision: a step moves by the rate at most
-        assert float((value - before.float()).abs().max()) <= 3 * 1.1e-3 * (0.5 if "blocks" in name else 1), name
         assert torch.equal(beside[name], value), name
         torch.testing.assert_close(together.read(name), value.to(before.dtype), rtol=0, atol=0)
         torch.testing.assert_close(half.read(name), torch.lerp(before.float(), value, 0.5).to(before.dtype))
@@ -175,11 +173,15 @@ def test_parts_beside_adapters_are_saved_resumed_and_merged(
     more = {**flags, "load": tmp_path / "straight", "finetune": True}
     run(demo, tmp_path / "on", train_iters=1, **more)
     run(demo, tmp_path / "file", train_iters=1, **{**more, "load": out, "finetune": None})
-    for place, start in (("on", beside), ("file", {name: source.read(name) for name in parts})):
+    run(demo, tmp_path / "new", train_iters=1, **flags)
+    of_base = {name: source.read(name) for name in parts}
+    for place, start in (("on", beside), ("file", of_base), ("new", of_base)):
         there = tmp_path / place / "iter_0000001"
         for name in parts:
+            # fp32 masters start as they are stored, whatever the run's precision: AdamW's first step moves by the rate
             moved = read_tensor(there, read_manifest(there), f"model.{name}") - start[name].float()
-            assert 0 < float(moved.abs().max()) <= 1.1e-3, (place, name)
+            rate = 1e-3 if name.startswith("head.") else 5e-4
+            assert float(moved.abs().max()) == pytest.approx(rate, rel=2e-2), (place, name)
 
 
 @pytest.mark.nightly
