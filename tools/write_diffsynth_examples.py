@@ -85,7 +85,7 @@ EDITED: dict[str, Any] = {
     "inputs": ("vace_video", "vace_reference_image"),
     "metadata": "metadata_vace.csv",
     "keys": ("vace_video", "vace_reference_image"),
-    "trained": ("dit", "vace"),
+    "trained": ("vace",),
     "shift": 16,
     "full_frames": 49,
 }
@@ -114,7 +114,7 @@ MODELS = (
         inputs=("motion_bucket_id",),
         metadata="metadata_motion_bucket_id.csv",
         adapter_of="Wan-AI/Wan2.1-T2V-1.3B",
-        trained=("dit", "motion_controller"),
+        trained=("motion_controller",),
     ),
 )
 ONE_CLIP = {"camera_control_direction": '"Left"', "motion_bucket_id": "50"}
@@ -135,7 +135,7 @@ def shell(model: Model, kind: str) -> str:
     names = ",".join(f"{model_id}:{pattern}" for model_id, pattern in model.files)
     given = [word for word in model.inputs if not word.startswith("camera")]
     frames = model.full_frames if is_full else model.num_frames
-    prefixes = ",".join(f"pipe.{part}." if part != "motion_controller" else "pipe." for part in model.trained)
+    prefixes = ",".join(f"pipe.{part}." for part in model.trained)
     words = [
         f"--dataset_base_path {DATA}",
         f"--dataset_metadata_path {DATA}/{model.metadata}",
@@ -155,7 +155,7 @@ def shell(model: Model, kind: str) -> str:
         *([f'--extra_inputs "{",".join(given)}"'] if given else []),
     ]
     configured = ' --config_file "$here/accelerate_config_14B.yaml"' if model.is_large and is_full else ""
-    what = "all of it" if is_full else "a LoRA of it"
+    what = _OF[model.trained] if is_full else "a LoRA of it"
     head = f"# {model.title}: {what}. Further arguments win over these; ACCELERATE_ARGS has accelerate's.\n"
     launch = f'accelerate launch{configured} ${{ACCELERATE_ARGS:-}} "$here/../train.py" \\\n'
     start = f'#!/bin/bash\n{head}set -e\nhere=$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)\n{launch}'
@@ -186,11 +186,11 @@ def script(model: Model, kind: str | None) -> str:
     lines += ["pipe = WanVideoPipeline.from_pretrained(", "    torch_dtype=torch.bfloat16,", '    device="cuda",']
     lines += ["    model_configs=["]
     for model_id, pattern in model.files:
-        is_trained = kind == "full" and pattern in (TRANSFORMER, "model.safetensors")
-        if is_trained and pattern == "model.safetensors":
-            continue  # in the same file
-        told = f'path="{trained}"' if is_trained else f'model_id="{model_id}", origin_file_pattern="{pattern}"'
+        replaced = kind == "full" and pattern == _FILE_OF[model.trained]
+        told = f'path="{trained}"' if replaced else f'model_id="{model_id}", origin_file_pattern="{pattern}"'
         lines += _config(told)
+    if kind == "full" and model.trained == ("vace",):  # beside what the release has of it
+        lines += _config(f'path="{trained}"')
     lines += ["    ],", ")"]
     if kind == "lora":
         lines.append(f'pipe.load_lora(pipe.dit, "{trained}", alpha=1)')
@@ -216,6 +216,17 @@ def _config(told: str) -> list[str]:
     return ["        ModelConfig(", *parts, "        ),"]
 
 
+_OF: dict[tuple[str, ...], str] = {
+    ("dit",): "all of it",
+    ("vace",): "its side blocks",
+    ("motion_controller",): "its motion controller",
+}
+_FILE_OF: dict[tuple[str, ...], str | None] = {
+    ("dit",): TRANSFORMER,
+    ("vace",): None,
+    ("motion_controller",): "model.safetensors",
+}
+"""File of a release that the trained one stands for."""
 _AS = {None: " as it is released", "full": ", trained whole", "lora": " with its LoRA"}
 ACCELERATE = """# Eight devices share the parameters, their gradients and the optimizer's state.
 # accelerate only starts the processes; FULL_SHARD and ZeRO-3 are layer-zero here.

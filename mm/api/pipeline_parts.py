@@ -83,7 +83,12 @@ def find_parts(
     raise_all(ConfigError, list(_faults(by_part)))
     base = open_weights(by_part["dit"][0])
     module = next(iter(by_part.get("module", ())), None)
-    joined = base if module is None else WithModule(base, str(module_of(module)), module)
+    joined: WeightSource = base
+    if module is not None:
+        joined = WithModule(base, str(module_of(module)), module)
+        if joined.left_over:
+            told = f"{module.asked} has no {joined.left_over[0]}, which {base.path} has in that place."
+            raise ConfigError("CFG-404", told, "Name a part of this transformer.")
     image = next(iter(by_part.get("image_encoder", ())), None)
     return Parts(joined, by_part["vae"][0], by_part["text_encoder"][0], image, tokenizer_folder)
 

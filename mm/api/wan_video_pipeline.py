@@ -40,7 +40,7 @@ from mm.errors import ConfigError, raise_all
 from mm.generate.held import hold_on_mesh
 from mm.generate.render import Processes
 from mm.generate.weights import Fp8, GenerationWeights
-from mm.lora.adapter import Adapter, require_fit
+from mm.lora.adapter import Adapter, require_fit, require_parts_fit
 from mm.lora.convert import read_any
 from mm.lora.targets import every_linear, linears_of
 from mm.parallel.velocity import ParallelVelocity
@@ -227,6 +227,7 @@ class WanVideoPipeline:
             raise ConfigError("CFG-408", f"load_lora is given {type(module).__name__}.", "Give pipe.dit.")
         adapter = read_any(identify(path, wanted="adapters"))
         require_fit(adapter, every_linear(self._source.shapes()))
+        require_parts_fit(adapter, self._source.shapes())
         self._adapters.append((adapter, alpha))
         if self._residency.streams or self._fp8 or self._processes is not None:
             self._build(self._leave_dit())  # weights are not where they could be written, in 8 bits, or parts
@@ -234,7 +235,7 @@ class WanVideoPipeline:
         weights = self._weights()
         with torch.no_grad():
             for name, parameter in self.dit.named_parameters():
-                if name.rpartition(".")[0] in adapter.updates:
+                if name.rpartition(".")[0] in adapter.updates or name in adapter.parts:
                     parameter.copy_(weights.value_of(name, tuple(parameter.shape)))
 
     def _weights(self) -> GenerationWeights:

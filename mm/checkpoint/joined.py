@@ -1,4 +1,4 @@
-"""A transformer whose weights are released in two parts: a model, and one module of it alone."""
+"""A transformer whose weights are in two files: a model, and one part of it that is released or was trained alone."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from mm.checkpoint.safetensor_file import DTYPES
 from mm.config.model import WanConfig
 from mm.wan.config_json import infer_config
 
-MOTION_CONTROLLER = "motion_controller"
-_MODULES = {
-    MOTION_CONTROLLER: frozenset(f"linear.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias"))
-}
-"""Modules that are released alone, with the names of their tensors."""
+MOTION_CONTROLLER, SIDE_BLOCKS = "motion_controller", "vace"
+_CONTROLLER = frozenset(f"linear.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias"))
+_SIDE = ("vace_blocks.", "vace_patch_embedding.")
 
 
 def module_of(found: Found) -> str | None:
-    """The module that a file holds and nothing else, or None."""
+    """The part that a file holds and nothing else, or None."""
     names = {name for header in found.headers.values() for name in header}
-    return next((module for module, expected in _MODULES.items() if names == expected), None)
+    if names == _CONTROLLER:
+        return MOTION_CONTROLLER
+    return SIDE_BLOCKS if names and all(name.startswith(_SIDE) for name in names) else None
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class WithModule:
     """`WeightSource` over a model and a module that it is given.
 
     Attributes:
-        base: the model. module: the name of the module in it. part: what `module_of` knows.
+        base: the model, with other values of the part or without it. module, part: as `module_of` has them.
     """
 
     base: WeightSource
@@ -52,7 +52,7 @@ class WithModule:
     def kinds(self) -> dict[str, TensorKind]:
         """Those of both."""
         of_part = {
-            f"{self.module}.{name}": TensorKind(info.shape, DTYPES[info.dtype])
+            self._native(name): TensorKind(info.shape, DTYPES[info.dtype])
             for header in self.part.headers.values()
             for name, info in header.items()
         }
@@ -64,15 +64,24 @@ class WithModule:
 
     def read(self, name: str) -> Tensor:
         """One tensor as stored. KeyError when neither has it."""
-        own = name.removeprefix(f"{self.module}.")
-        if own == name:
-            return self.base.read(name)
-        file = next((file for file, header in self.part.headers.items() if own in header), None)
-        if file is None:
-            raise KeyError(name)
-        with safe_open(file, framework="pt") as opened:
-            value: Tensor = opened.get_tensor(own)
-        return value
+        for file, header in self.part.headers.items():
+            own = next((one for one in header if self._native(one) == name), None)
+            if own is not None:
+                with safe_open(file, framework="pt") as opened:
+                    value: Tensor = opened.get_tensor(own)
+                return value
+        return self.base.read(name)
+
+    def _native(self, name: str) -> str:
+        """Native name of a tensor of the part."""
+        return f"{self.module}.{name}" if self.module == MOTION_CONTROLLER else name
+
+    @property
+    def left_over(self) -> list[str]:
+        """Parameters of the part that the base has and the file has not: it is of another model."""
+        starts = _SIDE if self.module == SIDE_BLOCKS else (f"{self.module}.",)
+        there = {self._native(name) for header in self.part.headers.values() for name in header}
+        return [name for name in self.base.kinds() if name.startswith(starts) and name not in there]
 
     def config(self) -> WanConfig | None:
         """The shapes of both tell it; what shapes do not show is the base's."""

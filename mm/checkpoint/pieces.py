@@ -19,12 +19,14 @@ class Piece:
         global_shape: the shape of the whole tensor.
         box: which part of it this is.
         tensor: the part's data, of the shape `box.sizes`; loading writes into it, so it may be a view.
+        any_dtype: loading may round what is stored in another dtype.
     """
 
     key: str
     global_shape: tuple[int, ...]
     box: Box
     tensor: torch.Tensor
+    any_dtype: bool = False
 
     def __post_init__(self) -> None:
         if tuple(self.tensor.shape) != self.box.sizes:
@@ -37,7 +39,13 @@ def whole_piece(key: str, tensor: torch.Tensor) -> Piece:
 
 
 def pieces_of_flat_range(
-    key: str, global_shape: Sequence[int], start: int, flat: torch.Tensor, outer: Box | None = None
+    key: str,
+    global_shape: Sequence[int],
+    start: int,
+    flat: torch.Tensor,
+    outer: Box | None = None,
+    *,
+    any_dtype: bool = False,
 ) -> list[Piece]:
     """The pieces of elements [start, start + len(flat)) of a flattened tensor, as views of `flat` (1-D, contiguous).
 
@@ -46,6 +54,7 @@ def pieces_of_flat_range(
         start: index of the first element, within `outer` flattened.
         flat: the elements.
         outer: the box of the whole tensor whose elements are counted, for a tensor-parallel rank's part; default: all.
+        any_dtype: as of `Piece`.
     """
     shape = tuple(global_shape)
     outer = outer or whole(shape)
@@ -53,6 +62,6 @@ def pieces_of_flat_range(
     position = 0
     for box in flat_range_to_boxes(outer.sizes, start, start + flat.numel()):
         view = flat[position : position + box.numel].view(box.sizes)
-        pieces.append(Piece(key, shape, box.moved(outer.offsets), view))
+        pieces.append(Piece(key, shape, box.moved(outer.offsets), view, any_dtype))
         position += box.numel
     return pieces

@@ -249,7 +249,7 @@ def _differences(manifest: Manifest, wanted: Sequence[Piece]) -> dict[str, list[
         if record is None:
             missing.append(piece.key)
             continue
-        dtype = DTYPE_NAMES.get(piece.tensor.dtype, str(piece.tensor.dtype))
+        dtype = record.dtype if piece.any_dtype else DTYPE_NAMES.get(piece.tensor.dtype, str(piece.tensor.dtype))
         if (record.shape, record.dtype) != (piece.global_shape, dtype):
             different.append(
                 f"{piece.key} is {record.dtype} {list(record.shape)} there, {dtype} {list(piece.global_shape)} here"

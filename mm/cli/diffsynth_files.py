@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +15,13 @@ from mm.checkpoint.comm import Comm, ProcessGroupComm, SingleProcess, on_rank_ze
 from mm.checkpoint.directory import candidates
 from mm.checkpoint.files import sync_folder, temporary_name, writing_errors
 from mm.checkpoint.finite import rounded
+from mm.checkpoint.formats.training import STEPS_KEY
 from mm.checkpoint.identify import identify
 from mm.checkpoint.manifest import read_manifest
 from mm.checkpoint.safetensor_file import Entry, entry_of, write_safetensors
-from mm.checkpoint.weights import WeightSource, open_weights
+from mm.checkpoint.weights import open_weights
 from mm.config.place import ProcessPlace
+from mm.config.trainable import names_by_pattern, patterns_of
 from mm.dialects.diffsynth.pipeline_names import name_in_file
 from mm.dialects.diffsynth.translation import DiffSynthRun
 from mm.errors import CheckpointError
@@ -83,7 +85,7 @@ class EpochFiles(Callback):
 
 
 def write_pipeline_file(checkpoint: Path, target: Path, prefix: str) -> None:
-    """Write what a checkpoint has trained as one file, in one step: a model in bf16, a LoRA in fp32.
+    """Write what a checkpoint has trained as one file, in one step: models in bf16, a LoRA in fp32.
 
     Args:
         checkpoint: a training checkpoint. target: replaced where it exists.
@@ -106,21 +108,33 @@ def write_pipeline_file(checkpoint: Path, target: Path, prefix: str) -> None:
 
 
 def _of_model(checkpoint: Path, prefix: str) -> list[Entry]:
+    """Parameters that were trained; what a run has frozen is in the checkpoint too."""
     source = open_weights(identify(checkpoint))
+    shapes = source.shapes()
+    trainable = (read_manifest(checkpoint).scalars.get(STEPS_KEY) or {}).get("trainable")
+    named = [list(shapes)] if trainable is None else names_by_pattern(patterns_of(trainable), shapes)
+    trained = {name for names in named for name in names}
     return [
-        Entry(name_in_file(name, prefix), torch.bfloat16, shape, partial(_in_bf16, source, name))
-        for name, shape in source.shapes().items()
+        Entry(name_in_file(name, prefix), torch.bfloat16, shape, partial(_in_bf16, source.read, name))
+        for name, shape in shapes.items()
+        if name in trained
     ]
 
 
 def _of_adapter(checkpoint: Path, prefix: str) -> list[Entry]:
-    """Alpha is the rank, as DiffSynth-Studio takes it to be, so that the file needs none."""
-    return [
+    """Halves of adapters, and what was trained beside them. Alpha is the rank, as DiffSynth-Studio takes it to be."""
+    adapter = adapter_of(checkpoint)
+    halves = [
         entry_of(name_in_file(f"{linear}.{half}.default.weight", prefix), value.contiguous())
-        for linear, update in adapter_of(checkpoint).updates.items()
+        for linear, update in adapter.updates.items()
         for half, value in (("lora_A", update.a), ("lora_B", update.b))
+    ]
+    read = adapter.parts.__getitem__
+    return halves + [
+        Entry(name_in_file(name, prefix), torch.bfloat16, tuple(value.shape), partial(_in_bf16, read, name))
+        for name, value in adapter.parts.items()
     ]
 
 
-def _in_bf16(source: WeightSource, name: str) -> Tensor:
-    return rounded(name, source.read(name), torch.bfloat16)
+def _in_bf16(read: Callable[[str], Tensor], name: str) -> Tensor:
+    return rounded(name, read(name), torch.bfloat16)

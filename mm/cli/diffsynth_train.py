@@ -98,7 +98,8 @@ def check_run(described: DiffSynthRun) -> None:
     """Check both stages.
 
     Raises:
-        ConfigError: with what could not be read, what contradicts itself, and every violated rule.
+        ConfigError: with what could not be read, what contradicts itself, and every violated rule; then what
+            `mm.train.trained_parts.trained_model` raises.
     """
     extraction, training = described.extraction, described.training
     found = (
@@ -107,6 +108,10 @@ def check_run(described: DiffSynthRun) -> None:
         *broken(TRAINING_RULES, training),
     )
     raise_all(ConfigError, list(dict.fromkeys(found)))
+
+    from mm.train.trained_parts import trained_model  # torch
+
+    trained_model(training)
 
 
 def _models(flags: DiffSynthFlags) -> FoundModels:

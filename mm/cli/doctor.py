@@ -102,10 +102,9 @@ def _check(argv: Sequence[str]) -> None:
     latent = frames + flags.references, height, width
 
     from mm.doctor.dry_run import DryRunJob, dry_run
-    from mm.lora.plan import plan_of
     from mm.train.run import data_parallel_options, training_dtype
+    from mm.train.trained_parts import trained_model
 
-    lora = plan_of(sections.adapters, sections.wan, sections.origins["adapters.targets"].name)
     packed, micro_batches = _packs(sections, layout, latent)
     job = DryRunJob(
         wan=sections.wan,
@@ -117,7 +116,8 @@ def _check(argv: Sequence[str]) -> None:
         micro_batch_size=sections.data.micro_batch_size,
         micro_batches=micro_batches,
         recompute=recompute_of(sections.memory),
-        extension=None if lora is None else lora.extension(),
+        extension=trained_model(sections).extension(),
+        save_frozen=sections.adapters is None,
         ema_decay=sections.optimizer.ema_decay,
         async_save=sections.checkpoint.in_background,
         save_optimizer=sections.checkpoint.save_optimizer,

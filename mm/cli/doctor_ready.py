@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mm.config.storage import Location
     from mm.data.open_store import MakingStore
     from mm.doctor.preflight import Finding
-    from mm.lora.plan import LoRAPlan
+    from mm.train.trained_parts import TrainedModel
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -54,13 +54,15 @@ def check(
     from mm.data.dataset import open_features
     from mm.device.backend import select
     from mm.doctor import preflight
-    from mm.lora.plan import plan_of
     from mm.supervise.job import Job
+    from mm.train.trained_parts import trained_model
 
     logging.getLogger().setLevel(logging.WARNING)
     config, backend = sections.wan, select(sections.training.device, where.local_rank, where.world_size)
-    lora = plan_of(sections.adapters, config, sections.origins["adapters.targets"].name)
-    trained = (preflight.elements(config) if lora is None else lora.parameters) * (1 + (sections.experts is not None))
+    model, models = trained_model(sections), 1 + (sections.experts is not None)
+    whole = preflight.elements(config)
+    trained = model.elements(whole) * models
+    frozen = 0 if model.lora is not None else whole * models - trained  # of a LoRA nothing frozen is saved
     findings = [] if where.rank else preflight.versions(backend)
     findings += preflight.operators(backend) if where.local_rank == 0 else []  # once a node: its compiler
     reports: list[dict[str, Any]] = []
@@ -68,7 +70,7 @@ def check(
         findings += preflight.attempt("memory", lambda: _memory(sections, words, layout, backend, reports))
         findings += preflight.attempt("weights", lambda: preflight.weights(sections))
         findings += preflight.attempt("checkpoints", lambda: preflight.save_folder(sections))
-        findings += preflight.attempt("disk", lambda: preflight.disk(sections, trained))
+        findings += preflight.attempt("disk", lambda: preflight.disk(sections, trained, frozen))
     budget = sections.data.pack_tokens
     one_size = layout.pp_size > 1 and not sections.parallel.variable_sizes and budget is None
     batch = sections.samples_of_step(layout.dp_size)
@@ -82,7 +84,7 @@ def check(
             ),
         )
     if where.rank == 0:
-        findings += preflight.attempt("resume", lambda: _resumed(sections, layout, lora, findings))
+        findings += preflight.attempt("resume", lambda: _resumed(sections, layout, model, findings))
     with ExitStack() as stack:
         comm: Comm = SingleProcess()
         if where.world_size > 1:
@@ -98,14 +100,14 @@ def check(
         kinds = ("host_bytes", "save_bytes", "expert_bytes")
         pinned, saved, experts = (max((report[of] for report in told), default=0) for of in kinds)
         if where.local_rank == 0:
-            findings += preflight.host(sections, trained, pinned + experts, saved, where.local_world_size)
+            findings += preflight.host(sections, (trained, frozen), pinned + experts, saved, where.local_world_size)
         everyone = comm.all_gather_object([asdict(finding) for finding in findings])
     if where.rank == 0:
         _tell(_merged([preflight.Finding(**found) for part in everyone for found in part]), reports, as_json=as_json)
 
 
 def _resumed(
-    sections: TrainingRun, layout: Layout, lora: LoRAPlan | None, findings: Sequence[Finding]
+    sections: TrainingRun, layout: Layout, model: TrainedModel, findings: Sequence[Finding]
 ) -> Sequence[Finding]:
     """Compare the run with its checkpoint, unless its features cannot be read, which their own check tells."""
     from mm.data.dataset import open_features
@@ -121,7 +123,7 @@ def _resumed(
             made = LiveStores(live_extractions(sections)).by_folder
         except DataError:  # no run has looked at the rows as they are yet
             return []
-    return resume(sections, open_features(sections.data.features, sections.wan, made), layout.dp_size, lora)
+    return resume(sections, open_features(sections.data.features, sections.wan, made), layout.dp_size, model)
 
 
 def _draws(sections: TrainingRun, samples: int) -> str | None:

@@ -58,11 +58,14 @@ def check(command: Command) -> None:
     """Check both runs of a command, all problems at once, each told once.
 
     Raises:
-        ConfigError: with these.
+        ConfigError: with these; then what `mm.train.trained_parts.trained_model` raises.
     """
     problems = [*command.training.problems, *broken(EXTRACTION_RULES, command.extraction)]
     problems += broken(TRAINING_RULES, command.training)
     raise_all(ConfigError, list(dict.fromkeys(problems)))
+    from mm.train.trained_parts import trained_model  # torch
+
+    trained_model(command.training)
 
 
 def shape_of(folder: str) -> WanConfig:

@@ -6,7 +6,7 @@ import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
@@ -76,6 +76,8 @@ def _default(field: FieldInfo) -> str:
 def _value(annotation: Any) -> tuple[bool, str]:
     """Tell whether a flag takes several values, and what it takes."""
     kind = _without_none(annotation)
+    if get_origin(kind) is Annotated:
+        return _value(get_args(kind)[0])
     if get_origin(kind) in (list, tuple):
         return True, _value(get_args(kind)[0])[1]
     if kind is bool:

@@ -18,6 +18,7 @@ from mm.config.optimizer import OptimizerName
 from mm.config.run.checkpoint import ResumeChange
 from mm.config.run.origins import Origins
 from mm.config.run.training import TrainingRun
+from mm.config.trainable import patterns_of
 
 
 class ScheduleSettings(Section):
@@ -87,6 +88,7 @@ class StepSettings(Section):
         bf16: precision of model and activations. ema_decay: of the average, or None.
         pack_tokens: tokens of packed sequences, or None. The only one that decides nothing but rounding.
         expert_steps: of one of two experts, how many steps it has in a row; None where every step is of this model.
+        trainable: words for the parameters that are trained, or None.
     """
 
     global_batch_size: int
@@ -101,12 +103,14 @@ class StepSettings(Section):
     ema_decay: float | None
     pack_tokens: int | None = None
     expert_steps: int | None = None
+    trainable: list[str] | None = None
 
     @model_serializer(mode="wrap")
     def _recorded(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = write(self)
-        if self.expert_steps is None:  # as it was before there were experts
-            del values["expert_steps"]
+        for name in ("expert_steps", "trainable"):  # as it was before there were such
+            if values[name] is None:
+                del values[name]
         return values
 
 
@@ -151,7 +155,15 @@ def step_settings(
         ema_decay=run.optimizer.ema_decay,
         pack_tokens=run.data.pack_tokens,
         expert_steps=None if run.experts is None else run.experts.steps_in_a_row,
+        trainable=None if run.training.trainable is None else list(run.training.trainable),
     )
+
+
+def trains_the_same(before: StepSettings | None, now: StepSettings) -> bool:
+    """Tell whether two runs train the same parameters, whatever their factors; None trains all of them."""
+    words = (None if side is None else side.trainable for side in (before, now))
+    then, today = (None if one is None else {pattern.text for pattern in patterns_of(one)} for one in words)
+    return then == today
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +202,9 @@ def changes(before: StepSettings, now: StepSettings, words: Origins) -> Iterator
         yield from _differing("objective", words[f"data.condition_dropout.{key}"].of(), *rates)
     steps_in_a_row = words["experts.steps_in_a_row"].of()
     yield from _differing("objective", steps_in_a_row, before.expert_steps, now.expert_steps)
+    if trains_the_same(before, now) and before.trainable != now.trainable:  # CFG-423 is about the others
+        said = (" ".join(side.trainable or ()) for side in (before, now))
+        yield Change("optimizer", words["training.trainable"].name, *said)
     yield from _of_data("data", words.whole("data.features"), before.data, now.data)
     yield from _differing("data", shuffle, before.data.shuffle, now.data.shuffle)
     if before.data.shuffle == now.data.shuffle:

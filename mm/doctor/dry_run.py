@@ -43,7 +43,7 @@ from mm.parallel.replica import leads_replica
 from mm.parallel.schedule import LossFunction, forward_backward
 from mm.parallel.stage import WanStage
 from mm.parallel.trainable_extension import TrainableExtension
-from mm.train.state import saved_bytes
+from mm.train.pieces import saved_bytes
 from mm.train.step import forward_micro_batch, lengths_of
 from mm.wan.layers import BlockRunner
 
@@ -71,13 +71,14 @@ class DryRunJob:
     Attributes:
         wan, layout, options, zero: as for `mm.parallel.apply.apply`. recompute: as for `mm.activation.recompute`.
         dtype: of the bulk of the parameters.
-        extension: what is trained instead of the model's parameters. ema_decay: of the average of the weights, if any.
+        extension: what is trained, where that is not all. ema_decay: of the average of the weights, if any.
         latent: F, H, W of a sample's latents. micro_batch_size: samples in a forward, beside each other.
         micro_batches: of one replica in a step. optimizer: its name.
         packed: samples that share a sequence, a micro-batch each; None where every sample has its own.
         encoder_bytes: of encoders that stand on the first rank of each replica, beside the model.
         idle_expert: where the one of two experts is that a step does not train; None where there is one model.
         async_save: whether checkpoints are written in the background. save_optimizer: with the optimizer's state.
+        save_frozen: with what is frozen of the model.
     """
 
     wan: WanConfig
@@ -93,6 +94,7 @@ class DryRunJob:
     ema_decay: float | None = None
     async_save: bool = False
     save_optimizer: bool = True
+    save_frozen: bool = False
     optimizer: OptimizerName = "adamw"
     packed: int | None = None
     encoder_bytes: int = 0
@@ -197,7 +199,7 @@ def dry_run(job: DryRunJob, rank: int) -> Report:
             optimizer_bytes=tracked.now(memory.OPTIMIZER),
             peak=tracked.peak(start) | _encoders(job, mesh),
             host_bytes=tracked.now(memory.HOST),
-            save_bytes=saved_bytes(optimizer, with_optimizer=job.save_optimizer) if job.async_save else 0,
+            save_bytes=_saved_bytes(job, optimizer),
             expert_bytes=2 * (tracked.now(memory.PARAMETERS) + tracked.now(memory.OPTIMIZER)) if waits else 0,
             traffic=_sum(_of_all(passes, runs, job.micro_batches), update),
             bubble=formulas.bubble(job.layout, job.micro_batches),
@@ -222,6 +224,12 @@ def _build(
     for shard in optimizer.shards:
         shard.state()  # it would be made only at the end of the first step
     return parallel, optimizer
+
+
+def _saved_bytes(job: DryRunJob, optimizer: Optimizer) -> int:
+    """Bytes of the copy that a background save makes; 0 where there is none."""
+    kinds = {"with_optimizer": job.save_optimizer, "with_frozen": job.save_frozen}
+    return saved_bytes(optimizer, **kinds) if job.async_save else 0
 
 
 def _encoders(job: DryRunJob, mesh: Mesh) -> dict[str, int]:

@@ -216,16 +216,17 @@ def save_folder(sections: TrainingRun) -> list[Finding]:
     return [Finding("checkpoints", verdict, f"{start}; saved {every}", "" if verdict == "ok" else f"Give {interval}.")]
 
 
-def disk(sections: TrainingRun, trained: int) -> list[Finding]:
+def disk(sections: TrainingRun, trained: int, frozen: int = 0) -> list[Finding]:
     """Free space for the checkpoints that will be kept.
 
     Args:
         sections: of the run. trained: elements of all parameters that are trained.
+        frozen: of all that are not, and saved with them.
     """
     asked = sections.checkpoint
     if asked.save is None:
         return []
-    one, words = _state_bytes(sections, trained), sections.origins
+    one, words = _state_bytes(sections, trained, frozen), sections.origins
     saves = sections.training.steps // asked.save_interval if asked.save_interval else 1
     kept = min(max(saves, 1), asked.keep_latest or max(saves, 1)) + (1 if saves > 1 else 0)  # the newest beside the old
     free = shutil.disk_usage(_existing(Path(asked.save))).free
@@ -237,17 +238,19 @@ def disk(sections: TrainingRun, trained: int) -> list[Finding]:
     return [Finding("disk", "ok", found)]
 
 
-def host(sections: TrainingRun, trained: int, pinned_bytes: int, save_bytes: int, processes: int) -> list[Finding]:
+def host(
+    sections: TrainingRun, elements: tuple[int, int], pinned_bytes: int, save_bytes: int, processes: int
+) -> list[Finding]:
     """Host memory and limits of this node.
 
     Args:
-        sections: of the run. trained: as for `disk`.
+        sections: of the run. elements: trained and frozen, as for `disk`.
         pinned_bytes: of one process, for offload. save_bytes: of the process with the most, for background saves.
         processes: of this node.
     """
     findings = []
     # of what replicas have copies of, one saves: no more than the whole state is saved from one node
-    copies = min(save_bytes * processes, max(_state_bytes(sections, trained), save_bytes))
+    copies = min(save_bytes * processes, max(_state_bytes(sections, *elements), save_bytes))
     need, free = pinned_bytes * processes + copies, psutil.virtual_memory().available
     found = (
         f"{format_bytes(need)} for offload and background saves on {socket.gethostname()}, {format_bytes(free)} free"
@@ -266,10 +269,11 @@ def host(sections: TrainingRun, trained: int, pinned_bytes: int, save_bytes: int
     return findings
 
 
-def _state_bytes(sections: TrainingRun, trained: int) -> int:
-    """Bytes of a checkpoint: masters, the optimizer's state, the average."""
+def _state_bytes(sections: TrainingRun, trained: int, frozen: int) -> int:
+    """Bytes of a checkpoint: masters, the optimizer's state, the average, and what is frozen in the run's precision."""
     kept = ALGORITHMS[sections.optimizer.name].bytes_per_element if sections.checkpoint.save_optimizer else 0
-    return trained * (_FP32 * (1 + (sections.optimizer.ema_decay is not None)) + kept)
+    held = 2 if sections.model.precision == "bf16" else _FP32
+    return trained * (_FP32 * (1 + (sections.optimizer.ema_decay is not None)) + kept) + frozen * held
 
 
 def network(comm: Comm, seconds: float) -> list[Finding]:

@@ -12,36 +12,36 @@ from mm.config.run.training import TrainingRun
 from mm.config.step import DataSettings
 from mm.data.dataset import FeatureDataset, open_features
 from mm.doctor.preflight import Finding
-from mm.lora.plan import LoRAPlan
 from mm.optim.algorithms.make import ALGORITHMS
 from mm.train.adapters import open_base
 from mm.train.build import settings_with, starting_point
 from mm.train.resuming import Resuming
 from mm.train.run import expected_model
 from mm.train.state import require_same_run
+from mm.train.trained_parts import TrainedModel
 
 
-def resume(sections: TrainingRun, dataset: FeatureDataset, dp_size: int, lora: LoRAPlan | None) -> list[Finding]:
+def resume(sections: TrainingRun, dataset: FeatureDataset, dp_size: int, model: TrainedModel) -> list[Finding]:
     """Compare a run with the checkpoints that it would go on from; nothing where it starts anew.
 
     Args:
-        sections, dataset, dp_size, lora: the run, of one model or of two experts.
+        sections, dataset, dp_size, model: the run, of one model or of two experts.
 
     Raises:
         ConfigError, CheckpointError, DataError, ResumeError: what the start would raise.
     """
     if sections.experts is None:
-        return _resume(sections, dataset, dp_size, lora, ())
+        return _resume(sections, dataset, dp_size, model, ())
     folders = () if sections.checkpoint.save is None else expert_folders(sections.checkpoint.save)
     found = []
     for one in expert_runs(sections):
         beside = [folder for folder in folders if str(folder) != one.checkpoint.save]
-        found += _resume(one, dataset, dp_size, lora, beside)
+        found += _resume(one, dataset, dp_size, model, beside)
     return found
 
 
 def _resume(
-    sections: TrainingRun, dataset: FeatureDataset, dp_size: int, lora: LoRAPlan | None, beside: Sequence[Path]
+    sections: TrainingRun, dataset: FeatureDataset, dp_size: int, model: TrainedModel, beside: Sequence[Path]
 ) -> list[Finding]:
     comm, start = SingleProcess(), sections.checkpoint
     found, goes_on = starting_point(sections, comm, "size", beside)
@@ -53,8 +53,9 @@ def _resume(
     steps = settings_with(sections, dataset, dp_size, _identified(dataset), held_out)
     base = sections.adapters.base if sections.adapters is not None else None
     adapters = None
-    if lora is not None and base is not None:
-        adapters = open_base(lora, Path(base), expected_model(sections), comm).record
+    if model.lora is not None and base is not None:
+        parts = () if model.parts is None else model.parts.shapes
+        adapters = open_base(model.lora, Path(base), expected_model(sections), comm, parts=parts).record
     require_same_run(
         found,
         expected_model(sections),

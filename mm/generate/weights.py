@@ -20,7 +20,7 @@ from mm.checkpoint.safetensor_file import bytes_of
 from mm.checkpoint.weights import WeightSource, open_weights
 from mm.config.model import WanConfig
 from mm.config.run.generation import AdapterFile
-from mm.lora.adapter import Adapter, merge_tensor, require_fit
+from mm.lora.adapter import Adapter, merge_tensor, require_fit, require_parts_fit
 from mm.lora.convert import read_any
 from mm.lora.layer import keep_in_low_bits
 from mm.lora.low_bit import SCALE, quantised
@@ -191,6 +191,7 @@ def with_adapters(
     read = [(read_any(one), strength) for one, strength in found]
     for adapter, _ in read:
         require_fit(adapter, linears)
+        require_parts_fit(adapter, shapes)
     eight_bits = None if fp8 is None else Fp8(fp8, linears_of(shapes))
     return GenerationWeights(source, read, dtype, fingerprinted, eight_bits, [one.path for one, _ in found])
 

@@ -71,22 +71,29 @@ class Update:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Updates by native module name, such as `blocks.0.self_attn.q`, and texts that were recorded with them."""
+    """Updates of linears, and what belongs to them.
+
+    Attributes:
+        updates: by native module name, such as `blocks.0.self_attn.q`. texts: recorded with them.
+        parts: by native name the values of parameters that were trained themselves, beside the updates; whole.
+    """
 
     updates: Mapping[str, Update]
     texts: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
 
     def adapted(self) -> dict[str, Adapted]:
         """r and alpha of every linear, for `mm.lora.layer.add_adapters`."""
         return {name: Adapted(update.rank, update.alpha) for name, update in self.updates.items()}
 
     def parameters(self) -> dict[str, Tensor]:
-        """The values of the parameters `<module>.lora_A` and `<module>.lora_B` of an adapted model."""
-        return {
+        """The values of the parameters `<module>.lora_A` and `<module>.lora_B` of an adapted model, and its parts."""
+        halves = {
             f"{name}.{half}": value
             for name, update in self.updates.items()
             for half, value in (("lora_A", update.a), ("lora_B", update.b))
         }
+        return {**halves, **self.parts}
 
     @classmethod
     def of_parameters(
@@ -149,24 +156,48 @@ def require_fit(adapter: Adapter, linears: Mapping[str, Sizes]) -> None:
         )
 
 
+def require_parts_fit(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that the parts are parameters of a model of these shapes; DATA-093."""
+    misfits = [
+        f"{name} is {list(value.shape)} in the adapter, {list(shapes[name]) if name in shapes else 'not'} in the model"
+        for name, value in adapter.parts.items()
+        if shapes.get(name) != tuple(value.shape)
+    ]
+    if misfits:
+        raise DataError(
+            "DATA-093",
+            f"{len(misfits)} of the {len(adapter.parts)} parameters beside the adapter do not fit the model: "
+            f"{'; '.join(misfits[:10])}{'; ...' if len(misfits) > 10 else ''}.",
+            "Use an adapter that was trained for this size and task of Wan2.1.",
+        )
+
+
 def merge_tensor(name: str, weight: Tensor, adapter: Adapter, strength: float = 1.0) -> Tensor:
-    """One parameter of the merged model: itself, unless it is the weight of a linear with an update.
+    """One parameter of the merged model: itself, unless it was trained or is the weight of a linear with an update.
 
     Args:
         name: native parameter name.
         weight: its value; the sum is computed in fp32 (fp64 for fp64) and rounded once to its dtype.
-        adapter: checked by `require_fit`.
-        strength: factor on the update.
+        adapter: checked by `require_fit` and `require_parts_fit`.
+        strength: factor on the update, and on the difference that training made to the parameter.
 
     Raises:
         CheckpointError: CKPT-016 and CKPT-120 for a sum that is not finite in that dtype.
     """
+    if name in adapter.parts:
+        return rounded(name, _moved(weight, adapter.parts[name], strength), weight.dtype)
     module, _, kind = name.rpartition(".")
     if kind != "weight" or module not in adapter.updates:
         return weight
     delta = adapter.updates[module].delta(strength)
     dtype = wide(weight.dtype)
     return rounded(name, weight.to(dtype) + delta.to(weight.device, dtype), weight.dtype)
+
+
+def _moved(weight: Tensor, trained: Tensor, strength: float) -> Tensor:
+    dtype = wide(weight.dtype)
+    there = trained.to(weight.device, dtype)
+    return there if strength == 1 else torch.lerp(weight.to(dtype), there, strength)
 
 
 def merge(weights: Weights, adapter: Adapter, strength: float = 1.0) -> Iterator[tuple[str, Tensor]]:
@@ -182,4 +213,5 @@ def merge(weights: Weights, adapter: Adapter, strength: float = 1.0) -> Iterator
     """
     shapes = weights.shapes()
     require_fit(adapter, every_linear(shapes))
+    require_parts_fit(adapter, shapes)
     return ((name, merge_tensor(name, weights.read(name), adapter, strength)) for name in shapes)

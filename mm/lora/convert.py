@@ -15,8 +15,8 @@ from mm.checkpoint.identify import Found, identify
 from mm.checkpoint.identity import identity
 from mm.checkpoint.weights import open_weights
 from mm.config.model import WanConfig
-from mm.lora.adapter import Adapter, merge_tensor, require_fit
-from mm.lora.files import Family, read_adapter, write_adapter
+from mm.lora.adapter import Adapter, merge_tensor, require_fit, require_parts_fit
+from mm.lora.files import Family, read_adapter, write_adapter, write_parts
 from mm.lora.mindspeed import read_mindspeed, write_mindspeed
 from mm.lora.record import BASE_IDENTITY, adapter_of
 from mm.lora.targets import every_linear
@@ -45,17 +45,32 @@ def read_any(at: Path | Found, *, averaged: bool = False) -> Adapter:
 
 
 def write_file(source: Path, target: Path, family: Family, *, averaged: bool = False) -> None:
-    """Write an adapter of any format as one file; raises what `read_any` and `write_adapter` raise."""
+    """Write an adapter of any format as one file; raises what `read_any` and `write_adapter` raise.
+
+    What was trained beside it is no adapter, and goes into a second file: `x.parts.safetensors` beside `x.safetensors`.
+    """
     adapter = read_any(source, averaged=averaged)
     write_adapter(target, adapter, family)
+    _write_parts(target, adapter)
     log.info("Wrote %d linears to %s (%s names).", len(adapter.updates), target, family)
 
 
 def lora_to_mm(source: Path, target: Path, *, averaged: bool = False) -> None:
-    """Write an adapter of any format as an MM `release`; raises what `read_any` and `write_mindspeed` raise."""
+    """Write an adapter of any format as an MM `release`; raises what `read_any` and `write_mindspeed` raise.
+
+    Parts have a file as with `write_file`.
+    """
     adapter = read_any(source, averaged=averaged)
     write_mindspeed(target, adapter)
+    _write_parts(target, adapter)
     log.info("Wrote %d linears to %s (MM names).", len(adapter.updates), target)
+
+
+def _write_parts(target: Path, adapter: Adapter) -> None:
+    if adapter.parts:
+        path = target.with_name(f"{target.name.removesuffix('.safetensors')}.parts.safetensors")
+        write_parts(path, adapter)
+        log.info("Wrote %d parameters that were trained beside the adapter to %s.", len(adapter.parts), path)
 
 
 @dataclass(frozen=True)
@@ -106,6 +121,7 @@ def merged(base_path: Path, adapter_path: Path, strength: float = 1.0, *, averag
     """
     base, adapter = open_weights(base_path), read_any(adapter_path, averaged=averaged)
     require_fit(adapter, every_linear(base.shapes()))
+    require_parts_fit(adapter, base.shapes())
     kinds = base.kinds()
     coarse = [name for name in adapter.updates if kinds[f"{name}.weight"].dtype.itemsize == 1]
     if coarse:

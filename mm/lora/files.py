@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mm.checkpoint.files import sync_folder, temporary_name
+from mm.checkpoint.finite import require_finite
 from mm.checkpoint.formats.folder import PEFT_FILE, PEFT_MODEL_FILE, recognise
 from mm.checkpoint.formats.found import Found, nothing
 from mm.checkpoint.safetensor_file import entry_of, write_safetensors
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 COMFYUI_FILE = "lora_comfyui.safetensors"
 """The name of an adapter in ComfyUI's names beside a checkpoint; diffusers looks for another one."""
+PARTS_FILE = "trained_parts.safetensors"
+"""Name of the file of what was trained beside an adapter, in native names."""
 PEFT_CONFIG_FILE = "adapter_config.json"
 """The name under which PEFT writes an adapter's configuration."""
 COMFYUI_PREFIX = "diffusion_model."
@@ -51,16 +54,26 @@ def write_adapter(path: Path, adapter: Adapter, family: Family) -> None:
     """
     if not adapter.updates:
         raise ValueError("an adapter without updates")
+    tensors, header = _WRITTEN[family](adapter)
+    _write(path, tensors, {**adapter.texts, **header})
+
+
+def write_parts(path: Path, adapter: Adapter) -> None:
+    """Write the parameters that were trained beside an adapter, in native names; raises what `write_adapter` raises."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in adapter.parts.items()}
+    _write(path, tensors, dict(adapter.texts))
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
     if path.exists() or path.is_symlink():
         remedy = "Choose another target."
         raise CheckpointError("CKPT-020", f"The target {path} exists.", remedy)
-    tensors, header = _WRITTEN[family](adapter)
     draft = path.with_name(temporary_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             entries = [entry_of(name, tensor) for name, tensor in tensors.items()]
-            write_safetensors(draft, entries, {**adapter.texts, **header, "format": "pt"})
+            write_safetensors(draft, entries, {**texts, "format": "pt"})
             draft.rename(path)
         finally:
             draft.unlink(missing_ok=True)
@@ -98,8 +111,19 @@ def read_adapter(at: Path | Found) -> Adapter:
     if silent:
         message = "%s has no alpha for %d of %d linears; it is taken to be r there, a scale of 1."
         logger.warning(message, path, silent, len(modules))
-    logger.info("Read %s: %d linears, %s.", path, len(updates), keys.spelling)
-    return Adapter(updates, texts)
+    beside = f", {len(keys.whole)} parameters beside them" if keys.whole else ""
+    logger.info("Read %s: %d linears%s, %s.", path, len(updates), beside, keys.spelling)
+    whole = {name: _finite(f"{key} of {path}", tensors[key]) for key, name in keys.whole.items()}
+    return Adapter(updates, texts, whole)
+
+
+def _finite(what: str, value: Tensor) -> Tensor:
+    """The value of a parameter beside an adapter; DATA-130."""
+    try:
+        return require_finite(what, value)
+    except CheckpointError as error:
+        found = error.problems[0].message.split(";")[0]
+        raise DataError("DATA-130", f"{found}.", "Use another file, or one saved earlier in its training.") from None
 
 
 def _files(found: Found) -> Mapping[Path, Header]:

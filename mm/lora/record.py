@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from mm.checkpoint.store import read_tensor
 from mm.config.run.origins import Origins
 from mm.errors import CheckpointError, Problem, ResumeError, raise_all
 from mm.lora.adapter import Adapter
-from mm.lora.files import COMFYUI_FILE, write_adapter
+from mm.lora.files import COMFYUI_FILE, PARTS_FILE, write_adapter, write_parts
 from mm.lora.layer import Adapted, adapter_shapes
 from mm.lora.low_bit import LowBit
 
@@ -32,18 +32,21 @@ class AdapterRecord:
         base_path: of the base model when the run was started; it may move.
         base_identity: `mm.checkpoint.identity.identity` of the base model.
         base_dtype: of its linears where it is not the run's precision.
+        parts: native names of the model's own parameters that were trained beside the adapters.
     """
 
     adapted: Mapping[str, Adapted]
     base_path: str
     base_identity: str
     base_dtype: LowBit | None
+    parts: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Values for the manifest."""
         return {
             "adapted": {name: list(how) for name, how in self.adapted.items()},
             "base": {"path": self.base_path, "identity": self.base_identity, "dtype": self.base_dtype},
+            **({"parts": list(self.parts)} if self.parts else {}),
         }
 
     @classmethod
@@ -56,7 +59,8 @@ class AdapterRecord:
         try:
             adapted = {name: Adapted(int(rank), float(alpha)) for name, (rank, alpha) in values["adapted"].items()}
             base = values["base"]
-            return cls(adapted, str(base["path"]), str(base["identity"]), base["dtype"])
+            parts = tuple(map(str, values.get("parts", ())))
+            return cls(adapted, str(base["path"]), str(base["identity"]), base["dtype"], parts)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             found = f"{where}: {ADAPTERS_KEY} of its manifest is not understood ({type(error).__name__}: {error})."
             raise CheckpointError("CKPT-012", found, "Use a checkpoint of this version.") from None
@@ -137,6 +141,8 @@ def adapter_of(folder: Path, *, averaged: bool = False) -> Adapter:
 def export(folder: Path, manifest: Manifest, record: AdapterRecord) -> None:
     """Write the adapter of a checkpoint into its folder, as PEFT's file, which diffusers finds, and in ComfyUI's names.
 
+    Parameters of the model's own that were trained beside it are no adapter: they have a file of their own.
+
     The second is what everything else reads: ComfyUI, its wrappers, DiffSynth-Studio, VideoX-Fun and musubi-tuner know
     no diffusers names, and take a file in them for one without any of their linears.
 
@@ -146,12 +152,15 @@ def export(folder: Path, manifest: Manifest, record: AdapterRecord) -> None:
     adapter = _assembled(folder, manifest, record, MODEL_PREFIX)
     write_adapter(folder / PEFT_FILE, adapter, "peft")
     write_adapter(folder / COMFYUI_FILE, adapter, "comfyui")
+    if adapter.parts:
+        write_parts(folder / PARTS_FILE, adapter)
 
 
 def _assembled(folder: Path, manifest: Manifest, record: AdapterRecord, prefix: str) -> Adapter:
     names = adapter_shapes(dict.fromkeys(record.adapted, (0, 0)), record.adapted)
     parameters = {name: read_tensor(folder, manifest, prefix + name) for name in names}
-    return Adapter.of_parameters(parameters, record.adapted, record.texts())
+    adapter = Adapter.of_parameters(parameters, record.adapted, record.texts())
+    return replace(adapter, parts={name: read_tensor(folder, manifest, prefix + name) for name in record.parts})
 
 
 def _how(adapted: Adapted | None) -> str:

@@ -14,7 +14,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.tensor import DTensor
 
 from mm.optim.algorithms.make import ALGORITHMS
-from mm.optim.optimizer import Optimizer, ParamShard, is_decayed
+from mm.optim.optimizer import LR_SCALE, Optimizer, ParamShard, is_decayed
 from mm.optim.settings import UpdateSettings
 from mm.parallel.apply import ParallelModel
 from mm.parallel.layerzero import local_rows
@@ -54,13 +54,18 @@ class LayerZeroOptimizer(Optimizer):
         self._splits = parallel.options.use_distributed_optimizer and self._across.size() > 1
         named = parallel.named_parameters()
         self._slices = {name: self._slice(parameter) for name, parameter in named.items()}
+        kinds: dict[tuple[bool, float], list[Tensor]] = {(True, 1.0): []}
+        for name, parameter in named.items():
+            kind = is_decayed(name, parameter), parallel.lr_scales.get(name, 1.0)
+            kinds.setdefault(kind, []).append(self._slices[name].key)
         groups = [
             {
-                "params": [self._slices[name].key for name in named if is_decayed(name, named[name]) == decayed],
+                "params": keys,
                 "wd_mult": 1.0 if decayed else 0.0,
                 "weight_decay": settings.weight_decay if decayed else 0.0,
+                LR_SCALE: lr_scale,
             }
-            for decayed in (True, False)
+            for (decayed, lr_scale), keys in kinds.items()
         ]
         self._algorithm = ALGORITHMS[settings.optimizer]
         used = [group for group in groups if group["params"]] or groups[:1]  # a stage may have nothing to train

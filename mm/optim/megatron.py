@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
 from mm.optim.algorithms.base import Algorithm
 from mm.optim.algorithms.make import ALGORITHMS
-from mm.optim.optimizer import Optimizer, ParamShard
+from mm.optim.optimizer import LR_SCALE, Optimizer, ParamShard
 from mm.optim.settings import UpdateSettings
 from mm.parallel.apply import ParallelModel
 
@@ -22,22 +23,11 @@ class MegatronOptimizer(Optimizer):
     def __init__(self, parallel: ParallelModel, settings: UpdateSettings) -> None:
         algorithm = ALGORITHMS[settings.optimizer]
         with parallel.backend.megatron():
+            config = _config(parallel, settings)
             self._inner = get_megatron_optimizer(
-                OptimizerConfig(
-                    optimizer="adam",
-                    lr=settings.lr,
-                    min_lr=settings.min_lr,
-                    weight_decay=settings.weight_decay,
-                    adam_beta1=settings.adam_beta1,
-                    adam_beta2=settings.adam_beta2,
-                    **({} if settings.adam_eps is None else {"adam_eps": settings.adam_eps}),
-                    clip_grad=settings.clip_grad,
-                    bf16=parallel.config.bf16,
-                    params_dtype=parallel.config.params_dtype,
-                    use_distributed_optimizer=parallel.options.use_distributed_optimizer,
-                    overlap_param_gather=parallel.options.overlap_param_gather,
-                ),
+                config,
                 parallel.chunks,
+                {**get_standard_config_overrides(config), **_scaled(parallel)},
                 use_gloo_process_groups=False,
                 pg_collection=parallel.mesh.groups,
             )
@@ -85,6 +75,37 @@ class MegatronOptimizer(Optimizer):
             if self._parallel.options.use_distributed_optimizer:
                 for chunk in self._parallel.chunks:
                     chunk.start_param_sync(force_sync=True)
+
+
+def _config(parallel: ParallelModel, settings: UpdateSettings) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        **({} if settings.adam_eps is None else {"adam_eps": settings.adam_eps}),
+        clip_grad=settings.clip_grad,
+        bf16=parallel.config.bf16,
+        params_dtype=parallel.config.params_dtype,
+        use_distributed_optimizer=parallel.options.use_distributed_optimizer,
+        overlap_param_gather=parallel.options.overlap_param_gather,
+    )
+
+
+def _scaled(parallel: ParallelModel) -> dict[ParamKey, dict[str, float]]:
+    """Values of the parameter groups of what has a factor of its own; all ranks make the same groups."""
+    scale_of = {
+        id(parameter): parallel.lr_scales[name]
+        for name, parameter in parallel.named_parameters().items()
+        if name in parallel.lr_scales
+    }
+
+    def key(scale: float) -> ParamKey:
+        return ParamKey(predicate=ParamPredicate(f"{LR_SCALE} {scale}", lambda one: scale_of.get(id(one)) == scale))
+
+    return {key(scale): {LR_SCALE: scale} for scale in sorted(set(parallel.lr_scales.values()))}
 
 
 def _shards_of(

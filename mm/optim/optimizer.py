@@ -29,8 +29,12 @@ from mm.optim.algorithms.make import ALGORITHMS
 from mm.optim.ema import Average
 from mm.optim.settings import UpdateSettings
 from mm.parallel.apply import ParallelModel
+from mm.parallel.frozen import FrozenShard, frozen_shards
 from mm.parallel.placement import Placement, Shape
 from mm.parallel.tensor import gradient_is_partial
+
+LR_SCALE = "lr_scale"
+"""Key of a parameter group: the factor of its learning rate, where that is not 1."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,8 @@ class Optimizer(abc.ABC):
 
     @property
     def learning_rate(self) -> float:
-        """The rate the next step uses."""
-        return float(self._groups_holder().param_groups[0]["lr"])
+        """The rate the next step uses, of what has no factor of its own."""
+        return float(self._scheduler.get_lr({}))
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
@@ -137,6 +141,11 @@ class Optimizer(abc.ABC):
     def shards(self) -> list[ParamShard]:
         """Every parameter's part that this rank keeps, in the model's order."""
         return self._shards
+
+    @property
+    def frozen(self) -> list[FrozenShard]:
+        """Every parameter's part that this rank holds and that no step changes, in the model's order."""
+        return list(frozen_shards(self._parallel))
 
     def set_progress(self, consumed_samples: int) -> None:
         """Move the schedule to where it stands after that many samples."""
@@ -224,9 +233,17 @@ def learning_rates(settings: UpdateSettings, consumed_samples: Sequence[int]) ->
     return rates
 
 
+class _Schedule(OptimizerParamScheduler):
+    """Megatron's schedule, with a factor on all of it for groups that have one."""
+
+    def get_lr(self, param_group: dict[str, Any]) -> float:
+        """The rate of a group."""
+        return float(super().get_lr(param_group)) * float(param_group.get(LR_SCALE, 1.0))
+
+
 def _schedule(settings: UpdateSettings, groups_holder: Any) -> OptimizerParamScheduler:
     """Megatron's schedule, in samples, over the parameter groups of `groups_holder`."""
-    return OptimizerParamScheduler(
+    return _Schedule(
         groups_holder,
         init_lr=settings.lr_warmup_init,
         max_lr=settings.lr,

@@ -10,7 +10,7 @@ the one below it, and the model knows none of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -63,8 +63,8 @@ class ParallelModel:
         wan: shape of the whole model. config: megatron-core's view of it.
         options: data-parallel options. zero: layer-zero's configuration, or None.
         placements: where every parameter of this rank lies in the whole one, by native name.
-        trained: whole shapes of all parameters that are trained, of all ranks, in the model's order.
-        mesh, backend: where it lives.
+        trained: whole shapes of all parameters that are trained, of all ranks, in an order that all ranks share.
+        mesh, backend: where it lives. lr_scales: as of `mm.parallel.trainable_extension.TrainableExtension`.
     """
 
     stages: list[WanStage]
@@ -77,6 +77,7 @@ class ParallelModel:
     trained: dict[str, Shape]
     mesh: Mesh
     backend: Backend
+    lr_scales: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,7 +122,7 @@ def apply(
         zero: layer-zero's configuration when the layout has it.
         run_blocks: runs the blocks of a stage (`mm.activation.recompute.block_runner`).
         compiled_for: how many sizes of samples blocks are compiled for (`mm.wan.compile`); None leaves them eager.
-        extension: what is added and trained instead of the model's own parameters; None trains these.
+        extension: what is trained, and what is added for that; None trains all of the model's own parameters.
     """
     layout = mesh.layout
     parts = model_parts(mesh, run_blocks)
@@ -136,6 +137,8 @@ def apply(
             stage.model.to_precision(dtype)
         if extension is not None:
             extension.prepare(stage.model)
+            if zero is not None:
+                _masters_in_fp32(stage.model)
     chunks: list[Any] = []
     for stage in stages:
         if compiled_for is not None:
@@ -155,7 +158,8 @@ def apply(
         _connect_schedule(config, chunks, options)
     held = {name for stage in stages for name, _ in stage.model.named_parameters()}
     placements = {name: placement for name, placement in placements.items() if name in held}
-    return ParallelModel(stages, chunks, wan, config, options, zero, placements, trained, mesh, backend)
+    scales = {} if extension is None else extension.lr_scales
+    return ParallelModel(stages, chunks, wan, config, options, zero, placements, trained, mesh, backend, scales)
 
 
 def apply_frozen(
@@ -216,6 +220,13 @@ def model_parts(mesh: Mesh, run_blocks: BlockRunner, attend: Attend = attention)
         self_attention=self_attention,
         run_blocks=run_blocks,
     )
+
+
+def _masters_in_fp32(model: WanModel) -> None:
+    """Put what is trained of a stage on the meta device in fp32, beside frozen parameters of the training dtype."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def _placements(shapes: Mapping[str, Shape], mesh: Mesh) -> dict[str, Placement]:

@@ -8,7 +8,8 @@ shards the optimizer across the groups too.
 Parameters that must stay fp32 in a module of another dtype (modulation and norm3 of a block, 8 D of its 8 D^2 + 4 D F;
 the LayerNorms of the image embedding) are not sharded: FSDP2 gathers a module in one dtype. They are replicated, and
 their gradients are averaged once a step. So are parameters that are added to a frozen model; its own are sharded in the
-training dtype, as no gradient is ever added to them.
+training dtype, as no gradient is ever added to them. Where some of its own are trained, a block has shards of both
+dtypes, and gathers all of them in the training dtype.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def shard_stage(
     """Shard a stage that lies on the meta device, and give it memory on `device`.
 
     Args:
-        stage: with fp32 parameters, or frozen ones of the training dtype.
+        stage: with fp32 parameters, where they are trained; frozen ones may be of the training dtype.
         mesh: (replicate, shard), the ranks that hold the same parameters.
         zero: the configuration.
         device: of this process.

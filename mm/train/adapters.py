@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from mm.checkpoint.mismatch import Expected
 from mm.checkpoint.weights import WeightSource, open_weights
 from mm.config.run.origins import Origins
 from mm.errors import DataError
-from mm.lora.adapter import Adapter, require_fit
+from mm.lora.adapter import Adapter, require_fit, require_parts_fit
 from mm.lora.files import read_adapter
-from mm.lora.plan import LoRAPlan
+from mm.lora.plan import LoRAPlan, starting_values
 from mm.lora.record import AdapterRecord, adapter_of
 from mm.lora.targets import every_linear
 from mm.optim.optimizer import Optimizer
@@ -38,8 +39,12 @@ class AdapterRun:
     record: AdapterRecord
 
 
-def open_base(plan: LoRAPlan, path: Path, expected: Expected, comm: Comm) -> AdapterRun:
+def open_base(plan: LoRAPlan, path: Path, expected: Expected, comm: Comm, *, parts: Iterable[str] = ()) -> AdapterRun:
     """Open the base model; every rank calls it. No tensor is loaded.
+
+    Args:
+        plan: the adapters. path: of the base. expected: the model that it must be of. comm: the ranks.
+        parts: names of its parameters that are trained beside the adapters.
 
     Raises:
         CheckpointError: CKPT-011 for missing or unexpected tensors or other shapes, and what `identify` and
@@ -53,9 +58,15 @@ def open_base(plan: LoRAPlan, path: Path, expected: Expected, comm: Comm) -> Ada
         return identity(base)
 
     digits = on_rank_zero(comm, checked)
-    record = AdapterRecord(plan.adapted, str(path), digits, plan.base_dtype)
+    record = AdapterRecord(plan.adapted, str(path), digits, plan.base_dtype, tuple(parts))
     logger.info("base model %s (%s), identity %s", base.path, base.label, digits)
     return AdapterRun(plan, base, record)
+
+
+def start_masters(run: AdapterRun, optimizer: Optimizer, seed: int) -> None:
+    """Set the masters to the values of the base and of new adapters, in fp32: the model has rounded ones."""
+    value_of = starting_values(run.plan, run.base, seed)
+    fill_masters(optimizer, lambda name: value_of(name, optimizer.shapes[name]).float())
 
 
 def load_adapters(found: Found, run: AdapterRun, optimizer: Optimizer, words: Origins) -> None:
@@ -74,8 +85,12 @@ def load_adapters(found: Found, run: AdapterRun, optimizer: Optimizer, words: Or
     adapter = adapter_of(found.path) if found.format == training.FORMAT else _read_adapter(found, words)
     require_fit(adapter, every_linear(run.base.shapes()))  # the next line says which of them can be trained
     _require_plan(found.path, adapter, run.plan, words)
+    require_parts_fit(adapter, run.base.shapes())
     parameters = adapter.parameters()
-    fill_masters(optimizer, lambda name: parameters[name].float())
+    not_there = [name for name in run.record.parts if name not in parameters]
+    if not_there:
+        logger.info("%s holds adapters alone; %d parameters start as the base has them", found.path, len(not_there))
+    fill_masters(optimizer, lambda name: (parameters[name] if name in parameters else run.base.read(name)).float())
     logger.info("loaded the adapters in %s", found.path)
 
 

@@ -34,11 +34,12 @@ from mm.optim.algorithms.make import ALGORITHMS
 from mm.optim.make import make_optimizer
 from mm.optim.optimizer import Optimizer
 from mm.parallel.apply import ParallelModel, ValueOf, apply
-from mm.train.adapters import AdapterRun, load_adapters, open_base
+from mm.train.adapters import AdapterRun, load_adapters, open_base, start_masters
 from mm.train.describe import start_table
+from mm.train.pieces import saved_bytes
 from mm.train.resuming import Resuming, update_settings
 from mm.train.run import Run, data_parallel_options, expected_model, training_dtype
-from mm.train.state import Progress, load_state, load_weights, saved_bytes
+from mm.train.state import Progress, load_state, load_weights
 from mm.wan.compile import graphs_needed, most_graphs, try_compiling
 from mm.wan.initial import initial_value
 from mm.wan.layers import BlockRunner
@@ -97,9 +98,10 @@ def why_not_compiled(run: Run) -> str | None:
 def open_adapters(run: Run) -> AdapterRun | None:
     """Read the base model's record and plan the adapters; None where all parameters are trained; CFG-293."""
     adapters = run.sections.adapters
-    if run.lora is None or adapters is None:
+    if run.trained.lora is None or adapters is None:
         return None
-    opened = open_base(run.lora, Path(adapters.base), expected_model(run.sections), run.comm)
+    parts = run.trained.parts.shapes if run.trained.parts is not None else ()
+    opened = open_base(run.trained.lora, Path(adapters.base), expected_model(run.sections), run.comm, parts=parts)
     _require_band(run, opened.base.path)
     return opened
 
@@ -122,7 +124,7 @@ def build_model(run: Run, adapters: AdapterRun | None, run_blocks: BlockRunner, 
         zero=run.sections.parallel.layerzero,
         run_blocks=run_blocks,
         compiled_for=len(_token_counts(run)) if compiled else None,
-        extension=adapters.plan.extension() if adapters is not None else None,
+        extension=run.trained.extension(),
     )
 
 
@@ -166,7 +168,8 @@ def require_memory_for_saving(run: Run, optimizer: Optimizer) -> int:
     Raises:
         ConfigError: CFG-185 when this process's share of the node's free memory is smaller.
     """
-    need = saved_bytes(optimizer, with_optimizer=run.sections.checkpoint.save_optimizer)
+    with_optimizer, with_frozen = run.sections.checkpoint.save_optimizer, run.sections.adapters is None
+    need = saved_bytes(optimizer, with_optimizer=with_optimizer, with_frozen=with_frozen)
     free = free_host_bytes() // run.processes_of_node
     if need > free:
         background, share = (
@@ -218,7 +221,7 @@ def describe(run: Run, recompute: Recompute | None, offloader: Offloader | None,
         recompute=recompute,
         offloader=offloader,
         not_compiled=not_compiled,
-        lora=run.lora,
+        trained=run.trained,
     )
     for name, value in rows.items():
         logger.info("%-11s %s", name, value)
@@ -231,6 +234,8 @@ def start_or_resume(run: Run, adapters: AdapterRun | None, optimizer: Optimizer,
         ConfigError: CFG-160 where that would change what steps mean, and what `load_state` and `load_weights` raise.
     """
     found, goes_on = starting_point(run.sections, run.comm, run.sections.checkpoint.verify, run.beside)
+    if adapters is not None and adapters.record.parts and not goes_on:
+        start_masters(adapters, optimizer, run.sections.training.seed)
     if found is None:
         return Progress()
     if not goes_on or run.sections.experts is not None:  # else a changed band is told as any other change

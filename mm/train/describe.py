@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from mm.activation.offload import Offloader
@@ -19,6 +20,7 @@ from mm.data.dataset import FeatureDataset
 from mm.lora.plan import LoRAPlan
 from mm.parallel.placement import whole_shapes
 from mm.parallel.tokens import TokenShare
+from mm.train.trained_parts import TrainedModel, TrainedParts
 
 
 def start_table(
@@ -32,18 +34,20 @@ def start_table(
     recompute: Recompute | None,
     offloader: Offloader | None,
     not_compiled: str | None,
-    lora: LoRAPlan | None,
+    trained: TrainedModel,
 ) -> dict[str, str]:
-    """Rows of the table by their heading; those of LoRA, of experts and of the average only where there are such.
+    """Rows of the table by their heading; those of LoRA, of trained parts, of experts and of the average only where
+    there are such.
 
     Args:
         sections, layout, dataset: the run. global_batch_size: samples of a step.
         device: name of the devices and their collective backend.
         attention: the kernel of self attention. recompute: the plan. offloader: of rank 0.
         not_compiled: why blocks are not compiled, empty where it was not asked for; None where they are.
-        lora: the adapters that are trained.
+        trained: what is trained of the model.
     """
     wan, zero, adapters = sections.wan, sections.parallel.layerzero, sections.adapters
+    precision = sections.model.precision
     average, save = sections.optimizer.ema_decay, sections.origins["checkpoint.save"].name
     budget = sections.data.pack_tokens
     parameters = sum(map(math.prod, whole_shapes(wan).values()))
@@ -55,7 +59,8 @@ def start_table(
     return {
         "model": f"{wan.task.name}, {parameters:,} parameters, {wan.num_layers} layers, width {wan.hidden_size}, "
         f"{wan.num_heads} heads",
-        **({"lora": _lora(lora, adapters, sections.model.precision, parameters)} if lora and adapters else {}),
+        **({} if trained.parts is None else {"trained": _parts(trained.parts)}),
+        **({"lora": _lora(trained.lora, adapters, precision, parameters)} if trained.lora and adapters else {}),
         **({} if sections.experts is None else {"experts": _experts(sections.experts)}),
         "precision": _precision(sections),
         "device": f"{layout.world_size} x {device}",
@@ -113,6 +118,15 @@ def _lora(plan: LoRAPlan, adapters: AdapterSection, precision: str, parameters: 
     )
 
 
+def _parts(parts: TrainedParts) -> str:
+    rates = Counter(parts.lr_scales.values())
+    slower = "".join(f"; {count} of them at {scale:g} x the learning rate" for scale, count in rates.items())
+    return (
+        f"{len(parts.shapes)} tensors, {parts.parameters:,} parameters, {parts.parameters / parts.total:.3%} of the "
+        f"model's{slower}; the rest is frozen"
+    )
+
+
 def _experts(experts: ExpertsSection) -> str:
     in_a_row = "each step" if experts.steps_in_a_row == 1 else f"each {experts.steps_in_a_row} steps"
     place = "waits on the host" if experts.offload else "stays on the device"
@@ -122,7 +136,9 @@ def _experts(experts: ExpertsSection) -> str:
 def _precision(sections: TrainingRun) -> str:
     if sections.model.precision == "fp32":
         return "fp32"
-    return "bf16 with fp32 masters" if sections.adapters is None else "bf16, adapters fp32"
+    if sections.adapters is not None:
+        return "bf16, adapters fp32"
+    return "bf16 with fp32 masters" + (" of what is trained" if sections.training.trainable else "")
 
 
 def layer_collectives(layout: Layout, zero: ZeroConfig | None) -> Iterator[str]:

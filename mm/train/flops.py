@@ -5,7 +5,7 @@ from __future__ import annotations
 from mm.config.model import WanConfig
 
 
-def train_flops(config: WanConfig, tokens: int, *, frozen: bool = False) -> int:
+def train_flops(config: WanConfig, tokens: int, *, trained_share: float = 1.0) -> int:
     """Model FLOPs of forward and backward of one sample, without any recomputation: three forwards.
 
     A multiply-add counts as two. In a forward, for each block, with s video tokens, C text and image tokens, width D
@@ -15,16 +15,17 @@ def train_flops(config: WanConfig, tokens: int, *, frozen: bool = False) -> int:
     such linear. Embedders, head and elementwise work are left out; on the published models they are below
     0.1%.
 
-    With frozen weights linears have no gradient of the weights: they count two forwards, attention three. Adapters are
-    left out: of rank r they add about r (D + f) / (D f) of a linear.
+    Frozen linears have no gradient of their weights: they count two forwards, attention three. Adapters are left out:
+    of rank r they add about r (D + f) / (D f) of a linear. Where all that is trained lies behind a block, its backward
+    is counted although there is none.
 
     Args:
         config: the model's shape.
         tokens: s, tokens of one sample after patching, those in front of the video's too.
-        frozen: whether only adapters are trained.
+        trained_share: share of the linears' weights that are trained, about.
     """
-    passes = 2 if frozen else 3
-    return passes * _linear_flops(config, tokens) + 3 * _attention_flops(config, tokens)
+    linears = _linear_flops(config, tokens)
+    return 2 * linears + round(trained_share * linears) + 3 * _attention_flops(config, tokens)
 
 
 def _linear_flops(config: WanConfig, tokens: int) -> int:

@@ -16,7 +16,6 @@ from mm.config.run.generation import GenerationRun
 from mm.config.run.training import TrainingRun
 from mm.data.dataset import open_features
 from mm.device.backend import Backend, deterministic, select
-from mm.lora.plan import plan_of
 from mm.ops.elementwise.dispatch import choice_of
 from mm.parallel.mesh import build_mesh
 from mm.parallel.replica import leads_replica
@@ -30,6 +29,7 @@ from mm.train.loop import train
 from mm.train.run import Run, watch_limits
 from mm.train.sinks.base import Sink
 from mm.train.state import Progress
+from mm.train.trained_parts import trained_model
 
 if TYPE_CHECKING:
     from mm.extract.live.opening import LiveStores
@@ -62,7 +62,7 @@ def train_in_job(
     """
     for note in sections.notes:
         logging.getLogger(__name__).info("%s", note)
-    lora = plan_of(sections.adapters, sections.wan, sections.origins["adapters.targets"].name)
+    trained = trained_model(sections)
     dataset = None if sections.live is not None else open_features(sections.data.features, sections.wan)
     live: LiveStores | None = None
     evaluation = sections.evaluation
@@ -97,7 +97,7 @@ def train_in_job(
             watch,
             stop,
             where.local_world_size,
-            lora=lora,
+            trained=trained,
             saving=saving,
             held_out=held_out,
             validation=validation,

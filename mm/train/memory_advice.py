@@ -11,7 +11,7 @@ legal. What it saves is the measured split times closed ratios of bytes before a
 | its average | 4 over the same as the optimizer, on those who own it |
 
 With LoRA the base has 2 or 4 bytes, 1 in 8 bits, over the same (layer-zero: x zero3_size); gradients and optimizer are
-those of the adapters, which layer-zero replicates.
+those of the adapters, which layer-zero replicates. Of parts that are trained they are those of the parts' share.
 
 Sources: Rajbhandari et al. 2020 (arXiv 1910.02054) section 3; for activations Korthikanti et al. 2022 (arXiv
 2205.05198) section 4. Layer-zero's gathered blocks, and stages with embeddings and head, are left out: estimates.
@@ -31,6 +31,7 @@ from mm.config.model import WanConfig
 from mm.config.recompute import Recompute, recompute_of
 from mm.config.rules.training import TRAINING_RULES
 from mm.config.run.training import TrainingRun
+from mm.config.trainable import names_by_pattern, patterns_of
 from mm.lora.targets import linears_of
 from mm.optim.algorithms.make import ALGORITHMS
 from mm.train.memory_breakdown import MemoryBreakdown
@@ -262,18 +263,34 @@ def _bytes_of_one(run: TrainingRun) -> tuple[float, float, float]:
     zero, bf16 = run.parallel.layerzero, run.model.precision == "bf16"
     state = ALGORITHMS[run.optimizer.name].bytes_per_element
     state += 4 if run.optimizer.ema_decay is not None else 0
+    trained = _trained_share(run)
     if run.adapters is not None:
         base = (1 if run.adapters.base_dtype else 2 if bf16 else 4) / cut
         if zero is not None:  # a block that runs and the next are gathered beside the shards
             base *= min(1.0, 1 / zero.zero3_size + 2 / max(run.blocks_of_stages))
         replicas = 1 if zero is not None else distributed
-        return base, 4 * _ADAPTERS / cut, state * _ADAPTERS / (cut * replicas)
+        return base, 4 * (_ADAPTERS + trained) / cut, state * (_ADAPTERS + trained) / (cut * replicas)
     if zero is not None:
-        shard = cut * zero.zero3_size
-        return 4 / shard, 4 / shard, state / max(shard, cut * distributed)
+        shard, held = cut * zero.zero3_size, 4 if trained == 1 or not bf16 else 4 * trained + 2 * (1 - trained)
+        return held / shard, 4 * trained / shard, state * trained / max(shard, cut * distributed)
     if bf16:
-        return 2 / cut, 4 / cut, (4 + state) / (cut * distributed)
-    return 4 / cut, 4 / cut, state / (cut * distributed)
+        return 2 / cut, 4 * trained / cut, (4 + state) * trained / (cut * distributed)
+    return 4 / cut, 4 * trained / cut, state * trained / (cut * distributed)
+
+
+def _trained_share(run: TrainingRun) -> float:
+    """Share of the model's own parameters that are trained."""
+    words = run.training.trainable
+    if words is None:
+        return 0.0 if run.adapters is not None else 1.0
+    return _share_of_words(run.wan, words)
+
+
+@cache
+def _share_of_words(wan: WanConfig, words: tuple[str, ...]) -> float:
+    shapes = whole_shapes(wan)
+    named = [name for names in names_by_pattern(patterns_of(words), shapes) for name in names]
+    return sum(math.prod(shapes[name]) for name in named) / sum(map(math.prod, shapes.values()))
 
 
 @cache

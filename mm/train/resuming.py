@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mm.config.run.training import TrainingRun
-from mm.config.step import Change, StepSettings, changes
+from mm.config.step import Change, StepSettings, changes, trains_the_same
 from mm.errors import Problem
 from mm.optim.optimizer import learning_rates
 from mm.optim.settings import UpdateSettings
@@ -56,8 +56,11 @@ class Resuming:
             step, consumed_samples: where it stands.
 
         Returns:
-            One CFG-160 for each value, with both, and CFG-161 where the samples to come begin inside of a micro-batch.
+            One CFG-160 for each value, with both, CFG-161 where the samples to come begin inside of a micro-batch, and
+            CFG-423 alone where other parameters were trained.
         """
+        if not trains_the_same(before, self.steps):
+            return [self._other_parameters(path, before)]
         if before is None:
             self._warn(
                 "%s does not record its batch, schedule, objective and data; whether they have changed is not known",
@@ -78,6 +81,20 @@ class Resuming:
                     Problem("CFG-160", f"Resuming {path} would change its steps: {text}.", self._remedy(change))
                 )
         return refused
+
+    def _other_parameters(self, path: Path, before: StepSettings | None) -> Problem:
+        """CFG-423: what was frozen has neither masters nor the optimizer's state, so nothing can allow the change."""
+        words = self.sections.origins
+        word, load, save = (words[of].name for of in ("training.trainable", "checkpoint.load", "checkpoint.save"))
+        then, now = (None if side is None else side.trainable for side in (before, self.steps))
+        was, today = (" ".join(one) if one else "absent" for one in (then, now))
+        keep = f"Give {word} {' '.join(then)}" if then else f"Remove {word}"
+        return Problem(
+            "CFG-423",
+            f"Resuming {path} would train other parameters: {word} was {was}, and is {today}.",
+            f"{keep} to go on as before; or start from its weights alone, with {load}, "
+            f"{words['checkpoint.weights_only'].with_value(True)} and a new {save}.",
+        )
 
     def _begins_between(self, path: Path, consumed: int) -> Iterator[Problem]:
         """CFG-161 where whole micro-batches do not make up the samples that were trained on.

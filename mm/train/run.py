@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +16,12 @@ from mm.config.run.generation import GenerationRun
 from mm.config.run.training import TrainingRun
 from mm.data.dataset import FeatureDataset
 from mm.device.backend import Backend
-from mm.lora.plan import LoRAPlan
 from mm.parallel.apply import DataParallelOptions
 from mm.parallel.mesh import Mesh
 from mm.stopping import StopRequest
 from mm.supervise.limits import LAST_SAVE, OPENING, PREPARING, SAVE_BEFORE, Limits
 from mm.supervise.watchdog import Watchdog
+from mm.train.trained_parts import TrainedModel
 
 if TYPE_CHECKING:  # the encoders' libraries
     from mm.extract.live.opening import LiveStores
@@ -35,7 +35,7 @@ class Run:
         sections: checked configuration. dataset: the features that it names.
         mesh, backend: where it runs. comm: the ranks, for checkpoints.
         processes_of_node: this rank's node and its memory are shared by so many.
-        lora: the adapters that are trained instead of all parameters.
+        trained: what is trained of the model.
         saving: the ranks over a group of their own, for saves in the background; None saves in the loop.
         watch: over this process. stop: notes signals; None where they end the process.
         held_out: the features of its evaluation, or None. validation: what is rendered meanwhile, or None.
@@ -51,7 +51,7 @@ class Run:
     watch: Watchdog
     stop: StopRequest | None = None
     processes_of_node: int = 1
-    lora: LoRAPlan | None = None
+    trained: TrainedModel = field(default_factory=TrainedModel)
     saving: Comm | None = None
     held_out: FeatureDataset | None = None
     validation: GenerationRun | None = None

@@ -1,16 +1,16 @@
 """The state of a training run on disk: what a checkpoint holds, saving it, going on from it, starting from weights.
 
 A checkpoint holds the fp32 master weights (`model.<name>`), what the optimizer keeps (`optimizer.<its name>.<name>`),
-and, where it is kept, the average (`ema.<name>`) of what is trained, all parameters or adapters alone; and, as JSON,
-how far the run has come. Random numbers are keyed by seed and sample (mm.rng), so the seed and the count of consumed
-samples are their whole state.
+and, where it is kept, the average (`ema.<name>`) of what is trained; of a model without adapters also what is frozen of
+it (`model.<name>`), in its own dtype; and, as JSON, how far the run has come. Random numbers are keyed by seed and
+sample (mm.rng), so the seed and the count of consumed samples are their whole state.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,16 +18,21 @@ from typing import Any
 
 from torch import Tensor
 
-from mm.checkpoint.background import copy_bytes
-from mm.checkpoint.boxes import Box
 from mm.checkpoint.comm import Comm, on_rank_zero
 from mm.checkpoint.formats import mindspeed
 from mm.checkpoint.formats.found import Found
-from mm.checkpoint.formats.training import ADAPTERS_KEY, AVERAGE_PREFIX, CONFIG_KEY, DECAY_KEY, STATE_KEY, STEPS_KEY
+from mm.checkpoint.formats.training import (
+    ADAPTERS_KEY,
+    AVERAGE_PREFIX,
+    CONFIG_KEY,
+    DECAY_KEY,
+    STATE_KEY,
+    STEPS_KEY,
+)
 from mm.checkpoint.manifest import Manifest, damaged
 from mm.checkpoint.mismatch import Expected
 from mm.checkpoint.record import read_record
-from mm.checkpoint.store import Derived, Piece, load, pieces_of_flat_range, read_manifest
+from mm.checkpoint.store import Derived, Piece, load, read_manifest
 from mm.checkpoint.weights import open_weights
 from mm.config.base import parse
 from mm.config.model import WanConfig
@@ -38,8 +43,9 @@ from mm.errors import ConfigError, Problem, ResumeError, raise_all
 from mm.lora.record import AdapterRecord, export, record_of
 from mm.optim.algorithms.base import Algorithm
 from mm.optim.algorithms.make import ALGORITHMS
-from mm.optim.ema import Average
-from mm.optim.optimizer import Optimizer, ParamShard
+from mm.optim.optimizer import Optimizer
+from mm.parallel.frozen import FrozenShard
+from mm.train.pieces import frozen_pieces, pieces_of
 from mm.train.resuming import Resuming
 
 logger = logging.getLogger(__name__)
@@ -122,7 +128,10 @@ def state_of(
         scalars[ADAPTERS_KEY] = adapters.as_json()
         derived = Derived(partial(export, record=adapters), 2 * 4 * sum(map(math.prod, optimizer.shapes.values())))
     owned = [shard for shard in optimizer.shards if shard.owned]
-    return State(progress.step, _pieces(owned, with_optimizer, optimizer.average), scalars, derived)
+    pieces = pieces_of(owned, with_optimizer, optimizer.average)
+    if adapters is None:
+        pieces += frozen_pieces([shard for shard in optimizer.frozen if shard.owned])
+    return State(progress.step, pieces, scalars, derived)
 
 
 def _optimizer_scalars(optimizer: Optimizer, comm: Comm, *, with_optimizer: bool) -> dict[str, Any]:
@@ -158,13 +167,6 @@ def _recorded_optimizer(scalars: Mapping[str, Any]) -> OptimizerName:
     """Optimizer of a checkpoint, whose settings are those of `mm.config.step`; earlier versions had one."""
     recorded = scalars.get(STEPS_KEY)
     return "adamw" if recorded is None else StepSettings.model_validate(recorded).optimizer.optimizer
-
-
-def saved_bytes(optimizer: Optimizer, *, with_optimizer: bool) -> int:
-    """Host memory for a copy of what this rank saves; the optimizer's state need not be there yet."""
-    masters = _pieces([shard for shard in optimizer.shards if shard.owned], False, None)
-    kept = len(optimizer.algorithm.state) if with_optimizer else 0
-    return copy_bytes(masters) * (1 + kept + (optimizer.average is not None))
 
 
 def load_state(
@@ -216,8 +218,9 @@ def load_state(
     if described.manifest is None:
         load_weights(found, optimizer, expected, comm)
     else:
+        frozen = optimizer.frozen if adapters is None else []
         _load_tensors(
-            path, described.manifest, optimizer, comm, with_optimizer=with_optimizer, with_average=with_average
+            path, described.manifest, optimizer, frozen, comm, with_optimizer=with_optimizer, with_average=with_average
         )
         if with_optimizer and optimizer.algorithm.step_key is not None:
             optimizer.set_steps_made(scalars[optimizer.algorithm.step_key])
@@ -306,13 +309,21 @@ def _require_same_steps(
 
 
 def _load_tensors(
-    path: Path, manifest: Manifest, optimizer: Optimizer, comm: Comm, *, with_optimizer: bool, with_average: bool
+    path: Path,
+    manifest: Manifest,
+    optimizer: Optimizer,
+    frozen: Sequence[FrozenShard],
+    comm: Comm,
+    *,
+    with_optimizer: bool,
+    with_average: bool,
 ) -> None:
     average = optimizer.average if with_average else None
     wanted = ("model.",) + ("optimizer.",) * with_optimizer + (AVERAGE_PREFIX,) * with_average
     # a kind that nobody asked for is left alone; otherwise nothing may be left over, of whatever kind
     complete = ("",) if with_optimizer and with_average else wanted
-    load(path, _pieces(optimizer.shards, with_optimizer, average), comm, complete=complete, manifest=manifest)
+    pieces = [*pieces_of(optimizer.shards, with_optimizer, average), *frozen_pieces(frozen)]
+    load(path, pieces, comm, complete=complete, manifest=manifest)
     if optimizer.average is not None and average is None:
         optimizer.average.restart()
 
@@ -327,6 +338,8 @@ def load_weights(found: Found, optimizer: Optimizer, expected: Expected, comm: C
     """
     source = open_weights(found)
     on_rank_zero(comm, lambda: expected.require(source))
+    for shard in optimizer.frozen:
+        shard.fill(source.read(shard.name))
     fill_masters(optimizer, source.read)
     logger.info("loaded %s (%s): no tensor missing, none left over", source.path, source.label)
 
@@ -375,18 +388,3 @@ def _require_same_average(path: Path, theirs: float | None, ours: float | None, 
             f"{path} has an average of its weights ({decay.with_value(theirs)}), and this run keeps none.",
             f"Give {decay.with_value(theirs)}, or {without} to go on without the average.",
         )
-
-
-def _pieces(shards: Sequence[ParamShard], with_optimizer: bool, average: Average | None) -> list[Piece]:
-    return [piece for shard in shards for piece in _pieces_of(shard, with_optimizer, average)]
-
-
-def _pieces_of(shard: ParamShard, with_optimizer: bool, average: Average | None) -> Iterator[Piece]:
-    values = {f"model.{shard.name}": shard.master}
-    if with_optimizer:
-        values |= {f"optimizer.{kept}.{shard.name}": flat for kept, flat in shard.state().items()}
-    if average is not None and shard.owned:
-        values[f"{AVERAGE_PREFIX}{shard.name}"] = average.values[shard.name]
-    for key, flat in values.items():
-        outer = Box(shard.placement.offsets, shard.placement.shape)
-        yield from pieces_of_flat_range(key, shard.placement.global_shape, shard.start, flat, outer)

@@ -9,6 +9,9 @@ A key is the name of a module, which half of its update it is, and `.weight`:
 | DiffSynth | `blocks.0.self_attn.q`, native | `.lora_A.default`, ... | none |
 | kohya, VideoX-Fun, OneTrainer | `lora_unet_blocks_0_self_attn_q`, with underscores | as ComfyUI | `.alpha` |
 
+Beside a LoRA DiffSynth writes parameters that were trained themselves, by their names in its pipeline or without the
+beginning of these: `pipe.motion_controller.linear.0.weight`, `vace_blocks.0.ffn.0.weight`.
+
 lora_A and lora_down are the same [r, in], lora_B and lora_up the same [out, r]. What a file is its keys tell: every
 spelling of modules is read with every spelling of halves, with and without PEFT's name of an adapter (`.default`), and
 behind any of the prefixes and wrappers of `mm.wan.prefixes`. Where nothing says alpha, all of these tools take it to be
@@ -40,6 +43,9 @@ _PARTS: dict[str | None, Part] = {
     **dict.fromkeys(("lora_B", "lora_up", "lora.up"), "B"),
     None: "alpha",
 }
+_OF_DIFFSYNTH = re.compile(r"\.lora_[AB]\.default\.weight$")
+_CONTROLLER = re.compile(r"(?:pipe\.)?(?:motion_controller\.)?(?P<name>linear\.[024]\.(?:weight|bias))")
+_OF_PIPELINE = re.compile(r"^pipe\.(?:dit|vace)\.")
 _UNDERSCORED = re.compile(r"(?:lora_(?:unet|transformer)|lycoris)__?(?P<module>.+)")
 _NUMBERED = re.compile(r"(?P<blocks>(?:vace_)?blocks)_(?P<number>0|[1-9][0-9]*)_(?P<rest>.+)")
 _OTHERS = {
@@ -63,11 +69,13 @@ class Keys:
     Attributes:
         spelling: of the modules, for messages.
         parts: key to (native module name, the module's name in the file, which part of its update).
+        whole: key to native name of parameters that DiffSynth has beside its LoRA.
         left_over: keys that are no part of a plain LoRA of a module that Wan has.
     """
 
     spelling: str
     parts: Mapping[str, tuple[str, str, Part]]
+    whole: Mapping[str, str]
     left_over: Sequence[str]
 
 
@@ -90,7 +98,19 @@ def sort_keys(keys: Sequence[str]) -> Keys | None:
     if not any(part != "alpha" for _, _, part in parts.values()):
         return None
     spelling = f"{convention} names" + (" with underscores" if underscored else "")
-    return Keys(spelling, parts, [key for key in keys if key not in parts])
+    of_diffsynth = any(_OF_DIFFSYNTH.search(key) for key in parts)
+    others = [key for key in keys if key not in parts]
+    whole = {key: name for key in others if of_diffsynth and (name := _whole_parameter(key)) is not None}
+    return Keys(spelling, parts, whole, [key for key in others if key not in whole])
+
+
+def _whole_parameter(key: str) -> str | None:
+    """Native name of a parameter by its name in DiffSynth's pipeline, or by the end of that."""
+    controller = _CONTROLLER.fullmatch(key)
+    if controller is not None:
+        return f"motion_controller.{controller['name']}"
+    name = _OF_PIPELINE.sub("", key)
+    return name if translate(name, "native", "diffusers") is not None else None
 
 
 def other_kinds(keys: Iterable[str]) -> dict[str, list[str]]:

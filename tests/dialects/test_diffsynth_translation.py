@@ -9,13 +9,15 @@ from mm.config.diffusion import DiffusionConfig
 from mm.config.model import PUBLISHED, WAN_FLF2V_14B, WAN_I2V_14B, WanConfig
 from mm.config.rules.extraction import EXTRACTION_RULES
 from mm.config.rules.training import TRAINING_RULES
+from mm.config.trainable import names_by_pattern, patterns_of
 from mm.config.unread import broken
-from mm.dialects.diffsynth.pipeline_names import name_in_file
+from mm.dialects.diffsynth.pipeline_names import models_of, name_in_file, pipeline_name, words_of_model
 from mm.dialects.diffsynth.train_flags import DiffSynthFlags
 from mm.dialects.diffsynth.translation import DiffSynthRun, FoundModels, MetadataTable, translate
 from mm.dialects.diffsynth.words import PROGRAM
 from mm.dialects.launcher import read_launcher
 from mm.dialects.underscored import read_flags
+from mm.wan.model import whole_shapes
 
 T2V = PUBLISHED["Wan2.1 T2V 1.3B"]
 CONTROL, REFERENCE = PUBLISHED["Wan2.1 Fun-Control 1.3B"], PUBLISHED["Wan2.1 Fun-V1.1-Control 1.3B"]
@@ -114,6 +116,46 @@ def test_lora_of_one_of_two_models_names_its_linears() -> None:
     assert dit is not None and side is not None
     assert len(dit.targets) == 300 and all(name.startswith("blocks.") for name in dit.targets)
     assert len(side.targets) == 150 and all(name.startswith("vace_blocks.") for name in side.targets)
+
+
+@pytest.mark.parametrize(
+    ("words", "shape", "expected"),
+    [
+        (("--trainable_models", "dit"), T2V, None),
+        (("--trainable_models", "motion_controller"), SPEED, {"motion_controller"}),
+        (("--trainable_models", "dit"), SPEED, {"dit"}),
+        (("--trainable_models", " motion_controller,dit"), SPEED, None),
+        (("--trainable_models", "motion_controller", *LORA), SPEED, {"motion_controller"}),
+        (LORA, SPEED, None),
+        (("--trainable_models", "vace", "--extra_inputs", "vace_video"), VACE, {"vace"}),
+        (("--trainable_models", "dit", "--extra_inputs", "vace_video"), VACE, {"dit"}),
+        (("--trainable_models", "dit,vace", "--extra_inputs", "vace_video"), VACE, None),
+        (("--trainable_models", "vace", *LORA, "--extra_inputs", "vace_video"), VACE, {"vace"}),
+    ],
+)
+def test_models_that_are_trained_whole(words: tuple[str, ...], shape: WanConfig, expected: set[str] | None) -> None:
+    described = run(*SIZE, *words, shape=shape)
+    assert told(described) == []
+    chosen = described.training.training.trainable
+    assert (described.training.adapters is not None) == ("--lora_base_model" in words)
+    if expected is None:
+        assert chosen is None
+        return
+    assert chosen is not None
+    names = whole_shapes(shape)
+    (named,) = [{name for names in names_by_pattern(patterns_of(chosen), names) for name in names}]
+    assert named == {name for name in names if pipeline_name(name).split(".")[1] in expected}
+
+
+@pytest.mark.parametrize("shape", PUBLISHED.values(), ids=list(PUBLISHED))
+def test_words_of_the_pipeline_s_models_name_each_parameter_once(shape: WanConfig) -> None:
+    names = list(whole_shapes(shape))
+    words = {model: patterns_of(words_of_model(model, shape)) for model in models_of(shape)}
+    for model, patterns in words.items():
+        assert all(names_by_pattern(patterns, names)), model
+    for name in names:
+        owners = [model for model, patterns in words.items() if any(one.is_in(name) for one in patterns)]
+        assert owners == [pipeline_name(name).split(".")[1]]
 
 
 def test_processes_and_accelerate_s_configuration(tmp_path: Path) -> None:
@@ -223,6 +265,7 @@ def test_inputs_that_a_model_does_not_take(shape: WanConfig, words: list[str], e
         ((*SIZE, "--trainable_models", "ditt"), T2V, 'is not in the models that are named. Did you mean "dit"?'),
         ((*WHOLE, "--lora_checkpoint", "x"), T2V, "CFG-385: --lora_checkpoint has no effect"),
         ((*WHOLE, *LORA), T2V, "CFG-386: --trainable_models dit beside LoRA of dit"),
+        ((*SIZE, "--trainable_models", "motion_controller"), T2V, "CFG-385: --trainable_models motion_controller"),
         (("--height", "480", *WHOLE[4:]), T2V, "CFG-387: --height is given without --width"),
         ((*WHOLE, "--max_pixels", "4096"), T2V, "CFG-387: --max_pixels has no effect"),
         ((*WHOLE, "--height", "481"), T2V, "CFG-051: the command line: --height is 481"),

@@ -219,8 +219,28 @@ def test_models_and_modes_that_do_not_fit_are_named() -> None:
 def test_files_that_are_not_there_are_told_with_everything_else(folder: Path) -> None:
     words = f"--pretrained_model_name_or_path=nowhere --train_data_dir={DATA} --train_data_meta=none.json --seed=x"
     script = "wan2.1/train.py"
-    found = ids(read, script, f"{words} --config_path=none.yaml --trainable_modules blocks")
+    found = ids(read, script, f"{words} --config_path=none.yaml")
     assert found == ["CFG-005", "DATA-020", "CFG-346", "CFG-001", "CFG-348"]
+
+
+def test_parts_that_are_trained() -> None:
+    """The first list has the rate, the second one half of it where the first does not name the parameter too."""
+
+    def trained(words: str) -> tuple[str, ...] | None:
+        needed = f"--pretrained_model_name_or_path={T2V} {FILES} --enable_bucket --train_mode normal"
+        frames = "--video_sample_n_frames=9 --train_batch_size=1"
+        return read("scripts/wan2.1/train.py", f"{needed} {frames} {words}").training.training.trainable
+
+    slower = "--trainable_modules_low_learning_rate"
+    assert trained("--trainable_modules .") is None
+    assert trained("--trainable_modules . attn") is None
+    assert trained("--trainable_modules self_attn ffn") == ("self_attn", "ffn")
+    assert trained(f"--trainable_modules self_attn {slower} attn norm") == ("self_attn", "attn:0.5", "norm:0.5")
+    assert ids(trained, "") == ["CFG-348"]
+    assert ids(trained, "--trainable_modules attn1") == ["CFG-420"]
+    assert ids(trained, "--trainable_modules self_attn:2") == ["CFG-420"]
+    assert ids(trained, f"--trainable_modules . {slower} ffn") == ["CFG-421"]
+    assert ids(trained, f"--trainable_modules attn {slower} self_attn k_img") == ["CFG-421", "CFG-420"]
 
 
 def test_the_launcher_and_the_script_must_agree(folder: Path) -> None:

@@ -17,11 +17,14 @@ from ranks import ANY_PORT
 from released import COMMON, TRANSFORMER, released_config, write_common_files, write_release
 from safetensors.torch import load_file, save_file
 
+from mm import ModelConfig, WanVideoPipeline
+from mm.checkpoint.weights import open_weights
 from mm.cli import diffsynth_train
 from mm.demo.video import write_video
 from mm.errors import ConfigError
 from mm.lora.files import read_adapter
 from mm.wan.model import whole_shapes
+from mm.wan.precision import keep_fp32
 
 TRAIN = Path(__file__).parents[2] / "examples" / "wanvideo" / "model_training" / "train.py"
 CONTROL = "PAI/Wan2.1-Fun-1.3B-Control"
@@ -111,9 +114,72 @@ def test_lora_of_the_released_files(
     assert load_file(tmp_path / "out" / "step-8.safetensors").keys() == first.keys()
 
 
+SPEED = "DiffSynth-Studio/Wan2.1-1.3b-speedcontrol-v1:model.safetensors"
+MOTION = [f"linear.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("bias", "weight")]
+
+
+def with_speed(output: Path, prefixes: str, *more: str) -> list[str]:
+    """A command line for the model with speed control: its controller is trained whole."""
+    asked = words(output, *more, "--input_contains_motion_bucket_id", models=f"{released(COMMON)},{SPEED}")
+    asked[asked.index("--remove_prefix_in_ckpt") + 1] = prefixes
+    return [*asked, "--trainable_models", "motion_controller"]
+
+
+def test_a_part_beside_a_lora(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file with both, which a pipeline loads; AdamW's first step moves the part by the rate."""
+    monkeypatch.chdir(home)
+    out = tmp_path / "out"
+    diffsynth_train.main(with_speed(out, "pipe.dit.,pipe.motion_controller.", *LORA, "--save_steps", "1"))
+    before = load_file(home / "models" / SPEED.replace(":", "/"))
+    beside = load_file(out / "checkpoints" / "iter_0000003" / "trained_parts.safetensors")
+    assert sorted(beside) == [f"motion_controller.{name}" for name in MOTION]
+    file = load_file(out / "step-4.safetensors")
+    lora = [name for name in file if ".lora_" in name]
+    assert len(lora) == 40 and sorted(file.keys() - set(lora)) == MOTION
+    adapter = read_adapter(out / "step-4.safetensors")
+    assert len(adapter.updates) == 20 and sorted(adapter.parts) == sorted(beside)
+    moved = {name: float((beside[f"motion_controller.{name}"] - before[name]).abs().max()) for name in MOTION}
+    assert all(0 < value <= 3 * 1.2e-4 for value in moved.values()), moved
+    models = [ModelConfig(path=f"models/{COMMON}/{name}") for name in (TRANSFORMER, *PATTERNS[1:])]
+    models.append(ModelConfig(path=f"models/{SPEED.replace(':', '/')}"))
+    tokenizer = ModelConfig(path=f"models/{COMMON}/google/umt5-xxl")
+    pipe = WanVideoPipeline.from_pretrained(
+        torch_dtype=torch.float32, device="cpu", model_configs=models, tokenizer_config=tokenizer
+    )
+    weights = {name: value.detach().clone() for name, value in pipe.dit.named_parameters()}
+    pipe.load_lora(pipe.dit, out / "step-4.safetensors")
+    for name, value in pipe.dit.named_parameters():
+        if name in adapter.parts:
+            assert torch.equal(value, adapter.parts[name].float()), name
+        else:
+            assert torch.equal(value, weights[name]) == (name.removesuffix(".weight") not in adapter.updates), name
+
+
+@pytest.mark.nightly
+def test_a_part_alone(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file is one as it is released, from which the next training starts."""
+    monkeypatch.chdir(home)
+    out, checkpoints = tmp_path / "out", tmp_path / "out" / "checkpoints"
+    diffsynth_train.main(with_speed(out, "pipe.motion_controller.", "--num_epochs", "2"))
+    assert sorted(path.name for path in out.glob("*.safetensors")) == ["epoch-0.safetensors", "epoch-1.safetensors"]
+    file, before = load_file(out / "epoch-1.safetensors"), load_file(home / "models" / SPEED.replace(":", "/"))
+    assert {name: value.shape for name, value in file.items()} == {name: v.shape for name, v in before.items()}
+    source, started = open_weights(checkpoints), load_file(home / "models" / COMMON / TRANSFORMER)
+    for name, value in started.items():
+        kept = value.float() if keep_fp32(name) else value.bfloat16()
+        assert torch.equal(source.read(name), kept), name
+    paths = [f"models/{COMMON}/{name}" for name in (TRANSFORMER, *PATTERNS[1:])]
+    named = ["--model_paths", json.dumps([*paths, str(out / "epoch-1.safetensors")])]
+    named += ["--tokenizer_path", f"models/{COMMON}/google/umt5-xxl", "--trainable_models", "motion_controller"]
+    asked = words(tmp_path / "next", "--input_contains_motion_bucket_id")
+    at = asked.index("--model_id_with_origin_paths")
+    diffsynth_train.main([*asked[:at], *asked[at + 2 :], *named])
+    assert len(metrics(tmp_path / "next")) == 4
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("row", ["t2v full", "t2v lora", "control full", "speed lora"])
+@pytest.mark.parametrize("row", ["t2v full", "t2v lora", "control full", "speed lora", "speed both"])
 def test_rows_of_the_guide_under_accelerate(home: Path, tmp_path: Path, row: str, world_size: int) -> None:
     """Two epochs of four samples, the same samples and steps' worth of them on one process and two."""
     model, kind = row.split()
@@ -121,10 +187,12 @@ def test_rows_of_the_guide_under_accelerate(home: Path, tmp_path: Path, row: str
     if model == "control":
         named = released(CONTROL, CLIP)
     if model == "speed":
-        named += ",DiffSynth-Studio/Wan2.1-1.3b-speedcontrol-v1:model.safetensors"
+        named += f",{SPEED}"
         more += ["--input_contains_motion_bucket_id"]
     if kind == "full":
         more = ["--trainable_models", "dit"]
+    if kind == "both":
+        more += ["--trainable_models", "motion_controller"]
     if model == "control":
         more += ["--data_file_keys", "image,video,control_video", "--input_contains_control_video"]
     out = tmp_path / "out"
@@ -160,7 +228,9 @@ def test_rows_of_the_guide_under_accelerate(home: Path, tmp_path: Path, row: str
         assert {value.dtype for value in trained.values()} == {torch.bfloat16}
         assert not torch.equal(trained["head.head.weight"], given["head.head.weight"].bfloat16())
     else:
-        assert len(trained) == 40 and all(name.startswith("blocks.") for name in trained)
+        lora = [name for name in trained if name.startswith("blocks.")]
+        beside = [f"pipe.motion_controller.{name}" for name in MOTION] if kind == "both" else []
+        assert len(lora) == 40 and sorted(trained.keys() - set(lora)) == beside
 
 
 def test_everything_that_is_wrong_is_told_before_anything_is_made(

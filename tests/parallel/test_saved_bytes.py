@@ -24,7 +24,8 @@ from mm.parallel.mesh import build_mesh
 from mm.parallel.placement import whole_shapes
 from mm.supervise.job import Job
 from mm.train.build import require_memory_for_saving
-from mm.train.state import Progress, saved_bytes, state_of
+from mm.train.pieces import saved_bytes
+from mm.train.state import Progress, state_of
 
 
 def predicted(case: Row, rank: int, *, save_optimizer: bool = True, ema_decay: float | None = None) -> int:

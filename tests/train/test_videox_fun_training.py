@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from training_runs import metrics
 from videox_fun_files import DATA, home, write_metadata
 
+from mm.checkpoint.weights import open_weights
 from mm.cli import videox_fun
 from mm.errors import ConfigError
 from mm.lora.files import read_adapter
@@ -138,6 +139,32 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(folder: Path, tmp_path: 
     ]
     for name in ("checkpoint-1", "checkpoint-2"):
         assert WeightFolder.open(tmp_path / "two" / name / "transformer").config().num_layers == 4
+
+
+@pytest.mark.nightly
+def test_parts_are_trained_at_two_rates_and_the_rest_is_frozen(folder: Path, tmp_path: Path) -> None:
+    """The first step of AdamW moves each number by its rate, whatever its gradient is, and by the decay of itself."""
+    flags = "--trainable_modules self_attn --trainable_modules_low_learning_rate attn ffn"
+    command = words("wan2.1/train.py", tmp_path, "--lr_scheduler=constant --max_train_steps=1 --mixed_precision=no")
+    drop = ("--trainable_modules", ".", "--lr_scheduler=constant_with_warmup", "--max_train_steps=2")
+    videox_fun.main([word for word in command if word not in drop] + flags.split())
+    written, started = tmp_path / "checkpoint-1" / "transformer", folder / MODELS / TASKS["t2v"]
+    assert WeightFolder.open(written).config().num_layers == 4
+    after, before = load_file(written / "diffusion_pytorch_model.safetensors"), open_weights(started)
+    moved = {".self_attn.": 0.0, ".cross_attn.": 0.0, ".ffn.": 0.0}
+    for name in before.shapes():
+        value = before.read(name)
+        kind = next((kind for kind in moved if kind in name), None)
+        if kind is None:
+            assert torch.equal(after[name], value), name
+        else:
+            decay = 1e-3 * 3e-2 * float(value.abs().max())
+            moved[kind] = max(moved[kind], float((after[name] - value).abs().max()) - decay)
+    assert moved == {
+        ".self_attn.": pytest.approx(1e-3, rel=5e-2),
+        ".cross_attn.": pytest.approx(5e-4, rel=5e-2),
+        ".ffn.": pytest.approx(5e-4, rel=5e-2),
+    }
 
 
 def shell(command: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -74,11 +74,10 @@ class TrainingWeights:
 
     def kinds(self) -> dict[str, TensorKind]:
         """Kinds by the manifest."""
-        return {
-            key.removeprefix(self.prefix): TensorKind(record.shape, DTYPES[record.dtype])
-            for key, record in self.manifest.tensors.items()
-            if key.startswith(self.prefix)
-        }
+        tensors = self.manifest.tensors
+        names = [key.removeprefix(MODEL_PREFIX) for key in tensors if key.startswith(MODEL_PREFIX)]
+        records = {name: tensors[key] for name in names if (key := self._key(name)) in tensors}
+        return {name: TensorKind(record.shape, DTYPES[record.dtype]) for name, record in records.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes by the manifest."""
@@ -86,7 +85,13 @@ class TrainingWeights:
 
     def read(self, name: str) -> Tensor:
         """Put together from its pieces."""
-        return read_tensor(self.path, self.manifest, self.prefix + name)
+        return read_tensor(self.path, self.manifest, self._key(name))
+
+    def _key(self, name: str) -> str:
+        """Key of a weight; what a run has frozen has no average, and is the same in it."""
+        key, steps = self.prefix + name, self.manifest.scalars.get(STEPS_KEY)
+        froze = isinstance(steps, dict) and steps.get("trainable") is not None
+        return MODEL_PREFIX + name if froze and key not in self.manifest.tensors else key
 
     def config(self) -> WanConfig | None:
         """Configuration by the scalars.

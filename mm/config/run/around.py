@@ -9,6 +9,7 @@ from pydantic import Field
 
 from mm.config.base import Section
 from mm.config.run.data import FeatureSet
+from mm.config.trainable import TrainableWord
 
 
 class TrainingSection(Section):
@@ -19,12 +20,15 @@ class TrainingSection(Section):
         seed: of noise, timesteps, sample order and caption dropout.
         deterministic: refuse kernels whose result depends on timing.
         device: kind of device; None takes the best there is.
+        trainable: words for the parameters that are trained (`mm.config.trainable`), beside which the others are
+            frozen; with adapters: beside these. None takes all parameters, or with adapters none.
     """
 
     steps: int = Field(ge=1)
     seed: int = Field(1234, ge=0)
     deterministic: bool = False
     device: Literal["cpu", "cuda", "npu"] | None = None
+    trainable: tuple[TrainableWord, ...] | None = Field(None, min_length=1)
 
 
 class EvaluationSection(Section):

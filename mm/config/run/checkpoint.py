@@ -13,7 +13,7 @@ ResumeChange = Literal["batch", "schedule", "optimizer", "objective", "data", "p
 
 
 class AdapterSection(Section):
-    """LoRA: adapters alone are trained, the base model is frozen.
+    """LoRA: adapters are trained, the base model is frozen but for what `training.trainable` names.
 
     Attributes:
         rank: width of the adapters. alpha: over rank it scales an update.

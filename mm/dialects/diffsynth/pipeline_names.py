@@ -9,6 +9,7 @@ PIPELINE = "pipe."
 TRANSFORMER = "dit"
 MOTION_CONTROLLER = "motion_controller"
 _SIDE = ("vace_blocks.", "vace_patch_embedding.")
+_TRANSFORMER = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "img_emb", "blocks", "head")
 FROZEN = frozenset({"text_encoder", "vae", "image_encoder", "prompter"})
 """Models of the pipeline that make features, and are trained nowhere here."""
 
@@ -25,6 +26,17 @@ def model_of(name: str) -> str:
     if name.startswith(_SIDE):
         return VACE.name
     return MOTION_CONTROLLER if name.startswith(f"{MOTION_CONTROLLER}.") else TRANSFORMER
+
+
+def words_of_model(model: str, wan: WanConfig) -> list[str]:
+    """Words of `mm.config.trainable` for all parameters of one of the pipeline's models."""
+    if model == VACE.name:
+        return [f"^{start}" for start in _SIDE]
+    if model == MOTION_CONTROLLER:
+        return [f"^{MOTION_CONTROLLER}."]
+    own = [name for name in _TRANSFORMER if name != "img_emb" or wan.img_dim is not None]
+    more = [name for name in wan.task.modules if name not in own and model_of(f"{name}.") == TRANSFORMER]
+    return [f"^{name}." for name in (*own, *more)]
 
 
 def pipeline_name(name: str) -> str:

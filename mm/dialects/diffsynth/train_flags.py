@@ -100,7 +100,9 @@ class DiffSynthFlags(Flags):
     )
     task: Literal["sft"] = used(default="sft", description="training on a data set")
 
-    trainable_models: str | None = used(description="models that are trained whole, such as dit")
+    trainable_models: str | None = used(
+        "training.trainable", description="models that are trained whole, such as dit; the others are frozen"
+    )
     lora_base_model: str | None = used("adapters.base", description="the model that gets LoRA, such as dit")
     lora_target_modules: str = used(
         "adapters.targets", default="q,k,v,o,ffn.0,ffn.2", description="its linears that get it; empty: all of blocks"

@@ -1,4 +1,4 @@
-"""Parts of a model that are trained, as DiffSynth-Studio's arguments say it: models of its pipeline, or LoRA of one."""
+"""Choice of what is trained, as DiffSynth-Studio's arguments say it: models of its pipeline, LoRA of one, or both."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mm.config.base import hint
 from mm.config.model import WanConfig
 from mm.config.run.checkpoint import AdapterSection
 from mm.config.unread import built
-from mm.dialects.diffsynth.pipeline_names import FROZEN, TRANSFORMER, models_of
+from mm.dialects.diffsynth.pipeline_names import FROZEN, TRANSFORMER, models_of, words_of_model
 from mm.dialects.diffsynth.train_flags import DiffSynthFlags
 from mm.errors import Problem
 
@@ -21,6 +21,15 @@ _FEED_FORWARD = ("ffn.0", "ffn.2")
 def trained_whole(flags: DiffSynthFlags) -> tuple[str, ...]:
     """The models of `--trainable_models`."""
     return tuple(word.strip() for word in (flags.trainable_models or "").split(",") if word.strip())
+
+
+def trainable_of(flags: DiffSynthFlags, wan: WanConfig) -> tuple[str, ...] | None:
+    """Words for the models that are trained whole; None where these are all, or none beside a LoRA."""
+    whole = trained_whole(flags)
+    named = [model for model in models_of(wan) if model in whole]
+    if not named or (flags.lora_base_model is None and len(named) == len(models_of(wan))):
+        return None
+    return tuple(word for model in named for word in words_of_model(model, wan))
 
 
 def adapters_of(flags: DiffSynthFlags, wan: WanConfig, base: str) -> AdapterSection | None:
@@ -41,7 +50,7 @@ def adapters_of(flags: DiffSynthFlags, wan: WanConfig, base: str) -> AdapterSect
 
 
 def trained_problems(flags: DiffSynthFlags, wan: WanConfig) -> Iterator[Problem]:
-    """CFG-385: models that are not there, or are trained nowhere here. CFG-386: a part of what a model consists of."""
+    """CFG-385: models that are not there, or are trained nowhere here. CFG-386: one that is trained in both ways."""
     there, whole, base = models_of(wan), trained_whole(flags), flags.lora_base_model
     for flag, words in (("--trainable_models", whole), ("--lora_base_model", (base,) if base is not None else ())):
         for word in words:
@@ -54,14 +63,9 @@ def trained_problems(flags: DiffSynthFlags, wan: WanConfig) -> Iterator[Problem]
     if base is None and not whole:
         found = "Nothing is trained: neither --trainable_models nor --lora_base_model is given."
         yield Problem("CFG-385", found, f"Give one of them, such as --trainable_models {TRANSFORMER}.")
-    known = [word for word in whole if word in there]
-    if base is not None and known:
-        found = f"--trainable_models {','.join(known)} beside LoRA of {base}: adapters are trained alone."
-        yield Problem("CFG-386", found, "Remove one of the two.")
-    elif known and set(known) != set(there):
-        rest = " and ".join(word for word in there if word not in known)
-        found = f"--trainable_models {','.join(known)} leaves {rest} frozen: a model is trained whole, or by LoRA."
-        yield Problem("CFG-386", found, f"Give --trainable_models {','.join(there)}, or --lora_base_model.")
+    if base in there and base in whole:
+        found = f"--trainable_models {base} beside LoRA of {base}: its weights are trained themselves, or by adapters."
+        yield Problem("CFG-386", found, f"Take {base} out of one of the two.")
     if flags.lora_checkpoint is not None and base is None:
         yield Problem("CFG-385", "--lora_checkpoint has no effect without --lora_base_model.", "Give both, or none.")
 

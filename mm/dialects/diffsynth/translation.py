@@ -40,7 +40,7 @@ from mm.config.unread import UNREAD, broken, built, if_read, read_or
 from mm.dialects.diffsynth.inputs import ModelInputs, columns_of, input_problems, inputs_of, named_inputs
 from mm.dialects.diffsynth.named_models import PATHS, models_word
 from mm.dialects.diffsynth.train_flags import DiffSynthFlags
-from mm.dialects.diffsynth.trained import adapters_of, trained_problems
+from mm.dialects.diffsynth.trained import adapters_of, trainable_of, trained_problems
 from mm.dialects.diffsynth.words import origins_of
 from mm.dialects.launcher import Launcher, launcher_notes
 from mm.dialects.underscored import ReadFlags
@@ -207,9 +207,13 @@ def _training(flags: DiffSynthFlags, found: FoundModels, known: _Known, parallel
         "save_on_signal": True,
         "keep_latest": KEPT_CHECKPOINTS,
     }
+    training = {
+        "steps": if_read(lambda: known.steps_of_epoch * flags.num_epochs),
+        "trainable": if_read(lambda: trainable_of(flags, shape)),
+    }
     optimizer = {"lr": flags.learning_rate, "weight_decay": flags.weight_decay, "clip_norm": 0.0}
     sections = {
-        "training": built(TrainingSection, {"steps": if_read(lambda: known.steps_of_epoch * flags.num_epochs)}),
+        "training": built(TrainingSection, training),
         "model": built(ModelSection, {"shape": shape, "precision": "bf16"}),
         "data": built(DataSection, data),
         "objective": if_read(lambda: _objective(flags, known.inputs.first_frame_share)),

@@ -10,6 +10,7 @@ from pydantic import Field
 from mm.config.optimizer import OptimizerName
 from mm.config.run.checkpoint import ResumeChange
 from mm.config.run.data import MinBucket
+from mm.config.trainable import TrainableWord
 from mm.dialects.mindspeed.expert_flags import ExpertFlags
 from mm.dialects.mindspeed.flag_paths import NOT, sets
 
@@ -28,6 +29,7 @@ class TrainFlags(ExpertFlags):
         "on_nonfinite": "supervision",
         "clip_grad": "optimizer",
         "lora_r": "LoRA",
+        "trainable_modules": "trained parts",
         "use_distributed_optimizer": "parallelism",
         "load": "checkpoints",
         "load_base_model": "LoRA",
@@ -212,6 +214,12 @@ class TrainFlags(ExpertFlags):
         None,
         description="LoRA: keep the frozen weights of the blocks' linears in 8 bits; default: the run's precision",
     )
+    trainable_modules: list[TrainableWord] | None = sets(
+        "training.trainable",
+        None,
+        description="train only parameters with one of these in their names, such as self_attn ^blocks.0. head; "
+        "ffn:0.5 trains at half the learning rate; with LoRA: beside the adapters. Default: all, with LoRA none",
+    )
     use_distributed_optimizer: bool = sets(
         "parallel.distributed_optimizer", False, description="shard master weights and the optimizer over the replicas"
     )
@@ -345,20 +353,6 @@ class TrainFlags(ExpertFlags):
         """True where adapters are trained, by any of LoRA's flags; the rules ask for the others."""
         given = (self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_base_dtype)
         return bool(self.lora_target_modules) or any(value is not None for value in given)
-
-    @property
-    def skipped_steps_in_a_row(self) -> int:
-        """Updates that `--on-nonfinite` lets a run leave out in a row."""
-        policy, _, most = self.on_nonfinite.partition(":")
-        return int(most) if policy == "skip" else 0
-
-    def samples_of_step(self, dp_size: int) -> int:
-        """The global batch: of all `dp_size` replicas."""
-        return self.global_batch_size or self.micro_batch_size * dp_size
-
-    def micro_batches_of_step(self, dp_size: int) -> int:
-        """Forwards of one replica in one step."""
-        return self.samples_of_step(dp_size) // (self.micro_batch_size * dp_size)
 
 
 _FROM_MODEL_JSON = "Remove it; the model's shape comes from pretrain_model.json."

@@ -102,6 +102,7 @@ def translate(flags: TrainFlags, files: TrainFiles, world_size: int = 1) -> Trai
         "layerzero": if_read(lambda: _zero(flags, files.zero)),
     }
     values["checkpoint"]["resume_changed"] = if_read(lambda: tuple(flags.resume_changed))
+    values["training"]["trainable"] = if_read(lambda: tuple(flags.trainable_modules or ()) or None)
     values["memory"]["offload"] = model.predictor.attention_async_offload
     if if_read(lambda: _precision_is_said_twice(flags, model)) is True:
         values["model"]["precision"] = UNREAD

@@ -25,7 +25,7 @@ from mm.dialects.videox_fun.model_config import load_model_config
 from mm.dialects.videox_fun.reading import Reading
 from mm.dialects.videox_fun.scripts import SCRIPTS, Script
 from mm.dialects.videox_fun.task import task_of
-from mm.dialects.videox_fun.training import Facts, is_lora, precision_of, training_sections
+from mm.dialects.videox_fun.training import Facts, is_in_names, is_lora, precision_of, training_sections
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 """Names of checkpoints as VideoX-Fun writes them; the whole name, so that folders beside them are none."""
@@ -84,7 +84,13 @@ def read_command(
     )
     extraction = extraction_sections(script, flags, facts, parts, reading)
     training = training_sections(script, flags, facts)
-    for rule in (_precision_is_here, _all_is_trained, _sampling_is_here, _images_are_seen_as_often, _reports_are_here):
+    for rule in (
+        _precision_is_here,
+        _something_is_trained,
+        _sampling_is_here,
+        _images_are_seen_as_often,
+        _reports_are_here,
+    ):
         reading.attempt(lambda rule=rule: rule(flags, facts, reading))  # type: ignore[misc]
     words, world_size = _words(script, flags, facts), read_or(if_read(lambda: facts.world_size), 1)
     return Command(
@@ -136,16 +142,18 @@ def _precision_is_here(flags: VideoxFlags, facts: Facts, reading: Reading) -> No
         reading.wrong("CFG-342", found, "Make them agree.")
 
 
-def _all_is_trained(flags: VideoxFlags, facts: Facts, reading: Reading) -> None:
-    """CFG-348: parts of a model that are trained alone."""
+def _something_is_trained(flags: VideoxFlags, facts: Facts, reading: Reading) -> None:
+    """CFG-348: nothing that is said to be trained. CFG-420: what can be in no parameter's name."""
     if not isinstance(flags, FullFlags):
         return
-    words = flags.trainable_modules
-    if words is None:
+    whole, slower = flags.trainable_modules, flags.trainable_modules_low_learning_rate
+    if whole is None:
         reading.wrong("CFG-348", "--trainable_modules is missing.", 'Give ".", which is all of the model.')
-    elif "." not in words:
-        found = f"--trainable_modules {' '.join(words)} names parts of the model, and here all of it is trained."
-        reading.wrong("CFG-348", found, 'Give ".", or train adapters with the _lora script.')
+    for flag, words in (("--trainable_modules", whole), ("--trainable_modules_low_learning_rate", slower)):
+        for word in words or ():
+            if not is_in_names(word):
+                found = f"{flag} {word!r} is in the name of no parameter of the model."
+                reading.wrong("CFG-420", found, "Give parts of names, such as self_attn ffn.")
 
 
 def _sampling_is_here(flags: VideoxFlags, facts: Facts, reading: Reading) -> None:

@@ -134,10 +134,8 @@ class VideoxFlags(Flags):
 class FullFlags(VideoxFlags):
     """Flags of the scripts that train the model itself."""
 
-    trainable_modules: list[str] | None = used("optimizer.modules")
-    trainable_modules_low_learning_rate: list[str] | None = refused(
-        "trains some parameters at half the rate, which is not here", "Remove it."
-    )
+    trainable_modules: list[str] | None = used("training.trainable")
+    trainable_modules_low_learning_rate: list[str] | None = used()
     initial_grad_norm_ratio: str | None = refused(
         "lets larger gradients through at first, which is not here", "Remove it; --max_grad_norm holds from the start."
     )

@@ -15,7 +15,7 @@ from mm.config.run.checkpoint import AdapterSection
 from mm.config.run.data import ConditionDropout, FeatureSet
 from mm.config.run.training import TrainingSections
 from mm.config.tasks.task import Task
-from mm.config.unread import built, if_read
+from mm.config.unread import UnreadError, built, if_read
 from mm.dialects.videox_fun.flags import FullFlags, LoRAFlags, VideoxFlags
 from mm.dialects.videox_fun.launch import Launch, Sharding
 from mm.dialects.videox_fun.metadata import Rows
@@ -27,6 +27,8 @@ FEATURES = "features"
 LISTING = "data.jsonl"
 _DROPPED = 0.1  # share of samples that are trained without their caption, and without each condition
 _EMA_DECAY = 0.9999
+_ALL = "."
+_LOW_RATE = 0.5  # of the others'
 _LEAST_LR = 1e-7  # where the polynomial schedule ends
 LINEARS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 IMAGE_LINEARS = ("k_img", "v_img")
@@ -66,6 +68,7 @@ def training_values(script: Script, flags: VideoxFlags, facts: Facts) -> dict[st
         "training.steps": lambda: _steps(flags, facts),
         "training.seed": lambda: 1234 if flags.seed is None else flags.seed,
         "training.device": lambda: "cpu" if facts.launch.cpu else None,
+        "training.trainable": lambda: _trainable(flags),
         "model.shape": lambda: facts.shape,
         "model.precision": lambda: precision_of(flags, facts.launch),
         **_data(script, flags, facts),
@@ -106,6 +109,23 @@ def is_lora(flags: VideoxFlags) -> bool:
 
 def _samples_of_step(flags: VideoxFlags, facts: Facts) -> int:
     return flags.train_batch_size * flags.gradient_accumulation_steps * facts.world_size
+
+
+def _trainable(flags: VideoxFlags) -> tuple[str, ...] | None:
+    """Words for what is trained; None where that is all of the model, or adapters."""
+    if not isinstance(flags, FullFlags):
+        return None
+    whole, slower = flags.trainable_modules or [], flags.trainable_modules_low_learning_rate or []
+    if any(not is_in_names(word) for word in (*whole, *slower)):
+        raise UnreadError
+    if _ALL in whole and not slower:
+        return None
+    return (*whole, *(f"{word}:{_LOW_RATE}" for word in slower)) or None
+
+
+def is_in_names(word: str) -> bool:
+    """Tell whether names of parameters could have a text in them."""
+    return bool(word) and ":" not in word and not any(character.isspace() for character in word)
 
 
 def samples_of_pass(flags: VideoxFlags, rows: Rows) -> int:

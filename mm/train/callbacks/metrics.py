@@ -30,8 +30,8 @@ class Metrics(Callback):
     def after_step(self, done: StepDone) -> Sequence[Record]:
         """Measure a step."""
         run, result, statistics = self._run, done.result, done.result.statistics
-        frozen = run.lora is not None
-        flops = sum(train_flops(run.config, tokens, frozen=frozen) for tokens in done.tokens)
+        share = run.trained.share
+        flops = sum(train_flops(run.config, tokens, trained_share=share) for tokens in done.tokens)
         metrics = StepMetrics(
             step=done.step,
             loss=statistics.loss,

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Wan2.1-VACE-1.3B: all of it. Further arguments win over these; ACCELERATE_ARGS has accelerate's.
+# Wan2.1-VACE-1.3B: its side blocks. Further arguments win over these; ACCELERATE_ARGS has accelerate's.
 set -e
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 accelerate launch ${ACCELERATE_ARGS:-} "$here/../train.py" \
@@ -13,8 +13,8 @@ accelerate launch ${ACCELERATE_ARGS:-} "$here/../train.py" \
   --model_id_with_origin_paths "Wan-AI/Wan2.1-VACE-1.3B:diffusion_pytorch_model*.safetensors,Wan-AI/Wan2.1-VACE-1.3B:models_t5_umt5-xxl-enc-bf16.pth,Wan-AI/Wan2.1-VACE-1.3B:Wan2.1_VAE.pth" \
   --learning_rate 1e-5 \
   --num_epochs 2 \
-  --remove_prefix_in_ckpt "pipe.dit.,pipe.vace." \
+  --remove_prefix_in_ckpt "pipe.vace." \
   --output_path "./models/train/Wan2.1-VACE-1.3B_full" \
-  --trainable_models "dit,vace" \
+  --trainable_models "vace" \
   --extra_inputs "vace_video,vace_reference_image" \
   "$@"

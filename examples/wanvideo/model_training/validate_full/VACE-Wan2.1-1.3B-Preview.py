@@ -17,9 +17,12 @@ pipe = WanVideoPipeline.from_pretrained(
     torch_dtype=torch.bfloat16,
     device="cuda",
     model_configs=[
-        ModelConfig(path="models/train/VACE-Wan2.1-1.3B-Preview_full/epoch-1.safetensors"),
+        ModelConfig(
+            model_id="iic/VACE-Wan2.1-1.3B-Preview", origin_file_pattern="diffusion_pytorch_model*.safetensors"
+        ),
         ModelConfig(model_id="iic/VACE-Wan2.1-1.3B-Preview", origin_file_pattern="models_t5_umt5-xxl-enc-bf16.pth"),
         ModelConfig(model_id="iic/VACE-Wan2.1-1.3B-Preview", origin_file_pattern="Wan2.1_VAE.pth"),
+        ModelConfig(path="models/train/VACE-Wan2.1-1.3B-Preview_full/epoch-1.safetensors"),
     ],
 )
 video = frames_of("video1.mp4")
