@@ -39,12 +39,13 @@ class StepResult:
 
     Attributes:
         statistics: losses and gradients. updated: whether they were applied.
-        lr: the rate that was used.
+        lr: the rate that was used. clip_limit: of the gradient norm; None where they were not applied.
     """
 
     statistics: StepStatistics
     updated: bool
     lr: float
+    clip_limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -107,17 +108,18 @@ def train_step(
     with during("forward and backward"):
         counts = SampleCounts(samples, most_samples or len(batches[0]["sample"]))
         losses = compute_gradients(parallel, flow, batches, seed, counts)
-    lr = optimizer.learning_rate
+    lr, limit = optimizer.learning_rate, None
     with during("reducing gradients"):
         optimizer.reduce_gradients()
         statistics = gather_statistics(parallel, optimizer, losses, asked_to_stop(), samples)
     if statistics.is_finite:
+        limit = optimizer.clip_limit(statistics.grad_norm)
         with during("the optimizer's update"):
             optimizer.update(statistics.grad_norm, schedule_by or samples)
     else:
         on_nonfinite(statistics)
         optimizer.skip(schedule_by or samples)
-    return StepResult(statistics, statistics.is_finite, lr)
+    return StepResult(statistics, statistics.is_finite, lr, limit)
 
 
 def compute_gradients(

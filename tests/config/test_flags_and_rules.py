@@ -13,7 +13,8 @@ from mm.config.base import Section, load, parse
 from mm.config.flags import parse_flags
 from mm.config.rules.training import check_training
 from mm.dialects.mindspeed.pretrain_json import PretrainModel
-from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, TrainFlags
+from mm.dialects.mindspeed.retired_flags import RETIRED_TRAIN_FLAGS
+from mm.dialects.mindspeed.train_flags import TrainFlags
 from mm.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

@@ -91,6 +91,19 @@ def _epsilon_is_used(run: TrainingRun) -> Iterator[Problem]:
         yield Problem("CFG-029", f"{words['optimizer.eps'].name} has no effect with {chosen}.", "Remove one of them.")
 
 
+def _limits_of_the_norm_are_used(run: TrainingRun) -> Iterator[Problem]:
+    """CFG-425: how a limit of the gradient norm changes, where there is none, or no steps in which."""
+    optimizer, words = run.optimizer, run.origins
+    ratio, start = (words[f"optimizer.{name}"] for name in ("initial_clip_ratio", "abnormal_clip_start"))
+    if optimizer.initial_clip_ratio is not None and optimizer.abnormal_clip_start is None:
+        found = f"{ratio.with_value(optimizer.initial_clip_ratio)} has no effect without {start.name}"
+        yield Problem("CFG-425", f"{found}, in whose steps the limit changes.", f"Add {start.name}, or remove it.")
+    if optimizer.abnormal_clip_start is not None and optimizer.clip_norm == 0:
+        off = words["optimizer.clip_norm"].with_value(optimizer.clip_norm)
+        found = f"{start.with_value(optimizer.abnormal_clip_start)} has no effect with {off}, which clips nothing."
+        yield Problem("CFG-425", found, "Remove one of them.")
+
+
 def _first_frames_are_given(run: TrainingRun) -> Iterator[Problem]:
     """CFG-290: a share of clean first frames in a task that has none."""
     share, wan, words = run.objective.first_frame_share, run.wan, run.origins
@@ -151,6 +164,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     *AROUND_RULES,
     _schedule_fits,
     _epsilon_is_used,
+    _limits_of_the_norm_are_used,
     _first_frames_are_given,
     timesteps_are_of_the_model,
     _band_has_levels,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from mm.config.diffusion import LARGEST_MODE_SCALE, MODE_SCALE
 from mm.config.flags import Flags
 from mm.config.run.shapes import LARGEST_SIDE, SMALLEST_SIDE
 from mm.dialects.meaning import refused, taken, used
@@ -98,7 +99,7 @@ class VideoxFlags(Flags):
     )
     logit_mean: float = used("objective.logit_mean", default=0.0)
     logit_std: float = used("objective.logit_std", default=1.0, gt=0)
-    mode_scale: float = used(default=1.29)
+    mode_scale: float = used("objective.mode_scale", default=MODE_SCALE, ge=-1, le=LARGEST_MODE_SCALE)
     motion_sub_loss: bool = refused(
         "adds a loss of differences of frames, which is not here", "Remove it; the loss is that of the velocity.", False
     )
@@ -138,12 +139,8 @@ class FullFlags(VideoxFlags):
     trainable_modules_low_learning_rate: list[str] | None = refused(
         "trains some parameters at half the rate, which is not here", "Remove it."
     )
-    initial_grad_norm_ratio: str | None = refused(
-        "lets larger gradients through at first, which is not here", "Remove it; --max_grad_norm holds from the start."
-    )
-    abnormal_norm_clip_start: str | None = refused(
-        "clips more of unusual gradients, which is not here", "Remove it; --max_grad_norm holds from the start."
-    )
+    initial_grad_norm_ratio: float = used("optimizer.initial_clip_ratio", default=5.0, gt=0)
+    abnormal_norm_clip_start: int = used("optimizer.abnormal_clip_start", default=1000, ge=0)
     use_ema: bool = used("optimizer.ema_decay", default=False)
     report_model_info: bool = taken("metrics.jsonl and TensorBoard have the norm of each step's gradient", False)
     selective_ac: float = used("memory.blocks", default=0.0, ge=0, le=1)
