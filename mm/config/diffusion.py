@@ -12,6 +12,8 @@ from mm.config.base import Section
 TimestepSampling = Literal["grid", "logit_normal", "mode"]
 LossWeighting = Literal["gaussian", "none", "sigma_sqrt", "cosmap"]
 
+LEAST_MOTION_FRAMES = 3
+"""Latent frames of a sample that has the loss of `motion_loss_ratio`; shorter ones have that of the velocity alone."""
 MODE_SCALE = 1.29
 """Of `mode` where nothing is said: the one that Esser et al. 2024 found best of it."""
 LARGEST_MODE_SCALE = 2 / (math.pi - 2)
@@ -36,6 +38,8 @@ class DiffusionConfig(Section):
             alike; None takes `MODE_SCALE`.
         loss_weighting: `gaussian` favours the middle timesteps; `none` weighs all alike; `sigma_sqrt` and `cosmap` are
             those of Stable Diffusion 3 (Esser et al. 2024, section 3.1), which favour little noise, and the middle.
+        motion_loss_ratio: share that the loss of differences between neighbouring latent frames has in that of a sample
+            with at least three (VideoX-Fun's `motion_sub_loss`); None for no such loss.
         timestep_slices: `step` cuts the grid into equal slices, one after the other for the samples of a step, so that
             every step has levels of all kinds (VideoX-Fun's `uniform_sampling`); None: each draws in all of it.
         first_frame_share: share of samples that are given their first latent frame clean, of tasks that have it; None
@@ -54,6 +58,7 @@ class DiffusionConfig(Section):
     logit_std: float = Field(1.0, gt=0)
     mode_scale: float | None = Field(None, ge=-1, le=LARGEST_MODE_SCALE)
     loss_weighting: LossWeighting = "gaussian"
+    motion_loss_ratio: float | None = Field(None, gt=0, le=1)
     timestep_slices: Literal["step"] | None = None
     first_frame_share: float | None = Field(None, ge=0, le=1)
     band_from: float | None = Field(None, ge=0, le=1)

@@ -26,6 +26,7 @@ from mm.parallel.boundary import SequenceLengths
 from mm.parallel.schedule import LossFunction, forward_backward
 from mm.parallel.stage import WanStage
 from mm.train.memory_breakdown import Phase
+from mm.train.motion import has_motion, motion_losses
 from mm.train.parts import Part, draw_parts, frames_of_parts, learned_elements, noisy_latents, timesteps_of_runs
 from mm.wan.conditions.computed import computed
 from mm.wan.inputs import ModelInputs, PackedInputs
@@ -233,21 +234,27 @@ def _loss(
     parts: Sequence[Sequence[Part]],
 ) -> tuple[Tensor, Tensor]:
     """This rank's part of the mean of the samples' losses, and of each of them; padding takes no part."""
-    counts = [token_counts(segment, parallel.wan) for segment in segments]
+    counts, ratio = [token_counts(segment, parallel.wan) for segment in segments], flow.config.motion_loss_ratio
     losses: list[Tensor] = []
     of_samples = [velocity.new_zeros(len(segment["sample"])) for segment in segments]
     start = 0
     for run in parallel.mesh.tokens.runs([sum(each) for each in counts]):
         elements = learned_elements(parts[run.sample], segments[run.sample]["latents"])
         begin, _ = counts[run.sample]
+        share = 1.0 if ratio is None or not has_motion(segments[run.sample]) else 1.0 - ratio
         for part in parts[run.sample]:
             end = begin + part.tokens
             first, stop = (start + min(max(token - run.start, 0), run.real) for token in (begin, end))
             loss, own = flow.loss(velocity[:, first:stop], target[:, first:stop], part.weight, elements)
-            losses.append(loss)
-            of_samples[run.sample] += own.detach()
+            losses.append(share * loss)
+            of_samples[run.sample] += share * own.detach()
             begin = end
         start += run.places
+    if ratio is not None:
+        error = velocity.float() - target
+        for index, motion in motion_losses(parallel.mesh, segments, error, counts, parts):
+            losses.append(ratio * motion.mean())
+            of_samples[index] += ratio * motion.detach()
     return torch.stack(losses).sum() / len(segments), joined(of_samples, 0)
 
 

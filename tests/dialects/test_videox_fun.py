@@ -186,6 +186,15 @@ def test_noise_levels_are_those_of_the_flags() -> None:
         assert ids(control, f"--weighting_scheme={scheme} --uniform_sampling") == ["CFG-341"]
 
 
+def test_the_loss_of_motion_is_that_of_the_flags() -> None:
+    assert control("").training.objective.motion_loss_ratio is None
+    assert control("--motion_sub_loss").training.objective.motion_loss_ratio == 0.25
+    assert control("--motion_sub_loss --motion_sub_loss_ratio=0.5").training.objective.motion_loss_ratio == 0.5
+    alone = control("--motion_sub_loss_ratio=0.5").training
+    assert alone.objective.motion_loss_ratio is None
+    assert any(note.startswith("--motion_sub_loss_ratio changes nothing") for note in alone.notes)
+
+
 def test_limits_of_the_norm_are_those_of_the_flags() -> None:
     given = control("--initial_grad_norm_ratio=2 --abnormal_norm_clip_start=30").training.optimizer
     assert (given.initial_clip_ratio, given.abnormal_clip_start) == (2.0, 30)

@@ -161,6 +161,8 @@ def _sampling_is_here(flags: VideoxFlags, facts: Facts, reading: Reading) -> Non
     for name, owner in (("logit_mean", "logit_normal"), ("logit_std", "logit_normal"), ("mode_scale", "mode")):
         if name in flags.model_fields_set and scheme != owner:
             reading.notes.append(f"--{name} changes nothing: it is of --weighting_scheme {owner}")
+    if "motion_sub_loss_ratio" in flags.model_fields_set and not flags.motion_sub_loss:
+        reading.notes.append("--motion_sub_loss_ratio changes nothing: it is of --motion_sub_loss")
 
 
 def _images_are_seen_as_often(flags: VideoxFlags, facts: Facts, reading: Reading) -> None:

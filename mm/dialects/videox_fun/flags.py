@@ -83,9 +83,17 @@ class VideoxFlags(Flags):
     ] = used("optimizer.decay", default="constant")
     lr_warmup_steps: int = used("optimizer.warmup_steps", default=500, ge=0)
     use_8bit_adam: bool = refused(
-        "keeps moments in 8 bits, which is not here", "Remove it; with ZeRO-2 replicas share the moments.", False
+        "keeps AdamW's moments in 8 bits, which is not here",
+        "Remove it. To save their memory, shard them over the processes with ZeRO-2 (--use_deepspeed), train adapters "
+        "with the _lora script, or use mm train --optimizer lion, which keeps one moment in place of two.",
+        False,
     )
-    use_came: bool = refused("takes the optimizer CAME, which is not here", "Remove it: AdamW is used.", False)
+    use_came: bool = refused(
+        "takes the optimizer CAME, which is not here",
+        "Remove it: AdamW is used. To save memory, shard its moments over the processes with ZeRO-2 (--use_deepspeed), "
+        "or use mm train --optimizer lion, which keeps one in place of two.",
+        False,
+    )
     adam_beta1: float = used("optimizer.beta1", default=0.9, ge=0, lt=1)
     adam_beta2: float = used("optimizer.beta2", default=0.999, ge=0, lt=1)
     adam_weight_decay: float = used("optimizer.weight_decay", default=1e-2, ge=0)
@@ -100,10 +108,8 @@ class VideoxFlags(Flags):
     logit_mean: float = used("objective.logit_mean", default=0.0)
     logit_std: float = used("objective.logit_std", default=1.0, gt=0)
     mode_scale: float = used("objective.mode_scale", default=MODE_SCALE, ge=-1, le=LARGEST_MODE_SCALE)
-    motion_sub_loss: bool = refused(
-        "adds a loss of differences of frames, which is not here", "Remove it; the loss is that of the velocity.", False
-    )
-    motion_sub_loss_ratio: str | None = taken("has no effect without --motion_sub_loss")
+    motion_sub_loss: bool = used(default=False)
+    motion_sub_loss_ratio: float = used("objective.motion_loss_ratio", default=0.25, gt=0, le=1)
     snr_loss: bool = taken(_DEAD, False)
     noise_offset: str | None = taken(_DEAD)
     prediction_type: str | None = taken(_DEAD)

@@ -195,6 +195,7 @@ def _objective(flags: VideoxFlags, facts: Facts) -> DiffusionConfig:
         "num_train_timesteps": flags.train_sampling_steps,
         "loss_weighting": flags.weighting_scheme if flags.weighting_scheme in ("sigma_sqrt", "cosmap") else "none",
         "timestep_slices": "step" if flags.uniform_sampling else None,
+        "motion_loss_ratio": flags.motion_sub_loss_ratio if flags.motion_sub_loss else None,
     }
     if flags.weighting_scheme == "logit_normal" and not flags.uniform_sampling:
         # VideoX-Fun counts the schedule from noise to data, and sigma goes the other way
