@@ -101,7 +101,9 @@ def _check(argv: Sequence[str]) -> None:
     from mm.lora.plan import plan_of
     from mm.train.run import data_parallel_options, training_dtype
 
-    lora = plan_of(sections.adapters, sections.wan, sections.origins["adapters.targets"].name)
+    lora = plan_of(
+        sections.adapters, sections.wan, *(sections.origins[f"adapters.{name}"].name for name in ("targets", "skip"))
+    )
     packed, micro_batches = _packs(sections, layout, (frames, height, width))
     job = DryRunJob(
         wan=sections.wan,

@@ -59,7 +59,9 @@ def check(
 
     logging.getLogger().setLevel(logging.WARNING)
     config, backend = sections.wan, select(sections.training.device, where.local_rank, where.world_size)
-    lora = plan_of(sections.adapters, config, sections.origins["adapters.targets"].name)
+    lora = plan_of(
+        sections.adapters, config, *(sections.origins[f"adapters.{name}"].name for name in ("targets", "skip"))
+    )
     trained = (preflight.elements(config) if lora is None else lora.parameters) * (1 + (sections.experts is not None))
     findings = [] if where.rank else preflight.versions(backend)
     findings += preflight.operators(backend) if where.local_rank == 0 else []  # once a node: its compiler

@@ -62,7 +62,9 @@ def train_in_job(
     """
     for note in sections.notes:
         logging.getLogger(__name__).info("%s", note)
-    lora = plan_of(sections.adapters, sections.wan, sections.origins["adapters.targets"].name)
+    lora = plan_of(
+        sections.adapters, sections.wan, *(sections.origins[f"adapters.{name}"].name for name in ("targets", "skip"))
+    )
     dataset = None if sections.live is not None else open_features(sections.data.features, sections.wan)
     live: LiveStores | None = None
     evaluation = sections.evaluation

@@ -290,4 +290,6 @@ def test_adapters_are_those_of_the_script() -> None:
     assert adapters is not None
     assert (adapters.rank, adapters.alpha, adapters.base) == (64, 32.0, V10)
     assert adapters.targets == ["q", "k", "v", "ffn.0", "ffn.2"]
+    skipped = read(script, f"{words} --lora_skip_name=cross_attn,blocks.0.").training.adapters
+    assert skipped is not None and skipped.skip == ["cross_attn", "blocks.0."]
     assert read(script, words).training.adapters.targets[-2:] == ["k_img", "v_img"]  # type: ignore[union-attr]

@@ -220,6 +220,11 @@ class TrainFlags(ExpertFlags):
         [],
         description="LoRA: the linears that get adapters, by the end of their names: q k v o ffn.0 ffn.2",
     )
+    lora_skip_modules: list[str] = sets(
+        "adapters.skip",
+        [],
+        description="LoRA: of these linears those that get none, by words anywhere in their names: cross_attn",
+    )
     lora_dropout: float | None = Field(None, description="LoRA: 0 is the only value there is")
     lora_base_dtype: Literal["int8", "fp8"] | None = sets(
         "adapters.base_dtype",
@@ -358,7 +363,7 @@ class TrainFlags(ExpertFlags):
     def lora(self) -> bool:
         """True where adapters are trained, by any of LoRA's flags; the rules ask for the others."""
         given = (self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_base_dtype)
-        return bool(self.lora_target_modules) or any(value is not None for value in given)
+        return bool(self.lora_target_modules or self.lora_skip_modules) or any(value is not None for value in given)
 
     @property
     def skipped_steps_in_a_row(self) -> int:

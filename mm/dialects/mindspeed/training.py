@@ -186,6 +186,7 @@ def _adapters(flags: TrainFlags) -> AdapterSection | None:
         "rank": max(1, rank),
         "alpha": alpha if alpha > 0 else 1.0,
         "targets": flags.lora_target_modules or ["q"],
+        "skip": flags.lora_skip_modules,
         "base": flags.load_base_model or "missing",
         "base_dtype": flags.lora_base_dtype,
     }

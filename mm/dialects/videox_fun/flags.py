@@ -158,7 +158,7 @@ class LoRAFlags(VideoxFlags):
     rank: int = used("adapters.rank", default=128, ge=1)
     network_alpha: float = used("adapters.alpha", default=64.0, gt=0)
     target_name: str | None = used("adapters.targets")
-    lora_skip_name: str | None = refused("leaves linears out", "Give the others with --target_name.")
+    lora_skip_name: str | None = used("adapters.skip")
     use_peft_lora: bool = taken("files have their alpha, in names that every tool reads", False)
     train_text_encoder: bool = refused("trains the text encoder", "Remove it; Wan's stays as it is.", False)
     save_state: bool = taken("a run's state is always kept, in iter_* folders of --output_dir", False)

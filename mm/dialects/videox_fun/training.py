@@ -246,5 +246,6 @@ def _adapters(flags: VideoxFlags, facts: Facts) -> AdapterSection | None:
     if facts.shape.image_dim:
         every += IMAGE_LINEARS
     targets = every if flags.target_name is None else [word.strip() for word in flags.target_name.split(",")]
-    values = {"rank": flags.rank, "alpha": flags.network_alpha, "targets": targets, "base": base}
+    skip = [] if flags.lora_skip_name is None else [word.strip() for word in flags.lora_skip_name.split(",")]
+    values = {"rank": flags.rank, "alpha": flags.network_alpha, "targets": targets, "skip": skip, "base": base}
     return built(AdapterSection, values)
