@@ -20,7 +20,7 @@ from mm.checkpoint.store import read_manifest
 from mm.checkpoint.weights import open_weights
 from mm.cli import convert as convert_command
 from mm.cli import train as train_command
-from mm.errors import MMError
+from mm.errors import MMError, ResumeError
 from mm.lora.adapter import Adapter, Update
 from mm.lora.files import COMFYUI_FILE, read_adapter, write_adapter
 from mm.lora.inspection import inspect
