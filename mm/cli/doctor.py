@@ -125,6 +125,7 @@ def _check(argv: Sequence[str]) -> None:
         packed=packed,
         encoder_bytes=_encoder_bytes(sections),
         idle_expert=None if sections.experts is None else "host" if sections.experts.offload else "device",
+        motion_loss_ratio=sections.objective.motion_loss_ratio,
     )
     report = dry_run(job, flags.rank)
     notes = {"compile": _UNCOMPILED} if sections.memory.compile_blocks else {}

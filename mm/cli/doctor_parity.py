@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 from mm.cli.run_file import run_file
+from mm.config.diffusion import DiffusionConfig
 from mm.config.flags import Flags, parse_flags
 from mm.config.layout import Layout, layout_of
 from mm.config.place import process_place
@@ -60,7 +61,9 @@ def main(argv: Sequence[str]) -> None:
         comm: Comm = SingleProcess() if where.world_size == 1 else ProcessGroupComm(device=backend.device)
         mine = parity.run_on_the_mesh(case, mesh, backend, parity.own_pieces)
         of_case = case.wan, case.sizes, case.samples, backend.device
-        one_device = partial(parity.run_on_one_device, *of_case, text_lengths=case.text_lengths)
+        one_device = partial(
+            parity.run_on_one_device, *of_case, text_lengths=case.text_lengths, objective=case.objective
+        )
         whole = one_device()
         errors = parity.compare_pieces(mine, whole, comm)
     rounding = parity.compare_wholes(one_device(value_of=parity.nudged_value_of), whole)
@@ -104,6 +107,7 @@ def _case(sections: TrainingRun, layout: Layout) -> Case:
         sections.data.micro_batch_size,
         micro_batches,
         packs,
+        DiffusionConfig(motion_loss_ratio=sections.objective.motion_loss_ratio),
     )
 
 

@@ -9,8 +9,15 @@ from pydantic import Field, model_validator
 
 from mm.config.base import Section
 
-TimestepSampling = Literal["grid", "logit_normal"]
+TimestepSampling = Literal["grid", "logit_normal", "mode"]
 LossWeighting = Literal["gaussian", "none", "sigma_sqrt", "cosmap"]
+
+LEAST_MOTION_FRAMES = 3
+"""Latent frames of a sample that has the loss of `motion_loss_ratio`; shorter ones have that of the velocity alone."""
+MODE_SCALE = 1.29
+"""Of `mode` where nothing is said: the one that Esser et al. 2024 found best of it."""
+LARGEST_MODE_SCALE = 2 / (math.pi - 2)
+"""Above it the density of `mode` has no formula: two uniform numbers give one level (Esser et al. 2024, eq. 20)."""
 
 
 class DiffusionConfig(Section):
@@ -23,11 +30,16 @@ class DiffusionConfig(Section):
         sigma_min: the noise level that the unshifted grid runs down to.
         extra_one_step: leave the last point (`sigma_min` itself) out of the grid.
         timestep_sampling: `grid` draws a point of the grid with equal chances; `logit_normal` draws
-            sigma = sigmoid(normal) and then shifts it (Esser et al. 2024, arXiv 2403.03206, section 3.1).
+            sigma = sigmoid(normal) and then shifts it (Esser et al. 2024, arXiv 2403.03206, section 3.1); `mode` bends
+            a uniform number towards the middle, or away from it, and then shifts it (the same, equation 20).
         logit_mean, logit_std: of that normal, only with `logit_normal`. A mean above 0 draws more noise; VideoX-Fun's
             and diffusers' training scripts count the grid from noise to data: their mean is the negative of this one.
+        mode_scale: of `mode`, and only with it: above 0 draws more of the middle, below 0 more of the ends, 0 all
+            alike; None takes `MODE_SCALE`.
         loss_weighting: `gaussian` favours the middle timesteps; `none` weighs all alike; `sigma_sqrt` and `cosmap` are
             those of Stable Diffusion 3 (Esser et al. 2024, section 3.1), which favour little noise, and the middle.
+        motion_loss_ratio: share that the loss of differences between neighbouring latent frames has in that of a sample
+            with at least three (VideoX-Fun's `motion_sub_loss`); None for no such loss.
         timestep_slices: `step` cuts the grid into equal slices, one after the other for the samples of a step, so that
             every step has levels of all kinds (VideoX-Fun's `uniform_sampling`); None: each draws in all of it.
         first_frame_share: share of samples that are given their first latent frame clean, of tasks that have it; None
@@ -44,7 +56,9 @@ class DiffusionConfig(Section):
     timestep_sampling: TimestepSampling = "grid"
     logit_mean: float = 0.0
     logit_std: float = Field(1.0, gt=0)
+    mode_scale: float | None = Field(None, ge=-1, le=LARGEST_MODE_SCALE)
     loss_weighting: LossWeighting = "gaussian"
+    motion_loss_ratio: float | None = Field(None, gt=0, le=1)
     timestep_slices: Literal["step"] | None = None
     first_frame_share: float | None = Field(None, ge=0, le=1)
     band_from: float | None = Field(None, ge=0, le=1)
@@ -57,6 +71,15 @@ class DiffusionConfig(Section):
             raise ValueError(
                 f"{' and '.join(given)} has no effect with timestep_sampling "
                 f'"{self.timestep_sampling}"; remove it or choose "logit_normal"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _mode_scale_needs_mode(self) -> DiffusionConfig:
+        if self.mode_scale is not None and self.timestep_sampling != "mode":
+            raise ValueError(
+                f'mode_scale has no effect with timestep_sampling "{self.timestep_sampling}"; '
+                'remove it or choose "mode"'
             )
         return self
 

@@ -35,7 +35,8 @@ class ScheduleSettings(Section):
 class OptimizerSettings(Section):
     """The optimizer and clipping, with Megatron's names and the optimizer's defaults filled in.
 
-    What checkpoints record of AdamW does not name it, as it did not when there was one.
+    What checkpoints record of AdamW does not name it, as it did not when there was one; likewise with a limit of the
+    gradient norm that never changes.
     """
 
     optimizer: OptimizerName = "adamw"
@@ -44,11 +45,13 @@ class OptimizerSettings(Section):
     adam_beta2: float
     adam_eps: float | None = None
     clip_grad: float
+    initial_clip_ratio: float | None = None
+    abnormal_clip_start: int | None = None
 
     @model_serializer(mode="wrap")
     def _recorded(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = write(self)
-        left_out = {"optimizer": "adamw", "adam_eps": None}
+        left_out = {"optimizer": "adamw", "adam_eps": None, "initial_clip_ratio": None, "abnormal_clip_start": None}
         return {name: value for name, value in values.items() if name not in left_out or value != left_out[name]}
 
 
@@ -122,13 +125,18 @@ SCHEDULE = {
     "lr_warmup_iters": "warmup_steps",
     "lr_warmup_init": "warmup_init",
 }
+_CLIPPING = {
+    "clip_grad": "clip_norm",
+    "initial_clip_ratio": "initial_clip_ratio",
+    "abnormal_clip_start": "abnormal_clip_start",
+}
 OPTIMIZER = {
     "optimizer": "name",
     "weight_decay": "weight_decay",
     "adam_beta1": "beta1",
     "adam_beta2": "beta2",
     "adam_eps": "eps",
-    "clip_grad": "clip_norm",
+    **_CLIPPING,
 }
 """Names in checkpoints, which keep Megatron's, and in the section `optimizer`."""
 
@@ -189,7 +197,7 @@ def changes(before: StepSettings, now: StepSettings, words: Origins) -> Iterator
     yield from _of_values("batch", before, now, {"global_batch_size": "data.global_batch_size"}, words)
     schedule, optimizer = ({name: f"optimizer.{ours}" for name, ours in of.items()} for of in (SCHEDULE, OPTIMIZER))
     if before.optimizer.optimizer != now.optimizer.optimizer:  # whose numbers then say nothing to each other
-        optimizer = {name: optimizer[name] for name in ("optimizer", "weight_decay", "clip_grad")}
+        optimizer = {name: optimizer[name] for name in ("optimizer", "weight_decay", *_CLIPPING)}
     yield from _of_values("schedule", before.schedule, now.schedule, schedule, words)
     yield from _of_values("optimizer", before.optimizer, now.optimizer, optimizer, words)
     for key in {**before.objective, **now.objective}:

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mm.config.diffusion import DiffusionConfig
+from mm.config.diffusion import MODE_SCALE, DiffusionConfig
 from mm.rng import generator, training_noise
 
 SampleId = int | str
@@ -53,7 +53,7 @@ class FlowMatching:
         """Chance that a noise level which is drawn without the configuration's band lies in it."""
         if self.config.timestep_sampling == "grid":
             return len(self._drawn) / len(self._grid)
-        low, high = self._chances_below_the_band
+        low, high = self._chances_of_the_band
         return float(high - low)
 
     def draw_timesteps(
@@ -159,13 +159,26 @@ class FlowMatching:
         return torch.exp(-2 * ((timestep - steps / 2) / steps) ** 2)
 
     def _draw_sigma(self, source: torch.Generator, place: PlaceInStep | None) -> Tensor:
-        if self.config.timestep_sampling != "grid":
-            return self._draw_logit_normal(source)
+        match self.config.timestep_sampling:
+            case "logit_normal":
+                return self._draw_logit_normal(source)
+            case "mode":
+                return self._draw_mode(source)
         levels = self._drawn
         if place is not None:
             begin, end = slice_of_step(*place, len(levels))
             levels = levels[begin:end]
         return levels[torch.randint(len(levels), (), generator=source)]
+
+    def _draw_mode(self, source: torch.Generator) -> Tensor:
+        low, high = self._chances_of_the_band
+        uniform = torch.rand((), generator=source, dtype=torch.float64)
+        # the level falls while the uniform number rises
+        return shift_sigma(mode_level(1 - high + uniform * (high - low), self._mode_scale), self.config.shift)
+
+    @property
+    def _mode_scale(self) -> float:
+        return MODE_SCALE if self.config.mode_scale is None else self.config.mode_scale
 
     def _draw_logit_normal(self, source: torch.Generator) -> Tensor:
         if self.config.band_from is None and self.config.band_below is None:
@@ -176,14 +189,17 @@ class FlowMatching:
 
     def _normal_of_the_band(self, chance: Tensor) -> Tensor:
         """The normal number below which that share of the band's are."""
-        low, high = self._chances_below_the_band
+        low, high = self._chances_of_the_band
         return torch.special.ndtri(low + chance * (high - low))
 
-    @property
-    def _chances_below_the_band(self) -> tuple[Tensor, Tensor]:
-        """Chances of a noise level below the band's first, and below its end, of logit_normal without a band."""
+    @cached_property
+    def _chances_of_the_band(self) -> tuple[Tensor, Tensor]:
+        """Chances of a noise level below the band's first, and below its end, of densities without a band."""
         limits = torch.tensor(self.config.band, dtype=torch.float64).clamp(0, 1)
         even = limits / (self.config.shift - (self.config.shift - 1) * limits)  # `shift_sigma` undone
+        if self.config.timestep_sampling == "mode":
+            low, high = mode_chances_below(even, self._mode_scale)
+            return low, high
         low, high = torch.special.ndtr((torch.logit(even) - self.config.logit_mean) / self.config.logit_std)
         return low, high
 
@@ -208,6 +224,24 @@ def slice_of_step(place: int, samples: int, levels: int) -> tuple[int, int]:
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     """Move noise levels towards noise: shift s / (1 + (shift - 1) s) (arXiv 2403.03206, equation 23)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def mode_level(uniform: Tensor, scale: float) -> Tensor:
+    """Noise levels, not yet shifted, of uniform numbers in [0, 1]: 1 - u - s (cos^2(pi u / 2) - 1 + u).
+
+    Source: Esser et al. 2024, arXiv 2403.03206, equation 20. They fall from 1 to 0.
+    """
+    return 1 - uniform - scale * (torch.cos(math.pi / 2 * uniform) ** 2 - 1 + uniform)
+
+
+def mode_chances_below(levels: Tensor, scale: float) -> Tensor:
+    """Chances of a level of `mode_level` below these, which are in [0, 1]; found by halving."""
+    low, high = torch.zeros_like(levels), torch.ones_like(levels)
+    for _ in range(60):  # more than fp64 has bits
+        middle = (low + high) / 2
+        below = mode_level(1 - middle, scale) < levels
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return torch.where(levels >= 1, 1.0, low)
 
 
 def _sigma_grid(config: DiffusionConfig) -> Tensor:

@@ -77,6 +77,7 @@ class DryRunJob:
         packed: samples that share a sequence, a micro-batch each; None where every sample has its own.
         encoder_bytes: of encoders that stand on the first rank of each replica, beside the model.
         idle_expert: where the one of two experts is that a step does not train; None where there is one model.
+        motion_loss_ratio: of the objective, which for it tells ranks what others predict.
         async_save: whether checkpoints are written in the background. save_optimizer: with the optimizer's state.
         save_frozen: with what is frozen of the model.
     """
@@ -99,6 +100,7 @@ class DryRunJob:
     packed: int | None = None
     encoder_bytes: int = 0
     idle_expert: Literal["device", "host"] | None = None
+    motion_loss_ratio: float | None = None
 
     @property
     def samples(self) -> int:
@@ -256,7 +258,7 @@ def _micro_batches_to_run(job: DryRunJob) -> list[int]:
 
 def _gradients(parallel: ParallelModel, job: DryRunJob, micro_batches: int) -> None:
     """`mm.train.step.compute_gradients` without the loss on the host."""
-    flow = _Undrawn(DiffusionConfig())
+    flow = _Undrawn(DiffusionConfig(motion_loss_ratio=job.motion_loss_ratio))
 
     def forward_step(stage: WanStage, module: Any, batch: MicroBatch) -> tuple[Tensor, LossFunction]:
         return forward_micro_batch(stage, module, batch, flow, parallel, seed=0)

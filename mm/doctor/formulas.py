@@ -10,6 +10,7 @@ forward and backward (2 in bf16). A block sends, in forward (forward and backwar
 | tensor + sequence | 6 s d e (P-1)/P (15) | 6 (15): three gathers and scatters, three gathers again |
 | tensor | 6 s d e (P-1)/P (12) | 3 (6) all-reduces |
 | q/k norms on tensor ranks | 4 bytes a token and norm, all-reduced (twice) | 4 (8), 5 (10) with images |
+| loss of motion | 4 s D_o (P-1)/P of an axis that shares tokens, D_o = 64 with Wan2.1's latents; once, not a block | 1 |
 | layer-zero | N_l e (P-1)/P (twice that, and the gradients once) | 1 (3) |
 
 A side block sends what a block sends; with its projections it has more parameters. Tokens in front of the video's count in s.
@@ -89,6 +90,25 @@ def tensor(
         ("tp", REDUCE_SCATTER): CallTotals(6, 6 * hidden),
         ("tp", ALL_REDUCE): CallTotals(norms, statistics),
     }
+
+
+def motion(layout: Layout, places: int, width: int, micro_batches: int) -> Traffic:
+    """Gathering of the last stage's errors for the loss of motion, in a step.
+
+    Args:
+        layout: the run's. places: of a rank for the tokens of a micro-batch. width: elements of a token of the latents.
+        micro_batches: of one replica in a step.
+    """
+    sp_size = layout.tp_size if layout.sequence_parallel else 1
+    own = places * width * FP32 * micro_batches
+    found = {}
+    if sp_size > 1:
+        found["tp", ALL_GATHER] = CallTotals(micro_batches, float(own * (sp_size - 1)))
+    if layout.cp_size > 1:
+        whole = {layout.ulysses_size: "ulysses", layout.ring_size: "ring"}  # the one kind, of which all ranks are
+        axis = whole.get(layout.cp_size, "cp")
+        found[axis, ALL_GATHER] = CallTotals(micro_batches, float(own * sp_size * (layout.cp_size - 1)))
+    return found
 
 
 def boundary(

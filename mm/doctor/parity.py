@@ -104,6 +104,7 @@ class Case:
         micro_batch_size: samples in a forward. micro_batches: of one replica in a step.
         packs: numbers of samples that share a sequence, of each micro-batch of each replica; empty where every sample
             has its own. The captions of such samples have different lengths. They take the place of the two sizes.
+        objective: of the training.
     """
 
     wan: WanConfig
@@ -115,6 +116,7 @@ class Case:
     micro_batch_size: int
     micro_batches: int
     packs: tuple[tuple[int, ...], ...] = ()
+    objective: DiffusionConfig = field(default_factory=DiffusionConfig)
 
     @property
     def samples(self) -> int:
@@ -230,6 +232,7 @@ def run_on_one_device(
     device: torch.device | None = None,
     value_of: Callable[[str, tuple[int, ...]], Tensor] = value_of,
     text_lengths: Sequence[int] = (),
+    objective: DiffusionConfig | None = None,
 ) -> Trace[Tensor]:
     """The plain loop; `count` samples a step, one by one."""
     device = device or torch.device("cpu")
@@ -238,7 +241,7 @@ def run_on_one_device(
         for name, parameter in model.named_parameters():
             parameter.copy_(value_of(name, tuple(parameter.shape)))
     model.to(device)
-    flow, named = FlowMatching(DiffusionConfig()), dict(model.named_parameters())
+    flow, named = FlowMatching(objective or DiffusionConfig()), dict(model.named_parameters())
     decayed = [p for n, p in named.items() if p.dim() > 1 and not n.endswith(".bias")]
     others = [p for n, p in named.items() if p.dim() == 1 or n.endswith(".bias")]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -292,7 +295,7 @@ def run_on_the_mesh(
     model = case.wan, mesh, backend, case.options, torch.float32, value_of
     parallel = apply(*model, zero=case.zero, run_blocks=runner, compiled_for=compiled_for)
     optimizer = make_optimizer(parallel, replace(settings, fused=parallel.backend.kind != "cpu"))
-    flow = FlowMatching(DiffusionConfig())
+    flow = FlowMatching(case.objective)
     trace: Trace[Values] = Trace()
     for step in range(STEPS):
         batches = case.micro_batches_of(mesh.dp_rank, case.global_batch(step))

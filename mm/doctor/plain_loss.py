@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mm.config.diffusion import LEAST_MOTION_FRAMES
 from mm.data.loader import FeatureBatch
 from mm.diffusion.flow import FlowMatching
 from mm.wan.conditions.first_frame import learned_frames, with_given_frame
@@ -25,5 +26,8 @@ def plain_loss(model: WanModel, flow: FlowMatching, sample: FeatureBatch, seed: 
         inputs = with_given_frame(inputs, clean[:, :, :1], model.config.patch_size)
         learned = learned_frames(frames)
     velocity = model(inputs.each(lambda value: value.to(device)))
-    difference = velocity - (noise - clean).to(device)
-    return difference[:, :, learned.to(device)].square().mean() * float(weight[0])
+    difference = (velocity - (noise - clean).to(device))[:, :, learned.to(device)]
+    loss, ratio = difference.square().mean() * float(weight[0]), flow.config.motion_loss_ratio
+    if ratio is None or frames < LEAST_MOTION_FRAMES:
+        return loss
+    return (1 - ratio) * loss + ratio * difference.diff(dim=2).square().mean()

@@ -20,7 +20,7 @@ from mm.lora.layer import (
     keep_in_low_bits,
 )
 from mm.lora.low_bit import SCALE, LowBit, quantised
-from mm.lora.targets import FLAG, Sizes, linears_of, target_linears
+from mm.lora.targets import FLAG, SKIP_FLAG, Sizes, linears_of, target_linears, without_skipped
 from mm.parallel.placement import Shape, whole_shapes
 from mm.parallel.trainable_extension import TrainableExtension
 from mm.wan.model import WanModel
@@ -60,19 +60,21 @@ class LoRAPlan:
         add_adapters(model, self.adapted)
 
 
-def plan_of(adapters: AdapterSection | None, wan: WanConfig, word: str = FLAG) -> LoRAPlan | None:
+def plan_of(
+    adapters: AdapterSection | None, wan: WanConfig, word: str = FLAG, skip_word: str = SKIP_FLAG
+) -> LoRAPlan | None:
     """The plan of a checked section; None where all parameters are trained.
 
     Args:
-        adapters: the section. wan: the model. word: the user's, for the targets.
+        adapters: the section. wan: the model. word: the user's, for the targets. skip_word: for what is left out.
 
     Raises:
-        ConfigError: CFG-100 and CFG-101 for target words.
+        ConfigError: CFG-100 and CFG-101 for target words, CFG-427 for those that are left out.
     """
     if adapters is None:
         return None
     linears = linears_of(whole_shapes(wan))
-    names = target_linears(adapters.targets, linears, word)
+    names = without_skipped(target_linears(adapters.targets, linears, word), adapters.skip, skip_word)
     return LoRAPlan(linears, dict.fromkeys(names, Adapted(adapters.rank, adapters.alpha)), adapters.base_dtype)
 
 

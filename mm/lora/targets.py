@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from mm.errors import ConfigError, Problem, raise_all
 from mm.wan.names import CONVENTIONS, Convention, translate
 
-FLAG = "--lora-target-modules"
+FLAG, SKIP_FLAG = "--lora-target-modules", "--lora-skip-modules"
 Sizes = tuple[int, int]
 """(out_features, in_features) of a linear."""
 
@@ -74,6 +74,28 @@ def target_linears(words: Sequence[str], linears: Mapping[str, Sizes], flag: str
             found |= distinct.pop()
     raise_all(ConfigError, problems)
     return [name for name in linears if name in found]
+
+
+def without_skipped(names: Sequence[str], words: Sequence[str], flag: str = SKIP_FLAG) -> list[str]:
+    """The linears whose native name contains none of the words, in their order.
+
+    Args:
+        names: from `target_linears`. words: what is left out. flag: what the user calls these.
+
+    Raises:
+        ConfigError: CFG-427 for words that are in no name, all at once, and where nothing is left.
+    """
+    problems = [
+        Problem("CFG-427", f"{flag} {word!r} is in the name of no linear that would get an adapter.", "Remove it.")
+        for word in words
+        if not word or not any(word in name for name in names)
+    ]
+    left = [name for name in names if not any(word in name for word in words)]
+    if not left and not problems:
+        said = " ".join(words)
+        problems.append(Problem("CFG-427", f"{flag} {said} leaves no linear with an adapter.", "Remove some of it."))
+    raise_all(ConfigError, problems)
+    return left
 
 
 def _spelled(linears: Mapping[str, Sizes], convention: Convention) -> dict[str, str]:

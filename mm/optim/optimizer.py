@@ -26,6 +26,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from mm.device.copies import to_device
 from mm.optim.algorithms.base import Algorithm
 from mm.optim.algorithms.make import ALGORITHMS
+from mm.optim.clipping import clip_limit
 from mm.optim.ema import Average
 from mm.optim.settings import UpdateSettings
 from mm.parallel.apply import ParallelModel
@@ -169,14 +170,19 @@ class Optimizer(abc.ABC):
             for gradient, total in zip(partial, _unflatten_dense_tensors(together, partial), strict=True):
                 gradient.copy_(total)
 
+    def clip_limit(self, norm: float) -> float:
+        """Limit of the global `norm` in this step; 0 where nothing is clipped."""
+        return clip_limit(self._settings, self._scheduler.num_steps, norm)
+
     def clip(self, norm: float) -> None:
-        """Scale the reduced gradients, in place, so that their global `norm` is at most `--clip-grad`.
+        """Scale the reduced gradients, in place, so that their global `norm` is at most `clip_limit`.
 
         Source of the formula: megatron-core, `clip_grad_by_total_norm_fp32`, which has a temporary of each gradient.
         """
-        scale = self._settings.clip_grad / (norm + 1e-6)
+        limit = self.clip_limit(norm)
+        scale = limit / (norm + 1e-6)
         gradients = [shard.key.grad for shard in self._shards if shard.key.grad is not None]
-        if self._settings.clip_grad > 0 and scale < 1 and gradients:
+        if limit > 0 and scale < 1 and gradients:
             torch._foreach_mul_(gradients, scale)
 
     def update(self, norm: float, samples: int) -> None:

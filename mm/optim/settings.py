@@ -13,6 +13,7 @@ class UpdateSettings:
 
     Attributes:
         adam_eps: None for an optimizer without.
+        initial_clip_ratio, abnormal_clip_samples: see `mm.optim.clipping`; None where the limit never changes.
         fused: update each parameter in one kernel, where the optimizer has one. Else an accelerator may compute step by
             step on lists of all parameters, with a temporary of the whole shard, and the CPU on one parameter after the
             other. The CPU's kernel is not asked for in training: its last bits depend on where a shard begins, and so
@@ -30,6 +31,8 @@ class UpdateSettings:
     adam_beta2: float
     adam_eps: float | None
     clip_grad: float
+    initial_clip_ratio: float = 1.0
+    abnormal_clip_samples: int | None = None
     ema_decay: float | None = None
     fused: bool = False
     optimizer: OptimizerName = "adamw"

@@ -60,6 +60,15 @@ class Mesh:
         sp_rank, sp_size = (self.tp_rank, self.layout.tp_size) if self.layout.sequence_parallel else (0, 1)
         return TokenShare(self.cp_rank, self.layout.cp_size, sp_rank, sp_size, self.layout.ulysses_size)
 
+    def gather_places(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        """The places [B, t, D] of each rank of a sequence, in the order of `TokenShare`; without history."""
+        everyone = mine.unsqueeze(0)
+        for group, size in ((self.groups.tp, self.tokens.sp_size), (self.groups.cp, self.layout.cp_size)):
+            if size > 1:
+                parts, everyone = everyone.contiguous(), everyone.new_empty(size * len(everyone), *mine.shape)
+                dist.all_gather_into_tensor(everyone, parts, group=group)
+        return list(everyone)
+
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """The 1-D `values` of every process of the job, [world_size, len(values)], on the CPU."""
         if dist.get_world_size() == 1:

@@ -13,7 +13,7 @@ video tokens and are left out of the loss, so that nothing depends on them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from torch import Tensor
@@ -69,6 +69,17 @@ class TokenShare:
     def take_chunk(self, samples: Sequence[Tensor], dim: int) -> Tensor:
         """The tokens of `chunk_runs`, as `take` gives those of `runs`."""
         return _take(samples, self.chunk_runs([x.shape[dim] for x in samples]), dim)
+
+    def joined(self, of_ranks: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        """The whole tokens [B, T, ...] of each sample, out of the places [B, t, ...] of every rank in order."""
+        wholes = [of_ranks[0].new_empty(len(of_ranks[0]), length, *of_ranks[0].shape[2:]) for length in lengths]
+        for rank, places in enumerate(of_ranks):
+            cp_rank, sp_rank = divmod(rank, self.sp_size)
+            start = 0
+            for run in replace(self, cp_rank=cp_rank, sp_rank=sp_rank).runs(lengths):
+                wholes[run.sample][:, run.start : run.start + run.real] = places[:, start : start + run.real]
+                start += run.places
+        return wholes
 
     def _runs(self, lengths: Sequence[int], first: int, count: int) -> list[Run]:
         """Runs of `count` places from `first` on, counted through the ring's ranks."""

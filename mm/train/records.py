@@ -68,6 +68,7 @@ class StepMetrics(Record):
         skipped: the loss or a gradient was not finite, and no weight changed; such numbers are null in the file.
         tokens, token_pairs: sums of the video tokens of the step's samples, and of their squares.
         timesteps, sample_losses: of the first replica's samples, in its order.
+        clip_limit: of grad_norm, where it differs from step to step; else, and of a skipped step, None.
         loss_mean: `mm.train.running_mean.RunningMean` up to and with this step. mean_of: losses in it; in no file.
     """
 
@@ -89,6 +90,7 @@ class StepMetrics(Record):
     token_pairs: int = 0
     timesteps: tuple[float, ...] = ()
     sample_losses: tuple[float, ...] = ()
+    clip_limit: float | None = None
     loss_mean: float | None = None
     mean_of: int = 0
 
@@ -96,6 +98,8 @@ class StepMetrics(Record):
         """One line of metrics.jsonl; JSON has no word for numbers that are not finite, the hex fields have."""
         values = asdict(self)
         del values["mean_of"]
+        if self.clip_limit is None:
+            del values["clip_limit"]
         for name in ("loss", "grad_norm"):
             values[name] = values[name] if math.isfinite(values[name]) else None
         values["sample_losses"] = [loss if math.isfinite(loss) else None for loss in self.sample_losses]
@@ -129,7 +133,17 @@ class StepMetrics(Record):
 
     def numbers(self) -> Mapping[str, float]:
         """All that is worth a curve."""
-        names = ("loss", "grad_norm", "lr", "tokens_per_s", "tflops", "peak_memory_gb", "step_time_s", "loss_mean")
+        names = (
+            "loss",
+            "grad_norm",
+            "clip_limit",
+            "lr",
+            "tokens_per_s",
+            "tflops",
+            "peak_memory_gb",
+            "step_time_s",
+            "loss_mean",
+        )
         values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 

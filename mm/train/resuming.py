@@ -21,6 +21,8 @@ _DENSE = 1000  # steps to come whose rates are compared one by one, and as many 
 def update_settings(steps: StepSettings, *, fused: bool = False) -> UpdateSettings:
     """The optimizer, its schedule in samples and the average, as the settings of a run have them."""
     schedule, samples = steps.schedule, steps.global_batch_size
+    numbers = dict(steps.optimizer)
+    start, ratio = numbers.pop("abnormal_clip_start"), numbers.pop("initial_clip_ratio")
     return UpdateSettings(
         lr=schedule.lr,
         min_lr=schedule.min_lr,
@@ -28,7 +30,9 @@ def update_settings(steps: StepSettings, *, fused: bool = False) -> UpdateSettin
         lr_warmup_init=schedule.lr_warmup_init,
         warmup_samples=schedule.lr_warmup_iters * samples,
         decay_samples=schedule.lr_decay_iters * samples,
-        **dict(steps.optimizer),
+        **numbers,
+        initial_clip_ratio=1.0 if ratio is None else ratio,
+        abnormal_clip_samples=None if start is None else start * samples,
         ema_decay=steps.ema_decay,
         fused=fused,
     )

@@ -26,6 +26,7 @@ from mm.parallel.boundary import SequenceLengths
 from mm.parallel.schedule import LossFunction, forward_backward
 from mm.parallel.stage import WanStage
 from mm.train.memory_breakdown import Phase
+from mm.train.motion import has_motion, motion_losses
 from mm.train.parts import Part, draw_parts, frames_of_parts, learned_elements, noisy_latents, timesteps_of_runs
 from mm.wan.conditions.computed import computed
 from mm.wan.inputs import ModelInputs, PackedInputs
@@ -39,12 +40,13 @@ class StepResult:
 
     Attributes:
         statistics: losses and gradients. updated: whether they were applied.
-        lr: the rate that was used.
+        lr: the rate that was used. clip_limit: of the gradient norm; None where they were not applied.
     """
 
     statistics: StepStatistics
     updated: bool
     lr: float
+    clip_limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -107,17 +109,18 @@ def train_step(
     with during("forward and backward"):
         counts = SampleCounts(samples, most_samples or len(batches[0]["sample"]))
         losses = compute_gradients(parallel, flow, batches, seed, counts)
-    lr = optimizer.learning_rate
+    lr, limit = optimizer.learning_rate, None
     with during("reducing gradients"):
         optimizer.reduce_gradients()
         statistics = gather_statistics(parallel, optimizer, losses, asked_to_stop(), samples)
     if statistics.is_finite:
+        limit = optimizer.clip_limit(statistics.grad_norm)
         with during("the optimizer's update"):
             optimizer.update(statistics.grad_norm, schedule_by or samples)
     else:
         on_nonfinite(statistics)
         optimizer.skip(schedule_by or samples)
-    return StepResult(statistics, statistics.is_finite, lr)
+    return StepResult(statistics, statistics.is_finite, lr, limit)
 
 
 def compute_gradients(
@@ -231,21 +234,27 @@ def _loss(
     parts: Sequence[Sequence[Part]],
 ) -> tuple[Tensor, Tensor]:
     """This rank's part of the mean of the samples' losses, and of each of them; padding takes no part."""
-    counts = [token_counts(segment, parallel.wan) for segment in segments]
+    counts, ratio = [token_counts(segment, parallel.wan) for segment in segments], flow.config.motion_loss_ratio
     losses: list[Tensor] = []
     of_samples = [velocity.new_zeros(len(segment["sample"])) for segment in segments]
     start = 0
     for run in parallel.mesh.tokens.runs([sum(each) for each in counts]):
         elements = learned_elements(parts[run.sample], segments[run.sample]["latents"])
         begin, _ = counts[run.sample]
+        share = 1.0 if ratio is None or not has_motion(segments[run.sample]) else 1.0 - ratio
         for part in parts[run.sample]:
             end = begin + part.tokens
             first, stop = (start + min(max(token - run.start, 0), run.real) for token in (begin, end))
             loss, own = flow.loss(velocity[:, first:stop], target[:, first:stop], part.weight, elements)
-            losses.append(loss)
-            of_samples[run.sample] += own.detach()
+            losses.append(share * loss)
+            of_samples[run.sample] += share * own.detach()
             begin = end
         start += run.places
+    if ratio is not None:
+        error = velocity.float() - target
+        for index, motion in motion_losses(parallel.mesh, segments, error, counts, parts):
+            losses.append(ratio * motion.mean())
+            of_samples[index] += ratio * motion.detach()
     return torch.stack(losses).sum() / len(segments), joined(of_samples, 0)
 
 

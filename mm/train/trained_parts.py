@@ -79,13 +79,14 @@ def trained_model(run: TrainingRun) -> TrainedModel:
     """The parts and adapters that a checked run trains.
 
     Raises:
-        ConfigError: CFG-100 and CFG-101 for the targets of adapters, CFG-420 to CFG-422 and CFG-424 for what is trained
-            beside them; all problems at once.
+        ConfigError: CFG-100, CFG-101 and CFG-427 for the targets of adapters, CFG-420 to CFG-422 and CFG-424 for what
+            is trained beside them; all problems at once.
     """
     problems = list[Problem]()
     lora, parts = None, None
     try:
-        lora = plan_of(run.adapters, run.wan, run.origins["adapters.targets"].name)
+        words = (run.origins[f"adapters.{name}"].name for name in ("targets", "skip"))
+        lora = plan_of(run.adapters, run.wan, *words)
     except ConfigError as error:
         problems += error.problems
     if run.training.trainable:

@@ -17,7 +17,8 @@ from mm.dialects.mindspeed.accepted_flags import ACCEPTED_TRAIN_FLAGS
 from mm.dialects.mindspeed.extract_files import RETIRED_EXTRACT_FLAGS, ExtractFlags
 from mm.dialects.mindspeed.generate_flags import GenerateFlags
 from mm.dialects.mindspeed.inference_retired import RETIRED_GENERATE_FLAGS
-from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, TrainFlags
+from mm.dialects.mindspeed.retired_flags import RETIRED_TRAIN_FLAGS
+from mm.dialects.mindspeed.train_flags import TrainFlags
 from mm.dialects.videox_fun.accelerate_flags import AccelerateFlags
 from mm.dialects.videox_fun.scripts import SCRIPTS as OF_VIDEOX_FUN
 

@@ -13,7 +13,8 @@ from mm.config.base import Section, load, parse
 from mm.config.flags import parse_flags
 from mm.config.rules.training import check_training
 from mm.dialects.mindspeed.pretrain_json import PretrainModel
-from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, TrainFlags
+from mm.dialects.mindspeed.retired_flags import RETIRED_TRAIN_FLAGS
+from mm.dialects.mindspeed.train_flags import TrainFlags
 from mm.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -170,6 +171,31 @@ def test_bands_of_noise_levels(diffusion: dict[str, Any], expected: list[str]) -
     except ConfigError as error:
         found = ids(error)
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "clip", "said"),
+    [
+        ({}, {"num_frames": 9}, None),
+        ({}, {"num_frames": 5}, "motion_loss_ratio.* 0.5 has no effect: clips of .* have 2 latent frames"),
+        ({"patch_size": [3, 2, 2]}, {"num_frames": 9}, "patch_size.* a token has several"),
+    ],
+)
+def test_a_loss_of_motion_needs_neighbouring_frames(shape: dict[str, Any], clip: dict[str, Any], said: Any) -> None:
+    predictor = {"hidden_size": 48, "ffn_dim": 64, "num_heads": 4, "num_layers": 4, **shape}
+    diffusion = {"motion_loss_ratio": 0.5}
+    run = translated(flags(), parse(PretrainModel, {"predictor": predictor, "diffusion": diffusion}, "m.json"))
+    features = run.data.features
+    assert features.clip is not None
+    data = run.data.model_copy(
+        update={"features": features.model_copy(update={"clip": features.clip.model_copy(update=clip)})}
+    )
+    run = run.model_copy(update={"data": data})
+    if said is None:
+        check_training(run)
+        return
+    with pytest.raises(ConfigError, match=f"CFG-426.*{said}"):
+        check_training(run)
 
 
 def test_training_without_weights_must_be_meant() -> None:

@@ -12,7 +12,8 @@ from mm.config.flags import parse_flags
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout, balanced_stages, even_stages, layout_of
 from mm.dialects.mindspeed.pretrain_json import PretrainModel
-from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, TrainFlags
+from mm.dialects.mindspeed.retired_flags import RETIRED_TRAIN_FLAGS
+from mm.dialects.mindspeed.train_flags import TrainFlags
 from mm.dialects.mindspeed.zero_file import load_zero
 from mm.errors import ConfigError
 

@@ -8,7 +8,8 @@ from mm.config.flags import parse_flags
 from mm.config.layerzero import ZeroConfig
 from mm.config.rules.training import check_training
 from mm.dialects.mindspeed.pretrain_json import PretrainModel
-from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, TrainFlags
+from mm.dialects.mindspeed.retired_flags import RETIRED_TRAIN_FLAGS
+from mm.dialects.mindspeed.train_flags import TrainFlags
 from mm.errors import ConfigError
 
 SHAPE = {"hidden_size": 48, "ffn_dim": 64, "num_heads": 4, "num_layers": 4}

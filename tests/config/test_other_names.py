@@ -10,7 +10,8 @@ from mm.config.flags import Flags, flag_name, parse_flags
 from mm.dialects.mindspeed.extract_files import RETIRED_EXTRACT_FLAGS, ExtractFlags
 from mm.dialects.mindspeed.generate_flags import GenerateFlags
 from mm.dialects.mindspeed.inference_retired import RETIRED_GENERATE_FLAGS
-from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, TrainFlags
+from mm.dialects.mindspeed.retired_flags import RETIRED_TRAIN_FLAGS
+from mm.dialects.mindspeed.train_flags import TrainFlags
 from mm.errors import ConfigError
 
 TRAIN = ["--mm-data", "d", "--mm-model", "m", "--train-iters", "1", "--lr", "1"]

@@ -15,7 +15,8 @@ from mm.config.layerzero import ZeroConfig
 from mm.config.layout import layout_of
 from mm.config.rules.training import check_training
 from mm.dialects.mindspeed.pretrain_json import PretrainModel
-from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, TrainFlags
+from mm.dialects.mindspeed.retired_flags import RETIRED_TRAIN_FLAGS
+from mm.dialects.mindspeed.train_flags import TrainFlags
 from mm.errors import ConfigError, Problem
 
 REQUIRED = "--mm-data d.json --mm-model m.json --train-iters 10 --lr 1e-4 --load weights"

@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import pytest
 from annotated_types import Ge, Gt, Lt
 
-from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, TrainFlags
+from mm.dialects.mindspeed.retired_flags import RETIRED_TRAIN_FLAGS
+from mm.dialects.mindspeed.train_flags import TrainFlags
 
 ROOT = Path(__file__).parents[2]
 CONFIGURATIONS, SEED = 200, 20

@@ -11,6 +11,7 @@ import pytest
 from videox_fun_files import DATA, commands_in, home
 
 from mm.cli.videox_fun import check, shape_of
+from mm.config.rules.training import check_training
 from mm.config.run.shapes import TokenLength
 from mm.dialects.videox_fun.accelerate import read_launch_words
 from mm.dialects.videox_fun.command import Command, read_command, script_of
@@ -108,6 +109,7 @@ def test_every_training_command_of_the_guide_is_read_unchanged(guide: str) -> No
         assert training.training.seed == extraction.extraction.seed == 42
         update = training.optimizer
         assert (update.lr, update.weight_decay, update.eps, update.clip_norm) == (2e-5, 3e-2, 1e-10, 0.05)
+        assert (update.initial_clip_ratio, update.abnormal_clip_start) == (5.0, 1000)
         assert (update.decay, update.warmup_steps) == ("constant", 100)
         assert (training.objective.shift, training.objective.loss_weighting) == (5.0, "none")
         assert (training.dtype, training.memory.recompute) == ("bf16", "full")
@@ -177,8 +179,32 @@ def test_noise_levels_are_those_of_the_flags() -> None:
     assert control("--weighting_scheme=cosmap").training.objective.loss_weighting == "cosmap"
     normal = control("--weighting_scheme=logit_normal --logit_mean=0.5 --logit_std=0.8").training.objective
     assert (normal.timestep_sampling, normal.logit_mean, normal.logit_std) == ("logit_normal", -0.5, 0.8)
-    both = "--weighting_scheme=logit_normal --uniform_sampling"
-    assert ids(control, both) == ["CFG-341"]
+    mode = control("--weighting_scheme=mode --mode_scale=0.8").training.objective
+    assert (mode.timestep_sampling, mode.mode_scale, mode.loss_weighting) == ("mode", 0.8, "none")
+    assert control("--weighting_scheme=mode").training.objective.mode_scale == 1.29
+    for scheme in ("logit_normal", "mode"):
+        assert ids(control, f"--weighting_scheme={scheme} --uniform_sampling") == ["CFG-341"]
+
+
+def test_the_loss_of_motion_is_that_of_the_flags() -> None:
+    assert control("").training.objective.motion_loss_ratio is None
+    assert control("--motion_sub_loss").training.objective.motion_loss_ratio == 0.25
+    assert control("--motion_sub_loss --motion_sub_loss_ratio=0.5").training.objective.motion_loss_ratio == 0.5
+    alone = control("--motion_sub_loss_ratio=0.5").training
+    assert alone.objective.motion_loss_ratio is None
+    assert any(note.startswith("--motion_sub_loss_ratio changes nothing") for note in alone.notes)
+
+
+def test_limits_of_the_norm_are_those_of_the_flags() -> None:
+    given = control("--initial_grad_norm_ratio=2 --abnormal_norm_clip_start=30").training.optimizer
+    assert (given.initial_clip_ratio, given.abnormal_clip_start) == (2.0, 30)
+    off = control("--max_grad_norm=0").training.optimizer
+    assert (off.clip_norm, off.initial_clip_ratio, off.abnormal_clip_start) == (0.0, None, None)
+    words = f"--pretrained_model_name_or_path={V10} {FILES} --train_mode=control_ref --enable_bucket"
+    adapters = read("wan2.1_fun/train_control_lora.py", words).training.optimizer
+    assert (adapters.clip_norm, adapters.abnormal_clip_start) == (1.0, None), "no flags of its script"
+    with pytest.raises(ConfigError, match=r"CFG-425.*--abnormal_norm_clip_start 30 has no effect with --max_grad_norm"):
+        check_training(control("--max_grad_norm=0 --abnormal_norm_clip_start=30").training)
 
 
 def test_both_orders_of_sizes_are_the_same_sides() -> None:
@@ -198,10 +224,11 @@ def test_steps_are_passes_over_the_rows() -> None:
 
 
 def test_what_changes_nothing_is_noted_and_what_cannot_be_had_is_refused_at_once() -> None:
-    notes = control("--noise_offset=0.1 --snr_loss --low_vram --validation_steps=7").training.notes
-    told = {"--low_vram", "--validation_steps", "--snr_loss", "--noise_offset"}
+    notes = control("--noise_offset=0.1 --snr_loss --low_vram --validation_steps=7 --mode_scale=1").training.notes
+    told = {"--low_vram", "--validation_steps", "--snr_loss", "--noise_offset", "--mode_scale"}
     assert {note.split()[0] for note in notes} == told
-    wrong = "--use_came --motion_sub_loss --weighting_scheme=mode --mixed_precision=fp16 --rank=4 --learning_rat=1"
+    wrong = "--use_came --use_8bit_adam --weighting_scheme=mode --uniform_sampling --mixed_precision=fp16"
+    wrong += " --rank=4 --learning_rat=1"
     assert sorted(ids(control, wrong)) == ["CFG-007", "CFG-008", "CFG-341", "CFG-341", "CFG-341", "CFG-341"]
 
 
@@ -283,4 +310,6 @@ def test_adapters_are_those_of_the_script() -> None:
     assert adapters is not None
     assert (adapters.rank, adapters.alpha, adapters.base) == (64, 32.0, V10)
     assert adapters.targets == ["q", "k", "v", "ffn.0", "ffn.2"]
+    skipped = read(script, f"{words} --lora_skip_name=cross_attn,blocks.0.").training.adapters
+    assert skipped is not None and skipped.skip == ["cross_attn", "blocks.0."]
     assert read(script, words).training.adapters.targets[-2:] == ["k_img", "v_img"]  # type: ignore[union-attr]

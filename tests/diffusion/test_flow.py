@@ -12,6 +12,7 @@ from mm.config.base import parse
 from mm.config.diffusion import DiffusionConfig
 from mm.diffusion.flow import FlowMatching, shift_sigma
 from mm.errors import ConfigError
+from mm.rng import generator
 
 # (index, timestep, weight) of the reference system's grid, by shift
 ORACLE_SHIFT_5 = [
@@ -115,6 +116,41 @@ def test_the_mean_of_the_logits_has_the_other_sign_elsewhere(shift):
     assert ours.median() < shift_sigma(torch.tensor(0.5), shift) - 0.1  # below 0 is towards the data
 
 
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 0.8, 1.29, 1.75])
+def test_levels_of_mode_are_those_of_diffusers_for_the_same_uniform_numbers(scale):
+    draws, count = [4] * 500, 500
+    torch.set_default_dtype(torch.float64)  # they draw numbers of it
+    try:
+        drawn = [
+            compute_density_for_timestep_sampling(
+                "mode", 1, mode_scale=scale, generator=generator(3, "timestep", sample, 4)
+            )
+            for sample in range(count)
+        ]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    theirs = torch.cat(drawn)
+    even = FlowMatching(DiffusionConfig(timestep_sampling="mode", mode_scale=scale, shift=1.0))
+    ours = even.draw_timesteps(3, range(count), draws)[0]
+    torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=1e-7)
+    shifted = FlowMatching(DiffusionConfig(timestep_sampling="mode", mode_scale=scale, shift=5.0))
+    sigma, timestep, weight = shifted.draw_timesteps(3, range(count), draws)
+    torch.testing.assert_close(sigma, (5 * theirs / (1 + 4 * theirs)).float(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(timestep, 1000 * sigma, rtol=0, atol=1e-4)
+    assert weight.min() >= 0
+
+
+def test_the_scale_of_mode_is_the_paper_s_and_draws_the_middle():
+    settings = {"timestep_sampling": "mode", "shift": 1.0}
+    usual, said, even = (
+        FlowMatching(DiffusionConfig(**settings, **more)).draw_timesteps(3, range(4000), [0] * 4000)[0]
+        for more in ({}, {"mode_scale": 1.29}, {"mode_scale": 0.0})
+    )
+    assert torch.equal(usual, said)
+    assert abs(usual.mean().item() - 0.5) < 0.02, "its density is symmetric"
+    assert usual.std() < 0.75 * even.std()
+
+
 def test_a_draw_depends_on_seed_sample_and_draw_alone():
     flow = FlowMatching(DiffusionConfig())
     together = flow.draw_timesteps(1, ["a", "b", "c"], [0, 3, 0])
@@ -191,6 +227,10 @@ def test_shift_keeps_the_ends():
         ({"timestep_sampling": "uniform"}, "CFG-005"),
         ({"logit_mean": 0.0}, "CFG-005"),
         ({"sigma_max": 1.0}, "CFG-003"),
+        ({"mode_scale": 1.29}, "CFG-005"),
+        ({"timestep_sampling": "mode", "mode_scale": 1.8}, "CFG-005"),
+        ({"timestep_sampling": "mode", "mode_scale": -1.1}, "CFG-005"),
+        ({"timestep_sampling": "mode", "timestep_slices": "step"}, "CFG-005"),
         ({"first_frame_share": 1.5}, "CFG-005"),
         ({"band_from": 1.5}, "CFG-005"),
     ],
@@ -221,9 +261,16 @@ def test_an_expert_s_band_of_the_grid(band, expected):
 
 
 @pytest.mark.parametrize("band", [{"band_from": 0.9}, {"band_below": 0.9}, {"band_from": 0.7, "band_below": 0.9}])
-def test_a_band_of_logit_normal_is_what_is_left_of_it(band):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"timestep_sampling": "logit_normal", "logit_mean": 0.3, "logit_std": 1.2, "shift": 3.0},
+        {"timestep_sampling": "mode", "mode_scale": 1.6, "shift": 3.0},
+    ],
+    ids=["logit_normal", "mode"],
+)
+def test_a_band_of_a_density_is_what_is_left_of_it(settings, band):
     """The distribution inside the band is that of draws without a band that happen to be in it."""
-    settings = {"timestep_sampling": "logit_normal", "logit_mean": 0.3, "logit_std": 1.2, "shift": 3.0}
     drawn = FlowMatching(DiffusionConfig(**settings, **band)).draw_timesteps(3, range(8000), [0] * 8000)[0]
     whole = FlowMatching(DiffusionConfig(**settings)).draw_timesteps(3, range(20000), [0] * 20000)[0]
     low, high = DiffusionConfig(**settings, **band).band

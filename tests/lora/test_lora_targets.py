@@ -6,7 +6,7 @@ import torch
 from mm.config.model import WAN_1_3B, WAN_14B, WanConfig, of_task
 from mm.config.tasks.vace import VACE
 from mm.errors import ConfigError
-from mm.lora.targets import Sizes, linears_of, target_linears
+from mm.lora.targets import Sizes, linears_of, target_linears, without_skipped
 from mm.wan.model import WanModel
 
 GUIDE = ["ffn.2", "ffn.0", "proj_q", "proj_k", "proj_v", "proj_out"]  # MindSpeed-MM's finetune_lora.sh
@@ -85,3 +85,26 @@ def test_projections_of_side_blocks_have_no_adapters(word):
     """Every tensor-parallel rank has them whole, and gradients of adapters are added up over the ranks."""
     with pytest.raises(ConfigError, match="CFG-100"):
         target_linears([word], linears(of_task(WAN_1_3B, VACE)))
+
+
+def test_what_is_left_out_is_what_has_a_word_anywhere_in_its_name():
+    every = target_linears(DIFFSYNTH, SMALL)
+    left = without_skipped(every, ["cross_attn", "blocks.0."])
+    assert left == [name for name in every if name.startswith("blocks.1.") and ".cross_attn." not in name]
+    assert len(left) == 6
+    assert without_skipped(every, []) == every
+
+
+@pytest.mark.parametrize(
+    ("skipped", "found"),
+    [
+        (["blocks"], ["--skip blocks leaves no linear"]),
+        (["to_q", "head"], ["--skip 'to_q' is in the name of no", "--skip 'head' is in the name of no"]),
+        ([""], ["--skip '' is in the name of no"]),
+    ],
+)
+def test_words_that_leave_nothing_in_or_out_are_refused(skipped, found):
+    with pytest.raises(ConfigError) as caught:
+        without_skipped(target_linears(["q"], SMALL), skipped, "--skip")
+    assert [problem.id for problem in caught.value.problems] == ["CFG-427"] * len(found)
+    assert all(said in str(caught.value) for said in found)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mm.config.diffusion import DiffusionConfig
 from mm.config.layerzero import ZeroConfig
 from mm.config.layout import Layout
 from mm.config.model import WanConfig, of_task
@@ -58,6 +59,7 @@ class Row:
     model_type: str = "t2v"
     compiled: bool = False
     packs: tuple[tuple[int, ...], ...] = ()
+    objective: DiffusionConfig = field(default_factory=DiffusionConfig)
 
     @property
     def wan(self) -> WanConfig:
@@ -93,7 +95,8 @@ class Row:
     @property
     def reference(self) -> tuple[Any, ...]:
         """What rows have in common that are compared with the same run."""
-        return self.samples, self.model_type, self.wan.num_layers, self.case.samples, bool(self.packs)
+        objective = self.objective.model_dump_json()
+        return self.samples, self.model_type, self.wan.num_layers, self.case.samples, bool(self.packs), objective
 
     @property
     def micro_batches(self) -> int:
@@ -103,7 +106,7 @@ class Row:
     def case(self) -> Case:
         return Case(
             self.wan, self.layout, self.options, self.zero, self.recompute, tuple(SIZES[self.samples]),
-            self.micro_batch_size, self.micro_batches, self.packs,
+            self.micro_batch_size, self.micro_batches, self.packs, self.objective,
         )  # fmt: skip
 
 
@@ -120,7 +123,13 @@ def global_batch(kind: str, step: int, wan: WanConfig = WAN) -> list[FeatureBatc
 
 def plain_run(row: Row) -> WholeTrace:
     """The reference: the row's samples one by one."""
-    return parity.run_on_one_device(row.wan, SIZES[row.samples], row.case.samples, text_lengths=row.case.text_lengths)
+    return parity.run_on_one_device(
+        row.wan,
+        SIZES[row.samples],
+        row.case.samples,
+        text_lengths=row.case.text_lengths,
+        objective=row.objective,
+    )
 
 
 def parallel_run(row: Row, mesh: Mesh, backend: Backend) -> WholeTrace:

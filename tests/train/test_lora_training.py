@@ -20,7 +20,7 @@ from mm.checkpoint.store import read_manifest
 from mm.checkpoint.weights import open_weights
 from mm.cli import convert as convert_command
 from mm.cli import train as train_command
-from mm.errors import MMError
+from mm.errors import MMError, ResumeError
 from mm.lora.adapter import Adapter, Update
 from mm.lora.files import COMFYUI_FILE, read_adapter, write_adapter
 from mm.lora.inspection import inspect
@@ -74,6 +74,17 @@ def test_six_steps_are_three_and_three(demo: Path, base: Path, tmp_path: Path, m
     for file in ("shard-00000-of-00001.safetensors", PEFT_FILE, COMFYUI_FILE):
         one, other = (tmp_path / name / "iter_0000006" / file for name in ("straight", "stopped"))
         assert one.read_bytes() == other.read_bytes(), file
+
+
+def test_what_is_left_out_has_no_adapter_and_stays_so(demo: Path, tmp_path: Path) -> None:
+    flags = lora(demo, load_base_model=demo / WEIGHTS, lora_skip_modules=["cross_attn", "blocks.0."])
+    run(demo, tmp_path, train_iters=1, **flags)
+    adapted = read_manifest(tmp_path / "iter_0000001").scalars["adapters"]["adapted"]
+    blocks = open_weights(demo / WEIGHTS).config().num_layers
+    names = ("self_attn.q", "self_attn.v", "self_attn.o", "ffn.0")
+    assert set(adapted) == {f"blocks.{block}.{name}" for block in range(1, blocks) for name in names}
+    with pytest.raises(ResumeError, match=r"CKPT-082.*blocks\.0\."):
+        run(demo, tmp_path, train_iters=2, **{**flags, "lora_skip_modules": ["cross_attn"]})
 
 
 def test_only_adapters_are_saved_and_the_base_is_named(demo: Path, base: Path, trained: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from mm.config.bad_samples import parse_on_bad_sample
+from mm.config.diffusion import LEAST_MOTION_FRAMES
 from mm.config.optimizer import DEFAULTS
 from mm.config.output import require_writable_folder
 from mm.config.rules.adapters import ADAPTER_RULES
@@ -18,7 +19,7 @@ from mm.config.rules.recompute import RECOMPUTE_RULES
 from mm.config.rules.saving import SAVING_RULES
 from mm.config.rules.timesteps import timesteps_are_of_the_model
 from mm.config.run.training import TrainingRun
-from mm.config.unread import broken
+from mm.config.unread import broken, is_given
 from mm.errors import ConfigError, Problem, raise_all
 
 
@@ -91,6 +92,19 @@ def _epsilon_is_used(run: TrainingRun) -> Iterator[Problem]:
         yield Problem("CFG-029", f"{words['optimizer.eps'].name} has no effect with {chosen}.", "Remove one of them.")
 
 
+def _limits_of_the_norm_are_used(run: TrainingRun) -> Iterator[Problem]:
+    """CFG-425: how a limit of the gradient norm changes, where there is none, or no steps in which."""
+    optimizer, words = run.optimizer, run.origins
+    ratio, start = (words[f"optimizer.{name}"] for name in ("initial_clip_ratio", "abnormal_clip_start"))
+    if optimizer.initial_clip_ratio is not None and optimizer.abnormal_clip_start is None:
+        found = f"{ratio.with_value(optimizer.initial_clip_ratio)} has no effect without {start.name}"
+        yield Problem("CFG-425", f"{found}, in whose steps the limit changes.", f"Add {start.name}, or remove it.")
+    if optimizer.abnormal_clip_start is not None and optimizer.clip_norm == 0:
+        off = words["optimizer.clip_norm"].with_value(optimizer.clip_norm)
+        found = f"{start.with_value(optimizer.abnormal_clip_start)} has no effect with {off}, which clips nothing."
+        yield Problem("CFG-425", found, "Remove one of them.")
+
+
 def _first_frames_are_given(run: TrainingRun) -> Iterator[Problem]:
     """CFG-290: a share of clean first frames in a task that has none."""
     share, wan, words = run.objective.first_frame_share, run.wan, run.origins
@@ -100,6 +114,23 @@ def _first_frames_are_given(run: TrainingRun) -> Iterator[Problem]:
         said = words["objective.first_frame_share"].with_value(share)
         found = f"{said} has no effect: {why}, and such a model is never given a clean frame."
         yield Problem("CFG-290", found, "Remove it.")
+
+
+def _neighbouring_frames_are_there(run: TrainingRun) -> Iterator[Problem]:
+    """CFG-426: a loss of motion of clips that have too few latent frames, or of tokens of several."""
+    ratio, words, features = run.objective.motion_loss_ratio, run.origins, run.data.features
+    if ratio is None:
+        return
+    said = words["objective.motion_loss_ratio"].with_value(ratio)
+    if run.wan.patch_size[0] > 1:
+        patch = words["model.shape.patch_size"].with_value(list(run.wan.patch_size))
+        found = f"{said} compares tokens of neighbouring latent frames, and with {patch} a token has several."
+        yield Problem("CFG-426", found, f"Remove {words['objective.motion_loss_ratio'].name}.")
+    clip = features.clip if is_given(features) and is_given(features.clip) else None
+    size = None if clip is None else clip.latent_size(run.wan.task.latent_pixels)
+    if size is not None and size[0] < LEAST_MOTION_FRAMES:
+        found = f"{said} has no effect: clips of {words.whole('data.features')} have {size[0]} latent frames"
+        yield Problem("CFG-426", f"{found}, and it takes {LEAST_MOTION_FRAMES}.", "Remove it, or take longer clips.")
 
 
 def _band_has_levels(run: TrainingRun) -> Iterator[Problem]:
@@ -151,8 +182,10 @@ TRAINING_RULES: tuple[Rule, ...] = (
     *AROUND_RULES,
     _schedule_fits,
     _epsilon_is_used,
+    _limits_of_the_norm_are_used,
     _first_frames_are_given,
     timesteps_are_of_the_model,
+    _neighbouring_frames_are_there,
     _band_has_levels,
     _overlap_needs_distributed_optimizer,
     _compiled_blocks_wait_for_nothing,

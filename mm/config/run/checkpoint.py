@@ -18,6 +18,7 @@ class AdapterSection(Section):
     Attributes:
         rank: width of the adapters. alpha: over rank it scales an update.
         targets: the linears that get adapters, by the end of their names.
+        skip: those of them that get none all the same, by words anywhere in their native names.
         base: the frozen model's weights, in any known format.
         base_dtype: keep the frozen weights of the blocks' linears in 8 bits; None keeps the run's precision.
     """
@@ -25,6 +26,7 @@ class AdapterSection(Section):
     rank: int = Field(ge=1)
     alpha: float = Field(gt=0)
     targets: list[str] = Field(min_length=1)
+    skip: list[str] = Field(default_factory=list)
     base: str = Field(min_length=1)
     base_dtype: Literal["int8", "fp8"] | None = None
 

@@ -22,6 +22,9 @@ class OptimizerSection(Section):
         weight_decay: decoupled; none on biases and norms.
         beta1, beta2: decays of its averages; eps: AdamW's epsilon; None takes the optimizer's own.
         clip_norm: largest global gradient norm; 0 turns clipping off.
+        abnormal_clip_start: steps after which a norm far above the limit is clipped below it (`mm.optim.clipping`).
+        initial_clip_ratio: the first step's limit is so many times `clip_norm`; it falls to that until these steps are
+            over. None is 1.
         ema_decay: average the weights: after each step average = D average + (1-D) weights; None keeps no average.
         on_nonfinite: a loss or gradient that is not finite: `stop`, or `skip:K`, which leaves out up to K in a row.
     """
@@ -38,6 +41,8 @@ class OptimizerSection(Section):
     beta2: float | None = Field(None, ge=0, lt=1)
     eps: float | None = Field(None, gt=0)
     clip_norm: float = Field(1.0, ge=0)
+    initial_clip_ratio: float | None = Field(None, gt=0)
+    abnormal_clip_start: int | None = Field(None, ge=0)
     ema_decay: float | None = Field(None, gt=0, lt=1)
     on_nonfinite: str = Field("stop", pattern=r"^(stop|skip:[1-9][0-9]*)$")
 

@@ -192,6 +192,20 @@ class TrainFlags(ExpertFlags):
     clip_grad: float = sets(
         "optimizer.clip_norm", 1.0, ge=0, description="largest global gradient norm; 0 turns clipping off"
     )
+    initial_clip_ratio: float | None = sets(
+        "optimizer.initial_clip_ratio",
+        None,
+        gt=0,
+        description="the first step's limit of the gradient norm by clip-grad; it goes to clip-grad in the steps of "
+        "abnormal-clip-start; default: 1",
+    )
+    abnormal_clip_start: int | None = sets(
+        "optimizer.abnormal_clip_start",
+        None,
+        ge=0,
+        description="steps after which a norm of more than 5 times clip-grad is clipped to less than it, by as much as "
+        "it is above, at most a tenth",
+    )
     ema_decay: float | None = sets(
         "optimizer.ema_decay",
         None,
@@ -207,6 +221,11 @@ class TrainFlags(ExpertFlags):
         "adapters.targets",
         [],
         description="LoRA: the linears that get adapters, by the end of their names: q k v o ffn.0 ffn.2",
+    )
+    lora_skip_modules: list[str] = sets(
+        "adapters.skip",
+        [],
+        description="LoRA: of these linears those that get none, by words anywhere in their names: cross_attn",
     )
     lora_dropout: float | None = Field(None, description="LoRA: 0 is the only value there is")
     lora_base_dtype: Literal["int8", "fp8"] | None = sets(
@@ -352,40 +371,4 @@ class TrainFlags(ExpertFlags):
     def lora(self) -> bool:
         """True where adapters are trained, by any of LoRA's flags; the rules ask for the others."""
         given = (self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_base_dtype)
-        return bool(self.lora_target_modules) or any(value is not None for value in given)
-
-
-_FROM_MODEL_JSON = "Remove it; the model's shape comes from pretrain_model.json."
-_OVERRIDE = "Remove it and give --resume-changed schedule, which goes on with the schedule of the flags."
-_USE_CHECKPOINT = (
-    "Remove it and give the checkpoint's schedule; where the flags differ from it, a resume says its values."
-)
-RETIRED_TRAIN_FLAGS = {
-    "--override-opt_param-scheduler": _OVERRIDE,
-    "--override-opt-param-scheduler": _OVERRIDE,
-    "--use-checkpoint-opt_param-scheduler": _USE_CHECKPOINT,
-    "--use-checkpoint-opt-param-scheduler": _USE_CHECKPOINT,
-    "--num-layers": _FROM_MODEL_JSON,
-    "--hidden-size": _FROM_MODEL_JSON,
-    "--num-attention-heads": _FROM_MODEL_JSON,
-    "--seq-length": "Remove it; token counts come from the features.",
-    "--max-position-embeddings": "Remove it; token counts come from the features.",
-    "--tokenizer-type": "Remove it; captions are embedded during feature extraction.",
-    "--vocab-size": "Remove it; captions are embedded during feature extraction.",
-    "--position-embedding-type": _FROM_MODEL_JSON,
-    "--rotary-base": _FROM_MODEL_JSON,
-    "--normalization": _FROM_MODEL_JSON,
-    "--attention-mask-type": "Remove it; attention in Wan is never causal.",
-    "--distributed-backend": "Remove it; the device chooses its backend (gloo, nccl, hccl).",
-    "--mm-tool": "Remove it; tools.json belongs to feature extraction.",
-    "--eval-iters": "Remove it; --eval-interval uses all samples of --eval-data.",
-    "--num-layers-per-virtual-pipeline-stage": "Remove it; give --virtual-pipeline-model-parallel-size, and "
-    "predictor.pipeline_num_layers in pretrain_model.json for stages of different sizes.",
-    "--context-parallel-kv-cache-policy": "Remove it; what a ring keeps for its backward pass is no choice here.",
-    "--lora-register-forward-hook": "Remove it; gradients reach every adapter without a hook.",
-    "--optimizer-selection": "Remove it; --optimizer names the algorithm, which runs by the device's fastest kernel. "
-    "What fused_ema_adamw adds is --ema-decay alone.",
-    "--use-torch-fsdp2": "Remove it; give --layerzero and --layerzero-config, which shard through FSDP2.",
-    "--use-data-balance": "Remove it; the order of samples is drawn from --seed alone.",
-    "--fsdp2-config-path": "Remove it; give --layerzero and --layerzero-config, which shard through FSDP2.",
-}
+        return bool(self.lora_target_modules or self.lora_skip_modules) or any(value is not None for value in given)

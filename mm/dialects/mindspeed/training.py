@@ -25,7 +25,8 @@ from mm.dialects.mindspeed.extraction import tokenizer
 from mm.dialects.mindspeed.files import read_pretrain_model, read_train_data
 from mm.dialects.mindspeed.pretrain_json import PretrainModel
 from mm.dialects.mindspeed.reading import Reading
-from mm.dialects.mindspeed.train_flags import RETIRED_TRAIN_FLAGS, TrainFlags
+from mm.dialects.mindspeed.retired_flags import RETIRED_TRAIN_FLAGS
+from mm.dialects.mindspeed.train_flags import TrainFlags
 from mm.dialects.mindspeed.words import TRAIN_FLAGS, training_origins
 from mm.dialects.mindspeed.zero_file import load_zero
 from mm.errors import Problem
@@ -186,6 +187,7 @@ def _adapters(flags: TrainFlags) -> AdapterSection | None:
         "rank": max(1, rank),
         "alpha": alpha if alpha > 0 else 1.0,
         "targets": flags.lora_target_modules or ["q"],
+        "skip": flags.lora_skip_modules,
         "base": flags.load_base_model or "missing",
         "base_dtype": flags.lora_base_dtype,
     }

@@ -157,18 +157,20 @@ def _something_is_trained(flags: VideoxFlags, facts: Facts, reading: Reading) ->
 
 
 def _sampling_is_here(flags: VideoxFlags, facts: Facts, reading: Reading) -> None:
-    """CFG-341: densities and weights of noise levels that are not here, or have no effect."""
+    """CFG-341: densities of noise levels that have no effect."""
     scheme = flags.weighting_scheme
-    if scheme == "mode":
-        found = "--weighting_scheme is mode, whose density is not here."
-        reading.wrong("CFG-341", found, "Give logit_normal, or none.")
-    if scheme == "logit_normal" and flags.uniform_sampling:
-        found = "--weighting_scheme logit_normal has no effect with --uniform_sampling."
+    if scheme in ("logit_normal", "mode") and flags.uniform_sampling:
+        found = f"--weighting_scheme {scheme} has no effect with --uniform_sampling."
         reading.wrong("CFG-341", found, "Remove one of them.")
     steps = facts.config.scheduler_kwargs.num_train_timesteps
     if flags.train_sampling_steps != steps:
         found = f"--train_sampling_steps is {flags.train_sampling_steps}, and the schedule has {steps}."
         reading.wrong("CFG-341", found, "Make them agree; the model's timesteps are its schedule's.")
+    for name, owner in (("logit_mean", "logit_normal"), ("logit_std", "logit_normal"), ("mode_scale", "mode")):
+        if name in flags.model_fields_set and scheme != owner:
+            reading.notes.append(f"--{name} changes nothing: it is of --weighting_scheme {owner}")
+    if "motion_sub_loss_ratio" in flags.model_fields_set and not flags.motion_sub_loss:
+        reading.notes.append("--motion_sub_loss_ratio changes nothing: it is of --motion_sub_loss")
 
 
 def _images_are_seen_as_often(flags: VideoxFlags, facts: Facts, reading: Reading) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from mm.config.diffusion import LARGEST_MODE_SCALE, MODE_SCALE
 from mm.config.flags import Flags
 from mm.config.run.shapes import LARGEST_SIDE, SMALLEST_SIDE
 from mm.dialects.meaning import refused, taken, used
@@ -82,9 +83,17 @@ class VideoxFlags(Flags):
     ] = used("optimizer.decay", default="constant")
     lr_warmup_steps: int = used("optimizer.warmup_steps", default=500, ge=0)
     use_8bit_adam: bool = refused(
-        "keeps moments in 8 bits, which is not here", "Remove it; with ZeRO-2 replicas share the moments.", False
+        "keeps AdamW's moments in 8 bits, which is not here",
+        "Remove it. To save their memory, shard them over the processes with ZeRO-2 (--use_deepspeed), train adapters "
+        "with the _lora script, or use mm train --optimizer lion, which keeps one moment in place of two.",
+        False,
     )
-    use_came: bool = refused("takes the optimizer CAME, which is not here", "Remove it: AdamW is used.", False)
+    use_came: bool = refused(
+        "takes the optimizer CAME, which is not here",
+        "Remove it: AdamW is used. To save memory, shard its moments over the processes with ZeRO-2 (--use_deepspeed), "
+        "or use mm train --optimizer lion, which keeps one in place of two.",
+        False,
+    )
     adam_beta1: float = used("optimizer.beta1", default=0.9, ge=0, lt=1)
     adam_beta2: float = used("optimizer.beta2", default=0.999, ge=0, lt=1)
     adam_weight_decay: float = used("optimizer.weight_decay", default=1e-2, ge=0)
@@ -98,11 +107,9 @@ class VideoxFlags(Flags):
     )
     logit_mean: float = used("objective.logit_mean", default=0.0)
     logit_std: float = used("objective.logit_std", default=1.0, gt=0)
-    mode_scale: float = used(default=1.29)
-    motion_sub_loss: bool = refused(
-        "adds a loss of differences of frames, which is not here", "Remove it; the loss is that of the velocity.", False
-    )
-    motion_sub_loss_ratio: str | None = taken("has no effect without --motion_sub_loss")
+    mode_scale: float = used("objective.mode_scale", default=MODE_SCALE, ge=-1, le=LARGEST_MODE_SCALE)
+    motion_sub_loss: bool = used(default=False)
+    motion_sub_loss_ratio: float = used("objective.motion_loss_ratio", default=0.25, gt=0, le=1)
     snr_loss: bool = taken(_DEAD, False)
     noise_offset: str | None = taken(_DEAD)
     prediction_type: str | None = taken(_DEAD)
@@ -136,12 +143,8 @@ class FullFlags(VideoxFlags):
 
     trainable_modules: list[str] | None = used("training.trainable")
     trainable_modules_low_learning_rate: list[str] | None = used()
-    initial_grad_norm_ratio: str | None = refused(
-        "lets larger gradients through at first, which is not here", "Remove it; --max_grad_norm holds from the start."
-    )
-    abnormal_norm_clip_start: str | None = refused(
-        "clips more of unusual gradients, which is not here", "Remove it; --max_grad_norm holds from the start."
-    )
+    initial_grad_norm_ratio: float = used("optimizer.initial_clip_ratio", default=5.0, gt=0)
+    abnormal_norm_clip_start: int = used("optimizer.abnormal_clip_start", default=1000, ge=0)
     use_ema: bool = used("optimizer.ema_decay", default=False)
     report_model_info: bool = taken("metrics.jsonl and TensorBoard have the norm of each step's gradient", False)
     selective_ac: float = used("memory.blocks", default=0.0, ge=0, le=1)
@@ -153,7 +156,7 @@ class LoRAFlags(VideoxFlags):
     rank: int = used("adapters.rank", default=128, ge=1)
     network_alpha: float = used("adapters.alpha", default=64.0, gt=0)
     target_name: str | None = used("adapters.targets")
-    lora_skip_name: str | None = refused("leaves linears out", "Give the others with --target_name.")
+    lora_skip_name: str | None = used("adapters.skip")
     use_peft_lora: bool = taken("files have their alpha, in names that every tool reads", False)
     train_text_encoder: bool = refused("trains the text encoder", "Remove it; Wan's stays as it is.", False)
     save_state: bool = taken("a run's state is always kept, in iter_* folders of --output_dir", False)

@@ -180,8 +180,18 @@ def _optimizer(flags: VideoxFlags, facts: Facts) -> Values:
         "optimizer.beta2": lambda: flags.adam_beta2,
         "optimizer.eps": lambda: flags.adam_epsilon,
         "optimizer.clip_norm": lambda: flags.max_grad_norm,
+        "optimizer.initial_clip_ratio": lambda: _clipping(flags, "initial_grad_norm_ratio"),
+        "optimizer.abnormal_clip_start": lambda: _clipping(flags, "abnormal_norm_clip_start"),
         "optimizer.ema_decay": lambda: _EMA_DECAY if isinstance(flags, FullFlags) and flags.use_ema else None,
     }
+
+
+def _clipping(flags: VideoxFlags, name: str) -> float | int | None:
+    """A flag of how gradients are clipped at first and far off; its default is of those that are clipped at all."""
+    if not isinstance(flags, FullFlags) or (flags.max_grad_norm == 0 and name not in flags.model_fields_set):
+        return None
+    value: float | int = getattr(flags, name)
+    return value
 
 
 def _decay(scheduler: str) -> str:
@@ -205,10 +215,13 @@ def _objective(flags: VideoxFlags, facts: Facts) -> DiffusionConfig:
         "num_train_timesteps": flags.train_sampling_steps,
         "loss_weighting": flags.weighting_scheme if flags.weighting_scheme in ("sigma_sqrt", "cosmap") else "none",
         "timestep_slices": "step" if flags.uniform_sampling else None,
+        "motion_loss_ratio": flags.motion_sub_loss_ratio if flags.motion_sub_loss else None,
     }
     if flags.weighting_scheme == "logit_normal" and not flags.uniform_sampling:
         # VideoX-Fun counts the schedule from noise to data, and sigma goes the other way
         values |= {"timestep_sampling": "logit_normal", "logit_mean": -flags.logit_mean, "logit_std": flags.logit_std}
+    if flags.weighting_scheme == "mode" and not flags.uniform_sampling:
+        values |= {"timestep_sampling": "mode", "mode_scale": flags.mode_scale}
     return built(DiffusionConfig, values)
 
 
@@ -253,5 +266,6 @@ def _adapters(flags: VideoxFlags, facts: Facts) -> AdapterSection | None:
     if facts.shape.image_dim:
         every += IMAGE_LINEARS
     targets = every if flags.target_name is None else [word.strip() for word in flags.target_name.split(",")]
-    values = {"rank": flags.rank, "alpha": flags.network_alpha, "targets": targets, "base": base}
+    skip = [] if flags.lora_skip_name is None else [word.strip() for word in flags.lora_skip_name.split(",")]
+    values = {"rank": flags.rank, "alpha": flags.network_alpha, "targets": targets, "skip": skip, "base": base}
     return built(AdapterSection, values)

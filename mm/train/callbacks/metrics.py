@@ -30,6 +30,7 @@ class Metrics(Callback):
     def after_step(self, done: StepDone) -> Sequence[Record]:
         """Measure a step."""
         run, result, statistics = self._run, done.result, done.result.statistics
+        varies = run.sections.optimizer.abnormal_clip_start is not None
         share = run.trained.share
         flops = sum(train_flops(run.config, tokens, trained_share=share) for tokens in done.tokens)
         metrics = StepMetrics(
@@ -48,6 +49,7 @@ class Metrics(Callback):
             tokens=sum(done.tokens),
             token_pairs=sum(tokens**2 for tokens in done.tokens),
             timesteps=tuple(round(timestep, 3) for timestep in self._timesteps(done)),
+            clip_limit=result.clip_limit if varies else None,
             sample_losses=tuple(self._losses(done)),
         )
         return [metrics.with_mean(self._recent)]
