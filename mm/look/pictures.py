@@ -136,11 +136,16 @@ def feature_strips(eye: Eye, task: Task, features: Mapping[str, Tensor], most: i
     Args:
         eye, most: as in `clip_strip`. task: its declaration. features: as the model gets them, by name.
     """
-    return [
-        strip
-        for feature in task.stored
-        for strip in _VIEWS[feature.source](_Asked(eye, feature, _images_of(feature), most), features[feature.name])
-    ]
+    return [strip for one in task.stored for strip in strips_of(eye, one, features[one.name], most)]
+
+
+def strips_of(eye: Eye, feature: InputFeature, value: Tensor, most: int) -> list[Strip]:
+    """Pictures of one feature; none of a number, and of a camera's path.
+
+    Args:
+        eye, most: as in `clip_strip`. feature: its declaration. value: as the model gets it, of one sample.
+    """
+    return _VIEWS[feature.source](_Asked(eye, feature, _images_of(feature), most), value)
 
 
 def _images_of(feature: InputFeature) -> int:

@@ -11,10 +11,10 @@ from mm.config.rules.extraction import EXTRACTION_RULES
 from mm.config.rules.training import TRAINING_RULES
 from mm.config.unread import broken
 from mm.dialects.diffsynth.pipeline_names import name_in_file
+from mm.dialects.diffsynth.sharding import read_launcher
 from mm.dialects.diffsynth.train_flags import DiffSynthFlags
 from mm.dialects.diffsynth.translation import DiffSynthRun, FoundModels, MetadataTable, translate
 from mm.dialects.diffsynth.words import PROGRAM
-from mm.dialects.launcher import read_launcher
 from mm.dialects.underscored import read_flags
 
 T2V = PUBLISHED["Wan2.1 T2V 1.3B"]
