@@ -239,6 +239,9 @@ def test_validation_prompts_are_a_generation_of_the_task() -> None:
     alone = modes("fun_inp", words)  # of text alone, which a mask of everything is
     assert alone.clips is not None and alone.clips.run.inputs.text_only
     assert alone.training.validation is not None and alone.training.validation.interval == 3 * 16
+    both = modes("t2v", "--validation_prompts red --validation_steps=7 --validation_epochs=2").training
+    assert any("--validation_epochs 2 adds no clips" in note for note in both.notes)
+    assert both.validation is not None and both.validation.interval == 7
     assert modes("t2v", "--validation_prompts red --validation_steps=7").training.validation.interval == 7  # type: ignore[union-attr]
 
 
@@ -261,7 +264,6 @@ def test_validation_that_cannot_be_is_told_at_once() -> None:
         ("fun_control", "--validation_paths a.mp4"): ["CFG-430"],
         ("fun_camera", "--validation_prompts red --validation_paths a.txt"): ["CFG-430"],
         ("t2v", "--validation_prompts red --validation_paths a.mp4"): ["CFG-430"],
-        ("t2v", "--validation_prompts red --validation_steps=2 --validation_epochs=2"): ["CFG-432"],
     }
     for (task, words), expected in found.items():
         assert ids(modes, task, words) == expected, (task, words)

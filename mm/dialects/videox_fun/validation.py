@@ -72,7 +72,7 @@ class Clips:
 
 
 def validation_section(flags: VideoxFlags, facts: Facts, reading: Reading) -> ValidationSection | None:
-    """The training's section; None without prompts. Keeps CFG-432 for two intervals."""
+    """The training's section; None without prompts. Notes which of two intervals counts."""
     if not is_given(flags.validation_prompts):
         return None
     folder = Path(flags.output_dir, SAMPLE)
@@ -94,12 +94,13 @@ def _file(folder: Path) -> Path:
 
 def _interval(flags: VideoxFlags, facts: Facts, reading: Reading) -> int:
     steps, epochs = flags.validation_steps, flags.validation_epochs
-    if is_given(epochs):
-        if is_given(steps):
-            found = f"--validation_steps is {steps} and --validation_epochs {epochs}, and clips come at one interval."
-            reading.wrong("CFG-432", found, "Give one of them; clips are made after the last step besides.")
+    if not is_given(epochs):
+        return steps if is_given(steps) else _DEFAULT_STEPS
+    if not is_given(steps):
         return epochs * steps_of_pass(flags, facts)
-    return steps if is_given(steps) else _DEFAULT_STEPS
+    told = f"--validation_epochs {epochs} adds no clips: they come every {steps} steps, by --validation_steps"
+    reading.notes.append(told)
+    return steps
 
 
 def clips_of(flags: VideoxFlags, facts: Facts, extraction: ExtractionSections, reading: Reading) -> Clips | None:
