@@ -8,16 +8,15 @@ from pathlib import Path
 from mm.config.rules.generation import GENERATION_RULES
 from mm.config.run.around import ValidationSection, validation_folder
 from mm.config.run.file import load_run, of_kind
-from mm.config.run.generation import GenerationRun, GenerationSections
-from mm.config.run.origins import Origins
+from mm.config.run.generation import GenerationRun
 from mm.config.run.parallel import MeshSection
 from mm.config.run.residency import Residency
 from mm.config.run.training import TrainingRun
-from mm.config.unread import broken, built, if_read, partly, read_or
+from mm.config.unread import broken, built, if_read, read_or
 from mm.dialects.mindspeed.generate import translate
 from mm.dialects.mindspeed.generate_flags import GenerateFlags
 from mm.dialects.mindspeed.reading import Reading
-from mm.errors import ConfigError, Problem
+from mm.errors import ConfigError, Problem, raise_all
 
 _IN_TRAINING = "(the model in training)"
 
@@ -28,7 +27,10 @@ def read_validation(run: TrainingRun) -> tuple[GenerationRun | None, list[Proble
     Args:
         run: the training, not yet checked. The file must describe its model (CFG-125).
     """
-    rendering = read_or(if_read(lambda: _rendering(run)), None)
+    try:
+        rendering = read_or(if_read(lambda: _rendering(run)), None)
+    except ConfigError as error:
+        return None, [*error.problems]
     if rendering is None:
         return None, []
     problems = [*rendering.problems, *broken(GENERATION_RULES, rendering)]
@@ -52,13 +54,13 @@ def _rendering(run: TrainingRun) -> GenerationRun | None:
 
 
 def _of_file(asked: ValidationSection, save: str) -> GenerationRun:
-    """The generation of a run.yaml, with the prompts and images that the training's words name."""
-    try:
-        rendering = of_kind(load_run(Path(asked.config)), GenerationRun)
-    except ConfigError as error:
-        return GenerationRun.described(partly(GenerationSections), Origins(file=asked.config), 1, error.problems)
-    if rendering.problems:
-        return rendering
+    """The generation of a run.yaml, with the prompts and images that the training's words name.
+
+    Raises:
+        ConfigError: what `load_run` raises, what is wrong in the file, and CFG-194 for a run of another kind.
+    """
+    rendering = of_kind(load_run(Path(asked.config)), GenerationRun)
+    raise_all(ConfigError, rendering.problems)
     folder = str(validation_folder(save))
     values = {"inputs.prompts": asked.prompts, "model.weights": _IN_TRAINING, "output.path": folder}
     return rendering.changed(values | ({} if asked.images is None else {"inputs.images": asked.images}))
