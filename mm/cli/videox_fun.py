@@ -7,6 +7,7 @@ it (`mm.cli.videox_fun_export`).
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -32,6 +33,8 @@ from mm.errors import ConfigError, raise_all
 if TYPE_CHECKING:  # torch takes seconds
     from mm.train.sinks.base import Sink
 
+log = logging.getLogger(__name__)
+
 _WAIT_S = 0.5
 
 
@@ -55,6 +58,8 @@ def main(argv: Sequence[str]) -> None:
     else:
         write_texts({Path(command.live.extractions[0]): whole_file(command.extraction)}, place)
         training = training.model_copy(update={"live": command.live})
+        if place.rank == 0:
+            log.info("the first batch is not shown: with --live its features are made in the steps")
     from mm.cli.videox_fun_export import Exports  # torch takes seconds
 
     exports = Exports(command.writes, training)
