@@ -13,7 +13,6 @@ from tqdm import tqdm
 from mm.cli.entry import run as run_command
 from mm.cli.run_file import run_file
 from mm.cli.storage_flags import StorageFlags
-from mm.config.bad_samples import parse_on_bad_sample
 from mm.config.flags import Flags, parse_flags
 from mm.config.layout import layout_of
 from mm.config.output import require_writable_file
@@ -153,9 +152,8 @@ def _of_store(store: Location, flags: LookStoreFlags) -> Question:
 
 def _of_run(sections: TrainingRun, flags: LookRunOptions, argv: Sequence[str]) -> Question:
     from mm.data.dataset import checked_sources, open_features
-    from mm.data.sampler import BatchPlan
     from mm.look.collect import Question
-    from mm.look.samples import Drawing
+    from mm.look.samples import drawing_of
 
     steps = sections.training.steps
     if flags.first_step > steps:
@@ -165,26 +163,7 @@ def _of_run(sections: TrainingRun, flags: LookRunOptions, argv: Sequence[str]) -
     dataset = open_features(data.features, wan)
     batch = sections.samples_of_step(layout.dp_size)
     packs = [] if data.pack_tokens is None else [("packs", f"at most {data.pack_tokens:,} tokens in a sequence")]
-    drawing = Drawing(
-        batches=BatchPlan(
-            batch,
-            data.micro_batch_size,
-            dp_size=layout.dp_size,
-            num_stages=layout.pp_size,
-            pack_tokens=data.pack_tokens,
-            pair_cost=data.pair_cost,
-            multiple=layout.micro_batches_come_in,
-        ),
-        seed=sections.training.seed,
-        caption_dropout=data.caption_dropout,
-        condition_dropout=data.condition_dropout,
-        shuffle=data.shuffle,
-        mixture=data.mixture,
-        min_bucket=data.min_bucket,
-        on_bad_sample=parse_on_bad_sample(data.on_bad_sample),
-        first_step=flags.first_step,
-        steps=steps,
-    )
+    drawing = drawing_of(sections, flags.first_step)
     return Question(
         title=argv[0] if argv[0].endswith((".yaml", ".yml")) else data.features.path,
         dataset=dataset,

@@ -21,10 +21,10 @@ from mm.config.rules.extraction import EXTRACTION_RULES
 from mm.config.rules.training import TRAINING_RULES
 from mm.config.unread import UNREAD, UnreadError, broken, read_or
 from mm.dialects.diffsynth.named_models import named_models
+from mm.dialects.diffsynth.sharding import read_launcher
 from mm.dialects.diffsynth.train_flags import DiffSynthFlags
 from mm.dialects.diffsynth.translation import DiffSynthRun, FoundModels, MetadataTable, Places, translate
 from mm.dialects.diffsynth.words import PROGRAM
-from mm.dialects.launcher import read_launcher
 from mm.dialects.underscored import read_flags
 from mm.errors import ConfigError, MMError, Problem, raise_all
 from mm.stopping import StopRequest
@@ -64,12 +64,13 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read_run(
-    argv: Sequence[str], world_size: int, environment: Mapping[str, str]
+    argv: Sequence[str], world_size: int, environment: Mapping[str, str], *, may_download: bool = True
 ) -> tuple[DiffSynthFlags, DiffSynthRun, bool]:
     """Both stages that the words describe, with all that is wrong in them; not yet checked by the rules.
 
     Args:
         argv: the words after the program's name. world_size: processes. environment: in which accelerate says its own.
+        may_download: fetch models that are not there.
 
     Returns:
         The flags, the stages, and whether two parts of a transformer are to be joined first.
@@ -77,7 +78,7 @@ def read_run(
     flags, read = read_flags(DiffSynthFlags, argv, PROGRAM, "CFG-389")
     launcher, problems = read_launcher(environment)
     read.problems.extend(problems)
-    found = _attempt(lambda: _models(flags), read.problems)
+    found = _attempt(lambda: _models(flags, may_download=may_download), read.problems)
     table = _attempt(lambda: _table(Path(flags.dataset_metadata_path)), read.problems)
     return flags, translate(flags, read, found, table, launcher, world_size), read_or(found.joins, False)
 
@@ -114,12 +115,12 @@ def check_run(described: DiffSynthRun) -> None:
     trained_model(training)
 
 
-def _models(flags: DiffSynthFlags) -> FoundModels:
+def _models(flags: DiffSynthFlags, *, may_download: bool) -> FoundModels:
     named = named_models(flags)
 
     from mm.cli.diffsynth_models import find_models  # torch
 
-    return find_models(named, flags.tokenizer_path, Places(Path(flags.output_path)).model, may_download=True)
+    return find_models(named, flags.tokenizer_path, Places(Path(flags.output_path)).model, may_download=may_download)
 
 
 def _table(path: Path) -> MetadataTable:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mm.cli.entry import run
+from mm.cli.translate_scripts import documents_of
 from mm.config.flags import without_flags
 from mm.config.place import process_place
 from mm.config.rules.every import check
@@ -38,7 +40,10 @@ _HELP = """usage: mm translate -- COMMAND...
 
 Print the run.yaml that a command line means, each value with the word that says it. The command is `mm train FLAGS`,
 `mm extract FLAGS` or `mm generate FLAGS`, or what a script of MindSpeed-MM starts: `torchrun ... pretrain_sora.py
-FLAGS`. Rules are asked with the processes that the launcher has started, or one."""
+FLAGS`. Rules are asked with the processes that the launcher has started, or one.
+
+Of a training of VideoX-Fun or DiffSynth-Studio (`accelerate launch WORDS scripts/wan2.1_fun/train_control.py FLAGS`) it
+prints a file for each run that it means, with --- between them: the features, the training, clips between its steps."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -51,7 +56,12 @@ def main(argv: Sequence[str]) -> None:
     if argv and argv[0] in ("-h", "--help"):
         print(_HELP)
         return
-    read, words = words_of_command(argv[1:] if argv[:1] == ["--"] else argv)
+    command = argv[1:] if argv[:1] == ["--"] else argv
+    documents = documents_of(command, os.environ)
+    if documents is not None:
+        print("---\n".join(documents), end="")
+        return
+    read, words = words_of_command(command)
     mixed, foreign = _mixed(words)
     described = read(without_flags(words, foreign), process_place().world_size)
     check(described.model_copy(update={"problems": (*mixed, *described.problems)}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mm.errors import ConfigError
@@ -18,17 +19,17 @@ class ProcessPlace:
     local_world_size: int = 1
 
 
-def process_place() -> ProcessPlace:
-    """Read this process's place from the variables that torchrun sets; a process started alone is 0 of 1.
+def process_place(environment: Mapping[str, str] = os.environ) -> ProcessPlace:
+    """Read a process's place, this one's, from the variables that torchrun sets; a process started alone is 0 of 1.
 
     Raises:
         ConfigError: CFG-031 when the variables are incomplete or contradict each other.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    values = [os.environ.get(name) for name in names]
+    values = [environment.get(name) for name in names]
     if all(value is None for value in values):
         return ProcessPlace(0, 1, 0)
-    local_world_size = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    local_world_size = environment.get("LOCAL_WORLD_SIZE", "1")
     try:
         rank, world_size, local_rank = (int(value or "") for value in values)
         if not 0 <= rank < world_size or local_rank < 0 or int(local_world_size) < 1:

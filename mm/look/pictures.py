@@ -145,18 +145,24 @@ def strips_in_front(eye: Eye, task: Task, latents: Tensor) -> Iterator[Strip]:
             )
 
 
-def feature_strips(
-    eye: Eye, task: Task, features: Mapping[str, Tensor], most: int, in_front: int = 0
-) -> Iterator[Strip]:
+def feature_strips(eye: Eye, task: Task, features: Mapping[str, Tensor], most: int, in_front: int = 0) -> list[Strip]:
     """Pictures of what a sample has beside clip and caption.
 
     Args:
         eye, most: as in `clip_strip`. task: its declaration. features: as the model gets them, by name.
         in_front: latent frames in front of the clip's, of which `strips_in_front` has pictures.
     """
-    for feature in task.stored:
-        asked = _Asked(eye, feature, _images_of(feature), most, in_front)
-        yield from _VIEWS[feature.source](asked, features[feature.name])
+    return [strip for one in task.stored for strip in strips_of(eye, one, features[one.name], most, in_front)]
+
+
+def strips_of(eye: Eye, feature: InputFeature, value: Tensor, most: int, in_front: int = 0) -> list[Strip]:
+    """Pictures of one feature; none of a number, and of a camera's path.
+
+    Args:
+        eye, most, in_front: as in `clip_strip` and `feature_strips`. feature: its declaration.
+        value: as the model gets it, of one sample.
+    """
+    return _VIEWS[feature.source](_Asked(eye, feature, _images_of(feature), most, in_front), value)
 
 
 def _images_of(feature: InputFeature) -> int:

@@ -10,9 +10,11 @@ from itertools import islice, pairwise
 
 from torch import Tensor
 
-from mm.config.bad_samples import FAIL, OnBadSample
+from mm.config.bad_samples import FAIL, OnBadSample, parse_on_bad_sample
 from mm.config.data import TEMPORAL_STRIDE
+from mm.config.layout import layout_of
 from mm.config.run.data import ConditionDropout, MinBucket, Mixture
+from mm.config.run.training import TrainingRun
 from mm.config.tasks.task import Task
 from mm.data.balance import cost_of_model
 from mm.data.dataset import FeatureDataset
@@ -57,6 +59,31 @@ class Drawing:
     def consumed_samples(self) -> int:
         """Samples of the steps before the first to show."""
         return (self.first_step - 1) * self.batches.global_batch_size
+
+
+def drawing_of(run: TrainingRun, first_step: int) -> Drawing:
+    """All that decides what a run draws, of replica 0, from a step on."""
+    data, layout = run.data, layout_of(run)
+    return Drawing(
+        batches=BatchPlan(
+            run.samples_of_step(layout.dp_size),
+            data.micro_batch_size,
+            dp_size=layout.dp_size,
+            num_stages=layout.pp_size,
+            pack_tokens=data.pack_tokens,
+            pair_cost=data.pair_cost,
+            multiple=layout.micro_batches_come_in,
+        ),
+        seed=run.training.seed,
+        caption_dropout=data.caption_dropout,
+        condition_dropout=data.condition_dropout,
+        shuffle=data.shuffle,
+        mixture=data.mixture,
+        min_bucket=data.min_bucket,
+        on_bad_sample=parse_on_bad_sample(data.on_bad_sample),
+        first_step=first_step,
+        steps=run.training.steps,
+    )
 
 
 def looked_batches(

@@ -206,16 +206,32 @@ class Optimizer(abc.ABC):
         Returns:
             [P] in the order of the whole model, and the sums of `extra` over all ranks, [n]; fp32, on the CPU.
         """
-        squares = torch.zeros(len(self._position), device=self._parallel.backend.device)
-        owned = [shard for shard in self._shards if shard.owned and shard.start < shard.stop]
-        if owned:
-            norms = torch._foreach_norm([shard.gradient for shard in owned])
-            places = to_device(torch.tensor([self._position[shard.name] for shard in owned]), squares.device)
-            squares.index_add_(0, places, torch.stack(norms).float().square())
+        squares = self._squares([(shard.name, shard.gradient) for shard in self._owned()])
         together = torch.cat([squares, extra.to(squares.device)])
         dist.all_reduce(together)
         told = together.cpu()
         return told[: len(squares)], told[len(squares) :]
+
+    def weight_squares(self) -> Tensor:
+        """Sum of squares of each parameter's whole fp32 master, [P] fp32 on the CPU, as `gradient_squares` has them.
+
+        Every rank calls it.
+        """
+        squares = self._squares([(shard.name, shard.master) for shard in self._owned()])
+        dist.all_reduce(squares)
+        return squares.cpu()
+
+    def _owned(self) -> list[ParamShard]:
+        return [shard for shard in self._shards if shard.owned and shard.start < shard.stop]
+
+    def _squares(self, parts: Sequence[tuple[str, Tensor]]) -> Tensor:
+        """Sums of squares of this rank's parts of parameters, [P] fp32 on the device."""
+        squares = torch.zeros(len(self._position), device=self._parallel.backend.device)
+        if parts:
+            norms = torch._foreach_norm([part for _, part in parts])
+            places = to_device(torch.tensor([self._position[name] for name, _ in parts]), squares.device)
+            squares.index_add_(0, places, torch.stack(norms).float().square())
+        return squares
 
     def steps_made(self) -> int:
         """The updates that the next one depends on the number of; 0 where it does not, or with nothing kept."""

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.jsonl"
 LIVE_FILE = "live.jsonl"
+NORMS_FILE = "norms.jsonl"
 
 RowT = TypeVar("RowT")
 
@@ -217,6 +218,40 @@ class RenderedClips(Record):
     def line(self) -> str:
         """Line for people: how many there are, and where."""
         return f"step {self.step} | {len(self.paths)} clips in {self.paths[0].parent}"
+
+
+@dataclass(frozen=True)
+class ParameterNorms(Record):
+    """One line of norms.jsonl: L2 norms of whole parameters, in the model's order.
+
+    Attributes:
+        gradients: before clipping, by native names. weights: of fp32 masters, after the step.
+        model: the expert that the step has trained; empty where one model is trained.
+    """
+
+    group = "norms"
+    file = NORMS_FILE
+
+    gradients: Mapping[str, float]
+    weights: Mapping[str, float]
+    model: str = ""
+
+    def as_json(self) -> str:
+        """The line; null for a norm that is not finite."""
+        norms = {
+            kind: {name: norm if math.isfinite(norm) else None for name, norm in getattr(self, kind).items()}
+            for kind in ("gradients", "weights")
+        }
+        return json.dumps({"step": self.step, **({"model": self.model} if self.model else {}), **norms})
+
+    def numbers(self) -> Mapping[str, float]:
+        """A curve for each: `gradients/blocks.0.self_attn.q.weight`."""
+        start = f"{self.model}/" if self.model else ""
+        kinds = {"gradients": self.gradients, "weights": self.weights}
+        return {f"{start}{kind}/{name}": norm for kind, norms in kinds.items() for name, norm in norms.items()}
+
+    def line(self) -> None:
+        """None: a number for each parameter is too much."""
 
 
 @dataclass(frozen=True)

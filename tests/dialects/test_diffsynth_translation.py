@@ -12,10 +12,10 @@ from mm.config.rules.training import TRAINING_RULES
 from mm.config.trainable import names_by_pattern, patterns_of
 from mm.config.unread import broken
 from mm.dialects.diffsynth.pipeline_names import models_of, name_in_file, pipeline_name, words_of_model
+from mm.dialects.diffsynth.sharding import read_launcher
 from mm.dialects.diffsynth.train_flags import DiffSynthFlags
 from mm.dialects.diffsynth.translation import DiffSynthRun, FoundModels, MetadataTable, translate
 from mm.dialects.diffsynth.words import PROGRAM
-from mm.dialects.launcher import read_launcher
 from mm.dialects.underscored import read_flags
 from mm.wan.model import whole_shapes
 

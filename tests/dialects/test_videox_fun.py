@@ -13,7 +13,8 @@ from videox_fun_files import DATA, commands_in, home
 from mm.cli.videox_fun import check, shape_of
 from mm.config.rules.training import check_training
 from mm.config.run.shapes import TokenLength
-from mm.dialects.videox_fun.accelerate import read_launch_words
+from mm.dialects.launcher import read_launch
+from mm.dialects.videox_fun.accelerate import Launched, read_launch_words
 from mm.dialects.videox_fun.command import Command, read_command, script_of
 from mm.errors import ConfigError
 
@@ -225,11 +226,85 @@ def test_steps_are_passes_over_the_rows() -> None:
 
 def test_what_changes_nothing_is_noted_and_what_cannot_be_had_is_refused_at_once() -> None:
     notes = control("--noise_offset=0.1 --snr_loss --low_vram --validation_steps=7 --mode_scale=1").training.notes
-    told = {"--low_vram", "--validation_steps", "--snr_loss", "--noise_offset", "--mode_scale"}
+    told = {"--low_vram", "--snr_loss", "--noise_offset", "--mode_scale"}
     assert {note.split()[0] for note in notes} == told
     wrong = "--use_came --use_8bit_adam --weighting_scheme=mode --uniform_sampling --mixed_precision=fp16"
     wrong += " --rank=4 --learning_rat=1"
     assert sorted(ids(control, wrong)) == ["CFG-007", "CFG-008", "CFG-341", "CFG-341", "CFG-341", "CFG-341"]
+
+
+def modes(task: str, words: str) -> Command:
+    script, model, mode = MODES[task]
+    own = f"--train_mode {mode} --trainable_modules . --enable_bucket --train_batch_size=1 --video_sample_n_frames=9"
+    return read(script, f"--pretrained_model_name_or_path={model} {FILES} {own} {words}")
+
+
+def test_validation_prompts_are_a_generation_of_the_task() -> None:
+    """Size, sampler and guidance as VideoX-Fun renders them."""
+    video, poses = (f"{DATA}/{name}" for name in ("control/0000_red_left.mp4", "poses/0000_red_left.txt"))
+    image = f"{DATA}/image.png"
+    Path(image).write_bytes(b"")
+    given = {"fun_control": video, "fun_inp": image, "fun_camera": f"{image},{poses}"}
+    lists = {"fun_control": ["controls"], "fun_inp": ["images"], "fun_camera": ["images", "cameras"], "t2v": []}
+    for task, names in lists.items():
+        paths = f"--validation_paths {given[task]} {given[task]}" if task in given else ""
+        command = modes(task, f"--validation_prompts red blue --video_sample_size=72 --output_dir=output_dir {paths}")
+        assert command.clips is not None
+        run, folder = command.clips.run, Path("output_dir/sample")
+        assert sorted(run.inputs.lists) == sorted(names)
+        parts = given[task].split(",") if names else []
+        expected = {folder / f"{name}.txt": [part] * 2 for name, part in zip(names, parts, strict=True)}
+        assert command.clips.lists == {folder / "prompts.txt": ["red", "blue"]} | expected
+        assert (run.output.size, run.output.fps) == ((9, 64, 64), 16)
+        sampling = run.sampling
+        assert (sampling.solver, sampling.steps, sampling.guidance_scale, sampling.shift) == ("euler", 25, 4.5, 5.0)
+        assert (run.encoders.image is not None) is (task in ("fun_inp", "fun_camera"))
+        asked = command.training.validation
+        assert asked is not None
+        assert (asked.interval, asked.config) == (2000, str(folder / "run.yaml"))
+    words = "--validation_prompts red --validation_epochs=3"
+    alone = modes("fun_inp", words)  # of text alone, which a mask of everything is
+    assert alone.clips is not None and alone.clips.run.inputs.text_only
+    assert alone.training.validation is not None and alone.training.validation.interval == 3 * 16
+    both = modes("t2v", "--validation_prompts red --validation_steps=7 --validation_epochs=2").training
+    assert any("--validation_epochs 2 adds no clips" in note for note in both.notes)
+    assert both.validation is not None and both.validation.interval == 7
+    assert modes("t2v", "--validation_prompts red --validation_steps=7").training.validation.interval == 7  # type: ignore[union-attr]
+
+
+def test_features_may_be_made_in_the_steps() -> None:
+    """A new draw each pass, where stored ones are four at most."""
+    live = control("--num_train_epochs=9 --live --live_budget=1GB --output_dir=output_dir")
+    assert live.live is not None
+    assert (live.live.extractions, live.live.budget) == (("output_dir/features.yaml",), "1GB")
+    assert live.extraction.extraction.draws == 9
+    stored = control("--num_train_epochs=9")
+    assert (stored.live, stored.extraction.extraction.draws) == (None, 4)
+    assert ids(control, "--live_budget=1GB") == ["CFG-434"]
+
+
+def test_validation_that_cannot_be_is_told_at_once() -> None:
+    found = {
+        ("fun_control", "--validation_prompts red"): ["CFG-430"],
+        ("fun_control", "--validation_prompts red --validation_paths a.mp4 b.mp4"): ["CFG-430"],
+        ("fun_control", "--validation_prompts red blue --validation_paths a.mp4 b.mp4"): ["CFG-430", "CFG-430"],
+        ("fun_control", "--validation_paths a.mp4"): ["CFG-430"],
+        ("fun_camera", "--validation_prompts red --validation_paths a.txt"): ["CFG-430"],
+        ("t2v", "--validation_prompts red --validation_paths a.mp4"): ["CFG-430"],
+    }
+    for (task, words), expected in found.items():
+        assert ids(modes, task, words) == expected, (task, words)
+    script = script_of("wan2.1/train.py")
+    assert script is not None
+    words = [
+        "--validation_prompts",
+        "a\nb",
+        " ",
+        "--use_came",
+        *f"--pretrained_model_name_or_path={T2V} {FILES}".split(),
+    ]
+    command = read_command(script, [*words, "--trainable_modules", "."], place(1), shape_of)
+    assert [problem.id for problem in command.training.problems] == ["CFG-341", "CFG-431", "CFG-431"]
 
 
 def test_models_and_modes_that_do_not_fit_are_named() -> None:
@@ -313,3 +388,103 @@ def test_adapters_are_those_of_the_script() -> None:
     skipped = read(script, f"{words} --lora_skip_name=cross_attn,blocks.0.").training.adapters
     assert skipped is not None and skipped.skip == ["cross_attn", "blocks.0."]
     assert read(script, words).training.adapters.targets[-2:] == ["k_img", "v_img"]  # type: ignore[union-attr]
+
+
+CONFIG = """\
+compute_environment: LOCAL_MACHINE
+debug: false
+deepspeed_config:
+  deepspeed_multinode_launcher: standard
+  gradient_accumulation_steps: 2
+  offload_optimizer_device: none
+  offload_param_device: none
+  zero3_init_flag: true
+  zero3_save_16bit_model: true
+  zero_stage: 3
+distributed_type: DEEPSPEED
+downcast_bf16: 'no'
+dynamo_config: {}
+gpu_ids: all
+machine_rank: 0
+main_process_ip: 10.0.0.1
+main_process_port: 10086
+main_training_function: main
+mixed_precision: bf16
+num_machines: 2
+num_processes: 4
+rdzv_backend: static
+same_network: true
+tpu_env: []
+tpu_use_cluster: false
+tpu_use_sudo: false
+use_cpu: false
+"""
+"""As `accelerate config` writes it."""
+
+
+def launch_by_file(folder: Path, text: str, *words: str) -> Launched:
+    (folder / "accelerate.yaml").write_text(text)
+    return read_launch_words(["--config_file", "accelerate.yaml", *words, "a.py", "--b"], 0)
+
+
+def test_a_configuration_file_of_accelerate_is_its_words(folder: Path) -> None:
+    said = [
+        "--use_deepspeed",
+        "--zero_stage",
+        "3",
+        "--mixed_precision",
+        "bf16",
+        "--num_machines",
+        "2",
+        "--num_processes",
+        "4",
+        "--main_process_ip",
+        "10.0.0.1",
+        "--main_process_port",
+        "10086",
+        "--gradient_accumulation_steps",
+        "2",
+        "--machine_rank",
+    ]
+    for rank in ("0", "1"):
+        expected = read_launch_words([*said, rank, "a.py", "--b"], 0)
+        found = launch_by_file(folder, CONFIG, *(["--machine_rank", rank] if rank == "1" else []))
+        assert found.torchrun == expected.torchrun
+        none = {f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE": "none" for part in ("OPTIMIZER", "PARAM")}
+        assert found.variables == expected.variables | none
+    run = control("--use_deepspeed --gradient_accumulation_steps=2", 4, **found.variables).training
+    assert run.parallel.layerzero is not None and run.dtype == "bf16"
+    assert ids(control, "--use_deepspeed --gradient_accumulation_steps=3", 4, **found.variables) == ["CFG-342"]
+    sharded = CONFIG.replace("DEEPSPEED", "FSDP").replace("num_machines: 2", "num_machines: 1")
+    sharded += "fsdp_config: {fsdp_sharding_strategy: FULL_SHARD, fsdp_offload_params: false}\n"
+    variables = launch_by_file(folder, sharded).variables
+    assert variables["ACCELERATE_USE_FSDP"] == "true" and "ACCELERATE_USE_DEEPSPEED" not in variables
+    assert control("--use_fsdp", 4, **variables).training.parallel.layerzero is not None
+
+
+def test_accelerate_itself_reads_the_same_file_so(folder: Path) -> None:
+    """The variables that accelerate's own launcher makes of it, where it is installed."""
+    commands = pytest.importorskip("accelerate.commands.launch")
+    (folder / "accelerate.yaml").write_text(CONFIG.replace("num_machines: 2", "num_machines: 1"))
+    parser = commands.launch_command_parser()
+    arguments, _, _ = commands._validate_launch_command(
+        parser.parse_args(["--config_file", str(folder / "accelerate.yaml"), "a.py"])
+    )
+    ours = launch_by_file(folder, CONFIG.replace("num_machines: 2", "num_machines: 1"))
+    assert ours.torchrun[:2] == ["--standalone", f"--nproc-per-node={arguments.num_processes}"]
+    assert (arguments.use_deepspeed, arguments.zero_stage, arguments.mixed_precision) == (True, 3, "bf16")
+    read, problems = read_launch(ours.variables)
+    assert not problems
+    assert (read.deepspeed, read.zero_stage, read.mixed_precision) == (True, 3, "bf16")
+    assert read.accumulation == arguments.gradient_accumulation_steps == 2
+
+
+def test_what_of_such_a_file_cannot_be_is_told_at_once(folder: Path) -> None:
+    wrong = CONFIG.replace("dynamo_config: {}", "dynamo_config: {dynamo_backend: INDUCTOR}").replace(
+        "gpu_ids: all", "gpu_ids: 0,1"
+    )
+    words = ("--num_processes=8", "--mixed_precision=no", "--use_fsdp", "--num_machines=2")
+    assert sorted(ids(launch_by_file, folder, wrong, *words)) == ["CFG-342"] * 3 + ["CFG-433"] * 2
+    assert ids(launch_by_file, folder, CONFIG + "num_procesess: 3\n") == ["CFG-003"]
+    assert ids(launch_by_file, folder, CONFIG.replace("zero_stage: 3", "zero_stage: 4")) == ["CFG-005"]
+    assert ids(read_launch_words, ["--config_file=none.yaml", "a.py"], 0) == ["CFG-001"]

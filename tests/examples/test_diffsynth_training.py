@@ -19,7 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from mm import ModelConfig, WanVideoPipeline
 from mm.checkpoint.weights import open_weights
-from mm.cli import diffsynth_train
+from mm.cli import diffsynth_train, translate
+from mm.config.run.extraction import ExtractionRun
+from mm.config.run.file import load_run
+from mm.config.run.training import TrainingRun
 from mm.demo.video import write_video
 from mm.errors import ConfigError
 from mm.lora.files import read_adapter
@@ -73,6 +76,27 @@ def words(output: Path, *more: str, models: str = released(COMMON)) -> list[str]
         "--dataset_repeat", "2", "--model_id_with_origin_paths", models, "--learning_rate", "1e-4",
         "--dataset_num_workers", "0", "--remove_prefix_in_ckpt", "pipe.dit.", "--output_path", str(output), *more,
     ]  # fmt: skip
+
+
+def test_mm_translate_prints_both_stages(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the processes that accelerate's words start; nothing is done."""
+    monkeypatch.chdir(home)
+    launch = ["accelerate", "launch", "--num_processes", "2", "--use_deepspeed", "--zero_stage", "2"]
+    program = "examples/wanvideo/model_training/train.py"
+    translate.main(["--", *launch, program, *words(tmp_path / "out", *LORA, "--num_epochs", "3")])
+    runs = []
+    for number, text in enumerate(capsys.readouterr().out.split("---\n")):
+        (tmp_path / f"{number}.yaml").write_text(text)
+        run = load_run(tmp_path / f"{number}.yaml", 2)
+        assert not run.problems
+        runs.append(run)
+    extraction, training = runs
+    assert isinstance(extraction, ExtractionRun) and isinstance(training, TrainingRun)
+    assert training.training.steps == 3 * 2  # passes over two rows, each twice, on two processes
+    assert training.parallel.distributed_optimizer
+    assert not (tmp_path / "out").exists()
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:

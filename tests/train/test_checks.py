@@ -21,10 +21,12 @@ from mm.cli import generate as generate_command
 from mm.cli import train as train_command
 from mm.cli.entry import run as run_command
 from mm.config.base import load
+from mm.config.run.file import whole_file
 from mm.data.dataset import open_features
 from mm.dialects.mindspeed.files import load_train_data
 from mm.dialects.mindspeed.pretrain_json import PretrainModel
-from mm.dialects.mindspeed.training import features
+from mm.dialects.mindspeed.training import features, read_training
+from mm.dialects.mindspeed.validation import read_validation
 from mm.generate.pipeline import pad_text
 from mm.rng import generator
 from mm.wan.model import WanModel
@@ -215,3 +217,22 @@ def test_another_model_is_told(demo: Path, tmp_path: Path, capfd: pytest.Capture
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error ")]
     assert [line.split()[1] for line in errors] == ["CFG-125:"] * 3
     assert (demo / WEIGHTS).is_dir()
+
+
+def test_a_generation_s_file_says_the_same_as_mindspeed_s(demo: Path, tmp_path: Path) -> None:
+    """`--validation-config run.yaml`, with prompts of the flag; what a model in training cannot have is told."""
+    flags = checks(demo, tmp_path)
+    described = read_training(words(demo, tmp_path / "run", train_iters=1, **flags), 1)
+    expected, problems = read_validation(described)
+    assert expected is not None and not problems
+    file = tmp_path / "validation.yaml"
+    others = {"inputs.prompts": "elsewhere.txt", "model.weights": "weights", "output.path": "clips"}
+    file.write_text(whole_file(expected.changed(others)))
+    asked = described.changed({"validation.config": str(file)})
+    found, problems = read_validation(asked)
+    assert not problems
+    assert found is not None and found.model_dump() == expected.model_dump()
+    file.write_text(whole_file(expected.changed({"parallel.tensor_size": 1, "residency.device_limit": "1GiB"})))
+    assert [problem.id for problem in read_validation(asked)[1]] == ["CFG-125"]
+    file.write_text(whole_file(described))
+    assert [problem.id for problem in read_validation(asked)[1]] == ["CFG-194"]

@@ -43,7 +43,8 @@ class ValidationSection(Section):
 
     Attributes:
         interval: steps between renderings. prompts: text file, one prompt a line.
-        images: text file, one image a line, or first and last. config: inference_model.json: encoders, size, sampler.
+        images: text file, one image a line, or first and last.
+        config: inference_model.json, or run.yaml of a generation: encoders, size, sampler.
         other_expert: weights of the other one of two experts, which take over beyond the band that is trained.
     """
 
@@ -76,8 +77,14 @@ class SupervisionSection(Section):
 
 
 class LoggingSection(Section):
-    """Logging: steps between console lines, a TensorBoard folder other than SAVE/tensorboard, a bar."""
+    """Logging.
+
+    Attributes:
+        interval: steps between console lines. norms_interval: steps between norms of each parameter and its gradient.
+        tensorboard: a folder other than SAVE/tensorboard. progress_bar: show one.
+    """
 
     interval: int = Field(1, ge=1)
+    norms_interval: int | None = Field(None, ge=1)
     tensorboard: str | None = None
     progress_bar: bool = True

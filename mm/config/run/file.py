@@ -86,7 +86,7 @@ def whole_file(run: Run) -> str:
 
 
 def short_file(run: Run) -> str:
-    """run.yaml with the values that are no defaults, each with the user's word for it behind it."""
+    """run.yaml with the values that are no defaults, each with the user's word for it behind it, where it has one."""
     return "\n".join(_lines(run.sections, written(run), run.origins)) + "\n"
 
 
@@ -107,7 +107,8 @@ def _lines(
         elif origins is None:
             yield f"{indent}{name}: {_text(value)}"
         elif info.is_required() or value != _plain_default(info.get_default(call_default_factory=True)):
-            yield f"{indent}{name}: {_text(value)}  # {origins[path + name].full()}"
+            word = f"  # {origins[path + name].full()}" if path + name in origins.words else ""
+            yield f"{indent}{name}: {_text(value)}{word}"
 
 
 def _plain_default(value: Any) -> Any:

@@ -39,10 +39,10 @@ from mm.config.tasks.task import Source
 from mm.config.unread import UNREAD, broken, built, if_read, read_or
 from mm.dialects.diffsynth.inputs import ModelInputs, columns_of, input_problems, inputs_of, named_inputs
 from mm.dialects.diffsynth.named_models import PATHS, models_word
+from mm.dialects.diffsynth.sharding import Launcher, launcher_notes
 from mm.dialects.diffsynth.train_flags import DiffSynthFlags
 from mm.dialects.diffsynth.trained import adapters_of, trainable_of, trained_problems
 from mm.dialects.diffsynth.words import origins_of
-from mm.dialects.launcher import Launcher, launcher_notes
 from mm.dialects.underscored import ReadFlags
 from mm.errors import Problem
 

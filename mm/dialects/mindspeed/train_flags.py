@@ -343,7 +343,7 @@ class TrainFlags(ExpertFlags):
         "validation.images", None, description="text file, one image a line, or first and last, for them"
     )
     validation_config: str | None = sets(
-        "validation.config", None, description="inference_model.json: encoders, size and sampler for them"
+        "validation.config", None, description="inference_model.json or run.yaml: encoders, size, sampler for them"
     )
 
     hang_timeout: float | None = sets(
@@ -361,6 +361,9 @@ class TrainFlags(ExpertFlags):
     )
     log_interval: int = sets(
         "logging.interval", 1, ge=1, description="steps between console lines; metrics.jsonl has every step"
+    )
+    log_norms_interval: int | None = sets(
+        "logging.norms_interval", None, ge=1, description="steps between norms of each parameter and its gradient"
     )
     tensorboard_dir: str | None = sets(
         "logging.tensorboard", None, description="TensorBoard folder; default: SAVE/tensorboard"

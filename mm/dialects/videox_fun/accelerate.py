@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from mm.config.flags import parse_flag_parts
 from mm.config.unread import UnreadError
+from mm.dialects.launcher import ACCUMULATION
 from mm.dialects.meaning import Refused, given, name_of
+from mm.dialects.videox_fun.accelerate_file import with_file
 from mm.dialects.videox_fun.accelerate_flags import AccelerateFlags
 from mm.errors import ConfigError, Problem, raise_all
 
@@ -37,13 +39,17 @@ def read_launch_words(words: Sequence[str], devices: int) -> Launched:
 
     Raises:
         ConfigError: CFG-004 to CFG-008, CFG-341 and CFG-343 for flags, CFG-350 for numbers that do not go together or a
-            command without a script; all at once.
+            command without a script, and what `with_file` says of a configuration file; all at once.
     """
     own, script = _split(words)
     spelling = {_TYPO: _TYPO[:-1]}
     flags, problems = parse_flag_parts(AccelerateFlags, own, program="accelerate launch", spelling=spelling)
     if not script:
         problems.append(Problem("CFG-350", "accelerate launch is given no script.", "Name one behind its flags."))
+    try:
+        flags = with_file(flags, problems)
+    except ConfigError as error:
+        problems += error.problems
     for name, meaning in given(flags):
         if isinstance(meaning, Refused):
             problems.append(Problem("CFG-341", f"{name_of(name)} {meaning.why}.", meaning.remedy))
@@ -114,6 +120,7 @@ def _variables(flags: AccelerateFlags) -> dict[str, str]:
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": None if flags.zero_stage is None else str(flags.zero_stage),
         "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": flags.offload_optimizer_device,
         "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": flags.offload_param_device,
+        ACCUMULATION: flags.gradient_accumulation_steps,
         "ACCELERATE_USE_FSDP": "true" if flags.use_fsdp else None,
         "FSDP_SHARDING_STRATEGY": flags.fsdp_sharding_strategy,
     }

@@ -13,19 +13,22 @@ from mm.config.layerzero import ZeroConfig
 from mm.config.model import WanConfig
 from mm.config.place import ProcessPlace
 from mm.config.run.extraction import ExtractionRun, SourceClip
+from mm.config.run.live import LiveSection
 from mm.config.run.origins import Origins, Word
 from mm.config.run.training import TrainingRun
 from mm.config.unread import Unread, UnreadError, if_read, is_given, read_or
+from mm.dialects.launcher import Launch, read_launch
 from mm.dialects.meaning import words_of
-from mm.dialects.videox_fun.extraction import Parts, extraction_sections, parts_of, sees_images
+from mm.dialects.videox_fun.extraction import Parts, extraction_sections, live_section, parts_of, sees_images
 from mm.dialects.videox_fun.flags import FullFlags, VideoxFlags
-from mm.dialects.videox_fun.launch import Launch, read_launch, sharding_of
+from mm.dialects.videox_fun.launch import place_of, sharding_of
 from mm.dialects.videox_fun.metadata import count_rows
 from mm.dialects.videox_fun.model_config import load_model_config
 from mm.dialects.videox_fun.reading import Reading
 from mm.dialects.videox_fun.scripts import SCRIPTS, Script
 from mm.dialects.videox_fun.task import task_of
 from mm.dialects.videox_fun.training import Facts, is_in_names, is_lora, precision_of, training_sections
+from mm.dialects.videox_fun.validation import Clips, clips_of, validation_section
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 """Names of checkpoints as VideoX-Fun writes them; the whole name, so that folders beside them are none."""
@@ -40,6 +43,9 @@ class Command:
         extraction, training: what it means, with what is wrong in it; all problems are the training's.
         parts: the encoders, of which some have to be converted first.
         writes: what stands beside the run's own checkpoints. place: of this process.
+        clips: what is rendered between steps; None for nothing. step: to begin with, from 1.
+        live: the training's section where features are made in its steps; it is in no section of `training` yet,
+            because its rules read a file that is written when all else is known to be good.
     """
 
     extraction: ExtractionRun
@@ -47,6 +53,9 @@ class Command:
     parts: Parts
     writes: Writes
     place: ProcessPlace
+    clips: Clips | None
+    step: int
+    live: LiveSection | None
 
 
 @dataclass(frozen=True)
@@ -76,14 +85,20 @@ def read_command(
         shape_of: reads the shape of a model's folder, and raises an `MMError` where it cannot.
     """
     reading = Reading()
-    launch: Launch = reading.attempt(lambda: read_launch(environment))
+    launch, problems = read_launch(environment)
+    reading.problems += problems
+    place = reading.attempt(lambda: place_of(environment))
     flags = reading.flags(script, argv)
-    facts = _facts(script, flags, launch, shape_of, reading)
+    facts = _facts(script, flags, launch, place, shape_of, reading)
     parts = if_read(
         lambda: parts_of(flags, facts.config, sees_images=if_read(lambda: sees_images(facts)) is True, reading=reading)
     )
     extraction = extraction_sections(script, flags, facts, parts, reading)
     training = training_sections(script, flags, facts)
+    rendered = if_read(lambda: validation_section(flags, facts, reading))
+    training = training.model_copy(update={"validation": rendered})
+    clips = reading.attempt(lambda: clips_of(flags, facts, extraction, reading))
+    live = reading.attempt(lambda: live_section(flags, reading))
     for rule in (
         _precision_is_here,
         _something_is_trained,
@@ -98,15 +113,23 @@ def read_command(
         TrainingRun.described(training, words, world_size, tuple(reading.problems), tuple(reading.notes)),
         parts,
         if_read(lambda: _writes(flags, facts)),
-        launch.place,
+        place,
+        clips,
+        if_read(lambda: _first_step(flags, facts)),
+        live,
     )
 
 
 def _facts(
-    script: Script, flags: VideoxFlags, launch: Launch, shape_of: Callable[[str], WanConfig], reading: Reading
+    script: Script,
+    flags: VideoxFlags,
+    launch: Launch,
+    place: ProcessPlace,
+    shape_of: Callable[[str], WanConfig],
+    reading: Reading,
 ) -> Facts:
     shape = reading.attempt(lambda: shape_of(_said(flags.pretrained_model_name_or_path)))
-    sharding, file = sharding_of(flags, launch, reading)
+    sharding, file = sharding_of(flags, launch, place, reading)
     return Facts(
         shape=shape,
         task=reading.attempt(lambda: task_of(script, flags, _known(shape), reading)),
@@ -115,6 +138,7 @@ def _facts(
         sharding=sharding,
         overlaps=if_read(lambda: file.zero_optimization.overlap_comm),
         launch=launch,
+        place=place,
         resumes_from=reading.attempt(lambda: _resumes_from(flags, reading)),
     )
 
@@ -218,6 +242,13 @@ def _resumes_from(flags: VideoxFlags, reading: Reading) -> str | None:
         remedy = f"Name that one; or move iter_* folders after step {match[1]} away."
         reading.wrong("CFG-349", found, remedy)
     return None if os.path.realpath(place) == os.path.realpath(folder) else place
+
+
+def _first_step(flags: VideoxFlags, facts: Facts) -> int:
+    """The step after the newest checkpoint of the run that is gone on with, from 1."""
+    elsewhere = facts.resumes_from
+    done = _steps_in(elsewhere if is_given(elsewhere) else flags.output_dir)
+    return done[-1] + 1 if done and is_given(flags.resume_from_checkpoint) else 1
 
 
 def _steps_in(folder: str) -> list[int]:

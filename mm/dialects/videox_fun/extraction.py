@@ -15,8 +15,9 @@ from mm.config.run.encoders import (
     VideoEncoderSection,
 )
 from mm.config.run.extraction import ExtractionSection, ExtractionSections, SourceClip, SourceSection, StoreSection
+from mm.config.run.live import LiveSection
 from mm.config.tasks.task import Source
-from mm.config.unread import UNREAD, built, if_read
+from mm.config.unread import UNREAD, built, if_read, is_given
 from mm.dialects.videox_fun.flags import VideoxFlags
 from mm.dialects.videox_fun.model_config import ModelConfig, part_of
 from mm.dialects.videox_fun.reading import Reading
@@ -26,6 +27,8 @@ from mm.dialects.videox_fun.training import FEATURES, Facts, passes_of, precisio
 
 CONVERTED = "encoders"
 """Folder in --output_dir of encoders that are read from original files."""
+EXTRACTION_FILE = "features.yaml"
+"""File in --output_dir of the extraction whose features are made in the steps."""
 _MOST_DRAWS = 4  # of each sample, unless --feature_draws asks for others
 
 
@@ -100,7 +103,7 @@ def extraction_sections(
             "task": lambda: facts.task.name,
             "seed": lambda: 1234 if flags.seed is None else flags.seed,
             "device": lambda: "cpu" if facts.launch.cpu else None,
-            "draws": lambda: flags.feature_draws or min(_MOST_DRAWS, passes_of(flags, facts)),
+            "draws": lambda: flags.feature_draws or _draws(flags, facts),
         },
         "data": {
             "path": lambda: flags.train_data_meta,
@@ -121,6 +124,22 @@ def extraction_sections(
     }
     sections["encoders"] = _encoders(flags, facts, parts)
     return built(ExtractionSections, sections)
+
+
+def _draws(flags: VideoxFlags, facts: Facts) -> int:
+    """Draws of each sample where nothing says how many: one a pass, of those that are stored before training a few."""
+    passes = passes_of(flags, facts)
+    return passes if flags.live else min(_MOST_DRAWS, passes)
+
+
+def live_section(flags: VideoxFlags, reading: Reading) -> LiveSection | None:
+    """The section of features that are made in the steps; keeps CFG-434 for a budget of nothing."""
+    if not flags.live:
+        if is_given(flags.live_budget):
+            reading.wrong("CFG-434", "--live_budget has no effect without --live.", "Give both, or remove it.")
+        return None
+    file = os.path.join(flags.output_dir, EXTRACTION_FILE)
+    return built(LiveSection, {"extractions": (file,), "budget": flags.live_budget})
 
 
 def _encoders(flags: VideoxFlags, facts: Facts, parts: Parts) -> EncodersSection:

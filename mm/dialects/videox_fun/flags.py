@@ -16,8 +16,6 @@ from mm.dialects.meaning import refused, taken, used
 _DEAD = "no trainer of Wan2.1 reads it"
 _ENCODED = "features are made before the steps, so that no encoder is on the device in one"
 _NO_HUB = "weights are read from folders alone"
-_NOT_RENDERED = "has no effect without --validation_prompts"
-_GENERATE = "Remove it, and look at a checkpoint with mm generate; mm train renders clips between steps."
 
 
 class VideoxFlags(Flags):
@@ -128,13 +126,15 @@ class VideoxFlags(Flags):
     checkpointing_steps: int = used("checkpoint.save_interval", default=500, ge=1)
     checkpoints_total_limit: int | None = used("checkpoint.keep_latest", ge=1)
     resume_from_checkpoint: str | None = used("checkpoint.resume")
-    validation_prompts: list[str] | None = refused("asks for clips between steps", _GENERATE)
-    validation_paths: list[str] | None = refused("asks for clips between steps", _GENERATE)
-    validation_epochs: str | None = taken(_NOT_RENDERED)
-    validation_steps: str | None = taken(_NOT_RENDERED)
+    validation_prompts: list[str] | None = used("validation.prompts", "validation.config")
+    validation_paths: list[str] | None = used("validation.images")
+    validation_epochs: int | None = used(ge=1)
+    validation_steps: int | None = used("validation.interval", ge=1)
     seed: int | None = used("training.seed", "extraction.seed", ge=0)
 
     feature_draws: int | None = used("extraction.draws", ge=1)
+    live: bool = used("live.extractions", default=False)
+    live_budget: str | None = used("live.budget")
     overwrite_features: bool = used("output.overwrite", default=False)
 
 
@@ -146,7 +146,7 @@ class FullFlags(VideoxFlags):
     initial_grad_norm_ratio: float = used("optimizer.initial_clip_ratio", default=5.0, gt=0)
     abnormal_norm_clip_start: int = used("optimizer.abnormal_clip_start", default=1000, ge=0)
     use_ema: bool = used("optimizer.ema_decay", default=False)
-    report_model_info: bool = taken("metrics.jsonl and TensorBoard have the norm of each step's gradient", False)
+    report_model_info: bool = used("logging.norms_interval", default=False)
     selective_ac: float = used("memory.blocks", default=0.0, ge=0, le=1)
 
 

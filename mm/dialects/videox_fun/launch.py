@@ -1,17 +1,12 @@
-"""Variables by which `accelerate launch` and torchrun tell a process its place and what is sharded.
-
-accelerate is a launcher here and nothing more: the variables that it sets are read, and `python -m mm.cli.accelerate
-launch` sets the same ones.
-"""
+"""Place of a process, and what replicas share, as `accelerate launch` and torchrun tell a script of VideoX-Fun."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 from mm.config.place import ProcessPlace, process_place
-from mm.config.unread import UNREAD, Unread
+from mm.dialects.launcher import ACCUMULATION, Launch
 from mm.dialects.videox_fun.deepspeed import DeepSpeedFile, load_deepspeed
 from mm.dialects.videox_fun.flags import VideoxFlags
 from mm.dialects.videox_fun.reading import Reading
@@ -23,60 +18,15 @@ _STAGES: dict[int, Sharding] = {0: "none", 1: "optimizer", 2: "optimizer", 3: "p
 _NO_OFFLOAD = "Leave the states on the devices; more of them, with ZeRO-3, hold less each."
 
 
-@dataclass(frozen=True)
-class Launch:
-    """Launcher's word of the run.
-
-    Attributes:
-        place: of this process.
-        deepspeed, fsdp: it was asked for either.
-        zero_stage: of DeepSpeed, by the launcher's own word; None where a file says it, or nothing.
-        file: DeepSpeed's JSON. fsdp_strategy: FSDP's word.
-        mixed_precision: its word. cpu: devices are left alone.
-        offloads: variables that ask for states in the host's memory.
-    """
-
-    place: ProcessPlace
-    deepspeed: bool = False
-    fsdp: bool = False
-    zero_stage: int | None = None
-    file: str | None = None
-    fsdp_strategy: str = "FULL_SHARD"
-    mixed_precision: str = "no"
-    cpu: bool = False
-    offloads: tuple[str, ...] = ()
-
-
-def read_launch(environment: Mapping[str, str]) -> Launch:
-    """The launcher's word.
+def place_of(environment: Mapping[str, str]) -> ProcessPlace:
+    """Place of this process; the guide exports WORLD_SIZE and RANK of machines, which one machine may leave there.
 
     Raises:
         ConfigError: CFG-031 for variables that make no sense; CFG-342 for those of machines where no launcher made
             processes of them.
     """
-
-    def is_true(name: str) -> bool:
-        return environment.get(name, "").lower() in ("1", "true", "yes")
-
-    stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
-    offloads = (f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE" for part in ("OPTIMIZER", "PARAM"))
-    return Launch(
-        _place(environment),
-        deepspeed=is_true("ACCELERATE_USE_DEEPSPEED"),
-        fsdp=is_true("ACCELERATE_USE_FSDP"),
-        zero_stage=int(stage) if stage.isdecimal() else None,
-        file=environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or None,
-        fsdp_strategy=environment.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD"),
-        mixed_precision=environment.get("ACCELERATE_MIXED_PRECISION", "no").lower(),
-        cpu=is_true("ACCELERATE_USE_CPU"),
-        offloads=tuple(name for name in offloads if environment.get(name, "none").lower() != "none"),
-    )
-
-
-def _place(environment: Mapping[str, str]) -> ProcessPlace:
-    """Place of this process; the guide exports WORLD_SIZE and RANK of machines, which one machine may leave there."""
     if "LOCAL_RANK" in environment or "WORLD_SIZE" not in environment:
-        return process_place()
+        return process_place(environment)
     machines = environment["WORLD_SIZE"]
     if machines == "1":
         return ProcessPlace(0, 1, 0)
@@ -87,13 +37,13 @@ def _place(environment: Mapping[str, str]) -> ProcessPlace:
     )
 
 
-def sharding_of(flags: VideoxFlags, launch: Launch, reading: Reading) -> tuple[Sharding, DeepSpeedFile]:
+def sharding_of(
+    flags: VideoxFlags, launch: Launch, place: ProcessPlace, reading: Reading
+) -> tuple[Sharding, DeepSpeedFile]:
     """State that replicas share, by the launcher and the script's own flags; keeps CFG-342 and CFG-343."""
-    if isinstance(launch, Unread):
-        nothing: tuple[Sharding, DeepSpeedFile] = (UNREAD, UNREAD)
-        return nothing
     _switches_agree(flags, launch, reading)
-    for name in launch.offloads:
+    reading.attempt(lambda: _accumulation_agrees(flags, launch, reading))
+    for name in filter(None, (launch.optimizer_offload, launch.parameter_offload)):
         reading.wrong("CFG-343", f"{name} keeps states in the host's memory, which is not here.", _NO_OFFLOAD)
     if launch.fsdp:
         if launch.fsdp_strategy.upper() not in ("FULL_SHARD", "1"):
@@ -106,7 +56,7 @@ def sharding_of(flags: VideoxFlags, launch: Launch, reading: Reading) -> tuple[S
         return _STAGES.get(2 if launch.zero_stage is None else launch.zero_stage, "none"), DeepSpeedFile()
     path = launch.file
     file = reading.attempt(lambda: load_deepspeed(path))
-    reading.attempt(lambda: _file_agrees(file, path, flags, launch, reading))
+    reading.attempt(lambda: _file_agrees(file, path, flags, launch, place, reading))
     return reading.attempt(lambda: _STAGES[file.zero_optimization.stage]), file
 
 
@@ -124,7 +74,16 @@ def _switches_agree(flags: VideoxFlags, launch: Launch, reading: Reading) -> Non
             reading.wrong("CFG-342", found, "Give it to both, or to neither.")
 
 
-def _file_agrees(file: DeepSpeedFile, path: str, flags: VideoxFlags, launch: Launch, reading: Reading) -> None:
+def _accumulation_agrees(flags: VideoxFlags, launch: Launch, reading: Reading) -> None:
+    said, steps = launch.accumulation, flags.gradient_accumulation_steps
+    if said is not None and said != steps:
+        found = f"{ACCUMULATION} of the launcher is {said}, and --gradient_accumulation_steps is {steps}."
+        reading.wrong("CFG-342", found, "Make them agree, or leave it to the script's flag.")
+
+
+def _file_agrees(
+    file: DeepSpeedFile, path: str, flags: VideoxFlags, launch: Launch, place: ProcessPlace, reading: Reading
+) -> None:
     """CFG-342: what DeepSpeed's file says again is what the flags say."""
     stage = file.zero_optimization.stage
     if launch.zero_stage is not None and launch.zero_stage != stage:
@@ -141,7 +100,7 @@ def _file_agrees(file: DeepSpeedFile, path: str, flags: VideoxFlags, launch: Lau
         "train_batch_size": (
             file.train_batch_size,
             "of --train_batch_size, --gradient_accumulation_steps and the processes that",
-            lambda: batch * steps * launch.place.world_size,
+            lambda: batch * steps * place.world_size,
         ),
         "gradient_clipping": (file.gradient_clipping, "--max_grad_norm", lambda: flags.max_grad_norm),
     }

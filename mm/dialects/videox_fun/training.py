@@ -11,13 +11,15 @@ from typing import Any
 from mm.config.diffusion import DiffusionConfig
 from mm.config.layerzero import ZeroConfig
 from mm.config.model import WanConfig
+from mm.config.place import ProcessPlace
 from mm.config.run.checkpoint import AdapterSection
 from mm.config.run.data import ConditionDropout, FeatureSet
 from mm.config.run.training import TrainingSections
 from mm.config.tasks.task import Task
 from mm.config.unread import UnreadError, built, if_read
+from mm.dialects.launcher import Launch
 from mm.dialects.videox_fun.flags import FullFlags, LoRAFlags, VideoxFlags
-from mm.dialects.videox_fun.launch import Launch, Sharding
+from mm.dialects.videox_fun.launch import Sharding
 from mm.dialects.videox_fun.metadata import Rows
 from mm.dialects.videox_fun.model_config import ModelConfig
 from mm.dialects.videox_fun.scripts import Script
@@ -41,7 +43,8 @@ class Facts:
     Attributes:
         shape: of the model. task: of the features. rows: of the metadata. config: of --config_path.
         sharding: what replicas share. overlaps: reduce gradients while others are computed.
-        launch: the launcher's word. resumes_from: a folder of checkpoints to go on from, or None.
+        launch: the launcher's word. place: of this process.
+        resumes_from: a folder of checkpoints to go on from, or None.
     """
 
     shape: WanConfig
@@ -51,12 +54,13 @@ class Facts:
     sharding: Sharding
     overlaps: bool
     launch: Launch
+    place: ProcessPlace
     resumes_from: str | None
 
     @property
     def world_size(self) -> int:
         """Processes, each a replica."""
-        return self.launch.place.world_size
+        return self.place.world_size
 
 
 Values = Mapping[str, Callable[[], Any]]
@@ -78,6 +82,7 @@ def training_values(script: Script, flags: VideoxFlags, facts: Facts) -> dict[st
         "parallel.layerzero": lambda: _layerzero(facts),
         **_memory(flags, facts),
         **_checkpoint(flags, facts),
+        "logging.norms_interval": lambda: 1 if isinstance(flags, FullFlags) and flags.report_model_info else None,
         "logging.tensorboard": lambda: os.path.join(flags.output_dir, flags.logging_dir),
     }
     return {path: if_read(make) for path, make in makers.items()}
@@ -133,10 +138,15 @@ def samples_of_pass(flags: VideoxFlags, rows: Rows) -> int:
     return rows.images + rows.videos * max(1, flags.video_repeat)
 
 
+def steps_of_pass(flags: VideoxFlags, facts: Facts) -> int:
+    """Steps of one pass over the data."""
+    return math.ceil(samples_of_pass(flags, facts.rows) / _samples_of_step(flags, facts))
+
+
 def _steps(flags: VideoxFlags, facts: Facts) -> int:
     if flags.max_train_steps is not None:
         return flags.max_train_steps
-    return flags.num_train_epochs * math.ceil(samples_of_pass(flags, facts.rows) / _samples_of_step(flags, facts))
+    return flags.num_train_epochs * steps_of_pass(flags, facts)
 
 
 def passes_of(flags: VideoxFlags, facts: Facts) -> int:

@@ -13,6 +13,7 @@ from mm.train.callbacks.checkpointing import Checkpointing, SaveOutcome
 from mm.train.callbacks.evaluation import Evaluation
 from mm.train.callbacks.live import LiveCounts
 from mm.train.callbacks.metrics import Metrics
+from mm.train.callbacks.norms import Norms
 from mm.train.callbacks.replica_hash import ReplicaHash
 from mm.train.callbacks.stopping import Stopping
 from mm.train.callbacks.stragglers import Stragglers
@@ -33,6 +34,9 @@ def make_callbacks(
     if checkpointing is not None:
         callbacks.append(SaveOutcome(checkpointing))
     callbacks.append(Metrics(run, losses))
+    norms_interval = run.sections.logging.norms_interval
+    if norms_interval is not None:
+        callbacks.append(Norms(norms_interval))
     if run.live is not None:
         callbacks.append(LiveCounts(run, run.live.made, leads=leads_replica(run.mesh)))
     if asked.straggler_interval is not None and run.comm.world_size > 1:
