@@ -85,8 +85,6 @@ def _without_a_word(entry: Entry) -> Iterator[_Fault]:
     if entry.is_regularisation_data:
         found = " is regularisation data, for which training here has no loss."
         yield "DATA-172", found, "Set is_regularisation_data to false, or disable the entry."
-    if entry.start_epoch > 1 or entry.end_epoch:
-        yield "DATA-172", " begins or ends with an epoch.", "Say start_step and end_step instead."
 
 
 def _clip(entry: Entry, alignment: int, rounding: int) -> SourceClip:
@@ -135,6 +133,8 @@ def _share(entry: Entry) -> dict[str, Any] | None:
         "micro_batch_size": entry.train_batch_size,
         "begin_step": entry.start_step,
         "end_step": entry.end_step or None,
+        "begin_epoch": entry.start_epoch - 1,
+        "end_epoch": entry.end_epoch or None,
     }
 
 
