@@ -81,10 +81,12 @@ def _unsaid(entry: Entry) -> Iterator[_Fault]:
 def _without_a_word(entry: Entry) -> Iterator[_Fault]:
     """DATA-172: what SimpleTuner does and extraction or training here do not."""
     if entry.crop_style == "face":
-        yield "DATA-172", " has crop_style face.", "Take center, corner or random."
+        remedy = "Take center, corner or random; or cut the pictures before, and set crop to false."
+        yield "DATA-172", " has crop_style face, for which no detector of faces is here.", remedy
     if entry.is_regularisation_data:
-        found = " is regularisation data, for which training here has no loss."
-        yield "DATA-172", found, "Set is_regularisation_data to false, or disable the entry."
+        found = " is regularisation data: SimpleTuner holds its predictions to the base model's, and no loss here does."
+        remedy = "Set is_regularisation_data to false, to train on it as on other data, or disable the entry."
+        yield "DATA-172", found, remedy
 
 
 def _clip(entry: Entry, alignment: int, rounding: int) -> SourceClip:
