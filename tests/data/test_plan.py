@@ -155,7 +155,7 @@ def test_epochs_and_steps_open_and_close_sources_as_a_walk_step_by_step_does() -
     """Of drawn mixtures: who is open is decided step by step, by what was drawn before, as in a loop over epochs."""
     draw = random.Random(3)
     bound: Callable[[int], int | None] = lambda most: draw.choice([None, draw.randrange(1, most)])  # noqa: E731
-    for number in range(60):
+    for number in range(25):
         sources = [
             source(
                 draw.randrange(1, 60),

@@ -15,6 +15,7 @@ from PIL import Image
 
 from mm.config.data import DataSource, SourceFormat
 from mm.config.run.extraction import SourceClip
+from mm.config.run.shapes import FrameRule
 from mm.config.storage import Storage
 from mm.config.tasks.registry import TASKS
 from mm.data.clips import load_clip
@@ -24,7 +25,7 @@ from mm.data.probing import probe_samples
 from mm.errors import DataError
 from mm.extract.rows import source_word
 
-CLIP = SourceClip(num_frames=5, height=32, width=48)
+CLIP = SourceClip(num_frames=5, height=32, width=48, frames=FrameRule(start="first"))
 TABLES: dict[SourceFormat, tuple[str, str]] = {
     "mindspeed": ("path", "cap"),
     "videox-fun": ("file_path", "text"),
@@ -117,7 +118,8 @@ def test_sizes_of_objects_are_kept(s3: S3, address: str, tmp_path: Path) -> None
     with proxy_before(s3) as proxy:
         found = []
         for cache in ("one", "another"):
-            samples = listed(tmp_path, proxy.endpoint, rows, cache=str(tmp_path / cache))
+            # readers of a session have the variables that it began with, and so no credentials
+            samples = listed(tmp_path, proxy.endpoint, rows, cache=str(tmp_path / cache), anonymous=True)
             proxy.requests.clear()
             with ProbeCache(tmp_path / "sizes.db") as sizes:
                 told = probe_samples(samples, sizes, reader="pyav", num_workers=1, time_limit=60)

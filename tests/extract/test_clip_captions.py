@@ -1,10 +1,11 @@
 """Captions of clips that a training renders: stored once, beside shards that know nothing of them."""
 
+import logging
 from pathlib import Path
 
 import pytest
 import torch
-from extraction_runs import MODEL, opened, run
+from extraction_runs import MODEL, opened, run, words
 from feature_samples import make_text_encoder, make_tokenizer
 from store_content import content
 
@@ -12,8 +13,11 @@ from mm.config.run.generation import NEGATIVE_PROMPT
 from mm.data.recipe import load_recipe
 from mm.data.store.captions import read_caption
 from mm.data.store.copying import copy_store
+from mm.dialects.mindspeed.extraction import read_extraction
 from mm.errors import DataError
 from mm.extract.run import ExtractReport
+from mm.train.callbacks.stored_texts import stored_texts
+from mm.wan.encoders import TextEncoder
 
 PROMPTS = ["a red circle", "a green disc"]
 
@@ -29,7 +33,9 @@ def test_captions_of_clips_are_what_the_text_encoder_gives(files: dict[str, Path
     before = content(tmp_path / "store")
     asked = {"negative_caption": "blurry", "clip_prompts": tmp_path / "prompts.txt"}
     assert run(files, **asked) == ExtractReport(listed=5, encoded=0, reused=5), "they are added to a finished store"
-    assert content(tmp_path / "store") == before and len(captions(tmp_path / "store")) == 3
+    after = content(tmp_path / "store")
+    assert {name: after[name] for name in before} == before and len(captions(tmp_path / "store")) == 3
+    assert len(after) == len(before) + 3
     recipe, tokenizer = load_recipe(tmp_path / "store"), make_tokenizer()
     text_encoder = make_text_encoder(len(tokenizer))
     found = {text: read_caption(tmp_path / "store", text, recipe, MODEL) for text in ["blurry", *PROMPTS]}
@@ -47,6 +53,26 @@ def test_captions_of_clips_are_what_the_text_encoder_gives(files: dict[str, Path
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps, "what is there is not made again"
     copy_store(tmp_path / "store", tmp_path / "copy", lambda done, total: None)
     assert captions(tmp_path / "copy") == kept
+
+
+def test_a_training_takes_the_texts_that_its_store_has(
+    files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bit for bit those that the encoder gives; none where the clips have another precision or tokens."""
+    run(files, negative_caption="blurry")
+    data, encoders = opened(tmp_path / "store", tmp_path), read_extraction(words(files)).encoders
+    named, text = encoders.tokenizer, encoders.text
+    encoder = TextEncoder.from_pretrained(
+        Path(text.from_pretrained), Path(named.from_pretrained), text.precision, torch.device("cpu"), 512
+    )
+    found = stored_texts(data, encoders, ["blurry", "another"])
+    assert found.keys() == {"blurry"} and torch.equal(found["blurry"], encoder.encode(["blurry"])[0])
+    with caplog.at_level(logging.INFO):
+        longer = {"tokenizer": named.model_copy(update={"model_max_length": 77})}
+        assert stored_texts(data, encoders.model_copy(update=longer), ["blurry"]) == {}
+        other = {"text": text.model_copy(update={"precision": "bf16"})}
+        assert stored_texts(data, encoders.model_copy(update=other), ["blurry"]) == {}
+    assert "another model_max_length; they are encoded" in caplog.text and "another precision;" in caplog.text
 
 
 def test_the_release_has_a_negative_caption_of_its_own(files: dict[str, Path], tmp_path: Path) -> None:

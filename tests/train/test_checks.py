@@ -221,6 +221,7 @@ def test_another_model_is_told(demo: Path, tmp_path: Path, capfd: pytest.Capture
     assert (demo / WEIGHTS).is_dir()
 
 
+@pytest.mark.nightly
 def test_texts_of_clips_come_from_the_store(
     demo: Path, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

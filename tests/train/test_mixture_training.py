@@ -147,6 +147,7 @@ def test_a_share_that_no_step_has_is_refused(unit: str, demo: Path, tmp_path: Pa
         train(command(demo, tmp_path, stores, mixture))
 
 
+@pytest.mark.nightly
 def test_a_share_begins_with_an_epoch(demo: Path, tmp_path: Path, stores: list[str]) -> None:
     """Epochs of a alone are 16 samples, 2 steps; b joins after the first, for one epoch of both, 4 steps. A run that
     goes on within it sees the same samples.
