@@ -24,7 +24,9 @@ from mm.isolated import command_of
 
 if TYPE_CHECKING:
     from mm.config.storage import Location
+    from mm.data.dataset import FeatureDataset
     from mm.data.open_store import MakingStore
+    from mm.data.plan import SamplingPlan
     from mm.doctor.preflight import Finding
     from mm.train.trained_parts import TrainedModel
 
@@ -84,6 +86,7 @@ def check(
             ),
         )
     if where.rank == 0:
+        findings += preflight.attempt("sampling plan", lambda: _planned(sections, batch, findings))
         findings += preflight.attempt("resume", lambda: _resumed(sections, layout, model, findings))
     with ExitStack() as stack:
         comm: Comm = SingleProcess()
@@ -127,31 +130,52 @@ def _resumed(
 
 
 def _draws(sections: TrainingRun, samples: int) -> str | None:
-    """Draws of this process for the first step; None without features, of which the check of features tells."""
-    from mm.data.dataset import open_features
-    from mm.data.planning import sampling_plan
-    from mm.data.sampler import BatchPlan
+    """Draws of this process for the first step; None where there is no plan, which its own check tells."""
     from mm.diffusion.flow import FlowMatching
     from mm.doctor import preflight
 
-    data, seed = sections.data, sections.training.seed
-    batches = BatchPlan(samples, data.micro_batch_size)
     if sections.live is not None:  # the run itself looks at the clips, and writes what it finds into their stores
         return None
     try:
-        dataset = open_features(data.features, sections.wan)
-        plan = sampling_plan(
-            dataset,
-            batches,
-            data.mixture,
-            seed,
-            shuffle=data.shuffle,
-            min_bucket=data.min_bucket,
-            num_steps=sections.training.steps,
-        )
+        dataset, plan, groups = _plan(sections, samples)
     except MMError:
         return None
-    return preflight.draws(dataset, plan, FlowMatching(sections.objective), seed, batches.groups_of_step)
+    return preflight.draws(dataset, plan, FlowMatching(sections.objective), sections.training.seed, groups)
+
+
+def _planned(sections: TrainingRun, samples: int, findings: Sequence[Finding]) -> list[Finding]:
+    """Draw up the plan, which raises what the run's start would; nothing where the features cannot be read."""
+    from mm.doctor.preflight import Finding
+
+    if sections.live is not None or any(found.check == "features" and found.verdict == "no" for found in findings):
+        return []
+    _, _, groups = _plan(sections, samples)
+    found = f"{sections.training.steps} steps of {groups} micro-batches can be drawn from the features"
+    return [Finding("sampling plan", "ok", found)]
+
+
+def _plan(sections: TrainingRun, samples: int) -> tuple[FeatureDataset, SamplingPlan, int]:
+    """The features, the plan of the run, and micro-batches of a step.
+
+    Raises:
+        ConfigError, DataError: what `mm.data.planning.sampling_plan` and opening the features raise.
+    """
+    from mm.data.dataset import open_features
+    from mm.data.planning import sampling_plan
+    from mm.data.sampler import BatchPlan
+
+    data = sections.data
+    batches, dataset = BatchPlan(samples, data.micro_batch_size), open_features(data.features, sections.wan)
+    plan = sampling_plan(
+        dataset,
+        batches,
+        data.mixture,
+        sections.training.seed,
+        shuffle=data.shuffle,
+        min_bucket=data.min_bucket,
+        num_steps=sections.training.steps,
+    )
+    return dataset, plan, batches.groups_of_step
 
 
 def _memory(

@@ -11,10 +11,10 @@ from pydantic import Field
 from mm.cli.entry import run
 from mm.config.flags import Flags, parse_flags
 from mm.config.output import require_writable_file
+from mm.data.text_lines import read_prompts
 from mm.demo.measure import MeasuredClip, score
 from mm.demo.sheet import draw_sheet
 from mm.errors import DataError
-from mm.generate.rows import read_prompts
 
 
 class ScoreFlags(Flags):

@@ -47,5 +47,5 @@ def _compare(sample: VideoSample, num_frames: int, stored: _Size, shown: _Size) 
 
 
 def _differs(sample: VideoSample, claimed: str, found: str) -> Problem:
-    message = f"{sample.file}: the annotation says {claimed}, the {sample.kind} has {found}."
+    message = f"{sample.where}: the annotation says {claimed}, the {sample.kind} has {found}."
     return Problem("DATA-005", message, f"Correct the annotation, or replace the {sample.kind} if it is the wrong one.")

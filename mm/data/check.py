@@ -130,9 +130,9 @@ def check_videos(
         if row.sample is not None and not problems:
             problems += _problems_of(check_announced_length, row.sample, preprocess)
         if row.sample is not None and not problems:
-            jobs.append(_RowToRead(row.source, row.number, row.sample.id, str(row.sample.file), row.sample))
+            jobs.append(_RowToRead(row.source, row.number, row.sample.id, row.sample.where, row.sample))
         else:
-            names: _Names = (row.sample.id, str(row.sample.file)) if row.sample is not None else (None, None)
+            names: _Names = (row.sample.id, row.sample.where) if row.sample is not None else (None, None)
             checked.add(row.source, row.number, names, problems)
     media = () if task is None else task.media
     readers = _read_all(CheckClip(preprocess, seed, quick, media), jobs, lists, num_workers, time_limit, done)

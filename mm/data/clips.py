@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from mm.data.annotation_check import check_annotation, check_image
 from mm.data.beside import Taken, check_beside, numbers_of, read_beside
 from mm.data.image import probe_image, read_image
 from mm.data.metadata import VideoSample
+from mm.data.remote.media import reading
 from mm.data.shapes.choose import choose_shape, fewest_frames, most_pixels, most_pixels_of_frame
 from mm.data.shapes.frames import frames_at_times, shortened, starts_at, usable_at
 from mm.data.shapes.shape import Shape, left_out
@@ -70,6 +72,10 @@ def load_clip(
             DATA-160 for a video that is too long, DATA-162 for one without times; of media what
             `mm.data.beside.read_beside` raises.
     """
+    return reading(sample.objects, partial(_load, sample, preprocess, seed, draw, media))
+
+
+def _load(sample: VideoSample, preprocess: SourceClip, seed: int, draw: int, media: Sequence[Media]) -> Clip:
     if sample.kind == "image":
         return _load_image(sample, preprocess, seed, draw, media)
     info, shape, indices = _plan_clip(sample, preprocess, seed, draw)
@@ -101,6 +107,10 @@ def clip_facts(
     sample: VideoSample, preprocess: SourceClip, seed: int, draw: int = 0, media: Sequence[Media] = ()
 ) -> ClipFacts:
     """Facts of the clip that `load_clip` gives, without decoding it; raises what that raises before it decodes."""
+    return reading(sample.objects, partial(_facts, sample, preprocess, seed, draw, media))
+
+
+def _facts(sample: VideoSample, preprocess: SourceClip, seed: int, draw: int, media: Sequence[Media]) -> ClipFacts:
     if sample.kind == "image":
         size = probe_image(sample.file)
         check_image(sample, *size)
@@ -163,7 +173,7 @@ def _shape_of(
         return choose_shape(preprocess, height, width, num_frames, generator(seed, "shape_choice", sample.id, draw))
     except DataError as error:
         problem = error.problems[0]
-        message = f"{sample.file}: {problem.message[:1].lower()}{problem.message[1:]}"
+        message = f"{sample.where}: {problem.message[:1].lower()}{problem.message[1:]}"
         raise DataError(problem.id, message, problem.remedy) from None
 
 
@@ -187,7 +197,7 @@ class _ReadClip:
         return Parcel(*in_parts(clip))
 
     def describe(self, job: tuple[VideoSample, int], /) -> str:
-        return str(job[0].file)
+        return job[0].where
 
 
 def read_clips(
@@ -249,16 +259,19 @@ class CheckClip:
             clip_facts(sample, self.preprocess, self.seed)
             read_by = _PILLOW
         elif self.quick:
-            info, shape, indices = _plan_clip(sample, self.preprocess, self.seed)
-            check_beside(sample, self.media, _part(info, shape, indices, self.preprocess))
-            read_by = info.read_by
+            read_by = reading(sample.objects, partial(self._begun, sample))
         else:
             read_by = load_clip(sample, self.preprocess, self.seed, media=self.media).read_by
         return Parcel({}, {"read_by": read_by})
 
+    def _begun(self, sample: VideoSample) -> str:
+        info, shape, indices = _plan_clip(sample, self.preprocess, self.seed)
+        check_beside(sample, self.media, _part(info, shape, indices, self.preprocess))
+        return info.read_by
+
     def describe(self, sample: VideoSample, /) -> str:
         """The video."""
-        return str(sample.file)
+        return sample.where
 
 
 def choose_frames(
@@ -292,7 +305,7 @@ def choose_frames(
     begin, end = _cut(sample, num_available)
     rule, interval = preprocess.frames, preprocess.frame_interval
     if rule.max_frames is not None and end - begin > rule.max_frames:
-        message = f"{sample.file} has {end - begin} frames, and at most {rule.max_frames} are taken."
+        message = f"{sample.where} has {end - begin} frames, and at most {rule.max_frames} are taken."
         raise left_out(message, "Remove the sample, cut it, or raise max_frames.")
     shown = _times_of(sample, preprocess, times, begin, end)
     usable = (end - begin - 1) // interval + 1 if rule.fps is None else usable_at(shown, rule.fps)
@@ -319,7 +332,7 @@ def _length(sample: VideoSample, usable: int, preprocess: SourceClip, most: int)
     wanted = most if least is None else max(least, multiple or 1)
     raise DataError(
         "DATA-004",
-        f"{sample.file} has {usable} frames to use{every}, and at least {wanted} are asked for.",
+        f"{sample.where} has {usable} frames to use{every}, and at least {wanted} are asked for.",
         "Remove the video, lower num_frames, or set min_num_frames to accept shorter ones.",
     )
 
@@ -331,7 +344,7 @@ def _times_of(
     if preprocess.frames.fps is None:
         return ()
     if times is None:
-        message = f"{sample.file}: it does not tell when its frames are shown, and fps takes them by their times."
+        message = f"{sample.where}: it does not tell when its frames are shown, and fps takes them by their times."
         raise DataError("DATA-162", message, "Put it into another form (ffmpeg -i IN out.mp4), or set no fps.")
     return times[begin:end]
 
@@ -355,6 +368,6 @@ def _cut(sample: VideoSample, num_available: int) -> tuple[int, int]:
     cut = sample.annotation.cut or [0]
     begin, end = cut[0], cut[1] if len(cut) == 2 else num_available
     if not begin < end <= num_available:
-        message = f"{sample.file} has {num_available} frames, and its annotation cuts {begin} to {end}."
+        message = f"{sample.where} has {num_available} frames, and its annotation cuts {begin} to {end}."
         raise DataError("DATA-005", message, "Correct cut: [first frame] or [first frame, frame to stop before].")
     return begin, end

@@ -40,6 +40,8 @@ FEATURES = "features"
 LISTING = "data.jsonl"
 EMPTY_PROMPT = "empty_prompt.safetensors"
 EMPTY_PROMPT_ID = "empty_prompt"
+PROMPT_ID = "prompt"
+"""What the embedding of a caption, empty or not, says in place of a sample."""
 PRECISIONS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPES = {
     **PRECISIONS,
@@ -323,7 +325,7 @@ def _header_problems(header: Header, place: str, model: WanConfig, again: str) -
         problems.append(Problem(id, f"{place}: {text}.", remedy))
 
     wanted = {"prompt", "prompt_mask"}
-    if header.origin.sample != EMPTY_PROMPT_ID:
+    if header.origin.sample not in (EMPTY_PROMPT_ID, PROMPT_ID):
         own, held = _features_of(model.task), set(header.tensors)
         wanted |= {"latents"} | own
         others = _ALL_FEATURES - own

@@ -11,6 +11,7 @@ import torch
 from pydantic import BeforeValidator, Field
 
 from mm.config.base import Section
+from mm.data.remote.media import RemoteFile
 from mm.rng import generator
 
 Kind = Literal["video", "image"]
@@ -83,6 +84,7 @@ class VideoSample:
         kind: of the file.
         roles: files beside the target by what they are: `control`, `reference`, `mask`, `first_frame`, `last_frame`,
             `camera`, `object`, or a column's own name. Whoever uses one looks whether it is there.
+        objects: in object storage, of which some of these files are copies, read by `mm.data.remote.media.reading`.
     """
 
     id: str
@@ -92,6 +94,17 @@ class VideoSample:
     columns: Mapping[str, float] = field(default_factory=dict)
     kind: Kind = "video"
     roles: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    objects: tuple[RemoteFile, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """The video or image in words: its path, or its address."""
+        remote = self.object_of(self.file)
+        return str(self.file if remote is None else remote.place)
+
+    def object_of(self, file: Path) -> RemoteFile | None:
+        """The object that one of its files is a copy of, if it is."""
+        return next((one for one in self.objects if one.copy == file), None)
 
     def caption(self, seed: int, draw: int = 0) -> str:
         """The caption that a draw uses: the only one, or one of several drawn from the seed."""

@@ -58,7 +58,7 @@ class ClipPlace:
     media: tuple[Media, ...] = ()
 
     def __str__(self) -> str:
-        return str(self.sample.file)
+        return self.sample.where
 
 
 Place = FeaturePlace | ClipPlace

@@ -13,12 +13,17 @@ slot is computed by itself, from keyed bijections (`mm.data.bijection`) in place
   is left over of a bucket comes first in the next epoch of that draw.
 - Sources are mixed by weight, exactly in every 4,096 slots to a group: which slots are whose is drawn for each such
   block, and each source's groups come in their own order.
+- An epoch of the plan is as many slots as the sources that are open have groups, each repeated as it asks for, whatever
+  their weights: with weights of 1 each sample comes once in it for each repeat. A source that opens or closes within an
+  epoch changes the length of what is left of it. What begins or ends with an epoch does so at the first step that has
+  nothing of the epoch before.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -74,6 +79,8 @@ class PlannedSource:
         repeats: passes over its samples in an epoch of the plan.
         weight: of its share of the samples, beside that by its size. 1 for all: each comes as often as its size says.
         begin: first slot that it may fill. end: first slot that it may not fill any more; None for no end.
+        begin_epoch: epochs of the plan that must be over before it may fill a slot. end_epoch: those after which it may
+            not any more; None for no end.
     """
 
     buckets: Sequence[Bucket]
@@ -83,6 +90,13 @@ class PlannedSource:
     weight: Fraction = Fraction(1)
     begin: int = 0
     end: int | None = None
+    begin_epoch: int = 0
+    end_epoch: int | None = None
+
+    def is_open(self, slot: int, epochs: Fraction) -> bool:
+        """Tell whether it may fill a slot, before which so many epochs of the plan are over."""
+        begun = self.begin <= slot and self.begin_epoch <= epochs
+        return begun and (self.end is None or slot < self.end) and (self.end_epoch is None or epochs < self.end_epoch)
 
     @property
     def groups_of_epoch(self) -> Fraction:
@@ -93,18 +107,21 @@ class PlannedSource:
 class SamplingPlan:
     """Samples of every slot, for all sources together."""
 
-    def __init__(self, sources: Sequence[PlannedSource], seed: int, *, shuffle: bool = True) -> None:
+    def __init__(
+        self, sources: Sequence[PlannedSource], seed: int, *, shuffle: bool = True, slots_of_step: int = 1
+    ) -> None:
         """Take the sources.
 
         Args:
             sources: at least one.
             seed: of all orders. shuffle: whether orders are drawn; otherwise samples come as they are listed, bucket by
                 bucket, source by source.
+            slots_of_step: of which a number comes before whatever begins or ends with an epoch.
         """
         self._group_sizes = [source.group_size for source in sources]
         self._walks = [[_Walk(bucket, source.draws, seed, shuffle) for bucket in source.buckets] for source in sources]
         self._sources = [_SourceGroups(source, number, seed, shuffle) for number, source in enumerate(sources)]
-        self._phases = _phases(sources)
+        self._phases = list(_phases(sources, slots_of_step))
         self._seed, self._shuffle = seed, shuffle
         self._blocks = lru_cache(maxsize=2)(self._block)
 
@@ -117,6 +134,11 @@ class SamplingPlan:
     def end(self) -> int | None:
         """The first slot at which no source is open; None where there is none. The plan has no slots from there on."""
         return self._phases[-1].end if self._phases else 0
+
+    def open_slots(self, source: int) -> tuple[int, int | None] | None:
+        """The first slot at which a source is open, and that from which it is not any more; None where it never is."""
+        phases = [phase for phase in self._phases if source in phase.sources]
+        return (phases[0].begin, phases[-1].end) if phases else None
 
     def group(self, slot: int) -> list[PlannedSample]:
         """The samples of a slot; raises IndexError for one that the plan does not have."""
@@ -282,21 +304,26 @@ class _Phase:
         return [upper - lower for lower, upper in zip([0, *bounds], bounds, strict=False)]
 
 
-def _phases(sources: Sequence[PlannedSource]) -> list[_Phase]:
-    begins = sorted({0, *(s.begin for s in sources), *(s.end for s in sources if s.end is not None)})
+def _phases(sources: Sequence[PlannedSource], slots_of_step: int) -> Iterator[_Phase]:
+    """The phases, until no source is open. They are some for each source, however long training is."""
+    slots = sorted({*(s.begin for s in sources), *(s.end for s in sources if s.end is not None)})
+    of_epochs = sorted({*(s.begin_epoch for s in sources), *(s.end_epoch for s in sources if s.end_epoch is not None)})
     filled = [0] * len(sources)
-    phases: list[_Phase] = []
-    for begin, end in zip(begins, [*begins[1:], None], strict=True):
-        is_open = [i for i, s in enumerate(sources) if s.begin <= begin and (s.end is None or begin < s.end)]
-        if not is_open:
-            break
+    begin, epochs = 0, Fraction(0)
+    while is_open := [i for i, source in enumerate(sources) if source.is_open(begin, epochs)]:
         weights = [sources[i].weight * sources[i].groups_of_epoch for i in is_open]
+        epoch = sum((sources[i].groups_of_epoch for i in is_open), Fraction(0))
+        steps = (math.ceil((begin + (bound - epochs) * epoch) / slots_of_step) for bound in of_epochs if bound > epochs)
+        ends = [*(slot for slot in slots if slot > begin), *(step * slots_of_step for step in steps)]
+        end = min(ends) if ends else None
         shares = [share / sum(weights) for share in accumulate(weights)]
-        phases.append(_Phase(begin, end, is_open, [filled[i] for i in is_open], shares))
-        if end is not None:
-            for i, count in zip(is_open, phases[-1].counts(end - begin), strict=True):
-                filled[i] += count
-    return phases
+        phase = _Phase(begin, end, is_open, [filled[i] for i in is_open], shares)
+        yield phase
+        if end is None:
+            return
+        for i, count in zip(is_open, phase.counts(end - begin), strict=True):
+            filled[i] += count
+        begin, epochs = end, epochs + (end - begin) / epoch
 
 
 def _order(size: int, seed: int, name: str, epoch: int, shuffle: bool) -> Callable[[int], int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -47,32 +47,48 @@ def sampling_plan(
         num_steps: steps of the run; None for no end.
 
     Raises:
-        ConfigError: CFG-203 for a share of no store or two of one, CFG-204 where at some step no store is open.
+        ConfigError: CFG-203 for a share of no store, two of one, or one that is over before it begins; CFG-204 where at
+            some step no store is open.
         DataError: DATA-015 for buckets smaller than a micro-batch, or when leaving them out leaves nothing.
     """
     sources: list[PlannedSource] = []
+    used: list[SourceOfData] = []
     small: list[Problem] = []
     for source in sources_of(dataset, mixture, batches.micro_batch_size, shuffle=shuffle, min_bucket=min_bucket):
         small += [_too_small(source, shape, bucket, min_bucket) for (_, shape), bucket in sorted(source.small.items())]
         if source.buckets:
             sources.append(_planned(source, batches))
+            used.append(source)
     if min_bucket == "error" or not sources:
         raise_limited(small)
     for problem in small:
         logger.warning("left out: %s", problem.message)
-    _tell_of_late_shares(mixture, num_steps)
-    plan = SamplingPlan(sources, seed, shuffle=shuffle)
+    plan = SamplingPlan(sources, seed, shuffle=shuffle, slots_of_step=batches.groups_of_step)
+    _tell_of_timed_shares([source.share for source in used], plan, batches.groups_of_step, num_steps)
     if plan.end is not None and (num_steps is None or plan.end < num_steps * batches.groups_of_step):
         message = f"In data.mixture.shares no store is open at step {plan.end // batches.groups_of_step}."
-        raise ConfigError("CFG-204", message, "Let the shares' begin_step and end_step leave no gap.")
+        raise ConfigError("CFG-204", message, "Let the steps and epochs at which shares begin and end leave no gap.")
     return plan
 
 
-def _tell_of_late_shares(mixture: Mixture, num_steps: int | None) -> None:
-    for share in mixture.shares:
-        if num_steps is not None and share.begin_step >= num_steps:
+def _tell_of_timed_shares(
+    shares: Sequence[SourceShare | None], plan: SamplingPlan, groups_of_step: int, num_steps: int | None
+) -> None:
+    """Tell the steps of shares that begin or end. Raises CFG-203 for one that never is open."""
+    for number, share in enumerate(shares):
+        if share is None or not share.is_timed:
+            continue
+        slots = plan.open_slots(number)
+        if slots is None and plan.end is None:
+            found = f"data.mixture.shares has {share.folder} end before it begins: a step and an epoch contradict."
+            raise ConfigError("CFG-203", found, "Correct them, or remove the share.")
+        begin = (plan.end if slots is None else slots[0]) or 0
+        if num_steps is not None and begin >= num_steps * groups_of_step:
             message = "%s comes after step %d, and the run ends with step %d: none of its samples are trained on"
-            logger.warning(message, share.folder, share.begin_step, num_steps)
+            logger.warning(message, share.folder, begin // groups_of_step, num_steps)
+        elif slots is not None and (share.begin_epoch or share.end_epoch is not None):
+            last = "the end" if slots[1] is None else f"step {slots[1] // groups_of_step:,}"
+            logger.info("%s is trained on from step %d to %s", share.folder, begin // groups_of_step + 1, last)
 
 
 @dataclass(frozen=True)
@@ -135,7 +151,7 @@ def describe_plan(
         words.append(f"groups of {batches.micro_batch_size}")
     if mixture.shares:
         words.append("stores mixed, each in its own order")
-    if any(share.begin_step or share.end_step is not None for share in mixture.shares):
+    if any(share.is_timed for share in mixture.shares):
         words.append(f"steps of {batches.groups_of_step}")  # which say at which group a share begins
     shares = [share for *_, share in _parts(dataset, mixture)]
     for number, share in enumerate(shares, start=1):
@@ -229,6 +245,8 @@ def _planned(source: SourceOfData, batches: BatchPlan) -> PlannedSource:
         Fraction(str(share.weight)),  # as it is written: 0.1 is a tenth
         begin * batches.groups_of_step,
         None if end is None else end * batches.groups_of_step,
+        share.begin_epoch,
+        share.end_epoch,
     )
 
 

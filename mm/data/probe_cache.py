@@ -18,6 +18,7 @@ from types import TracebackType
 import av
 from PIL import __version__ as pillow_version
 
+from mm.data.remote.media import RemoteFile
 from mm.errors import DataError, DataWriteError
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,12 @@ def identity_of(file: Path) -> str | None:
         return None
     words = (str(file.absolute()), str(now.st_size), str(now.st_mtime_ns), str(now.st_ino), _MADE_BY)
     return _digest("\0".join(words))
+
+
+def identity_of_object(remote: RemoteFile) -> str:
+    """An object as it was listed: its address, tag and size."""
+    place = remote.place
+    return _digest("\0".join((str(place.storage.endpoint_url), place.url, remote.version, _MADE_BY)))
 
 
 class ProbeCache:

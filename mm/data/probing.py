@@ -6,11 +6,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 
 from mm.data.image import probe_image
 from mm.data.metadata import Kind, VideoSample
-from mm.data.probe_cache import ProbeCache, identity_of
+from mm.data.probe_cache import ProbeCache, identity_of, identity_of_object
+from mm.data.remote.media import reading
 from mm.data.video import Reader, probe
 from mm.data.workers import Outcome, Parcel, read_in_order
 from mm.errors import DataError
@@ -36,15 +37,19 @@ class _Probe:
 
     reader: Reader
 
-    def __call__(self, job: tuple[Path, Kind], /) -> Parcel:
-        file, kind = job
-        if kind == "image":
-            return Parcel({}, asdict(MediaFacts(1, *probe_image(file))))
-        info = probe(file, self.reader)
-        return Parcel({}, asdict(MediaFacts(info.num_frames, *info.shown_size)))
+    def __call__(self, sample: VideoSample, /) -> Parcel:
+        remote = sample.object_of(sample.file)
+        facts = reading([] if remote is None else [remote], partial(self._facts, sample))
+        return Parcel({}, asdict(facts))
 
-    def describe(self, job: tuple[Path, Kind], /) -> str:
-        return str(job[0])
+    def describe(self, sample: VideoSample, /) -> str:
+        return sample.where
+
+    def _facts(self, sample: VideoSample) -> MediaFacts:
+        if sample.kind == "image":
+            return MediaFacts(1, *probe_image(sample.file))
+        info = probe(sample.file, self.reader)
+        return MediaFacts(info.num_frames, *info.shown_size)
 
 
 @dataclass(slots=True)
@@ -73,13 +78,13 @@ def probe_samples(
     """
     waiting: deque[_Wanted] = deque()
 
-    def unknown() -> Iterator[tuple[Path, Kind]]:
+    def unknown() -> Iterator[VideoSample]:
         for sample in samples:
-            identity = identity_of(sample.file)
+            identity = _identity(sample)
             found = None if identity is None else cache.get(identity)
             waiting.append(_Wanted(sample, identity, None if found is None else MediaFacts(*found)))
             if found is None:
-                yield sample.file, sample.kind
+                yield sample
 
     outcomes = read_in_order(_Probe(reader), unknown(), num_workers=num_workers, time_limit=time_limit, buffer_bytes=0)
     with closing(outcomes):
@@ -88,7 +93,7 @@ def probe_samples(
                 yield waiting.popleft().sample, known
             asked = waiting.popleft()
             facts = _facts(outcome)
-            unchanged = asked.identity if asked.identity == identity_of(asked.sample.file) else None
+            unchanged = asked.identity if asked.identity == _identity(asked.sample) else None
             if isinstance(facts, MediaFacts) and unchanged is not None:
                 cache.put(unchanged, (facts.num_frames, facts.height, facts.width))
             yield asked.sample, facts
@@ -107,6 +112,12 @@ def count_sizes(facts: Iterable[tuple[VideoSample, MediaFacts | DataError]]) -> 
         counts.items(), key=lambda item: (-item[1], item[0][0], tuple(asdict(item[0][1]).values()))
     )
     return [{"kind": kind, **asdict(size), "samples": count} for (kind, size), count in order]
+
+
+def _identity(sample: VideoSample) -> str | None:
+    """Identity of a sample's file, or of the object that it is a copy of; None where it is not there."""
+    remote = sample.object_of(sample.file)
+    return identity_of(sample.file) if remote is None else identity_of_object(remote)
 
 
 def _facts(outcome: Outcome) -> MediaFacts | DataError:

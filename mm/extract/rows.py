@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from mm.config.bad_samples import OnBadSample
@@ -67,7 +68,7 @@ def usable(row: CheckedRow, clip: SourceClip) -> VideoSample | BadClip:
     if row.sample is None:
         raise ValueError("a row without a sample was let pass")
     problems = [*row.problems, *_of_length(row, clip)]
-    return BadClip.of(row.sample.id, row.sample.file, problems[0]) if problems else row.sample
+    return BadClip.of(row.sample.id, row.sample.where, problems[0]) if problems else row.sample
 
 
 def source_word(sample: VideoSample, draw: int = 0, fingerprint: str | None = None) -> str:
@@ -82,9 +83,15 @@ def source_word(sample: VideoSample, draw: int = 0, fingerprint: str | None = No
     cut = f"@{sample.annotation.cut_name}" if sample.annotation.cut else ""
     columns = "".join(f"#{name}={value!r}" for name, value in sample.columns.items())
     listed = ((role, file) for role, files in sorted(sample.roles.items()) for file in files)
-    beside = "".join(f"+{role}={video_fingerprint(file)}" for role, file in listed)
-    video = video_fingerprint(sample.file) if fingerprint is None else fingerprint
+    beside = "".join(f"+{role}={_fingerprint(sample, file)}" for role, file in listed)
+    video = _fingerprint(sample, sample.file) if fingerprint is None else fingerprint
     return f"{video}{cut}{columns}{beside}{f'~{draw}' if draw else ''}"
+
+
+def _fingerprint(sample: VideoSample, file: Path) -> str:
+    """Sixteen hexadecimal digits of a file, or of the object that it is to be a copy of."""
+    remote = sample.object_of(file)
+    return video_fingerprint(file) if remote is None else remote.fingerprint
 
 
 def origin_of(sample: VideoSample, draw: int, caption: str, recipe_key: str, fingerprint: str | None = None) -> Origin:

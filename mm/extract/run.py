@@ -25,7 +25,9 @@ from mm.config.tasks.task import Task
 from mm.data.files import make_folder
 from mm.data.recipe import extraction_recipe
 from mm.data.sources.checking import RowReader, annotated_sources
+from mm.data.store.captions import CAPTIONS
 from mm.data.store.catalog import MANIFEST, Manifest, is_sharded, read_manifest
+from mm.extract.captions import captions_of_clips, make_captions
 from mm.extract.claims import CLAIMS, Claims
 from mm.extract.encode import ClipEncoder
 from mm.extract.planning import settle_plan
@@ -74,16 +76,20 @@ def extract(run: ExtractionRun, *, device: torch.device, rank: int = 0, world_si
     policy = parse_on_bad_sample(run.data.on_bad_sample, words["data.on_bad_sample"].name)
     recipe, store = extraction_recipe(run), Path(run.output.path)
     check_store(store, recipe, run.output.overwrite, words)
-    reader = RowReader(annotated_sources(run.data), run.task)
+    reader, captions = RowReader(annotated_sources(run.data), run.task), captions_of_clips(run)
     with _made(store, words["output.path"].place()), Claims(store / WORK / CLAIMS) as claims:
         plan = settle_plan(run, store, recipe, reader, claims, policy)
         skipping = Skipping(policy, plan.num_rows, store / WORK / SKIPS)
         hold_against_plan(store, plan, skipping)
         manifest, tally = (read_manifest(store) if is_sharded(store) else None), Tally()
+        encoders = cache(partial(open_encoders, run.encoders, run.task, device))
+        if captions and claims.take(CAPTIONS):
+            made = make_captions(store, captions, recipe, encoders)
+            claims.give_back(CAPTIONS)
+            log.info("%d of %d captions of clips were encoded into %s", made, len(captions), store / CAPTIONS)
         if manifest is None:
             done, skips = runs_done(store, plan), skipping.counts()
             complete = sum(plan.rows_in(row) - skips.get(row, 0) for row in done)
-            encoders = cache(partial(open_encoders, run.encoders, run.task, device))
             worker = Worker(run, store, plan, reader, ShardMaker(store, plan, recipe, encoders), skipping)
             tally = worker.tally
             runs = Runs(store, plan, claims, run.extraction.share, rank * plan.num_runs // world_size)

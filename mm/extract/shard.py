@@ -151,7 +151,7 @@ class ShardMaker:
             return found
         if not may_be_skipped(fault):
             raise fault
-        return BadClip.of(row[0].sample.id, row[0].sample.file, fault.problems[0])
+        return BadClip.of(row[0].sample.id, row[0].sample.where, fault.problems[0])
 
     def empty_prompt(self) -> Tensor:
         """The empty caption's embedding, [L, D]; made once."""

@@ -33,9 +33,9 @@ class BadClip:
     remedy: str
 
     @classmethod
-    def of(cls, sample: str, file: Path, problem: Problem) -> BadClip:
+    def of(cls, sample: str, file: str, problem: Problem) -> BadClip:
         """Make one from the error that reading it gave."""
-        return cls(sample, str(file), problem.id, problem.message, problem.remedy)
+        return cls(sample, file, problem.id, problem.message, problem.remedy)
 
     def problem(self) -> Problem:
         """The error that reading it gave."""

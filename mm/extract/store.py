@@ -15,6 +15,7 @@ from mm.config.run.origins import Origins
 from mm.data.features import FEATURES, LISTING
 from mm.data.files import TEMPORARY_PREFIX, make_folder, raise_limited, write_atomically
 from mm.data.recipe import RECIPE_FILE, Recipe, check_recipe, load_recipe, save_recipe
+from mm.data.store.captions import CAPTIONS
 from mm.data.store.catalog import MANIFEST, Manifest, finish_store, is_sharded
 from mm.data.store.shard import BODY, INDEX, KIND, SHARDS, check_body, shard_folder
 from mm.data.store.table import NO_DAMAGE, read_table_header
@@ -63,7 +64,7 @@ def prepare_recipe(store: Path, recipe: Recipe) -> None:
         unfinish(store)
         work = store / WORK
         told = [path for path in work.iterdir() if path.name != CLAIMS] if work.is_dir() else []
-        for path in (store / SHARDS, store / FORMER, store / PLAN, *told):
+        for path in (store / SHARDS, store / FORMER, store / PLAN, store / CAPTIONS, *told):
             shutil.rmtree(path, ignore_errors=True)
             if path.is_file():
                 path.unlink(missing_ok=True)

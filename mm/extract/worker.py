@@ -168,7 +168,7 @@ class Worker:
                 origin = origin_of(sample, draw, caption, self._plan.recipe)
                 tasks.append(DrawTask(sample, draw, caption, origin, self._former.find(origin)))
         except DataError as error:
-            return BadClip.of(sample.id, sample.file, error.problems[0])
+            return BadClip.of(sample.id, sample.where, error.problems[0])
         return tasks
 
     def _make(self, task: RunTask, ahead: _Ahead, claims: Claims, bar: Any) -> None:

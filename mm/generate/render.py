@@ -8,7 +8,7 @@ transformer together, and the first of them decodes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -134,11 +134,18 @@ def batches_of_replica(
 class Renderer:
     """One rank's part of rendering some rows; making it encodes their texts and images."""
 
-    def __init__(self, run: GenerationRun, processes: Processes, batches: Sequence[Batch]) -> None:
+    def __init__(
+        self,
+        run: GenerationRun,
+        processes: Processes,
+        batches: Sequence[Batch],
+        stored: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Encode what does not change, one encoder on the device after the other.
 
         Args:
             run: what to render. processes: where. batches: this replica's, from `batches_of_replica`.
+            stored: features [L, text_dim] of texts that need not be encoded.
 
         Raises:
             ConfigError: CFG-066 for a text or image encoder of another model.
@@ -147,7 +154,7 @@ class Renderer:
         self._run, self._processes, self._batches = run, processes, batches
         self._plan = clip_plan(run, processes.backend.device)
         rows = list({row.index: row for batch in batches for row in batch.rows}.values())
-        self._text, self._negative = _encode_text(run, rows, processes.backend.device)
+        self._text, self._negative = _encode_text(run, rows, processes.backend.device, stored or {})
         self._early = _encode_early(run, rows, processes.backend.device)
 
     @property
@@ -221,25 +228,28 @@ def clip_plan(run: GenerationRun, device: torch.device) -> ClipPlan:
 
 
 def _encode_text(
-    run: GenerationRun, rows: Sequence[GenerationRow], device: torch.device
+    run: GenerationRun, rows: Sequence[GenerationRow], device: torch.device, stored: Mapping[str, Tensor]
 ) -> tuple[dict[int, Tensor], Tensor | None]:
     """Text features of each row's prompt by its index, and, where guidance uses it, of the negative prompt.
 
-    The encoder is dropped afterwards and leaves the device to the transformer.
+    The encoder is loaded for texts that are not stored, and dropped afterwards: the transformer gets the device.
     """
     named = run.encoders
-    encoder = TextEncoder.from_pretrained(
-        Path(named.text.from_pretrained),
-        Path(named.tokenizer.from_pretrained),
-        named.text.precision,
-        device,
-        named.tokenizer.model_max_length,
-    )
-    prompts = [row.prompt for row in rows]
-    texts, negative = encode_prompts(encoder, prompts, run.negative_text if run.guided else None)
-    if texts:
-        require_text_fits(named.text.from_pretrained, texts[0], run.wan)
-    return dict(zip((row.index for row in rows), texts, strict=True)), negative
+    texts = dict(stored)
+    negative = [run.negative_text] if run.guided else []
+    missing = [text for text in dict.fromkeys([*negative, *(row.prompt for row in rows)]) if text not in texts]
+    if missing:
+        encoder = TextEncoder.from_pretrained(
+            Path(named.text.from_pretrained),
+            Path(named.tokenizer.from_pretrained),
+            named.text.precision,
+            device,
+            named.tokenizer.model_max_length,
+        )
+        texts |= zip(missing, encode_prompts(encoder, missing, None)[0], strict=True)
+    if rows:
+        require_text_fits(named.text.from_pretrained, texts[rows[0].prompt], run.wan)
+    return {row.index: texts[row.prompt] for row in rows}, texts[negative[0]] if negative else None
 
 
 def _encode_early(

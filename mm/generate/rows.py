@@ -18,6 +18,7 @@ from mm.config.path_line import LineError, read_paths
 from mm.config.run.generation import GenerationRun
 from mm.config.run.listed import LISTS, Listed
 from mm.config.tasks.task import ListName, Task
+from mm.data.text_lines import read_lines, read_prompts
 from mm.errors import DataError, Problem, raise_all
 from mm.generate.camera_line import is_move
 
@@ -100,11 +101,11 @@ def _word(name: str) -> str:
 
 def _matched(run: GenerationRun, lists: Mapping[str, str]) -> tuple[list[GenerationRow], list[BadRow]]:
     """`read_rows` where other files go with the prompts."""
-    prompts = _read_lines(Path(run.inputs.prompts), "prompt")
+    prompts = read_lines(Path(run.inputs.prompts), "prompt")
     lines = {}
     for name, file in lists.items():
         listed = run.row_lists.get(name) if name in LISTS else None
-        others = _read_lines(Path(file), _word(name), may_end_blank=listed is not None and not listed.fewest)
+        others = read_lines(Path(file), _word(name), may_end_blank=listed is not None and not listed.fewest)
         while len(others) > len(prompts) and not others[-1]:
             others.pop()
         lines[name] = others
@@ -139,7 +140,7 @@ def require_inputs(run: GenerationRun) -> None:
     lists = _lists(run)
     try:
         if not lists:
-            _read_lines(Path(run.inputs.prompts), "prompt")
+            read_lines(Path(run.inputs.prompts), "prompt")
         else:
             good, bad = _matched(run, lists)
             missing = [problem for row in good for problem in _missing_files(row)[:1]]
@@ -158,19 +159,6 @@ def _missing_files(row: GenerationRow) -> list[Problem]:
         for file in files
         if not os.path.exists(file)
     ]
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line; blank lines are left out, and their number is logged.
-
-    Raises:
-        DataError: DATA-053 when the file cannot be read as UTF-8 text, DATA-054 when it holds no prompt.
-    """
-    lines = _read_lines(path, "prompt")
-    prompts = [line for line in lines if line]
-    blank = len(lines) - len(prompts)
-    log.info("%s: %d prompts%s", path, len(prompts), f", {blank} blank lines left out" if blank else "")
-    return prompts
 
 
 def _row(index: int, prompt: str, others: Mapping[str, str], run: GenerationRun) -> GenerationRow | BadRow:
@@ -214,31 +202,3 @@ def _paths(index: int, name: ListName, text: str, listed: Listed, run: Generatio
 
 def _bad(index: int, found: str, remedy: str) -> BadRow:
     return BadRow(index, Problem("DATA-085", f"Row {index} has {found}.", remedy))
-
-
-def _read_lines(path: Path, what: str, may_end_blank: bool = False) -> list[str]:
-    """The lines of a UTF-8 text file, with or without a byte order mark, with any line ends, without blank last ones.
-
-    Args:
-        path: the file. what: is in its lines.
-        may_end_blank: blank last lines stay, because they say something; all may be blank.
-
-    Raises:
-        DataError: DATA-053 when the file cannot be read, DATA-054 when it holds nothing.
-    """
-    try:
-        # Not splitlines(): it would also cut a prompt at a form feed or a Unicode line separator.
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            "DATA-053",
-            f"The {what}s in {path} cannot be read ({error}).",
-            f"Give a UTF-8 text file with one {what} a line (--{what}, or {what} in inference_model.json).",
-        ) from None
-    while lines and not lines[-1]:
-        lines.pop()
-        if may_end_blank:
-            break  # it was the end of the line before
-    if not any(lines) and not may_end_blank:
-        raise DataError("DATA-054", f"{path} holds no {what}.", f"Write one {what} a line.")
-    return lines

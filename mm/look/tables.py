@@ -57,6 +57,8 @@ def asked(share: SourceShare | None) -> str:
         f"micro-batches of {share.micro_batch_size}" if share.micro_batch_size is not None else "",
         f"from step {share.begin_step:,}" if share.begin_step else "",
         f"until step {share.end_step:,}" if share.end_step is not None else "",
+        f"after epoch {share.begin_epoch:,}" if share.begin_epoch else "",
+        f"until epoch {share.end_epoch:,}" if share.end_epoch is not None else "",
     ]
     return ", ".join(word for word in words if word) or "as large as it is"
 

@@ -115,6 +115,20 @@ def test_a_resume_is_refused_as_the_run_would_refuse_it(
     assert look(demo, save, capsys, **changed, resume_changed=["data", "optimizer"])[1] == []
 
 
+@pytest.mark.nightly
+def test_a_plan_that_the_run_would_refuse(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Shares of a store that is not there, and one store that ends before the run does."""
+    content = json.loads((demo / "configs" / "feature_data.json").read_text())
+    for folder, id in ((str(tmp_path / "nowhere"), "CFG-203"), (str(demo / "features"), "CFG-204")):
+        content["dataloader_param"] = {"mixture": {"shares": [{"folder": folder, "end_epoch": 1}]}}
+        (tmp_path / "features.json").write_text(json.dumps(content))
+        changed = {"train_iters": 20, "mm_data": tmp_path / "features.json"}
+        _, reasons = look(demo, tmp_path / "run", capsys, **changed)
+        with pytest.raises(ConfigError, match=id) as refused:
+            train_command.main([*words(demo, tmp_path / "run", **changed), "--no-progress-bar"])
+        assert reasons == [f"sampling plan: {problem.id}: {problem.message}" for problem in refused.value.problems]
+
+
 def test_all_reasons_at_once(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Weights without one tensor, features of which one is cut off, a folder that cannot be written."""
     broken = tmp_path / "broken"

@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 from collections import Counter, deque
+from collections.abc import Callable
 from fractions import Fraction
 from itertools import chain, islice, pairwise
 
@@ -132,6 +133,61 @@ def test_sources_are_mixed_by_weight_between_their_steps() -> None:
     for walk in ((0, 0), (1, 0)):  # nothing is left out or comes twice where phases and blocks meet
         positions = sorted(sample.position for group in groups for sample in group if sample.walk == walk)
         assert positions == list(range(len(positions)))
+
+
+def test_an_epoch_of_a_mixture_has_each_sample_once_for_each_repeat() -> None:
+    """Epochs of 10, 10, 10 + 2 x 3, and then of 2 x 3 slots, which are whole steps of four or begin within one."""
+    sources = [source(10, end_epoch=3), source(3, first=10, repeats=2, begin_epoch=2)]
+    plan = SamplingPlan(sources, seed=1, slots_of_step=4)
+    assert [plan.open_slots(number) for number in range(2)] == [(0, 36), (20, None)]
+    drawn = [Counter(sample.index for sample in samples(plan, range(*part))) for part in ((0, 20), (20, 36), (36, 42))]
+    assert drawn[0] == dict.fromkeys(range(10), 2)
+    assert drawn[1] == {index: 1 if index < 10 else 2 for index in range(13)}
+    assert drawn[2] == dict.fromkeys(range(10, 13), 2)
+    late = SamplingPlan(
+        sources, seed=1, slots_of_step=3
+    )  # 20 is within a step: it begins with the next, and ends in time
+    assert [late.open_slots(number) for number in range(2)] == [(0, 36), (21, None)]
+    assert late.group(35) == SamplingPlan(sources, seed=1, slots_of_step=3).group(35), "any slot by itself"
+
+
+def test_epochs_and_steps_open_and_close_sources_as_a_walk_step_by_step_does() -> None:
+    """Of drawn mixtures: who is open is decided step by step, by what was drawn before, as in a loop over epochs."""
+    draw = random.Random(3)
+    bound: Callable[[int], int | None] = lambda most: draw.choice([None, draw.randrange(1, most)])  # noqa: E731
+    for number in range(25):
+        sources = [
+            source(
+                draw.randrange(1, 60),
+                draw.randrange(1, 9),
+                first=100 * one,
+                group=draw.choice([1, 2, 3]),
+                repeats=draw.choice([1, 1, 3]),
+                weight=draw.choice([Fraction(1), Fraction(2), Fraction(1, 3)]),
+                begin=4 * (bound(9) or 0) if one else 0,
+                end=4 * (bound(60) or 60) if one else None,
+                begin_epoch=bound(4) or 0 if one else 0,
+                end_epoch=bound(7) if one else None,
+            )
+            for one in range(4)
+        ]
+        plan = SamplingPlan(sources, seed=number, slots_of_step=4)
+        epochs, opened = Fraction(0), [list[int]() for _ in sources]
+        for slot in range(0, 4 * 80, 4):
+            now = [
+                one
+                for one, each in enumerate(sources)
+                if slot >= each.begin and epochs >= each.begin_epoch
+                and (each.end is None or slot < each.end) and (each.end_epoch is None or epochs < each.end_epoch)
+            ]  # fmt: skip
+            assert {plan.group(slot + place)[0].walk[0] for place in range(4)} <= set(now)
+            for one in now:
+                opened[one].append(slot)
+            epochs += Fraction(4) / sum(each.groups_of_epoch for each in (sources[one] for one in now))
+        for one, slots in enumerate(opened):
+            found = plan.open_slots(one)
+            first, last = (None, 320) if found is None else (found[0], 320 if found[1] is None else found[1])
+            assert slots == ([] if first is None else list(range(first, min(320, last), 4)))
 
 
 def test_mixed_sources_are_walked_in_their_own_order() -> None:

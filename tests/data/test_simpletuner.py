@@ -213,6 +213,7 @@ def test_a_folder_that_cannot_be_listed(home: Path) -> None:
         ({"id": "texts"}, "DATA-171", "2 entries have the id texts"),
         ({"disabled": True}, "DATA-171", "no entry is a source of samples"),
         ({"start_step": 10, "end_step": 10}, "DATA-171", "begins after step 10"),
+        ({"start_epoch": 3, "end_epoch": 2}, "DATA-171", "ends with epoch 2 and begins with epoch 3"),
         ({"resolution": 1e300}, "DATA-171", "resolution"),
         ({"minimum_image_size": 1e300}, "DATA-171", "minimum_image_size"),
         ({"repeats": 10**40}, "DATA-171", "repeats"),

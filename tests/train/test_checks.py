@@ -1,6 +1,7 @@
 """Losses on held-out features and rendered clips between the steps: right, the same on every layout, without effect."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from training_runs import WEIGHTS, bits, metrics, run, words
 import mm.generate.run
 import mm.train.callbacks.rendering
 from mm.checkpoint.weights import open_weights
+from mm.cli import extract as extract_command
 from mm.cli import generate as generate_command
 from mm.cli import train as train_command
 from mm.cli.entry import run as run_command
 from mm.config.base import load
+from mm.config.flags import as_words
 from mm.config.run.file import whole_file
 from mm.data.dataset import open_features
 from mm.dialects.mindspeed.files import load_train_data
@@ -29,6 +32,7 @@ from mm.dialects.mindspeed.training import features, read_training
 from mm.dialects.mindspeed.validation import read_validation
 from mm.generate.pipeline import pad_text
 from mm.rng import generator
+from mm.wan.encoders import TextEncoder
 from mm.wan.model import WanModel
 
 STEPS = 2
@@ -236,3 +240,35 @@ def test_a_generation_s_file_says_the_same_as_mindspeed_s(demo: Path, tmp_path: 
     assert [problem.id for problem in read_validation(asked)[1]] == ["CFG-125"]
     file.write_text(whole_file(described))
     assert [problem.id for problem in read_validation(asked)[1]] == ["CFG-194"]
+
+
+@pytest.mark.nightly
+def test_texts_of_clips_come_from_the_store(
+    demo: Path, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same clips, bit for bit, without the text encoder; where the store lacks one text, that one is encoded."""
+    flags = checks(demo, tmp_path)
+    prompts, loaded = {"clip_prompts": flags["validation_prompts"]}, list[str]()
+    load_encoder = TextEncoder.from_pretrained
+
+    def counted(*values: Any) -> TextEncoder:
+        loaded.append("")
+        return load_encoder(*values)
+
+    monkeypatch.setattr(TextEncoder, "from_pretrained", counted)
+    for name, stored in {"all": prompts | {"negative_caption": ""}, "some": prompts}.items():
+        home = Path(shutil.copytree(demo / "configs", tmp_path / name))
+        features = str(shutil.copytree(demo / "features", home / "features"))
+        tools = json.loads((home / "tools.json").read_text())
+        tools["sorafeature"]["save_path"] = features
+        (home / "tools.json").write_text(json.dumps(tools))
+        files = {"mm_data": home / "data.json", "mm_model": home / "model_wan.json", "mm_tool": home / "tools.json"}
+        extract_command.main(as_words({**files, **stored}))
+        data = json.loads((home / "feature_data.json").read_text())
+        data["dataset_param"]["basic_parameters"] = {"data_path": "data.jsonl", "data_folder": features}
+        (home / "feature_data.json").write_text(json.dumps(data))
+        loaded.clear()
+        run(demo, home / "run", train_iters=STEPS, **{**flags, "mm_data": home / "feature_data.json"})
+        assert len(loaded) == (name == "some")
+        step = f"validation/step_{STEPS:07d}"
+        assert largest_difference(single / step, home / "run" / step) == 0

@@ -146,7 +146,6 @@ def test_what_an_entry_says_reaches_the_rules(home: Path) -> None:
         ({"id": "a\nb"}, "CFG-130", r"stores/a\nb' holds a line end"),
         ({"crop_style": "face"}, "DATA-172", "has crop_style face"),
         ({"is_regularisation_data": True}, "DATA-172", "is regularisation data"),
-        ({"start_epoch": 2}, "DATA-172", "begins or ends with an epoch"),
         ({"video": {"num_frames": 9, "min_frames": 13}}, "DATA-172", "fewer than 13 frames"),
         ({"resolution": 8}, "CFG-211", "less than alignment 16"),
     ],
@@ -157,6 +156,14 @@ def test_what_has_no_word_here(fields: dict[str, Any], id: str, told: str, home:
         migrate(entry)
     assert [problem.id for problem in caught.value.problems] == [id] and told in str(caught.value)
     assert not Path("runs").exists()
+
+
+def test_epochs_of_an_entry(home: Path) -> None:
+    """SimpleTuner counts epochs from 1 and names the first and the last; here the ones before and up to which."""
+    migrate(FILMS | {"start_epoch": 2, "end_epoch": 4}, PICTURES | {"start_epoch": 1, "end_epoch": 0})
+    films, pictures = yaml.safe_load(Path("runs/training.yaml").read_text())["data"]["mixture"]["shares"]
+    assert films == {"folder": "stores/films", "repeats": 3, "begin_epoch": 1, "end_epoch": 4}
+    assert not {"begin_epoch", "end_epoch"} & pictures.keys()
 
 
 def test_the_list_of_stores_is_read_back_whatever_their_names(home: Path) -> None:
@@ -170,7 +177,7 @@ def test_the_list_of_stores_is_read_back_whatever_their_names(home: Path) -> Non
 
 def test_all_faults_at_once_and_no_file_is_replaced(home: Path) -> None:
     with pytest.raises(DataError) as caught:
-        migrate(FILMS | {"crop_style": "face", "is_regularisation_data": True}, PICTURES | {"end_epoch": 3})
+        migrate(FILMS | {"crop_style": "face", "is_regularisation_data": True}, PICTURES | {"resolution": None})
     assert len(caught.value.problems) == 3
     migrate(PICTURES)
     before = {path: path.read_bytes() for path in Path("runs").iterdir()}

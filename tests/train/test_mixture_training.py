@@ -140,10 +140,32 @@ def test_a_weight_alone_has_no_effect(demo: Path, tmp_path: Path, stores: list[s
     assert len(train(command(demo, tmp_path, stores[:1], {"shares": shares}))) == STEPS
 
 
-def test_a_share_that_no_step_has_is_refused(demo: Path, tmp_path: Path, stores: list[str]) -> None:
-    mixture = {"shares": [{"folder": stores[1], "begin_step": 5, "end_step": 5}]}
-    with pytest.raises(ConfigError, match=r"CFG-203: .*end with step 5, and begin after step 5"):
+@pytest.mark.parametrize("unit", ["step", "epoch"])
+def test_a_share_that_no_step_has_is_refused(unit: str, demo: Path, tmp_path: Path, stores: list[str]) -> None:
+    mixture = {"shares": [{"folder": stores[1], f"begin_{unit}": 5, f"end_{unit}": 5}]}
+    with pytest.raises(ConfigError, match=rf"CFG-203: .*end with {unit} 5, and begin after {unit} 5"):
         train(command(demo, tmp_path, stores, mixture))
+
+
+@pytest.mark.nightly
+def test_a_share_begins_with_an_epoch(demo: Path, tmp_path: Path, stores: list[str]) -> None:
+    """Epochs of a alone are 16 samples, 2 steps; b joins after the first, for one epoch of both, 4 steps. A run that
+    goes on within it sees the same samples.
+    """
+    mixture = {"shares": [{"folder": stores[1], "begin_epoch": 1, "end_epoch": 2}]}
+    whole = train(command(demo, tmp_path, stores[:2], mixture, "whole", train_iters=7))
+    assert of_store([sample for step in (1, 2) for sample in whole[step]]) == {"a": 16}
+    both = [sample for step in range(3, 7) for sample in whole[step]]
+    assert of_store(both) == {"a": 16, "b": 16} and len({sample.split()[0] for sample in both}) == 32
+    assert of_store(whole[7]) == {"a": SAMPLES}
+    parts = [train(command(demo, tmp_path, stores[:2], mixture, "parts", train_iters=steps)) for steps in (4, 7)]
+    assert parts[0] | parts[1] == whole and min(parts[1]) == 5
+
+
+def test_a_share_that_is_over_before_its_epoch_is_refused(demo: Path, tmp_path: Path, stores: list[str]) -> None:
+    mixture = {"shares": [{"folder": stores[1], "begin_epoch": 1, "end_step": 2}]}
+    with pytest.raises(ConfigError, match=r"CFG-203: .*b end before it begins: a step and an epoch contradict"):
+        train(command(demo, tmp_path, stores[:2], mixture))
 
 
 def test_a_store_that_is_listed_twice_has_no_share(demo: Path, tmp_path: Path, stores: list[str]) -> None:

@@ -43,13 +43,15 @@ def feature_problems(features: FeatureSet, words: Origins, path: str, task: Task
 
 
 def _shares_end_after_they_begin(run: TrainingRun) -> Iterator[Problem]:
-    """CFG-203: a share that no step has."""
+    """CFG-203: a share that no step or no epoch has."""
     for number, share in enumerate(run.data.mixture.shares):
-        if share.end_step is not None and share.end_step <= share.begin_step:
-            word = run.origins["data.mixture.shares"]
-            found = f"{word.file}: {word.name} has {share.folder} (number {number + 1}) end with step {share.end_step}"
-            more = f", and begin after step {share.begin_step}."
-            yield Problem("CFG-203", found + more, "Raise its end_step, or remove the share.")
+        bounds = (("step", share.begin_step, share.end_step), ("epoch", share.begin_epoch, share.end_epoch))
+        for unit, begin, end in bounds:
+            if end is not None and end <= begin:
+                word = run.origins["data.mixture.shares"]
+                found = f"{word.file}: {word.name} has {share.folder} (number {number + 1}) end with {unit} {end}"
+                more = f", and begin after {unit} {begin}."
+                yield Problem("CFG-203", found + more, f"Raise its end_{unit}, or remove the share.")
 
 
 def _what_is_dropped_is_there(run: TrainingRun) -> Iterator[Problem]:

@@ -76,9 +76,10 @@ def _makes_what_is_trained_on(both: tuple[TrainingRun, ExtractionRun]) -> Iterat
     if task != run.wan.task.name:
         found = f"{words['extraction.task'].place()} is {task}, and the model is {run.wan.task.name}."
         yield Problem("CFG-242", found, "Make them agree.")
-    if extraction.extraction.shard_of is not None:
-        found = f"{words['extraction.shard_of'].place()} has no effect where features are made in training."
-        yield Problem("CFG-243", found, "Remove it.")
+    for name in ("shard_of", "negative_caption", "clip_prompts"):
+        if getattr(extraction.extraction, name) is not None:
+            found = f"{words[f'extraction.{name}'].place()} has no effect where features are made in training."
+            yield Problem("CFG-243", found, "Remove it.")
 
 
 def _budget_can_be(run: TrainingRun) -> Iterator[Problem]:

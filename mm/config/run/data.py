@@ -74,6 +74,8 @@ class SourceShare(Section):
         weight: factor on its share by size; 2 gives twice as many of its samples.
         micro_batch_size: samples in a micro-batch of it; None takes the run's.
         begin_step, end_step: steps before the first and after the last that may take its samples.
+        begin_epoch, end_epoch: epochs of the mixture (`mm.data.plan`) before the first and after the last that may;
+            where steps are said too, both must allow it.
     """
 
     folder: str = Field(min_length=1)
@@ -82,6 +84,13 @@ class SourceShare(Section):
     micro_batch_size: int | None = Field(None, ge=1)
     begin_step: int = Field(0, ge=0)
     end_step: int | None = Field(None, ge=1)
+    begin_epoch: int = Field(0, ge=0, le=10**9)
+    end_epoch: int | None = Field(None, ge=1, le=10**9)
+
+    @property
+    def is_timed(self) -> bool:
+        """True where some steps may not take its samples."""
+        return bool(self.begin_step or self.begin_epoch) or self.end_step is not None or self.end_epoch is not None
 
 
 class Mixture(Section):

@@ -27,6 +27,9 @@ class ExtractionSection(Section):
         draws: clips with their captions that are made of each sample, each with its own chance.
         shard_rows: rows of a shard; None takes what predicted sizes say.
         shard_of: `37/200`, the 37th of 200 parts of the shards, which alone are made; None, any that nobody makes.
+        negative_caption: text that guidance leads away from in clips that a training renders; its embedding is stored,
+            so that the training need not make it. `release` is the Wan2.1 release's for the task.
+        clip_prompts: text file, one prompt a line, of such clips, whose embeddings are stored as well.
     """
 
     task: FeatureTaskName = DEFAULT.name
@@ -35,6 +38,8 @@ class ExtractionSection(Section):
     draws: int = Field(1, ge=1)
     shard_rows: int | None = Field(None, ge=1)
     shard_of: str | None = None
+    negative_caption: str | None = None
+    clip_prompts: str | None = Field(None, min_length=1)
 
     @property
     def share(self) -> tuple[int, int]:

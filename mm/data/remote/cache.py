@@ -35,7 +35,7 @@ class Cache:
 
     def get(self, key: str) -> BufferedReader | None:
         """The file of a key, open; None where it is not there, or cannot be read, which writing it will tell."""
-        path = self._path(key)
+        path = self.path(key)
         try:
             stream = open(path, "rb")  # noqa: SIM115  the caller closes it
         except OSError:
@@ -46,7 +46,7 @@ class Cache:
 
     def drop(self, key: str) -> None:
         """Remove the file of a key, which is damaged."""
-        self._path(key).unlink(missing_ok=True)
+        self.path(key).unlink(missing_ok=True)
 
     @contextmanager
     def writing(self) -> Iterator[Path]:
@@ -68,7 +68,7 @@ class Cache:
         Raises:
             DataError: DATA-018 or DATA-019 where the disk refuses.
         """
-        path = self._path(key)
+        path = self.path(key)
         stream = open(temporary, "rb")  # noqa: SIM115  the caller closes it; before others can remove the file
         try:
             size = os.fstat(stream.fileno()).st_size
@@ -89,10 +89,11 @@ class Cache:
             try:
                 temporary.write_bytes(content)
             except OSError as error:
-                raise write_error(self._path(key), len(content), error) from error
+                raise write_error(self.path(key), len(content), error) from error
             return self.keep(key, temporary)
 
-    def _path(self, key: str) -> Path:
+    def path(self, key: str) -> Path:
+        """Name of the file of a key, whether it is there or not."""
         return self.folder / key[:_LETTERS_OF_A_FOLDER] / key
 
     def _note(self, size: int) -> None:

@@ -21,7 +21,8 @@ class Taken:
     Attributes:
         annotation: path, captions, facts. folder: that its path starts from.
         name: id of its sample where the file is listed once, without the data set's number.
-        kind, columns, roles: as in `mm.data.metadata.VideoSample`.
+        kind, columns: as in `mm.data.metadata.VideoSample`.
+        roles: files beside the target by what they are: paths as the row has them, which may be addresses, or files.
         part: of the source that lists the file; two parts may list one.
     """
 
@@ -30,7 +31,7 @@ class Taken:
     name: str
     kind: Kind = "video"
     columns: Mapping[str, float] = field(default_factory=dict)
-    roles: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    roles: Mapping[str, tuple[str | Path, ...]] = field(default_factory=dict)
     part: str = ""
 
 

@@ -10,6 +10,7 @@ from mm.config.base import hint
 from mm.config.tasks.task import Column
 from mm.data.files import is_text, path_below
 from mm.data.metadata import Kind
+from mm.data.remote.media import is_object
 from mm.errors import DataError, Problem
 
 VIDEO_ENDINGS = frozenset(
@@ -108,15 +109,18 @@ class Cells:
         self.wrong(f" {what}; the task takes {column.expected}.")
         return None
 
-    def files(self, name: str, folder: Path) -> tuple[Path, ...]:
-        """The file, or the list of files, of a role; DATA-063 for a path that leads out of `folder`."""
+    def files(self, name: str, folder: Path) -> tuple[str, ...]:
+        """The path, or the list of paths, of a role; DATA-063 for one that is neither below `folder` nor an object."""
         value = self.take(name)
         texts = [] if value is None else value if isinstance(value, list) else [value]
         if not all(map(_is_text, texts)):
             self.wrong(f": {name} is {value!r:.80}, and no path or list of paths.")
             return ()
         try:
-            return tuple(path_below(folder, text, f"{self._place}: {name}") for text in texts)
+            for text in texts:
+                if not is_object(text):
+                    path_below(folder, text, f"{self._place}: {name}")
+            return tuple(texts)
         except DataError as error:
             self.problems += error.problems
             return ()

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from mm.config.data import DataSource, data_sources, default_folder
@@ -14,6 +15,7 @@ from mm.config.tasks.task import Column, Media, MediaKind, Task
 from mm.data.beside import poses_of
 from mm.data.files import path_below, require_regular_file
 from mm.data.metadata import Kind, VideoSample
+from mm.data.remote.media import RemoteFile, find_object, is_object, reading
 from mm.data.sources.base import OpenSource, RowKey, SourceRow
 from mm.data.sources.cells import kind_of
 from mm.data.sources.naming import LISTED_BEFORE, RowNames, sample_id
@@ -122,15 +124,20 @@ class RowReader:
         if taken is not None:
             task, annotation = self._task, taken.annotation
             try:
-                file = path_below(taken.folder, annotation.path, found.place)
+                files = _Files(self.sources[source], taken.folder, found.place)
+                file = files.find(annotation.path)
                 if kind == LISTED_BEFORE:
                     said = f"{annotation.path} is listed before, with this cut and caption, in {listed_before}."
                     raise DataError("DATA-064", f"{found.place}: {said}", "Keep one of the two rows.")
                 name = f"{source}:{taken.name}" if source else taken.name
                 name = sample_id(name, annotation.cut_name, json.dumps(annotation.captions), kind)
-                roles, twice = (taken.roles, []) if task is None else _roles_of(task, taken.roles, found.place)
+                given, twice = (taken.roles, []) if task is None else _roles_of(task, taken.roles, found.place)
                 problems += twice
-                sample = VideoSample(name, file, annotation.captions, annotation, taken.columns, taken.kind, roles)
+                roles = {role: tuple(map(files.find, paths)) for role, paths in given.items()}
+                objects = tuple(files.objects)
+                sample = VideoSample(
+                    name, file, annotation.captions, annotation, taken.columns, taken.kind, roles, objects
+                )
                 is_path_wrong = any(problem.id == "DATA-063" for problem in problems)  # which may be that role's
                 beside = beside_problems(sample, tuple(self._media.values()), found.place)
                 problems += [one for one in beside if not (one.id == "DATA-245" and is_path_wrong)]
@@ -139,7 +146,8 @@ class RowReader:
                         f"{found.place}: {file} is an image, and {task.name} learns from what follows a first frame."
                     )
                     problems.append(Problem("DATA-047", message, "Leave the row out; clips need at least 5 frames."))
-                require_regular_file(file, found.place)
+                if sample.object_of(file) is None:
+                    require_regular_file(file, found.place)
             except DataError as error:
                 problems += error.problems
         return CheckedRow(source, number, found.place, sample, tuple(problems), found.row)
@@ -156,10 +164,10 @@ class RowReader:
 
 
 def _roles_of(
-    task: Task, given: Mapping[str, tuple[Path, ...]], place: str
-) -> tuple[dict[str, tuple[Path, ...]], list[Problem]]:
+    task: Task, given: Mapping[str, tuple[str | Path, ...]], place: str
+) -> tuple[dict[str, tuple[str | Path, ...]], list[Problem]]:
     """Files of a row by the task's roles, and DATA-252 where two of its roles are one of the task's."""
-    found, problems = dict[str, tuple[Path, ...]](), list[Problem]()
+    found, problems = dict[str, tuple[str | Path, ...]](), list[Problem]()
     named = _named_of(task, given)
     for role, name in named.items():
         others = [other for other, same in named.items() if same == name]
@@ -170,13 +178,30 @@ def _roles_of(
     return found, problems
 
 
-def _named_of(task: Task, given: Mapping[str, tuple[Path, ...]]) -> dict[str, str]:
+def _named_of(task: Task, given: Mapping[str, tuple[str | Path, ...]]) -> dict[str, str]:
     """The roles of a row that a task takes, each with the task's name for it; its own name goes before others."""
     found = dict[str, str]()
     for media in task.media:
         names = (media.name,) if given.get(media.name) else media.also
         found |= {role: media.name for role in names if given.get(role)}
     return found
+
+
+class _Files:
+    """Files that a row names: below its folder, or copies of objects, which are asked for but not fetched."""
+
+    def __init__(self, source: DataSource, folder: Path, place: str) -> None:
+        self._source, self._folder, self._place = source, folder, place
+        self.objects: list[RemoteFile] = []
+
+    def find(self, path: str | Path) -> Path:
+        """The file of a path; raises DATA-063 and what `mm.data.remote.media.find_object` raises."""
+        if isinstance(path, Path):
+            return path
+        if not is_object(path):
+            return path_below(self._folder, path, self._place)
+        self.objects.append(find_object(path, self._source.storage, self._place))
+        return self.objects[-1].copy
 
 
 def beside_problems(sample: VideoSample, media: Sequence[Media], place: str) -> Iterator[Problem]:
@@ -208,10 +233,12 @@ def beside_problems(sample: VideoSample, media: Sequence[Media], place: str) -> 
                 wanted = _NAMED["image" if one.kind == "video" and sample.kind == "image" else one.kind]
                 found = f"{place}: by its ending {file} is not what the role {one.name} takes beside this {sample.kind}"
                 yield Problem("DATA-247", f"{found}: {wanted}.", "Correct the path, or give the file its own ending.")
+            remote = sample.object_of(file)
             try:
-                require_regular_file(file, place)
+                if remote is None:
+                    require_regular_file(file, place)
                 if one.kind == "poses" and _is_of_kind(file, one.kind, sample.kind):
-                    poses_of(file)
+                    reading([] if remote is None else [remote], partial(poses_of, file))
             except DataError as error:
                 yield from error.problems
 

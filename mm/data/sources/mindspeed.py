@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from mm.config.base import parse
@@ -70,7 +69,7 @@ def _taken_columns(values: Any, columns: Sequence[Column], place: str) -> tuple[
     return rest, found, problems
 
 
-def _taken_roles(values: Any, source: DataSource, place: str) -> tuple[Any, dict[str, tuple[Path, ...]], list[Problem]]:
+def _taken_roles(values: Any, source: DataSource, place: str) -> tuple[Any, dict[str, tuple[str, ...]], list[Problem]]:
     """A row without its media, these, and what is wrong with their paths (DATA-061, DATA-063)."""
     given = ALL_MEDIA & values.keys() if isinstance(values, dict) else set()
     if not given:

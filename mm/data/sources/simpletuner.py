@@ -195,7 +195,7 @@ def _row(folder: _Folder, path: str, number: int) -> SourceRow:
     problems += [Problem("DATA-062", f"{place}{found}", remedy) for found, remedy in faults]
     if not faults:
         problems += caption_problems(captions, place, "caption")
-    roles: dict[str, tuple[Path, ...]] = {}
+    roles: dict[str, tuple[str | Path, ...]] = {}
     for role, other in folder.beside:
         file = _partner(other, path)
         if file is None:

@@ -109,9 +109,9 @@ class Entry(Section):
     repeats: int = Field(0, ge=0, le=10**9)
     probability: float = Field(1.0, ge=0)
     max_num_samples: int | None = Field(None, ge=1)
-    start_epoch: int = Field(1, ge=1)
+    start_epoch: int = Field(1, ge=1, le=10**9)
     start_step: int = Field(0, ge=0)
-    end_epoch: int | None = Field(None, ge=0)
+    end_epoch: int | None = Field(None, ge=0, le=10**9)
     end_step: int | None = Field(None, ge=0)
     train_batch_size: int | None = Field(None, ge=1)
     is_regularisation_data: bool = False

@@ -68,6 +68,9 @@ def _faults(entry: Entry) -> Iterator[_Fault]:
     if entry.end_step and entry.end_step <= entry.start_step:
         found = f" ends with step {entry.end_step} and begins after step {entry.start_step}."
         yield "DATA-171", found, "Raise end_step, or remove it."
+    if entry.end_epoch and entry.end_epoch < entry.start_epoch:
+        found = f" ends with epoch {entry.end_epoch} and begins with epoch {entry.start_epoch}."
+        yield "DATA-171", found, "Raise end_epoch, or remove it."
     yield from _bucket_faults(entry)
     yield from _caption_faults(entry)
 

@@ -81,12 +81,12 @@ def _unsaid(entry: Entry) -> Iterator[_Fault]:
 def _without_a_word(entry: Entry) -> Iterator[_Fault]:
     """DATA-172: what SimpleTuner does and extraction or training here do not."""
     if entry.crop_style == "face":
-        yield "DATA-172", " has crop_style face.", "Take center, corner or random."
+        remedy = "Take center, corner or random; or cut the pictures before, and set crop to false."
+        yield "DATA-172", " has crop_style face, for which no detector of faces is here.", remedy
     if entry.is_regularisation_data:
-        found = " is regularisation data, for which training here has no loss."
-        yield "DATA-172", found, "Set is_regularisation_data to false, or disable the entry."
-    if entry.start_epoch > 1 or entry.end_epoch:
-        yield "DATA-172", " begins or ends with an epoch.", "Say start_step and end_step instead."
+        found = " is regularisation data: SimpleTuner holds its predictions to the base model's, and no loss here does."
+        remedy = "Set is_regularisation_data to false, to train on it as on other data, or disable the entry."
+        yield "DATA-172", found, remedy
 
 
 def _clip(entry: Entry, alignment: int, rounding: int) -> SourceClip:
@@ -135,6 +135,8 @@ def _share(entry: Entry) -> dict[str, Any] | None:
         "micro_batch_size": entry.train_batch_size,
         "begin_step": entry.start_step,
         "end_step": entry.end_step or None,
+        "begin_epoch": entry.start_epoch - 1,
+        "end_epoch": entry.end_epoch or None,
     }
 
 

@@ -8,12 +8,11 @@ from torch import Tensor
 
 from mm.config.model import WanConfig
 from mm.config.storage import Location, Remote
-from mm.data.features import EMPTY_PROMPT_ID, Feature, Header, check_header, checked_feature, parse_feature
+from mm.data.features import EMPTY_PROMPT_ID, PROMPT_ID, Feature, Header, check_header, checked_feature, parse_feature
 from mm.data.remote.reading import read_range, read_up_to
 from mm.data.store.checksum import Checksum
 from mm.errors import DataError
 
-PROMPT_ID = "prompt"  # what a caption's blob says in place of a sample
 REMEDY = (
     "Run mm data repair on the store, then what wrote it (mm extract, mm migrate shards), which makes its shard again."
 )

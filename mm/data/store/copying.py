@@ -14,6 +14,7 @@ from mm.data.recipe import RECIPE_FILE, Recipe, load_recipe
 from mm.data.remote.reading import download, names_in, read_bytes
 from mm.data.remote.writing import deliver, room_for, write_bytes
 from mm.data.store.blobs import REMEDY, read_blob
+from mm.data.store.captions import CAPTIONS
 from mm.data.store.catalog import MANIFEST, Catalog, Manifest, is_sharded, open_catalog
 from mm.data.store.shard import BODY, INDEX, KIND, LISTING, SHARDS, ShardFacts, open_shard, shard_folder
 from mm.data.store.table import read_table_header
@@ -48,6 +49,8 @@ def copy_store(source: Location, target: Location, done: Callable[[int, int], No
         if not _is_there(target, facts):
             _copy_shard(source, target, facts)
         done(number + 1, manifest.shards)
+    for name in sorted(names_in(source / CAPTIONS)):
+        write_bytes(target / CAPTIONS / name, read_bytes(source / CAPTIONS / name))
     for name in (manifest.catalog, MANIFEST):
         write_bytes(target / name, read_bytes(source / name))
     open_catalog(target, recipe.key)
@@ -70,7 +73,7 @@ def finished_store(store: Location) -> tuple[Recipe, Catalog]:
 def _check_target(source: Location, target: Location, manifest: Manifest) -> None:
     """Refuse a target that holds anything but a part of the same store."""
     names = {name for name in names_in(target) if not name.startswith(TEMPORARY_PREFIX)}
-    strange = names - {RECIPE_FILE, MANIFEST, SHARDS, manifest.catalog}
+    strange = names - {RECIPE_FILE, MANIFEST, SHARDS, CAPTIONS, manifest.catalog}
     same = all(read_bytes(target / name) == read_bytes(source / name) for name in names & {RECIPE_FILE, MANIFEST})
     if strange or not same or (names and RECIPE_FILE not in names):
         found = f"{target} holds {', '.join(sorted(strange))}" if strange else f"{target} holds another store"

@@ -15,10 +15,9 @@ from uuid import uuid4
 import numpy as np
 from torch import Tensor
 
-from mm.data.features import EMPTY_PROMPT_ID, Feature, Origin, prompt_tensors, serialised, text_hash
+from mm.data.features import EMPTY_PROMPT_ID, PROMPT_ID, Feature, Origin, prompt_tensors, serialised, text_hash
 from mm.data.files import TEMPORARY_PREFIX, make_folder, sync_folder, write_atomically, write_error
 from mm.data.listing import FeatureRow
-from mm.data.store.blobs import PROMPT_ID
 from mm.data.store.checksum import DIGEST_BYTES, checksum_of
 from mm.data.store.shard import BODY, INDEX, KIND, LISTING, PROMPT, SAMPLE, LatentShape, shard_folder
 from mm.data.store.table import aligned, write_table

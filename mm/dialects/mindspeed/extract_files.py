@@ -63,6 +63,8 @@ class ExtractTools(Section):
 class ExtractFlags(Flags):
     """Encode videos and captions to features, once, for training. Start it with torchrun for several processes."""
 
+    may_be_empty = frozenset({"negative_caption"})
+
     mm_data: str = Field(description="data.json: which videos, and what clip to take of each")
     mm_model: str = Field(description="model_wan.json: the encoders")
     mm_tool: str = Field(description="tools.json: the folder to write to")
@@ -93,6 +95,14 @@ class ExtractFlags(Flags):
     )
     shard_of: str | None = sets(
         "extraction.shard_of", None, description="make only a part of the shards: 37/200 is the 37th of 200 parts"
+    )
+    negative_caption: str | None = sets(
+        "extraction.negative_caption",
+        None,
+        description="negative prompt of clips that a training renders, to be stored once; release: Wan2.1's own",
+    )
+    clip_prompts: str | None = sets(
+        "extraction.clip_prompts", None, description="text file, one prompt a line, of such clips, to be stored as well"
     )
     distributed_timeout_minutes: int = sets(
         "supervision.timeout_minutes", 1440, ge=1, description="how long to wait for a process that plans the shards"

@@ -191,7 +191,7 @@ class _Jobs:
             if isinstance(outcome, DataError):
                 if not may_be_skipped(outcome):
                     raise outcome
-                yield BadClip.of(sample.id, sample.file, outcome.problems[0])
+                yield BadClip.of(sample.id, sample.where, outcome.problems[0])
             else:
                 yield _Row(planned, sample, outcome.facts["clips"], outcome.facts["words"])
         yield from self._known_bad()
@@ -218,7 +218,7 @@ class _Facts:
         return Parcel({}, {"clips": clips, "words": [source_word(sample, draw) for draw in draws]})
 
     def describe(self, sample: VideoSample, /) -> str:
-        return str(sample.file)
+        return sample.where
 
 
 class _Columns:

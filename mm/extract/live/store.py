@@ -228,12 +228,12 @@ class _Maker:
         """
         sample, prompt = place.sample, self._prompt(place.caption)
         if origin_of(sample, place.draw, place.caption, self._recipe_key) != place.origin:
-            found = f"{sample.file} is another file than when {place.folder} was planned."
+            found = f"{sample.where} is another file than when {place.folder} was planned."
             remedy = f"Remove {place.folder / PLAN}, and start again: the rows and files are looked at anew."
             raise DataError("DATA-240", found, remedy)
         feature = self._encoders().encode(clip, prompt, sample.columns)
         contents = self._contents(place, feature, prompt)
-        where = f'{sample.file} (sample "{sample.id}")'
+        where = f'{sample.where} (sample "{sample.id}")'
         tensors = as_listed(parsed_feature(*contents, where, model), place, where)
         self._made.encoded += 1
         row = listed_row(

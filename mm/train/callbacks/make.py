@@ -70,7 +70,8 @@ def make_checks(run: Run) -> list[ModelCheck]:
 
         processes = Processes(run.mesh, run.backend, run.comm)
         folder = validation_folder(save)
-        checks.append(Rendering(run.validation, processes, validation.interval, folder, run.sections))
+        rendering = Rendering(run.validation, processes, validation.interval, folder, run.sections, run.dataset)
+        checks.append(rendering)
     return checks
 
 

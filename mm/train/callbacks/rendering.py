@@ -11,12 +11,14 @@ from torch import Tensor
 
 from mm.config.run.generation import GenerationRun
 from mm.config.run.training import TrainingRun
+from mm.data.dataset import FeatureDataset
 from mm.data.video import probe, read_frames
 from mm.errors import DataError, raise_all
 from mm.generate.describe import describe_row
 from mm.generate.render import Processes, Renderer, batches_of_replica, usable_rows
 from mm.generate.video import clip_path, prepare_folder, write_clip
 from mm.train.callbacks.base import Every, ModelCheck
+from mm.train.callbacks.stored_texts import stored_texts
 from mm.train.models import Models
 from mm.train.other_expert import open_other_expert
 from mm.train.records import Record, RenderedClips
@@ -28,7 +30,13 @@ class Rendering(ModelCheck):
     """Renders the rows of a configuration every `--validation-interval` steps, below a folder of the run."""
 
     def __init__(
-        self, config: GenerationRun, processes: Processes, interval: int, folder: Path, sections: TrainingRun
+        self,
+        config: GenerationRun,
+        processes: Processes,
+        interval: int,
+        folder: Path,
+        sections: TrainingRun,
+        dataset: FeatureDataset,
     ) -> None:
         """Encode the texts and images once, and see that the VAE can be loaded; every rank does so.
 
@@ -36,6 +44,7 @@ class Rendering(ModelCheck):
             config: what to render. processes: where the training runs. interval: in steps.
             folder: gets `step_0000100/video_0000.mp4` and so on; all ranks see it.
             sections: the training, which may name the other one of two experts.
+            dataset: the features, whose stores may hold texts of the clips.
 
         Raises:
             ConfigError, DataError: what `mm.generate.render` and `open_other_expert` raise; also for a single row that
@@ -46,7 +55,10 @@ class Rendering(ModelCheck):
         self._other = open_other_expert(sections, processes)
         self._rows, bad = usable_rows(config, processes)
         raise_all(DataError, [row.problem for row in bad])
-        self._renderer = Renderer(config, processes, batches_of_replica(self._rows, processes, 1, together=True))
+        texts = [*(row.prompt for row in self._rows), *([config.negative_text] if config.guided else [])]
+        stored = stored_texts(dataset, config.encoders, texts)
+        batches = batches_of_replica(self._rows, processes, 1, together=True)
+        self._renderer = Renderer(config, processes, batches, stored)
         self._renderer.load_video_encoder()
 
     def look(self, models: Models, step: int) -> Sequence[Record]:
