@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import UMT5EncoderModel
 
+from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
 from mm.config.model import Precision
 from mm.config.run.encoders import TileBlend, Tiles
 from mm.config.tasks.task import Task
@@ -31,8 +32,6 @@ from mm.wan.tokenizer import TextTokenizer, open_tokenizer
 log = logging.getLogger(__name__)
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SPATIAL_STRIDE = 8  # pixels per latent pixel of all VAEs but one
-TEMPORAL_STRIDE = 4  # frames per latent frame after the first
 
 
 class VideoEncoder:
@@ -59,7 +58,7 @@ class VideoEncoder:
         self._std = torch.tensor(vae.config.latents_std, device=vae.device).view(per_channel)
         self._tiling, self._blend = tiling, blend
         halvings, patch = len(vae.config.dim_mult) - 1, vae.config.patch_size or 1
-        self.spatial_stride = max(2**halvings * patch, SPATIAL_STRIDE)
+        self.spatial_stride = max(2**halvings * patch, LATENT_PIXELS)
 
     @classmethod
     def from_pretrained(

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
 from mm.errors import ConfigError
 from mm.wan.conditions.pixels import (
     LATENT_CHANNELS,
@@ -24,7 +25,6 @@ from mm.wan.conditions.pixels import (
     require_mask,
     require_video,
 )
-from mm.wan.encoders import SPATIAL_STRIDE, TEMPORAL_STRIDE
 
 
 def inpaint_condition(
@@ -84,7 +84,7 @@ def mask_channels(mask: Tensor) -> Tensor:
     Raises:
         ConfigError: CFG-255 for another number of frames.
     """
-    latent_size = tuple(side // SPATIAL_STRIDE for side in mask.shape[1:])
+    latent_size = tuple(side // LATENT_PIXELS for side in mask.shape[1:])
     resized = F.interpolate(1 - mask.unsqueeze(1), latent_size, mode="bilinear", align_corners=False)
     return group_frames(resized[:, 0]).transpose(0, 1)
 

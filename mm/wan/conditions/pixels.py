@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
 from mm.errors import ConfigError
-from mm.wan.encoders import SPATIAL_STRIDE, TEMPORAL_STRIDE
 
 Encode = Callable[[Tensor], Tensor]
 """The VAE: pixels [B, 3, frames, height, width] in [-1, 1] to latents [B, C, F, H, W], `VideoEncoder.encode`."""
@@ -42,15 +42,15 @@ class ClipSize:
 
     def __post_init__(self) -> None:
         require_whole_groups(self.frames)
-        if min(self.height, self.width) < 1 or self.height % SPATIAL_STRIDE or self.width % SPATIAL_STRIDE:
+        if min(self.height, self.width) < 1 or self.height % LATENT_PIXELS or self.width % LATENT_PIXELS:
             found = f"A clip of {self.height}x{self.width} pixels is no whole number of latents."
-            raise ConfigError("CFG-255", found, f"Give multiples of {SPATIAL_STRIDE}.")
+            raise ConfigError("CFG-255", found, f"Give multiples of {LATENT_PIXELS}.")
 
     @property
     def latent(self) -> tuple[int, int, int]:
         """F, H, W of its latents."""
         frames = (self.frames - 1) // TEMPORAL_STRIDE + 1
-        return frames, self.height // SPATIAL_STRIDE, self.width // SPATIAL_STRIDE
+        return frames, self.height // LATENT_PIXELS, self.width // LATENT_PIXELS
 
     def __str__(self) -> str:
         return f"{self.frames} frames of {self.height}x{self.width}"

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm.canvas import white_canvas
+from mm.config.data import LATENT_PIXELS
 from mm.wan.conditions.pixels import ClipSize, Encode, binarised, require_image, require_mask, require_video
-from mm.wan.encoders import SPATIAL_STRIDE
 
 
 def vace_context(
@@ -80,8 +80,8 @@ def mask_channels(mask: Tensor) -> Tensor:
         [64, F, H, W]: channel 8 y + x is the pixel in row y and column x of each 8x8. Latent frame i takes the frame
         nearest to the middle of its share of the frames, (i + 0.5) frames / F rounded down: 1, 4 and 7 of 9 frames.
     """
-    tall, wide = (side // SPATIAL_STRIDE for side in mask.shape[1:])
-    pixels = mask.view(-1, tall, SPATIAL_STRIDE, wide, SPATIAL_STRIDE).permute(2, 4, 0, 1, 3).flatten(0, 1)
+    tall, wide = (side // LATENT_PIXELS for side in mask.shape[1:])
+    pixels = mask.view(-1, tall, LATENT_PIXELS, wide, LATENT_PIXELS).permute(2, 4, 0, 1, 3).flatten(0, 1)
     num_frames = len(mask)
     num_latent_frames = (num_frames + 3) // 4
     nearest = [(2 * i + 1) * num_frames // (2 * num_latent_frames) for i in range(num_latent_frames)]
