@@ -21,17 +21,18 @@ from mm.api.model import config_of, model_of
 from mm.api.model_config import ModelConfig
 from mm.api.pipeline_parameters import ClipParameters, fitted, fitted_video
 from mm.api.pipeline_parts import Parts, find_parts
+from mm.api.pipeline_values import memory_problems, value_problems
 from mm.checkpoint.identify import identify
 from mm.checkpoint.weights import WeightSource
 from mm.config.base import parse
-from mm.config.model import Precision, WanConfig
+from mm.config.model import Precision
 from mm.config.rules.residency import residency_problems
 from mm.config.run.encoders import Tiles
 from mm.config.run.generation import latent_size
 from mm.config.run.residency import Residency
 from mm.config.tasks.task import Source
 from mm.device.backend import Backend, select
-from mm.errors import ConfigError, raise_all
+from mm.errors import ConfigError, MMError, raise_all
 from mm.generate.weights import Fp8, GenerationWeights
 from mm.lora.adapter import Adapter, require_fit
 from mm.lora.convert import read_any
@@ -70,7 +71,7 @@ class WanVideoPipeline:
         self._backend, self._fp8, self._residency = backend, fp8, Residency()
         self._encoders_wait = encoders_wait
         config, place = config_of(self._source), torch.device("cpu") if encoders_wait else self.device
-        self.dit: WanModel = model_of(self._weights(), config, self.torch_dtype, backend)
+        self.dit: WanModel = self._built()
         self.text_encoder: TextEncoder = parts.load_text_encoder(dtype, place, config.text_len)
         self.vae: VideoEncoder = parts.load_vae(dtype, place)
         self.image_encoder: ImageEncoder | None = parts.load_image_encoder(dtype, place)
@@ -133,29 +134,21 @@ class WanVideoPipeline:
                 in place of a limit.
 
         Raises:
-            ConfigError: CFG-005 and CFG-371 for limits that make no sense, CFG-374 where the host has no room.
+            ConfigError: CFG-446 for limits that make no sense, CFG-374 where the host has no room.
         """
+        raise_all(ConfigError, list(memory_problems(vram_limit, vram_buffer, num_persistent_param_in_dit)))
         limit, values = self._limit(vram_limit), dict[str, Any]()
         if num_persistent_param_in_dit is not None:
             values = {"staying_parameters": num_persistent_param_in_dit}
         elif limit is not None:
             values = {"device_limit": f"{limit}MiB", "device_buffer": f"{int(vram_buffer * 1024)}MiB"}
-        self._residency = parse(Residency, values, "enable_vram_management")
-        raise_all(ConfigError, list(residency_problems(self._residency, lambda field: field)))
+        residency = parse(Residency, values, "enable_vram_management")
+        raise_all(ConfigError, list(residency_problems(residency, lambda field: field)))
         self._encoders_wait = True
         for encoder in (self.text_encoder, self.vae, self.image_encoder):
             if encoder is not None:
                 encoder.to(torch.device("cpu"))
-        config = self.dit.config
-        del self.dit  # two would not fit
-        try:
-            self._rebuild(config)
-        except ConfigError as error:
-            if error.id != "CFG-373":
-                raise
-            log.warning("%s All blocks are copied.", error.problems[0].message)
-            self._residency = Residency(staying_parameters=0)
-            self._rebuild(config)
+        self._rebuild(residency, self._adapters)
 
     def _limit(self, asked: float | None) -> int | None:
         """MiB that a limit means: those that are free where nothing is said; None on the CPU."""
@@ -164,8 +157,25 @@ class WanVideoPipeline:
         sizes = self._backend.total_and_free_bytes()
         return None if sizes is None else sizes[1] // 2**20
 
-    def _rebuild(self, config: WanConfig) -> None:
-        self.dit = model_of(self._weights(), config, self.torch_dtype, self._backend, self._residency)
+    def _rebuild(self, residency: Residency, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        """Load the transformer anew: with the least on the device where a limit cannot be kept, and as it was where
+        anything else is wrong.
+        """
+        before = self._residency, self._adapters
+        self._residency, self._adapters = residency, list(adapters)
+        del self.dit  # two would not fit
+        try:
+            self.dit = self._built()
+        except MMError as error:
+            kept = error.id == "CFG-373"
+            self._residency, self._adapters = (Residency(staying_parameters=0), self._adapters) if kept else before
+            self.dit = self._built()
+            if not kept:
+                raise
+            log.warning("%s All blocks are copied.", error.problems[0].message)
+
+    def _built(self) -> WanModel:
+        return model_of(self._weights(), config_of(self._source), self.torch_dtype, self._backend, self._residency)
 
     def load_lora(self, module: WanModel, path: str | Path, alpha: float = 1.0) -> None:
         """Add a LoRA of any known format to the transformer's weights, in fp32 and rounded once.
@@ -174,28 +184,38 @@ class WanVideoPipeline:
             module: `pipe.dit`. path: a file, a folder or a run's checkpoints. alpha: a factor on it.
 
         Raises:
-            ConfigError: CFG-408 for another module.
+            ConfigError: CFG-408 for another module, CFG-446 for an alpha that is no number.
             DataError: DATA-090 to DATA-093 for a file that is none, or of another model.
+            CheckpointError: CKPT-016 for one with values that are not finite. The weights stay as they were.
         """
         if module is not self.dit:
             raise ConfigError("CFG-408", f"load_lora is given {type(module).__name__}.", "Give pipe.dit.")
+        raise_all(ConfigError, list(value_problems({"alpha": alpha})))
         adapter = read_any(identify(path, wanted="adapters"))
         require_fit(adapter, every_linear(self._source.shapes()))
-        self._adapters.append((adapter, alpha))
+        adapters = [*self._adapters, (adapter, alpha)]
         if self._residency.streams or self._fp8:  # weights are not where they could be written, or in 8 bits
-            config = self.dit.config
-            del self.dit
-            self._rebuild(config)
+            self._rebuild(self._residency, adapters)
             return
-        weights = self._weights()
+        try:
+            self._add(adapter, adapters)
+        except MMError:  # some linears have it, and others have not
+            self._add(adapter, self._adapters)
+            raise
+        self._adapters = adapters
+
+    def _add(self, adapter: Adapter, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        """Give the linears of one adapter their weights with several."""
+        weights = self._weights(adapters)
         with torch.no_grad():
             for name, parameter in self.dit.named_parameters():
                 if name.rpartition(".")[0] in adapter.updates:
                     parameter.copy_(weights.value_of(name, tuple(parameter.shape)))
 
-    def _weights(self) -> GenerationWeights:
+    def _weights(self, adapters: Sequence[tuple[Adapter, float]] | None = None) -> GenerationWeights:
         eight_bits = Fp8("scaled", linears_of(self._source.shapes())) if self._fp8 else None
-        return GenerationWeights(self._source, self._adapters, self.torch_dtype, False, eight_bits)
+        added = list(self._adapters if adapters is None else adapters)
+        return GenerationWeights(self._source, added, self.torch_dtype, False, eight_bits)
 
     def __call__(self, prompt: str, negative_prompt: str = "", **parameters: Any) -> list[Image.Image]:
         """Make a clip.
@@ -208,11 +228,12 @@ class WanVideoPipeline:
             Its frames. Pictures of another size are resized to the clip's; one of other proportions is warned about.
 
         Raises:
-            ConfigError: CFG-322 and CFG-405 to CFG-407 for parameters, all at once; what `generate_videos` raises.
+            ConfigError: CFG-321 to CFG-323, CFG-405 to CFG-407 and CFG-446 for parameters, all at once; what
+                `generate_videos` raises.
             DataError: what `generate_videos` raises, DATA-087 for a video that is too short.
         """
         task = self.dit.config.task
-        given = ClipParameters.of(parameters, task)
+        given = ClipParameters.of(parameters, task, {"prompt": prompt, "negative_prompt": negative_prompt})
         size = given.size(task)
         steps = _steps(given)
         videos = given.input_video if given.vace_video is None else given.vace_video
@@ -256,7 +277,8 @@ class WanVideoPipeline:
         return [Image.fromarray(frame.numpy()) for frame in frames]
 
     def _encoders(self, given: ClipParameters) -> Encoders:
-        tiles = Tiles(size=given.tile_size, stride=given.tile_stride) if given.tiled else None
+        (height, width), (down, right) = given.tile_size, given.tile_stride
+        tiles = Tiles(size=(height, width), stride=(down, right)) if given.tiled else None
         vae = VideoEncoder(self.vae.vae, tiles, "masks")
         return Encoders(vae, self.text_encoder, image_encoder=self.image_encoder, wait=self._encoders_wait)
 

@@ -17,12 +17,10 @@ from mm.cli.entry import run
 from mm.cli.extraction import extract_features
 from mm.cli.training import train
 from mm.config.model import WanConfig
-from mm.config.place import ProcessPlace
 from mm.config.rules.extraction import EXTRACTION_RULES
 from mm.config.rules.training import TRAINING_RULES
 from mm.config.unread import broken
 from mm.dialects.videox_fun.command import Command, read_command, script_of
-from mm.dialects.videox_fun.extraction import Part
 from mm.dialects.videox_fun.scripts import SCRIPTS, Script
 from mm.errors import ConfigError, raise_all
 
@@ -35,21 +33,25 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: CFG-009 for another script; what is wrong in the words, files and environment, and every violated
             rule of the extraction and the training, all at once.
-        MMError: what `mm.cli.extraction.extract_features` and `mm.cli.training.train` raise.
+        MMError: what `mm.train.adapters.check_adapters`, `mm.cli.extraction.extract_features` and
+            `mm.cli.training.train` raise.
     """
     script = _script(argv)
     command = read_command(script, argv[1:], os.environ, shape_of)
     check(command)
-    place = command.place
-    for part in command.parts.converted:
-        _convert(part, place)
-    extract_features(command.extraction, place)
-    from mm.cli.videox_fun_export import Exports  # torch takes seconds
+    if command.training.adapters is not None:
+        from mm.train.adapters import check_adapters  # torch takes seconds
+
+        check_adapters(command.training)
+    extract_features(command.extraction, command.place)
+    from mm.cli.videox_fun_export import Exports
     from mm.data.store.catalog import is_sharded
 
     # A process that finds no features left to make does not wait for those that others are still making.
     _wait_for(lambda: is_sharded(Path(command.extraction.output.path)))
     exports = Exports(command.writes, command.training)
+    if command.place.rank == 0:
+        exports.write_missing()
     word = "the newest of them are gone on with by --resume_from_checkpoint=latest"
     train(lambda _: command.training, saves=False, word=word, callbacks=[exports])
 
@@ -78,16 +80,6 @@ def _script(argv: Sequence[str]) -> Script:
         found = f"{argv[0]} is no script of VideoX-Fun that is here." if argv else "No script is named."
         raise ConfigError("CFG-009", found, f"Use one of {', '.join(SCRIPTS)}.")
     return script
-
-
-def _convert(part: Part, place: ProcessPlace) -> None:
-    """Have an encoder in the folder that it is read from: the first process writes it, and the others wait."""
-    folder = Path(part.folder)
-    if place.rank == 0 and not folder.exists():
-        from mm.checkpoint.convert import convert_to_hf
-
-        convert_to_hf(Path(part.found), folder)
-    _wait_for(folder.exists)  # it gets its name when it is whole
 
 
 def _wait_for(is_there: Callable[[], bool]) -> None:

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import math
 import struct
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +248,32 @@ def test_lora(models: Path, tmp_path: Path) -> None:
         pipe.load_lora(pipe.dit, tmp_path / "other.safetensors")
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_lora_that_is_refused_changes_nothing(models: Path, tmp_path: Path, *, fp8: bool) -> None:
+    """The first linear's update is sound and the last one's is not: neither is there, and others can be added."""
+    waits = {"offload_dtype": torch.float8_e4m3fn} if fp8 else {}
+    given = [ModelConfig(model_id=COMMON, origin_file_pattern=WEIGHTS, **waits), *configs(COMMON)[1:]]  # type: ignore[arg-type]
+    pipe = WanVideoPipeline.from_pretrained(
+        torch_dtype=torch.float32, device="cpu", model_configs=given, local_model_path=models, skip_download=True
+    )
+    sound, broken = (Update(torch.ones(4, 32), torch.full((32, 4), value), 4.0) for value in (1.0, math.nan))
+    before = {name: value.clone() for name, value in pipe.dit.named_parameters()}
+    file = tmp_path / "broken.safetensors"
+    halves = {"blocks.0.self_attn.q": sound, "blocks.1.self_attn.o": broken}
+    names = [(linear, half) for linear in halves for half in ("lora_A", "lora_B")]
+    save_file(
+        {f"{one}.{half}.weight": getattr(halves[one], half[-1].lower()).contiguous() for one, half in names}, file
+    )
+    for alpha, said in ((1.0, "CKPT-016"), (math.nan, "CFG-446"), ("1", "CFG-446")):
+        with pytest.raises(MMError, match=said):
+            pipe.load_lora(pipe.dit, file, alpha=alpha)  # type: ignore[arg-type]
+        after = dict(pipe.dit.named_parameters())
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
+    write_adapter(tmp_path / "sound.safetensors", Adapter({"blocks.0.self_attn.q": sound}), "peft")
+    pipe.load_lora(pipe.dit, tmp_path / "sound.safetensors")
+    assert any(not torch.equal(value, before[name]) for name, value in pipe.dit.named_parameters())
+
+
 def test_files_of_others_are_taken_where_a_release_lacks_them(models: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     pipeline(models, "fun_control_ref")
@@ -313,6 +341,51 @@ def test_parameters_that_a_model_does_not_take_are_named_at_once(models: Path) -
     )
     with pytest.raises(MMError, match=r"DATA-087.*has 3 frames, and 5 are asked for"):
         pipe("a", input_video=video(1)[:3], denoising_strength=0.5, **SHORT)
+
+
+def test_values_that_a_parameter_cannot_have_are_told_at_once(models: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In the pipeline's words, with parameters that the model does not take; the log names what changes nothing."""
+    pipe = pipeline(models, "t2v")
+    wrong: dict[str, Any] = {
+        "seed": 2**64, "num_frames": 5.0, "height": -16, "width": "48", "cfg_scale": "5", "num_inference_steps": 0,
+        "sigma_shift": 0, "tile_size": 2, "tile_stride": (0, 1), "input_video": "clip.mp4", "denoising_strength": 0,
+        "tea_cache_l1_thresh": 0, "sliding_window_size": 0, "tiled": "yes", "negative_prompt": None,
+    }  # fmt: skip
+    with pytest.raises(MMError) as raised:
+        pipe(["a", "b"], **wrong, vace_scale=2)  # type: ignore[arg-type]
+    named = [(problem.id, problem.message.split()[0]) for problem in raised.value.problems]
+    assert sorted(named) == sorted([("CFG-407", "vace_scale"), *(("CFG-446", name) for name in ("prompt", *wrong))])
+    together = {"sliding_window_size": 2, "sliding_window_stride": 3, "tea_cache_l1_thresh": 0.1, "tiled": True}
+    with pytest.raises(MMError) as raised:
+        pipe("a", **{**SHORT, **together}, tile_size=(2, 2), tile_stride=[3, 1])
+    assert [problem.id for problem in raised.value.problems] == ["CFG-322", "CFG-321", "CFG-446", "CFG-446"]
+    limits: list[dict[str, Any]] = [{"vram_limit": "6"}, {"vram_limit": math.nan}, {"num_persistent_param_in_dit": -1}]
+    for limit in limits:
+        with pytest.raises(MMError, match=f"CFG-446: {next(iter(limit))} is"):
+            pipe.enable_vram_management(**limit)
+    caplog.clear()
+    clip = {**SHORT, "cfg_scale": 1.0, "negative_prompt": "blurry", "seed": -(2**63)}
+    pipe("a", **clip, denoising_strength=0.5, tile_size=(1, 1))
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        "denoising_strength changes nothing without input_video.",
+        "tile_size changes nothing without tiled=True.",
+        "negative_prompt changes nothing with cfg_scale 1.",
+    ]
+
+
+def test_all_steps_of_a_video_s_clip_are_taken_at_any_strength(models: Path) -> None:
+    """As in DiffSynth-Studio, whose grid begins at the strength: 2 steps at 0.3 are two."""
+    steps: list[int] = []
+
+    def noted(bar: Iterable[int]) -> Iterator[int]:
+        for step in bar:
+            steps.append(step)
+            yield step
+
+    clip = {**SHORT, "progress_bar_cmd": noted}
+    assert len(pipeline(models, "t2v")("a", input_video=video(1), denoising_strength=0.3, **clip)) == 5
+    assert steps == [0, 1]
 
 
 def test_a_hub_that_cannot_be_reached_is_said(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

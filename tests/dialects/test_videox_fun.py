@@ -264,3 +264,17 @@ def test_adapters_are_those_of_the_script() -> None:
     assert (adapters.rank, adapters.alpha, adapters.base) == (64, 32.0, V10)
     assert adapters.targets == ["q", "k", "v", "ffn.0", "ffn.2"]
     assert read(script, words).training.adapters.targets[-2:] == ["k_img", "v_img"]  # type: ignore[union-attr]
+
+
+def test_original_encoder_files_are_read_where_they_lie(folder: Path, tmp_path: Path) -> None:
+    """So that a store of features knows of them: a copy that was made once would hide that a model is another one."""
+    model = tmp_path / "model"
+    shutil.copytree(folder / T2V, model)
+    for name in ("vae", "text_encoder"):
+        shutil.rmtree(model / name)
+    files = {"vae": model / "Wan2.1_VAE.pth", "text": model / "models_t5_umt5-xxl-enc-bf16.pth"}
+    for file in files.values():
+        file.touch()
+    words = f"--pretrained_model_name_or_path={model} {FILES} --train_mode=normal --trainable_modules ."
+    encoders = read("scripts/wan2.1/train.py", f"{words} --video_sample_n_frames=9").extraction.encoders
+    assert {name: Path(getattr(encoders, name).from_pretrained) for name in files} == files

@@ -140,6 +140,24 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(folder: Path, tmp_path: 
         assert WeightFolder.open(tmp_path / "two" / name / "transformer").config().num_layers == 4
 
 
+@pytest.mark.parametrize("script", ["wan2.1/train.py", "wan2.1_fun/train_control_lora.py"])
+def test_what_a_kill_after_a_checkpoint_leaves_out_is_written_when_the_run_goes_on(
+    folder: Path, tmp_path: Path, script: str
+) -> None:
+    """Half of the folder, as a kill in the middle leaves it; of the steps nothing is left to do."""
+    videox_fun.main(words(script, tmp_path, "--max_train_steps=1"))
+    [written] = tmp_path.glob("checkpoint-1*")
+    file = written if written.is_file() else written / "transformer" / "diffusion_pytorch_model.safetensors"
+    expected = file.read_bytes()
+    if written.is_dir():
+        (written / "transformer").rename(written / ".tmp-transformer")
+    else:
+        written.unlink()
+    videox_fun.main(words(script, tmp_path, "--max_train_steps=1 --resume_from_checkpoint=latest"))
+    assert file.read_bytes() == expected
+    assert not list(tmp_path.rglob(".tmp-transformer"))
+
+
 def shell(command: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable, **variables}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):

@@ -18,7 +18,7 @@ from mm.config.rules.recompute import RECOMPUTE_RULES
 from mm.config.rules.saving import SAVING_RULES
 from mm.config.rules.timesteps import timesteps_are_of_the_model
 from mm.config.run.training import TrainingRun
-from mm.config.unread import broken
+from mm.config.unread import broken, is_given
 from mm.errors import ConfigError, Problem, raise_all
 
 
@@ -94,7 +94,7 @@ def _epsilon_is_used(run: TrainingRun) -> Iterator[Problem]:
 def _first_frames_are_given(run: TrainingRun) -> Iterator[Problem]:
     """CFG-290: a share of clean first frames in a task that has none."""
     share, wan, words = run.objective.first_frame_share, run.wan, run.origins
-    if share is not None and not wan.first_frame_share:
+    if is_given(share) and not wan.first_frame_share:
         forced = words["model.shape.force_2_1_time_embedding"].with_value(True)
         why = forced if wan.force_2_1_time_embedding else wan.task_in_words
         said = words["objective.first_frame_share"].with_value(share)

@@ -17,7 +17,7 @@ from mm.config.run.origins import Origins, Word
 from mm.config.run.training import TrainingRun
 from mm.config.unread import Unread, UnreadError, if_read, is_given, read_or
 from mm.dialects.meaning import words_of
-from mm.dialects.videox_fun.extraction import Parts, extraction_sections, parts_of, sees_images
+from mm.dialects.videox_fun.extraction import extraction_sections, parts_of, sees_images
 from mm.dialects.videox_fun.flags import FullFlags, VideoxFlags
 from mm.dialects.videox_fun.launch import Launch, read_launch, sharding_of
 from mm.dialects.videox_fun.metadata import count_rows
@@ -38,13 +38,11 @@ class Command:
 
     Attributes:
         extraction, training: what it means, with what is wrong in it; all problems are the training's.
-        parts: the encoders, of which some have to be converted first.
         writes: what stands beside the run's own checkpoints. place: of this process.
     """
 
     extraction: ExtractionRun
     training: TrainingRun
-    parts: Parts
     writes: Writes
     place: ProcessPlace
 
@@ -90,7 +88,6 @@ def read_command(
     return Command(
         ExtractionRun.described(extraction, words, world_size),
         TrainingRun.described(training, words, world_size, tuple(reading.problems), tuple(reading.notes)),
-        parts,
         if_read(lambda: _writes(flags, facts)),
         launch.place,
     )
