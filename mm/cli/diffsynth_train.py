@@ -62,10 +62,8 @@ def main(argv: Sequence[str]) -> None:
 
     from mm.cli.diffsynth_files import EpochFiles
 
-    files = EpochFiles(described, where)
-    if where.rank == 0:
-        files.write_missing()
-    train(lambda where: described.training.on(where.world_size), saves=True, word="the command", callbacks=[files])
+    callbacks = [EpochFiles(described, where)]
+    train(lambda where: described.training.on(where.world_size), saves=True, word="the command", callbacks=callbacks)
 
 
 def read_run(

@@ -50,8 +50,6 @@ def main(argv: Sequence[str]) -> None:
     # A process that finds no features left to make does not wait for those that others are still making.
     _wait_for(lambda: is_sharded(Path(command.extraction.output.path)))
     exports = Exports(command.writes, command.training)
-    if command.place.rank == 0:
-        exports.write_missing()
     word = "the newest of them are gone on with by --resume_from_checkpoint=latest"
     train(lambda _: command.training, saves=False, word=word, callbacks=[exports])
 

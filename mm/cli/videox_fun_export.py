@@ -11,6 +11,7 @@ from pathlib import Path
 from mm.checkpoint.comm import ProcessGroupComm, SingleProcess, on_rank_zero
 from mm.checkpoint.convert import convert_to_native, zero_to_bf16
 from mm.checkpoint.directory import candidates, folder_name
+from mm.checkpoint.files import remove_drafts
 from mm.config.run.training import TrainingRun
 from mm.dialects.videox_fun.command import Writes
 from mm.errors import CheckpointError
@@ -49,10 +50,11 @@ class Exports(Callback):
         on_rank_zero(comm, lambda: self._write(done.step))
         return ()
 
-    def write_missing(self) -> None:
-        """Write what goes with the newest checkpoint where it is not there, since a run ended between the two; a
-        damaged one is passed over, as a run that goes on does.
+    def begin(self) -> None:
+        """Write what goes with the newest checkpoint where it is not there, since a run ended between the two, and
+        remove drafts; a damaged one is passed over, as a run that goes on does.
         """
+        remove_drafts(Path(self._writes.folder), "checkpoint-*.safetensors")
         newest = next(iter(candidates(Path(self._writes.folder))), None)
         if newest is None or all(path.exists() for path in self._targets(newest.step)):
             return

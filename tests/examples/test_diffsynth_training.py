@@ -17,6 +17,7 @@ from ranks import ANY_PORT
 from released import COMMON, TRANSFORMER, released_config, write_common_files, write_release
 from safetensors.torch import load_file, save_file
 
+from mm.checkpoint.files import temporary_name
 from mm.cli import diffsynth_train
 from mm.cli.diffsynth_models import join_models
 from mm.demo.video import write_video
@@ -107,10 +108,11 @@ def test_lora_of_the_released_files(
     assert [row["lr"] for row in rows] == [1e-4] * 8
     caplog.set_level(logging.INFO)
     caplog.clear()
-    (tmp_path / "out" / "step-8.safetensors").unlink()  # as a kill between a checkpoint and its file leaves it
+    (tmp_path / "out" / "step-8.safetensors").rename(tmp_path / "out" / temporary_name("step-8.safetensors"))
     diffsynth_train.main(asked)
     assert "nothing was left to encode" in caplog.text and "already done" in caplog.text
     assert load_file(tmp_path / "out" / "step-8.safetensors").keys() == first.keys()
+    assert not list((tmp_path / "out").glob(".tmp-*"))  # of a kill in the middle of writing
 
 
 @pytest.mark.nightly

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from training_runs import metrics
 from videox_fun_files import DATA, home, write_metadata
 
+from mm.checkpoint.files import temporary_name
 from mm.cli import videox_fun
 from mm.errors import ConfigError
 from mm.lora.files import read_adapter
@@ -152,10 +153,10 @@ def test_what_a_kill_after_a_checkpoint_leaves_out_is_written_when_the_run_goes_
     if written.is_dir():
         (written / "transformer").rename(written / ".tmp-transformer")
     else:
-        written.unlink()
+        written.rename(written.with_name(temporary_name(written.name)))
     videox_fun.main(words(script, tmp_path, "--max_train_steps=1 --resume_from_checkpoint=latest"))
     assert file.read_bytes() == expected
-    assert not list(tmp_path.rglob(".tmp-transformer"))
+    assert not list(tmp_path.glob(".tmp-*")) and not list(tmp_path.rglob(".tmp-transformer"))
 
 
 def shell(command: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
