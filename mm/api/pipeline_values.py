@@ -90,6 +90,8 @@ _KINDS: dict[str, _Kind] = {
     "sliding_window_size": _LATENT_FRAMES,
     "sliding_window_stride": _LATENT_FRAMES,
     "alpha": _Kind("a number", _number()),
+    "fps": _Kind("a number above 0", _number(above=0)),
+    "quality": _Kind("a number from 0 to 10, the best", _number(0, most=10)),
     "vram_limit": _Kind("a number of GiB from 0, or None", _or_none(_number(0))),
     "vram_buffer": _Kind("a number of GiB from 0", _number(0)),
     "num_persistent_param_in_dit": _Kind("a whole number from 0, or None", _or_none(_whole(0))),

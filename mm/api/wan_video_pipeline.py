@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mm.api.encoders import Encoders
 from mm.api.generation import generate_videos
 from mm.api.model import config_of, model_of
-from mm.api.model_config import ModelConfig
+from mm.api.model_config import ModelConfig, device_of, loading_problems
 from mm.api.pipeline_parameters import ClipParameters, fitted, fitted_video
 from mm.api.pipeline_parts import Parts, find_parts
 from mm.api.pipeline_values import memory_problems, value_problems
@@ -101,19 +101,24 @@ class WanVideoPipeline:
             redirect_common_files: files that many releases hold alike are taken from one of them.
 
         Raises:
-            ConfigError: CFG-030 for the device, CFG-400 to CFG-404 for the models, CFG-409 for torch_dtype.
+            ConfigError: CFG-030 for the device, CFG-400 to CFG-404 for the models, CFG-409 for torch_dtype, CFG-446 for
+                what is none of these, or waits where or as nothing can.
             CheckpointError, DataError: what opening and loading them raises.
         """
         if torch_dtype not in _PRECISIONS:
             names = ", ".join(str(known) for known in _PRECISIONS)
             raise ConfigError("CFG-409", f"torch_dtype is {torch_dtype}.", f"Use one of {names}.")
-        place = torch.device(device) if device is not None else None
-        backend = select(None if place is None else place.type, (place.index or 0) if place else 0)  # type: ignore[arg-type]
+        configs = (*model_configs, tokenizer_config)
+        raise_all(ConfigError, list(loading_problems(configs, device, torch_dtype)))
+        kind, number = (None, 0) if device is None else device_of(device) or (None, 0)
+        backend = select(kind, number)
         folder = Path(local_model_path)
         parts = find_parts(
             model_configs, tokenizer_config, folder, may_download=not skip_download, shared=redirect_common_files
         )
-        waits = any(config.offload_device is not None for config in model_configs)
+        waits = any(
+            config.offload_device is not None and str(config.offload_device) == "cpu" for config in model_configs
+        )
         fp8 = any(config.offload_dtype == torch.float8_e4m3fn for config in model_configs)
         return cls(parts, backend, _PRECISIONS[torch_dtype], encoders_wait=waits, fp8=fp8)
 

@@ -41,22 +41,22 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: what is wrong in the words, the files that they name and accelerate's configuration, and every
             violated rule of both stages; all at once, before any device is touched.
-        MMError: what `mm.train.adapters.check_adapters`, `mm.cli.extraction.extract_features` and
+        MMError: what `mm.train.start_check.check_start`, `mm.cli.extraction.extract_features` and
             `mm.cli.training.train` raise.
     """
     where = process_place()
     flags, described, joins = read_run(argv, where.world_size, os.environ)
     check_run(described)
     places = described.places
-    if described.training.adapters is not None:
-        from mm.train.adapters import check_adapters  # torch, after the command line is known to be good
-
-        check_adapters(described.training)
     require_writable_folder(str(places.output), "--output_path")
     if joins and where.rank == 0:
-        from mm.cli.diffsynth_models import join_models
+        from mm.cli.diffsynth_models import join_models  # torch, after the command line is known to be good
 
         join_models(named_models(flags), flags.tokenizer_path, places.model)
+    if not joins or where.rank == 0:  # who has just made what others do not wait for here
+        from mm.train.start_check import check_start
+
+        check_start(described.training)
     extract_features(described.extraction, where)
     _share_features(places, where)
 

@@ -17,6 +17,7 @@ from mm.cli.entry import run
 from mm.cli.extraction import extract_features
 from mm.cli.training import train
 from mm.config.model import WanConfig
+from mm.config.output import require_writable_folder
 from mm.config.rules.extraction import EXTRACTION_RULES
 from mm.config.rules.training import TRAINING_RULES
 from mm.config.unread import broken
@@ -33,16 +34,16 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: CFG-009 for another script; what is wrong in the words, files and environment, and every violated
             rule of the extraction and the training, all at once.
-        MMError: what `mm.train.adapters.check_adapters`, `mm.cli.extraction.extract_features` and
+        MMError: what `mm.train.start_check.check_start`, `mm.cli.extraction.extract_features` and
             `mm.cli.training.train` raise.
     """
     script = _script(argv)
     command = read_command(script, argv[1:], os.environ, shape_of)
     check(command)
-    if command.training.adapters is not None:
-        from mm.train.adapters import check_adapters  # torch takes seconds
+    require_writable_folder(command.writes.folder, "--output_dir")
+    from mm.train.start_check import check_start  # torch takes seconds
 
-        check_adapters(command.training)
+    check_start(command.training)
     extract_features(command.extraction, command.place)
     from mm.cli.videox_fun_export import Exports
     from mm.data.store.catalog import is_sharded

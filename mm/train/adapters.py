@@ -8,23 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mm.checkpoint.comm import Comm, on_rank_zero
-from mm.checkpoint.directory import candidates
 from mm.checkpoint.formats import training
 from mm.checkpoint.identify import Found, identify
 from mm.checkpoint.identity import identity
 from mm.checkpoint.mismatch import Expected
 from mm.checkpoint.weights import WeightSource, open_weights
 from mm.config.run.origins import Origins
-from mm.config.run.training import TrainingRun
 from mm.errors import DataError
 from mm.lora.adapter import Adapter, require_fit
 from mm.lora.files import read_adapter
-from mm.lora.plan import LoRAPlan, plan_of
+from mm.lora.plan import LoRAPlan
 from mm.lora.record import AdapterRecord, adapter_of
 from mm.lora.targets import every_linear
 from mm.optim.optimizer import Optimizer
 from mm.train.state import fill_masters
-from mm.wan.model import whole_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -75,27 +72,13 @@ def load_adapters(found: Found, run: AdapterRun, optimizer: Optimizer, words: Or
             path, and what `read_adapter` and `require_fit` raise.
         CheckpointError: CKPT-012 for a damaged checkpoint, CKPT-081 for one of a whole model.
     """
-    parameters = _fitting(found, run.plan, run.base.shapes(), words).parameters()
+    parameters = fitting_adapter(found, run.plan, run.base.shapes(), words).parameters()
     fill_masters(optimizer, lambda name: parameters[name].float())
     logger.info("loaded the adapters in %s", found.path)
 
 
-def check_adapters(run: TrainingRun) -> None:
-    """Check what a run's adapters are and start from; for commands that have hours of work before that training.
-
-    Raises:
-        ConfigError: CFG-100 and CFG-101 for target words.
-        DataError, CheckpointError: what `load_adapters` raises.
-    """
-    start, words = run.checkpoint, run.origins
-    plan = plan_of(run.adapters, run.wan, words["adapters.targets"].name)
-    goes_on = start.save is not None and candidates(Path(start.save))
-    if plan is not None and start.load is not None and not goes_on:
-        _fitting(identify(start.load, wanted="adapters"), plan, whole_shapes(run.wan), words)
-
-
-def _fitting(found: Found, plan: LoRAPlan, shapes: Mapping[str, Sequence[int]], words: Origins) -> Adapter:
-    """Adapters at a path that are those of a plan, for a model of these shapes."""
+def fitting_adapter(found: Found, plan: LoRAPlan, shapes: Mapping[str, Sequence[int]], words: Origins) -> Adapter:
+    """Adapters at a path, which are those of a plan, for a model of these shapes; raises as `load_adapters`."""
     adapter = adapter_of(found.path) if found.format == training.FORMAT else _read_adapter(found, words)
     require_fit(adapter, every_linear(shapes))  # the next line says which of them can be trained
     _require_plan(found.path, adapter, plan, words)

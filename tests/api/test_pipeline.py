@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_sampling_in_windows_and_without_blocks(models: Path) -> None:
     assert not np.array_equal(found, expected(pipe))
     for wrong, id in [
         ({"tea_cache_l1_thresh": 0.1, "tea_cache_model_id": "Wan2.1-T2V-1.3B"}, "CFG-321.* 2 steps"),
-        ({"tea_cache_l1_thresh": 0.1}, "CFG-200.*Wan2.1-I2V-14B-720P"),
+        ({"tea_cache_l1_thresh": 0.1}, "CFG-446.*Wan2.1-I2V-14B-720P"),
         ({"sliding_window_size": 1}, "CFG-322"),
     ]:
         with pytest.raises(MMError, match=id):
@@ -303,6 +304,34 @@ def test_models_that_cannot_be_used_are_named_at_once(models: Path) -> None:
     assert "CFG-400: The model Wan-AI/Wan2.1-T2V-1.4B is not in" in said and f"there is {COMMON}" in said
     assert "CFG-401: Nothing in" in said and "matches models_t6*.pth" in said
     assert said.count("CFG-403") == 2
+
+
+def test_what_no_model_config_can_say_is_told_at_once(models: Path) -> None:
+    weights = models / COMMON / "diffusion_pytorch_model.safetensors"
+    waits = ModelConfig(path=weights, offload_device="disk", offload_dtype=torch.int8)
+    with pytest.raises(MMError) as raised:
+        WanVideoPipeline.from_pretrained(device="gpu", model_configs=[waits, "vae.pth"], tokenizer_config=None)  # type: ignore[arg-type, list-item]
+    said = [problem.message for problem in raised.value.problems]
+    assert [problem.id for problem in raised.value.problems] == ["CFG-446"] * 5
+    for word, line in zip(("'gpu'", "'disk'", "torch.int8", "'vae.pth'", "None"), said, strict=True):
+        assert word in line
+
+
+def test_a_video_that_cannot_be_is_refused_before_it_is_written(tmp_path: Path) -> None:
+    size = (32, 34)
+    for frames, name, more, named in (
+        ([], "a.mp4", {}, ["holds none"]),
+        ([Image.new("RGB", size), Image.new("RGB", (16, 16))], "a.gif", {"fps": 0}, ["fps", ".gif", "2 sizes"]),
+        ([Image.new("RGB", (33, 31))], "a.mp4", {"quality": 11}, ["quality", "31x33"]),
+    ):
+        with pytest.raises(MMError) as raised:
+            mm.save_video(frames, tmp_path / name, **more)  # type: ignore[arg-type]
+        said = [problem.message for problem in raised.value.problems]
+        assert len(said) == len(named) and all(word in line for word, line in zip(named, said, strict=True))
+    assert not list(tmp_path.iterdir())
+    mm.save_video([Image.new("RGB", size)] * 3, tmp_path / "ntsc.mp4", fps=29.97)
+    with av.open(str(tmp_path / "ntsc.mp4")) as file:
+        assert float(file.streams.video[0].average_rate or 0) == pytest.approx(29.97, rel=1e-5)
 
 
 def test_what_is_lacking_or_there_twice_is_named(models: Path, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from mm.config.diffusion import DiffusionConfig
 from mm.config.model import PUBLISHED, WAN_FLF2V_14B, WAN_I2V_14B, WanConfig
 from mm.config.rules.extraction import EXTRACTION_RULES
 from mm.config.rules.training import TRAINING_RULES
-from mm.config.unread import UNREAD, broken
+from mm.config.unread import UNREAD, UnreadError, broken
+from mm.dialects.diffsynth.named_models import named_models
 from mm.dialects.diffsynth.pipeline_names import name_in_file
 from mm.dialects.diffsynth.train_flags import DiffSynthFlags
 from mm.dialects.diffsynth.translation import DiffSynthRun, FoundModels, MetadataTable, translate
@@ -273,3 +274,12 @@ def test_accelerate_and_the_command_line_accumulate_alike() -> None:
     assert not told(run(*SIZE, *LORA, "--gradient_accumulation_steps", "4", environment=environment))
     environment = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}  # which accelerate fills in itself
     assert not told(run(*SIZE, *LORA, "--gradient_accumulation_steps", "2", environment=environment))
+
+
+def test_no_argument_that_cannot_be_read_hides_the_others() -> None:
+    for name in DiffSynthFlags.model_fields:
+        lines = told(run(*SIZE, *LORA, f"--{name}="))
+        assert any(f"--{name}" in line for line in lines), name
+    flags, _ = read_flags(DiffSynthFlags, ["--model_paths", "--learning_rate", "1"], PROGRAM, "CFG-389")
+    with pytest.raises(UnreadError):  # and nothing else; of the flag itself the user is told already
+        named_models(flags)

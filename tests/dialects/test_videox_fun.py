@@ -278,3 +278,16 @@ def test_original_encoder_files_are_read_where_they_lie(folder: Path, tmp_path: 
     words = f"--pretrained_model_name_or_path={model} {FILES} --train_mode=normal --trainable_modules ."
     encoders = read("scripts/wan2.1/train.py", f"{words} --video_sample_n_frames=9").extraction.encoders
     assert {name: Path(getattr(encoders, name).from_pretrained) for name in files} == files
+
+
+@pytest.mark.parametrize("name", ["wan2.1_fun/train_control.py", "wan2.1_fun/train_control_lora.py"])
+def test_no_argument_that_cannot_be_read_hides_the_others(name: str) -> None:
+    script = script_of(f"scripts/{name}")
+    assert script is not None
+    shape = shape_of(V11)
+    words = [f"--pretrained_model_name_or_path={V11}", *FILES.split(), "--train_mode=control_ref"]
+    for flag in script.flags.model_fields:
+        command = read_command(script, [*words, f"--{flag}="], {}, lambda _: shape)
+        with pytest.raises(ConfigError) as caught:
+            check(command)
+        assert any(f"--{flag}" in str(problem) for problem in caught.value.problems), flag
