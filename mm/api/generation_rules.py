@@ -180,8 +180,14 @@ def _video_problems(asked: Asked, plan: ClipPlan, task: Task) -> Iterator[Proble
     elif asked.strength is None:
         found = f"{begins} are given without strength."
         yield Problem("CFG-121", found, "Give it, for example 0.7: how much of the video is made anew.")
-    elif not 0 < asked.strength <= 1 or int(plan.settings.num_steps * asked.strength) < 1:
+    elif not 0 < asked.strength <= 1 or _evaluated(plan, asked.strength) < 1:
         found = (
             f"strength is {asked.strength}, which takes none of the {plan.settings.num_steps} steps or more than all."
         )
         yield Problem("CFG-121", found, "Use a number above 0 and up to 1 that leaves a step.")
+
+
+def _evaluated(plan: ClipPlan, strength: float) -> int:
+    """Steps that are taken of a video's clip."""
+    all_of_them = plan.settings.options.strength_steps == "all"
+    return plan.settings.num_steps if all_of_them else int(plan.settings.num_steps * strength)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 
 from mm.checkpoint.hub import download
 from mm.config.model_files import ModelFiles
-from mm.errors import ConfigError
+from mm.device.backend import DeviceKind
+from mm.errors import ConfigError, Problem
 
 log = logging.getLogger(__name__)
 
@@ -64,3 +66,32 @@ class ModelConfig:
         if not files.present(folder):
             log.info("%s of %s: taking %s", files.pattern, files.model_id, found_here[0])
         return found_here
+
+
+def device_of(word: str | torch.device) -> tuple[DeviceKind, int] | None:
+    """The kind and the number of a device, `cuda:1`; None for a word that is none."""
+    name, _, number = str(word).partition(":")
+    kind = next((one for one in get_args(DeviceKind) if one == name), None)
+    return None if kind is None or (number and not number.isdigit()) else (kind, int(number or 0))
+
+
+def loading_problems(configs: Sequence[Any], device: Any, dtype: torch.dtype) -> Iterator[Problem]:
+    """CFG-446 for what `WanVideoPipeline.from_pretrained` is given.
+
+    Args:
+        configs: of the models and the tokenizer. device: of the pipeline; None for the best. dtype: of its weights.
+    """
+    kinds = ", ".join(get_args(DeviceKind))
+    if device is not None and device_of(device) is None:
+        yield Problem("CFG-446", f"device is {device!r}.", f"Give one of {kinds}.")
+    for config in configs:
+        if not isinstance(config, ModelConfig):
+            yield Problem("CFG-446", f"{config!r:.60} is given for a ModelConfig.", "Give ModelConfig(...).")
+            continue
+        word, place = f"ModelConfig of {config.path or config.model_id}", config.offload_device
+        if place is not None and device_of(place) is None:
+            found = f"{word}: offload_device is {place!r}."
+            yield Problem("CFG-446", found, 'Give "cpu", or leave it out; mm.Residency has weights wait in files.')
+        if config.offload_dtype not in (None, dtype, torch.float8_e4m3fn):
+            found = f"{word}: offload_dtype is {config.offload_dtype!r}."
+            yield Problem("CFG-446", found, "Give torch.float8_e4m3fn, or leave it out.")

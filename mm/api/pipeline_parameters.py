@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from numbers import Real
 from typing import Any, cast
 
 import numpy as np
@@ -13,13 +14,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mm.api.pipeline_values import value_problems
 from mm.config.data import TEMPORAL_STRIDE
+from mm.config.rules.sampling import tea_cache_problems, window_problems
 from mm.config.run.generation import TeaCacheModel
 from mm.config.run.listed import every_list_of
 from mm.config.tasks.registry import TASKS
 from mm.config.tasks.task import Source, Task
 from mm.errors import ConfigError, Problem, raise_all
 from mm.generate.sampling import SamplingOptions
+from mm.generate.tea_cache import COEFFICIENTS
 from mm.poses import ORIGIN, SPEED
 
 log = logging.getLogger(__name__)
@@ -75,8 +79,8 @@ class ClipParameters:
     sigma_shift: float = 5.0
     motion_bucket_id: float | None = None
     tiled: bool = False
-    tile_size: tuple[int, int] = (30, 52)
-    tile_stride: tuple[int, int] = (15, 26)
+    tile_size: Sequence[int] = (30, 52)
+    tile_stride: Sequence[int] = (15, 26)
     tea_cache_l1_thresh: float | None = None
     tea_cache_model_id: str = ""
     sliding_window_size: int | None = None
@@ -84,32 +88,27 @@ class ClipParameters:
     progress_bar_cmd: Callable[[Iterable[int]], Iterable[int]] | None = None
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], task: Task) -> ClipParameters:
+    def of(cls, given: Mapping[str, Any], task: Task, prompts: Mapping[str, Any] | None = None) -> ClipParameters:
         """Parameters from a call's words, for models of a task.
 
+        Args:
+            given: what a call says. task: the model's. prompts: the two texts, by their names.
+
         Raises:
-            ConfigError: CFG-121 for a strength of no video, CFG-322 for half of a sliding window, CFG-405 for a
-                rand_device, CFG-406 for a parameter that there is not, CFG-407 for one that models of the task do not
-                take; all at once.
+            ConfigError: CFG-121 for a strength of no video, CFG-321 to CFG-323 for TeaCache and sliding windows,
+                CFG-405 for a rand_device, CFG-406 for a parameter that there is not, CFG-407 for one that models of the
+                task do not take, CFG-446 for values that a parameter cannot have; all at once.
         """
         known = [field.name for field in fields(cls)]
         problems = [_unknown(name, known) for name in given if name not in known]
+        wrong = list(value_problems({**(prompts or {}), **given}))
         found = cls(**{name: value for name, value in given.items() if name in known})
-        if found.rand_device != "cpu":
-            what = f"rand_device is {found.rand_device}; noise is drawn on the CPU, where a seed always means the same."
-            problems.append(Problem("CFG-405", what, 'Leave it out, or use "cpu".'))
-        for name, takes in _TAKEN_BY.items():
-            if getattr(found, name) is not None and not takes(task):
-                titles = ", ".join(other.title for other in TASKS.values() if takes(other))
-                what = f"{name} is given, and {task.title} models do not take it."
-                problems.append(Problem("CFG-407", what, f"Leave it out, or use a model of {titles}."))
-        if found.input_video is None and found.denoising_strength != 1:
-            what = "denoising_strength has no effect without input_video."
-            problems.append(Problem("CFG-121", what, "Leave it out, or give input_video=."))
-        if (found.sliding_window_size is None) != (found.sliding_window_stride is None):
-            what = "One of sliding_window_size and sliding_window_stride is given without the other."
-            problems.append(Problem("CFG-322", what, "Give both, or neither."))
+        problems += [*wrong, *_of_model(found, task)]
+        if not wrong:  # what follows compares values
+            problems += _together(found, task)
         raise_all(ConfigError, problems)
+        for line in _without_effect(found, {**(prompts or {}), **given}):
+            log.warning("%s", line)
         return found
 
     @property
@@ -123,14 +122,73 @@ class ClipParameters:
         )
 
     def size(self, task: Task) -> tuple[int, int, int]:
-        """Frames, height and width that are made: those asked for, rounded up."""
-        side = 2 * task.latent_pixels
-        frames = -(-(max(self.num_frames, 1) - 1) // TEMPORAL_STRIDE) * TEMPORAL_STRIDE + 1
-        size = frames, -(-self.height // side) * side, -(-self.width // side) * side
+        """Frames, height and width that are made: those asked for, rounded up, of which the log says so."""
+        size = self._rounded_up(task)
         if size != (self.num_frames, self.height, self.width):
             asked = f"{self.num_frames}x{self.height}x{self.width}"
             log.warning("%s frames, height and width are rounded up to %dx%dx%d.", asked, *size)
         return size
+
+    def _rounded_up(self, task: Task) -> tuple[int, int, int]:
+        side = 2 * task.latent_pixels
+        frames = -(-(max(self.num_frames, 1) - 1) // TEMPORAL_STRIDE) * TEMPORAL_STRIDE + 1
+        return frames, -(-self.height // side) * side, -(-self.width // side) * side
+
+
+def _of_model(found: ClipParameters, task: Task) -> Iterator[Problem]:
+    """CFG-405 and CFG-407."""
+    if str(found.rand_device) != "cpu":
+        what = f"rand_device is {found.rand_device}; noise is drawn on the CPU, where a seed always means the same."
+        yield Problem("CFG-405", what, 'Leave it out, or use "cpu".')
+    for field in fields(found):
+        value, takes = getattr(found, field.name), _TAKEN_BY.get(field.name)
+        is_default = value is field.default or (isinstance(value, Real) and value == field.default)
+        if takes is not None and not is_default and not takes(task):
+            titles = ", ".join(other.title for other in TASKS.values() if takes(other))
+            what = f"{field.name} is given, and {task.title} models do not take it."
+            yield Problem("CFG-407", what, f"Leave it out, or use a model of {titles}.")
+
+
+def _together(found: ClipParameters, task: Task) -> Iterator[Problem]:
+    """CFG-063, CFG-121, CFG-321 to CFG-323 and CFG-446 for values that do not go together."""
+    if found.input_video is None and found.denoising_strength != 1:
+        what = "denoising_strength has no effect without input_video."
+        yield Problem("CFG-121", what, "Leave it out, or give input_video=.")
+    size, stride, threshold = found.sliding_window_size, found.sliding_window_stride, found.tea_cache_l1_thresh
+    if (size is None) != (stride is None):
+        what = "One of sliding_window_size and sliding_window_stride is given without the other."
+        yield Problem("CFG-322", what, "Give both, or neither.")
+    elif size is not None and stride is not None:
+        words = "sliding_window_size and sliding_window_stride"
+        yield from window_problems(size, stride, found._rounded_up(task)[0], words)
+    if threshold is not None:
+        yield from tea_cache_problems(threshold, found.num_inference_steps, "tea_cache_l1_thresh")
+        if found.tea_cache_model_id not in COEFFICIENTS:
+            what = f"tea_cache_model_id is {found.tea_cache_model_id!r}, and tea_cache_l1_thresh needs one."
+            yield Problem("CFG-446", what, f"Give one of {', '.join(COEFFICIENTS)}.")
+    if found.tiled and any(step > side for step, side in zip(found.tile_stride, found.tile_size, strict=True)):
+        what = f"tile_stride is {found.tile_stride}, and tile_size {found.tile_size}, which leaves gaps."
+        yield Problem("CFG-446", what, "Give strides up to the tile's size.")
+    if found.cfg_merge and found.cfg_scale == 1:
+        yield Problem(
+            "CFG-063", "cfg_merge has no effect with cfg_scale 1.", "Leave it out, or choose another cfg_scale."
+        )
+
+
+def _without_effect(found: ClipParameters, given: Mapping[str, Any]) -> Iterator[str]:
+    """Lines for the log: parameters that scripts leave in, and that change nothing beside the others."""
+    needed = {
+        "camera_control_speed": ("camera_control_direction", found.camera_control_direction is not None),
+        "camera_control_origin": ("camera_control_direction", found.camera_control_direction is not None),
+        "tile_size": ("tiled=True", found.tiled),
+        "tile_stride": ("tiled=True", found.tiled),
+        "tea_cache_model_id": ("tea_cache_l1_thresh", found.tea_cache_l1_thresh is not None),
+    }
+    for name, (other, there) in needed.items():
+        if name in given and not there:
+            yield f"{name} changes nothing without {other}."
+    if given.get("negative_prompt") and found.cfg_scale == 1:
+        yield "negative_prompt changes nothing with cfg_scale 1."
 
 
 def _lists_media(task: Task, listed: str, kind: str | None = None) -> bool:
@@ -146,9 +204,10 @@ _TAKEN_BY: dict[str, Callable[[Task], bool]] = {
     "vace_video": lambda task: _lists_media(task, "videos"),
     "vace_video_mask": lambda task: _lists_media(task, "masks"),
     "vace_reference_image": lambda task: _lists_media(task, "references", "images"),
+    "vace_scale": lambda task: bool(task.made_by(Source.SETTING)),
     "motion_bucket_id": lambda task: bool(task.made_by(Source.COLUMN)),
 }
-"""Parameters that are None where they are not given, and the tasks whose models take them."""
+"""Parameters that not every model takes, and the tasks whose models do."""
 
 
 def _unknown(name: str, known: Sequence[str]) -> Problem:
@@ -168,6 +227,8 @@ def fitted(image: Image.Image, what: str, size: tuple[int, int, int]) -> Tensor:
 
 def fitted_video(frames: Frames, what: str, size: tuple[int, int, int]) -> Tensor:
     """Frames resized to a clip's, uint8 [F, height, width, 3]; of other proportions they are warned about once."""
-    first, *others = frames
+    if len(frames) > size[0]:
+        log.warning("%s has %d frames, of which the first %d are taken.", what, len(frames), size[0])
+    first, *others = (frames[index] for index in range(min(len(frames), size[0])))
     quiet = [frame.resize((size[2], size[1])) for frame in others]
     return torch.stack([fitted(first, what, size), *(fitted(frame, what, size) for frame in quiet)])

@@ -20,14 +20,15 @@ from mm.api.divided import Degrees, divided, require_alike
 from mm.api.encoders import Encoders
 from mm.api.generation import generate_videos
 from mm.api.model import config_of, model_of
-from mm.api.model_config import ModelConfig
+from mm.api.model_config import ModelConfig, device_of, loading_problems
 from mm.api.pipeline_parameters import ClipParameters, fitted, fitted_video
 from mm.api.pipeline_parts import Parts, find_parts
+from mm.api.pipeline_values import memory_problems, value_problems
 from mm.checkpoint.comm import Comm
 from mm.checkpoint.identify import identify
 from mm.checkpoint.weights import WeightSource
 from mm.config.base import parse
-from mm.config.model import Precision, WanConfig
+from mm.config.model import Precision
 from mm.config.place import process_place
 from mm.config.rules.residency import residency_problems
 from mm.config.run.encoders import Tiles
@@ -36,7 +37,7 @@ from mm.config.run.listed import Shown, begins_as
 from mm.config.run.residency import Residency
 from mm.config.tasks.task import Source
 from mm.device.backend import Backend, select
-from mm.errors import ConfigError, raise_all
+from mm.errors import ConfigError, MMError, raise_all
 from mm.generate.held import hold_on_mesh
 from mm.generate.render import Processes
 from mm.generate.weights import Fp8, GenerationWeights
@@ -88,7 +89,7 @@ class WanVideoPipeline:
         config, place = config_of(self._source), torch.device("cpu") if encoders_wait else self.device
         self.dit: WanModel
         self._velocity: WanModel | ParallelVelocity
-        self._build(config)
+        self._build()
         self.text_encoder: TextEncoder = parts.load_text_encoder(dtype, place, config.text_len)
         self.vae: VideoEncoder = parts.load_vae(dtype, place)
         self.image_encoder: ImageEncoder | None = parts.load_image_encoder(dtype, place)
@@ -124,25 +125,30 @@ class WanVideoPipeline:
             ulysses_degree, ring_degree, tensor_degree: the same in other ways; their product is that of processes.
 
         Raises:
-            ConfigError: CFG-030 for the device, CFG-400 to CFG-404 for the models, CFG-409 for torch_dtype, CFG-440 and
-                CFG-441 for degrees; what `mm.api.divided.divided` raises.
+            ConfigError: CFG-030 for the device, CFG-400 to CFG-404 for the models, CFG-409 for torch_dtype, CFG-446 for
+                what is none of these, or waits where or as nothing can, CFG-440 and CFG-441 for degrees; what
+                `mm.api.divided.divided` raises.
             CheckpointError, DataError: what opening and loading them raises.
         """
         if torch_dtype not in _PRECISIONS:
             names = ", ".join(str(known) for known in _PRECISIONS)
             raise ConfigError("CFG-409", f"torch_dtype is {torch_dtype}.", f"Use one of {names}.")
-        place, where = torch.device(device) if device is not None else None, process_place()
+        configs = (*model_configs, tokenizer_config)
+        raise_all(ConfigError, list(loading_problems(configs, device, torch_dtype)))
+        where = process_place()
         degrees = Degrees.asked(use_usp, ulysses_degree, ring_degree, tensor_degree, where.world_size)
-        index = where.local_rank if degrees is not None else 0
-        if place is not None and place.index is not None:
-            index = place.index
+        kind, number = (None, 0) if device is None else device_of(device) or (None, 0)
+        if degrees is not None and ":" not in str(device):
+            number = where.local_rank
         sharing = 1 if degrees is None else degrees.processes
-        backend = select(None if place is None else place.type, index, sharing)  # type: ignore[arg-type]
+        backend = select(kind, number, sharing)
         folder = Path(local_model_path)
         parts = find_parts(
             model_configs, tokenizer_config, folder, may_download=not skip_download, shared=redirect_common_files
         )
-        waits = any(config.offload_device is not None for config in model_configs)
+        waits = any(
+            config.offload_device is not None and str(config.offload_device) == "cpu" for config in model_configs
+        )
         fp8 = any(config.offload_dtype == torch.float8_e4m3fn for config in model_configs)
         precision, processes = _PRECISIONS[torch_dtype], None
         if degrees is not None and sharing > 1:
@@ -166,28 +172,21 @@ class WanVideoPipeline:
                 in place of a limit.
 
         Raises:
-            ConfigError: CFG-005 and CFG-371 for limits that make no sense, CFG-374 where the host has no room.
+            ConfigError: CFG-446 for limits that make no sense, CFG-374 where the host has no room.
         """
+        raise_all(ConfigError, list(memory_problems(vram_limit, vram_buffer, num_persistent_param_in_dit)))
         limit, values = self._limit(vram_limit), dict[str, Any]()
         if num_persistent_param_in_dit is not None:
             values = {"staying_parameters": num_persistent_param_in_dit}
         elif limit is not None:
             values = {"device_limit": f"{limit}MiB", "device_buffer": f"{int(vram_buffer * 1024)}MiB"}
-        self._residency = parse(Residency, values, "enable_vram_management")
-        raise_all(ConfigError, list(residency_problems(self._residency, lambda field: field)))
+        residency = parse(Residency, values, "enable_vram_management")
+        raise_all(ConfigError, list(residency_problems(residency, lambda field: field)))
         self._encoders_wait = True
         for encoder in (self.text_encoder, self.vae, self.image_encoder):
             if encoder is not None:
                 encoder.to(torch.device("cpu"))
-        config = self._leave_dit()
-        try:
-            self._build(config)
-        except ConfigError as error:
-            if error.id != "CFG-373":
-                raise
-            log.warning("%s All blocks are copied.", error.problems[0].message)
-            self._residency = Residency(staying_parameters=0)
-            self._build(config)
+        self._rebuild(residency, self._adapters)
 
     def _limit(self, asked: float | None) -> int | None:
         """MiB that a limit means: those that are free where nothing is said; None on the CPU."""
@@ -196,14 +195,26 @@ class WanVideoPipeline:
         sizes = self._backend.total_and_free_bytes()
         return None if sizes is None else sizes[1] // 2**20
 
-    def _leave_dit(self) -> WanConfig:
-        """Drop the transformer, because two would not fit; returns its shape."""
-        config = self.dit.config
-        del self.dit, self._velocity
-        return config
+    def _rebuild(self, residency: Residency, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        """Load the transformer anew: with the least on the device where a limit cannot be kept, and as it was where
+        anything else is wrong.
+        """
+        before = self._residency, self._adapters
+        self._residency, self._adapters = residency, list(adapters)
+        del self.dit, self._velocity  # two would not fit
+        try:
+            self._build()
+        except MMError as error:
+            kept = error.id == "CFG-373"
+            self._residency, self._adapters = (Residency(staying_parameters=0), self._adapters) if kept else before
+            self._build()
+            if not kept:
+                raise
+            log.warning("%s All blocks are copied.", error.problems[0].message)
 
-    def _build(self, config: WanConfig) -> None:
+    def _build(self) -> None:
         """The transformer, or this process's part of it, with its weights where the limits say."""
+        config = config_of(self._source)
         if self._processes is None:
             self.dit = model_of(self._weights(), config, self.torch_dtype, self._backend, self._residency)
             self._velocity = self.dit
@@ -220,27 +231,39 @@ class WanVideoPipeline:
             module: `pipe.dit`. path: a file, a folder or a run's checkpoints. alpha: a factor on it.
 
         Raises:
-            ConfigError: CFG-408 for another module.
+            ConfigError: CFG-408 for another module, CFG-446 for an alpha that is no number.
             DataError: DATA-090 to DATA-093 for a file that is none, or of another model.
+            CheckpointError: CKPT-016 for one with values that are not finite. The weights stay as they were.
         """
         if module is not self.dit:
             raise ConfigError("CFG-408", f"load_lora is given {type(module).__name__}.", "Give pipe.dit.")
+        raise_all(ConfigError, list(value_problems({"alpha": alpha})))
         adapter = read_any(identify(path, wanted="adapters"))
         require_fit(adapter, every_linear(self._source.shapes()))
         require_parts_fit(adapter, self._source.shapes())
-        self._adapters.append((adapter, alpha))
+        adapters = [*self._adapters, (adapter, alpha)]
         if self._residency.streams or self._fp8 or self._processes is not None:
-            self._build(self._leave_dit())  # weights are not where they could be written, in 8 bits, or parts
+            self._rebuild(self._residency, adapters)  # weights are not where they could be written, in 8 bits, or parts
             return
-        weights = self._weights()
+        try:
+            self._add(adapter, adapters)
+        except MMError:  # some linears have it, and others have not
+            self._add(adapter, self._adapters)
+            raise
+        self._adapters = adapters
+
+    def _add(self, adapter: Adapter, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        """Give the linears of one adapter their weights with several."""
+        weights = self._weights(adapters)
         with torch.no_grad():
             for name, parameter in self.dit.named_parameters():
                 if name.rpartition(".")[0] in adapter.updates or name in adapter.parts:
                     parameter.copy_(weights.value_of(name, tuple(parameter.shape)))
 
-    def _weights(self) -> GenerationWeights:
+    def _weights(self, adapters: Sequence[tuple[Adapter, float]] | None = None) -> GenerationWeights:
         eight_bits = Fp8("scaled", linears_of(self._source.shapes())) if self._fp8 else None
-        return GenerationWeights(self._source, self._adapters, self.torch_dtype, False, eight_bits)
+        added = list(self._adapters if adapters is None else adapters)
+        return GenerationWeights(self._source, added, self.torch_dtype, False, eight_bits)
 
     def __call__(self, prompt: str, negative_prompt: str = "", **parameters: Any) -> list[Image.Image]:
         """Make a clip.
@@ -253,11 +276,12 @@ class WanVideoPipeline:
             Its frames. Pictures of another size are resized to the clip's; one of other proportions is warned about.
 
         Raises:
-            ConfigError: CFG-322 and CFG-405 to CFG-407 for parameters, all at once; what `generate_videos` raises.
+            ConfigError: CFG-321 to CFG-323, CFG-405 to CFG-407 and CFG-446 for parameters, all at once; what
+                `generate_videos` raises.
             DataError: what `generate_videos` raises, DATA-087 for a video that is too short.
         """
         task = self.dit.config.task
-        given = ClipParameters.of(parameters, task)
+        given = ClipParameters.of(parameters, task, {"prompt": prompt, "negative_prompt": negative_prompt})
         if self._processes is not None:
             given = _agreed(self._processes.comm, prompt, negative_prompt, given)
         size = given.size(task)
@@ -309,7 +333,8 @@ class WanVideoPipeline:
         return [Image.fromarray(frame.numpy()) for frame in made]
 
     def _encoders(self, given: ClipParameters) -> Encoders:
-        tiles = Tiles(size=given.tile_size, stride=given.tile_stride) if given.tiled else None
+        (height, width), (down, right) = given.tile_size, given.tile_stride
+        tiles = Tiles(size=(height, width), stride=(down, right)) if given.tiled else None
         vae = VideoEncoder(self.vae.vae, tiles, "masks")
         return Encoders(vae, self.text_encoder, image_encoder=self.image_encoder, wait=self._encoders_wait)
 

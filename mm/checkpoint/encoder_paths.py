@@ -12,22 +12,30 @@ from mm.checkpoint.encoder_models import load_encoder
 from mm.checkpoint.encoders import open_encoder
 from mm.checkpoint.identify import identify
 from mm.config.model import Precision
-from mm.config.run.encoders import Tiles
+from mm.config.run.encoders import TileBlend, Tiles
 from mm.errors import DataError
 from mm.wan.encoders import DTYPES, TextEncoder, VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
 from mm.wan.tokenizer import open_tokenizer
 
 
-def video_encoder(path: Path, dtype: Precision, device: torch.device, tiling: Tiles | None = None) -> VideoEncoder:
-    """The VAE.
+def video_encoder(
+    path: Path,
+    dtype: Precision,
+    device: torch.device,
+    tiling: Tiles | None = None,
+    blend: TileBlend = "neighbours",
+) -> VideoEncoder:
+    """The VAE, which encodes and decodes in these tiles.
 
     Raises:
         CheckpointError: CKPT-011, CKPT-021 and CKPT-023 for a file that is damaged or of no published sizes.
         DataError: DATA-040 to DATA-042 for a folder, DATA-045 for a file of something else.
     """
     model = _of_file(path, VAE, dtype, device)
-    return VideoEncoder(model, tiling) if model else VideoEncoder.from_pretrained(path, dtype, device, tiling)
+    if model is None:
+        return VideoEncoder.from_pretrained(path, dtype, device, tiling, blend)
+    return VideoEncoder(model, tiling, blend)
 
 
 def text_encoder(path: Path, tokenizer: Path, dtype: Precision, device: torch.device, max_tokens: int) -> TextEncoder:

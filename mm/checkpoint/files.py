@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 # Space left free beside what is written, for logs and the small files of the protocol.
 RESERVE_BYTES = 64 * 2**20
+_DIGITS = 12  # of a temporary name
 
 
 @contextmanager
@@ -76,7 +77,18 @@ def replace_text(path: Path, text: str, before_replacing: str = "") -> None:
 
 def temporary_name(name: str) -> str:
     """A name no other process uses: hidden, recognisable, unique."""
-    return f".tmp-{name}-{uuid4().hex[:12]}"
+    return f".tmp-{name}-{uuid4().hex[:_DIGITS]}"
+
+
+def remove_drafts(folder: Path, names: str) -> None:
+    """Delete files that killed processes left under `temporary_name` of these names; only while nobody writes them.
+
+    Args:
+        folder: of the files. names: a pattern of their names, `epoch-*.safetensors`.
+    """
+    for draft in folder.glob(f".tmp-{names}-{'[0-9a-f]' * _DIGITS}"):
+        log.info("%s is removed, which a run that was killed has left", draft)
+        draft.unlink(missing_ok=True)
 
 
 def require_free_space(folder: Path, num_bytes: int) -> None:

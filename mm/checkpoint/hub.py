@@ -37,13 +37,19 @@ def download(files: ModelFiles, folder: Path) -> list[Path]:
     try:
         snapshot_download(repository, allow_patterns=[files.pattern, f"{files.pattern}/*"], local_dir=str(home))
     except Exception as error:  # the library, its transport and the system raise errors of unrelated types
-        place = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         raise ConfigError(
             "CFG-402",
-            f"{repository} cannot be fetched from {place} ({first_line(error)}).",
-            f"Put its files into {home} yourself and set skip_download=True, or name a mirror in HF_ENDPOINT.",
+            f"{repository} cannot be fetched from {_place()} ({first_line(error)}).",
+            f"Put its files into {home} yourself, or name a mirror in HF_ENDPOINT.",
         ) from None
     found = files.present(folder)
     if not found:
-        raise ConfigError("CFG-401", f"Nothing in {repository} matches {files.pattern}.", "Correct the pattern.")
+        # Where the hub cannot be reached, the library is content with a folder that is there.
+        missing = f"{files.pattern} matches nothing in {home}, nor in what {_place()} gave of {repository}."
+        raise ConfigError("CFG-401", missing, f"Correct the pattern; or see that {_place()} can be reached.")
     return found
+
+
+def _place() -> str:
+    """Address of the hub."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")

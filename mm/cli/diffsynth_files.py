@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mm.checkpoint.comm import Comm, ProcessGroupComm, SingleProcess, on_rank_zero
 from mm.checkpoint.directory import candidates
-from mm.checkpoint.files import sync_folder, temporary_name, writing_errors
+from mm.checkpoint.files import remove_drafts, sync_folder, temporary_name, writing_errors
 from mm.checkpoint.finite import rounded
 from mm.checkpoint.formats.training import STEPS_KEY
 from mm.checkpoint.identify import identify
@@ -58,10 +58,11 @@ class EpochFiles(Callback):
         on_rank_zero(comm, partial(self._write, done.step))
         return ()
 
-    def write_missing(self) -> None:
-        """Write the files of checkpoints that have none, since a run ended between the two; damaged ones are passed
-        over, as a run that goes on does.
+    def begin(self) -> None:
+        """Write the files of checkpoints that have none, since a run ended between the two, and remove drafts; damaged
+        ones are passed over, as a run that goes on does.
         """
+        remove_drafts(self._run.places.output, "*.safetensors")
         total = self._run.training.training.steps
         for found in candidates(self._run.places.checkpoints):
             is_due = self.every.is_due(found.step, last=found.step == total)

@@ -10,6 +10,7 @@ from mm.api.model_config import ModelConfig
 from mm.api.pipeline_parts import Parts, find_parts
 from mm.checkpoint.convert import write_as_native
 from mm.checkpoint.identify import identify
+from mm.checkpoint.identity import identity
 from mm.checkpoint.joined import WithModule
 from mm.checkpoint.weights import WeightSource, open_weights
 from mm.config.tasks.task import Source
@@ -65,10 +66,15 @@ def join_models(named: Sequence[NamedModel], tokenizer: str | None, joined: Path
     Args: as of `find_models`, which has found nothing wrong.
 
     Raises:
+        ConfigError: CFG-445 where the folder holds another one.
         CheckpointError: what `mm.checkpoint.convert.write_as_native` raises.
     """
+    source = _parts(named, tokenizer, may_download=False).transformer
     if not joined.exists():
-        write_as_native(_parts(named, tokenizer, may_download=False).transformer, joined)
+        write_as_native(source, joined)
+    elif identity(open_weights(identify(joined))) != identity(source):
+        found = f"{joined} is not made of the models that {named[0].word} names."
+        raise ConfigError("CFG-445", found, f"Name those of the run in {joined.parent}, or give another --output_path.")
 
 
 def _parts(named: Sequence[NamedModel], tokenizer: str | None, *, may_download: bool) -> Parts:

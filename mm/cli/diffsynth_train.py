@@ -41,7 +41,8 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: what is wrong in the words, the files that they name and accelerate's configuration, and every
             violated rule of both stages; all at once, before any device is touched.
-        MMError: what `mm.cli.extraction.extract_features` and `mm.cli.training.train` raise.
+        MMError: what `mm.train.start_check.check_start`, `mm.cli.extraction.extract_features` and
+            `mm.cli.training.train` raise.
     """
     where = process_place()
     flags, described, joins = read_run(argv, where.world_size, os.environ)
@@ -52,15 +53,17 @@ def main(argv: Sequence[str]) -> None:
         from mm.cli.diffsynth_models import join_models  # torch, after the command line is known to be good
 
         join_models(named_models(flags), flags.tokenizer_path, places.model)
+    if not joins or where.rank == 0:  # who has just made what others do not wait for here
+        from mm.train.start_check import check_start
+
+        check_start(described.training)
     extract_features(described.extraction, where)
     _share_features(places, where)
 
     from mm.cli.diffsynth_files import EpochFiles
 
-    files = EpochFiles(described, where)
-    if where.rank == 0:
-        files.write_missing()
-    train(lambda where: described.training.on(where.world_size), saves=True, word="the command", callbacks=[files])
+    callbacks = [EpochFiles(described, where)]
+    train(lambda where: described.training.on(where.world_size), saves=True, word="the command", callbacks=callbacks)
 
 
 def read_run(

@@ -57,10 +57,9 @@ def _processes(launched: Launched) -> int:
 def _of_videox(script: Script, words: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     command = read_command(script, words, environment, videox_fun.shape_of)
     videox_fun.check(command)
-    converted = [f"{part.found} is converted into {part.folder} first" for part in command.parts.converted]
     training = command.training.model_copy(update={"live": command.live})
     documents = [
-        _document(_features(command.place.world_size), command.extraction, converted),
+        _document(_features(command.place.world_size), command.extraction, ()),
         _document(_training(command.place.world_size), training, command.training.notes),
     ]
     if command.clips is not None:

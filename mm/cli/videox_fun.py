@@ -19,6 +19,7 @@ from mm.cli.entry import run
 from mm.cli.extraction import extract_features
 from mm.cli.training import train
 from mm.config.model import WanConfig
+from mm.config.output import require_writable_folder
 from mm.config.place import ProcessPlace
 from mm.config.rules.extraction import EXTRACTION_RULES
 from mm.config.rules.generation import GENERATION_RULES
@@ -26,7 +27,6 @@ from mm.config.rules.training import TRAINING_RULES
 from mm.config.run.file import whole_file
 from mm.config.unread import broken, read_or
 from mm.dialects.videox_fun.command import Command, read_command, script_of
-from mm.dialects.videox_fun.extraction import Part
 from mm.dialects.videox_fun.scripts import SCRIPTS, Script
 from mm.errors import ConfigError, raise_all
 
@@ -44,15 +44,17 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: CFG-009 for another script; what is wrong in the words, files and environment, and every violated
             rule of the extraction and the training, all at once.
-        MMError: what `mm.cli.extraction.extract_features` and `mm.cli.training.train` raise.
+        MMError: what `mm.train.start_check.check_start`, `mm.cli.extraction.extract_features` and
+            `mm.cli.training.train` raise.
     """
     script = _script(argv)
     command = read_command(script, argv[1:], os.environ, shape_of)
     check(command)
-    place = command.place
-    for part in command.parts.converted:
-        _convert(part, place)
-    training = command.training
+    require_writable_folder(command.writes.folder, "--output_dir")
+    from mm.train.start_check import check_start  # torch takes seconds
+
+    place, training = command.place, command.training
+    check_start(training)
     if command.live is None:
         _make_features(command)
     else:
@@ -60,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
         training = training.model_copy(update={"live": command.live})
         if place.rank == 0:
             log.info("the first batch is not shown: with --live its features are made in the steps")
-    from mm.cli.videox_fun_export import Exports  # torch takes seconds
+    from mm.cli.videox_fun_export import Exports
 
     exports = Exports(command.writes, training)
     sinks: list[Sink] = []
@@ -143,16 +145,6 @@ def _show_first_batch(command: Command) -> None:
     folder, vae = Path(command.writes.folder) / FOLDER, Path(command.extraction.encoders.vae.from_pretrained)
     device = select(run.training.device, place.local_rank, place.world_size).device
     write_first_batch(run, vae, folder, command.step, device)
-
-
-def _convert(part: Part, place: ProcessPlace) -> None:
-    """Have an encoder in the folder that it is read from: the first process writes it, and the others wait."""
-    folder = Path(part.folder)
-    if place.rank == 0 and not folder.exists():
-        from mm.checkpoint.convert import convert_to_hf
-
-        convert_to_hf(Path(part.found), folder)
-    _wait_for(folder.exists)  # it gets its name when it is whole
 
 
 def _wait_for(is_there: Callable[[], bool]) -> None:

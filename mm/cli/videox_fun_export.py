@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Sequence
@@ -9,12 +10,16 @@ from pathlib import Path
 
 from mm.checkpoint.comm import ProcessGroupComm, SingleProcess, on_rank_zero
 from mm.checkpoint.convert import convert_to_native, zero_to_bf16
-from mm.checkpoint.directory import folder_name
+from mm.checkpoint.directory import candidates, folder_name
+from mm.checkpoint.files import remove_drafts
 from mm.config.run.training import TrainingRun
 from mm.dialects.videox_fun.command import Writes
+from mm.errors import CheckpointError
 from mm.lora.convert import write_file
 from mm.train.callbacks.base import Callback, Every, StepDone
 from mm.train.records import Record
+
+log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"checkpoint-(\d+)(?:\.safetensors)?")
 
@@ -45,22 +50,40 @@ class Exports(Callback):
         on_rank_zero(comm, lambda: self._write(done.step))
         return ()
 
+    def begin(self) -> None:
+        """Write what goes with the newest checkpoint where it is not there, since a run ended between the two, and
+        remove drafts; a damaged one is passed over, as a run that goes on does.
+        """
+        remove_drafts(Path(self._writes.folder), "checkpoint-*.safetensors")
+        newest = next(iter(candidates(Path(self._writes.folder))), None)
+        if newest is None or all(path.exists() for path in self._targets(newest.step)):
+            return
+        try:
+            self._write(newest.step)
+        except CheckpointError as error:
+            log.warning("checkpoint-%d is not written: %s", newest.step, error)
+
+    def _targets(self, step: int) -> list[Path]:
+        """Paths of what goes with a checkpoint, each of which gets its name when it is whole."""
+        name = Path(self._writes.folder) / f"checkpoint-{step}"
+        if self._writes.adapters:
+            return [name.with_name(f"{name.name}.safetensors")]
+        return [name / "transformer", *[name / "transformer_ema"] * self._writes.averaged]
+
     def _write(self, step: int) -> None:
         """Write what goes with a checkpoint; what stands there of the same step is written anew."""
-        writes = self._writes
-        source = Path(writes.folder) / folder_name(step)
-        name = Path(writes.folder) / f"checkpoint-{step}"
+        source = Path(self._writes.folder) / folder_name(step)
         if not source.exists():  # the disk refused it, of which the run has told
             return
-        if writes.adapters:
-            target = name.with_name(f"{name.name}.safetensors")
-            _remove(target)
-            write_file(source, target, "kohya")
+        first, *average = self._targets(step)
+        if self._writes.adapters:
+            _remove(first)
+            write_file(source, first, "kohya")
         else:
-            _remove(name)
-            self._write_model(source, name / "transformer", averaged=False)
-            if writes.averaged:
-                self._write_model(source, name / "transformer_ema", averaged=True)
+            _remove(first.parent)
+            self._write_model(source, first, averaged=False)
+            for target in average:
+                self._write_model(source, target, averaged=True)
         self._keep_newest()
 
     def _write_model(self, source: Path, target: Path, *, averaged: bool) -> None:

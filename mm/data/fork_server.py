@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
+from types import ModuleType
 
 from mm.isolated import ROOT, absolute_words
 from mm.stopping import CLOSE, SIGNALS
@@ -35,6 +36,21 @@ def ensure_fork_server(preload: Sequence[str]) -> None:
             forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def without_main() -> Iterator[None]:
+    """Have processes started here begin without the user's script.
+
+    multiprocessing runs it once more in each of them, for what it defines; nothing that they are sent is defined there,
+    and a script that calls this package would begin its work anew.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 @contextmanager

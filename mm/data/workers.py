@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from mm.config.units import format_bytes
-from mm.data.fork_server import SENT_TO_ALL, ensure_fork_server
+from mm.data.fork_server import SENT_TO_ALL, ensure_fork_server, without_main
 from mm.data.shared import SharedMemory
 from mm.errors import DataError, DiskError, Problem, raise_all
 
@@ -177,7 +177,8 @@ class _Reader(Generic[JobT]):
                 # what readers need is imported once, not by every one of them
                 ensure_fork_server([__name__, type(self._work).__module__])
                 process = self._context.Process(target=_serve, args=(self._work, theirs, self._buffer), daemon=True)
-                process.start()
+                with without_main():
+                    process.start()
                 theirs.close()
             self._process, self._connection, self._ready = process, ours, False
         assert self._connection is not None  # noqa: S101  made with the process

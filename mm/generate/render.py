@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mm.checkpoint.comm import Comm
+from mm.checkpoint.encoder_paths import image_encoder, text_encoder, video_encoder
 from mm.config.run.generation import GenerationRun
 from mm.device.backend import Backend
 from mm.errors import DataError, MMError, Problem, raise_all
@@ -39,8 +40,7 @@ from mm.generate.sampling import (
 from mm.generate.sources import EARLY_SOURCES, EarlyFeatures
 from mm.parallel.agree import agreement
 from mm.parallel.mesh import Mesh
-from mm.wan.encoders import TextEncoder, VideoEncoder
-from mm.wan.image_encoder import ImageEncoder
+from mm.wan.encoders import VideoEncoder
 
 log = logging.getLogger(__name__)
 
@@ -167,11 +167,11 @@ class Renderer:
 
         Raises:
             ConfigError: CFG-066 for one of another model.
-            DataError: DATA-040 to DATA-042 when it cannot be loaded.
+            CheckpointError, DataError: what `mm.checkpoint.encoder_paths.video_encoder` raises.
         """
         vae = self._run.encoders.vae
         place = Path(vae.from_pretrained), vae.precision, self._processes.backend.device
-        video = VideoEncoder.from_pretrained(*place, vae.tiles_of_clips(), vae.tile_blend or "neighbours")
+        video = video_encoder(*place, vae.tiles_of_clips(), vae.tile_blend or "neighbours")
         require_vae_fits(vae.from_pretrained, video, self._plan.wan)
         return video
 
@@ -239,13 +239,8 @@ def _encode_text(
     negative = [run.negative_text] if run.guided else []
     missing = [text for text in dict.fromkeys([*negative, *(row.prompt for row in rows)]) if text not in texts]
     if missing:
-        encoder = TextEncoder.from_pretrained(
-            Path(named.text.from_pretrained),
-            Path(named.tokenizer.from_pretrained),
-            named.text.precision,
-            device,
-            named.tokenizer.model_max_length,
-        )
+        paths = Path(named.text.from_pretrained), Path(named.tokenizer.from_pretrained)
+        encoder = text_encoder(*paths, named.text.precision, device, named.tokenizer.model_max_length)
         texts |= zip(missing, encode_prompts(encoder, missing, None)[0], strict=True)
     if rows:
         require_text_fits(named.text.from_pretrained, texts[rows[0].prompt], run.wan)
@@ -260,7 +255,7 @@ def _encode_early(
     if not any(feature.source in EARLY_SOURCES for feature in run.wan.task.features):
         return {row.index: {} for row in rows}
     if run.sees_images and section is not None:
-        encoder = ImageEncoder.from_pretrained(Path(section.from_pretrained), run.encoders.image_precision, device)
+        encoder = image_encoder(Path(section.from_pretrained), run.encoders.image_precision, device)
         require_image_encoder_fits(section.from_pretrained, encoder, run.wan)
     early = EarlyFeatures(run.wan, encoder)
     return {row.index: early.of(load_given(run, row)) for row in rows}

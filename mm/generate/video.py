@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -82,7 +83,7 @@ def write_clip(path: Path, frames: Tensor, fps: int, description: Mapping[str, A
             partial.unlink(missing_ok=True)
 
 
-def encode_video(path: Path, frames: Tensor, fps: int, rate_factor: str = CONSTANT_RATE_FACTOR) -> None:
+def encode_video(path: Path, frames: Tensor, fps: int | Fraction, rate_factor: str = CONSTANT_RATE_FACTOR) -> None:
     """Encode uint8 [F, H, W, 3] RGB frames as H.264 in an MP4 file, yuv420p, colours by BT.709 and marked so."""
     _, height, width, _ = frames.shape
     with av.open(name_for_ffmpeg(path), "w", format="mp4", options={"movflags": "faststart"}) as container:

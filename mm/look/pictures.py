@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mm.checkpoint.encoder_paths import video_encoder
 from mm.config.data import LATENT_PIXELS, TEMPORAL_STRIDE
 from mm.config.model import Precision
 from mm.config.run.encoders import Tiles
@@ -85,11 +86,11 @@ def open_eye(
         vae, precision, tiles, device: of the VAE. latent_pixels: of false colours, as `FalseColourEye` has them.
 
     Raises:
-        DataError: DATA-040 to DATA-042 for a VAE that cannot be loaded.
+        CheckpointError, DataError: what `mm.checkpoint.encoder_paths.video_encoder` raises.
     """
     if vae is None:
         return FalseColourEye(latent_pixels)
-    return DecodingEye(VideoEncoder.from_pretrained(vae, precision, device, tiles), str(vae))
+    return DecodingEye(video_encoder(vae, precision, device, tiles), str(vae))
 
 
 def principal_colours(rows: Tensor) -> Tensor:

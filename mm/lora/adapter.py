@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -156,12 +156,12 @@ def require_fit(adapter: Adapter, linears: Mapping[str, Sizes]) -> None:
         )
 
 
-def require_parts_fit(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def require_parts_fit(adapter: Adapter, shapes: Mapping[str, Sequence[int]]) -> None:
     """Check that the parts are parameters of a model of these shapes; DATA-093."""
     misfits = [
         f"{name} is {list(value.shape)} in the adapter, {list(shapes[name]) if name in shapes else 'not'} in the model"
         for name, value in adapter.parts.items()
-        if shapes.get(name) != tuple(value.shape)
+        if tuple(shapes.get(name, ())) != tuple(value.shape)
     ]
     if misfits:
         raise DataError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,16 +82,21 @@ def load_adapters(found: Found, run: AdapterRun, optimizer: Optimizer, words: Or
             path, and what `read_adapter` and `require_fit` raise.
         CheckpointError: CKPT-012 for a damaged checkpoint, CKPT-081 for one of a whole model.
     """
-    adapter = adapter_of(found.path) if found.format == training.FORMAT else _read_adapter(found, words)
-    require_fit(adapter, every_linear(run.base.shapes()))  # the next line says which of them can be trained
-    _require_plan(found.path, adapter, run.plan, words)
-    require_parts_fit(adapter, run.base.shapes())
-    parameters = adapter.parameters()
+    parameters = fitting_adapter(found, run.plan, run.base.shapes(), words).parameters()
     not_there = [name for name in run.record.parts if name not in parameters]
     if not_there:
         logger.info("%s holds adapters alone; %d parameters start as the base has them", found.path, len(not_there))
     fill_masters(optimizer, lambda name: (parameters[name] if name in parameters else run.base.read(name)).float())
     logger.info("loaded the adapters in %s", found.path)
+
+
+def fitting_adapter(found: Found, plan: LoRAPlan, shapes: Mapping[str, Sequence[int]], words: Origins) -> Adapter:
+    """Adapters at a path, which are those of a plan, for a model of these shapes; raises as `load_adapters`."""
+    adapter = adapter_of(found.path) if found.format == training.FORMAT else _read_adapter(found, words)
+    require_fit(adapter, every_linear(shapes))  # the next line says which of them can be trained
+    _require_plan(found.path, adapter, plan, words)
+    require_parts_fit(adapter, shapes)
+    return adapter
 
 
 def _read_adapter(found: Found, words: Origins) -> Adapter:

@@ -55,6 +55,9 @@ def train(run: Run, callbacks: Sequence[Callback] = (), sinks: Sequence[Sink] = 
         models = start_models(run, steps, memory)
         started = models.first
         step, total = started.progress.step, sections.training.steps
+        for callback in callbacks:
+            with started.during(callback.phase):
+                on_rank_zero(run.comm, callback.begin)
         missing = missing_checks([*checks, *callbacks], step, last=step == total, comm=run.comm)
         if step >= total and not missing:
             logger.info("step %d of %d is already done; nothing to train", step, total)

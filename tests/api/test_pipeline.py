@@ -2,11 +2,14 @@
 
 import json
 import logging
+import math
 import struct
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -120,7 +123,7 @@ def test_sampling_in_windows_and_without_blocks(models: Path) -> None:
     assert not np.array_equal(found, expected(pipe))
     for wrong, id in [
         ({"tea_cache_l1_thresh": 0.1, "tea_cache_model_id": "Wan2.1-T2V-1.3B"}, "CFG-321.* 2 steps"),
-        ({"tea_cache_l1_thresh": 0.1}, "CFG-200.*Wan2.1-I2V-14B-720P"),
+        ({"tea_cache_l1_thresh": 0.1}, "CFG-446.*Wan2.1-I2V-14B-720P"),
         ({"sliding_window_size": 1}, "CFG-322"),
     ]:
         with pytest.raises(MMError, match=id):
@@ -261,6 +264,32 @@ def test_lora(models: Path, tmp_path: Path) -> None:
         pipe.load_lora(pipe.dit, tmp_path / "other.safetensors")
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_lora_that_is_refused_changes_nothing(models: Path, tmp_path: Path, *, fp8: bool) -> None:
+    """The first linear's update is sound and the last one's is not: neither is there, and others can be added."""
+    waits = {"offload_dtype": torch.float8_e4m3fn} if fp8 else {}
+    given = [ModelConfig(model_id=COMMON, origin_file_pattern=WEIGHTS, **waits), *configs(COMMON)[1:]]  # type: ignore[arg-type]
+    pipe = WanVideoPipeline.from_pretrained(
+        torch_dtype=torch.float32, device="cpu", model_configs=given, local_model_path=models, skip_download=True
+    )
+    sound, broken = (Update(torch.ones(4, 32), torch.full((32, 4), value), 4.0) for value in (1.0, math.nan))
+    before = {name: value.clone() for name, value in pipe.dit.named_parameters()}
+    file = tmp_path / "broken.safetensors"
+    halves = {"blocks.0.self_attn.q": sound, "blocks.1.self_attn.o": broken}
+    names = [(linear, half) for linear in halves for half in ("lora_A", "lora_B")]
+    save_file(
+        {f"{one}.{half}.weight": getattr(halves[one], half[-1].lower()).contiguous() for one, half in names}, file
+    )
+    for alpha, said in ((1.0, "CKPT-016"), (math.nan, "CFG-446"), ("1", "CFG-446")):
+        with pytest.raises(MMError, match=said):
+            pipe.load_lora(pipe.dit, file, alpha=alpha)  # type: ignore[arg-type]
+        after = dict(pipe.dit.named_parameters())
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
+    write_adapter(tmp_path / "sound.safetensors", Adapter({"blocks.0.self_attn.q": sound}), "peft")
+    pipe.load_lora(pipe.dit, tmp_path / "sound.safetensors")
+    assert any(not torch.equal(value, before[name]) for name, value in pipe.dit.named_parameters())
+
+
 def test_files_of_others_are_taken_where_a_release_lacks_them(models: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     pipeline(models, "fun_control_ref")
@@ -290,6 +319,34 @@ def test_models_that_cannot_be_used_are_named_at_once(models: Path) -> None:
     assert "CFG-400: The model Wan-AI/Wan2.1-T2V-1.4B is not in" in said and f"there is {COMMON}" in said
     assert "CFG-401: Nothing in" in said and "matches models_t6*.pth" in said
     assert said.count("CFG-403") == 2
+
+
+def test_what_no_model_config_can_say_is_told_at_once(models: Path) -> None:
+    weights = models / COMMON / "diffusion_pytorch_model.safetensors"
+    waits = ModelConfig(path=weights, offload_device="disk", offload_dtype=torch.int8)
+    with pytest.raises(MMError) as raised:
+        WanVideoPipeline.from_pretrained(device="gpu", model_configs=[waits, "vae.pth"], tokenizer_config=None)  # type: ignore[arg-type, list-item]
+    said = [problem.message for problem in raised.value.problems]
+    assert [problem.id for problem in raised.value.problems] == ["CFG-446"] * 5
+    for word, line in zip(("'gpu'", "'disk'", "torch.int8", "'vae.pth'", "None"), said, strict=True):
+        assert word in line
+
+
+def test_a_video_that_cannot_be_is_refused_before_it_is_written(tmp_path: Path) -> None:
+    size = (32, 34)
+    for frames, name, more, named in (
+        ([], "a.mp4", {}, ["holds none"]),
+        ([Image.new("RGB", size), Image.new("RGB", (16, 16))], "a.gif", {"fps": 0}, ["fps", ".gif", "2 sizes"]),
+        ([Image.new("RGB", (33, 31))], "a.mp4", {"quality": 11}, ["quality", "31x33"]),
+    ):
+        with pytest.raises(MMError) as raised:
+            mm.save_video(frames, tmp_path / name, **more)  # type: ignore[arg-type]
+        said = [problem.message for problem in raised.value.problems]
+        assert len(said) == len(named) and all(word in line for word, line in zip(named, said, strict=True))
+    assert not list(tmp_path.iterdir())
+    mm.save_video([Image.new("RGB", size)] * 3, tmp_path / "ntsc.mp4", fps=29.97)
+    with av.open(str(tmp_path / "ntsc.mp4")) as file:
+        assert float(file.streams.video[0].average_rate or 0) == pytest.approx(29.97, rel=1e-5)
 
 
 def test_what_is_lacking_or_there_twice_is_named(models: Path, tmp_path: Path) -> None:
@@ -328,6 +385,51 @@ def test_parameters_that_a_model_does_not_take_are_named_at_once(models: Path) -
     )
     with pytest.raises(MMError, match=r"DATA-087.*has 3 frames, and 5 are asked for"):
         pipe("a", input_video=video(1)[:3], denoising_strength=0.5, **SHORT)
+
+
+def test_values_that_a_parameter_cannot_have_are_told_at_once(models: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In the pipeline's words, with parameters that the model does not take; the log names what changes nothing."""
+    pipe = pipeline(models, "t2v")
+    wrong: dict[str, Any] = {
+        "seed": 2**64, "num_frames": 5.0, "height": -16, "width": "48", "cfg_scale": "5", "num_inference_steps": 0,
+        "sigma_shift": 0, "tile_size": 2, "tile_stride": (0, 1), "input_video": "clip.mp4", "denoising_strength": 0,
+        "tea_cache_l1_thresh": 0, "sliding_window_size": 0, "tiled": "yes", "negative_prompt": None,
+    }  # fmt: skip
+    with pytest.raises(MMError) as raised:
+        pipe(["a", "b"], **wrong, vace_scale=2)  # type: ignore[arg-type]
+    named = [(problem.id, problem.message.split()[0]) for problem in raised.value.problems]
+    assert sorted(named) == sorted([("CFG-407", "vace_scale"), *(("CFG-446", name) for name in ("prompt", *wrong))])
+    together = {"sliding_window_size": 2, "sliding_window_stride": 3, "tea_cache_l1_thresh": 0.1, "tiled": True}
+    with pytest.raises(MMError) as raised:
+        pipe("a", **{**SHORT, **together}, tile_size=(2, 2), tile_stride=[3, 1])
+    assert [problem.id for problem in raised.value.problems] == ["CFG-322", "CFG-321", "CFG-446", "CFG-446"]
+    limits: list[dict[str, Any]] = [{"vram_limit": "6"}, {"vram_limit": math.nan}, {"num_persistent_param_in_dit": -1}]
+    for limit in limits:
+        with pytest.raises(MMError, match=f"CFG-446: {next(iter(limit))} is"):
+            pipe.enable_vram_management(**limit)
+    caplog.clear()
+    clip = {**SHORT, "cfg_scale": 1.0, "negative_prompt": "blurry", "seed": -(2**63)}
+    pipe("a", **clip, denoising_strength=0.5, tile_size=(1, 1))
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        "denoising_strength changes nothing without input_video.",
+        "tile_size changes nothing without tiled=True.",
+        "negative_prompt changes nothing with cfg_scale 1.",
+    ]
+
+
+def test_all_steps_of_a_video_s_clip_are_taken_at_any_strength(models: Path) -> None:
+    """As in DiffSynth-Studio, whose grid begins at the strength: 2 steps at 0.3 are two."""
+    steps: list[int] = []
+
+    def noted(bar: Iterable[int]) -> Iterator[int]:
+        for step in bar:
+            steps.append(step)
+            yield step
+
+    clip = {**SHORT, "progress_bar_cmd": noted}
+    assert len(pipeline(models, "t2v")("a", input_video=video(1), denoising_strength=0.3, **clip)) == 5
+    assert steps == [0, 1]
 
 
 def test_a_hub_that_cannot_be_reached_is_said(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,6 +229,27 @@ def test_nothing_is_left_behind(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "err").read_text().count("Traceback") == (name == "SIGINT"), "only the parent's own"
 
 
+WITHOUT_A_GUARD = """
+import sys
+from pathlib import Path
+from test_workers import numbers, read
+print("begun", flush=True)
+print(numbers(read(Path(sys.argv[1]), [("read", number) for number in range(3)], 2)))
+"""
+
+
+def test_a_script_without_a_guard_is_not_begun_anew_by_readers(tmp_path: Path) -> None:
+    """As the examples of the Python API are written: multiprocessing would run them once more in each process."""
+    script = tmp_path / "script.py"
+    script.write_text(WITHOUT_A_GUARD)
+    here = Path(__file__)
+    environment = {**os.environ, "PYTHONPATH": f"{here.parents[2]}:{here.parent}"}
+    done = subprocess.run(
+        [sys.executable, script, tmp_path], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "begun\n[0, 1, 2]\n", done.stderr
+
+
 LITTLE = """
 import os
 from pathlib import Path

@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from mm.config.diffusion import DiffusionConfig
 from mm.config.model import PUBLISHED, WAN_FLF2V_14B, WAN_I2V_14B, WanConfig
 from mm.config.rules.extraction import EXTRACTION_RULES
 from mm.config.rules.training import TRAINING_RULES
 from mm.config.trainable import names_by_pattern, patterns_of
-from mm.config.unread import broken
+from mm.config.unread import UNREAD, UnreadError, broken
+from mm.dialects.diffsynth.named_models import named_models
 from mm.dialects.diffsynth.pipeline_names import models_of, name_in_file, pipeline_name, words_of_model
 from mm.dialects.diffsynth.sharding import read_launcher
 from mm.dialects.diffsynth.train_flags import DiffSynthFlags
@@ -292,3 +294,45 @@ def test_names_in_files_are_the_pipeline_s() -> None:
     motion = "motion_controller.linear.0.weight"
     assert name_in_file(motion, "pipe.dit.,pipe.") == motion
     assert name_in_file(motion, "pipe.motion_controller.") == "linear.0.weight"
+
+
+@pytest.mark.parametrize("stage", ["training", "extraction"])
+def test_no_rule_fails_over_what_could_not_be_read(stage: str) -> None:
+    """Every section, and every value of each, unread by itself."""
+    described = getattr(run(*SIZE, *LORA), stage)
+    rules: Any = TRAINING_RULES if stage == "training" else EXTRACTION_RULES
+    changes: list[dict[str, Any]] = []
+    for name in type(described).sections.model_fields:
+        section = getattr(described, name)
+        values = type(section).model_fields if isinstance(section, BaseModel) else {}
+        changes += [{name: UNREAD}, *({name: section.model_copy(update={value: UNREAD})} for value in values)]
+    assert len(changes) > 20
+    for change in changes:
+        list(broken(rules, described.model_copy(update=change)))  # an UnreadError is its end
+
+
+def test_boundaries_that_leave_no_steps_are_told_in_their_own_words() -> None:
+    for first, end in (("0.9", "0.1"), ("0.5", "0.5"), ("0", "0")):
+        words = (*SIZE, *LORA, "--min_timestep_boundary", first, "--max_timestep_boundary", end)
+        [line] = told(run(*words))
+        assert line.startswith(f"CFG-447: --min_timestep_boundary {float(first)} ")
+    lines = told(run(*SIZE, *LORA, "--max_timestep_boundary", "1.9", "--min_timestep_boundary", "x"))
+    assert [line[:7] for line in lines] == ["CFG-005", "CFG-005"]
+
+
+def test_accelerate_and_the_command_line_accumulate_alike() -> None:
+    environment = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
+    [line] = told(run(*SIZE, *LORA, "--gradient_accumulation_steps", "2", environment=environment))
+    assert line.startswith("CFG-388") and "is 4, and --gradient_accumulation_steps 2" in line
+    assert not told(run(*SIZE, *LORA, "--gradient_accumulation_steps", "4", environment=environment))
+    environment = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}  # which accelerate fills in itself
+    assert not told(run(*SIZE, *LORA, "--gradient_accumulation_steps", "2", environment=environment))
+
+
+def test_no_argument_that_cannot_be_read_hides_the_others() -> None:
+    for name in DiffSynthFlags.model_fields:
+        lines = told(run(*SIZE, *LORA, f"--{name}="))
+        assert any(f"--{name}" in line for line in lines), name
+    flags, _ = read_flags(DiffSynthFlags, ["--model_paths", "--learning_rate", "1"], PROGRAM, "CFG-389")
+    with pytest.raises(UnreadError):  # and nothing else; of the flag itself the user is told already
+        named_models(flags)

@@ -488,3 +488,30 @@ def test_what_of_such_a_file_cannot_be_is_told_at_once(folder: Path) -> None:
     assert ids(launch_by_file, folder, CONFIG + "num_procesess: 3\n") == ["CFG-003"]
     assert ids(launch_by_file, folder, CONFIG.replace("zero_stage: 3", "zero_stage: 4")) == ["CFG-005"]
     assert ids(read_launch_words, ["--config_file=none.yaml", "a.py"], 0) == ["CFG-001"]
+
+
+def test_original_encoder_files_are_read_where_they_lie(folder: Path, tmp_path: Path) -> None:
+    """So that a store of features knows of them: a copy that was made once would hide that a model is another one."""
+    model = tmp_path / "model"
+    shutil.copytree(folder / T2V, model)
+    for name in ("vae", "text_encoder"):
+        shutil.rmtree(model / name)
+    files = {"vae": model / "Wan2.1_VAE.pth", "text": model / "models_t5_umt5-xxl-enc-bf16.pth"}
+    for file in files.values():
+        file.touch()
+    words = f"--pretrained_model_name_or_path={model} {FILES} --train_mode=normal --trainable_modules ."
+    encoders = read("scripts/wan2.1/train.py", f"{words} --video_sample_n_frames=9").extraction.encoders
+    assert {name: Path(getattr(encoders, name).from_pretrained) for name in files} == files
+
+
+@pytest.mark.parametrize("name", ["wan2.1_fun/train_control.py", "wan2.1_fun/train_control_lora.py"])
+def test_no_argument_that_cannot_be_read_hides_the_others(name: str) -> None:
+    script = script_of(f"scripts/{name}")
+    assert script is not None
+    shape = shape_of(V11)
+    words = [f"--pretrained_model_name_or_path={V11}", *FILES.split(), "--train_mode=control_ref"]
+    for flag in script.flags.model_fields:
+        command = read_command(script, [*words, f"--{flag}="], {}, lambda _: shape)
+        with pytest.raises(ConfigError) as caught:
+            check(command)
+        assert any(f"--{flag}" in str(problem) for problem in caught.value.problems), flag

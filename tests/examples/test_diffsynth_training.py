@@ -18,13 +18,16 @@ from released import COMMON, TRANSFORMER, released_config, write_common_files, w
 from safetensors.torch import load_file, save_file
 
 from mm import ModelConfig, WanVideoPipeline
+from mm.checkpoint.files import temporary_name
 from mm.checkpoint.weights import open_weights
 from mm.cli import diffsynth_train, translate
+from mm.cli.diffsynth_models import join_models
 from mm.config.run.extraction import ExtractionRun
 from mm.config.run.file import load_run
 from mm.config.run.training import TrainingRun
 from mm.demo.video import write_video
-from mm.errors import ConfigError
+from mm.dialects.diffsynth.named_models import NamedModel
+from mm.errors import ConfigError, MMError
 from mm.lora.files import read_adapter
 from mm.wan.model import whole_shapes
 from mm.wan.precision import keep_fp32
@@ -132,10 +135,11 @@ def test_lora_of_the_released_files(
     assert [row["lr"] for row in rows] == [1e-4] * 8
     caplog.set_level(logging.INFO)
     caplog.clear()
-    (tmp_path / "out" / "step-8.safetensors").unlink()  # as a kill between a checkpoint and its file leaves it
+    (tmp_path / "out" / "step-8.safetensors").rename(tmp_path / "out" / temporary_name("step-8.safetensors"))
     diffsynth_train.main(asked)
     assert "nothing was left to encode" in caplog.text and "already done" in caplog.text
     assert load_file(tmp_path / "out" / "step-8.safetensors").keys() == first.keys()
+    assert not list((tmp_path / "out").glob(".tmp-*"))  # of a kill in the middle of writing
 
 
 SPEED = "DiffSynth-Studio/Wan2.1-1.3b-speedcontrol-v1:model.safetensors"
@@ -274,6 +278,39 @@ def test_everything_that_is_wrong_is_told_before_anything_is_made(
     assert [line[:7] for line in told] == ["CFG-402", "CFG-401"]  # the hub is asked, which tests cannot reach
     assert "Wan2.1-T2V-1.3C" in told[0] and "models_t6*.pth" in told[1]
     assert not (tmp_path / "out").exists()
+
+
+def test_adapters_that_cannot_be_are_told_before_features_are_made(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    video = f"models/{COMMON}/{PATTERNS[2]}"
+    for more, said in (
+        (["--lora_target_modules", "foo"], "CFG-100"),
+        (["--lora_checkpoint", "gone.safetensors"], "DATA-095"),
+        (["--lora_checkpoint", video], "DATA-095"),
+    ):
+        with pytest.raises(MMError, match=said):
+            diffsynth_train.main(words(tmp_path / "out", *LORA, *more))
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_model_in_two_parts_that_was_joined_of_others_is_refused(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    speed = Path("DiffSynth-Studio") / "Wan2.1-1.3b-speedcontrol-v1" / "model.safetensors"
+    copy = tmp_path / "model.safetensors"
+    copy.write_bytes((Path("models") / speed).read_bytes())
+    common = Path("models") / COMMON
+    named = [NamedModel("--model_paths", (str(path),)) for path in (common / TRANSFORMER, copy)]
+    named += [NamedModel("--model_paths", (str(common / name),)) for name in PATTERNS[1:]]
+    joined = tmp_path / "out" / "model"
+    for _ in range(2):
+        join_models(named, None, joined)  # the second time it is there
+    save_file({name: 2 * value for name, value in load_file(copy).items()}, copy)
+    with pytest.raises(ConfigError, match=r"CFG-445.*--model_paths"):
+        join_models(named, None, joined)
 
 
 def test_models_that_do_not_belong_together(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from training_runs import metrics
 from videox_fun_files import DATA, home, write_metadata
 
+from mm.checkpoint.files import temporary_name
 from mm.checkpoint.weights import open_weights
 from mm.cli import run as run_command
 from mm.cli import videox_fun
@@ -266,6 +267,24 @@ def test_masks_are_shown(folder: Path, tmp_path: Path) -> None:
     (masked,) = (tmp_path / "sanity_check").glob("*_masked.mp4")
     clip = frames_of(masked.with_stem(masked.stem.removesuffix("_masked")))
     assert (frames_of(masked)[0] - clip[0]).abs().mean() < 8
+
+
+@pytest.mark.parametrize("script", ["wan2.1/train.py", "wan2.1_fun/train_control_lora.py"])
+def test_what_a_kill_after_a_checkpoint_leaves_out_is_written_when_the_run_goes_on(
+    folder: Path, tmp_path: Path, script: str
+) -> None:
+    """Half of the folder, as a kill in the middle leaves it; of the steps nothing is left to do."""
+    videox_fun.main(words(script, tmp_path, "--max_train_steps=1"))
+    [written] = tmp_path.glob("checkpoint-1*")
+    file = written if written.is_file() else written / "transformer" / "diffusion_pytorch_model.safetensors"
+    expected = file.read_bytes()
+    if written.is_dir():
+        (written / "transformer").rename(written / ".tmp-transformer")
+    else:
+        written.rename(written.with_name(temporary_name(written.name)))
+    videox_fun.main(words(script, tmp_path, "--max_train_steps=1 --resume_from_checkpoint=latest"))
+    assert file.read_bytes() == expected
+    assert not list(tmp_path.glob(".tmp-*")) and not list(tmp_path.rglob(".tmp-transformer"))
 
 
 def shell(command: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ from mm.config.run.file import load_run, of_kind
 from mm.config.run.training import TrainingRun
 from mm.config.storage import Remote
 from mm.config.units import format_bytes, parse_bytes
-from mm.config.unread import broken
+from mm.config.unread import broken, is_given
 from mm.errors import ConfigError, Problem
 
 _LISTING = "data.jsonl"
@@ -84,7 +84,7 @@ def _makes_what_is_trained_on(both: tuple[TrainingRun, ExtractionRun]) -> Iterat
 
 def _budget_can_be(run: TrainingRun) -> Iterator[Problem]:
     """CFG-244: a size, and one that holds a sample of each replica."""
-    if run.live is None or run.live.budget is None:
+    if run.live is None or not is_given(run.live.budget):
         return
     word = run.origins["live.budget"]
     try:

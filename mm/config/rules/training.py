@@ -108,7 +108,7 @@ def _limits_of_the_norm_are_used(run: TrainingRun) -> Iterator[Problem]:
 def _first_frames_are_given(run: TrainingRun) -> Iterator[Problem]:
     """CFG-290: a share of clean first frames in a task that has none."""
     share, wan, words = run.objective.first_frame_share, run.wan, run.origins
-    if share is not None and not wan.first_frame_share:
+    if is_given(share) and not wan.first_frame_share:
         forced = words["model.shape.force_2_1_time_embedding"].with_value(True)
         why = forced if wan.force_2_1_time_embedding else wan.task_in_words
         said = words["objective.first_frame_share"].with_value(share)

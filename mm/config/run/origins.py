@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mm.config.unread import Unread, UnreadError
+
 RUN_FILE = "run.yaml"
 
 
@@ -61,7 +63,7 @@ class Word:
         spelled = self.spelled(value)
         if not self.file:
             return self.name if spelled is True else f"{self.name} {_as_words(spelled)}"
-        return f'"{self.name}": {json.dumps(spelled)}' if self.is_json else f"{self.name}: {_as_yaml(spelled)}"
+        return f'"{self.name}": {_as_json(spelled)}' if self.is_json else f"{self.name}: {_as_yaml(spelled)}"
 
     def with_value(self, value: Any) -> str:
         """Words for a sentence: `--lr 0.1`, `--no-save-optim`, `optimizer.lr 0.1`."""
@@ -137,10 +139,22 @@ class Origins:
         return groups
 
 
+def _as_json(value: Any) -> str:
+    _require_read(value)
+    return json.dumps(value)
+
+
 def _as_words(value: Any) -> str:
+    _require_read(value)
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _as_yaml(value: Any) -> str:
     """Spelling of a value as a person writes it: bare words, numbers, lists; true, false and null."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else _as_json(value)
+
+
+def _require_read(value: Any) -> None:
+    """A sentence about a value is a use of it, which raises where it could not be read."""
+    if isinstance(value, Unread):
+        raise UnreadError

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from mm.config.unread import is_given
 from mm.dialects.diffsynth.train_flags import DiffSynthFlags
 from mm.errors import ConfigError, Problem, raise_all
 
@@ -39,7 +40,7 @@ def named_models(flags: DiffSynthFlags) -> list[NamedModel]:
     """
     problems: list[Problem] = []
     found: list[NamedModel] = []
-    if flags.model_paths is not None:
+    if is_given(flags.model_paths):
         try:
             found += _by_paths(flags.model_paths)
         except ConfigError as error:

@@ -36,7 +36,7 @@ from mm.config.run.parallel import ParallelSection
 from mm.config.run.shapes import FrameRule, MaxPixels
 from mm.config.run.training import TrainingRun, TrainingSections
 from mm.config.tasks.task import Source
-from mm.config.unread import UNREAD, broken, built, if_read, read_or
+from mm.config.unread import UNREAD, UnreadError, broken, built, if_read, is_given, read_or
 from mm.dialects.diffsynth.inputs import ModelInputs, columns_of, input_problems, inputs_of, named_inputs
 from mm.dialects.diffsynth.named_models import PATHS, models_word
 from mm.dialects.diffsynth.sharding import Launcher, launcher_notes
@@ -169,7 +169,7 @@ def translate(
     }
     extraction = built(ExtractionSections, stage)
     training = _training(flags, found, known, _parallel(launcher, world_size))
-    problems = (*read.problems, *_problems(flags, found))
+    problems = (*read.problems, *_problems(flags, found, launcher))
     return DiffSynthRun(
         ExtractionRun.described(extraction, origins, world_size, problems, notes),
         TrainingRun.described(training, origins, world_size, problems),
@@ -226,7 +226,7 @@ def _training(flags: DiffSynthFlags, found: FoundModels, known: _Known, parallel
     return built(TrainingSections, sections)
 
 
-def _problems(flags: DiffSynthFlags, found: FoundModels) -> Iterator[Problem]:
+def _problems(flags: DiffSynthFlags, found: FoundModels, launcher: Launcher) -> Iterator[Problem]:
     """Problems of the command line itself."""
 
     def of_inputs(flags: DiffSynthFlags) -> Iterator[Problem]:
@@ -235,7 +235,28 @@ def _problems(flags: DiffSynthFlags, found: FoundModels) -> Iterator[Problem]:
     def of_what_is_trained(flags: DiffSynthFlags) -> Iterator[Problem]:
         return trained_problems(flags, found.shape)
 
-    return broken((_sizes_are_both_said, of_inputs, of_what_is_trained), flags)
+    def of_launcher(flags: DiffSynthFlags) -> Iterator[Problem]:
+        return _accumulations_agree(flags, launcher)
+
+    rules = (_sizes_are_both_said, _boundaries_leave_steps, of_inputs, of_what_is_trained, of_launcher)
+    return broken(rules, flags)
+
+
+def _boundaries_leave_steps(flags: DiffSynthFlags) -> Iterator[Problem]:
+    """CFG-447: boundaries between which there are none."""
+    first, end = flags.min_timestep_boundary, flags.max_timestep_boundary
+    count = len(DiffusionConfig().levels())
+    if int(first * count) >= int(end * count):
+        found = f"--min_timestep_boundary {first} and --max_timestep_boundary {end} leave no steps between them."
+        yield Problem("CFG-447", found, "Give a larger --max_timestep_boundary; 0 and 1 take all steps.")
+
+
+def _accumulations_agree(flags: DiffSynthFlags, launcher: Launcher) -> Iterator[Problem]:
+    """CFG-388: two numbers of steps, where accelerate's is none that it fills in itself."""
+    ours, theirs = flags.gradient_accumulation_steps, launcher.accumulation
+    if is_given(ours) and theirs not in (None, 1, ours):
+        found = f"accelerate's gradient_accumulation_steps is {theirs}, and --gradient_accumulation_steps {ours}."
+        yield Problem("CFG-388", found, "Make them agree, or give one of them.")
 
 
 def _sizes_are_both_said(flags: DiffSynthFlags) -> Iterator[Problem]:
@@ -301,6 +322,8 @@ def _objective(flags: DiffSynthFlags, first_frame_share: float | None) -> Diffus
     plain = DiffusionConfig()
     levels = plain.levels()
     first, end = (int(share * len(levels)) for share in (flags.min_timestep_boundary, flags.max_timestep_boundary))
+    if first >= end:
+        raise UnreadError  # of which the user is told
     below = levels[first - 1] if first > 0 else None
     least = None if end == len(levels) else levels[end - 1] if end > 0 else 1.0
     return DiffusionConfig(band_from=least, band_below=below, first_frame_share=first_frame_share)

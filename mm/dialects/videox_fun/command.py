@@ -19,7 +19,7 @@ from mm.config.run.training import TrainingRun
 from mm.config.unread import Unread, UnreadError, if_read, is_given, read_or
 from mm.dialects.launcher import Launch, read_launch
 from mm.dialects.meaning import words_of
-from mm.dialects.videox_fun.extraction import Parts, extraction_sections, live_section, parts_of, sees_images
+from mm.dialects.videox_fun.extraction import extraction_sections, live_section, parts_of, sees_images
 from mm.dialects.videox_fun.flags import FullFlags, VideoxFlags
 from mm.dialects.videox_fun.launch import place_of, sharding_of
 from mm.dialects.videox_fun.metadata import count_rows
@@ -41,7 +41,6 @@ class Command:
 
     Attributes:
         extraction, training: what it means, with what is wrong in it; all problems are the training's.
-        parts: the encoders, of which some have to be converted first.
         writes: what stands beside the run's own checkpoints. place: of this process.
         clips: what is rendered between steps; None for nothing. step: to begin with, from 1.
         live: the training's section where features are made in its steps; it is in no section of `training` yet,
@@ -50,7 +49,6 @@ class Command:
 
     extraction: ExtractionRun
     training: TrainingRun
-    parts: Parts
     writes: Writes
     place: ProcessPlace
     clips: Clips | None
@@ -111,7 +109,6 @@ def read_command(
     return Command(
         ExtractionRun.described(extraction, words, world_size),
         TrainingRun.described(training, words, world_size, tuple(reading.problems), tuple(reading.notes)),
-        parts,
         if_read(lambda: _writes(flags, facts)),
         place,
         clips,

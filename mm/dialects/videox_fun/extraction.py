@@ -25,43 +25,19 @@ from mm.dialects.videox_fun.scripts import Script
 from mm.dialects.videox_fun.task import clip_of
 from mm.dialects.videox_fun.training import FEATURES, Facts, passes_of, precision_of
 
-CONVERTED = "encoders"
-"""Folder in --output_dir of encoders that are read from original files."""
 EXTRACTION_FILE = "features.yaml"
 """File in --output_dir of the extraction whose features are made in the steps."""
 _MOST_DRAWS = 4  # of each sample, unless --feature_draws asks for others
 
 
 @dataclass(frozen=True)
-class Part:
-    """An encoder, at its place, and as extraction reads it.
-
-    Attributes:
-        found: where it lies. folder: the same where that is a folder; else where its conversion is put.
-    """
-
-    found: str
-    folder: str
-
-    @property
-    def is_converted(self) -> bool:
-        """True for an original file, which has to be converted before it is read."""
-        return self.found != self.folder
-
-
-@dataclass(frozen=True)
 class Parts:
-    """The encoders of a model; image is None where its task has none. tokenizer: its folder."""
+    """Paths of a model's encoders, folders or original files; image is None where its task has none."""
 
-    vae: Part
-    text: Part
+    vae: str
+    text: str
     tokenizer: str
-    image: Part | None
-
-    @property
-    def converted(self) -> list[Part]:
-        """Those that have to be."""
-        return [part for part in (self.vae, self.text, self.image) if part is not None and part.is_converted]
+    image: str | None
 
 
 def parts_of(flags: VideoxFlags, config: ModelConfig, *, sees_images: bool, reading: Reading) -> Parts:
@@ -77,20 +53,15 @@ def parts_of(flags: VideoxFlags, config: ModelConfig, *, sees_images: bool, read
             return UNREAD
         return place
 
-    def part(place: Any, name: str) -> Any:
-        if place is UNREAD:
-            return UNREAD
-        return Part(place, place if os.path.isdir(place) else os.path.join(flags.output_dir, CONVERTED, name))
-
     vae = flags.vae_path if flags.vae_path is not None else found("video VAE", config.vae_kwargs.vae_subpath, "vae")
-    image = UNREAD
+    image = None
     if sees_images:
         image = found("image encoder", config.image_encoder_kwargs.image_encoder_subpath, "image_encoder")
     return Parts(
-        part(vae, "vae"),
-        part(found("text encoder", text.text_encoder_subpath, "text_encoder"), "text_encoder"),
+        vae,
+        found("text encoder", text.text_encoder_subpath, "text_encoder"),
         found("tokenizer", text.tokenizer_subpath, "tokenizer"),
-        part(image, "image_encoder") if sees_images else None,
+        image,
     )
 
 
@@ -146,7 +117,7 @@ def _encoders(flags: VideoxFlags, facts: Facts, parts: Parts) -> EncodersSection
     precision = if_read(lambda: precision_of(flags, facts.launch))
 
     def section(kind: Any, part: Any) -> Any:
-        return built(kind, {"from_pretrained": part.folder, "precision": precision})
+        return built(kind, {"from_pretrained": part, "precision": precision})
 
     tokenizer = {"from_pretrained": parts.tokenizer, "model_max_length": flags.tokenizer_max_length}
     return built(

@@ -178,13 +178,12 @@ def _dropout(script: Script, facts: Facts) -> ConditionDropout:
 
 
 def _optimizer(flags: VideoxFlags, facts: Facts) -> Values:
-    warms_up = flags.lr_scheduler != "constant"
     return {
         "optimizer.lr": lambda: flags.learning_rate * (_samples_of_step(flags, facts) if flags.scale_lr else 1),
         "optimizer.min_lr": lambda: _LEAST_LR if flags.lr_scheduler == "polynomial" else 0.0,
         "optimizer.decay": lambda: _decay(flags.lr_scheduler),
         "optimizer.decay_steps": lambda: _decay_steps(flags, facts),
-        "optimizer.warmup_steps": lambda: flags.lr_warmup_steps if warms_up else 0,
+        "optimizer.warmup_steps": lambda: 0 if flags.lr_scheduler == "constant" else flags.lr_warmup_steps,
         "optimizer.weight_decay": lambda: flags.adam_weight_decay,
         "optimizer.beta1": lambda: flags.adam_beta1,
         "optimizer.beta2": lambda: flags.adam_beta2,

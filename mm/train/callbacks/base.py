@@ -98,6 +98,11 @@ class Callback(abc.ABC):
     def after_step(self, done: StepDone) -> Sequence[Record]:
         """Act on a step; what is returned goes to the sinks (of rank 0)."""
 
+    def begin(self) -> None:  # noqa: B027  most leave nothing
+        """Make up for what a run that ended between two callbacks has left out; called on rank 0, before the first step
+        and also where none is left, while nobody else writes into the run's folder.
+        """
+
     def finish(self) -> None:  # noqa: B027  most have nothing going on
         """Complete what is still going on; called after the run's last step."""
 
