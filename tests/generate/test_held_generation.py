@@ -77,6 +77,7 @@ def write_lora(path: str, weights: Path, seed: int = 2) -> str:
 
 def test_a_lora_is_added_to_weights_that_wait(workplace: Path, weights: Path, held: list[HeldWeights]) -> None:
     """Also to those that are read from files again in each forward."""
+    Path("prompts.txt").write_text("a red disc")
     lora = ["--lora", write_lora("lora.safetensors", weights), "--lora-strength", "0.5"]
     with keeping_frames(mm.generate.run):
         generate(weights, "--save-path", "without")
@@ -94,6 +95,7 @@ def test_a_lora_is_added_to_weights_that_wait(workplace: Path, weights: Path, he
 @pytest.mark.nightly
 @pytest.mark.parametrize("words", [["--context-parallel-size", "2"], ["--tensor-model-parallel-size", "2"]])
 def test_a_lora_and_weights_that_wait_on_two_processes(workplace: Path, weights: Path, words: list[str]) -> None:
+    Path("prompts.txt").write_text("a red disc")
     lora, folder = ["--lora", write_lora("lora.safetensors", weights)], str(weights / "transformer")
     run_ranks(2, generate_here, str(workplace), folder, [*words, *lora, "--save-path", "plain"])
     for name, more in WAITING.items():
