@@ -14,7 +14,7 @@ from mm.checkpoint.safetensor_file import DTYPES
 from mm.config.model import WanConfig
 from mm.wan.config_json import infer_config
 
-MOTION_CONTROLLER, SIDE_BLOCKS = "motion_controller", "vace"
+MOTION_CONTROLLER, SIDE_BLOCKS = "motion_controller", "vace_blocks"
 _CONTROLLER = frozenset(f"linear.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias"))
 _SIDE = ("vace_blocks.", "vace_patch_embedding.")
 

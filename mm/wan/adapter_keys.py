@@ -45,7 +45,7 @@ _PARTS: dict[str | None, Part] = {
 }
 _OF_DIFFSYNTH = re.compile(r"\.lora_[AB]\.default\.weight$")
 _CONTROLLER = re.compile(r"(?:pipe\.)?(?:motion_controller\.)?(?P<name>linear\.[024]\.(?:weight|bias))")
-_OF_PIPELINE = re.compile(r"^pipe\.(?:dit|vace)\.")
+_OF_PIPELINE = re.compile(r"^pipe\.[a-z]+\.")
 _UNDERSCORED = re.compile(r"(?:lora_(?:unet|transformer)|lycoris)__?(?P<module>.+)")
 _NUMBERED = re.compile(r"(?P<blocks>(?:vace_)?blocks)_(?P<number>0|[1-9][0-9]*)_(?P<rest>.+)")
 _OTHERS = {

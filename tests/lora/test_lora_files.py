@@ -322,3 +322,39 @@ def test_an_existing_file_is_left_alone_and_nothing_lies_around(tmp_path: Path):
     with pytest.raises(MMError, match="CKPT-031"):
         write_adapter(tmp_path / "file" / "x.safetensors", ours(example.adapter()), "peft")
     assert sorted(os.listdir(tmp_path)) == ["file", "x.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("key", "native"),
+    [
+        ("linear.0.weight", "motion_controller.linear.0.weight"),
+        ("pipe.motion_controller.linear.4.bias", "motion_controller.linear.4.bias"),
+        ("motion_controller.linear.2.weight", "motion_controller.linear.2.weight"),
+        ("pipe.vace.vace_blocks.0.ffn.0.weight", "vace_blocks.0.ffn.0.weight"),
+        ("vace_patch_embedding.bias", "vace_patch_embedding.bias"),
+        ("pipe.dit.head.head.weight", "head.head.weight"),
+        ("blocks.1.modulation", "blocks.1.modulation"),
+        ("linear.1.weight", None),
+        ("pipe.vae.conv1.weight", None),
+    ],
+)
+def test_what_diffsynth_has_trained_beside_its_lora(tmp_path: Path, key: str, native: str | None) -> None:
+    """Its names in the pipeline, or what --remove_prefix_in_ckpt leaves of them; nothing like it in others' files."""
+    file, value = tmp_path / "lora.safetensors", torch.arange(6, dtype=torch.bfloat16)
+    halves = {"lora_A": torch.ones(2, 24), "lora_B": torch.ones(24, 2)}
+    lora = {f"blocks.0.self_attn.q.{half}.default.weight": tensor for half, tensor in halves.items()}
+    save_file({**lora, key: value}, file)
+    if native is None:
+        with pytest.raises(DataError, match="DATA-091"):
+            read_adapter(file)
+        return
+    adapter = read_adapter(file)
+    assert list(adapter.updates) == ["blocks.0.self_attn.q"] and list(adapter.parts) == [native]
+    assert torch.equal(adapter.parts[native], value)
+    plain = {name.replace(".default", ""): tensor for name, tensor in lora.items()}
+    save_file({**plain, key: value}, file)
+    with pytest.raises(DataError, match="DATA-091"):
+        read_adapter(file)
+    save_file({**lora, key: value * float("nan")}, file)
+    with pytest.raises(DataError, match="DATA-130"):
+        read_adapter(file)
