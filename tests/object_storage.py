@@ -43,6 +43,17 @@ class S3:
                 self.client.upload_file(str(path), bucket, f"{prefix}/{path.relative_to(folder)}")
         return f"s3://{bucket}/{prefix}"
 
+    def publish(self, folder: Path, bucket: str) -> str:
+        """Put the files of a folder into a new bucket that needs no credentials; returns its address.
+
+        Readers of a test session have the variables that it began with, and so no credentials.
+        """
+        self.client.create_bucket(Bucket=bucket, ACL="public-read")
+        self.upload(folder, "set", bucket)
+        for path in filter(Path.is_file, folder.rglob("*")):
+            self.client.put_object_acl(Bucket=bucket, Key=f"set/{path.relative_to(folder)}", ACL="public-read")
+        return f"s3://{bucket}/set"
+
     def put(self, key: str, content: bytes) -> None:
         self.client.put_object(Bucket=BUCKET, Key=key, Body=content)
 

@@ -114,11 +114,11 @@ def test_an_object_is_fetched_once_and_again_where_it_is_another(s3: S3, address
 
 
 def test_sizes_of_objects_are_kept(s3: S3, address: str, tmp_path: Path) -> None:
-    rows = [{"path": f"{address}/{name}", "cap": "x"} for name in ("a.mp4", "sub/b.mp4")]
+    public = s3.publish(tmp_path / "set", "public-media")
+    rows = [{"path": f"{public}/{name}", "cap": "x"} for name in ("a.mp4", "sub/b.mp4")]
     with proxy_before(s3) as proxy:
         found = []
         for cache in ("one", "another"):
-            # readers of a session have the variables that it began with, and so no credentials
             samples = listed(tmp_path, proxy.endpoint, rows, cache=str(tmp_path / cache), anonymous=True)
             proxy.requests.clear()
             with ProbeCache(tmp_path / "sizes.db") as sizes:

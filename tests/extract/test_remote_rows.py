@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from extraction_runs import opened, words
 from feature_samples import write_clip
@@ -16,13 +15,9 @@ from mm.dialects.mindspeed.extraction import read_extraction
 from mm.extract.run import ExtractReport, extract
 
 
-def test_objects_are_encoded_and_those_that_changed_again(
-    s3: S3, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_objects_are_encoded_and_those_that_changed_again(s3: S3, files: dict[str, Path], tmp_path: Path) -> None:
     """Beside local files; the features are those of the same file on the disk."""
-    for name, value in s3.environment.items():
-        monkeypatch.setenv(name, value)
-    address = s3.upload(tmp_path / "set", f"{tmp_path.name}/set")
+    address = s3.publish(tmp_path / "set", "public-rows")
     rows = [{"path": f"{address}/videos/1.mp4", "cap": "x"}, {"path": "videos/1.mp4", "cap": "x"}]
     (tmp_path / "set" / "data.json").write_text(json.dumps(rows))
     how = Storage(cache=str(tmp_path / "cache"), endpoint_url=s3.endpoint, anonymous=True)
@@ -41,5 +36,6 @@ def test_objects_are_encoded_and_those_that_changed_again(
     assert torch.equal(data[0]["latents"], data[1]["latents"])
     assert run() == ExtractReport(listed=2, encoded=0, reused=2)
     write_clip(tmp_path / "other.mp4", 14)
-    s3.put(f"{tmp_path.name}/set/videos/1.mp4", (tmp_path / "other.mp4").read_bytes() + b"more")
+    other = (tmp_path / "other.mp4").read_bytes() + b"more"
+    s3.client.put_object(Bucket="public-rows", Key="set/videos/1.mp4", Body=other, ACL="public-read")
     assert run() == ExtractReport(listed=2, encoded=1, reused=1)
