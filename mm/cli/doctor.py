@@ -14,6 +14,7 @@ from tabulate import tabulate
 
 from mm.cli import doctor_compare, doctor_costs, doctor_data, doctor_parity, doctor_ready
 from mm.cli.entry import run
+from mm.cli.imports import large_imports
 from mm.cli.run_file import run_file
 from mm.config.flags import Flags, parse_flags
 from mm.config.layout import Layout, layout_of
@@ -101,9 +102,10 @@ def _check(argv: Sequence[str]) -> None:
     frames, height, width = flags.latent_size or _largest_clip(sections)
     latent = frames + flags.references, height, width
 
-    from mm.doctor.dry_run import DryRunJob, dry_run
-    from mm.train.run import data_parallel_options, training_dtype
-    from mm.train.trained_parts import trained_model
+    with large_imports():
+        from mm.doctor.dry_run import DryRunJob, dry_run
+        from mm.train.run import data_parallel_options, training_dtype
+        from mm.train.trained_parts import trained_model
 
     packed, micro_batches = _packs(sections, layout, latent)
     job = DryRunJob(
