@@ -138,6 +138,11 @@ def test_images(models: Path) -> None:
     both = pixels(pipe("a red disc", input_image=start, end_image=end, **SHORT))
     assert np.array_equal(both, expected(pipe, images=[[np.array(start), np.array(end)]]))
     assert np.array_equal(pixels(pipe("a red disc", **SHORT)), expected(pipe, text_only=True))
+    with pytest.raises(MMError, match="CFG-446: end_image is given without input_image"):
+        pipe("a red disc", end_image=end, **SHORT)  # which would be taken for the first frame
+    pipe.image_encoder = None
+    with pytest.raises(MMError, match="CFG-404: model_configs names no image encoder"):
+        pipe("a red disc", input_image=start, **SHORT)
 
 
 def test_control_and_reference(models: Path) -> None:
