@@ -121,6 +121,11 @@ class ClipParameters:
             strength_steps="last" if self.input_video is None else "all",
         )
 
+    @property
+    def shows_images(self) -> bool:
+        """True where an image is given that image encoders see."""
+        return self.input_image is not None or self.reference_image is not None
+
     def size(self, task: Task) -> tuple[int, int, int]:
         """Frames, height and width that are made: those asked for, rounded up, of which the log says so."""
         size = self._rounded_up(task)
@@ -169,6 +174,9 @@ def _together(found: ClipParameters, task: Task) -> Iterator[Problem]:
     if found.tiled and any(step > side for step, side in zip(found.tile_stride, found.tile_size, strict=True)):
         what = f"tile_stride is {found.tile_stride}, and tile_size {found.tile_size}, which leaves gaps."
         yield Problem("CFG-446", what, "Give strides up to the tile's size.")
+    if found.end_image is not None and found.input_image is None:
+        what = "end_image is given without input_image, and models are given a last frame beside a first one."
+        yield Problem("CFG-446", what, "Give both, or input_image alone.")
     if found.cfg_merge and found.cfg_scale == 1:
         yield Problem(
             "CFG-063", "cfg_merge has no effect with cfg_scale 1.", "Leave it out, or choose another cfg_scale."

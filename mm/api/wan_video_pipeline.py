@@ -276,14 +276,17 @@ class WanVideoPipeline:
             Its frames. Pictures of another size are resized to the clip's; one of other proportions is warned about.
 
         Raises:
-            ConfigError: CFG-321 to CFG-323, CFG-405 to CFG-407 and CFG-446 for parameters, all at once; what
-                `generate_videos` raises.
+            ConfigError: CFG-063, CFG-321 to CFG-323, CFG-405 to CFG-407 and CFG-446 for parameters, all at once;
+                CFG-404 for images and no image encoder; what `generate_videos` raises.
             DataError: what `generate_videos` raises, DATA-087 for a video that is too short.
         """
         task = self.dit.config.task
         given = ClipParameters.of(parameters, task, {"prompt": prompt, "negative_prompt": negative_prompt})
         if self._processes is not None:
             given = _agreed(self._processes.comm, prompt, negative_prompt, given)
+        if self.image_encoder is None and given.shows_images and task.made_by(Source.IMAGE_ENCODER):
+            found = f"model_configs names no image encoder, whose features {task.title} models are given of images."
+            raise ConfigError("CFG-404", found, "Add models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth.")
         size = given.size(task)
         steps = _steps(given)
         shown = Shown(nothing=task.with_mask and given.input_image is None and given.end_image is None)

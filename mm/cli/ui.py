@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError("CFG-410", "The page needs gradio, which is not installed.", "pip install 'mm-wan[ui]'.")
     require_writable_folder(str(flags.outputs), "--outputs")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # which tells of each request of the page to itself
 
     from mm.ui.making import Maker
     from mm.ui.models import find_models

@@ -53,7 +53,8 @@ def find_models(root: Path, encoders: Path | None = None, depth: int = DEPTH) ->
         model = Model(name, folder, folder if (folder / "vae").is_dir() or encoders is None else encoders, wan)
         lacking = [part for part in ("vae", "text_encoder", "tokenizer") if not (model.home / part).is_dir()]
         if lacking:
-            reasons.append(f"{name}: {model.home} has no {', '.join(lacking)}")
+            lent = "; --encoders FOLDER lends them" if encoders is None else ""
+            reasons.append(f"{name}: {model.home} has no {', '.join(lacking)}{lent}")
         else:
             models.append(model)
     return models, reasons

@@ -138,6 +138,11 @@ def test_images(models: Path) -> None:
     both = pixels(pipe("a red disc", input_image=start, end_image=end, **SHORT))
     assert np.array_equal(both, expected(pipe, images=[[np.array(start), np.array(end)]]))
     assert np.array_equal(pixels(pipe("a red disc", **SHORT)), expected(pipe, text_only=True))
+    with pytest.raises(MMError, match="CFG-446: end_image is given without input_image"):
+        pipe("a red disc", end_image=end, **SHORT)  # which would be taken for the first frame
+    pipe.image_encoder = None
+    with pytest.raises(MMError, match="CFG-404: model_configs names no image encoder"):
+        pipe("a red disc", input_image=start, **SHORT)
 
 
 def test_control_and_reference(models: Path) -> None:
@@ -266,21 +271,17 @@ def test_lora(models: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_a_lora_that_is_refused_changes_nothing(models: Path, tmp_path: Path, *, fp8: bool) -> None:
-    """The first linear's update is sound and the last one's is not: neither is there, and others can be added."""
+    """The first linear can have its update and the last one cannot: neither has, and others can be added."""
     waits = {"offload_dtype": torch.float8_e4m3fn} if fp8 else {}
     given = [ModelConfig(model_id=COMMON, origin_file_pattern=WEIGHTS, **waits), *configs(COMMON)[1:]]  # type: ignore[arg-type]
     pipe = WanVideoPipeline.from_pretrained(
         torch_dtype=torch.float32, device="cpu", model_configs=given, local_model_path=models, skip_download=True
     )
-    sound, broken = (Update(torch.ones(4, 32), torch.full((32, 4), value), 4.0) for value in (1.0, math.nan))
+    sound, large = (Update(torch.ones(4, 32), torch.full((32, 4), value), 4.0) for value in (1e-3, 1.0))
     before = {name: value.clone() for name, value in pipe.dit.named_parameters()}
-    file = tmp_path / "broken.safetensors"
-    halves = {"blocks.0.self_attn.q": sound, "blocks.1.self_attn.o": broken}
-    names = [(linear, half) for linear in halves for half in ("lora_A", "lora_B")]
-    save_file(
-        {f"{one}.{half}.weight": getattr(halves[one], half[-1].lower()).contiguous() for one, half in names}, file
-    )
-    for alpha, said in ((1.0, "CKPT-016"), (math.nan, "CFG-446"), ("1", "CFG-446")):
+    file = tmp_path / "both.safetensors"
+    write_adapter(file, Adapter({"blocks.0.self_attn.q": sound, "blocks.1.self_attn.o": large}), "peft")
+    for alpha, said in ((1e38, r"CKPT-016: blocks.1.self_attn.o"), (math.nan, "CFG-446"), ("1", "CFG-446")):
         with pytest.raises(MMError, match=said):
             pipe.load_lora(pipe.dit, file, alpha=alpha)  # type: ignore[arg-type]
         after = dict(pipe.dit.named_parameters())

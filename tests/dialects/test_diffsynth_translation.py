@@ -330,10 +330,10 @@ def test_accelerate_and_the_command_line_accumulate_alike() -> None:
     assert not told(run(*SIZE, *LORA, "--gradient_accumulation_steps", "2", environment=environment))
 
 
-def test_no_argument_that_cannot_be_read_hides_the_others() -> None:
-    for name in DiffSynthFlags.model_fields:
-        lines = told(run(*SIZE, *LORA, f"--{name}="))
-        assert any(f"--{name}" in line for line in lines), name
+def test_no_value_that_cannot_be_is_the_end_of_reading() -> None:
+    for value in ("", "=x"):
+        lines = [told(run(*SIZE, *LORA, f"--{name}{value}")) for name in DiffSynthFlags.model_fields]
+        assert sum(map(bool, lines)) > 20  # others are texts, or have no value
     flags, _ = read_flags(DiffSynthFlags, ["--model_paths", "--learning_rate", "1"], PROGRAM, "CFG-389")
     with pytest.raises(UnreadError):  # and nothing else; of the flag itself the user is told already
         named_models(flags)

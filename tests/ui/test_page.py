@@ -82,7 +82,9 @@ def test_models_that_are_not_offered(demo_of_images: Path, tmp_path: Path) -> No
     found, reasons = find_models(tmp_path)
     assert [model.name for model in found] == ["whole"]
     assert [reason.split(":")[0] for reason in reasons] == ["alone", "damaged"]
-    assert "has no vae, text_encoder, tokenizer" in reasons[0] and "DATA-022" in reasons[1]
+    assert (
+        "has no vae, text_encoder, tokenizer; --encoders FOLDER lends them" in reasons[0] and "DATA-022" in reasons[1]
+    )
     found, _ = find_models(tmp_path, weights / MODEL_NAMES["i2v"])
     assert [model.name for model in found] == ["alone", "whole"]
 
