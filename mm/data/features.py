@@ -34,6 +34,7 @@ from mm.config.tasks.frames import MASK_CHANNELS
 from mm.config.tasks.registry import TASKS
 from mm.config.tasks.task import Source, Task
 from mm.data.files import raise_limited, write_atomically
+from mm.data.finite import require_finite
 from mm.errors import DataError, Problem
 
 FEATURES = "features"
@@ -377,18 +378,6 @@ def _unreadable(path: Path, error: OSError) -> DataError:
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return DataError("DATA-011", f"{path} does not exist.", EXTRACT_AGAIN)
     return DataError("DATA-072", f"{path} cannot be read ({error}).", "Check its permissions and the disk it is on.")
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Look at the smallest and the largest value, which are NaN where one is: a tenth of the time of asking each."""
-    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
-
-
-def require_finite(tensors: Mapping[str, Tensor], place: str, remedy: str) -> None:
-    """Refuse values that are NaN or infinite; raises DATA-013."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not _is_finite(tensor):
-            raise DataError("DATA-013", f"{place}: {name} has values that are NaN or infinite.", remedy)
 
 
 def _nothing_to_learn(place: str, model: WanConfig) -> tuple[str, str]:

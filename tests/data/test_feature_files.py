@@ -13,7 +13,8 @@ from feature_stores import MODEL, ORIGIN, feature, metadata, tensors
 from safetensors.torch import load_file, save_file
 
 import mm.data.files
-from mm.data.features import Feature, read_feature, read_header, require_finite, write_feature
+from mm.data.features import Feature, read_feature, read_header, write_feature
+from mm.data.finite import require_finite
 from mm.errors import DataError
 
 

@@ -326,7 +326,7 @@ def _objective(flags: DiffSynthFlags, first_frame_share: float | None) -> Diffus
         raise UnreadError  # of which the user is told
     below = levels[first - 1] if first > 0 else None
     least = None if end == len(levels) else levels[end - 1] if end > 0 else 1.0
-    return DiffusionConfig(band_from=least, band_below=below, first_frame_share=first_frame_share)
+    return built(DiffusionConfig, {"band_from": least, "band_below": below, "first_frame_share": first_frame_share})
 
 
 def _parallel(launcher: Launcher, world_size: int) -> ParallelSection:
