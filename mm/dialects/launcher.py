@@ -24,12 +24,13 @@ class Launcher:
     Attributes:
         accumulation: samples of each process in one step; None where it does not say.
         zero_stage: of DeepSpeed, or what FSDP's strategy is of that; None without them.
-        offloads: DeepSpeed is to keep the optimizer's state in host memory.
+        offloads: DeepSpeed is to keep the optimizer's state in host memory. cpu: accelerators are left alone.
     """
 
     accumulation: int | None = None
     zero_stage: int | None = None
     offloads: bool = False
+    cpu: bool = False
 
     @property
     def shards_parameters(self) -> bool:
@@ -72,7 +73,7 @@ def read_launcher(environment: Mapping[str, str]) -> tuple[Launcher, list[Proble
         found = f"accelerate's mixed_precision is {precision}, and training is in bf16 with fp32 masters."
         problems.append(Problem("CFG-388", found, "Set it to bf16."))
     accumulation = _number(environment, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", problems)
-    return Launcher(accumulation or None, stage, offloads), problems
+    return Launcher(accumulation or None, stage, offloads, is_true("ACCELERATE_USE_CPU")), problems
 
 
 def _of_file(file: str, problems: list[Problem]) -> tuple[int | None, bool]:
