@@ -51,8 +51,9 @@ def refuse_silent_cpu(processes: int, variables: Mapping[str, str], root: Path =
         raise ConfigError(
             "CFG-181",
             f"{processes} processes were asked for, and this node has no accelerator.",
-            "Give --device cpu to compute on the CPU, or see why the node's devices are missing (a container must be "
-            "given them, a job of the cluster must ask for them).",
+            "Give --device cpu to compute on the CPU, or hide devices (CUDA_VISIBLE_DEVICES=) from a script without "
+            "that flag; or see why the node's devices are missing (a container must be given them, a job of the "
+            "cluster must ask for them).",
         )
 
 

@@ -70,9 +70,9 @@ def test_a_limit_that_cannot_be_kept_is_said(
     assert waiting(pipe) == 6 and np.array_equal(clip(pipe), expected)
     pipe.enable_vram_management(vram_limit=4)
     assert waiting(pipe) == 0
-    with pytest.raises(MMError, match="staying_parameters"):
+    with pytest.raises(MMError, match="CFG-446: num_persistent_param_in_dit"):
         pipe.enable_vram_management(num_persistent_param_in_dit=-1)
-    with pytest.raises(MMError, match="CFG-371"):
+    with pytest.raises(MMError, match="CFG-446: vram_limit"):
         pipe.enable_vram_management(vram_limit=-1)
 
 

@@ -321,6 +321,12 @@ def test_boundaries_that_leave_no_steps_are_told_in_their_own_words() -> None:
     assert [line[:7] for line in lines] == ["CFG-005", "CFG-005"]
 
 
+def test_accelerate_s_word_for_the_cpu_is_that_of_both_stages() -> None:
+    for variables, device in (({"ACCELERATE_USE_CPU": "true"}, "cpu"), ({"ACCELERATE_USE_CPU": "False"}, None)):
+        described = run(*SIZE, *LORA, environment=variables)
+        assert (described.extraction.extraction.device, described.training.training.device) == (device, device)
+
+
 def test_accelerate_and_the_command_line_accumulate_alike() -> None:
     environment = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
     [line] = told(run(*SIZE, *LORA, "--gradient_accumulation_steps", "2", environment=environment))

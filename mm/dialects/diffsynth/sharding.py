@@ -21,12 +21,13 @@ class Launcher:
     Attributes:
         accumulation: samples of each process in one step; None where it does not say.
         zero_stage: of DeepSpeed, or what FSDP's strategy is of that; None without them.
-        offloads: DeepSpeed is to keep the optimizer's state in host memory.
+        offloads: DeepSpeed is to keep the optimizer's state in host memory. cpu: accelerators are left alone.
     """
 
     accumulation: int | None = None
     zero_stage: int | None = None
     offloads: bool = False
+    cpu: bool = False
 
     @property
     def shards_parameters(self) -> bool:
@@ -52,7 +53,7 @@ def read_launcher(environment: Mapping[str, str]) -> tuple[Launcher, list[Proble
     if launch.mixed_precision not in ("no", "bf16"):
         found = f"accelerate's mixed_precision is {launch.mixed_precision}, and training is in bf16 with fp32 masters."
         problems.append(Problem("CFG-388", found, "Set it to bf16."))
-    return Launcher(launch.accumulation or None, stage, offloads), problems
+    return Launcher(launch.accumulation or None, stage, offloads, launch.cpu), problems
 
 
 def _strategy(launch: Launch, problems: list[Problem]) -> int | None:

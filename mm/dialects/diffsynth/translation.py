@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mm.config.diffusion import DiffusionConfig
 from mm.config.layerzero import ZeroConfig
@@ -161,14 +161,15 @@ def translate(
     origins = origins_of(read_or(if_read(lambda: models_word(flags)), PATHS), is_lora=read_or(is_lora, False))
     known = _known(flags, found, rows, launcher, world_size)
     notes = (*read.notes, *launcher_notes(launcher), *read_or(if_read(lambda: known.inputs.notes), ()))
+    device: Literal["cpu"] | None = "cpu" if launcher.cpu else None
     stage = {
-        "extraction": built(ExtractionSection, {"task": if_read(lambda: known.inputs.task)}),
+        "extraction": built(ExtractionSection, {"task": if_read(lambda: known.inputs.task), "device": device}),
         "data": _source(flags, table),
         "encoders": if_read(lambda: _encoders(found)),
         "output": built(StoreSection, {"path": if_read(lambda: str(known.places.features))}),
     }
     extraction = built(ExtractionSections, stage)
-    training = _training(flags, found, known, _parallel(launcher, world_size))
+    training = _training(flags, found, known, _parallel(launcher, world_size), device)
     problems = (*read.problems, *_problems(flags, found, launcher))
     return DiffSynthRun(
         ExtractionRun.described(extraction, origins, world_size, problems, notes),
@@ -192,7 +193,9 @@ def _known(flags: DiffSynthFlags, found: FoundModels, rows: int, launcher: Launc
     )
 
 
-def _training(flags: DiffSynthFlags, found: FoundModels, known: _Known, parallel: ParallelSection) -> TrainingSections:
+def _training(
+    flags: DiffSynthFlags, found: FoundModels, known: _Known, parallel: ParallelSection, device: Literal["cpu"] | None
+) -> TrainingSections:
     base, shape, workers = found.transformer, found.shape, flags.dataset_num_workers
     data = {
         "features": built(FeatureSet, {"path": if_read(lambda: str(known.places.listing))}),
@@ -210,6 +213,7 @@ def _training(flags: DiffSynthFlags, found: FoundModels, known: _Known, parallel
     training = {
         "steps": if_read(lambda: known.steps_of_epoch * flags.num_epochs),
         "trainable": if_read(lambda: trainable_of(flags, shape)),
+        "device": device,
     }
     optimizer = {"lr": flags.learning_rate, "weight_decay": flags.weight_decay, "clip_norm": 0.0}
     sections = {

@@ -30,5 +30,6 @@ def origins_of(models_word: str, *, is_lora: bool) -> Origins:
     words |= {"adapters.base": models, "model.shape": models}
     words["checkpoint.load"] = Word("--lora_checkpoint") if is_lora else models
     words["data.features.path"] = Word("--output_path", _LINE)
+    words |= dict.fromkeys(("training.device", "extraction.device"), Word("accelerate launch --cpu"))
     words["output.overwrite"] = Word("removing OUTPUT_PATH/features")
     return Origins(words, file=_RUN_FILE)
