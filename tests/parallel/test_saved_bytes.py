@@ -65,7 +65,7 @@ def test_the_saver_asks_for_what_was_counted(
 
 def test_a_node_without_that_memory_is_told_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     case, backend = row(1), select("cpu")
-    sections = SimpleNamespace(checkpoint=SimpleNamespace(save_optimizer=True), origins=Origins())
+    sections = SimpleNamespace(checkpoint=SimpleNamespace(save_optimizer=True), adapters=None, origins=Origins())
     run = SimpleNamespace(sections=sections, processes_of_node=4)
     with Job(process_place(), "gloo", backend.device, 2), build_mesh(case.layout, 2, "cpu") as mesh:
         optimizer = make_optimizer(apply(case.wan, mesh, backend, case.options, case.dtype, None), dry_run._SETTINGS)
