@@ -231,6 +231,7 @@ def run_on_one_device(
     count: int,
     device: torch.device | None = None,
     value_of: Callable[[str, tuple[int, ...]], Tensor] = value_of,
+    *,
     text_lengths: Sequence[int] = (),
     objective: DiffusionConfig | None = None,
 ) -> Trace[Tensor]:
