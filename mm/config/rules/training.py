@@ -96,10 +96,10 @@ def _limits_of_the_norm_are_used(run: TrainingRun) -> Iterator[Problem]:
     """CFG-425: how a limit of the gradient norm changes, where there is none, or no steps in which."""
     optimizer, words = run.optimizer, run.origins
     ratio, start = (words[f"optimizer.{name}"] for name in ("initial_clip_ratio", "abnormal_clip_start"))
-    if optimizer.initial_clip_ratio is not None and optimizer.abnormal_clip_start is None:
+    if is_given(optimizer.initial_clip_ratio) and optimizer.abnormal_clip_start is None:
         found = f"{ratio.with_value(optimizer.initial_clip_ratio)} has no effect without {start.name}"
         yield Problem("CFG-425", f"{found}, in whose steps the limit changes.", f"Add {start.name}, or remove it.")
-    if optimizer.abnormal_clip_start is not None and optimizer.clip_norm == 0:
+    if is_given(optimizer.abnormal_clip_start) and optimizer.clip_norm == 0:
         off = words["optimizer.clip_norm"].with_value(optimizer.clip_norm)
         found = f"{start.with_value(optimizer.abnormal_clip_start)} has no effect with {off}, which clips nothing."
         yield Problem("CFG-425", found, "Remove one of them.")
@@ -119,10 +119,10 @@ def _first_frames_are_given(run: TrainingRun) -> Iterator[Problem]:
 def _neighbouring_frames_are_there(run: TrainingRun) -> Iterator[Problem]:
     """CFG-426: a loss of motion of clips that have too few latent frames, or of tokens of several."""
     ratio, words, features = run.objective.motion_loss_ratio, run.origins, run.data.features
-    if ratio is None:
+    if not is_given(ratio):
         return
     said = words["objective.motion_loss_ratio"].with_value(ratio)
-    if run.wan.patch_size[0] > 1:
+    if is_given(run.wan.patch_size) and run.wan.patch_size[0] > 1:
         patch = words["model.shape.patch_size"].with_value(list(run.wan.patch_size))
         found = f"{said} compares tokens of neighbouring latent frames, and with {patch} a token has several."
         yield Problem("CFG-426", found, f"Remove {words['objective.motion_loss_ratio'].name}.")
