@@ -30,8 +30,7 @@ def start_server() -> None:
     if server._forkserver_pid not in {None, *_servers}:
         os.kill(server._forkserver_pid, signal.SIGKILL)
         os.waitid(os.P_PID, server._forkserver_pid, os.WEXITED | os.WNOWAIT)  # which ensure_running then sees
-    imported = ["mm.train.loop", "mm.extract.run", "mm.generate.run"]
-    multiprocessing.get_context("forkserver").set_forkserver_preload(imported)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["mm.train.loop", "mm.extract.run"])
     multiprocessing.forkserver.ensure_running()
     _servers.add(server._forkserver_pid)
 
