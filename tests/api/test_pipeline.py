@@ -410,10 +410,10 @@ def test_values_that_a_parameter_cannot_have_are_told_at_once(models: Path, capl
             pipe.enable_vram_management(**limit)
     caplog.clear()
     clip = {**SHORT, "cfg_scale": 1.0, "negative_prompt": "blurry", "seed": -(2**63)}
-    pipe("a", **clip, denoising_strength=0.5, tile_size=(1, 1))
+    pipe("a", **clip, camera_control_speed=0.5, tile_size=(1, 1))
     said = [record.getMessage() for record in caplog.records]
     assert said == [
-        "denoising_strength changes nothing without input_video.",
+        "camera_control_speed changes nothing without camera_control_direction.",
         "tile_size changes nothing without tiled=True.",
         "negative_prompt changes nothing with cfg_scale 1.",
     ]
