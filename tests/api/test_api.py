@@ -321,7 +321,7 @@ def test_arguments_that_cannot_be_meant(demo: Path) -> None:
         *("CFG-200", "CFG-200"),  # no steps; two prompts and the images of one
     ]
     assert refused(image, "a", nowhere, size=SIZE) == ["CFG-120"]
-    assert refused(image, "a", nowhere, size=SIZE, images=["a.png"], videos=["v.mp4"], strength=1.0) == ["CFG-120"]
+    assert refused(image, "a", nowhere, size=SIZE, images=["a.png"], videos=["v.mp4"]) == ["CFG-121"]
     assert refused(loaded(demo, "speedcontrol"), "a", nowhere, size=SIZE, columns={"motion_bucket_id": [101]}) == [
         "CFG-120"
     ]

@@ -200,7 +200,7 @@ def images(task="i2v", **more):
         (shipped(), {"image": "i.txt"}, ["CFG-120"]),
         ({k: v for k, v in images().items() if k != "image"}, {}, ["CFG-120"]),
         ({k: v for k, v in images().items() if k != "image_encoder"}, {}, ["CFG-120"]),
-        (images(video="v.txt"), {}, ["CFG-120", "CFG-121"]),
+        (images(video="v.txt"), {}, ["CFG-121"]),
         (shipped() | {"video": "v.txt"}, {}, ["CFG-121"]),
         (shipped(), {"strength": 0.5}, ["CFG-121"]),
         (shipped() | {"video": "v.txt"}, {"strength": 0.0}, ["CFG-121"]),
