@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 from extracted import extract
 
+from mm.cli.imports import large_imports
+
 if TYPE_CHECKING:
     from object_storage import S3, Proxy
 
@@ -42,6 +44,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     ):
         return  # pytest-xdist's own process runs no tests
     start_server()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Import all modules of tests, and what they import."""
+    with large_imports():
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from tabulate import tabulate
 
 from mm.cli import doctor_compare, doctor_costs, doctor_data, doctor_parity, doctor_ready
 from mm.cli.entry import run
+from mm.cli.imports import large_imports
 from mm.cli.run_file import run_file
 from mm.config.flags import Flags, parse_flags
 from mm.config.layout import Layout, layout_of
@@ -97,9 +98,10 @@ def _check(argv: Sequence[str]) -> None:
         return
     frames, height, width = flags.latent_size or _largest_clip(sections)
 
-    from mm.doctor.dry_run import DryRunJob, dry_run
-    from mm.lora.plan import plan_of
-    from mm.train.run import data_parallel_options, training_dtype
+    with large_imports():
+        from mm.doctor.dry_run import DryRunJob, dry_run
+        from mm.lora.plan import plan_of
+        from mm.train.run import data_parallel_options, training_dtype
 
     lora = plan_of(sections.adapters, sections.wan, sections.origins["adapters.targets"].name)
     packed, micro_batches = _packs(sections, layout, (frames, height, width))

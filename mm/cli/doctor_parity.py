@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from mm.cli.imports import large_imports
 from mm.cli.run_file import run_file
 from mm.config.flags import Flags, parse_flags
 from mm.config.layout import Layout, layout_of
@@ -45,11 +46,12 @@ def main(argv: Sequence[str]) -> None:
     check_training(sections)
     layout = layout_of(sections)
 
-    from mm.checkpoint.comm import Comm, ProcessGroupComm, SingleProcess
-    from mm.device.backend import select
-    from mm.doctor import parity
-    from mm.parallel.mesh import build_mesh
-    from mm.supervise.job import Job
+    with large_imports():
+        from mm.checkpoint.comm import Comm, ProcessGroupComm, SingleProcess
+        from mm.device.backend import select
+        from mm.doctor import parity
+        from mm.parallel.mesh import build_mesh
+        from mm.supervise.job import Job
 
     backend, minutes = (
         select(sections.training.device, where.local_rank, where.world_size),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
+from mm.cli.imports import large_imports
 from mm.config.layout import Layout
 from mm.config.place import ProcessPlace
 from mm.config.rules.live import live_extractions
@@ -50,12 +51,13 @@ def check(
     Raises:
         ConfigError: CFG-127 where the run would fail, with every reason.
     """
-    from mm.checkpoint.comm import Comm, ProcessGroupComm, SingleProcess
-    from mm.data.dataset import open_features
-    from mm.device.backend import select
-    from mm.doctor import preflight
-    from mm.lora.plan import plan_of
-    from mm.supervise.job import Job
+    with large_imports():
+        from mm.checkpoint.comm import Comm, ProcessGroupComm, SingleProcess
+        from mm.data.dataset import open_features
+        from mm.device.backend import select
+        from mm.doctor import preflight
+        from mm.lora.plan import plan_of
+        from mm.supervise.job import Job
 
     logging.getLogger().setLevel(logging.WARNING)
     config, backend = sections.wan, select(sections.training.device, where.local_rank, where.world_size)

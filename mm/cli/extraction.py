@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from mm.cli.imports import large_imports
 from mm.config.inputs import missing_encoders
 from mm.config.output import require_writable_folder
 from mm.config.place import ProcessPlace
@@ -31,8 +32,9 @@ def extract_features(run: ExtractionRun, where: ProcessPlace) -> None:
             logging.getLogger(__name__).info("%s", note)
 
     with StopRequest(saves=False, kept="The features written so far stay, and are not made again."):
-        from mm.device.backend import select  # after the files are known to be good: torch takes seconds to import
-        from mm.extract.run import extract
+        with large_imports():  # after the files are known to be good: torch takes seconds
+            from mm.device.backend import select
+            from mm.extract.run import extract
 
         backend = select(run.extraction.device, where.local_rank, where.world_size)
         extract(run, device=backend.device, rank=where.rank, world_size=where.world_size)

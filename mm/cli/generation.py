@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from mm.cli.imports import large_imports
 from mm.config.output import require_writable_folder
 from mm.config.place import ProcessPlace
 from mm.config.rules.generation import check_generation
@@ -34,13 +35,14 @@ def _generate(run: GenerationRun, where: ProcessPlace) -> None:
     require_inputs(run)
     require_writable_folder(run.output.path, run.origins["output.path"].name)
 
-    from mm.checkpoint.comm import ProcessGroupComm  # after the configuration is known to be good: torch takes seconds
-    from mm.device.backend import select
-    from mm.generate.render import Processes
-    from mm.generate.run import generate_clips
-    from mm.ops.elementwise.dispatch import choice_of
-    from mm.parallel.mesh import build_mesh
-    from mm.supervise.job import Job
+    with large_imports():  # after the configuration is known to be good: torch takes seconds
+        from mm.checkpoint.comm import ProcessGroupComm
+        from mm.device.backend import select
+        from mm.generate.render import Processes
+        from mm.generate.run import generate_clips
+        from mm.ops.elementwise.dispatch import choice_of
+        from mm.parallel.mesh import build_mesh
+        from mm.supervise.job import Job
 
     backend = select(run.generation.device, where.local_rank, where.world_size)
     minutes = run.supervision.timeout_minutes

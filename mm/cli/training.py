@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from mm.cli.imports import large_imports
 from mm.config.place import ProcessPlace, process_place
 from mm.config.rules.training import check_training, require_places
 from mm.config.run.training import TrainingRun
@@ -55,7 +56,8 @@ def _train(
     require_places(sections)
 
     # Only now torch: a configuration mistake is told in a fraction of a second, before any device is touched.
-    from mm.train.job import train_in_job
+    with large_imports():
+        from mm.train.job import train_in_job
 
     if where.rank != 0:
         logging.getLogger().setLevel(logging.WARNING)
