@@ -87,6 +87,7 @@ def command(main: Main, words: Sequence[str], folder: Path | None = None) -> For
 def as_script(path: str, *words: str) -> None:
     """Run a file as `python PATH WORDS` would."""
     sys.argv[:] = [path, *words]
+    sys.path.insert(0, str(Path(path).parent))
     runpy.run_path(path, run_name="__main__")
 
 

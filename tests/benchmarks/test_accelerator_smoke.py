@@ -1,12 +1,14 @@
 """Every benchmark of an accelerator runs to its end on the CPU with tiny shapes, and shows no times there."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import Forked, as_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "benchmarks" / "accelerator.py")
@@ -39,10 +41,13 @@ def test_runs_and_shows_no_times(name: str, results: dict[str, Any]) -> None:
     assert {"commit", "torch", "machine"} <= found["where"].keys()
 
 
-def test_without_an_accelerator_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "")
-    done = run("a1")
-    assert done.returncode == 1
-    assert "this process sees none" in done.stderr
-    assert done.stdout == ""
+def run_without_accelerator() -> None:
+    os.environ.update(CUDA_VISIBLE_DEVICES="", ASCEND_RT_VISIBLE_DEVICES="")
+    as_script(SCRIPT, "a1")
+
+
+def test_without_an_accelerator_nothing_is_measured(tmp_path: Path) -> None:
+    process = Forked(run_without_accelerator, folder=tmp_path, at=ROOT)
+    assert process.wait() == 1
+    assert "this process sees none" in process.said()
+    assert process.said("stdout") == ""

@@ -3,8 +3,6 @@
 import contextlib
 import io
 import math
-import os
-import subprocess
 import sys
 import threading
 import time
@@ -16,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from programs import command
 from ranks import ANY_PORT, run_ranks
 
+from mm.cli import launch
 from mm.config.place import process_place
 from mm.errors import ConfigError, DataError, EndedElsewhereError, LostProcessError
 from mm.supervise import watchdog as watch_module
@@ -294,19 +294,8 @@ def test_suspects_in_order() -> None:
 def test_how_a_process_died_says_where_to_look(number: str, cause: str, tmp_path: Path) -> None:
     script = tmp_path / "dies.py"
     script.write_text(f"import os, signal\nos.kill(os.getpid(), signal.{number})\n")
-    command = [
-        sys.executable,
-        "-m",
-        "mm.cli.launch",
-        "--nproc-per-node",
-        "1",
-        "--master-port",
-        ANY_PORT,
-        script,
-    ]
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
-    last = ended.stderr.splitlines()[-1]
-    assert ended.returncode == 74
+    words = ["--nproc-per-node", "1", "--master-port", ANY_PORT, str(script)]
+    ended = command(launch.main, words, folder=tmp_path)
+    assert ended.wait() == 74
+    last = ended.said().splitlines()[-1]
     assert last.startswith("error RUN-004: Rank 0 (process ") and f"was ended by {number}." in last and cause in last
