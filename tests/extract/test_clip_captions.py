@@ -16,7 +16,7 @@ from mm.data.store.copying import copy_store
 from mm.dialects.mindspeed.extraction import read_extraction
 from mm.errors import DataError
 from mm.extract.run import ExtractReport
-from mm.train.callbacks.stored_texts import stored_texts
+from mm.train.stored_texts import stored_texts
 from mm.wan.encoders import TextEncoder
 
 PROMPTS = ["a red circle", "a green disc"]

@@ -47,8 +47,8 @@ ROWS = [
         Row(layout(8, **sp(2), **usp(2, 2)), samples=MIXED),
     ]
 ]
-EVERY_DAY = [ROWS[number] for number in (4, 7, 8, 13)]
-"""Each way in which a sample's tokens are spread, with single frames beside. The others are nightly."""
+EVERY_DAY = [ROWS[7]]
+"""Where frames lie on several ranks. The others are nightly."""
 MATRIX = Matrix(ROWS, EVERY_DAY)
 
 

@@ -70,11 +70,8 @@ ROWS = [
 ]  # fmt: skip
 
 EVERY_DAY = [
-    *(row for row in ROWS if row.row.layout.world_size == 1),
+    next(row for row in ROWS if row.row.layout.world_size == 1),
     PartsRow(Row(layout(2), SHARDED), BLOCKS),
-    PartsRow(Row(layout(2, **sp(2))), BLOCKS),
-    PartsRow(Row(layout(2, **pp(2)), recompute=OFFLOAD), HEAD),
-    PartsRow(Row(layout(2, **ulysses(2))), BLOCKS),
     PartsRow(zero(2, 2), BLOCKS),
     PartsRow(speeds(2, **pp(2)), MOTION, ("q", "ffn.0")),
 ]

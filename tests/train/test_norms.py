@@ -58,9 +58,10 @@ def train_one_after_the_other(commands: list[list[str]]) -> None:
         train_command.main(command)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "which",
-    [["distributed optimizer", "layer-zero"], pytest.param(["tensor", "pipeline"], marks=pytest.mark.nightly)],
+    [["distributed optimizer", "layer-zero"], ["tensor", "pipeline"]],
     ids=["replicas", "parts"],
 )
 def test_every_layout_tells_the_same(demo: Path, single: Path, tmp_path: Path, which: list[str]) -> None:

@@ -56,11 +56,14 @@ class ShardWriter:
         self._recipe_key = recipe_key
         self._target = shard_folder(store, number) if target is None else target
         self._folder = self._target.with_name(f"{TEMPORARY_PREFIX}{self._target.name}-{uuid4().hex[:12]}")
-        make_folder(self._folder, "the store's folder")
         try:
+            make_folder(self._folder, "the store's folder")
             self._body = open(self._folder / BODY, "xb")  # noqa: SIM115  closed by `commit` or by leaving
         except OSError as error:  # whoever finishes the store removes the folders of workers that seem dead
             raise write_error(self._folder / BODY, 0, error) from error
+        except BaseException:  # a signal, while nobody has entered this yet
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
         self._end = 0
         self._samples: list[tuple[Any, ...]] = []
         self._prompts: dict[bytes, tuple[Any, ...]] = {}

@@ -18,10 +18,10 @@ from mm.generate.describe import describe_row
 from mm.generate.render import Processes, Renderer, batches_of_replica, usable_rows
 from mm.generate.video import clip_path, prepare_folder, write_clip
 from mm.train.callbacks.base import Every, ModelCheck
-from mm.train.callbacks.stored_texts import stored_texts
 from mm.train.models import Models
 from mm.train.other_expert import open_other_expert
 from mm.train.records import Record, RenderedClips
+from mm.train.stored_texts import stored_texts
 
 logger = logging.getLogger(__name__)
 
