@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from extraction_runs import ROWS, edit, run, times, words
-from feature_samples import make_vae, write_clip, write_encoders, write_sound
+from feature_samples import make_vae, write_clip, write_data_set, write_encoders, write_sound
 from store_content import is_finished, listed
 
 from mm.cli.extract import main
@@ -109,6 +109,9 @@ def test_one_bad_video_stops_with_its_name(kind: str, id: str, files: dict[str, 
 
 
 def test_a_clip_that_takes_too_long_stops_with_its_name(files: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"path": row["path"], "cap": row["cap"]} for row in ROWS]
+    # they take longer to read than to encode, so that none is waiting when it is asked for
+    write_data_set(tmp_path / "set", rows, num_frames=14, height=576, width=768)
     with pytest.raises(DataError, match=r"DATA-070: .*[0-9]\.mp4: its reader gave nothing in 1e-06 s"):
         run(files, decode_timeout=1e-6)
     assert not is_finished(tmp_path / "store")

@@ -13,9 +13,21 @@ from mm.doctor.dry_run import DryRunJob, dry_run
 
 
 @pytest.mark.parametrize(
-    "degrees", [sp(2) | ring(2), ulysses(2) | pp(2), {"tp_size": 2}], ids=["tp2sp-ring2", "ulysses2-pp2", "tp2"]
+    ("degrees", "packed"),
+    [
+        pytest.param(sp(2) | ring(2), 2, id="tp2sp-ring2-packed"),
+        *(
+            pytest.param(degrees, packed, id=f"{name}{'-packed' if packed else ''}", marks=pytest.mark.nightly)
+            for name, degrees, packed in (
+                ("tp2sp-ring2", sp(2) | ring(2), None),
+                ("ulysses2-pp2", ulysses(2) | pp(2), None),
+                ("ulysses2-pp2", ulysses(2) | pp(2), 2),
+                ("tp2", {"tp_size": 2}, None),
+                ("tp2", {"tp_size": 2}, 2),
+            )
+        ),
+    ],
 )
-@pytest.mark.parametrize("packed", [None, 2])
 def test_a_step_sends_what_the_formula_says(degrees: dict[str, Any], packed: int | None) -> None:
     wan = WAN.model_copy(update={"num_layers": 4})
     plain = DryRunJob(wan, layout(4, **degrees), PLAIN, None, torch.bfloat16, (3, 6, 10), 1, 2, packed=packed)
