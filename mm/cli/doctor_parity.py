@@ -128,6 +128,8 @@ def _table(sections: TrainingRun, case: Case, device: str, errors: RelativeError
     sequence = " sequence, of two samples" if case.packs else ""
     left_out = {
         "adapters": sections.adapters is not None,
+        sections.origins["training.trainable"].name: sections.training.trainable is not None,
+        sections.origins["optimizer.abnormal_clip_start"].name: sections.optimizer.abnormal_clip_start is not None,
         sections.origins["memory.compile_blocks"].with_value(True): sections.memory.compile_blocks,
         sections.origins["model.precision"].with_value("bf16"): sections.model.precision == "bf16",
     }

@@ -76,6 +76,12 @@ def test_a_layout_agrees(demo: Path, name: str) -> None:
     assert float(rows["gradients"][1]) > 0 or name in ("one", "pipeline")
 
 
+def test_what_is_left_out_is_named(demo: Path) -> None:
+    [told] = run_ranks(1, printed, words(demo, trainable_modules=["self_attn"], abnormal_clip_start=10))
+    [line] = [line for line in told.splitlines() if line.startswith("left out")]
+    assert "--trainable-modules" in line and "--abnormal-clip-start" in line and "adapters" not in line
+
+
 def test_a_defect_is_named(demo: Path) -> None:
     flags = {"context_parallel_size": 2}
     told = run_ranks(2, printed_with_a_loss_twice_as_large, words(demo, **flags))
