@@ -21,6 +21,7 @@ from mm.config.trainable import names_by_pattern, patterns_of
 from mm.device.backend import Backend
 from mm.diffusion.flow import FlowMatching
 from mm.doctor.parity import DECAY_SAMPLES, EPSILON, SEED, SETTINGS, STEPS, RelativeErrors, value_of
+from mm.doctor.plain_loss import plain_loss
 from mm.lora.layer import Adapted, add_adapters, initial_adapter_value, is_adapter
 from mm.lora.plan import LoRAPlan
 from mm.lora.targets import linears_of, target_linears
@@ -31,7 +32,6 @@ from mm.parallel.mesh import Mesh, build_mesh
 from mm.parallel.placement import whole_shapes
 from mm.train.step import compute_gradients
 from mm.train.trained_parts import TrainedModel, TrainedParts
-from mm.wan.inputs import ModelInputs
 from mm.wan.model import WanModel
 
 Chosen = Callable[[str], float | None]
@@ -127,11 +127,7 @@ def _steps(
         optimizer.zero_grad()
         losses = []
         for sample in row.case.global_batch(step):
-            sigma, timestep, weight = flow.draw_timesteps(SEED, sample["sample"], sample["draw"])
-            noise = flow.draw_noise(SEED, sample["sample"], sample["draw"], sample["latents"].shape[1:])
-            noisy = flow.noisy(sample["latents"], noise, sigma)
-            velocity = model(ModelInputs(noisy, timestep, sample["text"], sample["features"]))
-            losses.append(((velocity - (noise - sample["latents"])).square().mean() * weight[0]) / row.case.samples)
+            losses.append(plain_loss(model, flow, sample, SEED, torch.device("cpu")) / row.case.samples)
             losses[-1].backward()
         trace.losses.append(float(torch.stack([loss.detach() for loss in losses]).double().sum()))
         trace.gradients.append({name: p.grad.clone() for name, p in named.items()})
