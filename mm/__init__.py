@@ -7,6 +7,7 @@ if TYPE_CHECKING:  # they need torch, and are imported when they are first asked
     from mm.api import (
         Converted,
         Encoders,
+        Experts,
         ModelConfig,
         Residency,
         SamplingOptions,
@@ -17,6 +18,7 @@ if TYPE_CHECKING:  # they need torch, and are imported when they are first asked
         extract_features,
         generate_videos,
         inspect_weights,
+        load_experts,
         load_model,
         save_video,
         train_model,
@@ -27,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Converted",
     "Encoders",
+    "Experts",
     "ModelConfig",
     "Residency",
     "SamplingOptions",
@@ -37,6 +40,7 @@ __all__ = [
     "extract_features",
     "generate_videos",
     "inspect_weights",
+    "load_experts",
     "load_model",
     "save_video",
     "train_model",

@@ -5,6 +5,7 @@ thin over the same rooms.
 """
 
 from mm.api.encoders import Encoders
+from mm.api.experts import Experts, load_experts
 from mm.api.features import VideoRow, extract_features
 from mm.api.generation import generate_videos
 from mm.api.model import load_model
@@ -19,6 +20,7 @@ from mm.generate.sampling import SamplingOptions
 __all__ = [
     "Converted",
     "Encoders",
+    "Experts",
     "ModelConfig",
     "Residency",
     "SamplingOptions",
@@ -29,6 +31,7 @@ __all__ = [
     "extract_features",
     "generate_videos",
     "inspect_weights",
+    "load_experts",
     "load_model",
     "save_video",
     "train_model",

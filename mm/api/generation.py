@@ -7,7 +7,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mm.api.arguments import (
@@ -22,6 +21,7 @@ from mm.api.arguments import (
     video_of,
 )
 from mm.api.encoders import Encoders, name_of
+from mm.api.experts import AnyModel, Experts, device_of_model, has_two_experts, load_experts
 from mm.api.generation_rules import Asked, generation_problems
 from mm.api.model import load_model
 from mm.config.run.generation import NEGATIVE_PROMPT
@@ -43,12 +43,10 @@ from mm.generate.sampling import (
     sample,
 )
 from mm.generate.sources import EarlyFeatures, Given, kind_of_clip
-from mm.parallel.velocity import ParallelVelocity
-from mm.wan.model import WanModel
 
 
 def generate_videos(
-    model: WanModel | ParallelVelocity | str | Path,
+    model: AnyModel | Experts | str | Path,
     prompts: str | Sequence[str],
     encoders: Encoders | str | Path | None = None,
     *,
@@ -65,7 +63,7 @@ def generate_videos(
     negative_prompt: str | None = None,
     size: tuple[int, int, int] = (81, 480, 832),
     steps: int = 50,
-    guidance_scale: float = 5.0,
+    guidance_scale: float | tuple[float, float] = 5.0,
     shift: float = 3.0,
     solver: Solver = "unipc",
     strength: float | None = None,
@@ -80,7 +78,7 @@ def generate_videos(
     """Generate a video for each prompt as `mm generate` does, and write nothing.
 
     Args:
-        model: from `load_model`, a folder in the diffusers layout, of which bf16 is made, or one that processes share.
+        model: from `load_model` or `load_experts`, a diffusers folder, of which bf16 is made, or one on processes.
         prompts: what the videos show.
         encoders: the encoders, or the folder that has them; None takes those beside the transformer of `model`.
         images: for models with given frames, of each prompt: one, or (first, last). Files, Pillow's, uint8 [H, W, 3].
@@ -93,8 +91,9 @@ def generate_videos(
         columns: the task's numbers by name, one for each prompt. size: frames (4k + 1), height and width (16 n).
         negative_prompt: what guidance leads away from; None is the Wan2.1 release's for the task.
         steps, shift, solver: of the sampler; shift 3 for 480p and 5 for 720p are usual. residency: as for `load_model`.
-        guidance_scale: 1 leaves the negative prompt out. batched_guidance: both prompts in one pass of twice the batch.
-        strength: of what videos begin as, the share of the steps that are taken, above 0 to 1. options: of sampling.
+        guidance_scale: 1 leaves the negative prompt out; of two experts one for both, or (high, low).
+        batched_guidance: both prompts in one pass of twice the batch. options: of sampling.
+        strength: of what videos begin as, the share of the steps that are taken, above 0 to 1.
         batch_size: prompts that go through the transformer together. seed: with a prompt's number, of the noise.
         noise: other noise for each prompt, [C, latent frames with those in front, H, W]. on_step: `OnStep`.
 
@@ -120,34 +119,54 @@ def generate_videos(
         None if noise is None else tuple(noise),
     )
     task = _row_task(loaded.config.task, asked)
-    sampler = solver, steps, shift, guidance_scale, batched_guidance
-    settings = SamplerSettings(*sampler, strength=strength or 1.0, options=options or SamplingOptions())
-    plan = ClipPlan(loaded.config, _device(loaded), task.frames, size, seed, settings)
+    settings = _settings((solver, steps, shift), guidance_scale, loaded, batched_guidance, strength, options)
+    plan = ClipPlan(loaded.config, device_of_model(loaded), task.frames, size, seed, settings)
     raise_all(ConfigError, list(generation_problems(asked, plan, task)))
     negative = task.negative + NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
-    around = _encoders(encoders, model), None if guidance_scale == 1 else negative
-    return _generate(loaded, asked, plan, *around, on_step)
+    around = _encoders(encoders, model), negative if settings.guides else None
+    return _generate(loaded.velocity if isinstance(loaded, Experts) else loaded, asked, plan, *around, on_step)
+
+
+def _settings(
+    integration: tuple[Solver, int, float],
+    guidance_scale: float | tuple[float, float],
+    model: AnyModel | Experts,
+    batched: bool,
+    strength: float | None,
+    options: SamplingOptions | None,
+) -> SamplerSettings:
+    """Settings of the arguments of `generate_videos`; `integration` are its solver, steps and shift.
+
+    Raises:
+        ConfigError: CFG-200 for two scales and one transformer.
+    """
+    boundary = model.boundary if isinstance(model, Experts) else None
+    if isinstance(guidance_scale, tuple) and boundary is None:
+        found = f"guidance_scale is {guidance_scale}, and the model is one transformer."
+        raise ConfigError("CFG-200", found, "Give one number.")
+    scale, low = guidance_scale if isinstance(guidance_scale, tuple) else (guidance_scale, None)
+    return SamplerSettings(
+        *(*integration, scale, batched),
+        strength=strength or 1.0,
+        options=options or SamplingOptions(),
+        boundary=boundary,
+        low_guidance_scale=low,
+    )
 
 
 def _loaded(
-    model: WanModel | ParallelVelocity | str | Path,
-    residency: Residency | None,
-    clip: tuple[int, int, int],
-    batch_size: int,
-) -> WanModel | ParallelVelocity:
+    model: AnyModel | Experts | str | Path, residency: Residency | None, clip: tuple[int, int, int], batch_size: int
+) -> AnyModel | Experts:
     if isinstance(model, (str, Path)):
-        return load_model(model, residency=residency, clip=clip, batch_size=batch_size)
+        load = load_experts if has_two_experts(Path(model)) else load_model
+        return load(model, residency=residency, clip=clip, batch_size=batch_size)
     if residency is not None:
         found = "residency has no effect on a model that is loaded."
         raise ConfigError("CFG-372", found, "Give it to load_model, or leave it out.")
     return model
 
 
-def _device(model: WanModel | ParallelVelocity) -> torch.device:
-    return model.device if isinstance(model, ParallelVelocity) else next(model.parameters()).device
-
-
-def _encoders(given: Encoders | str | Path | None, model: WanModel | ParallelVelocity | str | Path) -> Encoders:
+def _encoders(given: Encoders | str | Path | None, model: AnyModel | Experts | str | Path) -> Encoders:
     beside = model if isinstance(model, (str, Path)) else None
     place = beside if given is None else given
     if place is None:

@@ -77,9 +77,10 @@ def _number_problems(asked: Asked, plan: ClipPlan) -> Iterator[Problem]:
             yield Problem("CFG-200", f"{name} is {value}.", f"Give {lowest} or more.")
     if not settings.shift > 0:
         yield Problem("CFG-200", f"shift is {settings.shift}.", "Give a number above 0.")
-    if not settings.guidance_scale >= 0:
-        yield Problem("CFG-200", f"guidance_scale is {settings.guidance_scale}.", "Give 0 or more.")
-    if settings.batched_guidance and settings.guidance_scale == 1:
+    for scale in (settings.guidance_scale, settings.low_guidance_scale):
+        if scale is not None and not scale >= 0:
+            yield Problem("CFG-200", f"guidance_scale is {scale}.", "Give 0 or more.")
+    if settings.batched_guidance and not settings.guides:
         found = "batched_guidance has no effect with guidance_scale 1."
         yield Problem("CFG-063", found, "Leave it out, or choose another guidance_scale.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -15,15 +16,16 @@ from mm.checkpoint.weights import WeightSource, open_weights
 from mm.config.model import Precision, WanConfig
 from mm.config.place import process_place
 from mm.config.rules.residency import residency_problems
+from mm.config.run.experts import HIGH
 from mm.config.run.generation import AdapterFile, latent_size
 from mm.config.run.residency import Residency
 from mm.config.tasks.registry import TaskName
-from mm.device.backend import Backend, DeviceKind, free_host_bytes, select
+from mm.device.backend import Backend, DeviceKind, select
 from mm.errors import ConfigError, raise_all
 from mm.generate.weights import GenerationWeights, with_adapters
 from mm.ops.attention.sage import open_sage
 from mm.parallel.apply import ValueOf, WriteValue
-from mm.residency.budget import forward_bytes, plan_weights
+from mm.residency.budget import Room, forward_bytes, plan_weights
 from mm.residency.hold import WeightValues, hold_weights
 from mm.wan.config_json import infer_config
 from mm.wan.encoders import DTYPES
@@ -50,8 +52,8 @@ def load_model(
     Its parameters need no gradient; `model.requires_grad_()` changes that.
 
     Args:
-        path: a Hugging Face or native folder or file, the folder of a whole diffusers model, an MM folder, or a run's
-            checkpoints.
+        path: a Hugging Face or native folder or file, the folder of a whole diffusers model (of one with two experts
+            that for much noise; `load_experts` loads both), an MM folder, or a run's checkpoints.
         dtype: of the parameters, except those that stay fp32 (`mm.wan.precision`).
         device: kind of device; None takes the best there is.
         task: what the weights must be for; None takes what they say.
@@ -73,22 +75,63 @@ def load_model(
         CheckpointError, DataError: what `mm.checkpoint.weights.open_weights` raises, CKPT-011 for tensors of another
             model, DATA-090 to DATA-093 for adapters.
     """
-    residency = residency or Residency()
-    raise_all(ConfigError, list(residency_problems(residency, lambda field: f"residency.{field}")))
-    inside = Path(path) / "transformer"
+    how = Placing(dtype, device, residency or Residency(), clip, batch_size, attention)
+    how.check()
+    return how.place(*opened(path, adapters, how, task, text_len, averaged=averaged), how.room())
+
+
+@dataclass(frozen=True)
+class Placing:
+    """Way in which transformers come to one device.
+
+    Attributes:
+        dtype, device, residency, clip, batch_size, attention: as for `load_model`.
+    """
+
+    dtype: Precision
+    device: DeviceKind | None
+    residency: Residency
+    clip: tuple[int, int, int] | None = None
+    batch_size: int = 1
+    attention: Literal["exact", "sage"] = "exact"
+
+    def check(self) -> None:
+        """Raise ConfigError, CFG-371 and CFG-372, for limits that contradict each other or have no effect."""
+        raise_all(ConfigError, list(residency_problems(self.residency, lambda field: f"residency.{field}")))
+
+    def room(self, transformers: int = 1) -> Room:
+        """Memory for so many transformers, before any is held."""
+        return Room.now(process_place().local_world_size, transformers=transformers)
+
+    def place(self, weights: GenerationWeights, config: WanConfig, room: Room) -> WanModel:
+        """The model of weights from `opened`; raises as `load_model`."""
+        dtype = DTYPES[self.dtype]
+        if self.clip is not None:
+            tokens = config.num_tokens(latent_size(self.clip, config.task.latent_pixels))
+            room = replace(room, beside=room.beside + forward_bytes(config, tokens, self.batch_size, dtype.itemsize))
+        backend, parts = select(self.device), None
+        if self.attention == "sage":
+            parts = ModuleFactories(self_attention=partial(self_attention, attend=open_sage(backend.device, dtype)))
+        return model_of(weights, config, dtype, backend, self.residency, room, parts=parts)
+
+
+def opened(
+    path: str | Path,
+    adapters: Iterable[str | Path | tuple[str | Path, float]],
+    how: Placing,
+    task: TaskName | None,
+    text_len: int | None,
+    *,
+    averaged: bool = False,
+) -> tuple[GenerationWeights, WanConfig]:
+    """Weights with adapters, and the model that they are of; the arguments and errors are those of `load_model`."""
+    inside = Path(path) / HIGH
     source = open_weights(inside if inside.is_dir() else path, averaged=averaged)
     pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
     sections = [AdapterFile(path=str(one), strength=strength) for one, strength in pairs]
     config = config_of(source, task, text_len)
-    weights = with_adapters(source, sections, config, DTYPES[dtype], fingerprinted=False, fp8=residency.fp8)
-    working = 0
-    if clip is not None:
-        tokens = config.num_tokens(latent_size(clip, config.task.latent_pixels))
-        working = forward_bytes(config, tokens, batch_size, DTYPES[dtype].itemsize)
-    backend, parts = select(device), None
-    if attention == "sage":
-        parts = ModuleFactories(self_attention=partial(self_attention, attend=open_sage(backend.device, DTYPES[dtype])))
-    return model_of(weights, config, DTYPES[dtype], backend, residency, working, parts=parts)
+    dtype = DTYPES[how.dtype]
+    return with_adapters(source, sections, config, dtype, fingerprinted=False, fp8=how.residency.fp8), config
 
 
 def config_of(source: WeightSource, task: TaskName | None = None, text_len: int | None = None) -> WanConfig:
@@ -113,8 +156,8 @@ def model_of(
     config: WanConfig,
     dtype: torch.dtype,
     backend: Backend,
-    residency: Residency | None = None,
-    beside: int = 0,
+    residency: Residency,
+    room: Room,
     *,
     parts: ModuleFactories | None = None,
 ) -> WanModel:
@@ -122,9 +165,7 @@ def model_of(
 
     Args:
         weights: of the model, in fp8 where `residency` says so. config: the model. dtype: of the bulk of the weights.
-        backend: the device. residency: where they are, checked; None puts all on the device.
-        beside: bytes of the device that a limit leaves to others (`mm.residency.budget.plan_weights`).
-        parts: as for `WanModel`.
+        backend: the device. residency: where they are, checked. room: memory for them. parts: as for `WanModel`.
 
     Raises:
         ConfigError: CFG-373 and CFG-374 for limits that cannot be kept.
@@ -134,8 +175,7 @@ def model_of(
     model.to_precision(dtype).requires_grad_(False)
     if weights.fp8 is not None:
         weights.fp8.prepare(model)
-    free_host = free_host_bytes() // process_place().local_world_size
-    plan = plan_weights(model, residency or Residency(), beside, free_host)
+    plan = plan_weights(model, residency, room)
     hold_weights(model, plan, backend, WeightValues(_writer(weights.value_of), _writer(weights.again())))
     return model.eval()
 

@@ -28,6 +28,8 @@ from mm.poses import ORIGIN, SPEED
 
 log = logging.getLogger(__name__)
 
+BOUNDARY = 0.875
+"""Noise level between two experts where nothing says it, as DiffSynth-Studio has it."""
 Frames = Sequence[Image.Image]
 """A video: its frames, all of one size."""
 
@@ -48,6 +50,8 @@ class ClipParameters:
         height, width, num_frames: rounded up, to 4k + 1 frames, with a word about it.
         cfg_scale: of guidance; exactly 1 leaves the negative prompt out. cfg_merge: both prompts in one pass.
         num_inference_steps, sigma_shift: of Euler's method.
+        switch_DiT_boundary: of two experts, the noise level from which on the first is asked; None takes what the
+            folder of diffusers records, and 0.875 where nothing does. Wan2.2's I2V-A14B was trained with 0.9.
         motion_bucket_id: how much moves, from 0 to 100, of models with speed control.
         tiled, tile_size, tile_stride: the VAE works in overlapping tiles of so many latent pixels.
         tea_cache_l1_thresh, tea_cache_model_id: steps without blocks, and the model by which they are found.
@@ -77,6 +81,7 @@ class ClipParameters:
     cfg_merge: bool = False
     num_inference_steps: int = 50
     sigma_shift: float = 5.0
+    switch_DiT_boundary: float | None = None  # noqa: N815  (that system's name)
     motion_bucket_id: float | None = None
     tiled: bool = False
     tile_size: Sequence[int] = (30, 52)
@@ -88,11 +93,14 @@ class ClipParameters:
     progress_bar_cmd: Callable[[Iterable[int]], Iterable[int]] | None = None
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], task: Task, prompts: Mapping[str, Any] | None = None) -> ClipParameters:
+    def of(
+        cls, given: Mapping[str, Any], task: Task, prompts: Mapping[str, Any] | None = None, *, experts: bool = False
+    ) -> ClipParameters:
         """Parameters from a call's words, for models of a task.
 
         Args:
             given: what a call says. task: the model's. prompts: the two texts, by their names.
+            experts: there are two transformers.
 
         Raises:
             ConfigError: CFG-121 for a strength of no video, CFG-321 to CFG-323 for TeaCache and sliding windows,
@@ -104,6 +112,9 @@ class ClipParameters:
         wrong = list(value_problems({**(prompts or {}), **given}))
         found = cls(**{name: value for name, value in given.items() if name in known})
         problems += [*wrong, *_of_model(found, task)]
+        if found.switch_DiT_boundary is not None and not experts:
+            what = "switch_DiT_boundary is given, and there is one transformer."
+            problems.append(Problem("CFG-407", what, "Leave it out, or name both experts in model_configs."))
         if not wrong:  # what follows compares values
             problems += _together(found, task)
         raise_all(ConfigError, problems)

@@ -81,6 +81,9 @@ _KINDS: dict[str, _Kind] = {
     "cfg_scale": _Kind("a number from 0", _number(0)),
     "num_inference_steps": _SIDE,
     "sigma_shift": _Kind("a number above 0", _number(above=0)),
+    "switch_DiT_boundary": _Kind(
+        "a number above 0 and below 1, or None", _or_none(lambda value: _number(above=0, most=1)(value) and value < 1)
+    ),
     "motion_bucket_id": _Kind("a number from 0 to 100", _or_none(_number(0, most=100))),
     "tiled": _YES_OR_NO,
     "cfg_merge": _YES_OR_NO,

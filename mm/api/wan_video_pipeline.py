@@ -18,15 +18,16 @@ from tqdm import tqdm
 
 from mm.api.divided import Degrees, divided, require_alike
 from mm.api.encoders import Encoders
+from mm.api.experts import AnyModel, Experts
 from mm.api.generation import generate_videos
-from mm.api.model import config_of, model_of
+from mm.api.held_transformer import HeldTransformer, Holding
+from mm.api.model import config_of
 from mm.api.model_config import ModelConfig, device_of, loading_problems
-from mm.api.pipeline_parameters import ClipParameters, fitted, fitted_video
+from mm.api.pipeline_parameters import BOUNDARY, ClipParameters, fitted, fitted_video
 from mm.api.pipeline_parts import Parts, find_parts
 from mm.api.pipeline_values import memory_problems, value_problems
 from mm.checkpoint.comm import Comm
-from mm.checkpoint.identify import identify
-from mm.checkpoint.weights import WeightSource
+from mm.checkpoint.expert_band import recorded_boundary
 from mm.config.base import parse
 from mm.config.model import Precision
 from mm.config.place import process_place
@@ -37,14 +38,7 @@ from mm.config.run.listed import Shown, begins_as
 from mm.config.run.residency import Residency
 from mm.config.tasks.task import Source
 from mm.device.backend import Backend, select
-from mm.errors import ConfigError, MMError, raise_all
-from mm.generate.held import hold_on_mesh
-from mm.generate.render import Processes
-from mm.generate.weights import Fp8, GenerationWeights
-from mm.lora.adapter import Adapter, require_fit, require_parts_fit
-from mm.lora.convert import read_any
-from mm.lora.targets import every_linear, linears_of
-from mm.parallel.velocity import ParallelVelocity
+from mm.errors import ConfigError, raise_all
 from mm.poses import direction_rows
 from mm.wan.encoders import DTYPES, TextEncoder, VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
@@ -57,42 +51,39 @@ _PRECISIONS: dict[torch.dtype, Precision] = {dtype: name for name, dtype in DTYP
 
 
 class WanVideoPipeline:
-    """A transformer of the Wan family with its encoders.
+    """A transformer of the Wan family, or two experts, with encoders.
 
     Attributes:
-        dit: the transformer. vae, text_encoder, image_encoder: the encoders; no image encoder where none was given.
+        vae, text_encoder, image_encoder: the encoders; no image encoder where none was given.
         device, torch_dtype: where and in what they compute.
     """
 
-    def __init__(
-        self,
-        parts: Parts,
-        backend: Backend,
-        dtype: Precision,
-        *,
-        encoders_wait: bool = False,
-        fp8: bool = False,
-        processes: Processes | None = None,
-    ) -> None:
+    def __init__(self, parts: Parts, backend: Backend, how: Holding, *, encoders_wait: bool = False) -> None:
         """Load what `find_parts` has found; see `from_pretrained`.
 
         Args:
-            parts: the models. backend: the device. dtype: of weights and arithmetic.
-            encoders_wait: on the CPU until they are needed. fp8: the linears of the transformer's blocks are in 8 bits.
-            processes: those that share the transformer; None where this one has it alone.
+            parts: the models. backend: the device. how: transformers are held.
+            encoders_wait: on the CPU until they are needed.
         """
-        self.device, self.torch_dtype = backend.device, DTYPES[dtype]
-        self._source: WeightSource = parts.transformer
-        self._adapters: list[tuple[Adapter, float]] = []
-        self._backend, self._fp8, self._residency = backend, fp8, Residency()
-        self._encoders_wait, self._processes = encoders_wait, processes
-        config, place = config_of(self._source), torch.device("cpu") if encoders_wait else self.device
-        self.dit: WanModel
-        self._velocity: WanModel | ParallelVelocity
-        self._build()
-        self.text_encoder: TextEncoder = parts.load_text_encoder(dtype, place, config.text_len)
-        self.vae: VideoEncoder = parts.load_vae(dtype, place)
-        self.image_encoder: ImageEncoder | None = parts.load_image_encoder(dtype, place)
+        self.device, self.torch_dtype = backend.device, how.dtype
+        self._backend, self._how, self._encoders_wait = backend, how, encoders_wait
+        room = how.room(len(parts.transformers))
+        self._transformers = [HeldTransformer(source, how, room) for source in parts.transformers]
+        self._boundary = recorded_boundary(parts.transformers[-1].path) or BOUNDARY
+        place, precision = torch.device("cpu") if encoders_wait else self.device, _PRECISIONS[how.dtype]
+        self.text_encoder: TextEncoder = parts.load_text_encoder(precision, place, self.dit.config.text_len)
+        self.vae: VideoEncoder = parts.load_vae(precision, place)
+        self.image_encoder: ImageEncoder | None = parts.load_image_encoder(precision, place)
+
+    @property
+    def dit(self) -> WanModel:
+        """The transformer, of two experts that for much noise; on several processes this one's part of it."""
+        return self._transformers[0].model
+
+    @property
+    def dit2(self) -> WanModel | None:
+        """The expert for little noise, as `dit`; None where there is one transformer."""
+        return self._transformers[1].model if len(self._transformers) > 1 else None
 
     @classmethod
     def from_pretrained(
@@ -116,7 +107,7 @@ class WanVideoPipeline:
             torch_dtype: of weights and arithmetic; what must be fp32 in the transformer stays so.
             device: "cuda", "npu" or "cpu"; None takes the best there is.
             model_configs: of the transformer, the VAE, the text encoder and, for models that see images, the image
-                encoder.
+                encoder; of Wan2.2's A14B models both transformers, that for much noise first.
             tokenizer_config: of the tokenizer's folder.
             local_model_path: the folder of models, `owner/name` below it.
             skip_download: use what is there, and fetch nothing.
@@ -150,10 +141,11 @@ class WanVideoPipeline:
             config.offload_device is not None and str(config.offload_device) == "cpu" for config in model_configs
         )
         fp8 = any(config.offload_dtype == torch.float8_e4m3fn for config in model_configs)
-        precision, processes = _PRECISIONS[torch_dtype], None
+        processes = None
         if degrees is not None and sharing > 1:
-            processes = divided(degrees, config_of(parts.transformer), precision, backend, where)
-        return cls(parts, backend, precision, encoders_wait=waits, fp8=fp8, processes=processes)
+            config = config_of(parts.transformers[0])
+            processes = divided(degrees, config, _PRECISIONS[torch_dtype], backend, where)
+        return cls(parts, backend, Holding(backend, torch_dtype, fp8, processes), encoders_wait=waits)
 
     def enable_vram_management(
         self,
@@ -186,7 +178,9 @@ class WanVideoPipeline:
         for encoder in (self.text_encoder, self.vae, self.image_encoder):
             if encoder is not None:
                 encoder.to(torch.device("cpu"))
-        self._rebuild(residency, self._adapters)
+        room = self._how.room(len(self._transformers))
+        for transformer in self._transformers:
+            transformer.hold(residency, room)
 
     def _limit(self, asked: float | None) -> int | None:
         """MiB that a limit means: those that are free where nothing is said; None on the CPU."""
@@ -195,75 +189,23 @@ class WanVideoPipeline:
         sizes = self._backend.total_and_free_bytes()
         return None if sizes is None else sizes[1] // 2**20
 
-    def _rebuild(self, residency: Residency, adapters: Sequence[tuple[Adapter, float]]) -> None:
-        """Load the transformer anew: with the least on the device where a limit cannot be kept, and as it was where
-        anything else is wrong.
-        """
-        before = self._residency, self._adapters
-        self._residency, self._adapters = residency, list(adapters)
-        del self.dit, self._velocity  # two would not fit
-        try:
-            self._build()
-        except MMError as error:
-            kept = error.id == "CFG-373"
-            self._residency, self._adapters = (Residency(staying_parameters=0), self._adapters) if kept else before
-            self._build()
-            if not kept:
-                raise
-            log.warning("%s All blocks are copied.", error.problems[0].message)
-
-    def _build(self) -> None:
-        """The transformer, or this process's part of it, with its weights where the limits say."""
-        config = config_of(self._source)
-        if self._processes is None:
-            self.dit = model_of(self._weights(), config, self.torch_dtype, self._backend, self._residency)
-            self._velocity = self.dit
-            return
-        held = config, self._processes, self._weights(), self.torch_dtype, self._residency
-        parallel = hold_on_mesh(*held, beside=0)
-        self.dit = parallel.stages[0].model.eval()
-        self._velocity = ParallelVelocity(parallel)
-
     def load_lora(self, module: WanModel, path: str | Path, alpha: float = 1.0) -> None:
         """Add a LoRA of any known format to the transformer's weights, in fp32 and rounded once.
 
         Args:
-            module: `pipe.dit`. path: a file, a folder or a run's checkpoints. alpha: a factor on it.
+            module: `pipe.dit`, or `pipe.dit2`. path: a file, a folder or a run's checkpoints. alpha: a factor on it.
 
         Raises:
             ConfigError: CFG-408 for another module, CFG-446 for an alpha that is no number.
             DataError: DATA-090 to DATA-093 for a file that is none, or of another model.
             CheckpointError: CKPT-016 for one with values that are not finite. The weights stay as they were.
         """
-        if module is not self.dit:
-            raise ConfigError("CFG-408", f"load_lora is given {type(module).__name__}.", "Give pipe.dit.")
+        found = next((one for one in self._transformers if one.model is module), None)
+        if found is None:
+            named = "pipe.dit" if self.dit2 is None else "pipe.dit or pipe.dit2"
+            raise ConfigError("CFG-408", f"load_lora is given {type(module).__name__}.", f"Give {named}.")
         raise_all(ConfigError, list(value_problems({"alpha": alpha})))
-        adapter = read_any(identify(path, wanted="adapters"))
-        require_fit(adapter, every_linear(self._source.shapes()))
-        require_parts_fit(adapter, self._source.shapes())
-        adapters = [*self._adapters, (adapter, alpha)]
-        if self._residency.streams or self._fp8 or self._processes is not None:
-            self._rebuild(self._residency, adapters)  # weights are not where they could be written, in 8 bits, or parts
-            return
-        try:
-            self._add(adapter, adapters)
-        except MMError:  # some linears have it, and others have not
-            self._add(adapter, self._adapters)
-            raise
-        self._adapters = adapters
-
-    def _add(self, adapter: Adapter, adapters: Sequence[tuple[Adapter, float]]) -> None:
-        """Give the linears of one adapter their weights with several."""
-        weights = self._weights(adapters)
-        with torch.no_grad():
-            for name, parameter in self.dit.named_parameters():
-                if name.rpartition(".")[0] in adapter.updates or name in adapter.parts:
-                    parameter.copy_(weights.value_of(name, tuple(parameter.shape)))
-
-    def _weights(self, adapters: Sequence[tuple[Adapter, float]] | None = None) -> GenerationWeights:
-        eight_bits = Fp8("scaled", linears_of(self._source.shapes())) if self._fp8 else None
-        added = list(self._adapters if adapters is None else adapters)
-        return GenerationWeights(self._source, added, self.torch_dtype, False, eight_bits)
+        found.load_lora(path, alpha)
 
     def __call__(self, prompt: str, negative_prompt: str = "", **parameters: Any) -> list[Image.Image]:
         """Make a clip.
@@ -281,9 +223,10 @@ class WanVideoPipeline:
             DataError: what `generate_videos` raises, DATA-087 for a video that is too short.
         """
         task = self.dit.config.task
-        given = ClipParameters.of(parameters, task, {"prompt": prompt, "negative_prompt": negative_prompt})
-        if self._processes is not None:
-            given = _agreed(self._processes.comm, prompt, negative_prompt, given)
+        prompts, processes = {"prompt": prompt, "negative_prompt": negative_prompt}, self._how.processes
+        given = ClipParameters.of(parameters, task, prompts, experts=self.dit2 is not None)
+        if processes is not None:
+            given = _agreed(processes.comm, prompt, negative_prompt, given)
         if self.image_encoder is None and given.shows_images and task.made_by(Source.IMAGE_ENCODER):
             found = f"model_configs names no image encoder, whose features {task.title} models are given of images."
             raise ConfigError("CFG-404", found, "Add models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth.")
@@ -309,7 +252,7 @@ class WanVideoPipeline:
         ]
         masks = None if given.vace_video_mask is None else fitted_video(given.vace_video_mask, "vace_video_mask", size)
         [made] = generate_videos(
-            self._velocity,
+            self._model(given),
             [prompt],
             self._encoders(given),
             images=[images] if images else None,
@@ -334,6 +277,12 @@ class WanVideoPipeline:
         )
         next(steps, None)  # lets a bar close itself
         return [Image.fromarray(frame.numpy()) for frame in made]
+
+    def _model(self, given: ClipParameters) -> AnyModel | Experts:
+        first, *second = [transformer.velocity for transformer in self._transformers]
+        if not second:
+            return first
+        return Experts(first, second[0], given.switch_DiT_boundary or self._boundary)
 
     def _encoders(self, given: ClipParameters) -> Encoders:
         (height, width), (down, right) = given.tile_size, given.tile_stride

@@ -50,10 +50,14 @@ def boundary_of(low: LowNoiseExpert, words: Origins) -> float:
     Raises:
         ConfigError: CFG-294 where neither is there.
     """
-    found = low.boundary if low.boundary is not None else recorded_boundary(Path(low.weights))
+    return boundary_between(low.boundary, Path(low.weights), words["model.low_noise.boundary"].full())
+
+
+def boundary_between(given: float | None, low: Path, word: str) -> float:
+    """Noise level as of `boundary_of`, of the weights for little noise; `word` is where it may be given."""
+    found = given if given is not None else recorded_boundary(low)
     if found is None:
-        word = words["model.low_noise.boundary"]
-        message = f"Nothing says at which noise level {low.weights} begins: {word.full()} is missing."
+        message = f"Nothing says at which noise level {low} begins: {word} is missing."
         raise ConfigError("CFG-294", message, "Give it: 0.875 of Wan2.2's T2V-A14B, 0.9 of I2V-A14B.")
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -10,28 +11,24 @@ from mm.config.layerzero import ZeroConfig
 from mm.config.model import WanConfig
 from mm.config.run.generation import GenerationRun, latent_size
 from mm.config.run.residency import Residency
-from mm.device.backend import free_host_bytes
 from mm.generate.render import Processes
 from mm.generate.weights import GenerationWeights
 from mm.ops.attention.api import Attend, attention
 from mm.ops.attention.sage import open_sage
 from mm.parallel.apply import ParallelModel, ValueOf, WriteValue, apply_frozen
 from mm.parallel.velocity import ParallelVelocity
-from mm.residency.budget import forward_bytes, plan_weights
+from mm.residency.budget import Room, forward_bytes, plan_weights
 from mm.residency.hold import HeldWeights, WeightValues, hold_weights
 from mm.wan.encoders import DTYPES
 from mm.wan.model import WanModel
 
 
-def held_velocity(
-    run: GenerationRun, processes: Processes, weights: GenerationWeights, beside: int, transformers: int
-) -> ParallelVelocity:
+def held_velocity(run: GenerationRun, processes: Processes, weights: GenerationWeights, room: Room) -> ParallelVelocity:
     """A transformer on the mesh.
 
     Args:
         run: the generation. processes: where. weights: of the transformer.
-        beside: bytes of device memory that are taken by what is neither a transformer nor its forward.
-        transformers: of the run, which share the limits.
+        room: memory for it, beside what is neither a transformer nor its forward.
 
     Raises:
         ConfigError: CFG-373 and CFG-374 for limits that cannot be kept, CFG-324 and CFG-325 for SageAttention where it
@@ -43,8 +40,8 @@ def held_velocity(
     batch = run.batch.size * (2 if run.sampling.batched_guidance else 1)
     working = forward_bytes(run.wan, mesh.tokens.width(tokens), batch, dtype.itemsize)
     attend = open_sage(backend.device, dtype) if run.sampling.attention == "sage" else attention
-    held = run.wan, processes, weights, dtype, run.residency, beside + working
-    return ParallelVelocity(hold_on_mesh(*held, transformers=transformers, zero=run.zero, attend=attend))
+    held = run.wan, processes, weights, dtype, run.residency, replace(room, beside=room.beside + working)
+    return ParallelVelocity(hold_on_mesh(*held, zero=run.zero, attend=attend))
 
 
 def hold_on_mesh(
@@ -53,9 +50,8 @@ def hold_on_mesh(
     weights: GenerationWeights,
     dtype: torch.dtype,
     residency: Residency,
-    beside: int,
+    room: Room,
     *,
-    transformers: int = 1,
     zero: ZeroConfig | None = None,
     attend: Attend = attention,
 ) -> ParallelModel:
@@ -63,19 +59,18 @@ def hold_on_mesh(
 
     Args:
         wan: its shape. processes: where. weights: its own, in fp8 where `residency` says so. dtype: of their bulk.
-        residency: where they are, checked. zero: layer-zero, which divides them itself.
-        beside: bytes of device memory that are taken by what is no transformer.
-        transformers: those that share the limits. attend: self attention to a whole sequence.
+        residency: where they are, checked. room: memory for them. zero: layer-zero, which divides them itself.
+        attend: self attention to a whole sequence.
 
     Raises:
         ConfigError: CFG-373 and CFG-374 for limits that cannot be kept.
         CheckpointError: CKPT-016 and CKPT-120 for values that cannot be used.
     """
-    backend, free_host = processes.backend, free_host_bytes() // processes.of_node
+    backend = processes.backend
 
     def put(model: WanModel, writer: Callable[[ValueOf], WriteValue]) -> HeldWeights:
         values = WeightValues(writer(weights.value_of), writer(weights.again()))
-        plan = plan_weights(model, residency, beside, free_host, transformers)
+        plan = plan_weights(model, residency, room)
         return hold_weights(model, plan, backend, values)
 
     extension = None if weights.fp8 is None else weights.fp8.extension()

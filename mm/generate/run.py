@@ -21,6 +21,7 @@ from mm.generate.render import Processes, Renderer, batches_of_replica, usable_r
 from mm.generate.rows import GenerationRow, row_kind
 from mm.generate.video import clip_path, prepare_folder, write_clip
 from mm.generate.weights import GenerationWeights, open_generation_weights
+from mm.residency.budget import Room
 from mm.wan.encoders import DTYPES
 
 log = logging.getLogger(__name__)
@@ -141,7 +142,8 @@ def _velocity(generation: GenerationRun, processes: Processes, weights: Weights,
     """The transformer on the mesh, or both experts, which share it; `beside` bytes of the device are taken."""
     low_noise = generation.model.low_noise
     found = [weight for weight in weights if weight is not None]
-    first, *low = [held_velocity(generation, processes, weight, beside, len(found)) for weight in found]
+    room = Room.now(processes.of_node, beside, len(found))  # before the first of them takes its part
+    first, *low = [held_velocity(generation, processes, weight, room) for weight in found]
     if low_noise is None:
         return first
     return TwoExperts(first, low[0], boundary_of(low_noise, generation.origins))

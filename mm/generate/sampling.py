@@ -76,6 +76,11 @@ class SamplerSettings:
     boundary: float | None = None
     low_guidance_scale: float | None = None
 
+    @property
+    def guides(self) -> bool:
+        """True where the negative prompt is needed."""
+        return self.guidance_scale != 1 or self.low_guidance_scale not in (None, 1)
+
     def guidance(self, timestep: float) -> float:
         """Guidance scale at a timestep."""
         low = self.boundary is not None and not is_high(timestep, self.boundary)

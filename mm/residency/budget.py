@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 from mm.config.model import WanConfig
 from mm.config.run.residency import Residency
 from mm.config.units import format_bytes, parse_bytes
+from mm.device.backend import free_host_bytes
 from mm.errors import ConfigError
 from mm.residency.hold import block_sizes, other_bytes
 from mm.residency.plan import WeightPlan, by_parameters, fewest_copied, least_device_bytes, within_host
@@ -18,17 +20,33 @@ BUFFER = "512MiB"
 """What is left of a limit where it is not said."""
 
 
-def plan_weights(
-    model: WanModel, residency: Residency, beside: int, free_host: int, transformers: int = 1
-) -> WeightPlan:
+@dataclass(frozen=True)
+class Room:
+    """Memory in which the weights of one or more transformers of one shape are planned.
+
+    Attributes:
+        free_host: bytes of host memory that this process may lock for all of them, before any is held.
+        beside: bytes of device memory that forwards need beside the weights, and what else is there.
+        transformers: those that share the limits, alike.
+    """
+
+    free_host: int
+    beside: int = 0
+    transformers: int = 1
+
+    @classmethod
+    def now(cls, processes_of_node: int, beside: int = 0, transformers: int = 1) -> Room:
+        """The room that there is now, with the node's free host memory in equal parts for its processes."""
+        return cls(free_host_bytes() // processes_of_node, beside, transformers)
+
+
+def plan_weights(model: WanModel, residency: Residency, room: Room) -> WeightPlan:
     """The plan of a section for this rank's part of a model.
 
     Args:
         model: on the meta device, in the dtypes that it will have.
         residency: checked by `mm.config.rules.residency.residency_problems`.
-        beside: bytes of device memory that forwards need beside the weights, and what else is there.
-        free_host: bytes of host memory that this process may lock at most.
-        transformers: those of one shape that share the limits, alike.
+        room: the memory.
 
     Raises:
         ConfigError: CFG-373 for a device limit that no plan can keep, CFG-374 for too little host memory.
@@ -39,10 +57,10 @@ def plan_weights(
         plan = by_parameters(blocks, residency.staying_parameters - outside)
     elif residency.device_limit is not None:
         limit = parse_bytes(residency.device_limit)
-        reserved = parse_bytes(residency.device_buffer or BUFFER) + beside
-        found = fewest_copied(blocks, (limit - reserved) // transformers - others)
+        reserved = parse_bytes(residency.device_buffer or BUFFER) + room.beside
+        found = fewest_copied(blocks, (limit - reserved) // room.transformers - others)
         if found is None:
-            least = reserved + transformers * (others + least_device_bytes(blocks))
+            least = reserved + room.transformers * (others + least_device_bytes(blocks))
             raise ConfigError(
                 "CFG-373",
                 f"A device limit of {format_bytes(limit)} cannot be kept: {format_bytes(least)} are needed when all "
@@ -53,8 +71,9 @@ def plan_weights(
         plan = found
     else:
         return WeightPlan()
-    allowed = free_host if residency.host_limit is None else min(free_host, parse_bytes(residency.host_limit))
-    most = allowed // transformers
+    free, limited = room.free_host, residency.host_limit
+    allowed = free if limited is None else min(free, parse_bytes(limited))
+    most = allowed // room.transformers
     in_host = within_host(plan, blocks, most)
     if in_host is None or (in_host.from_files and residency.host_limit is None):
         raise ConfigError(

@@ -351,7 +351,10 @@ def test_a_video_that_cannot_be_is_refused_before_it_is_written(tmp_path: Path) 
 
 
 def test_what_is_lacking_or_there_twice_is_named(models: Path, tmp_path: Path) -> None:
-    said = refusal(models, [ModelConfig(path=models / COMMON), ModelConfig(path=models / MODELS["i2v"])])
+    named = [models / COMMON, models / COMMON, models / MODELS["i2v"]]  # no two experts
+    said = refusal(models, [ModelConfig(path=path) for path in named[:2]])
+    assert "CFG-404: Several models are a dit" in said
+    said = refusal(models, [ModelConfig(path=path) for path in named])
     assert "CFG-404: Several models are a dit" in said and "names no vae" in said and "names no text_encoder" in said
     lora = tmp_path / "lora.safetensors"
     write_adapter(lora, Adapter({"blocks.0.self_attn.q": Update(torch.zeros(4, 32), torch.zeros(32, 4), 4.0)}), "peft")
@@ -465,7 +468,7 @@ def test_published_models_are_known_by_their_headers(name: str, models: Path, tm
     given = [ModelConfig(path=sorted(tmp_path.glob("*.safetensors"))), *configs(COMMON)[1:]]
     start = time.process_time()
     parts = find_parts(given, ModelConfig(path=models), models, may_download=False, shared=True)
-    found = parts.transformer.config()
+    found = parts.transformers[0].config()
     assert time.process_time() - start < 1  # of the processor, as the tests beside this one take its time
     assert found is not None and found.differing_fields(wan) in ([], ["model_type"])
 

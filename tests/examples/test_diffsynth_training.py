@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import logging
 import math
 import os
@@ -327,6 +328,8 @@ def test_models_that_do_not_belong_together(home: Path, tmp_path: Path, monkeypa
     encoders = [str(common / name) for name in PATTERNS[1:]]
     assert ids(str(common / TRANSFORMER), encoders[0]) == ["CFG-404"]  # no VAE
     assert ids(str(common / TRANSFORMER), shards, *encoders) == ["CFG-404"]  # two transformers
+    second = shutil.copy(common / TRANSFORMER, tmp_path / "second.safetensors")
+    assert ids(str(common / TRANSFORMER), str(second), *encoders) == ["CFG-404"]  # two experts, of which one is trained
     assert ids(shards[:1], *encoders) == ["DATA-024"]
     assert ids("gone.safetensors", *encoders, "gone.pth") == ["CFG-403"] * 2
     assert ids(shards, *encoders) == ["CFG-383"]  # no image encoder

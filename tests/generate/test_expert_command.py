@@ -7,41 +7,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel, WanVideoToVideoPipeline
+from diffusers import AutoencoderKLWan, WanVideoToVideoPipeline
+from expert_folder import BOUNDARY, LOW_GUIDANCE, PROMPT, STEPS, WEIGHTS, expected_clip, transformer, write_experts
 from family import noise, write_video
 from generation_runs import GUIDANCE, NEGATIVE, SEED, SIZE, contents, failure, generate, settings
 from kept_frames import keeping_frames, largest_difference
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, UMT5EncoderModel
 from wans_grids import UniPCOnWansGrid
 
 import mm.generate.held
 import mm.generate.run
-from mm.demo.components import write_model
 from mm.generate.pipeline import initial_latents
 from mm.lora.adapter import Adapter, Update
 from mm.lora.files import write_adapter
 from mm.residency.hold import HeldWeights
 from mm.wan.encoders import VideoEncoder
 
-STEPS, BOUNDARY, LOW_GUIDANCE, PROMPT = 6, 0.8, 2.0, "a red disc moves left"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded default as a folder of two experts: the second has other weights, model_index.json the boundary."""
-    folder = tmp_path_factory.mktemp("weights") / "tiny"
-    write_model(folder)
-    (folder / "transformer_2").mkdir()
-    (folder / "transformer_2" / "config.json").write_bytes((folder / "transformer" / "config.json").read_bytes())
-    source = torch.Generator().manual_seed(1)
-    values = load_file(folder / "transformer" / WEIGHTS)
-    other = {name: value + 0.05 * torch.randn(value.shape, generator=source) for name, value in values.items()}
-    save_file(other, folder / "transformer_2" / WEIGHTS)
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({**index, "boundary_ratio": BOUNDARY}))
-    return folder
+    return write_experts(tmp_path_factory.mktemp("weights") / "tiny")
 
 
 def write(weights: Path, low: str | None = "transformer_2", **more: Any) -> None:
@@ -52,30 +38,6 @@ def write(weights: Path, low: str | None = "transformer_2", **more: Any) -> None
         values["low_noise"] = {"from_pretrained": str(weights / low), **more}
     Path("model.json").write_text(json.dumps(values))
     Path("prompts.txt").write_text(PROMPT)
-
-
-def transformer(weights: Path, name: str) -> WanTransformer3DModel:
-    model = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(weights / name))
-    model.load_state_dict(load_file(weights / name / WEIGHTS))
-    return model.eval()
-
-
-def expected_clip(weights: Path) -> np.ndarray:
-    pipeline = WanPipeline(
-        tokenizer=AutoTokenizer.from_pretrained(weights / "tokenizer", trust_remote_code=False),
-        text_encoder=UMT5EncoderModel.from_pretrained(weights / "text_encoder"),
-        transformer=transformer(weights, "transformer"), transformer_2=transformer(weights, "transformer_2"),
-        boundary_ratio=BOUNDARY,
-        vae=AutoencoderKLWan.from_pretrained(weights / "vae"),
-        scheduler=UniPCOnWansGrid.from_pretrained(weights / "scheduler"),
-    )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
-    clip: np.ndarray = pipeline(
-        prompt=PROMPT, negative_prompt=NEGATIVE, height=SIZE[1], width=SIZE[2], num_frames=SIZE[0],
-        num_inference_steps=STEPS, guidance_scale=GUIDANCE, guidance_scale_2=LOW_GUIDANCE,
-        latents=initial_latents(SEED, [0], (16, 3, 4, 6)), output_type="np",
-    ).frames[0]  # fmt: skip
-    return 255 * clip
 
 
 def test_clips_of_two_experts_are_those_of_diffusers(

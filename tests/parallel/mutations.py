@@ -270,7 +270,7 @@ def input_and_target_agree_on_a_wrong_order_inside_a_patch(patch: pytest.MonkeyP
 
 @mutation("N8", "ulysses2", "tp2sp", caught_by="loss gradient norm")
 def attention_sees_padding(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(context, "_whole_sequence", lambda q, k, v, segments, keep: reference.attention(q, k, v))
+    patch.setattr(context, "_whole_sequence", lambda q, k, v, *rest: reference.attention(q, k, v))
 
 
 @mutation("N8", "ring2", "usp2x2", caught_by="loss gradient norm")

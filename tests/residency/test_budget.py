@@ -9,7 +9,7 @@ from mm.config.run.residency import Residency
 from mm.config.tasks.vace import VACE
 from mm.doctor.memory_tracker import ACTIVATIONS, TrackMemory
 from mm.errors import ConfigError
-from mm.residency.budget import forward_bytes, plan_weights
+from mm.residency.budget import Room, forward_bytes, plan_weights
 from mm.residency.hold import block_sizes, other_bytes
 from mm.residency.plan import WeightPlan, evenly
 from mm.wan.model import WanModel
@@ -33,7 +33,7 @@ def test_a_limit_is_kept_and_used(wan: WanConfig, transformers: int) -> None:
     for kib in range(120, 1200, 13):
         asked = Residency(device_limit=f"{kib}KiB", device_buffer="10KiB")
         try:
-            plan = plan_weights(model, asked, beside, MUCH, transformers)
+            plan = plan_weights(model, asked, Room(MUCH, beside, transformers))
         except ConfigError as error:
             assert error.problems[0].id == "CFG-373"
             assert transformers * (others + 2 * largest) + beside + 10 * KIB > kib * KIB
@@ -50,20 +50,20 @@ def test_parameters_that_stay_count_those_outside_of_blocks() -> None:
     total = sum(p.numel() for p in model.parameters())
     each = block_sizes(model)[0].num_parameters
     for staying, copied in ((total, 0), (total - 1, 3), (total - 3 * each, 3), (total - 3 * each - 1, 4), (0, 6)):
-        assert len(plan_weights(model, Residency(staying_parameters=staying), 0, MUCH).copied) == copied
+        assert len(plan_weights(model, Residency(staying_parameters=staying), Room(MUCH)).copied) == copied
 
 
 def test_host_memory_that_is_not_there() -> None:
     model = on_meta(TINY)
     size = block_sizes(model)[0].num_bytes
     asked = Residency(staying_parameters=0)
-    assert plan_weights(model, asked, 0, 6 * size).from_files == frozenset()
+    assert plan_weights(model, asked, Room(6 * size)).from_files == frozenset()
     with pytest.raises(ConfigError, match="CFG-374"):
-        plan_weights(model, asked, 0, 6 * size - 1)  # files are read when it is asked for, and not in silence
+        plan_weights(model, asked, Room(6 * size - 1))  # files are read when it is asked for, and not in silence
     limited = Residency(staying_parameters=0, host_limit=f"{2 * size}B")
-    assert len(plan_weights(model, limited, 0, MUCH).from_files) == 6
+    assert len(plan_weights(model, limited, Room(MUCH)).from_files) == 6
     with pytest.raises(ConfigError, match="CFG-374"):
-        plan_weights(model, limited, 0, 2 * size - 1)
+        plan_weights(model, limited, Room(2 * size - 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
