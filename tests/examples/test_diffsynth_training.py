@@ -2,10 +2,10 @@
 
 import csv
 import json
-import shutil
 import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
