@@ -59,25 +59,31 @@ def write_release(folder: Path, model_id: str, task: str, *, shards: int = 1, nu
     return home
 
 
-def write_common_files(folder: Path) -> None:
-    """The files that releases share: UMT5 and its tokenizer, the VAE, and CLIP."""
-    common, images = folder / COMMON, folder / COMMON_OF_IMAGES
-    common.mkdir(parents=True, exist_ok=True)
-    images.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(common / "google" / "umt5-xxl")
-    scratch = folder / ".scratch"
+def write_encoders(folder: Path) -> None:
+    """Small encoders of shapes that are known, `t5`, `vae` and `clip` in the layouts of transformers and diffusers."""
     torch.manual_seed(0)
-    make_text_encoder(len(tokenizer)).save_pretrained(scratch / "t5")
-    AutoencoderKLWan(base_dim=4).save_pretrained(scratch / "vae")
+    make_text_encoder(len(make_tokenizer())).save_pretrained(folder / "t5")
+    AutoencoderKLWan(base_dim=4).save_pretrained(folder / "vae")
     clip_config = CLIPVisionConfig(
         hidden_size=CLIP_WIDTH, intermediate_size=64, num_hidden_layers=3, num_attention_heads=1, patch_size=14,
         image_size=224, projection_dim=8, hidden_act="gelu",
     )  # fmt: skip
-    CLIPVisionModelWithProjection(clip_config).save_pretrained(scratch / "clip")
+    CLIPVisionModelWithProjection(clip_config).save_pretrained(folder / "clip")
+
+
+def write_common_files(folder: Path, encoders: Path | None = None) -> None:
+    """The files that releases share: UMT5 and its tokenizer, the VAE, and CLIP, made of folders of `write_encoders`."""
+    common, images = folder / COMMON, folder / COMMON_OF_IMAGES
+    common.mkdir(parents=True, exist_ok=True)
+    images.mkdir(parents=True, exist_ok=True)
+    make_tokenizer().save_pretrained(common / "google" / "umt5-xxl")
+    scratch = folder / ".scratch"
+    if encoders is None:
+        write_encoders(scratch)
     for part, encoder, home in (("t5", T5, common), ("vae", VAE, common), ("clip", CLIP, images)):
-        _as_torch_file(scratch / part, encoder, home)
-    shutil.rmtree(scratch)
+        _as_torch_file((encoders or scratch) / part, encoder, home)
+    if encoders is None:
+        shutil.rmtree(scratch)
 
 
 def _as_torch_file(folder: Path, encoder: Encoder, home: Path) -> None:

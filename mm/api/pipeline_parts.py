@@ -18,6 +18,7 @@ from mm.checkpoint.identify import Found, identify
 from mm.checkpoint.joined import WithModule, module_of
 from mm.checkpoint.weights import WeightSource, open_weights
 from mm.config.model import Precision
+from mm.config.run.experts import HIGH
 from mm.errors import ConfigError, Problem, raise_all
 from mm.wan.encoders import TextEncoder, VideoEncoder
 from mm.wan.image_encoder import ImageEncoder
@@ -141,7 +142,10 @@ def _part(found: Found) -> str:
 def _faults(by_part: dict[str, list[Found]]) -> Iterable[Problem]:
     for found in by_part.pop("unknown", []):
         what = f"{found.asked} holds {found.content if found.content != 'unknown' else 'no known'} weights."
-        yield Problem("CFG-404", what, "Name a transformer, a VAE or an encoder; load_lora adds LoRA.")
+        remedy = "Name a transformer, a VAE or an encoder; load_lora adds LoRA."
+        if (Path(found.asked) / HIGH).is_dir():
+            remedy = f"Name the models in it one by one: {Path(found.asked) / HIGH}, and its encoders' folders."
+        yield Problem("CFG-404", what, remedy)
     for part, several in by_part.items():
         are_experts = part == "dit" and "module" not in by_part and len({found.path for found in several}) == 2
         if len(several) > (2 if are_experts else 1):

@@ -333,7 +333,7 @@ def _length(sample: VideoSample, usable: int, preprocess: SourceClip, most: int)
     raise DataError(
         "DATA-004",
         f"{sample.where} has {usable} frames to use{every}, and at least {wanted} are asked for.",
-        "Remove the video, lower num_frames, or set min_num_frames to accept shorter ones.",
+        "Remove the video, lower num_frames, or accept shorter ones where min_num_frames can be set (docs/data.md).",
     )
 
 

@@ -360,6 +360,10 @@ def test_what_is_lacking_or_there_twice_is_named(models: Path, tmp_path: Path) -
     write_adapter(lora, Adapter({"blocks.0.self_attn.q": Update(torch.zeros(4, 32), torch.zeros(32, 4), 4.0)}), "peft")
     said = refusal(models, [*configs(COMMON), ModelConfig(path=lora)])
     assert f"CFG-404: {lora} holds adapters weights. Fix: Name a transformer" in said
+    whole = tmp_path / "whole"
+    (whole / "transformer").mkdir(parents=True)
+    said = refusal(models, [*configs(COMMON), ModelConfig(path=whole)])
+    assert f"CFG-404: {whole} holds no known weights. Fix: Name the models in it one by one: {whole}/transf" in said
     shards = sorted((models / MODELS["fun_control"]).glob(WEIGHTS))
     with pytest.raises(MMError, match=r"DATA-024.*lacks 1 of 3 shards"):
         find_parts(

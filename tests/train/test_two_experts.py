@@ -45,6 +45,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "ring2": {"context_parallel_size": 2, "context_parallel_algo": "megatron_cp_algo"},
     "pp2": {"pipeline_model_parallel_size": 2},
     "zero2, offload": {"layerzero": True, "offload_expert": True},
+    "pp2vp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
     "packed, pp2": {"pipeline_model_parallel_size": 2, "pack": 512, "micro_batch_size": 1},
 }
 EVERY_DAY = ["dp2, distopt, offload"]
@@ -192,6 +193,31 @@ def test_a_run_goes_on_bit_for_bit_also_when_it_was_killed_between_the_folders(
         assert found.keys() == expected.keys()
         assert any(key.startswith("optimizer.exp_avg_sq.") for key in found)
         assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.nightly
+def test_each_has_an_average_of_its_own_steps(demo: Path, low: Path, tmp_path: Path) -> None:
+    """Of Lion's updates; on two processes, with the other expert in host memory, the same of both."""
+    decay, one, two = 0.8, tmp_path / "one", tmp_path / "two"
+    flags = {**experts(low), "adam_eps": None, "optimizer": "lion", "lr": 3e-4, "ema_decay": decay, "save_interval": 1}
+    run(demo, one, train_iters=STEPS, **flags)
+    is_high = [all(timestep >= 1000 * BOUNDARY for timestep in row["timesteps"]) for row in metrics(one)]
+    assert {*is_high} == {True, False}
+    for name in (HIGH, LOW):
+        average = weights(one / name, 1, "ema.")
+        for step in range(2, STEPS + 1):
+            for key, value in weights(one / name, step).items():
+                if is_high[step - 1] == (name == HIGH):
+                    key = key.replace("model.", "ema.", 1)
+                    average[key] = decay * average[key] + (1 - decay) * value
+            for key, value in weights(one / name, step, "ema.").items():
+                torch.testing.assert_close(value, average[key], rtol=1e-6, atol=1e-7)
+    flags |= {"use_distributed_optimizer": True, "offload_expert": True, "save_interval": STEPS}
+    run_ranks(2, train_command.main, words(demo, two, train_iters=STEPS, **flags))
+    require_same(two, one, 1e-6)
+    for name in (HIGH, LOW):
+        for key, value in weights(one / name, kind="ema.").items():
+            torch.testing.assert_close(weights(two / name, kind="ema.")[key], value, rtol=0, atol=1e-6)
 
 
 @pytest.mark.nightly
