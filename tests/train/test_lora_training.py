@@ -38,16 +38,6 @@ def lora(demo: Path, **flags: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def base(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base that has learned something: in a new model the head is zero, and no gradient passes it."""
-    folder = tmp_path_factory.mktemp("base")
-    run(demo, folder / "run", train_iters=20)
-    convert_command.main(["--mode", "convert_to_hf", "--source_path", str(folder / "run"),
-                          "--target_path", str(folder / "hf"), "--ckpt_path", str(demo / WEIGHTS)])  # fmt: skip
-    return folder / "hf"
-
-
-@pytest.fixture(scope="module")
 def trained(demo: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of three LoRA steps."""
     folder = tmp_path_factory.mktemp("trained") / "run"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import WEIGHTS, bits, metrics, run, run_on, words
+from training_runs import bits, metrics, run, run_on, words
 
 from mm.checkpoint.store import read_manifest, read_tensor
 from mm.checkpoint.weights import WeightSource, open_weights
@@ -40,16 +40,6 @@ def is_trained(name: str) -> bool:
 
 def is_beside(name: str) -> bool:
     return name.startswith("head.") or ".ffn.2." in name
-
-
-@pytest.fixture(scope="module")
-def base(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that has learned something: in a new one the head is zero, and no gradient passes it."""
-    folder = tmp_path_factory.mktemp("base")
-    run(demo, folder / "run", train_iters=20)
-    convert_command.main(["--mode", "convert_to_hf", "--source_path", str(folder / "run"),
-                          "--target_path", str(folder / "hf"), "--ckpt_path", str(demo / WEIGHTS)])  # fmt: skip
-    return folder / "hf"
 
 
 @pytest.fixture
