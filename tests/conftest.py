@@ -32,11 +32,13 @@ if not torch.cuda.is_available():
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Start the server that ranks and readers are forked from, with what both import, before either does so alone.
 
-    A shell lets its background jobs ignore SIGINT, and all that they start inherit it: tests of Ctrl-C start processes
-    that must not.
+    A shell lets its background jobs ignore SIGINT and SIGQUIT, and all that they start inherit it: tests of these start
+    processes that must not.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN:
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     if (
         not session.config.option.collectonly
         and not hasattr(session.config, "workerinput")

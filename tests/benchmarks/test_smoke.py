@@ -102,6 +102,7 @@ CHEAP = ["environment", "triton launch", "attention, 1.3B at 480p", "elementwise
          "waits of a step"]  # fmt: skip
 
 
+@pytest.mark.nightly
 def test_cheap_steps_on_the_cpu(tmp_path: Path) -> None:
     code, rows, told = script("smoke_accelerator.sh", tmp_path / "smoke.json", "--only", *CHEAP, "--patience", "5",
                               timeout_s=240)  # fmt: skip

@@ -41,7 +41,7 @@ def outcome(command: list[str | Path], folder: Path, environment: dict[str, str]
 
 
 FEW = ("--train-iters", "2", "--num-workers", "1", "--device", "cpu")
-EVERY_DAY = ("pretrain.sh, 2 processes", "tools/convert_ckpt.py")
+EVERY_DAY = ("pretrain.sh", "tools/convert_ckpt.py")
 PATHS = {"": "", "an empty word": ":", "a relative word": ".:./"}
 COMMANDS = (
     "pretrain.sh", "pretrain.sh, 2 processes", "DRY_RUN", "DOCTOR", "PARITY", "feature_extraction.sh", "inference.sh",

@@ -133,6 +133,7 @@ def test_14b_without_a_pipeline_in_less_than_a_minute(words: tuple[str, ...], en
     assert seconds_computed() - started < 60
 
 
+@pytest.mark.nightly
 def test_tables_for_people(two_blocks: str) -> None:
     done = dry_run(
         "1.3b", "--latent-size", "3", "6", "10", "--context-parallel-algo", "megatron_cp_algo",

@@ -27,6 +27,7 @@ def dry_run(demo: Path, capsys: pytest.CaptureFixture[str], **flags: Any) -> Any
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.nightly
 def test_a_dry_run_packs_as_many_clips_as_fit(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Sequences of two clips, four of them in a step of eight; with interleaved stages a multiple of PP."""
     whole, packed, longer = (
@@ -47,6 +48,7 @@ def test_a_dry_run_packs_as_many_clips_as_fit(demo: Path, capsys: pytest.Capture
     assert interleaved["bubble"] == pytest.approx(1 / (2 * 4 + 1)), "four sequences, not three"
 
 
+@pytest.mark.nightly
 def test_a_sample_that_is_longer_than_a_sequence(
     demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -252,6 +252,7 @@ def test_compare_takes_two_runs(runs: Path) -> None:
     assert "error CFG-006: mm doctor compare takes two runs" in done.stderr
 
 
+@pytest.mark.nightly
 def test_a_run_as_a_file_is_looked_at_like_its_flags(
     demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,6 +38,7 @@ def form(text: str) -> list[set[str]]:
     ]
 
 
+@pytest.mark.nightly
 def test_the_tables_have_the_form_that_is_shown(tmp_path: Path) -> None:
     """With fewer blocks, which change no label."""
     command, shown = example()

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 from jobs import EXAMPLES, Job, variables
@@ -85,20 +85,11 @@ def start() -> Iterator[Starter]:
         job.end()
 
 
-def rows() -> list[Any]:
-    return [
-        pytest.param(
-            stage,
-            name,
-            count,
-            marks=[] if (stage, name, count) == ("extraction", "SIGTERM", 1) else [pytest.mark.nightly],
-        )
-        for stage in STAGES
-        for name in ("SIGTERM", "SIGINT", "SIGHUP")
-        for count in (1, 2)
-    ]
+def rows() -> list[tuple[str, str, int]]:
+    return [(stage, name, count) for stage in STAGES for name in ("SIGTERM", "SIGINT", "SIGHUP") for count in (1, 2)]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("name", "signal_name", "num_processes"), rows())
 def test_what_is_finished_stays(
     start: Starter, demo: Path, tmp_path: Path, name: str, signal_name: str, num_processes: int

@@ -160,7 +160,8 @@ def test_memory_of_the_shipped_14b_scripts(script: str, cp: int, most: int, leas
     assert least * 2**30 < report["peak_bytes"] < most * 2**30
 
 
-@pytest.mark.parametrize("size", [pytest.param("1.3b", marks=pytest.mark.nightly), "14b"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("size", ["1.3b", "14b"])
 def test_finetune_lora_script_in_tiny_mode_on_two_processes(demo: Path, tmp_path: Path, size: str) -> None:
     files = [demo / "configs" / name for name in ("feature_data.json", "pretrain_model.json")]
     weights = demo / "weights" / "Wan2.1-T2V-Tiny-Diffusers" / "transformer"

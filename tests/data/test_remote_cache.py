@@ -122,6 +122,7 @@ def test_a_cache_that_cannot_be_written(s3: S3, url: str, tmp_path: Path) -> Non
         opened(url, storage(tmp_path, s3.endpoint, cache=str(tmp_path / "file" / "cache")))
 
 
+@pytest.mark.nightly
 def test_readers_of_their_own(s3: S3, store: Path, url: str, tmp_path: Path) -> None:
     """Readers are forked from a server; none inherits a client, though this process has used one before."""
     script = f"""

@@ -206,7 +206,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize(
+    "name", ["SIGKILL", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("SIGINT", "SIGTERM"))]
+)
 def test_nothing_is_left_behind(name: str, tmp_path: Path) -> None:
     """Ctrl-C goes to the whole group; the other two to the parent alone, which cannot end its readers any more."""
     script = tmp_path / "script.py"

@@ -114,6 +114,7 @@ def test_a_device_without_kernels_is_refused_at_the_start(capability: tuple[int,
     require_kernels("another maker's", capability, ["gfx90a", "gfx942"])
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(torch.cuda.is_available() or sign_of("cuda") is not None, reason="there is a device")
 def test_a_job_of_two_processes_ends_before_it_begins(demo: Path) -> None:
     configs = demo / "configs"

@@ -126,6 +126,7 @@ def is_reader(process: psutil.Process) -> bool:
     return parent is not None and "forkserver" in " ".join(parent.cmdline())
 
 
+@pytest.mark.nightly
 def test_a_full_disk(files: dict[str, Path], tmp_path: Path) -> None:
     """On a file system of 20 KiB, which a private mount namespace makes possible without changing this machine's."""
     disk = tmp_path / "disk"

@@ -43,7 +43,7 @@ def files(home: Path, task: str) -> Path:
         pytest.param("14b/t2v", marks=pytest.mark.nightly),
         pytest.param("1.3b/i2v", marks=pytest.mark.nightly),
         pytest.param("14b/i2v", marks=pytest.mark.nightly),
-        "14b/flf2v",
+        pytest.param("14b/flf2v", marks=pytest.mark.nightly),
         pytest.param("1.3b/v2v", marks=pytest.mark.nightly),
         pytest.param("14b/v2v", marks=pytest.mark.nightly),
     ],

@@ -227,6 +227,7 @@ def test_without_a_vae_latents_are_false_colours_and_the_page_says_so(demo: Path
     assert [name for name, _ in images] == [f"clip, latent frame {n} · source {s}" for n, s in ((0, 0), (1, 1), (2, 5))]
 
 
+@pytest.mark.nightly
 def test_the_commands_of_the_documentation(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -264,6 +264,7 @@ def test_triton_is_imported_only_for_a_tensor_that_needs_it() -> None:
     assert found.strip() == "False"
 
 
+@pytest.mark.nightly
 def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     """By Triton's compiler, without a device: values stay in registers, streams move 16 bytes at a time, bf16 is
     rounded to nearest, and registers and shared memory are such that a multiprocessor can start the program."""

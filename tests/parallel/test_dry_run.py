@@ -63,8 +63,8 @@ ROWS = [
     of(deep(row(4, tp_size=2, pp_size=2)).with_layers(6), "fun_camera"),
     replace(of(deep(row(4, cp_size=4)).with_layers(6), "fun_camera"), recompute=Recompute()),
 ]
-SHORT = [ROWS[1], ROWS[8], ROWS[11], ROWS[14]]
-"""With every axis, images, packs and side blocks between them; the others are nightly."""
+SHORT = [ROWS[1], ROWS[14]]
+"""With every axis and side blocks between them; the others are nightly."""
 RANKS = [
     pytest.param(row, rank, id=f"{row.id}-rank {rank}", marks=[] if row in SHORT else [pytest.mark.nightly])
     for row in ROWS

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import multiprocessing.forkserver
 import os
@@ -27,6 +29,7 @@ def place() -> str:
     return os.environ["RANK"]
 
 
+@pytest.mark.nightly
 def test_a_server_that_has_not_imported_what_ranks_need_is_replaced(tmp_path: Path) -> None:
     """In a process of its own, since other tests need pytest's."""
     script = tmp_path / "script.py"

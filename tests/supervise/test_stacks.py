@@ -40,6 +40,7 @@ assert "deeper" in found, found
 """
 
 
+@pytest.mark.nightly
 def test_looks_at_a_thread_that_trains() -> None:
     """Walking the frames of `sys._current_frames()` instead ends here in a crash, or in objects that are no frames."""
     subprocess.run([sys.executable, "-c", TRAINS], check=True, timeout=60)

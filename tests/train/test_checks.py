@@ -125,6 +125,7 @@ def test_tensorboard_shows_both_beside_the_loss(single: Path) -> None:
     assert (last.width, last.height) == (64, 64)
 
 
+@pytest.mark.nightly
 def test_steps_that_run_again_are_evaluated_again(demo: Path, single: Path, tmp_path: Path) -> None:
     flags = checks(demo, tmp_path)
     run(demo, tmp_path / "run", train_iters=1, **flags)
@@ -134,6 +135,7 @@ def test_steps_that_run_again_are_evaluated_again(demo: Path, single: Path, tmp_
     assert evaluations(tmp_path / "run") == evaluations(single)
 
 
+@pytest.mark.nightly
 def test_what_a_stop_left_out_is_made_up(demo: Path, single: Path, tmp_path: Path) -> None:
     """A run that is ended between saving and looking has a checkpoint of the step, and no line and no clips of it."""
     flags, save = checks(demo, tmp_path), tmp_path / "run"
@@ -168,7 +170,8 @@ def train_one_after_the_other(commands: list[list[str]]) -> None:
             train_command.main(command)
 
 
-@pytest.mark.parametrize("which", [LAYOUTS[:1], pytest.param(LAYOUTS[1:], marks=pytest.mark.nightly)], ids=["pp", "dp"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("which", [LAYOUTS[:1], LAYOUTS[1:]], ids=["pp", "dp"])
 def test_every_layout_sees_the_same(demo: Path, tmp_path: Path, which: list[dict[str, Any]]) -> None:
     """Sixteen held-out samples and two prompts on four ranks, of which some have nothing to render."""
     (tmp_path / "zero.yaml").write_text("zero3_size: 2\n")

@@ -34,10 +34,7 @@ from mm.wan.conditions.camera import channels_of_path
 from mm.wan.model import WanModel
 
 TASKS = ["fun_control", "fun_control_ref", "wan22_i2v", "vace", "fun_inp", "fun_camera"]
-EVERY_DAY = [
-    task if task in ("fun_control_ref", "vace", "fun_camera") else pytest.param(task, marks=pytest.mark.nightly)
-    for task in TASKS
-]
+EVERY_DAY = [task if task == "vace" else pytest.param(task, marks=pytest.mark.nightly) for task in TASKS]
 BATCH = {"micro_batch_size": 2, "global_batch_size": 4}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "cp2": {"context_parallel_size": 2},

@@ -87,7 +87,8 @@ def test_the_first_loss_is_that_of_diffusers(demo_of_images: Path, tmp_path: Pat
     assert model.diffusion.loss_weighting == "none"
 
 
-@pytest.mark.parametrize("task", [pytest.param("i2v", marks=pytest.mark.nightly), "flf2v"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("task", ["i2v", "flf2v"])
 def test_every_layout_equals_one_process(demo_of_images: Path, tmp_path: Path, task: str) -> None:
     zero = tmp_path / "zero_config.yaml"
     zero.write_text("zero3_size: 2\nreduce_dtype: fp32\n")
@@ -118,6 +119,7 @@ def test_four_steps_are_two_and_two(demo_of_images: Path, tmp_path: Path, task: 
 MIXED: dict[str, dict[str, Any]] = {"pp2": {**LAYOUTS["pp2"], "variable_seq_lengths": True}, "dp2": {}}
 
 
+@pytest.mark.nightly
 def test_clips_of_several_lengths_on_two_processes(demo_of_images: Path, tmp_path: Path) -> None:
     """Conditions have the size of their own sample; what crosses stages has that of the step's largest.
 

@@ -28,7 +28,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "lora, pp2": {**LORA, "pipeline_model_parallel_size": 2},
     "lora, tp2": {**LORA, "tensor_model_parallel_size": 2},
 }
-EVERY_DAY = ["distopt, bf16", "zero2", "lora, tp2"]
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +86,12 @@ def train_one_after_the_other(commands: list[list[str]]) -> None:
         train_command.main(command)
 
 
-@pytest.mark.parametrize(
-    "names", [EVERY_DAY, pytest.param(sorted(ROWS.keys() - set(EVERY_DAY)), marks=pytest.mark.nightly)],
-    ids=["every day", "others"],
-)  # fmt: skip
-def test_on_every_layout(demo: Path, single: Path, tmp_path: Path, model_json: Path, names: list[str]) -> None:
+@pytest.mark.nightly
+def test_on_every_layout(demo: Path, single: Path, tmp_path: Path, model_json: Path) -> None:
     """Straight, and stopped in the middle, on two processes; then the end of each is gone on with by one process."""
     (tmp_path / "zero.yaml").write_text("zero3_size: 2\n")
     commands, flags = [], {}
-    for name in names:
+    for name in ROWS:
         row = {**FLAGS, "mm_model": model_json, **ROWS[name]}
         row |= {"layerzero_config": tmp_path / "zero.yaml"} if "layerzero" in row else {}
         row |= {"load_base_model": single} if "lora_r" in row else {}
@@ -105,7 +101,7 @@ def test_on_every_layout(demo: Path, single: Path, tmp_path: Path, model_json: P
     run_ranks(2, train_one_after_the_other, commands, timeout_s=400)
     axes = ("tensor_model_parallel_size", "sequence_parallel", "pipeline_model_parallel_size")
     layout = {*axes, "layerzero", "layerzero_config", "use_distributed_optimizer"}
-    for name in names:
+    for name in ROWS:
         straight, stopped = (tmp_path / name / which for which in ("straight", "stopped"))
         assert bits(metrics(stopped)) == bits(metrics(straight)), name
         one, other = state(straight, STEPS), state(stopped, STEPS)

@@ -46,6 +46,7 @@ def parts_of(store: Path) -> list[Path]:
     return sorted(store.glob("former/[!.]*"))
 
 
+@pytest.mark.nightly
 def test_a_killed_training_leaves_whole_parts_and_the_next_one_goes_on(
     demo: Path, table: Path, expected: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:

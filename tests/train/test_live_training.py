@@ -105,6 +105,7 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(demo: Path, table: Path, extrac
     assert bits(run(demo, tmp_path / "other", **flags(demo, extracted))) == expected
 
 
+@pytest.mark.nightly
 def test_a_draw_for_each_epoch(demo: Path, table: Path, tmp_path: Path) -> None:
     """Epoch e takes draw e of those that the extraction makes, and makes no other."""
     before, store = tmp_path / "before", tmp_path / "store"

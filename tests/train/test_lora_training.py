@@ -173,6 +173,7 @@ def train_one_after_the_other(commands: list[list[str]]) -> None:
         train_command.main(command)
 
 
+@pytest.mark.nightly
 def test_a_run_that_changes_its_layout_goes_on_as_if_nothing_had_happened(
     demo: Path, base: Path, tmp_path: Path
 ) -> None:

@@ -225,7 +225,7 @@ def step(run: TrainingRun) -> Report:
 @pytest.mark.parametrize(
     ("words", "world_size"),
     [
-        ("--micro-batch-size 2", 1),
+        pytest.param("--micro-batch-size 2", 1, marks=pytest.mark.nightly),
         (f"--pack {2 * TOKENS} --global-batch-size 4", 1),
         pytest.param("--bf16", 8, marks=pytest.mark.nightly),
         pytest.param(LORA, 8, marks=pytest.mark.nightly),

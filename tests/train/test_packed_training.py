@@ -127,6 +127,7 @@ def test_packs_with_images_adapters_and_layerzero(
     require_equal(tmp_path / "zero", plain)
 
 
+@pytest.mark.nightly
 def test_a_packed_run_goes_on_bit_for_bit_and_packing_may_begin_or_end(
     demo: Path, mixed: dict[str, Any], plain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -118,6 +118,7 @@ def test_a_damaged_file_is_refused_and_a_cut_one_is_not(evaluated: Path, tmp_pat
         plot_command.main(["--run", str(tmp_path)])
 
 
+@pytest.mark.nightly
 def test_a_line_cut_off_by_a_kill_is_not_gone_on_with(demo: Path, tmp_path: Path) -> None:
     """Killed while it wrote the line of the step after its newest checkpoint: the next line must start a new one."""
     flags: dict[str, Any] = {"eval_interval": 1, "eval_data": demo / "configs" / "feature_data.json"}

@@ -40,6 +40,7 @@ def files(demo: Path, tmp_path: Path, url: str, **storage: object) -> dict[str, 
     return {"mm_data": tmp_path / "feature_data.json", "mm_model": demo / "configs" / "pretrain_model.json"}
 
 
+@pytest.mark.nightly
 def test_training_from_a_bucket_is_training_from_the_disk(demo: Path, url: str, tmp_path: Path) -> None:
     """Two processes with readers of their own, as a user starts them."""
     flags = {"train_iters": 4, "num_workers": 1, "micro_batch_size": 2}

@@ -51,6 +51,7 @@ def test_a_translated_command_trains_the_same_bits(
     assert bits(metrics(tmp_path / "file")) == bits(of_flags) and len(of_flags) == 3
 
 
+@pytest.mark.nightly
 def test_four_processes_train_the_same_bits(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from mm.cli import train as train_command
 

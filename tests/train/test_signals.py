@@ -100,6 +100,7 @@ def test_copies_of_a_signal_are_one(demo: Path, tmp_path: Path) -> None:
     assert len(list(save.glob("iter_*"))) == 1
 
 
+@pytest.mark.nightly
 def test_a_second_signal_ends_it_at_once(demo: Path, tmp_path: Path) -> None:
     """Also a process that never comes to the end of its step: here it waits for a peer that is stopped."""
     save = tmp_path / "run"

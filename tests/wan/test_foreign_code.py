@@ -126,6 +126,7 @@ def test_the_unguarded_library_runs_it(
     assert (tmp_path / "canary").exists()
 
 
+@pytest.mark.nightly
 def test_a_command_asks_nothing(
     weights: Path, tmp_path: Path, saying_yes: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
