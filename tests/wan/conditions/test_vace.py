@@ -98,6 +98,17 @@ def test_nothing_given_is_grey_that_changes(encode: Encode) -> None:
     assert torch.equal(found, torch.cat((grey, grey, torch.ones(64, 3, 4, 6))))
 
 
+def test_references_stand_in_front_in_their_order() -> None:
+    """With a code of pixels that is their value: each is a frame of its own, and zeros where nothing changes."""
+    values = (-0.5, 0.25, 1.0)
+    images = [torch.full((3, SIZE.height, SIZE.width), value) for value in values]
+    found = vace_context(lambda x: x[:, :1, ::4, ::8, ::8].repeat(1, 16, 1, 1, 1), SIZE, references=images)
+    assert found.shape == (96, 3 + 3, 4, 6)
+    for frame, value in enumerate(values):
+        assert torch.equal(found[:16, frame], torch.full((16, 4, 6), value))
+        assert not found[16:, frame].any()
+
+
 def test_frames_and_pixels_of_the_mask() -> None:
     mask = torch.arange(9.0)[:, None, None] * 1000 + torch.arange(16.0)[:, None] * 24 + torch.arange(24.0)
     found = mask_channels(mask)
