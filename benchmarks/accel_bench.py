@@ -80,8 +80,15 @@ class Bench:
             if len(found) >= FEWEST and time.monotonic() - self._started > LIMIT_S:
                 break
             self.backend.synchronize()
-            found.append(self.elapsed(lambda: (run(), self.backend.synchronize())) / calls)
+            found.append(self.elapsed(self._to_its_end(run)) / calls)
         return Timing(statistics.median(found), min(found), max(found), len(found))
+
+    def _to_its_end(self, run: Callable[[], object]) -> Callable[[], None]:
+        def waited() -> None:
+            run()
+            self.backend.synchronize()
+
+        return waited
 
     def elapsed(self, run: Callable[[], object]) -> float:
         """Seconds until a run returns; device work that it has not waited for goes on."""

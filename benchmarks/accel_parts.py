@@ -73,7 +73,7 @@ def check_attention(pair: Pair, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -
     kept = forward()
     dq = backward(kept)[0]
     rows = slice(0, None, max(q.shape[1] // ROWS_CHECKED, 1))
-    wide = [x.float() for x in (q[:, rows], k, v)]
+    wide = q[:, rows].float(), k.float(), v.float()
     out, lse = plain_attention_with_lse(*wide)
     expected = plain_attention_backward(grad[:, rows].float(), *wide, out, lse)[0]
     errors = relative(kept[0][:, rows], out), relative(dq[:, rows], expected)

@@ -112,7 +112,7 @@ def runner(bench: Bench, work: Work, mode: Mode) -> BlockRunner:
     return block_runner(mode.recompute, bench.keep(offloader))
 
 
-def gradients(model: nn.Module, inputs: Sequence[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
+def gradients(model: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
     """Velocity and all gradients in one vector, of the mean squared error."""
     velocity = model(ModelInputs(*inputs))
     (velocity.float() - target).square().mean().backward()
@@ -157,7 +157,7 @@ def engine_step(bench: Bench, work: Work, mode: Mode) -> Callable[[], object]:
     batch = work.sample(0)
 
     def step() -> object:
-        batches = [FeatureBatch({**batch, "draw": [next(draws)]})]  # type: ignore[typeddict-item]
+        batches = [FeatureBatch({**batch, "draw": [next(draws)]})]
         return train_step(parallel, optimizer, flow, batches, samples=1, seed=0)
 
     return step
@@ -208,7 +208,7 @@ def columns(bench: Bench, work: Work, mode: Mode, timing: Timing) -> dict[str, A
     wan, tokens = work.wan, work.tokens
     forward, attention = train_flops(wan, tokens) // 3, 4 * tokens**2 * wan.hidden_size * wan.num_layers
     again = (mode.other_runs - 1) * (forward - attention) + (mode.attention_runs - 1) * attention
-    model = train_flops(wan, tokens, frozen=work.lora_r is not None)
+    model = train_flops(wan, tokens, trained_share=0.0 if work.lora_r is not None else 1.0)
     rates = {"MFU": model / timing.median / 1e12, "HFU": (model + again) / timing.median / 1e12}
     shares = {} if bench.peak_tflops is None else {n: f"{rate / bench.peak_tflops:.1%}" for n, rate in rates.items()}
     return {"s, median": timing.median, "least": timing.least, "most": timing.most, "steps": timing.count,
@@ -274,9 +274,9 @@ def b2(bench: Bench) -> Result:
 
 def _offload_target(bench: Bench, result: Result) -> Result:
     """Add how much slower the second row, the offloaded one, may be."""
-    times = [line.get("s, median") for line in result.rows]
+    whole, offloaded = (line.get("s, median") for line in result.rows)
     if not bench.tiny:
-        slower = None if None in times else times[1] / times[0]
+        slower = None if whole is None or offloaded is None else offloaded / whole
         result.targets.append(Target("time offloaded / not", slower, 1.02))
     return result
 

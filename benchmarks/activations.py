@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "wan")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "wan")]
 
 from modes import MODES, Mode  # noqa: E402  (the path above)
 from results import Result, Target, arguments, publish  # noqa: E402
@@ -31,7 +31,7 @@ def a_block(mode: Mode, config: WanConfig) -> float:
     """Bytes a token and unit of width that one more block keeps."""
 
     def kept(layers: int, tokens: int) -> int:
-        return alive(config, mode.recompute, layers, tokens)[0]
+        return int(alive(config, mode.recompute, layers, tokens)[0])
 
     by_layer = [kept(4, tokens) - kept(3, tokens) for tokens in (FEW, MANY)]
     return (by_layer[1] - by_layer[0]) / ((MANY - FEW) * config.hidden_size)

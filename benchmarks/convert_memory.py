@@ -77,7 +77,7 @@ def write_hf(folder: Path, config: WanConfig) -> None:
     """A diffusers folder in bf16 with its index."""
     folder.mkdir()
     shards = list(shards_of({native_to_diffusers(n): s for n, s in shapes_of(config).items()}, 2))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"diffusion_pytorch_model-{number:05d}-of-{len(shards):05d}.safetensors"
         sparse_file(folder / name, shard, "BF16", 2)

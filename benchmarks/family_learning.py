@@ -241,12 +241,12 @@ def _training(configs: Path, load: Path, save: Path, steps: int) -> list[object]
 def ask(row: Row, demo: Path, weights: Path) -> list[Judged]:
     """The questions, the clips that the model makes of them, and what those show."""
     questions = list(row.questions())
-    names = questions[0].inputs
+    inputs: dict[str, Any] = {name: [of.inputs[name] for of in questions] for name in questions[0].inputs}
     found = generate_videos(
         load_model(weights, dtype="fp32", text_len=TEXT_LEN),
         [question.caption for question in questions],
         Encoders.of(demo / "weights" / MODEL_NAMES[encoders_of(FEATURE_TASKS[row.task]).name], text_dtype="fp32"),
-        **{name: [question.inputs[name] for question in questions] for name in names},
+        **inputs,
         size=(NUM_FRAMES, SIZE, SIZE),
         steps=20,
         guidance_scale=1.0,

@@ -30,10 +30,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # torch lists neither among its names
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "wan"), str(ROOT / "tests" / "train")]
+sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / place) for place in (".", "wan", "train"))]
 
 from host_reads import CountHostReads  # noqa: E402  (the path above)
 from results import Result, Target, arguments, publish  # noqa: E402
@@ -56,7 +56,8 @@ from mm.supervise.job import Job  # noqa: E402
 from mm.supervise.limits import Limits  # noqa: E402
 from mm.supervise.mailbox import Mailbox  # noqa: E402
 from mm.supervise.messages import Messages  # noqa: E402
-from mm.supervise.watchdog import ANSWER_S, SAMPLE_S, Watchdog, where_is  # noqa: E402
+from mm.supervise.stacks import where_is  # noqa: E402
+from mm.supervise.watchdog import ANSWER_S, SAMPLE_S, Watchdog  # noqa: E402
 from mm.train.callbacks.stragglers import STEP_PHASES, Stragglers  # noqa: E402
 from mm.train.memory_breakdown import Phase  # noqa: E402
 from mm.train.numerics import WINDOW, NumericsGuard  # noqa: E402
@@ -116,10 +117,10 @@ def step_alone(
 class Guards:
     """What `mm.train.closed_step` has around its steps."""
 
-    def __init__(self, trained: Trained, store: dist.Store, mesh: Mesh) -> None:
+    def __init__(self, trained: Trained, store: Store, mesh: Mesh) -> None:
         self._trained, self._mesh, self._store = trained, mesh, store
-        run: Any = SimpleNamespace(flags=SimpleNamespace(skipped_steps_in_a_row=0))
-        self.numerics = NumericsGuard(run, trained.parallel, trained.optimizer, trained.flow, 0)
+        run: Any = SimpleNamespace(sections=SimpleNamespace(optimizer=SimpleNamespace(skipped_steps_in_a_row=0)))
+        self.numerics = NumericsGuard(run, trained.parallel, trained.optimizer, trained.flow)
         self.stop = StopRequest(saves=True, kept="")
         self._last: tuple[int, StepStatistics, list[FeatureBatch]]
         self.watch = self._new_watch(sampling=False)
@@ -242,10 +243,10 @@ def host_reads(trained: Trained, step: Callable[[], object]) -> list[str]:
     """The reads of one step."""
     with CountHostReads([trained.flow.sigmas, trained.flow.timesteps]) as counted:
         step()
-    return counted.reads
+    return list(counted.reads)
 
 
-def measure(mesh: Mesh, store: dist.Store, options: argparse.Namespace) -> Result:
+def measure(mesh: Mesh, store: Store, options: argparse.Namespace) -> Result:
     """Check, time, count."""
     backend, (latent, text_tokens) = select("cpu"), SHAPES[0]
     models = {}
@@ -309,8 +310,8 @@ def main() -> None:
     options = arguments(__doc__, add)
     torch.set_num_threads(1)
     backend = select("cpu")
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    store = dist.TCPStore("127.0.0.1", server.port, timeout=timedelta(seconds=ANSWER_S), wait_for_workers=False)
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", server.port, timeout=timedelta(seconds=ANSWER_S), wait_for_workers=False)
     layout = Layout(1, stages=((WAN.num_layers,),))
     with Job(process_place(), backend.collective, backend.device, 5), build_mesh(layout, 5, "cpu") as mesh:
         publish([measure(mesh, store, options)], options.json)

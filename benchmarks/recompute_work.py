@@ -23,6 +23,7 @@ from mm.activation.offload import Offloader  # noqa: E402
 from mm.activation.recompute import block_runner  # noqa: E402
 from mm.config.model import WanConfig  # noqa: E402
 from mm.device.queues import HostQueues  # noqa: E402
+from mm.wan.inputs import ModelInputs  # noqa: E402
 from mm.wan.layers import ModuleFactories  # noqa: E402
 from mm.wan.model import Conditions, WanModel  # noqa: E402
 from mm.wan.rope import grid_positions  # noqa: E402
@@ -66,8 +67,10 @@ def count(mode: Mode) -> dict[str, float]:
         torch.randn(1, width), torch.randn(1, 6, width), torch.randn(1, TEXT, width, requires_grad=True)
     )
     hidden = torch.randn(1, TOKENS, width, requires_grad=True)
+    inputs = ModelInputs(torch.zeros(1, WAN.in_dim, *GRID), torch.zeros(1), torch.zeros(1, TEXT, WAN.text_dim))
     with CountWork() as counted:
-        model.run_blocks(hidden, conditions, grid_positions(GRID, WAN.head_dim)).sum().backward()
+        (found,) = model.run_blocks((hidden,), conditions, grid_positions(GRID, WAN.head_dim), inputs)
+        found.sum().backward()
     counts = {name: counted.counts[name] / WAN.num_layers for name in (SELF, CROSS, LINEAR, BACKWARD)}
     return {**counts, LINEAR: counts[LINEAR] / LINEARS, BACKWARD: counts[BACKWARD] / 2}
 

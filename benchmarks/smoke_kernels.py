@@ -212,8 +212,13 @@ def _attention(place: Place, tokens: int, heads: int) -> Found:
         keys, values = (normal((1, few, heads, 128), f"{key}{few}", device, dtype) for key in "kv")
         errors[f"{few} keys"] = _against_fp32(q[:, ::61], keys, values, grad[:, ::61])
     # as a view of one product for q, k, v, and with tokens inside heads
-    apart = [torch.stack((x, x), 3)[..., 0, :] for x in (q, k, v)]
-    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    apart, turned = (
+        (of(q), of(k), of(v))
+        for of in (
+            lambda x: torch.stack((x, x), 3)[..., 0, :],
+            lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        )
+    )
     turned_grad = grad.transpose(1, 2).contiguous().transpose(1, 2)
     for name, inputs, given in (("stacked", apart, grad), ("heads first", turned, turned_grad)):
         again = attention_with_lse(*inputs)
@@ -236,7 +241,7 @@ def _against_fp32(q: Any, k: Any, v: Any, grad: Any) -> float:
     )
 
     forward = attention_with_lse(q, k, v)
-    wide = [x.float() for x in (q, k, v)]
+    wide = q.float(), k.float(), v.float()
     plain = plain_attention_with_lse(*wide)
     back = attention_backward(grad, q, k, v, *forward), plain_attention_backward(grad.float(), *wide, *plain)
     return max(map(relative, (*forward, *back[0]), (*plain, *back[1])))

@@ -163,12 +163,18 @@ def generation_on_cpu(place: Place) -> Found:
 
 
 def _clips(place: Place, prompts: Path, kind: str) -> list[Any]:
-    import mm.generate.run
     from mm.cli import generate
+    from mm.generate import run
 
-    demo, frames, clips = _demo(place), [], Path(tempfile.mkdtemp(prefix=f"clips of {kind}-", dir=place.folder))
-    write = mm.generate.run.write_clip
-    mm.generate.run.write_clip = lambda path, clip, *rest: (frames.append(clip), write(path, clip, *rest))[1]
+    frames: list[Any] = []
+    demo, clips = _demo(place), Path(tempfile.mkdtemp(prefix=f"clips of {kind}-", dir=place.folder))
+    write: Any = vars(run)["write_clip"]
+
+    def keep(path: Path, clip: Any, *rest: Any) -> None:
+        frames.append(clip)
+        write(path, clip, *rest)
+
+    vars(run)["write_clip"] = keep
     try:
         with _inside(demo):
             generate.main(_as_words({
@@ -176,7 +182,7 @@ def _clips(place: Place, prompts: Path, kind: str) -> list[Any]:
                 "save_path": clips, "device": kind, "no_progress_bar": True,
             }))  # fmt: skip
     finally:
-        mm.generate.run.write_clip = write
+        vars(run)["write_clip"] = write
     return frames
 
 

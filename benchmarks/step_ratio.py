@@ -19,14 +19,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "wan")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "wan")]
 
 from results import Result, Target, arguments, write  # noqa: E402  (the path above)
 from test_wan_parity import ours_for, reference_for, relative_error  # noqa: E402
@@ -109,7 +109,7 @@ def contestants(latent: tuple[int, int, int], text_tokens: int) -> dict[str, Ste
     expected = steps[THEIRS]()
     for name, model in models.items():
         error = relative_error(steps[name](), expected)
-        convention = "native" if isinstance(model, WanModel) else "diffusers"
+        convention: Literal["native", "diffusers"] = "native" if isinstance(model, WanModel) else "diffusers"
         gradients = {translate(n, convention, "native"): p.grad for n, p in model.named_parameters()}
         native = {translate(n, "diffusers", "native"): p.grad for n, p in reference.named_parameters()}
         worst = max(relative_error(gradients[n], gradient) for n, gradient in native.items())

@@ -124,8 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("| video | frames/s | " + " | ".join(f"ratio to {name}" for name in readers if name != "this") + " |")
     print("| --- " * (1 + len(readers)) + "|")
     with tempfile.TemporaryDirectory() as folder:
-        for name, (file, *rest) in KINDS.items():
-            write(Path(folder) / file, *rest)
+        for name, (file, codec, height, num_frames, options) in KINDS.items():
+            write(Path(folder) / file, codec, height, num_frames, options)
             _row(name, measure(Path(folder) / file, readers, flags.rounds), readers)
     for path in sorted(flags.real.iterdir()) if flags.real else ():
         if video.probe(path).num_frames > FRAMES:
