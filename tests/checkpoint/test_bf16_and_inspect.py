@@ -62,6 +62,7 @@ def test_a_weight_beyond_bf16_is_refused(original, tmp_path):
     assert names(tmp_path) == ["run"]
 
 
+@pytest.mark.nightly
 def test_the_guides_command(original, tmp_path):
     training_run(original, tmp_path / "run")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -145,6 +145,7 @@ def test_all_reasons_at_once(demo: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "head.head.bias" in reasons[0]
 
 
+@pytest.mark.nightly
 def test_weights_of_another_model_of_the_same_shapes(
     demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

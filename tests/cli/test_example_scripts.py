@@ -115,7 +115,8 @@ def test_quickstart_refuses_a_folder_in_use(quickstart: tuple[Path, str]) -> Non
     assert done.stderr.startswith("error ENV-003")
 
 
-@pytest.mark.parametrize("size", [pytest.param("1.3b", marks=pytest.mark.nightly), "14b"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("size", ["1.3b", "14b"])
 def test_pretrain_script_in_tiny_mode_on_two_processes(demo: Path, tmp_path: Path, size: str) -> None:
     files = [demo / "configs" / name for name in ("feature_data.json", "pretrain_model.json")]
     weights = demo / "weights" / "Wan2.1-T2V-Tiny-Diffusers" / "transformer"

@@ -114,7 +114,9 @@ def test_rows_of_csv_that_cannot_be_read_name_their_line(tmp_path: Path) -> None
     ]
 
 
-@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.csv"])
+@pytest.mark.parametrize(
+    "name", ["rows.csv", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("rows.json", "rows.jsonl"))]
+)
 def test_memory_does_not_grow_with_the_table(name: str, tmp_path: Path) -> None:
     """Ten times as many rows take as much memory while they are gone through, up to one piece of the file."""
     peaks = []

@@ -77,6 +77,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path, weights: Path) -> None:
     assert all(bool(torch.isfinite(dataset[index]["latents"]).all()) for index in range(40))
 
 
+@pytest.mark.nightly
 def test_ctrl_c_is_one_word_and_leaves_no_process(tmp_path: Path, weights: Path) -> None:
     rows = [{"path": f"{index}.mp4", "cap": "a red circle"} for index in range(40)]
     annotation = write_data_set(tmp_path / "set", rows, num_frames=9)

@@ -79,7 +79,7 @@ ROWS = (
         )
     ]
 )
-EVERY_DAY = [row for row in ROWS if row.layout.world_size == 1 and row.model_type in TASKS] + [
+EVERY_DAY = [
     row
     for row in ROWS
     if row.layout.world_size == 2 and row.model_type == "vace" and row.packs == () and row.samples != REFERENCED

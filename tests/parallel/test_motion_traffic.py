@@ -15,7 +15,7 @@ from mm.doctor.dry_run import DryRunJob, dry_run
 @pytest.mark.parametrize(
     ("degrees", "packed"),
     [
-        pytest.param(sp(2) | ring(2), 2, id="tp2sp-ring2-packed"),
+        pytest.param(sp(2) | ring(2), 2, id="tp2sp-ring2-packed", marks=pytest.mark.nightly),
         *(
             pytest.param(degrees, packed, id=f"{name}{'-packed' if packed else ''}", marks=pytest.mark.nightly)
             for name, degrees, packed in (

@@ -130,8 +130,7 @@ ROWS = [
 ]  # fmt: skip
 
 
-EVERY_DAY = [row for row in ROWS if row.layout.world_size <= 3] + [
-    Row(layout(4, **usp(2, 2))),
+EVERY_DAY = [row for row in ROWS if row.layout.world_size <= 2] + [
     Row(layout(4, **sp(2), **ulysses(2)), samples=MIXED),
     Row(layout(4, tp_size=2, **pp(2, 2)), OVERLAPPED),
     zero(4, 2, **pp(2, 2)),

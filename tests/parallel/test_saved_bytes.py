@@ -87,7 +87,12 @@ def test_no_rank_is_taken_for_the_one_that_was_looked_at_before() -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [row(4), row(4, distopt=True), row(4, zero=4), row(4, tp_size=2, pp_size=2).with_layers(2)],
+    [
+        pytest.param(row(4), marks=pytest.mark.nightly),
+        row(4, distopt=True),
+        pytest.param(row(4, zero=4), marks=pytest.mark.nightly),
+        pytest.param(row(4, tp_size=2, pp_size=2).with_layers(2), marks=pytest.mark.nightly),
+    ],
     ids=lambda case: case.id,
 )
 def test_all_ranks_together_have_the_state_once(case: Row) -> None:

@@ -27,7 +27,9 @@ def dry_run(capsys: pytest.CaptureFixture[str], demo: Path, **flags: Any) -> dic
     return found
 
 
-@pytest.mark.parametrize("layout", [{}, {"use_distributed_optimizer": True, "bf16": True}])
+@pytest.mark.parametrize(
+    "layout", [pytest.param({}, marks=pytest.mark.nightly), {"use_distributed_optimizer": True, "bf16": True}]
+)
 def test_a_dry_run_counts_both(capsys: pytest.CaptureFixture[str], demo: Path, layout: dict[str, Any]) -> None:
     if "bf16" in layout:
         layout = {**layout, "mm_model": in_bf16(demo)}

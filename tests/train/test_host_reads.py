@@ -86,6 +86,7 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     return found
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("noise", ["ahead", "now"])
 @pytest.mark.parametrize(
     ("stage", "number"),
@@ -98,6 +99,7 @@ def test_no_copy_of_a_micro_batch_is_waited_for(
     assert copies[f"{stage} {noise}"] == {"asynchronous": number, "blocking": [], "reads": 0}
 
 
+@pytest.mark.nightly
 def test_the_message_of_a_step_is_the_one_that_is_waited_for(copies: dict[str, dict[str, Any]]) -> None:
     """Where the gradients' sums of squares go is copied too; the numbers of all ranks are read."""
     assert copies["message"] == {"asynchronous": 1, "blocking": [], "reads": 1}

@@ -92,6 +92,7 @@ def test_four_processes_of_two_replicas(demo: Path, table: Path, extracted: Path
     assert bits(found) == bits(expected)
 
 
+@pytest.mark.nightly
 def test_a_run_goes_on_in_the_middle_of_an_epoch(demo: Path, table: Path, extracted: Path, tmp_path: Path) -> None:
     """Live, from the finished store, and from one that was extracted before: the samples are the same to a resume."""
     expected = bits(run(demo, tmp_path / "before", **flags(demo, extracted)))

@@ -226,7 +226,7 @@ def step(run: TrainingRun) -> Report:
     ("words", "world_size"),
     [
         pytest.param("--micro-batch-size 2", 1, marks=pytest.mark.nightly),
-        (f"--pack {2 * TOKENS} --global-batch-size 4", 1),
+        pytest.param(f"--pack {2 * TOKENS} --global-batch-size 4", 1, marks=pytest.mark.nightly),
         pytest.param("--bf16", 8, marks=pytest.mark.nightly),
         pytest.param(LORA, 8, marks=pytest.mark.nightly),
     ],

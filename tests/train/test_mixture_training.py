@@ -96,7 +96,10 @@ def test_shares_decide_which_samples_come(demo: Path, tmp_path: Path, stores: li
 
 @pytest.mark.parametrize(
     "layout",
-    [{"use_distributed_optimizer": True}, {"pipeline_model_parallel_size": 2, "variable_seq_lengths": True}],
+    [
+        {"use_distributed_optimizer": True},
+        pytest.param({"pipeline_model_parallel_size": 2, "variable_seq_lengths": True}, marks=pytest.mark.nightly),
+    ],
 )
 def test_a_store_has_micro_batches_of_its_own_size(
     layout: dict[str, object], demo: Path, tmp_path: Path, stores: list[str]
