@@ -211,16 +211,16 @@ def _attention(place: Place, tokens: int, heads: int) -> Found:
     for few in (257, 512):  # image tokens and text of cross attention
         keys, values = (normal((1, few, heads, 128), f"{key}{few}", device, dtype) for key in "kv")
         errors[f"{few} keys"] = _against_fp32(q[:, ::61], keys, values, grad[:, ::61])
+
     # as a view of one product for q, k, v, and with tokens inside heads
-    apart, turned = (
-        (of(q), of(k), of(v))
-        for of in (
-            lambda x: torch.stack((x, x), 3)[..., 0, :],
-            lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-        )
-    )
-    turned_grad = grad.transpose(1, 2).contiguous().transpose(1, 2)
-    for name, inputs, given in (("stacked", apart, grad), ("heads first", turned, turned_grad)):
+    def view(x: Any) -> Any:
+        return torch.stack((x, x), 3)[..., 0, :]
+
+    def turned(x: Any) -> Any:
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    apart, heads_first = (view(q), view(k), view(v)), (turned(q), turned(k), turned(v))
+    for name, inputs, given in (("stacked", apart, grad), ("heads first", heads_first, turned(grad))):
         again = attention_with_lse(*inputs)
         back = attention_backward(given, *inputs, *again)
         errors[f"strides: {name}"] = max(map(relative, (*again, *back), (out, lse, *whole)))

@@ -72,6 +72,16 @@ class HeldTransformer:
         """Shape of the whole model."""
         return config_of(self._source)
 
+    def release(self) -> None:
+        """Let go of the weights, so that what waits in host memory is free before room is measured; `hold` follows."""
+        self.__dict__.pop("model", None)
+        self.__dict__.pop("velocity", None)
+
+    def restore(self) -> None:
+        """Load the weights where they were before `release`, if they are not there again."""
+        if "model" not in self.__dict__:
+            self._build()
+
     def hold(self, residency: Residency, room: Room) -> None:
         """Move the weights to where limits say, and all of them outside of the device where these cannot be kept.
 
@@ -106,7 +116,7 @@ class HeldTransformer:
         """
         before = self._residency, self._adapters, self._room
         self._residency, self._adapters, self._room = residency, list(adapters), room
-        del self.model, self.velocity  # two would not fit
+        self.release()  # two would not fit
         try:
             self._build()
         except MMError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +17,7 @@ from mm.checkpoint.weights import WeightSource, open_weights
 from mm.config.model import Precision, WanConfig
 from mm.config.place import process_place
 from mm.config.rules.residency import residency_problems
-from mm.config.run.experts import HIGH
+from mm.config.run.experts import HIGH, LOW
 from mm.config.run.generation import AdapterFile, latent_size
 from mm.config.run.residency import Residency
 from mm.config.tasks.registry import TaskName
@@ -31,6 +32,8 @@ from mm.wan.config_json import infer_config
 from mm.wan.encoders import DTYPES
 from mm.wan.layers import ModuleFactories, self_attention
 from mm.wan.model import WanModel, whole_shapes
+
+log = logging.getLogger(__name__)
 
 
 def load_model(
@@ -126,6 +129,8 @@ def opened(
 ) -> tuple[GenerationWeights, WanConfig]:
     """Weights with adapters, and the model that they are of; the arguments and errors are those of `load_model`."""
     inside = Path(path) / HIGH
+    if inside.is_dir() and (Path(path) / LOW).is_dir():
+        log.warning("%s has two experts, of which that for much noise is loaded; load_experts loads both.", path)
     source = open_weights(inside if inside.is_dir() else path, averaged=averaged)
     pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
     sections = [AdapterFile(path=str(one), strength=strength) for one, strength in pairs]

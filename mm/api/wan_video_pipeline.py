@@ -69,7 +69,7 @@ class WanVideoPipeline:
         self._backend, self._how, self._encoders_wait = backend, how, encoders_wait
         room = how.room(len(parts.transformers))
         self._transformers = [HeldTransformer(source, how, room) for source in parts.transformers]
-        self._boundary = recorded_boundary(parts.transformers[-1].path) or BOUNDARY
+        self._boundary = recorded_boundary(parts.transformers[-1].path)
         place, precision = torch.device("cpu") if encoders_wait else self.device, _PRECISIONS[how.dtype]
         self.text_encoder: TextEncoder = parts.load_text_encoder(precision, place, self.dit.config.text_len)
         self.vae: VideoEncoder = parts.load_vae(precision, place)
@@ -178,9 +178,15 @@ class WanVideoPipeline:
         for encoder in (self.text_encoder, self.vae, self.image_encoder):
             if encoder is not None:
                 encoder.to(torch.device("cpu"))
-        room = self._how.room(len(self._transformers))
         for transformer in self._transformers:
-            transformer.hold(residency, room)
+            transformer.release()
+        room = self._how.room(len(self._transformers))
+        try:
+            for transformer in self._transformers:
+                transformer.hold(residency, room)
+        finally:
+            for transformer in self._transformers:
+                transformer.restore()
 
     def _limit(self, asked: float | None) -> int | None:
         """MiB that a limit means: those that are free where nothing is said; None on the CPU."""
@@ -282,7 +288,15 @@ class WanVideoPipeline:
         first, *second = [transformer.velocity for transformer in self._transformers]
         if not second:
             return first
-        return Experts(first, second[0], given.switch_DiT_boundary or self._boundary)
+        boundary = given.switch_DiT_boundary or self._boundary
+        if boundary is None:
+            boundary = BOUNDARY
+            log.warning(
+                "Nothing says the noise level between the experts: switch_DiT_boundary is taken as %g, which Wan2.2's "
+                "T2V-A14B was trained with; I2V-A14B was with 0.9.",
+                boundary,
+            )
+        return Experts(first, second[0], boundary)
 
     def _encoders(self, given: ClipParameters) -> Encoders:
         (height, width), (down, right) = given.tile_size, given.tile_stride

@@ -24,7 +24,8 @@ def umask(mask: int) -> Iterator[None]:
         os.umask(before)
 
 
-@pytest.mark.parametrize("mask", [pytest.param(mask, marks=pytest.mark.nightly) for mask in (0o002, 0o077, 0o027)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("mask", [0o002, 0o077, 0o027])
 def test_all_that_is_written_has_the_mode_of_the_umask(mask: int, tmp_path: Path) -> None:
     home, run, lora = tmp_path / "demo", tmp_path / "run", tmp_path / "lora"
     configs = home / "configs"

@@ -50,8 +50,9 @@ def test_clips_are_those_of_diffusers(weights: Path) -> None:
     assert np.abs(clip(alone, weights, guidance_scale=GUIDANCE).numpy() - expected).max() > 5
 
 
-def test_a_folder_with_two_experts_is_both(weights: Path) -> None:
+def test_a_folder_with_two_experts_is_both(weights: Path, caplog: pytest.LogCaptureFixture) -> None:
     both, first = mm.load_experts(weights, device="cpu"), mm.load_model(weights, device="cpu")
+    assert "has two experts, of which that for much noise is loaded" in caplog.text
     found = clip(weights, weights)
     assert torch.equal(found, clip(both, weights))
     assert not torch.equal(found, clip(first, weights, guidance_scale=GUIDANCE))
@@ -131,10 +132,11 @@ def expected_frames(pipe: WanVideoPipeline, models: Path, boundary: float, **mor
     return found
 
 
-def test_a_pipeline_of_two_transformers(models: Path) -> None:
+def test_a_pipeline_of_two_transformers(models: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The first is that for much noise, down to 0.875 or what is said; each takes LoRA of its own and waits alike."""
     pipe = pipeline(models, HIGH_FILES, LOW_FILES)
     found = frames(pipe)
+    assert "switch_DiT_boundary is taken as 0.875" in caplog.text
     assert np.array_equal(found, expected_frames(pipe, models, 0.875))
     # Euler's four steps with shift 5 are at 1, 0.9375, 0.8333 and 0.625: the third is the other expert's below 0.8
     other = frames(pipe, switch_DiT_boundary=0.8)
@@ -145,12 +147,31 @@ def test_a_pipeline_of_two_transformers(models: Path) -> None:
     changed = frames(pipe)
     assert np.array_equal(changed, expected_frames(pipe, models, 0.875, low_adapters=[(lora, 0.5)]))
     assert not np.array_equal(changed, found)
-    pipe.enable_vram_management(num_persistent_param_in_dit=0)
+    for _ in range(2):  # the second time what waits is let go before
+        pipe.enable_vram_management(num_persistent_param_in_dit=0)
     for model in (pipe.dit, pipe.dit2):
         assert all(any(p.is_meta for p in block.parameters()) for block in model.blocks.values())
     assert np.array_equal(frames(pipe), changed)
     with pytest.raises(MMError, match=r"CFG-408: .* Fix: Give pipe\.dit or pipe\.dit2\."):
         pipe.load_lora(torch.nn.Linear(1, 1), lora)  # type: ignore[arg-type]
+
+
+def test_room_is_measured_when_nothing_is_held(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the memory is never needed; a limit that the host has no room for leaves both as they were."""
+    pipe = pipeline(models, HIGH_FILES, LOW_FILES)
+    expected, held = frames(pipe), []
+
+    def free_bytes(found: int) -> int:
+        held.append([hasattr(transformer, "model") for transformer in pipe._transformers])
+        return found
+
+    monkeypatch.setattr("mm.residency.budget.free_host_bytes", lambda: free_bytes(10**9))
+    pipe.enable_vram_management(num_persistent_param_in_dit=0)
+    monkeypatch.setattr("mm.residency.budget.free_host_bytes", lambda: free_bytes(0))
+    with pytest.raises(MMError, match="CFG-374"):
+        pipe.enable_vram_management(num_persistent_param_in_dit=0)
+    assert held == [[False, False]] * 2
+    assert np.array_equal(frames(pipe), expected)
 
 
 def test_transformers_that_are_no_pair_are_refused(models: Path, tmp_path: Path) -> None:

@@ -145,9 +145,8 @@ def test_every_layout_equals_one_process(home: Path, tmp_path: Path, task: str) 
     layouts_equal_one_process(home, tmp_path, task, list(LAYOUTS))
 
 
-@pytest.mark.parametrize(
-    "task", [pytest.param(task, marks=pytest.mark.nightly) for task in ("fun_control_ref", "wan22_i2v", "vace")]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("task", ["fun_control_ref", "wan22_i2v", "vace"])
 def test_four_steps_are_two_and_two(home: Path, tmp_path: Path, task: str) -> None:
     rates = {"reference": 0.5, "control": 0.3} if task == "fun_control_ref" else {}
     flags = files(home, task, lr_decay_iters=10, mm_data=dropping(home, task, tmp_path, **rates))
